@@ -1,0 +1,42 @@
+"""Checks of what users pass in. All user errors look alike: name=value, what is wanted, the way out."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise InputError(message) unless condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    """Raise unless value is a multiple of divisor; the message names the nearest values that are."""
+    if value % divisor:
+        below, above = value // divisor * divisor, -(-value // divisor) * divisor
+        nearest = ", ".join(str(v) for v in (below, above) if v > 0)
+        raise InputError(f"{name}={value} must be divisible by {divisor_name}={divisor} (nearest: {nearest})")
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
+    """Raise unless tensor has exactly the expected shape."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise InputError(f"{name}.shape={tuple(tensor.shape)} must be {tuple(expected)}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless the dtype of tensor is one of allowed."""
+    if tensor.dtype not in allowed:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
+        raise TypeError(f"{name}.dtype={str(tensor.dtype).removeprefix('torch.')} must be one of: {wanted}")
+
+
+def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """Raise unless both tensors live on one device."""
+    if tensor.device != other.device:
+        raise InputError(f"{name}.device={tensor.device} must equal {other_name}.device={other.device}")

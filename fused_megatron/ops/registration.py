@@ -1,0 +1,34 @@
+"""How an op enters torch's dispatcher: one schema, a fake kernel, and the reference where no kernel is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fused_megatron import extension
+
+_LIBRARY = torch.library.Library("fused_megatron", "FRAGMENT")
+
+
+def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define torch.ops.fused_megatron.<name> and return its overload.
+
+    The compiled kernels register themselves for CPU and CUDA when the library loads; the reference takes every
+    device for which there is none.
+
+    Args:
+        schema: for example "bias_gelu_forward(Tensor x, Tensor? bias) -> Tensor".
+        reference: same arguments and results, in plain PyTorch.
+        fake: same arguments; returns empty tensors of the right shape, dtype and device.
+    """
+    extension.load_library()
+    name = schema.partition("(")[0]
+
+    def without_kernel(*args: Any, **kwargs: Any) -> Any:
+        extension.warn_no_kernel(name, next(a for a in args if isinstance(a, torch.Tensor)).device.type)
+        return reference(*args, **kwargs)
+
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fused_megatron, name).default
