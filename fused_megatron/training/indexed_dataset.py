@@ -6,6 +6,7 @@ i64 document indices [num_document_indices], and for multimodal data i8 modes [n
 Document d is the sequences document_indices[d] ... document_indices[d + 1]. The .bin file: the tokens, nothing else.
 """
 
+import contextlib
 import errno
 import os
 import struct
@@ -149,7 +150,9 @@ class IndexedDatasetWriter:
         array = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
         document = len(self._document_indices) - 1
         if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise TypeError(f"document {document}: tokens must be integers [num_tokens], not {array.dtype}{array.shape}")
+            raise TypeError(
+                f"document {document}: tokens must be integers [num_tokens], not {array.dtype}{array.shape}"
+            )
         lengths = [len(array)] if sequence_lengths is None else [int(n) for n in sequence_lengths]
         if sum(lengths) != len(array) or min(lengths, default=0) < 0:
             raise InputError(f"document {document}: sequence_lengths must add up to its {len(array)} tokens")
@@ -192,10 +195,8 @@ class IndexedDatasetWriter:
 
     def abort(self) -> None:
         """Give up: remove the temporary files, leave the target as it was."""
-        try:
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk; the file goes anyway
             self._bin.close()
-        except OSError:  # closing flushes, which fails again on a full disk; the file goes anyway
-            pass
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
@@ -243,9 +244,7 @@ def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such file; an indexed dataset is a .bin and an .idx file of one prefix"
-        ) from None
+        raise InputError(f"{path}: no such file; an indexed dataset is a .bin and an .idx file of one prefix") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 

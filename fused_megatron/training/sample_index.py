@@ -22,8 +22,8 @@ class SampleIndex:
     """An endless order of samples of seq_len + 1 tokens over packed documents.
 
     Epoch e takes all documents in an order shuffled by (seed, e), concatenates them, and cuts the result into samples
-    of seq_len + 1 tokens that overlap by one: sample i starts at the last token of sample i - 1, so that every token but
-    an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What is left at the end of the
+    of seq_len + 1 tokens that overlap by one: sample i starts at the last token of sample i - 1, so that every token
+    but an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What is left at the end of the
     concatenation (at most seq_len tokens, others in every epoch) is left out. Sample numbers run on over the epochs.
 
     Memory: 8 bytes a document and 24 a sample, for each of two epochs.

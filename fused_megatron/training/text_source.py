@@ -94,6 +94,11 @@ def path_source(path: str | os.PathLike[str]) -> TextSource:
     if root.is_dir():
         files = list(_walk(root, {"__pycache__"}))
         check(bool(files), f"data.path={path}: the folder holds no files")
+        indexed = [file for _, file in files if file.suffix == ".idx"]
+        if indexed:
+            raise InputError(
+                f"data.path={path}: the folder holds an indexed dataset: give its prefix, {indexed[0].with_suffix('')}"
+            )
     else:
         check(root.is_file(), f"data.path={path}: neither a file nor a folder")
         files = [(root.name, root)]

@@ -1,5 +1,6 @@
 """Batches of tokens for training and validation, drawn from an indexed dataset."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,6 +12,9 @@ from fused_megatron.training.sample_index import SampleIndex, index_builders, pi
 
 # Marks places without a token; as a target it is cross_entropy's default ignore_index.
 PADDING = -100
+
+# (document, offset in it, number of tokens)
+Piece = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -132,14 +136,8 @@ class TokenDataset:
         return self.rows(step * global_batch_size + dp_rank * count, count)
 
     def _describe(self, sample: int, column: int) -> str:
-        for document, _, taken in self.index.pieces(sample):
-            if column < taken:
-                return f"{self.dataset.path_prefix}.bin, sample {sample}, document at token {self._start(document)}"
-            column -= taken
-        raise AssertionError("the column is not in the sample")
-
-    def _start(self, document: int) -> int:
-        return int(self.documents.starts[document])
+        place = _place(self.dataset, self.documents, self.index.pieces(sample), column)
+        return f"{place}, sample {sample}"
 
 
 class ValidationDataset:
@@ -200,12 +198,15 @@ class ValidationDataset:
         batch = np.full((count, self.seq_len + 1), PADDING, dtype=np.int64)
         for row in range(min(count, self.num_samples - first)):
             start = self._starts[first + row]
-            pieces = pieces_from(self.documents.lengths, self._order, start, self.seq_len + 1)
+            pieces = list(pieces_from(self.documents.lengths, self._order, start, self.seq_len + 1))
             filled = _fill(batch[row], self.dataset, self.documents, pieces)
             if self.vocab_size is not None:
-                name = f"{self.dataset.path_prefix}.bin, validation sample {first + row}"
-                check_tokens(batch[row : row + 1, :filled], self.vocab_size, lambda _, column, name=name: name)  # type: ignore[misc]
+                describe = functools.partial(self._describe, pieces, first + row)
+                check_tokens(batch[row : row + 1, :filled], self.vocab_size, describe)
         return batch
+
+    def _describe(self, pieces: list[Piece], sample: int, row: int, column: int) -> str:
+        return f"{_place(self.dataset, self.documents, pieces, column)}, validation sample {sample}"
 
 
 def inputs_and_targets(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -250,10 +251,22 @@ def _rows_of_rank(batch_size: int, dp_rank: int, dp_size: int) -> int:
     return batch_size // dp_size
 
 
-def _fill(out: np.ndarray, dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[tuple[int, int, int]]) -> int:
+def _fill(out: np.ndarray, dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[Piece]) -> int:
     filled = 0
     for document, offset, taken in pieces:
         start = int(documents.starts[document]) + offset
         out[filled : filled + taken] = dataset.tokens(start, start + taken)
         filled += taken
     return filled
+
+
+def _place(dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[Piece], column: int) -> str:
+    """The file and document of a sample's token."""
+    for document, offset, taken in pieces:
+        if column < taken:
+            token = int(documents.starts[document]) + offset + column
+            # side="right" names the last of the documents that begin there: the one that is not empty.
+            number = int(np.searchsorted(dataset.document_offsets(), token, side="right")) - 1
+            return f"{dataset.path_prefix}.bin, document {number}"
+        column -= taken
+    raise AssertionError("the column is not in the sample")

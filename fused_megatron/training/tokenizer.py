@@ -115,7 +115,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(os.fspath(path))
     except Exception as error:  # the package raises plain Exception
         reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a tokenizer file, or a damaged one ({reason}); train or copy it again") from error
+        raise InputError(
+            f"{path}: not a tokenizer file, or a damaged one ({reason}); train or copy it again"
+        ) from error
     check(
         isinstance(backend.decoder, tokenizers.decoders.ByteLevel),
         f"{path}: the tokenizer must be byte-level (decoder ByteLevel, not {type(backend.decoder).__name__})",
