@@ -150,12 +150,13 @@ def find_compiler() -> list[str] | None:
 
 def find_nvcc() -> str | None:
     """nvcc from CUDACXX, PATH, the toolkit's own folder, or the PyPI packages of this environment."""
-    if "CUDACXX" in os.environ:
-        return shutil.which(os.environ["CUDACXX"])
-    toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    chosen = os.environ.get("CUDACXX")
+    if chosen and shutil.which(chosen) is None:
+        raise SetupError(f"CUDACXX={chosen} was not found")
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     packages = [Path(folder) / "nvidia" / "cu13" for folder in sys.path]
-    folders = [Path(folder) / "bin" for folder in [*toolkits, *packages] if folder]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, folders)))
+    folders = os.pathsep.join(str(Path(folder) / "bin") for folder in [toolkit, *packages])
+    return shutil.which(chosen or "nvcc") or shutil.which("nvcc", path=folders)
 
 
 def find_program(name: str) -> str:
