@@ -11,7 +11,7 @@ import tyro
 import fused_megatron
 from fused_megatron.checks import InputError
 from fused_megatron.training.checkpoint import CheckpointError, newest_checkpoint
-from fused_megatron.training.config_file import load_config, with_run_folder
+from fused_megatron.training.config_file import load_config, print_help, with_run_folder
 from fused_megatron.training.generate_text import generate_text
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
@@ -26,7 +26,9 @@ commands:
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
 
 # What gloo and NCCL say when another rank is gone or silent.
-LOST_RANK = re.compile("gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe", re.IGNORECASE)
+LOST_RANK = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe", re.IGNORECASE
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
-    if not words or (words[0].startswith("-") and "--help" not in words and "-h" not in words):
+    if any(word in ("-h", "--help") for word in words):
+        print_help("fused-megatron train CONFIG.toml")
+        return 0
+    if not words or words[0].startswith("-"):
         raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
-    config = with_run_folder(load_config(None if words[0].startswith("-") else Path(words[0]), words[1:]), words[0])
+    config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         train(config, run.path)

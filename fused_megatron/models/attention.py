@@ -1,5 +1,7 @@
 """Multi-head causal self-attention, heads split over tensor-parallel ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -44,7 +46,12 @@ class SelfAttention(nn.Module):
         check_divisible("hidden_size", hidden_size, "num_heads", num_heads)
         check_divisible("num_heads", num_heads, "tensor_parallel_size", tp_size)
         self.head_dim = hidden_size // num_heads
-        layout = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
+        layout: dict[str, Any] = {
+            "tp_group": tp_group,
+            "sequence_parallel": sequence_parallel,
+            "dtype": dtype,
+            "device": device,
+        }
         self.query_key_value = ColumnParallelLinear(hidden_size, 3 * hidden_size, init_std=init_std, **layout)
         self.projection = RowParallelLinear(hidden_size, hidden_size, init_std=output_init_std, **layout)
 

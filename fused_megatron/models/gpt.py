@@ -1,5 +1,8 @@
 """A GPT from tensor-parallel layers."""
 
+from math import prod
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -9,10 +12,13 @@ from fused_megatron.collectives import identity_all_reduce
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.transformer_block import TransformerBlock
 from fused_megatron.tensor_parallel import (
+    ColumnParallelLinear,
     LayerNorm,
+    RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
     fill_normal_shard_,
+    parameter_shard,
     vocab_parallel_cross_entropy,
 )
 
@@ -52,8 +58,17 @@ class GPT(nn.Module):
         self.vocab_size = int(config.vocab_size or 0)
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel and tp_group is not None
-        layout = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
-        vocabulary = {**layout, "pad_to_multiple_of": config.pad_vocab_size_to_multiple_of, "init_std": config.init_std}
+        layout: dict[str, Any] = {
+            "tp_group": tp_group,
+            "sequence_parallel": sequence_parallel,
+            "dtype": dtype,
+            "device": device,
+        }
+        vocabulary: dict[str, Any] = {
+            **layout,
+            "pad_to_multiple_of": config.pad_vocab_size_to_multiple_of,
+            "init_std": config.init_std,
+        }
         self.token_embedding = VocabParallelEmbedding(self.vocab_size, config.hidden_size, **vocabulary)
         self.position_embedding = nn.Parameter(
             torch.empty(config.seq_len, config.hidden_size, dtype=dtype, device=device)
@@ -70,9 +85,14 @@ class GPT(nn.Module):
         """Draw every weight from (seed, its name); norms are 1, biases 0."""
         fill_normal_shard_(self.position_embedding, self.config.init_std, seed=seed, name="position_embedding")
         for name, module in self.named_modules():
-            std = getattr(module, "init_std", None)
-            if std is not None:
-                fill_normal_shard_(module.weight, std, seed=seed, name=f"{name}.weight")
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+                module.reset_parameters(seed, f"{name}.weight")
+            elif isinstance(module, LayerNorm):
+                module.reset_parameters()
+
+    def num_parameters(self) -> int:
+        """Parameters of the full model, over all tensor-parallel ranks, without vocabulary padding."""
+        return sum(prod(parameter_shard(p).full_shape) for p in self.parameters())
 
     def forward(self, tokens: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         """Loss per token, or this rank's logits.
@@ -98,7 +118,7 @@ class GPT(nn.Module):
         check(
             seq_len <= self.config.seq_len, f"tokens.shape[1]={seq_len} must be at most seq_len={self.config.seq_len}"
         )
-        positions = self.position_embedding
+        positions: torch.Tensor = self.position_embedding
         if self.sequence_parallel:
             assert self.tp_group is not None
             # Each rank uses its own rows, so the full gradient is the sum over ranks.

@@ -1,5 +1,7 @@
 """The two-layer GeLU MLP of a transformer block, its width split over tensor-parallel ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -37,7 +39,12 @@ class MLP(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        layout = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
+        layout: dict[str, Any] = {
+            "tp_group": tp_group,
+            "sequence_parallel": sequence_parallel,
+            "dtype": dtype,
+            "device": device,
+        }
         self.expansion = ColumnParallelLinear(
             hidden_size, ffn_hidden_size, skip_bias_add=True, init_std=init_std, **layout
         )

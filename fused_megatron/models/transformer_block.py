@@ -1,5 +1,7 @@
 """One pre-norm transformer block."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,7 +31,12 @@ class TransformerBlock(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        layout = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": dtype, "device": device}
+        layout: dict[str, Any] = {
+            "tp_group": tp_group,
+            "sequence_parallel": sequence_parallel,
+            "dtype": dtype,
+            "device": device,
+        }
         # The residual stream sums 2 num_layers outputs: the usual GPT-2 scaling keeps its variance.
         std = {"init_std": config.init_std, "output_init_std": config.init_std / (2 * config.num_layers) ** 0.5}
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)

@@ -23,16 +23,13 @@ else:
     import tomli as tomllib
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), *, program: str = "fused-megatron train CONFIG.toml") -> TrainConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a TOML file, then apply overrides as `--training.num_steps 10` (the last one of a key wins).
 
     Raises:
         InputError: a file that is missing or no TOML, an unknown key (the nearest is named), a value that does not fit.
-        SystemExit: after printing help, when the overrides ask for it.
     """
     words = [*_file_arguments(path), *overrides]
-    if any(word in ("-h", "--help") for word in overrides):
-        tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=["--help"], prog=program)
     _check_names(overrides)
     printed = io.StringIO()
     try:
@@ -41,6 +38,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, program: str = "fu
     except SystemExit:
         raise InputError(f"{path}: {_message_in_box(printed.getvalue())}") from None
     return config
+
+
+def print_help(program: str) -> None:
+    """Print every key with its type, meaning and default."""
+    with contextlib.suppress(SystemExit):
+        tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=["--help"], prog=program)
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -110,3 +113,11 @@ def _message_in_box(box: str) -> str:
         elif line:
             paragraphs[-1].append(line)
     return next((" ".join(words) for words in paragraphs[1:] if words), box.strip())
+
+
+def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config with training.run_folder filled in: runs/<name of the config file>, where it is not given."""
+    if config.training.run_folder is not None:
+        return config
+    training = dataclasses.replace(config.training, run_folder=str(Path("runs") / path.stem))
+    return dataclasses.replace(config, training=training)

@@ -29,34 +29,30 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: GPT, data: TrainingData, mesh: Mesh, global_batch_size: int, microbatch_size: int, num_batches: int
-) -> Evaluation:
-    """Mean loss over the first held-out samples; the same samples, and so the same numbers, at every layout.
+def evaluate(model: GPT, data: TrainingData, mesh: Mesh, global_batch_size: int, microbatch_size: int) -> Evaluation:
+    """Mean loss over the held-out samples: the same samples, and so the same numbers, at every layout.
 
     Args:
         model: this rank's shard.
         data: where the held-out samples are.
         mesh: data-parallel ranks share the samples.
-        global_batch_size, num_batches: at most their product of samples is read.
+        global_batch_size: samples of a batch over all data-parallel ranks.
         microbatch_size: samples a rank works on at once.
 
     Communication:
         The model's, and one all-reduce of 24 bytes over the data-parallel group.
     """
     device = next(model.parameters()).device
-    token_bytes = None if data.token_bytes is None else data.token_bytes.to(device)
-    num_samples = min(num_batches * global_batch_size, data.num_validation_samples)
-    mine = range(mesh.dp_rank, num_samples, mesh.dp_size)
+    token_bytes = None if data.tokenizer is None else torch.from_numpy(data.tokenizer.token_bytes).to(device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
-    for start in range(0, len(mine), microbatch_size):
-        tokens = data.validation_samples(mine[start : start + microbatch_size]).to(device)
-        inputs, target = tokens[:, :-1].clamp(min=0), tokens[:, 1:]
-        totals[0] += model(inputs, target).double().sum()
-        predicted = target[target >= 0]
-        totals[1] += predicted.numel()
-        if token_bytes is not None:
-            totals[2] += token_bytes[predicted].sum()
+    for index in range(data.validation.num_batches(global_batch_size)):
+        batch = data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
+        for tokens, target in zip(*(part.to(device).split(microbatch_size) for part in batch), strict=True):
+            totals[0] += model(tokens, target).double().sum()
+            predicted = target[target >= 0]
+            totals[1] += predicted.numel()
+            if token_bytes is not None:
+                totals[2] += token_bytes[predicted].sum()
     if mesh.dp_group is not None:
         dist.all_reduce(totals, group=mesh.dp_group)
     loss_sum, num_tokens, num_bytes = totals.tolist()

@@ -4,15 +4,14 @@ import dataclasses
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from fused_megatron.checks import check
 from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_state
+from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.training.config_file import load_config
 from fused_megatron.training.generation import generate
-from fused_megatron.training.launch import Launch, launched, on_every_rank
+from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.model_state import parameter_boxes
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
@@ -33,15 +32,15 @@ def generate_text(
         config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
         tokens = tokenizer.encode_batch([prompt])[0]
         on_every_rank(lambda: check(len(tokens) > 0, "prompt='' must hold at least one character"))
-        group = dist.group.WORLD if launch.world_size > 1 else None
+        group = world_group()
         checkpoint = newest_checkpoint(run.checkpoints, group=group)
         check(checkpoint is not None, f"{run.checkpoints} holds no checkpoint that verifies (train first)")
         assert checkpoint is not None
-        vocab_size = read_state(checkpoint)["vocab_size"]
+        vocab_size = read_manifest(checkpoint).state["vocab_size"]
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
         model = build_model(model_config, mesh, config, launch.device)
-        load_checkpoint(checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, only="model.")
+        load_checkpoint(checkpoint, parameter_boxes(model), group=group, allow_extra=("optimizer.*",))
         Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
         start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
         result = generate(model, start, num_tokens, temperature=temperature, top_k=top_k, seed=seed)

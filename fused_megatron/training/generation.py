@@ -30,7 +30,9 @@ def generate(
     Communication:
         Per token the model's forward and one all-gather of the last position's logits, 4 B V / R bytes a rank.
     """
-    check(tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0")
+    check(
+        tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0"
+    )
     check(temperature >= 0, f"temperature={temperature} must be 0 or more")
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):

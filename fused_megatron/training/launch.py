@@ -1,7 +1,6 @@
 """Joining the ranks that torchrun started, and making one rank's mistake everybody's error."""
 
 import datetime
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
+from fused_megatron.training.checkpoint.ranks import run_together
 
 T = TypeVar("T")
 
@@ -48,32 +47,15 @@ def launched(timeout_s: float) -> Iterator[Launch]:
 
 
 def on_every_rank(build: Callable[[], T]) -> T:
-    """Return build(); if it raises an InputError on any rank, raise that error on every rank.
+    """Return build(); if it raises on any rank, raise the same one-line error on every rank.
 
     Without this the rank that fails would leave the others waiting in their next collective.
     """
-    result: T | None = None
-    message = ""
-    try:
-        result = build()
-    except InputError as error:
-        message = str(error)
-    if dist.is_initialized():
-        messages = _gather_text(message)
-        message = next((m for m in messages if m), "")
-    if message:
-        raise InputError(message)
-    return result  # type: ignore[return-value]
+    results: list[T] = []
+    run_together(world_group(), lambda: results.append(build()))
+    return results[0]
 
 
-def _gather_text(text: str) -> list[str]:
-    """The text of every rank, through plain byte tensors: no pickle crosses the wire."""
-    data = torch.frombuffer(bytearray(json.dumps(text).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros((), dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor(data.numel()))
-    longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: data.numel()] = data
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    return [json.loads(bytes(g[: int(n)].tolist())) for g, n in zip(gathered, sizes, strict=True)]
+def world_group() -> dist.ProcessGroup | None:
+    """All ranks of the run; None when there is one."""
+    return dist.group.WORLD if dist.is_initialized() else None

@@ -10,9 +10,9 @@ from fused_megatron.training.checkpoint import TensorBox
 from fused_megatron.training.optimizer import Optimizer
 
 
-def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorBox]:
+def parameter_boxes(model: nn.Module) -> dict[str, TensorBox]:
     """Every parameter under `model.<name>`."""
-    return {f"model.{name}": _box(p, p.detach()) for name, p in parameters.items()}
+    return {f"model.{name}": _box(p, p.detach()) for name, p in model.named_parameters()}
 
 
 def optimizer_boxes(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, TensorBox]:
@@ -25,7 +25,7 @@ def optimizer_boxes(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
 
 
 def _box(parameter: nn.Parameter, tensor: torch.Tensor) -> TensorBox:
-    """The part of `tensor`, shaped like the parameter's shard, that exists in the full tensor: no vocabulary padding."""
+    """The part of `tensor` (shaped like the shard) that exists in the full tensor: no vocabulary padding."""
     shard = parameter_shard(parameter)
     real = shard.real_shape(tuple(tensor.shape))
     return TensorBox(tensor[tuple(slice(size) for size in real)], shard.full_shape, shard.offset)

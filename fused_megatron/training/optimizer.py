@@ -26,7 +26,9 @@ class Optimizer:
     ) -> None:
         self._parameters = dict(parameters)
         self._gradients = gradients
-        self.main = {name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()}
+        self.main = {
+            name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
+        }
         decayed = [name for name, p in parameters.items() if p.dim() >= 2]
         plain = [name for name, p in parameters.items() if p.dim() < 2]
         groups = [
@@ -49,7 +51,7 @@ class Optimizer:
     def step(self, lr: float, gradient_scale: float = 1.0) -> None:
         """One update from the gradients times gradient_scale (they are scaled in place)."""
         if gradient_scale != 1.0:
-            torch._foreach_mul_([main.grad for main in self.main.values()], gradient_scale)
+            torch._foreach_mul_([self._gradients[p] for p in self._parameters.values()], gradient_scale)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()

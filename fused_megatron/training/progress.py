@@ -17,10 +17,17 @@ class Reporter:
         self._log_interval = log_interval
         self._progress: Progress | None = None
         self._num_steps = 0
+        self._stage = ""
 
     def say(self, text: str) -> None:
         """One line above the bar."""
         self.console.print(text, markup=False)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """A stage of the preparation, said once when it begins."""
+        if name != self._stage:
+            self._stage = name
+            self.say(f"{name} ...")
 
     @contextmanager
     def steps(self, first: int, num_steps: int) -> Iterator[None]:

@@ -4,18 +4,18 @@ import dataclasses
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import GPT
-from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_state
+from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.training.data import TrainingData, open_training_data
 from fused_megatron.training.generation import generate
-from fused_megatron.training.launch import Launch, launched, on_every_rank
+from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
@@ -71,27 +71,18 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
     config.check_data_parallel(mesh.dp_size)
     if launch.rank == 0:
         run.create(config)
-    data = open_training_data(config.data, config.model.seq_len, config.training.seed, reporter.say)
-    if config.model.vocab_size is not None:
-        check(
-            config.model.vocab_size >= data.vocab_size,
-            f"vocab_size={config.model.vocab_size} must be at least the data's {data.vocab_size} (leave it out to take "
-            f"the data's)",
-        )
-        data = dataclasses.replace(data, vocab_size=config.model.vocab_size)
+    data = open_training_data(config, reporter.stage)
     if launch.rank == 0 and data.tokenizer_path is not None:
         shutil.copyfile(data.tokenizer_path, run.tokenizer)
     return mesh, data
 
 
 def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
-    group = dist.group.WORLD if trainer.mesh.world_size > 1 else None
+    group = world_group()
     checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        on_every_rank(lambda: check_same_model(read_state(checkpoint), model_config, checkpoint))
-        state = load_checkpoint(
-            checkpoint, trainer.tensor_boxes(), rank_tensors=trainer.rank_tensors(), group=group
-        )
+        on_every_rank(lambda: check_same_model(read_manifest(checkpoint).state, model_config, checkpoint))
+        state = load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=trainer.rank_tensors(), group=group)
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
@@ -99,9 +90,9 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
         trainer.run_folder.forget_metrics_after(trainer.progress.step)
 
 
-def check_same_model(state: dict[str, object], model_config: GPTConfig, checkpoint: Path) -> None:
+def check_same_model(state: dict[str, Any], model_config: GPTConfig, checkpoint: Path) -> None:
     """Raise unless the checkpoint's model has the sizes of model_config."""
-    saved = state["config"]["model"] | {"vocab_size": state["vocab_size"]}  # type: ignore[index]
+    saved = state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     for name, value in dataclasses.asdict(model_config).items():
         if name != "init_std" and saved.get(name) != value:
             raise InputError(
@@ -149,6 +140,8 @@ def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
     rows["picture"] = str(run.loss_picture) if drawn else "none (pip install 'fused-megatron[plots]')"
     rows["checkpoints"] = str(run.checkpoints)
     reporter.table("Results", rows)
+    if lines:
+        reporter.say("Three beginnings of a document, as the model writes them:")
     for line in lines:
         reporter.say(line)
 
@@ -158,6 +151,5 @@ def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40)
     if tokenizer is None:
         return []
     start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
-    trainer.reporter.say("Three beginnings of a document, as the model writes them:")
     tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
     return [f"  {i}. " + repr(tokenizer.decode(row[1:].tolist()))[1:-1] for i, row in enumerate(tokens, 1)]

@@ -15,10 +15,12 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import GPT
 from fused_megatron.training.checkpoint import save_checkpoint
+from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData
 from fused_megatron.training.evaluation import Evaluation, evaluate
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.gradients import GradientBuckets
+from fused_megatron.training.launch import world_group
 from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.training.optimizer import Optimizer
@@ -88,7 +90,7 @@ class Trainer:
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
-        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer)}
+        return {**parameter_boxes(self.model), **optimizer_boxes(self.parameters, self.optimizer)}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """What each rank keeps for itself: the states of torch's random number generators."""
@@ -105,7 +107,7 @@ class Trainer:
             self.tensor_boxes(),
             state=self._checkpoint_state(),
             rank_tensors=self.rank_tensors(),
-            group=dist.group.WORLD if self.mesh.world_size > 1 else None,
+            group=world_group(),
             keep=self.config.training.keep_checkpoints,
         )
 
@@ -138,17 +140,19 @@ class Trainer:
     def _accumulate_gradients(self) -> torch.Tensor:
         """Forward and backward of every microbatch; the sum of the loss over this rank's tokens."""
         training = self.config.training
-        batch = self.data.training_batch(
+        inputs, targets = self.data.training_batch(
             self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
-        ).to(self.device)
+        )
         # Divided once, by the tokens of the whole step: ranks and microbatches then simply add up.
-        num_tokens = training.global_batch_size * (batch.shape[1] - 1)
-        microbatches = batch.split(training.microbatch_size)
+        num_tokens = training.global_batch_size * inputs.shape[1]
+        microbatches = list(
+            zip(inputs.split(training.microbatch_size), targets.split(training.microbatch_size), strict=True)
+        )
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, microbatch in enumerate(microbatches):
+        for i, (tokens, target) in enumerate(microbatches):
             if i == len(microbatches) - 1:
                 self.gradients.reduce_during_next_backward()
-            losses = self.model(microbatch[:, :-1], microbatch[:, 1:])
+            losses = self.model(tokens.to(self.device), target.to(self.device))
             (losses.sum() / num_tokens).backward()
             loss_sum += losses.detach().double().sum() / num_tokens
         return loss_sum
@@ -162,8 +166,11 @@ class Trainer:
         return loss, stops > 0
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
-        names = non_finite_parameters(self.parameters, self.gradients)
-        where = f"; first such gradient on rank {self.mesh.rank}: {names[0]}" if names else ""
+        # The sums have spread the NaN to every rank, so every rank is here.
+        names = gather_json(non_finite_parameters(self.parameters, self.gradients)[:1], world_group())
+        where = next(
+            (f"; first such gradient: {name[0]} on rank {rank}" for rank, name in enumerate(names) if name), ""
+        )
         raise NonFiniteError(
             f"step {self.progress.step + 1}: loss={loss} gradient_norm={norm}: not finite, the weights were not "
             f"updated{where}"
@@ -181,7 +188,7 @@ class Trainer:
     def _evaluate(self) -> None:
         training = self.config.training
         self.last_evaluation = evaluate(
-            self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size, training.eval_batches
+            self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size
         )
         record = {"step": self.progress.step, **dataclasses.asdict(self.last_evaluation)}
         if self.mesh.rank == 0:
