@@ -1,4 +1,6 @@
-"""Cross-entropy, forward and backward, against torch eager and torch.compile: pytest benchmarks/bench_cross_entropy.py -s
+"""Cross-entropy, forward and backward, against torch eager and torch.compile.
+
+    pytest benchmarks/bench_cross_entropy.py -s
 
 The rounds of the three are interleaved, so that whatever else the machine does falls on all alike. The bytes are the
 least that must move: each logit read forward, read backward, and its gradient written.

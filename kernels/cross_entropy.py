@@ -8,6 +8,9 @@ Whole rows are loaded and stored, padded columns included (masked by value): a m
 which is rarely a multiple of anything, would break the wide accesses.
 """
 
+# mypy: allow-untyped-defs
+# (What a Triton kernel takes has no Python type.)
+
 import contextlib
 import functools
 from typing import Any
@@ -17,8 +20,9 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LANES = 512  # with _NUM_WARPS: four 16-byte loads in flight per thread
-_NUM_WARPS = 4
+_LANES = 256  # with 4 warps: two 16-byte loads in flight per thread, in few enough registers for 5 programs a processor
+# Triton 3.10 leaves fused multiply-adds off unless told.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _MERGE_BLOCK = 128
 # Rows are split over several programs until there are this many per multiprocessor: fewer leave memory idle.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -39,8 +43,8 @@ def _statistics_kernel(
     """One program: (lse, linear) of one split of one row; stats [num_splits, num_rows, 2]."""
     program = tl.program_id(0).to(tl.int64)
     row = program // num_splits
-    split = program % num_splits
-    stats_ptr += (split * num_rows + row) * 2
+    split = (program % num_splits).to(tl.int32)
+    stats_ptr += (split.to(tl.int64) * num_rows + row) * 2
     target = tl.load(target_ptr + row)
     if target == ignore_index:
         tl.store(stats_ptr, 0.0)
@@ -83,7 +87,7 @@ def _merge_kernel(
     stats_ptr, target_ptr, first_ptr, second_ptr, num_rows, num_shards, out_stride, ignore_index, z_loss,
     LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """stats [num_shards, num_rows, 2] to first = loss and second = lse; without LOSS to first = lse, second = linear."""
+    """stats [num_shards, num_rows, 2] to (loss, lse); without LOSS to (lse, linear): the statistics of their union."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     ignored = tl.load(target_ptr + rows, mask=inside, other=0) == ignore_index
@@ -161,7 +165,7 @@ def cross_entropy_statistics(
         _statistics_kernel[(num_rows * num_splits,)](
             logits, target, parts, num_rows, logits.stride(0), num_columns, num_real, vocab_start, vocab_size,
             ignore_index, label_smoothing, columns_per_split, num_splits,
-            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), num_warps=_NUM_WARPS,
+            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
             _launch_merge(parts, target, stats, stats[:, 1], 2, ignore_index, 0.0, False)
@@ -202,7 +206,7 @@ def cross_entropy_gradient(
         _gradient_kernel[(num_rows * tiles_per_row,)](
             grad_loss, logits, target, lse, dlogits, logits.stride(0), num_columns, num_real, vocab_start,
             vocab_size, ignore_index, label_smoothing, z_loss, tiles_per_row,
-            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), num_warps=_NUM_WARPS,
+            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
         )  # fmt: skip
     return dlogits
 
@@ -220,7 +224,7 @@ def _launch_merge(
     num_shards, num_rows = stats.shape[:2]
     _merge_kernel[(triton.cdiv(num_rows, _MERGE_BLOCK),)](
         stats, target, first, second, num_rows, num_shards, out_stride, ignore_index, z_loss,
-        LOSS=loss, BLOCK=_MERGE_BLOCK, num_warps=4,
+        LOSS=loss, BLOCK=_MERGE_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Triton's interpreter made trustworthy: kernels run on a machine without a GPU, and what hides there is brought out.
 
-As shipped (3.9) it truncates float32 to bfloat16 where a GPU rounds to nearest, lets a kernel write beyond a buffer, and
-runs the programs of a grid in order. Here bfloat16 is rounded, buffers lie between redzones, and the order is permuted.
+As shipped (3.9) it truncates float32 to bfloat16 where a GPU rounds to nearest, lets a kernel write beyond a buffer,
+and runs the programs of a grid in order. Here bfloat16 is rounded, buffers lie between redzones, and the order is
+permuted.
 
 The interpreter has to be chosen before triton is imported, so that such tests run in a process of their own:
 `run_tests_interpreted(path)` from the test suite; inside, `interpreter()` around the launches.
@@ -27,7 +28,8 @@ def run_tests_interpreted(path: Path, *pytest_arguments: str, timeout_s: float =
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *pytest_arguments, str(path)]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, f"{path.name} failed in Triton's interpreter:\n{done.stdout[-8000:]}{done.stderr[-2000:]}"
+    output = done.stdout[-8000:] + done.stderr[-2000:]
+    assert done.returncode == 0, f"{path.name} failed in Triton's interpreter:\n{output}"
 
 
 @contextlib.contextmanager
