@@ -23,7 +23,7 @@ from fused_megatron.checks import InputError
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPE_OF_CODE = {
+_DTYPE_OF_CODE: dict[int, np.dtype] = {
     1: np.dtype("<u1"),
     2: np.dtype("<i1"),
     3: np.dtype("<i2"),

@@ -23,8 +23,8 @@ class SampleIndex:
 
     Epoch e takes all documents in an order shuffled by (seed, e), concatenates them, and cuts the result into samples
     of seq_len + 1 tokens that overlap by one: sample i starts at the last token of sample i - 1, so that every token
-    but an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What is left at the end of the
-    concatenation (at most seq_len tokens, others in every epoch) is left out. Sample numbers run on over the epochs.
+    but an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What remains at the end of
+    the concatenation (at most seq_len tokens, others in every epoch) is left out. Sample numbers run on over epochs.
 
     Memory: 8 bytes a document and 24 a sample, for each of two epochs.
 
@@ -90,7 +90,7 @@ def pieces_from(
 def index_builders() -> Any:
     """The compiled index builders; their definition in numpy, with one warning, where there are none."""
     try:
-        from fused_megatron import _dataset_index  # noqa: PLC0415 (compiled, and may be absent)
+        import fused_megatron._dataset_index as compiled  # noqa: PLC0415 (compiled, and may be absent)
     except ImportError as error:
         warnings.warn(
             f"fused_megatron: the compiled dataset index is missing ({error}); numpy builds it, slower. "
@@ -99,4 +99,4 @@ def index_builders() -> Any:
             stacklevel=2,
         )
         return reference
-    return _dataset_index
+    return compiled
