@@ -49,7 +49,10 @@ def test_cover_problem_is_found_exactly_when_the_masks_do_not_add_up_to_one(shap
         elif change == "extra":
             boxes.append(random_box(shape, generator))
         generator.shuffle(boxes)
-        whole = torch.equal(sum((mask(shape, b) for b in boxes), torch.zeros(shape, dtype=torch.int64)), torch.ones(shape, dtype=torch.int64))
+        whole = torch.equal(
+            sum((mask(shape, b) for b in boxes), torch.zeros(shape, dtype=torch.int64)),
+            torch.ones(shape, dtype=torch.int64),
+        )
         assert (cover_problem(shape, boxes) is None) == whole
         good += whole
     assert good > 50
