@@ -164,7 +164,7 @@ def test_a_box_beyond_its_full_tensor_is_refused(saved):
 
 
 def test_rank_tensors_are_strict(saved):
-    with pytest.raises(InputError, match="'dice' .* of rank 0 is wanted and not there"):
+    with pytest.raises(InputError, match=r"'dice' .* of rank 0 is wanted and not there"):
         load_checkpoint(saved, wanted(), rank_tensors={"dice": torch.zeros(5)})
     with pytest.raises(InputError, match=r"'rng' of rank 0 is int64 of shape \(5,\), but int64 of shape \(6,\)"):
         load_checkpoint(saved, wanted(), rank_tensors={"rng": torch.zeros(6, dtype=torch.int64)})

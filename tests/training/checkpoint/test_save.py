@@ -334,7 +334,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_nothing_in_the_package_reads_or_writes_pickles():
-    """But testing, which talks to its own live processes, no line of the package imports or calls a pickling function."""
+    """No line imports or calls a pickling function; but for testing, which talks to its own live processes."""
     modules = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     torch_functions = {"load", "save"}
     collectives = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}
