@@ -45,7 +45,8 @@ def run_together(group: dist.ProcessGroup | None, function: Callable[[], Any]) -
     Raises:
         InputError, CheckpointError: on every rank, as soon as all are through, where any rank's function raised.
     """
-    value, kind, message, cause = None, None, "", None
+    value, kind, message = None, None, ""
+    cause: Exception | None = None
     try:
         value = function()
     except InputError as error:

@@ -229,13 +229,13 @@ def _manifest(
         for name, (dtype_text, full_shape, *_) in held.items():
             dtype, shape = _DTYPES[dtype_text], tuple(full_shape)
             if name.startswith(RANK_TENSOR_PREFIX):
-                stored = (StoredBox(files[rank], Box((0,) * len(shape), shape), checksums[rank][name]),)
+                block = StoredBox(files[rank], Box((0,) * len(shape), shape), checksums[rank][name])
                 private = rank_tensors.setdefault(rank, {})
-                private[name.removeprefix(RANK_TENSOR_PREFIX)] = StoredTensor(dtype, shape, stored)
+                private[name.removeprefix(RANK_TENSOR_PREFIX)] = StoredTensor(dtype, shape, (block,))
             elif name not in tensors:
                 boxes = sorted(writers[name].items())
-                stored = tuple(StoredBox(files[r], box, checksums[r][name]) for box, r in boxes)
-                tensors[name] = StoredTensor(dtype, shape, stored)
+                blocks = tuple(StoredBox(files[r], box, checksums[r][name]) for box, r in boxes)
+                tensors[name] = StoredTensor(dtype, shape, blocks)
     return Manifest(step, len(plan), tensors, rank_tensors, state)
 
 

@@ -91,7 +91,10 @@ def file_bytes(entries: Sequence[Entry], step: int) -> int:
 
 
 def _as_bytes(rows: torch.Tensor) -> memoryview:
-    return memoryview(rows.reshape(-1).view(torch.uint8).numpy())
+    """The memory of a contiguous tensor. (as_strided: a lone element counts as contiguous with any stride, and cannot
+    be viewed as bytes with that.)"""
+    assert rows.is_contiguous()
+    return rows.as_strided((rows.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def write_shard_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: int) -> dict[str, int]:
@@ -105,8 +108,15 @@ def write_shard_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: in
         for entry in in_file_order(list(tensors)):
             source, checksum = tensors[entry].detach(), 0
             source = source.reshape(1) if source.dim() == 0 else source
+            staging = torch.empty(0)
+            as_it_lies = source.device.type == "cpu" and not (source.is_conj() or source.is_neg())
             for start, stop in row_blocks(source.shape, entry.dtype.itemsize, BLOCK_BYTES):
-                data = _as_bytes(source[start:stop].resolve_conj().resolve_neg().cpu().contiguous())
+                rows = source[start:stop]
+                if not (as_it_lies and rows.is_contiguous()):
+                    if staging.shape != rows.shape:  # the first block, or a shorter last one
+                        staging = torch.empty(rows.shape, dtype=entry.dtype)
+                    rows = staging.copy_(rows)
+                data = _as_bytes(rows)
                 checksum = zlib.crc32(data, checksum)
                 write_all(descriptor, data)
             checksums[entry.key] = checksum
