@@ -48,7 +48,7 @@ def check_against_float64(x, weight, bias, dy, eps=1e-5, **tolerance):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 7), (64, 256), (3, 1), (33, 1023), (2, 3, 48), (300, 17), (1, 5000), (9,)])
+@pytest.mark.parametrize("shape", [(5, 7), (64, 256), (3, 2), (33, 1023), (2, 3, 48), (300, 17), (1, 5000), (9,)])
 def test_values_and_gradients(shape, dtype):
     check_against_float64(*inputs(shape, dtype))
 
@@ -76,6 +76,15 @@ def test_constant_rows_give_the_bias():
     x = torch.full_like(x, 3.0)
     assert torch.equal(layer_norm(x, weight, bias), bias.expand(6, 64))
     check_against_float64(x, weight, bias, dy)
+
+
+def test_rows_of_one_column():
+    x, weight, bias, dy = inputs((5, 1), torch.float32)
+    y, dx, dweight, dbias = run(ours, x, weight, bias, dy)
+    assert torch.equal(y, bias.expand(5, 1)) and not dweight.any()
+    torch.testing.assert_close(dbias, dy.sum(0))
+    # A difference of equal numbers, times rstd = 1 / sqrt(eps) = 316.
+    assert dx.abs().max() < 1e-6 * 316 * (dy * weight).abs().max()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -172,6 +181,7 @@ def test_gradcheck_in_float64():
 def test_second_derivative_is_refused():
     x, weight, bias, dy = inputs((3, 5), torch.float32)
     x.requires_grad_()
+    dy.requires_grad_()
     (dx,) = torch.autograd.grad(layer_norm(x, weight, bias), x, dy, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
