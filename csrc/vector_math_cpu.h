@@ -10,6 +10,7 @@
 
 namespace fused_megatron {
 
+// Rounded; whoever shifts x * kLog2E must shift by a multiple of this, not of the exact value.
 constexpr float kLog2E = 1.44269504f;
 
 // 2^x to 2 ulp. Below -126 (results that would be subnormal) exactly 0, so that 2^-inf is 0; from 128 on no finite

@@ -104,7 +104,7 @@ def _merge_kernel(
         linear += tl.load(stats + 1, mask=inside, other=0.0)
     lse = shift + tl.log(exp_sum)
     if LOSS:
-        loss = lse + linear + z_loss * lse * lse
+        loss = lse + linear + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)  # lse may be -inf, and 0 times inf NaN
         tl.store(first_ptr + rows * out_stride, tl.where(ignored, 0.0, loss), mask=inside)
         tl.store(second_ptr + rows * out_stride, lse, mask=inside)
     else:

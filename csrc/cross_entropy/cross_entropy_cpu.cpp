@@ -32,8 +32,6 @@ constexpr int64_t kBlock = 1024;
 constexpr float kRescaleAbove = 1e30f;
 // How far ahead rows are fetched: the long chains of exp2 keep the processor from running ahead by itself.
 constexpr int64_t kPrefetchBytes = 8192;
-constexpr double kLn2 = 0.693147180559945309;
-constexpr double kLog2EExact = 1.44269504088896341;
 // Gradients that no cache will hold are written past the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
 
@@ -100,7 +98,7 @@ FM_INLINE Statistics row_statistics(const T* x, int64_t n) {
     }
     power_sum += block;
   }
-  const double lse = (shift == -kInfinity ? 0.0 : shift * kLn2) + std::log(power_sum);
+  const double lse = (shift == -kInfinity ? 0.0 : shift / double{kLog2E}) + std::log(power_sum);
   return {static_cast<float>(lse), static_cast<float>(sum)};
 }
 
@@ -209,9 +207,10 @@ void gradient_of_rows(
     const int64_t num_written = t == vocabulary.ignore_index ? 0 : vocabulary.num_real;
     if (num_written > 0) {
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
-      // 2^(lse log2(e) - shift) makes good what rounding the shift to a float lost.
-      const auto shift = static_cast<float>(lse[row] * kLog2EExact);
-      const double scale = (1.0 + 2.0 * z_loss * lse[row]) * std::exp2(shift - lse[row] * kLog2EExact);
+      // The scale makes good what rounding the shift to a float lost.
+      const double exact_shift = lse[row] * double{kLog2E};
+      const auto shift = static_cast<float>(exact_shift);
+      const double scale = (1.0 + 2.0 * z_loss * lse[row]) * std::exp2(shift - exact_shift);
       const GradientRow work{
           g * static_cast<float>(scale), -g * per_word, -g * hard, shift,
           vocabulary.owns(t) ? t - vocabulary.start : -1, stream};
