@@ -136,6 +136,7 @@ def sweep(base, scene):
             assert isinstance(error, CheckpointError) and "another rank stopped" in str(error)
             found.append(version_in(folder))
             assert found[-1] in (old, 2), (victim, point)
+            assert all(verify_checkpoint(path) == [] for path in list_checkpoints(folder)), (victim, point)
             save(folder, 3, 8, 0, 1)  # the next save works and leaves nothing of the dead one
             assert version_in(folder) == 3 and [path.name for path in folder.iterdir()] == ["step-000008"]
             shutil.rmtree(folder)
