@@ -149,16 +149,14 @@ def _raise_misfit(path: Path, problems: list[str]) -> None:
         raise InputError(f"{path}: {problems[0]}{more}: {_WAY_OUT}")
 
 
-def _copy_rows(target: torch.Tensor, common: Box, stored: Box, wanted: Box, start: int, rows: torch.Tensor) -> None:
-    """Copy what of these rows of the stored box lies in the common box; target is the wanted box's tensor."""
+def _copy_rows(target: torch.Tensor, wanted: Box, stored: Box, start: int, rows: torch.Tensor) -> None:
+    """Copy what of these rows of the stored box lies in the wanted box, whose tensor target is."""
     if not stored.shape:
         target.copy_(rows[0])
         return
-    here = Box((stored.offset[0] + start, *stored.offset[1:]), tuple(rows.shape)).intersect(common)
-    if here is not None:
-        target[here.slices(wanted.offset)] = rows[here.slices((stored.offset[0] + start, *stored.offset[1:]))].to(
-            target.device
-        )
+    rows_box = Box((stored.offset[0] + start, *stored.offset[1:]), tuple(rows.shape))
+    if here := rows_box.intersect(wanted):
+        target[here.slices(wanted.offset)] = rows[here.slices(rows_box.offset)].to(target.device)
 
 
 def _read(
@@ -174,8 +172,8 @@ def _read(
     def want(stored: StoredTensor, wanted: TensorBox, prefix: str, name: str) -> None:
         target, box = wanted.tensor.detach(), wanted.box
         for piece in stored.boxes:
-            if common := piece.box.intersect(box):
-                consume = functools.partial(_copy_rows, target, common, piece.box, box)
+            if piece.box.intersect(box):
+                consume = functools.partial(_copy_rows, target, box, piece.box)
                 work.setdefault(piece.file, {})[prefix + name] = consume
 
     for name, wanted in tensors.items():

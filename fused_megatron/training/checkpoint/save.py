@@ -205,7 +205,7 @@ def _begin(final: Path, total_bytes: int) -> str:
         remove_leftovers(folder)
         if free_bytes(folder) < needed:
             raise CheckpointError(f"{final} not saved: {disk_full(folder, needed)}")
-        temporary.mkdir()
+        os.mkdir(temporary)
     except OSError as error:
         raise CheckpointError(f"{final} not saved: {folder}: {explain_os_error(error, folder, needed)}") from error
     return temporary.name
