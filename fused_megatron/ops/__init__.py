@@ -1,5 +1,19 @@
 """Functional fused ops: one device, no collectives."""
 
 from fused_megatron.ops.bias_gelu import bias_gelu
+from fused_megatron.ops.cross_entropy import (
+    cross_entropy,
+    cross_entropy_gradient,
+    cross_entropy_merge,
+    cross_entropy_statistics,
+)
+from fused_megatron.ops.layer_norm import layer_norm
 
-__all__ = ["bias_gelu"]
+__all__ = [
+    "bias_gelu",
+    "cross_entropy",
+    "cross_entropy_gradient",
+    "cross_entropy_merge",
+    "cross_entropy_statistics",
+    "layer_norm",
+]
