@@ -1,5 +1,6 @@
 """`fused-megatron`: one sub-command per job. Bad input ends with one line and exit code 2."""
 
+import importlib.metadata
 import os
 import re
 import sys
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import tyro
 
-import fused_megatron
 from fused_megatron.checks import InputError
 from fused_megatron.training.checkpoint import CheckpointError, newest_checkpoint
 from fused_megatron.training.config_file import load_config, print_help, with_run_folder
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        print(fused_megatron.__version__)
+        print(importlib.metadata.version("fused-megatron"))
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate}
     if command not in commands:

@@ -77,15 +77,16 @@ def one_backward(
     """This rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
     mesh = init_mesh(tp)
     config = GPTConfig(**SIZES, tied_embeddings=tied)
-    model = perturbed(
-        GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype)
-    )
+    model = perturbed(GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype))
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
     rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
     tokens, target, upstream = (part[rows] for part in batch_of_tokens())
     losses = model(tokens, target)
     # Two microbatches of uneven size.
-    pieces = [part.split((tokens.shape[0] // 2, tokens.shape[0] - tokens.shape[0] // 2)) for part in (tokens, target, upstream)]
+    pieces = [
+        part.split((tokens.shape[0] // 2, tokens.shape[0] - tokens.shape[0] // 2))
+        for part in (tokens, target, upstream)
+    ]
     for i, (t, y, g) in enumerate(zip(*pieces, strict=True)):
         if i == 1:
             buckets.reduce_during_next_backward()
@@ -225,5 +226,3 @@ def test_number_of_parameters_counts_no_padding_and_no_shard_twice() -> None:
     layer = 4 * width * width + 4 * width + 2 * width * ffn + ffn + width + 4 * width
     expected = 2 * layer + 2 * width + (vocab + SIZES["seq_len"]) * width
     assert GPT(GPTConfig(**SIZES)).num_parameters() == expected
-
-
