@@ -64,4 +64,6 @@ def run_together(group: dist.ProcessGroup | None, function: Callable[[], Any]) -
     where = "" if alike else f"rank {failed[0]}: "
     more = "" if alike or len(failed) == 1 else f" (and {len(failed) - 1} more of {len(results)} ranks failed)"
     error_class = InputError if first["kind"] == "input" else CheckpointError
-    raise error_class(f"{where}{first['message']}{more}") from cause
+    shared = error_class(f"{where}{first['message']}{more}")
+    shared.on_every_rank = True
+    raise shared from cause
