@@ -78,15 +78,12 @@ def load_checkpoint(
     if len({digest for digest, _ in answers}) > 1:
         raise CheckpointError(f"{path}: the ranks see different checkpoints here (all ranks need one shared folder)")
     _check_nothing_extra(path, manifest, {name for _, names in answers for name in names}, allow_extra)
-    same_ranks = manifest.world_size == world_size
-    if rank_tensors and not same_ranks and rank == 0:
-        warnings.warn(
-            f"{path} was saved by {manifest.world_size} ranks: what belongs to one rank (as its RNG state) is not "
-            f"loaded on {world_size}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    run_together(group, lambda: _read(path, manifest, tensors, (rank_tensors or {}) if same_ranks else {}, rank))
+    if rank_tensors and manifest.world_size != world_size:
+        if rank == 0:
+            reason = f"{manifest.world_size} ranks saved {path}, {world_size} load it"
+            warnings.warn(f"{reason}: no rank's own state (as its RNG) is loaded", RuntimeWarning, stacklevel=2)
+        rank_tensors = None
+    run_together(group, lambda: _read(path, manifest, tensors, rank_tensors or {}, rank))
     return manifest.state
 
 

@@ -241,6 +241,17 @@ def test_boxes_that_do_not_fit_together_are_refused_on_every_rank(tmp_path, kind
     assert list(tmp_path.iterdir()) == []
 
 
+def save_different_steps(rank, world_size, folder):
+    save_checkpoint(folder, 5 + rank, boxes(1, rank, 2), state={}, group=dist.group.WORLD)
+
+
+def test_ranks_that_are_not_at_the_same_step_are_refused(tmp_path):
+    with pytest.raises(RankError, match=r"step=\[5, 6\] by rank") as caught:
+        run_on_ranks(save_different_steps, 2, str(tmp_path))
+    assert [type(error) for error in caught.value.errors.values()] == [InputError] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
