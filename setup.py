@@ -51,7 +51,10 @@ class EditableWheel(editable_wheel):
 
 def compiler() -> str | None:
     """The C++ compiler that CMake will use, or None."""
-    return next((found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
+        None,
+    )
 
 
 setup(

@@ -7,6 +7,7 @@
 #include "cpu_column_sums.h"
 #include "cpu_numbers.h"
 #include "cpu_parameter.h"
+#include "layer_norm_shapes.h"
 #include "multiversion.h"
 #include "tensor_checks.h"
 
@@ -96,15 +97,9 @@ FM_LAYER_NORM(Float16)
 
 constexpr int64_t kGrainElements = 16384;
 
-int64_t checked_width(const Tensor& x) {
-  check_kernel_dtype(x, "x");
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x must have a last dim of at least 1");
-  return x.size(x.dim() - 1);
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, const OptionalTensor& weight_any,
                                                       const OptionalTensor& bias_any, double eps) {
-  const int64_t width = checked_width(x_any);
+  const int64_t width = layer_norm_width(x_any);
   const Tensor x = made_contiguous(x_any);
   const OptionalTensor weight = checked_parameter(weight_any, x, "weight");
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
@@ -132,18 +127,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
                                                        const OptionalTensor& bias_any, const Tensor& mean_any,
                                                        const Tensor& rstd_any, bool need_dx, bool need_dweight,
                                                        bool need_dbias) {
-  const int64_t width = checked_width(x_any);
-  const Tensor x = made_contiguous(x_any), dy = made_contiguous(dy_any);
-  const int64_t rows = x.numel() / width;
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == x.numel(),
-                  "dy must have the dtype and shape of x");
-  const Tensor mean = made_contiguous(mean_any), rstd = made_contiguous(rstd_any);
-  for (const Tensor& statistic : {mean, rstd}) {
-    STD_TORCH_CHECK(statistic.scalar_type() == ScalarType::Float && statistic.numel() == rows,
-                    "mean and rstd must be float32, one for every row of x");
-  }
-  const OptionalTensor weight = checked_parameter(weight_any, x, "weight");
-  const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
+  const LayerNormBackwardInputs in(dy_any, x_any, weight_any, bias_any, mean_any, rstd_any);
+  const Tensor &x = in.x, &dy = in.dy;
+  const OptionalTensor &weight = in.weight, &bias = in.bias;
+  const int64_t rows = in.rows, width = in.width;
   need_dweight = need_dweight && weight.has_value();
   need_dbias = need_dbias && bias.has_value();
   const bool need_sums = need_dweight || need_dbias;
@@ -153,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
   if (!need_dx && !need_sums) return {dx, dweight, dbias};
 
   const FloatParameter weight_float(weight, width, 1.0f);
-  const float* means = static_cast<const float*>(mean.const_data_ptr());
-  const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
+  const float* means = static_cast<const float*>(in.mean.const_data_ptr());
+  const float* rstds = static_cast<const float*>(in.rstd.const_data_ptr());
   const int64_t parts = row_parts(rows);
   // One row of partial sums of dweight, then one of dbias, for every part.
   const Scratch partials = make_scratch(need_sums ? 2 * parts * width : 0);

@@ -2,6 +2,6 @@
 
 from fused_megatron.testing.record_collectives import record_collectives
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
-from fused_megatron.testing.tolerances import assert_close
+from fused_megatron.testing.sharded_tolerances import assert_close
 
 __all__ = ["RankError", "assert_close", "record_collectives", "run_on_ranks"]
