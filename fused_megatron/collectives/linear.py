@@ -7,19 +7,16 @@ activations [S, B, ..] and sequence dim 0; R ranks.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import group_rank
+from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.collectives.transfers import (
     Transfer,
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
 )
-
-Group = dist.ProcessGroup | None
 
 
 class _ColumnLinear(torch.autograd.Function):
