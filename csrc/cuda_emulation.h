@@ -102,6 +102,26 @@ inline unsigned permuted(unsigned i, unsigned n) {
   return machine.order_seed % 2 ? n - 1 - shifted : shifted;
 }
 
+// Runs one warp to the next barrier or to its end, before any other warp moves: the most uneven progress that the
+// hardware could make, so that memory reused without a barrier shows.
+inline void run_warp(unsigned first) {
+  Machine& m = machine;
+  for (unsigned at_shuffle = kLanes; at_shuffle > 0;) {
+    at_shuffle = 0;
+    for (unsigned i = 0; i < kLanes; ++i) {
+      const unsigned t = first + permuted(i, kLanes);
+      Fiber& fiber = *m.fibers[t];
+      if (fiber.state != State::kRunning) continue;
+      m.current = t;
+      threadIdx = fiber.index;
+      swapcontext(&m.scheduler, &fiber.context);
+      at_shuffle += fiber.state == State::kAtShuffle;
+    }
+    if (at_shuffle % kLanes) fail("a shuffle that not all 32 lanes reach");
+    for (unsigned t = first; at_shuffle > 0 && t < first + kLanes; ++t) m.fibers[t]->state = State::kRunning;
+  }
+}
+
 inline void run_block() {
   Machine& m = machine;
   std::memset(m.shared.get(), 0xFF, kSharedBytes);  // NaN: reading before writing shows
@@ -117,33 +137,17 @@ inline void run_block() {
     fiber.context.uc_link = &m.scheduler;
     makecontext(&fiber.context, run_fiber, 0);
   }
-  for (unsigned done = 0; done < m.threads;) {
-    for (unsigned i = 0; i < m.threads; ++i) {
-      const unsigned t = permuted(i, m.threads);
-      Fiber& fiber = *m.fibers[t];
-      if (fiber.state != State::kRunning) continue;
-      m.current = t;
-      threadIdx = fiber.index;
-      swapcontext(&m.scheduler, &fiber.context);
-      done += fiber.state == State::kDone;
+  for (bool done = false; !done;) {
+    unsigned at_barrier = 0, finished = 0;
+    for (unsigned i = 0; i < m.threads; i += kLanes) {
+      run_warp(permuted(i / kLanes, m.threads / kLanes) * kLanes);
     }
-    if (done == m.threads) break;
-    // Nobody runs any more: whole warps leave their shuffles, or the whole block its barrier.
-    unsigned at_barrier = 0;
-    bool progress = false;
-    for (unsigned warp = 0; warp < m.threads; warp += kLanes) {
-      unsigned at_shuffle = 0;
-      for (unsigned t = warp; t < warp + kLanes; ++t) {
-        at_shuffle += m.fibers[t]->state == State::kAtShuffle;
-        at_barrier += m.fibers[t]->state == State::kAtBarrier;
-      }
-      if (at_shuffle == 0) continue;
-      if (at_shuffle != kLanes) fail("a shuffle that not all 32 lanes reach");
-      for (unsigned t = warp; t < warp + kLanes; ++t) m.fibers[t]->state = State::kRunning;
-      progress = true;
+    for (auto& fiber : m.fibers) {
+      at_barrier += fiber->state == State::kAtBarrier;
+      finished += fiber->state == State::kDone;
     }
-    if (progress) continue;
-    if (at_barrier != m.threads) fail("a __syncthreads that not all threads reach");
+    done = finished == m.threads;
+    if (!done && at_barrier != m.threads) fail("a __syncthreads that not all threads reach");
     for (auto& fiber : m.fibers) fiber->state = State::kRunning;
   }
 }

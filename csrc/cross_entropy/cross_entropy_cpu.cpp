@@ -28,9 +28,9 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Columns worked on at a time: a block that has to be read again is still in the first-level cache.
 constexpr int64_t kBlock = 1024;
-// A sum of powers beyond this is taken again with a larger shift, well before vector_exp2 leaves its range.
+// A sum of exponentials beyond this is taken again with a larger shift, well before vector_exp leaves its range.
 constexpr float kRescaleAbove = 1e30f;
-// How far ahead rows are fetched: the long chains of exp2 keep the processor from running ahead by itself.
+// How far ahead rows are fetched: the long chains of exp keep the processor from running ahead by itself.
 constexpr int64_t kPrefetchBytes = 8192;
 // Gradients that no cache will hold are written past the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
@@ -41,10 +41,10 @@ struct Statistics {
 };
 
 struct GradientRow {
-  float scale_p;     // the gradient is scale_p * 2^(x log2(e) - shift) + offset, and at the target + target_term
+  float scale_p;     // the gradient is scale_p * exp(x - lse) + offset, and at the target + target_term
   float offset;
   float target_term;
-  float shift;
+  float lse;
   int64_t target;    // column in this shard, or -1
   bool stream;
 };
@@ -63,18 +63,18 @@ FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
 #endif
 }
 
-// sum_j 2^(x_j log2(e) - shift); adds sum_j x_j to `sum` if asked for.
+// sum_j exp(x_j - shift); adds sum_j x_j to `sum` if asked for.
 template <bool kWithSum, class T>
-FM_INLINE float block_power_sum(const T* x, int64_t n, float shift, double& sum) {
-  float power_sum = 0.0f, plain_sum = 0.0f;
-#pragma omp simd reduction(+ : power_sum, plain_sum)
+FM_INLINE float block_exp_sum(const T* x, int64_t n, float shift, double& sum) {
+  float exp_sum = 0.0f, plain_sum = 0.0f;
+#pragma omp simd reduction(+ : exp_sum, plain_sum)
   for (int64_t j = 0; j < n; ++j) {
     const float value = to_float(x[j]);
-    power_sum += vector_exp2(value * kLog2E - shift);
+    exp_sum += vector_exp(value - shift);
     if (kWithSum) plain_sum += value;
   }
   sum += plain_sum;
-  return power_sum;
+  return exp_sum;
 }
 
 // One pass: a block is summed with the shift found so far. Only the first block, and one whose values lie so far above
@@ -82,23 +82,23 @@ FM_INLINE float block_power_sum(const T* x, int64_t n, float shift, double& sum)
 template <bool kWithSum, class T>
 FM_INLINE Statistics row_statistics(const T* x, int64_t n) {
   float shift = -kInfinity;
-  double power_sum = 0.0, sum = 0.0, unused = 0.0;
+  double exp_sum = 0.0, sum = 0.0, unused = 0.0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t length = std::min(kBlock, n - start);
     prefetch(x + start, length * sizeof(T));
     // -inf minus -inf would be NaN; shifted by 0, -inf gives 0, and NaN, which is no maximum, still gives NaN.
-    float block = block_power_sum<kWithSum>(x + start, length, shift == -kInfinity ? 0.0f : shift, sum);
+    float block = block_exp_sum<kWithSum>(x + start, length, shift == -kInfinity ? 0.0f : shift, sum);
     if (shift == -kInfinity || !(std::abs(block) < kRescaleAbove)) {
-      const float wanted = block_maximum(x + start, length) * kLog2E;
+      const float wanted = block_maximum(x + start, length);
       if (wanted > shift) {
-        power_sum *= std::exp2(static_cast<double>(shift) - wanted);
+        exp_sum *= std::exp(static_cast<double>(shift) - wanted);
         shift = wanted;
-        block = block_power_sum<false>(x + start, length, shift, unused);
+        block = block_exp_sum<false>(x + start, length, shift, unused);
       }
     }
-    power_sum += block;
+    exp_sum += block;
   }
-  const double lse = (shift == -kInfinity ? 0.0 : shift / double{kLog2E}) + std::log(power_sum);
+  const double lse = (shift == -kInfinity ? 0.0 : shift) + std::log(exp_sum);
   return {static_cast<float>(lse), static_cast<float>(sum)};
 }
 
@@ -117,10 +117,10 @@ template <class T>
 FM_INLINE void gradient_block(const T* x, int64_t n, const GradientRow& row, int64_t target, T* result) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    round_to(row.scale_p * vector_exp2(to_float(x[j]) * kLog2E - row.shift) + row.offset, result[j]);
+    round_to(row.scale_p * vector_exp(to_float(x[j]) - row.lse) + row.offset, result[j]);
   }
   if (target >= 0 && target < n) {
-    const float p = vector_exp2(to_float(x[target]) * kLog2E - row.shift);
+    const float p = vector_exp(to_float(x[target]) - row.lse);
     round_to(row.scale_p * p + (row.offset + row.target_term), result[target]);
   }
 }
@@ -207,12 +207,9 @@ void gradient_of_rows(
     const int64_t num_written = t == vocabulary.ignore_index ? 0 : vocabulary.num_real;
     if (num_written > 0) {
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
-      // The scale makes good what rounding the shift to a float lost.
-      const double exact_shift = lse[row] * double{kLog2E};
-      const auto shift = static_cast<float>(exact_shift);
-      const double scale = (1.0 + 2.0 * z_loss * lse[row]) * std::exp2(shift - exact_shift);
+      const double scale = 1.0 + 2.0 * z_loss * lse[row];
       const GradientRow work{
-          g * static_cast<float>(scale), -g * per_word, -g * hard, shift,
+          g * static_cast<float>(scale), -g * per_word, -g * hard, lse[row],
           vocabulary.owns(t) ? t - vocabulary.start : -1, stream};
       gradient_of_row(logits + row * stride, num_written, &work, dx);
     }

@@ -53,35 +53,43 @@ __global__ void __launch_bounds__(kWarps* kGroups* kWarpSize) layer_norm_backwar
     const int64_t row = base + group;
     const bool active = row < end;
     const float mean = next_mean, rstd = next_rstd;
-    float g[kAccesses][A::kCount], normalised[kAccesses][A::kCount];
+    typename A::Raw row_dy[kAccesses], row_x[kAccesses];
+    float g[A::kCount], normalised[A::kCount], weight[A::kCount];
     float2 sums{0.0f, 0.0f};
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
       if (!active || first + i * kStep >= width) continue;
-      float weight[A::kCount];
-      A::unpack(next_dy[i], g[i]);
-      A::unpack(next_x[i], normalised[i]);
+      row_dy[i] = next_dy[i];
+      row_x[i] = next_x[i];
+      A::unpack(row_dy[i], g);
+      A::unpack(row_x[i], normalised);
       load_parameter(a.weight, first + i * kStep, 1.0f, weight);
 #pragma unroll
       for (int k = 0; k < A::kCount; ++k) {
-        normalised[i][k] = (normalised[i][k] - mean) * rstd;
-        dweight[i][k] += g[i][k] * normalised[i][k];
-        dbias[i][k] += g[i][k];
-        g[i][k] *= weight[k];
-        sums.x += g[i][k];
-        sums.y += g[i][k] * normalised[i][k];
+        normalised[k] = (normalised[k] - mean) * rstd;
+        dweight[i][k] += g[k] * normalised[k];
+        dbias[i][k] += g[k];
+        g[k] *= weight[k];
+        sums.x += g[k];
+        sums.y += g[k] * normalised[k];
       }
     }
     prefetch(row + kGroups);
     sums = row_sum<kWarps>(sums, scratch + (parity * kGroups + group) * kWarps, warp, lane);
     if (!active || a.dx == nullptr) continue;
     const float mean_g = sums.x / static_cast<float>(width), mean_projection = sums.y / static_cast<float>(width);
+    // Unpacked again: kept as float32 over the reduction, the row would not fit in the registers.
 #pragma unroll
     for (int i = 0; i < kAccesses; ++i) {
       if (first + i * kStep >= width) continue;
+      A::unpack(row_dy[i], g);
+      A::unpack(row_x[i], normalised);
+      load_parameter(a.weight, first + i * kStep, 1.0f, weight);
 #pragma unroll
-      for (int k = 0; k < A::kCount; ++k) g[i][k] = rstd * (g[i][k] - mean_g - normalised[i][k] * mean_projection);
-      A::store(static_cast<T*>(a.dx) + row * a.width + first + i * kStep, g[i]);
+      for (int k = 0; k < A::kCount; ++k) {
+        g[k] = rstd * (g[k] * weight[k] - mean_g - (normalised[k] - mean) * rstd * mean_projection);
+      }
+      A::store(static_cast<T*>(a.dx) + row * a.width + first + i * kStep, g);
     }
   }
   if (a.partials == nullptr) return;

@@ -22,38 +22,39 @@ __global__ void __launch_bounds__(kWarps == 1 ? 4 * kWarpSize : kWarps* kWarpSiz
   if (row >= a.rows) return;  // whole warps, and only where kWarps is 1: no barrier follows
   const T* x = static_cast<const T*>(a.x) + row * a.width;
   T* y = static_cast<T*>(a.y) + row * a.width;
-  const int64_t first = static_cast<int64_t>(threadIdx.x % kThreadsPerRow) * A::kCount;
-  constexpr int64_t kStep = static_cast<int64_t>(kThreadsPerRow) * A::kCount;
+  const int first = threadIdx.x % kThreadsPerRow * A::kCount;
+  constexpr int kStep = kThreadsPerRow * A::kCount;
+  const int width = static_cast<int>(a.width);
 
   typename A::Raw raw[kAccesses];
 #pragma unroll
   for (int i = 0; i < kAccesses; ++i) {
-    if (first + i * kStep < a.width) raw[i] = A::load(x + first + i * kStep);
+    if (first + i * kStep < width) raw[i] = A::load(x + first + i * kStep);
   }
   float values[A::kCount];
   float2 sum{0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kAccesses; ++i) {
-    if (first + i * kStep >= a.width) continue;
+    if (first + i * kStep >= width) continue;
     A::unpack(raw[i], values);
 #pragma unroll
     for (int k = 0; k < A::kCount; ++k) sum.x += values[k];
   }
-  const float mean = row_sum<kWarps>(sum, scratch, warp, lane).x / static_cast<float>(a.width);
+  const float mean = row_sum<kWarps>(sum, scratch, warp, lane).x / static_cast<float>(width);
   float2 squares{0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < kAccesses; ++i) {
-    if (first + i * kStep >= a.width) continue;
+    if (first + i * kStep >= width) continue;
     A::unpack(raw[i], values);
 #pragma unroll
     for (int k = 0; k < A::kCount; ++k) squares.x += (values[k] - mean) * (values[k] - mean);
   }
-  const float variance = row_sum<kWarps>(squares, scratch + kWarps, warp, lane).x / static_cast<float>(a.width);
+  const float variance = row_sum<kWarps>(squares, scratch + kWarps, warp, lane).x / static_cast<float>(width);
   const float rstd = inverse_sqrt(variance + a.eps);
 #pragma unroll
   for (int i = 0; i < kAccesses; ++i) {
-    const int64_t column = first + i * kStep;
-    if (column >= a.width) continue;
+    const int column = first + i * kStep;
+    if (column >= width) continue;
     float weight[A::kCount], bias[A::kCount];
     A::unpack(raw[i], values);
     load_parameter(a.weight, column, 1.0f, weight);

@@ -18,7 +18,7 @@ def test_no_spills(request, tmp_path, op, arch):
     for kernel in kernels:
         assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
         assert kernel.shared_bytes <= 48 * 1024, kernel
-        # A forward or an elementwise kernel keeps half of the warps resident. The backward of layer norm holds the
-        # sums of two gradients in registers instead, and hides latency by loading a row ahead.
-        most = 128 if "backward_in_registers" in kernel.name else 64
+        # A forward or an elementwise kernel keeps about half of the warps resident. The backward of layer norm holds
+        # the sums of two gradients in registers instead, and hides latency by loading a row ahead.
+        most = 128 if "backward_in_registers" in kernel.name else 72
         assert 0 < kernel.registers <= most, kernel
