@@ -7,6 +7,7 @@
 #include "cpu_column_sums.h"
 #include "cpu_numbers.h"
 #include "cpu_parameter.h"
+#include "cpu_sum.h"
 #include "layer_norm_shapes.h"
 #include "multiversion.h"
 #include "tensor_checks.h"
@@ -20,17 +21,14 @@ FM_INLINE void forward_rows(const T* __restrict x, const float* __restrict weigh
                             float eps, T* __restrict y, float* __restrict means, float* __restrict rstds, int64_t rows,
                             int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < width; ++j) sum += to_float(x[j]);
-    const float mean = sum / static_cast<float>(width);
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < width; ++j) {
+    float sum[1], squares[1];
+    lane_sums(width, sum, [&](int64_t j, float* lane) __attribute__((always_inline)) { lane[0] += to_float(x[j]); });
+    const float mean = sum[0] / static_cast<float>(width);
+    lane_sums(width, squares, [&](int64_t j, float* lane) __attribute__((always_inline)) {
       const float centred = to_float(x[j]) - mean;
-      squares += centred * centred;
-    }
-    const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+      lane[0] += centred * centred;
+    });
+    const float rstd = 1.0f / std::sqrt(squares[0] / static_cast<float>(width) + eps);
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       y[j] = from_float<T>((to_float(x[j]) - mean) * rstd * weight[j] + bias[j]);
@@ -47,27 +45,26 @@ FM_INLINE void backward_rows(const T* __restrict dy, const T* __restrict x, cons
                              float* __restrict dweight, float* __restrict dbias, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, dy += width) {
     const float mean = means[row], rstd = rstds[row];
-    float sum = 0.0f, projection = 0.0f;
+    float sums[2];  // of g = dy * weight and of g * normalised
     if (dweight != nullptr) {
-#pragma omp simd reduction(+ : sum, projection)
-      for (int64_t j = 0; j < width; ++j) {
-        const float g = to_float(dy[j]);
+      lane_sums(width, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
+        const float upstream = to_float(dy[j]);
         const float normalised = (to_float(x[j]) - mean) * rstd;
-        dweight[j] += g * normalised;
-        dbias[j] += g;
-        sum += g * weight[j];
-        projection += g * weight[j] * normalised;
-      }
+        dweight[j] += upstream * normalised;
+        dbias[j] += upstream;
+        const float g = upstream * weight[j];
+        lane[0] += g;
+        lane[kSumLanes] += g * normalised;
+      });
     } else {
-#pragma omp simd reduction(+ : sum, projection)
-      for (int64_t j = 0; j < width; ++j) {
+      lane_sums(width, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
         const float g = to_float(dy[j]) * weight[j];
-        sum += g;
-        projection += g * ((to_float(x[j]) - mean) * rstd);
-      }
+        lane[0] += g;
+        lane[kSumLanes] += g * ((to_float(x[j]) - mean) * rstd);
+      });
     }
     if (dx == nullptr) continue;
-    const float mean_g = sum / static_cast<float>(width), mean_projection = projection / static_cast<float>(width);
+    const float mean_g = sums[0] / static_cast<float>(width), mean_projection = sums[1] / static_cast<float>(width);
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       const float normalised = (to_float(x[j]) - mean) * rstd;
