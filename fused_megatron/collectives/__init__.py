@@ -1,1 +1,28 @@
+"""Collectives with gradients, and linear products overlapped with theirs."""
 
+from fused_megatron.collectives.conjugate_pairs import (
+    all_gather_reduce_scatter,
+    all_gather_split,
+    all_reduce_identity,
+    identity_all_reduce,
+    identity_all_reduce_together,
+    reduce_scatter_all_gather,
+    split_all_gather,
+)
+from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.linear import column_linear, row_linear
+
+__all__ = [
+    "Group",
+    "all_gather_reduce_scatter",
+    "all_gather_split",
+    "all_reduce_identity",
+    "column_linear",
+    "group_rank",
+    "group_size",
+    "identity_all_reduce",
+    "identity_all_reduce_together",
+    "reduce_scatter_all_gather",
+    "row_linear",
+    "split_all_gather",
+]

@@ -7,6 +7,7 @@ from fused_megatron.ops.cross_entropy import (
     cross_entropy_merge,
     cross_entropy_statistics,
 )
+from fused_megatron.ops.layer_norm import layer_norm
 
 __all__ = [
     "bias_gelu",
@@ -14,4 +15,5 @@ __all__ = [
     "cross_entropy_gradient",
     "cross_entropy_merge",
     "cross_entropy_statistics",
+    "layer_norm",
 ]

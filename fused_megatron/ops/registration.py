@@ -28,7 +28,7 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
         extension.warn_no_kernel(name, next(a for a in args if isinstance(a, torch.Tensor)).device.type)
         return reference(*args, **kwargs)
 
-    _LIBRARY.define(schema)
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fused_megatron, name).default

@@ -1,1 +1,29 @@
+"""Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
 
+from fused_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from fused_megatron.tensor_parallel.embedding import VocabParallelEmbedding, vocab_parallel_embedding
+from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
+from fused_megatron.tensor_parallel.layer_norm import LayerNorm
+from fused_megatron.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel_linear,
+    row_parallel_linear,
+)
+from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, mark_shard, parameter_shard
+
+__all__ = [
+    "ColumnParallelLinear",
+    "LayerNorm",
+    "ParameterShard",
+    "RowParallelLinear",
+    "ShardedModule",
+    "VocabParallelEmbedding",
+    "column_parallel_linear",
+    "fill_normal_shard_",
+    "mark_shard",
+    "parameter_shard",
+    "row_parallel_linear",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_embedding",
+]

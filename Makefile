@@ -1,0 +1,72 @@
+# Everything runs in .venv, which the first target makes and later ones reuse.
+#   PYTHON=python3.12           another Python (3.10 or newer)
+#   FUSED_MEGATRON_CUDA=on|off  must the CUDA kernels be built? (auto: when nvcc is found; see setup.py)
+#   ARGS="..."                  further arguments for train, test and bench
+PYTHON ?= python3
+FUSED_MEGATRON_CUDA ?= auto
+CONFIG ?= examples/gpt_tiny.toml
+RANKS ?= 2
+export FUSED_MEGATRON_CUDA
+
+BIN := .venv/bin
+# No network but for packages, no question asked, nothing said unless it fails.
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train test lint types bench clean FORCE
+
+help:
+	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
+	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
+	@echo "make lint    ruff: faults and format        make types   mypy"
+	@echo "make bench   run the benchmarks             make setup   only install and build"
+	@echo "make clean   remove .venv and all that was built (runs/ stays)"
+
+setup: .venv/built
+
+train: .venv/built
+	@cores=$$(getconf _NPROCESSORS_ONLN); threads=$$((cores / $(RANKS))); \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$((threads > 1 ? threads : 1))} \
+	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) \
+	    -m fused_megatron train $(CONFIG) $(ARGS)
+
+test: .venv/built
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: .venv/installed
+	@$(BIN)/mypy
+
+bench: .venv/built
+	@$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f fused_megatron/kernels fused_megatron/*.so
+	find fused_megatron kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# Without build isolation, so that torch is installed once, and is the torch that the library is compiled against.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	    { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@echo "fused-megatron: installing into .venv (once; takes minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) "pip>=21.3" "setuptools>=77" cmake ninja pybind11 torch
+	@$(PIP) --no-build-isolation -e ".[dev]"
+	@touch $@
+
+.venv/built: .venv/installed .venv/cuda-choice setup.py CMakeLists.txt $(shell find csrc -type f)
+	@requirements=$$($(BIN)/python -c "import setup; print(*setup.nvcc_requirements())") && \
+	    { [ -z "$$requirements" ] || $(PIP) $$requirements; }
+	@echo "fused-megatron: building"
+	@$(BIN)/python setup.py --quiet build_ext --inplace > .venv/build.log 2>&1 || { cat .venv/build.log; exit 1; }
+	@grep "^fused-megatron:" .venv/build.log || true
+	@touch $@
+
+# Rewritten only when the choice is another than at the last build.
+.venv/cuda-choice: FORCE | .venv/installed
+	@echo $(FUSED_MEGATRON_CUDA) | cmp -s - $@ || echo $(FUSED_MEGATRON_CUDA) > $@

@@ -1,0 +1,149 @@
+"""Linear products with the collective that goes with them, overlapped in backward where there is something to overlap.
+
+The order of work is set by issuing a collective before the product that hides it. Shapes are those of one rank, for
+activations [S, B, ..] and sequence dim 0; R ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.transfers import (
+    Transfer,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+)
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sequence_dim: int | None,
+        group: Group,
+    ) -> torch.Tensor:
+        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
+        ctx.layout = sequence_dim, group
+        if sequence_dim is not None:
+            x = start_all_gather(x, sequence_dim, group).wait()
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        sequence_dim, group = ctx.layout
+        dx, dweight, dbias = None, None, None
+        full_x = Transfer(None, [x])
+        if needs_dweight and sequence_dim is not None:
+            full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
+        if needs_dx:
+            partial = dy @ weight
+            if sequence_dim is None:
+                dx = start_all_reduce_(partial, group)  # hidden by the product for dweight
+            else:
+                dx = start_reduce_scatter(partial, sequence_dim, group)
+            del partial
+        if needs_dweight:
+            dweight = _rows(dy).t() @ _rows(full_x.wait())
+        if needs_dbias:
+            dbias = _rows(dy).sum(0)
+        return dx.wait() if dx is not None else None, dweight, dbias, None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        sequence_dim: int | None,
+        group: Group,
+    ) -> torch.Tensor:
+        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
+        ctx.layout = sequence_dim, group
+        if group_size(group) == 1:
+            return F.linear(x, weight, bias)
+        partial = F.linear(x, weight)
+        if sequence_dim is None:
+            y = start_all_reduce_(partial, group).wait()  # the product is ours to overwrite
+        else:
+            y = start_reduce_scatter(partial, sequence_dim, group).wait()
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+        x, weight = ctx.saved_tensors
+        sequence_dim, group = ctx.layout
+        if sequence_dim is not None:
+            dy = start_all_gather(dy, sequence_dim, group).wait()
+        return (
+            dy @ weight if needs_dx else None,
+            _rows(dy).t() @ _rows(x) if needs_dweight else None,
+            # Of all positions, since dy is whole by now: the full gradient on every rank with no further collective.
+            _rows(dy).sum(0) if needs_dbias else None,
+            None,
+            None,
+        )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def column_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sequence_dim: int | None, group: Group
+) -> torch.Tensor:
+    """Product with a weight sharded over its output features. Inputs are not checked.
+
+    sequence_dim None:
+        x            [S, B, H]        replicated
+        forward      y_shard_o  [S, B, O / R] = x @ w_shard_o.T + b_shard_o
+        backward     dx         [S, B, H]     = all_reduce(dy_shard_o @ w_shard_o)
+    sequence_dim given (0 here):
+        x_shard_s    [S / R, B, H]    this rank's block of the sequence
+        forward      y_shard_o  [S, B, O / R] = all_gather(x_shard_s) @ w_shard_o.T + b_shard_o
+        backward     dx_shard_s [S / R, B, H] = reduce_scatter(dy_shard_o @ w_shard_o)
+    both:
+        backward     dw_shard_o [O / R, H] = dy_shard_o.T @ x;  db_shard_o [O / R] = sum over S, B of dy_shard_o
+
+    Communication: sequence_dim None: one all-reduce of x backward, under the product for dw. Else one all-gather
+        forward; backward one all-gather under the product for dx and one reduce-scatter under the product for dw.
+        None of those for x that needs no gradient or a frozen weight.
+    Memory: x as given (the shard, not the gathered sequence) and the weight are saved.
+    """
+    return _ColumnLinear.apply(x, weight, bias, sequence_dim, group)
+
+
+def row_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, sequence_dim: int | None, group: Group
+) -> torch.Tensor:
+    """Product with a weight sharded over its input features. Inputs are not checked.
+
+    x_shard_i    [S, B, I / R],  w_shard_i [O, I / R],  bias [O] replicated
+    sequence_dim None:
+        forward      y          [S, B, O]     = all_reduce(x_shard_i @ w_shard_i.T) + bias
+        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i
+    sequence_dim given (0 here):
+        forward      y_shard_s  [S / R, B, O] = reduce_scatter(x_shard_i @ w_shard_i.T) + bias
+        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i,  dy [S, B, O] = all_gather(dy_shard_s)
+    both:
+        backward     dw_shard_i [O, I / R] = dy.T @ x_shard_i;  dbias [O] = sum over S, B of dy
+
+    Communication: one all-reduce (reduce-scatter) of y forward; none (one all-gather of dy) backward.
+    Memory: x and the weight are saved. The collective works on the product itself, the bias is added in place.
+    """
+    return _RowLinear.apply(x, weight, bias, sequence_dim, group)

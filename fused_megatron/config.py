@@ -1,0 +1,212 @@
+"""Every setting of a run: frozen dataclasses that validate themselves.
+
+The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fused_megatron.checks import check, check_divisible
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT: pre-norm blocks, learned positions, GeLU."""
+
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    hidden_size: int = 256
+    """Width H of the residual stream."""
+    num_heads: int = 4
+    """Attention heads N; head_dim = H / N."""
+    seq_len: int = 256
+    """Longest sequence S, and the length trained on."""
+    ffn_hidden_size: int | None = None
+    """Width F of the MLP; 4 H when not given."""
+    vocab_size: int | None = None
+    """True vocabulary V; taken from the tokenizer or dataset when not given."""
+    tied_embeddings: bool = True
+    """The output head shares the weight of the token embedding."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every layer norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections take init_std / sqrt(2 num_layers)."""
+    pad_vocab_size_to_multiple_of: int = 128
+    """The stored vocabulary is padded to a multiple of this and of the tensor-parallel size; the padding takes no part
+    in the loss."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
+            _check_positive(name, getattr(self, name))
+        for name in ("ffn_hidden_size", "vocab_size"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        check_divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        check(self.layer_norm_eps > 0, f"layer_norm_eps={self.layer_norm_eps} must be above 0")
+        check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
+
+    @property
+    def ffn_size(self) -> int:
+        """F, with its default."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout over ranks: the product of the three sizes is the world size."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_parallel_size: int = 1
+    """Ranks that share the depth."""
+    data_parallel_size: int | None = None
+    """Replicas; what is left of the world when not given."""
+    sequence_parallel: bool = False
+    """Split activations between the tensor-parallel layers over the sequence."""
+    timeout_s: float = 120.0
+    """Seconds without an answer from another rank before the run ends with an error."""
+
+    def __post_init__(self) -> None:
+        _check_positive("tensor_parallel_size", self.tensor_parallel_size)
+        _check_positive("pipeline_parallel_size", self.pipeline_parallel_size)
+        check(
+            self.pipeline_parallel_size == 1,
+            f"pipeline_parallel_size={self.pipeline_parallel_size} must be 1: this version trains without a pipeline",
+        )
+        if self.data_parallel_size is not None:
+            _check_positive("data_parallel_size", self.data_parallel_size)
+        check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    path: str | None = None
+    """Text, a folder of text, .jsonl (field `text`) or an indexed dataset; the Python standard library's sources when
+    not given."""
+    cache_folder: str | None = None
+    """Where tokenizers and token files are cached; ~/.cache/fused_megatron (or $XDG_CACHE_HOME) when not given."""
+    tokenizer_vocab_size: int = 8192
+    """Entries of the byte-level BPE that is trained on the text."""
+    tokenizer_path: str | None = None
+    """A tokenizer.json to use instead of training one; for an indexed dataset the one that made it."""
+    validation_fraction: float = 0.05
+    """Share of the documents held out."""
+
+    def __post_init__(self) -> None:
+        _check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)
+        check(
+            0 < self.validation_fraction <= 0.5,
+            f"validation_fraction={self.validation_fraction} must be above 0 and at most 0.5",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW under a cosine schedule with warm-up."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the last step."""
+    warmup_steps: int = 20
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors (biases, norms) have none."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global 2-norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        check(self.lr > 0, f"lr={self.lr} must be above 0")
+        check(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check(self.eps > 0, f"eps={self.eps} must be above 0")
+        check(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must be 0 or more")
+        check(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must be 0 or more")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    num_steps: int = 300
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 16
+    """Sequences a step, over all data-parallel ranks and microbatches."""
+    microbatch_size: int = 16
+    """Sequences a rank works on at once; gradients accumulate over microbatches."""
+    dtype: str = "float32"
+    """Weights and activations: float32, or bfloat16 with fp32 main weights and gradients."""
+    seed: int = 1234
+    """Seed of the weights and of the order of the data."""
+    run_folder: str | None = None
+    """Where config, metrics, loss.png and checkpoints go; runs/<name of the config file> when not given."""
+    eval_interval: int = 100
+    """Steps between validations."""
+    eval_batches: int = 8
+    """Global batches of held-out text a validation reads (fewer if there are fewer)."""
+    log_interval: int = 10
+    """Steps between lines where the output is no terminal."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 2
+    """Good checkpoints kept; older ones are removed."""
+    bucket_mb: float = 25.0
+    """Size of the gradient buckets that data-parallel ranks reduce while backward goes on, in MB of 10^6 bytes."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps", "global_batch_size", "microbatch_size", "eval_interval", "eval_batches", "log_interval",
+            "checkpoint_interval", "keep_checkpoints",
+        ):  # fmt: skip
+            _check_positive(name, getattr(self, name))
+        check(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'",
+        )
+        check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `fused-megatron train` reads: one section of the TOML file per field."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        tp = self.parallel.tensor_parallel_size
+        check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
+        check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
+        if self.parallel.sequence_parallel:
+            check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
+        check_divisible(
+            "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
+        )
+
+    def check_data_parallel(self, dp_size: int) -> None:
+        """Raise unless the global batch splits into whole microbatches on dp_size replicas."""
+        check_divisible(
+            "global_batch_size",
+            self.training.global_batch_size,
+            f"microbatch_size={self.training.microbatch_size} x data_parallel_size={dp_size}, i.e. by their product",
+            self.training.microbatch_size * dp_size,
+        )
+
+
+def _check_positive(name: str, value: int) -> None:
+    check(value >= 1, f"{name}={value} must be 1 or more")

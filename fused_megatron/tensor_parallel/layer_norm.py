@@ -1,0 +1,59 @@
+"""LayerNorm between tensor-parallel layers, with whole gradients under sequence parallelism."""
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron import modules, ops
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import group_size, identity_all_reduce_together
+
+
+class LayerNorm(modules.LayerNorm):
+    """torch.nn.LayerNorm over the hidden dim; weight and bias are whole on every rank.
+
+    Without sequence parallelism every rank computes the same. With it a rank normalises its block of the sequence, and
+    the gradients of weight and bias are summed over the ranks in backward: when backward() returns, they are whole.
+
+        x_shard_s   [S / R, B, H] to the same shape
+        backward    dweight [H] = sum over ranks and rows of dy * n;  dbias [H] = sum over ranks and rows of dy
+
+    Args:
+        hidden_size: H.
+        eps: added to the variance.
+        bias: whether there is one.
+        tp_group: the R ranks; None for this one alone.
+        sequence_parallel: the input is this rank's block of the sequence.
+        device, dtype: of the parameters.
+
+    Communication: none forward; under sequence parallelism one all-reduce of 8 H bytes backward.
+    Memory: as ops.layer_norm.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        bias: bool = True,
+        *,
+        tp_group: dist.ProcessGroup | None,
+        sequence_parallel: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(hidden_size, eps=eps, bias=bias, device=device, dtype=dtype)
+        self.tp_group = tp_group
+        self.sequence_parallel = sequence_parallel and group_size(tp_group) > 1
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalise [..., H]; returns the same shape and dtype.
+
+        Raises:
+            InputError: the last dim is not H.
+        """
+        if not self.sequence_parallel:
+            return super().forward(input)
+        if input.shape[-1:] != self.normalized_shape:
+            raise InputError(f"input.shape={tuple(input.shape)} must end in hidden_size={self.normalized_shape[0]}")
+        parameters = tuple(p for p in (self.weight, self.bias) if p is not None)
+        weight, *bias = identity_all_reduce_together(parameters, self.tp_group)
+        return ops.layer_norm(input, weight, bias[0] if bias else None, self.eps)

@@ -1,0 +1,346 @@
+"""Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
+
+import torch
+from torch import nn
+
+from fused_megatron.checks import InputError, check, check_divisible, check_same_device, check_shape
+from fused_megatron.collectives import (
+    Group,
+    all_gather_split,
+    column_linear,
+    group_rank,
+    group_size,
+    identity_all_reduce_together,
+    row_linear,
+    split_all_gather,
+)
+from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
+from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
+
+
+def column_parallel_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    tp_group: Group,
+    sequence_parallel: bool = False,
+    sequence_dim: int = 0,
+) -> torch.Tensor:
+    """x @ weight.T + bias with weight and bias sharded over output features; for a head tied to an embedding, too.
+
+    Equals torch.nn.functional.linear on one rank. The shapes and their duals are those of collectives.column_linear:
+
+        x           [S, B, H], or this rank's [S / R, B, H] under sequence parallelism
+        forward     y_shard_o [S, B, O / R] = x @ w_shard_o.T + b_shard_o
+        backward    dx = sum over ranks of dy_shard_o @ w_shard_o (under sequence parallelism: this rank's block of it)
+
+    Args:
+        x: [..., H] float; replicated, or under sequence parallelism this rank's block of sequence_dim.
+        weight: [O / R, H], dtype of x (under autocast all three are cast, as torch does).
+        bias: [O / R] or None.
+        tp_group: the R ranks; None for this one alone.
+        sequence_parallel: x is a sequence shard; y has the whole sequence.
+        sequence_dim: which dim of x is the sequence; not the last.
+
+    Returns:
+        [..., O / R], dtype of x, contiguous.
+
+    Raises:
+        InputError: shapes that do not fit, this rank not in tp_group.
+        TypeError: dtypes that differ.
+
+    Communication: none forward; one all-reduce of x backward, under the product for dw. Under sequence parallelism
+        one all-gather of x forward; backward one all-gather and one reduce-scatter, each under a product.
+    Memory: x as given, and weight, are saved.
+
+    Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
+    """
+    group_size(tp_group)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_operands(x, weight, bias)
+    return column_linear(x, weight, bias, _sequence_dim(x, sequence_parallel, sequence_dim, tp_group), tp_group)
+
+
+def row_parallel_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    tp_group: Group,
+    sequence_parallel: bool = False,
+    sequence_dim: int = 0,
+) -> torch.Tensor:
+    """x @ weight.T + bias with x and weight sharded over input features, and bias whole on every rank.
+
+    Equals torch.nn.functional.linear on one rank. The shapes and their duals are those of collectives.row_linear:
+
+        x_shard_i   [S, B, I / R]
+        forward     y = sum over ranks of x_shard_i @ w_shard_i.T, + bias; [S, B, O], or this rank's [S / R, B, O]
+        backward    dx_shard_i [S, B, I / R] = dy @ w_shard_i
+
+    Args:
+        x: [..., I / R] float; this rank's block of the last dim.
+        weight: [O, I / R], dtype of x (under autocast all three are cast, as torch does).
+        bias: [O] or None; the same on every rank.
+        tp_group: the R ranks; None for this one alone.
+        sequence_parallel: y is this rank's block of sequence_dim.
+        sequence_dim: which dim of x is the sequence; not the last.
+
+    Returns:
+        [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.
+
+    Raises:
+        InputError: shapes that do not fit, a sequence that R does not divide, this rank not in tp_group.
+        TypeError: dtypes that differ.
+
+    Communication: one all-reduce of y forward, none backward; under sequence parallelism one reduce-scatter forward,
+        one all-gather backward. The gradient of bias is whole on every rank and needs none.
+    Memory: x and weight are saved.
+
+    Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
+    """
+    ranks = group_size(tp_group)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_operands(x, weight, bias)
+    dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    if dim is not None:
+        check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
+    return row_linear(x, weight, bias, dim, tp_group)
+
+
+class _ParallelLinear(ShardedModule):
+    """What both layers share. The shard is a block of dim `sharded_dim` of the full weight [O, I]."""
+
+    sharded_dim: int
+    bias: nn.Parameter | None
+    weight: nn.Parameter
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        tp_group: Group,
+        sequence_parallel: bool,
+        sequence_dim: int,
+        skip_bias_add: bool,
+        init_std: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        ranks, rank = group_size(tp_group), group_rank(tp_group)
+        self.in_features, self.out_features = in_features, out_features
+        self.tp_group = tp_group
+        self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
+        self.skip_bias_add = skip_bias_add
+        self.init_std = init_std
+        full = (out_features, in_features)
+        name = ("out_features", "in_features")[self.sharded_dim]
+        check_divisible(name, full[self.sharded_dim], "tensor_parallel_size", ranks)
+        local, offset = list(full), [0, 0]
+        local[self.sharded_dim] //= ranks
+        offset[self.sharded_dim] = rank * local[self.sharded_dim]
+        weight = nn.Parameter(torch.empty(local, device=device, dtype=dtype))
+        self.register_shard("weight", weight, ParameterShard(full, (offset[0], offset[1])))
+        if bias:
+            values = nn.Parameter(torch.empty(local[0], device=device, dtype=dtype))
+            self.register_shard(
+                "bias", values, ParameterShard(full[:1], (offset[0],), replicated=self.sharded_dim == 1)
+            )
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
+        """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
+
+        Without a seed the ranks of tp_group must have that generator in the same state, as after torch.manual_seed.
+        """
+        draw_normal_weight_(self.weight, self.init_std, seed, name)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}"
+        )
+
+
+class ColumnParallelLinear(_ParallelLinear):
+    """torch.nn.Linear with the weight [O, I] sharded over its rows: this rank computes O / R output features.
+
+    Args:
+        in_features: I.
+        out_features: O of all ranks together; must be divisible by R.
+        bias: whether there is one; sharded as the output.
+        tp_group: the R ranks; None for this one alone.
+        sequence_parallel: the input is this rank's block [S / R, ...] of the sequence.
+        sequence_dim: which dim of the input is the sequence.
+        gather_output: return all O features on every rank; what follows must be the same on every rank.
+        skip_bias_add: leave the bias to a following fused op (ops.bias_gelu); forward returns (y, bias).
+        init_std: standard deviation of the initial weight; every R starts from the same full weight.
+        device, dtype: of the parameters.
+
+    Raises:
+        InputError: O is not divisible by R, this rank is not in tp_group.
+
+    Shapes, Communication, Memory: as column_parallel_linear; gather_output adds one all-gather of y forward.
+    """
+
+    sharded_dim = 0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tp_group: Group,
+        sequence_parallel: bool = False,
+        sequence_dim: int = 0,
+        gather_output: bool = False,
+        skip_bias_add: bool = False,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check(
+            not (gather_output and skip_bias_add),
+            "gather_output=True with skip_bias_add=True would return all features with a shard of the bias "
+            "(set one of them to False)",
+        )
+        super().__init__(
+            in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.gather_output = gather_output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """x [..., I] to y [..., O / R] ([..., O] with gather_output), or (y, bias) with skip_bias_add."""
+        y = column_parallel_linear(
+            x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+        )  # fmt: skip
+        if self.skip_bias_add:
+            return y, self.bias
+        return all_gather_split(y, -1, self.tp_group) if self.gather_output else y
+
+
+class RowParallelLinear(_ParallelLinear):
+    """torch.nn.Linear with the weight [O, I] sharded over its columns: this rank multiplies I / R input features.
+
+    Args:
+        in_features: I of all ranks together; must be divisible by R.
+        out_features: O.
+        bias: whether there is one; whole on every rank.
+        tp_group: the R ranks; None for this one alone.
+        sequence_parallel: the output is this rank's block [S / R, ...] of the sequence.
+        sequence_dim: which dim of the input is the sequence.
+        skip_bias_add: leave the bias to a following fused op; forward returns (y, bias).
+        input_is_parallel: the input is this rank's [..., I / R]; False: it is whole and cut here.
+        init_std: standard deviation of the initial weight; every R starts from the same full weight.
+        device, dtype: of the parameters.
+
+    Raises:
+        InputError: I is not divisible by R, this rank is not in tp_group.
+
+    Shapes, Communication, Memory: as row_parallel_linear; input_is_parallel=False adds one all-gather of x backward,
+    and skip_bias_add under sequence parallelism one all-reduce of the bias's gradient.
+    """
+
+    sharded_dim = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tp_group: Group,
+        sequence_parallel: bool = False,
+        sequence_dim: int = 0,
+        skip_bias_add: bool = False,
+        input_is_parallel: bool = True,
+        init_std: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+        )  # fmt: skip
+        self.input_is_parallel = input_is_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """x [..., I / R] to y [..., O] or this rank's block of the sequence, or (y, bias) with skip_bias_add."""
+        if not self.input_is_parallel:
+            check_shape("x", x, (*x.shape[:-1], self.in_features))
+            x = split_all_gather(x, -1, self.tp_group)
+        y = row_parallel_linear(
+            x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+        )  # fmt: skip
+        if not self.skip_bias_add:
+            return y
+        bias: torch.Tensor | None = self.bias
+        if bias is not None and self.sequence_parallel:
+            # The caller adds it to a block of the sequence; its gradient is the sum over all blocks.
+            (bias,) = identity_all_reduce_together((bias,), self.tp_group)
+        return y, bias
+
+
+def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name: str) -> None:
+    """fill_normal_shard_; without a seed, with one from torch's CPU generator."""
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    fill_normal_shard_(weight, std, seed=seed, name=name)
+
+
+def _autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    check(weight.dim() == 2, f"weight.shape={tuple(weight.shape)} must be (out_features, in_features)")
+    features = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise InputError(
+            f"x.shape={tuple(x.shape)} must end in this rank's number of input features {features} "
+            f"(weight.shape={tuple(weight.shape)})"
+        )
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(
+                f"{name}.dtype={_name(tensor.dtype)} must equal weight.dtype={_name(weight.dtype)} "
+                "(cast one of them, or use torch.autocast)"
+            )
+    if bias is not None:
+        check_shape("bias", bias, weight.shape[:1])
+    check_same_device("x", x, "weight", weight)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:
+    """The dim of x that is sharded, as a number from 0; None without sequence parallelism."""
+    if not sequence_parallel or group_size(tp_group) == 1:
+        return None
+    check(
+        -x.dim() <= sequence_dim < x.dim() and sequence_dim % x.dim() != x.dim() - 1,
+        f"sequence_dim={sequence_dim} must be a dim of x.shape={tuple(x.shape)} other than the last",
+    )
+    return sequence_dim % x.dim()

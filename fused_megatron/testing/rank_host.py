@@ -1,0 +1,169 @@
+"""The process that run_on_ranks keeps: it imports torch once and forks the ranks of every call from itself.
+
+Importing torch costs seconds a process, forking one that has it costs milliseconds; so each call gets fresh ranks, and
+nothing that one test leaves behind (process groups, RNG state, a dead rank) reaches the next.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of run_on_ranks, as the parent sends it."""
+
+    module_name: str
+    module_path: str
+    qualified_name: str
+    arguments: bytes  # pickled; unpickled in the ranks alone, once the module that they may name is loaded
+    world_size: int
+    store_port: int
+    backend: str
+    timeout_s: float
+
+
+def main() -> None:
+    """Entry point; the argument is the descriptor of the control socket."""
+    torch.set_num_threads(1)  # several ranks share the cores, and no thread may live here when the ranks are forked
+    serve(socket.socket(fileno=int(sys.argv[1])))
+
+
+def serve(control: socket.socket) -> None:
+    """Fork the ranks of one call after another until the parent closes its end or dies."""
+    channel = Connection(os.dup(control.fileno()))
+    ranks: dict[int, int] = {}
+    try:
+        while True:
+            byte, descriptors, _, _ = socket.recv_fds(control, 1, 256)
+            if not byte:
+                return
+            call: Call = channel.recv()
+            with contextlib.suppress(BaseException):  # each rank loads it again and reports what is wrong
+                load_module(call.module_name, call.module_path)
+            ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
+            for descriptor in descriptors:
+                os.close(descriptor)
+            while (stuck := channel.recv()) is not None:
+                _show_stacks([ranks[rank] for rank in stuck])
+                channel.send(None)
+            channel.send(_end(ranks))
+            ranks = {}
+    except (EOFError, OSError):
+        return
+    finally:
+        _end(ranks)
+
+
+def _show_stacks(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(0.1)  # one after the other, so that the stacks do not mix
+
+
+def load_module(name: str, path: str) -> ModuleType:
+    """Import a module by name where that finds this very file, else by path (pytest's importlib mode, scripts)."""
+    name = "__mp_main__" if name == "__main__" else name  # multiprocessing's alias: both sides can pickle by it
+    loaded = sys.modules.get(name)
+    if loaded is not None and _is_file(getattr(loaded, "__file__", None), path):
+        return loaded
+    with contextlib.suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(name)
+        if found is not None and _is_file(found.origin, path):
+            return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _is_file(origin: str | None, path: str) -> bool:
+    return origin is not None and os.path.exists(origin) and os.path.samefile(origin, path)
+
+
+def _end(ranks: dict[int, int]) -> dict[int, int]:
+    """Kill what is left of the ranks and all that they started; exit codes by rank, negative for a signal."""
+    for pid in ranks.values():
+        # Not reaped yet, so the pid cannot belong to anyone else. A rank may not have made its group yet.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+    return {rank: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for rank, pid in ranks.items()}
+
+
+def _fork_rank(rank: int, call: Call, descriptors: list[int]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _run_rank(rank, call, descriptors)
+        finally:
+            os._exit(70)  # only reached when the parent is gone; never run the host's own clean-up
+    return pid
+
+
+def _run_rank(rank: int, call: Call, descriptors: list[int]) -> None:
+    os.setpgid(0, 0)
+    *answers, stdout, stderr = descriptors
+    os.dup2(stdout, 1)  # where the parent writes at this moment: pytest's capture of this test
+    os.dup2(stderr, 2)
+    for other in {*answers} - {answers[rank]}:
+        os.close(other)  # else a dead rank's end would stay open here and the parent would not notice
+    channel = Connection(answers[rank])
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
+    try:
+        answer = pickle.dumps(("result", _call(rank, call)))
+    except BaseException as error:
+        answer = _error_answer(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    channel.send_bytes(answer)
+    while True:  # leaving would close sockets that other ranks may still read from; the host ends all at once
+        signal.pause()
+
+
+def _call(rank: int, call: Call) -> Any:
+    module = load_module(call.module_name, call.module_path)
+    fn: Any = module
+    for name in call.qualified_name.split("."):
+        fn = getattr(fn, name)
+    arguments = pickle.loads(call.arguments)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(call.world_size))
+    timeout = timedelta(seconds=call.timeout_s)
+    store = dist.TCPStore("127.0.0.1", call.store_port, call.world_size, False, timeout)
+    dist.init_process_group(call.backend, store=store, rank=rank, world_size=call.world_size, timeout=timeout)
+    return fn(rank, call.world_size, *arguments)
+
+
+def _error_answer(error: BaseException) -> bytes:
+    text = traceback.format_exc()
+    try:
+        answer = pickle.dumps(("error", error, text))
+        pickle.loads(answer)  # some exceptions pickle and do not come back
+        return answer
+    except Exception:
+        return pickle.dumps(("error", None, text))

@@ -1,0 +1,191 @@
+"""Run a function on several real ranks (gloo processes on this machine) and collect what each returns."""
+
+import atexit
+import inspect
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch.distributed as dist
+
+from fused_megatron.checks import check
+from fused_megatron.testing import rank_host
+
+# After one rank has failed the others usually wait for it in a collective: long enough for their own errors to arrive.
+GRACE_S = 3.0
+
+# The parent's import path before anything of ours is imported: the ranks must run the same code as the parent.
+_START = "import sys; sys.path[:] = sys.argv[2:]; from fused_megatron.testing import rank_host; rank_host.main()"
+_LOCK = threading.Lock()
+
+
+class RankError(RuntimeError):
+    """What went wrong on which ranks.
+
+    Attributes:
+        errors: by rank, the exception raised there (None where it could not be pickled).
+        silent: the ranks that gave no answer.
+    """
+
+    def __init__(self, message: str, errors: dict[int, BaseException | None], silent: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.errors = errors
+        self.silent = silent
+
+
+def run_on_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call fn(rank, world_size, *args) on world_size new processes that form the default process group.
+
+    Each process has one thread; their working folder and environment are those of the first call. They are gone when
+    this returns, whatever happened.
+
+    Args:
+        fn: a function at the top level of a module (a pytest test module will do: it is loaded by its path).
+        world_size: number of ranks.
+        *args: the same for every rank; pickled.
+        timeout_s: for the whole call. Ranks that have not answered by then print their Python stacks and are killed.
+        backend: of torch.distributed.
+
+    Returns:
+        What fn returned, by rank.
+
+    Raises:
+        RankError: naming the ranks that raised (with their tracebacks), died (with their exit code) or did not answer.
+    """
+    check(world_size >= 1, f"world_size={world_size} must be at least 1")
+    name = getattr(fn, "__qualname__", fn)
+    check(
+        inspect.isfunction(fn) and "<" not in fn.__qualname__,
+        f"fn={name} must be a function at the top level of a module (the ranks load it by name)",
+    )
+    arguments = pickle.dumps(args)
+    with _LOCK:
+        host = _running_host()
+        store = dist.TCPStore("127.0.0.1", 0, world_size, True, wait_for_workers=False)
+        call = rank_host.Call(
+            module_name=fn.__module__,
+            module_path=os.path.abspath(inspect.getfile(fn)),
+            qualified_name=fn.__qualname__,
+            arguments=arguments,
+            world_size=world_size,
+            store_port=store.port,
+            backend=backend,
+            timeout_s=timeout_s,
+        )
+        return host.run(call)
+
+
+class _Host:
+    """The parent's end of the host process."""
+
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.control, theirs = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(theirs.fileno()), *sys.path],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the ranks
+        )
+        theirs.close()
+        self.channel = Connection(os.dup(self.control.fileno()))
+
+    def run(self, call: rank_host.Call) -> list[Any]:
+        pairs = [socket.socketpair() for _ in range(call.world_size)]
+        channels = [Connection(ours.detach()) for ours, _ in pairs]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        try:
+            descriptors = [theirs.fileno() for _, theirs in pairs]
+            socket.send_fds(self.control, [b"r"], [*descriptors, 1, 2])
+            self.channel.send(call)
+            for _, theirs in pairs:
+                theirs.close()
+            answers, died = _collect(channels, call.timeout_s)
+            silent = tuple(rank for rank in range(call.world_size) if rank not in answers and rank not in died)
+            if silent and not died and all(kind == "result" for kind, *_ in answers.values()):
+                self.channel.send(silent)  # the ranks that hang print where
+                self.channel.recv()
+            self.channel.send(None)
+            exit_codes = self.channel.recv()
+        except BaseException:
+            self.close()  # also Ctrl-C: a call half done leaves nothing to reuse
+            raise
+        finally:
+            for channel in channels:
+                channel.close()
+        return _judge(call, answers, {rank: exit_codes[rank] for rank in died}, silent)
+
+    def close(self) -> None:
+        """The host ends its ranks and itself when the line is cut."""
+        if os.getpid() == self.owner:
+            self.channel.close()
+            self.control.close()
+            try:
+                self.process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                self.process.send_signal(signal.SIGKILL)
+                self.process.wait()
+
+
+def _collect(channels: list[Connection], timeout_s: float) -> tuple[dict[int, tuple[Any, ...]], set[int]]:
+    """Answers by rank, and the ranks that died; whoever is in neither was still at work at the end."""
+    pending = {channel: rank for rank, channel in enumerate(channels)}
+    answers: dict[int, tuple[Any, ...]] = {}
+    died: set[int] = set()
+    deadline = time.monotonic() + timeout_s
+    while pending:
+        ready = wait(list(pending), max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for channel in ready:
+            assert isinstance(channel, Connection)
+            rank = pending.pop(channel)
+            try:
+                answers[rank] = pickle.loads(channel.recv_bytes())
+            except (EOFError, OSError):
+                died.add(rank)
+            if rank in died or answers[rank][0] == "error":
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+    return answers, died
+
+
+def _judge(
+    call: rank_host.Call, answers: dict[int, tuple[Any, ...]], died: dict[int, int], silent: tuple[int, ...]
+) -> list[Any]:
+    failed = {rank: answer[1:] for rank, answer in sorted(answers.items()) if answer[0] == "error"}
+    if not (failed or died or silent):
+        return [answers[rank][1] for rank in range(call.world_size)]
+    parts = [f"{call.qualified_name} on {call.world_size} ranks:"]
+    parts += [f"rank {rank} raised:\n{text.rstrip()}" for rank, (_, text) in failed.items()]
+    parts += [f"rank {rank} died with exit code {code}" for rank, code in sorted(died.items())]
+    if silent:
+        names = ", ".join(map(str, silent))
+        why = f"{GRACE_S:g} s after the first failure" if failed or died else f"timeout_s={call.timeout_s:g}"
+        parts.append(f"rank {names} did not answer within {why} and was killed")
+    errors = {rank: error for rank, (error, _) in failed.items()}
+    raise RankError("\n".join(parts), errors, silent) from next(filter(None, errors.values()), None)
+
+
+_host: _Host | None = None
+
+
+def _running_host() -> _Host:
+    global _host
+    if _host is None or _host.owner != os.getpid() or _host.control.fileno() < 0 or _host.process.poll() is not None:
+        _host = _Host()
+        atexit.register(_host.close)
+    return _host

@@ -1,0 +1,26 @@
+"""Checkpoints: named boxes of full tensors in a folder of safetensors and a JSON manifest.
+
+Knows no model and no optimizer. Reading order: boxes (what a shard is), manifest (what a checkpoint is), shard_file
+(the bytes), save, load, verify, folder (names and rotation), ranks (failing together).
+"""
+
+from fused_megatron.training.checkpoint.boxes import TensorBox
+from fused_megatron.training.checkpoint.errors import CheckpointError
+from fused_megatron.training.checkpoint.folder import checkpoint_step, list_checkpoints
+from fused_megatron.training.checkpoint.load import load_checkpoint
+from fused_megatron.training.checkpoint.manifest import Manifest, read_manifest
+from fused_megatron.training.checkpoint.save import save_checkpoint
+from fused_megatron.training.checkpoint.verify import newest_checkpoint, verify_checkpoint
+
+__all__ = [
+    "CheckpointError",
+    "Manifest",
+    "TensorBox",
+    "checkpoint_step",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "read_manifest",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

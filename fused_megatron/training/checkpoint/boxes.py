@@ -1,0 +1,91 @@
+"""Boxes: axis-aligned blocks of a full tensor. Whatever the layout, a shard is a box, and a load intersects boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorBox:
+    """This rank's part of a full tensor: `full[offset : offset + tensor.shape]` in every dim.
+
+    Args:
+        tensor: any dtype and strides. The local data that exists in the full tensor, without padding. To leave padding
+            rows out, pass a view without them.
+        full_shape: shape of the full tensor.
+        offset: where in the full tensor the first element lies; one int a dim.
+    """
+
+    tensor: torch.Tensor
+    full_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> TensorBox:
+        """A tensor that is not sharded (held alone, or replicated)."""
+        return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
+
+    @property
+    def box(self) -> Box:
+        return Box(tuple(self.offset), tuple(self.tensor.shape))
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """Offset and shape of a block; a 0-dim tensor is the box of no dims and one element."""
+
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def volume(self) -> int:
+        return math.prod(self.shape)
+
+    def lies_in(self, full_shape: Sequence[int]) -> bool:
+        return len(self.offset) == len(self.shape) == len(full_shape) and all(
+            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offset, self.shape, full_shape, strict=True)
+        )
+
+    def intersect(self, other: Box) -> Box | None:
+        """What both cover; None where that is nothing."""
+        starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        ends = (
+            min(a + m, b + n) for a, m, b, n in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
+        )
+        box = Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+        return box if all(s > 0 for s in box.shape) else None
+
+    def slices(self, origin: Sequence[int]) -> tuple[slice, ...]:
+        """Index of this box in a tensor whose first element lies at origin."""
+        return tuple(slice(o - z, o - z + s) for o, s, z in zip(self.offset, self.shape, origin, strict=True))
+
+
+def cover_problem(full_shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
+    """Why the boxes (none of them empty) do not cover the full tensor exactly once; None where they do."""
+    ordered = sorted(boxes)
+    for i, box in enumerate(ordered):
+        if not box.lies_in(full_shape):
+            return f"the box at {box.offset} of shape {box.shape} is not inside the full shape {tuple(full_shape)}"
+        for later in ordered[i + 1 :]:
+            if full_shape and later.offset[0] >= box.offset[0] + box.shape[0]:
+                break  # sorted by the first dim: all that follow start beyond this box
+            if box.intersect(later):
+                return (
+                    f"the box at {box.offset} of shape {box.shape} and the one at {later.offset} of shape "
+                    f"{later.shape} overlap"
+                )
+    missing = math.prod(full_shape) - sum(box.volume for box in ordered)
+    return f"{missing} of {math.prod(full_shape)} elements are in no box" if missing else None
+
+
+def row_blocks(shape: Sequence[int], itemsize: int, limit_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) over the first dim, each block of at most limit_bytes (but at least one row)."""
+    num_rows = shape[0] if shape else 1
+    row_bytes = math.prod(shape[1:]) * itemsize
+    rows_per_block = max(1, limit_bytes // max(1, row_bytes))
+    for start in range(0, num_rows if row_bytes else 0, rows_per_block):
+        yield start, min(start + rows_per_block, num_rows)

@@ -1,0 +1,45 @@
+"""Files that are on the disk when a call returns: whole writes, fsync of files and of folders."""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write every byte of data; os.write alone may stop early."""
+    while len(data):
+        data = data[os.write(descriptor, data) :]
+
+
+@contextlib.contextmanager
+def new_durable_file(path: Path) -> Iterator[int]:
+    """Descriptor of a file that must not exist yet; synced to the disk when the block ends without an error."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        yield descriptor
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in folder durable: a rename is only on the disk once its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete folder. It loses its name first, so that a kill half-way leaves no broken checkpoint under a good name."""
+    trash = folder.with_name(f"{folder.name.split('.')[0]}.trash-{secrets.token_hex(4)}")
+    os.rename(folder, trash)
+    shutil.rmtree(trash)

@@ -1,0 +1,50 @@
+"""The error of a checkpoint that cannot be written or read, and how the system's errors are put into words."""
+
+import errno
+import os
+from pathlib import Path
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or its files are broken: one line that names the file and the cause.
+
+    (A checkpoint that is whole but does not fit this run, as one of another model, is a `checks.InputError`.)
+
+    Attributes:
+        on_every_rank: every rank raises it alike, so that one of them need say it.
+    """
+
+    on_every_rank: bool = False
+
+
+def megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB"
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that an unprivileged process may still write in folder."""
+    statistics = os.statvfs(folder)
+    return statistics.f_bavail * statistics.f_frsize
+
+
+def disk_full(folder: Path, needed_bytes: int) -> str:
+    """'disk full: needs X MB, Y MB free on FOLDER', and the way out."""
+    try:
+        free = megabytes(free_bytes(folder))
+    except OSError:
+        free = "unknown"
+    return (
+        f"disk full: needs {megabytes(needed_bytes)}, {free} free on {folder} "
+        "(free some space, or keep fewer checkpoints)"
+    )
+
+
+def explain_os_error(error: OSError, folder: Path, needed_bytes: int) -> str:
+    """The cause of a failed write in words that say what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full(folder, needed_bytes)
+    if error.errno == errno.EFBIG:
+        return f"file too large: needs {megabytes(needed_bytes)}, beyond the limit on one file (see `ulimit -f`)"
+    if error.errno == errno.ENOENT:
+        return f"{folder} is not there (all ranks need one shared folder)"
+    return error.strerror or str(error)

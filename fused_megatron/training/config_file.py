@@ -1,0 +1,123 @@
+"""From a TOML file and command-line overrides to a TrainConfig, with one clear line for every mistake."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import tyro
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import TrainConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML file, then apply overrides as `--training.num_steps 10` (the last one of a key wins).
+
+    Raises:
+        InputError: a file that is missing or no TOML, an unknown key (the nearest is named), a value that does not fit.
+    """
+    words = [*_file_arguments(path), *overrides]
+    _check_names(overrides)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            config: Any = tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=words)
+    except SystemExit:
+        raise InputError(f"{path}: {_message_in_box(printed.getvalue())}") from None
+    return config
+
+
+def print_help(program: str) -> None:
+    """Print every key with its type, meaning and default."""
+    with contextlib.suppress(SystemExit):
+        tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=["--help"], prog=program)
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write config as the TOML that load_config reads back to an equal one (fields that are None are left out)."""
+    table = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in dataclasses.asdict(config).items()
+    }
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """The file as command-line words: one parser, and so one set of rules and messages, serves both."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config={path} does not exist (a starting point: examples/gpt_tiny.toml)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config={path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"config={path} is no TOML: {error}") from None
+    words = []
+    known = _known_keys()
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {section} must stand in a section{_nearest(section, known)}")
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name not in known:
+                raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")
+            if isinstance(value, dict | list):
+                raise InputError(f"{path}: {name} must be one value, not {value!r}")
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _check_names(words: Sequence[str]) -> None:
+    known = _known_keys()
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name not in known:
+                raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """The known key that was most likely meant: by the whole name, else by what follows the section."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not close:
+        by_field = {key.partition(".")[2]: key for key in known}
+        close = [by_field[f] for f in difflib.get_close_matches(name.rpartition(".")[2], list(by_field), n=1)]
+    return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
+
+
+def _known_keys() -> list[str]:
+    sections = typing.get_type_hints(TrainConfig)
+    return [f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)]
+
+
+def _message_in_box(box: str) -> str:
+    """tyro's message as one line, without the box around it and the hints below it."""
+    lines = [line.strip("\u2502| ") for line in box.splitlines()]
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if re.search("(\u2500|-){8}", line):  # a rule: the first is below or holds the title
+            paragraphs.append([])
+        elif line:
+            paragraphs[-1].append(line)
+    return next((" ".join(words) for words in paragraphs[1:] if words), box.strip())
+
+
+def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config with training.run_folder filled in: runs/<name of the config file>, where it is not given."""
+    if config.training.run_folder is not None:
+        return config
+    training = dataclasses.replace(config.training, run_folder=str(Path("runs") / path.stem))
+    return dataclasses.replace(config, training=training)

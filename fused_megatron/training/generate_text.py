@@ -1,0 +1,58 @@
+"""`fused-megatron generate`: continue a prompt from a run's newest checkpoint, at any tensor-parallel size."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from fused_megatron.checks import check
+from fused_megatron.config import ParallelConfig, TrainConfig
+from fused_megatron.mesh import init_mesh
+from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.training.config_file import load_config
+from fused_megatron.training.generation import generate
+from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.model_state import parameter_boxes
+from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.training.tokenizer import Tokenizer, load_tokenizer
+from fused_megatron.training.train import build_model
+
+
+def generate_text(
+    run_path: Path, prompt: str, *, num_tokens: int = 100, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+) -> str:
+    """The prompt and its continuation, equal on every rank; every rank that was launched shares the layers.
+
+    Raises:
+        InputError: no run, no good checkpoint, a prompt of no tokens, heads that do not divide by the ranks.
+    """
+    run = RunFolder(run_path)
+    with launched(ParallelConfig().timeout_s) as launch:
+        config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
+        tokens = tokenizer.encode_batch([prompt])[0]
+        on_every_rank(lambda: check(len(tokens) > 0, "prompt='' must hold at least one character"))
+        group = world_group()
+        checkpoint = newest_checkpoint(run.checkpoints, group=group)
+        check(checkpoint is not None, f"{run.checkpoints} holds no checkpoint that verifies (train first)")
+        assert checkpoint is not None
+        vocab_size = read_manifest(checkpoint).state["vocab_size"]
+        mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
+        model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
+        model = build_model(model_config, mesh, config, launch.device)
+        load_checkpoint(checkpoint, parameter_boxes(model), group=group, allow_extra=("optimizer.*",))
+        Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
+        start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
+        result = generate(model, start, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        return tokenizer.decode(result[0].tolist())
+
+
+def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
+    check(run.config.exists(), f"run={run.path} is no run folder: it has no {run.config.name}")
+    check(
+        run.tokenizer.exists(),
+        f"run={run.path} has no {run.tokenizer.name}: it was trained on token ids, so there is no text to generate",
+    )
+    layout = (f"--parallel.tensor_parallel_size={launch.world_size}", "--parallel.data_parallel_size=1",
+              "--parallel.sequence_parallel=False")  # fmt: skip
+    return load_config(run.config, layout), load_tokenizer(run.tokenizer)

@@ -1,0 +1,328 @@
+"""Token datasets in Megatron's .bin/.idx format: byte-compatible both ways, validated when opened.
+
+The .idx file, little-endian: 9 bytes "MMIDIDX\\0\\0", u64 version (1), u8 dtype code, u64 num_sequences,
+u64 num_document_indices, i32 lengths [num_sequences], i64 byte pointers [num_sequences],
+i64 document indices [num_document_indices], and for multimodal data i8 modes [num_sequences].
+Document d is the sequences document_indices[d] ... document_indices[d + 1]. The .bin file: the tokens, nothing else.
+"""
+
+import contextlib
+import errno
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from fused_megatron.checks import InputError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_OF_CODE: dict[int, np.dtype] = {
+    1: np.dtype("<u1"),
+    2: np.dtype("<i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    6: np.dtype("<f8"),
+    7: np.dtype("<f4"),
+    8: np.dtype("<u2"),
+}
+_CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items() if dtype.kind in "iu"}
+# Megatron's rule for uint16. (Its margin below 65536 leaves room for tokens added later.)
+_UINT16_VOCAB_LIMIT = 65500
+# A sequence's length is an int32 in the format.
+_MAX_SEQUENCE_LENGTH = 2**31 - 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype in which Megatron stores ids of a vocabulary of this size: uint16 below 65500, else int32."""
+    return np.dtype(np.uint16) if vocab_size < _UINT16_VOCAB_LIMIT else np.dtype(np.int32)
+
+
+def dataset_files(path_prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The .bin and the .idx file of a prefix."""
+    prefix = os.fspath(path_prefix)
+    return Path(prefix + ".bin"), Path(prefix + ".idx")
+
+
+class IndexedDataset:
+    """A dataset of token sequences on disk, read through a memory map.
+
+    Everything that can be checked without reading the tokens is checked here, so that a damaged file is found at the
+    start and not days into a run. Arrays handed out are read-only views that keep the map alive: they stay valid after
+    the dataset is gone. Can be pickled (the copy opens the files again).
+
+    Args:
+        path_prefix: path of the two files without .bin and .idx.
+
+    Raises:
+        InputError: a file is missing, truncated or inconsistent; the message names the file and what is wrong.
+    """
+
+    def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
+        self.path_prefix = os.fspath(path_prefix)
+        bin_path, idx_path = dataset_files(self.path_prefix)
+        index = _read_file(idx_path)
+        self.dtype, num_sequences, num_indices = _parse_header(idx_path, index)
+        self.sequence_lengths, pointers, self.document_indices, self.sequence_modes = _parse_arrays(
+            idx_path, index, num_sequences, num_indices
+        )
+        self._ends = np.cumsum(self.sequence_lengths, dtype=np.int64)
+        _check_index(idx_path, self.sequence_lengths, pointers, self.document_indices, self._ends, self.dtype.itemsize)
+        self.total_tokens = int(self._ends[-1]) if num_sequences else 0
+        self._tokens = _map_tokens(bin_path, idx_path, self.dtype, self.total_tokens)
+
+    def __len__(self) -> int:
+        """Number of sequences (of documents too, where each document is one sequence)."""
+        return len(self.sequence_lengths)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Tokens of one sequence: [length] of self.dtype, read-only; a negative index counts from the end."""
+        length = len(self)
+        if not -length <= index < length:
+            raise IndexError(f"sequence {index} of {self.path_prefix}, which has {length}")
+        index %= length
+        end = int(self._ends[index])
+        return self.tokens(end - int(self.sequence_lengths[index]), end)
+
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Tokens start ... end of all sequences concatenated: [end - start] of self.dtype, read-only."""
+        if not 0 <= start <= end <= self.total_tokens:
+            raise IndexError(f"tokens {start} to {end} of {self.path_prefix}, which has {self.total_tokens}")
+        return self._tokens[start:end]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.document_indices) - 1
+
+    def document_offsets(self) -> np.ndarray:
+        """int64 [num_documents + 1]: document d is tokens offsets[d] ... offsets[d + 1]."""
+        return np.concatenate([np.zeros(1, np.int64), self._ends])[self.document_indices]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return IndexedDataset, (self.path_prefix,)
+
+
+class IndexedDatasetWriter:
+    """Writes a dataset that IndexedDataset and Megatron read: whole or not at all.
+
+    Tokens go to temporary files beside the target; finalize() syncs them and moves them in place, the .idx last. So
+    an .idx never belongs to another .bin, whenever the process dies. As a context manager it finalizes at the end of
+    the block, and removes the temporary files when the block raises.
+
+    Args:
+        path_prefix: path of the two files without .bin and .idx.
+        dtype: integer type of the stored tokens; token_dtype(vocab_size) says which one Megatron takes.
+
+    Raises:
+        InputError: the folder cannot be written, the disk is full, a token does not fit into dtype.
+    """
+
+    def __init__(self, path_prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
+        self.path_prefix = os.fspath(path_prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        if self.dtype not in _CODE_OF_DTYPE:
+            wanted = ", ".join(str(d) for d in _CODE_OF_DTYPE)
+            raise TypeError(f"dtype={np.dtype(dtype)} must be one of: {wanted}")
+        self._lengths: list[int] = []
+        self._document_indices = [0]
+        bin_path, idx_path = dataset_files(self.path_prefix)
+        self._temporary = {path: path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in (bin_path, idx_path)}
+        try:
+            self._bin: BinaryIO = open(self._temporary[bin_path], "wb")  # noqa: SIM115 (closed by finalize or abort)
+        except OSError as error:
+            raise _write_error(bin_path, error) from error
+
+    def add_document(self, tokens: np.ndarray | Sequence[int], sequence_lengths: Sequence[int] | None = None) -> None:
+        """Append one document.
+
+        Args:
+            tokens: integers [num_tokens]; may be empty.
+            sequence_lengths: how the document divides into sequences; None for one sequence.
+        """
+        array = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
+        document = len(self._document_indices) - 1
+        if array.ndim != 1 or array.dtype.kind not in "iu":
+            raise TypeError(
+                f"document {document}: tokens must be integers [num_tokens], not {array.dtype}{array.shape}"
+            )
+        lengths = [len(array)] if sequence_lengths is None else [int(n) for n in sequence_lengths]
+        if sum(lengths) != len(array) or min(lengths, default=0) < 0:
+            raise InputError(f"document {document}: sequence_lengths must add up to its {len(array)} tokens")
+        if max(lengths, default=0) > _MAX_SEQUENCE_LENGTH:
+            raise InputError(
+                f"document {document}: a sequence of {max(lengths)} tokens, but the format holds at most "
+                f"{_MAX_SEQUENCE_LENGTH}: divide it by sequence_lengths"
+            )
+        limits = np.iinfo(self.dtype)
+        if len(array) and not (array.min() >= limits.min and array.max() <= limits.max):
+            worst = array.min() if array.min() < limits.min else array.max()
+            raise InputError(
+                f"document {document}: token id {worst} does not fit into {self.dtype} "
+                f"({limits.min} to {limits.max}): choose dtype by token_dtype(vocab_size)"
+            )
+        try:
+            self._bin.write(array.astype(self.dtype, copy=False).tobytes())
+        except OSError as error:
+            self.abort()
+            raise _write_error(dataset_files(self.path_prefix)[0], error) from error
+        self._lengths.extend(lengths)
+        self._document_indices.append(len(self._lengths))
+
+    def finalize(self) -> None:
+        """Sync both files and move them in place; what was at the target before is replaced."""
+        bin_path, idx_path = dataset_files(self.path_prefix)
+        try:
+            with self._bin:
+                sync(self._bin)
+            with open(self._temporary[idx_path], "wb") as file:
+                file.write(self._index_bytes())
+                sync(file)
+            idx_path.unlink(missing_ok=True)
+            os.replace(self._temporary[bin_path], bin_path)
+            os.replace(self._temporary[idx_path], idx_path)
+            sync_folder(idx_path.parent)
+        except OSError as error:
+            self.abort()
+            raise _write_error(idx_path, error) from error
+
+    def abort(self) -> None:
+        """Give up: remove the temporary files, leave the target as it was."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk; the file goes anyway
+            self._bin.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def _index_bytes(self) -> bytes:
+        lengths = np.asarray(self._lengths, dtype="<i4")
+        pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize
+        indices = np.asarray(self._document_indices, dtype="<i8")
+        header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype], len(lengths), len(indices))
+        return header + lengths.tobytes() + pointers.astype("<i8").tobytes() + indices.tobytes()
+
+    def __enter__(self) -> "IndexedDatasetWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.finalize()
+        else:
+            self.abort()
+
+
+def sync(file: BinaryIO) -> None:
+    """Put everything written to the file on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put renames in the folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_error(path: Path, error: OSError) -> InputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputError(f"{path}: the disk is full ({error.strerror}): free space or choose another folder")
+    return InputError(f"{path}: cannot be written ({error.strerror}): choose another folder")
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; an indexed dataset is a .bin and an .idx file of one prefix") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _damaged(path: Path, what: str, expected: object, got: object) -> InputError:
+    return InputError(
+        f"{path}: {what} must be {expected}, not {got}: the file is damaged or of another kind; copy or build it again"
+    )
+
+
+def _parse_header(path: Path, index: bytes) -> tuple[np.dtype, int, int]:
+    if len(index) < _HEADER.size:
+        raise _damaged(path, "size", f"at least {_HEADER.size} bytes", len(index))
+    magic, version, code, num_sequences, num_indices = _HEADER.unpack_from(index)
+    if magic != _MAGIC:
+        raise _damaged(path, "the first 9 bytes", _MAGIC, magic)
+    if version != _VERSION:
+        raise _damaged(path, "version", _VERSION, version)
+    if code not in _DTYPE_OF_CODE:
+        raise _damaged(path, "dtype code", "in 1 to 8", code)
+    dtype = _DTYPE_OF_CODE[code]
+    if dtype not in _CODE_OF_DTYPE:
+        raise _damaged(path, "dtype code", "that of an integer (token ids)", f"{code} ({dtype})")
+    if num_indices < 1:
+        raise _damaged(path, "number of document indices", "at least 1", num_indices)
+    size = _HEADER.size + 12 * num_sequences + 8 * num_indices
+    if len(index) not in (size, size + num_sequences):
+        what = f"size (of {num_sequences} sequences and {num_indices} document indices)"
+        raise _damaged(path, what, f"{size} bytes, or {size + num_sequences} with modes", len(index))
+    return dtype, num_sequences, num_indices
+
+
+def _parse_arrays(
+    path: Path, index: bytes, num_sequences: int, num_indices: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    offset = _HEADER.size
+    arrays = []
+    for dtype, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_indices)):
+        # The header's 34 bytes leave the arrays unaligned; copies are aligned, as compiled code wants them.
+        arrays.append(np.frombuffer(index, dtype, count, offset).copy())
+        offset += arrays[-1].nbytes
+    modes = np.frombuffer(index, np.int8, num_sequences, offset).copy() if len(index) > offset else None
+    return arrays[0], arrays[1], arrays[2], modes
+
+
+def _check_index(
+    path: Path, lengths: np.ndarray, pointers: np.ndarray, indices: np.ndarray, ends: np.ndarray, itemsize: int
+) -> None:
+    if lengths.size and lengths.min() < 0:
+        i = int(np.argmax(lengths < 0))
+        raise _damaged(path, f"length of sequence {i}", "at least 0", lengths[i])
+    expected = (ends - lengths) * itemsize
+    if not np.array_equal(pointers, expected):
+        i = int(np.argmax(pointers != expected))
+        raise _damaged(path, f"byte pointer of sequence {i}", f"{expected[i]} (the lengths before it)", pointers[i])
+    steps = np.diff(indices)
+    if steps.size and steps.min() < 0:
+        i = int(np.argmax(steps < 0))
+        raise _damaged(path, f"document index {i + 1}", f"at least {indices[i]} (the one before)", indices[i + 1])
+    if indices[0] != 0:
+        raise _damaged(path, "document index 0", 0, indices[0])
+    if indices[-1] != lengths.size:
+        raise _damaged(path, "the last document index", f"{lengths.size} (number of sequences)", indices[-1])
+
+
+def _map_tokens(bin_path: Path, idx_path: Path, dtype: np.dtype, total_tokens: int) -> np.ndarray:
+    try:
+        size = bin_path.stat().st_size
+        if size != total_tokens * dtype.itemsize:
+            what = f"size ({total_tokens} tokens of {dtype} as {idx_path.name} says)"
+            raise _damaged(bin_path, what, f"{total_tokens * dtype.itemsize} bytes", size)
+        if size == 0:  # an empty file cannot be mapped
+            tokens = np.empty(0, dtype)
+            tokens.flags.writeable = False
+            return tokens
+        # A plain ndarray over the map: slices keep the map alive, and are not of the subclass memmap.
+        return np.memmap(bin_path, dtype, mode="r", shape=(total_tokens,)).view(np.ndarray)
+    except FileNotFoundError:
+        raise InputError(f"{bin_path}: no such file, but {idx_path.name} is there: copy it beside") from None
+    except OSError as error:
+        raise InputError(f"{bin_path}: cannot be read ({error.strerror})") from error

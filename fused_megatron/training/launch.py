@@ -1,0 +1,65 @@
+"""Joining the ranks that torchrun started, and making one rank's mistake everybody's error."""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.training.checkpoint.ranks import run_together
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def launched(timeout_s: float) -> Iterator[Launch]:
+    """Join the process group that torchrun's environment names: NCCL on GPUs, gloo on CPUs; alone without torchrun.
+
+    A process group that is already there is used, and left open.
+
+    Args:
+        timeout_s: a collective that waits longer for another rank raises on this one.
+    """
+    found = dist.is_initialized()
+    rank = dist.get_rank() if found else int(os.environ.get("RANK", "0"))
+    world_size = dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not found:
+        # gloo beside NCCL carries the few messages between CPUs: agreement on errors and on checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    yield Launch(rank, world_size, device)
+    # Only after success: tearing a group down after a lost peer can wait for that peer.
+    if world_size > 1 and not found:
+        dist.destroy_process_group()
+
+
+def on_every_rank(build: Callable[[], T]) -> T:
+    """Return build(); if it raises on any rank, raise the same one-line error on every rank.
+
+    Without this the rank that fails would leave the others waiting in their next collective.
+    """
+    results: list[T] = []
+    run_together(world_group(), lambda: results.append(build()))
+    return results[0]
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """All ranks of the run; None when there is one."""
+    return dist.group.WORLD if dist.is_initialized() else None

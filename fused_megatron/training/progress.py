@@ -1,0 +1,65 @@
+"""What the user sees while a run goes on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Reporter:
+    """A progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
+
+    def __init__(self, enabled: bool, log_interval: int) -> None:
+        # soft_wrap: a log line must stay one line.
+        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self._log_interval = log_interval
+        self._progress: Progress | None = None
+        self._num_steps = 0
+        self._stage = ""
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        self.console.print(text, markup=False)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """A stage of the preparation, said once when it begins."""
+        if name != self._stage:
+            self._stage = name
+            self.say(f"{name} ...")
+
+    @contextmanager
+    def steps(self, first: int, num_steps: int) -> Iterator[None]:
+        """Show the loop over steps while the context is open."""
+        self._num_steps = num_steps
+        if not self.console.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  ETA"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=self.console) as progress:
+            self._progress = progress
+            progress.add_task("train", total=num_steps, completed=first, loss=float("nan"), speed=0.0)
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
+        """Step `step` (1 for the first) is done."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, loss=loss, speed=tokens_per_s)
+        elif step % self._log_interval == 0 or step == self._num_steps:
+            self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  ETA {eta_s:.0f} s")
+
+    def table(self, title: str, rows: dict[str, str]) -> None:
+        """Two columns: what, how much."""
+        table = Table(title=title, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.console.print(table)

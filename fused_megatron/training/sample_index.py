@@ -1,0 +1,102 @@
+"""Which tokens are training sample i: a pure function of the document lengths, seq_len, seed and i."""
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from fused_megatron import extension
+from fused_megatron.checks import check
+from fused_megatron.reference import sample_index as reference
+
+# Streams of the two permutations of an epoch (fused_megatron.reference.sample_index.permutation).
+_DOCUMENT_STREAM = 0
+_SAMPLE_STREAM = 1
+# A batch touches two epochs at most, unless the epochs are tiny; then rebuilding them costs nothing.
+_EPOCHS_KEPT = 2
+
+
+class SampleIndex:
+    """An endless order of samples of seq_len + 1 tokens over packed documents.
+
+    Epoch e takes all documents in an order shuffled by (seed, e), concatenates them, and cuts the result into samples
+    of seq_len + 1 tokens that overlap by one: sample i starts at the last token of sample i - 1, so that every token
+    but an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What remains at the end of
+    the concatenation (at most seq_len tokens, others in every epoch) is left out. Sample numbers run on over epochs.
+
+    Memory: 8 bytes a document and 24 a sample, for each of two epochs.
+
+    Args:
+        lengths: int64 [num_documents], tokens of each document; zeros are fine.
+        seq_len: tokens of a sample, less one.
+        seed: any integer in [0, 2^64).
+
+    Raises:
+        InputError: there are fewer than seq_len + 1 tokens, or seed is out of range.
+    """
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, seed: int) -> None:
+        self.lengths = np.ascontiguousarray(lengths, dtype=np.int64)
+        self.seq_len = seq_len
+        self.seed = seed
+        total = int(self.lengths.sum())
+        check(seq_len >= 1, f"seq_len={seq_len} must be at least 1")
+        check(0 <= seed < 1 << 64, f"seed={seed} must be in [0, 2^64)")
+        check(
+            total > seq_len,
+            f"{total} tokens are too few for one sample of seq_len={seq_len} + 1: give more text or a smaller seq_len",
+        )
+        self.samples_per_epoch = (total - 1) // seq_len
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
+        """The sample as (document, offset in it, number of tokens), in order."""
+        epoch, position = divmod(sample, self.samples_per_epoch)
+        order, starts, shuffle = self._epoch(epoch)
+        return pieces_from(self.lengths, order, starts[shuffle[position]], self.seq_len + 1)
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if epoch not in self._epochs:
+            while len(self._epochs) >= _EPOCHS_KEPT:
+                del self._epochs[next(iter(self._epochs))]
+            builders = index_builders()
+            order = builders.permutation(len(self.lengths), self.seed, epoch, _DOCUMENT_STREAM)
+            starts = builders.build_sample_index(self.lengths, order, self.seq_len)
+            shuffle = builders.permutation(self.samples_per_epoch, self.seed, epoch, _SAMPLE_STREAM)
+            self._epochs[epoch] = order, starts, shuffle
+        return self._epochs[epoch]
+
+
+def pieces_from(
+    lengths: np.ndarray, order: np.ndarray, start: np.ndarray, count: int
+) -> Iterator[tuple[int, int, int]]:
+    """(document, offset, number of tokens) of the `count` tokens from start = (position in order, offset) on.
+
+    Stops early where the documents end.
+    """
+    position, offset = int(start[0]), int(start[1])
+    while count > 0 and position < len(order):
+        document = int(order[position])
+        taken = min(count, int(lengths[document]) - offset)
+        if taken > 0:
+            yield document, offset, taken
+            count -= taken
+        position, offset = position + 1, 0
+
+
+@functools.cache
+def index_builders() -> Any:
+    """The compiled index builders; their definition in numpy, with one warning, where there are none."""
+    try:
+        import fused_megatron._dataset_index as compiled  # noqa: PLC0415 (compiled, and may be absent)
+    except ImportError as error:
+        warnings.warn(
+            f"fused_megatron: the compiled dataset index is missing ({error}); numpy builds it, slower. "
+            f"To build it: {extension.HOW_TO_BUILD}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return reference
+    return compiled

@@ -1,0 +1,151 @@
+"""Where text comes from: files of documents in a fixed order, read as often as needed."""
+
+import json
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fused_megatron.checks import InputError, check
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass
+class TextSource:
+    """Text files in a fixed order.
+
+    A file is one document, but in a .jsonl file each line is one (its field "text"). A byte order mark at the start of
+    a file is dropped, line ends stay as they are; documents without any text are left out.
+
+    Attributes:
+        description: what the user would call it.
+        files: (name, path) in order; the names tell the files apart on every machine.
+        skip_undecodable: leave out files that are not UTF-8 (for text that the user did not choose) instead of raising.
+        skipped: names of the files left out so far.
+    """
+
+    description: str
+    files: list[tuple[str, Path]]
+    skip_undecodable: bool = False
+    skipped: set[str] = field(default_factory=set)
+
+    def documents(self) -> Iterator[str]:
+        """The documents in order.
+
+        Raises:
+            InputError: a file cannot be read, is not UTF-8, or has a line that is no JSON object with text.
+        """
+        for name, path in self.files:
+            if path.suffix == ".jsonl":
+                yield from _jsonl_documents(path)
+                continue
+            text = self._read(name, path)
+            if text:
+                yield text
+
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """(name, size, time of change in ns) of every file: equal as long as no file was touched."""
+        stats = [(name, path.stat()) for name, path in self.files]
+        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(path.stat().st_size for _, path in self.files)
+
+    def _read(self, name: str, path: Path) -> str:
+        try:
+            return path.read_bytes().removeprefix(_UTF8_BOM).decode()
+        except UnicodeDecodeError as error:
+            if self.skip_undecodable:
+                self.skipped.add(name)
+                return ""
+            raise InputError(
+                f"{path}: not UTF-8 at byte {error.start} ({error.reason}): convert the file, or leave it out"
+            ) from None
+        except OSError as error:
+            if self.skip_undecodable:
+                self.skipped.add(name)
+                return ""
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def standard_library_source() -> TextSource:
+    """The Python standard library's own sources on this machine."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "__pycache__"}
+    files = [(name, path) for name, path in _walk(root, skip) if path.suffix == ".py"]
+    check(
+        bool(files),
+        f"{root}: no sources of Python's standard library there, which are the default text: give data.path",
+    )
+    return TextSource("the Python standard library's sources", files, skip_undecodable=True)
+
+
+def path_source(path: str | os.PathLike[str]) -> TextSource:
+    """A text file, a .jsonl file, or a folder of both (all files but hidden ones).
+
+    Raises:
+        InputError: nothing there, or only empty files.
+    """
+    root = Path(path).expanduser()
+    check(root.exists(), f"data.path={path}: no such file, folder or indexed dataset (PATH.bin with PATH.idx)")
+    if root.is_dir():
+        files = list(_walk(root, {"__pycache__"}))
+        check(bool(files), f"data.path={path}: the folder holds no files")
+        indexed = [file for _, file in files if file.suffix == ".idx"]
+        if indexed:
+            raise InputError(
+                f"data.path={path}: the folder holds an indexed dataset: give its prefix, {indexed[0].with_suffix('')}"
+            )
+    else:
+        check(root.is_file(), f"data.path={path}: neither a file nor a folder")
+        files = [(root.name, root)]
+    source = TextSource(str(path), files)
+    check(source.total_bytes() > 0, f"data.path={path}: there is no text in it (0 bytes)")
+    return source
+
+
+def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, Path]]:
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        names += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+    for name in sorted(Path(name).relative_to(root).as_posix() for name in names):
+        if (root / name).is_file():
+            yield name, root / name
+
+
+def _jsonl_documents(path: Path) -> Iterator[str]:
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(_UTF8_BOM).strip()
+                if line:
+                    text = _jsonl_text(f"{path}:{number}", line)
+                    if text:
+                        yield text
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _jsonl_text(where: str, line: bytes) -> str:
+    wanted = 'each line must be a JSON object with a field "text"'
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8 at byte {error.start} of the line; {wanted}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON ({error}); {wanted}") from None
+    except RecursionError:
+        raise InputError(f"{where}: JSON nested too deeply; {wanted}") from None
+    check(isinstance(record, dict), f"{where}: a JSON {type(record).__name__}; {wanted}")
+    check("text" in record, f"{where}: no field text (fields: {', '.join(sorted(record)) or 'none'}); {wanted}")
+    text = record["text"]
+    check(isinstance(text, str), f"{where}: field text holds {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: half of a surrogate pair in the text, which UTF-8 cannot hold") from None
+    return text

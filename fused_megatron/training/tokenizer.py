@@ -1,0 +1,150 @@
+"""A byte-level BPE tokenizer: trained with Hugging Face tokenizers, kept as one JSON file."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fused_megatron.checks import InputError, check
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# The 256 bytes and the end of document.
+MIN_VOCAB_SIZE = 257
+# Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
+_PIECE_CHARACTERS = 1 << 20
+
+
+class Tokenizer:
+    """Text to token ids and back, exactly: decode(encode(text)) == text for every text that UTF-8 can hold.
+
+    Text that reads "<|endoftext|>" is encoded as any other text; only end_of_document is the special token.
+
+    Attributes:
+        vocab_size: number of ids.
+        end_of_document: the id of "<|endoftext|>".
+        token_bytes: int64 [vocab_size], how many UTF-8 bytes each id stands for (0 for special tokens). Summed over
+            the tokens of a text it gives the length of the text in bytes.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        # Not a part of the JSON file; without it a text could forge an end of document.
+        self._backend.encode_special_tokens = True
+        vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.end_of_document = vocabulary[END_OF_DOCUMENT]
+        special = {token.content for token in backend.get_added_tokens_decoder().values()}
+        self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in vocabulary.items():
+            # Byte-level: one character of a token's name stands for one byte.
+            self.token_bytes[index] = 0 if token in special else len(token)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of one text: int64 [num_tokens], without an end of document."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, as encode() gives them; on all processor cores."""
+        pieces = [list(text_pieces(text, _PIECE_CHARACTERS)) for text in texts]
+        flat = [piece for text in pieces for piece in text]
+        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
+        results = []
+        for text in pieces:
+            parts = [np.asarray(next(encoded).ids, dtype=np.int64) for _ in text]
+            results.append(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
+        return results
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+        """The text of token ids; bytes that are no UTF-8 (of a token cut in the middle) become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
+    """Train a byte-level BPE on the texts and write it to path (whole or not at all).
+
+    The same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: read once.
+        vocab_size: at least 257; small texts may give fewer entries.
+        path: JSON file.
+
+    Raises:
+        InputError: vocab_size is too small, the package tokenizers is missing, path cannot be written.
+    """
+    check(
+        vocab_size >= MIN_VOCAB_SIZE,
+        f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_DOCUMENT})",
+    )
+    tokenizers = _import_tokenizers()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(iter(texts), trainer)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(backend.to_str(pretty=True))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: the tokenizer cannot be written ({error.strerror})") from error
+    return Tokenizer(backend)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer that train_tokenizer wrote.
+
+    Raises:
+        InputError: no such file, a damaged one, or a tokenizer that is not byte-level with "<|endoftext|>".
+    """
+    tokenizers = _import_tokenizers()
+    check(Path(path).is_file(), f"{path}: no such tokenizer file")
+    try:
+        backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+    except Exception as error:  # the package raises plain Exception
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{path}: not a tokenizer file, or a damaged one ({reason}); train or copy it again"
+        ) from error
+    check(
+        isinstance(backend.decoder, tokenizers.decoders.ByteLevel),
+        f"{path}: the tokenizer must be byte-level (decoder ByteLevel, not {type(backend.decoder).__name__})",
+    )
+    check(
+        backend.token_to_id(END_OF_DOCUMENT) is not None,
+        f"{path}: the tokenizer has no token {END_OF_DOCUMENT}, which ends documents",
+    )
+    return Tokenizer(backend)
+
+
+def text_pieces(text: str, limit: int) -> Iterator[str]:
+    """Cut a text into pieces of at most `limit` characters, after a line end where there is one."""
+    start = 0
+    while len(text) - start > limit:
+        end = text.rfind("\n", start, start + limit) + 1 or start + limit
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers  # noqa: PLC0415 (an extra: only those who bring text need it)
+    except ImportError:
+        raise InputError(
+            "text needs the package tokenizers: pip install fused-megatron[text] (an indexed dataset does without)"
+        ) from None
+    return tokenizers

@@ -1,0 +1,164 @@
+"""A whole training run: ranks, data, model, newest checkpoint, loop, results."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import GPTConfig, TrainConfig
+from fused_megatron.mesh import Mesh, init_mesh
+from fused_megatron.models import GPT
+from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.training.data import TrainingData, open_training_data
+from fused_megatron.training.generation import generate
+from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.training.trainer import Progress, Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def train(config: TrainConfig, run_path: Path) -> bool:
+    """Train as config says in run_path, from the newest good checkpoint there, if there is one.
+
+    Every rank calls it. False when SIGTERM ended the run early.
+
+    Raises:
+        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
+        NonFiniteError: on every rank, when the loss or a gradient stops being finite.
+    """
+    with launched(config.parallel.timeout_s) as launch:
+        reporter = Reporter(launch.rank == 0, config.training.log_interval)
+        run = RunFolder(run_path)
+        mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
+        model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
+        model = build_model(model_config, mesh, config, launch.device)
+        trainer = Trainer(config, mesh, model, data, run, reporter)
+        _resume(trainer, model_config)
+        _introduce(trainer)
+        started = time.perf_counter()
+        finished = trainer.run()
+        _conclude(trainer, finished, time.perf_counter() - started)
+        return finished
+
+
+def build_model(model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device) -> GPT:
+    """This rank's shard of the model that config describes."""
+    return GPT(
+        model_config,
+        tp_group=mesh.tp_group,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.training.seed,
+        dtype=DTYPES[config.training.dtype],
+        device=device,
+    )
+
+
+def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Reporter) -> tuple[Mesh, TrainingData]:
+    parallel = config.parallel
+    mesh = init_mesh(
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.data_parallel_size,
+        device_type=launch.device.type,
+    )
+    config.check_data_parallel(mesh.dp_size)
+    if launch.rank == 0:
+        run.create(config)
+    data = open_training_data(config, reporter.stage)
+    if launch.rank == 0 and data.tokenizer_path is not None:
+        shutil.copyfile(data.tokenizer_path, run.tokenizer)
+    return mesh, data
+
+
+def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
+    group = world_group()
+    checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
+    if checkpoint is not None:
+        state = on_every_rank(lambda: read_manifest(checkpoint).state)
+        check_same_model(state, model_config, checkpoint)
+        # Another layout has other ranks: their generators start anew.
+        rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
+        load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=rank_tensors, group=group)
+        trainer.set_rank_tensors(rank_tensors or {})
+        trainer.progress = Progress(**state["progress"])
+        trainer.optimizer.set_step(trainer.progress.step)
+        trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
+        if state.get("data") != trainer.data.fingerprint:
+            trainer.reporter.say(
+                f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
+                f"({trainer.progress.samples_consumed} samples) is kept"
+            )
+    if trainer.mesh.rank == 0:
+        trainer.run_folder.forget_metrics_after(trainer.progress.step)
+
+
+def check_same_model(state: dict[str, Any], model_config: GPTConfig, checkpoint: Path) -> None:
+    """Raise unless the checkpoint's model has the sizes of model_config."""
+    saved = state["config"]["model"] | {"vocab_size": state["vocab_size"]}
+    for name, value in dataclasses.asdict(model_config).items():
+        if name != "init_std" and saved.get(name) != value:
+            raise InputError(
+                f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
+                f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
+            )
+
+
+def _introduce(trainer: Trainer) -> None:
+    mesh, config = trainer.mesh, trainer.config
+    trainer.reporter.say(
+        f"GPT with {trainer.model.num_parameters():,} parameters in {config.training.dtype} on {mesh.world_size} "
+        f"{trainer.device.type} rank{'s' if mesh.world_size > 1 else ''} (tp={mesh.tp_size} pp={mesh.pp_size} "
+        f"dp={mesh.dp_size}{' sequence parallel' if config.parallel.sequence_parallel else ''}); "
+        f"run folder {trainer.run_folder.path}"
+    )
+    if trainer.progress.step >= config.training.num_steps:
+        trainer.reporter.say(
+            f"nothing to train: step {trainer.progress.step} of {config.training.num_steps} is done "
+            f"(raise training.num_steps, or choose another training.run_folder)"
+        )
+
+
+def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
+    reporter, run = trainer.reporter, trainer.run_folder
+    if not finished:
+        reporter.say(f"stopped by SIGTERM after step {trainer.progress.step}; the checkpoint is written")
+        return
+    lines = _generated_lines(trainer)  # every rank takes part
+    if trainer.mesh.rank != 0:
+        return
+    records = run.read_metrics()
+    drawn = plot_loss(records, run.loss_picture, title=run.path.name)
+    losses = [r for r in records if "loss" in r]
+    evaluations = [r for r in records if "validation_loss" in r]
+    rows = {"steps": f"{trainer.progress.step}", "time of this session": f"{seconds:.0f} s"}
+    if losses:
+        rows["training loss"] = f"{losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f} nats per token"
+        rows["speed"] = f"{sorted(r['tokens_per_s'] for r in losses)[len(losses) // 2]:,.0f} tokens/s"
+    if evaluations:
+        rows["held-out loss"] = f"{evaluations[-1]['validation_loss']:.3f} nats per token"
+        if evaluations[-1]["bits_per_byte"] is not None:
+            rows["held-out bits per byte"] = f"{evaluations[-1]['bits_per_byte']:.3f}"
+    rows["metrics"] = str(run.metrics)
+    rows["picture"] = str(run.loss_picture) if drawn else "none (pip install 'fused-megatron[plots]')"
+    rows["checkpoints"] = str(run.checkpoints)
+    reporter.table("Results", rows)
+    if lines:
+        reporter.say("Three beginnings of a document, as the model writes them:")
+    for line in lines:
+        reporter.say(line)
+
+
+def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40) -> list[str]:
+    tokenizer = trainer.data.tokenizer
+    if tokenizer is None:
+        return []
+    start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
+    tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
+    return [f"  {i}. " + repr(tokenizer.decode(row[1:].tolist()))[1:-1] for i, row in enumerate(tokens, 1)]

@@ -1,0 +1,220 @@
+"""The training loop."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.mesh import Mesh
+from fused_megatron.models import GPT
+from fused_megatron.training.checkpoint import save_checkpoint
+from fused_megatron.training.checkpoint.ranks import gather_json
+from fused_megatron.training.data import TrainingData
+from fused_megatron.training.evaluation import Evaluation, evaluate
+from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
+from fused_megatron.training.gradients import GradientBuckets
+from fused_megatron.training.launch import world_group
+from fused_megatron.training.learning_rate import learning_rate
+from fused_megatron.training.model_state import optimizer_boxes, parameter_boxes
+from fused_megatron.training.optimizer import Optimizer
+from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder import RunFolder
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became NaN or infinite; the weights are those before the step."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; what a resumed run needs besides tensors."""
+
+    step: int = 0
+    samples_consumed: int = 0
+
+
+class Trainer:
+    """A model, its optimizer and its place in the data; run() trains to the last step.
+
+    Args:
+        config: all settings.
+        mesh: layout of the ranks.
+        model: this rank's shard, already on its device.
+        data: training and held-out tokens.
+        run: where metrics and checkpoints go (rank 0 writes all but the checkpoints' shards).
+        reporter: what the user sees.
+    """
+
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, model: GPT, data: TrainingData, run: RunFolder, reporter: Reporter
+    ) -> None:
+        self.config, self.mesh, self.model, self.data, self.run_folder, self.reporter = (
+            config, mesh, model, data, run, reporter,
+        )  # fmt: skip
+        self.parameters = dict(model.named_parameters())
+        self.device = next(iter(self.parameters.values())).device
+        self.gradients = GradientBuckets(
+            list(self.parameters.values()), mesh.dp_group, bucket_bytes=1e6 * config.training.bucket_mb
+        )
+        self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
+        self.progress = Progress()
+        self.last_evaluation: Evaluation | None = None
+        self._stop_requested = False
+        self._step_times: deque[float] = deque(maxlen=20)
+
+    def run(self) -> bool:
+        """Train up to config.training.num_steps; False when SIGTERM ended the run early (after a checkpoint)."""
+        training = self.config.training
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        try:
+            with self.reporter.steps(self.progress.step, training.num_steps):
+                while self.progress.step < training.num_steps:
+                    stop = self._train_step()
+                    step, last = self.progress.step, self.progress.step == training.num_steps
+                    if step % training.eval_interval == 0 or last:
+                        self._evaluate()
+                    if step % training.checkpoint_interval == 0 or last or stop:
+                        self.save()
+                    if stop and not last:
+                        return False
+            return True
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def tensor_boxes(self) -> dict[str, Any]:
+        """Every tensor of a checkpoint by name, as a box of its full tensor."""
+        return {**parameter_boxes(self.model), **optimizer_boxes(self.parameters, self.optimizer)}
+
+    def rank_tensors(self) -> dict[str, torch.Tensor]:
+        """What each rank keeps for itself: the states of torch's random number generators."""
+        states = {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def set_rank_tensors(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what rank_tensors() gave."""
+        if "rng.cpu" in states:
+            torch.set_rng_state(states["rng.cpu"])
+        if "rng.cuda" in states:
+            torch.cuda.set_rng_state(states["rng.cuda"], self.device)
+
+    def layout(self) -> dict[str, int]:
+        """Length of each axis of the mesh."""
+        return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step; collective."""
+        save_checkpoint(
+            self.run_folder.checkpoints,
+            self.progress.step,
+            self.tensor_boxes(),
+            state=self._checkpoint_state(),
+            rank_tensors=self.rank_tensors(),
+            group=world_group(),
+            keep=self.config.training.keep_checkpoints,
+        )
+
+    def tokens_per_s(self) -> float:
+        """Median speed of the latest steps, over all ranks."""
+        if not self._step_times:
+            return 0.0
+        seconds = sorted(self._step_times)[len(self._step_times) // 2]
+        return self.config.training.global_batch_size * self.config.model.seq_len / seconds
+
+    def _train_step(self) -> bool:
+        """One optimizer step; True when a rank was asked to stop."""
+        started = time.perf_counter()
+        training, step = self.config.training, self.progress.step
+        self.gradients.zero_()
+        loss_sum = self._accumulate_gradients()
+        self.gradients.finish()
+        loss, stop = self._sum_over_ranks(loss_sum)
+        norm = float(global_gradient_norm(self.parameters, self.gradients, self.mesh.tp_group))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._raise_non_finite(loss, norm)
+        lr = learning_rate(step, training.num_steps, self.config.optimizer)
+        self.optimizer.step(lr, clip_coefficient(norm, self.config.optimizer.clip_norm))
+        self.progress.step += 1
+        self.progress.samples_consumed += training.global_batch_size
+        self._step_times.append(time.perf_counter() - started)
+        self._report(loss, norm, lr)
+        return stop
+
+    def _accumulate_gradients(self) -> torch.Tensor:
+        """Forward and backward of every microbatch; the sum of the loss over this rank's tokens."""
+        training = self.config.training
+        inputs, targets = self.data.training_batch(
+            self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
+        )
+        # Divided once, by the tokens of the whole step: ranks and microbatches then simply add up.
+        num_tokens = training.global_batch_size * inputs.shape[1]
+        microbatches = list(
+            zip(inputs.split(training.microbatch_size), targets.split(training.microbatch_size), strict=True)
+        )
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for i, (tokens, target) in enumerate(microbatches):
+            if i == len(microbatches) - 1:
+                self.gradients.reduce_during_next_backward()
+            losses = self.model(tokens.to(self.device), target.to(self.device))
+            (losses.sum() / num_tokens).backward()
+            loss_sum += losses.detach().double().sum() / num_tokens
+        return loss_sum
+
+    def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
+        """The loss over all data-parallel ranks and whether any rank was asked to stop, in one message."""
+        message = torch.stack([loss_sum / self.mesh.tp_size, loss_sum.new_tensor(float(self._stop_requested))])
+        if self.mesh.world_size > 1:
+            dist.all_reduce(message)
+        loss, stops = message.tolist()
+        return loss, stops > 0
+
+    def _raise_non_finite(self, loss: float, norm: float) -> None:
+        # The sums have spread the NaN to every rank, so every rank is here.
+        names = gather_json(non_finite_parameters(self.parameters, self.gradients)[:1], world_group())
+        where = next(
+            (f"; first such gradient: {name[0]} on rank {rank}" for rank, name in enumerate(names) if name), ""
+        )
+        raise NonFiniteError(
+            f"step {self.progress.step + 1}: loss={loss} gradient_norm={norm}: not finite, the weights were not "
+            f"updated{where}"
+        )
+
+    def _report(self, loss: float, norm: float, lr: float) -> None:
+        step, speed = self.progress.step, self.tokens_per_s()
+        if self.mesh.rank == 0:
+            self.run_folder.append_metrics(
+                {"step": step, "loss": loss, "gradient_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1)}
+            )
+        seconds_left = (self.config.training.num_steps - step) * self._step_times[-1]
+        self.reporter.step(step, loss, speed, seconds_left)
+
+    def _evaluate(self) -> None:
+        training = self.config.training
+        self.last_evaluation = evaluate(
+            self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size
+        )
+        record = {"step": self.progress.step, **dataclasses.asdict(self.last_evaluation)}
+        if self.mesh.rank == 0:
+            self.run_folder.append_metrics(record)
+        self.reporter.say(f"step {self.progress.step}: {self.last_evaluation.describe()}")
+
+    def _checkpoint_state(self) -> dict[str, Any]:
+        return {
+            "progress": dataclasses.asdict(self.progress),
+            "vocab_size": self.model.vocab_size,
+            "data": self.data.fingerprint,
+            "config": dataclasses.asdict(self.config),
+            "layout": self.layout(),
+        }
+
+    def _request_stop(self, *_: object) -> None:
+        self._stop_requested = True

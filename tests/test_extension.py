@@ -1,0 +1,81 @@
+"""The compiled library: what it registers, and what happens where it is missing or broken."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_megatron import extension
+
+ROOT = Path(__file__).parents[1]
+
+# Runs an op twice and prints whether it is right, so that any number of warnings can be counted.
+USE_AN_OP = """
+import torch
+import fused_megatron as fm
+x = torch.randn(3, 5)
+for _ in range(2):
+    y = fm.ops.bias_gelu(x, torch.ones(5))
+print(torch.allclose(y, torch.nn.functional.gelu(x + 1, approximate="tanh"), atol=1e-6))
+"""
+
+
+def registrations() -> list[tuple[str, str]]:
+    """(op, dispatch key) of every kernel that the C++ and CUDA sources register."""
+    found = []
+    for pattern, key in (("*/*_cpu.cpp", "CPU"), ("*/*_cuda.cu", "CUDA")):
+        for path in sorted((ROOT / "csrc").glob(pattern)):
+            found += [(name, key) for name in re.findall(r'm\.impl\(\s*"(\w+)"', path.read_text(encoding="utf-8"))]
+    return found
+
+
+@pytest.mark.parametrize(("op", "key"), registrations())
+def test_kernel_is_registered(op, key):
+    if not extension.LIBRARY.exists():
+        pytest.skip("the compiled library is not built")
+    if key == "CUDA" and (shutil.which("nvcc") is None or os.environ.get("FUSED_MEGATRON_CUDA") == "off"):
+        pytest.skip("CUDA kernels are not built: no nvcc, or FUSED_MEGATRON_CUDA=off")
+    assert extension.load_library()
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_megatron::{op}", key)
+
+
+def python_files_alone(folder: Path) -> Path:
+    """A copy of the package as an install without a compiler leaves it."""
+    ignore = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
+    shutil.copytree(ROOT / "fused_megatron", folder / "fused_megatron", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", folder / "fused_megatron" / "kernels")
+    return folder
+
+
+def use_an_op(folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(folder), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", USE_AN_OP], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_without_the_library_ops_run_and_warn_once(tmp_path):
+    ran = use_an_op(python_files_alone(tmp_path), LOCAL_RANK="0")
+    assert ran.stdout == "True\n", ran.stderr
+    assert ran.stderr.count("RuntimeWarning") == 1
+    assert "the compiled library is not built; all ops run on their slower PyTorch reference" in ran.stderr
+    assert "To build it: pip install" in ran.stderr
+
+
+def test_a_broken_library_is_one_warning(tmp_path):
+    folder = python_files_alone(tmp_path)
+    (folder / "fused_megatron" / "_torch_ops.so").write_bytes(b"\x7fELF, but cut short")
+    ran = use_an_op(folder)
+    assert ran.stdout == "True\n", ran.stderr
+    assert ran.stderr.count("RuntimeWarning") == 1
+    assert "the compiled library does not load" in ran.stderr
+
+
+def test_one_rank_of_a_machine_speaks_for_all(tmp_path):
+    ran = use_an_op(python_files_alone(tmp_path), LOCAL_RANK="1")
+    assert (ran.stdout, ran.stderr) == ("True\n", "")

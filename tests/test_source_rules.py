@@ -1,0 +1,121 @@
+"""Caps and names: what keeps every file short enough to read in one go."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("fused_megatron", "kernels", "csrc", "tests", "benchmarks", "examples")
+FILE_LINES = {".py": 400, ".cpp": 300, ".cu": 300, ".h": 300, ".cuh": 300}
+FUNCTION_LINES = 60
+KERNEL_LINES = 120
+FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
+
+
+def sources() -> list[Path]:
+    # fused_megatron/kernels is the development link to kernels/.
+    found = (p for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.suffix in FILE_LINES)
+    return sorted(p.relative_to(ROOT) for p in found if "fused_megatron/kernels" not in p.as_posix())
+
+
+def name_faults(path: Path) -> list[str]:
+    words = {word for part in path.with_suffix("").parts for word in part.lower().split("_")}
+    return [f"a name should say what is inside: {word!r}" for word in sorted(words & FORBIDDEN_WORDS)]
+
+
+def length_faults(suffix: str, text: str) -> list[str]:
+    cap, lines = FILE_LINES[suffix], len(text.splitlines())
+    return [f"{lines} lines, cap {cap}"] if lines > cap else []
+
+
+def python_faults(text: str) -> list[str]:
+    return [fault for node in ast.walk(ast.parse(text)) for fault in node_faults(node)]
+
+
+def node_faults(node: ast.AST) -> Iterator[str]:
+    """Faults of one function, class or module: a function that is too long, a docstring that is not ASCII."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
+        return
+    name, docstring = getattr(node, "name", "module"), ast.get_docstring(node)
+    if docstring and not docstring.isascii():
+        yield f"{name}: docstring with {sorted({c for c in docstring if not c.isascii()})}"
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        # The docstring does not count: a cap on words would be paid in documentation.
+        first = node.body[0]
+        words = (first.end_lineno or 0) - first.lineno + 1 if docstring else 0
+        lines = (node.end_lineno or 0) - node.lineno + 1 - words
+        kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+        cap = KERNEL_LINES if kernel else FUNCTION_LINES
+        if lines > cap:
+            yield f"{name}: {lines} lines, cap {cap}"
+
+
+def cuda_faults(text: str) -> list[str]:
+    """Kernels that are too long: from __global__ to the brace that closes the body."""
+    found = []
+    for start in (match.start() for match in re.finditer(r"__global__", text)):
+        opening, semicolon = text.find("{", start), text.find(";", start)
+        if opening < 0 or 0 <= semicolon < opening:  # a declaration
+            continue
+        depth, end = 1, opening + 1
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        lines = text.count("\n", start, end) + 1
+        if lines > KERNEL_LINES:
+            found.append(f"kernel at line {text.count(chr(10), 0, start) + 1}: {lines} lines, cap {KERNEL_LINES}")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_file_keeps_the_rules(path):
+    text = (ROOT / path).read_text(encoding="utf-8")
+    specific = python_faults(text) if path.suffix == ".py" else cuda_faults(text)
+    assert name_faults(path) + length_faults(path.suffix, text) + specific == []
+
+
+def function(lines: int, docstring: str = "", decorator: str = "") -> str:
+    """Source of a function of so many lines, its docstring not counted."""
+    words = f'    """{docstring}"""\n' if docstring else ""
+    return f"{decorator}def f():\n{words}" + "    pass\n" * (lines - 1)
+
+
+@pytest.mark.parametrize("name", ["utils.py", "ops/tensor_utils.py", "helpers/io.py", "csrc/common.h", "Misc.cu"])
+def test_forbidden_name_is_found(name):
+    assert len(name_faults(Path(name))) == 1
+
+
+@pytest.mark.parametrize(("suffix", "cap"), FILE_LINES.items())
+def test_long_file_is_found(suffix, cap):
+    assert length_faults(suffix, "\n" * cap) == []
+    assert len(length_faults(suffix, "\n" * (cap + 1))) == 1
+
+
+def test_long_function_is_found():
+    assert python_faults(function(60)) == []
+    assert python_faults(function(60, docstring="One.\n\n    Two.\n    ")) == []
+    assert len(python_faults(function(61))) == 1
+    assert len(python_faults("class A:\n" + "".join(f"    {line}\n" for line in function(61).splitlines()))) == 1
+    assert len(python_faults("async " + function(61))) == 1
+
+
+def test_kernels_may_be_longer():
+    assert python_faults(function(120, decorator="@triton.jit\n")) == []
+    assert len(python_faults(function(121, decorator="@triton.jit\n"))) == 1
+
+
+def test_docstring_beyond_ascii_is_found():
+    assert python_faults('"""plain"""\nx = "\u00e9"') == []
+    assert len(python_faults('"""caf\u00e9"""')) == 1
+    assert len(python_faults(function(3, docstring="a \u2192 b"))) == 1
+
+
+def test_long_cuda_kernel_is_found():
+    def kernel(lines: int) -> str:
+        return "__global__ void k(int* x) {\n" + "if (x) { }\n" * (lines - 2) + "}\n"
+
+    assert cuda_faults("__global__ void k(int* x);\n" + kernel(120)) == []
+    assert len(cuda_faults(kernel(121))) == 1
