@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PIP = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
+PIP = [sys.executable, "-m", "pip", "-qq", "--no-input", "--disable-pip-version-check"]
 NOT_SOURCE = (".git", ".venv", "build", "dist", "runs", "*.so", "__pycache__", ".*_cache")
 # python -c source: builds the distribution that its argument names, without isolation.
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
