@@ -10,7 +10,7 @@ export FUSED_MEGATRON_CUDA
 
 BIN := .venv/bin
 # No network but for packages, no question asked, nothing said unless it fails.
-PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

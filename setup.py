@@ -79,9 +79,13 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         record.write_text(key)
         package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "fused_megatron"
-        subprocess.run([cmake, "-S", str(ROOT), "-B", str(folder), *configuration], check=True)
-        subprocess.run([cmake, "--build", str(folder)], check=True)
-        subprocess.run([cmake, "--install", str(folder), "--prefix", str(package)], check=True)
+        environment = {**os.environ, "LIBRARY_PATH": os.pathsep.join(library_folders(nvcc))}
+        for step in (
+            ["-S", str(ROOT), "-B", str(folder), *configuration],
+            ["--build", str(folder)],
+            ["--install", str(folder), "--prefix", str(package)],
+        ):
+            subprocess.run([cmake, *step], check=True, env=environment)
 
 
 class FreshBuild(build):
@@ -157,6 +161,12 @@ def find_nvcc() -> str | None:
     packages = [Path(folder) / "nvidia" / "cu13" for folder in sys.path]
     folders = os.pathsep.join(str(Path(folder) / "bin") for folder in [toolkit, *packages])
     return shutil.which(chosen or "nvcc") or shutil.which("nvcc", path=folders)
+
+
+def library_folders(nvcc: str | None) -> list[str]:
+    """LIBRARY_PATH for the build: nvcc looks for its runtime in lib64, where the PyPI packages have only lib."""
+    own = [str(Path(nvcc).parent.parent / "lib")] if nvcc else []
+    return [*own, *filter(None, [os.environ.get("LIBRARY_PATH")])]
 
 
 def find_program(name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PIP = [sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check"]
+PIP = [sys.executable, "-m", "pip", "-qq", "--no-input", "--disable-pip-version-check"]
 NOT_SOURCE = (".git", ".venv", "build", "dist", "runs", "*.so", "__pycache__", ".*_cache")
 # python -c source: builds the distribution that its argument names, without isolation.
 BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
@@ -42,10 +42,14 @@ def contents(wheel: Path) -> set[str]:
 
 
 def python_files(root: Path) -> set[str]:
-    """The Python files that an install must hold."""
+    """The files that an install must hold, compiled ones aside."""
     package = (p for p in (root / "fused_megatron").rglob("*.py") if "fused_megatron/kernels" not in p.as_posix())
     names = {p.relative_to(root).as_posix() for p in package}
-    return names | {f"fused_megatron/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+    return (
+        names
+        | {"fused_megatron/py.typed"}
+        | {f"fused_megatron/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+    )
 
 
 def outside_build(root: Path) -> set[Path]:
