@@ -108,7 +108,11 @@ class GPT(nn.Module):
         if target is None:
             return logits_shard.transpose(0, 1)
         loss = vocab_parallel_cross_entropy(
-            logits_shard, target.t(), tp_group=self.tp_group, vocab_size=self.vocab_size
+            logits_shard,
+            target.t(),
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=self.token_embedding.padded_num_embeddings,
         )
         return loss.t()
 

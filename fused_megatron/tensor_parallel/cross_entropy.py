@@ -49,6 +49,7 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    padded_vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each token from logits sharded over the vocabulary.
 
@@ -69,6 +70,7 @@ def vocab_parallel_cross_entropy(
         ignore_index: tokens with this target have loss 0 and gradient 0.
         label_smoothing: s, spread over all V words.
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
+        padded_vocab_size: Vp; where it is given, logits of another width are refused, however much is padding.
 
     Returns:
         [...] float32 (float64 for float64 logits), bitwise the same on every rank.
@@ -91,12 +93,19 @@ def vocab_parallel_cross_entropy(
         f"logits_shard.shape[-1]={columns} x tensor_parallel_size={ranks} must be at least vocab_size={vocab_size}",
     )
     # Gathered logits would give a loss that looks right and is log(R) too high, with wrong gradients.
-    check(
-        ranks == 1 or columns < vocab_size,
-        f"logits_shard.shape[-1]={columns} must be below vocab_size={vocab_size}, being one of "
-        f"tensor_parallel_size={ranks} shards (pass this rank's columns, not the gathered logits; "
-        "or pad a tiny vocabulary less)",
-    )
+    if padded_vocab_size is None:
+        check(
+            ranks == 1 or columns < vocab_size,
+            f"logits_shard.shape[-1]={columns} must be below vocab_size={vocab_size}, being one of "
+            f"tensor_parallel_size={ranks} shards (pass this rank's columns, not the gathered logits; "
+            "or, where padding is most of a tiny vocabulary, padded_vocab_size)",
+        )
+    else:
+        check(
+            columns * ranks == padded_vocab_size,
+            f"logits_shard.shape[-1]={columns} x tensor_parallel_size={ranks} must equal "
+            f"padded_vocab_size={padded_vocab_size} (pass this rank's columns, not the gathered logits)",
+        )
     loss = _VocabParallelCrossEntropy.apply(
         logits_shard.reshape(-1, columns),
         target.reshape(-1),

@@ -206,6 +206,18 @@ def test_padded_vocabulary_has_no_gradient_and_no_probability() -> None:
     assert torch.equal(before, model(tokens, target))
 
 
+def losses_of_tiny_vocabulary(rank: int, world_size: int) -> torch.Tensor:
+    config = GPTConfig(**{**SIZES, "vocab_size": 5, "pad_vocab_size_to_multiple_of": 128})
+    tokens, target, _ = batch_of_tokens()
+    model = GPT(config, tp_group=init_mesh(world_size).tp_group, seed=2)
+    return model(tokens % 5, target.where(target < 0, target % 5)).detach()
+
+
+def test_a_vocabulary_that_is_nearly_all_padding() -> None:
+    one, two = (run_on_ranks(losses_of_tiny_vocabulary, n)[0] for n in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("field", "value", "message"), [
     ("hidden_size", 25, "hidden_size=25 must be divisible by num_heads=4 (nearest: 24, 28)"),
     ("num_layers", 0, "num_layers=0 must be 1 or more"),

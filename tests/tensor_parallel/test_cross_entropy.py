@@ -110,6 +110,20 @@ def test_errors_on_every_rank():
         assert "target[1]=10 must be in [0, 10)" in found[3]
 
 
+def tiny_vocabulary(rank, ranks):
+    logits, target = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2])
+    shape = {"tp_group": dist.group.WORLD, "vocab_size": 3, "padded_vocab_size": 8}
+    with pytest.raises(InputError, match="x tensor_parallel_size=2 must equal padded_vocab_size=8"):
+        vocab_parallel_cross_entropy(logits, target, **shape)
+    loss = vocab_parallel_cross_entropy(logits.chunk(ranks, -1)[rank], target, **shape)
+    return loss, F.cross_entropy(logits[:, :3], target, reduction="none")
+
+
+def test_padded_vocabulary_tells_shards_from_gathered_logits():
+    for loss, expected in run_on_ranks(tiny_vocabulary, 2):
+        torch.testing.assert_close(loss, expected)
+
+
 def untrained(rank, ranks):
     target = torch.arange(6)
     return vocab_parallel_cross_entropy(torch.zeros(6, 8), target, tp_group=dist.group.WORLD, vocab_size=13)
