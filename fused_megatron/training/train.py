@@ -145,10 +145,9 @@ def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
         rows["held-out loss"] = f"{evaluations[-1]['validation_loss']:.3f} nats per token"
         if evaluations[-1]["bits_per_byte"] is not None:
             rows["held-out bits per byte"] = f"{evaluations[-1]['bits_per_byte']:.3f}"
-    rows["metrics"] = str(run.metrics)
-    rows["picture"] = str(run.loss_picture) if drawn else "none (pip install 'fused-megatron[plots]')"
-    rows["checkpoints"] = str(run.checkpoints)
     reporter.table("Results", rows)
+    picture = run.loss_picture.name if drawn else "no picture: pip install 'fused-megatron[plots]'"
+    reporter.say(f"{run.path}: {run.config.name}, {run.metrics.name}, {picture}, {run.checkpoints.name}/")
     if lines:
         reporter.say("Three beginnings of a document, as the model writes them:")
     for line in lines:

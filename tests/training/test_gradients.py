@@ -1,0 +1,94 @@
+"""Buckets that accumulate and are summed over data-parallel ranks while backward goes on."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.training.gradients import GradientBuckets
+
+
+class Chain(nn.Module):
+    """Four linears, one used twice, and one that takes no part."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(7, 7, dtype=dtype) for _ in range(4))
+        self.unused = nn.Linear(3, 3, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in [*self.layers, self.layers[0]]:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(5, 7, generator=generator).to(dtype) for _ in range(3)]
+
+
+def reduced(rank: int, world_size: int, dtype: torch.dtype, bucket_bytes: float) -> dict[str, torch.Tensor]:
+    model = Chain(dtype)
+    buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD if world_size > 1 else None, bucket_bytes)
+    for _ in range(2):  # a second step starts from zero
+        buckets.zero_()
+        for i, x in enumerate(inputs(rank, dtype)):
+            if i == 2:
+                buckets.reduce_during_next_backward()
+            model(x).square().sum().backward()
+        buckets.finish()
+    return {name: buckets[p].clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 1e6], ids=["each", "some", "one"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_sum_over_ranks_and_microbatches(world_size: int, bucket_bytes: float) -> None:
+    expected = Chain(torch.float64)
+    expected.load_state_dict(Chain(torch.float32).state_dict())
+    for rank in range(world_size):
+        for x in inputs(rank, torch.float32):
+            expected(x.double()).square().sum().backward()
+    for gradients in run_on_ranks(reduced, world_size, torch.float32, bucket_bytes):
+        for name, p in expected.named_parameters():
+            wanted = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(gradients[name].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_low_precision_gradients_accumulate_in_float32() -> None:
+    model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    buckets = GradientBuckets([model.weight], None)
+    for value in (256.0, 1.0, 1.0):  # in bfloat16 256 + 1 = 256
+        model(torch.tensor([[value]], dtype=torch.bfloat16)).sum().backward()
+    assert model.weight.grad is None
+    assert buckets[model.weight].item() == 258.0
+
+
+def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
+    model = Chain(torch.float32)
+    buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD, 1)
+    sizes: list[int] = []
+    original = dist.all_reduce
+
+    def recording(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        sizes.append(tensor.numel())
+        return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
+
+    dist.all_reduce = recording  # type: ignore[assignment]
+    buckets.reduce_during_next_backward()
+    during: list[int] = []
+    x = inputs(rank, torch.float32)[0].requires_grad_()
+    x.register_hook(lambda _: during.extend(sizes))  # the last thing that backward does
+    # The ranks use the layers in different orders; what they send must not differ.
+    for layer in [*model.layers][:: 1 if rank == 0 else -1]:
+        x = layer(x)
+    (x.sum() + model.unused(x[:, :3]).sum()).backward()
+    buckets.finish()
+    return during, sizes
+
+
+def test_buckets_leave_during_backward_and_in_one_order_on_every_rank() -> None:
+    (during, first), (_, second) = run_on_ranks(order_of_sends, 2)
+    assert first == second and sorted(first) == sorted([3, 9] + [7, 49] * 4)
+    assert len(during) >= len(first) - 2

@@ -1,0 +1,49 @@
+"""Metrics that survive kills and resumes, and the config that comes back equal."""
+
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import DataConfig, TrainConfig, TrainingConfig
+from fused_megatron.training.config_file import load_config
+from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.run_folder import RunFolder
+
+
+def test_config_comes_back_equal(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=DataConfig(path='a "quoted" \\ path, -dash', validation_fraction=0.1), training=TrainingConfig(num_steps=7)
+    )
+    run = RunFolder(tmp_path / "run")
+    run.create(config)
+    assert load_config(run.config) == config
+    assert load_config(run.config, ["--training.num_steps", "9"]).training.num_steps == 9
+
+
+def test_half_a_line_is_left_out_and_later_steps_forgotten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    records = [{"step": step, "loss": 0.1 + step / 3} for step in range(1, 6)]
+    for record in records:
+        run.append_metrics(record)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert run.read_metrics() == records
+    run.forget_metrics_after(3)
+    run.append_metrics({"step": 4, "loss": 1.0})
+    assert run.read_metrics() == [*records[:3], {"step": 4, "loss": 1.0}]
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"training.run_folder=.*file/run cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").create(TrainConfig())
+
+
+@pytest.mark.parametrize("records", [
+    [], [{"step": 1, "loss": 9.0}], [{"step": 1, "loss": 9.0}, {"step": 1, "validation_loss": 8.0}],
+], ids=["none", "one", "both"])  # fmt: skip
+def test_picture(tmp_path: Path, records: list[dict[str, float]]) -> None:
+    assert plot_loss(records, tmp_path / "loss.png", "title")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+    assert (tmp_path / "loss.png").stat().st_size > 5000
