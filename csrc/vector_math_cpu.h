@@ -10,16 +10,17 @@
 
 namespace fused_megatron {
 
-constexpr float kLog2E = 1.44269504f;
-
-// 2^x to 2 ulp. Below -126 (results that would be subnormal) exactly 0, so that 2^-inf is 0; from 128 on no finite
-// positive number (infinite, NaN or negative: callers that may come there must look); NaN stays NaN.
-FM_INLINE float vector_exp2(float x) {
-  // Adding 1.5 * 2^23 leaves round(x) in the low bits of the sum.
+// e^x to 2 ulp near 0 (and x / 2^24 relative where the processor has no fused multiply-add). Below -87.33 (results that
+// would be subnormal) exactly 0, so that e^-inf is 0; above 88.72 no finite positive number (infinite, NaN or negative:
+// callers that may come there must look); NaN stays NaN.
+FM_INLINE float vector_exp(float x) {
+  constexpr float kLog2E = 1.44269504f;
+  // Adding 1.5 * 2^23 leaves round(x log2(e)) in the low bits of the sum.
   constexpr float kRounder = 12582912.0f;
-  const float rounded = x + kRounder;
-  const float fraction = x - (rounded - kRounder);
-  float p = 0.00015353362f;  // least maximal relative error (2^-27) on [-1/2, 1/2] among polynomials with p(0) = 1
+  const float rounded = x * kLog2E + kRounder;
+  const float fraction = x * kLog2E - (rounded - kRounder);
+  // 2^fraction, by the polynomial of least maximal relative error (2^-29) on [-1/2, 1/2] with p(0) = 1.
+  float p = 0.00015353362f;
   p = p * fraction + 0.0013398875f;
   p = p * fraction + 0.00961843692f;
   p = p * fraction + 0.0555033237f;
@@ -31,7 +32,7 @@ FM_INLINE float vector_exp2(float x) {
   const int32_t bits = std::bit_cast<int32_t>(rounded);
   const int32_t exponent = bits < kLargest ? bits : kLargest;
   const float power = std::bit_cast<float>((static_cast<uint32_t>(exponent) << 23) + (127u << 23));
-  return x < -126.0f ? 0.0f : p * power;
+  return x < -87.33f ? 0.0f : p * power;
 }
 
 // 16-bit floats as their bits. The conversions are integer work, so that they vectorise on every processor.

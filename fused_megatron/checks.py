@@ -6,7 +6,13 @@ import torch
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2."""
+    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2.
+
+    Attributes:
+        on_every_rank: every rank raises it alike, so that one of them need say it.
+    """
+
+    on_every_rank: bool = False
 
 
 def check(condition: bool, message: str) -> None:

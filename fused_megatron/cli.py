@@ -1,14 +1,15 @@
 """`fused-megatron`: one sub-command per job. Bad input ends with one line and exit code 2."""
 
+import importlib.metadata
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
-import fused_megatron
 from fused_megatron.checks import InputError
 from fused_megatron.training.checkpoint import CheckpointError, newest_checkpoint
 from fused_megatron.training.config_file import load_config, print_help, with_run_folder
@@ -39,62 +40,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        print(fused_megatron.__version__)
+        print(importlib.metadata.version("fused-megatron"))
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate}
-    if command not in commands:
-        return _fail(f"unknown command {command!r} (commands: {', '.join(commands)})", 2)
     try:
+        if command not in commands:
+            raise _shared(InputError(f"unknown command {command!r} (commands: {', '.join(commands)})"))
         return commands[command](words[1:])
     except InputError as error:
-        return _fail(str(error), 2)
+        return _fail(error, 2)
     except (NonFiniteError, CheckpointError) as error:
-        return _fail(str(error), 1)
+        return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command resumes from the newest checkpoint", 130)
+        return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)
 
 
 def _train(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml")
         return 0
-    if not words or words[0].startswith("-"):
-        raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
-    config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
+    try:
+        if not words or words[0].startswith("-"):
+            raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
+        config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
+    except InputError as error:
+        raise _shared(error) from None
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         train(config, run.path)
     except RuntimeError as error:
-        if isinstance(error, NonFiniteError | CheckpointError) or not LOST_RANK.search(str(error)):
+        if isinstance(error, NonFiniteError) or not (LOST_RANK.search(str(error)) and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
         newest = newest_checkpoint(run.checkpoints, group=None)
-        return _end_now(
-            f"rank {os.environ.get('RANK', '0')} lost contact with another rank ({reason}); newest good checkpoint: "
-            f"{newest or 'none'}; the same command resumes from it"
+        _end_now(
+            f"lost contact with another rank ({reason}); newest good checkpoint: {newest or 'none'}; the same command "
+            f"resumes from it"
         )
     return 0
 
 
 def _generate(words: Sequence[str]) -> int:
     text = tyro.cli(generate_text, args=list(words), prog="fused-megatron generate")
-    if _first_on_host():
+    if _speaks_for_host():
         print(text)
     return 0
 
 
-def _fail(message: str, code: int) -> int:
-    # Every rank ends with the same error; one of each host says it.
-    if _first_on_host():
-        print(f"fused-megatron: error: {message}", file=sys.stderr, flush=True)
+def _shared(error: InputError) -> InputError:
+    """An error that every rank finds by itself."""
+    error.on_every_rank = True
+    return error
+
+
+def _fail(error: BaseException, code: int) -> int:
+    if _speaks_for_host() or not getattr(error, "on_every_rank", True):
+        _say_error(str(error))
     return code
 
 
-def _end_now(message: str) -> int:
+def _end_now(message: str) -> NoReturn:
     """Exit code 1 without waiting for anything: the normal end would wait for the lost rank."""
-    print(f"fused-megatron: error: {message}", file=sys.stderr, flush=True)
+    _say_error(message)
     os._exit(1)
 
 
-def _first_on_host() -> bool:
+def _say_error(message: str) -> None:
+    rank = os.environ.get("RANK")
+    where = "" if rank in (None, "0") else f" (rank {rank})"
+    print(f"fused-megatron: error{where}: {message}", file=sys.stderr, flush=True)
+
+
+def _speaks_for_host() -> bool:
+    """What all ranks have to say is said by one of each machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

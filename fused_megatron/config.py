@@ -90,14 +90,16 @@ class DataConfig:
     """Where tokenizers and token files are cached; ~/.cache/fused_megatron (or $XDG_CACHE_HOME) when not given."""
     tokenizer_vocab_size: int = 8192
     """Entries of the byte-level BPE that is trained on the text."""
+    tokenizer_path: str | None = None
+    """A tokenizer.json to use instead of training one; for an indexed dataset the one that made it."""
     validation_fraction: float = 0.05
     """Share of the documents held out."""
 
     def __post_init__(self) -> None:
         _check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)
         check(
-            0 < self.validation_fraction < 1,
-            f"validation_fraction={self.validation_fraction} must lie between 0 and 1",
+            0 < self.validation_fraction <= 0.5,
+            f"validation_fraction={self.validation_fraction} must be above 0 and at most 0.5",
         )
 
 

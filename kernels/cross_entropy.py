@@ -92,19 +92,21 @@ def _merge_kernel(
     inside = rows < num_rows
     ignored = tl.load(target_ptr + rows, mask=inside, other=0) == ignore_index
     maximum = tl.full([BLOCK], -float("inf"), tl.float32)
-    for shard in range(num_shards):
-        shard_lse = tl.load(stats_ptr + (shard * num_rows + rows) * 2, mask=inside, other=0.0)
-        maximum = tl.maximum(maximum, shard_lse)
+    stats = stats_ptr + rows * 2
+    for _ in range(num_shards):
+        maximum = tl.maximum(maximum, tl.load(stats, mask=inside, other=0.0))
+        stats += num_rows * 2
     shift = _finite_or_zero(maximum)
     exp_sum = tl.zeros([BLOCK], tl.float32)
     linear = tl.zeros([BLOCK], tl.float32)
-    for shard in range(num_shards):
-        stats = stats_ptr + (shard * num_rows + rows) * 2
+    stats = stats_ptr + rows * 2
+    for _ in range(num_shards):
         exp_sum += tl.exp2((tl.load(stats, mask=inside, other=0.0) - shift) * _LOG2E)
         linear += tl.load(stats + 1, mask=inside, other=0.0)
+        stats += num_rows * 2
     lse = shift + tl.log(exp_sum)
     if LOSS:
-        loss = lse + linear + z_loss * lse * lse
+        loss = lse + linear + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)  # lse may be -inf, and 0 times inf NaN
         tl.store(first_ptr + rows * out_stride, tl.where(ignored, 0.0, loss), mask=inside)
         tl.store(second_ptr + rows * out_stride, lse, mask=inside)
     else:

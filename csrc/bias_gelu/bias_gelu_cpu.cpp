@@ -10,22 +10,16 @@
 #include "multiversion.h"
 #include "tensor_checks.h"
 
+#define FM_GELU FM_INLINE
 namespace fm {
 namespace {
 
-constexpr float kSqrtTwoOverPi = 0.7978845608028654f;
-constexpr float kCubic = 0.044715f;
-constexpr float kSqrtHalf = 0.7071067811865476f;
-constexpr float kNormalDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
-
-// The logistic form of the tanh form: (1 + tanh k) / 2 = 1 / (1 + exp(-2 k)), which does not cancel for negative k.
-FM_INLINE float gelu_tanh_gate(float u) {
-  return 1.0f / (1.0f + exp_vectorised(-2.0f * kSqrtTwoOverPi * (u + kCubic * u * u * u)));
-}
+FM_INLINE float gelu_exp(float x) { return exp_vectorised(x); }
+FM_INLINE float gelu_reciprocal(float x) { return 1.0f / x; }
 
 // The normal distribution function; density_exp is exp(-u^2 / 2). Abramowitz and Stegun 7.1.26, error 1.5e-7.
-FM_INLINE float normal_cdf(float u, float density_exp) {
-  const float z = (u < 0.0f ? -u : u) * kSqrtHalf;
+FM_INLINE float gelu_normal_cdf(float u, float density_exp) {
+  const float z = (u < 0.0f ? -u : u) * 0.7071067811865476f;
   const float t = 1.0f / (1.0f + 0.3275911f * z);
   float p = 1.061405429f;
   p = p * t - 1.453152027f;
@@ -36,26 +30,12 @@ FM_INLINE float normal_cdf(float u, float density_exp) {
   return u < 0.0f ? half_erfc : 1.0f - half_erfc;
 }
 
-template <bool kTanh>
-FM_INLINE float gelu(float u) {
-  if constexpr (kTanh) return u * gelu_tanh_gate(u);
-  return u * normal_cdf(u, exp_vectorised(-0.5f * u * u));
-}
+}  // namespace
+}  // namespace fm
+#include "gelu.h"
 
-template <bool kTanh>
-FM_INLINE float gelu_slope(float u) {
-  if constexpr (kTanh) {
-    // Beyond 30 the gate is exactly 0 or 1, and u^2 would overflow into inf * 0.
-    float v = u > 30.0f ? 30.0f : u;
-    v = v < -30.0f ? -30.0f : v;
-    const float gate = gelu_tanh_gate(v);
-    const float inner_slope = 2.0f * kSqrtTwoOverPi * (1.0f + 3.0f * kCubic * v * v);
-    // u - u: NaN for inf, as torch gives.
-    return gate + v * gate * (1.0f - gate) * inner_slope + (u - u);
-  }
-  const float density_exp = exp_vectorised(-0.5f * u * u);
-  return normal_cdf(u, density_exp) + u * kNormalDensity * density_exp;
-}
+namespace fm {
+namespace {
 
 template <typename T, bool kTanh>
 FM_INLINE void forward_segment(const T* __restrict x, const float* __restrict bias, T* __restrict y, int64_t n) {

@@ -10,12 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "multiversion.h"
-#include "vector_math_cpu.h"
-
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
+#include "cross_entropy/cross_entropy_rows_cpu.h"
 
 namespace fused_megatron {
 namespace {
@@ -23,143 +18,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Columns worked on at a time: a block that has to be read again is still in the first-level cache.
-constexpr int64_t kBlock = 1024;
-// A sum of powers beyond this is taken again with a larger shift, well before vector_exp2 leaves its range.
-constexpr float kRescaleAbove = 1e30f;
-// How far ahead rows are fetched: the long chains of exp2 keep the processor from running ahead by itself.
-constexpr int64_t kPrefetchBytes = 8192;
-constexpr double kLn2 = 0.693147180559945309;
-constexpr double kLog2EExact = 1.44269504088896341;
 // Gradients that no cache will hold are written past the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
-
-struct Statistics {
-  float lse;
-  float sum;
-};
-
-struct GradientRow {
-  float scale_p;     // the gradient is scale_p * 2^(x log2(e) - shift) + offset, and at the target + target_term
-  float offset;
-  float target_term;
-  float shift;
-  int64_t target;    // column in this shard, or -1
-  bool stream;
-};
-
-template <class T>
-FM_INLINE float block_maximum(const T* x, int64_t n) {
-  float maximum = -kInfinity;
-  for (int64_t j = 0; j < n; ++j) maximum = std::max(maximum, to_float(x[j]));
-  return maximum;
-}
-
-FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
-#if defined(__GNUC__)
-  const char* lines = static_cast<const char*>(from) + kPrefetchBytes;
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(lines + i, 0, 2);
-#endif
-}
-
-// sum_j 2^(x_j log2(e) - shift); adds sum_j x_j to `sum` if asked for.
-template <bool kWithSum, class T>
-FM_INLINE float block_power_sum(const T* x, int64_t n, float shift, double& sum) {
-  float power_sum = 0.0f, plain_sum = 0.0f;
-#pragma omp simd reduction(+ : power_sum, plain_sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float value = to_float(x[j]);
-    power_sum += vector_exp2(value * kLog2E - shift);
-    if (kWithSum) plain_sum += value;
-  }
-  sum += plain_sum;
-  return power_sum;
-}
-
-// One pass: a block is summed with the shift found so far. Only the first block, and one whose values lie so far above
-// the shift that the sum might overflow, is read again for its maximum.
-template <bool kWithSum, class T>
-FM_INLINE Statistics row_statistics(const T* x, int64_t n) {
-  float shift = -kInfinity;
-  double power_sum = 0.0, sum = 0.0, unused = 0.0;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t length = std::min(kBlock, n - start);
-    prefetch(x + start, length * sizeof(T));
-    // -inf minus -inf would be NaN; shifted by 0, -inf gives 0, and NaN, which is no maximum, still gives NaN.
-    float block = block_power_sum<kWithSum>(x + start, length, shift == -kInfinity ? 0.0f : shift, sum);
-    if (shift == -kInfinity || !(std::abs(block) < kRescaleAbove)) {
-      const float wanted = block_maximum(x + start, length) * kLog2E;
-      if (wanted > shift) {
-        power_sum *= std::exp2(static_cast<double>(shift) - wanted);
-        shift = wanted;
-        block = block_power_sum<false>(x + start, length, shift, unused);
-      }
-    }
-    power_sum += block;
-  }
-  const double lse = (shift == -kInfinity ? 0.0 : shift * kLn2) + std::log(power_sum);
-  return {static_cast<float>(lse), static_cast<float>(sum)};
-}
-
-// Copy whole 16-byte pieces past the caches; both ends aligned to 16 bytes.
-FM_INLINE void stream_copy(void* destination, const void* source, int64_t num_bytes) {
-#if defined(__SSE2__)
-  auto* to = static_cast<__m128i*>(destination);
-  const auto* from = static_cast<const __m128i*>(source);
-  for (int64_t i = 0; i < num_bytes / 16; ++i) _mm_stream_si128(to + i, _mm_load_si128(from + i));
-#else
-  std::memcpy(destination, source, num_bytes);
-#endif
-}
-
-template <class T>
-FM_INLINE void gradient_block(const T* x, int64_t n, const GradientRow& row, int64_t target, T* result) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    round_to(row.scale_p * vector_exp2(to_float(x[j]) * kLog2E - row.shift) + row.offset, result[j]);
-  }
-  if (target >= 0 && target < n) {
-    const float p = vector_exp2(to_float(x[target]) * kLog2E - row.shift);
-    round_to(row.scale_p * p + (row.offset + row.target_term), result[target]);
-  }
-}
-
-template <class T>
-FM_INLINE void row_gradient(const T* x, int64_t n, const GradientRow& row, T* dx) {
-  if (!row.stream) return gradient_block(x, n, row, row.target, dx);
-  alignas(64) T buffer[kBlock];
-  constexpr int64_t kPerLine = 64 / sizeof(T);
-  const int64_t misaligned = (reinterpret_cast<uintptr_t>(dx) % 64) / sizeof(T);
-  const int64_t head = std::min(n, (kPerLine - misaligned) % kPerLine);
-  gradient_block(x, head, row, row.target, dx);
-  int64_t start = head;
-  for (; start + kPerLine <= n; ) {
-    const int64_t length = std::min(kBlock, (n - start) / kPerLine * kPerLine);
-    prefetch(x + start, length * sizeof(T));
-    gradient_block(x + start, length, row, row.target - start, buffer);
-    stream_copy(dx + start, buffer, length * sizeof(T));
-    start += length;
-  }
-  gradient_block(x + start, n - start, row, row.target - start, dx + start);
-}
-
-#define FM_ROWS(T)                                                                              \
-  FM_MULTIVERSION Statistics statistics_of_row(const T* x, int64_t n) {                         \
-    return row_statistics<false>(x, n);                                                         \
-  }                                                                                             \
-  FM_MULTIVERSION Statistics statistics_with_sum_of_row(const T* x, int64_t n) {                \
-    return row_statistics<true>(x, n);                                                          \
-  }                                                                                             \
-  FM_MULTIVERSION void gradient_of_row(const T* x, int64_t n, const GradientRow* row, T* dx) {  \
-    row_gradient(x, n, *row, dx);                                                               \
-  }
-FM_ROWS(float)
-FM_ROWS(BFloat16Bits)
-FM_ROWS(Float16Bits)
-#undef FM_ROWS
 
 struct Vocabulary {
   int64_t start, size, num_real;  // num_real: columns of this shard that are no padding
@@ -200,7 +60,8 @@ void statistics_of_rows(
 template <class T>
 void gradient_of_rows(
     const float* grad_loss, const T* logits, int64_t stride, const int64_t* target, const float* lse,
-    const Vocabulary& vocabulary, double z_loss, int64_t num_columns, bool stream, int64_t begin, int64_t end, T* dlogits) {
+    const Vocabulary& vocabulary, double z_loss, int64_t num_columns, bool stream, int64_t begin, int64_t end,
+    T* dlogits) {
   const auto per_word = static_cast<float>(vocabulary.label_smoothing / vocabulary.size);
   const auto hard = static_cast<float>(1.0 - vocabulary.label_smoothing);
   for (int64_t row = begin; row < end; ++row) {
@@ -209,11 +70,9 @@ void gradient_of_rows(
     const int64_t num_written = t == vocabulary.ignore_index ? 0 : vocabulary.num_real;
     if (num_written > 0) {
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
-      // 2^(lse log2(e) - shift) makes good what rounding the shift to a float lost.
-      const auto shift = static_cast<float>(lse[row] * kLog2EExact);
-      const double scale = (1.0 + 2.0 * z_loss * lse[row]) * std::exp2(shift - lse[row] * kLog2EExact);
+      const double scale = 1.0 + 2.0 * z_loss * lse[row];
       const GradientRow work{
-          g * static_cast<float>(scale), -g * per_word, -g * hard, shift,
+          g * static_cast<float>(scale), -g * per_word, -g * hard, lse[row],
           vocabulary.owns(t) ? t - vocabulary.start : -1, stream};
       gradient_of_row(logits + row * stride, num_written, &work, dx);
     }

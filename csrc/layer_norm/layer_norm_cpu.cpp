@@ -7,6 +7,8 @@
 #include "cpu_column_sums.h"
 #include "cpu_numbers.h"
 #include "cpu_parameter.h"
+#include "cpu_sum.h"
+#include "layer_norm_shapes.h"
 #include "multiversion.h"
 #include "tensor_checks.h"
 
@@ -19,17 +21,14 @@ FM_INLINE void forward_rows(const T* __restrict x, const float* __restrict weigh
                             float eps, T* __restrict y, float* __restrict means, float* __restrict rstds, int64_t rows,
                             int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < width; ++j) sum += to_float(x[j]);
-    const float mean = sum / static_cast<float>(width);
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t j = 0; j < width; ++j) {
+    float sum[1], squares[1];
+    lane_sums(width, sum, [&](int64_t j, float* lane) __attribute__((always_inline)) { lane[0] += to_float(x[j]); });
+    const float mean = sum[0] / static_cast<float>(width);
+    lane_sums(width, squares, [&](int64_t j, float* lane) __attribute__((always_inline)) {
       const float centred = to_float(x[j]) - mean;
-      squares += centred * centred;
-    }
-    const float rstd = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+      lane[0] += centred * centred;
+    });
+    const float rstd = 1.0f / std::sqrt(squares[0] / static_cast<float>(width) + eps);
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       y[j] = from_float<T>((to_float(x[j]) - mean) * rstd * weight[j] + bias[j]);
@@ -46,27 +45,26 @@ FM_INLINE void backward_rows(const T* __restrict dy, const T* __restrict x, cons
                              float* __restrict dweight, float* __restrict dbias, int64_t rows, int64_t width) {
   for (int64_t row = 0; row < rows; ++row, x += width, dy += width) {
     const float mean = means[row], rstd = rstds[row];
-    float sum = 0.0f, projection = 0.0f;
+    float sums[2];  // of g = dy * weight and of g * normalised
     if (dweight != nullptr) {
-#pragma omp simd reduction(+ : sum, projection)
-      for (int64_t j = 0; j < width; ++j) {
-        const float g = to_float(dy[j]);
+      lane_sums(width, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
+        const float upstream = to_float(dy[j]);
         const float normalised = (to_float(x[j]) - mean) * rstd;
-        dweight[j] += g * normalised;
-        dbias[j] += g;
-        sum += g * weight[j];
-        projection += g * weight[j] * normalised;
-      }
+        dweight[j] += upstream * normalised;
+        dbias[j] += upstream;
+        const float g = upstream * weight[j];
+        lane[0] += g;
+        lane[kSumLanes] += g * normalised;
+      });
     } else {
-#pragma omp simd reduction(+ : sum, projection)
-      for (int64_t j = 0; j < width; ++j) {
+      lane_sums(width, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
         const float g = to_float(dy[j]) * weight[j];
-        sum += g;
-        projection += g * ((to_float(x[j]) - mean) * rstd);
-      }
+        lane[0] += g;
+        lane[kSumLanes] += g * ((to_float(x[j]) - mean) * rstd);
+      });
     }
     if (dx == nullptr) continue;
-    const float mean_g = sum / static_cast<float>(width), mean_projection = projection / static_cast<float>(width);
+    const float mean_g = sums[0] / static_cast<float>(width), mean_projection = sums[1] / static_cast<float>(width);
 #pragma omp simd
     for (int64_t j = 0; j < width; ++j) {
       const float normalised = (to_float(x[j]) - mean) * rstd;
@@ -96,15 +94,9 @@ FM_LAYER_NORM(Float16)
 
 constexpr int64_t kGrainElements = 16384;
 
-int64_t checked_width(const Tensor& x) {
-  check_kernel_dtype(x, "x");
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) > 0, "x must have a last dim of at least 1");
-  return x.size(x.dim() - 1);
-}
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, const OptionalTensor& weight_any,
                                                       const OptionalTensor& bias_any, double eps) {
-  const int64_t width = checked_width(x_any);
+  const int64_t width = layer_norm_width(x_any);
   const Tensor x = made_contiguous(x_any);
   const OptionalTensor weight = checked_parameter(weight_any, x, "weight");
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
@@ -132,18 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
                                                        const OptionalTensor& bias_any, const Tensor& mean_any,
                                                        const Tensor& rstd_any, bool need_dx, bool need_dweight,
                                                        bool need_dbias) {
-  const int64_t width = checked_width(x_any);
-  const Tensor x = made_contiguous(x_any), dy = made_contiguous(dy_any);
-  const int64_t rows = x.numel() / width;
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dy.numel() == x.numel(),
-                  "dy must have the dtype and shape of x");
-  const Tensor mean = made_contiguous(mean_any), rstd = made_contiguous(rstd_any);
-  for (const Tensor& statistic : {mean, rstd}) {
-    STD_TORCH_CHECK(statistic.scalar_type() == ScalarType::Float && statistic.numel() == rows,
-                    "mean and rstd must be float32, one for every row of x");
-  }
-  const OptionalTensor weight = checked_parameter(weight_any, x, "weight");
-  const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
+  const LayerNormBackwardInputs in(dy_any, x_any, weight_any, bias_any, mean_any, rstd_any);
+  const Tensor &x = in.x, &dy = in.dy;
+  const OptionalTensor &weight = in.weight, &bias = in.bias;
+  const int64_t rows = in.rows, width = in.width;
   need_dweight = need_dweight && weight.has_value();
   need_dbias = need_dbias && bias.has_value();
   const bool need_sums = need_dweight || need_dbias;
@@ -153,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
   if (!need_dx && !need_sums) return {dx, dweight, dbias};
 
   const FloatParameter weight_float(weight, width, 1.0f);
-  const float* means = static_cast<const float*>(mean.const_data_ptr());
-  const float* rstds = static_cast<const float*>(rstd.const_data_ptr());
+  const float* means = static_cast<const float*>(in.mean.const_data_ptr());
+  const float* rstds = static_cast<const float*>(in.rstd.const_data_ptr());
   const int64_t parts = row_parts(rows);
   // One row of partial sums of dweight, then one of dbias, for every part.
   const Scratch partials = make_scratch(need_sums ? 2 * parts * width : 0);

@@ -9,10 +9,11 @@ from fused_megatron.collectives.conjugate_pairs import (
     reduce_scatter_all_gather,
     split_all_gather,
 )
-from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.collectives.linear import column_linear, row_linear
 
 __all__ = [
+    "Group",
     "all_gather_reduce_scatter",
     "all_gather_split",
     "all_reduce_identity",

@@ -9,18 +9,15 @@ No function writes the tensor that it is given. Group None or of size 1: the ten
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import group_size
+from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.transfers import (
     own_block,
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
 )
-
-Group = dist.ProcessGroup | None
 
 
 def _all_reduce(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:

@@ -4,8 +4,11 @@ import torch.distributed as dist
 
 from fused_megatron.checks import InputError
 
+Group = dist.ProcessGroup | None
+"""Ranks that work together; None is this rank alone."""
 
-def group_size(group: dist.ProcessGroup | None) -> int:
+
+def group_size(group: Group) -> int:
     """Number of ranks in group; 1 for None.
 
     Raises:
@@ -14,7 +17,7 @@ def group_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else _member(group).size()
 
 
-def group_rank(group: dist.ProcessGroup | None) -> int:
+def group_rank(group: Group) -> int:
     """This rank's position in group; 0 for None. Raises as group_size."""
     return 0 if group is None else _member(group).rank()
 

@@ -7,19 +7,16 @@ activations [S, B, ..] and sequence dim 0; R ranks.
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import group_size
+from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.collectives.transfers import (
     Transfer,
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
 )
-
-Group = dist.ProcessGroup | None
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -76,14 +73,11 @@ class _RowLinear(torch.autograd.Function):
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group
-        if group_size(group) == 1:
-            return F.linear(x, weight, bias)
-        partial = F.linear(x, weight)
+        # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
+        partial = F.linear(x, weight, bias if group_rank(group) == 0 else None)
         if sequence_dim is None:
-            y = start_all_reduce_(partial, group).wait()  # the product is ours to overwrite
-        else:
-            y = start_reduce_scatter(partial, sequence_dim, group).wait()
-        return y if bias is None else y.add_(bias)
+            return start_all_reduce_(partial, group).wait()  # the product is ours to overwrite
+        return start_reduce_scatter(partial, sequence_dim, group).wait()
 
     @staticmethod
     @once_differentiable
@@ -147,6 +141,7 @@ def row_linear(
         backward     dw_shard_i [O, I / R] = dy.T @ x_shard_i;  dbias [O] = sum over S, B of dy
 
     Communication: one all-reduce (reduce-scatter) of y forward; none (one all-gather of dy) backward.
-    Memory: x and the weight are saved. The collective works on the product itself, the bias is added in place.
+    Memory: x and the weight are saved. The collective works on the product itself; the bias is added once, in the
+        product of the first rank.
     """
     return _RowLinear.apply(x, weight, bias, sequence_dim, group)

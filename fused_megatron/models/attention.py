@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from fused_megatron.checks import check_divisible
+from fused_megatron.collectives import Group
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -34,7 +34,7 @@ class SelfAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         *,
-        tp_group: dist.ProcessGroup | None,
+        tp_group: Group,
         sequence_parallel: bool = False,
         init_std: float = 0.02,
         output_init_std: float = 0.02,

@@ -4,11 +4,10 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.checks import check
-from fused_megatron.collectives import identity_all_reduce
+from fused_megatron.collectives import Group, identity_all_reduce
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.transformer_block import TransformerBlock
 from fused_megatron.tensor_parallel import (
@@ -46,7 +45,7 @@ class GPT(nn.Module):
         self,
         config: GPTConfig,
         *,
-        tp_group: dist.ProcessGroup | None = None,
+        tp_group: Group = None,
         sequence_parallel: bool = False,
         seed: int = 0,
         dtype: torch.dtype | None = None,

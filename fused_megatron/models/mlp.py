@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fused_megatron import ops
+from fused_megatron.collectives import Group
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -31,7 +31,7 @@ class MLP(nn.Module):
         hidden_size: int,
         ffn_hidden_size: int,
         *,
-        tp_group: dist.ProcessGroup | None,
+        tp_group: Group,
         sequence_parallel: bool = False,
         init_std: float = 0.02,
         output_init_std: float = 0.02,

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.collectives import Group
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.attention import SelfAttention
 from fused_megatron.models.mlp import MLP
@@ -25,7 +25,7 @@ class TransformerBlock(nn.Module):
         self,
         config: GPTConfig,
         *,
-        tp_group: dist.ProcessGroup | None,
+        tp_group: Group,
         sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,

@@ -9,7 +9,6 @@ import importlib.util
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
 from fused_megatron.ops.registration import define_op
@@ -186,8 +185,12 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "fused_megatron cross_entropy: the gradient of logits that are not float64 cannot be differentiated "
+                "again (create_graph=True); use torch.nn.functional.cross_entropy for that"
+            )
         logits, target, lse = ctx.saved_tensors
         return _gradient(grad_loss.contiguous(), logits, target, lse, *ctx.arguments), None, None, None, None
 
@@ -225,7 +228,7 @@ def cross_entropy(
     Memory: saves the logits (no copy), lse and target; forward reads each logit once, backward reads each logit and
         writes each gradient once.
     Numerics: float32 inside and one rounding, of the loss after the reduction and of each gradient; deterministic.
-        float64 logits go through plain PyTorch, which can be differentiated twice.
+        float64 logits go through plain PyTorch, and can be differentiated twice; the others raise RuntimeError.
     """
     check(reduction in _REDUCTIONS, f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
     rows, flat_target = _as_rows(logits, target)

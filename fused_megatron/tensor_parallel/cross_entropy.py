@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fused_megatron import ops
 from fused_megatron.checks import check, check_shape
-from fused_megatron.collectives import group_rank, group_size
+from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather
-
-Group = dist.ProcessGroup | None
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -4,18 +4,15 @@ from math import lcm
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_divisible, check_dtype, check_same_device
-from fused_megatron.collectives import group_rank, group_size
+from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
 from fused_megatron.tensor_parallel.linear import draw_normal_weight_
 from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
-
-Group = dist.ProcessGroup | None
 
 
 class _VocabParallelEmbedding(torch.autograd.Function):

@@ -1,11 +1,11 @@
 """Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.checks import InputError, check, check_divisible, check_same_device, check_shape
 from fused_megatron.collectives import (
+    Group,
     all_gather_split,
     column_linear,
     group_rank,
@@ -16,8 +16,6 @@ from fused_megatron.collectives import (
 )
 from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
 from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
-
-Group = dist.ProcessGroup | None
 
 
 def column_parallel_linear(

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch._dynamo  # optimizers and dispatch modes import it on first use, which every rank would pay for anew
 import torch.distributed as dist
 
 
@@ -60,6 +61,7 @@ def serve(control: socket.socket) -> None:
             ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
             for descriptor in descriptors:
                 os.close(descriptor)
+            channel.send(None)  # all are under way
             while (stuck := channel.recv()) is not None:
                 _show_stacks([ranks[rank] for rank in stuck])
                 channel.send(None)

@@ -22,6 +22,9 @@ from fused_megatron.testing import rank_host
 # After one rank has failed the others usually wait for it in a collective: long enough for their own errors to arrive.
 GRACE_S = 3.0
 
+# The host imports torch and the module of the function before the clock of the call runs.
+START_S = 180.0
+
 # The parent's import path before anything of ours is imported: the ranks must run the same code as the parent.
 _START = "import sys; sys.path[:] = sys.argv[2:]; from fused_megatron.testing import rank_host; rank_host.main()"
 _LOCK = threading.Lock()
@@ -53,7 +56,8 @@ def run_on_ranks(
         fn: a function at the top level of a module (a pytest test module will do: it is loaded by its path).
         world_size: number of ranks.
         *args: the same for every rank; pickled.
-        timeout_s: for the whole call. Ranks that have not answered by then print their Python stacks and are killed.
+        timeout_s: for the call, imports not counted. Ranks that have not answered by then print their Python stacks
+            and are killed.
         backend: of torch.distributed.
 
     Returns:
@@ -114,6 +118,9 @@ class _Host:
             self.channel.send(call)
             for _, theirs in pairs:
                 theirs.close()
+            if not self.channel.poll(START_S):
+                raise RankError(f"the host of the ranks did not start within {START_S:g} s", {}, ())
+            self.channel.recv()
             answers, died = _collect(channels, call.timeout_s)
             silent = tuple(rank for rank in range(call.world_size) if rank not in answers and rank not in died)
             if silent and not died and all(kind == "result" for kind, *_ in answers.values()):

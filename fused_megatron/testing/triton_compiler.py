@@ -50,13 +50,15 @@ def compile_for(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
-    registers, spill_bytes, shared_bytes = _resources(compiled.asm["ptx"], arch)
+    registers, spill_bytes = _resources(compiled.asm["ptx"], arch)
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?((?:\.v\d)?\.[bfsu]\d+)\b", compiled.asm["ptx"])
+    # Shared memory is asked for at launch, so that ptxas does not know of it.
+    shared_bytes = compiled.metadata.shared
     return CompiledKernel(registers, spill_bytes, shared_bytes, tuple("".join(access) for access in accesses))
 
 
-def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
-    """(registers, spilled bytes, shared bytes) as ptxas -v tells them."""
+def _resources(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers, spilled bytes) as ptxas -v tells them."""
     import triton  # noqa: PLC0415
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -73,4 +75,4 @@ def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
         return int(found.group(1)) if found else 0
 
     spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    return number(r"Used (\d+) registers"), spilled, number(r"(\d+) bytes smem")
+    return number(r"Used (\d+) registers"), spilled

@@ -28,7 +28,7 @@ def default_cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "fused_megatron"
     except RuntimeError:
-        raise InputError("there is no home folder to cache prepared text in: give data.cache_dir") from None
+        raise InputError("there is no home folder to cache prepared text in: give data.cache_folder") from None
 
 
 def build_once(
@@ -71,7 +71,7 @@ def build_once(
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"cannot be written ({error.strerror})"
-        raise InputError(f"cache folder {cache_dir}: {reason}: give another one by data.cache_dir") from error
+        raise InputError(f"cache folder {cache_dir}: {reason}: give another one by data.cache_folder") from error
     loaded = load(target)
     assert loaded is not None, f"{target} was built but does not load"
     return loaded

@@ -21,11 +21,13 @@ class TrainingData:
 
     Attributes:
         description: what the user would call the text.
+        fingerprint: hash of the tokens.
         vocab_size: ids that the model must know.
         tokenizer, tokenizer_path: None for a dataset of ids alone.
     """
 
     description: str
+    fingerprint: str
     vocab_size: int
     tokenizer: Tokenizer | None
     tokenizer_path: str | None
@@ -53,6 +55,7 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
         config.data.cache_folder,
         config.data.tokenizer_vocab_size,
         config.data.validation_fraction,
+        tokenizer_path=config.data.tokenizer_path,
         on_progress=on_progress,
     )
     vocab_size = config.model.vocab_size or corpus.vocab_size
@@ -64,6 +67,7 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
     training = config.training
     return TrainingData(
         description=corpus.description,
+        fingerprint=corpus.fingerprint,
         vocab_size=vocab_size,
         tokenizer=corpus.tokenizer(),
         tokenizer_path=corpus.tokenizer_path,

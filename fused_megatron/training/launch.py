@@ -28,21 +28,25 @@ class Launch:
 def launched(timeout_s: float) -> Iterator[Launch]:
     """Join the process group that torchrun's environment names: NCCL on GPUs, gloo on CPUs; alone without torchrun.
 
+    A process group that is already there is used, and left open.
+
     Args:
         timeout_s: a collective that waits longer for another rank raises on this one.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    found = dist.is_initialized()
+    rank = dist.get_rank() if found else int(os.environ.get("RANK", "0"))
+    world_size = dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if world_size > 1:
+    if world_size > 1 and not found:
         # gloo beside NCCL carries the few messages between CPUs: agreement on errors and on checkpoints.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
     yield Launch(rank, world_size, device)
     # Only after success: tearing a group down after a lost peer can wait for that peer.
-    if world_size > 1:
+    if world_size > 1 and not found:
         dist.destroy_process_group()
 
 

@@ -81,11 +81,20 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
     group = world_group()
     checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        on_every_rank(lambda: check_same_model(read_manifest(checkpoint).state, model_config, checkpoint))
-        state = load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=trainer.rank_tensors(), group=group)
+        state = on_every_rank(lambda: read_manifest(checkpoint).state)
+        check_same_model(state, model_config, checkpoint)
+        # Another layout has other ranks: their generators start anew.
+        rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
+        load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=rank_tensors, group=group)
+        trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
+        if state.get("data") != trainer.data.fingerprint:
+            trainer.reporter.say(
+                f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
+                f"({trainer.progress.samples_consumed} samples) is kept"
+            )
     if trainer.mesh.rank == 0:
         trainer.run_folder.forget_metrics_after(trainer.progress.step)
 

@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,17 @@ class Trainer:
         if self.device.type == "cuda":
             states["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return states
+
+    def set_rank_tensors(self, states: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what rank_tensors() gave."""
+        if "rng.cpu" in states:
+            torch.set_rng_state(states["rng.cpu"])
+        if "rng.cuda" in states:
+            torch.cuda.set_rng_state(states["rng.cuda"], self.device)
+
+    def layout(self) -> dict[str, int]:
+        """Length of each axis of the mesh."""
+        return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
 
     def save(self) -> None:
         """Write a checkpoint of the present step; collective."""
@@ -199,8 +211,9 @@ class Trainer:
         return {
             "progress": dataclasses.asdict(self.progress),
             "vocab_size": self.model.vocab_size,
+            "data": self.data.fingerprint,
             "config": dataclasses.asdict(self.config),
-            "layout": {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size},
+            "layout": self.layout(),
         }
 
     def _request_stop(self, *_: object) -> None:

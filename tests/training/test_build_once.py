@@ -110,7 +110,7 @@ def test_a_killed_builder_holds_nobody_up(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"cache folder .*file/cache: cannot be written \(Not a directory\).*data\.cache_dir"
+        InputError, match=r"cache folder .*file/cache: cannot be written \(Not a directory\).*data\.cache_folder"
     ):
         build_once(tmp_path / "file" / "cache", "name", write, load)
 

@@ -192,7 +192,7 @@ def test_bad_input(tmp_path):
     small = prepare(tmp_path / "a.txt", cache)
     with pytest.raises(InputError, match="too few for one sample of seq_len=64"):
         small.train_dataset(64, seed=0)
-    with pytest.raises(InputError, match=r"a\.txt/cache: cannot be written .*data\.cache_dir"):
+    with pytest.raises(InputError, match=r"a\.txt/cache: cannot be written .*data\.cache_folder"):
         prepare(tmp_path / "a.txt", tmp_path / "a.txt" / "cache")
     assert not [p for p in cache.iterdir() if ".tmp-" in p.name]
 

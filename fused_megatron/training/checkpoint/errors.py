@@ -9,7 +9,12 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or its files are broken: one line that names the file and the cause.
 
     (A checkpoint that is whole but does not fit this run, as one of another model, is a `checks.InputError`.)
+
+    Attributes:
+        on_every_rank: every rank raises it alike, so that one of them need say it.
     """
+
+    on_every_rank: bool = False
 
 
 def megabytes(num_bytes: int) -> str:

@@ -78,15 +78,12 @@ def load_checkpoint(
     if len({digest for digest, _ in answers}) > 1:
         raise CheckpointError(f"{path}: the ranks see different checkpoints here (all ranks need one shared folder)")
     _check_nothing_extra(path, manifest, {name for _, names in answers for name in names}, allow_extra)
-    same_ranks = manifest.world_size == world_size
-    if rank_tensors and not same_ranks and rank == 0:
-        warnings.warn(
-            f"{path} was saved by {manifest.world_size} ranks: what belongs to one rank (as its RNG state) is not "
-            f"loaded on {world_size}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    run_together(group, lambda: _read(path, manifest, tensors, (rank_tensors or {}) if same_ranks else {}, rank))
+    if rank_tensors and manifest.world_size != world_size:
+        if rank == 0:
+            reason = f"{manifest.world_size} ranks saved {path}, {world_size} load it"
+            warnings.warn(f"{reason}: no rank's own state (as its RNG) is loaded", RuntimeWarning, stacklevel=2)
+        rank_tensors = None
+    run_together(group, lambda: _read(path, manifest, tensors, rank_tensors or {}, rank))
     return manifest.state
 
 
@@ -149,16 +146,14 @@ def _raise_misfit(path: Path, problems: list[str]) -> None:
         raise InputError(f"{path}: {problems[0]}{more}: {_WAY_OUT}")
 
 
-def _copy_rows(target: torch.Tensor, common: Box, stored: Box, wanted: Box, start: int, rows: torch.Tensor) -> None:
-    """Copy what of these rows of the stored box lies in the common box; target is the wanted box's tensor."""
+def _copy_rows(target: torch.Tensor, wanted: Box, stored: Box, start: int, rows: torch.Tensor) -> None:
+    """Copy what of these rows of the stored box lies in the wanted box, whose tensor target is."""
     if not stored.shape:
         target.copy_(rows[0])
         return
-    here = Box((stored.offset[0] + start, *stored.offset[1:]), tuple(rows.shape)).intersect(common)
-    if here is not None:
-        target[here.slices(wanted.offset)] = rows[here.slices((stored.offset[0] + start, *stored.offset[1:]))].to(
-            target.device
-        )
+    rows_box = Box((stored.offset[0] + start, *stored.offset[1:]), tuple(rows.shape))
+    if here := rows_box.intersect(wanted):
+        target[here.slices(wanted.offset)] = rows[here.slices(rows_box.offset)].to(target.device)
 
 
 def _read(
@@ -174,8 +169,8 @@ def _read(
     def want(stored: StoredTensor, wanted: TensorBox, prefix: str, name: str) -> None:
         target, box = wanted.tensor.detach(), wanted.box
         for piece in stored.boxes:
-            if common := piece.box.intersect(box):
-                consume = functools.partial(_copy_rows, target, common, piece.box, box)
+            if piece.box.intersect(box):
+                consume = functools.partial(_copy_rows, target, box, piece.box)
                 work.setdefault(piece.file, {})[prefix + name] = consume
 
     for name, wanted in tensors.items():

@@ -39,6 +39,12 @@ def gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return [json.loads(bytes(t[: int(n.item())].cpu().numpy())) for t, n in zip(texts, lengths, strict=True)]
 
 
+def run_on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> Any:
+    """Run function on rank 0 alone; every rank gets its result, or its error."""
+    rank, _ = rank_and_size(group)
+    return run_together(group, lambda: function() if rank == 0 else None)[0]
+
+
 def run_together(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> list[Any]:
     """Run function on every rank; every rank's JSON result, or the same one-line error raised on all ranks.
 
@@ -64,4 +70,6 @@ def run_together(group: dist.ProcessGroup | None, function: Callable[[], Any]) -
     where = "" if alike else f"rank {failed[0]}: "
     more = "" if alike or len(failed) == 1 else f" (and {len(failed) - 1} more of {len(results)} ranks failed)"
     error_class = InputError if first["kind"] == "input" else CheckpointError
-    raise error_class(f"{where}{first['message']}{more}") from cause
+    shared = error_class(f"{where}{first['message']}{more}")
+    shared.on_every_rank = True
+    raise shared from cause

@@ -25,7 +25,7 @@ from fused_megatron.training.checkpoint.manifest import (
     dtype_name,
     file_name,
 )
-from fused_megatron.training.checkpoint.ranks import rank_and_size, run_together
+from fused_megatron.training.checkpoint.ranks import rank_and_size, run_on_first, run_together
 from fused_megatron.training.checkpoint.shard_file import (
     SAFETENSORS_DTYPES,
     Entry,
@@ -59,12 +59,11 @@ def save_checkpoint(
 
     Args:
         folder: of the run's checkpoints; made when absent. All ranks must see the same one.
-        step: number of steps done; >= 0. A checkpoint of this step that is already there is replaced, and stays
-            until the new one is whole.
-        tensors: this rank's boxes of the full tensors, by name. Any dtype of safetensors, device and strides. Over
-            all ranks, the boxes of a name must cover its full tensor exactly once, apart from equal ones.
-        state: JSON values (data position, layout, config). Rank 0's is stored. Floats come back bit for bit, tuples
-            as lists; NaN and Inf are refused.
+        step: number of steps done; >= 0. A checkpoint of it that is there already stays until the new one is whole.
+        tensors: this rank's boxes, by name; any dtype of safetensors, device and strides. Over all ranks, the boxes of
+            a name must cover its full tensor exactly once, apart from equal ones (replicas).
+        state: JSON values (data position, layout, config); rank 0's is stored. Floats come back exactly, tuples as
+            lists; NaN and Inf are refused.
         rank_tensors: what belongs to this rank alone, as RNG states.
         group: all ranks of the run; None when there is one.
         keep: number of good checkpoints to keep; older ones are deleted once the new one is in place. None: all.
@@ -74,8 +73,7 @@ def save_checkpoint(
 
     Raises:
         InputError: on every rank, for boxes that do not fit together or a state that is no JSON.
-        CheckpointError: on every rank, for a failed write on any of them (as a full disk) or a rank that died; what
-            was written is removed.
+        CheckpointError: on every rank, for a failed write on any (as a full disk) or a dead rank; leaves nothing.
 
     Communication: five exchanges of JSON, of which one holds names and shapes of all tensors.
     Memory: one block of 4 MiB, or one row, at a time.
@@ -83,25 +81,25 @@ def save_checkpoint(
     rank, world_size = rank_and_size(group)
     folder = Path(folder)
     final = folder / checkpoint_name(step)
-    plan: Plan = run_together(group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep))
+    answers = run_together(group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep))
+    steps = [answer["step"] for answer in answers]
+    check(len(set(steps)) == 1, f"step={steps} by rank: all ranks must save the same step")
+    plan: Plan = [answer["held"] for answer in answers]
     writers = _assign_writers(plan)
     entries = [_entries_of(r, plan, writers) for r in range(world_size)]
     mine = _tensors_of(entries[rank], tensors, rank_tensors or {})
     total_bytes = sum(file_bytes(e, step) for e in entries if e)
 
-    names = run_together(group, lambda: _begin(final, total_bytes) if rank == 0 else "")
-    temporary = folder / names[0]
+    temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes))
     try:
-        checksums = run_together(
-            group, lambda: _write_file(temporary / file_name(rank, world_size), mine, step) if mine else {}
-        )
-        manifest = _manifest(step, plan, writers, checksums, state)
-        run_together(group, lambda: _finish(temporary, final, manifest) if rank == 0 else None)
+        path = temporary / file_name(rank, world_size)
+        checksums = run_together(group, lambda: _write_file(path, mine, step) if mine else {})
+        run_on_first(group, lambda: _finish(temporary, final, _manifest(step, plan, writers, checksums, state)))
     except BaseException:
         if rank == 0:  # all ranks are past their writes, or dead
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    run_together(group, lambda: remove_superseded(folder, final, keep) if rank == 0 else None)
+    run_on_first(group, lambda: remove_superseded(folder, final, keep))
     return final
 
 
@@ -111,7 +109,7 @@ def _describe(
     rank_tensors: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     keep: int | None,
-) -> dict[str, list[Any]]:
+) -> dict[str, Any]:
     """Check this rank's arguments; what it holds, for all ranks to know."""
     check(type(step) is int and step >= 0, f"step={step} must be an int >= 0")
     check(keep is None or keep >= 1, f"keep={keep} must be at least 1 (or None to keep all)")
@@ -132,7 +130,7 @@ def _describe(
     for name, tensor in rank_tensors.items():
         shape = list(tensor.shape)
         held[RANK_TENSOR_PREFIX + name] = [_checked_dtype(name, tensor), shape, [0] * len(shape), shape]
-    return held
+    return {"step": step, "held": held}
 
 
 def _checked_dtype(name: str, tensor: torch.Tensor) -> str:
@@ -205,7 +203,7 @@ def _begin(final: Path, total_bytes: int) -> str:
         remove_leftovers(folder)
         if free_bytes(folder) < needed:
             raise CheckpointError(f"{final} not saved: {disk_full(folder, needed)}")
-        temporary.mkdir()
+        os.mkdir(temporary)
     except OSError as error:
         raise CheckpointError(f"{final} not saved: {folder}: {explain_os_error(error, folder, needed)}") from error
     return temporary.name

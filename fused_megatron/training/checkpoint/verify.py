@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fused_megatron.training.checkpoint.errors import CheckpointError
 from fused_megatron.training.checkpoint.folder import checkpoint_step, list_checkpoints
 from fused_megatron.training.checkpoint.manifest import Manifest, read_manifest
-from fused_megatron.training.checkpoint.ranks import rank_and_size, run_together
+from fused_megatron.training.checkpoint.ranks import rank_and_size, run_on_first, run_together
 from fused_megatron.training.checkpoint.shard_file import ShardFileReader
 
 
@@ -39,7 +39,7 @@ def newest_checkpoint(folder: str | os.PathLike[str], group: dist.ProcessGroup |
     rank, world_size = rank_and_size(group)
     folder = Path(folder)
     # Rank 0's list: another process may be adding to the folder.
-    names = run_together(group, lambda: [path.name for path in list_checkpoints(folder)] if rank == 0 else [])[0]
+    names = run_on_first(group, lambda: [path.name for path in list_checkpoints(folder)])
     for name in names:
         path = folder / name
         verify_share = functools.partial(_verify_share, path, rank, world_size)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from fused_megatron.checks import InputError
 from fused_megatron.testing import RankError, run_on_ranks
 from fused_megatron.training.checkpoint import CheckpointError
-from fused_megatron.training.checkpoint.ranks import gather_json, run_together
+from fused_megatron.training.checkpoint.ranks import gather_json, run_on_first, run_together
 
 
 def exchange(rank, world_size):
@@ -49,6 +49,23 @@ def test_one_error_for_all(failing, kind, error, text):
 
 def test_results_of_all_ranks():
     assert run_on_ranks(fail, 2, [], "input") == [[0, 1], [0, 1]]
+
+
+def first_alone(rank, world_size, broken):
+    def work():
+        assert rank == 0
+        if broken:
+            raise CheckpointError("no room")
+        return "made by 0"
+
+    return run_on_first(dist.group.WORLD, work)
+
+
+def test_what_rank_0_does_alone_is_known_to_all():
+    assert run_on_ranks(first_alone, 3, False) == ["made by 0"] * 3
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(first_alone, 3, True)
+    assert {(type(e), str(e)) for e in caught.value.errors.values()} == {(CheckpointError, "rank 0: no room")}
 
 
 def leave(rank, world_size):

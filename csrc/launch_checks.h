@@ -1,0 +1,46 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "device_numbers.cuh"
+#include "tensor_checks.h"
+
+// The torch side of a launch. STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone,
+// and this library must load with the CPU build as well.
+namespace fm {
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA kernel did not start: ", cudaGetErrorString(error));
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device()).nativeHandle());
+}
+
+// The number of multiprocessors of the current device; asked once a device, since the driver takes its time.
+inline int multiprocessors() {
+  constexpr int kDevices = 64;
+  static int counts[kDevices] = {};
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
+  if (counts[device] == 0) cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
+  return counts[device];
+}
+
+inline DType device_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return DType::kFloat32;
+  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+inline ConstParameter const_parameter(const OptionalTensor& tensor) {
+  if (!tensor) return {nullptr, DType::kFloat32};
+  return {tensor->const_data_ptr(), device_dtype(tensor->scalar_type())};
+}
+
+inline MutableParameter mutable_parameter(const Tensor& tensor, bool needed) {
+  return {needed ? tensor.mutable_data_ptr() : nullptr, device_dtype(tensor.scalar_type())};
+}
+
+}  // namespace fm

@@ -1,0 +1,228 @@
+"""The GPT at every layout against the same GPT written in plain float64 torch on one process."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import GPTConfig
+from fused_megatron.mesh import init_mesh
+from fused_megatron.models import GPT
+from fused_megatron.tensor_parallel import parameter_shard
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.training.gradients import GradientBuckets
+
+# Nothing is a power of two, and 101 words leave padding on the last ranks (on all of one rank at R = 4).
+SIZES: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 12, "ffn_hidden_size": 44, "vocab_size": 101,
+    "pad_vocab_size_to_multiple_of": 48,
+}  # fmt: skip
+BATCH, SEQ_LEN = 6, 8
+
+
+def reference_losses(w: dict[str, torch.Tensor], tokens: torch.Tensor, target: torch.Tensor, config: GPTConfig) -> Any:
+    """Loss per token [B, S] of full weights, with nothing of the package in it."""
+    batch, seq_len = tokens.shape
+    width, heads = config.hidden_size, config.num_heads
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ w[f"{name}.weight"].t() + w[f"{name}.bias"]
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, (width,), w[f"{name}.weight"], w[f"{name}.bias"], config.layer_norm_eps)
+
+    x = w["token_embedding.weight"][tokens] + w["position_embedding"][:seq_len]
+    future = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
+    for i in range(config.num_layers):
+        block = f"blocks.{i}"
+        qkv = linear(norm(x, f"{block}.attention_norm"), f"{block}.attention.query_key_value")
+        q, k, v = qkv.view(batch, seq_len, heads, 3, width // heads).permute(3, 0, 2, 1, 4)
+        scores = (q @ k.transpose(-1, -2) / (width // heads) ** 0.5).masked_fill(future, float("-inf"))
+        context = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, seq_len, width)
+        x = x + linear(context, f"{block}.attention.projection")
+        hidden = F.gelu(linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.expansion"), approximate="tanh")
+        x = x + linear(hidden, f"{block}.mlp.projection")
+    head = w.get("head.weight", w["token_embedding.weight"])
+    logits = norm(x, "final_norm") @ head.t()
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(batch, seq_len)
+
+
+def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, targets (some ignored) and a random upstream gradient, each [B, S]."""
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(SIZES["vocab_size"], (BATCH, SEQ_LEN + 1), generator=generator)
+    target = tokens[:, 1:].clone()
+    target[0, 3] = target[4, 0] = -100
+    return tokens[:, :-1], target, torch.randn(BATCH, SEQ_LEN, generator=generator)
+
+
+def perturbed(model: GPT) -> GPT:
+    """Norms and biases away from 1 and 0, alike at every layout, so that their gradients and effects are seen."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            generator = torch.Generator().manual_seed(len(name))
+            shard = parameter_shard(parameter)
+            full = 0.1 * torch.randn(shard.full_shape, generator=generator)
+            start = shard.offset[0]
+            parameter.data += full[start : start + parameter.shape[0]].to(parameter.dtype)
+    return model
+
+
+def one_backward(
+    rank: int, world_size: int, tp: int, sequence_parallel: bool, dtype: torch.dtype, tied: bool
+) -> tuple[int, torch.Tensor, dict[str, tuple[Any, torch.Tensor, torch.Tensor]]]:
+    """This rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
+    mesh = init_mesh(tp)
+    config = GPTConfig(**SIZES, tied_embeddings=tied)
+    model = perturbed(GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype))
+    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
+    rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
+    tokens, target, upstream = (part[rows] for part in batch_of_tokens())
+    losses = model(tokens, target)
+    # Two microbatches of uneven size.
+    pieces = [
+        part.split((tokens.shape[0] // 2, tokens.shape[0] - tokens.shape[0] // 2))
+        for part in (tokens, target, upstream)
+    ]
+    for i, (t, y, g) in enumerate(zip(*pieces, strict=True)):
+        if i == 1:
+            buckets.reduce_during_next_backward()
+        model(t, y).backward(g)
+    buckets.finish()
+    result = {}
+    for name, p in model.named_parameters():
+        shard = parameter_shard(p)
+        real = tuple(slice(n) for n in shard.real_shape(tuple(p.shape)))
+        result[name] = (shard, p.detach()[real].clone(), buckets[p][real].clone())
+    return mesh.dp_rank, losses.detach(), result
+
+
+def assembled(ranks: list[Any], which: int) -> dict[str, torch.Tensor]:
+    """Full tensors from every rank's shards; replicated ones must be bitwise equal on all."""
+    full: dict[str, torch.Tensor] = {}
+    for _, _, shards in ranks:
+        for name, (shard, *tensors) in shards.items():
+            tensor = tensors[which]
+            place = tuple(slice(o, o + n) for o, n in zip(shard.offset, tensor.shape, strict=True))
+            whole = full.setdefault(name, torch.full(shard.full_shape, float("nan"), dtype=tensor.dtype))
+            held = whole[place]
+            assert bool((held.isnan() | (held == tensor)).all()), f"{name} differs between ranks that both hold it"
+            whole[place] = tensor
+    assert not any(t.isnan().any() for t in full.values())
+    return full
+
+
+def reference_of(weights: dict[str, torch.Tensor], tied: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tokens, target, upstream = batch_of_tokens()
+    wide = {name: w.double().requires_grad_() for name, w in weights.items()}
+    losses = reference_losses(wide, tokens, target, GPTConfig(**SIZES, tied_embeddings=tied))
+    losses.backward(upstream.double())
+    return losses.detach(), {name: w.grad for name, w in wide.items() if w.grad is not None}
+
+
+LAYOUTS = [(1, 1, False), (2, 2, False), (2, 2, True), (4, 4, False), (4, 4, True), (2, 1, False), (4, 2, True)]
+
+
+@pytest.mark.parametrize(("world_size", "tp", "sequence_parallel"), LAYOUTS)
+def test_losses_and_every_gradient_equal_the_plain_model(world_size: int, tp: int, sequence_parallel: bool) -> None:
+    tied = world_size != 2  # the untied head takes part at two ranks
+    ranks = run_on_ranks(one_backward, world_size, tp, sequence_parallel, torch.float32, tied)
+    weights, gradients = assembled(ranks, 0), assembled(ranks, 1)
+    losses, expected = reference_of(weights, tied)
+    found = torch.cat([losses for (dp_rank, losses, _) in ranks[::tp]])
+    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        error = (gradients[name].double() - gradient).abs().max() / gradient.abs().max()
+        # The gradient of the key bias is 0 in exact arithmetic; query and value bias share its tensor.
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def test_float64_model_is_exact() -> None:
+    ranks = run_on_ranks(one_backward, 1, 1, False, torch.float64, True)
+    losses, _ = reference_of(assembled(ranks, 0), True)
+    torch.testing.assert_close(ranks[0][1], losses, rtol=1e-12, atol=1e-12)
+
+
+def test_every_layout_starts_from_the_same_weights() -> None:
+    ways = [assembled(run_on_ranks(one_backward, n, n, False, torch.float32, False), 0) for n in (1, 2, 4)]
+    for name, weight in ways[0].items():
+        assert all(torch.equal(weight, other[name]) for other in ways[1:]), name
+    assert 0.018 < ways[0]["head.weight"].std() < 0.022
+    # 1 / sqrt(2 num_layers) of the others
+    assert 0.009 < ways[0]["blocks.1.mlp.projection.weight"].std() < 0.011
+
+
+def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch() -> None:
+    ranks = run_on_ranks(one_backward, 2, 2, True, torch.bfloat16, True)
+    weights = assembled(ranks, 0)
+    losses, _ = reference_of(weights, True)
+    tokens, target, _ = batch_of_tokens()
+    plain = reference_losses(weights, tokens, target, GPTConfig(**SIZES)).double()
+    ours = (ranks[0][1].double() - losses).square().mean().sqrt()
+    assert ours < 2 * (plain - losses).square().mean().sqrt()
+
+
+def counted_collectives(rank: int, world_size: int, num_layers: int) -> tuple[dict[str, int], dict[str, int]]:
+    calls: dict[str, int] = {}
+    for name in ("all_reduce", "all_gather_single", "reduce_scatter_single", "broadcast", "all_gather", "all_to_all"):
+        original = getattr(dist, name)
+
+        def counting(*args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            calls[_name] = calls.get(_name, 0) + 1
+            return _original(*args, **kwargs)
+
+        setattr(dist, name, counting)
+    model = GPT(GPTConfig(**{**SIZES, "num_layers": num_layers}), tp_group=init_mesh(world_size).tp_group)
+    tokens, target, upstream = batch_of_tokens()
+    losses = model(tokens, target)
+    forward = dict(calls)
+    calls.clear()
+    losses.backward(upstream)
+    return forward, dict(calls)
+
+
+def test_two_all_reduces_forward_and_two_backward_per_layer() -> None:
+    for forward, backward in run_on_ranks(counted_collectives, 2, 3):
+        # Besides the layers: the embedding and, once, the loss forward; the head backward.
+        assert forward == {"all_reduce": 2 * 3 + 1, "all_gather_single": 1}
+        assert backward == {"all_reduce": 2 * 3 + 1}
+
+
+def test_padded_vocabulary_has_no_gradient_and_no_probability() -> None:
+    model = GPT(GPTConfig(**SIZES), seed=1)
+    tokens, target, upstream = batch_of_tokens()
+    with torch.no_grad():
+        model.token_embedding.weight[SIZES["vocab_size"] :] = 50.0  # would take all probability
+    before = model(tokens, target)
+    before.backward(upstream)
+    assert model.token_embedding.weight.grad is not None
+    assert not model.token_embedding.weight.grad[SIZES["vocab_size"] :].any()
+    with torch.no_grad():
+        model.token_embedding.weight[SIZES["vocab_size"] :] = -50.0
+    assert torch.equal(before, model(tokens, target))
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("hidden_size", 25, "hidden_size=25 must be divisible by num_heads=4 (nearest: 24, 28)"),
+    ("num_layers", 0, "num_layers=0 must be 1 or more"),
+])  # fmt: skip
+def test_sizes_that_do_not_fit(field: str, value: int, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        GPT(GPTConfig(**{**SIZES, field: value}))
+    assert str(caught.value) == message
+
+
+def test_sequence_longer_than_positions() -> None:
+    with pytest.raises(InputError, match=r"tokens.shape\[1\]=13 must be at most seq_len=12"):
+        GPT(GPTConfig(**SIZES))(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_number_of_parameters_counts_no_padding_and_no_shard_twice() -> None:
+    width, ffn, vocab = SIZES["hidden_size"], SIZES["ffn_hidden_size"], SIZES["vocab_size"]
+    layer = 4 * width * width + 4 * width + 2 * width * ffn + ffn + width + 4 * width
+    expected = 2 * layer + 2 * width + (vocab + SIZES["seq_len"]) * width
+    assert GPT(GPTConfig(**SIZES)).num_parameters() == expected

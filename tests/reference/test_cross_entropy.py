@@ -1,0 +1,68 @@
+"""The reference against torch's own cross-entropy and autograd, in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_megatron.reference import cross_entropy as reference
+
+
+def _inputs(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(num_rows, vocab_size, dtype=torch.float64) * 3
+    target = torch.randint(0, vocab_size, (num_rows,))
+    target[::5] = -100
+    return logits, target
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_loss_is_torch_s(label_smoothing: float) -> None:
+    logits, target = _inputs(13, 37)
+    loss = reference.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_z_loss_adds_the_square_of_lse() -> None:
+    logits, target = _inputs(13, 37)
+    added = reference.cross_entropy(logits, target, z_loss=0.5) - reference.cross_entropy(logits, target)
+    expected = 0.5 * logits.logsumexp(dim=1).square().masked_fill(target == -100, 0.0)
+    torch.testing.assert_close(added, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: float) -> None:
+    vocab_size, bounds = 37, (0, 20, 30, 45)  # the last shard has 7 real columns and 8 padded ones
+    logits, target = _inputs(13, 45)
+    target[target >= vocab_size] = 36
+    logits.requires_grad_()
+    shards = [(logits[:, start:end], start) for start, end in itertools.pairwise(bounds)]
+    stats = torch.stack(
+        [reference.cross_entropy_statistics(x, target, start, vocab_size, -100, label_smoothing) for x, start in shards]
+    )
+    loss, lse = reference.cross_entropy_merge(stats, target, -100, z_loss)
+    whole = reference.cross_entropy(logits[:, :vocab_size], target, -100, label_smoothing, z_loss)
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
+    grad_loss = torch.randn(13, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(whole, logits, grad_loss)
+    gradients = [
+        reference.cross_entropy_gradient(
+            grad_loss, x, target, lse, start, vocab_size, -100, label_smoothing, z_loss
+        )
+        for x, start in shards
+    ]  # fmt: skip
+    torch.testing.assert_close(torch.cat(gradients, dim=1), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_shard_of_padding_alone() -> None:
+    stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, -100, 7]), 8, 8, -100, 0.1)
+    assert stats.tolist() == [[-torch.inf, 0.0], [0.0, 0.0], [-torch.inf, 0.0]]
+
+
+def test_target_that_is_no_word_gives_nan() -> None:
+    stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, 4, -1]), 0, 4, -100, 0.0)
+    assert stats[:, 1].isnan().tolist() == [False, True, True]

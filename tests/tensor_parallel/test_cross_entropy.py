@@ -1,0 +1,120 @@
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
+from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+
+S, B = 7, 3
+
+
+def reference(logits, target, smoothing, z_loss):
+    """torch's own loss of the true columns, plus the z term, with a gradient."""
+    flat, ids = logits.flatten(0, 1), target.flatten()
+    loss = F.cross_entropy(flat, ids, reduction="none", label_smoothing=smoothing)
+    z = torch.logsumexp(flat, -1).square() * z_loss
+    return (loss + z.where(ids != -100, 0)).view(target.shape)
+
+
+def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, dtype, scale):
+    group = dist.group.WORLD if ranks > 1 else None
+    generator = torch.Generator().manual_seed(vocab)
+    logits = (scale * torch.randn(S, B, padded, generator=generator)).to(dtype)
+    target = torch.randint(0, vocab, (S, B), generator=generator)
+    target[0, :2] = torch.tensor([0, vocab - 1])
+    target[2, 1] = target[6, 0] = -100  # a mask that is uneven over the sequence
+    d_loss = torch.randn(S, B, generator=generator)
+
+    def by_torch(dtype):
+        x = logits[..., :vocab].to(dtype).requires_grad_()
+        loss = reference(x, target, smoothing, z_loss)
+        gradient = torch.autograd.grad(loss, x, d_loss.to(dtype))[0]
+        return loss.detach(), F.pad(gradient, (0, padded - vocab))
+
+    # Padding must not be read: a NaN there would spread.
+    full = logits.clone()
+    full[..., vocab:] = torch.nan
+    columns = padded // ranks
+    mine = slice(rank * columns, (rank + 1) * columns)
+    shard = full[..., mine].requires_grad_()  # not contiguous
+    with record_collectives() as forward:
+        loss = vocab_parallel_cross_entropy(
+            shard, target, tp_group=group, vocab_size=vocab, label_smoothing=smoothing, z_loss=z_loss
+        )
+    with record_collectives() as backward:
+        (gradient,) = torch.autograd.grad(loss, shard, d_loss)
+    assert forward.counts == ({"all_gather": 1} if ranks > 1 else {}) and not backward.counts
+    assert forward.elements["all_gather"] == (2 * S * B if ranks > 1 else 0)
+    assert loss.dtype == torch.float32 and gradient.dtype == dtype
+    assert torch.equal(full.nan_to_num(7), F.pad(logits[..., :vocab], (0, padded - vocab), value=7))
+    expected, expected_gradient = by_torch(torch.float64)
+    assert_close("loss", loss.detach(), expected)
+    assert loss[2, 1] == 0 and not gradient[2, 1].any() and not gradient[6, 0].any()
+    assert_close("gradient", gradient, expected_gradient[..., mine], by_torch(dtype)[1][..., mine])
+    return loss.detach()
+
+
+@pytest.mark.parametrize(("vocab", "padded"), [(64, 64), (53, 64), (33, 64)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_loss_and_gradient(ranks, vocab, padded):
+    # 33 of 64 words on 4 ranks: the last rank has nothing but padding.
+    for smoothing, z_loss, dtype, scale in [
+        (0.0, 0.0, torch.float32, 1.0),
+        (0.1, 1e-2, torch.float32, 3.0),
+        (0.3, 0.0, torch.float32, 1000.0),
+        (0.1, 0.0, torch.bfloat16, 3.0),
+    ]:
+        losses = run_on_ranks(loss_case, ranks, vocab, padded, smoothing, z_loss, dtype, scale)
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+def double(rank, ranks):
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 10, dtype=torch.float64), torch.tensor([1, 9, 0, 4])
+    loss = vocab_parallel_cross_entropy(
+        logits.chunk(ranks, -1)[rank], target, tp_group=dist.group.WORLD, vocab_size=10, label_smoothing=0.2
+    )
+    expected = F.cross_entropy(logits, target, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_float64():
+    run_on_ranks(double, 2)
+
+
+def errors(rank, ranks):
+    found = []
+    target = torch.tensor([1, 2])
+    for logits, ids in [
+        (torch.randn(2, 10), target),
+        (torch.randn(2, 4), target),
+        (torch.randn(3, 5), target),
+        (torch.randn(2, 5), torch.tensor([1, 10])),
+    ]:
+        with pytest.raises(InputError) as info, record_collectives() as seen:
+            vocab_parallel_cross_entropy(logits, ids, tp_group=dist.group.WORLD, vocab_size=10)
+        assert not seen.counts
+        found.append(str(info.value))
+    return found
+
+
+def test_errors_on_every_rank():
+    for found in run_on_ranks(errors, 2):
+        assert "pass this rank's columns, not the gathered logits" in found[0]
+        assert found[1] == "logits_shard.shape[-1]=4 x tensor_parallel_size=2 must be at least vocab_size=10"
+        assert found[2] == "target.shape=(2,) must be (3,)"
+        assert "target[1]=10 must be in [0, 10)" in found[3]
+
+
+def untrained(rank, ranks):
+    target = torch.arange(6)
+    return vocab_parallel_cross_entropy(torch.zeros(6, 8), target, tp_group=dist.group.WORLD, vocab_size=13)
+
+
+def test_equal_logits_give_the_log_of_the_true_vocabulary():
+    for loss in run_on_ranks(untrained, 2):
+        torch.testing.assert_close(loss, torch.full((6,), math.log(13)))

@@ -1,0 +1,64 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.tensor_parallel import LayerNorm, parameter_shard
+from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+
+S, B, H = 12, 3, 17
+
+
+def norm_case(rank, ranks, sequence_parallel, bias, dtype):
+    generator = torch.Generator().manual_seed(2)
+    x, dy = (torch.randn(S, B, H, generator=generator).to(dtype) for _ in range(2))
+    w, b = (torch.randn(H, generator=generator).to(dtype) for _ in range(2))
+    layer = LayerNorm(H, 1e-3, bias, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(w)
+        if bias:
+            layer.bias.copy_(b)
+
+    def by_torch(dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in ((x, w, b) if bias else (x, w))]
+        y = F.layer_norm(leaves[0], (H,), *leaves[1:], eps=1e-3)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    own = (lambda t: t.chunk(ranks)[rank]) if sequence_parallel else (lambda t: t)
+    shards = [own, own, lambda t: t, lambda t: t]
+    x_local = own(x).clone().requires_grad_()
+    y = layer(x_local)
+    with record_collectives() as seen:
+        y.backward(own(dy))
+    assert seen.counts == ({"all_reduce": 1} if sequence_parallel else {})
+    gradients = [p.grad for p in layer.parameters()]
+    actual = [y.detach(), x_local.grad, *gradients]
+    names, shards = ["y", "dx", "dw", "db"][: len(actual)], shards[: len(actual)]
+    results = zip(names, actual, shards, by_torch(torch.float64), by_torch(dtype), strict=True)
+    for name, mine, shard, want, torch_result in results:
+        assert_close(name, mine, shard(want), shard(torch_result), ranks=ranks)
+    assert all(parameter_shard(p).replicated for p in layer.parameters())
+    return gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(2, False), (2, True), (4, True)])
+def test_gradients_are_whole_when_backward_returns(ranks, sequence_parallel, dtype):
+    for bias in (True, False):
+        results = run_on_ranks(norm_case, ranks, sequence_parallel, bias, dtype)
+        assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def wrong_size(rank, ranks):
+    with pytest.raises(InputError, match="must end in hidden_size=17"):
+        LayerNorm(H, tp_group=dist.group.WORLD, sequence_parallel=True)(torch.zeros(4, 16))
+
+
+def test_wrong_size():
+    run_on_ranks(wrong_size, 2)
+
+
+def test_one_rank_is_the_module_itself():
+    layer, x = LayerNorm(H, tp_group=None, sequence_parallel=True), torch.randn(3, H)
+    torch.testing.assert_close(layer(x), F.layer_norm(x, (H,)))

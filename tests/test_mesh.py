@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError
+from fused_megatron.mesh import init_mesh
+from fused_megatron.testing import run_on_ranks
+
+
+def where_am_i(rank, world_size, sizes):
+    mesh = init_mesh(*sizes)
+    assert (mesh.rank, mesh.world_size) == (rank, world_size)
+    members = {}
+    for axis in ("pp", "dp", "tp"):
+        group, size = getattr(mesh, f"{axis}_group"), getattr(mesh, f"{axis}_size")
+        members[axis] = [rank]
+        assert (group is None) == (size == 1)
+        if group is not None:
+            assert group.size() == size and group.rank() == getattr(mesh, f"{axis}_rank")
+            assert group is mesh.device_mesh.get_group(axis)
+            gathered = torch.empty(size, dtype=torch.int64)
+            dist.all_gather_single(gathered, torch.tensor([rank]), group=group)
+            members[axis] = gathered.tolist()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mesh.rank = 3
+    return (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank), members
+
+
+def refused(rank, world_size, sizes):
+    with pytest.raises(InputError) as info:
+        init_mesh(*sizes)
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes", "shape"),
+    [
+        (1, (), (1, 1, 1)),
+        (3, (3,), (1, 1, 3)),
+        (4, (2,), (1, 2, 2)),
+        (4, (1, 4), (4, 1, 1)),
+        (4, (), (1, 4, 1)),
+        (6, (3, 2, 1), (2, 1, 3)),
+        (8, (2, 2), (2, 2, 2)),
+    ],
+)
+def test_grid(world_size, sizes, shape):
+    pp, dp, tp = shape
+    grid = torch.arange(world_size).view(pp, dp, tp)
+    for rank, (place, members) in enumerate(run_on_ranks(where_am_i, world_size, sizes)):
+        p, d, t = place
+        assert grid[p, d, t] == rank
+        assert members == {"pp": grid[:, d, t].tolist(), "dp": grid[p, :, t].tolist(), "tp": grid[p, d].tolist()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (2, 1, 2),
+            "tensor_parallel_size=2 x pipeline_parallel_size=1 x data_parallel_size=2 = 4 must equal the world size 2 "
+            "(start 4 ranks: torchrun --nproc-per-node 4; or data_parallel_size=1)",
+        ),
+        (
+            (3,),
+            "tensor_parallel_size=3 x pipeline_parallel_size=1 x data_parallel_size=1 = 3 must equal the world size 2 "
+            "(start 3 ranks: torchrun --nproc-per-node 3)",
+        ),
+        ((0,), "tensor_parallel_size=0 must be at least 1"),
+        ((1, -1), "pipeline_parallel_size=-1 must be at least 1"),
+    ],
+)
+def test_wrong_sizes(sizes, message):
+    assert run_on_ranks(refused, 2, sizes) == [message, message]
+
+
+def test_one_process_without_process_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    mesh = init_mesh()
+    assert (mesh.tp_size, mesh.pp_size, mesh.dp_size, mesh.world_size, mesh.rank) == (1, 1, 1, 1, 0)
+    assert mesh.tp_group is None and mesh.dp_group is None and mesh.pp_group is None and mesh.device_mesh is None
+    with pytest.raises(InputError, match="= 2 must equal the world size 1"):
+        init_mesh(2)
+
+
+def test_launched_ranks_without_process_group_are_not_taken_for_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="init_process_group"):
+        init_mesh()

@@ -1,0 +1,223 @@
+"""Whole runs: the same loss curve at every layout, bit-exact resume, resume at another layout, replicated weights."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.training.train import train
+
+NUM_STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some pages that repeat themselves enough to be learnt."""
+    path = tmp_path_factory.mktemp("text") / "pages.jsonl"
+    lines = [
+        json.dumps({"text": " ".join(f"line {i * j % 17} of page {i} says {'ab' * (i % 5)}." for j in range(40))})
+        for i in range(60)
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
+    """A run of seconds; `changes` are fields of any section."""
+    sections: dict[str, Any] = {
+        "model": GPTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=24),
+        "parallel": ParallelConfig(timeout_s=30),
+        "data": DataConfig(path=str(text), cache_folder=str(text.parent / "cache"), tokenizer_vocab_size=300),
+        "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5),
+        "training": TrainingConfig(
+            num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=15, eval_batches=2,
+            checkpoint_interval=10, keep_checkpoints=10, run_folder=str(run),
+        ),
+    }  # fmt: skip
+    for name, section in sections.items():
+        fields = {f.name for f in dataclasses.fields(section)}
+        sections[name] = dataclasses.replace(section, **{k: v for k, v in changes.items() if k in fields})
+    return TrainConfig(**sections)
+
+
+def run_training(rank: int, world_size: int, config: TrainConfig) -> None:
+    train(config, Path(str(config.training.run_folder)))
+
+
+def trained(text: Path, run: Path, world_size: int = 1, **changes: Any) -> list[dict[str, Any]]:
+    """The metrics of a run on so many ranks."""
+    run_on_ranks(run_training, world_size, config_for(text, run, **changes), timeout_s=120)
+    return RunFolder(run).read_metrics()
+
+
+@pytest.fixture(scope="module")
+def one_process(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The curve that every layout is held to."""
+    run = tmp_path_factory.mktemp("one")
+    return run, trained(text, run)
+
+
+def assert_same_curve(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [r["step"] for r in found] == [r["step"] for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in ("loss", "gradient_norm", "validation_loss", "bits_per_byte"):
+            if key in theirs:
+                tolerance = 1e-5 if theirs["step"] <= 10 else 1e-4
+                assert abs(ours[key] - theirs[key]) <= tolerance * abs(theirs[key]), (ours, theirs)
+
+
+def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, records = one_process
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == NUM_STEPS
+    assert 5.6 < losses[0] < 5.9  # ln(300) = 5.70
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("world_size", "changes"), [
+    (2, {"tensor_parallel_size": 2}),
+    (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    (4, {"tensor_parallel_size": 4}),
+    (2, {}),
+    (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}),
+], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2"])  # fmt: skip
+def test_every_layout_has_the_curve_of_one_process(
+    text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
+) -> None:
+    assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
+
+
+def test_untied_head_and_larger_microbatches(text: Path, tmp_path: Path) -> None:
+    one = trained(text, tmp_path / "one", 1, num_steps=10, tied_embeddings=False, microbatch_size=8)
+    two = trained(text, tmp_path / "two", 2, num_steps=10, tied_embeddings=False, tensor_parallel_size=2)
+    assert_same_curve(two, one)
+
+
+def test_bfloat16_follows_float32(text: Path, tmp_path: Path, one_process: Any) -> None:
+    records = trained(text, tmp_path, 2, tensor_parallel_size=2, dtype="bfloat16")
+    for ours, theirs in zip(records, one_process[1], strict=True):
+        key = "loss" if "loss" in theirs else "validation_loss"
+        # bfloat16 keeps 8 bits: 2^-8 of a loss, and the paths drift apart a little.
+        assert abs(ours[key] - theirs[key]) < 0.01 * theirs[key]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(text: Path, tmp_path: Path, tp: int, dtype: str) -> None:
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    changes = {"tensor_parallel_size": tp, "dtype": dtype}
+    expected = trained(text, whole, tp, num_steps=20, **changes)
+    trained(text, halves, tp, num_steps=20, **changes)
+    # As if the process had died after step 10: its later checkpoint is not there, its later metrics are.
+    (halves / "checkpoints" / "step-000020").rename(tmp_path / "lost")
+    found = trained(text, halves, tp, num_steps=20, **changes)
+    strip = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in found]
+    assert strip == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in expected]
+    for file in sorted((whole / "checkpoints" / "step-000020").glob("*.safetensors")):
+        digests = {
+            hashlib.sha256((run / "checkpoints" / "step-000020" / file.name).read_bytes()).hexdigest()
+            for run in (whole, halves)
+        }
+        assert len(digests) == 1, file.name
+
+
+@pytest.mark.parametrize(("world_size", "changes"), [
+    (1, {}), (4, {"tensor_parallel_size": 4}), (4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+], ids=["tp1", "tp4", "tp2-sp-dp2"])  # fmt: skip
+def test_run_saved_at_tp2_resumes_at_another_layout(
+    text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
+) -> None:
+    trained(text, tmp_path, 2, tensor_parallel_size=2)
+    for step in (20, 30):
+        (tmp_path / "checkpoints" / f"step-0000{step}").rename(tmp_path / f"lost-{step}")
+    assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
+
+
+def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    from fused_megatron.tensor_parallel import parameter_shard  # noqa: PLC0415 - only the ranks need it
+    from fused_megatron.training import train as training  # noqa: PLC0415
+
+    kept: dict[str, torch.Tensor] = {}
+    conclude = training._conclude
+
+    def keep(trainer: Any, *rest: Any) -> None:
+        kept.update({n: p.detach().clone() for n, p in trainer.parameters.items() if parameter_shard(p).replicated})
+        kept.update({f"grad {n}": trainer.gradients[trainer.parameters[n]].clone() for n in list(kept)})
+        conclude(trainer, *rest)
+
+    training._conclude = keep
+    train(config, Path(str(config.training.run_folder)))
+    return kept
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_replicated_weights_and_gradients_stay_bitwise_equal(
+    text: Path, tmp_path: Path, sequence_parallel: bool
+) -> None:
+    config = config_for(text, tmp_path, num_steps=20, tensor_parallel_size=2, sequence_parallel=sequence_parallel)
+    ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=120)
+    assert len(ranks[0]) > 20
+    for other in ranks[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in ranks[0].items())
+
+
+def test_a_run_that_is_done_is_left_alone(text: Path, tmp_path: Path, one_process: Any) -> None:
+    run, records = one_process
+    assert trained(text, run) == records
+
+
+def test_loss_picture_and_config_are_there(one_process: Any) -> None:
+    run, _ = one_process
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "num_layers = 2" in (run / "config.toml").read_text()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000010", "step-000020", "step-000030"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hidden_size": 48}, "is of another model: hidden_size=32 there, hidden_size=48 here"),
+    ({"tensor_parallel_size": 4, "data_parallel_size": 1},
+     "tensor_parallel_size=4 x pipeline_parallel_size=1 x data_parallel_size=1 = 4 must equal the world size 2"),
+    ({"microbatch_size": 8}, "global_batch_size=8 must be divisible by"),
+    ({"vocab_size": 100}, "model.vocab_size=100 must be at least 300"),
+], ids=["other-model", "world-size", "batch", "vocab"])  # fmt: skip
+def test_mistakes_reach_every_rank(
+    text: Path, tmp_path: Path, one_process: Any, changes: dict[str, Any], message: str
+) -> None:
+    run = one_process[0] if "hidden_size" in changes else tmp_path
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(run_training, 2, config_for(text, run, **changes), timeout_s=60)
+    assert all(message in str(caught.value.errors[rank]) for rank in (0, 1))
+
+
+def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None:
+    from fused_megatron.models import GPT  # noqa: PLC0415 - only the ranks need it
+
+    forward, calls = GPT.forward, [0]
+
+    def poison(self: GPT, tokens: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        result = forward(self, tokens, target)
+        calls[0] += self.training and torch.is_grad_enabled()
+        # Step 13 of 4 microbatches a step, on one rank alone.
+        if calls[0] == 12 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
+            result = result * float(kind) if kind != "gradient" else result + (result - result).sqrt()
+        return result
+
+    GPT.forward = poison  # type: ignore[method-assign]
+    train(config, Path(str(config.training.run_folder)))
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(text: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RankError) as caught:
+        config = config_for(text, tmp_path, tensor_parallel_size=2)
+        run_on_ranks(poisoned, 2, config, kind, timeout_s=60)
+    assert all(str(caught.value.errors[rank]).startswith("step 13: loss=") for rank in (0, 1))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 12
