@@ -69,14 +69,17 @@ inline void check_kernel_dtype(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(is_kernel_dtype(tensor.scalar_type()), name, " must be float32, bfloat16 or float16");
 }
 
+inline bool on_same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device() == b.get_device();
+}
+
 // A parameter over the last dim of x: [width], a dtype of ours, on the device of x; made contiguous.
 inline OptionalTensor checked_parameter(const OptionalTensor& parameter, const Tensor& x, const char* name) {
   if (!parameter) return std::nullopt;
   check_kernel_dtype(*parameter, name);
   STD_TORCH_CHECK(x.dim() > 0 && parameter->numel() == x.size(x.dim() - 1), name,
                   " must have as many elements as the last dim of x");
-  STD_TORCH_CHECK(parameter->is_cuda() == x.is_cuda() && parameter->get_device() == x.get_device(), name,
-                  " must be on the device of x");
+  STD_TORCH_CHECK(on_same_device(*parameter, x), name, " must be on the device of x");
   return made_contiguous(*parameter);
 }
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import tyro
-
 from fused_megatron.checks import InputError
+from fused_megatron.training.arguments import parse_arguments, print_arguments
 from fused_megatron.training.checkpoint import CheckpointError, newest_checkpoint
 from fused_megatron.training.config_file import load_config, print_help, with_run_folder
-from fused_megatron.training.generate_text import generate_text
+from fused_megatron.training.generate_text import GenerateArguments, generate_text
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
 from fused_megatron.training.trainer import NonFiniteError
@@ -81,7 +80,15 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _generate(words: Sequence[str]) -> int:
-    text = tyro.cli(generate_text, args=list(words), prog="fused-megatron generate")
+    program = "fused-megatron generate"
+    if any(word in ("-h", "--help") for word in words):
+        print_arguments(GenerateArguments, program)
+        return 0
+    try:
+        arguments = parse_arguments(GenerateArguments, words, source=program)
+    except InputError as error:
+        raise _shared(error) from None
+    text = generate_text(arguments)
     if _speaks_for_host():
         print(text)
     return 0

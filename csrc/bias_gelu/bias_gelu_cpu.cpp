@@ -141,8 +141,9 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy_any, const Tensor
                                               const OptionalTensor& bias_any, bool tanh, bool need_dx,
                                               bool need_dbias) {
   check_kernel_dtype(x_any, "x");
-  STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type() && dy_any.numel() == x_any.numel(),
-                  "dy must have the dtype and shape of x");
+  STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type() && dy_any.numel() == x_any.numel() &&
+                      on_same_device(dy_any, x_any),
+                  "dy must have the dtype, shape and device of x");
   const Tensor x = made_contiguous(x_any), dy = made_contiguous(dy_any);
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
   need_dbias = need_dbias && bias.has_value();

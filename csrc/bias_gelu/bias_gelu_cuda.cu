@@ -35,7 +35,8 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy_any, const Tensor
                                               const OptionalTensor& bias_any, bool tanh, bool need_dx,
                                               bool need_dbias) {
   check_kernel_dtype(x_any, "x");
-  STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type() && dy_any.numel() == x_any.numel() && dy_any.is_cuda(),
+  STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type() && dy_any.numel() == x_any.numel() &&
+                      on_same_device(dy_any, x_any),
                   "dy must have the dtype, shape and device of x");
   const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
   const Tensor x = made_contiguous(x_any), dy = made_contiguous(dy_any);

@@ -1,21 +1,17 @@
 """From a TOML file and command-line overrides to a TrainConfig, with one clear line for every mistake."""
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import re
 import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tomli_w
-import tyro
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
+from fused_megatron.training.arguments import parse_arguments, print_arguments
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,19 +27,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     words = [*_file_arguments(path), *overrides]
     _check_names(overrides)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            config: Any = tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=words)
-    except SystemExit:
-        raise InputError(f"{path}: {_message_in_box(printed.getvalue())}") from None
-    return config
+    return parse_arguments(TrainConfig, words, source=str(path))
 
 
 def print_help(program: str) -> None:
     """Print every key with its type, meaning and default."""
-    with contextlib.suppress(SystemExit):
-        tyro.cli(tyro.conf.FlagConversionOff[TrainConfig], args=["--help"], prog=program)
+    print_arguments(TrainConfig, program)
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -101,18 +90,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
 def _known_keys() -> list[str]:
     sections = typing.get_type_hints(TrainConfig)
     return [f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)]
-
-
-def _message_in_box(box: str) -> str:
-    """tyro's message as one line, without the box around it and the hints below it."""
-    lines = [line.strip("\u2502| ") for line in box.splitlines()]
-    paragraphs: list[list[str]] = [[]]
-    for line in lines:
-        if re.search("(\u2500|-){8}", line):  # a rule: the first is below or holds the title
-            paragraphs.append([])
-        elif line:
-            paragraphs[-1].append(line)
-    return next((" ".join(words) for words in paragraphs[1:] if words), box.strip())
 
 
 def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:

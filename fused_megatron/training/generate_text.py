@@ -1,11 +1,13 @@
 """`fused-megatron generate`: continue a prompt from a run's newest checkpoint, at any tensor-parallel size."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
-from fused_megatron.checks import check
+from fused_megatron.checks import InputError, check
 from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.mesh import init_mesh
 from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
@@ -19,23 +21,44 @@ from fused_megatron.training.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.training.train import build_model
 
 
-def generate_text(
-    run_path: Path, prompt: str, *, num_tokens: int = 100, temperature: float = 0.8, top_k: int = 50, seed: int = 0
-) -> str:
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What `fused-megatron generate` reads."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder of `fused-megatron train`."""
+    prompt: tyro.conf.Positional[str]
+    """Text to continue."""
+    num_tokens: int = 100
+    """Tokens to add."""
+    temperature: float = 0.8
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = 50
+    """Only the likeliest k tokens are drawn from; 0 for all."""
+    seed: int = 0
+    """Of the draws."""
+
+    def __post_init__(self) -> None:
+        check(self.prompt != "", "prompt='' must hold at least one character")
+        check(self.num_tokens >= 0, f"num_tokens={self.num_tokens} must be 0 or more")
+        check(self.temperature >= 0, f"temperature={self.temperature} must be 0 or more")
+        check(self.top_k >= 0, f"top_k={self.top_k} must be 0 or more")
+
+
+def generate_text(arguments: GenerateArguments) -> str:
     """The prompt and its continuation, equal on every rank; every rank that was launched shares the layers.
 
     Raises:
-        InputError: no run, no good checkpoint, a prompt of no tokens, heads that do not divide by the ranks.
+        InputError: no run, no good checkpoint, heads that do not divide by the ranks.
     """
-    run = RunFolder(run_path)
+    run = RunFolder(arguments.run)
     with launched(ParallelConfig().timeout_s) as launch:
         config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
-        tokens = tokenizer.encode_batch([prompt])[0]
-        on_every_rank(lambda: check(len(tokens) > 0, "prompt='' must hold at least one character"))
+        tokens = tokenizer.encode(arguments.prompt)
         group = world_group()
         checkpoint = newest_checkpoint(run.checkpoints, group=group)
-        check(checkpoint is not None, f"{run.checkpoints} holds no checkpoint that verifies (train first)")
-        assert checkpoint is not None
+        if checkpoint is None:
+            raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
         vocab_size = read_manifest(checkpoint).state["vocab_size"]
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -43,7 +66,10 @@ def generate_text(
         load_checkpoint(checkpoint, parameter_boxes(model), group=group, allow_extra=("optimizer.*",))
         Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
         start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
-        result = generate(model, start, num_tokens, temperature=temperature, top_k=top_k, seed=seed)
+        result = generate(
+            model, start, arguments.num_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
+            seed=arguments.seed,
+        )  # fmt: skip
         return tokenizer.decode(result[0].tolist())
 
 

@@ -1,4 +1,4 @@
-"""Ranks that are killed under torchrun: the others end soon with a clear error, and the run resumes with nothing lost."""
+"""Ranks killed under torchrun: the others end soon with a clear error, and the run resumes with nothing lost."""
 
 import json
 import os

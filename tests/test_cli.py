@@ -1,0 +1,174 @@
+"""The command line in this process: bad input is one line and exit code 2, good input works."""
+
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fused_megatron import cli
+from fused_megatron.training.indexed_dataset import IndexedDatasetWriter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config, a text and a finished run of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text.txt").write_text("\n\n".join("the quick brown fox jumps over the lazy dog " * 9 for _ in range(40)))
+    (folder / "tiny.toml").write_text(f"""
+        [model]
+        num_layers = 1
+        hidden_size = 16
+        num_heads = 2
+        seq_len = 16
+        [data]
+        path = "{folder / "text.txt"}"
+        cache_folder = "{folder / "cache"}"
+        tokenizer_vocab_size = 270
+        [training]
+        num_steps = 3
+        global_batch_size = 4
+        microbatch_size = 2
+        eval_batches = 1
+        run_folder = "{folder / "run"}"
+    """)
+    assert cli.main(["train", str(folder / "tiny.toml")]) == 0
+    return folder
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run it; the one line that it says."""
+    assert cli.main([str(word) for word in words]) == 2
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("fused-megatron: error: "), output.err
+    return lines[0].removeprefix("fused-megatron: error: ")
+
+
+def test_a_run_says_what_it_did_and_leaves_a_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = folder / "again"
+    assert (
+        cli.main(["train", str(folder / "tiny.toml"), "--training.run-folder", str(run), "--model.num-layers=2"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "step 3/3" in shown
+    for part in ("training loss", "held-out loss", "bits per byte", "tokens/s", "metrics.jsonl", "checkpoints"):
+        assert part in shown
+    assert [line[:5] for line in shown.splitlines()[-3:]] == ["  1. ", "  2. ", "  3. "]
+    assert {p.name for p in run.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "loss.png",
+        "checkpoints",
+        "tokenizer.json",
+    }
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 3, 3]
+    assert "num_layers = 2" in (run / "config.toml").read_text()
+
+
+def test_the_resolved_config_trains_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", str(folder / "run" / "config.toml")]) == 0
+    assert "nothing to train: step 3 of 3 is done" in capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt_and_repeats_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        assert cli.main(["generate", str(folder / "run"), "the quick", "--num-tokens", "30", "--seed", str(seed)]) == 0
+        texts.append(capsys.readouterr().out.partition("\n")[2])
+    assert texts[0].startswith("the quick") and len(texts[0]) > 20
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--model.num-layer", "3"], "unknown option --model.num_layer (did you mean model.num_layers?)"),
+    (["--num-layers", "3"], "unknown option --num_layers (did you mean model.num_layers?)"),
+    (["--model.num-layers", "many"], "--model.num-layers: invalid literal for int() with base 10: 'many'"),
+    (["--model.num-heads", "3"], "hidden_size=16 must be divisible by num_heads=3 (nearest: 15, 18)"),
+    (["--parallel.tensor-parallel-size", "4"], "num_heads=2 must be divisible by tensor_parallel_size=4 (nearest: 4)"),
+    (["--training.microbatch-size", "3"], "global_batch_size=4 must be divisible by microbatch_size=3 (nearest: 3, 6)"),
+    (["--parallel.pipeline-parallel-size", "2"], "pipeline_parallel_size=2 must be 1"),
+    (["--parallel.tensor-parallel-size", "2"], "= 2 must equal the world size 1 (start 2 ranks: torchrun"),
+    (["--training.dtype", "float16"], "dtype='float16' must be 'float32' or 'bfloat16'"),
+    (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--training.run-folder", "/proc/no/run"], "training.run_folder=/proc/no/run cannot be written"),
+    (["stray"], "Unrecognized options: stray"),
+], ids=lambda value: value[-1] if isinstance(value, list) else "")  # fmt: skip
+def test_bad_options(
+    folder: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = () if "--training.run-folder" in words else ("--training.run-folder", tmp_path / "run")
+    assert message in fails(capsys, "train", folder / "tiny.toml", *run, *words)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[model]\nhiden_size = 3\n", "unknown key model.hiden_size (did you mean model.hidden_size?)"),
+    ("[modle]\nhidden_size = 16\n", "unknown key modle.hidden_size (did you mean model.hidden_size?)"),
+    ("hidden_size = 16\n", "hidden_size must stand in a section (did you mean model.hidden_size?)"),
+    ("[model]\nhidden_size = [16]\n", "model.hidden_size must be one value"),
+    ("[model]\nhidden_size = 16.5\n", "invalid literal for int()"),
+    ("[model\n", "is no TOML"),
+    ("[training]\nnum_steps = 0\n", "num_steps=0 must be 1 or more"),
+], ids=range(7))  # fmt: skip
+def test_bad_config_files(tmp_path: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    said = fails(capsys, "train", tmp_path / "bad.toml")
+    assert message in said and "bad.toml" in said
+
+
+def test_bad_commands(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown command 'trian'" in fails(capsys, "trian")
+    assert "train needs a config file" in fails(capsys, "train")
+    assert "nowhere.toml does not exist" in fails(capsys, "train", tmp_path / "nowhere.toml")
+    assert "is no run folder" in fails(capsys, "generate", tmp_path, "a prompt")
+    assert "must hold at least one character" in fails(capsys, "generate", folder / "run", "")
+    assert "generate" in fails(capsys, "generate", folder / "run")
+    assert "temperature=-1.0 must be 0 or more" in fails(capsys, "generate", folder / "run", "a", "--temperature", "-1")
+
+
+def indexed(prefix: Path, highest: int) -> Path:
+    writer = IndexedDatasetWriter(str(prefix), np.int32)
+    for start in range(40):
+        writer.add_document(np.arange(start, start + 50, dtype=np.int64) % (highest + 1))
+    writer.finalize()
+    return prefix
+
+
+def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ("train", folder / "tiny.toml", "--training.run-folder", tmp_path / "run", "--data.path")
+    good = indexed(tmp_path / "good", 59)
+    assert cli.main([str(word) for word in (*train, good)]) == 0
+    assert "no tokenizer" not in capsys.readouterr().err
+    assert "model.vocab_size=50 must be at least 60" in fails(capsys, *train, good, "--model.vocab-size", 50)
+    for suffix in (".bin", ".idx"):
+        bad = indexed(tmp_path / f"cut{suffix[1:]}", 59)
+        file = bad.with_suffix(suffix)
+        file.write_bytes(file.read_bytes()[:-5])
+        assert file.name in fails(capsys, *train, bad)
+    # An id that nobody counted, since the vocabulary was given: found when it is drawn.
+    forged = indexed(tmp_path / "forged", 59)
+    data = bytearray(forged.with_suffix(".bin").read_bytes())
+    for token in range(40 * 50):
+        struct.pack_into("<i", data, 4 * token, 100)
+    forged.with_suffix(".bin").write_bytes(bytes(data))
+    said = fails(capsys, *train, forged, "--model.vocab-size", 60, "--training.run-folder", tmp_path / "other")
+    assert "100" in said or "101" in said
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt" in fails(capsys, *train, tmp_path / "empty.txt")
+
+
+def test_another_model_in_the_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "train", folder / "tiny.toml", "--model.hidden-size", "32")
+    assert "is of another model: hidden_size=16 there, hidden_size=32 here" in said
+
+
+def test_python_m_and_help() -> None:
+    result = subprocess.run([sys.executable, "-m", "fused_megatron", "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and "generate RUN" in result.stdout
+    helped = subprocess.run([sys.executable, "-m", "fused_megatron", "train", "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0
+    assert "--parallel.tensor-parallel-size" in helped.stdout and "Ranks that share each layer" in helped.stdout
