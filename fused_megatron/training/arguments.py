@@ -4,13 +4,16 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import tyro
 
 from fused_megatron.checks import InputError
 
 T = TypeVar("T")
+
+# Every option is `--key value`, also a bool: in files and on the command line alike.
+_CONFIG = (tyro.conf.FlagConversionOff,)
 
 
 def parse_arguments(target: type[T], words: Sequence[str], source: str) -> T:
@@ -25,7 +28,7 @@ def parse_arguments(target: type[T], words: Sequence[str], source: str) -> T:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(_without_flags(target), args=list(words))
+            return tyro.cli(target, args=list(words), config=_CONFIG)
     except SystemExit:
         raise InputError(f"{source}: {_message_in_box(printed.getvalue())}") from None
 
@@ -33,12 +36,7 @@ def parse_arguments(target: type[T], words: Sequence[str], source: str) -> T:
 def print_arguments(target: type[T], program: str) -> None:
     """Print every option with its type, meaning and default."""
     with contextlib.suppress(SystemExit):
-        tyro.cli(_without_flags(target), args=["--help"], prog=program)
-
-
-def _without_flags(target: Any) -> Any:
-    """Every option is `--key value`, also a bool: in files and on the command line alike."""
-    return tyro.conf.FlagConversionOff[target]
+        tyro.cli(target, args=["--help"], prog=program, config=_CONFIG)
 
 
 def _message_in_box(box: str) -> str:

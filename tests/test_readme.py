@@ -1,0 +1,40 @@
+"""What README promises: its example runs, and the files that it names are there."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_runs_on_two_ranks(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    shown = "print('max', up.weight.grad.abs().max().item(), y.shape, flush=True)"
+    script = tmp_path / "this_file.py"
+    script.write_text(code.replace("dist.destroy", f"{shown}\ndist.destroy"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    result = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    printed = re.findall(r"max (\S+) torch.Size\(\[32, 4, 256\]\)", result.stdout)
+    assert len(printed) == 2 and all(float(value) > 0 for value in printed)
+
+
+def test_files_that_documents_name_exist() -> None:
+    for document in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"]:
+        text = document.read_text(encoding="utf-8")
+        named = re.findall(r"`((?:fused_megatron|tests|docs|examples|csrc|kernels)/[\w./-]+)`", text)
+        named += re.findall(r"\]\(([^)#:]+)\)", text)
+        missing = [name for name in named if not (ROOT / name).exists() and not (document.parent / name).exists()]
+        assert not missing, f"{document.name}: {missing}"
+
+
+def test_commands_of_make_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^ +make (\w+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
