@@ -38,7 +38,7 @@ def print_arguments(target: type[T], program: str) -> None:
 
 def _without_flags(target: Any) -> Any:
     """Every option is `--key value`, also a bool: in files and on the command line alike."""
-    return tyro.conf.FlagConversionOff[target]
+    return tyro.conf.FlagConversionOff[target]  # type: ignore[misc]  # a marker, which takes any type
 
 
 def _message_in_box(box: str) -> str:
