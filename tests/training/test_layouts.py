@@ -11,6 +11,7 @@ import torch
 
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.training.generate_text import GenerateArguments, generate_text
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
 
@@ -138,6 +139,22 @@ def test_run_saved_at_tp2_resumes_at_another_layout(
     for step in (20, 30):
         (tmp_path / "checkpoints" / f"step-0000{step}").rename(tmp_path / f"lost-{step}")
     assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
+
+
+def generated(rank: int, world_size: int, arguments: GenerateArguments) -> str:
+    return generate_text(arguments)
+
+
+def test_text_is_the_same_at_every_tensor_parallel_size(one_process: Any) -> None:
+    arguments = GenerateArguments(one_process[0], "line 3 of page", num_tokens=30, seed=4)
+    texts = {text for ranks in (1, 2, 4) for text in run_on_ranks(generated, ranks, arguments)}
+    assert len(texts) == 1 and texts.pop().startswith("line 3 of page")
+
+
+def test_generate_needs_heads_that_divide(one_process: Any) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(generated, 3, GenerateArguments(one_process[0], "line"))
+    assert "num_heads=4 must be divisible by tensor_parallel_size=3" in str(caught.value.errors[2])
 
 
 def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
