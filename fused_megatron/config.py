@@ -161,6 +161,8 @@ class TrainingConfig:
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
     """Good checkpoints kept; older ones are removed."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
     bucket_mb: float = 25.0
     """Size of the gradient buckets that data-parallel ranks reduce while backward goes on, in MB of 10^6 bytes."""
 

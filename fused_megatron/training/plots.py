@@ -20,7 +20,8 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool
     if validation:
         axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", label="held-out")
         step, loss = validation[-1]
-        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center")
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
+        axes.annotate(f"{loss:.2f}", (step, loss), textcoords="offset points", xytext=(0, 8), ha="center", bbox=box)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if training or validation:

@@ -24,6 +24,7 @@ class RunFolder:
         self.loss_picture = path / "loss.png"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
+        self._tensorboard: Any = None
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder and write the resolved config."""
@@ -39,6 +40,21 @@ class RunFolder:
         """Add a line; it is on its way to the disk when this returns."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._tensorboard is not None:
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._tensorboard.add_scalar(name, value, record["step"])
+            self._tensorboard.flush()
+
+    def open_tensorboard(self, step: int) -> None:
+        """Write metrics to tensorboard/ too, and hide what is there of steps beyond `step`."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise InputError(
+                "training.tensorboard=True needs tensorboard: pip install 'fused-megatron[tensorboard]'"
+            ) from None
+        self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All whole lines; one that a kill cut short is left out."""

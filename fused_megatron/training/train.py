@@ -95,8 +95,13 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
                 f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
                 f"({trainer.progress.samples_consumed} samples) is kept"
             )
-    if trainer.mesh.rank == 0:
-        trainer.run_folder.forget_metrics_after(trainer.progress.step)
+    on_every_rank(lambda: _open_metrics(trainer) if trainer.mesh.rank == 0 else None)
+
+
+def _open_metrics(trainer: Trainer) -> None:
+    trainer.run_folder.forget_metrics_after(trainer.progress.step)
+    if trainer.config.training.tensorboard:
+        trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
 def check_same_model(state: dict[str, Any], model_config: GPTConfig, checkpoint: Path) -> None:

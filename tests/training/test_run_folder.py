@@ -47,3 +47,17 @@ def test_picture(tmp_path: Path, records: list[dict[str, float]]) -> None:
     assert plot_loss(records, tmp_path / "loss.png", "title")
     assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
     assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_tensorboard_events_and_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - slow
+
+    for first, step in ((1, 0), (3, 2)):
+        run = RunFolder(tmp_path)
+        run.open_tensorboard(step)
+        for i in range(first, 5):
+            run.append_metrics({"step": i, "loss": 10.0 * first + i, "bits_per_byte": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert {e.step: e.value for e in events.Scalars("loss")} == {1: 11.0, 2: 12.0, 3: 33.0, 4: 34.0}
