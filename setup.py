@@ -68,7 +68,7 @@ class CMakeBuild(build_ext):
             "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DFUSED_MEGATRON_CUDA=ON"] if nvcc else []),
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_EXECUTABLE={os.path.abspath(sys.executable)}",
             f"-DTORCH_FOLDER={module_folder('torch')}",
             f"-Dpybind11_DIR={module_folder('pybind11') / 'share' / 'cmake' / 'pybind11'}",
         ]  # fmt: skip
