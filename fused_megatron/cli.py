@@ -30,6 +30,9 @@ LOST_RANK = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe", re.IGNORECASE
 )
 
+# What may stand behind a CheckpointError; anything else is a bug.
+EXPECTED = InputError | CheckpointError | OSError | RuntimeError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         return _fail(error, 2)
     except (NonFiniteError, CheckpointError) as error:
+        if not isinstance(error.__cause__, EXPECTED | None):
+            raise  # a fault of ours: its traceback is worth more than a line
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)

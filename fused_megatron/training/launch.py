@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from fused_megatron.checks import InputError
 from fused_megatron.training.checkpoint.ranks import run_together
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ def launched(timeout_s: float) -> Iterator[Launch]:
     world_size = dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        _check_enough_gpus()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size > 1 and not found:
@@ -48,6 +50,18 @@ def launched(timeout_s: float) -> Iterator[Launch]:
     # Only after success: tearing a group down after a lost peer can wait for that peer.
     if world_size > 1 and not found:
         dist.destroy_process_group()
+
+
+def _check_enough_gpus() -> None:
+    """Every rank of a machine sees the same two numbers, and so raises the same error."""
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus:
+        error = InputError(
+            f"{ranks} ranks were started on a machine with {gpus} GPU(s): start at most {gpus}, or set "
+            f"CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+        error.on_every_rank = True
+        raise error
 
 
 def on_every_rank(build: Callable[[], T]) -> T:

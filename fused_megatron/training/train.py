@@ -142,7 +142,7 @@ def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
     drawn = plot_loss(records, run.loss_picture, title=run.path.name)
     losses = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "validation_loss" in r]
-    rows = {"steps": f"{trainer.progress.step}", "time of this session": f"{seconds:.0f} s"}
+    rows = {"steps": f"{trainer.progress.step}", "training time": f"{seconds:.0f} s"}
     if losses:
         rows["training loss"] = f"{losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f} nats per token"
         rows["speed"] = f"{sorted(r['tokens_per_s'] for r in losses)[len(losses) // 2]:,.0f} tokens/s"
