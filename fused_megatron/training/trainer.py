@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections import deque
@@ -71,23 +72,25 @@ class Trainer:
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> bool:
-        """Train up to config.training.num_steps; False when SIGTERM ended the run early (after a checkpoint)."""
+        """Train up to config.training.num_steps; False when SIGTERM ended the run early (after a checkpoint).
+
+        After an error the first SIGTERM stays without effect: launchers send one to the ranks that are left when a
+        rank is lost, and these must live to say what they saw.
+        """
         training = self.config.training
         previous = signal.signal(signal.SIGTERM, self._request_stop)
-        try:
-            with self.reporter.steps(self.progress.step, training.num_steps):
-                while self.progress.step < training.num_steps:
-                    stop = self._train_step()
-                    step, last = self.progress.step, self.progress.step == training.num_steps
-                    if step % training.eval_interval == 0 or last:
-                        self._evaluate()
-                    if step % training.checkpoint_interval == 0 or last or stop:
-                        self.save()
-                    if stop and not last:
-                        return False
-            return True
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        finished = True
+        with self.reporter.steps(self.progress.step, training.num_steps):
+            while finished and self.progress.step < training.num_steps:
+                stop = self._train_step()
+                step, last = self.progress.step, self.progress.step == training.num_steps
+                if step % training.eval_interval == 0 or last:
+                    self._evaluate()
+                if step % training.checkpoint_interval == 0 or last or stop:
+                    self.save()
+                finished = last or not stop
+        signal.signal(signal.SIGTERM, previous)
+        return finished
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
@@ -217,4 +220,7 @@ class Trainer:
         }
 
     def _request_stop(self, *_: object) -> None:
+        if self._stop_requested:  # asked twice: at once
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         self._stop_requested = True
