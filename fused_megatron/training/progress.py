@@ -38,11 +38,11 @@ class Reporter:
             return
         columns = (
             TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  ETA"), TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}  ETA"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console) as progress:
             self._progress = progress
-            progress.add_task("train", total=num_steps, completed=first, loss=float("nan"), speed=0.0)
+            progress.add_task("train", total=num_steps, completed=first, status="")
             try:
                 yield
             finally:
@@ -51,7 +51,8 @@ class Reporter:
     def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
         """Step `step` (1 for the first) is done."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, loss=loss, speed=tokens_per_s)
+            status = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+            self._progress.update(self._progress.task_ids[0], completed=step, status=status)
         elif step % self._log_interval == 0 or step == self._num_steps:
             self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  ETA {eta_s:.0f} s")
 

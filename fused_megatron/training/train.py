@@ -1,6 +1,7 @@
 """A whole training run: ranks, data, model, newest checkpoint, loop, results."""
 
 import dataclasses
+import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.trainer import Progress, Trainer
 
+HEAD_START_S = 0.5
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -71,6 +73,9 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
     config.check_data_parallel(mesh.dp_size)
     if launch.rank == 0:
         run.create(config)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # One rank of a machine prepares the text and the others wait: let it be the one whose progress is seen.
+        time.sleep(HEAD_START_S)
     data = open_training_data(config, reporter.stage)
     if launch.rank == 0 and data.tokenizer_path is not None:
         shutil.copyfile(data.tokenizer_path, run.tokenizer)
