@@ -164,6 +164,8 @@ def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: py
 def test_another_model_in_the_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "train", folder / "tiny.toml", "--model.hidden-size", "32")
     assert "is of another model: hidden_size=16 there, hidden_size=32 here" in said
+    # The mistake has not touched the run.
+    assert cli.main(["generate", str(folder / "run"), "the", "--num-tokens", "3"]) == 0
 
 
 def test_python_m_and_help() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,21 @@ class RunFolder:
         self.tokenizer = path / "tokenizer.json"
         self._tensorboard: Any = None
 
-    def create(self, config: TrainConfig) -> None:
-        """Make the folder and write the resolved config."""
+    def create(self) -> None:
+        """Make the folder, and see that files can be written there."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.config)
+            self.metrics.open("a").close()
         except OSError as error:
             raise InputError(
                 f"training.run_folder={self.path} cannot be written: {error.strerror or error} (choose another)"
             ) from None
+
+    def describe(self, config: TrainConfig, tokenizer_path: str | None) -> None:
+        """Write the resolved config and a copy of the tokenizer, which `generate` reads."""
+        save_config(config, self.config)
+        if tokenizer_path is not None:
+            shutil.copyfile(tokenizer_path, self.tokenizer)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add a line; it is on its way to the disk when this returns."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData, open_training_data
 from fused_megatron.training.generation import generate
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
@@ -38,6 +38,7 @@ def train(config: TrainConfig, run_path: Path) -> bool:
     with launched(config.parallel.timeout_s) as launch:
         reporter = Reporter(launch.rank == 0, config.training.log_interval)
         run = RunFolder(run_path)
+        _check_same_config(config)
         mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
         model = build_model(model_config, mesh, config, launch.device)
@@ -48,6 +49,20 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         finished = trainer.run()
         _conclude(trainer, finished, time.perf_counter() - started)
         return finished
+
+
+def _check_same_config(config: TrainConfig) -> None:
+    ours, *others = gather_json(dataclasses.asdict(config), world_group())
+    for rank, other in enumerate(others, 1):
+        for section, fields in ours.items():
+            for name, value in fields.items():
+                if other[section][name] != value:
+                    error = InputError(
+                        f"{section}.{name}={value!r} on rank 0 but {other[section][name]!r} on rank {rank}: "
+                        f"start every rank with the same config"
+                    )
+                    error.on_every_rank = True
+                    raise error
 
 
 def build_model(model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device) -> GPT:
@@ -72,13 +87,11 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
     )
     config.check_data_parallel(mesh.dp_size)
     if launch.rank == 0:
-        run.create(config)
+        run.create()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # One rank of a machine prepares the text and the others wait: let it be the one whose progress is seen.
         time.sleep(HEAD_START_S)
     data = open_training_data(config, reporter.stage)
-    if launch.rank == 0 and data.tokenizer_path is not None:
-        shutil.copyfile(data.tokenizer_path, run.tokenizer)
     return mesh, data
 
 
@@ -100,10 +113,12 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
                 f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
                 f"({trainer.progress.samples_consumed} samples) is kept"
             )
-    on_every_rank(lambda: _open_metrics(trainer) if trainer.mesh.rank == 0 else None)
+    on_every_rank(lambda: _begin_records(trainer) if trainer.mesh.rank == 0 else None)
 
 
-def _open_metrics(trainer: Trainer) -> None:
+def _begin_records(trainer: Trainer) -> None:
+    # Only now: a config that does not fit the checkpoints must not replace the one that does.
+    trainer.run_folder.describe(trainer.config, trainer.data.tokenizer_path)
     trainer.run_folder.forget_metrics_after(trainer.progress.step)
     if trainer.config.training.tensorboard:
         trainer.run_folder.open_tensorboard(trainer.progress.step)

@@ -213,6 +213,18 @@ def test_mistakes_reach_every_rank(
     assert all(message in str(caught.value.errors[rank]) for rank in (0, 1))
 
 
+def of_two_minds(rank: int, world_size: int, config: TrainConfig) -> None:
+    training = dataclasses.replace(config.training, num_steps=NUM_STEPS + rank)
+    run_training(rank, world_size, dataclasses.replace(config, training=training))
+
+
+def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=60)
+    for rank in (0, 1):
+        assert "training.num_steps=30 on rank 0 but 31 on rank 1" in str(caught.value.errors[rank])
+
+
 def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None:
     from fused_megatron.models import GPT  # noqa: PLC0415 - only the ranks need it
 

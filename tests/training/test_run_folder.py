@@ -16,7 +16,8 @@ def test_config_comes_back_equal(tmp_path: Path) -> None:
         data=DataConfig(path='a "quoted" \\ path, -dash', validation_fraction=0.1), training=TrainingConfig(num_steps=7)
     )
     run = RunFolder(tmp_path / "run")
-    run.create(config)
+    run.create()
+    run.describe(config, None)
     assert load_config(run.config) == config
     assert load_config(run.config, ["--training.num_steps", "9"]).training.num_steps == 9
 
@@ -37,7 +38,7 @@ def test_half_a_line_is_left_out_and_later_steps_forgotten(tmp_path: Path) -> No
 def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"training.run_folder=.*file/run cannot be written: Not a directory"):
-        RunFolder(tmp_path / "file" / "run").create(TrainConfig())
+        RunFolder(tmp_path / "file" / "run").create()
 
 
 @pytest.mark.parametrize("records", [
