@@ -4,9 +4,10 @@ import importlib.metadata
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from fused_megatron.checks import InputError
 from fused_megatron.training.arguments import parse_arguments, print_arguments
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in commands:
             raise _shared(InputError(f"unknown command {command!r} (commands: {', '.join(commands)})"))
-        return commands[command](words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return commands[command](words[1:])
     except InputError as error:
         return _fail(error, 2)
     except (NonFiniteError, CheckpointError) as error:
@@ -115,6 +118,21 @@ def _end_now(message: str) -> NoReturn:
     """Exit code 1 without waiting for anything: the normal end would wait for the lost rank."""
     _say_error(message)
     os._exit(1)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours, which are for the user, without the line of source that they came from."""
+    if category is RuntimeWarning:
+        print(f"fused-megatron: warning: {message}", file=sys.stderr, flush=True)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _say_error(message: str) -> None:

@@ -168,6 +168,29 @@ def test_another_model_in_the_run_folder(folder: Path, capsys: pytest.CaptureFix
     assert cli.main(["generate", str(folder / "run"), "the", "--num-tokens", "3"]) == 0
 
 
+def test_a_broken_checkpoint_is_named_and_passed_over(folder: Path) -> None:
+    run = folder / "broken"
+    words = [
+        "train",
+        str(folder / "tiny.toml"),
+        "--training.run-folder",
+        str(run),
+        "--training.checkpoint-interval",
+        "2",
+    ]
+    assert cli.main(words) == 0
+    (file,) = (run / "checkpoints" / "step-000003").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(bytes(data))
+    command = [sys.executable, "-m", "fused_megatron", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("fused-megatron: warning: checkpoint passed over: ") and file.name in line
+    assert "step-000002 (step 2)" in result.stdout
+
+
 def test_python_m_and_help() -> None:
     result = subprocess.run([sys.executable, "-m", "fused_megatron", "--help"], capture_output=True, text=True)
     assert result.returncode == 0 and "generate RUN" in result.stdout
