@@ -35,7 +35,7 @@ class Call:
     qualified_name: str
     arguments: bytes  # pickled; unpickled in the ranks alone, once the module that they may name is loaded
     world_size: int
-    store_port: int
+    store_path: str
     backend: str
     timeout_s: float
 
@@ -156,7 +156,7 @@ def _call(rank: int, call: Call) -> Any:
     arguments = pickle.loads(call.arguments)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(call.world_size))
     timeout = timedelta(seconds=call.timeout_s)
-    store = dist.TCPStore("127.0.0.1", call.store_port, call.world_size, False, timeout)
+    store = dist.FileStore(call.store_path, call.world_size)
     dist.init_process_group(call.backend, store=store, rank=rank, world_size=call.world_size, timeout=timeout)
     return fn(rank, call.world_size, *arguments)
 

@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
-
-import torch.distributed as dist
 
 from fused_megatron.checks import check
 from fused_megatron.testing import rank_host
@@ -73,16 +72,16 @@ def run_on_ranks(
         f"fn={name} must be a function at the top level of a module (the ranks load it by name)",
     )
     arguments = pickle.dumps(args)
-    with _LOCK:
+    # A file to meet at: a TCPStore asks the name server for the name of 127.0.0.1, which may take it 5 s to not know.
+    with _LOCK, tempfile.TemporaryDirectory(prefix="run-on-ranks-") as folder:
         host = _running_host()
-        store = dist.TCPStore("127.0.0.1", 0, world_size, True, wait_for_workers=False)
         call = rank_host.Call(
             module_name=fn.__module__,
             module_path=os.path.abspath(inspect.getfile(fn)),
             qualified_name=fn.__qualname__,
             arguments=arguments,
             world_size=world_size,
-            store_port=store.port,
+            store_path=os.path.join(folder, "store"),
             backend=backend,
             timeout_s=timeout_s,
         )
