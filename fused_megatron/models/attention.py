@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_megatron.checks import check_divisible
-from fused_megatron.collectives import Group
+from fused_megatron.collectives import Group, group_size
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 
@@ -42,9 +42,8 @@ class SelfAttention(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        tp_size = 1 if tp_group is None else tp_group.size()
         check_divisible("hidden_size", hidden_size, "num_heads", num_heads)
-        check_divisible("num_heads", num_heads, "tensor_parallel_size", tp_size)
+        check_divisible("num_heads", num_heads, "tensor_parallel_size", group_size(tp_group))
         self.head_dim = hidden_size // num_heads
         layout: dict[str, Any] = {
             "tp_group": tp_group,

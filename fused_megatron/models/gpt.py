@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import check
-from fused_megatron.collectives import Group, identity_all_reduce
+from fused_megatron.collectives import Group, split_all_gather
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.transformer_block import TransformerBlock
 from fused_megatron.tensor_parallel import (
@@ -121,17 +121,12 @@ class GPT(nn.Module):
         check(
             seq_len <= self.config.seq_len, f"tokens.shape[1]={seq_len} must be at most seq_len={self.config.seq_len}"
         )
-        positions: torch.Tensor = self.position_embedding
+        # First the tokens: it checks that the sequence divides.
+        embedded = self.token_embedding(tokens.t())
+        positions = self.position_embedding[:seq_len]
         if self.sequence_parallel:
-            assert self.tp_group is not None
-            # Each rank uses its own rows, so the full gradient is the sum over ranks.
-            positions = identity_all_reduce(positions, self.tp_group)
-            rows = seq_len // self.tp_group.size()
-            start = self.tp_group.rank() * rows
-            positions = positions[start : start + rows]
-        else:
-            positions = positions[:seq_len]
-        return self.token_embedding(tokens.t()) + positions.unsqueeze(1)
+            positions = split_all_gather(positions, 0, self.tp_group)
+        return embedded + positions.unsqueeze(1)
 
     def _logits_shard(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:

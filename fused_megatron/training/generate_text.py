@@ -56,9 +56,8 @@ def generate_text(arguments: GenerateArguments) -> str:
         config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
         tokens = tokenizer.encode(arguments.prompt)
         group = world_group()
-        checkpoint = newest_checkpoint(run.checkpoints, group=group)
-        if checkpoint is None:
-            raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
+        newest = newest_checkpoint(run.checkpoints, group=group)
+        checkpoint = on_every_rank(lambda: _found(newest, run))
         vocab_size = read_manifest(checkpoint).state["vocab_size"]
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
@@ -71,6 +70,12 @@ def generate_text(arguments: GenerateArguments) -> str:
             seed=arguments.seed,
         )  # fmt: skip
         return tokenizer.decode(result[0].tolist())
+
+
+def _found(checkpoint: Path | None, run: RunFolder) -> Path:
+    if checkpoint is None:
+        raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
+    return checkpoint
 
 
 def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:

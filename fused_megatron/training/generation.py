@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_megatron.checks import check
-from fused_megatron.collectives import all_gather_split
+from fused_megatron.collectives import all_gather_split, group_size
 from fused_megatron.models import GPT
 
 
@@ -52,8 +52,8 @@ def generate(
 def _last_logits(model: GPT, context: torch.Tensor) -> torch.Tensor:
     """[B, V] float32 logits of the last position, on the CPU, where the draws are made."""
     last = context.shape[1] - 1
-    if model.sequence_parallel and model.tp_group is not None:
+    if model.sequence_parallel:
         # Causal attention: what stands behind the last position does not reach it.
-        context = F.pad(context, (0, -context.shape[1] % model.tp_group.size()))
+        context = F.pad(context, (0, -context.shape[1] % group_size(model.tp_group)))
     logits_shard = model(context)[:, last].float()
     return all_gather_split(logits_shard, -1, model.tp_group)[:, : model.vocab_size].cpu()

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.collectives import group_rank
 from fused_megatron.tensor_parallel import parameter_shard
 from fused_megatron.training.gradients import GradientBuckets
 
@@ -23,11 +24,11 @@ def global_gradient_norm(
     Communication:
         One all-reduce of 8 bytes over tp_group.
     """
-    first = tp_group is None or tp_group.rank() == 0
-    counted = [gradients[p] for p in parameters.values() if first or not parameter_shard(p).replicated]
+    first = group_rank(tp_group) == 0
     squares = torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
-    for gradient in counted:
-        squares += _sum_of_squares(gradient)
+    for parameter in parameters.values():
+        if first or not parameter_shard(parameter).replicated:
+            squares += _sum_of_squares(gradients[parameter])
     if tp_group is not None:
         dist.all_reduce(squares, group=tp_group)
     return squares.sqrt()

@@ -38,7 +38,8 @@ def train(config: TrainConfig, run_path: Path) -> bool:
     with launched(config.parallel.timeout_s) as launch:
         reporter = Reporter(launch.rank == 0, config.training.log_interval)
         run = RunFolder(run_path)
-        _check_same_config(config)
+        configs = gather_json(dataclasses.asdict(config), world_group())
+        on_every_rank(lambda: _check_same_config(*configs))
         mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
         model = build_model(model_config, mesh, config, launch.device)
@@ -51,18 +52,15 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         return finished
 
 
-def _check_same_config(config: TrainConfig) -> None:
-    ours, *others = gather_json(dataclasses.asdict(config), world_group())
+def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for section, fields in ours.items():
             for name, value in fields.items():
                 if other[section][name] != value:
-                    error = InputError(
+                    raise InputError(
                         f"{section}.{name}={value!r} on rank 0 but {other[section][name]!r} on rank {rank}: "
                         f"start every rank with the same config"
                     )
-                    error.on_every_rank = True
-                    raise error
 
 
 def build_model(model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device) -> GPT:
@@ -99,8 +97,7 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
     group = world_group()
     checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        state = on_every_rank(lambda: read_manifest(checkpoint).state)
-        check_same_model(state, model_config, checkpoint)
+        state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
         # Another layout has other ranks: their generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=rank_tensors, group=group)
@@ -124,8 +121,9 @@ def _begin_records(trainer: Trainer) -> None:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
-def check_same_model(state: dict[str, Any], model_config: GPTConfig, checkpoint: Path) -> None:
-    """Raise unless the checkpoint's model has the sizes of model_config."""
+def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str, Any]:
+    """The state in a checkpoint, whose model must have the sizes of model_config."""
+    state = read_manifest(checkpoint).state
     saved = state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     for name, value in dataclasses.asdict(model_config).items():
         if name != "init_std" and saved.get(name) != value:
@@ -133,6 +131,7 @@ def check_same_model(state: dict[str, Any], model_config: GPTConfig, checkpoint:
                 f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
                 f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
             )
+    return state
 
 
 def _introduce(trainer: Trainer) -> None:

@@ -19,7 +19,7 @@ from fused_megatron.models import GPT
 from fused_megatron.training.checkpoint import save_checkpoint
 from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData
-from fused_megatron.training.evaluation import Evaluation, evaluate
+from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.gradients import GradientBuckets
 from fused_megatron.training.launch import world_group
@@ -67,7 +67,6 @@ class Trainer:
         )
         self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
         self.progress = Progress()
-        self.last_evaluation: Evaluation | None = None
         self._stop_requested = False
         self._step_times: deque[float] = deque(maxlen=20)
 
@@ -202,13 +201,11 @@ class Trainer:
 
     def _evaluate(self) -> None:
         training = self.config.training
-        self.last_evaluation = evaluate(
-            self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size
-        )
-        record = {"step": self.progress.step, **dataclasses.asdict(self.last_evaluation)}
+        evaluation = evaluate(self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size)
+        record = {"step": self.progress.step, **dataclasses.asdict(evaluation)}
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(record)
-        self.reporter.say(f"step {self.progress.step}: {self.last_evaluation.describe()}")
+        self.reporter.say(f"step {self.progress.step}: {evaluation.describe()}")
 
     def _checkpoint_state(self) -> dict[str, Any]:
         return {
