@@ -29,6 +29,16 @@ inline int multiprocessors() {
   return counts[device];
 }
 
+// The most shared memory that a block of the current device may ask for; asked once a device.
+inline int64_t max_shared_bytes() {
+  constexpr int kDevices = 64;
+  static int bytes[kDevices] = {};
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
+  if (bytes[device] == 0) cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes[device];
+}
+
 inline DType device_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Float) return DType::kFloat32;
   return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
