@@ -31,39 +31,36 @@ _LANES = 512
 
 @triton.jit
 def _rows(num_queries, heads, ROWS: tl.constexpr, SHARED: tl.constexpr):
-    """(rows, queries) of this program, [ROWS] each.
+    """(row, query, outer, inner) of the ROWS rows of this program; the matrix is outer * heads + inner.
 
     SHARED: all heads use one mask, and come one after the other, so that a program, which has ROWS of them for one
     query, reads the mask once, and its neighbours find it in the cache. ROWS divides heads.
+
+    64-bit divisions are long: one for each program, 32-bit ones for its rows.
     """
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    step = tl.arange(0, ROWS)
     if SHARED:
-        queries = place // heads % num_queries
-        rows = (place // heads // num_queries * heads + place % heads) * num_queries + queries
-    else:
-        queries = place % num_queries
-        rows = place
-    return rows, queries
+        place = first // heads
+        query, outer = (place % num_queries).to(tl.int32), place // num_queries
+        inner = (first % heads).to(tl.int32) + step
+        return (outer * heads + inner) * num_queries + query, step * 0 + query, outer + step * 0, inner
+    matrix = first // num_queries
+    query = (first % num_queries).to(tl.int32) + step
+    inner = (matrix % heads).to(tl.int32) + query // num_queries
+    return first + step, query % num_queries, matrix // heads + inner // heads, inner % heads
 
 
 @triton.jit
-def _seen(queries, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [begin, end) that the causal form lets each query see."""
-    begin = (queries * 0).to(tl.int32)
+def _seen(query, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys [begin, end) that the causal form lets a query see."""
+    begin = query * 0
     end = begin + num_keys
     if CAUSAL:
-        end = tl.minimum(tl.maximum(queries + (num_keys - num_queries + 1), 0), num_keys).to(tl.int32)
+        end = tl.minimum(tl.maximum(query + (num_keys - num_queries + 1), 0), num_keys)
     if WINDOW:
-        begin = tl.maximum(queries + (num_keys - num_queries + 1 - window), 0).to(tl.int32)
+        begin = tl.maximum(query + (num_keys - num_queries + 1 - window), 0)
     return begin, end
-
-
-@triton.jit
-def _mask_offset(place, num_queries, heads, mask_outer, mask_inner, mask_query, MASK_ALIGN: tl.constexpr):
-    """Where the mask of a row begins; place = matrix * num_queries + query."""
-    matrix = place // num_queries
-    units = matrix // heads * mask_outer + matrix % heads * mask_inner + place % num_queries * mask_query
-    return units * MASK_ALIGN
 
 
 @triton.jit
@@ -74,8 +71,8 @@ def _forward_kernel(
 ):  # fmt: skip
     """One program: ROWS rows, whole."""
     num_keys = key_units * ALIGN
-    rows, queries = _rows(num_queries, heads, ROWS, SHARED)
-    begin, end = _seen(queries, num_queries, num_keys, window, CAUSAL, WINDOW)
+    rows, query, outer, inner = _rows(num_queries, heads, ROWS, SHARED)
+    begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
     end = tl.where(rows < num_rows, end, 0)
     columns = tl.arange(0, BLOCK)[None, :]
     offsets = (rows * num_keys)[:, None] + columns
@@ -87,12 +84,12 @@ def _forward_kernel(
     score = tl.load(x_ptr + offsets, mask=readable, other=0.0).to(tl.float32) * scale
     if HAS_MASK:
         if SHARED:
-            place = tl.program_id(0).to(tl.int64) * ROWS // heads  # without heads: mask_inner is 0
-            mask_ptr += _mask_offset(place, num_queries, 1, mask_outer, 0, mask_query, MASK_ALIGN)
-            hidden = tl.load(mask_ptr + columns * mask_key, mask=columns < num_keys, other=1)
+            place = tl.program_id(0).to(tl.int64) * ROWS // heads
+            units = place // num_queries * mask_outer + place % num_queries * mask_query
+            hidden = tl.load(mask_ptr + units * MASK_ALIGN + columns.to(tl.int64) * mask_key, mask=columns < num_keys, other=1)
         else:
-            place = _mask_offset(rows, num_queries, heads, mask_outer, mask_inner, mask_query, MASK_ALIGN)
-            hidden = tl.load(mask_ptr + place[:, None] + columns * mask_key, mask=readable, other=1)
+            units = outer * mask_outer + inner.to(tl.int64) * mask_inner + query.to(tl.int64) * mask_query
+            hidden = tl.load(mask_ptr + (units * MASK_ALIGN)[:, None] + columns.to(tl.int64) * mask_key, mask=readable, other=1)
         seen &= hidden == 0
     score = tl.where(seen, score, -float("inf"))
     maximum = tl.max(score, 1)
@@ -113,8 +110,8 @@ def _backward_kernel(
 ):  # fmt: skip
     """One program: ROWS rows, whole."""
     num_keys = key_units * ALIGN
-    rows, queries = _rows(num_queries, 1, ROWS, False)
-    begin, end = _seen(queries, num_queries, num_keys, window, CAUSAL, WINDOW)
+    rows, query, _, _ = _rows(num_queries, 1, ROWS, False)
+    begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
     end = tl.where(rows < num_rows, end, 0)
     columns = tl.arange(0, BLOCK)[None, :]
     offsets = (rows * num_keys)[:, None] + columns
@@ -141,12 +138,15 @@ def _long_forward_kernel(
     """One program: one row, read twice. A lane, VECTOR neighbouring columns, keeps its own maximum and sum."""
     num_keys = key_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
-    begin, end = _seen(row % num_queries, num_queries, num_keys, window, CAUSAL, WINDOW)
+    query = (row % num_queries).to(tl.int32)
+    begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
     readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
     x_ptr += row * num_keys
     y_ptr += row * num_keys
     if HAS_MASK:
-        mask_ptr += _mask_offset(row, num_queries, heads, mask_outer, mask_inner, mask_query, MASK_ALIGN)
+        matrix = row // num_queries
+        units = matrix // heads * mask_outer + matrix % heads * mask_inner + query.to(tl.int64) * mask_query
+        mask_ptr += units * MASK_ALIGN
     tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     maximum = tl.full([LANES], -float("inf"), tl.float32)
     total = tl.zeros([LANES], tl.float32)
@@ -186,7 +186,8 @@ def _long_backward_kernel(
     """One program: one row, read twice."""
     num_keys = key_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
-    begin, end = _seen(row % num_queries, num_queries, num_keys, window, CAUSAL, WINDOW)
+    query = (row % num_queries).to(tl.int32)
+    begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
     readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
     dy_ptr += row * num_keys
     y_ptr += row * num_keys
@@ -217,7 +218,7 @@ def scaled_masked_softmax_forward(
     y = torch.empty_like(x)
     if x.numel() > 0:
         with _on(x):
-            _forward(x, mask, y, float(scale), causal, window)
+            _forward(x, mask, y, float(scale), causal, min(window, x.shape[-1]))
     return y
 
 
@@ -275,7 +276,7 @@ def scaled_masked_softmax_backward(
     num_queries = y.shape[-2] if y.dim() > 1 else 1
     num_rows = y.numel() // num_keys
     form = {"CAUSAL": causal, "WINDOW": window > 0, "ALIGN": _alignment(y)}
-    arguments = (num_queries, num_keys // form["ALIGN"], float(scale), window)
+    arguments = (num_queries, num_keys // form["ALIGN"], float(scale), min(window, num_keys))
     with _on(y):
         if num_keys > _longest_row(y.device):
             _long_backward_kernel[(num_rows,)](dy, y, dx, *arguments, **form, **_long_options(y))
