@@ -90,7 +90,7 @@ def gpu_table(comparisons: Sequence[Comparison], ceiling_gb_per_s: float) -> lis
                     f"{gb_per_s:.0f}" if gb_per_s else "-",
                     f"{100 * gb_per_s / ceiling_gb_per_s:.0f}" if gb_per_s else "-",
                     f"{peak / 1e6:.1f}" if peak is not None else "-",
-                    _times(ratio) if ratio and name != OURS else "-",
+                    _times(ratio) if ratio and name not in (OURS, BOUND) else "-",
                 ]
             )
     return markdown(header, rows)

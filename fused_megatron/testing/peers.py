@@ -1,4 +1,4 @@
-"""Other libraries' kernels for the ops of fused_megatron, where installed: Liger-Kernel, Apex, TransformerEngine, quack.
+"""Other libraries' kernels, where installed: Liger-Kernel, Apex, TransformerEngine, quack.
 
 PEERS[op][provider] imports and returns a function of the benchmark's own arguments (benchmarks/bench_<op>.py); the
 import fails where the library is missing. Libraries that write over their input get a copy, since the same input
@@ -114,11 +114,8 @@ def _liger_rotary() -> Op:
 
     def run(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
         # From [S, B, N, D] to its [B, N, S, D]; its tables hold every angle twice.
-        rotated = library.liger_rope(
-            q.permute(1, 2, 0, 3),
-            k.permute(1, 2, 0, 3),
-            *(torch.cat((t, t), -1)[None, : q.shape[0]] for t in (cos, sin)),
-        )
+        tables = (torch.cat((t, t), -1)[None, : q.shape[0]] for t in (cos, sin))
+        rotated = library.liger_rope(q.permute(1, 2, 0, 3), k.permute(1, 2, 0, 3), *tables)
         return tuple(t.permute(2, 0, 1, 3) for t in rotated)
 
     return run
