@@ -79,8 +79,8 @@ class Rounds:
     """How long to measure: as many rounds as fit in budget_s, within limits."""
 
     budget_s: float = 4.0
-    fewest: int = 5
-    most: int = 30
+    fewest: int = 3
+    most: int = 60
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,10 @@ def compare(
         try:
             step = forward_backward(provide(), case.inputs, upstream)
             if judge is not None:
-                fault, note = judge.fault(name, step)
-            if judge is not None and fault is None and (peak := device.peak_bytes(step)) is not None:
-                result.peak_bytes[name] = peak
+                if name == COMPILE:
+                    step()  # compiles
+                fault, note, peak = judge.try_out(name, step)
+                result.peak_bytes.update({} if fault or peak is None else {name: peak})
         except ImportError as error:
             fault = f"not installed ({_first_line(error)})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others
@@ -260,6 +261,7 @@ class _Judge:
     def __init__(self, case: Case, upstream: Tensors, device: TimingDevice) -> None:
         self._case = case
         self._upstream = upstream
+        self._device = device
         self._dtype = next(t.dtype for t in case.inputs if isinstance(t, torch.Tensor))
         self._before = self._fingerprint()
         self._exact: Tensors | None = None
@@ -273,11 +275,15 @@ class _Judge:
         tensors = [t for t in self._case.inputs if isinstance(t, torch.Tensor)]
         return [t.detach().sum(dtype=torch.float64).item() for t in (*tensors, *self._upstream)]
 
-    def fault(self, provider: str, step: Step) -> tuple[str | None, str | None]:
-        """(why the provider is not to be timed or None, a remark or None)."""
-        outputs, gradients = step()
+    def try_out(self, provider: str, step: Step) -> tuple[str | None, str | None, int | None]:
+        """Run a step once: (why the provider is not to be timed or None, a remark or None, peak bytes)."""
+        results: list[tuple[Tensors, Tensors]] = []
+        peak = self._device.peak_bytes(lambda: results.append(step()))
         if self._fingerprint() != self._before:
             raise RuntimeError("it writes over its inputs, which the other providers need")
+        return *self._fault(provider, *results[0]), peak
+
+    def _fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
         try:
             exact = self._exact or self._case.exact(self._case.inputs, self._upstream, outputs, gradients)  # type: ignore
         except AssertionError as error:
