@@ -1,5 +1,6 @@
 """Functional fused ops: one device, no collectives."""
 
+from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.cross_entropy import (
     cross_entropy,
@@ -10,6 +11,7 @@ from fused_megatron.ops.cross_entropy import (
 from fused_megatron.ops.layer_norm import layer_norm
 
 __all__ = [
+    "bias_dropout_add",
     "bias_gelu",
     "cross_entropy",
     "cross_entropy_gradient",
