@@ -9,6 +9,7 @@ from fused_megatron.ops.cross_entropy import (
     cross_entropy_statistics,
 )
 from fused_megatron.ops.layer_norm import layer_norm
+from fused_megatron.ops.rotary_embedding import rotary_embedding
 
 __all__ = [
     "bias_dropout_add",
@@ -18,4 +19,5 @@ __all__ = [
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
+    "rotary_embedding",
 ]
