@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "norm_cuda.cuh"
@@ -11,7 +9,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, c
                                                               const OptionalTensor& bias, double eps,
                                                               const OptionalTensor& residual,
                                                               bool zero_centered_weight) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const NormForwardOutputs out =
       norm_forward_cuda<true>(NormForwardInputs(x, weight, bias, residual), eps, zero_centered_weight);
   check_launch("layer_norm_forward");
@@ -22,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
     const Tensor& rstd, bool need_dx, bool need_dweight, bool need_dbias, const OptionalTensor& dtotal,
     bool need_dresidual, bool zero_centered_weight) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const NormBackwardInputs in(dy, x, weight, bias, mean, rstd, dtotal, need_dresidual);
   const NormBackwardOutputs out =
       norm_backward_cuda<true>(in, need_dx, need_dweight, need_dbias, need_dresidual, zero_centered_weight);
@@ -33,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_backward(
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fm::layer_norm_forward));
   m.impl("layer_norm_backward", TORCH_BOX(&fm::layer_norm_backward));
 }

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "norm_cuda.cuh"
@@ -9,7 +7,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> rms_norm_forward(const Tensor& x, const OptionalTensor& weight, double eps,
                                                     const OptionalTensor& residual, bool zero_centered_weight) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const NormForwardOutputs out =
       norm_forward_cuda<false>(NormForwardInputs(x, weight, std::nullopt, residual), eps, zero_centered_weight);
   check_launch("rms_norm_forward");
@@ -20,7 +18,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Ten
                                                      const Tensor& rstd, bool need_dx, bool need_dweight,
                                                      const OptionalTensor& dtotal, bool need_dresidual,
                                                      bool zero_centered_weight) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const NormBackwardInputs in(dy, x, weight, std::nullopt, std::nullopt, rstd, dtotal, need_dresidual);
   const NormBackwardOutputs out =
       norm_backward_cuda<false>(in, need_dx, need_dweight, false, need_dresidual, zero_centered_weight);
@@ -31,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Ten
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("rms_norm_forward", TORCH_BOX(&fm::rms_norm_forward));
   m.impl("rms_norm_backward", TORCH_BOX(&fm::rms_norm_backward));
 }
