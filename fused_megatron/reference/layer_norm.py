@@ -35,7 +35,12 @@ def layer_norm_forward(
     total = add_residual(x, residual)
     y, mean, rstd = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)
     y = y.to(x.dtype).contiguous()
-    return y, mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous(), x.new_empty(0) if residual is None else total
+    return (
+        y,
+        mean.squeeze(-1).contiguous(),
+        rstd.squeeze(-1).contiguous(),
+        x.new_empty(0) if residual is None else total,
+    )
 
 
 def layer_norm_backward(

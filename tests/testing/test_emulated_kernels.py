@@ -25,6 +25,7 @@ def test_emulated_cuda_kernels():
     library = build_emulation()
     paths = [OP_TESTS / f"test_{source.parent.name}.py" for source in cuda_sources()]
     assert all(path.exists() for path in paths), "each CUDA op needs tests/ops/test_<op>.py"
+    paths.append(OP_TESTS / "test_norm.py")  # what layer_norm and rms_norm have in common
     assert run_tests(paths, emulated_environment(library)) > 20 * len(paths)
 
 
