@@ -99,7 +99,7 @@ def test_residual(op, dtype, stream, use_total, zero_centered_weight, device):
         check(op, tensors, zero_centered_weight=zero_centered_weight, use_total=use_total)
 
 
-# For each dtype: a warp a row, four, sixteen; then rows that fit in no block's registers. Odd widths take narrow accesses.
+# For each dtype: a warp a row, four, sixteen; then rows that fit in no block's registers. Odd widths: narrow accesses.
 @pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 16392, 7, 1023, 1025, 16391])
 @pytest.mark.parametrize("dtype,stream", [(FLOAT, None), (BFLOAT, None), (BFLOAT, FLOAT)])
 @pytest.mark.parametrize("op", OPS)
