@@ -1,6 +1,8 @@
 """Functional fused ops: one device, no collectives."""
 
+from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
+from fused_megatron.ops.bias_swiglu import bias_swiglu
 from fused_megatron.ops.cross_entropy import (
     cross_entropy,
     cross_entropy_gradient,
@@ -10,7 +12,9 @@ from fused_megatron.ops.cross_entropy import (
 from fused_megatron.ops.layer_norm import layer_norm
 
 __all__ = [
+    "bias_geglu",
     "bias_gelu",
+    "bias_swiglu",
     "cross_entropy",
     "cross_entropy_gradient",
     "cross_entropy_merge",
