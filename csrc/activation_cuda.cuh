@@ -1,7 +1,5 @@
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "activation_kernels.cuh"
@@ -25,7 +23,7 @@ ActivationArguments activation_arguments(const Tensor& x, const OptionalTensor& 
 
 template <typename Activation, bool kGated>
 Tensor activation_forward(const Tensor& x, const OptionalTensor& bias) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const auto t = activation_forward_tensors<kGated>(x, bias);
   ActivationArguments a = activation_arguments<kGated>(t.x, t.bias);
   if (a.count == 0) return t.y;
@@ -38,7 +36,7 @@ Tensor activation_forward(const Tensor& x, const OptionalTensor& bias) {
 template <typename Activation, bool kGated>
 std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& bias,
                                                bool need_dx, bool need_dbias) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device());
+  const DeviceGuard guard(x.get_device());
   const auto t = activation_backward_tensors<kGated>(dy, x, bias, need_dx, need_dbias);
   ActivationArguments a = activation_arguments<kGated>(t.x, t.bias);
   if (a.width == 0 || (!t.need_dbias && (!t.need_dx || a.count == 0))) return {t.dx, t.dbias};

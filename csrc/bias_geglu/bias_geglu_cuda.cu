@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> bias_geglu_backward(const Tensor& dy, const Tensor& x
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("bias_geglu_forward", TORCH_BOX(&fm::bias_geglu_forward));
   m.impl("bias_geglu_backward", TORCH_BOX(&fm::bias_geglu_backward));
 }

@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy, const Tensor& x,
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("bias_gelu_forward", TORCH_BOX(&fm::bias_gelu_forward));
   m.impl("bias_gelu_backward", TORCH_BOX(&fm::bias_gelu_backward));
 }

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> bias_swiglu_backward(const Tensor& dy, const Tensor& 
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("bias_swiglu_forward", TORCH_BOX(&fm::bias_swiglu_forward));
   m.impl("bias_swiglu_backward", TORCH_BOX(&fm::bias_swiglu_backward));
 }
