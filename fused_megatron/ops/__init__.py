@@ -1,10 +1,7 @@
 """Functional fused ops: one device, no collectives."""
 
-<<<<<<< HEAD
-from fused_megatron.ops.bias_geglu import bias_geglu
-=======
 from fused_megatron.ops.bias_dropout_add import bias_dropout_add
->>>>>>> main
+from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.bias_swiglu import bias_swiglu
 from fused_megatron.ops.cross_entropy import (
@@ -18,11 +15,8 @@ from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 __all__ = [
-<<<<<<< HEAD
-    "bias_geglu",
-=======
     "bias_dropout_add",
->>>>>>> main
+    "bias_geglu",
     "bias_gelu",
     "bias_swiglu",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""What bias_gelu, bias_swiglu and bias_geglu share: their checks, their raw ops' fake kernels, one autograd Function."""
+"""What bias_gelu, bias_swiglu and bias_geglu share: checks, fake kernels of the raw ops, one autograd Function."""
 
 from typing import Any, NamedTuple
 

@@ -30,7 +30,8 @@ def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: s
         [..., F] in the dtype of x, contiguous.
 
     Raises:
-        InputError: the last dim of x is odd, bias is not [2F] or lies on another device, or approximate has another value.
+        InputError: the last dim of x is odd, bias is not [2F] or lies on another device, or approximate has another
+            value.
         TypeError: a dtype that is not floating point.
 
     Communication: none.
