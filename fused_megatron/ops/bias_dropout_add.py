@@ -182,7 +182,7 @@ def _rows(shape: tuple[int, ...], full_shape: tuple[int, ...], offset: tuple[int
         check(len(values) == len(shape), f"{name}={values} must have {len(shape)} dims, as x has")
     for dim, (size, full, first) in enumerate(zip(shape, full_shape, offset, strict=True)):
         check(
-            0 <= first and first + size <= full,
+            first >= 0 and first + size <= full,
             f"offset[{dim}]={first} must place x.shape[{dim}]={size} inside full_shape[{dim}]={full}",
         )
     start, stride = 0, 1
