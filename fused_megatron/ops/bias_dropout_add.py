@@ -147,7 +147,7 @@ def bias_dropout_add(
     if p == 0.0 or p == 1.0:
         rng_state = None
     elif rng_state is None:
-        rng_state = torch.empty(2, dtype=torch.int64, device=x.device).random_()
+        rng_state = torch.randint(2**63 - 1, (2,), device=x.device)
     if torch.float64 in (x.dtype, residual.dtype, None if bias is None else bias.dtype):
         return reference.bias_dropout_add(x, bias, residual, rng_state, p, rows)
     if not torch.is_grad_enabled():
