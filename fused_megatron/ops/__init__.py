@@ -10,6 +10,7 @@ from fused_megatron.ops.cross_entropy import (
 )
 from fused_megatron.ops.layer_norm import layer_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
+from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 __all__ = [
     "bias_dropout_add",
@@ -20,4 +21,5 @@ __all__ = [
     "cross_entropy_statistics",
     "layer_norm",
     "rotary_embedding",
+    "scaled_masked_softmax",
 ]
