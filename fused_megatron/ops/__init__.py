@@ -9,6 +9,7 @@ from fused_megatron.ops.cross_entropy import (
     cross_entropy_statistics,
 )
 from fused_megatron.ops.layer_norm import layer_norm
+from fused_megatron.ops.rms_norm import rms_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
@@ -20,6 +21,7 @@ __all__ = [
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
+    "rms_norm",
     "rotary_embedding",
     "scaled_masked_softmax",
 ]
