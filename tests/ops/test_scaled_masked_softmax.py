@@ -313,14 +313,14 @@ def test_bad_arguments(device):
         scaled_masked_softmax(x, torch.zeros(1, 2, 3, 4, dtype=torch.bool, device=device))
     with pytest.raises(TypeError, match=r"mask.dtype=float32 must be one of: bool"):
         scaled_masked_softmax(x, torch.zeros(3, 4, device=device))
-    with pytest.raises(InputError, match="mask.device=meta"):
+    with pytest.raises(InputError, match=r"mask.device=meta"):
         scaled_masked_softmax(x, torch.zeros(3, 4, dtype=torch.bool, device="meta"))
-    with pytest.raises(InputError, match="window=3 .* needs causal=True"):
+    with pytest.raises(InputError, match=r"window=3 .* needs causal=True"):
         scaled_masked_softmax(x, window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):
         scaled_masked_softmax(x, causal=True, window=0)
     for scale in (NAN, INF, 1e39):
-        with pytest.raises(InputError, match="scale=.* must be a finite"):
+        with pytest.raises(InputError, match=r"scale=.* must be a finite"):
             scaled_masked_softmax(x, scale=scale)
     with pytest.raises(InputError, match=r"x.shape=\(\) must have a dimension of keys"):
         scaled_masked_softmax(torch.tensor(1.0))
