@@ -244,7 +244,7 @@ def _forward(
     # Wide loads of the mask need keys side by side, and rows that begin at multiples of the width.
     mask_align = math.gcd(16, *strides) if key_stride == 1 else 1
     arguments = (scale, window, heads, *(stride // mask_align for stride in strides), key_stride)
-    form = {"CAUSAL": causal, "WINDOW": window > 0, "HAS_MASK": mask is not None}
+    form: dict[str, Any] = {"CAUSAL": causal, "WINDOW": window > 0, "HAS_MASK": mask is not None}
     form |= {"ALIGN": _alignment(x), "MASK_ALIGN": mask_align}
     num_rows = x.numel() // num_keys
     num_queries = x.shape[-2] if x.dim() > 1 else 1
