@@ -1,9 +1,10 @@
 """Functional fused ops: one device, no collectives."""
 
 from fused_megatron.ops.bias_gelu import bias_gelu
-from fused_megatron.ops.cross_entropy import (
-    cross_entropy,
+from fused_megatron.ops.cross_entropy import cross_entropy
+from fused_megatron.ops.cross_entropy_shards import (
     cross_entropy_gradient,
+    cross_entropy_gradient_,
     cross_entropy_merge,
     cross_entropy_statistics,
 )
@@ -13,6 +14,7 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "cross_entropy_gradient",
+    "cross_entropy_gradient_",
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
