@@ -8,6 +8,7 @@ from fused_megatron.ops.cross_entropy import (
     cross_entropy_statistics,
 )
 from fused_megatron.ops.layer_norm import layer_norm
+from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "bias_gelu",
@@ -16,4 +17,5 @@ __all__ = [
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
+    "linear_cross_entropy",
 ]
