@@ -6,7 +6,7 @@ import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
 from fused_megatron.ops.cross_entropy import _check_targets
-from fused_megatron.ops.linear_cross_entropy_tiles import LossTerms, TiledHead
+from fused_megatron.ops.linear_cross_entropy_tiles import LossTerms, TiledHead, fits_one_pass
 from fused_megatron.ops.registration import define_composed_op
 from fused_megatron.reference import linear_cross_entropy as reference
 
@@ -215,7 +215,7 @@ def linear_cross_entropy(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias))
     if dtype == torch.float64:
         losses = reference.linear_cross_entropy(rows, weight, bias, ids, *loss_terms)
-    elif reduction != "none" and learns and _tiled_head(rows, weight, bias, ids, *terms).fits_one_pass:
+    elif reduction != "none" and learns and fits_one_pass(rows, words, chunk_tokens):
         count = torch.ones((), device=rows.device) if count is None else count
         return _SumOverCount.apply(rows, weight, bias, ids, count, terms).to(result_dtype)
     else:

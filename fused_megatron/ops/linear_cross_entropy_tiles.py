@@ -36,6 +36,10 @@ _TILE_BYTES = {"cuda": 256 << 20, "cpu": 80 << 20}
 # small beside the caches; up to so many tokens at once no gradient of a weight needs an accumulator.
 _CAST_TILE_BYTES = 16 << 20
 _CAST_TOKENS = 8192
+_CPU_HAS_MATRIX_UNITS = {
+    torch.bfloat16: torch.cpu._is_amx_tile_supported(),
+    torch.float16: torch.cpu._is_amx_fp16_supported(),
+}
 # Rows of a tile and blocks of words begin at multiples of so many elements: what matrix units and wide loads want.
 _ALIGNMENT = 64
 
@@ -171,7 +175,7 @@ class TiledHead:
 
         For one device, and tiles that have all words.
         """
-        assert self.fits_one_pass
+        assert self.has_all_words
         loss, lse = self._per_token(), self._per_token()
         sums = self._new_sums(needs, torch.float32, wide_weight=True)
         words = slice(0, self.num_words)
@@ -188,8 +192,8 @@ class TiledHead:
         return loss.flatten(), lse.flatten(), [sums.dhidden, *self._sums_of_parameters(sums)]
 
     @property
-    def fits_one_pass(self) -> bool:
-        """Whether a tile has all words, so that losses_and_gradients can be asked."""
+    def has_all_words(self) -> bool:
+        """Whether a tile has all words."""
         return self.words_per_block >= self.num_words
 
     # ---- Tiles -----------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ class TiledHead:
 
     def _weight(self, words: slice) -> torch.Tensor:
         # Where there are several blocks each is cast when it is used: the weight never exists twice.
-        return self._whole_weight if self.fits_one_pass else self._cast(self.weight[words])
+        return self._whole_weight if self.has_all_words else self._cast(self.weight[words])
 
     def _cast(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to(self.hidden.dtype).to(self.product_dtype)
@@ -275,9 +279,12 @@ class TiledHead:
     def _gradient_(
         self, logits: torch.Tensor, target: torch.Tensor, grad_loss: torch.Tensor, lse: torch.Tensor, words: slice
     ) -> torch.Tensor:
-        return cross_entropy_gradient(
-            grad_loss, logits, target, lse, z_loss=self.terms.z_loss, **self._shard(words)
-        )  # fmt: skip
+        for some in torch.arange(len(target)).split(_ALIGNMENT):
+            rows = slice(int(some[0]), int(some[-1]) + 1)
+            logits[rows] = cross_entropy_gradient(
+                grad_loss[rows], logits[rows], target[rows], lse[rows], z_loss=self.terms.z_loss, **self._shard(words)
+            )
+        return logits
 
     # ---- Gradients -------------------------------------------------------------------------------------------------
 
@@ -298,7 +305,7 @@ class TiledHead:
         first = partial is None
         if partial is None:
             wide = torch.promote_types(self.product_dtype, torch.float32)
-            dtype = self.product_dtype if self.fits_one_pass else wide
+            dtype = self.product_dtype if self.has_all_words else wide
             partial = self.hidden.new_empty((dlogits.shape[0], self.hidden.shape[1]), dtype=dtype)
         _add_product(partial, dlogits, self._weight(words), first=first)
         return partial
@@ -344,10 +351,8 @@ def product_dtype(operand: torch.Tensor) -> torch.dtype:
     as 16-bit numbers, so the operands are widened tile by tile, and neither logits nor partial sums are rounded.
     """
     dtype = operand.dtype
-    if operand.device.type != "cpu" or dtype.itemsize != 2:
-        return dtype
-    has_units = torch.cpu._is_amx_tile_supported() if dtype == torch.bfloat16 else torch.cpu._is_amx_fp16_supported()
-    return dtype if has_units else torch.float32
+    native = operand.device.type != "cpu" or dtype.itemsize != 2 or _CPU_HAS_MATRIX_UNITS[dtype]
+    return dtype if native else torch.float32
 
 
 def tile_shape(
@@ -360,6 +365,12 @@ def tile_shape(
         return tokens, max(1, num_words)
     tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
     return tokens, _even_share(num_words, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))
+
+
+def fits_one_pass(hidden: torch.Tensor, num_words: int, chunk_tokens: int | None) -> bool:
+    """Whether the tiles of a head on one device have all words, so that losses_and_gradients can be asked."""
+    tokens, product = hidden.shape[0], product_dtype(hidden)
+    return tile_shape(tokens, num_words, hidden.dtype, product, hidden.device.type, chunk_tokens)[1] >= num_words
 
 
 def _even_share(total: int, most: int) -> int:
