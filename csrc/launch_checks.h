@@ -1,14 +1,34 @@
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 
 #include "device_numbers.cuh"
 #include "tensor_checks.h"
 
+#ifndef FM_EMULATION
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
 // The torch side of a launch. STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone,
 // and this library must load with the CPU build as well.
 namespace fm {
+
+// Registers the kernels of a .cu file: for CUDA tensors; the emulated ones for CPU tensors.
+#ifdef FM_EMULATION
+#define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m)
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+  ~DeviceGuard() {}  // not trivial, so that an unused guard is no warning
+};
+inline void check_launch(const char*) {}  // an emulated launch throws
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline int multiprocessors() { return emulation::multiprocessors(); }
+
+#else
+#define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m)
+
+using torch::stable::accelerator::DeviceGuard;
 
 inline void check_launch(const char* op) {
   const cudaError_t error = cudaGetLastError();
@@ -28,6 +48,8 @@ inline int multiprocessors() {
   if (counts[device] == 0) cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
   return counts[device];
 }
+
+#endif
 
 inline DType device_dtype(ScalarType dtype) {
   if (dtype == ScalarType::Float) return DType::kFloat32;

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "bias_gelu_kernels.cuh"
@@ -14,7 +12,7 @@ int64_t width_of(const Tensor& x, const OptionalTensor& bias) {
 
 Tensor bias_gelu_forward(const Tensor& x_any, const OptionalTensor& bias_any, bool tanh) {
   check_kernel_dtype(x_any, "x");
-  const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
+  const DeviceGuard guard(x_any.get_device());
   const Tensor x = made_contiguous(x_any);
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
   Tensor y = empty(Sizes(x), x.scalar_type(), x);
@@ -38,7 +36,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy_any, const Tensor
   STD_TORCH_CHECK(dy_any.scalar_type() == x_any.scalar_type() && dy_any.numel() == x_any.numel() &&
                       on_same_device(dy_any, x_any),
                   "dy must have the dtype, shape and device of x");
-  const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
+  const DeviceGuard guard(x_any.get_device());
   const Tensor x = made_contiguous(x_any), dy = made_contiguous(dy_any);
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
   need_dbias = need_dbias && bias.has_value();
@@ -67,7 +65,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy_any, const Tensor
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("bias_gelu_forward", TORCH_BOX(&fm::bias_gelu_forward));
   m.impl("bias_gelu_backward", TORCH_BOX(&fm::bias_gelu_backward));
 }

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "launch_checks.h"
@@ -13,7 +11,7 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x_any, const OptionalTensor& weight_any,
                                                       const OptionalTensor& bias_any, double eps) {
   const int64_t width = layer_norm_width(x_any);
-  const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
+  const DeviceGuard guard(x_any.get_device());
   const Tensor x = made_contiguous(x_any);
   const OptionalTensor weight = checked_parameter(weight_any, x, "weight");
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
@@ -33,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
                                                        const OptionalTensor& weight_any, const OptionalTensor& bias_any,
                                                        const Tensor& mean_any, const Tensor& rstd_any, bool need_dx,
                                                        bool need_dweight, bool need_dbias) {
-  const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
+  const DeviceGuard guard(x_any.get_device());
   const LayerNormBackwardInputs in(dy_any, x_any, weight_any, bias_any, mean_any, rstd_any);
   need_dweight = need_dweight && in.weight.has_value();
   need_dbias = need_dbias && in.bias.has_value();
@@ -60,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_any, con
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("layer_norm_forward", TORCH_BOX(&fm::layer_norm_forward));
   m.impl("layer_norm_backward", TORCH_BOX(&fm::layer_norm_backward));
 }

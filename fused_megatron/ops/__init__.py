@@ -1,5 +1,6 @@
 """Functional fused ops: one device, no collectives."""
 
+from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.cross_entropy import (
     cross_entropy,
@@ -9,8 +10,11 @@ from fused_megatron.ops.cross_entropy import (
 )
 from fused_megatron.ops.layer_norm import layer_norm
 from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
+from fused_megatron.ops.rotary_embedding import rotary_embedding
+from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 __all__ = [
+    "bias_dropout_add",
     "bias_gelu",
     "cross_entropy",
     "cross_entropy_gradient",
@@ -18,4 +22,6 @@ __all__ = [
     "cross_entropy_statistics",
     "layer_norm",
     "linear_cross_entropy",
+    "rotary_embedding",
+    "scaled_masked_softmax",
 ]

@@ -136,6 +136,7 @@ def test_empty_batch(shape):
     assert not dweight.any() and not dbias.any()
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_again(dtype):
     arguments = inputs((500, 200), dtype)
@@ -187,6 +188,7 @@ def test_second_derivative_is_refused():
         dx.sum().backward()
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_opcheck(form):
     x, weight, bias, dy = inputs((6, 9), torch.float32, form)
@@ -197,6 +199,7 @@ def test_opcheck(form):
     torch.library.opcheck(backward, (dy, x, weight, bias, mean, rstd, True, weight is not None, bias is not None))
 
 
+@pytest.mark.cpu_kernel
 def test_compile_fullgraph():
     x, weight, bias, dy = inputs((6, 9), torch.float32)
 
@@ -209,6 +212,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.cpu_kernel
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(4, 6, dtype=torch.bfloat16, requires_grad=True)
