@@ -215,7 +215,7 @@ def linear_cross_entropy(
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias))
     if dtype == torch.float64:
         losses = reference.linear_cross_entropy(rows, weight, bias, ids, *loss_terms)
-    elif reduction != "none" and learns and fits_one_pass(rows, words, chunk_tokens):
+    elif reduction != "none" and learns and fits_one_pass(rows, weight.shape[0], chunk_tokens):
         count = torch.ones((), device=rows.device) if count is None else count
         return _SumOverCount.apply(rows, weight, bias, ids, count, terms).to(result_dtype)
     else:

@@ -123,8 +123,9 @@ class TiledHead:
     def __post_init__(self) -> None:
         self.num_words = max(0, min(self.weight.shape[0], self.terms.vocab_size - self.terms.vocab_start))
         self.product_dtype = product_dtype(self.hidden)
+        # By the rows of the weight, padding among them: every shard must make the same chunks.
         tokens, self.words_per_block = tile_shape(
-            len(self.target), self.num_words, self.hidden.dtype, self.product_dtype, self.hidden.device.type,
+            len(self.target), self.weight.shape[0], self.hidden.dtype, self.product_dtype, self.hidden.device.type,
             self.chunk_tokens,
         )  # fmt: skip
         self.rows_per_chunk = max(1, tokens // self.exchange.num_blocks)
