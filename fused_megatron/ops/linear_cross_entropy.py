@@ -77,7 +77,8 @@ _losses_and_gradients = define_composed_op(
 )
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
+    """Raise in a backward that is to be differentiated: autograd does not see the products that it makes."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         raise RuntimeError(
             "fused_megatron linear_cross_entropy: the gradient of operands that are not float64 cannot be "
@@ -100,7 +101,7 @@ class _LossOfEachToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         *inputs, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients = _gradients(grad_loss.float(), lse, needs, *inputs, *ctx.terms)
@@ -134,7 +135,7 @@ class _SumOverCount(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         hidden, weight, bias, target, lse, scale, *saved = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         later = grad * scale if hidden.dtype == torch.float16 else grad
@@ -183,7 +184,7 @@ def linear_cross_entropy(
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
         softcap: c; logits are squashed into (-c, c) (Gemma 2, arXiv:2408.00118). None: they are not.
         vocab_size: the true number of words; rows of weight from there on are padding: not read, gradient 0.
-        chunk_tokens: tokens of a tile of logits. None: by its bytes (256 MiB on a GPU, 80 MiB on a CPU).
+        chunk_tokens: tokens of a tile of logits. None: by its bytes (256 MiB on a GPU, 64 MiB on a CPU).
 
     Returns:
         A scalar, or the shape of target for "none"; in the dtype of the product, as torch (float32 under autocast).

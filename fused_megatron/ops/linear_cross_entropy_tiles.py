@@ -31,10 +31,10 @@ Pending = Callable[[], torch.Tensor]
 
 # Bytes of a tile. On a GPU: enough tokens to fill it with work, little beside the weights. On a CPU: the fewer chunks
 # the fewer passes over dw, and the peak at 4096 tokens, 768 -> 50304, stays below 1/8 of that with whole logits.
-_TILE_BYTES = {"cuda": 256 << 20, "cpu": 80 << 20}
+_TILE_BYTES = {"gpu": 256 << 20, "cpu": 64 << 20}
 # Where the product is made in float32 for 16-bit operands, blocks of words are cast as they are used, and the tile is
 # small beside the caches; up to so many tokens at once no gradient of a weight needs an accumulator.
-_CAST_TILE_BYTES = 16 << 20
+_CAST_TILE_BYTES = 8 << 20
 _CAST_TOKENS = 8192
 _CPU_HAS_MATRIX_UNITS = {
     torch.bfloat16: torch.cpu._is_amx_tile_supported(),
@@ -362,7 +362,7 @@ def tile_shape(
     """(tokens, words) of a tile: chunks of tokens by all words or, where operands are cast, both cut."""
     if dtype == product:
         row_bytes = max(1, num_words) * product.itemsize
-        tokens = chunk_tokens or _even_share(num_tokens, _TILE_BYTES.get(device, _TILE_BYTES["cuda"]) // row_bytes)
+        tokens = chunk_tokens or _even_share(num_tokens, _TILE_BYTES["cpu" if device == "cpu" else "gpu"] // row_bytes)
         return tokens, max(1, num_words)
     tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
     return tokens, _even_share(num_words, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))

@@ -3,13 +3,12 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import check, check_shape
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
 from fused_megatron.ops.cross_entropy import _check_targets
-from fused_megatron.ops.linear_cross_entropy import check_head, operand_and_result_dtype
+from fused_megatron.ops.linear_cross_entropy import check_head, operand_and_result_dtype, refuse_second_derivative
 from fused_megatron.ops.linear_cross_entropy_tiles import Exchange, LossTerms, Pending, TiledHead
 
 
@@ -47,8 +46,8 @@ class _VocabParallelLinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
+        refuse_second_derivative()
         *inputs, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         gradients = TiledHead(*inputs, *ctx.arguments).gradients(grad_loss.to(lse.dtype), lse, needs)

@@ -144,8 +144,8 @@ def frozen_case(rank, ranks):
     torch.testing.assert_close(d_hidden.double(), exact[1], rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(d_weight.double(), exact[2].chunk(ranks)[rank], rtol=2e-2, atol=2e-2)
     again = vocab_parallel_linear_cross_entropy(leaf, mine, target, **options)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        torch.autograd.grad(again.sum(), leaf, create_graph=True)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(again.sum(), leaf, create_graph=True)
     return True
 
 
