@@ -1,6 +1,8 @@
 """fm.ops.linear_cross_entropy against float64 with whole logits."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -74,6 +76,13 @@ def check_against_float64(
     floor = 32.0 if dtype == torch.float32 else None
     for name, our, right, their in zip(names, ours, exact, torchs, strict=False):
         assert_close_to_reference(our.view(right.shape), right, their, floor_ulps=floor, name=name)
+
+
+@pytest.fixture(autouse=True)
+def on_device(device: str) -> Iterator[None]:
+    """Every tensor of a test is made on its device."""
+    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(params=["tiles as chosen", "products in 16 bits"])
@@ -164,9 +173,9 @@ def test_mixed_dtypes(
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_autocast(reduction: str, any_product: None) -> None:
+def test_autocast(reduction: str, any_product: None, device: str) -> None:
     operands, target = inputs(9, 16, 40, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         ours = by_us(operands, target, None, reduction=reduction, chunk_tokens=4)
     rounded = [x.detach().bfloat16() for x in operands]
     upstream = torch.ones(9 if reduction == "none" else ())
