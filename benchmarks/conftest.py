@@ -188,14 +188,15 @@ def _report(line: str) -> None:
             reporter.flush()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark writes its file
-def pytest_sessionfinish() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, a wrapper too, writes its file
+def pytest_sessionfinish() -> Iterator[None]:
     comparisons: dict[str, Comparison] = _session["comparisons"]
     if path := os.environ.get(_RESULTS):
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
     elif comparisons and os.environ.get(_MALLOC) == "kept":
         _measure_with_default_malloc(comparisons)
+    yield
 
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
@@ -205,8 +206,8 @@ def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
-        options = ["--quick"] if _session["quick"] else []
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *comparisons]
+        tests = ["--quick", next(iter(comparisons))] if _session["quick"] else list(comparisons)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment, cwd=_session["root"], capture_output=True, text=True)
         if not results.exists():
             _report(f"  failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")

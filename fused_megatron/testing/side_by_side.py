@@ -286,20 +286,23 @@ class _Judge:
     def _fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
         try:
             exact = self._exact or self._case.exact(self._case.inputs, self._upstream, outputs, gradients)  # type: ignore
-        except AssertionError as error:
-            return f"wrong: {_first_line(error)}", None
+        except AssertionError as impossible:
+            return f"wrong: {_first_line(impossible)}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        remark = None
+        worst, off = 0.0, []
         for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
             if got.shape != want.shape:
                 return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None
-            off = _relative_error(got.detach(), want)
-            if not off <= INEXACT[self._dtype]:  # also NaN
-                text = f"{name} is off by {off:.1%}" if off > 1e-3 else f"{name} is off by {off:.1e}"
-                if provider == OURS or not off <= WRONG:
-                    return f"wrong: {text}", None
-                remark = f"inexact: {text}"
-        return None, remark
+            error = _relative_error(got.detach(), want)
+            if not error <= INEXACT[self._dtype]:  # also NaN
+                worst = error if not error <= worst else worst
+                off.append(f"{name} {error:.1%}" if error > 1e-3 else f"{name} {error:.1e}")
+        if not off:
+            return None, None
+        text = f"{', '.join(off)} off"
+        if provider == OURS or not worst <= WRONG:
+            return f"wrong: {text}", None
+        return None, f"inexact: {text}"
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -146,10 +146,9 @@ def test_unseen_rows_of_minus_infinity_are_rows_without_a_key(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e4, -1e4, 6e4])
-@pytest.mark.parametrize("key", [0, 37, 89])
-def test_extreme_scores_as_torch(value, key, dtype, device):
+def test_extreme_scores_as_torch(value, dtype, device):
     x, dy, _ = inputs((5, 90), dtype, device)
-    x[1:3, key] = value
+    x[1, 0] = x[2, 37] = x[3, 89] = value
     expected = torch.softmax(x.double(), -1)
     y, dx = run(scaled_masked_softmax, x, dy)
     assert_close_to_reference(y, expected, torch.softmax(x, -1), name="y")
@@ -297,6 +296,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.cpu_kernel
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(4, 6, 8, dtype=torch.bfloat16, requires_grad=True)
