@@ -4,9 +4,10 @@ from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.bias_swiglu import bias_swiglu
-from fused_megatron.ops.cross_entropy import (
-    cross_entropy,
+from fused_megatron.ops.cross_entropy import cross_entropy
+from fused_megatron.ops.cross_entropy_shards import (
     cross_entropy_gradient,
+    cross_entropy_gradient_,
     cross_entropy_merge,
     cross_entropy_statistics,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "bias_swiglu",
     "cross_entropy",
     "cross_entropy_gradient",
+    "cross_entropy_gradient_",
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",

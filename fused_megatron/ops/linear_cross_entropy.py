@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.cross_entropy import _check_targets
+from fused_megatron.ops.cross_entropy_shards import check_targets
 from fused_megatron.ops.linear_cross_entropy_tiles import LossTerms, TiledHead, fits_one_pass
 from fused_megatron.ops.registration import define_composed_op
 from fused_megatron.reference import linear_cross_entropy as reference
@@ -209,7 +209,7 @@ def linear_cross_entropy(
     check(1 <= words <= weight.shape[0], f"vocab_size={words} must be in [1, weight.shape[0]={weight.shape[0]}]")
     dtype, result_dtype = operand_and_result_dtype(hidden, weight)
     rows, ids = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous(), target.reshape(-1).contiguous()
-    _check_targets(ids, words, ignore_index)
+    check_targets(ids, words, ignore_index)
     loss_terms = (words, ignore_index, label_smoothing, z_loss, softcap)
     terms = (*loss_terms, chunk_tokens)
     count = (ids != ignore_index).sum().float() if reduction == "mean" else None
@@ -261,5 +261,6 @@ def check_head(
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
     check(0.0 <= label_smoothing <= 1.0, f"label_smoothing={label_smoothing} must be in [0, 1]")
-    check(softcap is None or softcap > 0.0, f"softcap={softcap} must be positive, or None")
+    capped = softcap is None or 0.0 < softcap < float("inf")
+    check(capped, f"softcap={softcap} must be above 0 and finite, or None for no cap")
     check(chunk_tokens is None or chunk_tokens >= 1, f"chunk_tokens={chunk_tokens} must be at least 1, or None")

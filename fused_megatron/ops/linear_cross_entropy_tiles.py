@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_megatron.ops.cross_entropy import (
-    cross_entropy_gradient,
+from fused_megatron.ops.cross_entropy_shards import (
+    cross_entropy_gradient_,
     cross_entropy_merge,
     cross_entropy_statistics,
 )
@@ -253,14 +253,13 @@ class TiledHead:
     def _shard(self, words: slice) -> dict[str, Any]:
         """A block of words is to the loss what a shard of the vocabulary is."""
         terms = self.terms
-        softcap = {} if terms.softcap is None else {"softcap": terms.softcap}
         return {
             "vocab_start": terms.vocab_start + words.start, "vocab_size": terms.vocab_size,
-            "ignore_index": terms.ignore_index, "label_smoothing": terms.label_smoothing, **softcap,
+            "ignore_index": terms.ignore_index, "label_smoothing": terms.label_smoothing, "softcap": terms.softcap,
         }  # fmt: skip
 
     def _tile_statistics(self, logits: torch.Tensor, target: torch.Tensor, words: slice) -> torch.Tensor:
-        return cross_entropy_statistics(logits, target, **self._shard(words))
+        return cross_entropy_statistics(logits, target, check_target=False, **self._shard(words))
 
     def _statistics(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """(lse, linear) [t, 2] over all words of this shard."""
@@ -280,12 +279,9 @@ class TiledHead:
     def _gradient_(
         self, logits: torch.Tensor, target: torch.Tensor, grad_loss: torch.Tensor, lse: torch.Tensor, words: slice
     ) -> torch.Tensor:
-        for some in torch.arange(len(target)).split(_ALIGNMENT):
-            rows = slice(int(some[0]), int(some[-1]) + 1)
-            logits[rows] = cross_entropy_gradient(
-                grad_loss[rows], logits[rows], target[rows], lse[rows], z_loss=self.terms.z_loss, **self._shard(words)
-            )
-        return logits
+        return cross_entropy_gradient_(
+            grad_loss, logits, target, lse, z_loss=self.terms.z_loss, **self._shard(words)
+        )  # fmt: skip
 
     # ---- Gradients -------------------------------------------------------------------------------------------------
 

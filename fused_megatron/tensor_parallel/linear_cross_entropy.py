@@ -7,7 +7,7 @@ import torch
 from fused_megatron.checks import check, check_shape
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
-from fused_megatron.ops.cross_entropy import _check_targets
+from fused_megatron.ops.cross_entropy_shards import check_targets
 from fused_megatron.ops.linear_cross_entropy import check_head, operand_and_result_dtype, refuse_second_derivative
 from fused_megatron.ops.linear_cross_entropy_tiles import Exchange, LossTerms, Pending, TiledHead
 
@@ -124,7 +124,7 @@ def vocab_parallel_linear_cross_entropy(
     )  # fmt: skip
     _check_shard(weight_shard, ranks, vocab_size, padded_vocab_size)
     ids = target.reshape(-1).contiguous()
-    _check_targets(ids, vocab_size, ignore_index)
+    check_targets(ids, vocab_size, ignore_index)
     vocab_start = group_rank(tp_group) * weight_shard.shape[0]
     terms = LossTerms(vocab_size, ignore_index, label_smoothing, z_loss, softcap, vocab_start)
     # Cast before anything is gathered, so that less moves.

@@ -106,8 +106,9 @@ def test_loss_and_gradients(dtype: torch.dtype, reduction: str, chunk_tokens: in
     [
         {"label_smoothing": 0.1},
         {"z_loss": 1e-2},
+        {"softcap": 2.0},
         {"vocab_size": 70},
-        {"label_smoothing": 0.3, "z_loss": 1e-3, "vocab_size": 65},
+        {"label_smoothing": 0.3, "z_loss": 1e-3, "vocab_size": 65, "softcap": 3.0},
     ],
     ids=str,
 )
@@ -371,7 +372,7 @@ def test_errors() -> None:
         ("bias.shape=(19,) must be (20,)", {"bias": torch.randn(19)}),
         ("reduction='max' must be one of: mean, sum, none", {"reduction": "max"}),
         ("label_smoothing=1.5 must be in [0, 1]", {"label_smoothing": 1.5}),
-        ("softcap=0.0 must be positive, or None", {"softcap": 0.0}),
+        ("softcap=0.0 must be above 0 and finite, or None for no cap", {"softcap": 0.0}),
         ("chunk_tokens=0 must be at least 1, or None", {"chunk_tokens": 0}),
         ("vocab_size=21 must be in [1, weight.shape[0]=20]", {"vocab_size": 21}),
         ("target[4]=20 must be in [0, 20) or ignore_index=-100", {"target": torch.tensor([[1, 1, 1], [1, 20, 1]])}),
