@@ -70,7 +70,7 @@ def test_remarks_alike_are_said_once():
 
 def test_overheads():
     rows = overhead_table({"gelu": (CallOverhead([12.0, 13.0], [3.0, 3.0]), 15), "slow": (CallOverhead([30], [3]), 15)})
-    assert cells(rows[2]) == ["gelu", "12.5", "3.0", "9.5", "<= 15 us met"]
+    assert cells(rows[2]) == ["gelu", "12.0", "3.0", "9.0", "<= 15 us met"]
     assert cells(rows[3])[-1] == "<= 15 us MISSED"
 
 
