@@ -4,13 +4,12 @@ from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.bias_swiglu import bias_swiglu
-from fused_megatron.ops.cross_entropy import (
-    cross_entropy,
-    cross_entropy from fused_megatron.ops.cross_entropy_shards import (     cross_entropy_gradient",
+from fused_megatron.ops.cross_entropy import cross_entropy
+from fused_megatron.ops.cross_entropy_shards import (
+    cross_entropy_gradient,
     cross_entropy_gradient_,
     cross_entropy_merge,
     cross_entropy_statistics,
-    from fused_megatron.ops.cross_entropy import cross_entropy from fused_megatron.ops.cross_entropy_shards import (     cross_entropy_gradient,
 )
 from fused_megatron.ops.layer_norm import layer_norm
 from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
@@ -24,11 +23,10 @@ __all__ = [
     "bias_gelu",
     "bias_swiglu",
     "cross_entropy",
-    "cross_entropy from fused_megatron.ops.cross_entropy_shards import (     cross_entropy_gradient"",
+    "cross_entropy_gradient",
     "cross_entropy_gradient_",
     "cross_entropy_merge",
     "cross_entropy_statistics",
-    "from fused_megatron.ops.cross_entropy import cross_entropy from fused_megatron.ops.cross_entropy_shards import (     cross_entropy_gradient",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
