@@ -24,6 +24,7 @@ struct DeviceGuard {
 inline void check_launch(const char*) {}  // an emulated launch throws
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline int multiprocessors() { return emulation::multiprocessors(); }
+inline int64_t max_shared_bytes() { return 227 * 1024; }  // of Hopper
 
 #else
 #define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m)
@@ -47,6 +48,16 @@ inline int multiprocessors() {
   STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
   if (counts[device] == 0) cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
   return counts[device];
+}
+
+// The most shared memory that a block of the current device may ask for; asked once a device.
+inline int64_t max_shared_bytes() {
+  constexpr int kDevices = 64;
+  static int bytes[kDevices] = {};
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
+  if (bytes[device] == 0) cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes[device];
 }
 
 #endif

@@ -70,3 +70,20 @@ def register_triton(name: str, module: str) -> None:
         _LIBRARY.impl(name, launch, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _LIBRARY.impl(name, launch, "CPU")
+
+
+def define_composed_op(schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an op that is made of other ops, the same on every device, and return its overload.
+
+    torch.compile takes it as it is: nothing of the implementation, loops over chunks for example, is traced.
+
+    Args:
+        schema: as for define_op.
+        implementation: same arguments and results; calls ops that have kernels.
+        fake: same arguments; returns empty tensors of the right shape, dtype and device.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fused_megatron, name).default

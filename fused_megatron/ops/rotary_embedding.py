@@ -1,5 +1,6 @@
 """Rotary position embedding of queries and keys, in one launch."""
 
+import itertools
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ def _check_values(
         return
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q.shape[0] or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+        if ends[0] != 0 or ends[-1] != q.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
             raise InputError(f"cu_seqlens={ends} must ascend from 0 to the number of tokens, {q.shape[0]}")
     start = offset if isinstance(offset, int) else None
     tensor = offset if isinstance(offset, torch.Tensor) else None

@@ -39,7 +39,7 @@ def random_words(rng_state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def keep_mask(rng_state: torch.Tensor, index: torch.Tensor, p: float) -> torch.Tensor:
-    """Which of the elements with these global indices dropout keeps; bool. p is the probability of dropping, below 1."""
+    """Which of the elements with these global indices dropout keeps, if it drops with probability p < 1; bool."""
     return random_words(rng_state, index) >= int(p * 2**32)
 
 

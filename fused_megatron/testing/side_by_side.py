@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fused_megatron.testing.timing_devices import TimingDevice, copy_step, page_faults
+from fused_megatron.testing.traffic import Traffic, measure_traffic
 
 OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 
@@ -78,7 +79,7 @@ class Case:
 class Rounds:
     """How long to measure: as many rounds as fit in budget_s, within limits."""
 
-    budget_s: float = 4.0
+    budget_s: float = 3.0
     fewest: int = 3
     most: int = 60
 
@@ -113,6 +114,7 @@ class Comparison:
     faults: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
     default_malloc_ms: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -198,6 +200,8 @@ def compare(
                     step()  # compiles
                 fault, note, peak = judge.try_out(name, step)
                 result.peak_bytes.update({} if fault or peak is None else {name: peak})
+                if name in (OURS, EAGER) and not fault and case.num_bytes is not None:
+                    result.traffic[name] = measure_traffic(step)
         except ImportError as error:
             fault = f"not installed ({_first_line(error)})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others
@@ -286,20 +290,23 @@ class _Judge:
     def _fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
         try:
             exact = self._exact or self._case.exact(self._case.inputs, self._upstream, outputs, gradients)  # type: ignore
-        except AssertionError as error:
-            return f"wrong: {_first_line(error)}", None
+        except AssertionError as impossible:
+            return f"wrong: {_first_line(impossible)}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        remark = None
+        worst, off = 0.0, []
         for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
             if got.shape != want.shape:
                 return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None
-            off = _relative_error(got.detach(), want)
-            if not off <= INEXACT[self._dtype]:  # also NaN
-                text = f"{name} is off by {off:.1%}" if off > 1e-3 else f"{name} is off by {off:.1e}"
-                if provider == OURS or not off <= WRONG:
-                    return f"wrong: {text}", None
-                remark = f"inexact: {text}"
-        return None, remark
+            error = _relative_error(got.detach(), want)
+            if not error <= INEXACT[self._dtype]:  # also NaN
+                worst = error if not error <= worst else worst
+                off.append(f"{name} {error:.1%}" if error > 1e-3 else f"{name} {error:.1e}")
+        if not off:
+            return None, None
+        text = f"{', '.join(off)} off"
+        if provider == OURS or not worst <= WRONG:
+            return f"wrong: {text}", None
+        return None, f"inexact: {text}"
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
