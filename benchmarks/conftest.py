@@ -11,6 +11,7 @@ process of its own, and shown beside it.
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -28,23 +29,23 @@ import fused_megatron as fm
 from fused_megatron.testing.call_overhead import measure_call_overhead
 from fused_megatron.testing.comparison_table import (
     gpu_table,
+    memory_table,
     milliseconds_table,
     one_line,
     overhead_table,
     remarks,
     speed_table,
-)
+)  # fmt: skip
 from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
-from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, uses_glibc
+from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
 
 _THREADS = 2
 _BOUND_BAR_16_BIT = 2.0
 _MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
 _RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
-_POOL_BYTES = 2 << 30
 
 _session: dict[str, Any] = {}
 _durations = RecordedDurations()
@@ -68,8 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         _start_again_with_kept_pages(config)
         device = CpuDevice()
         torch.set_num_threads(1 if config.option.quick else _THREADS)
-        if os.environ.get(_MALLOC) == "kept" and not config.option.quick:
-            torch.ones(_POOL_BYTES, dtype=torch.uint8)  # freed at once: pages that every later tensor finds warm
     _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
     config.option.benchmark_quiet = True  # our tables say it
@@ -130,6 +129,8 @@ class Bench:
         elif bars.bound is not None and self._request.getfixturevalue("dtype") != torch.float32:
             bars = dataclasses.replace(bars, bound=_BOUND_BAR_16_BIT)
         peers = PEERS.get(case.op, {}) if self.device.is_gpu else {}
+        if case.num_bytes is None:
+            rounds = Rounds(warm_up=False)  # seconds a step: a product does not feel the cold
         case = dataclasses.replace(case, bars=bars, peers=peers)
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
@@ -166,6 +167,7 @@ class Bench:
         info = self._benchmark.extra_info
         info.update(label=result.label, num_bytes=result.num_bytes, gb_per_s=result.gb_per_s())
         info.update(seconds=result.seconds, faults=result.faults, notes=result.notes, peak_bytes=result.peak_bytes)
+        info["traffic"] = {name: dataclasses.asdict(traffic) for name, traffic in result.traffic.items()}
         info["bars"] = [{"bar": bar, "figure": figure, "met": met} for bar, figure, met in result.verdicts()]
         info["default_malloc_ms"] = result.default_malloc_ms  # filled at the end of the session
         self._replay(result.seconds[OURS])
@@ -177,6 +179,8 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
     torch._dynamo.reset()
     yield Bench(request, benchmark)
     torch._dynamo.reset()
+    gc.collect()
+    release_free_pages()  # what one case has needed is of no use to the next, and adds up
 
 
 def _report(line: str) -> None:
@@ -188,25 +192,29 @@ def _report(line: str) -> None:
             reporter.flush()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark writes its file
-def pytest_sessionfinish() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, a wrapper too, writes its file
+def pytest_sessionfinish() -> Iterator[None]:
     comparisons: dict[str, Comparison] = _session["comparisons"]
     if path := os.environ.get(_RESULTS):
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
     elif comparisons and os.environ.get(_MALLOC) == "kept":
         _measure_with_default_malloc(comparisons)
+    yield
 
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     """The same tests in a process without the settings; its medians are added to ours."""
-    _report("the same with malloc's default settings ...")
+    _report("the same in float32 with malloc's default settings ...")
     environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
-        options = ["--quick"] if _session["quick"] else []
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *comparisons]
+        # float32 alone, and no product, which takes long and allocates little for its time.
+        tests = [node for node, c in comparisons.items() if c.dtype == "float32" and c.num_bytes is not None]
+        if _session["quick"]:
+            tests = ["--quick", *tests[:1]]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment, cwd=_session["root"], capture_output=True, text=True)
         if not results.exists():
             _report(f"  failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
@@ -233,7 +241,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         write("x: how many times faster ours is, median of the rounds [20-80 %]")
         write("bound: a copy of the bytes that must move, between buffers that exist")
         default = any(c.default_malloc_ms for c in comparisons)
-        tables = [speed_table(comparisons), milliseconds_table(comparisons, default)]
+        tables = [speed_table(comparisons), milliseconds_table(comparisons, default), memory_table(comparisons)]
     if _session["overheads"]:
         tables.append(overhead_table(_session["overheads"]))
     for table in tables:

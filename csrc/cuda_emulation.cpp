@@ -6,10 +6,6 @@
 // AddressSanitizer, where its allocator is loaded, whether the bytes belong to anyone.
 #include "cuda_emulation.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -20,75 +16,19 @@
 #include <vector>
 
 #include "cuda_emulation_counts.h"
-
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
+#include "cuda_emulation_fibers.h"
+#include "cuda_emulation_names.h"
+#include "cuda_emulation_sanitizer.h"
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
-
-// Of AddressSanitizer's allocator, null where it is not loaded.
-extern "C" __attribute__((weak)) void* __asan_region_is_poisoned(void* address, size_t bytes);
-extern "C" __attribute__((weak)) const char* __asan_locate_address(void* address, char* name, size_t name_bytes,
-                                                                   void** region, size_t* region_bytes);
 
 namespace fm::emulation {
 namespace {
 
-constexpr unsigned kLanes = 32, kMaxThreads = 1024;
-constexpr size_t kStackBytes = 128 * 1024, kPageBytes = 4096;
+constexpr unsigned kLanes = 32;
 constexpr size_t kSharedBytes = 227 * 1024, kStaticSharedBytes = 48 * 1024;  // of Hopper, and what needs no opt-in
 
 enum class State { kRunning, kAtBarrier, kAtShuffle, kDone };
-
-#if defined(__x86_64__)
-using Context = void*;  // the stack pointer; the registers that calls keep lie on the stack
-
-extern "C" void fm_emulation_switch(Context* from, Context to);
-asm(R"(
-.text
-.hidden fm_emulation_switch
-.globl fm_emulation_switch
-.type fm_emulation_switch, @function
-fm_emulation_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size fm_emulation_switch, .-fm_emulation_switch
-)");
-
-void switch_context(Context& from, Context& to) { fm_emulation_switch(&from, to); }
-
-void make_context(Context& context, char* stack, void (*run)(), Context&) {
-  auto top = reinterpret_cast<void**>(stack + kStackBytes);
-  top[-1] = nullptr;                       // where `run` would return to; it never does
-  top[-2] = reinterpret_cast<void*>(run);  // returned to: the stack then lies as after a call
-  for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
-  context = top - 8;
-}
-#else
-using Context = ucontext_t;  // slower: it saves the signal mask with a system call
-void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-void make_context(Context& context, char* stack, void (*run)(), Context& scheduler) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  context.uc_link = &scheduler;
-  makecontext(&context, run, 0);
-}
-#endif
 
 struct Fiber {
   Context context;
@@ -101,15 +41,16 @@ struct Fiber {
 struct Machine {
   uint32_t seed = 0, order = 0;
   int multiprocessors = 3;
-  unsigned last_blocks = 0;  // 0: all
-  char* stacks = nullptr;
+  unsigned last_blocks = 0, sampled_blocks = 0;  // 0: all
+  std::unique_ptr<Stacks> stacks;
   std::vector<Fiber> fibers{kMaxThreads};
-  std::vector<uint64_t> exchanged;  // two rows of threads: a lane may be one exchange ahead of its warp
+  uint64_t exchanged[2][kMaxThreads] = {};  // a lane may be one exchange ahead of its warp
   std::unique_ptr<char[]> shared{new char[kSharedBytes + 16]};
   size_t shared_used = 0, dynamic_bytes = 0;
   std::map<const void*, size_t> dynamic_allowed;
   Context scheduler;
-  const std::function<void()>* body = nullptr;
+  void (*call)(const void*) = nullptr;
+  const void* body = nullptr;
   bool running = false;  // a fiber runs
   unsigned current = 0, threads = 0;
   const char* name = "";
@@ -123,25 +64,12 @@ char* shared_begin() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(machine.shared.get()) + 15) / 16 * 16);
 }
 
-char* stack_of(unsigned thread) { return machine.stacks + thread * (kStackBytes + kPageBytes) + kPageBytes; }
-
-// The kernel's full name where the linker kept it, else what the launch called it.
-std::string kernel_name() {
-  Dl_info info;
-  if (dladdr(machine.kernel, &info) == 0 || info.dli_saddr != machine.kernel) return machine.name;
-  int status = 0;
-  std::unique_ptr<char, void (*)(void*)> full(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
-  const std::string text = status == 0 ? full.get() : info.dli_sname;
-  const size_t begin = text.find("fm::") == std::string::npos ? 0 : text.find("fm::");
-  return text.substr(begin, text.find('(', begin) - begin);
-}
-
 std::string at(dim3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
 }
 
 [[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error("CUDA emulation: " + kernel_name() + ": " + what);
+  throw std::runtime_error("CUDA emulation: " + name_of(symbol_of(machine.kernel, machine.name)) + ": " + what);
 }
 
 std::string here() {
@@ -163,7 +91,7 @@ void fail_in_fiber(const std::string& what) {
 }
 
 void run_fiber() {
-  (*machine.body)();
+  machine.call(machine.body);
   to_scheduler(State::kDone);
 }
 
@@ -213,7 +141,7 @@ void run_block() {
     fiber.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
     fiber.shared_offset = m.dynamic_bytes;
     fiber.exchanges = 0;
-    make_context(fiber.context, stack_of(t), run_fiber, m.scheduler);
+    make_context(fiber.context, m.stacks->of(t), run_fiber, m.scheduler);
   }
   for (bool done = false; !done;) {
     unsigned at_barrier = 0, finished = 0;
@@ -232,14 +160,6 @@ void run_block() {
   m.counts.end_block();
 }
 
-void allocate_stacks() {
-  const size_t bytes = kMaxThreads * (kStackBytes + kPageBytes);
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  machine.stacks = static_cast<char*>(memory);
-  for (unsigned t = 0; t < kMaxThreads; ++t) mprotect(stack_of(t) - kPageBytes, kPageBytes, PROT_NONE);
-}
-
 void check_access(const void* address, size_t bytes, bool is_store, const void* site) {
   Machine& m = machine;
   if (!m.running) return;  // the launch code around kernels
@@ -248,23 +168,8 @@ void check_access(const void* address, size_t bytes, bool is_store, const void* 
     fail_in_fiber("a misaligned access of " + std::to_string(bytes) + " bytes");
   }
   if (m.counts.active) m.counts.add(address, bytes, is_store, site, m.current);
-  if (__asan_region_is_poisoned == nullptr) return;
-#if defined(__x86_64__) && defined(__linux__)
-  // Nearly always: AddressSanitizer's byte for these 8 bytes (two for 16) says that all are someone's.
-  const auto* shadow = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(address) >> 3) + 0x7FFF8000);
-  if (bytes <= 16 && shadow[0] == 0 && (bytes <= 8 || shadow[1] == 0)) return;
-#endif
-  char* const bad = static_cast<char*>(__asan_region_is_poisoned(const_cast<void*>(address), bytes));
-  if (bad == nullptr) return;
-  std::string what = std::string(is_store ? "writes " : "reads ") + std::to_string(bytes) + " bytes outside of any tensor";
-  char name[8];
-  void* region = nullptr;
-  size_t region_bytes = 0;
-  if (std::strncmp(__asan_locate_address(bad, name, sizeof(name), &region, &region_bytes), "heap", 4) == 0) {
-    const ptrdiff_t offset = bad - static_cast<char*>(region);
-    what += ": at byte " + std::to_string(offset) + " of a buffer of " + std::to_string(region_bytes);
-  }
-  fail_in_fiber(what);
+  const std::string problem = problem_with(address, bytes);
+  if (!problem.empty()) fail_in_fiber((is_store ? "writes " : "reads ") + problem);
 }
 
 }  // namespace
@@ -294,18 +199,19 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   Machine& m = machine;
   if (mask != 0xFFFFFFFFu) fail_in_fiber("only full warp masks are emulated");
   const unsigned me = m.current;
-  uint64_t* row = m.exchanged.data() + m.fibers[me].exchanges++ % 2 * kMaxThreads;
+  uint64_t* row = m.exchanged[m.fibers[me].exchanges++ % 2];
   row[me] = value;
   to_scheduler(State::kAtShuffle);
   return row + me / kLanes * kLanes;
 }
 
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-            const std::function<void()>& body) {
+            void (*call)(const void*), const void* body) {
   Machine& m = machine;
   m.name = name;
   m.kernel = kernel;
-  m.body = &body;
+  m.call = call;
+  m.body = body;
   m.error.clear();
   m.threads = block.x * block.y * block.z;
   m.order = (m.seed + 1) * 2654435761u >> 7;
@@ -319,20 +225,29 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
       dynamic_shared_bytes > kSharedBytes) {
     fail("dynamic shared memory without cudaFuncSetAttribute: " + std::to_string(dynamic_shared_bytes) + " bytes");
   }
-  if (m.stacks == nullptr) allocate_stacks();
+  if (m.stacks == nullptr) m.stacks = std::make_unique<Stacks>();
   m.dynamic_bytes = m.shared_used = dynamic_shared_bytes;
-  m.exchanged.assign(2 * kMaxThreads, 0);
-  m.counts.begin_launch(kernel_name(), shared_begin(), kSharedBytes, m.stacks, kMaxThreads * (kStackBytes + kPageBytes));
+  const std::string symbol = symbol_of(kernel, name);
+  m.counts.begin_launch({name_of(symbol), symbol, m.threads, dynamic_shared_bytes}, shared_begin(), kSharedBytes,
+                        m.stacks->memory, Stacks::kBytes);
   gridDim = grid;
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t first = m.last_blocks > 0 && m.last_blocks < blocks ? blocks - m.last_blocks : 0;
-  for (uint64_t i = first; i < blocks; ++i) {
-    const uint64_t b = first + permuted(static_cast<unsigned>(i - first), static_cast<unsigned>(blocks - first));
+  uint64_t first = 0, run = blocks;
+  if (m.last_blocks > 0 && m.last_blocks < blocks) {
+    first = blocks - m.last_blocks;
+    run = m.last_blocks;
+  }
+  const bool sampled = m.sampled_blocks > 1 && m.sampled_blocks < run;
+  if (sampled) run = m.sampled_blocks;
+  for (uint64_t i = 0; i < run; ++i) {
+    const uint64_t place = permuted(static_cast<unsigned>(i), static_cast<unsigned>(run));
+    const uint64_t b = sampled ? place * (blocks - 1) / (run - 1) : first + place;
     blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y));
     run_block();
   }
+  m.counts.end_launch(blocks, run);
 }
 
 }  // namespace fm::emulation
@@ -346,6 +261,8 @@ FM_EXPORT void fm_emulation_set_seed(uint32_t seed) { machine.seed = seed; }
 FM_EXPORT void fm_emulation_set_multiprocessors(int count) { machine.multiprocessors = count; }
 // Run only the last blocks of each grid (0: all): a tensor of more than 2^31 elements then needs few of its pages.
 FM_EXPORT void fm_emulation_set_last_blocks(unsigned count) { machine.last_blocks = count; }
+// Run so many blocks of each grid, the first, the last and others between them (0: all); counts stand for the whole.
+FM_EXPORT void fm_emulation_set_sampled_blocks(unsigned count) { machine.sampled_blocks = count; }
 FM_EXPORT void fm_emulation_count(bool active) { machine.counts.start(active); }
 FM_EXPORT const char* fm_emulation_counted() { return machine.counts.report(); }
 

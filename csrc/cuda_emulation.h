@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 // CUDA for the host compiler: what kernels and launch code say, as far as the kernels of this project need it. The
@@ -57,7 +56,15 @@ namespace fm::emulation {
 
 // Runs a kernel; throws std::runtime_error, with kernel, block and thread, for what a GPU would leave undefined.
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
-            const std::function<void()>& body);
+            void (*call)(const void* body), const void* body);
+
+template <typename Body>
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            const Body& body) {
+  const auto call = [](const void* any) { (*static_cast<const Body*>(any))(); };
+  launch(name, kernel, grid, block, dynamic_shared_bytes, call, &body);
+}
+
 // Each thread declares the same arrays in the same order, so its n-th declaration is everyone's n-th.
 void* shared_array(size_t bytes);
 void* dynamic_shared_memory();

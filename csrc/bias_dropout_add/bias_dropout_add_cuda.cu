@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "bias_dropout_add_launch.cuh"
@@ -35,7 +33,7 @@ Tensor bias_dropout_add_forward(const Tensor& x_any, const OptionalTensor& bias_
   check_kernel_dtype(x_any, "x");
   STD_TORCH_CHECK(residual_any.numel() == x_any.numel() && on_same_device(residual_any, x_any),
                   "residual must have the shape and device of x");
-  const torch::stable::accelerator::DeviceGuard guard(x_any.get_device());
+  const DeviceGuard guard(x_any.get_device());
   const Tensor x = made_contiguous(x_any), residual = made_contiguous(residual_any);
   const OptionalTensor bias = checked_parameter(bias_any, x, "bias");
   Tensor y = empty(Sizes(residual), residual.scalar_type(), residual);
@@ -55,7 +53,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& dy_any, const
                                                      int64_t inner, int64_t start, int64_t stride0, int64_t stride1,
                                                      bool need_dx, bool need_dbias) {
   check_kernel_dtype(dy_any, "dy");
-  const torch::stable::accelerator::DeviceGuard guard(dy_any.get_device());
+  const DeviceGuard guard(dy_any.get_device());
   const Tensor dy = made_contiguous(dy_any);
   const OptionalTensor bias = checked_parameter(bias_any, dy, "bias");
   need_dbias = need_dbias && bias.has_value();
@@ -79,7 +77,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& dy_any, const
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) {
+FM_CUDA_LIBRARY_IMPL(m) {
   m.impl("bias_dropout_add_forward", TORCH_BOX(&fm::bias_dropout_add_forward));
   m.impl("bias_dropout_add_backward", TORCH_BOX(&fm::bias_dropout_add_backward));
 }

@@ -1,5 +1,3 @@
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "launch_checks.h"
@@ -19,7 +17,7 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
                                             const OptionalTensor& offset, const OptionalTensor& cu_seqlens,
                                             int64_t start, int64_t sequence_dim, bool interleaved, bool inverse) {
   check_rotary(q_any, k_any, cos_any, sin_any, sequence_dim);
-  const torch::stable::accelerator::DeviceGuard guard(q_any.get_device());
+  const DeviceGuard guard(q_any.get_device());
   const Tensor cos = made_contiguous(cos_any), sin = made_contiguous(sin_any);
   const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any ? *k_any : q_any);
   Tensor q_out = empty(Sizes(q), q.scalar_type(), q), k_out = k_any ? empty(Sizes(k), k.scalar_type(), k) : nothing(q);
@@ -44,4 +42,4 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m) { m.impl("rotary_embedding", TORCH_BOX(&fm::rotary_embedding)); }
+FM_CUDA_LIBRARY_IMPL(m) { m.impl("rotary_embedding", TORCH_BOX(&fm::rotary_embedding)); }

@@ -147,7 +147,7 @@ def bias_dropout_add(
     if p == 0.0 or p == 1.0:
         rng_state = None
     elif rng_state is None:
-        rng_state = torch.empty(2, dtype=torch.int64, device=x.device).random_()
+        rng_state = torch.randint(2**63 - 1, (2,), device=x.device)
     if torch.float64 in (x.dtype, residual.dtype, None if bias is None else bias.dtype):
         return reference.bias_dropout_add(x, bias, residual, rng_state, p, rows)
     if not torch.is_grad_enabled():
@@ -182,7 +182,7 @@ def _rows(shape: tuple[int, ...], full_shape: tuple[int, ...], offset: tuple[int
         check(len(values) == len(shape), f"{name}={values} must have {len(shape)} dims, as x has")
     for dim, (size, full, first) in enumerate(zip(shape, full_shape, offset, strict=True)):
         check(
-            0 <= first and first + size <= full,
+            first >= 0 and first + size <= full,
             f"offset[{dim}]={first} must place x.shape[{dim}]={size} inside full_shape[{dim}]={full}",
         )
     start, stride = 0, 1

@@ -24,7 +24,8 @@ class KernelResources:
 def ptxas_resources(source: Path, arch: str, folder: Path) -> list[KernelResources]:
     """Compile a .cu file with nvcc for `arch` (such as "sm_90a"); one entry a kernel."""
     command = [
-        "nvcc", "-std=c++20", "-O3", "-x", "cu", f"-arch={arch}", "-Xptxas", "-v", f"-I{CSRC}", "-isystem", str(Path(torch.__file__).parent / "include"),
+        "nvcc", "-std=c++20", "-O3", "-x", "cu", f"-arch={arch}", "-Xptxas", "-v", f"-I{CSRC}",
+        "-isystem", str(Path(torch.__file__).parent / "include"),
         "-DTORCH_TARGET_VERSION=0x020D000000000000", "-c", str(source), "-o", str(folder / f"{source.stem}.{arch}.o"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)

@@ -32,7 +32,8 @@ def test_words_are_lanes_of_blocks_of_four():
     rng_state = torch.tensor([seed, offset])
     index = torch.arange(4) + 4 * (block % 2**60)
     counter = [block % 2**60 % 2**32, block % 2**60 >> 32, offset % 2**32, offset >> 32]
-    expected = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, (seed % 2**32, seed >> 32))))
+    key = [seed % 2**32, seed >> 32]
+    expected = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert philox.random_words(rng_state, index).tolist() == [int(w) for w in expected]
     # Negative seeds and offsets are taken as their 64 bits.
     zero = torch.zeros(4, dtype=torch.int64)
