@@ -128,9 +128,7 @@ def _once_a_launch(patch: Callable[..., Any], patched: set[int]) -> Callable[...
     return patch_once
 
 
-def _launch(
-    call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]
-) -> Callable[..., Any]:
+def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]) -> Callable[..., Any]:
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()  # the launch before has put everything back
         accesses.kernel = executor.fn.__name__
