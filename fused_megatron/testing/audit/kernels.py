@@ -95,9 +95,7 @@ def _layer_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     weight, bias, statistic = _new(width, dtype=dtype), _new(width, dtype=dtype), _new(rows)
     forward = (x, weight, bias), (y, statistic, statistic)
     backward = (y, x, weight, statistic, statistic), (x, weight, bias)
-    return _both(
-        lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y
-    )
+    return _both(lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y)
 
 
 def _rms_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
@@ -144,7 +142,7 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     results: list[torch.Tensor] = []
 
     def forward() -> None:
-        results[:] = ops.rotary_embedding(q, k, cos, sin)
+        results[:] = [y for y in ops.rotary_embedding(q, k, cos, sin) if y is not None]
 
     def backward() -> None:
         torch.autograd.grad(results, [q, k], [q.detach(), k.detach()])

@@ -117,7 +117,7 @@ def _cuda_rows(case: Case, steps: list[StepCounts], archs: Sequence[str]) -> lis
 
 def _triton_rows(case: Case, steps: list[StepCounts], launches: list[CompiledLaunch]) -> list[Row]:
     of_step = {step.step: step for step in steps}
-    return [_row(case, of_step[l.step], l.kernel, l.arch, l.code, l.threads, 0) for l in launches]
+    return [_row(case, of_step[x.step], x.kernel, x.arch, x.code, x.threads, 0) for x in launches]
 
 
 def _row(
@@ -145,24 +145,60 @@ def _bits(widths: dict[int, int]) -> str:
 
 
 _COLUMNS = (
-    "op", "step", "kernel", "width", "dtype", "arch", "registers", "spilled", "shared", "occupancy",
+    "op", "step", "kernel", "width", "dtype", "registers", "spilled", "shared", "occupancy",
     "loads (bits x instructions)", "stores", "bytes / bound", "partials",
 )  # fmt: skip
+_FIRST_OF_ARCH, _LAST_OF_ARCH = 5, 10  # the columns that have a figure for each architecture
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """What the table shows of a row."""
+def cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    """A line of the table: one kernel at one shape; `rows` are its architectures."""
+    row = rows[0]
+
+    def each(values: Sequence[str]) -> str:
+        return values[0] if len(set(values)) == 1 else " / ".join(values)
+
     return (
-        row.op, row.step, row.kernel, str(row.width), row.dtype, row.arch, str(row.registers), str(row.spilled_bytes),
-        str(row.shared_bytes), f"{row.occupancy:.2f}", row.load_bits, row.store_bits, f"{row.ratio:.3f}",
-        f"{row.partials:.3f}",
+        row.op, row.step, row.kernel, str(row.width), row.dtype,
+        each([str(r.registers) for r in rows]), each([str(r.spilled_bytes) for r in rows]),
+        each([str(r.shared_bytes) for r in rows]), each([f"{r.occupancy:.2f}" for r in rows]),
+        each([r.load_bits for r in rows]), each([r.store_bits for r in rows]),
+        f"{row.ratio:.3f}", f"{row.partials:.3f}",
     )  # fmt: skip
+
+
+def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The table, cell by cell: what differs between architectures stands side by side, in their order."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.op, row.step, row.kernel, str(row.width), row.dtype), []).append(row)
+    return [cells(group) for group in groups.values()]
+
+
+def of_arch(line: tuple[str, ...], place: int) -> tuple[str, ...]:
+    """The same line for one architecture alone, by its place among those of the table."""
+    one = [c.split(" / ")[place] if " / " in c else c for c in line[_FIRST_OF_ARCH : _LAST_OF_ARCH + 1]]
+    return (*line[:_FIRST_OF_ARCH], *one, *line[_LAST_OF_ARCH + 1 :])
 
 
 def table(rows: Sequence[Row]) -> str:
     """A Markdown table."""
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
-    return "\n".join(lines + ["| " + " | ".join(cells(row)) + " |" for row in rows]) + "\n"
+    head = ["| " + " | ".join(_COLUMNS) + " |", "|" + " --- |" * len(_COLUMNS)]
+    return "\n".join(head + ["| " + " | ".join(line) + " |" for line in lines(rows)]) + "\n"
+
+
+def parsed(text: str) -> list[tuple[str, ...]]:
+    """The lines of a table that table() made."""
+    found = [tuple(cell.strip() for cell in line.strip("|\n").split(" | ")) for line in text.splitlines()]
+    return [line for line in found if len(line) == len(_COLUMNS) and line[0] in OPS]
+
+
+def known_faults(rows: Sequence[Row]) -> list[str]:
+    """One line for each op, step, shape and dtype whose broken bar has a reason."""
+    known = {
+        (r.op, r.step, r.width, r.dtype): f"{'; '.join(r.faults())}: {r.known}" for r in rows if r.faults() and r.known
+    }
+    return [f"{op} {step} {width} {dtype}: {text}" for (op, step, width, dtype), text in known.items()]
 
 
 def broken_bars(rows: Sequence[Row]) -> list[str]:
