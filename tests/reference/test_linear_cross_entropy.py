@@ -13,7 +13,9 @@ from fused_megatron.reference.linear_cross_entropy import linear_cross_entropy
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}, {"softcap": 2.0}], ids=str)
 def test_equals_torch(options: dict[str, Any], vocab_size: int) -> None:
     torch.manual_seed(0)
-    hidden, weight, bias = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in [(6, 4), (11, 4), 11])
+    hidden, weight, bias = (
+        torch.randn(size, dtype=torch.float64, requires_grad=True) for size in [(6, 4), (11, 4), 11]
+    )
     target = torch.tensor([0, 7, -100, 3, 3, 1])
     logits = F.linear(hidden, weight, bias)[:, :vocab_size]
     cap = options.get("softcap")
