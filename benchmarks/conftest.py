@@ -205,7 +205,7 @@ def pytest_sessionfinish() -> Iterator[None]:
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     """The same tests in a process without the settings; its medians are added to ours."""
-    _report("the same in float32 with malloc's default settings ...")
+    _report("\nthe same in float32 with malloc's default settings ...")
     environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
