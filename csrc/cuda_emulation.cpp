@@ -238,11 +238,11 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
     first = blocks - m.last_blocks;
     run = m.last_blocks;
   }
-  const bool sampled = m.sampled_blocks > 1 && m.sampled_blocks < run;
+  const bool sampled = m.sampled_blocks > 0 && m.sampled_blocks < run;
   if (sampled) run = m.sampled_blocks;
   for (uint64_t i = 0; i < run; ++i) {
     const uint64_t place = permuted(static_cast<unsigned>(i), static_cast<unsigned>(run));
-    const uint64_t b = sampled ? place * (blocks - 1) / (run - 1) : first + place;
+    const uint64_t b = sampled ? (2 * place + 1) * blocks / (2 * run) : first + place;
     blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y));
     run_block();
@@ -261,7 +261,7 @@ FM_EXPORT void fm_emulation_set_seed(uint32_t seed) { machine.seed = seed; }
 FM_EXPORT void fm_emulation_set_multiprocessors(int count) { machine.multiprocessors = count; }
 // Run only the last blocks of each grid (0: all): a tensor of more than 2^31 elements then needs few of its pages.
 FM_EXPORT void fm_emulation_set_last_blocks(unsigned count) { machine.last_blocks = count; }
-// Run so many blocks of each grid, the first, the last and others between them (0: all); counts stand for the whole.
+// Run so many blocks of each grid, evenly spread (0: all); counts stand for the whole.
 FM_EXPORT void fm_emulation_set_sampled_blocks(unsigned count) { machine.sampled_blocks = count; }
 FM_EXPORT void fm_emulation_count(bool active) { machine.counts.start(active); }
 FM_EXPORT const char* fm_emulation_counted() { return machine.counts.report(); }

@@ -169,10 +169,10 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """The table, cell by cell: what differs between architectures stands side by side, in their order."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.op, row.step, row.kernel, str(row.width), row.dtype), []).append(row)
-    return [cells(group) for group in groups.values()]
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:  # a kernel that one direction launches twice stands once
+        groups.setdefault((row.op, row.step, row.kernel, str(row.width), row.dtype), {})[row.arch] = row
+    return [cells(list(group.values())) for group in groups.values()]
 
 
 def of_arch(line: tuple[str, ...], place: int) -> tuple[str, ...]:
