@@ -44,7 +44,7 @@ struct Machine {
   unsigned last_blocks = 0, sampled_blocks = 0;  // 0: all
   std::unique_ptr<Stacks> stacks;
   std::vector<Fiber> fibers{kMaxThreads};
-  std::vector<uint64_t> exchanged;  // two rows of threads: a lane may be one exchange ahead of its warp
+  uint64_t exchanged[2][kMaxThreads] = {};  // a lane may be one exchange ahead of its warp
   std::unique_ptr<char[]> shared{new char[kSharedBytes + 16]};
   size_t shared_used = 0, dynamic_bytes = 0;
   std::map<const void*, size_t> dynamic_allowed;
@@ -199,7 +199,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   Machine& m = machine;
   if (mask != 0xFFFFFFFFu) fail_in_fiber("only full warp masks are emulated");
   const unsigned me = m.current;
-  uint64_t* row = m.exchanged.data() + m.fibers[me].exchanges++ % 2 * kMaxThreads;
+  uint64_t* row = m.exchanged[m.fibers[me].exchanges++ % 2];
   row[me] = value;
   to_scheduler(State::kAtShuffle);
   return row + me / kLanes * kLanes;
@@ -227,7 +227,6 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   }
   if (m.stacks == nullptr) m.stacks = std::make_unique<Stacks>();
   m.dynamic_bytes = m.shared_used = dynamic_shared_bytes;
-  m.exchanged.assign(2 * kMaxThreads, 0);
   const std::string symbol = symbol_of(kernel, name);
   m.counts.begin_launch({name_of(symbol), symbol, m.threads, dynamic_shared_bytes}, shared_begin(), kSharedBytes,
                         m.stacks->memory, Stacks::kBytes);
