@@ -59,7 +59,7 @@ struct Run {
       *reinterpret_cast<uint2*>(address) =
           uint2{pack_pair<T>(values[0], values[1]), pack_pair<T>(values[2], values[3])};
     } else {
-      Full::store(address, values);
+      Full::store_whole(address, values);
     }
   }
 };

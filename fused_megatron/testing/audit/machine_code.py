@@ -108,13 +108,29 @@ def code_of(op: str, arch: str, symbol: str) -> Code:
 
 def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -> Code:
     """Widths from the disassembly, beside what the resource table says."""
-    command = [str(tool("cuobjdump")), "-sass", "-arch", arch, "-fun", symbol, str(binary)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    loads, stores = (_widths(sass, name) for name in ("LDG", "STG"))
+    sass = _disassembled(binary, arch)[symbol]
+    # LDGSTS copies to shared memory on its way.
+    loads, stores = _widths(sass, "LDG(?:STS)?"), _widths(sass, "STG")
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     # The stack frame holds what is spilled; a kernel of ours has no other use for one.
     spilled = max(resources["STACK"], resources["LOCAL"], 4 * local)
     return Code(resources["REG"], spilled, resources["SHARED"], loads, stores)
+
+
+@functools.cache
+def _disassembled(binary: Path, arch: str) -> dict[str, str]:
+    """By function; the accesses of memory alone, since a library's whole listing takes a gigabyte."""
+    command = [str(tool("cuobjdump")), "-sass", "-arch", arch, str(binary)]
+    functions: dict[str, list[str]] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        lines: list[str] = []
+        for line in listing.stdout:
+            if "Function :" in line:
+                lines = functions.setdefault(line.split()[-1], [])
+            elif "LDG" in line or "STG" in line or "LDL" in line or "STL" in line:
+                lines.append(line)
+    return {name: "".join(found) for name, found in functions.items()}
 
 
 def _widths(sass: str, instruction: str) -> dict[int, int]:
