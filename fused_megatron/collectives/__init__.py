@@ -10,18 +10,24 @@ from fused_megatron.collectives.conjugate_pairs import (
     split_all_gather,
 )
 from fused_megatron.collectives.groups import Group, group_rank, group_size
-from fused_megatron.collectives.linear import column_linear, row_linear
+from fused_megatron.collectives.overlap import AUTO, ChunkChoice, OverlapCosts, chunk_choice, overlap_costs
+from fused_megatron.collectives.overlapped_linear import column_linear, row_linear
 
 __all__ = [
+    "AUTO",
+    "ChunkChoice",
     "Group",
+    "OverlapCosts",
     "all_gather_reduce_scatter",
     "all_gather_split",
     "all_reduce_identity",
+    "chunk_choice",
     "column_linear",
     "group_rank",
     "group_size",
     "identity_all_reduce",
     "identity_all_reduce_together",
+    "overlap_costs",
     "reduce_scatter_all_gather",
     "row_linear",
     "split_all_gather",

@@ -7,6 +7,7 @@ from fused_megatron.checks import InputError, check, check_divisible, check_same
 from fused_megatron.collectives import (
     Group,
     all_gather_split,
+    chunk_choice,
     column_linear,
     group_rank,
     group_size,
@@ -26,6 +27,7 @@ def column_parallel_linear(
     tp_group: Group,
     sequence_parallel: bool = False,
     sequence_dim: int = 0,
+    overlap: bool | int = True,
 ) -> torch.Tensor:
     """x @ weight.T + bias with weight and bias sharded over output features; for a head tied to an embedding, too.
 
@@ -42,6 +44,8 @@ def column_parallel_linear(
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: x is a sequence shard; y has the whole sequence.
         sequence_dim: which dim of x is the sequence; not the last.
+        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
+            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O / R], dtype of x, contiguous.
@@ -59,7 +63,8 @@ def column_parallel_linear(
     group_size(tp_group)
     x, weight, bias = _autocast(x, weight, bias)
     _check_operands(x, weight, bias)
-    return column_linear(x, weight, bias, _sequence_dim(x, sequence_parallel, sequence_dim, tp_group), tp_group)
+    dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    return column_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
 def row_parallel_linear(
@@ -70,6 +75,7 @@ def row_parallel_linear(
     tp_group: Group,
     sequence_parallel: bool = False,
     sequence_dim: int = 0,
+    overlap: bool | int = True,
 ) -> torch.Tensor:
     """x @ weight.T + bias with x and weight sharded over input features, and bias whole on every rank.
 
@@ -86,6 +92,8 @@ def row_parallel_linear(
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: y is this rank's block of sequence_dim.
         sequence_dim: which dim of x is the sequence; not the last.
+        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
+            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.
@@ -106,7 +114,7 @@ def row_parallel_linear(
     dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
-    return row_linear(x, weight, bias, dim, tp_group)
+    return row_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
 class _ParallelLinear(ShardedModule):
@@ -126,6 +134,7 @@ class _ParallelLinear(ShardedModule):
         sequence_parallel: bool,
         sequence_dim: int,
         skip_bias_add: bool,
+        overlap: bool | int,
         init_std: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -136,6 +145,7 @@ class _ParallelLinear(ShardedModule):
         self.tp_group = tp_group
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.skip_bias_add = skip_bias_add
+        self.overlap = overlap
         self.init_std = init_std
         full = (out_features, in_features)
         name = ("out_features", "in_features")[self.sharded_dim]
@@ -167,7 +177,8 @@ class _ParallelLinear(ShardedModule):
         """What print(model) shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}"
+            f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}, "
+            f"overlap={self.overlap}"
         )
 
 
@@ -183,6 +194,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: which dim of the input is the sequence.
         gather_output: return all O features on every rank; what follows must be the same on every rank.
         skip_bias_add: leave the bias to a following fused op (ops.bias_gelu); forward returns (y, bias).
+        overlap: as column_parallel_linear.
         init_std: standard deviation of the initial weight; every R starts from the same full weight.
         device, dtype: of the parameters.
 
@@ -205,6 +217,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: int = 0,
         gather_output: bool = False,
         skip_bias_add: bool = False,
+        overlap: bool | int = True,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -216,7 +229,8 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         super().__init__(
             in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+            dtype=dtype,
         )  # fmt: skip
         self.gather_output = gather_output
 
@@ -224,7 +238,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """x [..., I] to y [..., O / R] ([..., O] with gather_output), or (y, bias) with skip_bias_add."""
         y = column_parallel_linear(
             x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
         if self.skip_bias_add:
             return y, self.bias
@@ -243,6 +257,7 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: which dim of the input is the sequence.
         skip_bias_add: leave the bias to a following fused op; forward returns (y, bias).
         input_is_parallel: the input is this rank's [..., I / R]; False: it is whole and cut here.
+        overlap: as column_parallel_linear.
         init_std: standard deviation of the initial weight; every R starts from the same full weight.
         device, dtype: of the parameters.
 
@@ -266,13 +281,15 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: int = 0,
         skip_bias_add: bool = False,
         input_is_parallel: bool = True,
+        overlap: bool | int = True,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+            dtype=dtype,
         )  # fmt: skip
         self.input_is_parallel = input_is_parallel
 
@@ -283,7 +300,7 @@ class RowParallelLinear(_ParallelLinear):
             x = split_all_gather(x, -1, self.tp_group)
         y = row_parallel_linear(
             x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
         if not self.skip_bias_add:
             return y

@@ -18,6 +18,8 @@ _NAMES = {
     "alltoall_base_": "all_to_all",
 }
 
+_PRODUCTS = {getattr(op, kind) for op in (torch.ops.aten.mm, torch.ops.aten.addmm) for kind in ("default", "out")}
+
 
 class record_collectives(TorchDispatchMode):
     """Context manager that sees every collective of this thread where torch dispatches it.
@@ -47,7 +49,7 @@ class record_collectives(TorchDispatchMode):
             source = args[1] if name.endswith("_base_") else args[0]
             self.elements[kind] += sum(x.numel() for x in _tensors(source))
             self.order.append(kind)
-        elif func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        elif func in _PRODUCTS:
             self.order.append("mm")
             self.at_product()
         return func(*args, **(kwargs or {}))
