@@ -1,25 +1,212 @@
-"""Settings that hold for every side of every comparison."""
+"""One protocol for all benchmarks: `make bench` on the CPU, `make bench-gpu` on a GPU.
 
-import ctypes
-import platform
+    pytest benchmarks -k layer_norm      some of them
+    --gpu                                on the first GPU; --fake-gpu NAME runs that path on the CPU
+    --quick                              tiny sizes: does everything run?
+
+On the CPU: two threads, and malloc keeps its pages for every provider alike (glibc: the run starts itself again with
+the settings in its environment). What the same costs with malloc's default settings is measured afterwards, in a
+process of its own, and shown beside it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+import fused_megatron as fm
+from fused_megatron.testing.comparison_table import gpu_table, milliseconds_table, one_line, remarks, speed_table
+from fused_megatron.testing.recorded_durations import RecordedDurations
+from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
+from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
+from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, uses_glibc
+
+_THREADS = 2
+_MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
+_RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
 _POOL_BYTES = 2 << 30
 
-
-def pytest_configure() -> None:
-    """Let malloc keep its pages: else faulting fresh ones in, which no kernel can change, is most of what is timed."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_MAX, 0)
-        libc.mallopt(_M_TRIM_THRESHOLD, -1)
-        torch.ones(_POOL_BYTES, dtype=torch.uint8)  # freed at once: pages that every later tensor finds warm
+_session: dict[str, Any] = {}
+_durations = RecordedDurations()
 
 
-@pytest.fixture(autouse=True)
-def _same_start() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fused-megatron")
+    group.addoption("--gpu", action="store_true", help="on the first GPU, against other libraries too")
+    group.addoption("--fake-gpu", action="append", default=[], metavar="NAME", help="the same on a GPU that is none")
+    group.addoption("--quick", action="store_true", help="tiny sizes, two rounds, no code generation")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = config.option.gpu or bool(config.option.fake_gpu)
+    if on_gpu:
+        gpus = find_gpus(config.option.fake_gpu)
+        if not gpus:
+            raise pytest.UsageError(f"no GPU: torch {torch.__version__} sees none (--fake-gpu NAME tries it without)")
+        device = gpus[0]
+    else:
+        _start_again_with_kept_pages(config)
+        device = CpuDevice()
+        torch.set_num_threads(_THREADS)
+        if os.environ.get(_MALLOC) == "kept" and not config.option.quick:
+            torch.ones(_POOL_BYTES, dtype=torch.uint8)  # freed at once: pages that every later tensor finds warm
+    _session.update(device=device, comparisons={}, quick=config.option.quick, root=config.rootpath)
+    _session["plugins"] = config.pluginmanager
+    config.option.benchmark_quiet = True  # our tables say it
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
+
+
+def _start_again_with_kept_pages(config: pytest.Config) -> None:
+    """malloc reads its environment once, when a process starts."""
+    if _MALLOC in os.environ or not uses_glibc() or list(config.invocation_params.args) != sys.argv[1:]:
+        return
+    capture = config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.stop_global_capturing()  # else the new process would print into this one's hidden files
+    environment = {**os.environ, **KEPT_PAGES_ENVIRONMENT, _MALLOC: "kept", "OMP_NUM_THREADS": str(_THREADS)}
+    os.execve(sys.executable, sys.orig_argv, environment)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=_durations.clock))
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+class Bench:
+    """What a benchmark file needs: shapes, inputs, and the call that measures and records."""
+
+    def __init__(self, request: pytest.FixtureRequest, benchmark: Any) -> None:
+        self._request = request
+        self._benchmark = benchmark
+        self.quick = bool(request.config.option.quick)
+        self.device: TimingDevice = _session["device"]
+
+    def shape(self, *, cpu: tuple[int, ...], gpu: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes for this device."""
+        return quick if self.quick else gpu if self.device.is_gpu else cpu
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype, *, grad: bool = True) -> torch.Tensor:
+        """Drawn from the normal distribution."""
+        return torch.randn(shape, device=self.device.device).to(dtype).requires_grad_(grad)
+
+    def op(self, name: str) -> Callable[..., Any]:
+        """fm.ops.<name>; skips where there is none."""
+        if not hasattr(fm.ops, name):
+            pytest.skip(f"fm.ops has no {name} yet")
+        return getattr(fm.ops, name)
+
+    def __call__(self, case: Case) -> Comparison:
+        """Measure a case, say so in one line, and keep it for the tables and for pytest-benchmark."""
+        default = os.environ.get(_MALLOC) == "default"
+        rounds = Rounds()
+        if self.quick:
+            case = dataclasses.replace(case, bars=Bars())  # nothing is promised for sizes like these
+        if self.quick or default:
+            rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
+        result = compare(
+            case, self.device, rounds=rounds, check=not default, compile_backend="eager" if self.quick else "inductor"
+        )
+        _session["comparisons"][self._request.node.nodeid] = result
+        _report(one_line(result))
+        if result.seconds.get(OURS):
+            self._store(result)
+        if OURS in result.faults:
+            pytest.fail(f"{result.name}: {result.faults[OURS]}", pytrace=False)
+        return result
+
+    def _store(self, result: Comparison) -> None:
+        self._benchmark.group = f"{result.op} {result.dtype}"
+        info = self._benchmark.extra_info
+        info.update(label=result.label, num_bytes=result.num_bytes, gb_per_s=result.gb_per_s())
+        info.update(seconds=result.seconds, faults=result.faults, notes=result.notes, peak_bytes=result.peak_bytes)
+        info["bars"] = [{"bar": bar, "figure": figure, "met": met} for bar, figure, met in result.verdicts()]
+        info["default_malloc_ms"] = result.default_malloc_ms  # filled at the end of the session
+        _durations.load(result.seconds[OURS])
+        self._benchmark.pedantic(_durations.advance, rounds=len(result.seconds[OURS]))
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
     torch.manual_seed(0)
     torch._dynamo.reset()
+    yield Bench(request, benchmark)
+    torch._dynamo.reset()
+
+
+def _report(line: str) -> None:
+    reporter, capture = (_session["plugins"].getplugin(name) for name in ("terminalreporter", "capturemanager"))
+    if reporter is not None:
+        with capture.global_and_fixture_disabled() if capture is not None else contextlib.nullcontext():
+            reporter.ensure_newline()
+            reporter.write_line(line)
+            reporter.flush()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark writes its file
+def pytest_sessionfinish() -> None:
+    comparisons: dict[str, Comparison] = _session["comparisons"]
+    if path := os.environ.get(_RESULTS):
+        medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
+        Path(path).write_text(json.dumps(medians))
+    elif comparisons and os.environ.get(_MALLOC) == "kept":
+        _measure_with_default_malloc(comparisons)
+
+
+def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
+    """The same tests in a process without the settings; its medians are added to ours."""
+    _report("the same with malloc's default settings ...")
+    environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "medians.json"
+        environment |= {_MALLOC: "default", _RESULTS: str(results)}
+        options = ["--quick"] if _session["quick"] else []
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *comparisons]
+        done = subprocess.run(command, env=environment, cwd=_session["root"], capture_output=True, text=True)
+        if not results.exists():
+            _report(f"  failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
+            return
+        for node, medians in json.loads(results.read_text()).items():
+            if node in comparisons:
+                comparisons[node].default_malloc_ms.update(medians)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    comparisons = list(_session["comparisons"].values())
+    if not comparisons or _RESULTS in os.environ:
+        return
+    device: TimingDevice = _session["device"]
+    write = terminalreporter.write_line
+    write("")
+    if device.is_gpu:
+        ceiling = copy_ceiling_gb_per_s(device, 1 << 20 if _session["quick"] else 1 << 30)
+        write(f"forward + backward on {device.name}; a copy of 1 GB moves {ceiling:.0f} GB/s")
+        tables = [gpu_table(comparisons, ceiling)]
+    else:
+        kept = "malloc keeps its pages for all" if os.environ.get(_MALLOC) == "kept" else "malloc as the system has it"
+        write(f"forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}, {kept}")
+        write(
+            "x: how many times faster ours is, median of the rounds [20-80 %]; bound: a copy of the bytes that must move"
+        )
+        default = any(c.default_malloc_ms for c in comparisons)
+        tables = [speed_table(comparisons), milliseconds_table(comparisons, default)]
+    for table in tables:
+        write("")
+        for line in table:
+            write(line)
+    write("")
+    for line in remarks(comparisons):
+        write(line)

@@ -12,7 +12,7 @@
 
 #include "cross_entropy/cross_entropy_rows_cpu.h"
 
-namespace fused_megatron {
+namespace fm {
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -103,9 +103,9 @@ Tensor cross_entropy_statistics(
     if (dtype == ScalarType::Float) {
       statistics_of_rows(static_cast<const float*>(x), stride, t, vocabulary, begin, end, out);
     } else if (dtype == ScalarType::BFloat16) {
-      statistics_of_rows(static_cast<const BFloat16Bits*>(x), stride, t, vocabulary, begin, end, out);
+      statistics_of_rows(static_cast<const BFloat16*>(x), stride, t, vocabulary, begin, end, out);
     } else {
-      statistics_of_rows(static_cast<const Float16Bits*>(x), stride, t, vocabulary, begin, end, out);
+      statistics_of_rows(static_cast<const Float16*>(x), stride, t, vocabulary, begin, end, out);
     }
   });
   return stats;
@@ -157,9 +157,9 @@ Tensor cross_entropy_gradient(
     if (dtype == ScalarType::Float) {
       rows(static_cast<const float*>(x), static_cast<float*>(out));
     } else if (dtype == ScalarType::BFloat16) {
-      rows(static_cast<const BFloat16Bits*>(x), static_cast<BFloat16Bits*>(out));
+      rows(static_cast<const BFloat16*>(x), static_cast<BFloat16*>(out));
     } else {
-      rows(static_cast<const Float16Bits*>(x), static_cast<Float16Bits*>(out));
+      rows(static_cast<const Float16*>(x), static_cast<Float16*>(out));
     }
   });
   return dlogits;
@@ -172,4 +172,4 @@ STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) {
 }
 
 }  // namespace
-}  // namespace fused_megatron
+}  // namespace fm

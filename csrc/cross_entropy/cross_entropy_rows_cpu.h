@@ -4,16 +4,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
+#include <limits>
 
+#include "cpu_math.h"
+#include "cpu_numbers.h"
 #include "multiversion.h"
-#include "vector_math_cpu.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
-namespace fused_megatron {
+namespace fm {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -21,7 +24,7 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Columns worked on at a time: a block that has to be read again is still in the first-level cache.
 constexpr int64_t kBlock = 1024;
-// A sum of exponentials beyond this is taken again with a larger shift, well before vector_exp leaves its range.
+// A sum of exponentials beyond this is taken again with a larger shift, well before exp_of_normal leaves its range.
 constexpr float kRescaleAbove = 1e30f;
 // How far ahead rows are fetched: the long chains of exp keep the processor from running ahead by itself.
 constexpr int64_t kPrefetchBytes = 8192;
@@ -60,7 +63,7 @@ FM_INLINE float block_exp_sum(const T* x, int64_t n, float shift, double& sum) {
 #pragma omp simd reduction(+ : exp_sum, plain_sum)
   for (int64_t j = 0; j < n; ++j) {
     const float value = to_float(x[j]);
-    exp_sum += vector_exp(value - shift);
+    exp_sum += exp_of_normal(value - shift);
     if (kWithSum) plain_sum += value;
   }
   sum += plain_sum;
@@ -107,11 +110,11 @@ template <class T>
 FM_INLINE void gradient_block(const T* x, int64_t n, const GradientRow& row, int64_t target, T* result) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    round_to(row.scale_p * vector_exp(to_float(x[j]) - row.lse) + row.offset, result[j]);
+    result[j] = from_float<T>(row.scale_p * exp_of_normal(to_float(x[j]) - row.lse) + row.offset);
   }
   if (target >= 0 && target < n) {
-    const float p = vector_exp(to_float(x[target]) - row.lse);
-    round_to(row.scale_p * p + (row.offset + row.target_term), result[target]);
+    const float p = exp_of_normal(to_float(x[target]) - row.lse);
+    result[target] = from_float<T>(row.scale_p * p + (row.offset + row.target_term));
   }
 }
 
@@ -145,9 +148,9 @@ FM_INLINE void row_gradient(const T* x, int64_t n, const GradientRow& row, T* dx
     row_gradient(x, n, *row, dx);                                                               \
   }
 FM_ROWS(float)
-FM_ROWS(BFloat16Bits)
-FM_ROWS(Float16Bits)
+FM_ROWS(BFloat16)
+FM_ROWS(Float16)
 #undef FM_ROWS
 
 }  // namespace
-}  // namespace fused_megatron
+}  // namespace fm

@@ -169,6 +169,19 @@ def test_every_rounding_of_16_bits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(narrow, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    """Each one alone in a row of zeros, whose sum it then is."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    rows = torch.arange(2**16)
+    logits = torch.zeros(2**16, 64, dtype=dtype)
+    logits[rows, rows % 64] = every
+    arguments = {"vocab_start": 0, "vocab_size": 64, "label_smoothing": 1.0}
+    stats = fm.ops.cross_entropy_statistics(logits, (rows + 1) % 64, **arguments)
+    assert torch.equal((-64 * stats[:, 1]).nan_to_num(nan=7), every.float().nan_to_num(nan=7))
+    assert torch.equal(stats[:, 1].isnan(), every.isnan())
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("bounds", [(0, 1024, 2048, 3072), (0, 7, 1500, 2100), (0, 2048, 2304, 4096)], ids=str)
 def test_shards_equal_the_whole(bounds: tuple[int, ...], dtype: torch.dtype) -> None:

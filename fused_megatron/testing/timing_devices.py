@@ -1,0 +1,134 @@
+"""What a benchmark needs of a device: a clock, a way to start each round alike, its speed limit, its peak memory."""
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_CEILING_BYTES = 1 << 30
+_CEILING_ROUNDS = 10
+_MIN_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU of today
+
+
+if importlib.util.find_spec("resource"):  # not on every platform
+    import resource
+
+    def page_faults() -> int:
+        """Pages that the system has given to this process so far."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+else:
+
+    def page_faults() -> int:
+        """Not known here: 0."""
+        return 0
+
+
+class TimingDevice(Protocol):
+    """A device that functions are timed on."""
+
+    name: str
+    device: torch.device
+    is_gpu: bool
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Of one call, all its work done; what it returns is freed within."""
+
+    def peak_bytes(self, function: Callable[[], object]) -> int | None:
+        """The most memory that one call holds at a time beyond what was held before; None if it cannot be told."""
+
+
+class CpuDevice:
+    """The CPU, by the wall clock."""
+
+    is_gpu = False
+
+    def __init__(self, name: str = "cpu") -> None:
+        self.name = name
+        self.device = torch.device("cpu")
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, function: Callable[[], object]) -> int | None:
+        """Of what torch's allocator gives out; a library's own scratch memory is not seen."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        try:
+            events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        except AttributeError:  # no public name for it: another torch may have moved it
+            return None
+        held = peak = 0
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+
+class CudaDevice:
+    """A GPU, by its own events; its L2 cache is overwritten before every measured call."""
+
+    is_gpu = True
+
+    def __init__(self, index: int = 0) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        self.name = properties.name
+        self.device = torch.device("cuda", index)
+        size = max(_MIN_FLUSH_BYTES, 2 * properties.L2_cache_size)
+        self._flush = torch.empty(size // 4, dtype=torch.int32, device=self.device)
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # The flush also keeps the GPU busy while the CPU queues the call, so that launches are not what is timed.
+        self._flush.zero_()
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize(self.device)
+        return begin.elapsed_time(end) / 1e3
+
+    def peak_bytes(self, function: Callable[[], object]) -> int | None:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        function()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+class FakeGpu(CpuDevice):
+    """The path of a GPU, computed and timed on the CPU: for tests of the harness where there is none."""
+
+    is_gpu = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"fake {name}")
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        torch.zeros(1 << 16)  # the flush
+        return super().seconds(function)
+
+
+def find_gpus(fake: Sequence[str] = ()) -> list[TimingDevice]:
+    """The GPUs of this machine, or one FakeGpu a name."""
+    if fake:
+        return [FakeGpu(name) for name in fake]
+    return [CudaDevice(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+
+
+def copy_step(num_bytes: int, device: torch.device) -> Callable[[], Any]:
+    """A copy between two buffers that exist, which moves num_bytes in all: half of them read, half written."""
+    source = torch.zeros(max(1, num_bytes // 8), dtype=torch.float32, device=device)
+    copy = torch.zeros_like(source)
+    return lambda: copy.copy_(source)
+
+
+def copy_ceiling_gb_per_s(device: TimingDevice, num_bytes: int = _CEILING_BYTES) -> float:
+    """The most bytes a second that a large copy moves, reads and writes counted: the 100 % of a memory-bound kernel."""
+    step = copy_step(num_bytes, device.device)
+    return num_bytes / min(device.seconds(step) for _ in range(_CEILING_ROUNDS)) / 1e9
