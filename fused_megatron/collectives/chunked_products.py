@@ -96,8 +96,8 @@ def gather_product(
     """
     ranks = group_size(group)
     if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
-        gathered = start_all_gather(x, dim, group).wait()
-        return F.linear(gathered, weight, bias), gathered if keep_gathered else None
+        whole = start_all_gather(x, dim, group).wait()
+        return F.linear(whole, weight, bias), whole if keep_gathered else None
     own = group_rank(group)
     block, between, width = x.shape[dim], x.shape[dim + 1 : -1], weight.shape[0]
     shard = x.reshape(block, *between, x.shape[-1]).contiguous()
@@ -116,8 +116,8 @@ def gather_product(
             _product(_rows(chunk[rank]), weight, bias, _rows(y[rank, begin:end]))
             if gathered is not None:
                 gathered[rank, begin:end] = chunk[rank]
-    whole = (*x.shape[:dim], ranks * block, *between)
-    return y.view(*whole, width), None if gathered is None else gathered.view(*whole, x.shape[-1])
+    full_shape = (*x.shape[:dim], ranks * block, *between)
+    return y.view(*full_shape, width), None if gathered is None else gathered.view(*full_shape, x.shape[-1])
 
 
 def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[int, int]]:

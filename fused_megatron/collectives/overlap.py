@@ -102,7 +102,11 @@ AUTO = ChunkChoice(None)
 
 
 def chunk_choice(overlap: bool | int) -> ChunkChoice:
-    """What users pass as overlap: True for the cost model, False for the plain path, or a number of chunks."""
+    """What users pass as overlap: True for the cost model, False for the plain path, or a number of chunks.
+
+    Raises:
+        InputError: a number below 1.
+    """
     if isinstance(overlap, bool):
         return AUTO if overlap else PLAIN
     return ChunkChoice(overlap)
@@ -110,7 +114,9 @@ def chunk_choice(overlap: bool | int) -> ChunkChoice:
 
 @functools.lru_cache(maxsize=64)
 def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> OverlapCosts:
-    """Measure a group once; all its ranks must call it at the same point. About 20 ms of messages and products.
+    """Measure a group once; all its ranks must call it at the same point, as layers do when they are made.
+
+    About 20 ms of messages and products on a laptop.
 
     Communication: 12 all-reduces of 4 bytes, 4 of 1 MiB, one of 24 bytes.
     """

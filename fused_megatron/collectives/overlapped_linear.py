@@ -95,7 +95,9 @@ class _RowLinear(torch.autograd.Function):
             dx = dy @ weight if needs_dx else None
         elif needs_dx:
             num_chunks = choice.for_gather(dy, weight.shape[1], group)
-            dx, dy = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
+            dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
+            assert gathered is not None
+            dy = gathered
         else:
             dy = start_all_gather(dy, sequence_dim, group).wait()
         return (

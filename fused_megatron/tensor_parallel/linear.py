@@ -12,6 +12,7 @@ from fused_megatron.collectives import (
     group_rank,
     group_size,
     identity_all_reduce_together,
+    overlap_costs,
     row_linear,
     split_all_gather,
 )
@@ -146,6 +147,7 @@ class _ParallelLinear(ShardedModule):
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.skip_bias_add = skip_bias_add
         self.overlap = overlap
+        self._measure_overlap(device, dtype)
         self.init_std = init_std
         full = (out_features, in_features)
         name = ("out_features", "in_features")[self.sharded_dim]
@@ -163,6 +165,12 @@ class _ParallelLinear(ShardedModule):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+
+    def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Measure the group now, where all ranks are known to be, and not in the first forward."""
+        choice, like = chunk_choice(self.overlap), torch.empty(0, device=device, dtype=dtype)
+        if choice.fixed is None and self.tp_group is not None and self.tp_group.size() > 1 and not like.is_meta:
+            overlap_costs(self.tp_group, like.dtype, like.device)
 
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
