@@ -20,7 +20,7 @@ def test_bias_gelu(bench, dtype):
             (x, bias),
             ours=bench.op("bias_gelu"),
             unfused=unfused,
-            num_bytes=5 * x.numel() * x.element_size(),
-            bars=Bars(eager=2.2, compile=2.2, bound=1.6 if dtype == torch.float32 else 2.0),
+            num_bytes=5 * x.nbytes,
+            bars=Bars(eager=2.2, compile=2.2, bound=1.6),
         )
     )

@@ -11,6 +11,7 @@ process of its own, and shown beside it.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -24,13 +25,23 @@ import pytest
 import torch
 
 import fused_megatron as fm
-from fused_megatron.testing.comparison_table import gpu_table, milliseconds_table, one_line, remarks, speed_table
+from fused_megatron.testing.call_overhead import measure_call_overhead
+from fused_megatron.testing.comparison_table import (
+    gpu_table,
+    milliseconds_table,
+    one_line,
+    overhead_table,
+    remarks,
+    speed_table,
+)
+from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
 from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, uses_glibc
 
 _THREADS = 2
+_BOUND_BAR_16_BIT = 2.0
 _MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
 _RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
 _POOL_BYTES = 2 << 30
@@ -56,10 +67,10 @@ def pytest_configure(config: pytest.Config) -> None:
     else:
         _start_again_with_kept_pages(config)
         device = CpuDevice()
-        torch.set_num_threads(_THREADS)
+        torch.set_num_threads(1 if config.option.quick else _THREADS)
         if os.environ.get(_MALLOC) == "kept" and not config.option.quick:
             torch.ones(_POOL_BYTES, dtype=torch.uint8)  # freed at once: pages that every later tensor finds warm
-    _session.update(device=device, comparisons={}, quick=config.option.quick, root=config.rootpath)
+    _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
     config.option.benchmark_quiet = True  # our tables say it
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
@@ -103,18 +114,23 @@ class Bench:
         """Drawn from the normal distribution."""
         return torch.randn(shape, device=self.device.device).to(dtype).requires_grad_(grad)
 
-    def op(self, name: str) -> Callable[..., Any]:
-        """fm.ops.<name>; skips where there is none."""
-        if not hasattr(fm.ops, name):
-            pytest.skip(f"fm.ops has no {name} yet")
-        return getattr(fm.ops, name)
+    def op(self, name: str, *, needs: str | None = None) -> Callable[..., Any]:
+        """fm.ops.<name>; skips where there is none, or none that takes the argument `needs`."""
+        op = getattr(fm.ops, name, None)
+        if op is None or (needs is not None and needs not in inspect.signature(op).parameters):
+            pytest.skip(f"fm.ops has no {name}" + (f" with {needs}" if op else ""))
+        return op
 
     def __call__(self, case: Case) -> Comparison:
         """Measure a case, say so in one line, and keep it for the tables and for pytest-benchmark."""
         default = os.environ.get(_MALLOC) == "default"
-        rounds = Rounds()
-        if self.quick:
-            case = dataclasses.replace(case, bars=Bars())  # nothing is promised for sizes like these
+        rounds, bars = Rounds(), case.bars
+        if self.quick or self.device.is_gpu:
+            bars = Bars()  # what is promised is promised for the CPU's sizes
+        elif bars.bound is not None and self._request.getfixturevalue("dtype") != torch.float32:
+            bars = dataclasses.replace(bars, bound=_BOUND_BAR_16_BIT)
+        peers = PEERS.get(case.op, {}) if self.device.is_gpu else {}
+        case = dataclasses.replace(case, bars=bars, peers=peers)
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
         result = compare(
@@ -128,6 +144,23 @@ class Bench:
             pytest.fail(f"{result.name}: {result.faults[OURS]}", pytrace=False)
         return result
 
+    def overhead(self, name: str, call: Callable[[], object], bar_us: float) -> None:
+        """Measure the Python of a call; on the CPU, where the library's op can be called by itself."""
+        if self.device.is_gpu:
+            pytest.skip("measured on the CPU")
+        if os.environ.get(_MALLOC) == "default":
+            return
+        result = measure_call_overhead(call, rounds=2 if self.quick else 30)
+        _session["overheads"][name] = (result, bar_us)
+        _report(f"{name}: {result.overhead_us:.1f} us of Python a call (bar {bar_us:g})")
+        self._benchmark.group = "call overhead"
+        self._benchmark.extra_info.update(library_us=result.library_us, overhead_us=result.overhead_us, bar_us=bar_us)
+        self._replay([us / 1e6 for us in result.call_us])
+
+    def _replay(self, seconds: list[float]) -> None:
+        _durations.load(seconds)
+        self._benchmark.pedantic(_durations.advance, rounds=len(seconds))
+
     def _store(self, result: Comparison) -> None:
         self._benchmark.group = f"{result.op} {result.dtype}"
         info = self._benchmark.extra_info
@@ -135,8 +168,7 @@ class Bench:
         info.update(seconds=result.seconds, faults=result.faults, notes=result.notes, peak_bytes=result.peak_bytes)
         info["bars"] = [{"bar": bar, "figure": figure, "met": met} for bar, figure, met in result.verdicts()]
         info["default_malloc_ms"] = result.default_malloc_ms  # filled at the end of the session
-        _durations.load(result.seconds[OURS])
-        self._benchmark.pedantic(_durations.advance, rounds=len(result.seconds[OURS]))
+        self._replay(result.seconds[OURS])
 
 
 @pytest.fixture
@@ -156,14 +188,15 @@ def _report(line: str) -> None:
             reporter.flush()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark writes its file
-def pytest_sessionfinish() -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, a wrapper too, writes its file
+def pytest_sessionfinish() -> Iterator[None]:
     comparisons: dict[str, Comparison] = _session["comparisons"]
     if path := os.environ.get(_RESULTS):
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
     elif comparisons and os.environ.get(_MALLOC) == "kept":
         _measure_with_default_malloc(comparisons)
+    yield
 
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
@@ -173,8 +206,8 @@ def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
-        options = ["--quick"] if _session["quick"] else []
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *comparisons]
+        tests = ["--quick", next(iter(comparisons))] if _session["quick"] else list(comparisons)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment, cwd=_session["root"], capture_output=True, text=True)
         if not results.exists():
             _report(f"  failed: {(done.stdout + done.stderr).strip().splitlines()[-1:]}")
@@ -186,7 +219,7 @@ def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     comparisons = list(_session["comparisons"].values())
-    if not comparisons or _RESULTS in os.environ:
+    if not (comparisons or _session["overheads"]) or _RESULTS in os.environ:
         return
     device: TimingDevice = _session["device"]
     write = terminalreporter.write_line
@@ -198,11 +231,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     else:
         kept = "malloc keeps its pages for all" if os.environ.get(_MALLOC) == "kept" else "malloc as the system has it"
         write(f"forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}, {kept}")
-        write(
-            "x: how many times faster ours is, median of the rounds [20-80 %]; bound: a copy of the bytes that must move"
-        )
+        write("x: how many times faster ours is, median of the rounds [20-80 %]")
+        write("bound: a copy of the bytes that must move, between buffers that exist")
         default = any(c.default_malloc_ms for c in comparisons)
         tables = [speed_table(comparisons), milliseconds_table(comparisons, default)]
+    if _session["overheads"]:
+        tables.append(overhead_table(_session["overheads"]))
     for table in tables:
         write("")
         for line in table:

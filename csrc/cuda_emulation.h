@@ -1,194 +1,176 @@
 #pragma once
 
-#include <ucontext.h>
-
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+#include <type_traits>
 
-// A CUDA grid on one host thread, for tests of kernel values on machines without a GPU. Every thread of a block is a
-// fiber that runs until a barrier or a shuffle. Blocks and threads are taken in an order that the test can change:
-// a kernel whose result depends on it has a race. What the hardware would hang on or leave undefined aborts with a
-// message. Not emulated: time, memory spaces, atomics, partial warp masks.
-struct uint2 {
-  uint32_t x, y;
-};
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-struct float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
+// CUDA for the host compiler: what kernels and launch code say, as far as the kernels of this project need it. The
+// machine behind it is cuda_emulation.cpp; how it is built and used, fused_megatron/testing/cuda_emulation.py.
+// Not emulated: time, memory spaces, partial warp masks, clusters.
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __forceinline__ inline
+
+#define FM_CUDA_VECTOR_2(T, name, alignment) \
+  struct alignas(alignment) name {           \
+    T x, y;                                  \
+  };                                         \
+  inline name make_##name(T x, T y) { return {x, y}; }
+#define FM_CUDA_VECTOR_4(T, name, alignment) \
+  struct alignas(alignment) name {           \
+    T x, y, z, w;                            \
+  };                                         \
+  inline name make_##name(T x, T y, T z, T w) { return {x, y, z, w}; }
+FM_CUDA_VECTOR_2(uint16_t, ushort2, 4)
+FM_CUDA_VECTOR_2(int32_t, int2, 8)
+FM_CUDA_VECTOR_2(uint32_t, uint2, 8)
+FM_CUDA_VECTOR_2(float, float2, 8)
+FM_CUDA_VECTOR_2(int64_t, longlong2, 16)
+FM_CUDA_VECTOR_2(uint64_t, ulonglong2, 16)
+FM_CUDA_VECTOR_2(double, double2, 16)
+FM_CUDA_VECTOR_4(uint16_t, ushort4, 8)
+FM_CUDA_VECTOR_4(int32_t, int4, 16)
+FM_CUDA_VECTOR_4(uint32_t, uint4, 16)
+FM_CUDA_VECTOR_4(float, float4, 16)
+#undef FM_CUDA_VECTOR_2
+#undef FM_CUDA_VECTOR_4
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+extern dim3 gridDim, blockDim, blockIdx, threadIdx;
+inline constexpr int warpSize = 32;
+
 using cudaStream_t = void*;
-
-#define __global__
-#define __device__
-#define __launch_bounds__(...)
-#define __forceinline__ inline
-
-inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+enum cudaError_t { cudaSuccess = 0 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace fm::emulation {
 
-inline constexpr unsigned kLanes = 32;
-inline constexpr size_t kStackBytes = 64 * 1024;
-inline constexpr size_t kSharedBytes = 228 * 1024;
+// Runs a kernel; throws std::runtime_error, with kernel, block and thread, for what a GPU would leave undefined.
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            void (*call)(const void* body), const void* body);
 
-enum class State { kRunning, kAtBarrier, kAtShuffle, kDone };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
-  State state;
-  dim3 index;
-  size_t shared_offset;
-  unsigned shuffles;
-};
-
-struct Machine {
-  uint32_t order_seed = 0;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<uint32_t> shuffled;  // two slots a thread: a lane may be one shuffle ahead of its warp
-  std::unique_ptr<char[]> shared{new char[kSharedBytes]};
-  ucontext_t scheduler;
-  const std::function<void()>* body = nullptr;
-  unsigned current = 0, threads = 0;
-};
-inline Machine machine;
-
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "CUDA emulation: %s (block %u,%u thread %u)\n", what, blockIdx.x, blockIdx.y, machine.current);
-  std::abort();
-}
-
-inline void wait(State state) {
-  Fiber& fiber = *machine.fibers[machine.current];
-  fiber.state = state;
-  swapcontext(&fiber.context, &machine.scheduler);
+template <typename Body>
+void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
+            const Body& body) {
+  const auto call = [](const void* any) { (*static_cast<const Body*>(any))(); };
+  launch(name, kernel, grid, block, dynamic_shared_bytes, call, &body);
 }
 
 // Each thread declares the same arrays in the same order, so its n-th declaration is everyone's n-th.
+void* shared_array(size_t bytes);
+void* dynamic_shared_memory();
+void allow_dynamic_shared(const void* kernel, size_t bytes);
+void barrier();
+// The value of every lane of this warp, once all 32 have come.
+const uint64_t* exchange(unsigned mask, uint64_t value);
+unsigned lane();
+int multiprocessors();
+
 template <typename T>
 T* shared_memory(size_t count) {
-  Fiber& fiber = *machine.fibers[machine.current];
-  const size_t offset = (fiber.shared_offset + 15) / 16 * 16;
-  fiber.shared_offset = offset + count * sizeof(T);
-  if (fiber.shared_offset > kSharedBytes) fail("too much shared memory");
-  return reinterpret_cast<T*>(machine.shared.get() + offset);
+  return static_cast<T*>(shared_array(count * sizeof(T)));
 }
 
-inline void run_fiber() {
-  (*machine.body)();
-  machine.fibers[machine.current]->state = State::kDone;
-}
-
-// The i-th of n in an order that visits each once: backwards for odd seeds, starting anywhere.
-inline unsigned permuted(unsigned i, unsigned n) {
-  const unsigned start = machine.order_seed / 2 % n;
-  const unsigned shifted = (i + start) % n;
-  return machine.order_seed % 2 ? n - 1 - shifted : shifted;
-}
-
-// Runs one warp to the next barrier or to its end, before any other warp moves: the most uneven progress that the
-// hardware could make, so that memory reused without a barrier shows.
-inline void run_warp(unsigned first) {
-  Machine& m = machine;
-  for (unsigned at_shuffle = kLanes; at_shuffle > 0;) {
-    at_shuffle = 0;
-    for (unsigned i = 0; i < kLanes; ++i) {
-      const unsigned t = first + permuted(i, kLanes);
-      Fiber& fiber = *m.fibers[t];
-      if (fiber.state != State::kRunning) continue;
-      m.current = t;
-      threadIdx = fiber.index;
-      swapcontext(&m.scheduler, &fiber.context);
-      at_shuffle += fiber.state == State::kAtShuffle;
-    }
-    if (at_shuffle % kLanes) fail("a shuffle that not all 32 lanes reach");
-    for (unsigned t = first; at_shuffle > 0 && t < first + kLanes; ++t) m.fibers[t]->state = State::kRunning;
-  }
-}
-
-inline void run_block() {
-  Machine& m = machine;
-  std::memset(m.shared.get(), 0xFF, kSharedBytes);  // NaN: reading before writing shows
-  for (unsigned t = 0; t < m.threads; ++t) {
-    Fiber& fiber = *m.fibers[t];
-    fiber.state = State::kRunning;
-    fiber.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
-    fiber.shared_offset = 0;
-    fiber.shuffles = 0;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &m.scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
-  }
-  for (bool done = false; !done;) {
-    unsigned at_barrier = 0, finished = 0;
-    for (unsigned i = 0; i < m.threads; i += kLanes) {
-      run_warp(permuted(i / kLanes, m.threads / kLanes) * kLanes);
-    }
-    for (auto& fiber : m.fibers) {
-      at_barrier += fiber->state == State::kAtBarrier;
-      finished += fiber->state == State::kDone;
-    }
-    done = finished == m.threads;
-    if (!done && at_barrier != m.threads) fail("a __syncthreads that not all threads reach");
-    for (auto& fiber : m.fibers) fiber->state = State::kRunning;
-  }
-}
-
-inline void launch(dim3 grid, dim3 block, const std::function<void()>& body) {
-  Machine& m = machine;
-  m.body = &body;
-  m.threads = block.x * block.y * block.z;
-  if (m.threads == 0 || m.threads > 1024 || m.threads % kLanes) fail("bad block size");
-  if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z != 1) fail("bad grid size");
-  m.fibers.clear();
-  for (unsigned t = 0; t < m.threads; ++t) m.fibers.push_back(std::make_unique<Fiber>());
-  m.shuffled.assign(2 * m.threads, 0);
-  gridDim = grid;
-  blockDim = block;
-  const unsigned blocks = grid.x * grid.y;
-  for (unsigned i = 0; i < blocks; ++i) {
-    const unsigned b = permuted(i, blocks);
-    blockIdx = dim3(b % grid.x, b / grid.x);
-    run_block();
-  }
+// What `lane` gave; its own value where there is no such lane in the group of `width`.
+template <typename T>
+T shuffle(unsigned mask, T value, int source, int begin, int end) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const uint64_t* all = exchange(mask, bits);
+  if (source >= begin && source < end) std::memcpy(&value, &all[source], sizeof(T));
+  return value;
 }
 
 }  // namespace fm::emulation
 
-inline void __syncthreads() { fm::emulation::wait(fm::emulation::State::kAtBarrier); }
-
-inline float __shfl_xor_sync(unsigned mask, float value, int offset) {
-  using namespace fm::emulation;
-  if (mask != 0xFFFFFFFFu) fail("only full warp masks are emulated");
-  Fiber& fiber = *machine.fibers[machine.current];
-  const unsigned me = machine.current;
-  uint32_t* slots = machine.shuffled.data() + (fiber.shuffles++ % 2) * machine.threads;
-  std::memcpy(&slots[me], &value, sizeof(value));
-  wait(State::kAtShuffle);
-  float result;
-  std::memcpy(&result, &slots[me ^ static_cast<unsigned>(offset)], sizeof(result));
-  return result;
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  fm::emulation::allow_dynamic_shared(reinterpret_cast<const void*>(kernel), static_cast<size_t>(bytes));
+  return cudaSuccess;
 }
 
-// The test that loads a compiled kernel sets the order of blocks and threads.
-extern "C" inline __attribute__((used, visibility("default"))) void set_order_seed(uint32_t seed) {
-  fm::emulation::machine.order_seed = seed;
+inline void __syncthreads() { fm::emulation::barrier(); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { fm::emulation::exchange(mask, 0); }
+inline void __threadfence() {}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int begin = static_cast<int>(fm::emulation::lane()) & ~(width - 1);
+  return fm::emulation::shuffle(mask, value, begin + (source & (width - 1)), begin, begin + width);
 }
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32) {
+  const int lane = static_cast<int>(fm::emulation::lane()), begin = lane & ~(width - 1);
+  return fm::emulation::shuffle(mask, value, lane ^ lanes, 0, begin + width);
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+  const int lane = static_cast<int>(fm::emulation::lane()), begin = lane & ~(width - 1);
+  return fm::emulation::shuffle(mask, value, lane + static_cast<int>(lanes), begin, begin + width);
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32) {
+  const int lane = static_cast<int>(fm::emulation::lane()), begin = lane & ~(width - 1);
+  return fm::emulation::shuffle(mask, value, lane - static_cast<int>(lanes), begin, begin + width);
+}
+inline unsigned __ballot_sync(unsigned mask, bool predicate) {
+  const uint64_t* all = fm::emulation::exchange(mask, predicate);
+  unsigned bits = 0;
+  for (unsigned i = 0; i < 32; ++i) bits |= static_cast<unsigned>(all[i]) << i;
+  return bits;
+}
+inline bool __any_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline bool __all_sync(unsigned mask, bool predicate) { return __ballot_sync(mask, predicate) == 0xFFFFFFFFu; }
+
+// Threads never run at the same time.
+template <typename T>
+T atomicAdd(T* address, std::type_identity_t<T> value) {
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+
+template <typename T>
+T __ldg(const T* address) { return *address; }
+template <typename T>
+T __ldcs(const T* address) { return *address; }
+template <typename T>
+T __ldcg(const T* address) { return *address; }
+template <typename T>
+void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
+template <typename T>
+void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
+inline int32_t __mulhi(int32_t a, int32_t b) { return static_cast<int32_t>((int64_t{a} * b) >> 32); }
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+}
+inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline float __uint2float_rn(uint32_t value) { return static_cast<float>(value); }
+inline float __int2float_rn(int value) { return static_cast<float>(value); }
+inline int __clz(int value) { return std::countl_zero(static_cast<uint32_t>(value)); }
+inline int __popc(unsigned value) { return std::popcount(value); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __log2f(float x) { return std::log2(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __frsqrt_rn(float x) { return 1.0f / std::sqrt(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

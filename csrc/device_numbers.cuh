@@ -35,6 +35,7 @@ struct MutableParameter {
 FM_DEVICE float word_to_float(uint32_t word) { return std::bit_cast<float>(word); }
 FM_DEVICE uint32_t float_to_word(float value) { return std::bit_cast<uint32_t>(value); }
 FM_DEVICE float fast_exp(float x) { return std::exp(x); }
+FM_DEVICE float fast_exp2(float x) { return std::exp2(x); }
 FM_DEVICE float fast_reciprocal(float x) { return 1.0f / x; }
 FM_DEVICE float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
 
@@ -60,6 +61,11 @@ struct Float16 {
 FM_DEVICE float word_to_float(uint32_t word) { return __uint_as_float(word); }
 FM_DEVICE uint32_t float_to_word(float value) { return __float_as_uint(value); }
 FM_DEVICE float fast_exp(float x) { return __expf(x); }
+FM_DEVICE float fast_exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 FM_DEVICE float fast_reciprocal(float x) { return __fdividef(1.0f, x); }
 FM_DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
 

@@ -13,11 +13,18 @@ LIBRARY = Path(__file__).parent / "_torch_ops.so"
 
 @functools.cache
 def load_library() -> bool:
-    """Load the compiled torch library, once; False, with one warning, where there is none that loads."""
-    reason = "is not built"
-    if LIBRARY.exists():
+    """Load the compiled torch library, once; False, with one warning, where there is none that loads.
+
+    FUSED_MEGATRON_LIBRARY is the path of another one (such as the emulation of the CUDA kernels); empty for none.
+    """
+    chosen = os.environ.get("FUSED_MEGATRON_LIBRARY")
+    library = LIBRARY if chosen is None else Path(chosen)
+    reason = "is not built" if chosen is None else f"FUSED_MEGATRON_LIBRARY={chosen} does not exist"
+    if chosen == "":
+        reason = "is switched off (FUSED_MEGATRON_LIBRARY is empty)"
+    elif library.exists():
         try:
-            torch.ops.load_library(LIBRARY)
+            torch.ops.load_library(library)
             return True
         except OSError as error:  # damaged, or built for another platform or a newer torch
             reason = f"does not load ({error})"

@@ -1,6 +1,9 @@
 """Functional fused ops: one device, no collectives."""
 
+from fused_megatron.ops.bias_dropout_add import bias_dropout_add
+from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
+from fused_megatron.ops.bias_swiglu import bias_swiglu
 from fused_megatron.ops.cross_entropy import (
     cross_entropy,
     cross_entropy_gradient,
@@ -8,12 +11,21 @@ from fused_megatron.ops.cross_entropy import (
     cross_entropy_statistics,
 )
 from fused_megatron.ops.layer_norm import layer_norm
+from fused_megatron.ops.rms_norm import rms_norm
+from fused_megatron.ops.rotary_embedding import rotary_embedding
+from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 __all__ = [
+    "bias_dropout_add",
+    "bias_geglu",
     "bias_gelu",
+    "bias_swiglu",
     "cross_entropy",
     "cross_entropy_gradient",
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
+    "rms_norm",
+    "rotary_embedding",
+    "scaled_masked_softmax",
 ]

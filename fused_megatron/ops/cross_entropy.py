@@ -5,13 +5,12 @@ the gradient of a shard needs the merged lse alone. So a loss over R shards take
 shard, and label smoothing, z-loss and ignored tokens come out exactly as on one device.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.registration import define_op
+from fused_megatron.ops.registration import define_op, register_triton
 from fused_megatron.reference import cross_entropy as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -289,20 +288,5 @@ def _check_targets(target: torch.Tensor, vocab_size: int, ignore_index: int) -> 
         )
 
 
-def _register_triton_kernels() -> None:
-    """Let Triton serve CUDA tensors; imported with the first call, so that it costs nothing where none is made."""
-
-    def lazily(name: str) -> Any:
-        def call(*args: Any) -> Any:
-            from fused_megatron.kernels import cross_entropy as kernels  # noqa: PLC0415
-
-            return getattr(kernels, name)(*args)
-
-        return call
-
-    for name in ("cross_entropy_statistics", "cross_entropy_merge", "cross_entropy_gradient"):
-        torch.library.impl(f"fused_megatron::{name}", "cuda", lazily(name))
-
-
-if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-    _register_triton_kernels()
+for _name in ("cross_entropy_statistics", "cross_entropy_merge", "cross_entropy_gradient"):
+    register_triton(_name, "cross_entropy")

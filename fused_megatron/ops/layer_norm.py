@@ -1,23 +1,27 @@
-"""Layer normalisation over the last dim, with its gradients."""
+"""Layer normalisation over the last dim, with its gradients; optionally with the residual addition before it."""
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import layer_norm as reference
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 def _fake_forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows = x.shape[:-1]
-    return y, x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else empty_or_like(residual, True)
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return empty_or_like(x, True), mean, rstd, total
 
 
 def _fake_backward(
@@ -30,52 +34,115 @@ def _fake_backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dtotal: torch.Tensor | None = None,
+    need_dresidual: bool = False,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_dx else x.new_empty(0),
-        x.new_empty(0) if weight is None or not need_dweight else weight.new_empty(weight.shape),
-        x.new_empty(0) if bias is None or not need_dbias else bias.new_empty(bias.shape),
+        empty_or_like(x, need_dx, dy.dtype) if need_dx else dy.new_empty(0),
+        dy.new_empty(0) if weight is None or not need_dweight else weight.new_empty(weight.shape),
+        dy.new_empty(0) if bias is None or not need_dbias else bias.new_empty(bias.shape),
+        empty_or_like(x, need_dresidual),
     )
 
 
 _forward = define_op(
-    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? residual=None,"
+    " bool zero_centered_weight=False) -> (Tensor y, Tensor mean, Tensor rstd, Tensor total)",
     reference=reference.layer_norm_forward,
     fake=_fake_forward,
 )
 # bias is an argument of backward for its dtype alone: dbias does not depend on its values.
 _backward = define_op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
-    " bool need_dx, bool need_dweight, bool need_dbias) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    " bool need_dx, bool need_dweight, bool need_dbias, Tensor? dtotal=None, bool need_dresidual=False,"
+    " bool zero_centered_weight=False) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     reference=reference.layer_norm_backward,
     fake=_fake_backward,
 )
 
 
 class _LayerNorm(torch.autograd.Function):
+    """Returns y, or (y, total) with a residual."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-    ) -> torch.Tensor:
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        zero_centered_weight: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # One copy here serves forward and backward.
         x = x.contiguous()
-        y, mean, rstd = _forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
+        y, mean, rstd, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)
+        ctx.set_materialize_grads(False)
+        ctx.zero_centered_weight = zero_centered_weight
+        ctx.dtype = x.dtype
+        if residual is None:
+            ctx.save_for_backward(x, weight, bias, mean, rstd)
+            return y
+        ctx.save_for_backward(total, weight, bias, mean, rstd)
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
+        need_dx, need_dweight, need_dbias, _, need_dresidual, _ = ctx.needs_input_grad
+        if dy is None:
+            if dtotal is None:
+                return None, None, None, None, None, None
+            dx, dresidual = gradient_of_total_alone(dtotal, ctx.dtype, need_dx, need_dresidual)
+            return dx, None, None, None, dresidual, None
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _backward(dy, x, weight, bias, mean, rstd, need_dx, need_dweight, need_dbias)
-        return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
+        # In one dtype the gradients of x and residual are one tensor, as in torch's own addition.
+        shared = x.dtype == dy.dtype
+        dx, dweight, dbias, dresidual = _backward(
+            dy, x, weight, bias, mean, rstd, need_dx or (need_dresidual and shared), need_dweight, need_dbias,
+            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
+        )  # fmt: skip
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            dbias if need_dbias else None,
+            None,
+            (dx if shared else dresidual) if need_dresidual else None,
+            None,
+        )
 
 
+@overload
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-5
-) -> torch.Tensor:
-    """Normalise every row of x over the last dim, then scale and shift it.
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Normalise every row of x (of x + residual, where one is given) over the last dim, then scale and shift it.
 
     Equals torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps). For every row x of width H:
 
@@ -85,41 +152,40 @@ def layer_norm(
 
         dx = rstd * (g - mean(g) - n * mean(g * n));  dweight = sum over rows of dy * n;  dbias = sum over rows of dy
 
+    With a residual, total = x + residual takes the place of x, in the same pass over memory; backward adds the gradient
+    into total to dx in the same pass, and dresidual is the same sum.
+
     Args:
         x: [..., H] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
         weight: [H], any of these dtypes, or None for 1.
         bias: [H], any of these dtypes, or None for 0.
         eps: added to the variance.
+        residual: [..., H] in the dtype of x, float32 or float64; or None.
+        zero_centered_weight: scale by 1 + weight.
 
     Returns:
-        [..., H] in the dtype of x, contiguous.
+        y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
 
     Raises:
-        InputError: x has no dim or no column, weight or bias is not [H] or lies on another device.
-        TypeError: a dtype that is not floating point.
+        InputError: x has no dim or no column, weight or bias is not [H], residual is not of the shape of x, or one of
+            them lies on another device.
+        TypeError: a dtype that is not floating point, or a residual of another 16-bit dtype than x.
 
     Communication: none.
 
-    Memory: x, and mean and rstd of every row (8 bytes a row), are saved for backward.
+    Memory: x (with a residual: total, and not x), and mean and rstd of every row (8 bytes a row), are saved for
+    backward.
 
     Numerics: float32 inside (the variance from centred values), ONE rounding to the output's dtype; dweight and dbias
-    are summed in float32 in a fixed order, so two runs agree bit for bit, on the CPU for any number of threads.
+    are summed in float32 in a fixed order, so two runs agree bit for bit, on the CPU for any number of threads. With a
+    residual y is of the rounded total, which is what backward has, and what layer_norm(x + residual) would see.
     float64 runs on the PyTorch reference. Backward cannot be differentiated again (except in float64).
 
     Paper: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
-    check_dtype("x", x, _DTYPES)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise InputError(f"x.shape={tuple(x.shape)} must have a last dim of at least 1")
-    wide = x.dtype == torch.float64
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            check_shape(name, parameter, x.shape[-1:])
-            check_dtype(name, parameter, _DTYPES)
-            check_same_device(name, parameter, "x", x)
-            wide = wide or parameter.dtype == torch.float64
-    if wide:
-        return reference.layer_norm(x, weight, bias, eps)
-    if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, eps)[0]
-    return _LayerNorm.apply(x, weight, bias, eps)
+    if check_norm_arguments(x, weight, bias, residual):
+        return reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight)
+    y, _, _, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)
+    return y if residual is None else (y, total)

@@ -1,5 +1,8 @@
 """How an op enters torch's dispatcher: one schema, a fake kernel, and the reference where no kernel is compiled."""
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,3 +35,21 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
     _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fused_megatron, name).default
+
+
+def register_triton(name: str, module: str) -> None:
+    """Let the launcher `name` of fused_megatron/kernels/<module>.py serve the CUDA tensors of the op of that name.
+
+    With TRITON_INTERPRET=1, CPU tensors as well: Triton's interpreter runs the kernel on the host. The module is
+    imported with the first call, so that it costs nothing where none is made.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fused_megatron.kernels.{module}"), name)(*args)
+
+    if torch.version.cuda is not None:
+        _LIBRARY.impl(name, launch, "CUDA")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        _LIBRARY.impl(name, launch, "CPU")

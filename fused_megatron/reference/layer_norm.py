@@ -2,31 +2,40 @@
 
 import torch
 
+from fused_megatron.reference.norm import add_residual, norm_backward, normalise, sum_of_rows
 from fused_megatron.reference.precision import widen
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float = 1e-5
-) -> torch.Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, computed in fp32 (fp64 for fp64) and rounded once to x.dtype."""
-    return layer_norm_forward(x, weight, bias, eps)[0]
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float = 1e-5,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """(x - mean) / sqrt(var + eps) * weight + bias, computed in fp32 (fp64 for fp64) and rounded once to x.dtype.
+
+    With a residual: (y, total), where total = x + residual is rounded to residual.dtype, and y is of the rounded total.
+    """
+    total = add_residual(x, residual)
+    y = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)[0].to(x.dtype).contiguous()
+    return y if residual is None else (y, total)
 
 
 def layer_norm_forward(
-    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.layer_norm_forward computes: (y, mean, rstd)."""
-    wide = widen(x)
-    mean = wide.mean(dim=-1, keepdim=True)
-    # Centred before it is squared: E[x^2] - E[x]^2 loses everything when the mean is large.
-    centred = wide - mean
-    rstd = (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    y = centred * rstd
-    if weight is not None:
-        y = y * widen(weight)
-    if bias is not None:
-        y = y + widen(bias)
-    return y.to(x.dtype).contiguous(), mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What torch.ops.fused_megatron.layer_norm_forward computes: (y, mean, rstd, total); no residual: empty total."""
+    total = add_residual(x, residual)
+    y, mean, rstd = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)
+    y = y.to(x.dtype).contiguous()
+    return y, mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous(), x.new_empty(0) if residual is None else total
 
 
 def layer_norm_backward(
@@ -39,19 +48,19 @@ def layer_norm_backward(
     need_dx: bool,
     need_dweight: bool,
     need_dbias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.layer_norm_backward computes: (dx, dweight, dbias); what is not needed is empty."""
-    width = x.shape[-1]
-    dx, dweight, dbias = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    dy_wide = widen(dy)
-    normalised = (widen(x) - mean.unsqueeze(-1)) * rstd.unsqueeze(-1)
-    if need_dx:
-        g = dy_wide if weight is None else dy_wide * widen(weight)
-        projection = (g * normalised).mean(dim=-1, keepdim=True)
-        dx = rstd.unsqueeze(-1) * (g - g.mean(dim=-1, keepdim=True) - normalised * projection)
-        dx = dx.to(x.dtype).contiguous()
-    if need_dweight and weight is not None:
-        dweight = (dy_wide * normalised).reshape(-1, width).sum(dim=0).to(weight.dtype)
-    if need_dbias and bias is not None:
-        dbias = dy_wide.reshape(-1, width).sum(dim=0).to(bias.dtype)
-    return dx, dweight, dbias
+    dtotal: torch.Tensor | None = None,
+    need_dresidual: bool = False,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What torch.ops.fused_megatron.layer_norm_backward computes; what is not needed is empty.
+
+    x is what was normalised (the total, where there was a residual). Returns (dx in the dtype of dy, dweight, dbias,
+    dresidual: the same gradient in the dtype of x).
+    """
+    gradient, dy_normalised = norm_backward(dy, x, weight, mean, rstd, dtotal, zero_centered_weight)
+    return (
+        gradient.to(dy.dtype).contiguous() if need_dx else dy.new_empty(0),
+        sum_of_rows(dy_normalised, weight) if need_dweight and weight is not None else dy.new_empty(0),
+        sum_of_rows(widen(dy), bias) if need_dbias and bias is not None else dy.new_empty(0),
+        gradient.to(x.dtype).contiguous() if need_dresidual else x.new_empty(0),
+    )

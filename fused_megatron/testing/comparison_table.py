@@ -1,7 +1,9 @@
 """Comparisons as lines and Markdown tables that can be pasted into a README."""
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 
+from fused_megatron.testing.call_overhead import CallOverhead
 from fused_megatron.testing.side_by_side import BOUND, COMPILE, EAGER, OURS, Comparison, Spread
 
 Row = Sequence[str]
@@ -88,19 +90,28 @@ def gpu_table(comparisons: Sequence[Comparison], ceiling_gb_per_s: float) -> lis
                     f"{gb_per_s:.0f}" if gb_per_s else "-",
                     f"{100 * gb_per_s / ceiling_gb_per_s:.0f}" if gb_per_s else "-",
                     f"{peak / 1e6:.1f}" if peak is not None else "-",
-                    _times(ratio) if ratio and name != OURS else "-",
+                    _times(ratio) if ratio and name not in (OURS, BOUND) else "-",
                 ]
             )
     return markdown(header, rows)
+
+
+def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[str]:
+    """Python's share of a forward call on tiny tensors: (measured, bar in microseconds) by op."""
+    rows = []
+    for name, (result, bar) in overheads.items():
+        call, library = (statistics.median(us) for us in (result.call_us, result.library_us))
+        verdict = "met" if result.overhead_us <= bar else "MISSED"
+        rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
+    return markdown(["op", "us a call", "library op alone", "Python", "bar"], rows)
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> list[str]:
     """The lines of a table, its columns padded so that it reads well as plain text too."""
     rows = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
+    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return lines
 

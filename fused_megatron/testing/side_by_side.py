@@ -1,4 +1,4 @@
-"""One protocol for every comparison of speed: the same inputs, checked results, interleaved rounds, ratios pair by pair.
+"""One protocol for every comparison of speed: same inputs, checked results, interleaved rounds, ratios pair by pair.
 
     comparison = compare(Case("bias_gelu", "[4096, 3072]", (x, bias), ours=..., unfused=...), CpuDevice())
     comparison.ratio("eager").median     # how many times faster than the unfused function
@@ -26,13 +26,12 @@ OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 INEXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Beyond this no rounding is to blame.
 WRONG = 0.25
-# float64 results of more elements than this take too much of a CPU's time and memory: float32 stands in.
-_MOST_ELEMENTS_IN_FLOAT64 = 1 << 26
 _MOST_WARM_UPS = 8
 _FEW_FAULTS = 100  # pages
 
 Op = Callable[..., Any]
-Agreement = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], str | None]
+Tensors = Sequence[torch.Tensor]
+Step = Callable[[], tuple[Tensors, Tensors]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,10 @@ class Case:
         unfused: the same in plain torch, as a user would write it: run as it is, and through torch.compile.
         peers: other libraries: a function that imports and returns theirs; ImportError means not installed.
         num_bytes: the least that must move, forward and backward.
-        agree: None, or what stands for the comparison with the exact result where there is chance in it: from
-            (outputs, gradients) to what is wrong with them, or None.
+        exact: where there is chance in the result: from (inputs, upstream gradients, outputs, gradients) to what the
+            outputs and gradients should be for the draw that they show; AssertionError for a draw that cannot be. None:
+            the unfused function in float64 is exact.
+        large: float64 would take too much of a CPU's time and memory; float32 stands in there.
         bars: what is promised.
     """
 
@@ -68,7 +69,8 @@ class Case:
     unfused: Op
     peers: Mapping[str, Callable[[], Op]] = field(default_factory=dict)
     num_bytes: int | None = None
-    agree: Agreement | None = None
+    exact: Callable[[Sequence[Any], Tensors, Tensors, Tensors], Tensors] | None = None
+    large: bool = False
     bars: Bars = Bars()
 
 
@@ -77,8 +79,8 @@ class Rounds:
     """How long to measure: as many rounds as fit in budget_s, within limits."""
 
     budget_s: float = 4.0
-    fewest: int = 5
-    most: int = 30
+    fewest: int = 3
+    most: int = 60
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ def compare(
         check: compare results with the exact one first, and measure memory and the bound. False: only time.
     """
     result = Comparison(case.op, case.label, _dtype_name(case), case.num_bytes, case.bars)
-    judge = _Judge(case, device) if check else None
-    upstream = judge.upstream if judge else _upstream(case)
+    upstream = _upstream(case)
+    judge = _Judge(case, upstream, device) if check else None
     compiled = torch.compile(case.unfused, fullgraph=True, dynamic=False, backend=compile_backend)
     providers: dict[str, Callable[[], Op]] = {
         OURS: lambda: case.ours,
@@ -188,18 +190,18 @@ def compare(
     }
     steps: dict[str, Callable[[], object]] = {}
     for name, provide in providers.items():
+        fault = note = None
         try:
             step = forward_backward(provide(), case.inputs, upstream)
-            outputs, gradients = step()
-            fault, note = judge.fault(name, outputs, gradients) if judge else (None, None)
-            del outputs, gradients
-            if fault is None and check:
-                peak = device.peak_bytes(step)
-                result.peak_bytes.update({} if peak is None else {name: peak})
+            if judge is not None:
+                if name == COMPILE:
+                    step()  # compiles
+                fault, note, peak = judge.try_out(name, step)
+                result.peak_bytes.update({} if fault or peak is None else {name: peak})
         except ImportError as error:
-            fault, note = f"not installed ({_first_line(error)})", None
+            fault = f"not installed ({_first_line(error)})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others
-            fault, note = f"failed: {type(error).__name__}: {_first_line(error)}", None
+            fault = f"failed: {type(error).__name__}: {_first_line(error)}"
         if note:
             result.notes[name] = note
         if fault:
@@ -242,13 +244,11 @@ def _warm_up(steps: Mapping[str, Callable[[], object]], device: TimingDevice, bu
     return spent
 
 
-def forward_backward(
-    op: Op, inputs: Sequence[Any], upstream: Sequence[torch.Tensor]
-) -> Callable[[], tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+def forward_backward(op: Op, inputs: Sequence[Any], upstream: Tensors) -> Step:
     """A step of (outputs, gradients of every input that requires one)."""
     wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
 
-    def step() -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def step() -> tuple[Tensors, Tensors]:
         outputs = _tuple(op(*inputs))
         return outputs, torch.autograd.grad(outputs, wanted, upstream)
 
@@ -258,38 +258,51 @@ def forward_backward(
 class _Judge:
     """The exact result of a case, and what is wrong with another."""
 
-    def __init__(self, case: Case, device: TimingDevice) -> None:
+    def __init__(self, case: Case, upstream: Tensors, device: TimingDevice) -> None:
         self._case = case
-        tensors = [t for t in case.inputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
-        small = device.device.type != "cpu" or sum(t.numel() for t in tensors) <= _MOST_ELEMENTS_IN_FLOAT64
-        exact = torch.float64 if small else torch.float32
-        self._dtype = tensors[0].dtype
-        self.upstream = _upstream(case)
-        self._exact: tuple[torch.Tensor, ...] = ()
-        if case.agree is None:
-            inputs = [_as_exact(t, exact) for t in case.inputs]
-            outputs, gradients = forward_backward(case.unfused, inputs, [t.to(exact) for t in self.upstream])()
-            self._exact = (*(t.detach() for t in outputs), *gradients)
+        self._upstream = upstream
+        self._device = device
+        self._dtype = next(t.dtype for t in case.inputs if isinstance(t, torch.Tensor))
+        self._before = self._fingerprint()
+        self._exact: Tensors | None = None
+        if case.exact is None:
+            dtype = torch.float32 if case.large and device.device.type == "cpu" else torch.float64
+            inputs = [_as_exact(t, dtype) for t in case.inputs]
+            outputs, gradients = forward_backward(case.unfused, inputs, [t.to(dtype) for t in upstream])()
+            self._exact = [*(t.detach() for t in outputs), *gradients]
 
-    def fault(
-        self, provider: str, outputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]
-    ) -> tuple[str | None, str | None]:
-        """(why the provider is not timed or None, a remark or None)."""
-        if self._case.agree is not None:
-            reason = self._case.agree(outputs, gradients)
-            return (None if reason is None else f"wrong: {reason}"), None
+    def _fingerprint(self) -> list[float]:
+        tensors = [t for t in self._case.inputs if isinstance(t, torch.Tensor)]
+        return [t.detach().sum(dtype=torch.float64).item() for t in (*tensors, *self._upstream)]
+
+    def try_out(self, provider: str, step: Step) -> tuple[str | None, str | None, int | None]:
+        """Run a step once: (why the provider is not to be timed or None, a remark or None, peak bytes)."""
+        results: list[tuple[Tensors, Tensors]] = []
+        peak = self._device.peak_bytes(lambda: results.append(step()))
+        if self._fingerprint() != self._before:
+            raise RuntimeError("it writes over its inputs, which the other providers need")
+        return *self._fault(provider, *results[0]), peak
+
+    def _fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
+        try:
+            exact = self._exact or self._case.exact(self._case.inputs, self._upstream, outputs, gradients)  # type: ignore
+        except AssertionError as impossible:
+            return f"wrong: {_first_line(impossible)}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        remark = None
-        for name, got, want in zip(names, (*outputs, *gradients), self._exact, strict=True):
+        worst, off = 0.0, []
+        for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
             if got.shape != want.shape:
                 return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None
             error = _relative_error(got.detach(), want)
             if not error <= INEXACT[self._dtype]:  # also NaN
-                text = f"{name} is off by {error:.1%}" if error > 1e-3 else f"{name} is off by {error:.1e}"
-                if provider == OURS or not error <= WRONG:
-                    return f"wrong: {text}", None
-                remark = f"inexact: {text}"
-        return None, remark
+                worst = error if not error <= worst else worst
+                off.append(f"{name} {error:.1%}" if error > 1e-3 else f"{name} {error:.1e}")
+        if not off:
+            return None, None
+        text = f"{', '.join(off)} off"
+        if provider == OURS or not worst <= WRONG:
+            return f"wrong: {text}", None
+        return None, f"inexact: {text}"
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

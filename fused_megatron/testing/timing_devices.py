@@ -60,7 +60,7 @@ class CpuDevice:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             function()
         try:
-            events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+            events = profiler.profiler.kineto_results.events()
         except AttributeError:  # no public name for it: another torch may have moved it
             return None
         held = peak = 0

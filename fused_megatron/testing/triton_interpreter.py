@@ -1,91 +1,156 @@
 """Triton's interpreter made trustworthy: kernels run on a machine without a GPU, and what hides there is brought out.
 
-As shipped (3.9) it truncates float32 to bfloat16 where a GPU rounds to nearest, lets a kernel write beyond a buffer,
-and runs the programs of a grid in order. Here bfloat16 is rounded, buffers lie between redzones, and the order is
-permuted.
+As shipped (3.9) it truncates float32 to bfloat16 where a GPU rounds to nearest, lets a kernel read and write beyond
+its tensors, and runs the programs of a grid in order. Here bfloat16 is rounded, every access is checked against the
+tensors of the launch, and the order is permuted.
 
-The interpreter has to be chosen before triton is imported, so that such tests run in a process of their own:
-`run_tests_interpreted(path)` from the test suite; inside, `interpreter()` around the launches.
+The interpreter has to be chosen before triton is imported: TRITON_INTERPRET=1 in the environment of the process.
 """
 
 import contextlib
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
-
-import torch
-from torch.overrides import TorchFunctionMode
-
-_REDZONE_BYTES = 4096
-
-
-def run_tests_interpreted(path: Path, *pytest_arguments: str, timeout_s: float = 300.0) -> None:
-    """Run pytest on a file in a process where triton interprets; AssertionError with its output unless all pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *pytest_arguments, str(path)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
-    output = done.stdout[-8000:] + done.stderr[-2000:]
-    assert done.returncode == 0, f"{path.name} failed in Triton's interpreter:\n{output}"
 
 
 @contextlib.contextmanager
-def interpreter(grid_seed: int | None = None) -> Iterator[None]:
-    """Run kernels with bfloat16 rounded as on a GPU, redzones around new tensors, and the grid in a random order.
+def interpreter(grid_seed: int | None = None, *, last_programs: int | None = None) -> Iterator["Accesses"]:
+    """Run kernels with bfloat16 rounded as on a GPU, every access checked, and the grid in a random order.
 
     Args:
-        grid_seed: None keeps the order of the grid; results must be the same, bit for bit, for any seed.
+        grid_seed: None keeps the order of the grid; results must be the same, bit for bit, for any seed. Each launch
+            has an order of its own.
+        last_programs: run only the last programs of each grid: a tensor of more than 2^31 elements then needs few of
+            its pages.
+
+    Yields:
+        The accesses of the kernels that ran inside.
 
     Raises:
-        AssertionError: at the end, when a redzone around a tensor allocated inside was written.
+        triton's InterpreterError: a kernel reads or writes beyond the memory of its tensors.
     """
-    from triton.runtime.interpreter import InterpreterBuilder  # noqa: PLC0415  triton is no dependency of `testing`
+    from triton.runtime import interpreter as triton_interpreter  # noqa: PLC0415  triton is optional in `testing`
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
-    cast, set_grid_idx = InterpreterBuilder.cast_impl, InterpreterBuilder.set_grid_idx
-    InterpreterBuilder.cast_impl = _rounding_cast(cast)
-    if grid_seed is not None:
-        InterpreterBuilder.set_grid_idx = _permuted(set_grid_idx, random.Random(grid_seed))
-    guard = GuardedAllocations()
+    builder, executor = triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor
+    accesses = Accesses()
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, make(getattr(owner, name)))
+
+    replace(builder, "cast_impl", _rounding_cast)
+    replace(builder, "create_masked_load", accesses.watch("load"))
+    replace(builder, "create_masked_store", accesses.watch("store"))
+    replace(executor, "_init_args_hst", accesses.watch_arguments)
+    grid = _Grid(grid_seed, last_programs)
+    replace(builder, "set_grid_dim", lambda _: lambda self, *sizes: grid.set_dim(self))
+    replace(builder, "set_grid_idx", lambda _: lambda self, i, *_: grid.set_index(self, i))
+    replace(executor, "__call__", lambda call: _launch(call, grid, accesses))
     try:
-        with guard:
-            yield
+        yield accesses
     finally:
-        InterpreterBuilder.cast_impl, InterpreterBuilder.set_grid_idx = cast, set_grid_idx
-    guard.check()
+        for owner, name, original in reversed(replaced):
+            setattr(owner, name, original)
 
 
-class GuardedAllocations(TorchFunctionMode):
-    """Fills what torch.empty, empty_like and new_empty return with NaN, and puts it between two redzones."""
+class Accesses:
+    """Checks each access of interpreted kernels, and adds up their bytes.
+
+    Attributes:
+        bytes: by (kernel, "load" or "store"), bytes that all programs ask for, masked-out elements left out.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._buffers: list[tuple[torch.Tensor, int]] = []
+        self.bytes: dict[tuple[str, str], int] = {}
+        self.kernel = ""
+        self._ranges: list[tuple[int, int]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.empty, torch.empty_like, torch.Tensor.new_empty):
-            return self.guarded(result)
-        return result
+    def watch(self, kind: str) -> Callable[[Any], Any]:
+        """A wrapper of the interpreter's masked load or store."""
 
-    def guarded(self, like: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
-        """A contiguous tensor with the shape and dtype of `like` between redzones, holding `values` or poison."""
-        num_bytes = like.numel() * like.element_size()
-        buffer = torch.full((num_bytes + 2 * _REDZONE_BYTES,), 0xFF, dtype=torch.uint8)  # 0xFF...: NaN in every format
-        self._buffers.append((buffer, num_bytes))
-        inside = buffer[_REDZONE_BYTES : _REDZONE_BYTES + num_bytes].view(like.dtype).view(like.shape)
-        return inside if values is None else inside.copy_(values)
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            def access(builder: Any, pointers: Any, *args: Any) -> Any:
+                mask = args[0] if kind == "load" else args[1]
+                width = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+                self._see(kind, pointers.data, mask.data, width)
+                return original(builder, pointers, *args)
 
-    def check(self) -> None:
-        """Raise AssertionError if a redzone was written."""
-        for buffer, num_bytes in self._buffers:
-            before, after = buffer[:_REDZONE_BYTES], buffer[_REDZONE_BYTES + num_bytes :]
-            for name, zone in (("before", before), ("after", after)):
-                written = int((zone != 0xFF).sum())
-                assert written == 0, f"{written} bytes were written {name} a buffer of {num_bytes} bytes"
+            return access
+
+        return make
+
+    def watch_arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """A wrapper of the step that hands a launch its tensors."""
+
+        def init(executor: Any, args: Any, kwargs: Any) -> Any:
+            tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "untyped_storage")]
+            storages = [x.untyped_storage() for x in tensors]
+            self._ranges = sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages})
+            return original(executor, args, kwargs)
+
+        return init
+
+    def _see(self, kind: str, pointers: Any, mask: Any, width: int) -> None:
+        import numpy as np  # noqa: PLC0415  with triton: what only the interpreter needs
+
+        addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        if addresses.size == 0:
+            return
+        key = (self.kernel, kind)
+        self.bytes[key] = self.bytes.get(key, 0) + addresses.size * width
+        low, high = int(addresses.min()), int(addresses.max()) + width
+        if any(begin <= low and high <= end for begin, end in self._ranges):
+            return
+        begins = np.array([begin for begin, _ in self._ranges], dtype=np.int64)
+        ends = np.array([end for _, end in self._ranges], dtype=np.int64)
+        owner = np.searchsorted(begins, addresses, side="right") - 1
+        outside = addresses[(owner < 0) | (addresses + width > ends[owner])]
+        if outside.size > 0:
+            verb = {"load": "reads", "store": "writes"}[kind]
+            raise AssertionError(f"{self.kernel} {verb} {outside.size * width} bytes outside of its tensors")
+
+
+def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses) -> Callable[..., Any]:
+    def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        accesses.kernel = executor.fn.__name__
+        executor.grid = grid.of_launch(executor.grid)
+        return call(executor, *args, **kwargs)
+
+    return launch
+
+
+class _Grid:
+    """The programs of one launch, chosen and ordered: the interpreter counts 0, 1, 2, .. and gets these."""
+
+    def __init__(self, seed: int | None, last_programs: int | None) -> None:
+        self._rng = None if seed is None else random.Random(seed)
+        self._last = last_programs
+        self._sizes = (1, 1, 1)
+        self._order: list[int] = []
+
+    def of_launch(self, grid: Any) -> Callable[[Any], tuple[int]]:
+        """What to launch instead of `grid`: as many programs in one row."""
+
+        def count(arguments: Any) -> tuple[int]:
+            x, y, z = [*(grid(arguments) if callable(grid) else grid), 1, 1][:3]
+            self._sizes = (x, y, z)
+            first = max(0, x * y * z - self._last) if self._last else 0
+            chosen = range(first, x * y * z)
+            self._order = list(chosen) if self._rng is None else self._rng.sample(chosen, len(chosen))
+            return (len(chosen),)
+
+        return count
+
+    def set_dim(self, builder: Any) -> None:
+        builder.grid_dim = self._sizes
+
+    def set_index(self, builder: Any, i: int) -> None:
+        x, y, _z = self._sizes
+        place = self._order[i]
+        builder.grid_idx = (place % x, place // x % y, place // (x * y))
 
 
 def _rounding_cast(cast: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,16 +166,3 @@ def _rounding_cast(cast: Callable[..., Any]) -> Callable[..., Any]:
         return TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), rounded), dst_type.scalar)
 
     return rounding_cast
-
-
-def _permuted(set_grid_idx: Callable[..., None], rng: random.Random) -> Callable[..., None]:
-    orders: dict[tuple[int, ...], list[int]] = {}
-
-    def set_permuted(self: Any, x: int, y: int, z: int) -> None:
-        _, num_y, num_z = dim = tuple(self.grid_dim)
-        if (x, y, z) == (0, 0, 0):  # a launch begins
-            orders[dim] = rng.sample(range(dim[0] * num_y * num_z), dim[0] * num_y * num_z)
-        place = orders[dim][(x * num_y + y) * num_z + z]
-        set_grid_idx(self, place // (num_y * num_z), place // num_z % num_y, place % num_z)
-
-    return set_permuted

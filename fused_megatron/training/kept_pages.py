@@ -1,6 +1,7 @@
 """A malloc that keeps its pages: on a CPU, faulting in fresh ones can cost more than the work that they are for."""
 
 import ctypes
+import os
 import platform
 
 # mallopt's names for them (malloc.h of glibc).
@@ -25,12 +26,13 @@ def keep_malloc_pages() -> bool:
     """Let malloc keep the memory of freed tensors for the next ones, from here to the end of the process.
 
     glibc returns a large block to the system when it is freed, and every page of the next one faults. With this the
-    process holds what it needed at its peak. What is computed does not change by a bit.
+    process goes on holding what it needed at its peak. What is computed does not change by a bit.
 
     Returns:
-        Whether it was set: False where malloc is not glibc's (musl, macOS), and nothing has happened.
+        Whether it was set. False, and nothing has happened, where malloc is not glibc's (musl, macOS), and where the
+        environment gives malloc settings of the user's own.
     """
-    if not uses_glibc():
+    if not uses_glibc() or any(name in os.environ for name in KEPT_PAGES_ENVIRONMENT):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

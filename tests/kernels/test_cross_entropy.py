@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("triton")
 
 from fused_megatron.kernels import cross_entropy as kernels
+from fused_megatron.testing.pytest_process import run_tests
 from fused_megatron.testing.triton_compiler import CompiledKernel, compile_for
-from fused_megatron.testing.triton_interpreter import run_tests_interpreted
 
 _VALUES = Path(__file__).with_name("interpreted_cross_entropy.py")
 _SHARED = {"num_columns": "i32", "num_real": "i32", "vocab_start": "i32", "vocab_size": "i32", "ignore_index": "i32"}
@@ -19,7 +19,7 @@ _POINTERS = {"target_ptr": "*i64", "stats_ptr": "*fp32", "grad_loss_ptr": "*fp32
 
 
 def test_values_in_the_interpreter() -> None:
-    run_tests_interpreted(_VALUES)
+    run_tests([_VALUES], {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 @pytest.mark.gpu

@@ -107,6 +107,7 @@ def test_empty(shape, has_bias):
     assert not any(d.any() for d in dbias)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitwise_equal_for_any_number_of_threads_and_again(dtype):
     arguments = inputs((300, 1500), dtype)
@@ -150,6 +151,7 @@ def test_gradcheck_in_float64(approximate):
     torch.autograd.gradcheck(lambda x, bias: bias_gelu(x, bias, approximate), (x, bias))
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_opcheck(has_bias):
     x, bias, dy = inputs((6, 9), torch.float32, has_bias)
@@ -159,6 +161,7 @@ def test_opcheck(has_bias):
     torch.library.opcheck(backward, (dy, x, bias, True, True, has_bias))
 
 
+@pytest.mark.cpu_kernel
 def test_compile_fullgraph():
     x, bias, dy = inputs((6, 9), torch.float32)
 
@@ -171,6 +174,7 @@ def test_compile_fullgraph():
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.cpu_kernel
 def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         x = torch.empty(4, 6, dtype=torch.bfloat16, requires_grad=True)

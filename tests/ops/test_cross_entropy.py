@@ -81,6 +81,7 @@ def test_non_contiguous_logits(view: str) -> None:
         torch.testing.assert_close(our.double(), right, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_too_large_for_caches(dtype: torch.dtype) -> None:
     # 34 MB: the CPU kernel writes past the caches from 32 MiB on. An odd width leaves every row aligned differently.
@@ -155,6 +156,7 @@ def test_all_logits_minus_infinity(dtype: torch.dtype) -> None:
     assert loss.isnan()
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_rounding_of_16_bits(dtype: torch.dtype) -> None:
     """Gradients over the whole range of the format, with infinities and NaN, are float32's, rounded to nearest even."""
@@ -216,6 +218,7 @@ def test_shards_equal_the_whole(bounds: tuple[int, ...], dtype: torch.dtype) -> 
     assert torch.equal(gradient[:, vocab_size:], torch.zeros_like(gradient[:, vocab_size:]))
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_twice_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
     logits, target = _inputs(67, 2051, dtype)
@@ -232,6 +235,7 @@ def test_same_bits_twice_and_with_any_number_of_threads(dtype: torch.dtype) -> N
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
+@pytest.mark.cpu_kernel
 def test_saves_nothing_but_the_logits_themselves() -> None:
     logits, target = _inputs(11, 1025, torch.bfloat16)
     saved: list[torch.Tensor] = []
@@ -257,6 +261,7 @@ def test_gradient_of_the_gradient_is_refused() -> None:
         torch.autograd.grad(fm.ops.cross_entropy(logits, target), logits, create_graph=True)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     logits, target = _inputs(5, 37, dtype)
@@ -268,6 +273,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.cross_entropy_gradient, arguments)
 
 
+@pytest.mark.cpu_kernel
 def test_compiles_without_a_graph_break() -> None:
     logits, target = _inputs(11, 1025, torch.float32)
 

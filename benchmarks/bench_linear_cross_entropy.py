@@ -1,0 +1,28 @@
+"""linear_cross_entropy, whose bar is memory: the logits never exist whole."""
+
+import torch
+import torch.nn.functional as F
+
+from fused_megatron.testing.side_by_side import Bars, Case
+
+
+def unfused(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), target)
+
+
+def test_linear_cross_entropy(bench, dtype):
+    tokens, hidden_size, vocab_size = bench.shape(cpu=(4096, 768, 50304), gpu=(8192, 4096, 128256), quick=(9, 16, 41))
+    hidden = bench.normal((tokens, hidden_size), dtype)
+    weight = (torch.randn(vocab_size, hidden_size, device=hidden.device) / hidden_size**0.5).to(dtype).requires_grad_()
+    target = torch.randint(0, vocab_size, (tokens,), device=hidden.device)
+    bench(
+        Case(
+            "linear_cross_entropy",
+            f"{tokens} tokens, {hidden_size} -> {vocab_size}",
+            (hidden, weight, target),
+            ours=bench.op("linear_cross_entropy"),
+            unfused=unfused,
+            large=True,
+            bars=Bars(eager=1.0, compile=1.0, memory=1 / 8),
+        )
+    )

@@ -1,0 +1,25 @@
+#include "activation_cpu.h"
+
+namespace fm {
+namespace {
+
+FM_ACTIVATION_KERNELS(GeluTanh, true)
+FM_ACTIVATION_KERNELS(GeluErf, true)
+
+Tensor bias_geglu_forward(const Tensor& x, const OptionalTensor& bias, bool tanh) {
+  return tanh ? activation_forward<GeluTanhKernels>(x, bias) : activation_forward<GeluErfKernels>(x, bias);
+}
+
+std::tuple<Tensor, Tensor> bias_geglu_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& bias, bool tanh,
+                                               bool need_dx, bool need_dbias) {
+  return tanh ? activation_backward<GeluTanhKernels>(dy, x, bias, need_dx, need_dbias)
+              : activation_backward<GeluErfKernels>(dy, x, bias, need_dx, need_dbias);
+}
+
+}  // namespace
+}  // namespace fm
+
+STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) {
+  m.impl("bias_geglu_forward", TORCH_BOX(&fm::bias_geglu_forward));
+  m.impl("bias_geglu_backward", TORCH_BOX(&fm::bias_geglu_backward));
+}

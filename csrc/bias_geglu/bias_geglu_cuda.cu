@@ -1,0 +1,22 @@
+#include "activation_cuda.cuh"
+
+namespace fm {
+namespace {
+
+Tensor bias_geglu_forward(const Tensor& x, const OptionalTensor& bias, bool tanh) {
+  return tanh ? activation_forward<GeluTanh, true>(x, bias) : activation_forward<GeluErf, true>(x, bias);
+}
+
+std::tuple<Tensor, Tensor> bias_geglu_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& bias, bool tanh,
+                                               bool need_dx, bool need_dbias) {
+  return tanh ? activation_backward<GeluTanh, true>(dy, x, bias, need_dx, need_dbias)
+              : activation_backward<GeluErf, true>(dy, x, bias, need_dx, need_dbias);
+}
+
+}  // namespace
+}  // namespace fm
+
+FM_CUDA_LIBRARY_IMPL(m) {
+  m.impl("bias_geglu_forward", TORCH_BOX(&fm::bias_geglu_forward));
+  m.impl("bias_geglu_backward", TORCH_BOX(&fm::bias_geglu_backward));
+}

@@ -1,0 +1,141 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "norm_kernels.cuh"
+#include "row_reduction.cuh"
+#include "row_streams.cuh"
+
+// How rows are dealt to threads, forward and backward. A block has 16 warps and stays on its multiprocessor; kWarps of
+// them share a row, so kGroups rows are in work at a time, and the next ones are on their way to shared memory. A thread
+// has up to 32 columns; what belongs to columns (weight, bias, sums of gradients) is read or written once a block, not once
+// a row.
+namespace fm {
+
+inline constexpr int kNormThreads = 512;
+inline constexpr int kNormColumns = 32;  // a thread
+inline constexpr int kNormMaxWidth = kNormThreads * kNormColumns;
+inline constexpr int kNormMaxStages = 4;
+
+// First: x or dy. Second: residual or total.
+template <typename First, typename Second, int kWarps>
+struct NormRows {
+  static constexpr int kGroups = kNormThreads / kWarpSize / kWarps;
+  static constexpr int kThreads = kWarps * kWarpSize;  // a row
+  static constexpr int kCount = First::kCount;
+  static constexpr int kAccesses = kNormColumns / kCount;
+  static constexpr int kStep = kThreads * kCount;
+  static constexpr int kMaxWidth = kThreads * kNormColumns;
+  using Slot = typename First::Slot;
+
+  int lane, warp, group, first;
+  int64_t width;
+
+  FM_DEVICE explicit NormRows(int64_t width_)
+      : lane(threadIdx.x % kWarpSize),
+        warp(threadIdx.x / kWarpSize % kWarps),
+        group(threadIdx.x / kThreads),
+        first(threadIdx.x % kThreads * kCount),
+        width(width_) {}
+
+  FM_DEVICE bool holds(int access) const { return first + access * kStep < width; }
+  FM_DEVICE int column(int access) const { return first + access * kStep; }
+  // Rows of neighbouring blocks are neighbours. Every group makes the same number of rounds: they share barriers.
+  FM_DEVICE int64_t row(int64_t round) const {
+    return blockIdx.x + static_cast<int64_t>(gridDim.x) * (group + kGroups * round);
+  }
+  static FM_DEVICE int64_t rounds(int64_t rows) {
+    const int64_t a_round = static_cast<int64_t>(gridDim.x) * kGroups;
+    return (rows - blockIdx.x + a_round - 1) / a_round;
+  }
+};
+
+// A parameter's values for the columns of this thread, read from memory once a block: kShared in shared memory (where
+// several groups use them, or where the registers are taken), else in registers.
+template <typename Rows, bool kShared>
+struct ColumnValues {
+  static constexpr int kCount = Rows::kCount, kQuads = kCount > 1 ? kCount / 4 : 1;
+  float kept[kShared ? 1 : Rows::kAccesses][kCount];
+  const float4* shared;
+
+  // `memory` has norm_parameter_bytes. Where kShared a barrier must follow before get().
+  FM_DEVICE void load(const Rows& rows, ConstParameter parameter, float absent, float offset, float* memory) {
+    shared = reinterpret_cast<const float4*>(memory);
+#pragma unroll
+    for (int i = 0; i < Rows::kAccesses; ++i) {
+      if (!rows.holds(i) || (kShared && i % Rows::kGroups != rows.group)) continue;
+      float values[kCount];
+      load_parameter(parameter, rows.column(i), absent, values);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if constexpr (kShared) {
+          memory[place(i, k)] = values[k] + offset;
+        } else {
+          kept[i][k] = values[k] + offset;
+        }
+      }
+    }
+  }
+  FM_DEVICE void get(int access, float (&values)[kCount]) const {
+    if constexpr (!kShared) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] = kept[access][k];
+    } else if constexpr (kCount == 1) {
+      values[0] = reinterpret_cast<const float*>(shared)[place(access, 0)];
+    } else {
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        const float4 four = shared[place(access, 4 * quad) / 4];
+        values[4 * quad] = four.x;
+        values[4 * quad + 1] = four.y;
+        values[4 * quad + 2] = four.z;
+        values[4 * quad + 3] = four.w;
+      }
+    }
+  }
+  // Four values of a thread beside those of its neighbour: no bank conflicts.
+  static FM_DEVICE int place(int access, int k) {
+    constexpr int kTogether = kCount > 1 ? 4 : 1;
+    const int thread = threadIdx.x % Rows::kThreads;
+    return ((access * kQuads + k / kTogether) * Rows::kThreads + thread) * kTogether + k % kTogether;
+  }
+};
+
+// Shared memory of one stage of rows: `slots` slots for every access of every thread.
+template <typename Rows>
+int64_t norm_stage_bytes(int64_t width, int64_t slots) {
+  return (width + Rows::kStep - 1) / Rows::kStep * slots * kNormThreads * static_cast<int64_t>(sizeof(typename Rows::Slot));
+}
+
+// Shared memory of one parameter.
+template <typename Rows>
+int64_t norm_parameter_bytes(int64_t width) {
+  return (width + Rows::kStep - 1) / Rows::kStep * Rows::kStep * static_cast<int64_t>(sizeof(float));
+}
+
+// Persistent blocks, one a multiprocessor: more would read the parameters and leave partial sums that much more often.
+inline int64_t norm_blocks(int64_t rows, int multiprocessors) {
+  return std::clamp<int64_t>(rows, 1, multiprocessors);
+}
+
+// How much dynamic shared memory a block may have on this device, less what the kernels declare themselves.
+struct NormDevice {
+  int multiprocessors;
+  int64_t shared_bytes;
+};
+
+// Runs f with the two streams' types for aligned rows.
+template <typename F>
+void for_norm_streams(DType dtype, DType stream_dtype, const F& f) {
+  for_device_dtype(dtype, [&]<typename T>(T) {
+    constexpr int kCount = 16 / sizeof(T);
+    if (stream_dtype == dtype) {
+      f(WideStream<T, kCount>(nullptr, dtype), WideStream<T, kCount>(nullptr, dtype));
+    } else if constexpr (sizeof(T) == 2) {
+      f(WideStream<T, kCount>(nullptr, dtype), WideStream<float, kCount>(nullptr, stream_dtype));
+    }
+  });
+}
+
+}  // namespace fm

@@ -1,0 +1,119 @@
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <tuple>
+
+#include "cpu_numbers.h"
+#include "cpu_parameter.h"
+#include "multiversion.h"
+
+#define FM_ROTARY FM_INLINE
+#include "rotary_checks.h"
+
+namespace fm {
+namespace {
+
+// All heads of one token, which lie `stride` elements apart.
+template <typename T, bool kInterleaved>
+FM_INLINE void rotate(const T* x, int64_t stride, int64_t heads, const float* __restrict cos,
+                      const float* __restrict sin, int64_t half, int64_t head_dim, T* y) {
+  for (int64_t head = 0; head < heads; ++head) {
+    const T* __restrict from = x + head * stride;
+    T* __restrict to = y + head * head_dim;
+    if constexpr (kInterleaved) {
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        const float first = to_float(from[2 * i]), second = to_float(from[2 * i + 1]);
+        to[2 * i] = from_float<T>(first * cos[i] - second * sin[i]);
+        to[2 * i + 1] = from_float<T>(second * cos[i] + first * sin[i]);
+      }
+    } else {
+      const T* __restrict from_second = from + half;
+      T* __restrict to_second = to + half;
+#pragma omp simd
+      for (int64_t i = 0; i < half; ++i) {
+        const float first = to_float(from[i]), second = to_float(from_second[i]);
+        to[i] = from_float<T>(first * cos[i] - second * sin[i]);
+        to_second[i] = from_float<T>(second * cos[i] + first * sin[i]);
+      }
+    }
+    const int64_t rest = head_dim - 2 * half;
+    if (rest > 0) std::memcpy(to + 2 * half, from + 2 * half, rest * sizeof(T));
+  }
+}
+
+// target_clones takes no templates, so every combination is a plain function.
+#define FM_ROTATE(T, kInterleaved)                                                                              \
+  FM_MULTIVERSION void rotate_heads(const T* x, int64_t stride, int64_t heads, const float* cos, const float* sin, \
+                                    int64_t half, int64_t head_dim, T* y, std::bool_constant<kInterleaved>) {   \
+    rotate<T, kInterleaved>(x, stride, heads, cos, sin, half, head_dim, y);                                     \
+  }
+FM_ROTATE(float, false)
+FM_ROTATE(float, true)
+FM_ROTATE(BFloat16, false)
+FM_ROTATE(BFloat16, true)
+FM_ROTATE(Float16, false)
+FM_ROTATE(Float16, true)
+#undef FM_ROTATE
+
+constexpr int64_t kGrainElements = 16384;
+
+// One row of a table as float32, times sign; NaN where there is no row.
+void load_angles(const Tensor& table, int64_t row, float sign, int64_t half, float* angles) {
+  if (row < 0) {
+    std::fill(angles, angles + half, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  for_cpu_dtype(table.scalar_type(), [&]<typename T>(T) {
+    const T* values = static_cast<const T*>(table.const_data_ptr()) + row * half;
+    for (int64_t i = 0; i < half; ++i) angles[i] = sign * to_float(values[i]);
+  });
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalTensor& k_any, const Tensor& cos_any,
+                                            const Tensor& sin_any, const OptionalTensor& positions,
+                                            const OptionalTensor& offset, const OptionalTensor& cu_seqlens,
+                                            int64_t start, int64_t sequence_dim, bool interleaved, bool inverse) {
+  check_rotary(q_any, k_any, cos_any, sin_any, sequence_dim);
+  const Tensor cos = made_contiguous(cos_any), sin = made_contiguous(sin_any);
+  const TokenPositions where = token_positions(q_any, cos, positions, offset, cu_seqlens, start, sequence_dim);
+  const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any ? *k_any : q_any);
+  Tensor q_out = empty(Sizes(q), q.scalar_type(), q), k_out = k_any ? empty(Sizes(k), k.scalar_type(), k) : nothing(q);
+  const int64_t n1 = q.dim() == 4 ? q.size(1) : 1, tokens = q.size(0) * n1;
+  const int64_t head_dim = q.size(q.dim() - 1), half = cos.size(1);
+  const Heads all[] = {heads_of(q, q_out), heads_of(k, k_out)};
+  const int64_t token_elements = (all[0].heads + (k_any ? all[1].heads : 0)) * head_dim;
+  if (tokens == 0 || token_elements == 0) return {q_out, k_out};
+  const auto run = [&]<typename T>(T, auto form) {
+    const auto rotate_tokens = [&](int64_t first, int64_t last) {
+      const Scratch angles = make_scratch(2 * half);
+      for (int64_t token = first; token < last; ++token) {
+        const int64_t i0 = token / n1, i1 = token % n1, row = token_position(where, i0, i1);
+        load_angles(cos, row, 1.0f, half, angles.get());
+        load_angles(sin, row, inverse ? -1.0f : 1.0f, half, angles.get() + half);
+        for (int i = 0; i < (k_any ? 2 : 1); ++i) {
+          const Heads& x = all[i];
+          rotate_heads(static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1, x.stride_head, x.heads,
+                       angles.get(), angles.get() + half, half, head_dim,
+                       static_cast<T*>(x.out) + token * x.heads * head_dim, form);
+        }
+      }
+    };
+    torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kGrainElements / token_elements), rotate_tokens);
+  };
+  for_cpu_dtype(q.scalar_type(), [&](auto element) {
+    if (interleaved) {
+      run(element, std::true_type{});
+    } else {
+      run(element, std::false_type{});
+    }
+  });
+  return {q_out, k_out};
+}
+
+}  // namespace
+}  // namespace fm
+
+STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) { m.impl("rotary_embedding", TORCH_BOX(&fm::rotary_embedding)); }

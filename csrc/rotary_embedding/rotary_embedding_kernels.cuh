@@ -1,0 +1,211 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "vector_access.cuh"
+
+#define FM_ROTARY FM_DEVICE
+#include "token_positions.h"
+
+namespace fm {
+
+// One tensor of heads as the kernel sees it; see Heads in rotary_checks.h.
+struct DeviceHeads {
+  const void* data;
+  void* out;
+  int64_t heads, stride0, stride1, stride_head;
+};
+
+struct Rotary {
+  DType dtype;
+  bool interleaved;
+  float sign;  // of the angles: -1 for the rotation back
+  DeviceHeads q, k;  // k without heads: there is none
+  ConstParameter cos, sin;  // [table_rows, half]
+  TokenPositions where;
+  int64_t tokens, n1, head_dim, half;
+};
+
+inline constexpr int kRotaryWarps = 8;
+// Heads that a thread has in flight at a time.
+inline constexpr int kRotaryHeads = 2;
+
+// kCount values of a table row, in accesses as wide as a multiple of 4 values allows.
+template <int kCount>
+FM_DEVICE void load_angles(const ConstParameter& table, int64_t index, float sign, bool valid, float* angles) {
+  constexpr int kStep = kCount % 4 == 0 ? kCount : 1;
+#pragma unroll
+  for (int i = 0; i < kCount; i += kStep) {
+    float values[kStep];
+    if (valid) {
+      load_parameter(table, index + i, 0.0f, values);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kStep; ++j) values[j] = word_to_float(0x7FC00000u);  // NaN
+    }
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) angles[i + j] = sign * values[j];
+  }
+}
+
+// A thread's share of a head: two runs of kCount elements, `distance` apart. Runs of neighbouring threads are
+// neighbours too, in both forms, so that a warp's accesses leave no gaps. For kCount = 1, two elements that form a pair;
+// for wide interleaved runs, pairs lie within a run.
+template <int kCount, bool kInterleaved>
+struct RotaryRuns {
+  static constexpr bool kPairsInside = kInterleaved && kCount > 1;
+  int64_t first, distance;
+  float cos[kCount], sin[kCount];
+
+  FM_DEVICE RotaryRuns(const Rotary& a, int64_t chunk, int64_t position) {
+    const bool adjacent = kInterleaved && kCount == 1;
+    first = adjacent ? 2 * chunk : chunk * kCount;
+    distance = adjacent ? 1 : a.half;
+    const bool valid = position >= 0;
+    const int64_t row = position * a.half;
+    if constexpr (kPairsInside) {
+      // Half of the angles belong to the first run and half to the second.
+      const int64_t pair = first / 2, other = (first + distance) / 2;
+      load_angles<kCount / 2>(a.cos, row + pair, 1.0f, valid, cos);
+      load_angles<kCount / 2>(a.cos, row + other, 1.0f, valid, cos + kCount / 2);
+      load_angles<kCount / 2>(a.sin, row + pair, a.sign, valid, sin);
+      load_angles<kCount / 2>(a.sin, row + other, a.sign, valid, sin + kCount / 2);
+    } else {
+      load_angles<kCount>(a.cos, row + chunk * kCount, 1.0f, valid, cos);
+      load_angles<kCount>(a.sin, row + chunk * kCount, a.sign, valid, sin);
+    }
+  }
+
+  FM_DEVICE void rotate(float (&x)[kCount], float (&y)[kCount]) const {
+    if constexpr (kPairsInside) {
+#pragma unroll
+      for (int j = 0; j < kCount / 2; ++j) {
+        turn(x[2 * j], x[2 * j + 1], cos[j], sin[j]);
+        turn(y[2 * j], y[2 * j + 1], cos[kCount / 2 + j], sin[kCount / 2 + j]);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) turn(x[j], y[j], cos[j], sin[j]);
+    }
+  }
+
+  static FM_DEVICE void turn(float& a, float& b, float cos, float sin) {
+    const float rotated = a * cos - b * sin;
+    b = b * cos + a * sin;
+    a = rotated;
+  }
+};
+
+// One token's heads, q's and then k's: where head h is read and written.
+template <typename T>
+struct TokenHeads {
+  const T *q, *k;
+  T *q_out, *k_out;
+  int64_t q_heads, q_stride, k_stride, head_dim;
+  FM_DEVICE TokenHeads(const Rotary& a, int64_t token, int64_t i0, int64_t i1)
+      : q(static_cast<const T*>(a.q.data) + i0 * a.q.stride0 + i1 * a.q.stride1),
+        k(static_cast<const T*>(a.k.data) + i0 * a.k.stride0 + i1 * a.k.stride1),
+        q_out(static_cast<T*>(a.q.out) + token * a.q.heads * a.head_dim),
+        k_out(static_cast<T*>(a.k.out) + token * a.k.heads * a.head_dim),
+        q_heads(a.q.heads),
+        q_stride(a.q.stride_head),
+        k_stride(a.k.stride_head),
+        head_dim(a.head_dim) {}
+  FM_DEVICE const T* from(int64_t head) const {
+    return head < q_heads ? q + head * q_stride : k + (head - q_heads) * k_stride;
+  }
+  FM_DEVICE T* to(int64_t head) const {
+    return head < q_heads ? q_out + head * head_dim : k_out + (head - q_heads) * head_dim;
+  }
+};
+
+// A warp has one token, so that its angles are read once; `chunk_lanes` of its lanes share a head. Where tokens are few,
+// gridDim.y warps share the heads of one.
+template <typename T, int kCount, bool kInterleaved>
+__global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int chunk_lanes) {
+  using A = Access<T, (kCount > 1)>;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= a.tokens) return;
+  const int64_t i0 = token / a.n1, i1 = token - i0 * a.n1;
+  const int64_t position = token_position(a.where, i0, i1);
+  const TokenHeads<T> heads(a, token, i0, i1);
+  const int64_t num_heads = a.q.heads + a.k.heads, chunks = a.half / kCount;
+  const int head_lanes = 32 / chunk_lanes;
+  const int64_t first_head = threadIdx.x / chunk_lanes + static_cast<int64_t>(blockIdx.y) * head_lanes;
+  const int64_t step = static_cast<int64_t>(head_lanes) * gridDim.y;
+  for (int64_t chunk = threadIdx.x % chunk_lanes; chunk < chunks; chunk += chunk_lanes) {
+    const RotaryRuns<kCount, kInterleaved> runs(a, chunk, position);
+    for (int64_t head = first_head; head < num_heads; head += kRotaryHeads * step) {
+      typename A::Raw raw[kRotaryHeads][2];
+#pragma unroll
+      for (int i = 0; i < kRotaryHeads; ++i) {
+        if (head + i * step >= num_heads) continue;
+        const T* x = heads.from(head + i * step) + runs.first;
+        raw[i][0] = A::load(x);
+        raw[i][1] = A::load(x + runs.distance);
+      }
+#pragma unroll
+      for (int i = 0; i < kRotaryHeads; ++i) {
+        if (head + i * step >= num_heads) continue;
+        float x[kCount], y[kCount];
+        A::unpack(raw[i][0], x);
+        A::unpack(raw[i][1], y);
+        runs.rotate(x, y);
+        T* out = heads.to(head + i * step) + runs.first;
+        A::store(out, x);
+        A::store(out + runs.distance, y);
+      }
+    }
+  }
+  // What is not rotated is copied.
+  const int64_t rest = (a.head_dim - 2 * a.half) / kCount;
+  for (int64_t i = threadIdx.x + 32 * static_cast<int64_t>(blockIdx.y); i < rest * num_heads; i += 32 * gridDim.y) {
+    const int64_t head = i / rest, column = 2 * a.half + (i - head * rest) * kCount;
+    float values[kCount];
+    A::unpack(A::load(heads.from(head) + column), values);
+    A::store(heads.to(head) + column, values);
+  }
+}
+
+inline bool rotary_is_wide(const Rotary& a, int64_t count) {
+  const int64_t sizes = a.half | a.head_dim | a.q.stride0 | a.q.stride1 | a.q.stride_head | a.k.stride0 | a.k.stride1 |
+                        a.k.stride_head;
+  return sizes % count == 0 && a.half > 0 && is_aligned(a.q.data) && is_aligned(a.q.out) && is_aligned(a.k.data) &&
+         is_aligned(a.k.out) && is_aligned(a.cos.data) && is_aligned(a.sin.data);
+}
+
+inline void launch_rotary(const Rotary& a, int multiprocessors, cudaStream_t stream) {
+  const int64_t num_heads = a.q.heads + a.k.heads;
+  if (a.tokens == 0 || num_heads == 0 || a.head_dim == 0) return;
+  const auto launch = [&]<typename T>(T, auto count, auto interleaved) {
+    const int64_t chunks = a.half / count;
+    int chunk_lanes = 1;
+    while (chunk_lanes < 32 && chunk_lanes < chunks) chunk_lanes *= 2;
+    // Enough warps to fill every multiprocessor, while a warp keeps some heads to itself.
+    const int64_t warps_per_multiprocessor = 32, most = num_heads / (kRotaryHeads * (32 / chunk_lanes));
+    const int64_t wanted = warps_per_multiprocessor * multiprocessors / a.tokens;
+    const int64_t splits = std::clamp<int64_t>(std::min(wanted, most), 1, 65535);
+    const dim3 grid(static_cast<unsigned>((a.tokens + kRotaryWarps - 1) / kRotaryWarps),
+                    static_cast<unsigned>(splits));
+    auto* kernel = rotary_kernel<T, decltype(count)::value, decltype(interleaved)::value>;
+    FM_LAUNCH(kernel, grid, dim3(32, kRotaryWarps), stream, a, chunk_lanes);
+  };
+  for_device_dtype(a.dtype, [&]<typename T>(T element) {
+    constexpr int kWide = 16 / sizeof(T);
+    const auto with_form = [&](auto count) {
+      if (a.interleaved) {
+        launch(element, count, std::true_type{});
+      } else {
+        launch(element, count, std::false_type{});
+      }
+    };
+    if (rotary_is_wide(a, kWide)) {
+      with_form(std::integral_constant<int, kWide>{});
+    } else {
+      with_form(std::integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace fm

@@ -1,0 +1,53 @@
+"""gelu(x1 + b1) * (x2 + b2), fused, with its gradients."""
+
+import torch
+
+from fused_megatron.ops.activation import (
+    BiasActivation,
+    check_activation,
+    check_approximate,
+    define_activation,
+    is_double,
+)
+from fused_megatron.reference import bias_geglu as reference
+
+_OPS = define_activation("bias_geglu", ", bool tanh", reference, gated=True)
+
+
+def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: str = "tanh") -> torch.Tensor:
+    """GEGLU of x + bias: GELU of the first half times the second half, in one pass over x.
+
+    Equals gelu(u1, approximate) * u2 with u1, u2 = (x + bias).chunk(2, dim=-1):
+
+        y[..., j] = gelu(x[..., j] + bias[j]) * (x[..., F + j] + bias[F + j])
+
+    Args:
+        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        bias: [2F], any of these dtypes, or None.
+        approximate: "tanh" or "none".
+
+    Returns:
+        [..., F] in the dtype of x, contiguous.
+
+    Raises:
+        InputError: the last dim of x is odd, bias is not [2F] or lies on another device, or approximate has another
+            value.
+        TypeError: a dtype that is not floating point.
+
+    Communication: none.
+
+    Memory: x and bias are saved for backward; neither x + bias nor gelu(u1) ever exists in memory.
+
+    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
+    runs agree bit for bit, on the CPU for any number of threads. float64 runs on the PyTorch reference. Backward
+    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as torch's gelu.
+
+    Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    check_approximate(approximate)
+    check_activation(x, bias, gated=True)
+    if is_double(x, bias):
+        return reference.bias_geglu(x.contiguous(), bias, approximate)
+    if not torch.is_grad_enabled():
+        return _OPS.forward(x, bias, approximate == "tanh")
+    return BiasActivation.apply(x, bias, _OPS, approximate == "tanh")

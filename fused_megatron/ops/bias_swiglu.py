@@ -1,0 +1,44 @@
+"""silu(x1 + b1) * (x2 + b2), fused, with its gradients."""
+
+import torch
+
+from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, is_double
+from fused_megatron.reference import bias_swiglu as reference
+
+_OPS = define_activation("bias_swiglu", "", reference, gated=True)
+
+
+def bias_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """SwiGLU of x + bias: SiLU of the first half times the second half, in one pass over x.
+
+    Equals silu(u1) * u2 with u1, u2 = (x + bias).chunk(2, dim=-1), where silu(u) = u / (1 + exp(-u)):
+
+        y[..., j] = silu(x[..., j] + bias[j]) * (x[..., F + j] + bias[F + j])
+
+    Args:
+        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        bias: [2F], any of these dtypes, or None.
+
+    Returns:
+        [..., F] in the dtype of x, contiguous.
+
+    Raises:
+        InputError: the last dim of x is odd, or bias is not [2F] or lies on another device.
+        TypeError: a dtype that is not floating point.
+
+    Communication: none.
+
+    Memory: x and bias are saved for backward; neither x + bias nor silu(u1) ever exists in memory.
+
+    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
+    runs agree bit for bit, on the CPU for any number of threads. float64 runs on the PyTorch reference. Backward
+    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as torch's silu.
+
+    Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    check_activation(x, bias, gated=True)
+    if is_double(x, bias):
+        return reference.bias_swiglu(x.contiguous(), bias)
+    if not torch.is_grad_enabled():
+        return _OPS.forward(x, bias)
+    return BiasActivation.apply(x, bias, _OPS)

@@ -1,0 +1,43 @@
+"""What layer_norm and rms_norm check and do alike."""
+
+import torch
+
+from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_norm_arguments(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None
+) -> bool:
+    """Raise unless the arguments fit each other; returns whether float64 is among them (plain PyTorch then)."""
+    check_dtype("x", x, _DTYPES)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise InputError(f"x.shape={tuple(x.shape)} must have a last dim of at least 1")
+    double = x.dtype == torch.float64
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_shape(name, parameter, x.shape[-1:])
+            check_dtype(name, parameter, _DTYPES)
+            check_same_device(name, parameter, "x", x)
+            double = double or parameter.dtype == torch.float64
+    if residual is not None:
+        check_shape("residual", residual, x.shape)
+        check_dtype("residual", residual, (x.dtype, torch.float32, torch.float64))
+        check_same_device("residual", residual, "x", x)
+        double = double or residual.dtype == torch.float64
+    return double
+
+
+def empty_or_like(x: torch.Tensor, needed: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What a fake kernel returns for an output that may not be wanted."""
+    if not needed:
+        return x.new_empty(0)
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def gradient_of_total_alone(
+    dtotal: torch.Tensor, dx_dtype: torch.dtype, need_dx: bool, need_dresidual: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(dx, dresidual) where nothing depends on y."""
+    return dtotal.to(dx_dtype) if need_dx else None, dtotal if need_dresidual else None

@@ -1,0 +1,180 @@
+"""Root-mean-square normalisation over the last dim, with its gradients; optionally with the residual addition before."""
+
+from typing import Any, overload
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
+from fused_megatron.ops.registration import define_op
+from fused_megatron.reference import rms_norm as reference
+
+
+def _fake_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total = x.new_empty(0) if residual is None else empty_or_like(residual, True)
+    return empty_or_like(x, True), x.new_empty(x.shape[:-1], dtype=torch.float32), total
+
+
+def _fake_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    dtotal: torch.Tensor | None = None,
+    need_dresidual: bool = False,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        empty_or_like(x, need_dx, dy.dtype) if need_dx else dy.new_empty(0),
+        dy.new_empty(0) if weight is None or not need_dweight else weight.new_empty(weight.shape),
+        empty_or_like(x, need_dresidual),
+    )
+
+
+_forward = define_op(
+    "rms_norm_forward(Tensor x, Tensor? weight, float eps, Tensor? residual=None, bool zero_centered_weight=False)"
+    " -> (Tensor y, Tensor rstd, Tensor total)",
+    reference=reference.rms_norm_forward,
+    fake=_fake_forward,
+)
+_backward = define_op(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, bool need_dx, bool need_dweight,"
+    " Tensor? dtotal=None, bool need_dresidual=False, bool zero_centered_weight=False)"
+    " -> (Tensor dx, Tensor dweight, Tensor dresidual)",
+    reference=reference.rms_norm_backward,
+    fake=_fake_backward,
+)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Returns y, or (y, total) with a residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        eps: float,
+        residual: torch.Tensor | None,
+        zero_centered_weight: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        # One copy here serves forward and backward.
+        x = x.contiguous()
+        y, rstd, total = _forward(x, weight, eps, residual, zero_centered_weight)
+        ctx.set_materialize_grads(False)
+        ctx.zero_centered_weight = zero_centered_weight
+        ctx.dtype = x.dtype
+        if residual is None:
+            ctx.save_for_backward(x, weight, rstd)
+            return y
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
+        need_dx, need_dweight, _, need_dresidual, _ = ctx.needs_input_grad
+        if dy is None:
+            if dtotal is None:
+                return None, None, None, None, None
+            dx, dresidual = gradient_of_total_alone(dtotal, ctx.dtype, need_dx, need_dresidual)
+            return dx, None, None, dresidual, None
+        x, weight, rstd = ctx.saved_tensors
+        # In one dtype the gradients of x and residual are one tensor, as in torch's own addition.
+        shared = x.dtype == dy.dtype
+        dx, dweight, dresidual = _backward(
+            dy, x, weight, rstd, need_dx or (need_dresidual and shared), need_dweight,
+            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
+        )  # fmt: skip
+        return (
+            dx if need_dx else None,
+            dweight if need_dweight else None,
+            None,
+            (dx if shared else dresidual) if need_dresidual else None,
+            None,
+        )
+
+
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: torch.Tensor,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Divide every row of x (of x + residual, where one is given) by its root mean square, then scale it.
+
+    Equals torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps). For every row x of width H:
+
+        rstd = 1 / sqrt(sum(x^2) / H + eps);  y = x * rstd * weight
+
+    and backward, with n = x * rstd and g = dy * weight:
+
+        dx = rstd * (g - n * mean(g * n));  dweight = sum over rows of dy * n
+
+    With a residual, total = x + residual takes the place of x, in the same pass over memory; backward adds the gradient
+    into total to dx in the same pass, and dresidual is the same sum.
+
+    Args:
+        x: [..., H] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        weight: [H], any of these dtypes, or None for 1.
+        eps: added to the mean square; None for the eps of the precision that computes, as F.rms_norm does it: that of
+            float32 (1.2e-7) for 16-bit x too, that of float64 for float64.
+        residual: [..., H] in the dtype of x, float32 or float64; or None.
+        zero_centered_weight: scale by 1 + weight.
+
+    Returns:
+        y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
+
+    Raises:
+        InputError: x has no dim or no column, weight is not [H], residual is not of the shape of x, or one of them lies
+            on another device.
+        TypeError: a dtype that is not floating point, or a residual of another 16-bit dtype than x.
+
+    Communication: none.
+
+    Memory: x (with a residual: total, and not x) and rstd of every row (4 bytes a row) are saved for backward.
+
+    Numerics: float32 inside, ONE rounding to the output's dtype; dweight is summed in float32 in a fixed order, so two
+    runs agree bit for bit, on the CPU for any number of threads. With a residual y is of the rounded total, which is
+    what backward has, and what rms_norm(x + residual) would see. float64 runs on the PyTorch reference. Backward cannot
+    be differentiated again (except in float64).
+
+    Paper: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+    """
+    double = check_norm_arguments(x, weight, None, residual)
+    if eps is None:
+        eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
+    if double:
+        return reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight)
+    y, _, total = _forward(x, weight, eps, residual, zero_centered_weight)
+    return y if residual is None else (y, total)

@@ -1,0 +1,211 @@
+"""Rotary position embedding of queries and keys, in one launch."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.registration import define_op
+from fused_megatron.reference import rotary_embedding as reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake(q: torch.Tensor, k: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q_out, q.new_empty(0) if k is None else torch.empty_like(k, memory_format=torch.contiguous_format)
+
+
+_rotary_embedding = define_op(
+    "rotary_embedding(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, Tensor? offset,"
+    " Tensor? cu_seqlens, int start, int sequence_dim, bool interleaved, bool inverse) -> (Tensor q_out, Tensor k_out)",
+    reference=reference.rotary_embedding_forward,
+    fake=_fake,
+)
+
+
+class _RotaryEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor | None, tensors: Any, numbers: Any) -> Any:
+        ctx.save_for_backward(*tensors)
+        ctx.numbers = numbers
+        ctx.set_materialize_grads(False)
+        q_out, k_out = _rotary_embedding(q, k, *tensors, *numbers, False)
+        return q_out, None if k is None else k_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: torch.Tensor | None, dk: torch.Tensor | None) -> Any:
+        # A rotation's gradient is the rotation back.
+        if dq is not None:
+            dq_in, dk_in = _rotary_embedding(dq, dk, *ctx.saved_tensors, *ctx.numbers, True)
+            return dq_in, None if dk is None else dk_in, None, None
+        if dk is not None:
+            return None, _rotary_embedding(dk, None, *ctx.saved_tensors, *ctx.numbers, True)[0], None, None
+        return None, None, None, None
+
+
+def rotary_embedding(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    sequence_dim: int = 0,
+    offset: int | torch.Tensor = 0,
+    positions: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rotate the pairs of every head of q and k by the angles of their token's position.
+
+    No function of torch does this; with half = Drot / 2 and (c, s) = (cos, sin)[position of the token], every head is
+
+        (a, b) -> (a c - b s, b c + a s)
+        interleaved=False (GPT-NeoX, Llama):  a = x[0 : half], b = x[half : 2 half]
+        interleaved=True  (GPT-J):            a = x[0 : 2 half : 2], b = x[1 : 2 half : 2]
+
+    and x[Drot :] passes through unchanged.
+
+    Args:
+        q: [S, B, Nq, D] (sequence_dim 0), [B, S, Nq, D] (sequence_dim 1) or [T, Nq, D] (one sequence, or packed ones);
+            float32, bfloat16, float16 or float64. Read by strides, without a copy, where the elements of a head are
+            dense: views of a fused qkv tensor, or transposed ones, are fine.
+        k: like q, with any number of heads Nk; or None.
+        cos: [P, Drot / 2], Drot <= D, any of these dtypes.
+        sin: as cos.
+        interleaved: which elements form a pair, see above.
+        sequence_dim: which dim of q counts positions.
+        offset: position of the first token: an int, or (to be read on the device: CUDA graphs, torch.compile) an int64
+            tensor with one element or one for every sequence.
+        positions: int64 [S], or [S, B] / [B, S] as the dims of q: the positions themselves; without offset.
+        cu_seqlens: [n + 1] int32 or int64, from 0 to T: packed sequences, sequence i being tokens cu_seqlens[i] to
+            cu_seqlens[i + 1]; positions begin again with each.
+
+    Returns:
+        (q_out, k_out) in the shapes and dtypes of q and k, contiguous; k_out is None if k is.
+
+    Raises:
+        InputError: shapes, devices or arguments that do not fit, cos or sin that want a gradient (q and k alone get
+            one), and a position outside the tables. Positions in tensors are looked at on the CPU alone, outside of
+            torch.compile: on a GPU that would cost a synchronisation. There such a token becomes NaN.
+        TypeError: wrong dtypes.
+
+    Communication: none.
+
+    Memory: the tables and positions are saved for backward, q and k are not. Reads and writes q and k once; a token's
+    angles are read once for all heads.
+
+    Numerics: float32 inside, ONE rounding to the output's dtype. float64 runs on the PyTorch reference. Backward is the
+    rotation by the negative angle, and cannot be differentiated again (except in float64).
+
+    Paper: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv:2104.09864.
+    """
+    _check_tensors(q, k, cos, sin, sequence_dim)
+    _check_positions(q, cos, sequence_dim, offset, positions, cu_seqlens)
+    start, offset_tensor = (offset, None) if isinstance(offset, int) else (0, offset.contiguous())
+    tensors = (cos, sin, positions, offset_tensor, None if cu_seqlens is None else cu_seqlens.contiguous())
+    numbers = (start, sequence_dim, interleaved)
+    if q.dtype == torch.float64 or cos.dtype == torch.float64:
+        q_out, k_out = reference.rotary_embedding_forward(q, k, *tensors, *numbers, False)
+    elif torch.is_grad_enabled():
+        return _RotaryEmbedding.apply(q, k, tensors, numbers)
+    else:
+        q_out, k_out = _rotary_embedding(q, k, *tensors, *numbers, False)
+    return q_out, None if k is None else k_out
+
+
+def _check_tensors(
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, sequence_dim: int
+) -> None:
+    check_dtype("q", q, _DTYPES)
+    check_dtype("cos", cos, _DTYPES)
+    check_dtype("sin", sin, (cos.dtype,))
+    dims = q.dim()
+    if dims not in (3, 4):
+        raise InputError(f"q.shape={tuple(q.shape)} must be [S, B, N, D], [B, S, N, D] or packed [T, N, D]")
+    if sequence_dim not in ((0,) if dims == 3 else (0, 1)):
+        raise InputError(f"sequence_dim={sequence_dim} must be {'0' if dims == 3 else '0 or 1'} for {dims} dims of q")
+    if k is not None:
+        check_dtype("k", k, (q.dtype,))
+        heads = k.shape[-2] if k.dim() == dims else q.shape[-2]
+        check_shape("k", k, (*q.shape[:-2], heads, q.shape[-1]))
+        check_same_device("k", k, "q", q)
+    if cos.dim() != 2 or 2 * cos.shape[1] > q.shape[-1]:
+        raise InputError(f"cos.shape={tuple(cos.shape)} must be [positions, at most D / 2 = {q.shape[-1] // 2}]")
+    check_shape("sin", sin, cos.shape)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_same_device(name, table, "q", q)
+        if table.requires_grad:
+            raise InputError(f"{name}.requires_grad=True must be False: q and k alone get a gradient ({name}.detach())")
+
+
+def _check_positions(
+    q: torch.Tensor,
+    cos: torch.Tensor,
+    sequence_dim: int,
+    offset: int | torch.Tensor,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    seq_len, table_rows = q.shape[sequence_dim], cos.shape[0]
+    if isinstance(offset, int):
+        if offset < 0:
+            raise InputError(f"offset={offset} must not be negative")
+        if positions is None and cu_seqlens is None:
+            if offset + seq_len > table_rows:
+                raise InputError(
+                    f"offset={offset} + seq_len={seq_len} must be at most cos.shape[0]={table_rows} (longer tables)"
+                )
+            return
+    else:
+        check_dtype("offset", offset, (torch.int64,))
+        check_same_device("offset", offset, "q", q)
+        sequences = q.shape[1 - sequence_dim] if q.dim() == 4 else 1
+        sequences = sequences if cu_seqlens is None else cu_seqlens.numel() - 1
+        check(
+            offset.dim() <= 1 and offset.numel() in (1, sequences),
+            f"offset.shape={tuple(offset.shape)} must be () or ({sequences},), one a sequence",
+        )
+    if positions is not None:
+        check(cu_seqlens is None, "positions must not come with cu_seqlens: they say where every token is")
+        check(not isinstance(offset, torch.Tensor) and offset == 0, "offset must not come with positions: add it")
+        check_dtype("positions", positions, (torch.int64,))
+        check_shape("positions", positions, (seq_len,) if positions.dim() == 1 or q.dim() == 3 else q.shape[:2])
+        check_same_device("positions", positions, "q", q)
+    if cu_seqlens is not None:
+        check(q.dim() == 3, f"q.shape={tuple(q.shape)} must be [T, N, D] with cu_seqlens")
+        check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+        check(
+            cu_seqlens.dim() == 1 and cu_seqlens.numel() > 0,
+            f"cu_seqlens.shape={tuple(cu_seqlens.shape)} must be [n + 1]",
+        )
+        check_same_device("cu_seqlens", cu_seqlens, "q", q)
+    _check_values(q, table_rows, sequence_dim, offset, positions, cu_seqlens)
+
+
+def _check_values(
+    q: torch.Tensor,
+    table_rows: int,
+    sequence_dim: int,
+    offset: int | torch.Tensor,
+    positions: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Raise for a position outside the tables, where looking costs no synchronisation and no graph break."""
+    if torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.device.type != "cpu" or q.numel() == 0:
+        return
+    if cu_seqlens is not None:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != q.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
+            raise InputError(f"cu_seqlens={ends} must ascend from 0 to the number of tokens, {q.shape[0]}")
+    start = offset if isinstance(offset, int) else None
+    tensor = offset if isinstance(offset, torch.Tensor) else None
+    position = reference.token_positions(q.shape, q.device, positions, tensor, cu_seqlens, start or 0, sequence_dim)
+    lowest, highest = (int(value) for value in position.aminmax())
+    if lowest < 0 or highest >= table_rows:
+        name = "positions" if positions is not None else "offset" if cu_seqlens is None else "cu_seqlens"
+        worst = lowest if lowest < 0 else highest
+        raise InputError(f"{name}: position {worst} must be in [0, cos.shape[0]={table_rows})")

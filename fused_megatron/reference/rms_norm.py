@@ -1,0 +1,58 @@
+"""Root-mean-square normalisation over the last dim in plain PyTorch."""
+
+import torch
+
+from fused_megatron.reference.norm import add_residual, norm_backward, normalise, sum_of_rows
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (fp64 for fp64) and rounded once to x.dtype.
+
+    With a residual: (y, total), where total = x + residual is rounded to residual.dtype, and y is of the rounded total.
+    """
+    total = add_residual(x, residual)
+    y = normalise(total, weight, None, eps, zero_centered_weight, centred=False)[0].to(x.dtype).contiguous()
+    return y if residual is None else (y, total)
+
+
+def rms_norm_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What torch.ops.fused_megatron.rms_norm_forward computes: (y, rstd, total); no residual: empty total."""
+    total = add_residual(x, residual)
+    y, _, rstd = normalise(total, weight, None, eps, zero_centered_weight, centred=False)
+    return y.to(x.dtype).contiguous(), rstd.squeeze(-1).contiguous(), x.new_empty(0) if residual is None else total
+
+
+def rms_norm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    rstd: torch.Tensor,
+    need_dx: bool,
+    need_dweight: bool,
+    dtotal: torch.Tensor | None = None,
+    need_dresidual: bool = False,
+    zero_centered_weight: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What torch.ops.fused_megatron.rms_norm_backward computes; what is not needed is empty.
+
+    x is what was normalised (the total, where there was a residual). Returns (dx in the dtype of dy, dweight,
+    dresidual: the same gradient in the dtype of x).
+    """
+    gradient, dy_normalised = norm_backward(dy, x, weight, None, rstd, dtotal, zero_centered_weight)
+    return (
+        gradient.to(dy.dtype).contiguous() if need_dx else dy.new_empty(0),
+        sum_of_rows(dy_normalised, weight) if need_dweight and weight is not None else dy.new_empty(0),
+        gradient.to(x.dtype).contiguous() if need_dresidual else x.new_empty(0),
+    )

@@ -1,0 +1,81 @@
+"""Rotary position embedding in plain PyTorch."""
+
+import torch
+
+from fused_megatron.reference.precision import widen
+
+
+def rotary_embedding_forward(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    start: int,
+    sequence_dim: int,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What torch.ops.fused_megatron.rotary_embedding computes: q and k rotated (nothing for a k that is None)."""
+    position = token_positions(q.shape, q.device, positions, offset, cu_seqlens, start, sequence_dim)
+    angles = _rows(cos, position), _rows(sin, position)
+    if inverse:
+        angles = angles[0], -angles[1]
+    q_out = rotate(q, *angles, interleaved).contiguous()
+    return q_out, q.new_empty(0) if k is None else rotate(k, *angles, interleaved).contiguous()
+
+
+def token_positions(
+    shape: torch.Size,
+    device: torch.device,
+    positions: torch.Tensor | None,
+    offset: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    start: int,
+    sequence_dim: int,
+) -> torch.Tensor:
+    """The position of every token, [S, B], [B, S] or [T]; -1 for packed tokens that no sequence holds."""
+    seq_len = shape[sequence_dim]
+    if positions is not None:
+        if positions.dim() == len(shape) - 2:
+            return positions
+        return positions[:, None].expand(shape[:2]) if sequence_dim == 0 else positions[None].expand(shape[:2])
+    token = torch.arange(seq_len, device=device)
+    if cu_seqlens is not None:
+        sequence = torch.searchsorted(cu_seqlens.long(), token, right=True) - 1
+        inside = (sequence >= 0) & (sequence < cu_seqlens.numel() - 1)
+        sequence = sequence.clamp(0, max(cu_seqlens.numel() - 2, 0))
+        position = token - cu_seqlens.long()[sequence] + start
+        if offset is not None:
+            position = position + (offset.reshape(-1)[sequence] if offset.numel() > 1 else offset.reshape(()))
+        return torch.where(inside, position, -1)
+    position = token + start
+    if len(shape) == 3:
+        return position if offset is None else position + offset.reshape(())
+    position = position[:, None] if sequence_dim == 0 else position[None]
+    if offset is not None:
+        column = offset.reshape(-1)
+        position = position + (column[None] if sequence_dim == 0 else column[:, None])
+    return position.expand(shape[:2])
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """Rotate the pairs of x [..., N, D] by the angles of its tokens, cos and sin [..., Drot / 2]; the rest passes."""
+    half = cos.shape[-1]
+    wide, rest = widen(x[..., : 2 * half]), x[..., 2 * half :]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.split(half, dim=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    whole = torch.stack(rotated, dim=-1).flatten(-2) if interleaved else torch.cat(rotated, dim=-1)
+    return torch.cat((whole.to(x.dtype), rest), dim=-1)
+
+
+def _rows(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The table's rows; NaN, as the kernels give, for a position that it does not have."""
+    invalid = (position < 0) | (position >= table.shape[0])
+    if table.shape[0] == 0:
+        return widen(table).new_full((*position.shape, table.shape[1]), torch.nan)
+    rows = widen(table)[torch.where(invalid, 0, position)]
+    return rows.masked_fill(invalid.unsqueeze(-1), torch.nan)

@@ -1,0 +1,59 @@
+"""The random numbers of dropout: the published test vectors, and the scheme that docstrings state."""
+
+import pytest
+import torch
+
+from fused_megatron.reference import philox
+
+ONES = 0xFFFFFFFF
+
+
+# Random123's known answers (kat_vectors, philox4x32-10): counter, key, result.
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((ONES,) * 4, (ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_known_answers(counter, key, expected):
+    words = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert tuple(int(w) for w in words) == expected
+
+
+def test_words_are_lanes_of_blocks_of_four():
+    seed, offset = 0x299F31D0A4093822, 0x0370734413198A2E
+    block = 0x85A308D3243F6A88  # of the known answer; as an index its top bits would not fit
+    rng_state = torch.tensor([seed, offset])
+    index = torch.arange(4) + 4 * (block % 2**60)
+    counter = [block % 2**60 % 2**32, block % 2**60 >> 32, offset % 2**32, offset >> 32]
+    key = [seed % 2**32, seed >> 32]
+    expected = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert philox.random_words(rng_state, index).tolist() == [int(w) for w in expected]
+    # Negative seeds and offsets are taken as their 64 bits.
+    zero = torch.zeros(4, dtype=torch.int64)
+    all_ones = torch.tensor(ONES)
+    expected = philox.philox4x32((zero[0], zero[0], all_ones, all_ones), (all_ones, all_ones))
+    assert philox.random_words(torch.tensor([-1, -1]), torch.arange(4)).tolist() == [int(w) for w in expected]
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.999])
+def test_words_are_kept_with_the_right_probability(p):
+    n = 200_000
+    keep = philox.keep_mask(torch.tensor([1, 2]), torch.arange(n), p)
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs((~keep).double().mean().item() - p) <= 4 * sigma
+
+
+def test_the_threshold_is_exact():
+    # The word of element 0 for seed and offset 0, as a probability: at it the element is kept, just above not.
+    word = 0x6627E8D5
+    rng_state, index = torch.zeros(2, dtype=torch.int64), torch.tensor([0])
+    assert philox.keep_mask(rng_state, index, word / 2**32).item()
+    assert not philox.keep_mask(rng_state, index, (word + 1) / 2**32).item()
+    assert not philox.keep_mask(torch.tensor([5, 6]), torch.arange(10_000), 1.0 - 2**-53).any()

@@ -1,0 +1,52 @@
+"""Every benchmark runs, tiny: on the CPU, and on the path of a GPU with one that is none."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.training.kept_pages import uses_glibc
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*options: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "FUSED_MEGATRON_BENCH", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", *map(str, options)]
+    return subprocess.run(command, env=clean | environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_on_the_cpu(tmp_path):
+    stored = tmp_path / "stored.json"
+    done = run("--quick", "-k", "float32 or overhead", f"--benchmark-json={stored}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    header, *rows = re.findall(r"^\| .*\|$", done.stdout, re.MULTILINE)
+    assert "x eager" in header and "over bound" in header
+    assert any(row.startswith("| layer_norm ") for row in rows) and "us a call" in done.stdout
+    benchmarks = {b["name"]: b["extra_info"] for b in json.loads(stored.read_text())["benchmarks"]}
+    info = benchmarks["test_layer_norm[float32]"]
+    assert set(info["seconds"]) == {"ours", "eager", "compile", "bound"} and info["num_bytes"] > 0
+    if uses_glibc():
+        assert "malloc keeps its pages for all" in done.stdout
+        # In a quick run for the first of them alone.
+        assert any(set(info.get("default_malloc_ms", ())) >= {"ours", "eager"} for info in benchmarks.values())
+
+
+def test_on_a_gpu_that_is_none():
+    done = run("--quick", "--fake-gpu", "H100", "-k", "float32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "forward + backward on fake H100" in done.stdout and "% of copy" in done.stdout
+    if "liger_kernel" not in sys.modules:
+        assert re.search(r"^liger: (not installed|failed)", done.stdout, re.MULTILINE)
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_no_gpu_is_one_line():
+    done = run("--gpu")
+    assert done.returncode != 0
+    assert re.fullmatch(r"ERROR: no GPU: .*", done.stderr.strip())

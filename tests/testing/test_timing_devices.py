@@ -1,0 +1,42 @@
+"""Clocks, ceilings and peak memory, as far as a CPU shows them."""
+
+import torch
+
+from fused_megatron.testing.timing_devices import (
+    CpuDevice,
+    FakeGpu,
+    copy_ceiling_gb_per_s,
+    copy_step,
+    find_gpus,
+    page_faults,
+)  # fmt: skip
+
+
+def test_peak_bytes_counts_what_is_held_at_a_time():
+    def step():
+        first = torch.zeros(1000)
+        second = first + 1  # both are held
+        del first, second
+        return torch.zeros(500)
+
+    # Beside them a few bytes of scalars.
+    assert 8000 <= CpuDevice().peak_bytes(step) < 8100
+
+
+def test_a_copy_moves_its_bytes():
+    copied = copy_step(4096, torch.device("cpu"))()
+    assert copied.nbytes == 2048
+    assert copy_ceiling_gb_per_s(CpuDevice(), 1 << 16) > 0
+
+
+def test_fake_gpus_stand_in_for_those_of_a_machine():
+    (gpu,) = find_gpus(["H100"])
+    assert isinstance(gpu, FakeGpu) and gpu.is_gpu and gpu.name == "fake H100"
+    assert gpu.seconds(lambda: None) >= 0
+    assert len(find_gpus()) == torch.cuda.device_count()
+
+
+def test_page_faults_are_counted():
+    before = page_faults()
+    held = torch.ones(100 << 20, dtype=torch.uint8)
+    assert page_faults() - before >= 0 and held[0] == 1
