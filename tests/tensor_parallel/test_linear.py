@@ -13,7 +13,7 @@ from fused_megatron.tensor_parallel import (
     column_parallel_linear,
     parameter_shard,
 )
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 S, B, IN, OUT = 12, 3, 76, 92  # multiples of 4, so that 1, 2 and 4 ranks divide every sharded dim
 
@@ -90,16 +90,16 @@ def collectives_of(rank, ranks):
         options = {"tp_group": group, "sequence_parallel": sequence_parallel, "overlap": False}
         up, down = ColumnParallelLinear(8, 16, **options), RowParallelLinear(16, 8, **options)
         x = torch.randn(4, 3, 8, requires_grad=True)
-        with record_collectives() as forward:
+        with record_communication() as forward:
             y = down(up(x))
-        with record_collectives() as backward:
+        with record_communication() as backward:
             y.sum().backward()
         seen[sequence_parallel] = forward.order, backward.order
         up.weight.requires_grad_(False)
-        with record_collectives() as frozen:
+        with record_communication() as frozen:
             up(x).sum().backward()
         up.weight.requires_grad_(True)
-        with record_collectives() as no_dx:
+        with record_communication() as no_dx:
             up(x.detach()).sum().backward()
         seen[sequence_parallel, "less"] = frozen.order, no_dx.order
     return seen
@@ -128,9 +128,9 @@ def chunked(rank, ranks, overlap):
         torch.manual_seed(1)
         up, down = ColumnParallelLinear(8, 16, **options), RowParallelLinear(16, 8, **options)
         x = torch.randn(10, 3, 8, requires_grad=True)
-        with record_collectives() as forward:
+        with record_communication() as forward:
             y = down(up(x))
-        with record_collectives() as backward:
+        with record_communication() as backward:
             y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
         gradients = [p.grad for layer in (up, down) for p in layer.parameters()]
         results[sequence_parallel] = (forward.order, backward.order), [y.detach(), x.grad, *gradients]
@@ -156,12 +156,12 @@ def test_chunks_change_the_order_of_work_and_no_bit():
 
 def measured(rank, ranks):
     """The choice is made where the layer is, before any step is counted, and alike on all ranks."""
-    with record_collectives() as made:
+    with record_communication() as made:
         layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD)
-    with record_collectives() as again:
+    with record_communication() as again:
         ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD)
     x = torch.randn(4, 8, requires_grad=True)
-    with record_collectives() as step:
+    with record_communication() as step:
         layer(x).sum().backward()
     return made.counts["all_reduce"] > 0, again.counts, step.counts, overlap_costs(layer.tp_group, x.dtype, x.device)
 
@@ -171,7 +171,7 @@ def test_the_group_is_measured_once():
     assert first == second and first[:3] == (True, {}, {"all_reduce": 1})
 
 
-class _Signals(record_collectives):
+class _Signals(record_communication):
     """Runs steps[i] before the i-th product."""
 
     def __init__(self, steps):
@@ -267,7 +267,7 @@ def errors(rank, ranks):
     ColumnParallelLinear(8, 8, tp_group=group)  # measures the group, once
 
     def refused(kind, call):
-        with pytest.raises(kind) as info, record_collectives() as seen:
+        with pytest.raises(kind) as info, record_communication() as seen:
             call()
         assert not seen.counts, "an error must come before any collective"
         found.append(str(info.value))
