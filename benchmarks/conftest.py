@@ -28,12 +28,13 @@ import fused_megatron as fm
 from fused_megatron.testing.call_overhead import measure_call_overhead
 from fused_megatron.testing.comparison_table import (
     gpu_table,
+    memory_table,
     milliseconds_table,
     one_line,
     overhead_table,
     remarks,
     speed_table,
-)
+)  # fmt: skip
 from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
@@ -166,6 +167,7 @@ class Bench:
         info = self._benchmark.extra_info
         info.update(label=result.label, num_bytes=result.num_bytes, gb_per_s=result.gb_per_s())
         info.update(seconds=result.seconds, faults=result.faults, notes=result.notes, peak_bytes=result.peak_bytes)
+        info["traffic"] = {name: dataclasses.asdict(traffic) for name, traffic in result.traffic.items()}
         info["bars"] = [{"bar": bar, "figure": figure, "met": met} for bar, figure, met in result.verdicts()]
         info["default_malloc_ms"] = result.default_malloc_ms  # filled at the end of the session
         self._replay(result.seconds[OURS])
@@ -201,12 +203,15 @@ def pytest_sessionfinish() -> Iterator[None]:
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     """The same tests in a process without the settings; its medians are added to ours."""
-    _report("the same with malloc's default settings ...")
+    _report("the same in float32 with malloc's default settings ...")
     environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
-        tests = ["--quick", next(iter(comparisons))] if _session["quick"] else list(comparisons)
+        # float32 alone, and no product, which takes long and allocates little for its time.
+        tests = [node for node, c in comparisons.items() if c.dtype == "float32" and c.num_bytes is not None]
+        if _session["quick"]:
+            tests = ["--quick", *tests[:1]]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment, cwd=_session["root"], capture_output=True, text=True)
         if not results.exists():
@@ -234,7 +239,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         write("x: how many times faster ours is, median of the rounds [20-80 %]")
         write("bound: a copy of the bytes that must move, between buffers that exist")
         default = any(c.default_malloc_ms for c in comparisons)
-        tables = [speed_table(comparisons), milliseconds_table(comparisons, default)]
+        tables = [speed_table(comparisons), milliseconds_table(comparisons, default), memory_table(comparisons)]
     if _session["overheads"]:
         tables.append(overhead_table(_session["overheads"]))
     for table in tables:

@@ -197,18 +197,22 @@ __global__ void __launch_bounds__(kActivationThreads, BackwardPlan<kGated>::kBlo
     }
   }
   if (a.partials == nullptr) return;
+  // Columns of a block: those of each thread side by side, then the second half of x. One thread adds one column, so
+  // that neighbours write neighbouring sums.
+  const int block_columns = static_cast<int>(blockDim.x) * A::kCount, all_columns = kParts * block_columns;
 #pragma unroll
   for (int i = 0; i < kParts * A::kCount; ++i) {
-    row_sums[(i * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x] = sums[i / A::kCount][i % A::kCount];
+    row_sums[threadIdx.y * all_columns + i / A::kCount * block_columns + threadIdx.x * A::kCount + i % A::kCount] =
+        sums[i / A::kCount][i % A::kCount];
   }
   __syncthreads();
-  if (threadIdx.y > 0 || !active) return;
-  float* partials = a.partials + blockIdx.y * kParts * a.width + column;
-#pragma unroll
-  for (int i = 0; i < kParts * A::kCount; ++i) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * block_columns;
+  for (int i = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x); i < all_columns; i += kActivationThreads) {
+    const int half = i / block_columns, own = i % block_columns;
+    if (first + own >= a.width) continue;
     float sum = 0.0f;
-    for (unsigned y = 0; y < blockDim.y; ++y) sum += row_sums[(i * blockDim.y + y) * blockDim.x + threadIdx.x];
-    partials[i / A::kCount * a.width + i % A::kCount] = sum;
+    for (unsigned y = 0; y < blockDim.y; ++y) sum += row_sums[y * all_columns + i];
+    a.partials[(blockIdx.y * kParts + half) * a.width + first + own] = sum;
   }
 }
 

@@ -45,18 +45,18 @@ struct GeluErf {
     constexpr float kNormalDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
     const float v = activation_clamp(u, 12.5f);
     const float exp = activation_exp2(-kHalfLog2E * v * v);
-    // erfc(z) = t P(t) exp(-z^2) with t = 1 / (1 + 0.33 z), z = |v| / sqrt(2): the polynomial of least maximal relative
-    // error, 8e-8 for z in [0, 8.9].
+    // erfc(z) / 2 = t P(t) exp(-z^2) with t = 1 / (1 + 0.33 z), z = |v| / sqrt(2): the polynomial of least maximal
+    // relative error, 8e-8 for z in [0, 8.9].
     const float t = activation_reciprocal(1.0f + 0.33f * 0.7071067811865476f * (v < 0.0f ? -v : v));
-    float p = -0.13592817f;
-    p = p * t + 0.46268547f;
-    p = p * t - 0.35543400f;
-    p = p * t + 0.41253680f;
-    p = p * t + 0.045013368f;
-    p = p * t + 0.20192292f;
-    p = p * t + 0.18283741f;
-    p = p * t + 0.18636611f;
-    const float half_erfc = exp < 0x1p-112f ? 0.0f : 0.5f * p * t * exp;
+    float p = -0.0679640844f;
+    p = p * t + 0.231342733f;
+    p = p * t - 0.177717f;
+    p = p * t + 0.2062684f;
+    p = p * t + 0.0225066841f;
+    p = p * t + 0.100961462f;
+    p = p * t + 0.0914187059f;
+    p = p * t + 0.0931830555f;
+    const float half_erfc = exp < 0x1p-112f ? 0.0f : p * t * exp;
     const float cdf = v < 0.0f ? half_erfc : 1.0f - half_erfc;
     return {u * cdf, cdf + v * kNormalDensity * exp + (u - u)};
   }

@@ -6,9 +6,6 @@
 // AddressSanitizer, where its allocator is loaded, whether the bytes belong to anyone.
 #include "cuda_emulation.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +17,7 @@
 
 #include "cuda_emulation_counts.h"
 #include "cuda_emulation_fibers.h"
+#include "cuda_emulation_names.h"
 #include "cuda_emulation_sanitizer.h"
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
@@ -43,7 +41,7 @@ struct Fiber {
 struct Machine {
   uint32_t seed = 0, order = 0;
   int multiprocessors = 3;
-  unsigned last_blocks = 0;  // 0: all
+  unsigned last_blocks = 0, sampled_blocks = 0;  // 0: all
   std::unique_ptr<Stacks> stacks;
   std::vector<Fiber> fibers{kMaxThreads};
   std::vector<uint64_t> exchanged;  // two rows of threads: a lane may be one exchange ahead of its warp
@@ -66,23 +64,12 @@ char* shared_begin() {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(machine.shared.get()) + 15) / 16 * 16);
 }
 
-// The kernel's full name where the linker kept it, else what the launch called it.
-std::string kernel_name() {
-  Dl_info info;
-  if (dladdr(machine.kernel, &info) == 0 || info.dli_saddr != machine.kernel) return machine.name;
-  int status = 0;
-  std::unique_ptr<char, void (*)(void*)> full(abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status), std::free);
-  const std::string text = status == 0 ? full.get() : info.dli_sname;
-  const size_t begin = text.find("fm::") == std::string::npos ? 0 : text.find("fm::");
-  return text.substr(begin, text.find('(', begin) - begin);
-}
-
 std::string at(dim3 index) {
   return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
 }
 
 [[noreturn]] void fail(const std::string& what) {
-  throw std::runtime_error("CUDA emulation: " + kernel_name() + ": " + what);
+  throw std::runtime_error("CUDA emulation: " + name_of(symbol_of(machine.kernel, machine.name)) + ": " + what);
 }
 
 std::string here() {
@@ -241,17 +228,27 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   if (m.stacks == nullptr) m.stacks = std::make_unique<Stacks>();
   m.dynamic_bytes = m.shared_used = dynamic_shared_bytes;
   m.exchanged.assign(2 * kMaxThreads, 0);
-  m.counts.begin_launch(kernel_name(), shared_begin(), kSharedBytes, m.stacks->memory, Stacks::kBytes);
+  const std::string symbol = symbol_of(kernel, name);
+  m.counts.begin_launch({name_of(symbol), symbol, m.threads, dynamic_shared_bytes}, shared_begin(), kSharedBytes,
+                        m.stacks->memory, Stacks::kBytes);
   gridDim = grid;
   blockDim = block;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t first = m.last_blocks > 0 && m.last_blocks < blocks ? blocks - m.last_blocks : 0;
-  for (uint64_t i = first; i < blocks; ++i) {
-    const uint64_t b = first + permuted(static_cast<unsigned>(i - first), static_cast<unsigned>(blocks - first));
+  uint64_t first = 0, run = blocks;
+  if (m.last_blocks > 0 && m.last_blocks < blocks) {
+    first = blocks - m.last_blocks;
+    run = m.last_blocks;
+  }
+  const bool sampled = m.sampled_blocks > 1 && m.sampled_blocks < run;
+  if (sampled) run = m.sampled_blocks;
+  for (uint64_t i = 0; i < run; ++i) {
+    const uint64_t place = permuted(static_cast<unsigned>(i), static_cast<unsigned>(run));
+    const uint64_t b = sampled ? place * (blocks - 1) / (run - 1) : first + place;
     blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y));
     run_block();
   }
+  m.counts.end_launch(blocks, run);
 }
 
 }  // namespace fm::emulation
@@ -265,6 +262,8 @@ FM_EXPORT void fm_emulation_set_seed(uint32_t seed) { machine.seed = seed; }
 FM_EXPORT void fm_emulation_set_multiprocessors(int count) { machine.multiprocessors = count; }
 // Run only the last blocks of each grid (0: all): a tensor of more than 2^31 elements then needs few of its pages.
 FM_EXPORT void fm_emulation_set_last_blocks(unsigned count) { machine.last_blocks = count; }
+// Run so many blocks of each grid, the first, the last and others between them (0: all); counts stand for the whole.
+FM_EXPORT void fm_emulation_set_sampled_blocks(unsigned count) { machine.sampled_blocks = count; }
 FM_EXPORT void fm_emulation_count(bool active) { machine.counts.start(active); }
 FM_EXPORT const char* fm_emulation_counted() { return machine.counts.report(); }
 

@@ -3,6 +3,7 @@
 #include <link.h>
 
 #include <algorithm>
+#include <compare>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -16,6 +17,13 @@
 // caches and memory move.
 namespace fm::emulation {
 
+struct Kernel {
+  std::string name, symbol;
+  unsigned threads = 0;
+  size_t dynamic_shared = 0;
+  auto operator<=>(const Kernel&) const = default;
+};
+
 class Counts {
  public:
   bool active = false;
@@ -25,12 +33,10 @@ class Counts {
     if (active) totals_.clear();
   }
 
-  void begin_launch(const std::string& kernel, const void* shared, size_t shared_bytes, const void* stacks,
+  void begin_launch(const Kernel& kernel, const void* shared, size_t shared_bytes, const void* stacks,
                     size_t stack_bytes) {
-    if (active) {
-      kernel_ = kernel;
-      ++totals_[kernel_].launches;
-    }
+    launch_ = Totals{};
+    kernel_ = kernel;
     private_.clear();
     const auto caller = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
     private_.push_back({caller, caller + (8 << 20)});  // the launch code's stack, where the arguments lie
@@ -54,6 +60,20 @@ class Counts {
                          static_cast<uint16_t>(bytes), is_store});
   }
 
+  // `run` of the launch's `blocks` blocks ran, and stand for all.
+  void end_launch(uint64_t blocks, uint64_t run) {
+    if (!active) return;
+    Totals& totals = totals_[kernel_];
+    ++totals.launches;
+    for (int store = 0; store < 2; ++store) {
+      totals.bytes[store] += launch_.bytes[store] * blocks / run;
+      totals.sector_bytes[store] += launch_.sector_bytes[store] * blocks / run;
+      for (const auto& [width, bytes] : launch_.by_width[store]) {
+        totals.by_width[store][width] += bytes * blocks / run;
+      }
+    }
+  }
+
   void end_block() {
     if (!active) return;
     std::sort(accesses_.begin(), accesses_.end(), [](const Access& a, const Access& b) {
@@ -62,7 +82,7 @@ class Counts {
       if (a.visit != b.visit) return a.visit < b.visit;
       return a.begin < b.begin;
     });
-    Totals& totals = totals_[kernel_];
+    Totals& totals = launch_;
     for (size_t i = 0; i < accesses_.size(); ++i) {
       const Access& a = accesses_[i];
       const bool first = i == 0 || accesses_[i - 1].site != a.site || accesses_[i - 1].warp != a.warp ||
@@ -82,14 +102,17 @@ class Counts {
     for (auto& visits : visits_) visits.clear();
   }
 
-  // A line a kernel and direction: kernel, "load" or "store", launches, bytes, bytes in whole sectors, and "width:bytes"
-  // for each width of a thread's access; separated by tabs.
+  // A line a kernel and direction: the kernel's name and symbol, threads of a block, bytes of dynamic shared memory,
+  // launches, "load" or "store", bytes, bytes in whole sectors, and "width:bytes" for each width of a thread's access;
+  // separated by tabs.
   const char* report() {
     report_.clear();
     for (const auto& [kernel, totals] : totals_) {
       for (int store = 0; store < 2; ++store) {
-        report_ += kernel + (store ? "\tstore\t" : "\tload\t") + std::to_string(totals.launches) + "\t" +
-                   std::to_string(totals.bytes[store]) + "\t" + std::to_string(totals.sector_bytes[store]);
+        report_ += kernel.name + "\t" + kernel.symbol + "\t" + std::to_string(kernel.threads) + "\t" +
+                   std::to_string(kernel.dynamic_shared) + "\t" + std::to_string(totals.launches) + "\t" +
+                   (store ? "store" : "load") + "\t" + std::to_string(totals.bytes[store]) + "\t" +
+                   std::to_string(totals.sector_bytes[store]);
         for (const auto& [width, bytes] : totals.by_width[store]) {
           report_ += "\t" + std::to_string(width) + ":" + std::to_string(bytes);
         }
@@ -132,8 +155,10 @@ class Counts {
     return 1;
   }
 
-  std::string kernel_, report_;
-  std::map<std::string, Totals> totals_;
+  Kernel kernel_;
+  std::string report_;
+  Totals launch_;
+  std::map<Kernel, Totals> totals_;
   std::vector<Range> private_;
   std::vector<Access> accesses_;
   std::vector<std::unordered_map<uintptr_t, uint32_t>> visits_;

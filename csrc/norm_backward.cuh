@@ -57,7 +57,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
   const Stream x(a.x, a.stream_dtype), dtotal(a.dtotal, a.stream_dtype), dresidual(a.dresidual, a.stream_dtype);
   const int accesses = static_cast<int>((a.width + Rows::kStep - 1) / Rows::kStep);
   const int slots = Dy::kSlots + Stream::kSlots + (a.dtotal != nullptr ? Stream::kSlots : 0);
-  const auto slot = [&](int stage, int i) { return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x; };
+  const auto slot = [&](int stage, int i) {
+    return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x;
+  };
   const auto fetch = [&](int64_t row, int stage, int i) {
     if (row >= a.rows) return;
     const int64_t index = row * a.width + rows.column(i);
@@ -171,7 +173,7 @@ bool try_backward_in_registers(const NormBackward& a, NormDevice device, cudaStr
   const int64_t sums_bytes = Rows::kGroups > 1 ? Rows::kGroups * row_bytes : 0;
   const int bytes = static_cast<int>(std::max(stages * stage_bytes + staging_bytes, sums_bytes));
   auto* kernel = norm_backward_in_registers<Dy, Stream, kCentred, kWarps>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   FM_LAUNCH_DYNAMIC(kernel, dim3(static_cast<unsigned>(a.parts)), dim3(kNormThreads), bytes, stream, a,
                     static_cast<int>(stages));
   return true;

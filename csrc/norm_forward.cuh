@@ -20,7 +20,9 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   const bool adds = a.residual != nullptr;
   const int accesses = static_cast<int>((a.width + Rows::kStep - 1) / Rows::kStep);
   const int slots = In::kSlots + (adds ? Stream::kSlots : 0);
-  const auto slot = [&](int stage, int i) { return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x; };
+  const auto slot = [&](int stage, int i) {
+    return ring + (stage * accesses + i) * slots * kNormThreads + threadIdx.x;
+  };
   const auto fetch = [&](int64_t round, int stage) {
     const int64_t row = rows.row(round);
 #pragma unroll
@@ -117,7 +119,7 @@ bool try_forward_in_registers(const NormForward& a, NormDevice device, cudaStrea
   if (stages < 1) return false;
   auto* kernel = norm_forward_in_registers<In, Stream, kCentred, kWarps>;
   const int bytes = static_cast<int>(stages * stage_bytes + staging_bytes);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const dim3 grid(static_cast<unsigned>(norm_blocks(a.rows, device.multiprocessors)));
   FM_LAUNCH_DYNAMIC(kernel, grid, dim3(kNormThreads), bytes, stream, a, static_cast<int>(stages));
   return true;

@@ -4,8 +4,14 @@ Each logit is read once forward; read once, and its gradient written once, backw
 neighbouring columns (16 bytes) belong to one thread, so that loads and stores take 128 bits, and a lane keeps its own
 running maximum and sum: one extra exp2 per VECTOR logits instead of a reduction over the block per tile.
 
-Whole rows are loaded and stored, padded columns included (masked by value): a mask that ends at the true vocabulary,
-which is rarely a multiple of anything, would break the wide accesses.
+A vocabulary is rarely a multiple of anything. So tiles begin at 16-byte boundaries, wherever the row begins (at `shift`
+in its first tile), and only those at the two ends of a row, which are not full, are masked, which narrows their accesses.
+Tensors that do not begin at a 16-byte boundary are right too, and slower.
+
+No thread block clusters: they could keep a row on chip from its statistics to its gradient, and save the second reading
+of the logits (4 instead of 6 bytes for 16 bits). But the gradient needs the upstream gradient, which forward does not
+know: scaled afterwards, it is rounded twice and moves 4 bytes more, and shards of a vocabulary wait for each other's
+statistics in between. (linear_cross_entropy, whose logits do not outlive forward, makes the gradient there.)
 """
 
 # mypy: allow-untyped-defs
@@ -35,10 +41,32 @@ def _finite_or_zero(maximum):
 
 
 @triton.jit
+def _capped(x, softcap):
+    """(softcap tanh(x / softcap), its slope): by e = exp(-2 |x| / softcap), so that nothing overflows or cancels."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2E / softcap))
+    reciprocal = 1.0 / (1.0 + e)
+    size = softcap * ((1.0 - e) * reciprocal)
+    return tl.where(x < 0.0, -size, size), 4.0 * e * (reciprocal * reciprocal)
+
+
+@triton.jit
+def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
+    """(offset of the last 16-byte boundary up to the beginning of a row, elements from there to it)."""
+    begin = row * row_stride
+    # Written so that the compiler sees a multiple of VECTOR.
+    boundary = begin // VECTOR * VECTOR
+    if SHIFTED:
+        shift = (begin - boundary).to(tl.int32)
+    else:
+        shift = 0
+    return boundary, shift
+
+
+@triton.jit
 def _statistics_kernel(
-    logits_ptr, target_ptr, stats_ptr, num_rows, row_stride, num_columns, num_real, vocab_start, vocab_size,
-    ignore_index, label_smoothing, columns_per_split, num_splits,
-    SMOOTHING: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    logits_ptr, target_ptr, stats_ptr, num_rows, row_stride, num_real, vocab_start, vocab_size, ignore_index,
+    label_smoothing, softcap, tiles_per_split, num_splits,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """One program: (lse, linear) of one split of one row; stats [num_splits, num_rows, 2]."""
     program = tl.program_id(0).to(tl.int64)
@@ -50,33 +78,44 @@ def _statistics_kernel(
         tl.store(stats_ptr, 0.0)
         tl.store(stats_ptr + 1, 0.0)
         return
-    logits_ptr += row * row_stride
-    tile = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    boundary, shift = _aligned(row, row_stride, SHIFTED, VECTOR)
+    end = shift + num_real
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     maximum = tl.full([LANES], -float("inf"), tl.float32)
     exp_sum = tl.zeros([LANES], tl.float32)
     plain_sum = tl.zeros([LANES], tl.float32)
-    begin = split * columns_per_split
-    for start in range(begin, tl.minimum(begin + columns_per_split, num_real), LANES * VECTOR):
-        columns = start + tile
-        x = tl.load(logits_ptr + columns, mask=columns < num_columns, other=-float("inf")).to(tl.float32)
-        x = tl.where(columns < num_real, x, -float("inf"))
+    first = split * tiles_per_split
+    for i in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))):
+        start = i * (LANES * VECTOR)
+        places = start + lanes
+        inside = (places >= shift) & (places < end)
+        pointers = logits_ptr + boundary + places
+        if (start >= shift) & (start + LANES * VECTOR <= end):
+            x = tl.load(pointers).to(tl.float32)
+        else:
+            x = tl.load(pointers, mask=inside, other=-float("inf")).to(tl.float32)
+        if SOFTCAP:
+            x = tl.where(inside, _capped(x, softcap)[0], -float("inf"))
         larger = tl.maximum(maximum, tl.max(x, 1))
-        shift = _finite_or_zero(larger)
-        exp_sum *= tl.exp2((maximum - shift) * _LOG2E)
-        exp_sum += tl.sum(tl.exp2((x - shift[:, None]) * _LOG2E), 1)
+        base = _finite_or_zero(larger)
+        exp_sum *= tl.exp2((maximum - base) * _LOG2E)
+        exp_sum += tl.sum(tl.exp2((x - base[:, None]) * _LOG2E), 1)
         maximum = larger
         if SMOOTHING:
-            plain_sum += tl.sum(tl.where(columns < num_real, x, 0.0), 1)
-    row_shift = _finite_or_zero(tl.max(maximum, 0))
-    row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_shift) * _LOG2E), 0)
-    tl.store(stats_ptr, row_shift + tl.log(row_exp_sum))
+            plain_sum += tl.sum(tl.where(inside, x, 0.0), 1)
+    row_base = _finite_or_zero(tl.max(maximum, 0))
+    row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_base) * _LOG2E), 0)
+    tl.store(stats_ptr, row_base + tl.log(row_exp_sum))
     linear = 0.0
     if SMOOTHING:
         linear -= label_smoothing / vocab_size * tl.sum(plain_sum, 0)
     if split == 0:
         column = target - vocab_start
         if (column >= 0) & (column < num_real):
-            linear -= (1.0 - label_smoothing) * tl.load(logits_ptr + column).to(tl.float32)
+            x_target = tl.load(logits_ptr + row * row_stride + column).to(tl.float32)
+            if SOFTCAP:
+                x_target = _capped(x_target, softcap)[0]
+            linear -= (1.0 - label_smoothing) * x_target
         if (target < 0) | (target >= vocab_size):
             linear = float("nan")
     tl.store(stats_ptr + 1, linear)
@@ -116,33 +155,53 @@ def _merge_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, row_stride, num_columns, num_real, vocab_start,
-    vocab_size, ignore_index, label_smoothing, z_loss, tiles_per_row,
-    SMOOTHING: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, row_stride, dlogits_stride, num_columns, num_real,
+    vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, softcap, tiles_per_row,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr, SAME_SHIFT: tl.constexpr,
+    LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of one row of dlogits, which is dense."""
+    """One program: one tile of one row of dlogits, which may be the logits themselves."""
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles_per_row
-    columns = (program % tiles_per_row).to(tl.int32) * (LANES * VECTOR)
-    columns += tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    inside = columns < num_columns
-    dlogits_ptr += row * num_columns
+    start = (program % tiles_per_row).to(tl.int32) * (LANES * VECTOR)
+    places = start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    boundary, shift = _aligned(row, row_stride, SHIFTED, VECTOR)
+    end = shift + num_columns
+    full = (start >= shift) & (start + LANES * VECTOR <= end)
+    inside = (places >= shift) & (places < end)
+    pointers = logits_ptr + boundary + places
+    if SAME_SHIFT:
+        out_pointers = dlogits_ptr + _aligned(row, dlogits_stride, SHIFTED, VECTOR)[0] + places
+    else:
+        out_pointers = dlogits_ptr + (row * dlogits_stride - shift) + places
     target = tl.load(target_ptr + row)
-    if target == ignore_index:
-        zeros = tl.zeros([LANES, VECTOR], tl.float32)
-        tl.store(dlogits_ptr + columns, zeros.to(dlogits_ptr.dtype.element_ty), mask=inside)
-        return
-    grad_loss = tl.load(grad_loss_ptr + row)
-    if (target < 0) | (target >= vocab_size):
-        grad_loss = float("nan")
-    lse = tl.load(lse_ptr + row)
-    x = tl.load(logits_ptr + row * row_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.exp2((x - lse) * _LOG2E) * (1.0 + 2.0 * z_loss * lse)
-    if SMOOTHING:
-        gradient -= label_smoothing / vocab_size
-    gradient -= tl.where(columns == target - vocab_start, 1.0 - label_smoothing, 0.0)
-    gradient = tl.where(columns < num_real, gradient * grad_loss, 0.0)
-    tl.store(dlogits_ptr + columns, gradient.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    gradient = tl.zeros([LANES, VECTOR], tl.float32)
+    if target != ignore_index:
+        grad_loss = tl.load(grad_loss_ptr + row)
+        if (target < 0) | (target >= vocab_size):
+            grad_loss = float("nan")
+        lse = tl.load(lse_ptr + row)
+        if full:
+            x = tl.load(pointers).to(tl.float32)
+        else:
+            x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        if SOFTCAP:
+            x, slope = _capped(x, softcap)
+        gradient = tl.exp2((x - lse) * _LOG2E) * (1.0 + 2.0 * z_loss * lse)
+        if SMOOTHING:
+            gradient -= label_smoothing / vocab_size
+        column = target - vocab_start
+        # In 32 bits, as the comparison of every element is; no place is negative.
+        place = tl.where((column >= 0) & (column < num_columns), column + shift, -1).to(tl.int32)
+        gradient -= tl.where(places == place, 1.0 - label_smoothing, 0.0)
+        if SOFTCAP:
+            gradient *= slope
+        gradient = tl.where(places < shift + num_real, gradient * grad_loss, 0.0)
+    rounded = gradient.to(dlogits_ptr.dtype.element_ty)
+    if full:
+        tl.store(out_pointers, rounded)
+    else:
+        tl.store(out_pointers, rounded, mask=inside)
 
 
 def cross_entropy_statistics(
@@ -152,6 +211,7 @@ def cross_entropy_statistics(
     vocab_size: int,
     ignore_index: int,
     label_smoothing: float,
+    softcap: float,
 ) -> torch.Tensor:
     """[T, 2] float32: (lse, linear) of each row of this shard."""
     num_rows, num_columns = logits.shape
@@ -159,15 +219,15 @@ def cross_entropy_statistics(
     stats = logits.new_empty((num_rows, 2), dtype=torch.float32)
     if num_rows == 0:
         return stats
-    tile = _LANES * _vector(logits)
-    num_splits = _num_splits(num_rows, triton.cdiv(num_real, tile), _num_multiprocessors(logits.device))
-    columns_per_split = triton.cdiv(triton.cdiv(num_real, tile), num_splits) * tile
+    tiles_per_row = _tiles_per_row(logits, num_real)
+    num_splits = _num_splits(num_rows, tiles_per_row, _num_multiprocessors(logits.device))
     parts = stats if num_splits == 1 else logits.new_empty((num_splits, num_rows, 2), dtype=torch.float32)
     with _on(logits):
         _statistics_kernel[(num_rows * num_splits,)](
-            logits, target, parts, num_rows, logits.stride(0), num_columns, num_real, vocab_start, vocab_size,
-            ignore_index, label_smoothing, columns_per_split, num_splits,
-            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
+            logits, target, parts, num_rows, logits.stride(0), num_real, vocab_start, vocab_size, ignore_index,
+            label_smoothing, softcap, triton.cdiv(tiles_per_row, num_splits), num_splits,
+            SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SHIFTED=_shifted(logits),
+            LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
             _launch_merge(parts, target, stats, stats[:, 1], 2, ignore_index, 0.0, False)
@@ -186,7 +246,20 @@ def cross_entropy_merge(
     return loss, lse
 
 
-def cross_entropy_gradient(
+def cross_entropy_gradient(grad_loss: torch.Tensor, logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """The gradient of this shard's logits, in their dtype, dense."""
+    dlogits = logits.new_empty(logits.shape)
+    _launch_gradient(dlogits, grad_loss, logits, *arguments)
+    return dlogits
+
+
+def cross_entropy_gradient_(grad_loss: torch.Tensor, logits: torch.Tensor, *arguments: Any) -> None:
+    """The gradient, written over the logits."""
+    _launch_gradient(logits, grad_loss, logits, *arguments)
+
+
+def _launch_gradient(
+    dlogits: torch.Tensor,
     grad_loss: torch.Tensor,
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -196,21 +269,21 @@ def cross_entropy_gradient(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-) -> torch.Tensor:
-    """The gradient of this shard's logits, in their dtype, dense."""
+    softcap: float,
+) -> None:
     num_rows, num_columns = logits.shape
     num_real = max(0, min(num_columns, vocab_size - vocab_start))
-    dlogits = logits.new_empty((num_rows, num_columns))
-    if dlogits.numel() == 0:
-        return dlogits
-    tiles_per_row = triton.cdiv(num_columns, _LANES * _vector(logits))
+    if logits.numel() == 0:
+        return
+    tiles_per_row = _tiles_per_row(logits, num_columns)
     with _on(logits):
         _gradient_kernel[(num_rows * tiles_per_row,)](
-            grad_loss, logits, target, lse, dlogits, logits.stride(0), num_columns, num_real, vocab_start,
-            vocab_size, ignore_index, label_smoothing, z_loss, tiles_per_row,
-            SMOOTHING=label_smoothing != 0.0, LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
+            grad_loss, logits, target, lse, dlogits, logits.stride(0), dlogits.stride(0), num_columns, num_real,
+            vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, softcap, tiles_per_row,
+            SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SHIFTED=_shifted(logits),
+            SAME_SHIFT=num_rows == 1 or (logits.stride(0) - dlogits.stride(0)) % _vector(logits) == 0,
+            LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
         )  # fmt: skip
-    return dlogits
 
 
 def _launch_merge(
@@ -233,6 +306,17 @@ def _launch_merge(
 def _vector(x: torch.Tensor) -> int:
     """Columns in 16 bytes."""
     return 16 // x.element_size()
+
+
+def _shifted(logits: torch.Tensor) -> bool:
+    """Whether rows begin at other places than 16-byte boundaries."""
+    return logits.shape[0] > 1 and logits.stride(0) % _vector(logits) != 0
+
+
+def _tiles_per_row(logits: torch.Tensor, num_columns: int) -> int:
+    """Tiles that hold so many columns, wherever in the first one a row begins."""
+    vector = _vector(logits)
+    return triton.cdiv(num_columns + (vector - 1 if _shifted(logits) else 0), _LANES * vector)
 
 
 def _num_splits(num_rows: int, num_tiles: int, num_multiprocessors: int) -> int:

@@ -83,13 +83,14 @@ def _forward_kernel(
         seen &= columns >= begin[:, None]
     score = tl.load(x_ptr + offsets, mask=readable, other=0.0).to(tl.float32) * scale
     if HAS_MASK:
+        mask_ptr += columns.to(tl.int64) * mask_key
         if SHARED:
             place = tl.program_id(0).to(tl.int64) * ROWS // heads
             units = place // num_queries * mask_outer + place % num_queries * mask_query
-            hidden = tl.load(mask_ptr + units * MASK_ALIGN + columns.to(tl.int64) * mask_key, mask=columns < num_keys, other=1)
+            hidden = tl.load(mask_ptr + units * MASK_ALIGN, mask=columns < num_keys, other=1)
         else:
             units = outer * mask_outer + inner.to(tl.int64) * mask_inner + query.to(tl.int64) * mask_query
-            hidden = tl.load(mask_ptr + (units * MASK_ALIGN)[:, None] + columns.to(tl.int64) * mask_key, mask=readable, other=1)
+            hidden = tl.load(mask_ptr + (units * MASK_ALIGN)[:, None], mask=readable, other=1)
         seen &= hidden == 0
     score = tl.where(seen, score, -float("inf"))
     maximum = tl.max(score, 1)
@@ -243,7 +244,7 @@ def _forward(
     # Wide loads of the mask need keys side by side, and rows that begin at multiples of the width.
     mask_align = math.gcd(16, *strides) if key_stride == 1 else 1
     arguments = (scale, window, heads, *(stride // mask_align for stride in strides), key_stride)
-    form = {"CAUSAL": causal, "WINDOW": window > 0, "HAS_MASK": mask is not None}
+    form: dict[str, Any] = {"CAUSAL": causal, "WINDOW": window > 0, "HAS_MASK": mask is not None}
     form |= {"ALIGN": _alignment(x), "MASK_ALIGN": mask_align}
     num_rows = x.numel() // num_keys
     num_queries = x.shape[-2] if x.dim() > 1 else 1

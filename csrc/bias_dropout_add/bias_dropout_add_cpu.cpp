@@ -6,6 +6,7 @@
 #include "cpu_column_sums.h"
 #include "cpu_numbers.h"
 #include "cpu_parameter.h"
+#include "cpu_streaming.h"
 #include "multiversion.h"
 #include "philox_cpu.h"
 #include "tensor_checks.h"
@@ -15,7 +16,7 @@
 namespace fm {
 namespace {
 
-// What elements are multiplied by: `scale` where the random word is not below `threshold`, else 0. Without words: scale.
+// What elements are multiplied by: scale where the random word is not below threshold, else 0. Without words: scale.
 struct Dropout {
   const uint32_t* words;
   uint32_t threshold;
@@ -142,6 +143,28 @@ class Mask {
   bool random_;
 };
 
+// Where the results of a segment are written: large tensors' to a buffer first, from which they are streamed past the
+// caches.
+template <typename T>
+class SegmentTarget {
+ public:
+  explicit SegmentTarget(int64_t count) : large_(count * static_cast<int64_t>(sizeof(T)) >= kStreamFromBytes) {}
+  T* begin(T* result, int64_t n) {
+    streamed_ = large_ && is_line_aligned(result) && n * static_cast<int64_t>(sizeof(T)) % kLineBytes == 0;
+    return streamed_ ? buffer_ : result;
+  }
+  void end(T* result, int64_t n) const {
+    if (streamed_) stream_copy(result, buffer_, n * static_cast<int64_t>(sizeof(T)));
+  }
+  void finish() const {
+    if (large_) finish_streaming();
+  }
+
+ private:
+  alignas(64) T buffer_[kColumnBlock];
+  bool large_, streamed_ = false;
+};
+
 Tensor bias_dropout_add_forward(const Tensor& x_any, const OptionalTensor& bias_any, const Tensor& residual_any,
                                 const OptionalTensor& rng_state, double p, int64_t inner, int64_t start,
                                 int64_t stride0, int64_t stride1) {
@@ -164,13 +187,17 @@ Tensor bias_dropout_add_forward(const Tensor& x_any, const OptionalTensor& bias_
     T* y_data = static_cast<T*>(y.mutable_data_ptr());
     torch::stable::parallel_for(0, count, kGrainElements, [&](int64_t begin, int64_t end) {
       PhiloxBuffer buffer;
+      SegmentTarget<T> target(count);
       for (int64_t i = begin; i < end;) {
         const int64_t row = i / width, column = i % width;
         const int64_t n = std::min({width - column, end - i, kColumnBlock});
-        forward(x_data + i, bias_float.data() + (bias ? column : 0), residual_data + i, y_data + i,
+        T* to = target.begin(y_data + i, n);
+        forward(x_data + i, bias_float.data() + (bias ? column : 0), residual_data + i, to,
                 mask.segment(buffer, row, column, width, n), n);
+        target.end(y_data + i, n);
         i += n;
       }
+      target.finish();
     });
   });
   return y;
@@ -202,6 +229,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& dy_any, const
     const int64_t grain = std::max<int64_t>(1, kGrainElements / elements_per_task);
     torch::stable::parallel_for(0, parts * blocks, grain, [&](int64_t first, int64_t last) {
       PhiloxBuffer buffer;
+      SegmentTarget<TX> target(need_dx ? count : 0);
       for (int64_t task = first; task < last; ++task) {
         const int64_t part = task / blocks, column = task % blocks * kColumnBlock;
         const int64_t columns = std::min(kColumnBlock, width - column);
@@ -210,9 +238,12 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& dy_any, const
         for (int64_t row = part_begin(part, parts, rows); row < part_begin(part + 1, parts, rows); ++row) {
           const int64_t i = row * width + column;
           const int64_t n = std::min(columns, count - i);  // where rows are ours to cut the last may be short
-          backward(dy_data + i, need_dx ? dx_data + i : nullptr, sums, mask.segment(buffer, row, column, width, n), n);
+          TX* to = need_dx ? target.begin(dx_data + i, n) : nullptr;
+          backward(dy_data + i, to, sums, mask.segment(buffer, row, column, width, n), n);
+          if (need_dx) target.end(dx_data + i, n);
         }
       }
+      target.finish();
     });
   });
   if (need_dbias) {

@@ -10,13 +10,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "cpu_parameter.h"
 #include "cross_entropy/cross_entropy_rows_cpu.h"
 
 namespace fm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Gradients that no cache will hold are written past the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
@@ -25,14 +23,41 @@ struct Vocabulary {
   int64_t start, size, num_real;  // num_real: columns of this shard that are no padding
   int64_t ignore_index;
   double label_smoothing;
+  Softcap softcap;  // a cap of 0: none
 
-  Vocabulary(int64_t start, int64_t size, int64_t num_columns, int64_t ignore_index, double label_smoothing)
+  Vocabulary(int64_t start, int64_t size, int64_t num_columns, int64_t ignore_index, double label_smoothing,
+             double softcap)
       : start(start), size(size), num_real(std::clamp<int64_t>(size - start, 0, num_columns)),
-        ignore_index(ignore_index), label_smoothing(label_smoothing) {}
+        ignore_index(ignore_index), label_smoothing(label_smoothing),
+        softcap{static_cast<float>(softcap), softcap == 0.0 ? 0.0f : static_cast<float>(-2.0 / softcap)} {}
 
+  bool has_softcap() const { return softcap.cap != 0.0f; }
   bool invalid(int64_t target) const { return target < 0 || target >= size; }
   bool owns(int64_t target) const { return target >= start && target < start + num_real; }
 };
+
+void check_logits(const Tensor& logits) {
+  check_kernel_dtype(logits, "logits");
+  STD_TORCH_CHECK(logits.dim() == 2 && (logits.size(1) <= 1 || logits.stride(1) == 1),
+                  "logits must be [tokens, columns], the columns side by side");
+}
+
+template <class T>
+const T* one_per_token(const Tensor& tensor, int64_t num_rows, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype && tensor.numel() == num_rows && tensor.is_contiguous(), name,
+                  " must be contiguous, one for every token");
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+// Calls f with the logits as their C++ type.
+template <class F>
+void for_logits(const Tensor& logits, const F& f) {
+  for_cpu_dtype(logits.scalar_type(), [&]<class T>(T) { f(static_cast<const T*>(logits.const_data_ptr())); });
+}
+
+float target_logit(float x, const Vocabulary& vocabulary) {
+  return vocabulary.has_softcap() ? logit<true>(x, vocabulary.softcap) : x;
+}
 
 template <class T>
 void statistics_of_rows(
@@ -45,10 +70,12 @@ void statistics_of_rows(
     const int64_t t = target[row];
     if (t != vocabulary.ignore_index) {
       const T* x = logits + row * stride;
-      const Statistics found = smoothing == 0.0f ? statistics_of_row(x, vocabulary.num_real)
-                                                 : statistics_with_sum_of_row(x, vocabulary.num_real);
+      const Statistics found = vocabulary.has_softcap()
+                                   ? capped_statistics_of_row(x, vocabulary.num_real, &vocabulary.softcap)
+                               : smoothing == 0.0f ? statistics_of_row(x, vocabulary.num_real)
+                                                   : statistics_with_sum_of_row(x, vocabulary.num_real);
       lse = vocabulary.num_real == 0 ? -kInfinity : found.lse;
-      if (vocabulary.owns(t)) linear = -(1.0f - smoothing) * to_float(x[t - vocabulary.start]);
+      if (vocabulary.owns(t)) linear = -(1.0f - smoothing) * target_logit(to_float(x[t - vocabulary.start]), vocabulary);
       if (smoothing != 0.0f) linear -= per_word * found.sum;
       if (vocabulary.invalid(t)) linear = kNaN;
     }
@@ -57,16 +84,18 @@ void statistics_of_rows(
   }
 }
 
+// The gradient overwrites the logits where dlogits is logits.
 template <class T>
 void gradient_of_rows(
     const float* grad_loss, const T* logits, int64_t stride, const int64_t* target, const float* lse,
     const Vocabulary& vocabulary, double z_loss, int64_t num_columns, bool stream, int64_t begin, int64_t end,
-    T* dlogits) {
+    T* dlogits, int64_t dlogits_stride) {
   const auto per_word = static_cast<float>(vocabulary.label_smoothing / vocabulary.size);
   const auto hard = static_cast<float>(1.0 - vocabulary.label_smoothing);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t t = target[row];
-    T* dx = dlogits + row * num_columns;
+    const T* x = logits + row * stride;
+    T* dx = dlogits + row * dlogits_stride;
     const int64_t num_written = t == vocabulary.ignore_index ? 0 : vocabulary.num_real;
     if (num_written > 0) {
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
@@ -74,7 +103,11 @@ void gradient_of_rows(
       const GradientRow work{
           g * static_cast<float>(scale), -g * per_word, -g * hard, lse[row],
           vocabulary.owns(t) ? t - vocabulary.start : -1, stream};
-      gradient_of_row(logits + row * stride, num_written, &work, dx);
+      if (vocabulary.has_softcap()) {
+        capped_gradient_of_row(x, num_written, &vocabulary.softcap, &work, dx);
+      } else {
+        gradient_of_row(x, num_written, &work, dx);
+      }
     }
     std::memset(static_cast<void*>(dx + num_written), 0, (num_columns - num_written) * sizeof(T));
   }
@@ -90,34 +123,30 @@ int64_t rows_per_thread(int64_t num_columns) { return std::max<int64_t>(1, 32768
 
 Tensor cross_entropy_statistics(
     const Tensor& logits, const Tensor& target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
-    double label_smoothing) {
+    double label_smoothing, double softcap) {
+  check_logits(logits);
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
-  STD_TORCH_CHECK(num_columns <= 1 || logits.stride(1) == 1, "logits: the columns must lie side by side");
-  const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing);
+  const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing, softcap);
   const Tensor stats = torch::stable::new_empty(logits, {num_rows, 2}, ScalarType::Float);
-  const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
+  const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
   auto* out = static_cast<float*>(stats.mutable_data_ptr());
-  const void* x = logits.const_data_ptr();
-  const ScalarType dtype = logits.scalar_type();
-  torch::stable::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t begin, int64_t end) {
-    if (dtype == ScalarType::Float) {
-      statistics_of_rows(static_cast<const float*>(x), stride, t, vocabulary, begin, end, out);
-    } else if (dtype == ScalarType::BFloat16) {
-      statistics_of_rows(static_cast<const BFloat16*>(x), stride, t, vocabulary, begin, end, out);
-    } else {
-      statistics_of_rows(static_cast<const Float16*>(x), stride, t, vocabulary, begin, end, out);
-    }
+  for_logits(logits, [&](const auto* x) {
+    torch::stable::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t begin, int64_t end) {
+      statistics_of_rows(x, stride, t, vocabulary, begin, end, out);
+    });
   });
   return stats;
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_merge(
     const Tensor& stats, const Tensor& target, int64_t ignore_index, double z_loss) {
+  STD_TORCH_CHECK(stats.dim() == 3 && stats.size(2) == 2 && stats.scalar_type() == ScalarType::Float &&
+                      stats.is_contiguous(), "stats must be float32 [shards, tokens, 2], contiguous");
   const int64_t num_shards = stats.size(0), num_rows = stats.size(1);
   const Tensor loss = torch::stable::new_empty(stats, {num_rows}, ScalarType::Float);
   const Tensor lse = torch::stable::new_empty(stats, {num_rows}, ScalarType::Float);
   const auto* in = static_cast<const float*>(stats.const_data_ptr());
-  const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
+  const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
   auto* loss_out = static_cast<float*>(loss.mutable_data_ptr());
   auto* lse_out = static_cast<float*>(lse.mutable_data_ptr());
   for (int64_t row = 0; row < num_rows; ++row) {
@@ -136,39 +165,48 @@ std::tuple<Tensor, Tensor> cross_entropy_merge(
   return {loss, lse};
 }
 
+void write_gradient(
+    const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& lse,
+    const Vocabulary& vocabulary, double z_loss, bool stream, void* dlogits, int64_t dlogits_stride) {
+  const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
+  const auto* g = one_per_token<float>(grad_loss, num_rows, ScalarType::Float, "grad_loss");
+  const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
+  const auto* z = one_per_token<float>(lse, num_rows, ScalarType::Float, "lse");
+  for_logits(logits, [&]<class T>(const T* x) {
+    torch::stable::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t begin, int64_t end) {
+      gradient_of_rows(g, x, stride, t, z, vocabulary, z_loss, num_columns, stream, begin, end,
+                       static_cast<T*>(dlogits), dlogits_stride);
+    });
+  });
+}
+
 Tensor cross_entropy_gradient(
     const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& lse, int64_t vocab_start,
-    int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss) {
-  const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
-  STD_TORCH_CHECK(num_columns <= 1 || logits.stride(1) == 1, "logits: the columns must lie side by side");
-  const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing);
+    int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  check_logits(logits);
+  const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
+  const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing, softcap);
   const Tensor dlogits = torch::stable::new_empty(logits, {num_rows, num_columns});
   const bool stream = num_rows * num_columns * static_cast<int64_t>(logits.element_size()) >= kStreamFromBytes;
-  const auto* g = static_cast<const float*>(grad_loss.const_data_ptr());
-  const auto* t = static_cast<const int64_t*>(target.const_data_ptr());
-  const auto* z = static_cast<const float*>(lse.const_data_ptr());
-  const void* x = logits.const_data_ptr();
-  void* out = dlogits.mutable_data_ptr();
-  const ScalarType dtype = logits.scalar_type();
-  torch::stable::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t begin, int64_t end) {
-    const auto rows = [&]<class T>(const T* typed, T* typed_out) {
-      gradient_of_rows(g, typed, stride, t, z, vocabulary, z_loss, num_columns, stream, begin, end, typed_out);
-    };
-    if (dtype == ScalarType::Float) {
-      rows(static_cast<const float*>(x), static_cast<float*>(out));
-    } else if (dtype == ScalarType::BFloat16) {
-      rows(static_cast<const BFloat16*>(x), static_cast<BFloat16*>(out));
-    } else {
-      rows(static_cast<const Float16*>(x), static_cast<Float16*>(out));
-    }
-  });
+  write_gradient(grad_loss, logits, target, lse, vocabulary, z_loss, stream, dlogits.mutable_data_ptr(), num_columns);
   return dlogits;
+}
+
+// Never streamed: the lines to be written have just been read.
+void cross_entropy_gradient_(
+    const Tensor& grad_loss, Tensor logits, const Tensor& target, const Tensor& lse, int64_t vocab_start,
+    int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+  check_logits(logits);
+  const Vocabulary vocabulary(vocab_start, vocab_size, logits.size(1), ignore_index, label_smoothing, softcap);
+  write_gradient(grad_loss, logits, target, lse, vocabulary, z_loss, false, logits.mutable_data_ptr(),
+                 logits.stride(0));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) {
   m.impl("cross_entropy_statistics", TORCH_BOX(&cross_entropy_statistics));
   m.impl("cross_entropy_merge", TORCH_BOX(&cross_entropy_merge));
   m.impl("cross_entropy_gradient", TORCH_BOX(&cross_entropy_gradient));
+  m.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient_));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // One row of a vocabulary shard: its statistics, its gradient. Included by cross_entropy_cpu.cpp alone.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "cpu_math.h"
 #include "cpu_numbers.h"
+#include "cpu_sum.h"
 #include "multiversion.h"
 
 #if defined(__SSE2__)
@@ -28,6 +30,12 @@ constexpr int64_t kBlock = 1024;
 constexpr float kRescaleAbove = 1e30f;
 // How far ahead rows are fetched: the long chains of exp keep the processor from running ahead by itself.
 constexpr int64_t kPrefetchBytes = 8192;
+
+// x becomes cap * tanh(x / cap).
+struct Softcap {
+  float cap, minus_two_over_cap;
+};
+
 struct Statistics {
   float lse;
   float sum;
@@ -42,13 +50,6 @@ struct GradientRow {
   bool stream;     // write past the caches
 };
 
-template <class T>
-FM_INLINE float block_maximum(const T* x, int64_t n) {
-  float maximum = -kInfinity;
-  for (int64_t j = 0; j < n; ++j) maximum = std::max(maximum, to_float(x[j]));
-  return maximum;
-}
-
 FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
 #if defined(__GNUC__)
   const char* lines = static_cast<const char*>(from) + kPrefetchBytes;
@@ -56,37 +57,71 @@ FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
 #endif
 }
 
-// sum_j exp(x_j - shift); adds sum_j x_j to `sum` if asked for.
-template <bool kWithSum, class T>
-FM_INLINE float block_exp_sum(const T* x, int64_t n, float shift, double& sum) {
-  float exp_sum = 0.0f, plain_sum = 0.0f;
-#pragma omp simd reduction(+ : exp_sum, plain_sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const float value = to_float(x[j]);
-    exp_sum += exp_of_normal(value - shift);
-    if (kWithSum) plain_sum += value;
+// With e = exp(-2 |x| / cap), tanh(|x| / cap) = (1 - e) / (1 + e), and its slope 4 e / (1 + e)^2: neither overflows, and
+// the slope, 1 - tanh^2, does not cancel.
+FM_INLINE float capped(float x, const Softcap& softcap, float& slope) {
+  const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu);
+  const float e = exp_of_normal(magnitude * softcap.minus_two_over_cap);
+  const float reciprocal = 1.0f / (1.0f + e);
+  const float size = softcap.cap * ((1.0f - e) * reciprocal);
+  slope = 4.0f * e * (reciprocal * reciprocal);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(size) | (std::bit_cast<uint32_t>(x) & 0x80000000u));
+}
+
+template <bool kSoftcap>
+FM_INLINE float logit(float x, const Softcap& softcap) {
+  float slope;
+  if constexpr (kSoftcap) return capped(x, softcap, slope);
+  return x;
+}
+
+template <class T>
+FM_INLINE float block_maximum(const T* x, int64_t n) {
+  constexpr int kLanes = 16;
+  float lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, -kInfinity);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const float value = to_float(x[j + lane]);
+      lanes[lane] = value > lanes[lane] ? value : lanes[lane];  // NaN is no maximum
+    }
   }
-  sum += plain_sum;
-  return exp_sum;
+  for (; j < n; ++j) lanes[0] = std::max(lanes[0], to_float(x[j]));
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// sum_j exp(x_j - shift); adds sum_j x_j to `sum` if asked for.
+template <bool kWithSum, bool kSoftcap, class T>
+FM_INLINE float block_exp_sum(const T* x, int64_t n, const Softcap& softcap, float shift, double& sum) {
+  float sums[1 + kWithSum];
+  lane_sums(n, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
+    const float value = logit<kSoftcap>(to_float(x[j]), softcap);
+    lane[0] += exp_of_normal(value - shift);
+    if constexpr (kWithSum) lane[kSumLanes] += value;
+  });
+  if constexpr (kWithSum) sum += sums[1];
+  return sums[0];
 }
 
 // One pass: a block is summed with the shift found so far. Only the first block, and one whose values lie so far above
 // the shift that the sum might overflow, is read again for its maximum.
-template <bool kWithSum, class T>
-FM_INLINE Statistics row_statistics(const T* x, int64_t n) {
+template <bool kWithSum, bool kSoftcap, class T>
+FM_INLINE Statistics row_statistics(const T* x, int64_t n, const Softcap& softcap) {
   float shift = -kInfinity;
   double exp_sum = 0.0, sum = 0.0, unused = 0.0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t length = std::min(kBlock, n - start);
     prefetch(x + start, length * sizeof(T));
     // -inf minus -inf would be NaN; shifted by 0, -inf gives 0, and NaN, which is no maximum, still gives NaN.
-    float block = block_exp_sum<kWithSum>(x + start, length, shift == -kInfinity ? 0.0f : shift, sum);
+    float block = block_exp_sum<kWithSum, kSoftcap>(x + start, length, softcap, shift == -kInfinity ? 0.0f : shift, sum);
     if (shift == -kInfinity || !(std::abs(block) < kRescaleAbove)) {
-      const float wanted = block_maximum(x + start, length);
+      const float wanted = logit<kSoftcap>(block_maximum(x + start, length), softcap);
       if (wanted > shift) {
         exp_sum *= std::exp(static_cast<double>(shift) - wanted);
         shift = wanted;
-        block = block_exp_sum<false>(x + start, length, shift, unused);
+        block = block_exp_sum<false, kSoftcap>(x + start, length, softcap, shift, unused);
       }
     }
     exp_sum += block;
@@ -106,46 +141,65 @@ FM_INLINE void stream_copy(void* destination, const void* source, int64_t num_by
 #endif
 }
 
-template <class T>
-FM_INLINE void gradient_block(const T* x, int64_t n, const GradientRow& row, int64_t target, T* result) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    result[j] = from_float<T>(row.scale_p * exp_of_normal(to_float(x[j]) - row.lse) + row.offset);
-  }
-  if (target >= 0 && target < n) {
-    const float p = exp_of_normal(to_float(x[target]) - row.lse);
-    result[target] = from_float<T>(row.scale_p * p + (row.offset + row.target_term));
-  }
+template <bool kSoftcap>
+FM_INLINE float gradient_of(float x, const Softcap& softcap, const GradientRow& row, float offset) {
+  float slope = 1.0f;
+  if constexpr (kSoftcap) x = capped(x, softcap, slope);
+  const float gradient = row.scale_p * exp_of_normal(x - row.lse) + offset;
+  return kSoftcap ? gradient * slope : gradient;
 }
 
-template <class T>
-FM_INLINE void row_gradient(const T* x, int64_t n, const GradientRow& row, T* dx) {
-  if (!row.stream) return gradient_block(x, n, row, row.target, dx);
+// `result` may be x itself.
+template <bool kSoftcap, class T>
+FM_INLINE void gradient_block(
+    const T* x, int64_t n, const Softcap& softcap, const GradientRow& row, int64_t target, T* result) {
+  const bool here = target >= 0 && target < n;
+  const float at_target =
+      here ? gradient_of<kSoftcap>(to_float(x[target]), softcap, row, row.offset + row.target_term) : 0.0f;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    result[j] = from_float<T>(gradient_of<kSoftcap>(to_float(x[j]), softcap, row, row.offset));
+  }
+  if (here) result[target] = from_float<T>(at_target);
+}
+
+// The row's numbers are taken by value: as references, they might be what is being written.
+template <bool kSoftcap, class T>
+FM_INLINE void row_gradient(const T* x, int64_t n, const Softcap softcap, const GradientRow row, T* dx) {
+  if (!row.stream) return gradient_block<kSoftcap>(x, n, softcap, row, row.target, dx);
   alignas(64) T buffer[kBlock];
   constexpr int64_t kPerLine = 64 / sizeof(T);
   const int64_t misaligned = (reinterpret_cast<uintptr_t>(dx) % 64) / sizeof(T);
   const int64_t head = std::min(n, (kPerLine - misaligned) % kPerLine);
-  gradient_block(x, head, row, row.target, dx);
+  gradient_block<kSoftcap>(x, head, softcap, row, row.target, dx);
   int64_t start = head;
   while (start + kPerLine <= n) {
     const int64_t length = std::min(kBlock, (n - start) / kPerLine * kPerLine);
     prefetch(x + start, length * sizeof(T));
-    gradient_block(x + start, length, row, row.target - start, buffer);
+    gradient_block<kSoftcap>(x + start, length, softcap, row, row.target - start, buffer);
     stream_copy(dx + start, buffer, length * sizeof(T));
     start += length;
   }
-  gradient_block(x + start, n - start, row, row.target - start, dx + start);
+  gradient_block<kSoftcap>(x + start, n - start, softcap, row, row.target - start, dx + start);
 }
 
-#define FM_ROWS(T)                                                                              \
-  FM_MULTIVERSION Statistics statistics_of_row(const T* x, int64_t n) {                         \
-    return row_statistics<false>(x, n);                                                         \
-  }                                                                                             \
-  FM_MULTIVERSION Statistics statistics_with_sum_of_row(const T* x, int64_t n) {                \
-    return row_statistics<true>(x, n);                                                          \
-  }                                                                                             \
-  FM_MULTIVERSION void gradient_of_row(const T* x, int64_t n, const GradientRow* row, T* dx) {  \
-    row_gradient(x, n, *row, dx);                                                               \
+// target_clones takes no templates, so every combination is a plain function.
+#define FM_ROWS(T)                                                                                                 \
+  FM_MULTIVERSION Statistics statistics_of_row(const T* x, int64_t n) {                                            \
+    return row_statistics<false, false>(x, n, Softcap{});                                                          \
+  }                                                                                                                \
+  FM_MULTIVERSION Statistics statistics_with_sum_of_row(const T* x, int64_t n) {                                   \
+    return row_statistics<true, false>(x, n, Softcap{});                                                           \
+  }                                                                                                                \
+  FM_MULTIVERSION Statistics capped_statistics_of_row(const T* x, int64_t n, const Softcap* softcap) {             \
+    return row_statistics<true, true>(x, n, *softcap);                                                             \
+  }                                                                                                                \
+  FM_MULTIVERSION void gradient_of_row(const T* x, int64_t n, const GradientRow* row, T* dx) {                     \
+    row_gradient<false>(x, n, Softcap{}, *row, dx);                                                                \
+  }                                                                                                                \
+  FM_MULTIVERSION void capped_gradient_of_row(const T* x, int64_t n, const Softcap* softcap, const GradientRow* row, \
+                                              T* dx) {                                                             \
+    row_gradient<true>(x, n, *softcap, *row, dx);                                                                  \
   }
 FM_ROWS(float)
 FM_ROWS(BFloat16)

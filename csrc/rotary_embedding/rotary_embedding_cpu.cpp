@@ -7,6 +7,7 @@
 
 #include "cpu_numbers.h"
 #include "cpu_parameter.h"
+#include "cpu_streaming.h"
 #include "multiversion.h"
 
 #define FM_ROTARY FM_INLINE
@@ -59,6 +60,7 @@ FM_ROTATE(Float16, true)
 #undef FM_ROTATE
 
 constexpr int64_t kGrainElements = 16384;
+constexpr int64_t kBufferBytes = 8192;
 
 // One row of a table as float32, times sign; NaN where there is no row.
 void load_angles(const Tensor& table, int64_t row, float sign, int64_t half, float* angles) {
@@ -87,19 +89,35 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
   const int64_t token_elements = (all[0].heads + (k_any ? all[1].heads : 0)) * head_dim;
   if (tokens == 0 || token_elements == 0) return {q_out, k_out};
   const auto run = [&]<typename T>(T, auto form) {
+    // Large results are written to a buffer first, some heads at a time, and streamed past the caches.
+    const int64_t head_bytes = head_dim * static_cast<int64_t>(sizeof(T));
+    const bool large = tokens * token_elements * static_cast<int64_t>(sizeof(T)) >= kStreamFromBytes &&
+                       head_bytes <= kBufferBytes;
+    const int64_t heads_at_a_time = large ? kBufferBytes / head_bytes : token_elements;
     const auto rotate_tokens = [&](int64_t first, int64_t last) {
       const Scratch angles = make_scratch(2 * half);
+      alignas(64) char buffer[kBufferBytes];
       for (int64_t token = first; token < last; ++token) {
         const int64_t i0 = token / n1, i1 = token % n1, row = token_position(where, i0, i1);
         load_angles(cos, row, 1.0f, half, angles.get());
         load_angles(sin, row, inverse ? -1.0f : 1.0f, half, angles.get() + half);
         for (int i = 0; i < (k_any ? 2 : 1); ++i) {
           const Heads& x = all[i];
-          rotate_heads(static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1, x.stride_head, x.heads,
-                       angles.get(), angles.get() + half, half, head_dim,
-                       static_cast<T*>(x.out) + token * x.heads * head_dim, form);
+          const T* from = static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1;
+          T* to = static_cast<T*>(x.out) + token * x.heads * head_dim;
+          for (int64_t head = 0; head < x.heads; head += heads_at_a_time) {
+            const int64_t heads = std::min(heads_at_a_time, x.heads - head);
+            T* result = to + head * head_dim;
+            const int64_t num_bytes = heads * head_dim * static_cast<int64_t>(sizeof(T));
+            const bool stream = large && is_line_aligned(result) && num_bytes % kLineBytes == 0;
+            T* target = stream ? reinterpret_cast<T*>(buffer) : result;
+            rotate_heads(from + head * x.stride_head, x.stride_head, heads, angles.get(), angles.get() + half, half,
+                         head_dim, target, form);
+            if (stream) stream_copy(result, buffer, num_bytes);
+          }
         }
       }
+      if (large) finish_streaming();
     };
     torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kGrainElements / token_elements), rotate_tokens);
   };

@@ -183,7 +183,7 @@ inline void launch_rotary(const Rotary& a, int multiprocessors, cudaStream_t str
     int chunk_lanes = 1;
     while (chunk_lanes < 32 && chunk_lanes < chunks) chunk_lanes *= 2;
     // Enough warps to fill every multiprocessor, while a warp keeps some heads to itself.
-    const int64_t warps_per_multiprocessor = 32, most = num_heads / (kRotaryHeads * (32 / chunk_lanes));
+    const int64_t warps_per_multiprocessor = 16, most = num_heads / (kRotaryHeads * (32 / chunk_lanes));
     const int64_t wanted = warps_per_multiprocessor * multiprocessors / a.tokens;
     const int64_t splits = std::clamp<int64_t>(std::min(wanted, most), 1, 65535);
     const dim3 grid(static_cast<unsigned>((a.tokens + kRotaryWarps - 1) / kRotaryWarps),

@@ -4,13 +4,15 @@ from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
 from fused_megatron.ops.bias_swiglu import bias_swiglu
-from fused_megatron.ops.cross_entropy import (
-    cross_entropy,
+from fused_megatron.ops.cross_entropy import cross_entropy
+from fused_megatron.ops.cross_entropy_shards import (
     cross_entropy_gradient,
+    cross_entropy_gradient_,
     cross_entropy_merge,
     cross_entropy_statistics,
 )
 from fused_megatron.ops.layer_norm import layer_norm
+from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from fused_megatron.ops.rms_norm import rms_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
@@ -22,9 +24,11 @@ __all__ = [
     "bias_swiglu",
     "cross_entropy",
     "cross_entropy_gradient",
+    "cross_entropy_gradient_",
     "cross_entropy_merge",
     "cross_entropy_statistics",
     "layer_norm",
+    "linear_cross_entropy",
     "rms_norm",
     "rotary_embedding",
     "scaled_masked_softmax",

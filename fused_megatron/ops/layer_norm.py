@@ -1,4 +1,4 @@
-"""Layer normalisation over the last dim, with its gradients; optionally with the residual addition before it."""
+"""Layer normalisation over the last dim, with its gradients; optionally after the residual addition."""
 
 from typing import Any, overload
 

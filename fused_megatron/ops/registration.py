@@ -20,7 +20,8 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
     device for which there is none.
 
     Args:
-        schema: for example "bias_gelu_forward(Tensor x, Tensor? bias) -> Tensor".
+        schema: for example "bias_gelu_forward(Tensor x, Tensor? bias) -> Tensor". What it declares as written, as
+            "Tensor(a!) x", counts a version up with each call, so that autograd refuses to use what was overwritten.
         reference: same arguments and results, in plain PyTorch.
         fake: same arguments; returns empty tensors of the right shape, dtype and device.
     """
@@ -34,7 +35,23 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fused_megatron, name).default
+    op = getattr(torch.ops.fused_megatron, name).default
+    written = [i for i, argument in enumerate(op._schema.arguments) if argument.is_write]
+    if written:
+        _count_versions(op, written)
+    return op
+
+
+def _count_versions(op: Any, written: list[int]) -> None:
+    """What torch generates for its own in-place ops, under the dispatch key of that work."""
+
+    def count(keys: Any, *args: Any) -> Any:
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+    _LIBRARY.impl(op._schema.name.partition("::")[2], count, "ADInplaceOrView", with_keyset=True)
 
 
 def register_triton(name: str, module: str) -> None:
@@ -53,3 +70,20 @@ def register_triton(name: str, module: str) -> None:
         _LIBRARY.impl(name, launch, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":
         _LIBRARY.impl(name, launch, "CPU")
+
+
+def define_composed_op(schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an op that is made of other ops, the same on every device, and return its overload.
+
+    torch.compile takes it as it is: nothing of the implementation, loops over chunks for example, is traced.
+
+    Args:
+        schema: as for define_op.
+        implementation: same arguments and results; calls ops that have kernels.
+        fake: same arguments; returns empty tensors of the right shape, dtype and device.
+    """
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused_megatron::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.fused_megatron, name).default

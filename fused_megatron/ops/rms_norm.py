@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation over the last dim, with its gradients; optionally with the residual addition before."""
+"""Root-mean-square normalisation over the last dim, with its gradients; optionally after the residual addition."""
 
 from typing import Any, overload
 

@@ -1,13 +1,12 @@
 """softmax(scale * x) over the keys that a query may see, fused, with its gradient."""
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device
-from fused_megatron.ops.registration import define_op
+from fused_megatron.ops.registration import define_op, register_triton
 from fused_megatron.reference import scaled_masked_softmax as reference
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -125,20 +124,5 @@ def _check_mask(mask: torch.Tensor, x: torch.Tensor) -> None:
         raise InputError(f"mask.shape={tuple(mask.shape)} must broadcast to x.shape={tuple(x.shape)}")
 
 
-def _register_triton_kernels() -> None:
-    """Let Triton serve CUDA tensors; imported with the first call, so that it costs nothing where none is made."""
-
-    def lazily(name: str) -> Any:
-        def call(*args: Any) -> Any:
-            from fused_megatron.kernels import scaled_masked_softmax as kernels  # noqa: PLC0415
-
-            return getattr(kernels, name)(*args)
-
-        return call
-
-    for name in ("scaled_masked_softmax_forward", "scaled_masked_softmax_backward"):
-        torch.library.impl(f"fused_megatron::{name}", "cuda", lazily(name))
-
-
-if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-    _register_triton_kernels()
+for _name in ("scaled_masked_softmax_forward", "scaled_masked_softmax_backward"):
+    register_triton(_name, "scaled_masked_softmax")

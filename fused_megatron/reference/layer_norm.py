@@ -34,8 +34,8 @@ def layer_norm_forward(
     """What torch.ops.fused_megatron.layer_norm_forward computes: (y, mean, rstd, total); no residual: empty total."""
     total = add_residual(x, residual)
     y, mean, rstd = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)
-    y = y.to(x.dtype).contiguous()
-    return y, mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous(), x.new_empty(0) if residual is None else total
+    empty_or_total = x.new_empty(0) if residual is None else total
+    return y.to(x.dtype).contiguous(), mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous(), empty_or_total
 
 
 def layer_norm_backward(

@@ -10,6 +10,7 @@ from fused_megatron.tensor_parallel.linear import (
     column_parallel_linear,
     row_parallel_linear,
 )
+from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, mark_shard, parameter_shard
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "row_parallel_linear",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_embedding",
+    "vocab_parallel_linear_cross_entropy",
 ]

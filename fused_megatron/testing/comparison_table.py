@@ -1,6 +1,5 @@
 """Comparisons as lines and Markdown tables that can be pasted into a README."""
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from fused_megatron.testing.call_overhead import CallOverhead
@@ -39,13 +38,12 @@ def remarks(comparisons: Iterable[Comparison]) -> list[str]:
 
 def speed_table(comparisons: Sequence[Comparison]) -> list[str]:
     """Ratios with their spread, and the bars: met, or MISSED."""
-    header = ["op", "dtype", "ms", "x eager", "x compile", "over bound", "peak MB, eager's", "bars"]
+    header = ["op", "dtype", "ms", "x eager", "x compile", "over bound", "bars"]
     return markdown(header, [_speed_row(c) for c in comparisons])
 
 
 def _speed_row(comparison: Comparison) -> Row:
     ms, bound = comparison.ms(OURS), comparison.over_bound()
-    ours, eager = (comparison.peak_bytes.get(name) for name in (OURS, EAGER))
     bars = [f"{bar} {'met' if met else f'MISSED ({figure:g})'}" for bar, figure, met in comparison.verdicts()]
     return [
         f"{comparison.op} {comparison.label}",
@@ -53,7 +51,6 @@ def _speed_row(comparison: Comparison) -> Row:
         _ms(ms) if ms else comparison.faults.get(OURS, "-").partition(":")[0],
         *(_times(ratio) if (ratio := comparison.ratio(name)) else "-" for name in (EAGER, COMPILE)),
         _times(bound) if bound else "-",
-        f"{ours / 1e6:.1f}, {eager / 1e6:.1f}" if ours is not None and eager is not None else "-",
         "; ".join(bars) or "-",
     ]
 
@@ -72,6 +69,23 @@ def milliseconds_table(comparisons: Sequence[Comparison], default_malloc: bool) 
             row += [f"{c.default_malloc_ms[name]:.3g}" if name in c.default_malloc_ms else "-" for name in names]
         rows.append(row)
     return markdown(header, rows)
+
+
+def memory_table(comparisons: Sequence[Comparison]) -> list[str]:
+    """What fusing saves, ours and then the unfused function's: the same on every machine."""
+    rows = []
+    for c in comparisons:
+        both = c.traffic.get(OURS), c.traffic.get(EAGER)
+        moved = [None if t is None else t.moved_bytes for t in both]
+        saved = [None if t is None else t.saved_bytes for t in both]
+        peak = [c.peak_bytes.get(name) for name in (OURS, EAGER)]
+        rows.append([f"{c.op} {c.label}", c.dtype, *(_megabytes(pair) for pair in (moved, saved, peak))])
+    return markdown(["op", "dtype", "MB moved, unfused", "MB kept for backward, unfused", "peak MB, unfused"], rows)
+
+
+def _megabytes(pair: Sequence[int | None]) -> str:
+    ours, eager = pair
+    return "-" if ours is None or eager is None else f"{ours / 1e6:.1f}, {eager / 1e6:.1f}"
 
 
 def gpu_table(comparisons: Sequence[Comparison], ceiling_gb_per_s: float) -> list[str]:
@@ -100,7 +114,7 @@ def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[
     """Python's share of a forward call on tiny tensors: (measured, bar in microseconds) by op."""
     rows = []
     for name, (result, bar) in overheads.items():
-        call, library = (statistics.median(us) for us in (result.call_us, result.library_us))
+        call, library = min(result.call_us), min(result.library_us)
         verdict = "met" if result.overhead_us <= bar else "MISSED"
         rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
     return markdown(["op", "us a call", "library op alone", "Python", "bar"], rows)

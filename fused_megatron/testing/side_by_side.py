@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fused_megatron.testing.timing_devices import TimingDevice, copy_step, page_faults
+from fused_megatron.testing.traffic import Traffic, measure_traffic
 
 OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 
@@ -78,7 +79,7 @@ class Case:
 class Rounds:
     """How long to measure: as many rounds as fit in budget_s, within limits."""
 
-    budget_s: float = 4.0
+    budget_s: float = 3.0
     fewest: int = 3
     most: int = 60
 
@@ -113,6 +114,7 @@ class Comparison:
     faults: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
+    traffic: dict[str, Traffic] = field(default_factory=dict)
     default_malloc_ms: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -198,6 +200,8 @@ def compare(
                     step()  # compiles
                 fault, note, peak = judge.try_out(name, step)
                 result.peak_bytes.update({} if fault or peak is None else {name: peak})
+                if name in (OURS, EAGER) and not fault and case.num_bytes is not None:
+                    result.traffic[name] = measure_traffic(step)
         except ImportError as error:
             fault = f"not installed ({_first_line(error)})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others

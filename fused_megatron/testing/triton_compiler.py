@@ -26,6 +26,7 @@ def compile_for(
     constexprs: Mapping[str, Any],
     aligned: tuple[str, ...],
     num_warps: int,
+    num_ctas: int = 1,
 ) -> CompiledKernel:
     """Compile a triton.jit function for a CUDA architecture.
 
@@ -36,6 +37,7 @@ def compile_for(
         constexprs: value of each constexpr.
         aligned: arguments that are multiples of 16 (pointers: of 16 bytes), as a launch would find.
         num_warps: as in the launch.
+        num_ctas: as in the launch; more than 1 (a cluster of blocks) needs arch 90 or 100.
     """
     # triton is no dependency of `testing`: only those who audit kernels need it.
     import triton  # noqa: PLC0415
@@ -49,7 +51,8 @@ def compile_for(
         constexprs={(names.index(name),): value for name, value in constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps, "num_ctas": num_ctas}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spill_bytes = _resources(compiled.asm["ptx"], arch)
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?((?:\.v\d)?\.[bfsu]\d+)\b", compiled.asm["ptx"])
     # Shared memory is asked for at launch, so that ptxas does not know of it.

@@ -48,7 +48,9 @@ def interpreter(grid_seed: int | None = None, *, last_programs: int | None = Non
     grid = _Grid(grid_seed, last_programs)
     replace(builder, "set_grid_dim", lambda _: lambda self, *sizes: grid.set_dim(self))
     replace(builder, "set_grid_idx", lambda _: lambda self, i, *_: grid.set_index(self, i))
-    replace(executor, "__call__", lambda call: _launch(call, grid, accesses))
+    patched: set[int] = set()
+    replace(triton_interpreter, "_patch_lang", lambda patch: _once_a_launch(patch, patched))
+    replace(executor, "__call__", lambda call: _launch(call, grid, accesses, patched))
     try:
         yield accesses
     finally:
@@ -113,8 +115,24 @@ class Accesses:
             raise AssertionError(f"{self.kernel} {verb} {outside.size * width} bytes outside of its tensors")
 
 
-def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses) -> Callable[..., Any]:
+def _once_a_launch(patch: Callable[..., Any], patched: set[int]) -> Callable[..., Any]:
+    """The interpreter looks through the language for what to replace at every call of a function; once will do."""
+
+    def patch_once(function: Any) -> Any:
+        key = id(function.__globals__)
+        if key in patched:
+            return None
+        patched.add(key)
+        return patch(function)
+
+    return patch_once
+
+
+def _launch(
+    call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]
+) -> Callable[..., Any]:
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()  # the launch before has put everything back
         accesses.kernel = executor.fn.__name__
         executor.grid = grid.of_launch(executor.grid)
         return call(executor, *args, **kwargs)

@@ -18,6 +18,8 @@ from fused_megatron.testing.triton_interpreter import interpreter
 
 EMULATED = loaded_emulation() is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if EMULATED or INTERPRETED:
+    torch.set_num_threads(1)  # the kernels run on one; a second would spin while it waits for torch's own small ops
 
 
 def pytest_configure(config):

@@ -45,12 +45,7 @@ SHAPES = [(5, 16), (300, 64), (33, 514), (3, 2), (2, 3, 48), (90, 22), (4, 2072)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, dtype, approximate, device):
     x, bias, dy = inputs(shape, dtype, device)
-    assert_op_matches(
-        functools.partial(bias_geglu, approximate=approximate),
-        functools.partial(unfused, approximate=approximate),
-        (x, bias),
-        dy,
-    )
+    assert_op_matches(*ours_and_unfused(approximate), (x, bias), dy)
 
 
 @pytest.mark.parametrize("approximate", FORMS)
@@ -58,12 +53,7 @@ def test_values_and_gradients(shape, dtype, approximate, device):
 @pytest.mark.parametrize("shape", [(40, 26), (3, 1040)])
 def test_without_bias(shape, dtype, approximate, device):
     x, _, dy = inputs(shape, dtype, device, has_bias=False)
-    assert_op_matches(
-        functools.partial(bias_geglu, approximate=approximate),
-        functools.partial(unfused, approximate=approximate),
-        (x, None),
-        dy,
-    )
+    assert_op_matches(*ours_and_unfused(approximate), (x, None), dy)
 
 
 @pytest.mark.parametrize("bias_dtype", DTYPES)
@@ -87,15 +77,13 @@ def test_memory_that_is_not_aligned(dtype, device):
 
 @pytest.mark.parametrize("approximate", FORMS)
 def test_all_of_the_curve(approximate, device):
-    gate = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([1e4, -1e4, 1e20, -1e20, 0.0, -0.0, 1e-30])]).to(
-        device
-    )
+    far = torch.tensor([1e4, -1e4, 1e20, -1e20, 0.0, -0.0, 1e-30])
+    gate = torch.cat([torch.linspace(-12, 12, 2001), far]).to(device)
     x = torch.stack([gate, torch.full_like(gate, 0.5)], dim=-1)
     dy = torch.ones(len(gate), 1, device=device)
-    y, dx = output_and_gradients(functools.partial(bias_geglu, approximate=approximate), (x,), dy)
-    exact_y, exact_dx = output_and_gradients(
-        functools.partial(unfused, approximate=approximate), (x.double(),), dy.double()
-    )
+    ours, exact = ours_and_unfused(approximate)
+    y, dx = output_and_gradients(ours, (x,), dy)
+    exact_y, exact_dx = output_and_gradients(exact, (x.double(),), dy.double())
     # Here an error per value: the large ones must not hide the small ones.
     torch.testing.assert_close(y.double(), exact_y, rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(dx.double(), exact_dx, rtol=2e-6, atol=1e-6)

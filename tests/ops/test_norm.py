@@ -99,17 +99,19 @@ def test_residual(op, dtype, stream, use_total, zero_centered_weight, device):
         check(op, tensors, zero_centered_weight=zero_centered_weight, use_total=use_total)
 
 
-# For each dtype: a warp a row, four, sixteen; then rows that fit in no block's registers. Odd widths take narrow accesses.
-@pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 16384, 16392, 1, 1023, 1025, 16391])
-@pytest.mark.parametrize("dtype,stream", [(FLOAT, None), (BFLOAT, None), (HALF, FLOAT)])
+# For each dtype: a warp a row, four, sixteen; then rows that fit in no block's registers. Odd widths: narrow accesses.
+@pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 16392, 7, 1023, 1025, 16391])
+@pytest.mark.parametrize("dtype,stream", [(FLOAT, None), (BFLOAT, None), (BFLOAT, FLOAT)])
 @pytest.mark.parametrize("op", OPS)
 def test_every_width(op, dtype, stream, width, device):
-    rows = 21 if width <= 32 else 3
-    if width == 1:  # a difference of equal numbers: nothing but rounding
-        tensors = draw(op, (rows, width), dtype, device)
-        assert results(ours(op), tensors)["y"].isfinite().all()
-        return
+    rows = 21 if width <= 32 else 3 if width <= 4096 else 2
     check(op, draw(op, (rows, width), dtype, device, stream=stream))
+
+
+# float32 rows of this width with both gradients fill the shared memory of a block; those of 16 bits leave room.
+@pytest.mark.parametrize("op,dtype,stream", [("layer_norm", FLOAT, FLOAT), ("rms_norm", BFLOAT, FLOAT)])
+def test_widest_in_registers(op, dtype, stream, device):
+    check(op, draw(op, (2, 16384), dtype, device, stream=stream))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -132,7 +134,7 @@ def test_parameters_of_another_dtype(op, dtype, parameter, device):
         check(op, tensors, zero_centered_weight=True)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17, 40, 200])
+@pytest.mark.parametrize("rows", [1, 2, 17, 100])
 @pytest.mark.parametrize("op", OPS)
 def test_any_number_of_rows(op, rows, device):
     check(op, draw(op, (rows, 16), BFLOAT, device, stream=FLOAT))
@@ -193,7 +195,9 @@ def test_accumulated_gradients_are_not_one_tensor(op, dtype, stream, device):
         y, total = OPS[op](x, eps=EPS, residual=residual)
         torch.autograd.backward((y, total), (tensors["dy"], tensors["dtotal"]))
         assert x.grad.data_ptr() != residual.grad.data_ptr()
-    once = results(ours(op), tensors | {"x": x.detach(), "residual": residual.detach(), "weight": torch.ones_like(x[0])})
+    once = results(
+        ours(op), tensors | {"x": x.detach(), "residual": residual.detach(), "weight": torch.ones_like(x[0])}
+    )
     torch.testing.assert_close(residual.grad, 2 * once["dresidual"])
     torch.testing.assert_close(x.grad, 2 * once["dx"])
 

@@ -81,26 +81,26 @@ def test_rows_too_long_for_registers(num_keys, form, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "mask_shape",
-    [(2, 3, 10, 48), (2, 1, 10, 48), (1, 1, 10, 48), (10, 48), (48,), (2, 1, 1, 48), (3, 10, 1), (1,), (1, 3, 1, 48)],
+    [(2, 4, 5, 48), (2, 1, 5, 48), (1, 1, 5, 48), (5, 48), (48,), (2, 1, 1, 48), (4, 5, 1), (1,), (1, 4, 1, 48)],
     ids=str,
 )
 def test_masks_that_broadcast(mask_shape, dtype, form, device):
-    check_against_float64(*inputs((2, 3, 10, 48), dtype, device, mask_shape), **form)
+    check_against_float64(*inputs((2, 4, 5, 48), dtype, device, mask_shape), **form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)
 def test_masks_with_strides(dtype, device):
-    x, dy, mask = inputs((2, 3, 16, 40), dtype, device, (2, 3, 40, 32))
+    x, dy, mask = inputs((2, 2, 5, 40), dtype, device, (2, 2, 40, 10))
     check_against_float64(x, dy, mask.transpose(2, 3)[:, :, ::2])
     check_against_float64(x, dy, mask.transpose(2, 3)[:, :1, ::2], causal=True)
-    wide = inputs((1,), dtype, device, (2, 1, 16, 83))[2]
+    wide = inputs((1,), dtype, device, (2, 1, 5, 83))[2]
     check_against_float64(x, dy, wide[..., 3:43])
     check_against_float64(x, dy, wide[..., 1:81:2])
 
 
 def test_masks_that_no_few_strides_describe(device):
-    x, dy, _ = inputs((2, 3, 2, 3, 4, 24), torch.bfloat16, device)
-    for shape in [(2, 1, 2, 1, 4, 24), (2, 3, 1, 3, 1, 24), (1, 3, 1, 3, 4, 1)]:
+    x, dy, _ = inputs((2, 2, 2, 2, 3, 24), torch.bfloat16, device)
+    for shape in [(2, 1, 2, 1, 3, 24), (2, 2, 1, 2, 1, 24), (1, 2, 1, 2, 3, 1)]:
         check_against_float64(x, dy, inputs((1,), torch.bfloat16, device, shape)[2])
 
 
@@ -182,9 +182,9 @@ def test_hidden_keys_are_zero_beside_a_nan(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_not_contiguous(dtype, form, device):
-    x, dy, mask = inputs((6, 3, 5, 96), dtype, device, (3, 1, 48))
+    x, dy, mask = inputs((4, 2, 3, 96), dtype, device, (2, 1, 48))
     x, dy = (t.transpose(0, 1)[..., ::2] for t in (x, dy))
-    mask = mask.expand(3, 6, 48)[:, :, None]
+    mask = mask.expand(2, 4, 48)[:, :, None]
     strided = run(scaled_masked_softmax, x, dy, mask, **form)
     packed = run(scaled_masked_softmax, x.contiguous(), dy.contiguous(), mask.contiguous(), **form)
     assert all(torch.equal(a, b) for a, b in zip(strided, packed, strict=True))
@@ -212,7 +212,7 @@ def test_empty(shape, has_mask, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_run_twice_bitwise_equal(dtype, device):
-    x, dy, mask = inputs((2, 33, 130), dtype, device, (33, 130))
+    x, dy, mask = inputs((2, 12, 130), dtype, device, (12, 130))
     once, again = (run(scaled_masked_softmax, x, dy, mask, 0.3, causal=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
@@ -313,14 +313,14 @@ def test_bad_arguments(device):
         scaled_masked_softmax(x, torch.zeros(1, 2, 3, 4, dtype=torch.bool, device=device))
     with pytest.raises(TypeError, match=r"mask.dtype=float32 must be one of: bool"):
         scaled_masked_softmax(x, torch.zeros(3, 4, device=device))
-    with pytest.raises(InputError, match="mask.device=meta"):
+    with pytest.raises(InputError, match=r"mask.device=meta"):
         scaled_masked_softmax(x, torch.zeros(3, 4, dtype=torch.bool, device="meta"))
-    with pytest.raises(InputError, match="window=3 .* needs causal=True"):
+    with pytest.raises(InputError, match=r"window=3 .* needs causal=True"):
         scaled_masked_softmax(x, window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):
         scaled_masked_softmax(x, causal=True, window=0)
     for scale in (NAN, INF, 1e39):
-        with pytest.raises(InputError, match="scale=.* must be a finite"):
+        with pytest.raises(InputError, match=r"scale=.* must be a finite"):
             scaled_masked_softmax(x, scale=scale)
     with pytest.raises(InputError, match=r"x.shape=\(\) must have a dimension of keys"):
         scaled_masked_softmax(torch.tensor(1.0))

@@ -10,7 +10,7 @@ import torch
 @pytest.fixture(scope="module")
 def kernels():
     library = ctypes.CDLL(os.environ["FAULTY_KERNELS"])
-    names = "sum shuffles reverse reverse_dynamic diverge at_different_shuffles copy copy_wide block"
+    names = "sum shuffles reverse reverse_dynamic diverge at_different_shuffles copy copy_wide block many"
     for name in names.split():
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     library.fm_emulation_counted.restype = ctypes.c_char_p
@@ -101,12 +101,25 @@ def test_counted_bytes(kernels):
     kernels.run_copy_wide(pointer(source), pointer(result))
     kernels.fm_emulation_count(False)
     kernels.run_copy(pointer(source), pointer(result), 50)
-    assert kernels.fm_emulation_counted().decode().splitlines() == [
-        "fm::copy\tload\t1\t200\t224\t4:200",
-        "fm::copy\tstore\t1\t200\t224\t4:200",
-        "fm::copy_wide\tload\t2\t1024\t1024\t16:1024",
-        "fm::copy_wide\tstore\t2\t1024\t1024\t16:1024",
+    lines = [line.split("\t") for line in kernels.fm_emulation_counted().decode().splitlines()]
+    assert [(line[0], *line[2:]) for line in lines] == [
+        ("fm::copy", "32", "0", "1", "load", "200", "224", "4:200"),
+        ("fm::copy", "32", "0", "1", "store", "200", "224", "4:200"),
+        ("fm::copy_wide", "32", "0", "2", "load", "1024", "1024", "16:1024"),
+        ("fm::copy_wide", "32", "0", "2", "store", "1024", "1024", "16:1024"),
     ]
+    assert lines[0][1] == "_ZN2fm4copyEPKfPfi"
+
+
+def test_a_sample_of_blocks_stands_for_all(kernels):
+    out = torch.full((1, 300), torch.nan)
+    kernels.fm_emulation_set_sampled_blocks(4)
+    kernels.fm_emulation_count(True)
+    kernels.run_many(pointer(out))
+    kernels.fm_emulation_count(False)
+    kernels.fm_emulation_set_sampled_blocks(0)
+    assert (~out[0].isnan()).nonzero().flatten().tolist() == [0, 99, 199, 299]
+    assert kernels.fm_emulation_counted().decode().splitlines()[1].split("\t")[5:7] == ["store", "1200"]
 
 
 def test_the_last_blocks_alone(kernels):

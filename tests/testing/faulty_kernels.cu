@@ -2,13 +2,19 @@
 #include <exception>
 #include <string>
 
-#include "row_reduction.cuh"
+#include "launch.h"
 
 namespace fm {
 
+inline float warp_sum(float value) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, lanes);
+  return value;
+}
+
 __global__ void sum(float* out) {
-  const float2 total = warp_sum({static_cast<float>(threadIdx.x + blockIdx.x), 1.0f});
-  if (threadIdx.x % 32 == 5) out[blockIdx.x * 2 + threadIdx.x / 32] = total.x * 100.0f + total.y;
+  const float total = warp_sum(static_cast<float>(threadIdx.x + blockIdx.x));
+  const float lanes = warp_sum(1.0f);
+  if (threadIdx.x % 32 == 5) out[blockIdx.x * 2 + threadIdx.x / 32] = total * 100.0f + lanes;
 }
 
 __global__ void shuffles(int64_t* out) {
@@ -38,7 +44,7 @@ __global__ void diverge(bool barrier) {
   if (barrier) {
     __syncthreads();
   } else {
-    warp_sum({1.0f, 1.0f});
+    warp_sum(1.0f);
   }
 }
 
@@ -55,6 +61,10 @@ __global__ void copy(const float* in, float* out, int count) {
 
 __global__ void copy_wide(const float* in, float* out) {
   reinterpret_cast<float4*>(out)[threadIdx.x] = reinterpret_cast<const float4*>(in)[threadIdx.x];
+}
+
+__global__ void number_blocks(float* out) {
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<float>(blockIdx.x);
 }
 
 // What a launch throws; empty if nothing.
@@ -85,5 +95,6 @@ const char* run_diverge(bool barrier) { RUN(diverge, dim3(1), dim3(32), 0, nullp
 const char* run_at_different_shuffles(float* out) { RUN(at_different_shuffles, dim3(1), dim3(32), 0, nullptr, out); }
 const char* run_copy(const float* in, float* out, int count) { RUN(copy, dim3(2), dim3(32), 0, nullptr, in, out, count); }
 const char* run_copy_wide(const float* in, float* out) { RUN(copy_wide, dim3(1), dim3(32), 0, nullptr, in, out); }
+const char* run_many(float* out) { RUN(number_blocks, dim3(300), dim3(32), 0, nullptr, out); }
 const char* run_block(unsigned x) { RUN(diverge, dim3(1), dim3(x), 0, nullptr, true); }
 }

@@ -6,8 +6,8 @@ import fused_megatron as fm
 from fused_megatron.testing.call_overhead import CallOverhead, measure_call_overhead
 
 
-def test_overhead_is_the_median_difference():
-    assert CallOverhead([10.0, 30.0, 12.0], [3.0, 3.0, 4.0]).overhead_us == 8.0
+def test_a_busy_machine_does_not_show():
+    assert CallOverhead([100.0, 30.0, 12.0], [3.0, 300.0, 4.0]).overhead_us == 9.0
 
 
 def test_the_library_op_costs_less_than_the_public_call():

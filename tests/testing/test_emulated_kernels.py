@@ -26,6 +26,7 @@ def test_emulated_cuda_kernels():
     names = [source.parent.name for source in cuda_sources()]
     assert all((OP_TESTS / f"test_{name}.py").exists() for name in names), "each CUDA op needs tests/ops/test_<op>.py"
     paths = sorted({path for name in names for path in OP_TESTS.glob(f"test_{name}*.py")})
+    paths.append(OP_TESTS / "test_norm.py")  # what layer_norm and rms_norm have in common
     assert run_tests(paths, emulated_environment(library)) > 20 * len(paths)
 
 

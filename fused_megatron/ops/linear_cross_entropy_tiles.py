@@ -1,0 +1,377 @@
+"""The engine of linear_cross_entropy: a head's loss and gradients, one tile of the logits at a time.
+
+    x [t, H] a chunk of tokens, w [v, H] a block of words
+    logits  [t, v] = x @ w.T + b              product 1; the tile, one buffer for all
+    stats   [t, 2]                            of the tile; those of all blocks and shards merge to loss and lse
+    dlogits [t, v]                            in place of the logits, from the merged lse
+    dx      [t, H] = sum over blocks of dlogits @ w           product 2
+    dw      [v, H] = sum over chunks of dlogits.T @ x         product 3
+
+Where the upstream gradient is one number for all tokens and a tile has all words, the gradients are made while the tile
+is there: 3 products. Else a second pass makes the tile again: 4 products.
+
+Shards of a vocabulary exchange what they must through an Exchange, which is handed in: nothing here communicates.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, wraps
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_megatron.ops.cross_entropy_shards import (
+    cross_entropy_gradient_,
+    cross_entropy_merge,
+    cross_entropy_statistics,
+)
+
+Pending = Callable[[], torch.Tensor]
+"""Something under way; calling it, once, gives the result."""
+
+# Bytes of a tile. On a GPU: enough tokens to fill it with work, little beside the weights. On a CPU: the fewer chunks
+# the fewer passes over dw, and the peak at 4096 tokens, 768 -> 50304, stays below 1/8 of that with whole logits.
+_TILE_BYTES = {"gpu": 256 << 20, "cpu": 64 << 20}
+# Where the product is made in float32 for 16-bit operands, blocks of words are cast as they are used, and the tile is
+# small beside the caches; up to so many tokens at once no gradient of a weight needs an accumulator.
+_CAST_TILE_BYTES = 8 << 20
+_CAST_TOKENS = 8192
+_CPU_HAS_MATRIX_UNITS = {
+    torch.bfloat16: torch.cpu._is_amx_tile_supported(),
+    torch.float16: torch.cpu._is_amx_fp16_supported(),
+}
+# Rows of a tile and blocks of words begin at multiples of so many elements: what matrix units and wide loads want.
+_ALIGNMENT = 64
+
+
+class Exchange:
+    """What the shards of a vocabulary exchange, started before the work that hides it. This one: a single device.
+
+    Attributes:
+        num_blocks: of how many ranks' rows a chunk of tokens consists, one block after the other.
+    """
+
+    num_blocks = 1
+
+    def start_hidden(self, rows: torch.Tensor) -> Pending:
+        """Rows [n, H] of this rank to those of the chunk [num_blocks n, H]."""
+        return lambda: rows
+
+    def start_statistics(self, stats: torch.Tensor) -> Pending:
+        """[t, 2] of this shard to [R, t, 2] of all."""
+        return lambda: stats.unsqueeze(0)
+
+    def start_dhidden(self, partial: torch.Tensor) -> Pending:
+        """This shard's part [num_blocks n, H] of the gradient to the sum, of this rank's rows [n, H]."""
+        return lambda: partial
+
+
+class LossTerms(NamedTuple):
+    """The loss, as in ops.cross_entropy_statistics."""
+
+    vocab_size: int
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    vocab_start: int = 0
+
+
+@dataclass
+class _Gradients:
+    """Sums over the chunks; None where not wanted."""
+
+    dhidden: torch.Tensor | None
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+    started: bool = False  # the sums of dweight and dbias hold something
+
+
+def _as_cast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The operands have been cast by now: autocast must not cast sums and products in float32 once more."""
+
+    @wraps(method)
+    def without_autocast(self: "TiledHead", *args: Any) -> Any:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return method(self, *args)
+
+    return without_autocast
+
+
+@dataclass
+class TiledHead:
+    """A head (of one shard of the vocabulary) and its loss.
+
+    Args:
+        hidden: [n, H]; this rank's tokens, in the dtype that the operands of the products are rounded to.
+        weight: [V, H]; any float dtype.
+        bias: [V] or None.
+        target: [num_blocks n] int64; of all tokens, rank by rank. Not checked.
+        terms: of the loss; words from terms.vocab_size on are padding, and no product is made for them.
+        chunk_tokens: tokens of a tile; None: by the size of a tile.
+        exchange: of the shards.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    target: torch.Tensor
+    terms: LossTerms
+    chunk_tokens: int | None = None
+    exchange: Exchange = field(default_factory=Exchange)
+
+    def __post_init__(self) -> None:
+        self.num_words = max(0, min(self.weight.shape[0], self.terms.vocab_size - self.terms.vocab_start))
+        self.product_dtype = product_dtype(self.hidden)
+        # By the rows of the weight, padding among them: every shard must make the same chunks.
+        tokens, self.words_per_block = tile_shape(
+            len(self.target), self.weight.shape[0], self.hidden.dtype, self.product_dtype, self.hidden.device.type,
+            self.chunk_tokens,
+        )  # fmt: skip
+        self.rows_per_chunk = max(1, tokens // self.exchange.num_blocks)
+
+    # ---- The three passes ------------------------------------------------------------------------------------------
+
+    @_as_cast
+    def losses(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, lse), each [num_blocks n] float32 (float64); one product."""
+        loss, lse = self._per_token(), self._per_token()
+        waiting: tuple[slice, Pending] | None = None
+        for rows, x in self._chunks():
+            stats = self._statistics(x, self._of(self.target, rows))
+            # Merged one chunk later: the exchange hides under the product of the next chunk.
+            if waiting:
+                self._merge(*waiting, loss, lse)
+            waiting = rows, self.exchange.start_statistics(stats)
+        if waiting:
+            self._merge(*waiting, loss, lse)
+        return loss.flatten(), lse.flatten()
+
+    @_as_cast
+    def gradients(self, grad_loss: torch.Tensor, lse: torch.Tensor, needs: list[bool]) -> list[torch.Tensor | None]:
+        """Of hidden, weight and bias, each in its dtype, None where not needed; three products."""
+        single = self.hidden.shape[0] <= self.rows_per_chunk
+        sums = self._new_sums(needs, self.hidden.dtype, wide_weight=not single)
+        for rows, x in self._chunks():
+            target, g, z = (self._of(y, rows) for y in (self.target, grad_loss, lse))
+            dx: Pending | None = None
+            partial = None
+            for words in self._blocks():
+                dlogits = self._gradient_(self._logits(x, words), target, g, z, words)
+                if needs[0]:
+                    partial = self._add_dx(partial, dlogits, words)
+                    if words.stop == self.num_words:  # whole: its exchange hides under the product for dw
+                        dx = self.exchange.start_dhidden(partial)
+                self._add_dw(sums, dlogits, x, words)
+            sums.started = True
+            if dx is not None and sums.dhidden is not None:
+                sums.dhidden[rows].copy_(dx())
+        return self._finished(sums)
+
+    @_as_cast
+    def losses_and_gradients(
+        self, grad_loss: torch.Tensor, needs: list[bool]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+        """(loss, lse, gradients in float32) for one upstream gradient [] of all tokens; three products in all.
+
+        For one device, and tiles that have all words.
+        """
+        assert self.has_all_words
+        loss, lse = self._per_token(), self._per_token()
+        sums = self._new_sums(needs, torch.float32, wide_weight=True)
+        words = slice(0, self.num_words)
+        for rows, x in self._chunks():
+            target = self._of(self.target, rows)
+            logits = self._logits(x, words)
+            stats = self._tile_statistics(logits, target, words)
+            self._merge(rows, self.exchange.start_statistics(stats), loss, lse)
+            dlogits = self._gradient_(logits, target, grad_loss.expand(len(target)), self._of(lse, rows), words)
+            if sums.dhidden is not None:
+                _add_product(sums.dhidden[rows], dlogits, self._weight(words), first=True)
+            self._add_dw(sums, dlogits, x, words)
+            sums.started = True
+        return loss.flatten(), lse.flatten(), [sums.dhidden, *self._sums_of_parameters(sums)]
+
+    @property
+    def has_all_words(self) -> bool:
+        """Whether a tile has all words."""
+        return self.words_per_block >= self.num_words
+
+    # ---- Tiles -----------------------------------------------------------------------------------------------------
+
+    def _chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """This rank's rows of each chunk, and the chunk's hidden; that of the next one is under way by then."""
+        num_rows = self.hidden.shape[0]
+        chunks = [slice(a, min(a + self.rows_per_chunk, num_rows)) for a in range(0, num_rows, self.rows_per_chunk)]
+        waiting = self.exchange.start_hidden(self.hidden[chunks[0]]) if chunks else None
+        for i, rows in enumerate(chunks):
+            assert waiting is not None
+            x = waiting()
+            if i + 1 < len(chunks):
+                waiting = self.exchange.start_hidden(self.hidden[chunks[i + 1]])
+            yield rows, x.to(self.product_dtype)
+
+    def _blocks(self) -> list[slice]:
+        """Blocks of words; one that is empty for a shard of padding alone."""
+        step = max(1, self.words_per_block)
+        starts = range(0, max(1, self.num_words), step)
+        return [slice(a, min(a + step, self.num_words)) for a in starts]
+
+    def _of(self, per_token: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The tokens of a chunk, from something about all of them."""
+        return per_token.view(self.exchange.num_blocks, -1)[:, rows].reshape(-1)
+
+    def _per_token(self) -> torch.Tensor:
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        return self.hidden.new_empty((self.exchange.num_blocks, self.hidden.shape[0]), dtype=wide)
+
+    @cached_property
+    def _buffer(self) -> torch.Tensor:
+        columns = -(-min(self.words_per_block, self.num_words) // _ALIGNMENT) * _ALIGNMENT
+        rows = min(self.rows_per_chunk, self.hidden.shape[0]) * self.exchange.num_blocks
+        return self.hidden.new_empty((rows, columns), dtype=self.product_dtype)
+
+    @cached_property
+    def _whole_weight(self) -> torch.Tensor:
+        return self._cast(self.weight[: self.num_words])
+
+    def _weight(self, words: slice) -> torch.Tensor:
+        # Where there are several blocks each is cast when it is used: the weight never exists twice.
+        return self._whole_weight if self.has_all_words else self._cast(self.weight[words])
+
+    def _cast(self, parameter: torch.Tensor) -> torch.Tensor:
+        return parameter.to(self.hidden.dtype).to(self.product_dtype)
+
+    def _logits(self, x: torch.Tensor, words: slice) -> torch.Tensor:
+        logits = self._buffer[: x.shape[0], : words.stop - words.start]
+        if self.bias is None:
+            return torch.mm(x, self._weight(words).t(), out=logits)
+        return torch.addmm(self._cast(self.bias[words]), x, self._weight(words).t(), out=logits)
+
+    # ---- The loss of a tile ----------------------------------------------------------------------------------------
+
+    def _shard(self, words: slice) -> dict[str, Any]:
+        """A block of words is to the loss what a shard of the vocabulary is."""
+        terms = self.terms
+        return {
+            "vocab_start": terms.vocab_start + words.start, "vocab_size": terms.vocab_size,
+            "ignore_index": terms.ignore_index, "label_smoothing": terms.label_smoothing, "softcap": terms.softcap,
+        }  # fmt: skip
+
+    def _tile_statistics(self, logits: torch.Tensor, target: torch.Tensor, words: slice) -> torch.Tensor:
+        return cross_entropy_statistics(logits, target, check_target=False, **self._shard(words))
+
+    def _statistics(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """(lse, linear) [t, 2] over all words of this shard."""
+        blocks = [self._tile_statistics(self._logits(x, words), target, words) for words in self._blocks()]
+        if len(blocks) == 1:
+            return blocks[0]
+        lse, linear = torch.stack(blocks).unbind(2)
+        return torch.stack((lse.logsumexp(0), linear.sum(0)), dim=1)
+
+    def _merge(self, rows: slice, stats: Pending, loss: torch.Tensor, lse: torch.Tensor) -> None:
+        terms = self.terms
+        target = self._of(self.target, rows)
+        merged = cross_entropy_merge(stats(), target, ignore_index=terms.ignore_index, z_loss=terms.z_loss)
+        for whole, chunk in zip((loss, lse), merged, strict=True):
+            whole[:, rows] = chunk.view(self.exchange.num_blocks, -1)
+
+    def _gradient_(
+        self, logits: torch.Tensor, target: torch.Tensor, grad_loss: torch.Tensor, lse: torch.Tensor, words: slice
+    ) -> torch.Tensor:
+        return cross_entropy_gradient_(
+            grad_loss, logits, target, lse, z_loss=self.terms.z_loss, **self._shard(words)
+        )  # fmt: skip
+
+    # ---- Gradients -------------------------------------------------------------------------------------------------
+
+    def _new_sums(self, needs: list[bool], hidden_dtype: torch.dtype, *, wide_weight: bool) -> _Gradients:
+        """Sums over several chunks are float32; a single product is rounded on its way out."""
+        needs_dhidden, needs_dweight, needs_dbias = needs
+        dhidden = dweight = dbias = None
+        if needs_dhidden:
+            dhidden = self.hidden.new_empty(self.hidden.shape, dtype=hidden_dtype)
+        if needs_dweight:
+            dtype = torch.promote_types(self.weight.dtype, torch.float32) if wide_weight else self.weight.dtype
+            dweight = self.weight.new_empty(self.weight.shape, dtype=dtype)
+        if needs_dbias and self.bias is not None:
+            dbias = self.bias.new_empty(self.bias.shape, dtype=torch.promote_types(self.bias.dtype, torch.float32))
+        return _Gradients(dhidden, dweight, dbias)
+
+    def _add_dx(self, partial: torch.Tensor | None, dlogits: torch.Tensor, words: slice) -> torch.Tensor:
+        first = partial is None
+        if partial is None:
+            wide = torch.promote_types(self.product_dtype, torch.float32)
+            dtype = self.product_dtype if self.has_all_words else wide
+            partial = self.hidden.new_empty((dlogits.shape[0], self.hidden.shape[1]), dtype=dtype)
+        _add_product(partial, dlogits, self._weight(words), first=first)
+        return partial
+
+    def _add_dw(self, sums: _Gradients, dlogits: torch.Tensor, x: torch.Tensor, words: slice) -> None:
+        if sums.dweight is not None:
+            _add_product(sums.dweight[words], dlogits.t(), x, first=not sums.started)
+        if sums.dbias is not None:
+            total = dlogits.sum(0, dtype=sums.dbias.dtype)
+            sums.dbias[words].copy_(total) if not sums.started else sums.dbias[words].add_(total)
+
+    def _sums_of_parameters(self, sums: _Gradients) -> list[torch.Tensor | None]:
+        for total in (sums.dweight, sums.dbias):
+            if total is not None:
+                total[self.num_words if sums.started else 0 :].zero_()  # padding; or there were no tokens
+        return [sums.dweight, sums.dbias]
+
+    def _finished(self, sums: _Gradients) -> list[torch.Tensor | None]:
+        dweight, dbias = self._sums_of_parameters(sums)
+        if dweight is not None:
+            dweight = dweight.to(self.weight.dtype)
+        if dbias is not None and self.bias is not None:
+            dbias = dbias.to(self.bias.dtype)
+        return [sums.dhidden, dweight, dbias]
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """total = a @ b for the first, total += a @ b for the others, summed in the dtype of total."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        out: Any = {"out_dtype": torch.float32, "out": total}
+        torch.mm(a, b, **out) if first else torch.addmm(total, a, b, **out)
+    else:
+        product = torch.mm(a, b)
+        total.copy_(product) if first else total.add_(product)
+
+
+def product_dtype(operand: torch.Tensor) -> torch.dtype:
+    """The dtype that products of 16-bit operands are made in.
+
+    On a GPU, and on a CPU with matrix units for it, that of the operands. Other CPUs multiply float32 at least as fast
+    as 16-bit numbers, so the operands are widened tile by tile, and neither logits nor partial sums are rounded.
+    """
+    dtype = operand.dtype
+    native = operand.device.type != "cpu" or dtype.itemsize != 2 or _CPU_HAS_MATRIX_UNITS[dtype]
+    return dtype if native else torch.float32
+
+
+def tile_shape(
+    num_tokens: int, num_words: int, dtype: torch.dtype, product: torch.dtype, device: str, chunk_tokens: int | None
+) -> tuple[int, int]:
+    """(tokens, words) of a tile: chunks of tokens by all words or, where operands are cast, both cut."""
+    if dtype == product:
+        row_bytes = max(1, num_words) * product.itemsize
+        tokens = chunk_tokens or _even_share(num_tokens, _TILE_BYTES["cpu" if device == "cpu" else "gpu"] // row_bytes)
+        return tokens, max(1, num_words)
+    tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
+    return tokens, _even_share(num_words, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))
+
+
+def fits_one_pass(hidden: torch.Tensor, num_words: int, chunk_tokens: int | None) -> bool:
+    """Whether the tiles of a head on one device have all words, so that losses_and_gradients can be asked."""
+    tokens, product = hidden.shape[0], product_dtype(hidden)
+    return tile_shape(tokens, num_words, hidden.dtype, product, hidden.device.type, chunk_tokens)[1] >= num_words
+
+
+def _even_share(total: int, most: int) -> int:
+    """A part of about the same size for each, at most `most` (and at least the alignment), in whole alignments."""
+    most = max(_ALIGNMENT, most // _ALIGNMENT * _ALIGNMENT)
+    num_parts = max(1, -(-total // most))
+    return min(most, -(-max(1, total) // num_parts // _ALIGNMENT) * _ALIGNMENT) if num_parts > 1 else max(1, total)

@@ -1,0 +1,190 @@
+"""Which kernels the audit looks at: one function an op. To add an op, write its function and name it in OPS."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fused_megatron import ops
+
+TOKENS = 8192
+MULTIPROCESSORS = 132  # of an H100
+HIDDEN = (1024, 4096, 8192, 16384)
+VOCAB = (32768, 131072, 262144)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BAR = 1.02  # bytes issued over the bytes that must move
+
+Tensors = Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One direction of an op: `run` it, and it must read `reads` once and write `writes` once."""
+
+    name: str
+    run: Callable[[], Any]
+    reads: Tensors
+    writes: Tensors
+    bar: float = BAR
+
+    @property
+    def bound_bytes(self) -> int:
+        """The bytes that must move."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.reads, *self.writes))
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the audit.
+
+    Attributes:
+        steps: (rows, width, dtype) to the directions, forward first; nothing runs before Step.run does.
+        widths: the named shapes.
+        rows: tokens that are counted; Triton kernels, whose rows are alike, are counted over a few.
+        language: "cuda" or "triton".
+        known: (step, width, dtype) to why a bar is broken there.
+    """
+
+    steps: Callable[[int, int, torch.dtype], list[Step]]
+    widths: tuple[int, ...]
+    rows: int = TOKENS
+    language: str = "cuda"
+    known: dict[tuple[str, int, str], str] = field(default_factory=dict)
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
+    # Never filled: pages that no kernel touches cost nothing, and no count depends on a value.
+    return torch.empty(shape, dtype=dtype).requires_grad_(grad)
+
+
+def _both(
+    run: Callable[[], Any], leaves: Tensors, forward: tuple[Tensors, Tensors], backward: tuple[Tensors, Tensors],
+    dy: torch.Tensor, backward_bar: float = BAR,
+) -> list[Step]:  # fmt: skip
+    """Forward and backward of an op through autograd."""
+    results: list[Any] = []
+
+    def run_forward() -> None:
+        y = run()
+        results[:] = [y[0] if isinstance(y, tuple) else y]
+
+    def run_backward() -> None:
+        torch.autograd.grad(results[0], list(leaves), dy)
+
+    return [Step("forward", run_forward, *forward), Step("backward", run_backward, *backward, backward_bar)]
+
+
+def _bias_gelu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, bias, y = _new(rows, width, dtype=dtype), _new(width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    return _both(lambda: ops.bias_gelu(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
+
+
+def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
+    def steps(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+        op = getattr(ops, name)
+        x, bias = _new(rows, 2 * width, dtype=dtype), _new(2 * width, dtype=dtype)
+        y = _new(rows, width, dtype=dtype, grad=False)
+        return _both(lambda: op(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
+
+    return steps
+
+
+# Partial sums of the parameters' gradients may take 2% beside the 2% that everything may.
+_NORM_BACKWARD_BAR = 1.04
+
+
+def _layer_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    weight, bias, statistic = _new(width, dtype=dtype), _new(width, dtype=dtype), _new(rows)
+    forward = (x, weight, bias), (y, statistic, statistic)
+    backward = (y, x, weight, statistic, statistic), (x, weight, bias)
+    return _both(
+        lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y, _NORM_BACKWARD_BAR
+    )
+
+
+def _rms_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    weight, statistic = _new(width, dtype=dtype), _new(rows)
+    forward, backward = ((x, weight), (y, statistic)), ((y, x, weight, statistic), (x, weight))
+    return _both(lambda: ops.rms_norm(x, weight), (x, weight), forward, backward, y, _NORM_BACKWARD_BAR)
+
+
+def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, residual = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype)
+    weight, statistic, y = _new(width, dtype=dtype), _new(rows), _new(rows, width, dtype=dtype, grad=False)
+    results: list[torch.Tensor] = []
+
+    def forward() -> None:
+        results[:] = ops.rms_norm(x, weight, residual=residual)
+
+    def backward() -> None:
+        torch.autograd.grad(results, [x, weight, residual], [y, y])
+
+    # x and residual have the same gradient in the same dtype, which is written once.
+    return [
+        Step("forward", forward, (x, residual, weight), (y, y, statistic)),
+        Step("backward", backward, (y, y, x, weight, statistic), (x, weight), _NORM_BACKWARD_BAR),
+    ]
+
+
+def _bias_dropout_add(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, residual, bias = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype), _new(width, dtype=dtype)
+    y, state = _new(rows, width, dtype=dtype, grad=False), torch.tensor([1, 2])
+    return _both(
+        lambda: ops.bias_dropout_add(x, bias, residual, 0.1, rng_state=state),
+        (x, bias, residual), ((x, bias, residual), (y,)), ((y,), (x, bias)), y,
+    )  # fmt: skip
+
+
+_HEAD_DIM = 128
+
+
+def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    heads = width // _HEAD_DIM
+    q, k = (_new(rows, 1, n, _HEAD_DIM, dtype=dtype) for n in (heads, max(1, heads // 4)))
+    cos, sin = (_new(rows, _HEAD_DIM // 2, grad=False) for _ in range(2))
+    results: list[torch.Tensor] = []
+
+    def forward() -> None:
+        results[:] = ops.rotary_embedding(q, k, cos, sin)
+
+    def backward() -> None:
+        torch.autograd.grad(results, [q, k], [q.detach(), k.detach()])
+
+    return [Step("forward", forward, (q, k, cos, sin), (q, k)), Step("backward", backward, (q, k, cos, sin), (q, k))]
+
+
+def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    logits, target = _new(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    per_token, upstream = _new(rows), torch.ones(rows)
+    return _both(
+        lambda: ops.cross_entropy(logits, target, reduction="none").float(),
+        (logits,), ((logits, target), (per_token, per_token)),
+        ((logits, target, per_token, per_token), (logits,)), upstream,
+    )  # fmt: skip
+
+
+def _scaled_masked_softmax(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    return _both(lambda: ops.scaled_masked_softmax(x, scale=0.1), (x,), ((x,), (y,)), ((y, y), (x,)), y)
+
+
+OPS: dict[str, Op] = {
+    "bias_dropout_add": Op(_bias_dropout_add, HIDDEN),
+    "bias_geglu": Op(_gated("bias_geglu"), HIDDEN),
+    "bias_gelu": Op(_bias_gelu, HIDDEN),
+    "bias_swiglu": Op(_gated("bias_swiglu"), HIDDEN),
+    "layer_norm": Op(_layer_norm, HIDDEN),
+    "rms_norm": Op(_rms_norm, HIDDEN),
+    "rms_norm, residual": Op(_rms_norm_residual, HIDDEN),
+    "rotary_embedding": Op(_rotary_embedding, HIDDEN),
+    "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton"),
+    "scaled_masked_softmax": Op(_scaled_masked_softmax, HIDDEN, rows=16, language="triton"),
+}
+
+
+def source_of(op: str) -> str:
+    """The stem of the op's files."""
+    return op.partition(",")[0]

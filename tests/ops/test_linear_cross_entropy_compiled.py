@@ -1,0 +1,90 @@
+"""linear_cross_entropy under torch.compile, fake tensors and opcheck; what it keeps in memory."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import fused_megatron as fm
+from fused_megatron.ops import linear_cross_entropy as registers  # noqa: F401
+
+_ops = torch.ops.fused_megatron
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def operands(dtype: torch.dtype, bias: bool = True) -> tuple[list[Any], torch.Tensor]:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8).to(dtype), torch.randn(20, 8).to(dtype)
+    inputs = [hidden, weight, torch.randn(20).to(dtype) if bias else None]
+    return [x if x is None else x.requires_grad_() for x in inputs], torch.randint(0, 20, (9,))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compile_as_one_graph(dtype: torch.dtype, reduction: str) -> None:
+    inputs, target = operands(dtype)
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        loss = fm.ops.linear_cross_entropy(
+            hidden * 2, weight, target, bias=bias, reduction=reduction, label_smoothing=0.1, chunk_tokens=4
+        )
+        return (loss * 0.7).float().sum()
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = call(*inputs)
+        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
+    inputs, target = operands(dtype, bias)
+    head = (*(x if x is None else x.detach() for x in inputs), target, 20, -100, 0.1, 1e-3, None, 4)
+    needs = [True, True, bias]
+    per_token = torch.rand(9)
+    # Neither differentiates by itself: the autograd functions around them do.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(_ops.linear_cross_entropy_losses.default, head, test_utils=checks)
+    torch.library.opcheck(
+        _ops.linear_cross_entropy_gradients.default, (per_token, per_token + 3, needs, *head), test_utils=checks
+    )
+    one_pass = _ops.linear_cross_entropy_losses_and_gradients.default
+    if dtype == torch.float32:
+        torch.library.opcheck(one_pass, (torch.ones(()), needs, *head), test_utils=checks)
+
+
+_PEAK = """
+import sys, torch
+import torch.nn.functional as F
+import fused_megatron as fm
+def kib(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+dtype = getattr(torch, sys.argv[2])
+def loss_of(hidden, weight, target):
+    if sys.argv[1] == "ours":
+        return fm.ops.linear_cross_entropy(hidden, weight, target)
+    return F.cross_entropy(F.linear(hidden, weight), target)
+def step(tokens, words):
+    hidden = torch.ones(tokens, 64, dtype=dtype, requires_grad=True)
+    weight = torch.ones(words, 64, dtype=dtype, requires_grad=True)
+    loss_of(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
+step(64, 512)  # libraries
+before = kib("VmRSS:")
+step(4096, 16384)
+print(kib("VmHWM:") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_is_below_an_eighth_of_eager(dtype: str) -> None:
+    peaks = {}
+    for side in ("ours", "eager"):
+        command = [sys.executable, "-c", _PEAK, side, dtype]
+        peaks[side] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert peaks["ours"] < peaks["eager"] / 6, peaks

@@ -1,0 +1,31 @@
+"""The reference bias_swiglu: what machines without the compiled library run."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_megatron.reference import bias_swiglu as reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_forward_and_backward_equal_torch(has_bias, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(3, 4, width, generator=generator).to(dtype) for width in (10, 5))
+    bias = torch.randn(10, generator=generator).to(dtype) if has_bias else None
+    leaves = [t.double().requires_grad_() for t in (x, bias) if t is not None]
+    gate, value = sum(leaves).chunk(2, -1)
+    exact_y = F.silu(gate) * value
+    exact = torch.autograd.grad(exact_y, leaves, dy.double())
+    y = reference.bias_swiglu_forward(x, bias)
+    grads = reference.bias_swiglu_backward(dy, x, bias, True, has_bias)
+    tolerance = {"rtol": 8e-3, "atol": 8e-3} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(y.double(), exact_y, **tolerance)
+    for grad, want in zip([g for g in grads if g.numel()], exact, strict=True):
+        assert grad.dtype == dtype
+        torch.testing.assert_close(grad.double(), want, **tolerance)
+
+
+def test_what_is_not_needed_is_empty():
+    x, bias = torch.randn(3, 6), torch.randn(6)
+    assert all(g.numel() == 0 for g in reference.bias_swiglu_backward(x[:, :3], x, bias, False, False))

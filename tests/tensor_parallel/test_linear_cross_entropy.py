@@ -1,0 +1,200 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.ops import linear_cross_entropy_tiles as tiles
+from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
+from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+
+S, B, H = 8, 3, 20
+
+
+def problem(vocab, padded, dtype, bias):
+    """hidden, weight, bias, target, gradient of the losses; the same on every rank."""
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(S, B, H, generator=generator).to(dtype)
+    weight = (torch.randn(padded, H, generator=generator) * 0.5).to(dtype)
+    bias = torch.randn(padded, generator=generator).to(dtype) if bias else None
+    target = torch.randint(0, vocab, (S, B), generator=generator)
+    target[0, :2] = torch.tensor([0, vocab - 1])
+    target[2, 1] = target[7, 0] = target[7, 1] = -100  # a mask that is uneven over the sequence
+    return hidden, weight, bias, target, torch.randn(S, B, generator=generator)
+
+
+def by_torch(hidden, weight, bias, target, d_loss, dtype, vocab, smoothing, z_loss):
+    """Losses and gradients of whole logits, by torch's own ops on one rank."""
+    leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
+    logits = F.linear(*leaves).flatten(0, 1)[:, :vocab]
+    ids = target.flatten()
+    loss = F.cross_entropy(logits, ids, reduction="none", label_smoothing=smoothing)
+    loss = loss + z_loss * torch.logsumexp(logits, -1).square() * (ids != -100)
+    gradients = torch.autograd.grad(loss, leaves, d_loss.flatten().to(dtype))
+    return loss.detach().view(S, B), *gradients
+
+
+class Recorded(record_collectives):
+    """And the products, whose results are written into buffers here."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.order.append("mm")
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def expected_order(ranks, sequence_parallel, chunks):
+    """Each collective stands before the product that hides it."""
+    gather, reduce = ["all_gather"], ["reduce_scatter" if sequence_parallel else "all_reduce"]
+    hidden = gather if sequence_parallel else []  # of the next chunk's tokens
+    stats = gather
+    forward, backward = list(hidden), list(hidden)
+    for chunk in range(chunks):
+        following = hidden if chunk + 1 < chunks else []
+        forward += [*following, "mm", *stats]
+        backward += [*following, "mm", "mm", *reduce, "mm"]  # logits, dx, dw
+    if ranks > 1:
+        return forward, backward
+    return ["mm"] * chunks, ["mm"] * 3 * chunks
+
+
+def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens):
+    group = dist.group.WORLD if ranks > 1 else None
+    sequence_parallel = sequence_parallel and ranks > 1
+    full = problem(vocab, padded, dtype, bias)
+    hidden, weight, bias, target, d_loss = full
+    mine = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
+    own = slice(rank * S // ranks, (rank + 1) * S // ranks) if sequence_parallel else slice(None)
+    if chunk_tokens == "by bytes":  # of the shard, also where it is all padding: every rank must make the same chunks
+        tiles._ALIGNMENT, tiles._TILE_BYTES = 4, {"cpu": 9 * padded // ranks * 4}
+    # Padding must not be read: a NaN there would spread.
+    shards = [x.clone() for x in (weight, bias) if x is not None]
+    for x in shards:
+        x[vocab:] = torch.nan
+    leaves = [x.requires_grad_() for x in (hidden[own].clone(), *(x[mine].clone() for x in shards))]
+    before = [x.detach().clone() for x in leaves]
+    with Recorded() as forward:
+        loss = vocab_parallel_linear_cross_entropy(
+            leaves[0], leaves[1], target, tp_group=group, vocab_size=vocab, padded_vocab_size=padded,
+            bias_shard=leaves[2] if bias is not None else None, label_smoothing=smoothing, z_loss=z_loss,
+            sequence_parallel=sequence_parallel, chunk_tokens=None if chunk_tokens == "by bytes" else chunk_tokens,
+        )  # fmt: skip
+    with Recorded() as backward:
+        gradients = torch.autograd.grad(loss, leaves, d_loss)
+    assert loss.dtype == torch.float32
+    assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(leaves, before, strict=True))
+
+    chunks = 3 if chunk_tokens == "by bytes" else -(-S * B // (chunk_tokens or S * B))
+    assert (forward.order, backward.order) == expected_order(ranks, sequence_parallel, chunks)
+    if ranks > 1:  # 2 float32 a token; and hidden, in the dtype of hidden
+        assert forward.elements["all_gather"] == 2 * S * B + sequence_parallel * S * B // ranks * H
+        reduction = "reduce_scatter" if sequence_parallel else "all_reduce"
+        assert backward.elements[reduction] == S * B * H
+        assert backward.elements["all_gather"] == sequence_parallel * S * B // ranks * H
+
+    exact = by_torch(*full, torch.float64, vocab, smoothing, z_loss)
+    rough = by_torch(*full, dtype, vocab, smoothing, z_loss)
+    assert_close("loss", loss.detach(), exact[0])
+    names, cuts = ("dhidden", "dweight", "dbias"), (own, mine, mine)
+    for name, gradient, right, their, cut in zip(names, gradients, exact[1:], rough[1:], cuts, strict=False):
+        assert gradient.dtype == dtype
+        assert_close(name, gradient, right[cut], their[cut], ranks=ranks)
+    return loss.detach()
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_losses_and_gradients(ranks, sequence_parallel):
+    if sequence_parallel and ranks == 1:
+        pytest.skip("nothing to shard")
+    # 33 of 64 words on 4 ranks: the last rank has nothing but padding. Chunks of 12 of 24 tokens; of 8 and the last
+    # smaller with one row a rank under 4-way sequence parallelism; whole.
+    for vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens in [
+        (64, 64, 0.0, 0.0, torch.float32, True, 12),
+        (53, 64, 0.1, 1e-2, torch.float32, False, 8),
+        (33, 64, 0.3, 0.0, torch.float32, True, None),
+        (33, 64, 0.1, 1e-3, torch.bfloat16, True, 12),
+        (33, 64, 0.0, 0.0, torch.float32, False, "by bytes"),
+    ]:
+        losses = run_on_ranks(
+            head_case, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens
+        )
+        assert all(torch.equal(loss, losses[0]) for loss in losses)
+
+
+def frozen_case(rank, ranks):
+    hidden, weight, _, target, d_loss = problem(64, 64, torch.float32, False)
+    options = {"tp_group": dist.group.WORLD, "vocab_size": 64, "chunk_tokens": 12}
+    mine = weight.chunk(ranks)[rank].clone().requires_grad_()
+    with record_collectives() as seen:
+        loss = vocab_parallel_linear_cross_entropy(hidden, mine, target, **options)
+        (gradient,) = torch.autograd.grad(loss, mine, d_loss)
+    assert seen.counts == {"all_gather": 2}  # hidden has no gradient, and nothing is reduced
+    leaf = hidden.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = vocab_parallel_linear_cross_entropy(leaf, mine, target, **options)
+    assert cast.dtype == torch.float32
+    with record_collectives() as seen:
+        d_hidden, d_weight = torch.autograd.grad(cast, (leaf, mine), d_loss)
+    assert d_hidden.dtype == d_weight.dtype == torch.float32 and seen.counts == {"all_reduce": 2}
+    exact = by_torch(hidden, weight, None, target, d_loss, torch.float64, 64, 0.0, 0.0)
+    assert_close("dweight", gradient, exact[2].chunk(ranks)[rank])
+    # bfloat16 has 8 bits, of the operands and of the partial sums of dhidden.
+    torch.testing.assert_close(d_hidden.double(), exact[1], rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(d_weight.double(), exact[2].chunk(ranks)[rank], rtol=2e-2, atol=2e-2)
+    again = vocab_parallel_linear_cross_entropy(leaf, mine, target, **options)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(again.sum(), leaf, create_graph=True)
+    return True
+
+
+def test_frozen_hidden_and_autocast():
+    assert all(run_on_ranks(frozen_case, 2))
+
+
+def double_case(rank, ranks):
+    hidden, weight, bias, target, d_loss = problem(53, 64, torch.float64, True)
+    leaves = [hidden.requires_grad_(), *(x.chunk(ranks)[rank].clone().requires_grad_() for x in (weight, bias))]
+    loss = vocab_parallel_linear_cross_entropy(
+        *leaves[:2], target, tp_group=dist.group.WORLD, vocab_size=53, bias_shard=leaves[2], z_loss=1e-2
+    )
+    gradients = torch.autograd.grad(loss, leaves, d_loss.double())
+    exact = by_torch(hidden.detach(), weight, bias, target, d_loss, torch.float64, 53, 0.0, 1e-2)
+    own = [lambda x: x, *[lambda x: x.chunk(ranks)[rank]] * 2]
+    for our, right, cut in zip((loss.detach(), *gradients), exact, [lambda x: x, *own], strict=True):
+        torch.testing.assert_close(our, cut(right), rtol=1e-10, atol=1e-12)
+    return True
+
+
+def test_float64():
+    assert all(run_on_ranks(double_case, 2))
+
+
+def errors(rank, ranks):
+    hidden, weight, target = torch.randn(4, 3, H), torch.randn(32, H), torch.ones(4, 3, dtype=torch.int64)
+    found = []
+    for change in [
+        {"weight_shard": torch.randn(64, H)},
+        {"weight_shard": torch.randn(16, H)},
+        {"padded_vocab_size": 128},
+        {"sequence_parallel": True},
+        {"target": target + 59 * (target.cumsum(1) == 3)},
+        {"bias_shard": torch.randn(64)},
+    ]:
+        arguments = {"hidden": hidden, "weight_shard": weight, "target": target, **change}
+        with pytest.raises(InputError) as info, record_collectives() as seen:
+            vocab_parallel_linear_cross_entropy(**arguments, tp_group=dist.group.WORLD, vocab_size=60)
+        assert not seen.counts
+        found.append(str(info.value))
+    return found
+
+
+def test_errors_on_every_rank():
+    for found in run_on_ranks(errors, 2):
+        assert "pass this rank's rows, not the whole weight" in found[0]
+        assert found[1] == "weight_shard.shape[0]=16 x tensor_parallel_size=2 must be at least vocab_size=60"
+        assert "must equal padded_vocab_size=128" in found[2]
+        assert found[3] == "target.shape=(4, 3) must be (8, 3)"
+        assert "target[2]=60 must be in [0, 60)" in found[4]
+        assert found[5] == "bias.shape=(64,) must be (32,)"
