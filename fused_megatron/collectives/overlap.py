@@ -75,7 +75,7 @@ class ChunkChoice:
     def for_reduction(self, x: torch.Tensor, out_features: int, group: Group, hidden_products: int = 1) -> int:
         """Chunks of x [.., I] @ [I, O] whose result is summed over the ranks (or scattered as it is summed)."""
         return self._choose(
-            x, x.numel() * out_features, x.numel() // x.shape[-1] * out_features, group, hidden_products
+            x, x.numel() * out_features, x.numel() // max(1, x.shape[-1]) * out_features, group, hidden_products
         )
 
     def for_gather(self, x: torch.Tensor, out_features: int, group: Group) -> int:
@@ -83,6 +83,10 @@ class ChunkChoice:
         ranks = group_size(group)
         # An all-gather is half of an all-reduce, whose speed was measured.
         return self._choose(x, ranks * x.numel() * out_features, ranks * x.numel() // 2, group, 1)
+
+    def for_mlp(self, x: torch.Tensor, multiply_adds: int, group: Group, hidden_products: int) -> int:
+        """Chunks of rows that go through both products of an MLP before their sum over the ranks."""
+        return self._choose(x, multiply_adds, x.numel(), group, hidden_products)
 
     def _choose(self, x: torch.Tensor, multiply_adds: int, elements: int, group: Group, hidden_products: int) -> int:
         if group_size(group) == 1 or x.numel() == 0:

@@ -73,6 +73,12 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
     return Transfer(work, [source, shard])
 
 
+def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
+    """Sum blocks [R, n, ..] over the ranks and keep this rank's in shard [n, ..]; both contiguous."""
+    work = dist.reduce_scatter_single(shard.view(-1), blocks.view(-1), group=group, async_op=True)
+    return Transfer(work, [blocks, shard])
+
+
 def own_block(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
     """This rank's block [.., n / R, ..] of dim, a view; no communication."""
     ranks = group_size(group)
