@@ -86,15 +86,17 @@ def collectives_of(group: Group, sequence_parallel: bool) -> Callable[[], None]:
     return step
 
 
-def median_ms(step: Callable[[], None], rounds: int) -> float:
-    times = []
-    step()
-    for _ in range(rounds):
-        dist.barrier()
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """By name; one of each in turn, so that a busy moment of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            if i > 0:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
@@ -103,20 +105,22 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     timeout = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
     rows = {False: SEQUENCE, True: SEQUENCE // RANKS}
-    compute_ms = median_ms(step_of(MLP(FFN // RANKS, None, False, False, False), SEQUENCE), options.rounds)
     for mbit_per_s in options.rates:
         if rank == 0:
             set_rate(mbit_per_s)
         dist.barrier()
         overlap_costs.cache_clear()
         for sequence_parallel in (False, True) if options.sequence_parallel is None else (options.sequence_parallel,):
-            steps = {"communication": collectives_of(dist.group.WORLD, sequence_parallel)}
+            steps = {
+                "compute": step_of(MLP(FFN // RANKS, None, False, False, False), SEQUENCE),
+                "communication": collectives_of(dist.group.WORLD, sequence_parallel),
+            }
             for name, (overlap, fused) in ways(options.chunks).items():
                 model = MLP(FFN, dist.group.WORLD, sequence_parallel, overlap, fused)
                 steps[name] = step_of(model, rows[sequence_parallel])
-            ms = {name: median_ms(step, options.rounds) for name, step in steps.items()}
+            ms = median_ms(steps, options.rounds)
             if rank == 0:
-                print_row(mbit_per_s, "TP + SP" if sequence_parallel else "TP", compute_ms, ms)
+                print_row(mbit_per_s, "TP + SP" if sequence_parallel else "TP", ms)
     dist.destroy_process_group()
 
 
@@ -126,10 +130,11 @@ def ways(chunks: list[int]) -> dict[str, tuple[bool | int, bool]]:
     return {"no overlap": (False, False), "by layer": (True, False), "parallel_mlp": (True, True), **fixed}
 
 
-def print_row(mbit_per_s: int, layout: str, compute_ms: float, ms: dict[str, float]) -> None:
-    bound = max(compute_ms, ms["communication"])
-    cells = [f"{value:.0f} ({value / bound:.2f})" for name, value in ms.items() if name != "communication"]
-    print("|", " | ".join([str(mbit_per_s), layout, f"{compute_ms:.0f}", f"{ms['communication']:.0f}", *cells]), "|")
+def print_row(mbit_per_s: int, layout: str, ms: dict[str, float]) -> None:
+    compute_ms, communication_ms, *others_ms = ms.values()
+    bound = max(compute_ms, communication_ms)
+    cells = [f"{value:.0f} ({value / bound:.2f})" for value in others_ms]
+    print("|", " | ".join([str(mbit_per_s), layout, f"{compute_ms:.0f}", f"{communication_ms:.0f}", *cells]), "|")
     sys.stdout.flush()
 
 

@@ -130,9 +130,7 @@ def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[i
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def product_into(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
-) -> torch.Tensor:
+def product_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y = x @ weight.T + bias, into memory that exists."""
     if bias is None:
         return torch.mm(x, weight.t(), out=y)

@@ -67,7 +67,9 @@ class _Layout(NamedTuple):
 
 def _layout(x: torch.Tensor, sequence_parallel: bool, group: Group, num_chunks: int) -> _Layout:
     num_rows = x.numel() // x.shape[-1]
-    return _Layout(group, group_size(group) if sequence_parallel else 1, chunk_edges(num_rows, num_chunks, tile_steps(x, 1)))
+    return _Layout(
+        group, group_size(group) if sequence_parallel else 1, chunk_edges(num_rows, num_chunks, tile_steps(x, 1))
+    )
 
 
 class _MLP(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _MLP(torch.autograd.Function):
         # Of all blocks in their order, for the weight gradient.
         full_dy = dy_rows.new_empty(layout.blocks, *dy_rows.shape) if sharded else dy_rows.unsqueeze(0)
         bias = None if up_bias is None else up_bias.float()  # so that the parts of its gradient are float32
-        dbias = torch.zeros_like(bias) if needs_up_bias else None
+        dbias = torch.zeros_like(bias) if bias is not None and needs_up_bias else None
         transfers = []
         for (begin, end), gather in zip(layout.edges, gathers, strict=True):
             dy_chunk, partial = gather.wait(), layout.partial(dx, begin, end)
@@ -137,7 +139,8 @@ class _MLP(torch.autograd.Function):
                     product_into(dh_chunk, up_weight.t(), None, partial[block])
             if needs_dx:
                 transfers.append(layout.start_sum(partial, dx, begin, end))
-        dup, ddown, up_main_grad, down_main_grad = None, None, *ctx.main_grads
+        dup = ddown = None
+        up_main_grad, down_main_grad = ctx.main_grads
         if needs_down:  # the activation again: as much traffic as to assemble its chunks, and it need not be kept
             a = activation.forward(rows_of(h), up_bias)
             ddown = weight_gradient(rows_of(full_dy), a, down_main_grad)
@@ -183,6 +186,4 @@ def mlp(
     Numerics: outputs and gradients are those of the two layers to the last bit, where the library's products of some
         rows are, except for the gradient of up_bias, which is summed chunk by chunk.
     """
-    return _MLP.apply(
-        x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice
-    )
+    return _MLP.apply(x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice)

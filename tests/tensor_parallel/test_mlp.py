@@ -68,8 +68,9 @@ def test_output_and_every_gradient(ranks, dtype):
 
 
 def order_of_work(rank, ranks, sequence_parallel):
-    leaves = [f(t) for f, t in zip(shards(rank, ranks, sequence_parallel), truth("gelu", torch.float32, torch.float32)[0])]
-    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    tensors = truth("gelu", torch.float32, torch.float32)[0]
+    cut = shards(rank, ranks, sequence_parallel)
+    leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
     with record_communication() as forward:
         y = parallel_mlp(*leaves, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, overlap=2)
     with record_communication() as backward:
