@@ -40,7 +40,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.main_grad = getattr(weight, "main_grad", None)
         if sequence_dim is None:
             return F.linear(x, weight, bias)
-        num_chunks = choice.for_gather(x, weight.shape[0], group)
+        num_chunks = choice.for_gather(x, weight, group)
         return gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0]
 
     @staticmethod
@@ -54,7 +54,7 @@ class _ColumnLinear(torch.autograd.Function):
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
-            num_chunks = choice.for_reduction(dy, weight.shape[1], group, hidden_products=1 + needs_dweight)
+            num_chunks = choice.for_reduction(dy, weight.t(), group, hidden_products=1 + needs_dweight)
             if sequence_dim is None:
                 dx = start_product_all_reduce(dy, weight.t(), None, group, num_chunks)
             else:
@@ -83,7 +83,7 @@ class _RowLinear(torch.autograd.Function):
         ctx.main_grad = getattr(weight, "main_grad", None)
         # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
         bias = bias if group_rank(group) == 0 else None
-        num_chunks = choice.for_reduction(x, weight.shape[0], group)
+        num_chunks = choice.for_reduction(x, weight, group)
         if sequence_dim is None:
             return start_product_all_reduce(x, weight, bias, group, num_chunks).wait()
         return start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait()
@@ -98,7 +98,7 @@ class _RowLinear(torch.autograd.Function):
         if sequence_dim is None:
             dx = dy @ weight if needs_dx else None
         elif needs_dx:
-            num_chunks = choice.for_gather(dy, weight.shape[1], group)
+            num_chunks = choice.for_gather(dy, weight.t(), group)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
             assert gathered is not None
             dy = gathered

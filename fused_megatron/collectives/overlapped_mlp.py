@@ -9,7 +9,7 @@ collectives under two products and backward under four:
               then both weight gradients; then wait
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.collectives.overlap import ChunkChoice
 from fused_megatron.collectives.transfers import (
     Transfer,
-    start_all_gather,
+    start_all_gather_blocks,
     start_all_reduce_,
     start_reduce_scatter_blocks,
 )
@@ -39,37 +39,38 @@ class Activation(NamedTuple):
     backward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-class _Layout(NamedTuple):
-    """Rows as the products see them: `blocks` blocks (one a rank of a sharded sequence, else one) of equal length."""
+class _Chunks:
+    """Rows [n, ..] of this rank, cut; with a sharded sequence every chunk holds the same rows of all ranks' blocks.
 
-    group: Group
-    blocks: int
-    edges: Sequence[tuple[int, int]]
+    In a full tensor the chunks stand one after the other, so that a collective or product takes one without a copy.
+    """
 
-    def gather(self, rows: torch.Tensor) -> list[Transfer]:
-        """Chunks [blocks, m, I] of the rows of all blocks, all of them under way; rows are this rank's."""
-        if self.blocks == 1:
-            return [Transfer(None, [rows[begin:end].unsqueeze(0)]) for begin, end in self.edges]
-        return [start_all_gather(rows[begin:end].unsqueeze(0), 0, self.group) for begin, end in self.edges]
+    def __init__(self, x: torch.Tensor, ranks: int, group: Group, num_chunks: int) -> None:
+        self.ranks, self.group = ranks, group
+        self.edges = chunk_edges(x.numel() // x.shape[-1], num_chunks, tile_steps(x, 1))
 
-    def partial(self, result: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """Memory [blocks, m, O] for this rank's part of a sum."""
-        if self.blocks == 1:
-            return result[begin:end].unsqueeze(0)
-        return result.new_empty(self.blocks, end - begin, result.shape[1])
+    def of(self, full: torch.Tensor) -> list[torch.Tensor]:
+        """The chunks of a full tensor."""
+        return [full[self.ranks * begin : self.ranks * end] for begin, end in self.edges]
 
-    def start_sum(self, partial: torch.Tensor, result: torch.Tensor, begin: int, end: int) -> Transfer:
-        """Sum over the ranks into rows begin to end of result, which are this rank's."""
-        if self.blocks == 1:
-            return start_all_reduce_(result[begin:end], self.group)
-        return start_reduce_scatter_blocks(partial, result[begin:end], self.group)
+    def new_full(self, x: torch.Tensor, width: int) -> torch.Tensor:
+        """Memory for rows of all ranks; x [.., I] are this rank's."""
+        return x.new_empty(self.ranks * (x.numel() // x.shape[-1]), width)
 
+    def start_gather(self, rows: torch.Tensor, group: Group) -> tuple[torch.Tensor, list[Transfer]]:
+        """The full tensor of rows and what fills it, chunk by chunk."""
+        if self.ranks == 1:
+            return rows, [Transfer(None, [rows[begin:end]]) for begin, end in self.edges]
+        full = self.new_full(rows, rows.shape[1])
+        pairs = zip(self.edges, self.of(full), strict=True)
+        return full, [start_all_gather_blocks(rows[begin:end], chunk, group) for (begin, end), chunk in pairs]
 
-def _layout(x: torch.Tensor, sequence_parallel: bool, group: Group, num_chunks: int) -> _Layout:
-    num_rows = x.numel() // x.shape[-1]
-    return _Layout(
-        group, group_size(group) if sequence_parallel else 1, chunk_edges(num_rows, num_chunks, tile_steps(x, 1))
-    )
+    def start_sums(self, full: torch.Tensor, rows: torch.Tensor, index: int) -> Transfer:
+        """Sum chunk number index of a full tensor over the ranks, into this rank's rows (the same memory for one)."""
+        begin, end = self.edges[index]
+        if self.ranks == 1:
+            return start_all_reduce_(rows[begin:end], self.group)
+        return start_reduce_scatter_blocks(self.of(full)[index], rows[begin:end], self.group)
 
 
 class _MLP(torch.autograd.Function):
@@ -86,24 +87,23 @@ class _MLP(torch.autograd.Function):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        num_chunks = choice.for_mlp(x, _multiply_adds(x, up_weight, down_weight, group, sequence_parallel), group, 1)
-        layout = _layout(x, sequence_parallel, group, num_chunks)
-        rows = rows_of(x)
+        ranks = group_size(group) if sequence_parallel else 1
+        num_chunks = choice.for_mlp(x, ranks, up_weight.numel() + down_weight.numel(), group)
+        chunks = _Chunks(x, ranks, group, num_chunks)
+        _, gathers = chunks.start_gather(rows_of(x).contiguous(), group)
         # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
         bias = down_bias if group_rank(group) == 0 else None
-        h = x.new_empty(layout.blocks, rows.shape[0], up_weight.shape[0])
-        y = x.new_empty(rows.shape[0], down_weight.shape[0])
+        h, partial = chunks.new_full(x, up_weight.shape[0]), chunks.new_full(x, down_weight.shape[0])
+        y = partial if ranks == 1 else x.new_empty(rows_of(x).shape[0], down_weight.shape[0])
         transfers = []
-        for (begin, end), gather in zip(layout.edges, layout.gather(rows), strict=True):
-            chunk, partial = gather.wait(), layout.partial(y, begin, end)
-            for block in range(layout.blocks):
-                h_chunk = product_into(chunk[block], up_weight, None, h[block, begin:end])
-                product_into(activation.forward(h_chunk, up_bias), down_weight, bias, partial[block])
-            transfers.append(layout.start_sum(partial, y, begin, end))
+        pieces = zip(gathers, chunks.of(h), chunks.of(partial), strict=True)
+        for i, (gather, h_chunk, y_chunk) in enumerate(pieces):
+            product_into(gather.wait(), up_weight, None, h_chunk)
+            product_into(activation.forward(h_chunk, up_bias), down_weight, bias, y_chunk)
+            transfers.append(chunks.start_sums(partial, y, i))
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, h)
-        ctx.rest = activation, sequence_parallel, group, choice
+        ctx.rest = activation, chunks, group
         ctx.main_grads = getattr(up_weight, "main_grad", None), getattr(down_weight, "main_grad", None)
-        ctx.down_bias_dtype = None if down_bias is None else down_bias.dtype
         return Transfers(transfers, y.view(*x.shape[:-1], y.shape[1])).wait()
 
     @staticmethod
@@ -111,51 +111,35 @@ class _MLP(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, up_weight, up_bias, down_weight, h = ctx.saved_tensors
         needs_dx, needs_up, needs_up_bias, needs_down, needs_down_bias, *_ = ctx.needs_input_grad
-        activation, sequence_parallel, group, choice = ctx.rest
-        multiply_adds = _multiply_adds(x, up_weight, down_weight, group, sequence_parallel)
-        num_chunks = choice.for_mlp(x, multiply_adds, group, 2 if needs_up and needs_down else 1)
-        layout = _layout(x, sequence_parallel, group, num_chunks)
-        sharded = layout.blocks > 1
-        dy_rows = rows_of(dy).contiguous()
-        gathers = layout.gather(dy_rows)
-        full_x = start_all_gather(rows_of(x), 0, group if sharded and needs_up else None)
-        dh, dx = torch.empty_like(h), x.new_empty(rows_of(x).shape)
-        # Of all blocks in their order, for the weight gradient.
-        full_dy = dy_rows.new_empty(layout.blocks, *dy_rows.shape) if sharded else dy_rows.unsqueeze(0)
+        activation, chunks, group = ctx.rest
+        full_dy, gathers = chunks.start_gather(rows_of(dy).contiguous(), group)
+        full_x, x_gathers = chunks.start_gather(rows_of(x).contiguous(), group) if needs_up else (x, [])
+        dh, partial = torch.empty_like(h), chunks.new_full(x, x.shape[-1]) if needs_dx else None
+        dx = partial if chunks.ranks == 1 or partial is None else x.new_empty(rows_of(x).shape)
         bias = None if up_bias is None else up_bias.float()  # so that the parts of its gradient are float32
         dbias = torch.zeros_like(bias) if bias is not None and needs_up_bias else None
         transfers = []
-        for (begin, end), gather in zip(layout.edges, gathers, strict=True):
-            dy_chunk, partial = gather.wait(), layout.partial(dx, begin, end)
-            if sharded:
-                full_dy[:, begin:end] = dy_chunk
-            for block in range(layout.blocks):
-                da = dy_chunk[block] @ down_weight
-                dh_chunk, part = activation.backward(da, h[block, begin:end], bias, True, needs_up_bias)
-                dh[block, begin:end] = dh_chunk
-                if dbias is not None:
-                    dbias += part
-                if needs_dx:
-                    product_into(dh_chunk, up_weight.t(), None, partial[block])
-            if needs_dx:
-                transfers.append(layout.start_sum(partial, dx, begin, end))
+        for i, (gather, h_chunk, dh_chunk) in enumerate(zip(gathers, chunks.of(h), chunks.of(dh), strict=True)):
+            da = gather.wait() @ down_weight
+            gradient, part = activation.backward(da, h_chunk, bias, True, needs_up_bias)
+            dh_chunk.copy_(gradient)
+            if dbias is not None:
+                dbias += part
+            if partial is not None and dx is not None:
+                product_into(gradient, up_weight.t(), None, chunks.of(partial)[i])
+                transfers.append(chunks.start_sums(partial, dx, i))
         dup = ddown = None
         up_main_grad, down_main_grad = ctx.main_grads
         if needs_down:  # the activation again: as much traffic as to assemble its chunks, and it need not be kept
-            a = activation.forward(rows_of(h), up_bias)
-            ddown = weight_gradient(rows_of(full_dy), a, down_main_grad)
+            ddown = weight_gradient(full_dy, activation.forward(h, up_bias), down_main_grad)
+        for gather in x_gathers:
+            gather.wait()
         if needs_up:
-            dup = weight_gradient(rows_of(dh), full_x.wait(), up_main_grad)
-        ddown_bias = rows_of(full_dy).sum(0) if needs_down_bias else None
-        dx = Transfers(transfers, dx.view(x.shape)).wait() if needs_dx else None
+            dup = weight_gradient(dh, full_x, up_main_grad)
+        ddown_bias = full_dy.sum(0) if needs_down_bias else None
+        if dx is not None:
+            dx = Transfers(transfers, dx.view(x.shape)).wait()
         return dx, dup, None if dbias is None else dbias.to(up_bias.dtype), ddown, ddown_bias, None, None, None, None
-
-
-def _multiply_adds(
-    x: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor, group: Group, sequence_parallel: bool
-) -> int:
-    num_rows = x.numel() // x.shape[-1] * (group_size(group) if sequence_parallel else 1)
-    return num_rows * (up_weight.numel() + down_weight.numel())
 
 
 def mlp(
@@ -184,6 +168,7 @@ def mlp(
     Communication: as column_linear and row_linear together, each collective under all of the products on its way.
     Memory: x, h and the weights are saved; the activation a is computed again in backward.
     Numerics: outputs and gradients are those of the two layers to the last bit, where the library's products of some
-        rows are, except for the gradient of up_bias, which is summed chunk by chunk.
+        rows are, except for the gradient of up_bias, which is summed chunk by chunk, and with a sharded sequence of
+        the weights and down_bias, whose rows are summed in the order of the chunks.
     """
     return _MLP.apply(x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice)

@@ -81,7 +81,8 @@ def parallel_mlp(
     Communication: as column_parallel_linear and row_parallel_linear together.
     Memory: x, h_shard_f and the weights are saved; a_shard_f is computed again in backward.
     Numerics: bit for bit the layers', where products of some rows are those of all (the CPU's are not always, nor are
-        sums over three ranks or more), except for the gradient of up_bias, summed chunk by chunk in float32.
+        sums over three ranks or more), except for the gradient of up_bias, summed chunk by chunk in float32, and under
+        sequence parallelism those of the weights and down_bias, summed over the rows in the order of the chunks.
     """
     check(activation in _ACTIVATIONS, f"activation={activation!r} must be one of {', '.join(map(repr, _ACTIVATIONS))}")
     group_size(tp_group)
