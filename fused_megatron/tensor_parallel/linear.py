@@ -1,21 +1,27 @@
 """Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from typing_extensions import Self
 
-from fused_megatron.checks import InputError, check, check_divisible, check_same_device, check_shape
+from fused_megatron.checks import check, check_divisible, check_shape
 from fused_megatron.collectives import (
     Group,
     all_gather_split,
+    chunk_choice,
     column_linear,
     group_rank,
     group_size,
     identity_all_reduce_together,
+    overlap_costs,
     row_linear,
     split_all_gather,
 )
 from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
-from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
+from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
+from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, parameter_shard
 
 
 def column_parallel_linear(
@@ -26,6 +32,7 @@ def column_parallel_linear(
     tp_group: Group,
     sequence_parallel: bool = False,
     sequence_dim: int = 0,
+    overlap: bool | int = True,
 ) -> torch.Tensor:
     """x @ weight.T + bias with weight and bias sharded over output features; for a head tied to an embedding, too.
 
@@ -42,6 +49,8 @@ def column_parallel_linear(
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: x is a sequence shard; y has the whole sequence.
         sequence_dim: which dim of x is the sequence; not the last.
+        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
+            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O / R], dtype of x, contiguous.
@@ -57,9 +66,10 @@ def column_parallel_linear(
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group_size(tp_group)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_operands(x, weight, bias)
-    return column_linear(x, weight, bias, _sequence_dim(x, sequence_parallel, sequence_dim, tp_group), tp_group)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_operands(x, weight, bias)
+    dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    return column_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
 def row_parallel_linear(
@@ -70,6 +80,7 @@ def row_parallel_linear(
     tp_group: Group,
     sequence_parallel: bool = False,
     sequence_dim: int = 0,
+    overlap: bool | int = True,
 ) -> torch.Tensor:
     """x @ weight.T + bias with x and weight sharded over input features, and bias whole on every rank.
 
@@ -86,6 +97,8 @@ def row_parallel_linear(
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: y is this rank's block of sequence_dim.
         sequence_dim: which dim of x is the sequence; not the last.
+        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
+            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.
@@ -101,12 +114,12 @@ def row_parallel_linear(
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     ranks = group_size(tp_group)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_operands(x, weight, bias)
-    dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_operands(x, weight, bias)
+    dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
-    return row_linear(x, weight, bias, dim, tp_group)
+    return row_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
 class _ParallelLinear(ShardedModule):
@@ -126,6 +139,7 @@ class _ParallelLinear(ShardedModule):
         sequence_parallel: bool,
         sequence_dim: int,
         skip_bias_add: bool,
+        overlap: bool | int,
         init_std: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
@@ -136,6 +150,8 @@ class _ParallelLinear(ShardedModule):
         self.tp_group = tp_group
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.skip_bias_add = skip_bias_add
+        self.overlap = overlap
+        self._measure_overlap(device, dtype)
         self.init_std = init_std
         full = (out_features, in_features)
         name = ("out_features", "in_features")[self.sharded_dim]
@@ -154,6 +170,44 @@ class _ParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, tp_group: Group, **options: Any) -> Self:
+        """A layer with this rank's shard of a linear layer's weights, copied; on one rank the same layer.
+
+        Args:
+            linear: whole, the same on every rank of tp_group.
+            tp_group: the R ranks; None for this one alone.
+            **options: further arguments of the layer (sequence_parallel, skip_bias_add, overlap, ..).
+
+        Raises:
+            InputError: as the layer itself; sizes that R does not divide name the nearest that it does.
+            TypeError: not a torch.nn.Linear.
+
+        Communication: none, but what overlap=True measures once a group.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
+        weight, bias = linear.weight, linear.bias
+        with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
+            layer = cls(
+                linear.in_features, linear.out_features, bias is not None, tp_group=tp_group, device="meta",
+                dtype=weight.dtype, **options,
+            )  # fmt: skip
+        layer._measure_overlap(weight.device, weight.dtype)
+        layer.to_empty(device=weight.device)
+        for mine, whole in ((layer.weight, weight), (layer.bias, bias)):
+            if mine is not None and whole is not None:
+                box = parameter_shard(mine).box(mine.shape)
+                mine.data.copy_(whole.detach()[tuple(slice(*bounds) for bounds in box)])
+                mine.requires_grad_(whole.requires_grad)
+        return layer
+
+    def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Measure the group now, where all ranks are known to be, and not in the first forward."""
+        choice, like = chunk_choice(self.overlap), torch.empty(0, device=device, dtype=dtype)
+        if choice.fixed is None and self.tp_group is not None and self.tp_group.size() > 1 and not like.is_meta:
+            overlap_costs(self.tp_group, like.dtype, like.device)
+
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
 
@@ -167,7 +221,8 @@ class _ParallelLinear(ShardedModule):
         """What print(model) shows."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}"
+            f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}, "
+            f"overlap={chunk_choice(self.overlap)}"
         )
 
 
@@ -183,6 +238,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: which dim of the input is the sequence.
         gather_output: return all O features on every rank; what follows must be the same on every rank.
         skip_bias_add: leave the bias to a following fused op (ops.bias_gelu); forward returns (y, bias).
+        overlap: as column_parallel_linear.
         init_std: standard deviation of the initial weight; every R starts from the same full weight.
         device, dtype: of the parameters.
 
@@ -205,6 +261,7 @@ class ColumnParallelLinear(_ParallelLinear):
         sequence_dim: int = 0,
         gather_output: bool = False,
         skip_bias_add: bool = False,
+        overlap: bool | int = True,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -216,7 +273,8 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         super().__init__(
             in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+            dtype=dtype,
         )  # fmt: skip
         self.gather_output = gather_output
 
@@ -224,7 +282,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """x [..., I] to y [..., O / R] ([..., O] with gather_output), or (y, bias) with skip_bias_add."""
         y = column_parallel_linear(
             x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
         if self.skip_bias_add:
             return y, self.bias
@@ -243,6 +301,7 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: which dim of the input is the sequence.
         skip_bias_add: leave the bias to a following fused op; forward returns (y, bias).
         input_is_parallel: the input is this rank's [..., I / R]; False: it is whole and cut here.
+        overlap: as column_parallel_linear.
         init_std: standard deviation of the initial weight; every R starts from the same full weight.
         device, dtype: of the parameters.
 
@@ -266,13 +325,15 @@ class RowParallelLinear(_ParallelLinear):
         sequence_dim: int = 0,
         skip_bias_add: bool = False,
         input_is_parallel: bool = True,
+        overlap: bool | int = True,
         init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, init_std=init_std, device=device, dtype=dtype,
+            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+            dtype=dtype,
         )  # fmt: skip
         self.input_is_parallel = input_is_parallel
 
@@ -283,7 +344,7 @@ class RowParallelLinear(_ParallelLinear):
             x = split_all_gather(x, -1, self.tp_group)
         y = row_parallel_linear(
             x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
+            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
         if not self.skip_bias_add:
             return y
@@ -299,48 +360,3 @@ def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     fill_normal_shard_(weight, std, seed=seed, name=name)
-
-
-def _autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check(weight.dim() == 2, f"weight.shape={tuple(weight.shape)} must be (out_features, in_features)")
-    features = weight.shape[1]
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise InputError(
-            f"x.shape={tuple(x.shape)} must end in this rank's number of input features {features} "
-            f"(weight.shape={tuple(weight.shape)})"
-        )
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise TypeError(
-                f"{name}.dtype={_name(tensor.dtype)} must equal weight.dtype={_name(weight.dtype)} "
-                "(cast one of them, or use torch.autocast)"
-            )
-    if bias is not None:
-        check_shape("bias", bias, weight.shape[:1])
-    check_same_device("x", x, "weight", weight)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:
-    """The dim of x that is sharded, as a number from 0; None without sequence parallelism."""
-    if not sequence_parallel or group_size(tp_group) == 1:
-        return None
-    check(
-        -x.dim() <= sequence_dim < x.dim() and sequence_dim % x.dim() != x.dim() - 1,
-        f"sequence_dim={sequence_dim} must be a dim of x.shape={tuple(x.shape)} other than the last",
-    )
-    return sequence_dim % x.dim()

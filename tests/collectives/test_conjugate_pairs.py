@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from fused_megatron import collectives
 from fused_megatron.checks import InputError
-from fused_megatron.testing import record_collectives, run_on_ranks
+from fused_megatron.testing import record_communication, run_on_ranks
 
 PAIRS = {
     "identity_all_reduce": (None, "all_reduce"),
@@ -49,14 +49,14 @@ def one_pair(rank, world_size, name, shape, dim, dtype, layout):
     xs = parts(shape, 1)
     x = laid_out(xs[rank], layout).requires_grad_()
     before = x.detach().clone()
-    with record_collectives() as seen:
+    with record_communication() as seen:
         y = apply(x, *arguments, group)
     assert seen.counts == ({PAIRS[name][0]: 1} if PAIRS[name][0] else {})
     assert torch.equal(y, expected(forward, xs, dim, rank)) and y.dtype == dtype
     dys = parts(y.shape, 2)
     dy = laid_out(dys[rank], layout)
     dy_before = dy.clone()
-    with record_collectives() as seen:
+    with record_communication() as seen:
         (dx,) = torch.autograd.grad(y, x, dy)
     assert seen.counts == ({PAIRS[name][1]: 1} if PAIRS[name][1] else {})
     assert torch.equal(dx, expected(backward, dys, dim, rank)) and dx.dtype == dtype
@@ -101,7 +101,7 @@ def together(rank, world_size):
     frozen = torch.tensor([5.0])
     bias = torch.tensor([[3.0]], dtype=torch.bfloat16, requires_grad=True)
     tensors = collectives.identity_all_reduce_together((weight, frozen, bias), dist.group.WORLD)
-    with record_collectives() as seen:
+    with record_communication() as seen:
         loss = (tensors[0] * torch.tensor([1.0, 10.0]) * (rank + 1)).sum() + tensors[2].float().sum() * (rank + 2)
         loss.backward()
     assert seen.counts == {"all_reduce": 1} and seen.elements == {"all_reduce": 3}

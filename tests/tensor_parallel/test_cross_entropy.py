@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 S, B = 7, 3
 
@@ -42,10 +42,10 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, d
     columns = padded // ranks
     mine = slice(rank * columns, (rank + 1) * columns)
     shard = full[..., mine].requires_grad_()  # not contiguous
-    with record_collectives() as forward:
+    with record_communication() as forward:
         form = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "inplace_backward": inplace}
         loss = vocab_parallel_cross_entropy(shard, target, tp_group=group, vocab_size=vocab, **form)
-    with record_collectives() as backward:
+    with record_communication() as backward:
         (gradient,) = torch.autograd.grad(loss, shard, d_loss)
     assert forward.counts == ({"all_gather": 1} if ranks > 1 else {}) and not backward.counts
     assert forward.elements["all_gather"] == (2 * S * B if ranks > 1 else 0)
@@ -97,7 +97,7 @@ def errors(rank, ranks):
         (torch.randn(3, 5), target),
         (torch.randn(2, 5), torch.tensor([1, 10])),
     ]:
-        with pytest.raises(InputError) as info, record_collectives() as seen:
+        with pytest.raises(InputError) as info, record_communication() as seen:
             vocab_parallel_cross_entropy(logits, ids, tp_group=dist.group.WORLD, vocab_size=10)
         assert not seen.counts
         found.append(str(info.value))

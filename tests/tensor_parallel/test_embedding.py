@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.tensor_parallel import VocabParallelEmbedding, parameter_shard
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 V, H, S, B = 101, 12, 8, 40  # an odd vocabulary; each id comes up several times
 
@@ -37,9 +37,9 @@ def embedding_case(rank, ranks, sequence_parallel, sequence_dim, dtype, ids_dtyp
 
     own = (lambda t: t.chunk(ranks, sequence_dim)[rank]) if sequence_parallel else (lambda t: t)
     ids_before = ids.clone()
-    with record_collectives() as forward:
+    with record_communication() as forward:
         y = layer(ids)
-    with record_collectives() as backward:
+    with record_communication() as backward:
         y.backward(own(dy))
     if ranks == 1:
         expected = {}, {}
@@ -81,7 +81,7 @@ def errors(rank, ranks):
     group, found = dist.group.WORLD, []
     layer = VocabParallelEmbedding(V, H, tp_group=group, sequence_parallel=True)
     for ids in (torch.tensor([[0, 1], [V, 2]]), torch.tensor([[-1]]), torch.zeros(5, 2, dtype=torch.int64)):
-        with pytest.raises(InputError) as info, record_collectives() as seen:
+        with pytest.raises(InputError) as info, record_communication() as seen:
             layer(ids)
         assert not seen.counts
         found.append(str(info.value))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.tensor_parallel import LayerNorm, parameter_shard
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 S, B, H = 12, 3, 17
 
@@ -29,7 +29,7 @@ def norm_case(rank, ranks, sequence_parallel, bias, dtype):
     shards = [own, own, lambda t: t, lambda t: t]
     x_local = own(x).clone().requires_grad_()
     y = layer(x_local)
-    with record_collectives() as seen:
+    with record_communication() as seen:
         y.backward(own(dy))
     assert seen.counts == ({"all_reduce": 1} if sequence_parallel else {})
     gradients = [p.grad for p in layer.parameters()]

@@ -6,13 +6,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
+from fused_megatron.collectives import overlap_costs
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     column_parallel_linear,
     parameter_shard,
 )
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 S, B, IN, OUT = 12, 3, 76, 92  # multiples of 4, so that 1, 2 and 4 ranks divide every sharded dim
 
@@ -34,11 +35,12 @@ def truth(dtype, sequence_dim, device_dtype):
     return (x, w, b, dy), (y.detach(), *torch.autograd.grad(y, leaves, dy.to(device_dtype)))
 
 
-def layer_case(rank, ranks, kind, sequence_parallel, sequence_dim, dtype, skip_bias_add):
+def layer_case(rank, ranks, kind, sequence_parallel, sequence_dim, dtype, skip_bias_add, overlap):
     group = dist.group.WORLD if ranks > 1 else None
     (x, w, b, dy), expected = truth(dtype, sequence_dim, torch.float64)
     _, by_torch = truth(dtype, sequence_dim, dtype)
     options = {"sequence_parallel": sequence_parallel, "sequence_dim": sequence_dim, "skip_bias_add": skip_bias_add}
+    options["overlap"] = overlap
     cls = ColumnParallelLinear if kind == "column" else RowParallelLinear
     layer = cls(IN, OUT, tp_group=group, dtype=dtype, **options)
     shard_w, shard_b = (
@@ -75,8 +77,8 @@ def layer_case(rank, ranks, kind, sequence_parallel, sequence_dim, dtype, skip_b
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["column", "row"])
 def test_output_and_every_gradient(kind, ranks, sequence_parallel, dtype):
-    for sequence_dim, skip_bias_add in [(0, False), (1, True)]:
-        arguments = kind, sequence_parallel, sequence_dim, dtype, skip_bias_add
+    for sequence_dim, skip_bias_add, overlap in [(0, False, False), (1, True, True), (0, False, 3), (1, True, 2)]:
+        arguments = kind, sequence_parallel, sequence_dim, dtype, skip_bias_add, overlap
         results = run_on_ranks(layer_case, ranks, *arguments)
         for result in results[1:]:  # what is replicated is the same to the last bit
             assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
@@ -85,19 +87,19 @@ def test_output_and_every_gradient(kind, ranks, sequence_parallel, dtype):
 def collectives_of(rank, ranks):
     group, seen = dist.group.WORLD, {}
     for sequence_parallel in (False, True):
-        options = {"tp_group": group, "sequence_parallel": sequence_parallel}
+        options = {"tp_group": group, "sequence_parallel": sequence_parallel, "overlap": False}
         up, down = ColumnParallelLinear(8, 16, **options), RowParallelLinear(16, 8, **options)
         x = torch.randn(4, 3, 8, requires_grad=True)
-        with record_collectives() as forward:
+        with record_communication() as forward:
             y = down(up(x))
-        with record_collectives() as backward:
+        with record_communication() as backward:
             y.sum().backward()
         seen[sequence_parallel] = forward.order, backward.order
         up.weight.requires_grad_(False)
-        with record_collectives() as frozen:
+        with record_communication() as frozen:
             up(x).sum().backward()
         up.weight.requires_grad_(True)
-        with record_collectives() as no_dx:
+        with record_communication() as no_dx:
             up(x.detach()).sum().backward()
         seen[sequence_parallel, "less"] = frozen.order, no_dx.order
     return seen
@@ -118,7 +120,58 @@ def test_number_and_order_of_collectives():
         )
 
 
-class _Signals(record_collectives):
+def chunked(rank, ranks, overlap):
+    """What a pair of layers gives, and the order of its work."""
+    results = {}
+    for sequence_parallel in (False, True):
+        options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "overlap": overlap}
+        torch.manual_seed(1)
+        up, down = ColumnParallelLinear(8, 16, **options), RowParallelLinear(16, 8, **options)
+        x = torch.randn(10, 3, 8, requires_grad=True)
+        with record_communication() as forward:
+            y = down(up(x))
+        with record_communication() as backward:
+            y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
+        gradients = [p.grad for layer in (up, down) for p in layer.parameters()]
+        results[sequence_parallel] = (forward.order, backward.order), [y.detach(), x.grad, *gradients]
+    return results
+
+
+def test_chunks_change_the_order_of_work_and_no_bit():
+    plain, cut_in_two = run_on_ranks(chunked, 2, False), run_on_ranks(chunked, 2, 2)
+    for rank in range(2):
+        for sequence_parallel in (False, True):
+            values = zip(plain[rank][sequence_parallel][1], cut_in_two[rank][sequence_parallel][1], strict=True)
+            assert all(torch.equal(a, b) for a, b in values)
+        assert cut_in_two[rank][False][0] == (
+            ["mm", "mm", "all_reduce", "mm", "all_reduce"],
+            ["mm", "mm", "mm", "all_reduce", "mm", "all_reduce", "mm"],
+        )
+        assert cut_in_two[rank][True][0] == (
+            # Own block under the first chunk; then for each chunk the other rank's. The scatter's chunks: both ranks'.
+            ["all_gather"] * 2 + ["mm"] * 3 + ["mm", "mm", "reduce_scatter"] * 2,
+            ["all_gather"] * 2 + ["mm"] * 3 + ["mm", "all_gather"] + ["mm", "mm", "reduce_scatter"] * 2 + ["mm"],
+        )
+
+
+def measured(rank, ranks):
+    """The choice is made where the layer is, before any step is counted, and alike on all ranks."""
+    with record_communication() as made:
+        layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD)
+    with record_communication() as again:
+        ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD)
+    x = torch.randn(4, 8, requires_grad=True)
+    with record_communication() as step:
+        layer(x).sum().backward()
+    return made.counts["all_reduce"] > 0, again.counts, step.counts, overlap_costs(layer.tp_group, x.dtype, x.device)
+
+
+def test_the_group_is_measured_once():
+    first, second = run_on_ranks(measured, 2)
+    assert first == second and first[:3] == (True, {}, {"all_reduce": 1})
+
+
+class _Signals(record_communication):
     """Runs steps[i] before the i-th product."""
 
     def __init__(self, steps):
@@ -132,7 +185,7 @@ class _Signals(record_collectives):
 def overlap(rank, ranks, sequence_parallel):
     """Rank 1 joins a collective once rank 0 has begun the product that should hide it: no overlap, no progress."""
     store = dist.distributed_c10d._get_default_store()
-    layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel)
+    layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, overlap=False)
     x = torch.randn(4, 3, 8, requires_grad=True)
     y = layer(x)
     nothing = lambda: None  # noqa: E731
@@ -211,9 +264,10 @@ def test_autocast():
 
 def errors(rank, ranks):
     group, found = dist.group.WORLD, []
+    ColumnParallelLinear(8, 8, tp_group=group)  # measures the group, once
 
     def refused(kind, call):
-        with pytest.raises(kind) as info, record_collectives() as seen:
+        with pytest.raises(kind) as info, record_communication() as seen:
             call()
         assert not seen.counts, "an error must come before any collective"
         found.append(str(info.value))
@@ -286,3 +340,31 @@ def test_one_rank_is_nn_linear():
         layer.load_state_dict(linear.state_dict())
         x = torch.randn(5, 6)
         assert torch.equal(layer(x), linear(x))
+
+
+def from_whole(rank, ranks):
+    group = dist.group.WORLD if ranks > 1 else None
+    torch.manual_seed(4)
+    first, second = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8, bias=False)
+    second.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    up = ColumnParallelLinear.from_linear(first, group)
+    down = RowParallelLinear.from_linear(second, group, overlap=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert parameter_shard(up.weight).full_shape == (12, 8) and "overlap=off" in down.extra_repr()
+    assert up.weight.requires_grad and not down.weight.requires_grad and down.bias is None
+    x = torch.randn(5, 8, requires_grad=True)
+    y, wanted = down(up(x)), second(first(x))
+    assert_close("y", y.detach(), wanted.detach().double())
+    (mine,), (theirs,) = (torch.autograd.grad(t.square().sum(), x) for t in (y, wanted))
+    assert_close("dx", mine, theirs.double())
+    with pytest.raises(TypeError, match=r"linear=ReLU must be a torch\.nn\.Linear"):
+        ColumnParallelLinear.from_linear(torch.nn.ReLU(), group)
+    if ranks > 1:
+        with pytest.raises(InputError, match=r"out_features=13 must be divisible by .*\(nearest: 12, 14\)"):
+            ColumnParallelLinear.from_linear(torch.nn.Linear(8, 13), group)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_from_linear(ranks):
+    run_on_ranks(from_whole, ranks)

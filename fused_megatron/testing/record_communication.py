@@ -1,0 +1,138 @@
+"""The communication ledger: which collectives really run, forward and backward, and what they cost."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+
+# What torch.distributed dispatches -> the word for it.
+_NAMES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "barrier": "barrier",
+    "alltoall_base_": "all_to_all",
+    "send": "send",
+    "recv_": "receive",
+}
+_PRODUCTS = {getattr(op, kind) for op in (torch.ops.aten.mm, torch.ops.aten.addmm) for kind in ("default", "out")}
+
+
+@dataclass(frozen=True)
+class Communication:
+    """One collective, as this rank started it.
+
+    Attributes:
+        kind: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", ..
+        elements, num_bytes: of the whole tensor: what an all-gather gives, and what the others are given.
+        group: the global ranks that take part.
+        layer: name of the innermost module at work, by its place in the outermost one; "" outside of modules.
+        backward: whether autograd's backward started it.
+    """
+
+    kind: str
+    elements: int
+    num_bytes: int
+    group: tuple[int, ...]
+    layer: str
+    backward: bool
+
+
+class record_communication(TorchDispatchMode):
+    """Context manager that sees every collective of this thread where torch dispatches it, on real and fake groups.
+
+    with record_communication() as ledger:
+        loss = model(x).sum()
+    assert ledger.counts == {"all_reduce": 2}
+    print(ledger.table())
+
+    Attributes:
+        entries: all of them, in the order of their start.
+        counts: number of calls by kind ("all_reduce", "all_gather", "reduce_scatter", ..).
+        elements: by kind, numbers that go in (for an all-gather: of this rank's shard).
+        num_bytes: by kind, bytes of the whole tensors.
+        order: the kinds in the order of their start, with "mm" for each matrix product between them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries: list[Communication] = []
+        self.counts: Counter[str] = Counter()
+        self.elements: Counter[str] = Counter()
+        self.num_bytes: Counter[str] = Counter()
+        self.order: list[str] = []
+        self._modules = ModuleTracker()
+
+    def __enter__(self) -> "record_communication":
+        self._modules.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._modules.__exit__(*exception)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._record(func.overloadpacket.__name__, args)
+        elif func in _PRODUCTS:
+            self.order.append("mm")
+            self.at_product()
+        return func(*args, **(kwargs or {}))
+
+    def at_product(self) -> None:
+        """Called before each matrix product; for tests that override it."""
+
+    def _record(self, name: str, args: Any) -> None:
+        kind = _NAMES.get(name, name)
+        # An all-gather or reduce-scatter into one tensor has (output, input, ..), an all-reduce ([tensor], ..).
+        source = _tensors(args[1] if name.endswith("_base_") else args[0])
+        whole = _tensors(args[0]) if kind == "all_gather" else source
+        self.counts[kind] += 1
+        self.elements[kind] += sum(x.numel() for x in source)
+        num_bytes = sum(x.numel() * x.element_size() for x in whole)
+        self.num_bytes[kind] += num_bytes
+        self.order.append(kind)
+        layer = max(self._modules.parents - {"Global"}, key=lambda path: path.count("."), default="")
+        self.entries.append(
+            Communication(
+                kind, sum(x.numel() for x in whole), num_bytes, _ranks(args), layer.partition(".")[2] or layer,
+                self._modules.is_bw,
+            )
+        )  # fmt: skip
+
+    def table(self) -> str:
+        """Calls and bytes by kind, group, direction and layer, as a Markdown table."""
+        rows: dict[tuple[str, str, str, str], list[int]] = {}
+        for entry in self.entries:
+            direction = "backward" if entry.backward else "forward"
+            key = (entry.layer, direction, entry.kind, ",".join(map(str, entry.group)))
+            calls_and_bytes = rows.setdefault(key, [0, 0])
+            calls_and_bytes[0] += 1
+            calls_and_bytes[1] += entry.num_bytes
+        lines = ["| layer | direction | collective | ranks | calls | bytes |", "|---|---|---|---|---|---|"]
+        lines += [f"| {' | '.join(key)} | {calls} | {num_bytes:,} |" for key, (calls, num_bytes) in rows.items()]
+        return "\n".join(lines)
+
+
+def _ranks(args: Any) -> tuple[int, ...]:
+    """The global ranks of the group among the arguments of a c10d op."""
+    for value in args:
+        if isinstance(value, torch.ScriptObject):
+            try:
+                return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
+            except (RuntimeError, TypeError, ValueError):  # another object, such as the reduction
+                continue
+    return ()
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [x for item in value for x in _tensors(item)] if isinstance(value, list | tuple) else []
