@@ -230,8 +230,8 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
 
     forward, calls = GPT.forward, [0]
 
-    def poison(self: GPT, tokens: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        result = forward(self, tokens, target)
+    def poison(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        result = forward(self, *arguments, **keywords)
         calls[0] += self.training and torch.is_grad_enabled()
         # Step 13 of 4 microbatches a step, on one rank alone.
         if calls[0] == 12 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
