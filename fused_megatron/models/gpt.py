@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_rank, group_size, split_all_gather
 from fused_megatron.config import GPTConfig
+from fused_megatron.models.attention import Tables
 from fused_megatron.models.dropout import BatchPosition, DropoutMasks, dropout_seed
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of
@@ -176,20 +177,27 @@ class GPT(nn.Module):
 
     def _hidden(self, tokens: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
         """What the head multiplies: [S, B, H], or [S / R, B, H] under sequence parallelism."""
-        config = self.config
         x = self._embed(tokens)
-        if masks is not None and config.embedding_dropout > 0:
-            x = masks.drop(0, x, config.embedding_dropout)
-        rotary = None
-        if config.position == "rotary":
-            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-            rotary = rotary_tables(tokens.shape[1], config.rotary_dim, config.rotary_base, device=x.device, dtype=dtype)
+        if masks is not None and self.config.embedding_dropout > 0:
+            x = masks.drop(0, x, self.config.embedding_dropout)
+        rest = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
+        return self.final_norm(self._blocks(x, rest, self._rotary(tokens.shape[1], x)))
+
+    def _rotary(self, seq_len: int, x: torch.Tensor) -> Tables | None:
+        config = self.config
+        if config.position != "rotary":
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, device=x.device, dtype=dtype)
+
+    def _blocks(self, x: torch.Tensor, masks: DropoutMasks | None, rotary: Tables | None) -> torch.Tensor:
+        recompute = self.config.recompute == "full" and torch.is_grad_enabled()
+        places = len(DROPOUT_PLACES)
         for i, block in enumerate(self.blocks):
-            first = 1 + i * len(DROPOUT_PLACES)
-            dropout = None if masks is None else masks.rows(first, first + len(DROPOUT_PLACES))
-            if config.recompute == "full" and torch.is_grad_enabled():
+            inputs = {"rotary": rotary, "dropout": None if masks is None else masks.rows(i * places, (i + 1) * places)}
+            if recompute:
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
-                x = checkpoint(block, x, rotary=rotary, dropout=dropout, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, **inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, rotary=rotary, dropout=dropout)
-        return self.final_norm(x)
+                x = block(x, **inputs)
+        return x
