@@ -12,7 +12,7 @@ from fused_megatron.models import GPT
 def generate(
     model: GPT, tokens: torch.Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
 ) -> torch.Tensor:
-    """Continue token sequences; the model is in evaluation mode afterwards.
+    """Continue token sequences.
 
     Every new token costs a whole forward over at most seq_len tokens: there is no key-value cache.
 
@@ -34,6 +34,7 @@ def generate(
         tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0"
     )
     check(temperature >= 0, f"temperature={temperature} must be 0 or more")
+    was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
@@ -47,6 +48,7 @@ def generate(
                 logits = logits.masked_fill(logits < kth, float("-inf"))
             drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+    model.train(was_training)
     return tokens
 
 
