@@ -14,13 +14,14 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-gpu clean FORCE
+.PHONY: help setup train test lint types bench bench-gpu bench-overlap clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
 	@echo "make lint    ruff: faults and format        make types   mypy"
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
+	@echo "make bench-overlap   what overlap hides on a slow link (root)"
 	@echo "make setup   only install and build"
 	@echo "make clean   remove .venv and all that was built (runs/ stays)"
 
@@ -47,6 +48,9 @@ bench: .venv/built
 
 bench-gpu: .venv/built
 	@$(BIN)/python -m pytest -q benchmarks --gpu --benchmark-autosave $(ARGS)
+
+bench-overlap: .venv/built
+	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -11,6 +11,7 @@ process of its own, and shown beside it.
 
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -39,13 +40,12 @@ from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
-from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, uses_glibc
+from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
 
 _THREADS = 2
 _BOUND_BAR_16_BIT = 2.0
 _MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
 _RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
-_POOL_BYTES = 2 << 30
 
 _session: dict[str, Any] = {}
 _durations = RecordedDurations()
@@ -69,8 +69,6 @@ def pytest_configure(config: pytest.Config) -> None:
         _start_again_with_kept_pages(config)
         device = CpuDevice()
         torch.set_num_threads(1 if config.option.quick else _THREADS)
-        if os.environ.get(_MALLOC) == "kept" and not config.option.quick:
-            torch.ones(_POOL_BYTES, dtype=torch.uint8)  # freed at once: pages that every later tensor finds warm
     _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
     config.option.benchmark_quiet = True  # our tables say it
@@ -131,6 +129,8 @@ class Bench:
         elif bars.bound is not None and self._request.getfixturevalue("dtype") != torch.float32:
             bars = dataclasses.replace(bars, bound=_BOUND_BAR_16_BIT)
         peers = PEERS.get(case.op, {}) if self.device.is_gpu else {}
+        if case.num_bytes is None:
+            rounds = Rounds(warm_up=False)  # seconds a step: a product does not feel the cold
         case = dataclasses.replace(case, bars=bars, peers=peers)
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
@@ -179,6 +179,8 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
     torch._dynamo.reset()
     yield Bench(request, benchmark)
     torch._dynamo.reset()
+    gc.collect()
+    release_free_pages()  # what one case has needed is of no use to the next, and adds up
 
 
 def _report(line: str) -> None:
@@ -203,7 +205,7 @@ def pytest_sessionfinish() -> Iterator[None]:
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
     """The same tests in a process without the settings; its medians are added to ours."""
-    _report("the same in float32 with malloc's default settings ...")
+    _report("\nthe same in float32 with malloc's default settings ...")
     environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"

@@ -1,17 +1,23 @@
 """What overlap hides: a tensor-parallel MLP on two ranks that are joined by a link of a known rate.
 
     make bench-overlap                        (root, Linux: two network namespaces and a veth pair limited by tc tbf)
-    python benchmarks/overlap_on_a_slow_link.py --rates 300 1000 --chunks 4 8
+    make bench-overlap ARGS="--rates 300 1000 --chunks 4 8"
 
 The link costs wall time and no CPU, as a network card does. For every rate and layout, milliseconds (medians) of one
-forward + backward: compute alone (the shard's products, no group), communication alone (the collectives of the plain
-path), the plain path, and the overlapped one; and how far that is from max(compute, communication).
+forward + backward: compute alone (the shard's products, no group), communication alone (the collectives of the path
+without overlap), no overlap, the two layers with overlap, parallel_mlp, and parallel_mlp with a fixed number of chunks.
+
+The best that any order of work can do is the sum over forward and backward of max(compute, communication), as y is
+needed before dy is known: a third of the compute is in the forward, but half of the communication of TP. Where the two
+are equal that is 7/6 of max(compute, communication); from 4/3 of it on either side it is 1.
 """
 
 import argparse
-import json
+import contextlib
+import datetime
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -25,9 +31,9 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron import ops
-from fused_megatron.collectives import Group
+from fused_megatron.collectives import Group, overlap_costs
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
-from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 
 SEQUENCE, HIDDEN, FFN = 2048, 1024, 4096
 RANKS = 2
@@ -37,13 +43,18 @@ DEVICE = "veth0"
 
 
 class MLP(nn.Module):
-    def __init__(self, ffn: int, group: Group, sequence_parallel: bool, overlap: bool | int) -> None:
+    """As layers or as one function."""
+
+    def __init__(self, ffn: int, group: Group, sequence_parallel: bool, overlap: bool | int, fused: bool) -> None:
         super().__init__()
-        options = {"tp_group": group, "sequence_parallel": sequence_parallel, "overlap": overlap}
-        self.up = ColumnParallelLinear(HIDDEN, ffn, skip_bias_add=True, **options)
-        self.down = RowParallelLinear(ffn, HIDDEN, **options)
+        self.options = {"tp_group": group, "sequence_parallel": sequence_parallel, "overlap": overlap}
+        self.up = ColumnParallelLinear(HIDDEN, ffn, skip_bias_add=True, **self.options)
+        self.down = RowParallelLinear(ffn, HIDDEN, **self.options)
+        self.fused = fused
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            return parallel_mlp(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, **self.options)
         return self.down(ops.bias_gelu(*self.up(x)))
 
 
@@ -76,38 +87,66 @@ def collectives_of(group: Group, sequence_parallel: bool) -> Callable[[], None]:
     return step
 
 
-def median_ms(step: Callable[[], None], rounds: int) -> float:
-    times = []
-    step()
-    for _ in range(rounds):
-        dist.barrier()
-        start = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """By name; one of each in turn, so that a busy moment of the machine hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            if i > 0:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def run_rank(rank: int, folder: Path, chunks: list[int], rounds: int) -> None:
+def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    group, rows = dist.group.WORLD, {False: SEQUENCE, True: SEQUENCE // RANKS}
-    results = []
-    compute_ms = median_ms(step_of(MLP(FFN // RANKS, None, False, False), SEQUENCE), rounds)
-    for sequence_parallel in (False, True):
-        result: dict[str, float | str | int] = {
-            "layout": "TP + SP" if sequence_parallel else "TP",
-            "compute_ms": compute_ms,
-            "communication_ms": median_ms(collectives_of(group, sequence_parallel), rounds),
-        }
-        choices: dict[str, bool | int] = {"plain": False, "auto": True, **{f"{c} chunks": c for c in chunks}}
-        for name, overlap in choices.items():
-            model = MLP(FFN, group, sequence_parallel, overlap)
-            result[name] = median_ms(step_of(model, rows[sequence_parallel]), rounds)
-        results.append(result)
-    if rank == 0:
-        (folder / "results.json").write_text(json.dumps(results))
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
+    dist.barrier()  # gloo's threads exist from here on
+    give_threads_priority()
+    rows = {False: SEQUENCE, True: SEQUENCE // RANKS}
+    for mbit_per_s in options.rates:
+        if rank == 0:
+            set_rate(mbit_per_s)
+        dist.barrier()
+        overlap_costs.cache_clear()
+        for sequence_parallel in (False, True) if options.sequence_parallel is None else (options.sequence_parallel,):
+            steps = {
+                "compute": step_of(MLP(FFN // RANKS, None, False, False, False), SEQUENCE),
+                "communication": collectives_of(dist.group.WORLD, sequence_parallel),
+            }
+            for name, (overlap, fused) in ways(options.chunks).items():
+                model = MLP(FFN, dist.group.WORLD, sequence_parallel, overlap, fused)
+                steps[name] = step_of(model, rows[sequence_parallel])
+            ms = median_ms(steps, options.rounds)
+            if rank == 0:
+                print_row(mbit_per_s, "TP + SP" if sequence_parallel else "TP", ms)
     dist.destroy_process_group()
+
+
+def give_threads_priority() -> None:
+    """All threads but this one: what gloo's do, a network card does without waiting for a core to be free."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if thread != os.getpid():
+            with contextlib.suppress(PermissionError):
+                os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+
+
+def ways(chunks: list[int]) -> dict[str, tuple[bool | int, bool]]:
+    """By name: overlap, and whether the MLP is one function."""
+    fixed: dict[str, tuple[bool | int, bool]] = {f"{c} chunks": (c, True) for c in chunks}
+    return {"no overlap": (False, False), "by layer": (True, False), "parallel_mlp": (True, True), **fixed}
+
+
+def print_row(mbit_per_s: int, layout: str, ms: dict[str, float]) -> None:
+    compute_ms, communication_ms, *others_ms = ms.values()
+    bound = max(compute_ms, communication_ms)
+    cells = [f"{value:.0f} ({value / bound:.2f})" for value in others_ms]
+    print("|", " | ".join([str(mbit_per_s), layout, f"{compute_ms:.0f}", f"{communication_ms:.0f}", *cells]), "|")
+    sys.stdout.flush()
 
 
 def ip(*words: str) -> None:
@@ -137,20 +176,35 @@ def set_rate(mbit_per_s: int) -> None:
         subprocess.run(command, check=True, capture_output=True)
 
 
-def measure(mbit_per_s: int, chunks: list[int], rounds: int) -> list[dict[str, float | str]]:
-    set_rate(mbit_per_s)
+def run_ranks(arguments: list[str], limit_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
-        for rank, name in enumerate(NAMESPACES):
-            # One core a rank, as on a machine of its own.
-            pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
-            own = [sys.executable, __file__, "--rank", str(rank), "--folder", folder, "--rounds", str(rounds)]
-            command = ["ip", "netns", "exec", name, *pin, *own, "--chunks", *map(str, chunks)]
-            ranks.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-        codes = [process.wait() for process in ranks]
-        if any(codes):
-            sys.exit(f"a rank failed: exit codes {codes}")
-        return json.loads((Path(folder) / "results.json").read_text())
+        try:
+            for rank, name in enumerate(NAMESPACES):
+                # One core a rank, as on a machine of its own.
+                pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
+                own = [sys.executable, __file__, *arguments, "--rank", str(rank), "--folder", folder]
+                ranks.append(subprocess.Popen(["ip", "netns", "exec", name, *pin, *own], env=environment()))
+            deadline = time.monotonic() + limit_s
+            while any(process.poll() is None for process in ranks):
+                if time.monotonic() > deadline:
+                    sys.exit(f"bench-overlap: not done after {limit_s:.0f} s (fewer --rates or --rounds, or --limit-s)")
+                if any(process.poll() for process in ranks):
+                    break
+                time.sleep(0.1)
+            codes = [process.poll() for process in ranks]
+            if any(codes):
+                sys.exit(f"bench-overlap: a rank failed: exit codes {codes}")
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+
+def environment() -> dict[str, str]:
+    # Pages that malloc would give back and take again each step cost as much as a product's tenth.
+    pages = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+    return {**os.environ, **pages, "OMP_NUM_THREADS": "1"}
 
 
 def missing() -> str | None:
@@ -164,33 +218,30 @@ def missing() -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, nargs="+", default=[200, 300, 450, 700, 1500], help="Mbit/s")
-    parser.add_argument("--chunks", type=int, nargs="*", default=[4, 8])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--chunks", type=int, nargs="*", default=[8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="one layout alone")
+    parser.add_argument("--limit-s", type=float, default=900.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank is not None:
-        return run_rank(options.rank, options.folder, options.chunks, options.rounds)
+        return run_rank(options.rank, options.folder, options)
     reason = missing()
     if reason is not None:
         print(f"bench-overlap skipped: {reason}")
         return None
-    columns = ["plain", "auto", *(f"{c} chunks" for c in options.chunks)]
-    print(
-        f"MLP [{SEQUENCE}, {HIDDEN}] x {FFN}, fp32, {RANKS} ranks of one thread, forward + backward, ms; in brackets:"
-    )
-    print("how many times max(compute, communication)")
-    print("| Mbit/s | layout | compute | communication | " + " | ".join(columns) + " |")
-    print("|---" * (4 + len(columns)) + "|")
+    columns = ["Mbit/s", "layout", "compute", "communication", *ways(options.chunks)]
+    print(f"MLP [{SEQUENCE}, {HIDDEN}] x {FFN}, fp32, {RANKS} ranks of one thread, forward + backward, ms;")
+    print("in brackets: how many times max(compute, communication)")
+    print("|", " | ".join(columns), "|")
+    print("|---" * len(columns) + "|", flush=True)
+    # A plain SIGTERM would leave the ranks and the namespaces behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-overlap: ended by SIGTERM"))
     try:
         make_link()
-        for rate in options.rates:
-            for row in measure(rate, options.chunks, options.rounds):
-                compute_ms, communication_ms = float(row["compute_ms"]), float(row["communication_ms"])
-                bound = max(compute_ms, communication_ms)
-                cells = [f"{float(row[c]):.0f} ({float(row[c]) / bound:.2f})" for c in columns]
-                numbers = [str(rate), str(row["layout"]), f"{compute_ms:.0f}", f"{communication_ms:.0f}", *cells]
-                print("| " + " | ".join(numbers) + " |", flush=True)
+        set_rate(options.rates[0])
+        run_ranks(sys.argv[1:], options.limit_s)
     finally:
         remove_link()
     return None

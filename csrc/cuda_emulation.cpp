@@ -44,7 +44,7 @@ struct Machine {
   unsigned last_blocks = 0, sampled_blocks = 0;  // 0: all
   std::unique_ptr<Stacks> stacks;
   std::vector<Fiber> fibers{kMaxThreads};
-  std::vector<uint64_t> exchanged;  // two rows of threads: a lane may be one exchange ahead of its warp
+  uint64_t exchanged[2][kMaxThreads] = {};  // a lane may be one exchange ahead of its warp
   std::unique_ptr<char[]> shared{new char[kSharedBytes + 16]};
   size_t shared_used = 0, dynamic_bytes = 0;
   std::map<const void*, size_t> dynamic_allowed;
@@ -199,7 +199,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   Machine& m = machine;
   if (mask != 0xFFFFFFFFu) fail_in_fiber("only full warp masks are emulated");
   const unsigned me = m.current;
-  uint64_t* row = m.exchanged.data() + m.fibers[me].exchanges++ % 2 * kMaxThreads;
+  uint64_t* row = m.exchanged[m.fibers[me].exchanges++ % 2];
   row[me] = value;
   to_scheduler(State::kAtShuffle);
   return row + me / kLanes * kLanes;
@@ -227,7 +227,6 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   }
   if (m.stacks == nullptr) m.stacks = std::make_unique<Stacks>();
   m.dynamic_bytes = m.shared_used = dynamic_shared_bytes;
-  m.exchanged.assign(2 * kMaxThreads, 0);
   const std::string symbol = symbol_of(kernel, name);
   m.counts.begin_launch({name_of(symbol), symbol, m.threads, dynamic_shared_bytes}, shared_begin(), kSharedBytes,
                         m.stacks->memory, Stacks::kBytes);
@@ -239,11 +238,11 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
     first = blocks - m.last_blocks;
     run = m.last_blocks;
   }
-  const bool sampled = m.sampled_blocks > 1 && m.sampled_blocks < run;
+  const bool sampled = m.sampled_blocks > 0 && m.sampled_blocks < run;
   if (sampled) run = m.sampled_blocks;
   for (uint64_t i = 0; i < run; ++i) {
     const uint64_t place = permuted(static_cast<unsigned>(i), static_cast<unsigned>(run));
-    const uint64_t b = sampled ? place * (blocks - 1) / (run - 1) : first + place;
+    const uint64_t b = sampled ? (2 * place + 1) * blocks / (2 * run) : first + place;
     blockIdx = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                     static_cast<unsigned>(b / grid.x / grid.y));
     run_block();
@@ -262,7 +261,7 @@ FM_EXPORT void fm_emulation_set_seed(uint32_t seed) { machine.seed = seed; }
 FM_EXPORT void fm_emulation_set_multiprocessors(int count) { machine.multiprocessors = count; }
 // Run only the last blocks of each grid (0: all): a tensor of more than 2^31 elements then needs few of its pages.
 FM_EXPORT void fm_emulation_set_last_blocks(unsigned count) { machine.last_blocks = count; }
-// Run so many blocks of each grid, the first, the last and others between them (0: all); counts stand for the whole.
+// Run so many blocks of each grid, evenly spread (0: all); counts stand for the whole.
 FM_EXPORT void fm_emulation_set_sampled_blocks(unsigned count) { machine.sampled_blocks = count; }
 FM_EXPORT void fm_emulation_count(bool active) { machine.counts.start(active); }
 FM_EXPORT const char* fm_emulation_counted() { return machine.counts.report(); }

@@ -38,9 +38,10 @@ FM_DEVICE void write_column_sums(const Rows& rows, const float (&sums)[Rows::kAc
   }
 }
 
-// Beside two sums a column, the registers have room for the weight of one float32 group alone.
+// Beside two sums a column, the registers have room for half of the weight; the shared memory has none for all of it
+// where rows are float32.
 template <typename Rows>
-inline constexpr bool kSharedWeight = Rows::kGroups > 1 || Rows::kCount == 8;
+using BackwardParameter = ColumnValues<Rows, (Rows::kGroups > 1 || Rows::kCount == 8) ? 0 : Rows::kAccesses / 2>;
 
 // dy, x and dtotal are read once: they wait in shared memory for the sums over their row, and are unpacked there twice,
 // since the registers hold the sums over columns. A slot that has been read takes up a later row at once.
@@ -75,24 +76,16 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
     commit_copies();
   }
   float* staging = reinterpret_cast<float*>(ring + stages * accesses * slots * kNormThreads);
-  ColumnValues<Rows, kSharedWeight<Rows>> weights;
+  BackwardParameter<Rows> weights;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
-  if constexpr (kSharedWeight<Rows>) __syncthreads();
+  if constexpr (Rows::kGroups > 1) __syncthreads();
   float dweight[kAccesses][kCount] = {}, dbias[kAccesses][kCount] = {};
   const int64_t rounds = Rows::rounds(a.rows);
-  float next_mean = 0.0f, next_rstd = 0.0f;
-  const auto fetch_statistics = [&](int64_t row) {
-    if (row >= a.rows) return;
-    if constexpr (kCentred) next_mean = a.mean[row];
-    next_rstd = a.rstd[row];
-  };
-  fetch_statistics(rows.row(0));
   int stage = 0, parity = 0;
   for (int64_t round = 0; round < rounds; ++round) {
     const int64_t row = rows.row(round);
     const bool active = row < a.rows;
-    const float mean = next_mean, rstd = next_rstd;
-    fetch_statistics(rows.row(round + 1));
+    const float mean = active && kCentred ? a.mean[row] : 0.0f, rstd = active ? a.rstd[row] : 0.0f;
     float g[kCount], normalised[kCount], weight[kCount];
     Sums sums{};
     const auto unpack = [&](int i) {
@@ -167,7 +160,7 @@ bool try_backward_in_registers(const NormBackward& a, NormDevice device, cudaStr
   const int64_t slots = Dy::kSlots + Stream::kSlots + (a.dtotal != nullptr ? Stream::kSlots : 0);
   const int64_t stage_bytes = norm_stage_bytes<Rows>(a.width, slots);
   const int64_t row_bytes = a.width * static_cast<int64_t>(sizeof(float));
-  const int64_t staging_bytes = kSharedWeight<Rows> ? norm_parameter_bytes<Rows>(a.width) : 0;
+  const int64_t staging_bytes = BackwardParameter<Rows>::shared_bytes(a.width);
   const int64_t stages = std::min<int64_t>(kNormMaxStages, (device.shared_bytes - staging_bytes) / stage_bytes);
   if (stages < 1) return false;
   const int64_t sums_bytes = Rows::kGroups > 1 ? Rows::kGroups * row_bytes : 0;

@@ -95,7 +95,7 @@ NormBackwardOutputs norm_backward_cuda(const NormBackwardInputs& in, bool need_d
   if (!need_sums && ((!need_dx && !need_dresidual) || in.rows == 0)) return {dx, dweight, dbias, dresidual};
   const NormDevice device = norm_device();
   const int64_t size = dtype == ScalarType::Float ? 4 : 2, stream_size = stream_dtype == ScalarType::Float ? 4 : 2;
-  const int64_t row_bytes = (need_dx ? 2 : 1) * size + (in.dtotal ? 2 : 1) * stream_size;
+  const int64_t row_bytes = (1 + need_dx) * size + (1 + in.dtotal.has_value() + need_dresidual) * stream_size;
   const int64_t parts = need_sums ? norm_parts(in.rows, row_bytes, kCentred ? 2 : 1, device.multiprocessors)
                                   : norm_blocks(in.rows, device.multiprocessors);
   const int64_t partial_sizes[] = {need_sums ? parts * (kCentred ? 2 : 1) * in.width : 0};

@@ -24,7 +24,7 @@ FM_DEVICE void store_any(void* data, DType dtype, int64_t index, const float (&v
 }
 
 template <bool kCentred, int kCount>
-__global__ void __launch_bounds__(kNormThreads) norm_forward_looped(NormForward a) {
+__global__ void __launch_bounds__(kNormThreads, 1) norm_forward_looped(NormForward a) {
   constexpr int kWarps = kNormThreads / kWarpSize, kStep = kNormThreads * kCount;
   FM_SHARED(float, scratch, 2 * kWarps);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, first = threadIdx.x * kCount;
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kNormThreads) norm_forward_looped(NormForward 
 }
 
 template <bool kCentred, int kCount>
-__global__ void __launch_bounds__(kNormThreads) norm_dx_looped(NormBackward a) {
+__global__ void __launch_bounds__(kNormThreads, 1) norm_dx_looped(NormBackward a) {
   constexpr int kWarps = kNormThreads / kWarpSize, kStep = kNormThreads * kCount;
   FM_SHARED(float2, scratch, 2 * kWarps);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, first = threadIdx.x * kCount;

@@ -52,34 +52,36 @@ struct NormRows {
   }
 };
 
-// A parameter's values for the columns of this thread, read from memory once a block: kShared in shared memory (where
-// several groups use them, or where the registers are taken), else in registers.
-template <typename Rows, bool kShared>
+// A parameter's values for the columns of this thread, read from memory once a block: those of the first kKept accesses
+// in registers, the others in shared memory (all, where several groups use them).
+template <typename Rows, int kKept>
 struct ColumnValues {
+  static_assert(kKept == 0 || Rows::kGroups == 1);
   static constexpr int kCount = Rows::kCount, kQuads = kCount > 1 ? kCount / 4 : 1;
-  float kept[kShared ? 1 : Rows::kAccesses][kCount];
+  static constexpr int kFirst = kKept;  // in shared memory
+  float kept[kKept > 0 ? kKept : 1][kCount];
   const float4* shared;
 
-  // `memory` has norm_parameter_bytes. Where kShared a barrier must follow before get().
+  // `memory` has shared_bytes(). Where there are several groups a barrier must follow before get().
   FM_DEVICE void load(const Rows& rows, ConstParameter parameter, float absent, float offset, float* memory) {
     shared = reinterpret_cast<const float4*>(memory);
 #pragma unroll
     for (int i = 0; i < Rows::kAccesses; ++i) {
-      if (!rows.holds(i) || (kShared && i % Rows::kGroups != rows.group)) continue;
+      if (!rows.holds(i) || i % Rows::kGroups != rows.group) continue;
       float values[kCount];
       load_parameter(parameter, rows.column(i), absent, values);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        if constexpr (kShared) {
-          memory[place(i, k)] = values[k] + offset;
-        } else {
+        if (i < kKept) {
           kept[i][k] = values[k] + offset;
+        } else {
+          memory[place(i, k)] = values[k] + offset;
         }
       }
     }
   }
   FM_DEVICE void get(int access, float (&values)[kCount]) const {
-    if constexpr (!kShared) {
+    if (access < kKept) {  // known at compile time, as is the access
 #pragma unroll
       for (int k = 0; k < kCount; ++k) values[k] = kept[access][k];
     } else if constexpr (kCount == 1) {
@@ -99,7 +101,11 @@ struct ColumnValues {
   static FM_DEVICE int place(int access, int k) {
     constexpr int kTogether = kCount > 1 ? 4 : 1;
     const int thread = threadIdx.x % Rows::kThreads;
-    return ((access * kQuads + k / kTogether) * Rows::kThreads + thread) * kTogether + k % kTogether;
+    return (((access - kKept) * kQuads + k / kTogether) * Rows::kThreads + thread) * kTogether + k % kTogether;
+  }
+  static int64_t shared_bytes(int64_t width) {
+    const int64_t accesses = (width + Rows::kStep - 1) / Rows::kStep;
+    return std::max<int64_t>(accesses - kKept, 0) * Rows::kStep * static_cast<int64_t>(sizeof(float));
   }
 };
 
@@ -110,11 +116,6 @@ int64_t norm_stage_bytes(int64_t width, int64_t slots) {
   return accesses * slots * kNormThreads * static_cast<int64_t>(sizeof(typename Rows::Slot));
 }
 
-// Shared memory of one parameter.
-template <typename Rows>
-int64_t norm_parameter_bytes(int64_t width) {
-  return (width + Rows::kStep - 1) / Rows::kStep * Rows::kStep * static_cast<int64_t>(sizeof(float));
-}
 
 // Persistent blocks, one a multiprocessor: more would read the parameters that much more often.
 inline int64_t norm_blocks(int64_t rows, int multiprocessors) {

@@ -23,6 +23,7 @@ USAGE = """usage: fused-megatron COMMAND ...
 commands:
   train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
+  audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(importlib.metadata.version("fused-megatron"))
         return 0
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate, "audit": _audit}
     try:
         if command not in commands:
             raise _shared(InputError(f"unknown command {command!r} (commands: {', '.join(commands)})"))
@@ -100,6 +101,17 @@ def _generate(words: Sequence[str]) -> int:
     if _speaks_for_host():
         print(text)
     return 0
+
+
+def _audit(words: Sequence[str]) -> int:
+    # Needs a source checkout and its compilers, which those who train do not have: imported when asked for.
+    from fused_megatron.testing.audit.command import AuditArguments, run_audit  # noqa: PLC0415
+
+    program = "fused-megatron audit"
+    if any(word in ("-h", "--help") for word in words):
+        print_arguments(AuditArguments, program)
+        return 0
+    return run_audit(parse_arguments(AuditArguments, words, source=program))
 
 
 def _shared(error: InputError) -> InputError:

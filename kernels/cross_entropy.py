@@ -5,8 +5,8 @@ neighbouring columns (16 bytes) belong to one thread, so that loads and stores t
 running maximum and sum: one extra exp2 per VECTOR logits instead of a reduction over the block per tile.
 
 A vocabulary is rarely a multiple of anything. So tiles begin at 16-byte boundaries, wherever the row begins (at `shift`
-in its first tile), and only those at the two ends of a row, which are not full, are masked, which narrows their accesses.
-Tensors that do not begin at a 16-byte boundary are right too, and slower.
+in its first tile), and only those at the two ends of a row, which are not full, are masked, which narrows their
+accesses. Tensors that do not begin at a 16-byte boundary are right too, and slower.
 
 No thread block clusters: they could keep a row on chip from its statistics to its gradient, and save the second reading
 of the logits (4 instead of 6 bytes for 16 bits). But the gradient needs the upstream gradient, which forward does not

@@ -37,7 +37,7 @@ def test_on_the_cpu(tmp_path):
 
 
 def test_on_a_gpu_that_is_none():
-    done = run("--quick", "--fake-gpu", "H100", "-k", "float32")
+    done = run("--quick", "--fake-gpu", "H100", "-k", "float32 and (norm or entropy or rotary)")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "forward + backward on fake H100" in done.stdout and "% of copy" in done.stdout
     if "liger_kernel" not in sys.modules:

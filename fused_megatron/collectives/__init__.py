@@ -12,9 +12,11 @@ from fused_megatron.collectives.conjugate_pairs import (
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.collectives.overlap import AUTO, ChunkChoice, OverlapCosts, chunk_choice, overlap_costs
 from fused_megatron.collectives.overlapped_linear import column_linear, row_linear
+from fused_megatron.collectives.overlapped_mlp import Activation, mlp
 
 __all__ = [
     "AUTO",
+    "Activation",
     "ChunkChoice",
     "Group",
     "OverlapCosts",
@@ -27,6 +29,7 @@ __all__ = [
     "group_size",
     "identity_all_reduce",
     "identity_all_reduce_together",
+    "mlp",
     "overlap_costs",
     "reduce_scatter_all_gather",
     "row_linear",

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from math import gcd, prod
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.collectives.groups import Group, group_rank, group_size
@@ -21,6 +20,7 @@ from fused_megatron.collectives.transfers import (
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
+    start_reduce_scatter_blocks,
 )
 
 # Rows of a tile of the GPU's matrix products: a chunk that ends inside one would compute the rest for nothing.
@@ -47,8 +47,8 @@ def start_product_all_reduce(
     rows = x.reshape(-1, x.shape[-1])
     y = rows.new_empty(rows.shape[0], weight.shape[0])
     transfers = []
-    for begin, end in chunk_edges(rows.shape[0], num_chunks, _tile(x, 1)):
-        _product(rows[begin:end], weight, bias, y[begin:end])
+    for begin, end in chunk_edges(rows.shape[0], num_chunks, tile_steps(x, 1)):
+        product_into(rows[begin:end], weight, bias, y[begin:end])
         transfers.append(start_all_reduce_(y[begin:end], group))
     return Transfers(transfers, y.view(*x.shape[:-1], weight.shape[0]))
 
@@ -62,7 +62,7 @@ def start_product_reduce_scatter(
     gathered from all over x first.
     """
     ranks = group_size(group)
-    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+    if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         return start_reduce_scatter(F.linear(x, weight, bias), dim, group)
     block, width = x.shape[dim] // ranks, weight.shape[0]
     between = x.shape[dim + 1 : -1]
@@ -70,12 +70,11 @@ def start_product_reduce_scatter(
     y = x.new_empty(*x.shape[:dim], block, *between, width)
     y_rows = y.view(block, *between, width)
     transfers = []
-    for begin, end in chunk_edges(block, num_chunks, _tile(x, prod(between))):
+    for begin, end in chunk_edges(block, num_chunks, tile_steps(x, prod(between))):
         partial = x.new_empty(ranks, end - begin, *between, width)
         for rank in range(ranks):
-            _product(_rows(by_rank[rank, begin:end]), weight, bias, _rows(partial[rank]))
-        work = dist.reduce_scatter_single(y_rows[begin:end].view(-1), partial.view(-1), group=group, async_op=True)
-        transfers.append(Transfer(work, [partial, y_rows]))
+            product_into(rows_of(by_rank[rank, begin:end]), weight, bias, rows_of(partial[rank]))
+        transfers.append(start_reduce_scatter_blocks(partial, y_rows[begin:end], group))
     return Transfers(transfers, y)
 
 
@@ -95,17 +94,17 @@ def gather_product(
     travel. `gathered` is None unless it is asked for.
     """
     ranks = group_size(group)
-    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+    if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         whole = start_all_gather(x, dim, group).wait()
         return F.linear(whole, weight, bias), whole if keep_gathered else None
     own = group_rank(group)
     block, between, width = x.shape[dim], x.shape[dim + 1 : -1], weight.shape[0]
     shard = x.reshape(block, *between, x.shape[-1]).contiguous()
-    edges = chunk_edges(block, num_chunks, _tile(x, prod(between)))
+    edges = chunk_edges(block, num_chunks, tile_steps(x, prod(between)))
     transfers = [start_all_gather(shard[begin:end].unsqueeze(0), 0, group) for begin, end in edges]
     y = x.new_empty(ranks, block, *between, width)
     gathered = x.new_empty(ranks, *shard.shape) if keep_gathered else None
-    _product(_rows(shard), weight, bias, _rows(y[own]))
+    product_into(rows_of(shard), weight, bias, rows_of(y[own]))
     if gathered is not None:
         gathered[own] = shard
     for (begin, end), transfer in zip(edges, transfers, strict=True):
@@ -113,7 +112,7 @@ def gather_product(
         for rank in range(ranks):
             if rank == own:
                 continue
-            _product(_rows(chunk[rank]), weight, bias, _rows(y[rank, begin:end]))
+            product_into(rows_of(chunk[rank]), weight, bias, rows_of(y[rank, begin:end]))
             if gathered is not None:
                 gathered[rank, begin:end] = chunk[rank]
     full_shape = (*x.shape[:dim], ranks * block, *between)
@@ -131,23 +130,23 @@ def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[i
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
+def product_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
     """y = x @ weight.T + bias, into memory that exists."""
     if bias is None:
-        torch.mm(x, weight.t(), out=y)
-    else:
-        torch.addmm(bias, x, weight.t(), out=y)
+        return torch.mm(x, weight.t(), out=y)
+    return torch.addmm(bias, x, weight.t(), out=y)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [.., I] as a matrix."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _leads(x: torch.Tensor, dim: int) -> bool:
+def leads(x: torch.Tensor, dim: int) -> bool:
     """Whether blocks of dim are contiguous: no dim before it."""
     return prod(x.shape[:dim]) == 1
 
 
-def _tile(x: torch.Tensor, rows_per_step: int) -> int:
+def tile_steps(x: torch.Tensor, rows_per_step: int) -> int:
     """Steps of a dim that make whole tiles of rows."""
     return _TILE_ROWS // gcd(_TILE_ROWS, max(1, rows_per_step)) if x.is_cuda else 1

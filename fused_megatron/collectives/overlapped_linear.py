@@ -13,12 +13,14 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.collectives.chunked_products import (
     Transfers,
     gather_product,
+    rows_of,
     start_product_all_reduce,
     start_product_reduce_scatter,
 )
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.collectives.overlap import PLAIN, ChunkChoice
 from fused_megatron.collectives.transfers import Transfer, start_all_gather
+from fused_megatron.collectives.weight_gradients import weight_gradient
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -35,9 +37,10 @@ class _ColumnLinear(torch.autograd.Function):
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group, choice
+        ctx.main_grad = getattr(weight, "main_grad", None)
         if sequence_dim is None:
             return F.linear(x, weight, bias)
-        num_chunks = choice.for_gather(x, weight.shape[0], group)
+        num_chunks = choice.for_gather(x, weight, group)
         return gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0]
 
     @staticmethod
@@ -51,15 +54,15 @@ class _ColumnLinear(torch.autograd.Function):
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
-            num_chunks = choice.for_reduction(dy, weight.shape[1], group, hidden_products=1 + needs_dweight)
+            num_chunks = choice.for_reduction(dy, weight.t(), group, hidden_products=1 + needs_dweight)
             if sequence_dim is None:
                 dx = start_product_all_reduce(dy, weight.t(), None, group, num_chunks)
             else:
                 dx = start_product_reduce_scatter(dy, weight.t(), None, sequence_dim, group, num_chunks)
         if needs_dweight:
-            dweight = _rows(dy).t() @ _rows(full_x.wait())
+            dweight = weight_gradient(rows_of(dy), rows_of(full_x.wait()), ctx.main_grad)
         if needs_dbias:
-            dbias = _rows(dy).sum(0)
+            dbias = rows_of(dy).sum(0)
         return dx.wait() if needs_dx else None, dweight, dbias, None, None, None
 
 
@@ -77,9 +80,10 @@ class _RowLinear(torch.autograd.Function):
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group, choice
+        ctx.main_grad = getattr(weight, "main_grad", None)
         # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
         bias = bias if group_rank(group) == 0 else None
-        num_chunks = choice.for_reduction(x, weight.shape[0], group)
+        num_chunks = choice.for_reduction(x, weight, group)
         if sequence_dim is None:
             return start_product_all_reduce(x, weight, bias, group, num_chunks).wait()
         return start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait()
@@ -94,7 +98,7 @@ class _RowLinear(torch.autograd.Function):
         if sequence_dim is None:
             dx = dy @ weight if needs_dx else None
         elif needs_dx:
-            num_chunks = choice.for_gather(dy, weight.shape[1], group)
+            num_chunks = choice.for_gather(dy, weight.t(), group)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
             assert gathered is not None
             dy = gathered
@@ -102,17 +106,13 @@ class _RowLinear(torch.autograd.Function):
             dy = start_all_gather(dy, sequence_dim, group).wait()
         return (
             dx,
-            _rows(dy).t() @ _rows(x) if needs_dweight else None,
+            weight_gradient(rows_of(dy), rows_of(x), ctx.main_grad) if needs_dweight else None,
             # Of all positions, since dy is whole by now: the full gradient on every rank with no further collective.
-            _rows(dy).sum(0) if needs_dbias else None,
+            rows_of(dy).sum(0) if needs_dbias else None,
             None,
             None,
             None,
         )
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def column_linear(

@@ -57,6 +57,14 @@ def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None)
     return Transfer(work, [source, gathered], lambda buffer: buffer.movedim(0, dim).reshape(full_shape))
 
 
+def start_all_gather_blocks(shard: torch.Tensor, blocks: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
+    """shard [n, ..] of each rank, one after the other, into blocks [R n, ..]; both contiguous."""
+    if group_size(group) == 1:
+        return Transfer(None, [shard])
+    work = dist.all_gather_single(blocks.view(-1), shard.view(-1), group=group, async_op=True)
+    return Transfer(work, [shard, blocks])
+
+
 def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> Transfer:
     """Sum x over the ranks and keep this rank's block [.., n / R, ..] of dim."""
     ranks = group_size(group)
@@ -71,6 +79,12 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
     shard = x.new_empty(shard_shape)
     work = dist.reduce_scatter_single(shard.view(-1), source.view(-1), group=group, async_op=True)
     return Transfer(work, [source, shard])
+
+
+def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
+    """Sum blocks [R n, ..] over the ranks and keep this rank's in shard [n, ..]; both contiguous."""
+    work = dist.reduce_scatter_single(shard.view(-1), blocks.view(-1), group=group, async_op=True)
+    return Transfer(work, [blocks, shard])
 
 
 def own_block(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -89,9 +89,9 @@ def cross_entropy(
         softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
         vocab_size: V <= Vp, the true number of classes; columns from V on are padding, left out of everything, with
             gradient 0. None: all columns are classes.
-        inplace_backward: the backward overwrites the logits with their gradient, and so needs no memory for it. Autograd
-            then refuses everything else that needs these logits, a second backward too. Without effect on float64
-            logits and under torch.compile, which reuses memory by itself.
+        inplace_backward: the backward overwrites the logits with their gradient, and so needs no memory for it.
+            Autograd then refuses everything else that needs these logits, a second backward too. Without effect on
+            float64 logits and under torch.compile, which reuses memory by itself.
         check_target: True raises for a target that is no class, wherever the tensors are: on a GPU that waits for it.
             None does so where it costs no wait, on the CPU outside torch.compile. False never does.
         weight: None; class weights, an argument of torch's function, are not supported.

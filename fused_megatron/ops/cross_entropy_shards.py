@@ -5,6 +5,8 @@ the gradient of a shard needs the merged lse alone. So a loss over R shards take
 shard, and label smoothing, z-loss, soft-capped logits and ignored tokens come out exactly as on one device.
 """
 
+from typing import Any
+
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
@@ -162,7 +164,7 @@ def cross_entropy_gradient(
     """
     cap = check_shard(logits_shard, target, vocab_start, vocab_size, label_smoothing, softcap)
     per_token = _checked_per_token(grad_loss, logits_shard, target, lse)
-    call = reference.cross_entropy_gradient if logits_shard.dtype == torch.float64 else gradient_op
+    call: Any = reference.cross_entropy_gradient if logits_shard.dtype == torch.float64 else gradient_op
     terms = (vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, cap)
     return call(per_token[0], with_dense_rows(logits_shard), *per_token[1:], *terms)
 

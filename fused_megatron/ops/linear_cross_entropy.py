@@ -184,7 +184,7 @@ def linear_cross_entropy(
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
         softcap: c; logits are squashed into (-c, c) (Gemma 2, arXiv:2408.00118). None: they are not.
         vocab_size: the true number of words; rows of weight from there on are padding: not read, gradient 0.
-        chunk_tokens: tokens of a tile of logits. None: by its bytes (256 MiB on a GPU, 64 MiB on a CPU).
+        chunk_tokens: tokens of a tile of logits. None: by its bytes (256 MiB on a GPU, 100 MiB on a CPU).
 
     Returns:
         A scalar, or the shape of target for "none"; in the dtype of the product, as torch (float32 under autocast).

@@ -31,7 +31,7 @@ Pending = Callable[[], torch.Tensor]
 
 # Bytes of a tile. On a GPU: enough tokens to fill it with work, little beside the weights. On a CPU: the fewer chunks
 # the fewer passes over dw, and the peak at 4096 tokens, 768 -> 50304, stays below 1/8 of that with whole logits.
-_TILE_BYTES = {"gpu": 256 << 20, "cpu": 64 << 20}
+_TILE_BYTES = {"gpu": 256 << 20, "cpu": 100 << 20}
 # Where the product is made in float32 for 16-bit operands, blocks of words are cast as they are used, and the tile is
 # small beside the caches; up to so many tokens at once no gradient of a weight needs an accumulator.
 _CAST_TILE_BYTES = 8 << 20

@@ -11,6 +11,7 @@ import torch
 from fused_megatron import extension
 
 _LIBRARY = torch.library.Library("fused_megatron", "FRAGMENT")
+TRITON_LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by op
 
 
 def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -66,6 +67,7 @@ def register_triton(name: str, module: str) -> None:
     def launch(*args: Any) -> Any:
         return getattr(importlib.import_module(f"fused_megatron.kernels.{module}"), name)(*args)
 
+    TRITON_LAUNCHERS[name] = launch
     if torch.version.cuda is not None:
         _LIBRARY.impl(name, launch, "CUDA")
     if os.environ.get("TRITON_INTERPRET") == "1":

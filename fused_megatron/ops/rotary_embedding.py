@@ -197,15 +197,21 @@ def _check_values(
     """Raise for a position outside the tables, where looking costs no synchronisation and no graph break."""
     if torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.device.type != "cpu" or q.numel() == 0:
         return
-    if cu_seqlens is not None:
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q.shape[0] or any(a > b for a, b in itertools.pairwise(ends)):
-            raise InputError(f"cu_seqlens={ends} must ascend from 0 to the number of tokens, {q.shape[0]}")
-    start = offset if isinstance(offset, int) else None
-    tensor = offset if isinstance(offset, torch.Tensor) else None
-    position = reference.token_positions(q.shape, q.device, positions, tensor, cu_seqlens, start or 0, sequence_dim)
-    lowest, highest = (int(value) for value in position.aminmax())
+    if positions is not None:
+        name, (lowest, highest) = "positions", positions.aminmax()
+    else:
+        name = "offset" if cu_seqlens is None else "cu_seqlens"
+        starts = [offset] if isinstance(offset, int) else offset.reshape(-1).tolist()
+        lengths = [q.shape[sequence_dim]]
+        if cu_seqlens is not None:
+            ends = cu_seqlens.tolist()
+            lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+            if ends[0] != 0 or ends[-1] != q.shape[0] or min(lengths, default=0) < 0:
+                raise InputError(f"cu_seqlens={ends} must ascend from 0 to the number of tokens, {q.shape[0]}")
+        count = max(len(starts), len(lengths))  # one of the two may stand for all sequences
+        starts, lengths = (values * count if len(values) == 1 else values for values in (starts, lengths))
+        spans = [(start, start + length - 1) for start, length in zip(starts, lengths, strict=True) if length]
+        lowest, highest = min(span[0] for span in spans), max(span[1] for span in spans)
     if lowest < 0 or highest >= table_rows:
-        name = "positions" if positions is not None else "offset" if cu_seqlens is None else "cu_seqlens"
-        worst = lowest if lowest < 0 else highest
+        worst = int(lowest if lowest < 0 else highest)
         raise InputError(f"{name}: position {worst} must be in [0, cos.shape[0]={table_rows})")

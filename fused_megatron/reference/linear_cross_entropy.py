@@ -21,6 +21,4 @@ def linear_cross_entropy(
     logits = hidden.to(wide) @ weight[:vocab_size].to(wide).t()
     if bias is not None:
         logits = logits + bias[:vocab_size].to(wide)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return cross_entropy(logits, target, ignore_index, label_smoothing, z_loss)
+    return cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, softcap or 0.0)

@@ -11,6 +11,7 @@ from fused_megatron.tensor_parallel.linear import (
     row_parallel_linear,
 )
 from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from fused_megatron.tensor_parallel.mlp import parallel_mlp
 from fused_megatron.tensor_parallel.rms_norm import RMSNorm
 from fused_megatron.tensor_parallel.shard import (
     ParameterShard,
@@ -36,6 +37,7 @@ __all__ = [
     "column_parallel_linear",
     "fill_normal_shard_",
     "mark_shard",
+    "parallel_mlp",
     "parameter_parts",
     "parameter_shard",
     "row_parallel_linear",

@@ -9,6 +9,7 @@ from fused_megatron import ops
 from fused_megatron.checks import check, check_shape
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather
+from fused_megatron.ops.cross_entropy_shards import has_own_rows
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
@@ -21,23 +22,30 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         z_loss: float,
+        softcap: float | None,
+        inplace_backward: bool,
+        check_target: bool | None,
         group: Group,
     ) -> torch.Tensor:
         vocab_start = group_rank(group) * logits_shard.shape[1]
-        shard = {"vocab_start": vocab_start, "vocab_size": vocab_size, "ignore_index": ignore_index}
-        stats = ops.cross_entropy_statistics(logits_shard, target, **shard, label_smoothing=label_smoothing)
+        shard: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size, "ignore_index": ignore_index}
+        shard |= {"label_smoothing": label_smoothing, "softcap": softcap}
+        stats = ops.cross_entropy_statistics(logits_shard, target, **shard, check_target=check_target)
         all_stats = start_all_gather(stats.unsqueeze(0), 0, group).wait()
         loss, lse = ops.cross_entropy_merge(all_stats, target, ignore_index=ignore_index, z_loss=z_loss)
         ctx.save_for_backward(logits_shard, target, lse)
-        ctx.arguments = {**shard, "label_smoothing": label_smoothing, "z_loss": z_loss}
+        ctx.arguments = {**shard, "z_loss": z_loss}
+        ctx.inplace = inplace_backward
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
         logits_shard, target, lse = ctx.saved_tensors
-        dlogits_shard = ops.cross_entropy_gradient(grad_loss, logits_shard, target, lse, **ctx.arguments)
-        return dlogits_shard, None, None, None, None, None, None
+        # The compiler plans memory by itself, and overwrites the logits where nothing needs them any more.
+        in_place = ctx.inplace and not torch.compiler.is_compiling()
+        gradient = ops.cross_entropy_gradient_ if in_place else ops.cross_entropy_gradient
+        return gradient(grad_loss, logits_shard.detach(), target, lse, **ctx.arguments), *[None] * 9
 
 
 def vocab_parallel_cross_entropy(
@@ -49,7 +57,10 @@ def vocab_parallel_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     padded_vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    check_target: bool | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each token from logits sharded over the vocabulary.
 
@@ -70,14 +81,20 @@ def vocab_parallel_cross_entropy(
         ignore_index: tokens with this target have loss 0 and gradient 0.
         label_smoothing: s, spread over all V words.
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
+        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
         padded_vocab_size: Vp; where it is given, logits of another width are refused, however much is padding.
+        inplace_backward: the backward overwrites logits_shard with its gradient, and so needs no memory for it.
+            Autograd then refuses everything else that needs these logits, a second backward too. Without effect under
+            torch.compile, which reuses memory by itself.
+        check_target: True raises for a target that is no word, wherever the tensors are: on a GPU that waits for it.
+            None does so where it costs no wait, on the CPU outside torch.compile. False never does.
 
     Returns:
         [...] float32 (float64 for float64 logits), bitwise the same on every rank.
 
     Raises:
-        InputError: shapes that do not fit, gathered logits, this rank not in tp_group or, on the CPU, a target that is
-            no word. On a GPU the loss of such a token is NaN.
+        InputError: shapes that do not fit, gathered logits, this rank not in tp_group, or a target that is no word
+            (check_target). Where nobody looks, the loss of such a token is NaN.
         TypeError: wrong dtypes.
 
     Communication: one all-gather of 8 bytes a token and rank forward; none backward.
@@ -106,13 +123,11 @@ def vocab_parallel_cross_entropy(
             f"logits_shard.shape[-1]={columns} x tensor_parallel_size={ranks} must equal "
             f"padded_vocab_size={padded_vocab_size} (pass this rank's columns, not the gathered logits)",
         )
+    rows = logits_shard.reshape(-1, columns)
+    if inplace_backward and not has_own_rows(rows):
+        rows = rows.contiguous()
+    terms = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
     loss = _VocabParallelCrossEntropy.apply(
-        logits_shard.reshape(-1, columns),
-        target.reshape(-1),
-        vocab_size,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        tp_group,
-    )
+        rows, target.reshape(-1), *terms, inplace_backward, check_target, tp_group
+    )  # fmt: skip
     return loss.view(target.shape)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fused_megatron.checks import InputError, check, check_divisible, check_same_device, check_shape
+from fused_megatron.checks import check, check_divisible, check_shape
 from fused_megatron.collectives import (
     Group,
     all_gather_split,
@@ -17,6 +17,7 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
+from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
 from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
 
 
@@ -62,9 +63,9 @@ def column_parallel_linear(
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     group_size(tp_group)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_operands(x, weight, bias)
-    dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_operands(x, weight, bias)
+    dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     return column_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
@@ -110,9 +111,9 @@ def row_parallel_linear(
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
     """
     ranks = group_size(tp_group)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_operands(x, weight, bias)
-    dim = _sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
+    x, weight, bias = autocast_operands(x, weight, bias)
+    check_operands(x, weight, bias)
+    dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
     return row_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
@@ -324,48 +325,3 @@ def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     fill_normal_shard_(weight, std, seed=seed, name=name)
-
-
-def _autocast(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    check(weight.dim() == 2, f"weight.shape={tuple(weight.shape)} must be (out_features, in_features)")
-    features = weight.shape[1]
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise InputError(
-            f"x.shape={tuple(x.shape)} must end in this rank's number of input features {features} "
-            f"(weight.shape={tuple(weight.shape)})"
-        )
-    for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.dtype != weight.dtype:
-            raise TypeError(
-                f"{name}.dtype={_name(tensor.dtype)} must equal weight.dtype={_name(weight.dtype)} "
-                "(cast one of them, or use torch.autocast)"
-            )
-    if bias is not None:
-        check_shape("bias", bias, weight.shape[:1])
-    check_same_device("x", x, "weight", weight)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:
-    """The dim of x that is sharded, as a number from 0; None without sequence parallelism."""
-    if not sequence_parallel or group_size(tp_group) == 1:
-        return None
-    check(
-        -x.dim() <= sequence_dim < x.dim() and sequence_dim % x.dim() != x.dim() - 1,
-        f"sequence_dim={sequence_dim} must be a dim of x.shape={tuple(x.shape)} other than the last",
-    )
-    return sequence_dim % x.dim()

@@ -66,7 +66,7 @@ def milliseconds_table(comparisons: Sequence[Comparison], default_malloc: bool) 
         row = [f"{c.op} {c.label}", c.dtype, *(_median(c.ms(name)) for name in (*names, BOUND))]
         row.append(f"{gb_per_s:.1f}" if gb_per_s else "-")
         if default_malloc:
-            row += [f"{c.default_malloc_ms[name]:.3g}" if name in c.default_malloc_ms else "-" for name in names]
+            row += [_number(c.default_malloc_ms[name]) if name in c.default_malloc_ms else "-" for name in names]
         rows.append(row)
     return markdown(header, rows)
 
@@ -100,7 +100,7 @@ def gpu_table(comparisons: Sequence[Comparison], ceiling_gb_per_s: float) -> lis
                     f"{c.op} {c.label}",
                     c.dtype,
                     name,
-                    f"{ms.low:.4g} / {ms.median:.4g} / {ms.high:.4g}" if ms else "-",
+                    f"{_number(ms.low)} / {_number(ms.median)} / {_number(ms.high)}" if ms else "-",
                     f"{gb_per_s:.0f}" if gb_per_s else "-",
                     f"{100 * gb_per_s / ceiling_gb_per_s:.0f}" if gb_per_s else "-",
                     f"{peak / 1e6:.1f}" if peak is not None else "-",
@@ -135,8 +135,13 @@ def _times(spread: Spread) -> str:
 
 
 def _ms(spread: Spread) -> str:
-    return f"{spread.median:.3g} [{spread.low:.3g}-{spread.high:.3g}]"
+    return f"{_number(spread.median)} [{_number(spread.low)}-{_number(spread.high)}]"
 
 
 def _median(spread: Spread | None) -> str:
-    return f"{spread.median:.3g}" if spread else "-"
+    return _number(spread.median) if spread else "-"
+
+
+def _number(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

@@ -28,6 +28,7 @@ INEXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Beyond this no rounding is to blame.
 WRONG = 0.25
 _MOST_WARM_UPS = 8
+_PIECE_ELEMENTS = 1 << 24
 _FEW_FAULTS = 100  # pages
 
 Op = Callable[..., Any]
@@ -79,9 +80,10 @@ class Case:
 class Rounds:
     """How long to measure: as many rounds as fit in budget_s, within limits."""
 
-    budget_s: float = 3.0
+    budget_s: float = 2.5
     fewest: int = 3
     most: int = 60
+    warm_up: bool = True  # else the check is all that runs before
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ def side_by_side(
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round: entry i of two lists is one pair, measured within one round."""
     names = list(steps)
-    spent = _warm_up(steps, device, rounds.budget_s)
-    count = int(rounds.budget_s / max(spent, 1e-9))
+    spent = _warm_up(steps, device, rounds.budget_s) if rounds.warm_up else 0.0
+    count = int(rounds.budget_s / max(spent, 1e-9)) if rounds.warm_up else rounds.fewest
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(min(max(count, rounds.fewest), rounds.most)):
         turn = index % max(len(names), 1)
@@ -310,9 +312,12 @@ class _Judge:
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    norm = torch.linalg.vector_norm(want)
-    error = torch.linalg.vector_norm(got.to(want.dtype).sub_(want) if got.dtype != want.dtype else got - want)
-    return (error / norm).item() if norm > 0 else error.item()
+    """Norm of the error over the norm of what is right, in pieces: a whole difference could be gigabytes."""
+    error = norm = 0.0
+    for some, right in zip(*(t.reshape(-1).split(_PIECE_ELEMENTS) for t in (got, want)), strict=True):
+        error += torch.linalg.vector_norm(some.to(want.dtype) - right).item() ** 2
+        norm += torch.linalg.vector_norm(right).item() ** 2
+    return math.sqrt(error / norm) if norm > 0 else math.sqrt(error)
 
 
 def _as_exact(value: Any, dtype: torch.dtype) -> Any:

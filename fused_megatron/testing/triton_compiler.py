@@ -79,3 +79,42 @@ def _resources(ptx: str, arch: int) -> tuple[int, int]:
 
     spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
     return number(r"Used (\d+) registers"), spilled
+
+
+_POINTEES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8"}
+_POINTEES |= {"bool": "i1", "int8": "i8", "float64": "fp64"}
+
+
+def triton_source(kernel: Any, arguments: Mapping[str, Any]) -> Any:
+    """What a launch with these arguments would compile: types, alignments and ones as Triton specialises them."""
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments.get(parameter.name, parameter.default if parameter.has_default else None)
+        kind, constant, multiple_of_16 = _specialised(value, parameter)
+        signature[parameter.name] = kind
+        if constant:
+            constexprs[(place,)] = value
+        if multiple_of_16:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def _specialised(value: Any, parameter: Any) -> tuple[str, bool, bool]:
+    """(type, whether it is a constant, whether a multiple of 16) of an argument."""
+    if parameter.is_constexpr or value is None:
+        return "constexpr", True, False
+    if hasattr(value, "data_ptr"):
+        pointee = _POINTEES[str(value.dtype).removeprefix("torch.")]
+        return f"*{pointee}", False, value.data_ptr() % 16 == 0
+    if isinstance(value, bool):
+        return "u1", False, False
+    if isinstance(value, float):
+        return "fp32", False, False
+    if value == 1 and not parameter.do_not_specialize:
+        return "constexpr", True, False
+    wide = not -(2**31) <= value < 2**31
+    return ("i64" if wide else "i32"), False, value % 16 == 0 and not parameter.do_not_specialize

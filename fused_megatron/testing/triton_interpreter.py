@@ -50,6 +50,7 @@ def interpreter(grid_seed: int | None = None, *, last_programs: int | None = Non
     replace(builder, "set_grid_idx", lambda _: lambda self, i, *_: grid.set_index(self, i))
     patched: set[int] = set()
     replace(triton_interpreter, "_patch_lang", lambda patch: _once_a_launch(patch, patched))
+    replace(triton_interpreter, "_patch_lang_tensor", _with_bounds_of_loops)
     replace(executor, "__call__", lambda call: _launch(call, grid, accesses, patched))
     try:
         yield accesses
@@ -128,9 +129,7 @@ def _once_a_launch(patch: Callable[..., Any], patched: set[int]) -> Callable[...
     return patch_once
 
 
-def _launch(
-    call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]
-) -> Callable[..., Any]:
+def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]) -> Callable[..., Any]:
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()  # the launch before has put everything back
         accesses.kernel = executor.fn.__name__
@@ -169,6 +168,16 @@ class _Grid:
         x, y, _z = self._sizes
         place = self._order[i]
         builder.grid_idx = (place % x, place // x % y, place // (x * y))
+
+
+def _with_bounds_of_loops(patch: Callable[..., None]) -> Callable[..., None]:
+    """Triton 3.6 cannot loop up to a computed number with numpy 2.4, to which an array of one is no number."""
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patch_tensor
 
 
 def _rounding_cast(cast: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,9 +10,11 @@ from torch import nn
 class GradientBuckets:
     """Keeps the fp32 gradient of every parameter as a view of a few flat buckets.
 
-    Autograd accumulates fp32 parameters straight into the views (`param.grad` is the view); the gradients of
-    lower-precision parameters are added to theirs by a hook and freed. In the last microbatch each bucket is
-    all-reduced over dp_group as soon as its gradients are there, while backward goes on with earlier layers.
+    Every parameter gets its view as `main_grad`: the linear layers add their products straight into it, in fp32 and
+    with no pass of their own. Autograd accumulates what else fp32 parameters get straight into the views
+    (`param.grad` is the view); other gradients of lower-precision parameters are added to theirs by a hook and freed.
+    In the last microbatch each bucket is all-reduced over dp_group as soon as its gradients are there, while backward
+    goes on with earlier layers.
 
     Args:
         parameters: every trainable parameter, in the order of forward.
@@ -37,10 +39,16 @@ class GradientBuckets:
         self._overlap = False
         self._next_bucket = 0
         self._work: list[dist.Work] = []
+        self._accumulators = []  # autograd's nodes live, with their hooks, as long as someone holds them
         for bucket in self._buckets:
             for parameter, view in bucket.views.items():
                 parameter.grad = view if parameter.dtype == torch.float32 else None
-                parameter.register_post_accumulate_grad_hook(lambda p, b=bucket: self._accumulated(p, b))
+                parameter.main_grad = view  # type: ignore[attr-defined]
+                # The node's hook, since a parameter's own is not called when all of its gradient went to main_grad.
+                # The node runs once a backward, after every use of the parameter.
+                node = torch.autograd.graph.get_gradient_edge(parameter).node
+                node.register_hook(lambda *_, p=parameter, b=bucket: self._accumulated(p, b))
+                self._accumulators.append(node)
 
     def __getitem__(self, parameter: nn.Parameter) -> torch.Tensor:
         """The fp32 gradient of a parameter, in its shape."""
@@ -71,9 +79,8 @@ class GradientBuckets:
     def _accumulated(self, parameter: nn.Parameter, bucket: "_Bucket") -> None:
         view = bucket.views[parameter]
         if parameter.grad is not view:
-            # Low precision, or a caller that set .grad to None.
-            assert parameter.grad is not None
-            view.add_(parameter.grad)
+            if parameter.grad is not None:  # low precision, or a caller that set .grad to None
+                view.add_(parameter.grad)
             parameter.grad = view if parameter.dtype == torch.float32 else None
         if self._overlap:
             bucket.missing.discard(parameter)

@@ -40,3 +40,9 @@ def keep_malloc_pages() -> bool:
     # -1 never trims; no mmap even for the largest block; the heap grows in steps that are worth a system call.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, _TOP_PAD_BYTES))
     return all([mallopt(name, value) == 1 for name, value in settings])
+
+
+def release_free_pages() -> None:
+    """Give back what is held but unused, once; nothing where malloc is not glibc's."""
+    if uses_glibc():
+        ctypes.CDLL(None).malloc_trim(0)

@@ -7,8 +7,15 @@ from fused_megatron.collectives import AUTO, ChunkChoice, OverlapCosts, chunk_ch
 from fused_megatron.collectives.chunked_products import chunk_edges
 
 
-def choice(product_s, transfer_s, *, latency_s=0.0, hidden_products=1, rows=1 << 20):
-    return OverlapCosts(1e12, latency_s, 1e9).num_chunks(product_s, transfer_s, hidden_products, rows)
+def choice(product_s, transfer_s, *, latency_s=0.0, hidden_products=1, rows=1 << 20, weight_s=0.0):
+    costs = OverlapCosts(1e12, latency_s, 1e9, weight_s)
+    return costs.num_chunks(product_s, transfer_s, (hidden_products,), rows, 1)
+
+
+def test_products_that_read_their_weight_again_bound_it_too():
+    # c chunks take 1 + c w + 1 / c: as with messages that cost.
+    assert choice(1.0, 1.0, weight_s=1 / 16) == 4
+    assert choice(1.0, 1.0, weight_s=1.0) == 1
 
 
 def test_free_messages_are_cut_as_finely_as_possible():

@@ -1,5 +1,6 @@
 """What the compiler makes of the Triton kernels of scaled_masked_softmax. (Values: tests/ops, in the interpreter.)"""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ pytest.importorskip("triton")
 import triton
 
 from fused_megatron.kernels import scaled_masked_softmax as kernels
+from fused_megatron.testing.pytest_process import run_tests
 from fused_megatron.testing.triton_compiler import CompiledKernel, compile_for
 
 _INTEGERS = ("num_rows", "num_queries", "key_units", "window", "heads", "mask_outer", "mask_inner", "mask_query")
@@ -85,6 +87,11 @@ def test_rows_that_are_read_twice(kernel: str) -> None:
     assert set(compiled.global_accesses) == {"ld.v4.b32", "st.v4.b32"}
     assert compiled.spill_bytes == 0
     assert compiled.registers <= 64
+
+
+def test_more_elements_than_32_bits_count() -> None:
+    file = Path(__file__).with_name("interpreted_scaled_masked_softmax.py")
+    run_tests([file], {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def test_how_rows_are_held() -> None:

@@ -37,7 +37,7 @@ def ours_and_unfused(approximate):
 
 # Halves that are wide and aligned; too odd for wide accesses; the second half alone unaligned; one column; long enough
 # for several blocks of columns and rows.
-SHAPES = [(5, 16), (300, 64), (33, 514), (3, 2), (2, 3, 48), (90, 22), (4, 2072), (10,)]
+SHAPES = [(5, 16), (300, 528), (33, 514), (3, 2), (2, 3, 48), (90, 22), (4, 2072), (10,)]
 
 
 @pytest.mark.parametrize("approximate", FORMS)

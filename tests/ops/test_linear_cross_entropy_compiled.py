@@ -21,6 +21,7 @@ def operands(dtype: torch.dtype, bias: bool = True) -> tuple[list[Any], torch.Te
     return [x if x is None else x.requires_grad_() for x in inputs], torch.randint(0, 20, (9,))
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_compile_as_one_graph(dtype: torch.dtype, reduction: str) -> None:
@@ -40,6 +41,7 @@ def test_compile_as_one_graph(dtype: torch.dtype, reduction: str) -> None:
         torch.testing.assert_close(eager, compiled, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
@@ -64,27 +66,28 @@ import torch.nn.functional as F
 import fused_megatron as fm
 def kib(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
-dtype = getattr(torch, sys.argv[2])
-def loss_of(hidden, weight, target):
-    if sys.argv[1] == "ours":
-        return fm.ops.linear_cross_entropy(hidden, weight, target)
+dtype = getattr(torch, sys.argv[1])
+def eager(hidden, weight, target):
     return F.cross_entropy(F.linear(hidden, weight), target)
-def step(tokens, words):
+def step(loss_of, tokens, words):
     hidden = torch.ones(tokens, 64, dtype=dtype, requires_grad=True)
     weight = torch.ones(words, 64, dtype=dtype, requires_grad=True)
     loss_of(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
-step(64, 512)  # libraries
+sides = (fm.ops.linear_cross_entropy, eager)
+for side in sides:
+    step(side, 64, 512)  # libraries
 before = kib("VmRSS:")
-step(4096, 16384)
-print(kib("VmHWM:") - before)
+for side in sides:  # the larger one last: the peak never falls
+    step(side, 4096, 16384)
+    print(kib("VmHWM:") - before)
 """
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory_is_below_an_eighth_of_eager(dtype: str) -> None:
-    peaks = {}
-    for side in ("ours", "eager"):
-        command = [sys.executable, "-c", _PEAK, side, dtype]
-        peaks[side] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert peaks["ours"] < peaks["eager"] / 6, peaks
+def test_peak_memory_is_a_fraction_of_eager(dtype: str) -> None:
+    """What the process held at most. At 4096 tokens, 768 -> 50304, it is below 1/8; here fixed costs weigh more."""
+    done = subprocess.run([sys.executable, "-c", _PEAK, dtype], capture_output=True, text=True, check=True)
+    ours, eager = map(int, done.stdout.split())
+    assert ours < eager / 6, (ours, eager)

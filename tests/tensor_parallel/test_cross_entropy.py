@@ -12,15 +12,16 @@ from fused_megatron.testing import assert_close, record_communication, run_on_ra
 S, B = 7, 3
 
 
-def reference(logits, target, smoothing, z_loss):
+def reference(logits, target, smoothing, z_loss, softcap):
     """torch's own loss of the true columns, plus the z term, with a gradient."""
     flat, ids = logits.flatten(0, 1), target.flatten()
+    flat = flat if softcap is None else softcap * (flat / softcap).tanh()
     loss = F.cross_entropy(flat, ids, reduction="none", label_smoothing=smoothing)
     z = torch.logsumexp(flat, -1).square() * z_loss
     return (loss + z.where(ids != -100, 0)).view(target.shape)
 
 
-def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, dtype, scale):
+def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, dtype, scale):
     group = dist.group.WORLD if ranks > 1 else None
     generator = torch.Generator().manual_seed(vocab)
     logits = (scale * torch.randn(S, B, padded, generator=generator)).to(dtype)
@@ -31,7 +32,7 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, dtype, scale):
 
     def by_torch(dtype):
         x = logits[..., :vocab].to(dtype).requires_grad_()
-        loss = reference(x, target, smoothing, z_loss)
+        loss = reference(x, target, smoothing, z_loss, softcap)
         gradient = torch.autograd.grad(loss, x, d_loss.to(dtype))[0]
         return loss.detach(), F.pad(gradient, (0, padded - vocab))
 
@@ -42,15 +43,16 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, dtype, scale):
     mine = slice(rank * columns, (rank + 1) * columns)
     shard = full[..., mine].requires_grad_()  # not contiguous
     with record_communication() as forward:
-        loss = vocab_parallel_cross_entropy(
-            shard, target, tp_group=group, vocab_size=vocab, label_smoothing=smoothing, z_loss=z_loss
-        )
+        form = {"label_smoothing": smoothing, "z_loss": z_loss, "softcap": softcap, "inplace_backward": inplace}
+        loss = vocab_parallel_cross_entropy(shard, target, tp_group=group, vocab_size=vocab, **form)
     with record_communication() as backward:
         (gradient,) = torch.autograd.grad(loss, shard, d_loss)
     assert forward.counts == ({"all_gather": 1} if ranks > 1 else {}) and not backward.counts
     assert forward.elements["all_gather"] == (2 * S * B if ranks > 1 else 0)
     assert loss.dtype == torch.float32 and gradient.dtype == dtype
-    assert torch.equal(full.nan_to_num(7), F.pad(logits[..., :vocab], (0, padded - vocab), value=7))
+    whole = F.pad(logits[..., :vocab], (0, padded - vocab), value=7)
+    whole[..., mine] = torch.where(torch.tensor(inplace), gradient, whole[..., mine])
+    assert torch.equal(full.nan_to_num(7), whole)
     expected, expected_gradient = by_torch(torch.float64)
     assert_close("loss", loss.detach(), expected)
     assert loss[2, 1] == 0 and not gradient[2, 1].any() and not gradient[6, 0].any()
@@ -62,13 +64,13 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, dtype, scale):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_loss_and_gradient(ranks, vocab, padded):
     # 33 of 64 words on 4 ranks: the last rank has nothing but padding.
-    for smoothing, z_loss, dtype, scale in [
-        (0.0, 0.0, torch.float32, 1.0),
-        (0.1, 1e-2, torch.float32, 3.0),
-        (0.3, 0.0, torch.float32, 1000.0),
-        (0.1, 0.0, torch.bfloat16, 3.0),
+    for smoothing, z_loss, softcap, inplace, dtype, scale in [
+        (0.0, 0.0, None, False, torch.float32, 1.0),
+        (0.1, 1e-2, 4.0, True, torch.float32, 3.0),
+        (0.3, 0.0, None, False, torch.float32, 1000.0),
+        (0.1, 0.0, None, True, torch.bfloat16, 3.0),
     ]:
-        losses = run_on_ranks(loss_case, ranks, vocab, padded, smoothing, z_loss, dtype, scale)
+        losses = run_on_ranks(loss_case, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, dtype, scale)
         assert all(torch.equal(loss, losses[0]) for loss in losses)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.ops import linear_cross_entropy_tiles as tiles
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
-from fused_megatron.testing import assert_close, record_collectives, run_on_ranks
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
 S, B, H = 8, 3, 20
 
@@ -34,7 +34,7 @@ def by_torch(hidden, weight, bias, target, d_loss, dtype, vocab, smoothing, z_lo
     return loss.detach().view(S, B), *gradients
 
 
-class Recorded(record_collectives):
+class Recorded(record_communication):
     """And the products, whose results are written into buffers here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -127,7 +127,7 @@ def frozen_case(rank, ranks):
     hidden, weight, _, target, d_loss = problem(64, 64, torch.float32, False)
     options = {"tp_group": dist.group.WORLD, "vocab_size": 64, "chunk_tokens": 12}
     mine = weight.chunk(ranks)[rank].clone().requires_grad_()
-    with record_collectives() as seen:
+    with record_communication() as seen:
         loss = vocab_parallel_linear_cross_entropy(hidden, mine, target, **options)
         (gradient,) = torch.autograd.grad(loss, mine, d_loss)
     assert seen.counts == {"all_gather": 2}  # hidden has no gradient, and nothing is reduced
@@ -135,7 +135,7 @@ def frozen_case(rank, ranks):
     with torch.autocast("cpu", torch.bfloat16):
         cast = vocab_parallel_linear_cross_entropy(leaf, mine, target, **options)
     assert cast.dtype == torch.float32
-    with record_collectives() as seen:
+    with record_communication() as seen:
         d_hidden, d_weight = torch.autograd.grad(cast, (leaf, mine), d_loss)
     assert d_hidden.dtype == d_weight.dtype == torch.float32 and seen.counts == {"all_reduce": 2}
     exact = by_torch(hidden, weight, None, target, d_loss, torch.float64, 64, 0.0, 0.0)
@@ -183,7 +183,7 @@ def errors(rank, ranks):
         {"bias_shard": torch.randn(64)},
     ]:
         arguments = {"hidden": hidden, "weight_shard": weight, "target": target, **change}
-        with pytest.raises(InputError) as info, record_collectives() as seen:
+        with pytest.raises(InputError) as info, record_communication() as seen:
             vocab_parallel_linear_cross_entropy(**arguments, tp_group=dist.group.WORLD, vocab_size=60)
         assert not seen.counts
         found.append(str(info.value))

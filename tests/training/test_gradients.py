@@ -5,6 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.mesh import init_mesh
+from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.gradients import GradientBuckets
 
@@ -63,6 +65,79 @@ def test_low_precision_gradients_accumulate_in_float32() -> None:
         model(torch.tensor([[value]], dtype=torch.bfloat16)).sum().backward()
     assert model.weight.grad is None
     assert buckets[model.weight].item() == 258.0
+
+
+class ParallelChain(nn.Module):
+    """Layers that add to main_grad: column and row, one used twice, a tied weight, and an MLP as one function."""
+
+    def __init__(self, dtype: torch.dtype, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        options = {"tp_group": group, "dtype": dtype, "init_std": 0.3, "overlap": 2}
+        self.up, self.down = ColumnParallelLinear(6, 8, **options), RowParallelLinear(8, 6, **options)
+        self.mlp_up, self.mlp_down = ColumnParallelLinear(6, 8, **options), RowParallelLinear(8, 6, **options)
+        self.group = group
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.down(torch.tanh(self.up(x)))
+        x = self.down(torch.tanh(self.up(x)))
+        up, down = self.mlp_up, self.mlp_down
+        x = parallel_mlp(x, up.weight, up.bias, down.weight, down.bias, tp_group=self.group, overlap=2)
+        # A use of a weight that autograd knows nothing special about.
+        return x @ self.mlp_down.weight.sum(1, keepdim=True)
+
+
+def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    mesh = init_mesh(tensor_parallel_size=2)
+    apart = ParallelChain(dtype, mesh.tp_group)
+    model = ParallelChain(dtype, mesh.tp_group)
+    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, 1)
+    sums = [torch.zeros(p.shape) for p in apart.parameters()]
+    for i in range(3):
+        x = torch.randn(10, 6, generator=torch.Generator().manual_seed(10 * i + mesh.dp_rank)).to(dtype)
+        if i == 2:
+            buckets.reduce_during_next_backward()
+        model(x).square().sum().backward()
+        assert dtype == torch.float32 or all(p.grad is None for p in model.parameters())
+        apart.zero_grad()
+        apart(x).square().sum().backward()
+        for total, p in zip(sums, apart.parameters(), strict=True):
+            total += p.grad
+    assert len(buckets._work) == len(buckets._buckets)  # all left during backward
+    buckets.finish()
+    for total in sums:
+        dist.all_reduce(total, group=mesh.dp_group)
+    return [(buckets[p].clone(), total) for p, total in zip(model.parameters(), sums, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_layers_add_to_the_buckets(dtype: torch.dtype) -> None:
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # apart, each microbatch is rounded to bfloat16
+    for pairs in run_on_ranks(into_main_grad, 4, dtype):
+        for mine, wanted in pairs:
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
+
+def test_products_of_low_precision_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    layer = ColumnParallelLinear(5, 3, tp_group=None, dtype=torch.bfloat16)
+    buckets = GradientBuckets(list(layer.parameters()), None)
+    x, dy = (torch.randn(64, n).bfloat16() for n in (5, 3))
+    for _ in range(2):
+        layer(x).backward(dy)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(buckets[layer.weight], 2 * dy.float().t() @ x.float(), rtol=1e-6, atol=1e-5)
+
+
+def test_no_tensor_of_the_gradients_size_is_made() -> None:
+    layer = ColumnParallelLinear(512, 1024, tp_group=None)
+    buckets = GradientBuckets(list(layer.parameters()), None)
+    y = layer(torch.zeros(4, 512))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        y.backward(torch.zeros(4, 1024))
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest < 4 * layer.weight.numel() and buckets[layer.weight].shape == (1024, 512)
 
 
 def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:

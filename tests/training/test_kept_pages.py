@@ -19,6 +19,7 @@ spec = importlib.util.spec_from_file_location("kept_pages", sys.argv[1])
 kept_pages = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kept_pages)
 said = kept_pages.keep_malloc_pages()
+kept_pages.release_free_pages()
 for _ in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = bytearray(b"x") * (40 << 20)

@@ -14,6 +14,7 @@ HIDDEN = (1024, 4096, 8192, 16384)
 VOCAB = (32768, 131072, 262144)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BAR = 1.02  # bytes issued over the bytes that must move
+PARTIALS_BAR = 0.02  # and beside it, partial sums of parameter gradients
 
 Tensors = Sequence[torch.Tensor]
 
@@ -26,7 +27,6 @@ class Step:
     run: Callable[[], Any]
     reads: Tensors
     writes: Tensors
-    bar: float = BAR
 
     @property
     def bound_bytes(self) -> int:
@@ -60,7 +60,7 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> 
 
 def _both(
     run: Callable[[], Any], leaves: Tensors, forward: tuple[Tensors, Tensors], backward: tuple[Tensors, Tensors],
-    dy: torch.Tensor, backward_bar: float = BAR,
+    dy: torch.Tensor,
 ) -> list[Step]:  # fmt: skip
     """Forward and backward of an op through autograd."""
     results: list[Any] = []
@@ -72,7 +72,7 @@ def _both(
     def run_backward() -> None:
         torch.autograd.grad(results[0], list(leaves), dy)
 
-    return [Step("forward", run_forward, *forward), Step("backward", run_backward, *backward, backward_bar)]
+    return [Step("forward", run_forward, *forward), Step("backward", run_backward, *backward)]
 
 
 def _bias_gelu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
@@ -90,25 +90,19 @@ def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
     return steps
 
 
-# Partial sums of the parameters' gradients may take 2% beside the 2% that everything may.
-_NORM_BACKWARD_BAR = 1.04
-
-
 def _layer_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
     weight, bias, statistic = _new(width, dtype=dtype), _new(width, dtype=dtype), _new(rows)
     forward = (x, weight, bias), (y, statistic, statistic)
     backward = (y, x, weight, statistic, statistic), (x, weight, bias)
-    return _both(
-        lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y, _NORM_BACKWARD_BAR
-    )
+    return _both(lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y)
 
 
 def _rms_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
     weight, statistic = _new(width, dtype=dtype), _new(rows)
     forward, backward = ((x, weight), (y, statistic)), ((y, x, weight, statistic), (x, weight))
-    return _both(lambda: ops.rms_norm(x, weight), (x, weight), forward, backward, y, _NORM_BACKWARD_BAR)
+    return _both(lambda: ops.rms_norm(x, weight), (x, weight), forward, backward, y)
 
 
 def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
@@ -125,7 +119,7 @@ def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     # x and residual have the same gradient in the same dtype, which is written once.
     return [
         Step("forward", forward, (x, residual, weight), (y, y, statistic)),
-        Step("backward", backward, (y, y, x, weight, statistic), (x, weight), _NORM_BACKWARD_BAR),
+        Step("backward", backward, (y, y, x, weight, statistic), (x, weight)),
     ]
 
 
@@ -148,7 +142,7 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     results: list[torch.Tensor] = []
 
     def forward() -> None:
-        results[:] = ops.rotary_embedding(q, k, cos, sin)
+        results[:] = [y for y in ops.rotary_embedding(q, k, cos, sin) if y is not None]
 
     def backward() -> None:
         torch.autograd.grad(results, [q, k], [q.detach(), k.detach()])

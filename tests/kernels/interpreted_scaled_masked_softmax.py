@@ -1,0 +1,28 @@
+"""More elements than 32 bits count, run by test_scaled_masked_softmax.py in a process where Triton interprets."""
+
+import torch
+
+from fused_megatron.kernels import scaled_masked_softmax as kernels
+from fused_megatron.reference import scaled_masked_softmax as reference
+from fused_megatron.testing.triton_interpreter import interpreter
+
+ROWS = 8  # those at the end that the last programs work on; the pages of the others are never touched
+
+
+def enormous(values: torch.Tensor) -> torch.Tensor:
+    """[2^21 + 8, 1024], all but the end of it uninitialised."""
+    x = torch.empty(2**21 + ROWS, values.shape[1], dtype=values.dtype)
+    x[-ROWS:] = values
+    return x
+
+
+def test_more_than_2_31_elements() -> None:
+    torch.manual_seed(0)
+    x, dy = (torch.randn(ROWS, 1024).bfloat16() for _ in range(2))
+    with interpreter(last_programs=ROWS // (kernels._ELEMENTS // 1024)):
+        y = kernels.scaled_masked_softmax_forward(enormous(x), None, 0.5, True, 100)[-ROWS:]
+    expected = reference.scaled_masked_softmax_forward(x, None, 0.5, True, 100)
+    torch.testing.assert_close(y, expected)
+    with interpreter(last_programs=ROWS // (kernels._ELEMENTS // 1024)):
+        dx = kernels.scaled_masked_softmax_backward(enormous(dy), enormous(y), 0.5, True, 100)[-ROWS:]
+    torch.testing.assert_close(dx, reference.scaled_masked_softmax_backward(dy, expected, 0.5, True, 100))

@@ -1,0 +1,148 @@
+"""parallel_mlp against the layers in float64, and against the layers as they are, for every layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.tensor_parallel import column_parallel_linear, parallel_mlp, row_parallel_linear
+from fused_megatron.testing import assert_close, record_communication, run_on_ranks
+
+S, B, H, FFN = 16, 3, 12, 40
+
+
+def truth(activation, dtype, compute_dtype):
+    generator = torch.Generator().manual_seed(3)
+    gates = 1 if activation == "gelu" else 2
+    shapes = [(S, B, H), (gates, FFN, H), (gates, FFN), (H, FFN), (H,), (S, B, H)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    leaves = [t.to(compute_dtype).requires_grad_() for t in tensors[:5]]
+    x, up, up_bias, down, down_bias = leaves
+    h = F.linear(x, up.flatten(0, 1), up_bias.flatten())
+    if activation == "gelu":
+        a = F.gelu(h, approximate="tanh")
+    else:
+        gate, value = h.chunk(2, -1)
+        a = (F.silu(gate) if activation == "swiglu" else F.gelu(gate, approximate="tanh")) * value
+    y = F.linear(a, down, down_bias)
+    return tensors, [y.detach(), *torch.autograd.grad(y, leaves, tensors[5].to(compute_dtype))]
+
+
+def shards(rank, ranks, sequence_parallel):
+    own_sequence = (lambda t: t.chunk(ranks)[rank]) if sequence_parallel else (lambda t: t)
+    own_up = lambda t: t.chunk(ranks, 1)[rank].flatten(0, 1)  # noqa: E731
+    return [own_sequence, own_up, own_up, lambda t: t.chunk(ranks, 1)[rank], lambda t: t]
+
+
+def mlp_case(rank, ranks, dtype, cases):
+    results = []
+    for activation, sequence_parallel, overlap in cases:
+        tensors, expected = truth(activation, dtype, torch.float64)
+        _, by_torch = truth(activation, dtype, dtype)
+        cut = shards(rank, ranks, sequence_parallel)
+        leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
+        dy = cut[0](tensors[5])
+        y = parallel_mlp(
+            *leaves, activation=activation, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel,
+            overlap=overlap,
+        )  # fmt: skip
+        y.backward(dy)
+        names = ["y", "dx", "dup", "dup_bias", "ddown", "ddown_bias"]
+        actual = [y.detach(), *(t.grad for t in leaves)]
+        for name, mine, f, want, torch_result in zip(names, actual, [cut[0], *cut], expected, by_torch, strict=True):
+            assert_close(f"{name} of {activation} on rank {rank}", mine, f(want), f(torch_result), ranks=ranks)
+        results.append(actual)
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_output_and_every_gradient(ranks, dtype):
+    cases = [(a, s, c) for a in ("gelu", "swiglu", "geglu") for s in (False, True) for c in (False, True, 3)]
+    results = run_on_ranks(mlp_case, ranks, dtype, cases)
+    for i, (_, sequence_parallel, _) in enumerate(cases):
+        for other in results[1:]:  # what is replicated is the same to the last bit
+            assert torch.equal(other[i][5], results[0][i][5])
+            assert sequence_parallel or all(torch.equal(other[i][j], results[0][i][j]) for j in (0, 1))
+
+
+def order_of_work(rank, ranks, sequence_parallel):
+    tensors = truth("gelu", torch.float32, torch.float32)[0]
+    cut = shards(rank, ranks, sequence_parallel)
+    leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
+    with record_communication() as forward:
+        y = parallel_mlp(*leaves, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, overlap=2)
+    with record_communication() as backward:
+        y.sum().backward()
+    return forward.order, backward.order
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_every_product_has_a_collective_beside_it(sequence_parallel):
+    for forward, backward in run_on_ranks(order_of_work, 2, sequence_parallel):
+        if sequence_parallel:
+            chunk = ["mm", "mm", "reduce_scatter"]
+            assert forward == ["all_gather"] * 2 + chunk * 2
+            assert backward == ["all_gather"] * 4 + chunk * 2 + ["mm"] * 2  # of dy and x
+        else:
+            assert forward == ["mm", "mm", "all_reduce"] * 2
+            assert backward == ["mm", "mm", "all_reduce"] * 2 + ["mm", "mm"]
+
+
+def bits(rank, ranks):
+    for sequence_parallel in (False, True):
+        results = []
+        for overlap in (False, 1, 2):
+            cut = shards(rank, ranks, sequence_parallel)
+            tensors = truth("gelu", torch.float32, torch.float32)[0]
+            leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
+            options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "overlap": overlap}
+            y = parallel_mlp(*leaves, **options)
+            y.backward(cut[0](tensors[5]))
+            results.append([y.detach(), *(t.grad for t in leaves)])
+        for other in results[1:]:
+            same = (0, 1) if sequence_parallel else (0, 1, 2, 4, 5)
+            assert all(torch.equal(results[0][i], other[i]) for i in same)
+
+
+def test_chunks_change_no_bit_but_where_rows_are_summed_in_another_order():
+    run_on_ranks(bits, 2)
+
+
+def only_what_is_needed(rank, ranks):
+    tensors = truth("gelu", torch.float32, torch.float32)[0]
+    whole = None
+    for needed in [(0, 1, 2, 3, 4), (0,), (1, 2), (3,), (0, 2, 4)]:
+        leaves = [f(t).detach().clone() for f, t in zip(shards(rank, ranks, True), tensors, strict=False)]
+        for i in needed:
+            leaves[i].requires_grad_()
+        parallel_mlp(*leaves, tp_group=dist.group.WORLD, sequence_parallel=True, overlap=2).backward(
+            tensors[5].chunk(ranks)[rank]
+        )
+        whole = whole or [t.grad for t in leaves]
+        for i, leaf in enumerate(leaves):
+            assert torch.equal(leaf.grad, whole[i]) if i in needed else leaf.grad is None
+
+
+def test_only_needed_gradients():
+    run_on_ranks(only_what_is_needed, 2)
+
+
+def test_no_group_and_no_biases():
+    tensors, _ = truth("swiglu", torch.float64, torch.float64)
+    x, up, _, down, _, _ = tensors
+    y = parallel_mlp(x, up.flatten(0, 1), None, down, None, activation="swiglu", tp_group=None)
+    h = column_parallel_linear(x, up.flatten(0, 1), tp_group=None)
+    gate, value = h.chunk(2, -1)
+    assert torch.allclose(y, row_parallel_linear(F.silu(gate) * value, down, tp_group=None))
+
+
+def test_errors():
+    x, up, down = torch.zeros(4, H), torch.zeros(FFN, H), torch.zeros(H, FFN)
+    with pytest.raises(InputError, match="activation='relu' must be one of 'gelu', 'geglu', 'swiglu'"):
+        parallel_mlp(x, up, None, down, None, activation="relu", tp_group=None)
+    with pytest.raises(InputError, match="number of input features 40"):
+        parallel_mlp(x, up, None, down, None, activation="swiglu", tp_group=None)
+    with pytest.raises(TypeError, match="dtype"):
+        parallel_mlp(x, up, None, down.bfloat16(), None, tp_group=None)
