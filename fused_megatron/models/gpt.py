@@ -194,7 +194,10 @@ class GPT(nn.Module):
         recompute = self.config.recompute == "full" and torch.is_grad_enabled()
         places = len(DROPOUT_PLACES)
         for i, block in enumerate(self.blocks):
-            inputs = {"rotary": rotary, "dropout": None if masks is None else masks.rows(i * places, (i + 1) * places)}
+            inputs: dict[str, Any] = {
+                "rotary": rotary,
+                "dropout": None if masks is None else masks.rows(i * places, (i + 1) * places),
+            }
             if recompute:
                 # Nothing in a block draws from torch's generators, so their state need not be kept.
                 x = checkpoint(block, x, **inputs, use_reentrant=False, preserve_rng_state=False)

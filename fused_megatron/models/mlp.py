@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_megatron import ops
 from fused_megatron.checks import check_divisible, check_one_of
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.tensor_parallel import (
@@ -13,9 +12,10 @@ from fused_megatron.tensor_parallel import (
     OutputPart,
     RowParallelLinear,
     StackedColumnParallelLinear,
+    parallel_mlp,
 )
 
-ACTIVATIONS = {"gelu": ops.bias_gelu, "swiglu": ops.bias_swiglu, "geglu": ops.bias_geglu}
+ACTIVATIONS = ("gelu", "swiglu", "geglu")
 
 
 class ParallelMLP(nn.Module):
@@ -55,7 +55,7 @@ class ParallelMLP(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        check_one_of("activation", activation, tuple(ACTIVATIONS))
+        check_one_of("activation", activation, ACTIVATIONS)
         check_divisible("ffn_hidden_size", ffn_hidden_size, "tensor_parallel_size", group_size(tp_group))
         layout: dict[str, Any] = {
             "tp_group": tp_group,
@@ -63,7 +63,7 @@ class ParallelMLP(nn.Module):
             "dtype": dtype,
             "device": device,
         }
-        self.activation = activation
+        self.activation, self.skip_bias_add = activation, skip_bias_add
         self.expansion: ColumnParallelLinear
         if activation == "gelu":
             self.expansion = ColumnParallelLinear(
@@ -80,5 +80,11 @@ class ParallelMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape; (y, bias) with skip_bias_add."""
-        hidden_shard_f, bias_shard_f = self.expansion(x)
-        return self.projection(ACTIVATIONS[self.activation](hidden_shard_f, bias_shard_f))
+        expansion, projection = self.expansion, self.projection
+        # Both layers as one: chunks of rows go through both products, and collectives hide under all of them.
+        y = parallel_mlp(
+            x, expansion.weight, expansion.bias, projection.weight, None if self.skip_bias_add else projection.bias,
+            activation=self.activation, tp_group=expansion.tp_group, sequence_parallel=expansion.sequence_parallel,
+            overlap=expansion.overlap,
+        )  # fmt: skip
+        return (y, projection.skipped_bias()) if self.skip_bias_add else y
