@@ -29,6 +29,20 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
         raise InputError(f"{name}={value} must be divisible by {divisor_name}={divisor} (nearest: {nearest})")
 
 
+def check_multiple_or_divisor(name: str, value: int, other_name: str, other: int) -> None:
+    """Raise unless one of the two numbers is a multiple of the other; the message names the nearest values."""
+    if value % other and other % value:
+        fits = [v for v in range(1, 2 * max(value, other) + 1) if v % other == 0 or other % v == 0]
+        nearest = f"{max(v for v in fits if v < value)}, {min(v for v in fits if v > value)}"
+        raise InputError(f"{name}={value} must divide {other_name}={other}, or be divisible by it (nearest: {nearest})")
+
+
+def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise unless value is one of the words allowed."""
+    wanted = ", ".join(map(repr, allowed))
+    check(value in allowed, f"{name}={value!r} must be one of: {wanted}")
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
     """Raise unless tensor has exactly the expected shape."""
     if tuple(tensor.shape) != tuple(expected):

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fused_megatron.checks import check, check_divisible
+from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor, check_one_of
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """A GPT: pre-norm blocks, learned positions, GeLU."""
+    """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position and
+    num_kv_heads make a Llama of it."""
 
     num_layers: int = 4
     """Number of transformer blocks."""
@@ -29,20 +30,55 @@ class GPTConfig:
     tied_embeddings: bool = True
     """The output head shares the weight of the token embedding."""
     layer_norm_eps: float = 1e-5
-    """Added to the variance in every layer norm."""
+    """Added to the variance in every layer norm, to the mean square in every RMS norm."""
     init_std: float = 0.02
     """Standard deviation of the initial weights; output projections take init_std / sqrt(2 num_layers)."""
     pad_vocab_size_to_multiple_of: int = 128
     """The stored vocabulary is padded to a multiple of this and of the tensor-parallel size; the padding takes no part
     in the loss."""
+    activation: str = "gelu"
+    """Of the MLP: gelu, or the gated swiglu or geglu, whose gate and up weights are F x H each."""
+    normalization: str = "layer_norm"
+    """layer_norm or rms_norm."""
+    position: str = "learned"
+    """learned: a table that is added to the embedding; rotary: queries and keys are rotated in every layer."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fraction: float = 1.0
+    """Share of every head that is rotated."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by num_heads / num_kv_heads query heads; num_heads when not given."""
+    hidden_dropout: float = 0.0
+    """Probability of dropping an element of what attention and MLP add to the residual stream."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention probability; above 0 training computes them whole, S x S a head."""
+    embedding_dropout: float = 0.0
+    """Probability of dropping an element of the embedded tokens."""
+    recompute: str = "none"
+    """What backward computes again instead of keeping it: none, selective (the attention between its projections) or
+    full (every block; its input alone is kept)."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
             _check_positive(name, getattr(self, name))
-        for name in ("ffn_hidden_size", "vocab_size"):
+        for name in ("ffn_hidden_size", "vocab_size", "num_kv_heads"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name))
         check_divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        check_divisible("num_heads", self.num_heads, "num_kv_heads", self.kv_heads)
+        for name, allowed in _WORDS.items():
+            check_one_of(name, getattr(self, name), allowed)
+        for name in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+        check(0 < self.rotary_fraction <= 1, f"rotary_fraction={self.rotary_fraction} must lie in (0, 1]")
+        if self.position == "rotary":
+            head_dim = self.hidden_size // self.num_heads
+            check(
+                self.rotary_dim >= 2,
+                f"rotary_fraction={self.rotary_fraction} must leave a pair of the {head_dim} elements of a head to "
+                f"rotate (at least {2 / head_dim:g})",
+            )
         check(self.layer_norm_eps > 0, f"layer_norm_eps={self.layer_norm_eps} must be above 0")
         check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
 
@@ -50,6 +86,30 @@ class GPTConfig:
     def ffn_size(self) -> int:
         """F, with its default."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, with its default."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated: rotary_fraction of them, in whole pairs."""
+        return int(self.hidden_size // self.num_heads * self.rotary_fraction) // 2 * 2
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
+
+
+# The values of the fields that are words.
+_WORDS = {
+    "activation": ("gelu", "swiglu", "geglu"),
+    "normalization": ("layer_norm", "rms_norm"),
+    "position": ("learned", "rotary"),
+    "recompute": ("none", "selective", "full"),
+}
 
 
 @dataclass(frozen=True)
@@ -193,6 +253,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         tp = self.parallel.tensor_parallel_size
         check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
+        check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp)
         check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
         if self.parallel.sequence_parallel:
             check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)

@@ -1,32 +1,53 @@
-"""Multi-head causal self-attention, heads split over tensor-parallel ranks."""
+"""Causal self-attention, heads split over tensor-parallel ranks."""
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fused_megatron.checks import check_divisible
-from fused_megatron.collectives import Group, group_size
-from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from fused_megatron import ops
+from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
+from fused_megatron.collectives import Group, group_rank, group_size
+from fused_megatron.models.dropout import DropoutMasks
+from fused_megatron.tensor_parallel import (
+    ColumnParallelLinear,
+    OutputPart,
+    RowParallelLinear,
+    StackedColumnParallelLinear,
+)
+
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
-class SelfAttention(nn.Module):
+class ParallelSelfAttention(nn.Module):
     """Causal self-attention through torch's scaled_dot_product_attention.
 
-    x [S, B, H] -> query, key, value [B, N / R, S, D] -> [S, B, H]. The rows of the fused weight are ordered
-    head by head, (query, key, value) within a head, so that a shard is one block of rows at every R.
+    x [S, B, H] -> query [S, B, N / R, D], key and value [S, B, max(1, G / R), D] -> [S, B, H].
+
+    With as many key-value heads as heads (MHA), the rows of the fused weight are ordered head by head, (query, key,
+    value) within a head. With fewer (GQA, MQA) query, key and value are parts of their own, each sharded by heads;
+    where they are fewer than ranks, R / G neighbouring ranks hold the same head and sum its gradient.
 
     Args:
         hidden_size: H; must be divisible by num_heads.
         num_heads: N; must be divisible by the size R of tp_group.
+        num_kv_heads: G; N when None. It divides N, and one of G and R divides the other.
+        attention_dropout: probability of dropping an attention probability, where forward is given masks.
+        recompute: backward computes what lies between the projections again, instead of keeping it.
         tp_group: tensor-parallel group; None means one rank.
         sequence_parallel: x and the result are sequence shards [S / R, B, H].
+        skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
         init_std, output_init_std: standard deviations of the initial weights.
 
     Communication:
         One all-reduce of S B H elements forward and one backward (all-gather + reduce-scatter each under
-        sequence_parallel).
+        sequence_parallel); with fewer key-value heads than ranks one backward of their weights, 2 G D (H + 1) elements.
+
+    Memory:
+        With attention_dropout (torch's attention kernels draw masks that depend on the layout) the probabilities of
+        this rank's heads are computed whole: B N / R S S elements, and as many after dropout.
     """
 
     def __init__(
@@ -34,31 +55,93 @@ class SelfAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
+        attention_dropout: float = 0.0,
+        recompute: bool = False,
         tp_group: Group,
         sequence_parallel: bool = False,
+        skip_bias_add: bool = False,
         init_std: float = 0.02,
         output_init_std: float = 0.02,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        ranks, kv_heads = group_size(tp_group), num_heads if num_kv_heads is None else num_kv_heads
         check_divisible("hidden_size", hidden_size, "num_heads", num_heads)
-        check_divisible("num_heads", num_heads, "tensor_parallel_size", group_size(tp_group))
-        self.head_dim = hidden_size // num_heads
+        check_divisible("num_heads", num_heads, "num_kv_heads", kv_heads)
+        check_divisible("num_heads", num_heads, "tensor_parallel_size", ranks)
+        check_multiple_or_divisor("num_kv_heads", kv_heads, "tensor_parallel_size", ranks)
+        check(0 <= attention_dropout < 1, f"attention_dropout={attention_dropout} must lie in [0, 1)")
+        self.head_dim, self.num_heads, self.num_kv_heads = hidden_size // num_heads, num_heads, kv_heads
+        self.heads_shard, self.kv_heads_shard = num_heads // ranks, max(1, kv_heads // ranks)
+        self.first_head = group_rank(tp_group) * self.heads_shard
+        self.attention_dropout, self.recompute = attention_dropout, recompute
         layout: dict[str, Any] = {
             "tp_group": tp_group,
             "sequence_parallel": sequence_parallel,
             "dtype": dtype,
             "device": device,
         }
-        self.query_key_value = ColumnParallelLinear(hidden_size, 3 * hidden_size, init_std=init_std, **layout)
-        self.projection = RowParallelLinear(hidden_size, hidden_size, init_std=output_init_std, **layout)
+        self.query_key_value: ColumnParallelLinear
+        if kv_heads == num_heads:
+            self.query_key_value = ColumnParallelLinear(hidden_size, 3 * hidden_size, init_std=init_std, **layout)
+        else:
+            copies, width = max(1, ranks // kv_heads), kv_heads * self.head_dim
+            parts = [OutputPart("query", hidden_size), *(OutputPart(n, width, copies) for n in ("key", "value"))]
+            self.query_key_value = StackedColumnParallelLinear(hidden_size, parts, init_std=init_std, **layout)
+        self.projection = RowParallelLinear(
+            hidden_size, hidden_size, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
+        )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape."""
+    def forward(
+        self, x: torch.Tensor, *, rotary: Tables | None = None, dropout: DropoutMasks | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape; (y, bias) with skip_bias_add.
+
+        Args:
+            x: activations.
+            rotary: cos and sin [at least S, Drot / 2] that queries and keys are rotated by; None for positions that
+                are in x already.
+            dropout: masks of attention_dropout, place 0; None drops nothing.
+        """
+        query, key, value = self._query_key_value(x)
+        if rotary is not None:
+            query, rotated = ops.rotary_embedding(query, key, *rotary)
+            assert rotated is not None
+            key = rotated
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in there draws from torch's generators, so their state need not be kept.
+            context = checkpoint(
+                self._attend, query, key, value, dropout, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            context = self._attend(query, key, value, dropout)
+        return self.projection(context)
+
+    def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views [S, B, heads of this rank, D]."""
         qkv = self.query_key_value(x)
         seq_len, batch = qkv.shape[:2]
-        # [S, B, N / R, 3, D] -> three views [B, N / R, S, D]
-        query, key, value = qkv.view(seq_len, batch, -1, 3, self.head_dim).permute(3, 1, 2, 0, 4).unbind(0)
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.projection(context.permute(2, 0, 1, 3).reshape(seq_len, batch, -1))
+        if self.num_kv_heads == self.num_heads:
+            return qkv.view(seq_len, batch, -1, 3, self.head_dim).unbind(3)
+        heads = qkv.view(seq_len, batch, -1, self.head_dim)
+        return heads.split([self.heads_shard, self.kv_heads_shard, self.kv_heads_shard], dim=2)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: DropoutMasks | None
+    ) -> torch.Tensor:
+        """[S, B, heads of this rank, D] each to [S, B, H / R]."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        grouped = self.kv_heads_shard != self.heads_shard
+        if dropout is None or self.attention_dropout == 0.0:
+            context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        else:
+            if grouped:
+                shared = self.heads_shard // self.kv_heads_shard
+                key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+            scores = query @ key.transpose(-1, -2)
+            probabilities = ops.scaled_masked_softmax(scores, scale=self.head_dim**-0.5, causal=True)
+            kept = dropout.drop_heads(0, probabilities, self.attention_dropout, self.first_head, self.num_heads)
+            context = kept @ value
+        return context.permute(2, 0, 1, 3).flatten(2)

@@ -5,15 +5,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_megatron import ops
 from fused_megatron.collectives import Group
 from fused_megatron.config import GPTConfig
-from fused_megatron.models.attention import SelfAttention
-from fused_megatron.models.mlp import MLP
-from fused_megatron.tensor_parallel import LayerNorm
+from fused_megatron.models.attention import ParallelSelfAttention, Tables
+from fused_megatron.models.dropout import DropoutMasks
+from fused_megatron.models.mlp import ParallelMLP
+from fused_megatron.tensor_parallel import LayerNorm, RMSNorm
+
+# The places of a block that drop something, in the order of its masks.
+DROPOUT_PLACES = ("attention.probabilities", "attention", "mlp")
 
 
 class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); [S, B, H] to [S, B, H].
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); [S, B, H] to [S, B, H].
+
+    The output bias, the dropout and the residual addition are one op.
 
     Communication:
         2 all-reduces of S B H elements forward and 2 backward; under sequence parallelism 2 all-gathers and
@@ -39,12 +46,41 @@ class TransformerBlock(nn.Module):
         }
         # The residual stream sums 2 num_layers outputs: the usual GPT-2 scaling keeps its variance.
         std = {"init_std": config.init_std, "output_init_std": config.init_std / (2 * config.num_layers) ** 0.5}
-        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)
-        self.attention = SelfAttention(config.hidden_size, config.num_heads, **std, **layout)
-        self.mlp_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)
-        self.mlp = MLP(config.hidden_size, config.ffn_size, **std, **layout)
+        self.hidden_dropout = config.hidden_dropout
+        self.attention_norm = norm_of(config, **layout)
+        self.attention = ParallelSelfAttention(
+            config.hidden_size, config.num_heads, num_kv_heads=config.num_kv_heads, skip_bias_add=True,
+            attention_dropout=config.attention_dropout, recompute=config.recompute == "selective", **std, **layout,
+        )  # fmt: skip
+        self.mlp_norm = norm_of(config, **layout)
+        self.mlp = ParallelMLP(
+            config.hidden_size, config.ffn_size, activation=config.activation, skip_bias_add=True, **std, **layout
+        )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape."""
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: torch.Tensor, *, rotary: Tables | None = None, dropout: DropoutMasks | None = None
+    ) -> torch.Tensor:
+        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape.
+
+        Args:
+            x: the residual stream.
+            rotary: as ParallelSelfAttention.forward.
+            dropout: masks of the DROPOUT_PLACES; None drops nothing.
+        """
+        x = self._add(1, self.attention(self.attention_norm(x), rotary=rotary, dropout=dropout), x, dropout)
+        return self._add(2, self.mlp(self.mlp_norm(x)), x, dropout)
+
+    def _add(
+        self, place: int, output: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, dropout: DropoutMasks | None
+    ) -> torch.Tensor:
+        y, bias = output
+        if dropout is None or self.hidden_dropout == 0.0:
+            return ops.bias_dropout_add(y, bias, x, 0.0)
+        return dropout.add(place, y, bias, x, self.hidden_dropout)
+
+
+def norm_of(config: GPTConfig, **layout: Any) -> LayerNorm | RMSNorm:
+    """The norm that the config names, over the hidden dim."""
+    if config.normalization == "rms_norm":
+        return RMSNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)
+    return LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)

@@ -12,19 +12,33 @@ from fused_megatron.tensor_parallel.linear import (
 )
 from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from fused_megatron.tensor_parallel.mlp import parallel_mlp
-from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, mark_shard, parameter_shard
+from fused_megatron.tensor_parallel.rms_norm import RMSNorm
+from fused_megatron.tensor_parallel.shard import (
+    ParameterShard,
+    ShardedModule,
+    ShardPart,
+    mark_shard,
+    parameter_parts,
+    parameter_shard,
+)
+from fused_megatron.tensor_parallel.stacked_linear import OutputPart, StackedColumnParallelLinear
 
 __all__ = [
     "ColumnParallelLinear",
     "LayerNorm",
+    "OutputPart",
     "ParameterShard",
+    "RMSNorm",
     "RowParallelLinear",
+    "ShardPart",
     "ShardedModule",
+    "StackedColumnParallelLinear",
     "VocabParallelEmbedding",
     "column_parallel_linear",
     "fill_normal_shard_",
     "mark_shard",
     "parallel_mlp",
+    "parameter_parts",
     "parameter_shard",
     "row_parallel_linear",
     "vocab_parallel_cross_entropy",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fused_megatron.checks import check
-from fused_megatron.tensor_parallel.shard import parameter_shard
+from fused_megatron.tensor_parallel.shard import ParameterShard, parameter_parts
 
 # A full weight is drawn in tiles of this edge, each from a stream of its own: a rank draws only the tiles that it
 # touches, and holds one at a time. Changing it changes every initial weight.
@@ -25,7 +25,8 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
         parameter: 1 or 2 dims, float; marked with its ParameterShard, or whole. On the meta device nothing happens.
         std: standard deviation.
         seed: of the model.
-        name: of the parameter in the model; two parameters of one name and seed get the same values.
+        name: of the parameter in the model; two parameters of one name and seed get the same values. Where it stacks
+            several full ones, each is drawn by its own name, `name.part`.
 
     Raises:
         InputError: more than two dims.
@@ -36,7 +37,11 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     check(parameter.dim() in (1, 2), f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 or 2 dims")
     if parameter.device.type == "meta":
         return
-    shard = parameter_shard(parameter)
+    for part in parameter_parts(parameter):
+        _fill(part.of(parameter), part.shard, std, seed, part.full_name(name))
+
+
+def _fill(parameter: torch.Tensor, shard: ParameterShard, std: float, seed: int, name: str) -> None:
     box = shard.box(parameter.shape)
     parameter.zero_()
     tiles = [range(start // TILE, -(-stop // TILE)) for start, stop in box]

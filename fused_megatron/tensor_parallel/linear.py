@@ -346,13 +346,15 @@ class RowParallelLinear(_ParallelLinear):
             x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
-        if not self.skip_bias_add:
-            return y
+        return (y, self.skipped_bias()) if self.skip_bias_add else y
+
+    def skipped_bias(self) -> torch.Tensor | None:
+        """The bias, for a caller that adds it to y itself; every call makes its gradient whole by itself."""
         bias: torch.Tensor | None = self.bias
         if bias is not None and self.sequence_parallel:
             # The caller adds it to a block of the sequence; its gradient is the sum over all blocks.
             (bias,) = identity_all_reduce_together((bias,), self.tp_group)
-        return y, bias
+        return bias
 
 
 def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name: str) -> None:

@@ -34,6 +34,8 @@ def generate(
         tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0"
     )
     check(temperature >= 0, f"temperature={temperature} must be 0 or more")
+    was_training = model.training
+    model.eval()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
         logits = _last_logits(model, tokens[:, -model.config.seq_len :])
@@ -46,6 +48,7 @@ def generate(
                 logits = logits.masked_fill(logits < kth, float("-inf"))
             drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
         tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+    model.train(was_training)
     return tokens
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_rank
-from fused_megatron.tensor_parallel import parameter_shard
+from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.training.gradients import GradientBuckets
 
 ROW = 4096
@@ -19,7 +19,8 @@ def global_gradient_norm(
     """2-norm over the full parameters, a 0-dim float64 tensor, the same on every rank.
 
     A shard counts on its own rank; a replicated parameter, whose gradient every tensor-parallel rank holds, on
-    rank 0 alone. Call it after the gradients are summed over data-parallel ranks.
+    rank 0 alone, and one of several copies of a shard on the rank that holds the first. Call it after the gradients are
+    summed over data-parallel ranks.
 
     Communication:
         One all-reduce of 8 bytes over tp_group.
@@ -27,8 +28,9 @@ def global_gradient_norm(
     first = group_rank(tp_group) == 0
     squares = torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
     for parameter in parameters.values():
-        if first or not parameter_shard(parameter).replicated:
-            squares += _sum_of_squares(gradients[parameter])
+        for part in parameter_parts(parameter):
+            if part.shard.copy == 0 and (first or not part.shard.replicated):
+                squares += _sum_of_squares(part.of(gradients[parameter]))
     if tp_group is not None:
         dist.all_reduce(squares, group=tp_group)
     return squares.sqrt()

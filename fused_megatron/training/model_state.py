@@ -5,27 +5,33 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from fused_megatron.tensor_parallel import parameter_shard
+from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.training.checkpoint import TensorBox
 from fused_megatron.training.optimizer import Optimizer
 
 
 def parameter_boxes(model: nn.Module) -> dict[str, TensorBox]:
-    """Every parameter under `model.<name>`."""
-    return {f"model.{name}": _box(p, p.detach()) for name, p in model.named_parameters()}
+    """Every parameter under `model.<name>`; one that stacks several full ones as `model.<name>.<part>` each."""
+    boxes: dict[str, TensorBox] = {}
+    for name, parameter in model.named_parameters():
+        boxes |= _boxes(f"model.{name}", parameter, parameter.detach())
+    return boxes
 
 
 def optimizer_boxes(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, TensorBox]:
     """Moments and main weights under `optimizer.<kind>.<name>`, cut as the parameter is."""
-    return {
-        f"optimizer.{kind}.{name}": _box(parameters[name], tensor)
-        for name, tensors in optimizer.state().items()
-        for kind, tensor in tensors.items()
-    }
+    boxes: dict[str, TensorBox] = {}
+    for name, tensors in optimizer.state().items():
+        for kind, tensor in tensors.items():
+            boxes |= _boxes(f"optimizer.{kind}.{name}", parameters[name], tensor)
+    return boxes
 
 
-def _box(parameter: nn.Parameter, tensor: torch.Tensor) -> TensorBox:
-    """The part of `tensor` (shaped like the shard) that exists in the full tensor: no vocabulary padding."""
-    shard = parameter_shard(parameter)
-    real = shard.real_shape(tuple(tensor.shape))
-    return TensorBox(tensor[tuple(slice(size) for size in real)], shard.full_shape, shard.offset)
+def _boxes(name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> dict[str, TensorBox]:
+    """What of `tensor` (shaped like the parameter) exists in the full tensors: no vocabulary padding."""
+    boxes = {}
+    for part in parameter_parts(parameter):
+        rows, shard = part.of(tensor), part.shard
+        real = shard.real_shape(tuple(rows.shape))
+        boxes[part.full_name(name)] = TensorBox(rows[tuple(slice(n) for n in real)], shard.full_shape, shard.offset)
+    return boxes

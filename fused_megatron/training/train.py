@@ -24,6 +24,8 @@ from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.trainer import Progress, Trainer
 
 HEAD_START_S = 0.5
+# What may change between a checkpoint and the run that goes on from it.
+FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -131,9 +133,10 @@ def _begin_records(trainer: Trainer) -> None:
 def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str, Any]:
     """The state in a checkpoint, whose model must have the sizes of model_config."""
     state = read_manifest(checkpoint).state
-    saved = state["config"]["model"] | {"vocab_size": state["vocab_size"]}
+    # A field that the checkpoint does not know had its default value then.
+    saved = dataclasses.asdict(GPTConfig()) | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     for name, value in dataclasses.asdict(model_config).items():
-        if name != "init_std" and saved.get(name) != value:
+        if name not in FREE_FIELDS and saved.get(name) != value:
             raise InputError(
                 f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
                 f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.mesh import Mesh
-from fused_megatron.models import GPT
+from fused_megatron.models import GPT, BatchPosition
 from fused_megatron.training.checkpoint import save_checkpoint
 from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData
@@ -166,7 +166,9 @@ class Trainer:
         for i, (tokens, target) in enumerate(microbatches):
             if i == len(microbatches) - 1:
                 self.gradients.reduce_during_next_backward()
-            losses = self.model(tokens.to(self.device), target.to(self.device))
+            first_sample = self.mesh.dp_rank * inputs.shape[0] + i * training.microbatch_size
+            position = BatchPosition(self.progress.step, first_sample, training.global_batch_size)
+            losses = self.model(tokens.to(self.device), target.to(self.device), position=position)
             (losses.sum() / num_tokens).backward()
             loss_sum += losses.detach().double().sum() / num_tokens
         return loss_sum
@@ -201,7 +203,9 @@ class Trainer:
 
     def _evaluate(self) -> None:
         training = self.config.training
+        self.model.eval()
         evaluation = evaluate(self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size)
+        self.model.train()
         record = {"step": self.progress.step, **dataclasses.asdict(evaluation)}
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(record)

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import torch
 
+from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.training import train as training
+from fused_megatron.training.checkpoint import read_manifest
 from fused_megatron.training.generate_text import GenerateArguments, generate_text
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
 
 NUM_STEPS = 30
+# The other form of every layer; its one key-value head is held by every rank.
+LLAMA: dict[str, Any] = {
+    "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 1,
+    "hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +149,22 @@ def test_run_saved_at_tp2_resumes_at_another_layout(
     assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
 
 
+def test_dropout_and_llama_layers_have_one_curve_at_every_layout_and_resume(text: Path, tmp_path: Path) -> None:
+    steps = {"num_steps": 6, "checkpoint_interval": 3, "eval_interval": 3, **LLAMA}
+    one = trained(text, tmp_path / "one", 1, **steps)
+    run = tmp_path / "two"
+    two = trained(text, run, 2, tensor_parallel_size=2, microbatch_size=8, recompute="selective", **steps)
+    assert_same_curve(two, one)
+    lost = run / "checkpoints" / "step-000006"
+    lost.rename(tmp_path / "lost")
+    again = trained(text, run, 2, tensor_parallel_size=2, microbatch_size=8, recompute="full", **steps)
+    strip = [[{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records] for records in (again, two)]
+    assert strip[0] == strip[1]
+    lost.rename(tmp_path / "lost-again")
+    # Two replicas of one whole model from shards of which two ranks held the same head.
+    assert_same_curve(trained(text, run, 2, microbatch_size=4, **steps), one)
+
+
 def generated(rank: int, world_size: int, arguments: GenerateArguments) -> str:
     return generate_text(arguments)
 
@@ -158,15 +182,19 @@ def test_generate_needs_heads_that_divide(one_process: Any) -> None:
 
 
 def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
-    from fused_megatron.tensor_parallel import parameter_shard  # noqa: PLC0415 - only the ranks need it
+    from fused_megatron.tensor_parallel import parameter_parts  # noqa: PLC0415 - only the ranks need it
     from fused_megatron.training import train as training  # noqa: PLC0415
 
     kept: dict[str, torch.Tensor] = {}
     conclude = training._conclude
 
     def keep(trainer: Any, *rest: Any) -> None:
-        kept.update({n: p.detach().clone() for n, p in trainer.parameters.items() if parameter_shard(p).replicated})
-        kept.update({f"grad {n}": trainer.gradients[trainer.parameters[n]].clone() for n in list(kept)})
+        for name, parameter in trainer.parameters.items():
+            for part in parameter_parts(parameter):
+                value = part.of(parameter.detach())
+                if value.shape == part.shard.full_shape:  # replicated, or a key-value head that every rank holds
+                    kept[part.full_name(name)] = value.clone()
+                    kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter]).clone()
         conclude(trainer, *rest)
 
     training._conclude = keep
@@ -174,13 +202,15 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     return kept
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize(("sequence_parallel", "changes"), [(False, {}), (True, {}), (True, LLAMA)], ids=str)
 def test_replicated_weights_and_gradients_stay_bitwise_equal(
-    text: Path, tmp_path: Path, sequence_parallel: bool
+    text: Path, tmp_path: Path, sequence_parallel: bool, changes: dict[str, Any]
 ) -> None:
-    config = config_for(text, tmp_path, num_steps=20, tensor_parallel_size=2, sequence_parallel=sequence_parallel)
+    layout = {"tensor_parallel_size": 2, "sequence_parallel": sequence_parallel}
+    config = config_for(text, tmp_path, num_steps=20, **layout, **changes)
     ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=120)
     assert len(ranks[0]) > 20
+    assert not changes or "grad blocks.1.attention.query_key_value.weight.key" in ranks[0]
     for other in ranks[1:]:
         assert all(torch.equal(value, other[name]) for name, value in ranks[0].items())
 
@@ -218,6 +248,20 @@ def of_two_minds(rank: int, world_size: int, config: TrainConfig) -> None:
     run_training(rank, world_size, dataclasses.replace(config, training=training))
 
 
+def test_checkpoint_from_before_a_setting_existed(
+    text: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had what is the default now; what does not change the weights may change."""
+    manifest = read_manifest(one_process[0] / "checkpoints" / "step-000030")
+    old = {k: v for k, v in manifest.state["config"]["model"].items() if k not in {*LLAMA, "recompute"}}
+    state = {**manifest.state, "config": {"model": old}}
+    monkeypatch.setattr(training, "read_manifest", lambda checkpoint: dataclasses.replace(manifest, state=state))
+    model = dataclasses.replace(config_for(text, text).model, vocab_size=300)
+    training._state_of_same_model(text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5))
+    with pytest.raises(InputError, match="activation=gelu there, activation=swiglu here"):
+        training._state_of_same_model(text, dataclasses.replace(model, activation="swiglu"))
+
+
 def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=60)
@@ -230,8 +274,8 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
 
     forward, calls = GPT.forward, [0]
 
-    def poison(self: GPT, tokens: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
-        result = forward(self, tokens, target)
+    def poison(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        result = forward(self, *arguments, **keywords)
         calls[0] += self.training and torch.is_grad_enabled()
         # Step 13 of 4 microbatches a step, on one rank alone.
         if calls[0] == 12 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():

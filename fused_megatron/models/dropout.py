@@ -1,0 +1,90 @@
+"""Dropout whose masks do not depend on the layout: every element's fate follows from its place in the whole tensor."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from fused_megatron import ops
+from fused_megatron.checks import check
+
+
+@dataclass(frozen=True)
+class BatchPosition:
+    """Where in training a microbatch lies; with the model's seed it decides what dropout drops.
+
+    Attributes:
+        step: number of the optimizer step.
+        first_sample: index of the microbatch's first sample in the global batch of the step, over all data-parallel
+            ranks and microbatches.
+        global_batch_size: samples of the whole step.
+    """
+
+    step: int
+    first_sample: int
+    global_batch_size: int
+
+    def __post_init__(self) -> None:
+        check(self.step >= 0, f"step={self.step} must be 0 or more")
+        check(
+            0 <= self.first_sample < self.global_batch_size,
+            f"first_sample={self.first_sample} must be in [0, global_batch_size={self.global_batch_size})",
+        )
+
+
+@dataclass(frozen=True)
+class DropoutMasks:
+    """What a part of the model drops from one microbatch.
+
+    Attributes:
+        rng_states: [n, 2] int64 (seed of the place in the model, step), on the device of the activations.
+        position: of the microbatch.
+        seq_start, seq_len: this rank's activations begin at seq_start of the whole sequence.
+    """
+
+    rng_states: torch.Tensor
+    position: BatchPosition
+    seq_start: int
+    seq_len: int
+
+    def rows(self, start: int, stop: int) -> "DropoutMasks":
+        """Those of the places start to stop."""
+        return DropoutMasks(self.rng_states[start:stop], self.position, self.seq_start, self.seq_len)
+
+    def add(
+        self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float
+    ) -> torch.Tensor:
+        """residual + dropout(x + bias), x [S or S / R, B, H]; the mask is that of [S, global batch, H]."""
+        return ops.bias_dropout_add(
+            x,
+            bias,
+            residual,
+            p,
+            rng_state=self.rng_states[which],
+            full_shape=(self.seq_len, self.position.global_batch_size, x.shape[-1]),
+            offset=(self.seq_start, self.position.first_sample, 0),
+        )
+
+    def drop(self, which: int, x: torch.Tensor, p: float) -> torch.Tensor:
+        """dropout(x), x [S or S / R, B, H]."""
+        return self.add(which, x, None, torch.zeros_like(x), p)
+
+    def drop_heads(
+        self, which: int, probabilities: torch.Tensor, p: float, first_head: int, heads: int
+    ) -> torch.Tensor:
+        """dropout of attention probabilities [B, N / R, Sq, Sk]; the mask is that of [global batch, N, Sq, Sk]."""
+        return ops.bias_dropout_add(
+            probabilities,
+            None,
+            torch.zeros_like(probabilities),
+            p,
+            rng_state=self.rng_states[which],
+            full_shape=(self.position.global_batch_size, heads, *probabilities.shape[2:]),
+            offset=(self.position.first_sample, first_head, 0, 0),
+        )
+
+
+def dropout_seed(seed: int, name: str) -> int:
+    """63 bits for the place `name` of a model with this seed."""
+    digest = hashlib.sha256(f"dropout {seed} {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,186 @@
+"""Dropout and recomputation: the same losses and gradients at every layout, however the batch is cut."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import GPTConfig
+from fused_megatron.mesh import init_mesh
+from fused_megatron.models import GPT, BatchPosition, ParallelSelfAttention, TransformerBlock
+from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.training.gradients import GradientBuckets
+
+LAYERS: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "seq_len": 8, "ffn_hidden_size": 44,
+    "vocab_size": 101, "pad_vocab_size_to_multiple_of": 48, "init_std": 0.1, "activation": "swiglu",
+    "normalization": "rms_norm", "position": "rotary",
+}  # fmt: skip
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.3, "embedding_dropout": 0.1}
+BATCH, STEP = 8, 3
+
+
+def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, targets and an upstream gradient, each [B, S]."""
+    generator = torch.Generator().manual_seed(11)
+    tokens = torch.randint(101, (BATCH, 9), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:], torch.randn(BATCH, 8, generator=generator)
+
+
+def one_step(
+    rank: int, world_size: int, tp: int, sequence_parallel: bool, microbatch: int, changes: dict[str, Any]
+) -> tuple[int, torch.Tensor, dict[str, Any]]:
+    """This rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
+    mesh = init_mesh(tp)
+    config = GPTConfig(**{**LAYERS, **DROPOUT, **changes})
+    model = GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3)
+    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group)
+    count = BATCH // mesh.dp_size
+    torch.manual_seed(100 + rank)  # what torch would draw must not matter
+    losses = []
+    for first in range(mesh.dp_rank * count, (mesh.dp_rank + 1) * count, microbatch):
+        tokens, target, upstream = (part[first : first + microbatch] for part in batch_of_tokens())
+        loss = model(tokens, target, position=BatchPosition(STEP, first, BATCH))
+        loss.backward(upstream)
+        losses.append(loss.detach())
+    buckets.reduce_during_next_backward()
+    buckets.finish()
+    gradients = {
+        part.full_name(name): (part.shard, part.of(buckets[p])[: part.shard.real_shape(part.of(p).shape)[0]].clone())
+        for name, p in model.named_parameters()
+        for part in parameter_parts(p)
+    }
+    return mesh.dp_rank, torch.cat(losses), gradients
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Any:
+    return run_on_ranks(one_step, 1, 1, False, BATCH, {})[0]
+
+
+@pytest.mark.parametrize(("world_size", "tp", "sequence_parallel", "microbatch", "changes"), [
+    (2, 2, False, 8, {}),
+    (2, 2, True, 4, {"recompute": "selective"}),
+    (4, 4, True, 8, {"recompute": "full"}),
+    (4, 2, True, 1, {"recompute": "full"}),
+    (2, 1, False, 2, {}),
+], ids=str)  # fmt: skip
+def test_every_layout_drops_the_same(
+    one_process: Any, world_size: int, tp: int, sequence_parallel: bool, microbatch: int, changes: dict[str, Any]
+) -> None:
+    _, losses, expected = one_process
+    ranks = run_on_ranks(one_step, world_size, tp, sequence_parallel, microbatch, changes)
+    torch.testing.assert_close(torch.cat([found for _, found, _ in ranks[::tp]]), losses, rtol=2e-6, atol=2e-6)
+    for _, _, gradients in ranks:
+        for name, (shard, gradient) in gradients.items():
+            full = expected[name][1]
+            mine = full[tuple(slice(o, o + n) for o, n in zip(shard.offset, gradient.shape, strict=True))]
+            if gradient.numel():
+                error = (gradient - mine).abs().max() / full.abs().max().clamp(min=1e-3)
+                assert error < 2e-5, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_replays_dropout_bit_for_bit(one_process: Any, recompute: str) -> None:
+    _, losses, gradients = run_on_ranks(one_step, 1, 1, False, BATCH, {"recompute": recompute})[0]
+    assert torch.equal(losses, one_process[1])
+    assert all(torch.equal(gradient, one_process[2][name][1]) for name, (_, gradient) in gradients.items())
+
+
+def model_of(**changes: Any) -> GPT:
+    return GPT(GPTConfig(**{**LAYERS, **changes}), seed=3)
+
+
+def losses_of(model: GPT, position: BatchPosition | None = None) -> torch.Tensor:
+    tokens, target, _ = batch_of_tokens()
+    return model(tokens, target, position=position).detach()
+
+
+def test_masks_follow_step_and_seed_and_places_differ() -> None:
+    model = model_of(**DROPOUT)
+    first, again, later = (losses_of(model, BatchPosition(step, 0, BATCH)) for step in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later)
+    states = model.get_buffer("dropout_states")
+    assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 3 * 2
+    assert not torch.equal(states, GPT(model.config, seed=4).get_buffer("dropout_states"))
+
+
+@pytest.mark.parametrize("kind", list(DROPOUT))
+def test_each_kind_drops_its_share_and_keeps_the_mean(kind: str) -> None:
+    plain, model = model_of(), model_of(**{kind: 0.5})
+    dropped = torch.stack([losses_of(model, BatchPosition(step, 0, BATCH)) for step in range(3)])
+    assert (dropped != losses_of(plain)).float().mean() > 0.9
+    # Nothing drops where the probability is below 2^-32: another path through attention, the same numbers.
+    nothing = model_of(**{kind: 1e-10})
+    torch.testing.assert_close(losses_of(nothing, BatchPosition(0, 0, BATCH)), losses_of(plain), rtol=1e-6, atol=1e-6)
+
+
+def test_evaluation_drops_nothing() -> None:
+    assert torch.equal(losses_of(model_of(**DROPOUT).eval()), losses_of(model_of()))
+
+
+def test_dropout_asks_where_it_is() -> None:
+    with pytest.raises(InputError, match="position=None must be given where the model drops elements"):
+        losses_of(model_of(**DROPOUT))
+    with pytest.raises(InputError, match=r"first_sample=2 \+ tokens.shape\[0\]=8 must be at most global_batch_size=8"):
+        losses_of(model_of(**DROPOUT), BatchPosition(0, 2, BATCH))
+    with pytest.raises(InputError, match=r"first_sample=8 must be in \[0, global_batch_size=8\)"):
+        BatchPosition(0, BATCH, BATCH)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_recomputation_keeps_less(recompute: str) -> None:
+    kept: list[int] = []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(x.numel())
+        return x
+
+    model = model_of(**DROPOUT, recompute=recompute)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        x = torch.randn(8, BATCH, 24, requires_grad=True)
+        masks = model._masks(batch_of_tokens()[0], BatchPosition(0, 0, BATCH))
+        assert masks is not None
+        model._blocks(x, masks.rows(1, 7), model._rotary(8, x))
+    # [S, B, N, S] of probabilities, four times a layer (scores, softmax, dropped); per block nothing but its input.
+    probabilities = [n for n in kept if n == BATCH * 4 * 8 * 8]
+    assert bool(probabilities) == (recompute == "none")
+    if recompute == "full":
+        assert sum(n for n in kept if n >= 24 * 24) <= 2 * x.numel()
+
+
+@pytest.mark.parametrize(("build", "message"), [
+    (lambda: GPTConfig(num_heads=4, num_kv_heads=3), "num_heads=4 must be divisible by num_kv_heads=3 (nearest: 3, 6)"),
+    (lambda: GPTConfig(activation="relu"), "activation='relu' must be one of: 'gelu', 'swiglu', 'geglu'"),
+    (lambda: GPTConfig(recompute="all"), "recompute='all' must be one of: 'none', 'selective', 'full'"),
+    (lambda: GPTConfig(hidden_dropout=1.0), "hidden_dropout=1.0 must lie in [0, 1)"),
+    (lambda: GPTConfig(position="rotary", rotary_fraction=0.01),
+     "rotary_fraction=0.01 must leave a pair of the 64 elements of a head to rotate (at least 0.03125)"),
+    (lambda: ParallelSelfAttention(24, 5, tp_group=None),
+     "hidden_size=24 must be divisible by num_heads=5 (nearest: 20, 25)"),
+])  # fmt: skip
+def test_settings_that_do_not_fit(build: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build()
+    assert str(caught.value) == message
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    group = init_mesh(world_size).tp_group
+    messages = []
+    for changes in ({"num_heads": 6, "num_kv_heads": 3}, {"num_heads": 12, "num_kv_heads": 6}, {"ffn_hidden_size": 46}):
+        with pytest.raises(InputError) as caught:
+            TransformerBlock(GPTConfig(**{**LAYERS, **changes}), tp_group=group)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_heads_and_widths_that_ranks_do_not_divide() -> None:
+    for messages in run_on_ranks(refused, 4):
+        assert messages == [
+            "num_heads=6 must be divisible by tensor_parallel_size=4 (nearest: 4, 8)",
+            "num_kv_heads=6 must divide tensor_parallel_size=4, or be divisible by it (nearest: 4, 8)",
+            "ffn_hidden_size=46 must be divisible by tensor_parallel_size=4 (nearest: 44, 48)",
+        ]
