@@ -1,8 +1,12 @@
 """Checks of what users pass in. All user errors look alike: name=value, what is wanted, the way out."""
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # commands that touch no tensor start without torch
+    import torch
 
 
 class InputError(ValueError):

@@ -1,4 +1,7 @@
-"""`fused-megatron`: one sub-command per job. Bad input ends with one line and exit code 2."""
+"""`fused-megatron`: one sub-command per job. Bad input ends with one line and exit code 2.
+
+Each command imports what it needs: `schedule` and `--help` answer before torch would be loaded.
+"""
 
 import importlib.metadata
 import os
@@ -11,18 +14,13 @@ from typing import NoReturn, TextIO
 
 from fused_megatron.checks import InputError
 from fused_megatron.training.arguments import parse_arguments, print_arguments
-from fused_megatron.training.checkpoint import CheckpointError, newest_checkpoint
-from fused_megatron.training.config_file import load_config, print_help, with_run_folder
-from fused_megatron.training.generate_text import GenerateArguments, generate_text
-from fused_megatron.training.run_folder import RunFolder
-from fused_megatron.training.train import train
-from fused_megatron.training.trainer import NonFiniteError
 
 USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
   train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
+  schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
@@ -31,9 +29,6 @@ Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml .
 LOST_RANK = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe", re.IGNORECASE
 )
-
-# What may stand behind a CheckpointError; anything else is a bug.
-EXPECTED = InputError | CheckpointError | OSError | RuntimeError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +41,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(importlib.metadata.version("fused-megatron"))
         return 0
-    commands: dict[str, Callable[[Sequence[str]], int]] = {"train": _train, "generate": _generate, "audit": _audit}
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": _train,
+        "generate": _generate,
+        "schedule": _schedule,
+        "audit": _audit,
+    }
     try:
         if command not in commands:
             raise _shared(InputError(f"unknown command {command!r} (commands: {', '.join(commands)})"))
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return commands[command](words[1:])
     except InputError as error:
         return _fail(error, 2)
-    except (NonFiniteError, CheckpointError) as error:
-        if not isinstance(error.__cause__, EXPECTED | None):
+    except RuntimeError as error:
+        if not _is_expected(error):
             raise  # a fault of ours: its traceback is worth more than a line
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -64,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
+    from fused_megatron.training.checkpoint import newest_checkpoint  # noqa: PLC0415
+    from fused_megatron.training.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
+    from fused_megatron.training.run_folder import RunFolder  # noqa: PLC0415
+    from fused_megatron.training.train import train  # noqa: PLC0415
+    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml")
         return 0
@@ -89,6 +95,8 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _generate(words: Sequence[str]) -> int:
+    from fused_megatron.training.generate_text import GenerateArguments, generate_text  # noqa: PLC0415
+
     program = "fused-megatron generate"
     if any(word in ("-h", "--help") for word in words):
         print_arguments(GenerateArguments, program)
@@ -103,6 +111,16 @@ def _generate(words: Sequence[str]) -> int:
     return 0
 
 
+def _schedule(words: Sequence[str]) -> int:
+    from fused_megatron.pipeline.command import ScheduleArguments, run_schedule  # noqa: PLC0415
+
+    program = "fused-megatron schedule"
+    if any(word in ("-h", "--help") for word in words):
+        print_arguments(ScheduleArguments, program)
+        return 0
+    return run_schedule(parse_arguments(ScheduleArguments, words, source=program))
+
+
 def _audit(words: Sequence[str]) -> int:
     # Needs a source checkout and its compilers, which those who train do not have: imported when asked for.
     from fused_megatron.testing.audit.command import AuditArguments, run_audit  # noqa: PLC0415
@@ -112,6 +130,16 @@ def _audit(words: Sequence[str]) -> int:
         print_arguments(AuditArguments, program)
         return 0
     return run_audit(parse_arguments(AuditArguments, words, source=program))
+
+
+def _is_expected(error: RuntimeError) -> bool:
+    """Whether the error is for the user: its line says all."""
+    from fused_megatron.training.checkpoint import CheckpointError  # noqa: PLC0415
+    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+
+    # What may stand behind a CheckpointError; anything else is a bug.
+    causes = InputError | CheckpointError | OSError | RuntimeError | None
+    return isinstance(error, (NonFiniteError, CheckpointError)) and isinstance(error.__cause__, causes)
 
 
 def _shared(error: InputError) -> InputError:

@@ -1,0 +1,129 @@
+"""`fused-megatron schedule`: show, check or simulate a schedule. Needs no torch, so it answers at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.pipeline.lowering import lower
+from fused_megatron.pipeline.schedule import SYNCHRONOUS, Schedule, peak_weight_versions
+from fused_megatron.pipeline.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
+from fused_megatron.pipeline.schedules import SCHEDULES, build_schedule
+from fused_megatron.pipeline.simulation import Costs, Timeline, simulate
+from fused_megatron.pipeline.timeline import summary, to_perfetto, to_svg, to_text
+
+Formats = Literal["text", "svg", "perfetto", "csv", "json", "torch_csv"]
+
+
+@dataclass(frozen=True)
+class ScheduleArguments:
+    """Show a pipeline schedule, check it by its rules, or simulate it."""
+
+    action: Annotated[Literal["show", "check", "simulate"], tyro.conf.Positional]
+    """show: the timeline; check: every rule, exit code 1 for a breach; simulate: makespan, bubble and memory."""
+    name: Annotated[str, tyro.conf.Positional]
+    """A schedule (gpipe, 1f1b, interleaved_1f1b, looped_breadth_first, zb_h1, interleaved_zero_bubble, zb_v, v_half,
+    dual_pipe_v, pipedream_2bw, pipedream), or a file of one (.csv, .json)."""
+    ranks: int = 4
+    stages_per_rank: int | None = None
+    """Default: as few as the schedule allows."""
+    microbatches: int = 8
+    """Of one step."""
+    steps: int | None = None
+    """Steps that run into each other (pipedream_2bw, pipedream alone); default for those: 3."""
+    forward: float = 1.0
+    """Time of a rank's whole share of a forward; a stage takes its part."""
+    input_grad: float = 1.0
+    weight_grad: float = 1.0
+    link_latency: float = 0.0
+    """From the end of a send to its arrival."""
+    link_occupied: float = 0.0
+    """How long a message keeps its channel from the next one."""
+    format: Formats = "text"
+    """Of show."""
+    lowered: bool = False
+    """csv and json: with sends, receives and reductions."""
+    write: Path | None = None
+    """A file for the output."""
+
+
+def run_schedule(arguments: ScheduleArguments) -> int:
+    """Print or write what was asked for; 1 when `check` finds a breach.
+
+    Raises:
+        InputError: an unknown name, numbers that do not fit, a file that is no schedule.
+    """
+    schedule = _schedule(arguments)
+    if arguments.action == "check":
+        return _check(schedule)
+    output = _shown(schedule, arguments) if arguments.action == "show" else _simulated(schedule, arguments)
+    if arguments.write is None:
+        print(output, end="")
+        return 0
+    try:
+        arguments.write.write_text(output, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"write={arguments.write}: {error.strerror}") from None
+    return 0
+
+
+def _schedule(arguments: ScheduleArguments) -> Schedule:
+    path = Path(arguments.name)
+    readers: dict[str, Callable[[str], Schedule]] = {".csv": from_csv, ".json": from_json}
+    if path.suffix in readers:
+        try:
+            return readers[path.suffix](path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+    kind = SCHEDULES.get(arguments.name)
+    steps = arguments.steps if arguments.steps is not None else 3 if kind and kind.weights != SYNCHRONOUS else 1
+    return build_schedule(arguments.name, arguments.ranks, arguments.microbatches, arguments.stages_per_rank, steps)
+
+
+def _check(schedule: Schedule) -> int:
+    findings = check_schedule(schedule)
+    if not findings and not schedule.lowered:
+        schedule = lower(schedule)
+        findings = check_schedule(schedule)
+    for finding in findings:
+        print(finding)
+    count = sum(len(actions) for actions in schedule.actions)
+    print(f"{schedule.name}: {count} actions on {schedule.num_ranks} ranks, {len(findings) or 'no'} breach(es)")
+    return 1 if findings else 0
+
+
+def _timeline(schedule: Schedule, arguments: ScheduleArguments) -> Timeline:
+    share = schedule.num_stages / schedule.num_ranks
+    times = (arguments.forward / share, arguments.input_grad / share, arguments.weight_grad / share)
+    costs = Costs(*times, link_latency=arguments.link_latency, link_occupied=arguments.link_occupied)
+    timeline = simulate(schedule, costs)
+    if timeline.stuck:
+        rank, position = timeline.stuck[0]
+        waits = f"rank {rank} waits for ever at position {position}, {schedule.actions[rank][position]}"
+        raise InputError(f"schedule {schedule.name} deadlocks: {waits} (see: fused-megatron schedule check)")
+    return timeline
+
+
+def _shown(schedule: Schedule, arguments: ScheduleArguments) -> str:
+    if arguments.format in ("csv", "json", "torch_csv"):
+        given = lower(schedule) if arguments.lowered and not schedule.lowered else schedule
+        return {"csv": to_csv, "json": to_json, "torch_csv": to_torch_csv}[arguments.format](given)
+    timeline = _timeline(schedule, arguments)
+    if arguments.format == "perfetto":
+        return to_perfetto({"predicted": timeline})
+    return to_svg(timeline) if arguments.format == "svg" else to_text(timeline)
+
+
+def _simulated(schedule: Schedule, arguments: ScheduleArguments) -> str:
+    check(arguments.format == "text", f"format={arguments.format} is for show; simulate prints text")
+    output = summary(_timeline(schedule, arguments), schedule.num_stages // schedule.num_ranks)
+    if schedule.weights != SYNCHRONOUS:
+        versions = ", ".join(map(str, peak_weight_versions(schedule)))
+        output += f"changes the update rule ({schedule.weights}); versions of the weights kept, by rank: {versions}\n"
+    return output
