@@ -50,3 +50,10 @@ def test_no_gpu_is_one_line():
     done = run("--gpu")
     assert done.returncode != 0
     assert re.fullmatch(r"ERROR: no GPU: .*", done.stderr.strip())
+
+
+def test_overlap_without_its_tools_is_one_line(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/overlap_on_a_slow_link.py"]
+    environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and re.fullmatch(r"bench-overlap skipped: .*\n", done.stdout), done.stderr
