@@ -149,6 +149,8 @@ T __ldcg(const T* address) { return *address; }
 template <typename T>
 void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
 template <typename T>
+void __stwb(T* address, std::type_identity_t<T> value) { *address = value; }
+template <typename T>
 void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
 
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }

@@ -43,6 +43,20 @@ struct Access {
                 pack_pair<T>(values[4], values[5]), pack_pair<T>(values[6], values[7])};
     }
   }
+
+  // The same in one instruction always: between other accesses the compiler stores the words of a uint4 one by one.
+  static FM_DEVICE void store_whole(T* address, const float (&values)[kCount]) {
+    if constexpr (!kWide) {
+      store(address, values);
+    } else if constexpr (sizeof(T) == 4) {
+      __stwb(reinterpret_cast<uint4*>(address), make_uint4(float_to_word(values[0]), float_to_word(values[1]),
+                                                           float_to_word(values[2]), float_to_word(values[3])));
+    } else {
+      __stwb(reinterpret_cast<uint4*>(address),
+             make_uint4(pack_pair<T>(values[0], values[1]), pack_pair<T>(values[2], values[3]),
+                        pack_pair<T>(values[4], values[5]), pack_pair<T>(values[6], values[7])));
+    }
+  }
 };
 
 // kCount values of a parameter from `column` on, `absent` where there is no parameter. Wide accesses need an address

@@ -1,7 +1,9 @@
 """The grid of ranks: axes pp (pipeline), dp (data) and tp (tensor), over torch's DeviceMesh. No globals."""
 
 import os
+import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -92,8 +94,12 @@ def init_mesh(
     )
     if not dist.is_initialized():
         return Mesh(rank=0, world_size=1, pp_size=1, dp_size=1, tp_size=1)
+    _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size, rank)
     shape = (pipeline_parallel_size, data_parallel_size, tensor_parallel_size)
-    device_mesh = init_device_mesh(device_type or _device_type(), shape, mesh_dim_names=AXES)
+    device_type = device_type or _device_type()
+    device_mesh = init_device_mesh(
+        device_type, shape, mesh_dim_names=AXES, backend_override=_backend_override(device_type)
+    )
     pp_group, dp_group, tp_group = (
         device_mesh.get_group(axis) if size > 1 else None for axis, size in zip(AXES, shape, strict=True)
     )
@@ -111,6 +117,25 @@ def _rank_and_world_size() -> tuple[int, int]:
         "(call torch.distributed.init_process_group() before init_mesh)",
     )
     return 0, 1
+
+
+def _backend_override(device_type: str) -> dict[Any, Any] | None:
+    """NCCL's kernels of the tp axis before the products that hide them: else they would wait for a whole one to end."""
+    if device_type != "cuda" or not dist.is_nccl_available() or "nccl" not in dist.get_backend_config():
+        return None
+    return {"tp": ("nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))}
+
+
+def _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size: int, rank: int) -> None:
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # what torchrun says; without it nothing is known
+    if local < 1 or rank != 0 or local % tensor_parallel_size == 0:
+        return
+    warnings.warn(
+        f"tensor_parallel_size={tensor_parallel_size} with {local} ranks a host: tensor-parallel groups span hosts, so "
+        "that every block sends its 4 all-reduces of seq_len x batch x hidden_size over the network instead of inside "
+        f"a machine (choose a tensor_parallel_size that divides {local}; pipeline stages send far less)",
+        stacklevel=3,
+    )
 
 
 def _way_out(tensor_parallel_size: int, pipeline_parallel_size: int, total: int, world_size: int) -> str:

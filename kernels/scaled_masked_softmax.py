@@ -2,7 +2,7 @@
 
 A program holds whole rows in registers: each score that may be seen is read once, each result written once. Where the
 causal form hides keys, nothing is read: they are masked off in whole 16-byte pieces. Rows too long for the registers of
-one block are spread over a cluster of blocks (sm_90 and newer), and beyond that read twice.
+one block are spread over a cluster of blocks (sm_90 and newer, Triton 3.9 and newer), and beyond that read twice.
 
 ALIGN is the largest power of two, up to 16 bytes, that divides the number of keys: sizes are handed over in units of
 it, so that the compiler sees the alignment of every row, and of the edge of every mask, and uses wide accesses.
@@ -24,6 +24,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _ELEMENTS_PER_THREAD = 32
 _ROW_LIMIT = 16384  # keys that one block holds, in 16 warps
 _CLUSTER_LIMIT = 8  # blocks of a cluster that every GPU with clusters can hold
+# Triton 3.6 and 3.7 cannot compile a reduction along the one dim that a cluster divides (TritonGPUPlanCTAPass fails).
+_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 _ELEMENTS = 4096  # of a program with several short rows
 # The tile of rows that are read twice: 16 bytes a thread, two in flight.
 _LANES = 512
@@ -329,7 +331,7 @@ def _long_options(x: torch.Tensor) -> dict[str, Any]:
 @functools.cache
 def _longest_row(device: torch.device) -> int:
     """Keys of the longest row that registers hold."""
-    clusters = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    clusters = _CLUSTERS and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return _ROW_LIMIT * (_CLUSTER_LIMIT if clusters else 1)
 
 

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import warnings
 
 import pytest
 import torch
@@ -89,3 +91,19 @@ def test_launched_ranks_without_process_group_are_not_taken_for_one(monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="init_process_group"):
         init_mesh()
+
+
+def over_hosts(rank, world_size):
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        init_mesh(tensor_parallel_size=2)
+        assert not [w for w in caught if "span hosts" in str(w.message)]
+        init_mesh(tensor_parallel_size=4)
+    return [str(w.message) for w in caught if "span hosts" in str(w.message)]
+
+
+def test_one_warning_for_tensor_parallelism_over_hosts():
+    first, *others = run_on_ranks(over_hosts, 4)
+    assert others == [[], [], []]
+    assert len(first) == 1 and "tensor_parallel_size=4 with 2 ranks a host" in first[0] and "divides 2" in first[0]

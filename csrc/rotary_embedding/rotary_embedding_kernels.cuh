@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
         A::unpack(raw[i][1], y);
         runs.rotate(x, y);
         T* out = heads.to(head + i * step) + runs.first;
-        A::store(out, x);
-        A::store(out + runs.distance, y);
+        A::store_whole(out, x);
+        A::store_whole(out + runs.distance, y);
       }
     }
   }
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
     const int64_t head = i / rest, column = 2 * a.half + (i - head * rest) * kCount;
     float values[kCount];
     A::unpack(A::load(heads.from(head) + column), values);
-    A::store(heads.to(head) + column, values);
+    A::store_whole(heads.to(head) + column, values);
   }
 }
 

@@ -7,6 +7,7 @@ costs it, latency and bytes a second of a message) and takes the best.
 """
 
 import functools
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
 
+_LOG = logging.getLogger(__name__)
 _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 # Below this predicted gain the plain path is taken: a model this small is not right to more.
 _LEAST_GAIN = 0.03
@@ -118,7 +120,22 @@ class ChunkChoice:
         costs = overlap_costs(group, x.dtype, x.device)
         product_s = 2 * multiply_adds / costs.flops_per_s
         transfer_s = elements * x.element_size() / costs.bytes_per_s
-        return costs.num_chunks(product_s, transfer_s, hidden_products, x.numel() // x.shape[-1], weight_elements)
+        rows = x.numel() // x.shape[-1]
+        num_chunks = costs.num_chunks(product_s, transfer_s, hidden_products, rows, weight_elements)
+        _log_once(
+            f"overlap over {group_size(group)} ranks: {rows} rows in {num_chunks} chunks "
+            f"(product {1e3 * product_s:.2g} ms, transfer {1e3 * transfer_s:.2g} ms)"
+        )
+        return num_chunks
+
+    def __str__(self) -> str:
+        """For extra_repr."""
+        return {None: "auto", 1: "off"}.get(self.fixed, f"{self.fixed} chunks")
+
+
+@functools.lru_cache(maxsize=1024)
+def _log_once(line: str) -> None:
+    _LOG.info(line)
 
 
 PLAIN = ChunkChoice(1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from fused_megatron.checks import check, check_shape
+from fused_megatron.checks import InputError, check_shape
 from fused_megatron.ops.cross_entropy_shards import (
     check_shard,
     check_targets,
@@ -111,14 +111,16 @@ def cross_entropy(
     Numerics: float32 inside and one rounding, of the loss after the reduction and of each gradient; deterministic.
         float64 logits go through plain PyTorch, and can be differentiated twice; the others raise RuntimeError.
     """
-    check(reduction in _REDUCTIONS, f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
+    if reduction not in _REDUCTIONS:
+        raise InputError(f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
     if weight is not None or isinstance(ignore_index, torch.Tensor):  # weight is torch's third argument
-        check(False, "weight must be None: class weights are not supported (multiply the losses of reduction='none')")
+        raise InputError("weight must be None: class weights are not supported (scale the losses of reduction='none')")
     rows, flat_target = _as_rows(logits, target)
     columns = rows.shape[1]
     vocab_size = columns if vocab_size is None else vocab_size
     cap = check_shard(rows, flat_target, 0, vocab_size, label_smoothing, softcap)
-    check(vocab_size <= columns, f"vocab_size={vocab_size} must be at most the number of columns, {columns}")
+    if vocab_size > columns:
+        raise InputError(f"vocab_size={vocab_size} must be at most the number of columns, {columns}")
     check_targets(flat_target, vocab_size, ignore_index, check_target)
     if rows.dtype == torch.float64:
         loss = reference.cross_entropy(rows, flat_target, ignore_index, label_smoothing, z_loss, cap, vocab_size)
@@ -129,7 +131,7 @@ def cross_entropy(
         terms = (vocab_size, ignore_index, label_smoothing, z_loss, cap, inplace_backward)
         loss = _CrossEntropy.apply(rows, flat_target, *terms)
     if reduction == "none":
-        loss = loss.reshape(target.shape)
+        loss = loss if target.dim() == 1 else loss.reshape(target.shape)
     else:
         loss = loss.sum()
         if reduction == "mean":
@@ -140,10 +142,13 @@ def cross_entropy(
 
 def _as_rows(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [T, V], target [T]) of any layout that torch.nn.functional.cross_entropy takes."""
-    check(logits.dim() >= 1, "logits.shape=() must have a dimension of classes")
+    if logits.dim() == 0:
+        raise InputError("logits.shape=() must have a dimension of classes")
     if logits.dim() == 1:
         check_shape("target", target, ())
         return logits.unsqueeze(0), target.reshape(1)
+    if logits.dim() == 2:  # of which the target's shape is checked with the rest
+        return logits, target.contiguous()
     check_shape("target", target, (logits.shape[0], *logits.shape[2:]))
-    rows = logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
     return rows, target.reshape(-1).contiguous()

@@ -1,7 +1,10 @@
 """Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from fused_megatron.checks import check, check_divisible, check_shape
 from fused_megatron.collectives import (
@@ -18,7 +21,7 @@ from fused_megatron.collectives import (
 )
 from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
 from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
-from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
+from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, parameter_shard
 
 
 def column_parallel_linear(
@@ -167,6 +170,38 @@ class _ParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, tp_group: Group, **options: Any) -> Self:
+        """A layer with this rank's shard of a linear layer's weights, copied; on one rank the same layer.
+
+        Args:
+            linear: whole, the same on every rank of tp_group.
+            tp_group: the R ranks; None for this one alone.
+            **options: further arguments of the layer (sequence_parallel, skip_bias_add, overlap, ..).
+
+        Raises:
+            InputError: as the layer itself; sizes that R does not divide name the nearest that it does.
+            TypeError: not a torch.nn.Linear.
+
+        Communication: none, but what overlap=True measures once a group.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
+        weight, bias = linear.weight, linear.bias
+        with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
+            layer = cls(
+                linear.in_features, linear.out_features, bias is not None, tp_group=tp_group, device="meta",
+                dtype=weight.dtype, **options,
+            )  # fmt: skip
+        layer._measure_overlap(weight.device, weight.dtype)
+        layer.to_empty(device=weight.device)
+        for mine, whole in ((layer.weight, weight), (layer.bias, bias)):
+            if mine is not None and whole is not None:
+                box = parameter_shard(mine).box(mine.shape)
+                mine.data.copy_(whole.detach()[tuple(slice(*bounds) for bounds in box)])
+                mine.requires_grad_(whole.requires_grad)
+        return layer
+
     def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Measure the group now, where all ranks are known to be, and not in the first forward."""
         choice, like = chunk_choice(self.overlap), torch.empty(0, device=device, dtype=dtype)
@@ -187,7 +222,7 @@ class _ParallelLinear(ShardedModule):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}, "
-            f"overlap={self.overlap}"
+            f"overlap={chunk_choice(self.overlap)}"
         )
 
 

@@ -63,8 +63,8 @@ def test_compiled_gradient(dtype: str, arch: int, softcap: bool) -> None:
     assert sum(count for access, count in accesses.items() if access.startswith("ld")) == 2 + narrow + 3
     assert sum(count for access, count in accesses.items() if access.startswith("st")) == 2 + narrow
     assert compiled.spill_bytes == 0
-    # 7 programs on a multiprocessor: 28 KiB in flight. With a softcap arithmetic is the limit, and 5 do.
-    assert compiled.registers <= (96 if softcap else 72)
+    # 7 programs on a multiprocessor (6 from Triton 3.6): 28 KiB in flight. With a softcap, arithmetic limits, and 5 do.
+    assert compiled.registers <= (96 if softcap else 80)
 
 
 def test_merge_compiles() -> None:

@@ -53,7 +53,8 @@ def test_forward(dtype: str, accesses: int, arch: int) -> None:
     assert counts["ld.v2.b32"] + counts["ld.b32"] == accesses  # the mask: a byte for each key of a thread's vector
     assert counts.total() == 3 * accesses
     assert compiled.spill_bytes == 0
-    assert compiled.registers <= 64  # two programs of 512 threads on a multiprocessor
+    # Two programs of 512 threads on a multiprocessor; older compilers leave room for one.
+    assert compiled.registers <= (64 if kernels._CLUSTERS else 96)
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
@@ -74,6 +75,7 @@ def test_backward(num_keys: int, arch: int) -> None:
     assert compiled.registers <= 128
 
 
+@pytest.mark.skipif(not kernels._CLUSTERS, reason="Triton before 3.9 does not compile it")
 @pytest.mark.parametrize("arch", [90, 100])
 def test_rows_over_a_cluster(arch: int) -> None:
     compiled = _compiled("_backward_kernel", "bf16", arch, kernels._ROW_LIMIT * kernels._CLUSTER_LIMIT)

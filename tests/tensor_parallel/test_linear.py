@@ -340,3 +340,31 @@ def test_one_rank_is_nn_linear():
         layer.load_state_dict(linear.state_dict())
         x = torch.randn(5, 6)
         assert torch.equal(layer(x), linear(x))
+
+
+def from_whole(rank, ranks):
+    group = dist.group.WORLD if ranks > 1 else None
+    torch.manual_seed(4)
+    first, second = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8, bias=False)
+    second.weight.requires_grad_(False)
+    state = torch.get_rng_state()
+    up = ColumnParallelLinear.from_linear(first, group)
+    down = RowParallelLinear.from_linear(second, group, overlap=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert parameter_shard(up.weight).full_shape == (12, 8) and "overlap=off" in down.extra_repr()
+    assert up.weight.requires_grad and not down.weight.requires_grad and down.bias is None
+    x = torch.randn(5, 8, requires_grad=True)
+    y, wanted = down(up(x)), second(first(x))
+    assert_close("y", y.detach(), wanted.detach().double())
+    (mine,), (theirs,) = (torch.autograd.grad(t.square().sum(), x) for t in (y, wanted))
+    assert_close("dx", mine, theirs.double())
+    with pytest.raises(TypeError, match=r"linear=ReLU must be a torch\.nn\.Linear"):
+        ColumnParallelLinear.from_linear(torch.nn.ReLU(), group)
+    if ranks > 1:
+        with pytest.raises(InputError, match=r"out_features=13 must be divisible by .*\(nearest: 12, 14\)"):
+            ColumnParallelLinear.from_linear(torch.nn.Linear(8, 13), group)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_from_linear(ranks):
+    run_on_ranks(from_whole, ranks)

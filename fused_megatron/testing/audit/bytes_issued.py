@@ -18,8 +18,9 @@ from fused_megatron.testing.audit.kernels import DTYPES, MULTIPROCESSORS, OPS
 from fused_megatron.testing.cuda_emulation import build_emulation, loaded_emulation
 from fused_megatron.testing.triton_interpreter import interpreter
 
-# Blocks of each grid that run; they stand for all. Blocks of our kernels differ by a row at most.
+# Blocks of each grid that run, where all would take long; they stand for all.
 _SAMPLED_BLOCKS = 6
+_ALL_BLOCKS_TO_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _count(op: str, width: int, dtype: str) -> list[StepCounts]:
             library = loaded_emulation()
             assert library is not None
             library.fm_emulation_set_multiprocessors(MULTIPROCESSORS)
-            library.fm_emulation_set_sampled_blocks(_SAMPLED_BLOCKS)
+            library.fm_emulation_set_sampled_blocks(_SAMPLED_BLOCKS if width > _ALL_BLOCKS_TO_WIDTH else 0)
             library.fm_emulation_count(True)
             step.run()
             kernels = _parsed(library.fm_emulation_counted().decode())

@@ -51,7 +51,7 @@ def run_audit(arguments: AuditArguments) -> int:
     rows = audit(cases(arguments.op, arguments.quick), archs)
     broken = broken_bars(rows)
     if arguments.write is not None:
-        arguments.write.write_text(ledger(rows))
+        arguments.write.write_text(ledger(rows, archs))
         print(f"{arguments.write}: {len(rows)} kernels at their shapes")
     else:
         print(f"{versions()}; architectures {' / '.join(archs)}\n")
@@ -63,13 +63,13 @@ def run_audit(arguments: AuditArguments) -> int:
     return 1 if broken else 0
 
 
-def ledger(rows: list[Row]) -> str:
+def ledger(rows: list[Row], archs: list[str]) -> str:
     """docs/kernel_ledger.md."""
     faults = "".join(f"- {line}\n" for line in known_faults(rows)) or "None.\n"
     return f"""# What each GPU kernel costs
 
 Made by `fused-megatron audit --write docs/kernel_ledger.md` on a machine without a GPU; a test keeps it true.
-Compilers: {versions()}. Where three figures stand side by side they are of {" / ".join(LIMITS)}.
+Compilers: {versions()}. Architectures: {" / ".join(archs)}; where their figures differ they stand side by side.
 
 - **registers** a thread, **spilled** bytes, **shared** bytes a block: of the compiled code. **occupancy**: resident
   warps over the most there can be, by registers, shared memory and block size.

@@ -165,17 +165,25 @@ def _scaled_masked_softmax(rows: int, width: int, dtype: torch.dtype) -> list[St
     return _both(lambda: ops.scaled_masked_softmax(x, scale=0.1), (x,), ((x,), (y,)), ((y, y), (x,)), y)
 
 
+_PARTIALS = (
+    "each of 132 multiprocessors has 62 rows, 372 bytes a column, and leaves two float32 sums, 16 bytes with their "
+    "reading; fewer blocks would leave multiprocessors idle"
+)
+_SPILLS = "ptxas spills two registers of a row that a whole program holds in registers"
+
 OPS: dict[str, Op] = {
     "bias_dropout_add": Op(_bias_dropout_add, HIDDEN),
     "bias_geglu": Op(_gated("bias_geglu"), HIDDEN),
     "bias_gelu": Op(_bias_gelu, HIDDEN),
     "bias_swiglu": Op(_gated("bias_swiglu"), HIDDEN),
-    "layer_norm": Op(_layer_norm, HIDDEN),
+    "layer_norm": Op(_layer_norm, HIDDEN, known={("backward", width, "bf16"): _PARTIALS for width in HIDDEN}),
     "rms_norm": Op(_rms_norm, HIDDEN),
     "rms_norm, residual": Op(_rms_norm_residual, HIDDEN),
     "rotary_embedding": Op(_rotary_embedding, HIDDEN),
     "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton"),
-    "scaled_masked_softmax": Op(_scaled_masked_softmax, HIDDEN, rows=16, language="triton"),
+    "scaled_masked_softmax": Op(
+        _scaled_masked_softmax, HIDDEN, rows=16, language="triton", known={("backward", 4096, "fp32"): _SPILLS}
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """What nvcc made of the CUDA kernels: registers, spills, shared memory, and the widths of accesses in the machine code.
 
-Compiled code is kept in build/audit and made anew when a source or the compiler has changed.
+Read from the compiled library where that is newer than the sources and has CUDA code. Elsewhere it is compiled, kept in
+build/audit, and made anew when a source or the compiler has changed.
 """
 
 import functools
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from fused_megatron import extension
+from fused_megatron.testing.audit.occupancy import LIMITS
 from fused_megatron.testing.cuda_emulation import CSRC, ROOT
 
 CACHE = ROOT / "build" / "audit"
@@ -64,6 +67,16 @@ def missing() -> list[str]:
 
 
 @functools.cache
+def library() -> Path | None:
+    """The compiled library, if it holds the machine code of these sources."""
+    path = extension.LIBRARY
+    if not path.exists() or path.stat().st_mtime < max(file.stat().st_mtime for file in CSRC.rglob("*.cu*")):
+        return None
+    listed = subprocess.run([str(tool("cuobjdump")), "-lelf", str(path)], capture_output=True, text=True).stdout
+    return path if all(arch in listed for arch in LIMITS) else None
+
+
+@functools.cache
 def compiled(op: str, arch: str) -> Path:
     """The machine code of csrc/<op>/<op>_cuda.cu for an architecture such as "sm_90a"."""
     source = CSRC / op / f"{op}_cuda.cu"
@@ -89,12 +102,13 @@ def compiled(op: str, arch: str) -> Path:
 @functools.cache
 def code_of(op: str, arch: str, symbol: str) -> Code:
     """One kernel of a file."""
-    return read_code(compiled(op, arch), symbol, _resources(compiled(op, arch))[symbol])
+    binary = library() or compiled(op, arch)
+    return read_code(binary, symbol, _resources(binary, arch)[symbol], arch)
 
 
-def read_code(cubin: Path, symbol: str, resources: dict[str, int]) -> Code:
+def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -> Code:
     """Widths from the disassembly, beside what the resource table says."""
-    command = [str(tool("cuobjdump")), "-sass", "-fun", symbol, str(cubin)]
+    command = [str(tool("cuobjdump")), "-sass", "-arch", arch, "-fun", symbol, str(binary)]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     loads, stores = (_widths(sass, name) for name in ("LDG", "STG"))
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
@@ -113,8 +127,13 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
 
 
 @functools.cache
-def _resources(cubin: Path) -> dict[str, dict[str, int]]:
-    command = [str(tool("cuobjdump")), "-res-usage", str(cubin)]
+def _resources(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+    command = [str(tool("cuobjdump")), "-res-usage", "-arch", arch, str(binary)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parsed_resources(said)
+
+
+def parsed_resources(said: str) -> dict[str, dict[str, int]]:
+    """By function, the numbers of cuobjdump's "REG:44 STACK:0 .."."""
     functions = re.findall(r"Function (\S+):\s*\n\s*(.*)", said)
     return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", values)} for name, values in functions}

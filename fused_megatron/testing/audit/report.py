@@ -44,11 +44,17 @@ class Row:
         """Kernels that finish a sum over partial results move next to nothing."""
         return not any(word in self.kernel for word in ("finish", "merge"))
 
+    @property
+    def stores_much(self) -> bool:
+        """A kernel that leaves a number a row has no wide stores to make."""
+        return "statistics" not in self.kernel
+
     def faults(self) -> list[str]:
         """The bars that are broken."""
         faults = [f"{self.spilled_bytes} bytes spilled"] if self.spilled_bytes else []
         if self.is_main:
-            for name, bits in (("loads", self.load_bits), ("stores", self.store_bits)):
+            stores = self.store_bits if self.stores_much else ""
+            for name, bits in (("loads", self.load_bits), ("stores", stores)):
                 if bits and not bits.startswith("128"):
                     faults.append(f"{name} of {bits.split('x')[0]} bits")
         if self.ratio - self.partials > BAR:

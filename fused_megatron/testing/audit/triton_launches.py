@@ -23,7 +23,7 @@ import torch
 
 from fused_megatron.ops.registration import TRITON_LAUNCHERS
 from fused_megatron.testing.audit.kernels import DTYPES, OPS, TOKENS
-from fused_megatron.testing.audit.machine_code import Code, read_code, tool
+from fused_megatron.testing.audit.machine_code import Code, parsed_resources, read_code, tool
 from fused_megatron.testing.triton_compiler import triton_source
 
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -114,8 +114,8 @@ def compiled_code(launch: Launch, arch: str) -> Code:
         cubin.write_bytes(compiled.asm["cubin"])
         command = [str(tool("cuobjdump")), "-res-usage", str(cubin)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        symbol, values = re.findall(r"Function (\S+):\s*\n\s*(.*)", said)[0]
-        code = read_code(cubin, symbol, {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", values)})
+        ((symbol, resources),) = parsed_resources(said).items()
+        code = read_code(cubin, symbol, resources, arch)
     # Shared memory is asked for at launch, so that the machine code does not know of it.
     shared = int(compiled.metadata.shared)
     return Code(code.registers, code.spilled_bytes, shared, code.load_widths, code.store_widths)

@@ -1,6 +1,7 @@
 """The audit's table, its bars, and that docs/kernel_ledger.md says what the kernels are."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -43,21 +44,28 @@ def test_table():
     assert report.of_arch(lines[0], 1) == report.lines([ROW])[0]
 
 
+def ledger():
+    if not LEDGER.exists():
+        pytest.skip("no ledger: make it with fused-megatron audit --write docs/kernel_ledger.md")
+    return LEDGER.read_text()
+
+
 @needs_compilers
 def test_the_ledger_is_of_these_compilers_and_ops():
-    text = LEDGER.read_text()
+    text = ledger()
     if report.versions() not in text:
         pytest.skip(f"the ledger is of other compilers than {report.versions()}")
     assert {line[0] for line in report.parsed(text)} == set(OPS)
 
 
 def compare_with_ledger(cases, arch):
-    text = LEDGER.read_text()
+    text = ledger()
     rows = report.audit(cases, [arch])
     assert report.broken_bars(rows) == []
     if report.versions() not in text:
         pytest.skip(f"the ledger is of other compilers than {report.versions()}")
-    kept = {report.of_arch(line, list(LIMITS).index(arch)) for line in report.parsed(text)}
+    archs = re.search(r"Architectures: ([^;]*);", text).group(1).split(" / ")
+    kept = {report.of_arch(line, archs.index(arch)) for line in report.parsed(text)}
     stale = [line for line in report.lines(rows) if line not in kept]
     assert not stale, f"stale: make it anew with: fused-megatron audit --write docs/kernel_ledger.md\n{stale}"
 
