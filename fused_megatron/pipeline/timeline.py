@@ -95,7 +95,7 @@ def _box(event: Event, leg: int, left: int, y: int, height: int, scale: float) -
     colours = _COLOURS[event.action.kind]
     x, width = left + event.start * scale, (event.end - event.start) * scale
     fill = colours[min(leg, len(colours) - 1)]
-    box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 1):.1f}" height="{height}" fill="{fill}" '
+    box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 3):.1f}" height="{height}" fill="{fill}" '
     box += 'stroke="#555" stroke-width="0.5">'
     box += f"<title>{event.action}: {event.start:g} to {event.end:g}</title></rect>"
     label = str(event.action.microbatch) if event.action.microbatch is not None else ""

@@ -9,14 +9,14 @@ import pytest
 from fused_megatron.pipeline import RULES, Action, Schedule, build_schedule, check_schedule, lower, parse_action
 
 GOOD = [
-    lower(build_schedule("interleaved_1f1b", 3, 5, 2, tied=((0, 5),))),
-    lower(build_schedule("zb_v", 3, 6, tied=((0, 5),))),
-    lower(build_schedule("zb_h1", 4, 6, tied=((0, 3), (0, 1)))),
-    lower(build_schedule("looped_breadth_first", 2, 3, 3)),
-    lower(build_schedule("pipedream_2bw", 3, 4, num_steps=3)),
+    lower(build_schedule("interleaved_1f1b", 3, 4, 2, tied=((0, 5),))),
+    lower(build_schedule("zb_v", 3, 4, tied=((0, 5),))),
+    lower(build_schedule("zb_h1", 4, 4, tied=((0, 3), (0, 1)))),
+    lower(build_schedule("looped_breadth_first", 2, 3, 2)),
+    lower(build_schedule("pipedream_2bw", 3, 3, num_steps=3)),
     lower(build_schedule("pipedream", 2, 3, num_steps=2)),
-    build_schedule("interleaved_zero_bubble", 3, 5, 2),
-    build_schedule("dual_pipe_v", 3, 6),
+    build_schedule("interleaved_zero_bubble", 3, 4, 2),
+    build_schedule("dual_pipe_v", 3, 5),
 ]
 
 
@@ -174,7 +174,7 @@ def test_a_swap_is_found_or_changes_nothing() -> None:
             else:
                 harmless += 1
                 assert trains_alike(mutated, schedule), (schedule.name, rank, position, other)
-    assert found > 500 and harmless > 50
+    assert found > 300 and harmless > 30
 
 
 def rules(lists: str, **changes) -> set[str]:
