@@ -6,10 +6,14 @@
 
 namespace fm {
 
-// Where groups share a parameter it lies in shared memory; narrow accesses take more registers.
-template <typename Rows>
-using ForwardParameter =
-    ColumnValues<Rows, (Rows::kGroups > 1 ? 0 : Rows::kCount == 1 ? Rows::kAccesses / 2 : Rows::kAccesses)>;
+// Where groups share a parameter it lies in shared memory; narrow accesses take more registers, and so does a row that
+// is kept wider than it was read.
+template <typename Rows, typename In, typename Stream>
+using ForwardParameter = ColumnValues<
+    Rows, (Rows::kGroups > 1                                             ? 0
+           : Rows::kCount == 1                                           ? Rows::kAccesses / 2
+           : sizeof(typename Stream::Raw) > sizeof(typename In::Raw) ? Rows::kAccesses * 3 / 4
+                                                                         : Rows::kAccesses)>;
 
 // One read of x (and residual): the row goes to registers, as it is normalised and without widening, for the mean, then
 // for the squares of the centred values, then for the result.
@@ -41,7 +45,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   };
   for (int stage = 0; stage < stages; ++stage) fetch(stage, stage);
   float* staging = reinterpret_cast<float*>(ring + stages * accesses * slots * kNormThreads);
-  ForwardParameter<Rows> weights, biases;
+  ForwardParameter<Rows, In, Stream> weights, biases;
   weights.load(rows, a.weight, 1.0f, a.weight_offset, staging);
   const int staged = accesses > weights.kFirst ? accesses - weights.kFirst : 0;
   if constexpr (kCentred) biases.load(rows, a.bias, 0.0f, 0.0f, staging + staged * Rows::kStep);
@@ -120,7 +124,7 @@ bool try_forward_in_registers(const NormForward& a, NormDevice device, cudaStrea
   using Rows = NormRows<In, Stream, kWarps>;
   const int64_t slots = In::kSlots + (a.residual != nullptr ? Stream::kSlots : 0);
   const int64_t stage_bytes = norm_stage_bytes<Rows>(a.width, slots);
-  const int64_t parameter_bytes = ForwardParameter<Rows>::shared_bytes(a.width);
+  const int64_t parameter_bytes = ForwardParameter<Rows, In, Stream>::shared_bytes(a.width);
   const int64_t staging_bytes = kCentred ? 2 * parameter_bytes : parameter_bytes;
   const int64_t stages = std::min<int64_t>(kNormMaxStages, (device.shared_bytes - staging_bytes) / stage_bytes);
   if (stages < 1) return false;

@@ -103,7 +103,7 @@ def compiled(op: str, arch: str) -> Path:
 def code_of(op: str, arch: str, symbol: str) -> Code:
     """One kernel of a file."""
     binary = library() or compiled(op, arch)
-    return read_code(binary, symbol, _resources(binary, arch)[symbol], arch)
+    return read_code(binary, symbol, resources_of(binary, arch)[symbol], arch)
 
 
 def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -> Code:
@@ -143,7 +143,7 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
 
 
 @functools.cache
-def _resources(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+def resources_of(binary: Path, arch: str) -> dict[str, dict[str, int]]:
     command = [str(tool("cuobjdump")), "-res-usage", "-arch", arch, str(binary)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return parsed_resources(said)
