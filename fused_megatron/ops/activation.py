@@ -6,9 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.registration import define_op
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 
 
 class ActivationOps(NamedTuple):
@@ -68,7 +66,7 @@ class BiasActivation(torch.autograd.Function):
 
 def check_activation(x: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> None:
     """Raise unless x and bias fit each other, and x has two halves where it is gated."""
-    check_dtype("x", x, _DTYPES)
+    check_dtype("x", x, FLOAT_DTYPES)
     if gated and (x.dim() == 0 or x.shape[-1] % 2):
         raise InputError(f"x.shape={tuple(x.shape)} must have an even last dim: gate and value, each half of it")
     if bias is None:
@@ -76,7 +74,7 @@ def check_activation(x: torch.Tensor, bias: torch.Tensor | None, *, gated: bool)
     if x.dim() == 0:
         raise InputError("x.dim()=0 must be at least 1 when there is a bias")
     check_shape("bias", bias, x.shape[-1:])
-    check_dtype("bias", bias, _DTYPES)
+    check_dtype("bias", bias, FLOAT_DTYPES)
     check_same_device("bias", bias, "x", x)
 
 

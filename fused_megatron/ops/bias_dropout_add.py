@@ -7,10 +7,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.registration import define_op
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 from fused_megatron.reference import bias_dropout_add as reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _Rows = tuple[int, int, int, int]
 
@@ -158,7 +156,7 @@ def bias_dropout_add(
 def _check_tensors(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, rng_state: torch.Tensor | None
 ) -> None:
-    check_dtype("x", x, _DTYPES)
+    check_dtype("x", x, FLOAT_DTYPES)
     if residual.dtype != x.dtype:
         wider = (torch.float64,) if x.dtype == torch.float32 else (torch.float32, torch.float64)
         check_dtype("residual", residual, (x.dtype,) if x.dtype == torch.float64 else (x.dtype, *wider))
@@ -168,7 +166,7 @@ def _check_tensors(
         if x.dim() == 0:
             raise InputError("x.dim()=0 must be at least 1 when there is a bias")
         check_shape("bias", bias, x.shape[-1:])
-        check_dtype("bias", bias, _DTYPES)
+        check_dtype("bias", bias, FLOAT_DTYPES)
         check_same_device("bias", bias, "x", x)
     if rng_state is not None:
         check_dtype("rng_state", rng_state, (torch.int64,))

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.registration import define_op, register_triton
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import cross_entropy as reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NO_CAP = 0.0  # what the raw ops take for softcap=None
 
 
@@ -240,7 +239,7 @@ def check_shard(
     if logits.dim() != 2:
         raise InputError(f"logits.shape={tuple(logits.shape)} must be (tokens, columns)")
     check_shape("target", target, logits.shape[:1])
-    check_dtype("logits", logits, _FLOATS)
+    check_dtype("logits", logits, FLOAT_DTYPES)
     check_dtype("target", target, (torch.int64,))
     check_same_device("target", target, "logits", logits)
     if vocab_start < 0:

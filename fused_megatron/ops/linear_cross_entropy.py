@@ -7,10 +7,9 @@ import torch
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
 from fused_megatron.ops.cross_entropy_shards import check_targets
 from fused_megatron.ops.linear_cross_entropy_tiles import LossTerms, TiledHead, fits_one_pass
-from fused_megatron.ops.registration import define_composed_op
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_composed_op
 from fused_megatron.reference import linear_cross_entropy as reference
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int vocab_size, int ignore_index, "
@@ -255,7 +254,7 @@ def check_head(
     check_shape("target", target, hidden.shape[:-1])
     for name, tensor in (("hidden", hidden), (weight_name, weight), ("bias", bias)):
         if tensor is not None:
-            check_dtype(name, tensor, _FLOATS)
+            check_dtype(name, tensor, FLOAT_DTYPES)
             check_same_device(name, tensor, "target", target)
     check_dtype("target", target, (torch.int64,))
     if bias is not None:

@@ -3,22 +3,21 @@
 import torch
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from fused_megatron.ops.registration import FLOAT_DTYPES
 
 
 def check_norm_arguments(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> bool:
     """Raise unless the arguments fit each other; returns whether float64 is among them (plain PyTorch then)."""
-    check_dtype("x", x, _DTYPES)
+    check_dtype("x", x, FLOAT_DTYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise InputError(f"x.shape={tuple(x.shape)} must have a last dim of at least 1")
     double = x.dtype == torch.float64
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_shape(name, parameter, x.shape[-1:])
-            check_dtype(name, parameter, _DTYPES)
+            check_dtype(name, parameter, FLOAT_DTYPES)
             check_same_device(name, parameter, "x", x)
             double = double or parameter.dtype == torch.float64
     if residual is not None:

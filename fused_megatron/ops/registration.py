@@ -11,6 +11,9 @@ import torch
 from fused_megatron import extension
 
 _LIBRARY = torch.library.Library("fused_megatron", "FRAGMENT")
+
+# What every op takes; float64 runs on the reference.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by op
 
 

@@ -7,10 +7,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.registration import define_op
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 from fused_megatron.reference import rotary_embedding as reference
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor | None, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,8 +118,8 @@ def rotary_embedding(
 def _check_tensors(
     q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, sequence_dim: int
 ) -> None:
-    check_dtype("q", q, _DTYPES)
-    check_dtype("cos", cos, _DTYPES)
+    check_dtype("q", q, FLOAT_DTYPES)
+    check_dtype("cos", cos, FLOAT_DTYPES)
     check_dtype("sin", sin, (cos.dtype,))
     dims = q.dim()
     if dims not in (3, 4):

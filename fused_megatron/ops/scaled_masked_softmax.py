@@ -6,10 +6,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device
-from fused_megatron.ops.registration import define_op, register_triton
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import scaled_masked_softmax as reference
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _contiguous_like(x: torch.Tensor) -> torch.Tensor:
@@ -92,7 +90,7 @@ def scaled_masked_softmax(
 
     Paper: Vaswani et al., Attention Is All You Need, arXiv:1706.03762; the window: Beltagy et al., arXiv:2004.05150.
     """
-    check_dtype("x", x, _FLOATS)
+    check_dtype("x", x, FLOAT_DTYPES)
     if x.dim() == 0:
         raise InputError("x.shape=() must have a dimension of keys")
     if mask is not None:
