@@ -6,8 +6,14 @@ import pytest
 
 from fused_megatron.testing.audit import machine_code
 from fused_megatron.testing.audit.occupancy import LIMITS
-from fused_megatron.testing.cuda_compiler import ptxas_resources
 from fused_megatron.testing.cuda_emulation import cuda_sources
+
+
+def assert_nothing_spills(kernels):
+    for name, resources in kernels.items():
+        assert resources["STACK"] == resources["LOCAL"] == 0, (name, resources)
+        assert resources["SHARED"] <= 48 * 1024, (name, resources)
+        assert 0 < resources["REG"] <= 128, (name, resources)
 
 
 @pytest.mark.parametrize("arch", LIMITS)
@@ -16,20 +22,14 @@ def test_no_spills_in_the_compiled_library(arch):
         pytest.skip("no cuobjdump, or the compiled library has no CUDA code of these sources")
     kernels = machine_code.resources_of(machine_code.library(), arch)
     assert len(kernels) > 50
-    for name, resources in kernels.items():
-        assert resources["STACK"] == resources["LOCAL"] == 0, (name, resources)
-        assert resources["SHARED"] <= 48 * 1024, (name, resources)
-        assert 0 < resources["REG"] <= 128, (name, resources)
+    assert_nothing_spills(kernels)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("arch", LIMITS)
 @pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.parent.name)
-def test_no_spills_as_compiled_now(tmp_path, source, arch):
-    kernels = ptxas_resources(source, arch, tmp_path)
+def test_no_spills_as_compiled_now(source, arch):
+    kernels = machine_code.resources_of(machine_code.compiled(source.parent.name, arch), arch)
     assert kernels
-    for kernel in kernels:
-        assert kernel.spill_bytes == 0 and kernel.stack_bytes == 0, kernel
-        assert kernel.shared_bytes <= 48 * 1024, kernel
-        assert 0 < kernel.registers <= 128, kernel
+    assert_nothing_spills(kernels)
