@@ -89,6 +89,7 @@ class Trainer:
             loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
             tied=model.tied(),
             reduce_gradients=self.gradients.reduce,
+            timeout_s=config.parallel.timeout_s,
         )
         self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
         self.progress = Progress()

@@ -174,14 +174,14 @@ def test_dropout_and_llama_layers_have_one_curve_at_every_layout_and_resume(text
 # The ways in turn: how many ranks, their layout, the step after which the next goes on from what is there.
 PIPELINES: list[tuple[int, dict[str, Any], int]] = [
     (8, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "bucket_mb": 0.02}, 2),
-    (2, {"pipeline_parallel_size": 2, "recompute": "full"}, 4),
+    (2, {"pipeline_parallel_size": 2, "schedule": "zb_v", "recompute": "full"}, 4),
     (4, {"pipeline_parallel_size": 2, "stages_per_rank": 2, "pipeline_cut": (2, 1, 1, 1)}, 6),
     (1, {"schedule": "interleaved_zero_bubble", "stages_per_rank": 3}, 8),
 ]  # fmt: skip
 
 
 def test_every_pipeline_has_the_curve_of_one_process_and_goes_on_from_any_other(text: Path, tmp_path: Path) -> None:
-    """Tied embeddings and dropout; 3D first, then the ends of the model on one rank, several stages a rank, one rank."""
+    """Tied embeddings and dropout; 3D, then both ends of the model on one rank, several stages a rank, one rank."""
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
     steps = {"num_layers": 5, "num_steps": 8, "checkpoint_interval": 2, "eval_interval": 4, **dropout}
     one = trained(text, tmp_path / "one", 1, **steps)
