@@ -154,4 +154,4 @@ def leads(x: torch.Tensor, dim: int) -> bool:
 
 def tile_steps(x: torch.Tensor, rows_per_step: int) -> int:
     """Steps of a dim that make whole tiles of rows."""
-    return _TILE_ROWS // gcd(_TILE_ROWS, max(1, rows_per_step)) if x.is_cuda else 1
+    return _TILE_ROWS // gcd(_TILE_ROWS, max(1, rows_per_step)) if x.device.type != "cpu" else 1

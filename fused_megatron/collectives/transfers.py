@@ -66,7 +66,7 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
 def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
     """Sum blocks [R n, ..] over the ranks and keep this rank's in shard [n, ..]; both contiguous."""
     assert group is not None
-    if group._get_backend(blocks.device).name() == "gloo":
+    if blocks.is_cpu and group._get_backend(blocks.device).name() == "gloo":
         return _start_exchange_and_sum(blocks, shard, group)
     return start(dist.reduce_scatter_single, group, shard.view(-1), blocks.view(-1), result=lambda _: shard)
 

@@ -163,9 +163,9 @@ class RecordedStreams(TorchDispatchMode):
             return
         storage = StorageWeakRef(x.untyped_storage())
         memory = self._memory.setdefault(storage.cdata, Memory(storage))
-        begin = x.storage_offset() * x.element_size()
-        length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-        mine = Access(begin, begin + length * x.element_size(), writes, stream.name, time, what)
+        begin = int(x.storage_offset()) * x.element_size()
+        last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        mine = Access(begin, begin + (int(last) + 1) * x.element_size(), writes, stream.name, time, what)
         for other in memory.accesses:
             apart = other.end <= mine.begin or mine.end <= other.begin
             if apart or not (writes or other.writes) or stream.seen.get(other.stream, 0) >= other.time:

@@ -14,8 +14,8 @@ def choice(product_s, reduce_s, *, latency_s=0.0, rows=1 << 20, weight_s=0.0, sl
 
 
 def test_the_ends_are_short():
-    assert chunk_parts(1) == [1.0] and chunk_parts(4) == [1 / 6, 1 / 3, 1 / 3, 1 / 6]
-    assert chunk_parts(8)[0] == chunk_parts(8)[-1] == 1 / 20
+    assert chunk_parts(1) == [1.0] and chunk_parts(4) == [0.2, 0.3, 0.3, 0.2]
+    assert chunk_parts(8)[0] == chunk_parts(8)[-1] == 1 / 14
 
 
 def test_products_that_read_their_weight_again_bound_it_too():
@@ -26,12 +26,12 @@ def test_products_that_read_their_weight_again_bound_it_too():
 def test_free_messages_are_cut_as_finely_as_possible():
     assert choice(1.0, 1.0) == 16
     assert choice(1.0, 0.0, gather_s=1.0) == 16
-    assert choice(1.0, 1.0, rows=1000) == 6  # 64 rows in the shortest chunk at least
+    assert choice(1.0, 1.0, rows=1000) == 8  # 64 rows in the shortest chunk at least
     assert choice(1.0, 1.0, rows=127) == 1
 
 
 def test_messages_that_cost_bound_the_number_of_chunks():
-    assert [choice(1.0, 1.0, latency_s=latency_s) for latency_s in (1 / 64, 1 / 16, 1 / 8, 1.0)] == [12, 6, 4, 1]
+    assert [choice(1.0, 1.0, latency_s=latency_s) for latency_s in (1 / 64, 1 / 16, 1 / 8, 1.0)] == [12, 6, 3, 1]
 
 
 def test_the_step_that_the_model_plays():

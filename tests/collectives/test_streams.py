@@ -1,14 +1,15 @@
 """No two accesses of an overlapped product to the same memory without an event between them, and no host sync."""
 
-import types
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from fused_megatron.collectives import ChunkChoice, overlapped_linear, overlapped_mlp
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import ChunkChoice, column_linear, overlap_costs, row_linear
+from fused_megatron.collectives import mlp as mlp_of_collectives
 from fused_megatron.collectives.streams import Transfer
 from fused_megatron.tensor_parallel import (
     column_parallel_linear,
@@ -97,68 +98,46 @@ def test_a_race_is_named(group):
     ]
 
 
-class OnTheDevice(torch.utils._python_dispatch.TorchDispatchMode):
+class OnTheDevice(TorchDispatchMode):
     """No op of a step may give the host a value or move one off the device: neither can be captured in a CUDA graph."""
 
     def __init__(self):
         super().__init__()
-        self.products = []
+        self.rows = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves((args, kwargs, out)):
-            assert not isinstance(x, torch.Tensor) or x.device.type == "cuda", f"{func} on the host"
+        for x in tree_leaves((args, kwargs, out)):
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", f"{func} on the host"
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            self.products.append(next(x.shape[0] for x in args if isinstance(x, torch.Tensor) and x.dim() == 2))
+            self.rows.append(next(x.shape[0] for x in args if isinstance(x, torch.Tensor) and x.dim() == 2))
         return out
-
-
-class Slices(torch.overrides.TorchFunctionMode):
-    """Indexing of fake CUDA tensors, which a CPU build of torch refuses."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.__getitem__:
-            return self.view(*args)
-        if func is torch.Tensor.__setitem__:
-            return self.view(*args[:2]).copy_(args[2])
-        return func(*args, **(kwargs or {}))
-
-    def view(self, x, index):
-        dim = 0
-        for i in index if isinstance(index, tuple) else (index,):
-            begin, end = (i, i + 1) if isinstance(i, int) else i.indices(x.shape[dim])[:2]
-            x = x.narrow(dim, begin, end - begin)
-            x, dim = (x.squeeze(dim), dim) if isinstance(i, int) else (x, dim + 1)
-        return x
 
 
 def forbidden(*args, **kwargs):
     raise AssertionError("the host waits")
 
 
-@pytest.mark.parametrize("sequence_dim", [None, 0])
-def test_what_a_gpu_is_given_can_be_captured(group, sequence_dim, monkeypatch):
-    """Fake CUDA tensors through forward and backward: no host sync, and products of whole tiles of 128 rows."""
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_what_a_gpu_is_given_can_be_captured(group, sequence_parallel, monkeypatch):
+    """Forward and backward on a device that has no values to give: no host sync, products of whole tiles."""
     for name in ("synchronize", "current_stream", "Event", "Stream"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
-    ranks = 1 if sequence_dim is None else RANKS
-    needs = (True,) * 8
-    with FakeTensorMode(), Slices(), OnTheDevice() as ops:
-        make = lambda *shape: torch.empty(shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-        x, up, down, bias = make(2048 // ranks, 1, 64), make(256, 64), make(64, 256), make(256)
-        dy = make(2048 // ranks, 1, 64)
-        for function, inputs, upstream in (
-            (overlapped_linear._ColumnLinear, (x, up, bias, sequence_dim, group, ChunkChoice(4)), make(2048, 1, 256)),
-            (overlapped_linear._RowLinear, (make(2048, 1, 256), down, None, sequence_dim, group, ChunkChoice(4)), dy),
-            (
-                overlapped_mlp._MLP,
-                (x, up, bias, down, None, _ACTIVATIONS["gelu"][1], sequence_dim == 0, group, ChunkChoice(4)),
-                dy,
-            ),
-        ):
-            saved = types.SimpleNamespace(needs_input_grad=(*needs[:2], inputs[2] is not None, *needs[3:]))
-            saved.save_for_backward = lambda *tensors, saved=saved: setattr(saved, "saved_tensors", tensors)
-            function.forward(saved, *inputs)
-            function.backward(saved, upstream)
-    # Weight gradients have the weight's rows; every other product whole tiles.
-    assert all(rows % 128 == 0 or rows in (64, 256) for rows in ops.products) and len(ops.products) > 20
+    rows, dim = (512, 0) if sequence_parallel else (2048, None)
+    make = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
+    with OnTheDevice() as ops:
+        x, up, down, bias = make(rows, 1, 64), make(192, 64), make(64, 192), make(192)
+        h = column_linear(x, up, bias, dim, group, ChunkChoice(3))
+        row_linear(h, down, None, dim, group, ChunkChoice(3)).sum().backward()
+        y = mlp_of_collectives(
+            x, up, bias, down, None, _ACTIVATIONS["gelu"][1], sequence_parallel, group, ChunkChoice(3)
+        )
+        y.sum().backward()
+    # Weight gradients have the weight's rows; every other product has whole tiles of 128.
+    assert {rows for rows in ops.rows if rows % 128} == {64, 192} and len(ops.rows) > 20
+
+
+def test_a_group_is_not_measured_within_a_capture(group, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match="run a step before the capture, or pass a number of chunks"):
+        overlap_costs(group, torch.float32, torch.device("cuda"))
