@@ -15,8 +15,9 @@ from math import gcd, prod
 import torch
 import torch.nn.functional as F
 
+from fused_megatron.collectives import symmetric_memory
 from fused_megatron.collectives.groups import Group, group_rank, group_size
-from fused_megatron.collectives.overlap import chunk_parts
+from fused_megatron.collectives.overlap import BY_SYMMETRIC_MEMORY, chunk_parts
 from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
     start_all_gather,
@@ -45,7 +46,8 @@ class Transfers:
 def start_product_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, num_chunks: int
 ) -> Transfers:
-    """sum over ranks of x [.., I] @ weight [O, I].T + bias: [.., O]. The last transfers are under way on return."""
+    """sum over ranks of x [.., I] @ weight [O, I].T, + bias once: [.., O]. Its last transfers are still under way."""
+    bias = of_first_rank(bias, group)
     rows = x.reshape(-1, x.shape[-1])
     y = rows.new_empty(rows.shape[0], weight.shape[0])
     transfers = []
@@ -58,12 +60,16 @@ def start_product_all_reduce(
 def start_product_reduce_scatter(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dim: int, group: Group, num_chunks: int
 ) -> Transfer | Transfers:
-    """This rank's block of dim of the sum over ranks of x @ weight.T + bias.
+    """This rank's block of dim of the sum over ranks of x @ weight.T, + bias once.
 
     x [S, .., I] -> [S / R, .., O] for dim 0. Only there is it cut: elsewhere the blocks of a chunk would have to be
     gathered from all over x first.
     """
     ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return Transfer(None, (symmetric_memory.product_reduce_scatter(x, weight, bias, group),))
+    bias = of_first_rank(bias, group)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         return start_reduce_scatter(F.linear(x, weight, bias), dim, group)
     block, width = x.shape[dim] // ranks, weight.shape[0]
@@ -96,6 +102,9 @@ def gather_product(
     travel. `gathered` is None unless it is asked for.
     """
     ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return symmetric_memory.gather_product(x, weight, bias, group, keep_gathered)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         whole = start_all_gather(x, dim, group).wait()
         return F.linear(whole, weight, bias), whole if keep_gathered else None
@@ -140,6 +149,11 @@ def product_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if bias is None:
         return torch.mm(x, weight.t(), out=y)
     return torch.addmm(bias, x, weight.t(), out=y)
+
+
+def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:
+    """A bias that rides in the product of one rank alone: no pass over the sum of its own, and one rounding less."""
+    return bias if group_rank(group) == 0 else None
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.streams import Transfer, start
+from fused_megatron.collectives.symmetric_memory import applies, reaches
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -28,6 +29,8 @@ _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _LEAST_GAIN = 0.03
 # Products thinner than this run at a lower rate than the model believes.
 _LEAST_ROWS = 64
+BY_SYMMETRIC_MEMORY = 0
+"""In place of a number of chunks: torch's fused op, see symmetric_memory."""
 
 
 def chunk_parts(num_chunks: int) -> list[float]:
@@ -69,6 +72,7 @@ class OverlapCosts:
         weight_s: of a product, for each element of its weight, however few rows it has.
         slowdown: seconds that a product takes longer for each second of a transfer beside it: 0 where the two share
             nothing, 1 where a transfer is all work for the same cores.
+        symmetric_memory: whether the ranks map each other's memory, for torch's fused products.
     """
 
     flops_per_s: float
@@ -76,6 +80,7 @@ class OverlapCosts:
     bytes_per_s: float
     weight_s: float = 0.0
     slowdown: float = 0.0
+    symmetric_memory: bool = False
 
     def num_chunks(self, stretches: Sequence[Stretch], rows: int, weight_elements: int = 0) -> int:
         """The best number of chunks for all of these stretches.
@@ -120,8 +125,10 @@ class ChunkChoice:
     def __post_init__(self) -> None:
         check(self.fixed is None or self.fixed >= 1, f"overlap={self.fixed} must be at least 1 chunk")
 
-    def for_reduction(self, x: torch.Tensor, weight: torch.Tensor, group: Group, hidden_products: int = 1) -> int:
-        """Chunks of x [.., I] @ weight [O, I].T whose result is summed over the ranks or reduce-scattered.
+    def for_reduction(
+        self, x: torch.Tensor, weight: torch.Tensor, dim: int | None, group: Group, hidden_products: int = 1
+    ) -> int:
+        """Chunks of x [.., I] @ weight [O, I].T whose result is summed over the ranks, or reduce-scattered over dim.
 
         hidden_products: 2 where a product of the same size follows that the collective may run under.
         """
@@ -131,10 +138,10 @@ class ChunkChoice:
             whole_s = rows * weight.numel() * product_s
             return [Stretch(whole_s, rows * weight.shape[0] * bytes_s, after_s=(hidden_products - 1) * whole_s)]
 
-        return self._choose(x, stretches, rows, group, weight.numel())
+        return self._choose(x, stretches, rows, group, weight.numel(), applies(x, dim))
 
-    def for_gather(self, x: torch.Tensor, weight: torch.Tensor, group: Group) -> int:
-        """Chunks of the product with x [.., I] of all ranks, gathered."""
+    def for_gather(self, x: torch.Tensor, weight: torch.Tensor, dim: int, group: Group) -> int:
+        """Chunks of the product with x [.., I] of all ranks, gathered along dim."""
         ranks, rows = group_size(group), x.numel() // max(1, x.shape[-1])
 
         def stretches(product_s: float, bytes_s: float) -> list[Stretch]:
@@ -143,7 +150,7 @@ class ChunkChoice:
             gather_s = ranks * x.numel() * bytes_s / 2
             return [Stretch((ranks - 1) * own_s, gather_s=gather_s, before_s=own_s)]
 
-        return self._choose(x, stretches, rows, group, (ranks - 1) * weight.numel())
+        return self._choose(x, stretches, rows, group, (ranks - 1) * weight.numel(), applies(x, dim))
 
     def for_mlp(self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group) -> tuple[int, int]:
         """Chunks of rows that go through both products of an MLP, forward and backward; x is one of `ranks` shards.
@@ -178,6 +185,7 @@ class ChunkChoice:
         rows: int,
         group: Group,
         weight_elements: int,
+        fusable: bool = False,
     ) -> int:
         """stretches: from the seconds of a multiplication and addition, and of an element of an all-reduce."""
         if group_size(group) == 1 or x.numel() == 0:
@@ -187,16 +195,34 @@ class ChunkChoice:
         costs = overlap_costs(group, x.dtype, x.device)
         steps = stretches(2 / costs.flops_per_s, x.element_size() / costs.bytes_per_s)
         num_chunks = costs.num_chunks(steps, rows, weight_elements)
+        how = f"in {num_chunks} chunks"
+        if num_chunks > 1 and fusable and costs.symmetric_memory:
+            num_chunks, how = BY_SYMMETRIC_MEMORY, "by symmetric memory"
         _log_once(
-            f"overlap over {group_size(group)} ranks: {rows} rows in {num_chunks} chunks "
+            f"overlap over {group_size(group)} ranks{_nccl_share(group, x.device)}: {rows} rows {how} "
             f"(product {1e3 * steps[0].product_s:.2g} ms, "
             f"transfer {1e3 * (steps[0].gather_s + steps[0].reduce_s):.2g} ms)"
         )
         return num_chunks
 
+    def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
+        """Whether the layers of an MLP, each with its fused ops, go before chunks of rows through both."""
+        if self.fixed is not None or group_size(group) == 1 or x.numel() == 0 or not applies(x, dim):
+            return False
+        return overlap_costs(group, x.dtype, x.device).symmetric_memory
+
     def __str__(self) -> str:
         """For extra_repr."""
         return {None: "auto", 1: "off"}.get(self.fixed, f"{self.fixed} chunks")
+
+
+def _nccl_share(group: Group, device: torch.device) -> str:
+    """The most SMs that NCCL takes from the products, as init_mesh set it, for the log line."""
+    if group is None or device.type != "cuda":
+        return ""
+    config = getattr(getattr(group._get_backend(device), "options", None), "config", None)
+    most = getattr(config, "max_ctas", 0)
+    return f", at most {most} SMs for NCCL" if 0 < most < 1024 else ""  # NCCL's own default is "undefined"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -227,7 +253,7 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
 
     About 200 ms of messages and products on a laptop.
 
-    Communication: 11 all-reduces of 4 bytes, 10 of 1 MiB, one of 40 bytes.
+    Communication: 11 all-reduces of 4 bytes, 10 of 1 MiB, one of 40 bytes; see symmetric_memory.reaches.
     """
     check(
         device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
@@ -262,6 +288,7 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
         message.numel() * message.element_size() / streaming_s,
         weight_s / size**2,
         min(max(0.0, slowdown), 1.0),
+        reaches(group, device),
     )
 
 

@@ -15,8 +15,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.chunked_products import Transfers, chunk_edges, product_into, rows_of, tile_steps
-from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.chunked_products import (
+    Transfers,
+    chunk_edges,
+    of_first_rank,
+    product_into,
+    rows_of,
+    tile_steps,
+)
+from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.overlap import ChunkChoice
 from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
@@ -91,8 +98,7 @@ class _MLP(torch.autograd.Function):
         num_chunks = choice.for_mlp(x, ranks, up_weight.numel() + down_weight.numel(), group)
         chunks, backward_chunks = (_Chunks(x, ranks, group, number) for number in num_chunks)
         _, gathers = chunks.start_gather(rows_of(x).contiguous(), group)
-        # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
-        bias = down_bias if group_rank(group) == 0 else None
+        bias = of_first_rank(down_bias, group)
         h, partial = chunks.new_full(x, up_weight.shape[0]), chunks.new_full(x, down_weight.shape[0])
         y = partial if ranks == 1 else x.new_empty(rows_of(x).shape[0], down_weight.shape[0])
         transfers = []
