@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fused_megatron.checks import check
 
 AXES = ("pp", "dp", "tp")
+TP_NCCL_SMS = 16
+"""SMs (NCCL: CTAs) that a collective of the tp axis may take from the products beside it, of an H100's 132."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,16 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _backend_override(device_type: str) -> dict[Any, Any] | None:
-    """NCCL's kernels of the tp axis before the products that hide them: else they would wait for a whole one to end."""
+    """For the tp axis: NCCL's kernels before the products that hide them, and on at most TP_NCCL_SMS SMs.
+
+    At equal priority they would wait for a whole product to end; without a bound NCCL may take as many SMs as it has
+    channels, and the product beside it is late by as much.
+    """
     if device_type != "cuda" or not dist.is_nccl_available() or "nccl" not in dist.get_backend_config():
         return None
-    return {"tp": ("nccl", dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))}
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = TP_NCCL_SMS
+    return {"tp": ("nccl", options)}
 
 
 def _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size: int, rank: int) -> None:

@@ -1,11 +1,13 @@
 import dataclasses
 import os
+import types
 import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from fused_megatron import mesh as mesh_module
 from fused_megatron.checks import InputError
 from fused_megatron.mesh import init_mesh
 from fused_megatron.testing import run_on_ranks
@@ -107,3 +109,18 @@ def test_one_warning_for_tensor_parallelism_over_hosts():
     first, *others = run_on_ranks(over_hosts, 4)
     assert others == [[], [], []]
     assert len(first) == 1 and "tensor_parallel_size=4 with 2 ranks a host" in first[0] and "divides 2" in first[0]
+
+
+class Options:
+    def __init__(self, is_high_priority_stream):
+        self.is_high_priority_stream, self.config = is_high_priority_stream, types.SimpleNamespace(max_ctas=None)
+
+
+def test_nccl_of_the_tp_axis_goes_first_and_leaves_the_products_their_sms(monkeypatch):
+    assert mesh_module._backend_override("cpu") is None
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", types.SimpleNamespace(Options=Options), raising=False)
+    ((axis, (backend, options)),) = mesh_module._backend_override("cuda").items()
+    assert (axis, backend, options.is_high_priority_stream) == ("tp", "nccl", True)
+    assert options.config.max_ctas == mesh_module.TP_NCCL_SMS == 16

@@ -8,15 +8,18 @@ where its order depends on an element's place in the message (a ring of three ra
 bit of a float32 sum.
 """
 
+import itertools
 from collections.abc import Sequence
 from math import gcd, prod
 
 import torch
 import torch.nn.functional as F
 
+from fused_megatron.collectives import symmetric_memory
 from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.overlap import BY_SYMMETRIC_MEMORY, chunk_parts
+from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
-    Transfer,
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
@@ -43,7 +46,8 @@ class Transfers:
 def start_product_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, num_chunks: int
 ) -> Transfers:
-    """sum over ranks of x [.., I] @ weight [O, I].T + bias: [.., O]. The last transfers are under way on return."""
+    """sum over ranks of x [.., I] @ weight [O, I].T, + bias once: [.., O]. Its last transfers are still under way."""
+    bias = of_first_rank(bias, group)
     rows = x.reshape(-1, x.shape[-1])
     y = rows.new_empty(rows.shape[0], weight.shape[0])
     transfers = []
@@ -56,12 +60,16 @@ def start_product_all_reduce(
 def start_product_reduce_scatter(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dim: int, group: Group, num_chunks: int
 ) -> Transfer | Transfers:
-    """This rank's block of dim of the sum over ranks of x @ weight.T + bias.
+    """This rank's block of dim of the sum over ranks of x @ weight.T, + bias once.
 
     x [S, .., I] -> [S / R, .., O] for dim 0. Only there is it cut: elsewhere the blocks of a chunk would have to be
     gathered from all over x first.
     """
     ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return Transfer(None, (symmetric_memory.product_reduce_scatter(x, weight, bias, group),))
+    bias = of_first_rank(bias, group)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         return start_reduce_scatter(F.linear(x, weight, bias), dim, group)
     block, width = x.shape[dim] // ranks, weight.shape[0]
@@ -94,6 +102,9 @@ def gather_product(
     travel. `gathered` is None unless it is asked for.
     """
     ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return symmetric_memory.gather_product(x, weight, bias, group, keep_gathered)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         whole = start_all_gather(x, dim, group).wait()
         return F.linear(whole, weight, bias), whole if keep_gathered else None
@@ -120,13 +131,16 @@ def gather_product(
 
 
 def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """[begin, end) of at most num_chunks chunks of nearly equal length, which begin at multiples of `multiple`.
+    """[begin, end) of at most num_chunks chunks, short ones at both ends, which begin at multiples of `multiple`.
 
+    Nothing hides the first product, nor the last transfer: so they are the shortest; see overlap.chunk_parts.
     Never empty: a length of 0 is one empty chunk, so that every rank issues at least one collective.
     """
     units = -(-length // multiple)
     count = max(1, min(num_chunks, units))
-    ends = [min(length, units * (i + 1) // count * multiple) for i in range(count)]
+    # One unit for each chunk, and the rest in proportion.
+    ends = [i + 1 + int((units - count) * done) for i, done in enumerate(itertools.accumulate(chunk_parts(count)))]
+    ends = [min(length, end * multiple) for end in ends[:-1]] + [length]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
@@ -135,6 +149,11 @@ def product_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     if bias is None:
         return torch.mm(x, weight.t(), out=y)
     return torch.addmm(bias, x, weight.t(), out=y)
+
+
+def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:
+    """A bias that rides in the product of one rank alone: no pass over the sum of its own, and one rounding less."""
+    return bias if group_rank(group) == 0 else None
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -149,4 +168,4 @@ def leads(x: torch.Tensor, dim: int) -> bool:
 
 def tile_steps(x: torch.Tensor, rows_per_step: int) -> int:
     """Steps of a dim that make whole tiles of rows."""
-    return _TILE_ROWS // gcd(_TILE_ROWS, max(1, rows_per_step)) if x.is_cuda else 1
+    return _TILE_ROWS // gcd(_TILE_ROWS, max(1, rows_per_step)) if x.device.type != "cpu" else 1

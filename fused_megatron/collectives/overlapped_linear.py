@@ -17,9 +17,10 @@ from fused_megatron.collectives.chunked_products import (
     start_product_all_reduce,
     start_product_reduce_scatter,
 )
-from fused_megatron.collectives.groups import Group, group_rank
+from fused_megatron.collectives.groups import Group
 from fused_megatron.collectives.overlap import PLAIN, ChunkChoice
-from fused_megatron.collectives.transfers import Transfer, start_all_gather
+from fused_megatron.collectives.streams import Transfer
+from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.collectives.weight_gradients import GradientDestination
 
 
@@ -40,7 +41,7 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.destination = GradientDestination(weight)
         if sequence_dim is None:
             return F.linear(x, weight, bias)
-        num_chunks = choice.for_gather(x, weight, group)
+        num_chunks = choice.for_gather(x, weight, sequence_dim, group)
         return gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0]
 
     @staticmethod
@@ -49,12 +50,12 @@ class _ColumnLinear(torch.autograd.Function):
         needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
         sequence_dim, group, choice = ctx.layout
-        dx: Transfer | Transfers = Transfer(None, [dy])
-        full_x, dweight, dbias = Transfer(None, [x]), None, None
+        dx: Transfer | Transfers = Transfer(None, (dy,))
+        full_x, dweight, dbias = Transfer(None, (x,)), None, None
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
-            num_chunks = choice.for_reduction(dy, weight.t(), group, hidden_products=1 + needs_dweight)
+            num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, hidden_products=1 + needs_dweight)
             if sequence_dim is None:
                 dx = start_product_all_reduce(dy, weight.t(), None, group, num_chunks)
             else:
@@ -81,9 +82,7 @@ class _RowLinear(torch.autograd.Function):
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group, choice
         ctx.destination = GradientDestination(weight)
-        # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
-        bias = bias if group_rank(group) == 0 else None
-        num_chunks = choice.for_reduction(x, weight, group)
+        num_chunks = choice.for_reduction(x, weight, sequence_dim, group)
         if sequence_dim is None:
             return start_product_all_reduce(x, weight, bias, group, num_chunks).wait()
         return start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait()
@@ -98,7 +97,7 @@ class _RowLinear(torch.autograd.Function):
         if sequence_dim is None:
             dx = dy @ weight if needs_dx else None
         elif needs_dx:
-            num_chunks = choice.for_gather(dy, weight.t(), group)
+            num_chunks = choice.for_gather(dy, weight.t(), sequence_dim, group)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
             assert gathered is not None
             dy = gathered

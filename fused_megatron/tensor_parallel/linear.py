@@ -126,6 +126,7 @@ class _ParallelLinear(ShardedModule):
     """What both layers share. The shard is a block of dim `sharded_dim` of the full weight [O, I]."""
 
     sharded_dim: int
+    by_symmetric_memory = False
     bias: nn.Parameter | None
     weight: nn.Parameter
 
@@ -206,7 +207,7 @@ class _ParallelLinear(ShardedModule):
         """Measure the group now, where all ranks are known to be, and not in the first forward."""
         choice, like = chunk_choice(self.overlap), torch.empty(0, device=device, dtype=dtype)
         if choice.fixed is None and self.tp_group is not None and self.tp_group.size() > 1 and not like.is_meta:
-            overlap_costs(self.tp_group, like.dtype, like.device)
+            self.by_symmetric_memory = overlap_costs(self.tp_group, like.dtype, like.device).symmetric_memory
 
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
@@ -219,10 +220,11 @@ class _ParallelLinear(ShardedModule):
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
+        fused = self.by_symmetric_memory and self.sequence_parallel
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}, "
-            f"overlap={chunk_choice(self.overlap)}"
+            f"overlap={chunk_choice(self.overlap)}{', by symmetric memory' if fused else ''}"
         )
 
 

@@ -94,7 +94,8 @@ def parallel_mlp(
     check_operands(x.new_empty(0, width), down_weight, down_bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     choice = chunk_choice(overlap)
-    if group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64:
+    whole = group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64
+    if whole or choice.prefers_layers(x, dim, tp_group):
         h = column_linear(x, up_weight, None, dim, tp_group, choice)
         return row_linear(fused_activation(h, up_bias), down_weight, down_bias, dim, tp_group, choice)
     return mlp(x, up_weight, up_bias, down_weight, down_bias, raw_activation, dim is not None, tp_group, choice)
