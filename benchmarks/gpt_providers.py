@@ -127,7 +127,7 @@ def ours(sequence_parallel: bool) -> Build:
         def step(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             gradients.zero_()
             gradients.reduce_during_next_backward()
-            loss = model(tokens, target).sum() / target.numel()
+            loss = model(tokens, target, reduction="sum") / target.numel()
             loss.backward()
             gradients.finish()
             optimizer.step(LR)

@@ -110,18 +110,24 @@ class GPT(nn.Module):
         return sum(prod(part.shard.full_shape) for p in self.parameters() for part in parameter_parts(p))
 
     def forward(
-        self, tokens: torch.Tensor, target: torch.Tensor | None = None, *, position: BatchPosition | None = None
+        self,
+        tokens: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        position: BatchPosition | None = None,
+        reduction: str = "none",
     ) -> torch.Tensor:
-        """Loss per token, or this rank's logits.
+        """Loss per token or their sum, or this rank's logits.
 
         Args:
             tokens: [B, S] int64, S at most config.seq_len.
             target: [B, S] int64, or None.
             position: where in training this microbatch lies; dropout needs it, in training mode.
+            reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
 
         Returns:
-            With a target the loss per token [B, S] float32 (0 where target is -100), the same on every rank;
-            without one logits_shard [B, S, V_padded / R].
+            With a target the loss per token [B, S] float32 (0 where target is -100), or with "sum" a float64 scalar,
+            the same on every rank; without one logits_shard [B, S, V_padded / R].
         """
         x = self._hidden(tokens, self._masks(tokens, position))
         head = self.token_embedding if self.head is None else self.head
@@ -138,6 +144,7 @@ class GPT(nn.Module):
             vocab_size=self.vocab_size,
             padded_vocab_size=self.token_embedding.padded_num_embeddings,
             sequence_parallel=self.sequence_parallel,
+            reduction=reduction,
         )
         return loss.t()
 

@@ -168,9 +168,10 @@ class Trainer:
                 self.gradients.reduce_during_next_backward()
             first_sample = self.mesh.dp_rank * inputs.shape[0] + i * training.microbatch_size
             position = BatchPosition(self.progress.step, first_sample, training.global_batch_size)
-            losses = self.model(tokens.to(self.device), target.to(self.device), position=position)
-            (losses.sum() / num_tokens).backward()
-            loss_sum += losses.detach().double().sum() / num_tokens
+            total = self.model(tokens.to(self.device), target.to(self.device), position=position, reduction="sum")
+            loss = total / num_tokens
+            loss.backward()
+            loss_sum += loss.detach()
         return loss_sum
 
     def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
