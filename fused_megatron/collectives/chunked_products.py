@@ -8,6 +8,7 @@ where its order depends on an element's place in the message (a ring of three ra
 bit of a float32 sum.
 """
 
+import itertools
 from collections.abc import Sequence
 from math import gcd, prod
 
@@ -15,8 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.overlap import chunk_parts
+from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
-    Transfer,
     start_all_gather,
     start_all_reduce_,
     start_reduce_scatter,
@@ -120,13 +122,16 @@ def gather_product(
 
 
 def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[int, int]]:
-    """[begin, end) of at most num_chunks chunks of nearly equal length, which begin at multiples of `multiple`.
+    """[begin, end) of at most num_chunks chunks, short ones at both ends, which begin at multiples of `multiple`.
 
+    Nothing hides the first product, nor the last transfer: so they are the shortest; see overlap.chunk_parts.
     Never empty: a length of 0 is one empty chunk, so that every rank issues at least one collective.
     """
     units = -(-length // multiple)
     count = max(1, min(num_chunks, units))
-    ends = [min(length, units * (i + 1) // count * multiple) for i in range(count)]
+    # One unit for each chunk, and the rest in proportion.
+    ends = [i + 1 + int((units - count) * done) for i, done in enumerate(itertools.accumulate(chunk_parts(count)))]
+    ends = [min(length, end * multiple) for end in ends[:-1]] + [length]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 

@@ -1,23 +1,26 @@
 """Into how many chunks a product and its collective are cut: a small cost model, measured once a group.
 
-The plain path takes product + transfer. In c chunks the two run side by side, but for the first chunk of one and the
-last of the other; every further message costs its latency, and every further product reads its weight again. More
-chunks hide more and cost more; the model knows four numbers of the group (flops a second of a product and what a weight
-costs it, latency and bytes a second of a message) and takes the best.
+The plain path takes product + transfer. In chunks the two run side by side, but for the first chunk of one and the last
+of the other, which are cut short for that; every further message costs its latency, every further product reads its
+weight again, and a transfer may take cores from the product beside it. More chunks hide more and cost more; the model
+plays a step for every number of chunks, from five measured numbers of the group, and takes the best.
 """
 
 import functools
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.streams import start
 
 _LOG = logging.getLogger(__name__)
 _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -25,6 +28,34 @@ _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
 _LEAST_GAIN = 0.03
 # Products thinner than this run at a lower rate than the model believes.
 _LEAST_ROWS = 64
+
+
+def chunk_parts(num_chunks: int) -> list[float]:
+    """The share of each chunk: rising from the first to the middle and falling to the last.
+
+    What nothing hides is the first chunk's product and the last one's transfer: of 8 chunks a twentieth each, where
+    equal chunks would leave an eighth. They grow slowly: none is over long before the other side's next is there.
+    """
+    weights = [min(i + 1, num_chunks - i) for i in range(num_chunks)]
+    return [weight / sum(weights) for weight in weights]
+
+
+class Stretch(NamedTuple):
+    """A product with its transfers, in one piece; seconds without latency.
+
+    Attributes:
+        product_s: of all chunks.
+        reduce_s: transfers that each wait for the product of their chunk.
+        gather_s: transfers that the product of their chunk waits for.
+        before_s: a product that waits for nothing.
+        after_s: a product that no transfer waits for.
+    """
+
+    product_s: float
+    reduce_s: float = 0.0
+    gather_s: float = 0.0
+    before_s: float = 0.0
+    after_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,41 +67,44 @@ class OverlapCosts:
         latency_s: of an all-reduce of nothing.
         bytes_per_s: bytes of an all-reduced tensor a second, in the limit of large ones.
         weight_s: of a product, for each element of its weight, however few rows it has.
+        slowdown: seconds that a product takes longer for each second of a transfer beside it: 0 where the two share
+            nothing, 1 where a transfer is all work for the same cores.
     """
 
     flops_per_s: float
     latency_s: float
     bytes_per_s: float
     weight_s: float = 0.0
+    slowdown: float = 0.0
 
-    def num_chunks(
-        self, product_s: float, transfer_s: float, hidden_products: Sequence[int], rows: int, weight_elements: int = 0
-    ) -> int:
-        """The best number of chunks for a product and a transfer of these times.
+    def num_chunks(self, stretches: Sequence[Stretch], rows: int, weight_elements: int = 0) -> int:
+        """The best number of chunks for all of these stretches.
 
         Args:
-            product_s: the product that the transfer belongs to.
-            transfer_s: its collective, in one piece, without latency.
-            hidden_products: 1, or 2 where a product of the same size follows that the collective may run under; one
-                for each time that this number of chunks is used.
-            rows: of the product; what bounds the number of chunks.
-            weight_elements: that each chunk of the product reads.
+            stretches: what the number is used for, one after the other.
+            rows: of the products; what bounds the number of chunks.
+            weight_elements: that each chunk of a product reads.
         """
 
         def step_s(chunks: int) -> float:
-            products_s = product_s + (chunks - 1) * weight_elements * self.weight_s
-            transfers_s = chunks * self.latency_s + transfer_s
-            total_s = 0.0
-            for hidden in hidden_products:
-                # After the last product its own transfer is left, unless another product follows to hide it.
-                last_s = transfers_s / chunks if hidden == 1 else 0.0
-                all_products_s = products_s + (hidden - 1) * product_s
-                total_s += max(products_s / chunks + transfers_s, all_products_s + last_s)
-            return total_s
+            again_s = weight_elements * self.weight_s if chunks > 1 else 0.0
+            return sum(self._stretch_s(stretch, chunk_parts(chunks), again_s) for stretch in stretches)
 
-        possible = [c for c in _CHUNK_COUNTS if c == 1 or rows >= c * _LEAST_ROWS]
+        possible = [c for c in _CHUNK_COUNTS if c == 1 or rows * chunk_parts(c)[0] >= _LEAST_ROWS]
         best = min(possible, key=step_s)
         return best if step_s(best) < (1 - _LEAST_GAIN) * step_s(1) else 1
+
+    def _stretch_s(self, stretch: Stretch, parts: list[float], again_s: float) -> float:
+        gathered = [0.0] * len(parts)
+        if stretch.gather_s:
+            gathered = list(itertools.accumulate(self.latency_s + stretch.gather_s * part for part in parts))
+        link_s, product_s = gathered[-1], stretch.before_s + self.slowdown * stretch.gather_s
+        for ready_s, part in zip(gathered, parts, strict=True):
+            product_s = max(product_s, ready_s) + again_s + stretch.product_s * part
+            if stretch.reduce_s:
+                link_s = max(link_s, product_s) + self.latency_s + stretch.reduce_s * part
+                product_s += self.slowdown * stretch.reduce_s * part
+        return max(link_s, product_s + stretch.after_s)
 
 
 @dataclass(frozen=True)
@@ -87,44 +121,76 @@ class ChunkChoice:
         check(self.fixed is None or self.fixed >= 1, f"overlap={self.fixed} must be at least 1 chunk")
 
     def for_reduction(self, x: torch.Tensor, weight: torch.Tensor, group: Group, hidden_products: int = 1) -> int:
-        """Chunks of x [.., I] @ weight [O, I].T whose result is summed over the ranks or reduce-scattered."""
-        elements = x.numel() // max(1, x.shape[-1]) * weight.shape[0]
-        return self._choose(x, x.numel() * weight.shape[0], elements, group, (hidden_products,), weight.numel())
+        """Chunks of x [.., I] @ weight [O, I].T whose result is summed over the ranks or reduce-scattered.
+
+        hidden_products: 2 where a product of the same size follows that the collective may run under.
+        """
+        rows = x.numel() // max(1, x.shape[-1])
+
+        def stretches(product_s: float, bytes_s: float) -> list[Stretch]:
+            whole_s = rows * weight.numel() * product_s
+            return [Stretch(whole_s, rows * weight.shape[0] * bytes_s, after_s=(hidden_products - 1) * whole_s)]
+
+        return self._choose(x, stretches, rows, group, weight.numel())
 
     def for_gather(self, x: torch.Tensor, weight: torch.Tensor, group: Group) -> int:
         """Chunks of the product with x [.., I] of all ranks, gathered."""
-        ranks = group_size(group)
-        # An all-gather is half of an all-reduce, whose speed was measured.
-        return self._choose(
-            x, ranks * x.numel() * weight.shape[0], ranks * x.numel() // 2, group, (1,), ranks * weight.numel()
-        )
+        ranks, rows = group_size(group), x.numel() // max(1, x.shape[-1])
 
-    def for_mlp(self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group) -> int:
-        """Chunks of rows that go through both products of an MLP, forward and backward; x is one of `ranks` shards."""
+        def stretches(product_s: float, bytes_s: float) -> list[Stretch]:
+            own_s = rows * weight.numel() * product_s
+            # An all-gather is half of an all-reduce, whose speed was measured.
+            gather_s = ranks * x.numel() * bytes_s / 2
+            return [Stretch((ranks - 1) * own_s, gather_s=gather_s, before_s=own_s)]
+
+        return self._choose(x, stretches, rows, group, (ranks - 1) * weight.numel())
+
+    def for_mlp(self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group) -> tuple[int, int]:
+        """Chunks of rows that go through both products of an MLP, forward and backward; x is one of `ranks` shards.
+
+        With shards both numbers are the same: the chunks order the rows of what forward keeps.
+        """
         rows = ranks * (x.numel() // max(1, x.shape[-1]))
-        return self._choose(x, rows * weight_elements, ranks * x.numel(), group, (1, 2), weight_elements)
+
+        gathered = 0.5 if ranks > 1 else 0.0  # of what a sum over the ranks sends; a reduce-scatter is as much
+
+        def forward(product_s: float, bytes_s: float) -> list[Stretch]:
+            whole_s, sum_s = rows * weight_elements * product_s, rows * x.shape[-1] * bytes_s
+            return [Stretch(whole_s, (1 - gathered) * sum_s, gathered * sum_s)]
+
+        def backward(product_s: float, bytes_s: float) -> list[Stretch]:
+            whole_s, sum_s = rows * weight_elements * product_s, rows * x.shape[-1] * bytes_s
+            # x is gathered again, too, before the sums; where in the queue of transfers does not matter.
+            return [Stretch(whole_s, sum_s, gathered * sum_s, after_s=whole_s)]
+
+        if ranks > 1:
+            both = self._choose(x, lambda *costs: forward(*costs) + backward(*costs), rows, group, weight_elements)
+            return both, both
+        return (
+            self._choose(x, forward, rows, group, weight_elements),
+            self._choose(x, backward, rows, group, weight_elements),
+        )
 
     def _choose(
         self,
         x: torch.Tensor,
-        multiply_adds: int,
-        elements: int,
+        stretches: Callable[[float, float], list[Stretch]],
+        rows: int,
         group: Group,
-        hidden_products: Sequence[int],
         weight_elements: int,
     ) -> int:
+        """stretches: from the seconds of a multiplication and addition, and of an element of an all-reduce."""
         if group_size(group) == 1 or x.numel() == 0:
             return 1
         if self.fixed is not None:
             return self.fixed
         costs = overlap_costs(group, x.dtype, x.device)
-        product_s = 2 * multiply_adds / costs.flops_per_s
-        transfer_s = elements * x.element_size() / costs.bytes_per_s
-        rows = x.numel() // x.shape[-1]
-        num_chunks = costs.num_chunks(product_s, transfer_s, hidden_products, rows, weight_elements)
+        steps = stretches(2 / costs.flops_per_s, x.element_size() / costs.bytes_per_s)
+        num_chunks = costs.num_chunks(steps, rows, weight_elements)
         _log_once(
             f"overlap over {group_size(group)} ranks: {rows} rows in {num_chunks} chunks "
-            f"(product {1e3 * product_s:.2g} ms, transfer {1e3 * transfer_s:.2g} ms)"
+            f"(product {1e3 * steps[0].product_s:.2g} ms, "
+            f"transfer {1e3 * (steps[0].gather_s + steps[0].reduce_s):.2g} ms)"
         )
         return num_chunks
 
@@ -159,24 +225,30 @@ def chunk_choice(overlap: bool | int) -> ChunkChoice:
 def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> OverlapCosts:
     """Measure a group once; all its ranks must call it at the same point, as layers do when they are made.
 
-    About 50 ms of messages and products on a laptop.
+    About 100 ms of messages and products on a laptop.
 
-    Communication: 12 all-reduces of 4 bytes, 4 of 1 MiB, one of 32 bytes.
+    Communication: 11 all-reduces of 4 bytes, 8 of 1 MiB, one of 40 bytes.
     """
     latency_s = _seconds(lambda x: dist.all_reduce(x, group=group), torch.zeros(1, device=device), repeats=10)
     message = torch.zeros(1 << 18, device=device)
     message_s = _seconds(lambda x: dist.all_reduce(x, group=group), message, repeats=3)
-    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 128, 512)
+    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 512)
     weight = torch.ones(size, size, dtype=dtype, device=device)
-    few_s, many_s = (
-        _seconds(lambda x: torch.mm(x, weight.t()), torch.ones(rows, size, dtype=dtype, device=device), repeats=3)
-        for rows in (few, many)
-    )
+    few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
+    few_s, many_s = (_seconds(lambda x: torch.mm(x, weight.t()), x, repeats=5) for x in (few_x, many_x))
+
+    def both(x: torch.Tensor) -> None:
+        transfer = start(dist.all_reduce, group, message)
+        torch.mm(x, weight.t())
+        transfer.wait()
+
+    both_s = _seconds(both, many_x, repeats=3)
     # The slowest rank sets the pace of all; and all must choose alike.
-    slowest = torch.tensor([latency_s, message_s, few_s, many_s], dtype=torch.float64, device=device)
+    slowest = torch.tensor([latency_s, message_s, few_s, many_s, both_s], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-    latency_s, message_s, few_s, many_s = slowest.tolist()
+    latency_s, message_s, few_s, many_s, both_s = slowest.tolist()
     streaming_s = max(message_s - latency_s, 1e-9)
+    slowdown = (both_s - max(message_s, many_s)) / min(message_s, many_s)
     # many_s = a + b many, few_s = a + b few: a is the weight's. Noise must not make it negative, nor all of the time.
     weight_s = min(max(0.0, (few_s - many_s * few / many) / (1 - few / many)), 0.5 * few_s)
     return OverlapCosts(
@@ -184,6 +256,7 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
         latency_s,
         message.numel() * message.element_size() / streaming_s,
         weight_s / size**2,
+        min(max(0.0, slowdown), 1.0),
     )
 
 

@@ -19,7 +19,8 @@ from fused_megatron.collectives.chunked_products import (
 )
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.collectives.overlap import PLAIN, ChunkChoice
-from fused_megatron.collectives.transfers import Transfer, start_all_gather
+from fused_megatron.collectives.streams import Transfer
+from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.collectives.weight_gradients import weight_gradient
 
 
@@ -49,8 +50,8 @@ class _ColumnLinear(torch.autograd.Function):
         needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
         sequence_dim, group, choice = ctx.layout
-        dx: Transfer | Transfers = Transfer(None, [dy])
-        full_x, dweight, dbias = Transfer(None, [x]), None, None
+        dx: Transfer | Transfers = Transfer(None, (dy,))
+        full_x, dweight, dbias = Transfer(None, (x,)), None, None
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.collectives.chunked_products import Transfers, chunk_edges, product_into, rows_of, tile_steps
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.collectives.overlap import ChunkChoice
+from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
-    Transfer,
     start_all_gather_blocks,
     start_all_reduce_,
     start_reduce_scatter_blocks,
@@ -60,7 +60,7 @@ class _Chunks:
     def start_gather(self, rows: torch.Tensor, group: Group) -> tuple[torch.Tensor, list[Transfer]]:
         """The full tensor of rows and what fills it, chunk by chunk."""
         if self.ranks == 1:
-            return rows, [Transfer(None, [rows[begin:end]]) for begin, end in self.edges]
+            return rows, [Transfer(None, (rows[begin:end],)) for begin, end in self.edges]
         full = self.new_full(rows, rows.shape[1])
         pairs = zip(self.edges, self.of(full), strict=True)
         return full, [start_all_gather_blocks(rows[begin:end], chunk, group) for (begin, end), chunk in pairs]
@@ -89,7 +89,7 @@ class _MLP(torch.autograd.Function):
     ) -> torch.Tensor:
         ranks = group_size(group) if sequence_parallel else 1
         num_chunks = choice.for_mlp(x, ranks, up_weight.numel() + down_weight.numel(), group)
-        chunks = _Chunks(x, ranks, group, num_chunks)
+        chunks, backward_chunks = (_Chunks(x, ranks, group, number) for number in num_chunks)
         _, gathers = chunks.start_gather(rows_of(x).contiguous(), group)
         # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
         bias = down_bias if group_rank(group) == 0 else None
@@ -102,7 +102,7 @@ class _MLP(torch.autograd.Function):
             product_into(activation.forward(h_chunk, up_bias), down_weight, bias, y_chunk)
             transfers.append(chunks.start_sums(partial, y, i))
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, h)
-        ctx.rest = activation, chunks, group
+        ctx.rest = activation, backward_chunks, group
         ctx.main_grads = getattr(up_weight, "main_grad", None), getattr(down_weight, "main_grad", None)
         return Transfers(transfers, y.view(*x.shape[:-1], y.shape[1])).wait()
 

@@ -90,9 +90,11 @@ class record_communication(TorchDispatchMode):
         """Called before each matrix product; for tests that override it."""
 
     def _record(self, name: str, args: Any) -> None:
-        kind = _NAMES.get(name, name)
         # An all-gather or reduce-scatter into one tensor has (output, input, ..), an all-reduce ([tensor], ..).
         source = _tensors(args[1] if name.endswith("_base_") else args[0])
+        kind = _NAMES.get(name, name)
+        for x in source:  # our own reduce-scatter over gloo is an all-to-all and a sum
+            kind = getattr(x, "stands_for", kind)
         whole = _tensors(args[0]) if kind == "all_gather" else source
         self.counts[kind] += 1
         self.elements[kind] += sum(x.numel() for x in source)

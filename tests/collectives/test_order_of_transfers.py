@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives import transfers
+from fused_megatron.collectives.streams import Transfer
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing import record_communication, run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
@@ -34,7 +34,7 @@ class LateWork:
 
 
 def make_collectives_late():
-    all_reduce, all_gather, reduce_scatter = dist.all_reduce, dist.all_gather_single, dist.reduce_scatter_single
+    all_reduce, all_gather, all_to_all = dist.all_reduce, dist.all_gather_single, dist.all_to_all_single
 
     def late_all_reduce(x, *args, async_op=False, **kwargs):
         all_reduce(x, *args, **kwargs)
@@ -48,7 +48,7 @@ def make_collectives_late():
         return call
 
     dist.all_reduce, dist.all_gather_single = late_all_reduce, late(all_gather)
-    dist.reduce_scatter_single = late(reduce_scatter)
+    dist.all_to_all_single = late(all_to_all)
 
 
 def layers_and_mlp(sequence_parallel, overlap):
@@ -78,7 +78,7 @@ def late_against_prompt(rank, ranks):
     for mine, wanted in zip(late, prompt, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
     # The test bites: without its waits every case gives NaN.
-    transfers.Transfer.wait = lambda self: self._result(self._buffers[-1])
+    Transfer.wait = lambda self: self._result(self._buffers[0])
     return [any(bool(t.isnan().any()) for t in layers_and_mlp(*case)) for case in cases]
 
 
