@@ -14,9 +14,10 @@ megatron-core). On a CPU its layers need what gpt_providers.py hands them.
 """
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import gpt_providers as providers
@@ -102,7 +103,8 @@ def try_out(
         losses.extend(first_losses(found[0], tokens, target))
 
     try:
-        peak = CpuDevice().peak_bytes(make_and_step)
+        with silenced_stderr():  # the profiler's, and other libraries' warnings
+            peak = CpuDevice().peak_bytes(make_and_step)
     except ImportError as error:
         return f"not installed ({one_line(error)})", None, 0
     except Exception as error:
@@ -111,6 +113,20 @@ def try_out(
         shown = [" ".join(f"{loss:.6f}" for loss in some) for some in (losses, right)]
         return f"wrong: losses {shown[0]}, not {shown[1]}; not timed", None, 0
     return None, found[0], peak or 0
+
+
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def one_line(error: Exception) -> str:
@@ -168,8 +184,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     options = parser.parse_args()
     sizes, rounds = (["tiny"], 2) if options.quick else (options.sizes, options.rounds)
-    # What other libraries and the profiler have to say is not what was asked.
-    os.environ.update(PYTHONWARNINGS="ignore", KINETO_LOG_LEVEL="5")
     fits = True
     for world_size in options.worlds:
         threads = 2 // world_size

@@ -7,12 +7,17 @@ loss. An ImportError says that the library is missing.
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import parallel as tp
 
 from fused_megatron.config import GPTConfig, OptimizerConfig
 from fused_megatron.models import GPT
@@ -138,7 +143,7 @@ def ours(sequence_parallel: bool) -> Build:
     return build
 
 
-# ---- plain torch, and its DTensor --------------------------------------------------------------------------------------
+# ---- plain torch, and its DTensor ------------------------------------------------------------------------------------
 
 
 class PlainEmbedding(nn.Module):
@@ -241,10 +246,6 @@ def dtensor(sequence_parallel: bool, loss_parallel: bool) -> Build:
     """PlainGPT by torch.distributed.tensor.parallel.parallelize_module, as its tutorial has it."""
 
     def build(size: Size, weights: Weights) -> Step:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.tensor import Replicate, Shard
-        from torch.distributed.tensor import parallel as tp
-
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         model = plain_model(size, weights)
         between = Shard(1) if sequence_parallel else Replicate()
@@ -273,7 +274,7 @@ def dtensor(sequence_parallel: bool, loss_parallel: bool) -> Build:
     return build
 
 
-# ---- megatron-core -----------------------------------------------------------------------------------------------------
+# ---- megatron-core ---------------------------------------------------------------------------------------------------
 
 
 def megatron(sequence_parallel: bool) -> Build:
@@ -296,22 +297,19 @@ def megatron(sequence_parallel: bool) -> Build:
 
 
 def megatron_model(size: Size, sequence_parallel: bool) -> nn.Module:
-    from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
-
+    parallel_state = import_module("megatron.core.parallel_state")
+    gpt = import_module("megatron.core.models.gpt")
+    specs = import_module("megatron.core.models.gpt.gpt_layer_specs")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
-    config = TransformerConfig(
+    config = import_module("megatron.core.transformer").TransformerConfig(
         num_layers=size.num_layers, hidden_size=size.hidden_size, num_attention_heads=size.num_heads,
         tensor_model_parallel_size=dist.get_world_size(), sequence_parallel=sequence_parallel, hidden_dropout=0.0,
         attention_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False,
         bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=False,
     )  # fmt: skip
-    return GPTModel(
-        config, get_gpt_layer_local_spec(), size.vocab_size, size.seq_len, share_embeddings_and_output_weights=True
-    )
+    spec = specs.get_gpt_layer_local_spec()
+    return gpt.GPTModel(config, spec, size.vocab_size, size.seq_len, share_embeddings_and_output_weights=True)
 
 
 _MEGATRON_NAMES = {
@@ -341,28 +339,24 @@ def load_megatron(name: str, parameter: nn.Parameter, weights: Weights) -> None:
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
     """megatron-core asks CUDA for its device and its generators everywhere: the answers for a CPU, without dropout."""
-    from unittest.mock import patch
-
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    no_fork = patch.object(CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
+    random = import_module("megatron.core.tensor_parallel.random")
+    no_fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
     with patch("torch.cuda.current_device", lambda: torch.device("cpu")), no_fork:
         yield
 
 
-# ---- Hugging Face ------------------------------------------------------------------------------------------------------
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
 def hugging_face_step(size: Size, weights: Weights) -> Step:
     """GPT-2 of transformers, without torch.compile, with torch's attention kernel."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
+    library = import_module("transformers")
+    config = library.GPT2Config(
         vocab_size=size.vocab_size, n_positions=size.seq_len, n_embd=size.hidden_size, n_layer=size.num_layers,
         n_head=size.num_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
         attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
+    model = library.GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
         for theirs, ours_name in _HUGGING_FACE_NAMES.items():
             name = name.replace(theirs, ours_name)

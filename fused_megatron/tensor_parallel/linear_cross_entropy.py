@@ -70,8 +70,11 @@ class _SumOfTokens(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight_shard: torch.Tensor, bias_shard: torch.Tensor | None,
         target: torch.Tensor, terms: LossTerms, chunk_tokens: int | None, group: Group, sequence_parallel: bool,
     ) -> torch.Tensor:  # fmt: skip
-        ctx.arguments = terms, chunk_tokens, _ShardExchange(group, sequence_parallel, hidden.dtype)
-        head = TiledHead(hidden, weight_shard, bias_shard, target, *ctx.arguments, one_pass=True)
+        exchange = _ShardExchange(group, sequence_parallel, hidden.dtype)
+        ctx.arguments = terms, chunk_tokens, exchange
+        head = TiledHead(
+            hidden, weight_shard, bias_shard, target, terms, chunk_tokens, exchange, one_pass=True
+        )  # fmt: skip
         one = hidden.new_ones((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         loss, lse, ctx.gradients = head.losses_and_gradients(one, list(ctx.needs_input_grad[:3]))
         ctx.save_for_backward(hidden, weight_shard, bias_shard, target, lse)
@@ -85,19 +88,18 @@ class _SumOfTokens(torch.autograd.Function):
         needs, scale = list(ctx.needs_input_grad[:3]), grad.to(lse.dtype)
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # once more, with retain_graph=True
-            gradients, scale = TiledHead(*inputs, *ctx.arguments).gradients(scale.expand(len(lse)), lse, needs), None
+            gradients = TiledHead(*inputs, *ctx.arguments).gradients(scale.expand(len(lse)), lse, needs)
+            scale = torch.ones_like(scale)
         if needs[1] and ctx.main_grad is not None:
             _add_scaled_(ctx.main_grad, gradients[1], scale)
             gradients[1] = None
-        scaled = [g if g is None or scale is None else scaled_(g, scale) for g in gradients]
-        return *(g if g is None else g.to(x.dtype) for g, x in zip(scaled, inputs, strict=False)), *[None] * 5
+        pairs = zip(gradients, inputs, strict=False)
+        return *(g if g is None else scaled_(g, scale).to(x.dtype) for g, x in pairs), *[None] * 5
 
 
-def _add_scaled_(total: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor | None) -> None:
+def _add_scaled_(total: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
     """total += scale gradient, in one pass; nothing waits for a GPU."""
-    if scale is None:
-        total.add_(gradient)
-    elif scale.is_cuda:
+    if scale.is_cuda:
         total.addcmul_(gradient, scale)
     else:
         total.add_(gradient, alpha=scale.item())
