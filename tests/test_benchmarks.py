@@ -57,3 +57,15 @@ def test_overlap_without_its_tools_is_one_line(tmp_path):
     environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and re.fullmatch(r"bench-overlap skipped: .*\n", done.stdout), done.stderr
+
+
+def test_gpt_against_peers():
+    """Every provider that is installed trains as plain torch does; the others get one line."""
+    command = [sys.executable, ROOT / "benchmarks/gpt_against_peers.py", "--quick", "--worlds", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^  (ours|DTensor).*: the losses of plain torch$", done.stdout, re.MULTILINE)) == 6
+    assert re.search(r"^  megatron-core: (not installed|the losses)", done.stdout, re.MULTILINE)
+    assert re.search(r"^\| DTensor, sequence parallel, loss_parallel +\| ", done.stdout, re.MULTILINE)
+    assert re.search(r"^against DTensor.*: [\d.]+x, bar 1.3x (met|MISSED)$", done.stdout, re.MULTILINE)

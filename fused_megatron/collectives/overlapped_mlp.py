@@ -120,15 +120,19 @@ class _MLP(torch.autograd.Function):
         activation, chunks, group = ctx.rest
         full_dy, gathers = chunks.start_gather(rows_of(dy).contiguous(), group)
         full_x, x_gathers = chunks.start_gather(rows_of(x).contiguous(), group) if needs_up else (x, [])
-        dh, partial = torch.empty_like(h), chunks.new_full(x, x.shape[-1]) if needs_dx else None
+        partial = chunks.new_full(x, x.shape[-1]) if needs_dx else None
         dx = partial if chunks.ranks == 1 or partial is None else x.new_empty(rows_of(x).shape)
         bias = None if up_bias is None else up_bias.float()  # so that the parts of its gradient are float32
         dbias = torch.zeros_like(bias) if bias is not None and needs_up_bias else None
         transfers = []
+        dh = torch.empty_like(h) if len(gathers) > 1 else h
         for i, (gather, h_chunk, dh_chunk) in enumerate(zip(gathers, chunks.of(h), chunks.of(dh), strict=True)):
             da = gather.wait() @ down_weight
             gradient, part = activation.backward(da, h_chunk, bias, True, needs_up_bias)
-            dh_chunk.copy_(gradient)
+            if dh is h:  # one chunk is all
+                dh = gradient
+            else:
+                dh_chunk.copy_(gradient)
             if dbias is not None:
                 dbias += part
             if partial is not None and dx is not None:

@@ -130,25 +130,31 @@ class GPT(nn.Module):
         return sum(prod(part.shard.full_shape) for p in own for part in parameter_parts(p))
 
     def forward(
-        self, x: torch.Tensor, target: torch.Tensor | None = None, *, position: BatchPosition | None = None
+        self,
+        x: torch.Tensor,
+        target: torch.Tensor | None = None,
+        *,
+        position: BatchPosition | None = None,
+        reduction: str = "none",
     ) -> torch.Tensor:
-        """Loss per token, or this rank's logits; of a stage what it hands on.
+        """Loss per token or their sum, or this rank's logits; of a stage what it hands on.
 
         Args:
             x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
             target: [B, S] int64, or None. A stage takes none: see loss().
             position: where in training this microbatch lies; dropout needs it, in training mode.
+            reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
 
         Returns:
-            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), the same on
-            every rank; without one logits_shard [B, S, V_padded / R].
+            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
+            float64 scalar, the same on every rank; without one logits_shard [B, S, V_padded / R].
             A stage: [S, B, H], or [S / R, B, H] under sequence parallelism; from the last one for loss() and logits().
         """
         hidden = self._hidden(x, position)
         if self.stage is not None:
             check(target is None, "target must be given to the loss() of the last stage, not to a stage's forward")
             return hidden
-        return self.logits(hidden) if target is None else self.loss(hidden, target)
+        return self.logits(hidden) if target is None else self.loss(hidden, target, reduction=reduction)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """logits_shard [B, S, V_padded / R] of the last stage's output, or of the whole model's before the head."""
@@ -158,8 +164,8 @@ class GPT(nn.Module):
         )
         return logits_shard.transpose(0, 1)
 
-    def loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss per token [B, S] float32 of the last stage's output; target [B, S] int64 as in forward."""
+    def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
+        """Loss per token [B, S] float32 of the last stage's output, or their sum; target and reduction as in forward."""
         head = self._head()
         loss = vocab_parallel_linear_cross_entropy(
             hidden,
@@ -169,6 +175,7 @@ class GPT(nn.Module):
             vocab_size=self.vocab_size,
             padded_vocab_size=head.padded_num_embeddings,
             sequence_parallel=self.sequence_parallel,
+            reduction=reduction,
         )
         return loss.t()
 

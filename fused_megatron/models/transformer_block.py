@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fused_megatron import ops
-from fused_megatron.collectives import Group
+from fused_megatron.checks import check_divisible
+from fused_megatron.collectives import Group, group_size
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
@@ -44,6 +45,8 @@ class TransformerBlock(nn.Module):
             "dtype": dtype,
             "device": device,
         }
+        # Before any layer measures what overlap costs its group: sizes that do not fit start no collective.
+        check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(tp_group))
         # The residual stream sums 2 num_layers outputs: the usual GPT-2 scaling keeps its variance.
         std = {"init_std": config.init_std, "output_init_std": config.init_std / (2 * config.num_layers) ** 0.5}
         self.hidden_dropout = config.hidden_dropout

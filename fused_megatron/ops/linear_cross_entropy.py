@@ -85,6 +85,12 @@ def refuse_second_derivative() -> None:
         )
 
 
+def scaled_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """gradient *= factor []."""
+    # Looking at the number costs nothing on a CPU, and often saves the pass.
+    return gradient if not factor.is_cuda and factor.item() == 1.0 else gradient.mul_(factor)
+
+
 class _LossOfEachToken(torch.autograd.Function):
     """Loss [T] for any upstream gradient: saves what it was given, and lse; backward makes the logits again."""
 
@@ -142,9 +148,7 @@ class _SumOverCount(torch.autograd.Function):
         if saved:  # under torch.compile
             made = [gradient * later for gradient in saved]
         elif made is not None:
-            # Looking at the number costs nothing on a CPU, and saves a pass over the gradient of the weight.
-            if later.is_cuda or later.item() != 1.0:
-                made = [gradient.mul_(later) for gradient in made]
+            made = [scaled_(gradient, later) for gradient in made]
         else:  # once more, with retain_graph=True
             every = (grad * scale).expand(len(lse))
             made = _gradients(every, lse, needs, hidden, weight, bias, target, *ctx.terms)

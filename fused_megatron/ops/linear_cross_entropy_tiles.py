@@ -7,13 +7,14 @@
     dx      [t, H] = sum over blocks of dlogits @ w           product 2
     dw      [v, H] = sum over chunks of dlogits.T @ x         product 3
 
-Where the upstream gradient is one number for all tokens and a tile has all words, the gradients are made while the tile
-is there: 3 products. Else a second pass makes the tile again: 4 products.
+Where the upstream gradient is one number for all tokens and a tile has all words of the shard, the gradients are made
+while the tile is there: 3 products. Else a second pass makes the tile again: 4 products.
 
 Shards of a vocabulary exchange what they must through an Exchange, which is handed in: nothing here communicates.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any, NamedTuple
@@ -48,9 +49,11 @@ class Exchange:
     """What the shards of a vocabulary exchange, started before the work that hides it. This one: a single device.
 
     Attributes:
+        num_shards: of the vocabulary.
         num_blocks: of how many ranks' rows a chunk of tokens consists, one block after the other.
     """
 
+    num_shards = 1
     num_blocks = 1
 
     def start_hidden(self, rows: torch.Tensor) -> Pending:
@@ -110,6 +113,7 @@ class TiledHead:
         terms: of the loss; words from terms.vocab_size on are padding, and no product is made for them.
         chunk_tokens: tokens of a tile; None: by the size of a tile.
         exchange: of the shards.
+        one_pass: losses_and_gradients is what will be asked for.
     """
 
     hidden: torch.Tensor
@@ -119,14 +123,17 @@ class TiledHead:
     terms: LossTerms
     chunk_tokens: int | None = None
     exchange: Exchange = field(default_factory=Exchange)
+    one_pass: bool = False
 
     def __post_init__(self) -> None:
         self.num_words = max(0, min(self.weight.shape[0], self.terms.vocab_size - self.terms.vocab_start))
         self.product_dtype = product_dtype(self.hidden)
+        # The exchange about one tile hides under the product that makes another.
+        self.num_tiles = 2 if self.one_pass and self.exchange.num_shards > 1 else 1
         # By the rows of the weight, padding among them: every shard must make the same chunks.
         tokens, self.words_per_block = tile_shape(
             len(self.target), self.weight.shape[0], self.hidden.dtype, self.product_dtype, self.hidden.device.type,
-            self.chunk_tokens,
+            self.chunk_tokens, self.num_tiles,
         )  # fmt: skip
         self.rows_per_chunk = max(1, tokens // self.exchange.num_blocks)
 
@@ -154,18 +161,8 @@ class TiledHead:
         sums = self._new_sums(needs, self.hidden.dtype, wide_weight=not single)
         for rows, x in self._chunks():
             target, g, z = (self._of(y, rows) for y in (self.target, grad_loss, lse))
-            dx: Pending | None = None
-            partial = None
-            for words in self._blocks():
-                dlogits = self._gradient_(self._logits(x, words), target, g, z, words)
-                if needs[0]:
-                    partial = self._add_dx(partial, dlogits, words)
-                    if words.stop == self.num_words:  # whole: its exchange hides under the product for dw
-                        dx = self.exchange.start_dhidden(partial)
-                self._add_dw(sums, dlogits, x, words)
-            sums.started = True
-            if dx is not None and sums.dhidden is not None:
-                sums.dhidden[rows].copy_(dx())
+            tiles = ((w, self._gradient_(self._logits(x, w), target, g, z, w)) for w in self._blocks())
+            self._add_gradients(sums, rows, x, tiles)
         return self._finished(sums)
 
     @_as_cast
@@ -174,22 +171,28 @@ class TiledHead:
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
         """(loss, lse, gradients in float32) for one upstream gradient [] of all tokens; three products in all.
 
-        For one device, and tiles that have all words.
+        For tiles that have all words of the shard.
         """
         assert self.has_all_words
         loss, lse = self._per_token(), self._per_token()
-        sums = self._new_sums(needs, torch.float32, wide_weight=True)
+        sums = self._new_sums(needs, lse.dtype, wide_weight=True)
         words = slice(0, self.num_words)
-        for rows, x in self._chunks():
+        waiting: deque[tuple[slice, torch.Tensor, torch.Tensor, Pending]] = deque()
+
+        def finish(rows: slice, x: torch.Tensor, logits: torch.Tensor, stats: Pending) -> None:
+            self._merge(rows, stats, loss, lse)
             target = self._of(self.target, rows)
-            logits = self._logits(x, words)
-            stats = self._tile_statistics(logits, target, words)
-            self._merge(rows, self.exchange.start_statistics(stats), loss, lse)
             dlogits = self._gradient_(logits, target, grad_loss.expand(len(target)), self._of(lse, rows), words)
-            if sums.dhidden is not None:
-                _add_product(sums.dhidden[rows], dlogits, self._weight(words), first=True)
-            self._add_dw(sums, dlogits, x, words)
-            sums.started = True
+            self._add_gradients(sums, rows, x, [(words, dlogits)])
+
+        for i, (rows, x) in enumerate(self._chunks()):
+            logits = self._logits(x, words, i % self.num_tiles)
+            stats = self._tile_statistics(logits, self._of(self.target, rows), words)
+            waiting.append((rows, x, logits, self.exchange.start_statistics(stats)))
+            if len(waiting) == self.num_tiles:
+                finish(*waiting.popleft())
+        while waiting:
+            finish(*waiting.popleft())
         return loss.flatten(), lse.flatten(), [sums.dhidden, *self._sums_of_parameters(sums)]
 
     @property
@@ -226,10 +229,11 @@ class TiledHead:
         return self.hidden.new_empty((self.exchange.num_blocks, self.hidden.shape[0]), dtype=wide)
 
     @cached_property
-    def _buffer(self) -> torch.Tensor:
+    def _buffers(self) -> list[torch.Tensor]:
         columns = -(-min(self.words_per_block, self.num_words) // _ALIGNMENT) * _ALIGNMENT
         rows = min(self.rows_per_chunk, self.hidden.shape[0]) * self.exchange.num_blocks
-        return self.hidden.new_empty((rows, columns), dtype=self.product_dtype)
+        num_tiles = min(self.num_tiles, -(-self.hidden.shape[0] // self.rows_per_chunk))
+        return [self.hidden.new_empty((rows, columns), dtype=self.product_dtype) for _ in range(num_tiles)]
 
     @cached_property
     def _whole_weight(self) -> torch.Tensor:
@@ -242,8 +246,8 @@ class TiledHead:
     def _cast(self, parameter: torch.Tensor) -> torch.Tensor:
         return parameter.to(self.hidden.dtype).to(self.product_dtype)
 
-    def _logits(self, x: torch.Tensor, words: slice) -> torch.Tensor:
-        logits = self._buffer[: x.shape[0], : words.stop - words.start]
+    def _logits(self, x: torch.Tensor, words: slice, tile: int = 0) -> torch.Tensor:
+        logits = self._buffers[tile][: x.shape[0], : words.stop - words.start]
         if self.bias is None:
             return torch.mm(x, self._weight(words).t(), out=logits)
         return torch.addmm(self._cast(self.bias[words]), x, self._weight(words).t(), out=logits)
@@ -298,14 +302,30 @@ class TiledHead:
             dbias = self.bias.new_empty(self.bias.shape, dtype=torch.promote_types(self.bias.dtype, torch.float32))
         return _Gradients(dhidden, dweight, dbias)
 
-    def _add_dx(self, partial: torch.Tensor | None, dlogits: torch.Tensor, words: slice) -> torch.Tensor:
-        first = partial is None
-        if partial is None:
-            wide = torch.promote_types(self.product_dtype, torch.float32)
-            dtype = self.product_dtype if self.has_all_words else wide
-            partial = self.hidden.new_empty((dlogits.shape[0], self.hidden.shape[1]), dtype=dtype)
-        _add_product(partial, dlogits, self._weight(words), first=first)
-        return partial
+    def _add_gradients(
+        self, sums: _Gradients, rows: slice, x: torch.Tensor, tiles: Iterable[tuple[slice, torch.Tensor]]
+    ) -> None:
+        """Those of a chunk, from its (words, dlogits)."""
+        own = None if sums.dhidden is None else sums.dhidden[rows]
+        partial = None if own is None else self._new_partial(own, x)
+        dx: Pending | None = None
+        for words, dlogits in tiles:
+            if partial is not None:
+                _add_product(partial, dlogits, self._weight(words), first=words.start == 0)
+                if words.stop == self.num_words:  # whole: its exchange hides under the product for dw
+                    dx = self.exchange.start_dhidden(partial)
+            self._add_dw(sums, dlogits, x, words)
+        sums.started = True
+        if own is not None and dx is not None and (total := dx()) is not own:
+            own.copy_(total)
+
+    def _new_partial(self, total: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Memory for this shard's part of dhidden of a chunk: the total itself where nothing is exchanged."""
+        wide = torch.promote_types(self.product_dtype, torch.float32)
+        dtype = self.product_dtype if self.has_all_words else wide
+        if self.exchange.num_shards == 1 and total.dtype in (dtype, wide):
+            return total
+        return x.new_empty(x.shape, dtype=dtype)
 
     def _add_dw(self, sums: _Gradients, dlogits: torch.Tensor, x: torch.Tensor, words: slice) -> None:
         if sums.dweight is not None:
@@ -353,11 +373,12 @@ def product_dtype(operand: torch.Tensor) -> torch.dtype:
 
 
 def tile_shape(
-    num_tokens: int, num_words: int, dtype: torch.dtype, product: torch.dtype, device: str, chunk_tokens: int | None
-) -> tuple[int, int]:
-    """(tokens, words) of a tile: chunks of tokens by all words or, where operands are cast, both cut."""
+    num_tokens: int, num_words: int, dtype: torch.dtype, product: torch.dtype, device: str, chunk_tokens: int | None,
+    num_tiles: int = 1,
+) -> tuple[int, int]:  # fmt: skip
+    """(tokens, words) of one of num_tiles: chunks of tokens by all words or, where operands are cast, both cut."""
     if dtype == product:
-        row_bytes = max(1, num_words) * product.itemsize
+        row_bytes = max(1, num_words) * product.itemsize * num_tiles
         tokens = chunk_tokens or _even_share(num_tokens, _TILE_BYTES["cpu" if device == "cpu" else "gpu"] // row_bytes)
         return tokens, max(1, num_words)
     tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
@@ -365,7 +386,7 @@ def tile_shape(
 
 
 def fits_one_pass(hidden: torch.Tensor, num_words: int, chunk_tokens: int | None) -> bool:
-    """Whether the tiles of a head on one device have all words, so that losses_and_gradients can be asked."""
+    """Whether the tiles of a head have all its words, so that losses_and_gradients can be asked."""
     tokens, product = hidden.shape[0], product_dtype(hidden)
     return tile_shape(tokens, num_words, hidden.dtype, product, hidden.device.type, chunk_tokens)[1] >= num_words
 

@@ -33,6 +33,7 @@ class _VocabParallelEmbedding(torch.autograd.Function):
         partial = partial.where(owned.unsqueeze(-1), other.unsqueeze(-1))
         ctx.save_for_backward(local if ctx.needs_input_grad[1] else None)
         ctx.layout = rows, sequence_dim, group
+        ctx.main_grad = getattr(weight, "main_grad", None)
         if sequence_dim is None:
             return start_all_reduce_(partial, group).wait()
         return start_reduce_scatter(partial, sequence_dim, group).wait()
@@ -48,8 +49,17 @@ class _VocabParallelEmbedding(torch.autograd.Function):
             dy = start_all_gather(dy, sequence_dim, group).wait()
         # torch's CPU kernel adds up repeated ids in the dtype of dy; its CUDA kernel does in float32.
         wide = dy.float() if dy.device.type == "cpu" and dy.dtype in (torch.bfloat16, torch.float16) else dy
+        if ctx.main_grad is not None and dy.device.type == "cpu":
+            # Row by row, in the order of the tokens: no gradient of the table's size is made, filled or added.
+            owned = (local < rows).flatten().nonzero().squeeze(1)
+            values = wide.reshape(-1, wide.shape[-1])[owned].to(ctx.main_grad.dtype)
+            ctx.main_grad.index_add_(0, local.flatten()[owned], values)
+            return None, None, None, None, None
         # Ids of other ranks are `rows`, which is declared the padding index: skipped without a mask over dy.
         dweight = torch.ops.aten.embedding_dense_backward(wide.contiguous(), local, rows, rows, False)
+        if ctx.main_grad is not None:
+            ctx.main_grad.add_(dweight)
+            return None, None, None, None, None
         return None, dweight.to(dy.dtype), None, None, None
 
 
@@ -86,7 +96,7 @@ def vocab_parallel_embedding(
 
     Communication: one all-reduce of y forward, none backward; under sequence parallelism one reduce-scatter forward,
         one all-gather backward.
-    Memory: ids are saved.
+    Memory: ids are saved. The gradient of a weight with a main_grad is added to it, on a CPU row by row.
     Numerics: repeated ids are summed in float32.
     """
     ranks = group_size(tp_group)

@@ -58,7 +58,7 @@ class ModelStages(nn.Module):
 
     def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Sum of the loss over a microbatch, a 0-dim float64 tensor, from the output of the last stage."""
-        return self.stages[len(self.spans) - 1].loss(hidden, target).double().sum()
+        return self.stages[len(self.spans) - 1].loss(hidden, target, reduction="sum")
 
     def num_parameters(self) -> int:
         """Of this rank's stages, over all tensor-parallel ranks; over the pipeline they add up to the whole model's."""

@@ -12,6 +12,7 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.testing import record_communication
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.gradients import GradientBuckets
 
@@ -305,6 +306,32 @@ def test_sizes_that_do_not_fit(field: str, value: int, message: str) -> None:
     with pytest.raises(InputError) as caught:
         GPT(GPTConfig(**{**SIZES, field: value}))
     assert str(caught.value) == message
+
+
+def refused(rank: int, world_size: int) -> list[str]:
+    group, tokens = dist.group.WORLD, torch.zeros(1, 7, dtype=torch.int64)
+    model = GPT(GPTConfig(**SIZES), tp_group=group, sequence_parallel=True)
+    without_me = dist.new_group([1 - rank])
+    messages = []
+    for mistake in (
+        lambda: GPT(GPTConfig(**{**SIZES, "num_heads": 3}), tp_group=group),
+        lambda: GPT(GPTConfig(**{**SIZES, "ffn_hidden_size": 45}), tp_group=group),
+        lambda: GPT(GPTConfig(**SIZES), tp_group=without_me),
+        lambda: model(tokens, tokens),
+    ):
+        with pytest.raises(InputError) as caught, record_communication() as seen:
+            mistake()
+        messages.append(str(caught.value))
+        assert not seen.counts
+    return messages
+
+
+def test_mistakes_are_one_error_on_every_rank_before_any_collective() -> None:
+    for heads, ffn, group, sequence in run_on_ranks(refused, 2):
+        assert heads == "num_heads=3 must be divisible by tensor_parallel_size=2 (nearest: 2, 4)"
+        assert ffn == "ffn_hidden_size=45 must be divisible by tensor_parallel_size=2 (nearest: 44, 46)"
+        assert "does not contain this rank" in group
+        assert sequence == "sequence length ids.shape[0]=7 must be divisible by tensor_parallel_size=2 (nearest: 6, 8)"
 
 
 def test_sequence_longer_than_positions() -> None:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,6 +9,8 @@ from fused_megatron.checks import InputError
 from fused_megatron.tensor_parallel import VocabParallelEmbedding, parameter_shard
 from fused_megatron.testing import assert_close, record_communication, run_on_ranks
 
+# bfloat16: apart the gradient is rounded to it.
+RTOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 V, H, S, B = 101, 12, 8, 40  # an odd vocabulary; each id comes up several times
 
 
@@ -109,3 +113,27 @@ def frozen(rank, ranks):
 
 def test_frozen_and_empty():
     run_on_ranks(frozen, 2)
+
+
+def into_main_grad(rank, ranks, sequence_parallel, dtype):
+    torch.manual_seed(6)
+    layer = VocabParallelEmbedding(V, H, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, dtype=dtype)
+    twin = copy.deepcopy(layer)
+    layer.weight.main_grad = start = torch.randn(layer.weight.shape)
+    wanted = start.clone()
+    ids = torch.randint(0, V, (6, 5))
+    ids[2:] = ids[:4]  # repeated
+    y = layer(ids)
+    dy = torch.randn(y.shape).to(dtype)
+    y.backward(dy)
+    twin(ids).backward(dy)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.weight.main_grad, wanted + twin.weight.grad, rtol=RTOL[dtype], atol=RTOL[dtype])
+    padding = max(0, (rank + 1) * len(wanted) - V)
+    assert torch.equal(layer.weight.main_grad[-padding:], wanted[-padding:]) or not padding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_goes_into_main_grad(dtype):
+    for sequence_parallel in (False, True):
+        run_on_ranks(into_main_grad, 2, sequence_parallel, dtype)

@@ -59,6 +59,17 @@ def expected_order(ranks, sequence_parallel, chunks):
     return ["mm"] * chunks, ["mm"] * 3 * chunks
 
 
+def expected_order_of_sum(ranks, sequence_parallel, chunks):
+    """All in the forward; the statistics of a chunk hide under the product of the next."""
+    if ranks == 1:
+        return ["mm"] * 3 * chunks
+    hidden, reduction = ["all_gather"] * sequence_parallel, "reduce_scatter" if sequence_parallel else "all_reduce"
+    gradients, order = ["mm", reduction, "mm"], list(hidden)  # dx, dw
+    for chunk in range(chunks):
+        order += [*(hidden if chunk + 1 < chunks else []), "mm", "all_gather", *(gradients if chunk else [])]
+    return order + gradients
+
+
 def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens):
     group = dist.group.WORLD if ranks > 1 else None
     sequence_parallel = sequence_parallel and ranks > 1
@@ -100,7 +111,28 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     for name, gradient, right, their, cut in zip(names, gradients, exact[1:], rough[1:], cuts, strict=False):
         assert gradient.dtype == dtype
         assert_close(name, gradient, right[cut], their[cut], ranks=ranks)
-    return loss.detach()
+
+    # The sum: one random upstream gradient for all tokens.
+    upstream = torch.full((S, B), 0.37)
+    with Recorded() as forward:
+        total = vocab_parallel_linear_cross_entropy(
+            leaves[0], leaves[1], target, tp_group=group, vocab_size=vocab, padded_vocab_size=padded,
+            bias_shard=leaves[2] if bias is not None else None, label_smoothing=smoothing, z_loss=z_loss,
+            sequence_parallel=sequence_parallel, chunk_tokens=None if chunk_tokens == "by bytes" else chunk_tokens,
+            reduction="sum",
+        )  # fmt: skip
+    with Recorded() as backward:
+        gradients = torch.autograd.grad(total, leaves, upstream[0, 0].double())
+    if dtype == torch.float32:  # products of bfloat16 are cast here, in blocks of words: made again backward
+        halves = 6 if chunk_tokens == "by bytes" and ranks > 1 else chunks  # two tiles in the same memory
+        assert (forward.order, backward.order) == (expected_order_of_sum(ranks, sequence_parallel, halves), [])
+    assert total.dtype == torch.float64 and total.shape == ()
+    torch.testing.assert_close(total.detach(), loss.detach().double().sum(), rtol=1e-12, atol=0)
+    exact, rough = (by_torch(*full[:4], upstream, kind, vocab, smoothing, z_loss) for kind in (torch.float64, dtype))
+    for name, gradient, right, their, cut in zip(names, gradients, exact[1:], rough[1:], cuts, strict=False):
+        assert gradient.dtype == dtype
+        assert_close(f"{name} of the sum", gradient, right[cut], their[cut], ranks=ranks)
+    return torch.cat([loss.detach().flatten().double(), total.detach().view(1)])
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
@@ -153,6 +185,42 @@ def test_frozen_hidden_and_autocast():
     assert all(run_on_ranks(frozen_case, 2))
 
 
+def sum_case(rank, ranks):
+    """What is held from forward to backward: scaled, added to main_grad by backward alone, made again if asked for."""
+    hidden, weight, bias, target, _ = problem(53, 64, torch.float32, True)
+    leaves = [hidden.requires_grad_(), *(x.chunk(ranks)[rank].clone().requires_grad_() for x in (weight, bias))]
+    options = {"tp_group": dist.group.WORLD, "vocab_size": 53, "bias_shard": leaves[2], "chunk_tokens": 12}
+    start = torch.randn(leaves[1].shape)
+    leaves[1].main_grad = start.clone()
+    total = vocab_parallel_linear_cross_entropy(*leaves[:2], target, reduction="sum", **options)
+    assert torch.equal(leaves[1].main_grad, start)  # nothing is added before backward
+    first = torch.autograd.grad(total / 7, leaves, retain_graph=True, allow_unused=True)
+    assert first[1] is None
+    added = leaves[1].main_grad - start
+    second = torch.autograd.grad(total / 7, leaves, allow_unused=True)
+    exact = by_torch(hidden.detach(), weight, bias, target, torch.full((S, B), 1 / 7), torch.float64, 53, 0.0, 0.0)
+    for dhidden, dweight, dbias in [
+        (first[0], added, first[2]),
+        (second[0], leaves[1].main_grad - start - added, second[2]),
+    ]:
+        assert_close("dhidden", dhidden, exact[1])
+        torch.testing.assert_close(dweight.double(), exact[2].chunk(ranks)[rank], rtol=1e-5, atol=1e-6)
+        assert_close("dbias", dbias, exact[3].chunk(ranks)[rank])
+    with torch.no_grad(), Recorded() as seen:
+        same = vocab_parallel_linear_cross_entropy(*leaves[:2], target, reduction="sum", **options)
+    assert seen.order == ["mm", "all_gather"] * 2 and torch.equal(same, total.detach())
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        again = vocab_parallel_linear_cross_entropy(*leaves[:2], target, reduction="sum", **options)
+        torch.autograd.grad(again, leaves[0], create_graph=True)
+    with pytest.raises(InputError, match="reduction='mean' must be one of: 'none', 'sum'"):
+        vocab_parallel_linear_cross_entropy(*leaves[:2], target, reduction="mean", **options)
+    return True
+
+
+def test_sum_is_held_until_backward():
+    assert all(run_on_ranks(sum_case, 2))
+
+
 def double_case(rank, ranks):
     hidden, weight, bias, target, d_loss = problem(53, 64, torch.float64, True)
     leaves = [hidden.requires_grad_(), *(x.chunk(ranks)[rank].clone().requires_grad_() for x in (weight, bias))]
@@ -163,6 +231,13 @@ def double_case(rank, ranks):
     exact = by_torch(hidden.detach(), weight, bias, target, d_loss, torch.float64, 53, 0.0, 1e-2)
     own = [lambda x: x, *[lambda x: x.chunk(ranks)[rank]] * 2]
     for our, right, cut in zip((loss.detach(), *gradients), exact, [lambda x: x, *own], strict=True):
+        torch.testing.assert_close(our, cut(right), rtol=1e-10, atol=1e-12)
+    total = vocab_parallel_linear_cross_entropy(
+        *leaves[:2], target, tp_group=dist.group.WORLD, vocab_size=53, bias_shard=leaves[2], reduction="sum"
+    )
+    gradients = torch.autograd.grad(total, leaves)
+    exact = by_torch(hidden.detach(), weight, bias, target, torch.ones(S, B), torch.float64, 53, 0.0, 0.0)
+    for our, right, cut in zip(gradients, exact[1:], own, strict=True):
         torch.testing.assert_close(our, cut(right), rtol=1e-10, atol=1e-12)
     return True
 

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
+from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
+from fused_megatron.models import GPT
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.gradients import GradientBuckets
@@ -209,3 +212,45 @@ def test_a_weight_of_two_stages_is_sent_once_and_last() -> None:
         # Four backwards, of which the last two fill a stage each; the shared weight waits for both stages.
         assert sent == 2 * [[], [], [3], [2], [], [5]]
     assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], ranks[1][1], strict=True))
+
+
+MASKED = GPTConfig(num_layers=1, hidden_size=16, num_heads=2, seq_len=8, vocab_size=40, pad_vocab_size_to_multiple_of=8)
+
+
+def masked_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """4 sequences: the first two, of data-parallel rank 0, have one token that counts, the others all."""
+    ids = torch.randint(40, (4, 9), generator=torch.Generator().manual_seed(3))
+    target = ids[:, 1:].clone()
+    target[:2] = -100
+    target[0, 5] = 7
+    return ids[:, :-1], target
+
+
+def uneven_masks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    mesh = init_mesh(tensor_parallel_size=2)
+    model = GPT(MASKED, tp_group=mesh.tp_group, sequence_parallel=True)
+    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, 1000)
+    tokens, target = (part.chunk(mesh.dp_size)[mesh.dp_rank] for part in masked_batch())
+    num_tokens = int((masked_batch()[1] != -100).sum())  # of all ranks
+    buckets.reduce_after_backwards(1)
+    (model(tokens, target, reduction="sum") / num_tokens).backward()
+    buckets.finish()
+    norms = {name: buckets[p].clone() for name, p in model.named_parameters() if "norm" in name}
+    return norms | {"table": buckets[model.token_embedding.weight].clone()}
+
+
+def test_uneven_masks_count_every_token_alike() -> None:
+    model = GPT(MASKED)
+    tokens, target = masked_batch()
+    logits = model(tokens)[..., :40].flatten(0, 1)
+    parameters = dict(model.named_parameters())
+    wanted = torch.autograd.grad(F.cross_entropy(logits, target.flatten()), list(parameters.values()))
+    gradients = dict(zip(parameters, wanted, strict=True))
+    ranks = run_on_ranks(uneven_masks, 4)
+    for tp_rank, found in enumerate(ranks):
+        table = gradients["token_embedding.weight"].chunk(2)[tp_rank % 2]
+        torch.testing.assert_close(found.pop("table"), table, rtol=1e-4, atol=1e-7)
+        assert "final_norm.weight" in found
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-7, msg=name)
+            assert torch.equal(gradient, ranks[0][name])

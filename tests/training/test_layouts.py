@@ -217,7 +217,11 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     from fused_megatron.training import train as training  # noqa: PLC0415
 
     kept: dict[str, torch.Tensor] = {}
-    conclude = training._conclude
+    conclude, sum_over_ranks = training._conclude, training.Trainer._sum_over_ranks
+
+    def keep_loss(trainer: Any, loss_sum: torch.Tensor) -> Any:
+        kept[f"loss {trainer.mesh.dp_rank} {trainer.progress.step}"] = loss_sum.clone()
+        return sum_over_ranks(trainer, loss_sum)
 
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
@@ -229,7 +233,7 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
                     kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter])[real].clone()
         conclude(trainer, *rest)
 
-    training._conclude = keep
+    training._conclude, training.Trainer._sum_over_ranks = keep, keep_loss
     train(config, Path(str(config.training.run_folder)))
     return kept
 
@@ -249,7 +253,7 @@ def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("sequence_parallel", "changes"), [(False, {}), (True, {}), (True, LLAMA)], ids=str)
-def test_replicated_weights_and_gradients_stay_bitwise_equal(
+def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
     text: Path, tmp_path: Path, sequence_parallel: bool, changes: dict[str, Any]
 ) -> None:
     layout = {"tensor_parallel_size": 2, "sequence_parallel": sequence_parallel}
@@ -257,8 +261,11 @@ def test_replicated_weights_and_gradients_stay_bitwise_equal(
     ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=120)
     assert len(ranks[0]) > 20
     assert not changes or "grad blocks.1.attention.query_key_value.weight.key" in ranks[0]
-    for other in ranks[1:]:
-        assert all(torch.equal(value, other[name]) for name, value in ranks[0].items())
+    for i, mine in enumerate(ranks):
+        assert sum(name.startswith("loss") for name in mine) == 20
+        for other in ranks[:i]:  # the loss is that of a data-parallel rank's own samples
+            assert all(torch.equal(mine[name], other[name]) for name in mine.keys() & other.keys())
+        assert mine.keys() == ranks[i - i % 2].keys()
 
 
 def test_a_run_that_is_done_is_left_alone(text: Path, tmp_path: Path, one_process: Any) -> None:
