@@ -4,6 +4,7 @@
     mesh = fm.init_mesh(tensor_parallel_size=2)
     layer = fm.tensor_parallel.ColumnParallelLinear(1024, 4096, tp_group=mesh.tp_group)
     y = fm.ops.layer_norm(x, weight, bias)
+    model = fm.parallelize(model, mesh)  # one that you have, of Hugging Face or your own
 
 Parts are imported when they are first used: so commands that touch no tensor start without torch. Training
 (fused_megatron.training) is not among them: it brings the command line's dependencies.
@@ -13,19 +14,43 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fused_megatron import collectives, models, modules, ops, pipeline, tensor_parallel
+    from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
+    from fused_megatron.interop import full_state_dict, load_full_state_dict, parallelize
     from fused_megatron.mesh import Mesh, init_mesh
+    from fused_megatron.modules import replace_modules
 
-__all__ = ["Mesh", "collectives", "init_mesh", "models", "modules", "ops", "pipeline", "tensor_parallel"]
+__all__ = [
+    "Mesh",
+    "collectives",
+    "full_state_dict",
+    "init_mesh",
+    "interop",
+    "load_full_state_dict",
+    "models",
+    "modules",
+    "ops",
+    "parallelize",
+    "pipeline",
+    "replace_modules",
+    "tensor_parallel",
+]
+
+_HOME = {
+    "Mesh": "mesh",
+    "init_mesh": "mesh",
+    "replace_modules": "modules",
+    "parallelize": "interop",
+    "full_state_dict": "interop",
+    "load_full_state_dict": "interop",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("Mesh", "init_mesh"):
-        value: object = getattr(importlib.import_module("fused_megatron.mesh"), name)
-    else:
-        value = importlib.import_module(f"fused_megatron.{name}")
+    value: object = importlib.import_module(f"fused_megatron.{_HOME.get(name, name)}")
+    if name in _HOME:
+        value = getattr(value, name)
     globals()[name] = value
     return value
 

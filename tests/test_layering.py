@@ -14,7 +14,7 @@ LAYERS = [
     {"cli"},
     {"__init__"},
     {"training", "testing", "doctor"},
-    {"models", "pipeline"},
+    {"models", "pipeline", "interop"},
     {"tensor_parallel"},
     {"modules", "collectives"},
     {"ops", "mesh"},

@@ -1,6 +1,33 @@
-"""Drop-ins for torch.nn: same signature, same defaults, same state_dict."""
+"""Drop-ins for torch.nn: same signature, same defaults, same state_dict; and how to put them into a model."""
 
+from fused_megatron.modules.adopted_rms_norm import AdoptedRMSNorm
+from fused_megatron.modules.cross_entropy import CrossEntropyLoss
+from fused_megatron.modules.gelu import GELU
 from fused_megatron.modules.layer_norm import LayerNorm
+from fused_megatron.modules.replacement import (
+    Exchange,
+    Left,
+    Replaced,
+    ReplacementReport,
+    exchange_all,
+    find_exchange,
+    named_once,
+    replace_modules,
+)
 from fused_megatron.modules.rms_norm import RMSNorm
 
-__all__ = ["LayerNorm", "RMSNorm"]
+__all__ = [
+    "GELU",
+    "AdoptedRMSNorm",
+    "CrossEntropyLoss",
+    "Exchange",
+    "LayerNorm",
+    "Left",
+    "RMSNorm",
+    "Replaced",
+    "ReplacementReport",
+    "exchange_all",
+    "find_exchange",
+    "named_once",
+    "replace_modules",
+]

@@ -96,14 +96,19 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., H] to y, this rank's features of every part, or (y, bias) with skip_bias_add."""
-        weight, bias = self.weight, self.bias
-        if self._copied:
-            weight, bias = _SumOverCopies.apply(weight, bias, self._copied, self.tp_group)
+        weight, bias = self.with_whole_gradients()
         y = column_parallel_linear(
             x, weight, None if self.skip_bias_add else bias, tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
         )  # fmt: skip
         return (y, bias) if self.skip_bias_add else y
+
+    def with_whole_gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias, whose gradients in rows that several ranks hold will be summed over these ranks."""
+        if not self._copied:
+            return self.weight, self.bias
+        weight, bias = _SumOverCopies.apply(self.weight, self.bias, self._copied, self.tp_group)
+        return weight, bias
 
 
 class _SumOverCopies(torch.autograd.Function):

@@ -1,0 +1,7 @@
+"""Models that others wrote, made parallel and fused in place."""
+
+from fused_megatron.interop.full_state import full_state_dict, full_tensor, load_full_state_dict
+from fused_megatron.interop.parallelize import parallelize
+from fused_megatron.interop.report import ParallelReport
+
+__all__ = ["ParallelReport", "full_state_dict", "full_tensor", "load_full_state_dict", "parallelize"]

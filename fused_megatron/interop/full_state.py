@@ -1,0 +1,131 @@
+"""The way back: whole tensors with the names that the model had, and into a parallel model from them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives.transfers import start_all_gather
+from fused_megatron.interop.layers import copy_shard_, full_shape
+from fused_megatron.tensor_parallel import ShardedModule, parameter_parts
+
+
+def parallel_group(model: nn.Module) -> Group:
+    """The group that a model's layers are sharded over; None where nothing is."""
+    return next((module.tp_group for module in model.modules() if isinstance(module, ShardedModule)), None)
+
+
+def _transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
+    """Of every parameter, whether the model had it the other way round (GPT-2)."""
+    return {
+        parameter: bool(getattr(module, "transposed", False))
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+
+
+def full_tensor(parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False) -> torch.Tensor:
+    """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
+
+    Args:
+        parameter: of a parallel layer; one that is not sharded gives a copy of values.
+        values: in its shape, this rank's part.
+        tp_group: the ranks.
+        transposed: the model had it as [in, out].
+
+    Returns:
+        A tensor in the shape that the model had, the same on every rank.
+
+    Communication: two all-gathers: the shards, and where they belong.
+    """
+    values = values.detach()
+    parts = parameter_parts(parameter)
+    if parts[0].shard.replicated or group_size(tp_group) == 1:
+        whole = values.t() if transposed and values.dim() == 2 else values
+        return whole[tuple(slice(0, n) for n in full_shape(parameter, transposed))].clone()
+    offsets = torch.tensor([part.shard.offset for part in parts], device=values.device)
+    all_offsets = start_all_gather(offsets.unsqueeze(0), 0, tp_group).wait().tolist()
+    all_values = start_all_gather(values.unsqueeze(0).contiguous(), 0, tp_group).wait()
+    whole = values.new_empty(full_shape(parameter, False))
+    for offsets_of_rank, shard in zip(all_offsets, all_values.unbind(), strict=True):
+        start = 0
+        for part, offset in zip(parts, offsets_of_rank, strict=True):
+            mine = part.of(shard)
+            size = [max(0, min(n, f - o)) for n, f, o in zip(mine.shape, part.shard.full_shape, offset, strict=True)]
+            place = [slice(o, o + n) for o, n in zip(offset, size, strict=True)]
+            place[0] = slice(place[0].start + start, place[0].stop + start)
+            whole[tuple(place)] = mine[tuple(slice(0, n) for n in size)]
+            start += part.shard.full_shape[0]
+    return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
+
+
+def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:
+    """The state_dict that the model would have without parallelize: same names, order, shapes and values, bit for bit.
+
+    What Hugging Face saves: model.save_pretrained(folder, state_dict=full_state_dict(model)), on rank 0.
+
+    Args:
+        model: after parallelize; any other gives its own state_dict.
+        rank0_only: only the group's rank 0 keeps the tensors, the others get an empty dict. All ranks must call.
+
+    Returns:
+        Tensors on the CPU; tied ones are the same tensor.
+
+    Communication: the whole model, one tensor at a time.
+    Memory: one whole tensor where the model is, and the whole model on the CPU.
+    """
+    tp_group, transposed = parallel_group(model), _transposed(model)
+    keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
+    seen: dict[torch.Tensor, torch.Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            result[name] = value
+            continue
+        if value not in seen:
+            whole = full_tensor(value, value, tp_group, transposed.get(value, False))
+            seen[value] = whole.cpu() if keeps else whole.new_empty(0)
+        result[name] = seen[value]
+    return result if keeps else {}
+
+
+def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Load whole tensors, under the names of the original model, into a parallel one; each rank takes its part.
+
+    Args:
+        model: after parallelize, not on the meta device (model.to_empty(device=..) brings it from there).
+        state: tensors, or whatever has a shape and slices like one (safetensors' get_slice), so that no whole tensor
+            is ever read; the same on every rank.
+        strict: refuse names that are missing or left over; else they are passed over. A tied parameter needs one of
+            its names.
+
+    Raises:
+        InputError: naming the tensor; nothing was loaded.
+    """
+    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    transposed = _transposed(model)
+    given = {targets[name] for name in targets if name in state}
+    missing = [name for name, value in targets.items() if value not in given]
+    left_over = [name for name in state if name not in targets]
+    if strict and (missing or left_over):
+        what, names = ("has no", missing) if missing else ("has, and the model has not,", left_over)
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise InputError(f"state {what} {names[0]!r}{more} (strict=False passes over them)")
+    for name in targets:
+        if name in state:
+            wanted = full_shape(targets[name], transposed.get(targets[name], False))
+            shape = _shape(state[name])
+            if shape != wanted:
+                raise InputError(f"state[{name!r}].shape={shape} must be {wanted}")
+    with torch.no_grad():
+        for name, value in targets.items():
+            if name in state:
+                copy_shard_(value, state[name], transposed.get(value, False))
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)

@@ -1,0 +1,194 @@
+"""Parallel layers in the shapes that models have theirs: any module's linear, embedding, head or norm in shards."""
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_megatron import modules
+from fused_megatron.collectives import (
+    Group,
+    all_gather_split,
+    group_rank,
+    group_size,
+    identity_all_reduce_together,
+    split_all_gather,
+)
+from fused_megatron.interop.sequence_region import SEQUENCE_DIM, SequenceRegion, SharedInput
+from fused_megatron.tensor_parallel import (
+    OutputPart,
+    ParameterShard,
+    RowParallelLinear,
+    ShardedModule,
+    StackedColumnParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel_linear,
+    parameter_parts,
+    row_parallel_linear,
+)
+
+
+class ColumnLinear(StackedColumnParallelLinear):
+    """A linear layer's output features in shards; several stacked ones (query, key, value) each for itself.
+
+    Attributes:
+        transposed: the model keeps the weight as [I, O] (GPT-2), which is how full_state_dict returns it.
+        shared: with other linears of the same input, so that they have one all-reduce in backward together.
+        region: of the sequence, under sequence parallelism.
+        gathered: a hook hands the module around this layer the whole sequence already.
+    """
+
+    transposed = False
+    shared: SharedInput | None = None
+    region: SequenceRegion | None = None
+    gathered = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I], or its block of the sequence, to this rank's features [..., O / R] of all parts."""
+        weight, bias = self.with_whole_gradients()
+        x, group, sequence_parallel = entered(self, x)
+        return column_parallel_linear(
+            x, weight, bias, tp_group=group, sequence_parallel=sequence_parallel, sequence_dim=SEQUENCE_DIM,
+            overlap=self.overlap,
+        )  # fmt: skip
+
+
+class GatheredLinear(ShardedModule):
+    """A linear layer whose output features are computed in shards and gathered; any number of them: a head.
+
+        w_shard [ceil(O / R), I]    rows rank * ceil(O / R) and on; what lies beyond O is padding, zeros
+        forward     y [..., O] = all_gather(x @ w_shard.T + b_shard)[..., :O]
+        backward    of a loss that every rank computes alike; dx = sum over ranks of dy_shard @ w_shard
+
+    Communication: one all-gather of y forward, one all-reduce of x backward.
+    """
+
+    transposed = False
+    shared: SharedInput | None = None
+    region: SequenceRegion | None = None
+    gathered = False
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, *, tp_group: Group, overlap: bool | int, dtype: Any
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.tp_group, self.overlap = tp_group, overlap
+        rows, rank = -(-out_features // group_size(tp_group)), group_rank(tp_group)
+        self.register_parameter("bias", None)
+        for name, width in (("weight", (in_features,)), ("bias", ()))[: 1 + bias]:
+            shard = ParameterShard((out_features, *width), (rank * rows, *(0 for _ in width)))
+            values = nn.Parameter(torch.empty((rows, *width), device="meta", dtype=dtype))
+            self.register_shard(name, values, shard)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] to all features [..., O], the same on every rank."""
+        x, group, sequence_parallel = entered(self, x)
+        y = column_parallel_linear(
+            x, self.weight, self.bias, tp_group=group, sequence_parallel=sequence_parallel, sequence_dim=SEQUENCE_DIM,
+            overlap=self.overlap,
+        )  # fmt: skip
+        return all_gather_split(y, -1, self.tp_group)[..., : self.out_features]
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"tensor_parallel_size={group_size(self.tp_group)}"
+        )
+
+
+def entered(layer: ColumnLinear | GatheredLinear, x: torch.Tensor) -> tuple[torch.Tensor, Group, bool]:
+    """(x, group, sequence_parallel) for column_parallel_linear: who sums the gradient of x, and who gathers it."""
+    if layer.region is not None and layer.region.active:
+        return (x, None, False) if layer.gathered else (x, layer.tp_group, True)
+    if layer.shared is not None:
+        return layer.shared.take(x), None, False
+    return x, layer.tp_group, False
+
+
+class RowLinear(RowParallelLinear):
+    """A linear layer's input features in shards; attributes as ColumnLinear."""
+
+    transposed = False
+    region: SequenceRegion | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I / R] (or whole, with input_is_parallel=False) to y [..., O], or its block of the sequence."""
+        if not self.input_is_parallel:
+            x = split_all_gather(x, -1, self.tp_group)
+        return row_parallel_linear(
+            x, self.weight, self.bias, tp_group=self.tp_group, overlap=self.overlap, sequence_dim=SEQUENCE_DIM,
+            sequence_parallel=self.region is not None and self.region.active,
+        )  # fmt: skip
+
+
+class Embedding(VocabParallelEmbedding):
+    """A model's embedding in shards of its vocabulary, with torch.nn.Embedding's padding_idx."""
+
+    padding_idx: int | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [...] to their rows [..., H]."""
+        y = super().forward(ids)
+        if self.padding_idx is None or not y.requires_grad:
+            return y
+        # torch gives the padding word's row no gradient.
+        return y.where((ids != self.padding_idx).unsqueeze(-1), y.detach())
+
+
+class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
+    """An adopted RMS norm of which a rank sees some rows alone; the gradient of its weight is summed in backward."""
+
+    tp_group: Group
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise [..., H]; returns the same shape."""
+        (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
+        return self._normalise(hidden_states, weight)
+
+
+def make_column(
+    in_features: int, features: int, bias: bool, *, parts: int, copies: int, tp_group: Group, overlap: Any, dtype: Any
+) -> ColumnLinear:
+    """A ColumnLinear on the meta device, of so many equal parts."""
+    names = [""] if parts == 1 else [f"part {i}" for i in range(parts)]
+    each = [OutputPart(name, features // parts, copies) for name in names]
+    with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
+        return ColumnLinear(in_features, each, bias, tp_group=tp_group, device="meta", dtype=dtype, overlap=overlap)
+
+
+def own_index(parameter: torch.Tensor, transposed: bool) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
+    """For each part of a parameter: the view that the part's true values go to, and where they are in the full one."""
+    if parameter.dim() == 0:
+        return [(parameter.data, ())]
+    places, start = [], 0
+    for part in parameter_parts(parameter):
+        mine = part.of(parameter.data)
+        box = part.shard.box(mine.shape)
+        real = mine[tuple(slice(0, stop - first) for first, stop in box)]
+        rows, *others = (slice(first, stop) for first, stop in box)
+        index = (slice(rows.start + start, rows.stop + start), *others)
+        places.append((real.t(), index[::-1]) if transposed and len(index) == 2 else (real, index))
+        start += part.shard.full_shape[0]
+    return places
+
+
+def full_shape(parameter: torch.Tensor, transposed: bool) -> tuple[int, ...]:
+    """Of the parameter over all ranks, as the model had it."""
+    parts = parameter_parts(parameter)
+    shape = (sum(part.shard.full_shape[0] for part in parts), *parts[0].shard.full_shape[1:]) if parameter.dim() else ()
+    return shape[::-1] if transposed else shape
+
+
+def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool) -> None:
+    """Write this rank's part of a full tensor, or of anything that slices like one; padding becomes 0."""
+    places = own_index(parameter, transposed)
+    if sum(prod(place.shape) for place, _ in places) != parameter.numel():
+        parameter.data.zero_()
+    for place, index in places:
+        if place.numel():
+            place.copy_(full[index])

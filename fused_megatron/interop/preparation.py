@@ -1,0 +1,206 @@
+"""All that parallelize is going to do to a model, worked out and checked before anything of it is done."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fused_megatron import modules
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
+from fused_megatron.interop.plans import Plan, matches
+from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
+from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.stacks import Stack, find_stacks
+from fused_megatron.interop.units import (
+    Layer,
+    Unit,
+    check_unit,
+    group_units,
+    loose_norm,
+    modules_with_own_parameters,
+    planned_layers,
+)
+from fused_megatron.modules import Exchange, exchange_all, find_exchange, named_once
+from fused_megatron.tensor_parallel import LayerNorm, RMSNorm
+
+_SUMMED: dict[type[nn.Module], type[nn.Module]] = {
+    modules.LayerNorm: LayerNorm,
+    modules.RMSNorm: RMSNorm,
+    modules.AdoptedRMSNorm: SummedAdoptedRMSNorm,
+}
+
+
+@dataclass
+class Preparation:
+    """What will happen to a model.
+
+    Attributes:
+        layers: every module that the plan names.
+        reasons: why some of them stay whole, by name.
+        units: which of them belong together.
+        replacements: layers and their parallel ones, on the meta device.
+        exchanges: modules that change their class.
+        attributes: (module, name, value) that forwards count by.
+        retied: (module, parameter name) of a module that keeps a sharded parameter without using it.
+        stacks: of layers that will run on blocks of the sequence.
+    """
+
+    model: nn.Module
+    tp_group: Group
+    plan: Plan
+    overlap: bool | int
+    layers: list[Layer] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    units: list[Unit] = field(default_factory=list)
+    replacements: list[Replacement] = field(default_factory=list)
+    exchanges: list[Exchange] = field(default_factory=list)
+    attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
+    retied: list[tuple[nn.Module, str]] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
+
+    def prepare(self, sequence_parallel: bool) -> None:
+        """Work everything out. Raises InputError as parallelize."""
+        ranks = group_size(self.tp_group)
+        self.layers, self.reasons = planned_layers(self.model, self.plan)
+        self.units = group_units(self.layers, self.reasons)
+        self._block_units()
+        for unit in self.units:
+            if not unit.reason:
+                self.attributes += check_unit(unit, self.model, ranks)
+        self._make_replacements()
+        sharded = {unit.parent for unit in self.units if not unit.reason}
+        for name, attribute in self.plan.divided:
+            if name in sharded:
+                module = self.model.get_submodule(name)
+                self.attributes.append((module, attribute, getattr(module, attribute) // ranks))
+        if sequence_parallel and ranks > 1:
+            self.stacks = find_stacks(self.model, self.units, self.tp_group)
+        self._make_exchanges()
+        self._connect()
+
+    def _block_units(self) -> None:
+        """Leave units whole that would be wrong in shards."""
+        bare = [p for p in self.plan.unused if any(matches(p, name) for name, _ in self.model.named_parameters())]
+        for unit in self.units:
+            owner = self.model.get_submodule(unit.parent)
+            for pattern in bare:
+                if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
+                    unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
+            norm = loose_norm(unit, self.model)
+            if norm and not unit.reason:
+                unit.reason = (
+                    f"{norm} would see the heads of one rank alone "
+                    "(give it a style: 'replicated_with_grad_allreduce', or 'replicate' where it does not)"
+                )
+            for layer in unit.of("replicated_with_grad_allreduce"):
+                if not isinstance(find_exchange(layer.name, layer.module), Exchange) and not unit.reason:
+                    unit.reason = f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+
+    def _wanted(self) -> list[Layer]:
+        in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
+        ends = [layer for layer in self.layers if layer.style == "embedding_rowwise" and layer.name not in self.reasons]
+        return [*ends, *(layer for layer in in_units if layer.style != "replicated_with_grad_allreduce")]
+
+    def _make_replacements(self) -> None:
+        """The parallel layers; those that share a parameter with a module that stays whole stay whole too."""
+        while True:
+            self.replacements = [make_replacement(layer, self.tp_group, self.overlap) for layer in self._wanted()]
+            fault = self._fault_of_ties()
+            if fault is None:
+                return
+            layer, reason = fault
+            self.reasons[layer.name] = reason
+            for unit in self.units:
+                if layer in unit.layers:
+                    unit.reason = reason if len(unit.layers) == 1 else f"{layer.name}: {reason}"
+
+    def _fault_of_ties(self) -> tuple[Layer, str] | None:
+        users: dict[nn.Parameter, tuple[Replacement, str]] = {}
+        replaced = {replacement.layer.module for replacement in self.replacements}
+        for replacement in self.replacements:
+            for old, _, name in replacement.parameters:
+                first = users.setdefault(old, (replacement, name))
+                if layout_of(*first) != layout_of(replacement, name):
+                    other = first[0].layer.name
+                    return replacement.layer, f"its {name} is that of {other}, which is sharded otherwise"
+        self.retied = []
+        for name, module in modules_with_own_parameters(self.model):
+            for key, parameter in module._parameters.items():
+                if module in replaced or parameter not in users:
+                    continue
+                if self._is_declared_tie(f"{name}.{key}".strip(".")) and parameter.dim() == 1:
+                    self.retied.append((module, key))
+                    continue
+                layer = users[parameter][0].layer
+                return layer, f"its {users[parameter][1]} is also that of {name or 'the model'}, which stays whole"
+        return None
+
+    def _is_declared_tie(self, name: str) -> bool:
+        """A bias that a model keeps a second name for (BERT's head), by its own word."""
+        ties = getattr(self.model, "_tied_weights_keys", None)
+        return isinstance(ties, dict) and name in {*ties, *ties.values()}
+
+    def _make_exchanges(self) -> None:
+        replaced = {replacement.layer.module for replacement in self.replacements}
+        summed = {
+            layer.module for unit in self.units if not unit.reason for layer in unit.of("replicated_with_grad_allreduce")
+        }
+        for stack in self.stacks:
+            in_stack = {module for layer in stack.layers for module in layer.modules()}
+            gathered = {module for around in stack.gathering.values() for module in around.modules()}
+            summed |= in_stack - gathered
+        for name, module in named_once(self.model):
+            if module in replaced:
+                continue
+            found = Exchange(name, module, type(module), {}) if type(module) in _SUMMED else find_exchange(name, module)
+            needs_sum = module in summed and module._parameters.get("weight") is not None
+            if isinstance(found, Exchange):
+                if needs_sum and group_size(self.tp_group) > 1:
+                    if found.drop_in not in _SUMMED:
+                        raise InputError(f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks")
+                    attributes = {**found.attributes, "tp_group": self.tp_group, "sequence_parallel": True}
+                    found = Exchange(name, module, _SUMMED[found.drop_in], attributes)
+                if found.drop_in is not type(module):
+                    self.exchanges.append(found)
+            elif needs_sum:
+                raise InputError(
+                    f"sequence_parallel=True: {name} ({type(module).__name__}) is no norm whose gradient can be summed "
+                    "(sequence_parallel=False shards the rest of this model)"
+                )
+
+    def _connect(self) -> None:
+        """Which inputs are shared, and which layers run in a region of the sequence."""
+        by_module = {replacement.layer.module: replacement.module for replacement in self.replacements}
+        for unit in self.units:
+            if unit.reason:
+                continue
+            stack = next((s for s in self.stacks if unit in s.units), None)
+            entering = [by_module[layer.module] for layer in unit.entering]
+            shared = SharedInput(self.tp_group, len(entering)) if len(entering) > 1 else None
+            for layer in unit.layers:
+                module: Any = by_module.get(layer.module)
+                if isinstance(module, ColumnLinear | GatheredLinear):
+                    module.shared = shared
+                if stack is not None and isinstance(module, ColumnLinear | GatheredLinear | RowLinear):
+                    module.region = stack.region
+                    module.gathered = unit.parent in stack.gathering
+
+    def commit(self, new: dict[nn.Parameter, nn.Parameter]) -> None:
+        """Do it; none of this can fail for what the user gave."""
+        exchange_all(self.exchanges)
+        for module, name in self.retied:
+            module._parameters[name] = new[module._parameters[name]]  # type: ignore[index]
+        for replacement in self.replacements:
+            for name in replacement.layer.names:
+                parent, _, child = name.rpartition(".")
+                self.model.get_submodule(parent)._modules[child] = replacement.module
+        for module, attribute, value in self.attributes:
+            setattr(module, attribute, value)
+        for stack in self.stacks:
+            stack.install()
+
+    def kept_whole(self) -> dict[str, str]:
+        """Why planned layers stay whole, by name."""
+        return {**self.reasons, **{layer.name: u.reason for u in self.units if u.reason for layer in u.layers}}

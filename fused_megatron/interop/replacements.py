@@ -1,0 +1,108 @@
+"""From a planned layer to the parallel one that takes its place, with this rank's part of the weights."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.layers import ColumnLinear, Embedding, GatheredLinear, RowLinear, copy_shard_, make_column
+from fused_megatron.interop.plans import PARTS
+from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
+from fused_megatron.tensor_parallel import ParameterShard, ShardPart, ShardedModule
+
+# What a module knows besides parameters and modules: whoever hooked into the old layer is heard by the new one.
+_KEPT = (
+    "training", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer and what takes its place."""
+
+    layer: Layer
+    module: ShardedModule
+
+    @property
+    def parameters(self) -> Iterable[tuple[nn.Parameter, nn.Parameter, str]]:
+        """(old, new, name) of each."""
+        for name, new in self.module._parameters.items():
+            old = self.layer.module._parameters.get(name)
+            if old is not None and new is not None:
+                yield old, new, name
+
+
+def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Replacement:
+    """The parallel layer, on the meta device."""
+    module, style, old = _make(layer, tp_group, overlap), layer.style, layer.module
+    if style != "embedding_rowwise":
+        module.transposed = is_transposed_linear(old)  # type: ignore[assignment]
+    for name in _KEPT:
+        module.__dict__[name] = old.__dict__[name]
+    return Replacement(layer, module)
+
+
+def _make(layer: Layer, tp_group: Group, overlap: bool | int) -> Any:
+    old: Any = layer.module
+    dtype = old.weight.dtype
+    if layer.style == "embedding_rowwise":
+        with torch.random.fork_rng(devices=[]):
+            embedding = Embedding(
+                old.num_embeddings, old.embedding_dim, tp_group=tp_group, pad_to_multiple_of=1, device="meta",
+                dtype=dtype,
+            )  # fmt: skip
+        embedding.padding_idx = old.padding_idx
+        return embedding
+    outputs, inputs = linear_features(old)
+    bias = old.bias is not None
+    if layer.style == "colwise_gather_output":
+        return GatheredLinear(inputs, outputs, bias, tp_group=tp_group, overlap=overlap, dtype=dtype)
+    if layer.style in ("rowwise", "rowwise_split_input"):
+        with torch.random.fork_rng(devices=[]):
+            return RowLinear(
+                inputs, outputs, bias, tp_group=tp_group, overlap=overlap, device="meta", dtype=dtype,
+                input_is_parallel=layer.style == "rowwise",
+            )  # fmt: skip
+    return make_column(
+        inputs, outputs, bias, parts=PARTS.get(layer.style, 1), copies=layer.copies, tp_group=tp_group,
+        overlap=overlap, dtype=dtype,
+    )  # fmt: skip
+
+
+def layout_of(replacement: Replacement, name: str) -> tuple[Any, ...]:
+    """What two layers must agree in to share a parameter."""
+    module: Any = replacement.module
+    shard: ParameterShard | tuple[ShardPart, ...] = module._shards[name]
+    return shard, getattr(module, "transposed", False), tuple(module._parameters[name].shape)
+
+
+def fill(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Parameter, nn.Parameter]:
+    """Give the new layers this rank's part of the old parameters; returns the new parameter of each old one.
+
+    On one rank the parameters stay the same objects, where their shape is kept.
+    """
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for replacement in replacements:
+        module: Any = replacement.module
+        for old, new, name in list(replacement.parameters):
+            if old not in made:
+                made[old] = _shard_of(old, new, getattr(module, "transposed", False), tp_group)
+            module.register_shard(name, made[old], module._shards[name])
+        if hasattr(module, "_measure_overlap"):
+            module._measure_overlap(module.weight.device, module.weight.dtype)
+    return made
+
+
+def _shard_of(old: nn.Parameter, new: nn.Parameter, transposed: bool, tp_group: Group) -> nn.Parameter:
+    if group_size(tp_group) == 1 and not transposed:
+        return old
+    shard = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
+    if old.is_meta:
+        return shard
+    shard._fused_megatron_shard = new._fused_megatron_shard  # type: ignore[attr-defined]
+    copy_shard_(shard, old.detach(), transposed)
+    return shard

@@ -1,0 +1,228 @@
+"""Layers that only make sense in shards together, and whether all of them can be."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fused_megatron.checks import InputError
+from fused_megatron.interop.plans import COLUMN_STYLES, PARTS, STYLES, Plan
+
+# What attention modules call the width of a head; a shard holds whole heads.
+HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
+NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
+
+
+@dataclass
+class Layer:
+    """A module that the plan names.
+
+    Attributes:
+        names: all of them; the first counts.
+        copies: how many ranks hold the same output features (key-value heads that are fewer than ranks).
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    style: str
+    copies: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+@dataclass
+class Unit:
+    """Layers of which either all are sharded or none: colwise ones, what stands between, and the rowwise ones.
+
+    Attributes:
+        parent: the module around the colwise layers.
+        reason: why the unit stays whole; empty where it does not.
+    """
+
+    parent: str
+    layers: list[Layer] = field(default_factory=list)
+    reason: str = ""
+
+    def of(self, *styles: str) -> list[Layer]:
+        return [layer for layer in self.layers if layer.style in styles]
+
+    @property
+    def entering(self) -> list[Layer]:
+        """The layers that the unit's input goes to."""
+        return self.of(*COLUMN_STYLES, "colwise_gather_output")
+
+    @property
+    def is_open(self) -> bool:
+        """A part is missing, which the next modules may bring: what shards, or what takes the shards."""
+        return bool(self.of(*COLUMN_STYLES)) != bool(self.of("rowwise"))
+
+    @property
+    def stack_layer(self) -> str:
+        """The name of the layer of a stack that the unit is in: up to the first number; empty where there is none."""
+        found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", self.layers[0].name)
+        return found.group() if found else ""
+
+
+def is_transposed_linear(module: nn.Module) -> bool:
+    """transformers' Conv1D: a linear layer with its weight as [in, out]; known by its shape, without importing it."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and isinstance(weight, nn.Parameter)
+        and tuple(weight.shape) == (getattr(module, "nx", None), getattr(module, "nf", None))
+    )
+
+
+def obstacle(module: nn.Module, style: str) -> str:
+    """Why this module cannot take this style; empty where it can."""
+    kind = type(module).__name__
+    if style not in STYLES:
+        return f"style {style!r} is not one of: {', '.join(STYLES)}"
+    if style == "replicate":
+        return ""
+    if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None:
+        return "its forward was replaced or compiled by something else (parallelize first)"
+    if any(hasattr(parameter, "placements") for parameter in module.parameters(recurse=False)):
+        return "its parameters are DTensors already"
+    if style == "replicated_with_grad_allreduce":
+        return "" if list(module._parameters) in (["weight"], ["weight", "bias"]) else f"a {kind} is no norm"
+    if style == "embedding_rowwise":
+        if type(module) is not nn.Embedding:
+            return f"a {kind} is no plain torch.nn.Embedding"
+        options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, o)]
+        return f"{options[0]} of torch.nn.Embedding has no parallel counterpart" if options else ""
+    if type(module) is not nn.Linear and not is_transposed_linear(module):
+        return f"a {kind} is no plain torch.nn.Linear (merge adapters, undo wrappers, or leave it out of the plan)"
+    plain = set(module._parameters) <= {"weight", "bias"} and isinstance(module._parameters["weight"], nn.Parameter)
+    return "" if plain and not module._buffers else f"the {kind} has parameters other than weight and bias"
+
+
+def planned_layers(model: nn.Module, plan: Plan) -> tuple[list[Layer], dict[str, str]]:
+    """Every module that the plan names, once, in the order of the model; and why some cannot be, by name."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    layers, reasons = [], {}
+    for module, alike in names.items():
+        styles = {plan.styles.get(name) for name in alike}
+        if styles == {None}:
+            continue
+        style = next(s for s in (plan.styles.get(name) for name in alike) if s)
+        reason = obstacle(module, style)
+        if len(styles) > 1:
+            reason = f"it is one module with the names {', '.join(alike)}, to which the plan gives different styles"
+        if reason:
+            reasons[alike[0]] = reason
+        layers.append(Layer(tuple(alike), module, style))
+    return layers, reasons
+
+
+def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
+    """Sharded layers in units: those of one parent, and of the next parents while a unit is open."""
+    units: list[Unit] = []
+    by_parent: dict[str, Unit] = {}
+    for layer in layers:
+        if layer.style in ("replicate", "embedding_rowwise"):
+            continue
+        unit = by_parent.get(layer.parent)
+        if unit is None:
+            last = units[-1] if units else None
+            joins = last is not None and last.is_open and layer.style == "rowwise"
+            unit = last if joins and last is not None else Unit(layer.parent)
+            if not joins:
+                units.append(unit)
+            by_parent[layer.parent] = unit
+        unit.layers.append(layer)
+    for unit in units:
+        blocked = next((layer for layer in unit.layers if layer.name in reasons), None)
+        if blocked is not None:
+            unit.reason = reasons[blocked.name]
+            if len(unit.layers) > 1:
+                unit.reason = f"{blocked.name}: {unit.reason}"
+        elif unit.is_open:
+            alone, wanted = ("colwise", "rowwise") if unit.of(*COLUMN_STYLES) else ("rowwise", "colwise")
+            instead = "colwise_gather_output" if alone == "colwise" else "rowwise_split_input"
+            unit.reason = f"{alone} without a {wanted} layer beside it (plan one, or {instead!r})"
+    return units
+
+
+def loose_norm(unit: Unit, model: nn.Module) -> str:
+    """The name of a norm over single heads that the plan does not name, though it would see this rank's heads alone."""
+    columns = unit.of(*COLUMN_STYLES)
+    named = {layer.module for layer in unit.layers}
+    for name, module in model.get_submodule(unit.parent).named_modules() if columns else ():
+        weight = module._parameters.get("weight")
+        if module in named or weight is None or weight.dim() != 1:
+            continue
+        width = weight.shape[0]
+        for column in columns:
+            features, inputs = linear_features(column.module)
+            if width < features and features % width == 0 and width != inputs:
+                return f"{unit.parent}.{name}".strip(".")
+    return ""
+
+
+def linear_features(module: Any) -> tuple[int, int]:
+    """(output features, input features)."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if is_transposed_linear(module) else (rows, columns)
+
+
+def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+    """Raise unless the sizes of a unit can be divided; sets copies, returns attributes that must change with them.
+
+    Raises:
+        InputError: naming the weight, the numbers, and what would fit.
+    """
+    changes = _check_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
+    for layer in unit.layers:
+        outputs, inputs = linear_features(layer.module) if layer.module._parameters["weight"].dim() == 2 else (0, 0)
+        size, what = (outputs, "out_features") if layer.style in COLUMN_STYLES else (inputs, "in_features")
+        sharded = layer.style in (*COLUMN_STYLES, "rowwise", "rowwise_split_input")
+        if sharded and size % (ranks // layer.copies * PARTS.get(layer.style, 1)):
+            raise InputError(_wrong_size(layer, what, size // PARTS.get(layer.style, 1), ranks))
+    return changes
+
+
+def _check_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+    head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
+    if head_dim is None:
+        return ()
+    config = getattr(parent, "config", None)
+    heads = next((v for o in (config, parent) for n in NUM_HEADS if isinstance(v := getattr(o, n, None), int)), None)
+    columns = unit.of("colwise")
+    counts = {layer.name: linear_features(layer.module)[0] // head_dim for layer in columns}
+    heads = heads or max(counts.values(), default=0)
+    if heads % ranks:
+        raise InputError(_wrong_size(unit.of(*COLUMN_STYLES)[0], "num_attention_heads", heads, ranks))
+    copied = [layer for layer in columns if len(columns) > 1 and counts[layer.name] % ranks]
+    for layer in copied:
+        count = counts[layer.name]
+        if ranks % count or not isinstance(getattr(parent, "num_key_value_groups", None), int):
+            raise InputError(_wrong_size(layer, "num_key_value_heads", count, ranks))
+        layer.copies = ranks // count
+    return ((parent, "num_key_value_groups", heads // ranks),) if copied else ()
+
+
+def _wrong_size(layer: Layer, what: str, size: int, ranks: int) -> str:
+    fits = ", ".join(str(r) for r in range(1, size + 1) if size % r == 0 and r <= 64)
+    return (
+        f"{layer.name}.weight: {what}={size} must be divisible by tensor_parallel_size={ranks} "
+        f"(tensor_parallel_size could be {fits}; or plan={{{layer.name.split('.')[-1]!r}: 'replicate', ..}} "
+        "with the layers beside it)"
+    )
+
+
+def modules_with_own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(first name, module) of everything that holds parameters itself."""
+    for name, module in model.named_modules():
+        if any(parameter is not None for parameter in module._parameters.values()):
+            yield name, module

@@ -1,0 +1,175 @@
+"""replace_modules: fused modules in the place of a model's own, in place."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fused_megatron.modules.adopted_rms_norm import EPS_NAMES, AdoptedRMSNorm, adoption
+from fused_megatron.modules.cross_entropy import CrossEntropyLoss
+from fused_megatron.modules.gelu import GELU
+from fused_megatron.modules.layer_norm import LayerNorm
+from fused_megatron.modules.rms_norm import RMSNorm
+
+DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LayerNorm: LayerNorm,
+    nn.RMSNorm: RMSNorm,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+    nn.GELU: GELU,
+}
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A module that was replaced: its name in the model (all of them, where it is shared), what it was, what it is."""
+
+    name: str
+    was: str
+    now: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that stays as it is, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """What replace_modules did; print it.
+
+    Attributes:
+        replaced: in the order of the model.
+        left: modules that look as if a fused one could stand in for them, and why it does not.
+        without_drop_in: how many modules there are of every other class that computes something.
+    """
+
+    replaced: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+    without_drop_in: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)} modules"]
+        lines += [f"  {one.name}: {one.was} -> {one.now}" for one in self.replaced]
+        lines += [f"left {len(self.left)} modules"] * bool(self.left)
+        lines += [f"  {one.name} ({one.kind}): {one.reason}" for one in self.left]
+        others = ", ".join(f"{count} {kind}" for kind, count in self.without_drop_in.items())
+        return "\n".join([*lines, *([f"no drop-in for: {others}"] if others else [])])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A module that is about to change its class, in place: so its parameters, hooks and names stay what they are."""
+
+    name: str
+    module: nn.Module
+    drop_in: type[nn.Module]
+    attributes: dict[str, Any]
+
+    def make(self) -> Callable[[], None]:
+        """Exchange the class; returns how to undo that."""
+        module, was, before = self.module, type(self.module), dict(self.module.__dict__)
+
+        def undo() -> None:
+            module.__class__ = was
+            module.__dict__.clear()
+            module.__dict__.update(before)
+
+        module.__class__ = self.drop_in
+        module.__dict__.update(self.attributes)
+        return undo
+
+    def described(self) -> Replaced:
+        """For a report; to be asked before the exchange."""
+        return Replaced(self.name, type(self.module).__name__, self.drop_in.__name__)
+
+
+def replace_modules(model: nn.Module) -> ReplacementReport:
+    """Exchange norms, losses and activations of a model for fused ones that compute the same, in place.
+
+    Replaced are torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and the RMS norms that models bring along
+    (LlamaRMSNorm and its like, Gemma's with a zero-centred weight), which are known by what they compute and not by
+    their name: a twin with random weights is run and compared.
+
+    A module changes its class and nothing else: parameters are the same objects, so that an optimizer keeps them; so
+    are hooks, names, state_dict, device, dtype, training flag and modules that stand in several places. Subclasses
+    are left: what they do is theirs.
+
+    Args:
+        model: any module, on any device, meta too.
+
+    Returns:
+        What was replaced, what was left and why.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module. On any error the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
+    exchanges, left, others = [], [], Counter[str]()
+    for name, module in named_once(model):
+        found = find_exchange(name, module)
+        if isinstance(found, Exchange):
+            exchanges.append(found)
+        elif found:
+            left.append(Left(name, type(module).__name__, found))
+        elif not isinstance(module, tuple(DROP_INS.values())) and next(module.children(), None) is None:
+            others[type(module).__name__] += 1
+    replaced = tuple(exchange.described() for exchange in exchanges)
+    exchange_all(exchanges)
+    return ReplacementReport(replaced, tuple(left), dict(others))
+
+
+def named_once(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module once, with all its names."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name or type(model).__name__)
+    return [(" = ".join(alike), module) for module, alike in names.items()]
+
+
+def exchange_all(exchanges: list[Exchange]) -> None:
+    """All of them, or none."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for exchange in exchanges:
+            undo.append(exchange.make())
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
+    """What stands in for the module; why nothing does, although it looks so; None for a module of another kind."""
+    kind = type(module)
+    if isinstance(module, (*DROP_INS.values(), AdoptedRMSNorm)):
+        return None
+    base = next((base for base in DROP_INS if isinstance(module, base)), None)
+    if base is None and "rmsnorm" not in kind.__name__.lower() and not _looks_like_a_norm(module):
+        return None
+    if base is not None and base is not kind:
+        return f"a subclass of {base.__name__}, with methods of its own"
+    # Wrappers (hooks of other libraries, module.compile()) keep the old forward in the instance.
+    if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None:
+        return "its forward was replaced or compiled (replace modules first)"
+    if base is not None:
+        if isinstance(module, nn.CrossEntropyLoss) and module.weight is not None:
+            return "class weights have no fused kernel"
+        return Exchange(name, module, DROP_INS[base], {})
+    found = adoption(module)
+    return found if isinstance(found, str) else Exchange(name, module, AdoptedRMSNorm, found)
+
+
+def _looks_like_a_norm(module: nn.Module) -> bool:
+    """One vector of weights, perhaps a bias, and a number eps."""
+    shapes = {name: p.dim() for name, p in module.named_parameters()}
+    has_eps = any(isinstance(getattr(module, name, None), float) for name in EPS_NAMES)
+    is_batch_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
+    return has_eps and not is_batch_norm and set(shapes.values()) == {1} and set(shapes) <= {"weight", "bias"}
+
