@@ -1,6 +1,7 @@
 """`fused-megatron`: one sub-command per job. Bad input ends with one line and exit code 2.
 
-Each command imports what it needs: `schedule` and `--help` answer before torch would be loaded.
+Each command imports what it needs: `schedule` and `--help` answer before torch would be loaded, and `doctor` answers
+where torch or another dependency is missing.
 """
 
 import importlib.metadata
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from fused_megatron.checks import InputError
-from fused_megatron.training.arguments import parse_arguments, print_arguments
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -21,6 +21,7 @@ commands:
   train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
+  doctor [--json]                               what is here, what is missing, and what mends it
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "generate": _generate,
         "schedule": _schedule,
+        "doctor": _doctor,
         "audit": _audit,
     }
     try:
@@ -95,6 +97,7 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _generate(words: Sequence[str]) -> int:
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
     from fused_megatron.training.generate_text import GenerateArguments, generate_text  # noqa: PLC0415
 
     program = "fused-megatron generate"
@@ -113,6 +116,7 @@ def _generate(words: Sequence[str]) -> int:
 
 def _schedule(words: Sequence[str]) -> int:
     from fused_megatron.pipeline.command import ScheduleArguments, run_schedule  # noqa: PLC0415
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
     program = "fused-megatron schedule"
     if any(word in ("-h", "--help") for word in words):
@@ -121,9 +125,16 @@ def _schedule(words: Sequence[str]) -> int:
     return run_schedule(parse_arguments(ScheduleArguments, words, source=program))
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from fused_megatron.doctor.command import run_doctor  # noqa: PLC0415
+
+    return run_doctor(words)
+
+
 def _audit(words: Sequence[str]) -> int:
     # Needs a source checkout and its compilers, which those who train do not have: imported when asked for.
     from fused_megatron.testing.audit.command import AuditArguments, run_audit  # noqa: PLC0415
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
     program = "fused-megatron audit"
     if any(word in ("-h", "--help") for word in words):

@@ -13,7 +13,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"__init__"},
-    {"training", "testing"},
+    {"training", "testing", "doctor"},
     {"models", "pipeline", "interop"},
     {"tensor_parallel"},
     {"modules", "collectives"},
@@ -24,7 +24,7 @@ LAYERS = [
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 # Rows below that are closed all the same: the engine knows no model and no tensor parallelism.
 FORBIDDEN = {"pipeline": {"models", "tensor_parallel"}}
-DISTRIBUTED = {"mesh", "collectives", "tensor_parallel", "pipeline", "training", "testing"}
+DISTRIBUTED = {"mesh", "collectives", "tensor_parallel", "pipeline", "training", "testing", "doctor"}
 TRITON = {"kernels", "testing"}
 NO_MODULES = {"ops", "kernels"}
 

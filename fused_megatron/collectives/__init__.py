@@ -9,7 +9,7 @@ from fused_megatron.collectives.conjugate_pairs import (
     reduce_scatter_all_gather,
     split_all_gather,
 )
-from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.groups import Group, apply_on_ranks, group_rank, group_size
 from fused_megatron.collectives.overlap import AUTO, ChunkChoice, OverlapCosts, chunk_choice, overlap_costs
 from fused_megatron.collectives.overlapped_linear import column_linear, row_linear
 from fused_megatron.collectives.overlapped_mlp import Activation, mlp
@@ -23,6 +23,7 @@ __all__ = [
     "all_gather_reduce_scatter",
     "all_gather_split",
     "all_reduce_identity",
+    "apply_on_ranks",
     "chunk_choice",
     "column_linear",
     "group_rank",

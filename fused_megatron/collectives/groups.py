@@ -1,5 +1,8 @@
 """Size of a group and this rank's place in it; None is the group of this rank alone."""
 
+from typing import Any
+
+import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError
@@ -20,6 +23,22 @@ def group_size(group: Group) -> int:
 def group_rank(group: Group) -> int:
     """This rank's position in group; 0 for None. Raises as group_size."""
     return 0 if group is None else _member(group).rank()
+
+
+def apply_on_ranks(function: type[torch.autograd.Function], group: Group, *args: Any) -> Any:
+    """function.apply(*args), for a function that talks to the ranks of group.
+
+    torch.compile breaks its graph there: it cannot trace a collective that is under way while a product runs, and the
+    order of the two is what these functions are about. Alone, with nobody to talk to, the function is traced.
+    """
+    if torch.compiler.is_compiling() and group_size(group) > 1:
+        return _between_graphs(function, *args)
+    return function.apply(*args)
+
+
+@torch.compiler.disable
+def _between_graphs(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)
 
 
 def _member(group: dist.ProcessGroup) -> dist.ProcessGroup:

@@ -17,7 +17,7 @@ from fused_megatron.collectives.chunked_products import (
     start_product_all_reduce,
     start_product_reduce_scatter,
 )
-from fused_megatron.collectives.groups import Group
+from fused_megatron.collectives.groups import Group, apply_on_ranks
 from fused_megatron.collectives.overlap import PLAIN, ChunkChoice
 from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import start_all_gather
@@ -144,7 +144,7 @@ def column_linear(
         as many collectives of so much less; the bytes stay the same.
     Memory: x as given (the shard, not the gathered sequence) and the weight are saved.
     """
-    return _ColumnLinear.apply(x, weight, bias, sequence_dim, group, choice)
+    return apply_on_ranks(_ColumnLinear, group, x, weight, bias, sequence_dim, group, choice)
 
 
 def row_linear(
@@ -175,4 +175,4 @@ def row_linear(
     Memory: x and the weight are saved. The collective works on the product itself; the bias is added once, in the
         product of the first rank.
     """
-    return _RowLinear.apply(x, weight, bias, sequence_dim, group, choice)
+    return apply_on_ranks(_RowLinear, group, x, weight, bias, sequence_dim, group, choice)

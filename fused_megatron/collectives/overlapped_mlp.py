@@ -23,7 +23,7 @@ from fused_megatron.collectives.chunked_products import (
     rows_of,
     tile_steps,
 )
-from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.groups import Group, apply_on_ranks, group_size
 from fused_megatron.collectives.overlap import ChunkChoice
 from fused_megatron.collectives.streams import Transfer
 from fused_megatron.collectives.transfers import (
@@ -181,4 +181,6 @@ def mlp(
         rows are, except for the gradient of up_bias, which is summed chunk by chunk, and with a sharded sequence of
         the weights and down_bias, whose rows are summed in the order of the chunks.
     """
-    return _MLP.apply(x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice)
+    return apply_on_ranks(
+        _MLP, group, x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice
+    )

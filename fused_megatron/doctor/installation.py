@@ -1,0 +1,167 @@
+"""What is installed: our requirements, torch, the compiled library and the kernels in it."""
+
+import importlib
+import importlib.metadata
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fused_megatron.doctor.device_code import device_code
+from fused_megatron.doctor.facts import Installation, Library, OpKernels, Package, Torch
+
+_PACKAGE = Path(__file__).parents[1]
+# Made of other ops and of torch's own products: what runs the part runs the whole.
+_COMPOSED = {"linear_cross_entropy": "cross_entropy"}
+
+
+def find_installation() -> Installation:
+    """Our version, and every distribution that we ask for, with what is there of it."""
+    root = _PACKAGE.parent
+    checkout = root if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file() else None
+    version, texts = _declared_in_checkout(checkout) if checkout else _declared_in_metadata()
+    return Installation(
+        version=version,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        checkout=str(checkout) if checkout else None,
+        packages=tuple(_packages(texts)),
+    )
+
+
+def _declared_in_checkout(checkout: Path) -> tuple[str | None, list[str]]:
+    """pyproject.toml rather than metadata, which may be that of an older state, or absent."""
+    try:
+        toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+        project = toml.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    except ImportError:  # Python 3.10 without its dependencies
+        return _declared_in_metadata()
+    extras: dict[str, list[str]] = project.get("optional-dependencies", {})
+    texts = [*project["dependencies"]]
+    texts += [f'{text}; extra == "{extra}"' for extra, asked in extras.items() for text in asked]
+    return project["version"], texts
+
+
+def _declared_in_metadata() -> tuple[str | None, list[str]]:
+    try:
+        return importlib.metadata.version("fused-megatron"), importlib.metadata.requires("fused-megatron") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None, ["torch>=2.13", "numpy"]
+
+
+def _packages(texts: Iterable[str]) -> Iterable[Package]:
+    """Requirement texts as far as ours go: a name, at most one lower bound, markers of Python, system and extra."""
+    for text in texts:
+        requirement, _, marker = text.partition(";")
+        found = re.match(r"\s*([\w.-]+)\s*(?:>=\s*([\w.]+))?", requirement)
+        if found is None or found[1] == "fused-megatron" or not _is_meant(marker):
+            continue
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if extra is not None and extra[1] == "dev":  # who develops has make setup
+            continue
+        yield Package(found[1], found[2] or "", _installed_version(found[1]), extra[1] if extra else None)
+
+
+def _is_meant(marker: str) -> bool:
+    system = re.search(r"platform_system == ['\"](\w+)['\"]", marker)
+    older = re.search(r"python_version < ['\"]3\.(\d+)['\"]", marker)
+    return (system is None or system[1] == platform.system()) and (older is None or sys.version_info[1] < int(older[1]))
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_torch() -> Torch:
+    """Import it: nothing else tells whether it works."""
+    try:
+        torch = importlib.import_module("torch")
+        dist = importlib.import_module("torch.distributed")
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+        if getattr(torch.version, "hip", None):
+            build = f"ROCm {torch.version.hip}"
+        backends = {"gloo": False, "nccl": False}
+        if dist.is_available():
+            backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+        with warnings.catch_warnings():  # of the driver: the findings have it
+            warnings.simplefilter("ignore")
+            gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return Torch(None, build, backends, gpus, torch.get_num_threads())
+    except Exception as error:  # whatever a broken installation raises
+        return Torch(error=_first_line(error))
+
+
+def find_library(torch_works: bool, chosen: str | None) -> Library:
+    """The compiled library: there, loaded, with kernels for which ops and which GPUs.
+
+    Args:
+        torch_works: else it is only looked at.
+        chosen: FUSED_MEGATRON_LIBRARY, None where it is not set.
+    """
+    path = _PACKAGE / "_torch_ops.so" if not chosen else Path(chosen)
+    exists = path.is_file() and chosen != ""
+    loads, reason, ops = _loaded() if torch_works else (False, "" if exists else "is not built", ())
+    return Library(
+        path=str(path),
+        exists=exists,
+        loads=loads,
+        reason=reason,
+        device_code=device_code(path) if exists else (),
+        changed_since=_newer_source(path) if exists and not chosen else None,
+        ops=ops,
+    )
+
+
+def _loaded() -> tuple[bool, str, tuple[OpKernels, ...]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            extension = importlib.import_module("fused_megatron.extension")
+            loads = extension.load_library()
+            ops = _op_kernels()
+        except Exception as error:  # a torch too old for what we ask of it
+            return False, _first_line(error), ()
+    said = "".join(str(warning.message) for warning in caught)
+    reason = re.search(r"the compiled library (.*?); all ops", said, re.DOTALL)
+    return loads, "" if loads else reason[1] if reason else said, ops
+
+
+def _op_kernels() -> tuple[OpKernels, ...]:
+    torch = importlib.import_module("torch")
+    ops = importlib.import_module("fused_megatron.ops")
+    triton = importlib.import_module("fused_megatron.ops.registration").TRITON_LAUNCHERS
+    registered = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fused_megatron" in name]
+    kinds: dict[str, OpKernels] = {}
+    for op in sorted(ops.__all__):
+        if any(op.startswith(f"{shorter}_") for shorter in kinds):
+            continue  # a piece of one that has its line
+        names = [name for name in registered if name == op or name.startswith(f"{op}_")]
+
+        def has(key: str, names: list[str] = names) -> bool:
+            has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+            return bool(names) and all(has_kernel(f"fused_megatron::{name}", key) for name in names)
+
+        gpu = "Triton" if names and all(name in triton for name in names) else "CUDA" if has("CUDA") else "reference"
+        kinds[op] = OpKernels(op, "kernel" if has("CPU") else "reference", gpu)
+    for op, part in _COMPOSED.items():
+        if op in kinds and part in kinds:
+            kinds[op] = OpKernels(op, kinds[part].cpu, kinds[part].gpu)
+    return tuple(kinds.values())
+
+
+def _newer_source(library: Path) -> str | None:
+    sources = _PACKAGE.parent / "csrc"
+    built = library.stat().st_mtime
+    newer = (p for p in sources.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh") and p.stat().st_mtime > built)
+    return next((str(path.relative_to(sources.parent)) for path in sorted(newer)), None)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

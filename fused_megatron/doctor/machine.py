@@ -1,0 +1,154 @@
+"""The machine: processor, memory, GPUs and what connects them, compilers."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from fused_megatron.doctor.facts import Gpu, Machine, Tools
+
+_FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX", "sve": "SVE"}
+_PATIENCE_S = 2.0
+
+
+class Question:
+    """A program that runs while torch is imported; its answer is fetched afterwards."""
+
+    def __init__(self, *command: str, asked: str = "") -> None:
+        self._process: subprocess.Popen[str] | None = None
+        try:
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+            self._process.stdin.write(asked)  # type: ignore[union-attr]
+            self._process.stdin.close()  # type: ignore[union-attr]
+            self._process.stdin = None
+        except OSError:  # no such program, or it would not read
+            pass
+
+    @functools.cached_property
+    def answer(self) -> str | None:
+        """What it has printed; None where there is no such program, it fails or takes too long."""
+        if self._process is None:
+            return None
+        try:
+            output, _ = self._process.communicate(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return None
+        return output if self._process.returncode == 0 else None
+
+
+class Questions:
+    """All of them, asked at once."""
+
+    def __init__(self) -> None:
+        chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
+        # Tried rather than looked up, as setup.py does: macOS has a c++ that only offers to install one.
+        self.cxx20 = Question(*chosen, "-std=c++20", "-fsyntax-only", "-x", "c++", "-", asked="#include <span>\n")
+        self.cxx = Question(*chosen, "--version")
+        self.nvcc_path = _nvcc()
+        self.nvcc = Question(self.nvcc_path or "nvcc", "--version")
+        columns = "--query-gpu=name,compute_cap,memory.total,driver_version"
+        self.gpus = Question("nvidia-smi", columns, "--format=csv,noheader,nounits")
+        self.links = Question("nvidia-smi", "topo", "-m")
+
+
+def _nvcc() -> str | None:
+    """Where setup.py looks: CUDACXX, PATH, the toolkit's own folder, the PyPI packages of this environment."""
+    toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    folders = [toolkit, *(os.path.join(folder, "nvidia", "cu13") for folder in sys.path)]
+    path = os.pathsep.join(os.path.join(folder, "bin") for folder in folders)
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which("nvcc", path=path)
+
+
+def find_tools(questions: Questions) -> Tools:
+    """The compilers that the build and Triton would use."""
+    said, release = questions.cxx.answer, re.search(r"release ([\d.]+)", questions.nvcc.answer or "")
+    return Tools(
+        cxx=said.splitlines()[0] if said and questions.cxx20.answer is not None else None,
+        cc=next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))), None),
+        nvcc=questions.nvcc_path,
+        nvcc_release=release[1] if release else None,
+    )
+
+
+def find_machine(questions: Questions) -> Machine:
+    """What the system and the driver say."""
+    model, flags = _processor(_read("/proc/cpuinfo"))
+    total, available = _memory()
+    gpus, driver = parsed_gpus(questions.gpus.answer or "")
+    return Machine(
+        cpu=model,
+        vector_units=tuple(name for flag, name in _FLAGS.items() if flag in flags),
+        cores=os.cpu_count() or 1,
+        usable_cores=_usable_cores(),
+        memory_gb=total / 1e9,
+        available_gb=available / 1e9,
+        shared_memory_gb=shutil.disk_usage("/dev/shm").total / 1e9 if os.path.isdir("/dev/shm") else None,
+        gpus=gpus,
+        driver=driver,
+        links=parsed_links(questions.links.answer or ""),
+    )
+
+
+def parsed_gpus(said: str) -> tuple[tuple[Gpu, ...], str | None]:
+    """The GPUs and the driver's version from nvidia-smi's lines "name, capability, MiB, driver"."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+    rows = [row for row in rows if len(row) == 4 and re.fullmatch(r"\d+\.\d+", row[1])]
+    memory = [float(row[2]) * 2**20 / 1e9 if row[2].isdigit() else 0.0 for row in rows]
+    gpus = tuple(Gpu(row[0], row[1], size) for row, size in zip(rows, memory, strict=True))
+    return gpus, rows[0][3] if rows else None
+
+
+def parsed_links(said: str) -> dict[str, int]:
+    """Pairs of GPUs by the kind of their link, from the matrix of `nvidia-smi topo -m`."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said)
+    rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
+    pairs = Counter(kind for i, row in enumerate(rows) for kind in row[2 + i : 1 + len(rows)])
+    return dict(pairs)
+
+
+def _processor(cpuinfo: str) -> tuple[str, set[str]]:
+    found = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
+    return found.get("model name", ""), set((found.get("flags") or found.get("Features") or "").split())
+
+
+def _usable_cores() -> float:
+    """What this process may use: its affinity, and the quota of its container."""
+    cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    quota = _read("/sys/fs/cgroup/cpu.max").split()
+    if len(quota) == 2 and quota[0].isdigit():
+        return min(cores, int(quota[0]) / int(quota[1]))
+    older = [_read(f"/sys/fs/cgroup/cpu/cpu.cfs_{part}_us").strip() for part in ("quota", "period")]
+    if all(part.isdigit() and int(part) > 0 for part in older):
+        return min(cores, int(older[0]) / int(older[1]))
+    return cores
+
+
+def _memory() -> tuple[float, float]:
+    """Bytes of RAM, or of the container where that is less, and how many of them are free."""
+    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES") if name in os.sysconf_names}
+    total = float(pages.get("SC_PAGE_SIZE", 0) * pages.get("SC_PHYS_PAGES", 0))
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
+    available = float(found[1]) * 1024 if found else total
+    for folder, limit, used in (("", "memory.max", "memory.current"), ("memory/", *_OLDER_MEMORY)):
+        limited = _read(f"/sys/fs/cgroup/{folder}{limit}").strip()
+        if limited.isdigit() and int(limited) < total:
+            taken = _read(f"/sys/fs/cgroup/{folder}{used}").strip()
+            return float(limited), min(available, float(limited) - float(taken or 0))
+    return total, available
+
+
+_OLDER_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
