@@ -25,7 +25,7 @@ class StrictChannelError(RuntimeError):
     """What NCCL would have answered with a hang or with another message's data."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Message:
     """One send or receive on its way: the transport's answer to a call.
 
@@ -39,12 +39,18 @@ class Message:
     is_send: bool
     tag: int
     timeout_s: float
-    queue: "deque[Message]"
+    queue: "deque[Message | None]"
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
     def is_completed(self) -> bool:
-        """Whether it is there, or has failed."""
+        """Whether it is there.
+
+        Raises:
+            StrictChannelError: it failed.
+        """
+        if self.error is not None:
+            raise StrictChannelError(f"{self.words}: {self.error}") from self.error
         return self.done.is_set()
 
     def wait(self) -> None:
@@ -54,13 +60,12 @@ class Message:
             StrictChannelError: it is not there in time, or its size is not that of the other side.
         """
         if not self.done.wait(self.timeout_s):
-            others = [message.words for message in list(self.queue) if message is not self]
+            others = [message.words for message in list(self.queue) if message not in (self, None)]
             raise StrictChannelError(
                 f"deadlock: {self.words} has not happened in {self.timeout_s:g} s; "
                 f"queued on its channel: {', '.join(others) or 'nothing else'}"
             )
-        if self.error is not None:
-            raise StrictChannelError(f"{self.words}: {self.error}") from self.error
+        self.is_completed()
 
 
 class StrictChannels:
@@ -100,6 +105,12 @@ class StrictChannels:
         """Queue a buffer for the next message that the peer sends in this direction. Arguments as for `send`."""
         return self._queue(buffer, peer, direction, tag, is_send=False)
 
+    def close(self) -> None:
+        """End the threads of the channels, each after what is queued on it; the next call starts new ones."""
+        for channel in self._channels.values():
+            channel.put(None)
+        self._channels.clear()
+
     def _queue(self, tensor: torch.Tensor, peer: int, direction: str, tag: int, *, is_send: bool) -> Message:
         check_one_of("direction", direction, DIRECTIONS)
         size = dist.get_world_size(self.group)
@@ -121,12 +132,12 @@ class _Channel:
 
     def __init__(self, transport: StrictChannels, peer: int, first_tag: int) -> None:
         self.transport, self.peer, self.first_tag = transport, peer, first_tag
-        self.queue: deque[Message] = deque()
+        self.queue: deque[Message | None] = deque()
         self._filled = threading.Semaphore(0)
         self._error: BaseException | None = None
         threading.Thread(target=self._work, daemon=True, name=f"channel with rank {peer}").start()
 
-    def put(self, message: Message) -> None:
+    def put(self, message: Message | None) -> None:
         self.queue.append(message)
         self._filled.release()
 
@@ -134,6 +145,8 @@ class _Channel:
         while True:
             self._filled.acquire()
             message = self.queue[0]
+            if message is None:
+                return
             try:
                 if self._error is not None:  # what follows a failure is lost, as in a communicator that was aborted
                     raise self._error
