@@ -6,6 +6,7 @@ the way: a send ends when the peer has come to the matching receive, reads its t
 behind it has not begun. Tags decide nothing. What would hang raises within seconds.
 """
 
+import math
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ DIRECTIONS = ("forward", "backward")
 # Apart from the tags of anyone else who uses the group.
 _FIRST_TAG = 1 << 20
 _READY, _HEADER, _DATA = range(3)
+_WAIT_S = 0.1
 
 
 class StrictChannelError(RuntimeError):
@@ -59,7 +61,8 @@ class Message:
         Raises:
             StrictChannelError: it is not there in time, or its size is not that of the other side.
         """
-        if not self.done.wait(self.timeout_s):
+        # In short waits: of the time that this process was stopped as a whole, only one of them counts.
+        if not any(self.done.wait(_WAIT_S) for _ in range(math.ceil(self.timeout_s / _WAIT_S))):
             others = [message.words for message in list(self.queue) if message not in (self, None)]
             raise StrictChannelError(
                 f"deadlock: {self.words} has not happened in {self.timeout_s:g} s; "
