@@ -4,8 +4,8 @@
     make bench-pipeline ARGS="--ranks 8 --schedules zb_v v_half --perfetto pipeline.json"
 
 A rank that sleeps needs no core, so that 8 of them fit on 2. A stage sleeps for a rank's share of F, I and W over the
-stages that the rank holds. Predicted: by the simulator, from these times and messages that take no time. Measured: the
-whole of executor.step(), of its slowest rank, median of the steps; with all that it says to the other ranks.
+stages that the rank holds. Predicted: by the simulator, from these times and a message that takes --message-ms (gloo,
+and a rank that wakes up for it). Measured: the whole of executor.step(), of its slowest rank, median of the steps.
 
 bubble: the step less the time that the busiest rank sleeps, in % of the step. activations: those alive at once, by
 rank, each of one stage and one microbatch: as the schedule says, and as many as existed. Asynchronous schedules run
@@ -39,17 +39,19 @@ def schedules_of(names: list[str], ranks: int, microbatches: int, stages_per_ran
     return built
 
 
-def costs_of(schedule: Schedule, times_ms: list[float]) -> Costs:
+def costs_of(schedule: Schedule, times_ms: list[float], message_ms: float) -> Costs:
     per_rank = schedule.num_stages // schedule.num_ranks
-    return Costs(*(time / 1e3 / per_rank for time in times_ms))
+    forward, input_grad, weight_grad = (time / 1e3 / per_rank for time in times_ms)
+    return Costs(forward, input_grad, weight_grad, link_latency=message_ms / 1e3)
 
 
 def measure_all(
-    rank: int, world_size: int, schedules: list[Schedule], times_ms: list[float], steps: int
+    rank: int, world_size: int, schedules: list[Schedule], times_ms: list[float], message_ms: float, steps: int
 ) -> list[MeasuredSchedule]:
     measured = []
     for schedule in schedules:
-        measured.append(measure_schedule(schedule, costs_of(schedule, times_ms), dist.group.WORLD, steps=steps))
+        costs = costs_of(schedule, times_ms, message_ms)
+        measured.append(measure_schedule(schedule, costs, dist.group.WORLD, steps=steps))
         if rank == 0:
             print(row(schedule, measured[-1]), flush=True)
     return measured
@@ -76,8 +78,9 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--stages-per-rank", type=int, default=2, help="of schedules that take any number")
     parser.add_argument("--microbatches", type=int, help="default: twice the ranks and one")
-    parser.add_argument("--times-ms", type=float, nargs=3, default=[40, 40, 40], metavar=("F", "I", "W"))
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--times-ms", type=float, nargs=3, default=[100, 100, 100], metavar=("F", "I", "W"))
+    parser.add_argument("--message-ms", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=1, help="measured, after one that is not")
     parser.add_argument("--perfetto", type=Path, help="a trace of predicted and measured timelines (ui.perfetto.dev)")
     options = parser.parse_args()
     columns = ["schedule", "p", "v", "m", "predicted, ms", "measured, ms", "off", "bubble predicted", "measured"]
@@ -88,7 +91,7 @@ def main() -> None:
     for ranks in options.ranks:
         count = options.microbatches or 2 * ranks + 1
         schedules = schedules_of(options.schedules, ranks, count, options.stages_per_rank)
-        arguments = (schedules, options.times_ms, options.steps)
+        arguments = (schedules, options.times_ms, options.message_ms, options.steps)
         for schedule, result in zip(
             schedules, run_on_ranks(measure_all, ranks, *arguments, timeout_s=900)[0], strict=True
         ):

@@ -106,7 +106,7 @@ def measure_schedule(
 
     Args:
         schedule: compute actions.
-        costs: of the stages; the rest of it must be 0.
+        costs: of the stages, whose sleep they say; those of links are for the prediction alone.
         pp_group: as many ranks as the schedule has.
         steps: measured ones; one more goes before them. The timeline is that of the fastest.
     """

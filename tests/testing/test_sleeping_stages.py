@@ -1,6 +1,7 @@
 """Schedules in time: real ranks whose stages sleep, against the simulator."""
 
 import json
+from itertools import pairwise
 
 import torch.distributed as dist
 
@@ -31,17 +32,12 @@ def test_a_step_takes_the_time_and_the_memory_that_were_predicted():
     for index, schedule in enumerate(schedules):
         result = answers[0][index]
         assert all(answer[index] == result for answer in answers), "every rank knows all of it"
-        assert (
-            result.predicted.makespan
-            <= result.measured.makespan
-            <= max(result.step_s)
-            <= LATE * max(result.predicted.makespan, 0.2)
-        )
+        assert result.predicted.makespan <= max(result.step_s) <= LATE * max(result.predicted.makespan, 0.2)
         assert tuple(result.peak_held) == result.predicted.peak_live == result.measured.peak_live
         for rank, events in enumerate(result.measured.events):
             done = [event.action for event in events if event.action.kind in (*COMPUTE, UPDATE)]
             assert done == list(schedule.actions[rank])
-            assert all(a.start <= a.end <= b.start for a, b in zip(events, events[1:], strict=False))
+            assert all(a.start <= a.end <= b.start for a, b in pairwise(events))
             # Nothing can be quicker than it sleeps.
             assert result.measured.busy[rank] >= 0.999 * result.predicted.busy[rank]
     trace = json.loads(to_perfetto({"predicted": result.predicted, "measured": result.measured}))
