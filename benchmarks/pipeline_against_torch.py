@@ -12,9 +12,9 @@ Forward and backward of 8 microbatches, no optimizer. Each engine runs the same 
 In every round each runs once, in an order that moves on. A step's time is that of its slowest rank. Ratio: torch's time
 over ours, round by round, median [20-80 %]. malloc keeps its pages for all alike.
 
-Memory: what a rank holds more at the peak of a step than between steps, as the system counts its resident pages, each
-engine in processes of its own; there malloc gives every large block back when it is freed, so that the peak is that of
-living tensors.
+Memory: what a rank holds at the peak of a step, weights left out and gradients counted, as the system counts its
+resident pages, each engine in processes of its own; there malloc gives every large block back when it is freed, so that
+the peak is that of living tensors.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from fused_megatron.pipeline.executor import PipelineExecutor
 from fused_megatron.pipeline.schedule import stages_of
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.side_by_side import Spread
+from fused_megatron.training.gradients import GradientBuckets
 from fused_megatron.training.kept_pages import keep_malloc_pages, release_free_pages, uses_glibc
 
 # mallopt's name (malloc.h of glibc): from this size on a block is given back when it is freed.
@@ -218,10 +219,15 @@ def prepare(engine: str, schedule: str, size: Size, rank: int) -> tuple[Step, di
     make = torch_step if engine == TORCH else our_step
     run, losses = make(schedule, size, stages)
     parameters = [p for stage in stages.values() for p in stage.parameters()]
+    # As in training: our layers add their products to the buckets that the optimizer reads.
+    buckets = GradientBuckets(parameters, None) if engine == OURS else None
 
     def step() -> None:
-        for p in parameters:
-            p.grad = None
+        if buckets is not None:
+            buckets.zero_()
+        else:
+            for p in parameters:
+                p.grad = None
         run()
 
     return step, stages, losses
@@ -261,16 +267,15 @@ def difference(prepared: dict[str, Any]) -> str | None:
 
 
 def peak_bytes(rank: int, world_size: int, schedule: str, size_name: str, engine: str) -> int:
-    """Resident memory at the peak of a step, beyond what the rank holds before it."""
+    """Resident memory at the peak of a step beyond the weights and what Python and the libraries hold."""
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
     step, stages, _ = prepare(engine, schedule, SIZES[size_name], rank)
     step()
-    for stage in stages.values():
-        stage.zero_grad(set_to_none=True)
     gc.collect()
     release_free_pages()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident("VmRSS")
+    gradients = sum(p.grad.nbytes for stage in stages.values() for p in stage.parameters() if p.grad is not None)
+    before = resident("VmRSS") - gradients
     dist.barrier()
     step()
     return resident("VmHWM") - before

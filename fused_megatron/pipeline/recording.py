@@ -1,5 +1,6 @@
 """What a pipeline really did and when, in the form that the simulator predicts it in."""
 
+import platform
 import time
 
 import torch.distributed as dist
@@ -23,7 +24,8 @@ class Recorder:
         if rank == 0:
             Path("step.json").write_text(to_perfetto({"predicted": simulate(schedule, costs), "measured": measured}))
 
-    The time of an action is that of this rank's Python: on a GPU it says when the work was queued.
+    The time of an action is that of this rank's Python: on a GPU it says when the work was queued. The ranks of one
+    machine have one clock; those of several are set alike by a barrier.
 
     Args:
         pp_group: the ranks of the pipeline; None for one rank.
@@ -42,7 +44,7 @@ class Recorder:
     def begin(self) -> None:
         """Forget what was recorded; time 0 is now. On all ranks.
 
-        Communication: one barrier, by which clocks of different machines are set alike.
+        Communication: one barrier.
         """
         self._events.clear()
         if group_size(self._group) > 1:
@@ -55,9 +57,13 @@ class Recorder:
         Communication: two all-gathers.
         """
         own = [[*event.action, event.start, event.end] for event in self._events]
-        rows = gather_json(own, self._group)
+        machines, zeros, rows = zip(*gather_json([platform.node(), self._zero, own], self._group), strict=True)
+        # Ranks leave a barrier milliseconds apart; the first of each machine sets its time 0.
+        late = [zero - min(z for m, z in zip(machines, zeros, strict=True) if m == machine)
+                for machine, zero in zip(machines, zeros, strict=True)]  # fmt: skip
         events = tuple(
-            tuple(Event(Action(stage, kind, m), start, end) for stage, kind, m, start, end in row) for row in rows
+            tuple(Event(Action(stage, kind, m), start + by, end + by) for stage, kind, m, start, end in row)
+            for row, by in zip(rows, late, strict=True)
         )
         peak = tuple(max(live_activations(event.action for event in row), default=0) for row in events)
         return Timeline(name, events, peak)
