@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-overlap clean FORCE
+.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
 	@echo "make bench-gpt       training steps against DTensor, megatron-core, Hugging Face"
 	@echo "make bench-overlap   what overlap hides on a slow link (root)"
+	@echo "make bench-pipeline  bubbles, measured      make bench-pipeline-peers   against torch's pipelines"
 	@echo "make setup   only install and build"
 	@echo "make clean   remove .venv and all that was built (runs/ stays)"
 
@@ -55,6 +56,12 @@ bench-gpt: .venv/built
 
 bench-overlap: .venv/built
 	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)
+
+bench-pipeline: .venv/built
+	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
+
+bench-pipeline-peers: .venv/built
+	@$(BIN)/python benchmarks/pipeline_against_torch.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -69,3 +69,34 @@ def test_gpt_against_peers():
     assert re.search(r"^  megatron-core: (not installed|the losses)", done.stdout, re.MULTILINE)
     assert re.search(r"^\| DTensor, sequence parallel, loss_parallel +\| ", done.stdout, re.MULTILINE)
     assert re.search(r"^against DTensor.*: [\d.]+x, bar 1.3x (met|MISSED)$", done.stdout, re.MULTILINE)
+
+
+def rows_of(name: str, *options: object) -> list[str]:
+    """The table of a benchmark of pipelines; its own exit code is a verdict on the clock, which is not for here."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return re.findall(r"^\| (.*) \|", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_bubbles_are_measured(tmp_path):
+    trace = tmp_path / "trace.json"
+    options = ("--ranks", 2, "--schedules", "1f1b", "zb_v", "--times-ms", 10, 10, 10, "--perfetto", trace)
+    header, *rows = rows_of("pipeline_bubble.py", *options)
+    assert header.startswith("schedule | p | v | m | predicted")
+    assert [row.split(" | ")[-2:] for row in rows] == [["2 1", "2 1"], ["4 4", "4 4"]]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
+        f"{name}, 2 ranks: {what}" for name in ("1f1b", "zb_v") for what in ("predicted", "measured")
+    }
+
+
+@pytest.mark.slow
+def test_pipelines_beside_torch():
+    speed, first, memory, second = rows_of(
+        "pipeline_against_torch.py", "--sizes", "tiny", "--schedules", "interleaved_zero_bubble", "--rounds", 2
+    )
+    assert "ours / torch" in speed and first.count("x [") == 2 and "differ" not in first
+    assert "MB by rank" in memory and second.count(" + ") == 3

@@ -14,6 +14,7 @@ from fused_megatron.pipeline import SCHEDULES, PipelineExecutor, build_schedule
 from fused_megatron.pipeline.schedule import stages_of
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.strict_channels import StrictChannels
 
 VOCABULARY, HIDDEN, CELLS, STEPS = 13, 8, 8, 3
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
@@ -92,8 +93,8 @@ def one_process(count, optimizer_name, parallel):
     return losses, [cell.state_dict() for cell in cells]
 
 
-def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute):
-    """Losses and this rank's cells by index."""
+def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute, strict):
+    """Losses and this rank's cells by index; strict: over a transport like NCCL's at its strictest."""
     cells = make_cells(parallel, recompute)
     count, ends = schedule.num_stages, {}
     for stage in stages_of(schedule.placement, rank):
@@ -104,7 +105,8 @@ def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute):
         tied[0] = cells[0].embedding.weight
     if count - 1 in stages:
         tied[count - 1] = cells[-1].head.weight
-    executor = PipelineExecutor(schedule, stages, pp_group=pp_group, loss_fn=loss_fn, tied=[tied])
+    transport = StrictChannels(pp_group) if strict else None
+    executor = PipelineExecutor(schedule, stages, pp_group=pp_group, loss_fn=loss_fn, tied=[tied], transport=transport)
     optimizer = make_optimizer([p for stage in stages.values() for p in stage.parameters()], optimizer_name)
     losses = []
     for step in range(STEPS):
@@ -114,10 +116,11 @@ def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute):
         assert executor.num_live == 0
         optimizer.step()
     executor.close()
+    assert transport is None or transport.crossed == []
     return losses, {i: cells[i].state_dict() for begin, end in ends.values() for i in range(begin, end)}
 
 
-def run_cases(rank, world_size, cases):
+def run_cases(rank, world_size, cases, strict):
     """For each case this rank's result; the first rank adds that of one process."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     results, expected = [], {}
@@ -125,7 +128,7 @@ def run_cases(rank, world_size, cases):
         per_rank = SCHEDULES[name].stages_per_rank or 2
         tied = ((0, world_size * per_rank - 1),)
         schedule = build_schedule(name, world_size, count, per_rank, tied=tied)
-        results.append(piped(mesh.pp_group, rank, schedule, optimizer_name, parallel, recompute))
+        results.append(piped(mesh.pp_group, rank, schedule, optimizer_name, parallel, recompute, strict))
         key = (count, optimizer_name, parallel)
         if rank == 0 and key not in expected:
             expected[key] = one_process(*key)
@@ -134,11 +137,20 @@ def run_cases(rank, world_size, cases):
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_weights_are_those_of_one_process(ranks):
+    check_weights(ranks, strict=False)
+
+
+def test_weights_are_those_of_one_process_where_messages_keep_their_order():
+    """In order, one at a time on a channel, nothing kept on the way, no tags: what deadlocks there could on NCCL."""
+    check_weights(4, strict=True)
+
+
+def check_weights(ranks, strict):
     count = {2: 5, 3: 2, 4: 9}[ranks]
     cases = []
     for index, name in enumerate(SYNCHRONOUS):
         cases.append((name, count, ("sgd", "adamw")[index % 2], bool(index % 3), bool(index % 4 == 1)))
-    answers = run_on_ranks(run_cases, ranks, cases)
+    answers = run_on_ranks(run_cases, ranks, cases, strict)
     expected = answers[0][1]
     for index, (name, count, optimizer_name, parallel, _) in enumerate(cases):
         losses, cells = expected[count, optimizer_name, parallel]

@@ -1,0 +1,109 @@
+"""The bubble of every schedule, measured: stages that sleep instead of computing, real messages between real ranks.
+
+    make bench-pipeline
+    make bench-pipeline ARGS="--ranks 8 --schedules zb_v v_half --perfetto pipeline.json"
+
+A rank that sleeps needs no core, so that 8 of them fit on 2. A stage sleeps for a rank's share of F, I and W over the
+stages that the rank holds. Predicted: by the simulator, from these times and a message that takes --message-ms (gloo,
+and a rank that wakes up for it). Measured: the whole of executor.step(), of its slowest rank, median of the steps.
+
+bubble: the step less the time that the busiest rank sleeps, in % of the step. activations: those alive at once, by
+rank, each of one stage and one microbatch: as the schedule says, and as many as existed. Asynchronous schedules run
+three steps in one.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule
+from fused_megatron.pipeline.schedule import SYNCHRONOUS
+from fused_megatron.pipeline.timeline import to_perfetto
+from fused_megatron.testing import run_on_ranks
+from fused_megatron.testing.sleeping_stages import MeasuredSchedule, measure_schedule
+
+BAR = 0.05
+
+
+def schedules_of(names: list[str], ranks: int, microbatches: int, stages_per_rank: int) -> list[Schedule]:
+    built = []
+    for name in names:
+        kind = SCHEDULES[name]
+        # A schedule that takes any number of stages is shown with several: with one it is that of another name.
+        per_rank = kind.stages_per_rank or stages_per_rank
+        steps = 1 if kind.weights == SYNCHRONOUS else 3
+        built.append(build_schedule(name, ranks, microbatches, per_rank, steps))
+    return built
+
+
+def costs_of(schedule: Schedule, times_ms: list[float], message_ms: float) -> Costs:
+    per_rank = schedule.num_stages // schedule.num_ranks
+    forward, input_grad, weight_grad = (time / 1e3 / per_rank for time in times_ms)
+    return Costs(forward, input_grad, weight_grad, link_latency=message_ms / 1e3)
+
+
+def measure_all(
+    rank: int, world_size: int, schedules: list[Schedule], times_ms: list[float], message_ms: float, steps: int
+) -> list[MeasuredSchedule]:
+    measured = []
+    for schedule in schedules:
+        costs = costs_of(schedule, times_ms, message_ms)
+        measured.append(measure_schedule(schedule, costs, dist.group.WORLD, steps=steps))
+        if rank == 0:
+            print(row(schedule, measured[-1]), flush=True)
+    return measured
+
+
+def off(result: MeasuredSchedule) -> float:
+    """How much longer than predicted, as a share."""
+    return statistics.median(result.step_s) / result.predicted.makespan - 1
+
+
+def row(schedule: Schedule, result: MeasuredSchedule) -> str:
+    step_s, predicted = statistics.median(result.step_s), result.predicted
+    work = max(predicted.busy)
+    cells = [schedule.name, schedule.num_ranks, schedule.num_stages // schedule.num_ranks, schedule.num_microbatches]
+    cells += [f"{1e3 * predicted.makespan:.0f}", f"{1e3 * step_s:.0f}", f"{off(result):+.1%}"]
+    cells += [f"{1 - work / predicted.makespan:.1%}", f"{1 - work / step_s:.1%}"]
+    cells += [" ".join(map(str, peaks)) for peaks in (predicted.peak_live, result.peak_held)]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
+    parser.add_argument("--stages-per-rank", type=int, default=2, help="of schedules that take any number")
+    parser.add_argument("--microbatches", type=int, help="default: twice the ranks and one")
+    parser.add_argument("--times-ms", type=float, nargs=3, default=[100, 100, 100], metavar=("F", "I", "W"))
+    parser.add_argument("--message-ms", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=1, help="measured, after one that is not")
+    parser.add_argument("--perfetto", type=Path, help="a trace of predicted and measured timelines (ui.perfetto.dev)")
+    options = parser.parse_args()
+    columns = ["schedule", "p", "v", "m", "predicted, ms", "measured, ms", "off", "bubble predicted", "measured"]
+    columns += ["activations predicted", "measured"]
+    print("|", " | ".join(columns), "|")
+    print("|---" * len(columns) + "|", flush=True)
+    traces, late = {}, []
+    for ranks in options.ranks:
+        count = options.microbatches or 2 * ranks + 1
+        schedules = schedules_of(options.schedules, ranks, count, options.stages_per_rank)
+        arguments = (schedules, options.times_ms, options.message_ms, options.steps)
+        for schedule, result in zip(
+            schedules, run_on_ranks(measure_all, ranks, *arguments, timeout_s=900)[0], strict=True
+        ):
+            label = f"{schedule.name}, {ranks} ranks"
+            traces |= {f"{label}: predicted": result.predicted, f"{label}: measured": result.measured}
+            if abs(off(result)) > BAR:
+                late.append(f"{label}: {off(result):+.1%}")
+    if options.perfetto is not None:
+        options.perfetto.write_text(to_perfetto(traces, microseconds_per_unit=1e6))
+    if late:
+        sys.exit(f"more than {BAR:.0%} from the prediction: {'; '.join(late)}")
+
+
+if __name__ == "__main__":
+    main()
