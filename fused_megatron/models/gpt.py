@@ -188,7 +188,7 @@ class GPT(nn.Module):
         if config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, device=x.device, dtype=dtype)
+        return rotary_tables(seq_len, config, device=x.device, dtype=dtype)
 
     def _blocks(self, x: torch.Tensor, masks: DropoutMasks | None, rotary: Tables | None) -> torch.Tensor:
         recompute = self.config.recompute == "full" and torch.is_grad_enabled()

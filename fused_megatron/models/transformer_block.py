@@ -49,13 +49,16 @@ class TransformerBlock(nn.Module):
         self.hidden_dropout = config.hidden_dropout
         self.attention_norm = norm_of(config, **layout)
         self.attention = ParallelSelfAttention(
-            config.hidden_size, config.num_heads, num_kv_heads=config.num_kv_heads, skip_bias_add=True,
+            config.hidden_size, config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            bias=config.linear_biases, qkv_bias=config.qkv_bias, sliding_window=config.sliding_window,
+            query_key_norm_eps=config.layer_norm_eps if config.query_key_norm else None, skip_bias_add=True,
             attention_dropout=config.attention_dropout, recompute=config.recompute == "selective", **std, **layout,
         )  # fmt: skip
         self.mlp_norm = norm_of(config, **layout)
         self.mlp = ParallelMLP(
-            config.hidden_size, config.ffn_size, activation=config.activation, skip_bias_add=True, **std, **layout
-        )
+            config.hidden_size, config.ffn_size, activation=config.activation, bias=config.linear_biases,
+            skip_bias_add=True, **std, **layout,
+        )  # fmt: skip
 
     def forward(
         self, x: torch.Tensor, *, rotary: Tables | None = None, dropout: DropoutMasks | None = None
@@ -71,7 +74,11 @@ class TransformerBlock(nn.Module):
         return self._add(2, self.mlp(self.mlp_norm(x)), x, dropout)
 
     def _add(
-        self, place: int, output: tuple[torch.Tensor, torch.Tensor], x: torch.Tensor, dropout: DropoutMasks | None
+        self,
+        place: int,
+        output: tuple[torch.Tensor, torch.Tensor | None],
+        x: torch.Tensor,
+        dropout: DropoutMasks | None,
     ) -> torch.Tensor:
         y, bias = output
         if dropout is None or self.hidden_dropout == 0.0:
