@@ -95,15 +95,19 @@ class GPT(nn.Module):
         """Draw every weight from (seed, its name); norms are 1, biases 0. Dropout draws from this seed, too."""
         if self.position_embedding is not None:
             fill_normal_shard_(self.position_embedding, self.config.init_std, seed=seed, name="position_embedding")
-        places = [f"blocks.{i}.{place}" for i in range(len(self.blocks)) for place in DROPOUT_PLACES]
-        states = self.get_buffer("dropout_states")
-        if not states.is_meta:
-            states.copy_(torch.tensor([[dropout_seed(seed, name), 0] for name in ("embedding", *places)]))
+        self.reset_dropout(seed)
         for name, module in self.named_modules():
             if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
                 module.reset_parameters(seed, f"{name}.weight")
             elif isinstance(module, LayerNorm | RMSNorm):
                 module.reset_parameters()
+
+    def reset_dropout(self, seed: int) -> None:
+        """Dropout draws from this seed."""
+        places = [f"blocks.{i}.{place}" for i in range(len(self.blocks)) for place in DROPOUT_PLACES]
+        states = self.get_buffer("dropout_states")
+        if not states.is_meta:
+            states.copy_(torch.tensor([[dropout_seed(seed, name), 0] for name in ("embedding", *places)]))
 
     def num_parameters(self) -> int:
         """Parameters of the full model, over all tensor-parallel ranks, without vocabulary padding."""
