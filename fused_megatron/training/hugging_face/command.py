@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -22,19 +22,21 @@ _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """What `fused-megatron convert` reads.
+    """Models of Hugging Face transformers to run folders, and back.
 
-    convert from-hf FOLDER RUN    config.json + safetensors (GPT-2, Llama, Mistral, Qwen2, Qwen3) to a run folder that
-                                  `generate` and `train RUN/config.toml` take, at any tensor-parallel size
-    convert to-hf RUN FOLDER      the newest checkpoint of a run to a folder that transformers loads
-    convert hf SOURCE TARGET      either: what SOURCE is decides
+    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2 or Qwen3; RUN
+    is made, and `generate RUN` and `train RUN/config.toml` take it, at any tensor-parallel size.
+
+    convert to-hf RUN FOLDER: the newest checkpoint of a run, imported or trained here, as transformers loads it.
+
+    convert hf SOURCE TARGET: either of them; what SOURCE is decides.
     """
 
     direction: tyro.conf.Positional[Literal["from-hf", "to-hf", "hf"]]
     """from-hf, to-hf, or hf (what SOURCE is decides)."""
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """Folder of transformers' (from-hf), or run folder (to-hf)."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """What is made; it must not exist."""
     dtype: str = "keep"
     """Convert the weights: keep (bit for bit), float32, bfloat16, or (to-hf) float16."""

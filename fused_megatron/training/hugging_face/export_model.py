@@ -119,9 +119,9 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
             write_shard_file(folder / name, _Theirs(checkpoint, manifest, file), manifest.step)
         if len(files) > 1:
             _write_index(folder, files)
-        stored = next(iter(entries)).dtype
-        written = _config_json(settings, family, config) | {"torch_dtype": str(stored).removeprefix("torch.")}
-        written.pop("dtype", None)
+        written = dict(_config_json(settings, family, config))
+        stored = str(next(iter(entries)).dtype).removeprefix("torch.")
+        written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         reason = explain_os_error(error, folder.parent, sum(entry.num_bytes for entry in entries))

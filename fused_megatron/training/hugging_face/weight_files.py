@@ -4,7 +4,6 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +142,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_header(path: Path) -> Iterator[tuple[str, StoredWeight]]:
+def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     """Every tensor of a file, in the order of its bytes."""
     try:
         with open(path, "rb") as file:
@@ -166,7 +165,7 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredWeight]]:
     check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({_COPY_AGAIN})")
     header.pop("__metadata__", None)
     found = [(*_checked_offsets(path, name, item), name, item) for name, item in header.items()]
-    end = 0
+    end, stored = 0, []
     for begin, stop, name, item in sorted(found, key=lambda one: one[:3]):
         check(
             begin == end, f"{path}: tensor {name!r}: its data_offsets leave a gap or overlap: damaged ({_COPY_AGAIN})"
@@ -177,11 +176,12 @@ def _read_header(path: Path) -> Iterator[tuple[str, StoredWeight]]:
             f"({_COPY_AGAIN})",
         )
         end = stop
-        yield name, StoredWeight(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)
+        stored.append((name, StoredWeight(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)))
     check(
         8 + length + end == size,
         f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({_COPY_AGAIN})",
     )
+    return stored
 
 
 def _checked_offsets(path: Path, name: str, item: Any) -> tuple[int, int]:
