@@ -166,7 +166,7 @@ class GPTConfig:
 
 # The values of the fields that are words.
 _WORDS = {
-    "activation": ("gelu", "gelu_exact", "swiglu", "geglu"),
+    "activation": ("gelu", "swiglu", "geglu", "gelu_exact"),
     "normalization": ("layer_norm", "rms_norm"),
     "position": ("learned", "rotary"),
     "rotary_scaling": ("none", "linear", "dynamic", "llama3", "yarn"),
@@ -182,6 +182,13 @@ class ParallelConfig:
     """Ranks that share each layer."""
     pipeline_parallel_size: int = 1
     """Ranks that share the depth."""
+    stages_per_rank: int | None = None
+    """Pieces of the depth that each pipeline rank holds; as few as the schedule allows when not given."""
+    schedule: str | None = None
+    """Of the pipeline, as `fused-megatron schedule` names them; 1f1b, or interleaved_1f1b for several stages per rank,
+    when not given."""
+    pipeline_cut: tuple[int, ...] | None = None
+    """Blocks of each stage; stages of about equal cost when not given."""
     data_parallel_size: int | None = None
     """Replicas; what is left of the world when not given."""
     sequence_parallel: bool = False
@@ -192,12 +199,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _check_positive("tensor_parallel_size", self.tensor_parallel_size)
         _check_positive("pipeline_parallel_size", self.pipeline_parallel_size)
-        check(
-            self.pipeline_parallel_size == 1,
-            f"pipeline_parallel_size={self.pipeline_parallel_size} must be 1: this version trains without a pipeline",
-        )
-        if self.data_parallel_size is not None:
-            _check_positive("data_parallel_size", self.data_parallel_size)
+        for name in ("stages_per_rank", "data_parallel_size"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
         check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")
 
 

@@ -4,6 +4,15 @@ from fused_megatron.models.attention import ParallelSelfAttention
 from fused_megatron.models.dropout import BatchPosition
 from fused_megatron.models.gpt import GPT
 from fused_megatron.models.mlp import ParallelMLP
+from fused_megatron.models.stage_cut import StageSpan, cut_stages
 from fused_megatron.models.transformer_block import TransformerBlock
 
-__all__ = ["GPT", "BatchPosition", "ParallelMLP", "ParallelSelfAttention", "TransformerBlock"]
+__all__ = [
+    "GPT",
+    "BatchPosition",
+    "ParallelMLP",
+    "ParallelSelfAttention",
+    "StageSpan",
+    "TransformerBlock",
+    "cut_stages",
+]

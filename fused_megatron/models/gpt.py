@@ -1,28 +1,26 @@
-"""A GPT from tensor-parallel layers."""
+"""A GPT from tensor-parallel layers, whole or one pipeline stage of it."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fused_megatron.checks import check
-from fused_megatron.collectives import Group, group_rank, group_size, split_all_gather
+from fused_megatron.collectives import Group, group_size, split_all_gather
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.attention import Tables
-from fused_megatron.models.dropout import BatchPosition, DropoutMasks, dropout_seed
+from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
-from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of
+from fused_megatron.models.stage_cut import StageSpan
+from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.tensor_parallel import (
-    ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
-    RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
     fill_normal_shard_,
     parameter_parts,
+    parameter_shard,
     vocab_parallel_linear_cross_entropy,
 )
 
@@ -30,13 +28,16 @@ from fused_megatron.tensor_parallel import (
 class GPT(nn.Module):
     """Decoder-only transformer: learned or rotary positions, pre-norm blocks, tied or untied head.
 
-    Every tensor-parallel size starts from the same full weights, drawn from `seed` and the parameters' names.
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
+    have the names that they have in the whole model. With tied embeddings the last stage holds a copy of
+    token_embedding.weight, whose gradient the caller adds to the first stage's, and that to it.
 
     Args:
-        config: sizes; config.vocab_size must be given.
+        config: sizes of the whole model; config.vocab_size must be given.
         tp_group: tensor-parallel group of size R; None means one rank.
         sequence_parallel: activations between the tensor-parallel layers are sequence shards [S / R, B, H].
         seed: of the initial weights and of dropout.
+        stage: which part of the model this is; None for all of it.
 
     Communication:
         Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
@@ -56,6 +57,7 @@ class GPT(nn.Module):
         tp_group: Group = None,
         sequence_parallel: bool = False,
         seed: int = 0,
+        stage: StageSpan | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -76,18 +78,26 @@ class GPT(nn.Module):
             "pad_to_multiple_of": config.pad_vocab_size_to_multiple_of,
             "init_std": config.init_std,
         }
-        self.token_embedding = VocabParallelEmbedding(self.vocab_size, config.hidden_size, **vocabulary)
-        self.position_embedding = None if config.position == "rotary" else nn.Parameter(
+        self.stage = stage
+        span = stage or StageSpan(0, 1, 0, config.num_layers)
+        self.token_embedding = None
+        if span.first or (span.last and config.tied_embeddings):
+            self.token_embedding = VocabParallelEmbedding(self.vocab_size, config.hidden_size, **vocabulary)
+        if self.token_embedding is not None and not span.first:
+            weight = self.token_embedding.weight
+            self.token_embedding.register_shard("weight", weight, replace(parameter_shard(weight), copy=1))
+        self.position_embedding = None if config.position == "rotary" or not span.first else nn.Parameter(
             torch.empty(config.seq_len, config.hidden_size, dtype=dtype, device=device)
         )  # fmt: skip
-        self.blocks = nn.ModuleList(TransformerBlock(config, **layout) for _ in range(config.num_layers))
-        self.final_norm = norm_of(config, **layout)
+        # Keyed by the place in the whole model, for the sake of the names.
+        self.blocks = nn.ModuleDict({str(i): TransformerBlock(config, **layout) for i in range(span.start, span.stop)})
+        self.final_norm = norm_of(config, **layout) if span.last else None
         # An untied head has the shape, shards and padding of an embedding; only its forward differs.
-        self.head = None if config.tied_embeddings else VocabParallelEmbedding(
+        self.head = None if config.tied_embeddings or not span.last else VocabParallelEmbedding(
             self.vocab_size, config.hidden_size, **vocabulary
         )  # fmt: skip
         # (seed of the place, 0): the embedding, then every block's places.
-        states = torch.empty(1 + len(DROPOUT_PLACES) * config.num_layers, 2, dtype=torch.int64, device=device)
+        states = torch.empty(1 + len(DROPOUT_PLACES) * len(self.blocks), 2, dtype=torch.int64, device=device)
         self.register_buffer("dropout_states", states, persistent=False)
         self.reset_parameters(seed)
 
@@ -96,76 +106,79 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             fill_normal_shard_(self.position_embedding, self.config.init_std, seed=seed, name="position_embedding")
         self.reset_dropout(seed)
-        for name, module in self.named_modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-                module.reset_parameters(seed, f"{name}.weight")
-            elif isinstance(module, LayerNorm | RMSNorm):
-                module.reset_parameters()
+        reset_layers(self, seed)
 
     def reset_dropout(self, seed: int) -> None:
         """Dropout draws from this seed."""
-        places = [f"blocks.{i}.{place}" for i in range(len(self.blocks)) for place in DROPOUT_PLACES]
-        states = self.get_buffer("dropout_states")
-        if not states.is_meta:
-            states.copy_(torch.tensor([[dropout_seed(seed, name), 0] for name in ("embedding", *places)]))
+        places = [f"blocks.{i}.{place}" for i in self.blocks for place in DROPOUT_PLACES]
+        fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *places), seed)
 
     def num_parameters(self) -> int:
-        """Parameters of the full model, over all tensor-parallel ranks, without vocabulary padding."""
-        return sum(prod(part.shard.full_shape) for p in self.parameters() for part in parameter_parts(p))
+        """Parameters of the full model or stage, over all tensor-parallel ranks, without vocabulary padding.
+
+        Over all stages the numbers add up to that of the whole model: a copy of a tied embedding counts nothing.
+        """
+        copied = self.token_embedding if self.stage is not None and not self.stage.first else None
+        own = [p for p in self.parameters() if copied is None or p is not copied.weight]
+        return sum(prod(part.shard.full_shape) for p in own for part in parameter_parts(p))
 
     def forward(
-        self, tokens: torch.Tensor, target: torch.Tensor | None = None, *, position: BatchPosition | None = None
+        self, x: torch.Tensor, target: torch.Tensor | None = None, *, position: BatchPosition | None = None
     ) -> torch.Tensor:
-        """Loss per token, or this rank's logits.
+        """Loss per token, or this rank's logits; of a stage what it hands on.
 
         Args:
-            tokens: [B, S] int64, S at most config.seq_len.
-            target: [B, S] int64, or None.
+            x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
+            target: [B, S] int64, or None. A stage takes none: see loss().
             position: where in training this microbatch lies; dropout needs it, in training mode.
 
         Returns:
-            With a target the loss per token [B, S] float32 (0 where target is -100), the same on every rank;
-            without one logits_shard [B, S, V_padded / R].
+            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), the same on
+            every rank; without one logits_shard [B, S, V_padded / R].
+            A stage: [S, B, H], or [S / R, B, H] under sequence parallelism; from the last one for loss() and logits().
         """
-        x = self._hidden(tokens, self._masks(tokens, position))
-        head = self.token_embedding if self.head is None else self.head
-        if target is None:
-            logits_shard = column_parallel_linear(
-                x, head.weight, tp_group=self.tp_group, sequence_parallel=self.sequence_parallel
-            )
-            return logits_shard.transpose(0, 1)
+        hidden = self._hidden(x, position)
+        if self.stage is not None:
+            check(target is None, "target must be given to the loss() of the last stage, not to a stage's forward")
+            return hidden
+        return self.logits(hidden) if target is None else self.loss(hidden, target)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """logits_shard [B, S, V_padded / R] of the last stage's output, or of the whole model's before the head."""
+        weight = self._head().weight
+        logits_shard = column_parallel_linear(
+            hidden, weight, tp_group=self.tp_group, sequence_parallel=self.sequence_parallel
+        )
+        return logits_shard.transpose(0, 1)
+
+    def loss(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Loss per token [B, S] float32 of the last stage's output; target [B, S] int64 as in forward."""
+        head = self._head()
         loss = vocab_parallel_linear_cross_entropy(
-            x,
+            hidden,
             head.weight,
             target.t(),
             tp_group=self.tp_group,
             vocab_size=self.vocab_size,
-            padded_vocab_size=self.token_embedding.padded_num_embeddings,
+            padded_vocab_size=head.padded_num_embeddings,
             sequence_parallel=self.sequence_parallel,
         )
         return loss.t()
 
-    def _masks(self, tokens: torch.Tensor, position: BatchPosition | None) -> DropoutMasks | None:
+    def _head(self) -> VocabParallelEmbedding:
+        head = self.token_embedding if self.head is None else self.head
+        check(self.final_norm is not None and head is not None, "only the last stage has a head")
+        assert head is not None
+        return head
+
+    def _masks(self, batch: int, seq_len: int, position: BatchPosition | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        check(
-            position is not None,
-            "position=None must be given where the model drops elements in training, "
-            "as position=BatchPosition(step, first_sample, global_batch_size) (or call eval())",
-        )
-        assert position is not None
-        batch, seq_len = tokens.shape
-        check(
-            position.first_sample + batch <= position.global_batch_size,
-            f"first_sample={position.first_sample} + tokens.shape[0]={batch} must be at most "
-            f"global_batch_size={position.global_batch_size}",
-        )
-        states = self.get_buffer("dropout_states").clone()
-        states[:, 1] = position.step
-        block = seq_len // group_size(self.tp_group) if self.sequence_parallel else 0
-        return DropoutMasks(states, position, block * group_rank(self.tp_group), seq_len)
+        group = self.tp_group if self.sequence_parallel else None
+        return masks_of_batch(self.get_buffer("dropout_states"), position, batch, seq_len, group)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert self.token_embedding is not None
         seq_len = tokens.shape[1]
         check(
             seq_len <= self.config.seq_len, f"tokens.shape[1]={seq_len} must be at most seq_len={self.config.seq_len}"
@@ -179,13 +192,22 @@ class GPT(nn.Module):
             positions = split_all_gather(positions, 0, self.tp_group)
         return embedded + positions.unsqueeze(1)
 
-    def _hidden(self, tokens: torch.Tensor, masks: DropoutMasks | None) -> torch.Tensor:
-        """What the head multiplies: [S, B, H], or [S / R, B, H] under sequence parallelism."""
-        x = self._embed(tokens)
-        if masks is not None and self.config.embedding_dropout > 0:
-            x = masks.drop(0, x, self.config.embedding_dropout)
+    def _hidden(self, x: torch.Tensor, position: BatchPosition | None) -> torch.Tensor:
+        """[S, B, H], or [S / R, B, H] under sequence parallelism: of the last stage what the head multiplies."""
+        first = self.stage is None or self.stage.first
+        if first:
+            batch, seq_len = x.shape
+        else:
+            ranks = group_size(self.tp_group) if self.sequence_parallel else 1
+            seq_len, batch = x.shape[0] * ranks, x.shape[1]
+        masks = self._masks(batch, seq_len, position)
+        if first:
+            x = self._embed(x)
+            if masks is not None and self.config.embedding_dropout > 0:
+                x = masks.drop(0, x, self.config.embedding_dropout)
         rest = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
-        return self.final_norm(self._blocks(x, rest, self._rotary(tokens.shape[1], x)))
+        x = self._blocks(x, rest, self._rotary(seq_len, x))
+        return x if self.final_norm is None else self.final_norm(x)
 
     def _rotary(self, seq_len: int, x: torch.Tensor) -> Tables | None:
         config = self.config
@@ -195,16 +217,5 @@ class GPT(nn.Module):
         return rotary_tables(seq_len, config, device=x.device, dtype=dtype)
 
     def _blocks(self, x: torch.Tensor, masks: DropoutMasks | None, rotary: Tables | None) -> torch.Tensor:
-        recompute = self.config.recompute == "full" and torch.is_grad_enabled()
-        places = len(DROPOUT_PLACES)
-        for i, block in enumerate(self.blocks):
-            inputs: dict[str, Any] = {
-                "rotary": rotary,
-                "dropout": None if masks is None else masks.rows(i * places, (i + 1) * places),
-            }
-            if recompute:
-                # Nothing in a block draws from torch's generators, so their state need not be kept.
-                x = checkpoint(block, x, **inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, **inputs)
-        return x
+        recompute = self.config.recompute == "full"
+        return run_blocks(self.blocks.values(), x, recompute=recompute, dropout=masks, rotary=rotary)

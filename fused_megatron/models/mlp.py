@@ -16,7 +16,7 @@ from fused_megatron.tensor_parallel import (
 )
 
 PLAIN_ACTIVATIONS = ("gelu", "gelu_exact")
-ACTIVATIONS = (*PLAIN_ACTIVATIONS, "swiglu", "geglu")
+ACTIVATIONS = ("gelu", "swiglu", "geglu", "gelu_exact")
 
 
 class ParallelMLP(nn.Module):

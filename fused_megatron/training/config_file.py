@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -63,6 +64,9 @@ def _file_arguments(path: Path) -> list[str]:
             name = f"{section}.{key}"
             if name not in known:
                 raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")
+            if isinstance(value, list) and "tuple" in str(known[name]):
+                words += [f"--{name}", *map(str, value)]
+                continue
             if isinstance(value, dict | list):
                 raise InputError(f"{path}: {name} must be one value, not {value!r}")
             words.append(f"--{name}={value}")
@@ -78,18 +82,19 @@ def _check_names(words: Sequence[str]) -> None:
                 raise InputError(f"unknown option --{name}{_nearest(name, known)}")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """The known key that was most likely meant: by the whole name, else by what follows the section."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
     if not close:
         by_field = {key.partition(".")[2]: key for key in known}
         close = [by_field[f] for f in difflib.get_close_matches(name.rpartition(".")[2], list(by_field), n=1)]
     return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
 
 
-def _known_keys() -> list[str]:
+def _known_keys() -> dict[str, Any]:
+    """Every key and its type."""
     sections = typing.get_type_hints(TrainConfig)
-    return [f"{section}.{f.name}" for section, cls in sections.items() for f in dataclasses.fields(cls)]
+    return {f"{section}.{f.name}": f.type for section, cls in sections.items() for f in dataclasses.fields(cls)}
 
 
 def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:

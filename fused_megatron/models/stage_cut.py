@@ -1,0 +1,95 @@
+"""Cutting a GPT into pipeline stages of about equal cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fused_megatron.checks import check
+from fused_megatron.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """What a stage holds: blocks start to stop; the first also the embedding, the last the final norm and the head."""
+
+    index: int
+    num_stages: int
+    start: int
+    stop: int
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.num_stages - 1
+
+
+def cut_stages(config: GPTConfig, num_stages: int, cut: Sequence[int] | None = None) -> tuple[StageSpan, ...]:
+    """The span of every stage.
+
+    Without a cut of the user the dearest stage is as cheap as can be. Cost is multiplications per token: of a block
+    those of its four products and of attention, of the head hidden_size x vocab_size, of the embedding hidden_size.
+
+    Args:
+        config: of the whole model; the cost of the head needs its vocab_size.
+        num_stages: how many; each holds a block or more.
+        cut: blocks of each stage, instead.
+
+    Raises:
+        InputError: as check_cut; no vocab_size.
+    """
+    check_cut(config.num_layers, num_stages, cut)
+    counts = list(cut) if cut is not None else _cheapest_counts(config, num_stages)
+    starts = [sum(counts[:index]) for index in range(num_stages)]
+    return tuple(
+        StageSpan(index, num_stages, start, start + count)
+        for index, (start, count) in enumerate(zip(starts, counts, strict=True))
+    )
+
+
+def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None) -> None:
+    """Raise InputError unless so many blocks can be cut into so many stages, and so."""
+    check(num_stages >= 1, f"num_stages={num_stages} must be 1 or more")
+    check(
+        num_layers >= num_stages,
+        f"num_layers={num_layers} must be at least the number of pipeline stages {num_stages}, each of which needs a "
+        "block (fewer pipeline_parallel_size or stages_per_rank, or more layers)",
+    )
+    if cut is None:
+        return
+    shown = list(cut)
+    check(
+        len(cut) == num_stages,
+        f"pipeline_cut={shown} must have one number of blocks for each of the {num_stages} stages, not {len(cut)}",
+    )
+    check(min(cut) >= 1, f"pipeline_cut={shown} must give every stage 1 block or more")
+    check(
+        sum(cut) == num_layers,
+        f"pipeline_cut={shown} has {sum(cut)} blocks: the sum must be num_layers={num_layers}",
+    )
+
+
+def block_cost(config: GPTConfig) -> int:
+    """Multiplications of a block per token, forward."""
+    hidden = config.hidden_size
+    kv_size = hidden // config.num_heads * config.kv_heads
+    projections = 2 * hidden * hidden + 2 * hidden * kv_size
+    # Scores and context; a token sees half of the others.
+    attention = config.seq_len * hidden
+    return projections + attention + (2 if config.activation == "gelu" else 3) * hidden * config.ffn_size
+
+
+def _cheapest_counts(config: GPTConfig, num_stages: int) -> list[int]:
+    check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
+    block = block_cost(config)
+    costs = [block] * num_stages
+    costs[0] += config.hidden_size
+    costs[-1] += config.hidden_size * (config.vocab_size or 0)
+    counts = [1] * num_stages
+    for _ in range(config.num_layers - num_stages):
+        # Blocks cost the same, so handing each to the cheapest is best. Of equals the latest: early stages keep more.
+        cheapest = min(range(num_stages), key=lambda stage: (costs[stage], -stage))
+        costs[cheapest] += block
+        counts[cheapest] += 1
+    return counts
