@@ -164,6 +164,28 @@ class GPTConfig:
         return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
 
 
+@dataclass(frozen=True)
+class BERTConfig(GPTConfig):
+    """An encoder: every token sees every other. The fields of GPTConfig mean the same here; the head is tied."""
+
+    num_token_types: int = 2
+    """Kinds of tokens (first and second sentence), each with a learned vector; 0 for none."""
+    post_norm: bool = False
+    """Norms behind the residual additions and behind the embedding, as BERT was published; else before attention and
+    MLP and before the head, as Megatron-LM re-arranged them."""
+    masked_lm_head: bool = True
+    """Whether there is the head that predicts masked tokens."""
+    next_sentence_head: bool = False
+    """Whether there is the head that tells if the second sentence follows the first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_token_types >= 0, f"num_token_types={self.num_token_types} must be 0 or more")
+        check_one_of("activation", self.activation, ("gelu", "gelu_exact"))
+        check(self.tied_embeddings, "tied_embeddings=False must be True: BERT's head shares the embedding")
+        check(self.sliding_window is None, f"sliding_window={self.sliding_window} must be None: it is of causal models")
+
+
 # The values of the fields that are words.
 _WORDS = {
     "activation": ("gelu", "swiglu", "geglu", "gelu_exact"),

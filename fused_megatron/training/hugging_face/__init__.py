@@ -3,3 +3,7 @@
 Reading order: families (which configs and names there are, and what they are here), weight_files (the bytes),
 import_model, export_model, command. transformers itself is not needed.
 """
+
+from fused_megatron.training.hugging_face.import_model import load_model
+
+__all__ = ["load_model"]

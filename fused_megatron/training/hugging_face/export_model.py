@@ -107,7 +107,7 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     original = run.hugging_face / CONFIG_FILE
     settings = read_json(original) if original.is_file() else {}
     family = family_for(config, settings.get("model_type"))
-    entries = _entries(manifest, family.all_rules(config, family.prefix), dtype)
+    entries = _entries(manifest, family.rules(config, family.prefix), dtype)
     files = _in_files(entries, max_bytes)
     if run.hugging_face.is_dir():
         copy_kept_files(run.hugging_face, folder)

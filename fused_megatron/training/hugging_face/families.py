@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fused_megatron.checks import InputError
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import BERTConfig, GPTConfig
 from fused_megatron.training.hugging_face.rotary import read_rotary, write_rotary
 from fused_megatron.training.hugging_face.rules import Rule, linear, query_key_value
 from fused_megatron.training.hugging_face.settings import Settings
@@ -31,19 +31,26 @@ class Family:
 
     Attributes:
         model_type: in config.json.
-        architecture: the class that holds the head, too.
+        architectures: the classes of the model; first the one with its head.
         prefix: of the names of all tensors but the head; a checkpoint of the bare model lacks it.
-        read: config.json to the fields of a GPTConfig.
-        write: the reverse; what it cannot say is found by reading it back.
-        rules: of the tensors, for a config; without the head.
+        read: config.json to the fields of config_type.
+        write: the reverse; what it cannot say is found by reading it back. None: it is not written.
+        rules: of the tensors, for a config and a prefix.
+        config_type: of the model here.
     """
 
     model_type: str
-    architecture: str
+    architectures: tuple[str, ...]
     prefix: str
     read: Callable[[Settings], dict[str, Any]]
-    write: Callable[[GPTConfig], dict[str, Any]]
-    rules: Callable[[GPTConfig], list[Rule]]
+    write: Callable[[GPTConfig], dict[str, Any]] | None
+    rules: Callable[[Any, str], list[Rule]]
+    config_type: type[GPTConfig] = GPTConfig
+
+    @property
+    def architecture(self) -> str:
+        """The class that holds the head, too."""
+        return self.architectures[0]
 
     def read_config(self, settings: Settings) -> GPTConfig:
         """The model that config.json describes.
@@ -54,13 +61,14 @@ class Family:
         settings.require("quantization_config", None, [None])
         settings.require("add_cross_attention", False, [False])
         try:
-            return GPTConfig(**self.read(settings))
+            return self.config_type(**self.read(settings))
         except InputError as error:
             source = "" if str(error).startswith(settings.source) else f"{settings.source}: "
             raise InputError(f"{source}{error}") from None
 
     def write_config(self, config: GPTConfig) -> dict[str, Any]:
         """config.json of the model."""
+        assert self.write is not None
         common = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -70,21 +78,13 @@ class Family:
         }
         return common | self.write(config)
 
-    def all_rules(self, config: GPTConfig, prefix: str) -> list[Rule]:
-        """Every tensor of the model; theirs with the prefix."""
-        rules = [
-            dataclasses.replace(rule, sources=tuple(prefix + source for source in rule.sources))
-            for rule in self.rules(config)
-        ]
-        return rules if config.tied_embeddings else [*rules, Rule("head.weight", ("lm_head.weight",))]
-
     def prefix_in(self, names: Iterable[str]) -> str:
         """The prefix of these tensors: the family's, or none in a checkpoint of the bare model."""
         return self.prefix if any(name.startswith(self.prefix) for name in names) else ""
 
 
 # What old versions wrote beside the weights.
-_BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq")
+_BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq", "*.embeddings.position_ids")
 
 
 def is_buffer(name: str) -> bool:
@@ -127,11 +127,14 @@ def _write_gpt2(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _gpt2_rules(config: GPTConfig) -> list[Rule]:
+def _gpt2_rules(config: GPTConfig, prefix: str) -> list[Rule]:
     heads = config.num_heads
-    rules = [Rule("token_embedding.weight", ("wte.weight",)), Rule("position_embedding", ("wpe.weight",))]
+    rules = [
+        Rule("token_embedding.weight", (f"{prefix}wte.weight",)),
+        Rule("position_embedding", (f"{prefix}wpe.weight",)),
+    ]
     for i in range(config.num_layers):
-        ours, theirs = f"blocks.{i}", f"h.{i}"
+        ours, theirs = f"blocks.{i}", f"{prefix}h.{i}"
         rules += [
             *linear(f"{ours}.attention_norm", f"{theirs}.ln_1", True),
             *linear(f"{ours}.attention.query_key_value", f"{theirs}.attn.c_attn", True, transposed=True, heads=heads),
@@ -140,7 +143,11 @@ def _gpt2_rules(config: GPTConfig) -> list[Rule]:
             *linear(f"{ours}.mlp.expansion", f"{theirs}.mlp.c_fc", True, transposed=True),
             *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.c_proj", True, transposed=True),
         ]  # fmt: skip
-    return rules + linear("final_norm", "ln_f", True)
+    return rules + linear("final_norm", f"{prefix}ln_f", True) + _head(config)
+
+
+def _head(config: GPTConfig) -> list[Rule]:
+    return [] if config.tied_embeddings else [Rule("head.weight", ("lm_head.weight",))]
 
 
 def _read_llama_like(settings: Settings) -> dict[str, Any]:
@@ -230,11 +237,11 @@ def _write_qwen(config: GPTConfig) -> dict[str, Any]:
     return _write_llama_like(config) | sliding | {"attention_bias": False}
 
 
-def _llama_rules(config: GPTConfig) -> list[Rule]:
+def _llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
     qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
-    rules = [Rule("token_embedding.weight", ("embed_tokens.weight",))]
+    rules = [Rule("token_embedding.weight", (f"{prefix}embed_tokens.weight",))]
     for i in range(config.num_layers):
-        ours, theirs = f"blocks.{i}", f"layers.{i}"
+        ours, theirs = f"blocks.{i}", f"{prefix}layers.{i}"
         attention = [f"{theirs}.self_attn.{kind}_proj" for kind in "qkv"]
         rules += [
             *linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", False),
@@ -252,16 +259,79 @@ def _llama_rules(config: GPTConfig) -> list[Rule]:
         if config.query_key_norm:
             rules += linear(f"{ours}.attention.query_norm", f"{theirs}.self_attn.q_norm", False)
             rules += linear(f"{ours}.attention.key_norm", f"{theirs}.self_attn.k_norm", False)
-    return rules + linear("final_norm", "norm", False)
+    return rules + linear("final_norm", f"{prefix}norm", False) + _head(config)
+
+
+def _read_bert(settings: Settings) -> dict[str, Any]:
+    settings.require("is_decoder", False, [False])
+    settings.require("position_embedding_type", "absolute", ["absolute"])
+    dropout = settings.number("hidden_dropout_prob", 0.1)
+    architecture = (settings.get("architectures") or ["BertForMaskedLM"])[0]
+    return {
+        "num_layers": settings.size("num_hidden_layers"),
+        "hidden_size": settings.size("hidden_size"),
+        "num_heads": settings.size("num_attention_heads"),
+        "seq_len": settings.size("max_position_embeddings"),
+        "ffn_hidden_size": settings.size("intermediate_size"),
+        "vocab_size": settings.size("vocab_size"),
+        "num_token_types": settings.size("type_vocab_size", 2),
+        "tied_embeddings": settings.flag("tie_word_embeddings", True),
+        "activation": settings.word("hidden_act", _GELUS, "gelu"),
+        "layer_norm_eps": settings.number("layer_norm_eps", 1e-12),
+        "init_std": settings.number("initializer_range", 0.02),
+        "hidden_dropout": dropout,
+        "embedding_dropout": dropout,
+        "attention_dropout": settings.number("attention_probs_dropout_prob", 0.1),
+        "post_norm": True,
+        "masked_lm_head": architecture != "BertModel",
+        "next_sentence_head": architecture == "BertForPreTraining",
+    }
+
+
+def _bert_rules(config: BERTConfig, prefix: str) -> list[Rule]:
+    embeddings, head = f"{prefix}embeddings", "cls.predictions"
+    rules = [
+        Rule("token_embedding.weight", (f"{embeddings}.word_embeddings.weight",)),
+        Rule("position_embedding", (f"{embeddings}.position_embeddings.weight",)),
+        Rule("token_type_embedding", (f"{embeddings}.token_type_embeddings.weight",)),
+        *linear("embedding_norm", f"{embeddings}.LayerNorm", True),
+    ]
+    for i in range(config.num_layers):
+        ours, theirs = f"blocks.{i}", f"{prefix}encoder.layer.{i}"
+        attention = [f"{theirs}.attention.self.{part}" for part in ("query", "key", "value")]
+        rules += [
+            *query_key_value(
+                f"{ours}.attention.query_key_value", attention, True, num_heads=config.num_heads, grouped=False
+            ),
+            *linear(f"{ours}.attention.projection", f"{theirs}.attention.output.dense", True),
+            *linear(f"{ours}.attention_norm", f"{theirs}.attention.output.LayerNorm", True),
+            *linear(f"{ours}.mlp.expansion", f"{theirs}.intermediate.dense", True),
+            *linear(f"{ours}.mlp.projection", f"{theirs}.output.dense", True),
+            *linear(f"{ours}.mlp_norm", f"{theirs}.output.LayerNorm", True),
+        ]
+    if config.masked_lm_head:
+        rules += [
+            *linear("head_transform", f"{head}.transform.dense", True),
+            *linear("head_norm", f"{head}.transform.LayerNorm", True),
+            Rule("head_bias", (f"{head}.bias",)),
+        ]
+    if config.next_sentence_head:
+        rules += linear("pooler", f"{prefix}pooler.dense", True)
+        rules += linear("next_sentence", "cls.seq_relationship", True)
+    return rules
 
 
 # Where a model can be written as several, the first.
 FAMILIES = (
-    Family("gpt2", "GPT2LMHeadModel", "transformer.", _read_gpt2, _write_gpt2, _gpt2_rules),
-    Family("llama", "LlamaForCausalLM", "model.", _read_llama, _write_llama, _llama_rules),
-    Family("mistral", "MistralForCausalLM", "model.", _read_mistral, _write_mistral, _llama_rules),
-    Family("qwen2", "Qwen2ForCausalLM", "model.", _read_qwen2, _write_qwen, _llama_rules),
-    Family("qwen3", "Qwen3ForCausalLM", "model.", _read_qwen3, _write_qwen, _llama_rules),
+    Family("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", _read_gpt2, _write_gpt2, _gpt2_rules),
+    Family("llama", ("LlamaForCausalLM", "LlamaModel"), "model.", _read_llama, _write_llama, _llama_rules),
+    Family("mistral", ("MistralForCausalLM", "MistralModel"), "model.", _read_mistral, _write_mistral, _llama_rules),
+    Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "model.", _read_qwen2, _write_qwen, _llama_rules),
+    Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "model.", _read_qwen3, _write_qwen, _llama_rules),
+    Family(
+        "bert", ("BertForMaskedLM", "BertForPreTraining", "BertModel"), "bert.", _read_bert, None, _bert_rules,
+        BERTConfig,
+    ),
 )  # fmt: skip
 
 
@@ -274,8 +344,7 @@ def family_of(settings: Settings) -> Family:
     kind, architectures = settings.get("model_type"), settings.get("architectures")
     known = ", ".join(f"{family.architecture} ({family.model_type})" for family in FAMILIES)
     for family in FAMILIES:
-        bare = family.architecture.replace("ForCausalLM", "Model").replace("LMHeadModel", "Model")
-        if kind == family.model_type and (not architectures or architectures[0] in (family.architecture, bare)):
+        if kind == family.model_type and (not architectures or architectures[0] in family.architectures):
             return family
     raise InputError(
         f"{settings.source}: model_type={kind!r:.60} with architectures={architectures!r:.100} is not known "
@@ -294,7 +363,8 @@ def family_for(config: GPTConfig, preferred: str | None = None) -> Family:
         InputError: no family has a field of this model; the field is named.
     """
     differences: list[tuple[int, str]] = []
-    for family in sorted(FAMILIES, key=lambda family: family.model_type != preferred):
+    writable = [family for family in FAMILIES if family.write is not None]
+    for family in sorted(writable, key=lambda family: family.model_type != preferred):
         written = family.read_config(Settings(family.write_config(config), family.model_type))
         differing = differing_fields(written, config)
         if not differing:

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError, check
-from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, TrainConfig, TrainingConfig
-from fused_megatron.models import GPT
+from fused_megatron.config import BERTConfig, DataConfig, GPTConfig, OptimizerConfig, TrainConfig, TrainingConfig
+from fused_megatron.models import BERT, GPT
 from fused_megatron.training.checkpoint import StreamedBox, TensorBox, save_checkpoint
 from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
 from fused_megatron.training.hugging_face.families import family_of, is_buffer
@@ -33,6 +34,12 @@ KEPT_FILES = (
     CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+# What of a tied head may be stored twice, and what it then equals (None: the embedding).
+_TIED = {
+    "lm_head.weight": None,
+    "cls.predictions.decoder.weight": None,
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 _TRAINED = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -80,9 +87,9 @@ def open_source(folder: Path, dtype: torch.dtype | None = None, skip: Sequence[s
     family = family_of(settings)
     config = family.read_config(settings)
     files = WeightFiles(folder)
-    model = GPT(config, device=torch.device("meta"))
+    model = _new_model(config, device=torch.device("meta"))
     shapes = {name.removeprefix("model."): box.full_shape for name, box in parameter_boxes(model).items()}
-    rules = {rule.name: rule for rule in family.all_rules(config, family.prefix_in(files.tensors))}
+    rules = {rule.name: rule for rule in family.rules(config, family.prefix_in(files.tensors))}
     assert rules.keys() == shapes.keys()
     _check_names(files, list(rules.values()), shapes, config, family.architecture, skip)
     for rule in rules.values():
@@ -105,9 +112,10 @@ def _check_names(
             f"there{more}: is a file missing, or {CONFIG_FILE} of another model?"
         )
     extra = sorted(found - wanted.keys())
-    if config.tied_embeddings and "lm_head.weight" in extra:
-        _check_tied(files, rules[0].sources[0])
-        extra.remove("lm_head.weight")
+    for copy, original in _TIED.items():
+        if copy in extra and config.tied_embeddings:
+            _check_tied(files, copy, original or rules[0].sources[0])
+            extra.remove(copy)
     if extra:
         more = f" (and {len(extra) - 1} more)" if len(extra) > 1 else ""
         raise InputError(
@@ -116,12 +124,12 @@ def _check_names(
         )
 
 
-def _check_tied(files: WeightFiles, embedding: str) -> None:
+def _check_tied(files: WeightFiles, copy: str, original: str) -> None:
     """A head that is tied may be stored too, where it is the same."""
     check(
-        files.same("lm_head.weight", embedding),
-        f"{files.folder}: tensor 'lm_head.weight' differs from {embedding!r}, but tie_word_embeddings says that they "
-        f"are one: set tie_word_embeddings to false in {CONFIG_FILE}, or leave the head out with --skip lm_head.weight",
+        files.same(copy, original),
+        f"{files.folder}: tensor {copy!r} differs from {original!r}, but tie_word_embeddings says that they are one: "
+        f"set tie_word_embeddings to false in {CONFIG_FILE}, or leave the head out with --skip {copy}",
     )
 
 
@@ -164,8 +172,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     skip: Sequence[str] = (),
-) -> GPT:
-    """A GPT with the weights of a folder of transformers', at any tensor-parallel size.
+) -> GPT | BERT:
+    """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size.
 
     Args:
         folder: config.json and safetensors, whole or in several files.
@@ -181,11 +189,11 @@ def load_model(
     Communication: one exchange of JSON.
     Memory: this rank's shard and one full tensor.
     """
-    built: list[GPT] = []
+    built: list[GPT | BERT] = []
 
     def build() -> None:
         source = open_source(Path(folder), dtype, skip)
-        model = GPT(
+        model = _new_model(
             source.config, tp_group=tp_group, sequence_parallel=sequence_parallel, dtype=source.dtype,
             device=torch.device("meta"),
         )  # fmt: skip
@@ -195,7 +203,11 @@ def load_model(
     return built[0]
 
 
-def _filled(model: GPT, source: Source, device: torch.device) -> GPT:
+def _new_model(config: GPTConfig, **layout: Any) -> GPT | BERT:
+    return BERT(config, **layout) if isinstance(config, BERTConfig) else GPT(config, **layout)
+
+
+def _filled(model: GPT | BERT, source: Source, device: torch.device) -> GPT | BERT:
     model = model.to_empty(device=device)
     model.reset_dropout(seed=0)
     for parameter in model.parameters():
@@ -228,7 +240,13 @@ def import_model(
 
     def prepare() -> None:
         check_absent(run_path)
-        opened.append(open_source(folder, dtype, skip))
+        source = open_source(folder, dtype, skip)
+        check(
+            not isinstance(source.config, BERTConfig),
+            f"{folder} holds a BERT, of which there are no runs: `train` and `generate` are for GPTs "
+            f"(fused_megatron.training.hugging_face.load_model takes it)",
+        )
+        opened.append(source)
 
     run_together(group, prepare)
     source = opened[0]

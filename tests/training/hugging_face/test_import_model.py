@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> Path:
     family = family_for(CONFIG)
     assert family.model_type == "llama"
     shapes = {name: box.full_shape for name, box in parameter_boxes(GPT(CONFIG, device=torch.device("meta"))).items()}
-    rules = family.all_rules(CONFIG, family.prefix)
+    rules = family.rules(CONFIG, family.prefix)
     names = {source: rule.source_shape(shapes[f"model.{rule.name}"]) for rule in rules for source in rule.sources}
     tensors = {name: torch.randn(shape) for name, shape in names.items()}
     files = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
