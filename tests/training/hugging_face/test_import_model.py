@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
+from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.checkpoint import CheckpointError
@@ -31,20 +33,24 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A Llama in a folder as transformers writes it: two files and an index."""
-    folder = tmp_path / "in" / "llama"
+    """A small Llama in a folder."""
+    return written(CONFIG, tmp_path / "in" / "llama")
+
+
+def written(config: GPTConfig, folder: Path) -> Path:
+    """A Llama of random weights in a folder as transformers writes it: two files and an index."""
     folder.mkdir(parents=True)
-    family = family_for(CONFIG)
+    family = family_for(config)
     assert family.model_type == "llama"
-    shapes = {name: box.full_shape for name, box in parameter_boxes(GPT(CONFIG, device=torch.device("meta"))).items()}
-    rules = family.rules(CONFIG, family.prefix)
+    shapes = {name: box.full_shape for name, box in parameter_boxes(GPT(config, device=torch.device("meta"))).items()}
+    rules = family.rules(config, family.prefix)
     names = {source: rule.source_shape(shapes[f"model.{rule.name}"]) for rule in rules for source in rule.sources}
     tensors = {name: torch.randn(shape) for name, shape in names.items()}
     files = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in tensors}
     for file in set(files.values()):
         save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    (folder / "config.json").write_text(json.dumps(family.write_config(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(family.write_config(config)))
     return folder
 
 
@@ -273,3 +279,38 @@ def test_a_model_that_no_family_has() -> None:
     assert family_for(GPTConfig(**{**vars(CONFIG), "sliding_window": 4})).model_type == "mistral"
     assert family_for(GPTConfig(**{**vars(CONFIG), "qkv_bias": True})).model_type == "qwen2"
     assert family_for(GPTConfig(**{**vars(CONFIG), "query_key_norm": True, "head_dim": 6})).model_type == "qwen3"
+
+
+def peak_growth(rank: int, world_size: int, folder: Path, small: Path, run: Path) -> tuple[int, int]:
+    """Bytes by which this rank's resident memory grows at its highest: by an import, then by loading its shard."""
+    tp_group = init_mesh(world_size).tp_group
+    convert(ConvertArguments("from-hf", small, run.with_name("small")))  # loads the code that it needs
+    before = resident()
+    convert(ConvertArguments("from-hf", folder, run))
+    imported = resident_peak() - before
+    before = resident()
+    model = load_model(folder, tp_group=tp_group)
+    assert model.num_parameters() > 16e6
+    return imported, resident_peak() - before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_a_rank_holds_its_shard_and_one_tensor(source: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "ffn_hidden_size": 2048, "num_layers": 4, "num_kv_heads": None, "vocab_size": 512}
+    folder = written(GPTConfig(**{**vars(CONFIG), **sizes}), tmp_path / "in" / "large")
+    whole = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    largest = 4 * 2048 * 512
+    # The 4 MiB in which files are written, and pages of the tensor before that are not reused yet.
+    slack = 20_000_000
+    assert whole / 2 > largest + slack
+    for imported, loaded in run_on_ranks(peak_growth, 2, folder, source, tmp_path / "run"):
+        assert imported < largest + slack
+        assert loaded < whole / 2 + largest + slack < whole
