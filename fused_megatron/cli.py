@@ -114,6 +114,7 @@ def _generate(words: Sequence[str]) -> int:
 
 
 def _convert(words: Sequence[str]) -> int:
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
     from fused_megatron.training.hugging_face.command import ConvertArguments, convert  # noqa: PLC0415
 
     program = "fused-megatron convert"

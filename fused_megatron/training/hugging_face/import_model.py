@@ -213,9 +213,13 @@ def _filled(model: GPT | BERT, source: Source, device: torch.device) -> GPT | BE
     for parameter in model.parameters():
         parameter.data.zero_()  # rows that pad the vocabulary
     for name, box in parameter_boxes(model).items():
-        full = source.read(name.removeprefix("model."))
-        box.tensor.copy_(full[box.box.slices((0,) * full.dim())])
+        _copy_box(source.read(name.removeprefix("model.")), box)
     return model
+
+
+def _copy_box(full: torch.Tensor, box: TensorBox) -> None:
+    """A function, so that nothing holds the full tensor when the next is read."""
+    box.tensor.copy_(full[box.box.slices((0,) * full.dim())])
 
 
 def import_model(
