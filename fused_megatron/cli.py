@@ -20,6 +20,7 @@ USAGE = """usage: fused-megatron COMMAND ...
 commands:
   train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
+  convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   doctor [--json]                               what is here, what is missing, and what mends it
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
         "generate": _generate,
+        "convert": _convert,
         "schedule": _schedule,
         "doctor": _doctor,
         "audit": _audit,
@@ -111,6 +113,22 @@ def _generate(words: Sequence[str]) -> int:
     text = generate_text(arguments)
     if _speaks_for_host():
         print(text)
+    return 0
+
+
+def _convert(words: Sequence[str]) -> int:
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
+    from fused_megatron.training.hugging_face.command import ConvertArguments, convert  # noqa: PLC0415
+
+    program = "fused-megatron convert"
+    if any(word in ("-h", "--help") for word in words):
+        print_arguments(ConvertArguments, program)
+        return 0
+    try:
+        arguments = parse_arguments(ConvertArguments, words, source=program)
+    except InputError as error:
+        raise _shared(error) from None
+    convert(arguments)
     return 0
 
 

@@ -28,7 +28,9 @@ def _transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
     }
 
 
-def full_tensor(parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False) -> torch.Tensor:
+def full_tensor(
+    parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False
+) -> torch.Tensor:
     """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
 
     Args:
@@ -106,7 +108,9 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
     Raises:
         InputError: naming the tensor; nothing was loaded.
     """
-    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
+    targets = {
+        name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
+    }
     transposed = _transposed(model)
     given = {targets[name] for name in targets if name in state}
     missing = [name for name, value in targets.items() if value not in given]

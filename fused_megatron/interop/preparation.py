@@ -99,7 +99,9 @@ class Preparation:
                 )
             for layer in unit.of("replicated_with_grad_allreduce"):
                 if not isinstance(find_exchange(layer.name, layer.module), Exchange) and not unit.reason:
-                    unit.reason = f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    unit.reason = (
+                        f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    )
 
     def _wanted(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
@@ -156,7 +158,10 @@ class Preparation:
     def _make_exchanges(self) -> None:
         replaced = {replacement.layer.module for replacement in self.replacements}
         summed = {
-            layer.module for unit in self.units if not unit.reason for layer in unit.of("replicated_with_grad_allreduce")
+            layer.module
+            for unit in self.units
+            if not unit.reason
+            for layer in unit.of("replicated_with_grad_allreduce")
         }
         for stack in self.stacks:
             in_stack = {module for layer in stack.layers for module in layer.modules()}
@@ -170,7 +175,9 @@ class Preparation:
             if isinstance(found, Exchange):
                 if needs_sum and group_size(self.tp_group) > 1:
                     if found.drop_in not in _SUMMED:
-                        raise InputError(f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks")
+                        raise InputError(
+                            f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks"
+                        )
                     attributes = {**found.attributes, "tp_group": self.tp_group, "sequence_parallel": True}
                     found = Exchange(name, module, _SUMMED[found.drop_in], attributes)
                 if found.drop_in is not type(module):

@@ -1,6 +1,7 @@
 """Models built from the tensor-parallel layers."""
 
 from fused_megatron.models.attention import ParallelSelfAttention
+from fused_megatron.models.bert import BERT
 from fused_megatron.models.dropout import BatchPosition
 from fused_megatron.models.gpt import GPT
 from fused_megatron.models.mlp import ParallelMLP
@@ -8,6 +9,7 @@ from fused_megatron.models.stage_cut import StageSpan, cut_stages
 from fused_megatron.models.transformer_block import TransformerBlock
 
 __all__ = [
+    "BERT",
     "GPT",
     "BatchPosition",
     "ParallelMLP",

@@ -1,12 +1,14 @@
 """Dropout whose masks do not depend on the layout: every element's fate follows from its place in the whole tensor."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
+from fused_megatron.collectives import Group, group_rank, group_size
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,40 @@ def dropout_seed(seed: int, name: str) -> int:
     """63 bits for the place `name` of a model with this seed."""
     digest = hashlib.sha256(f"dropout {seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def fill_dropout_states_(states: torch.Tensor, places: Sequence[str], seed: int) -> None:
+    """Make the places of a model draw from this seed: (seed of the place, 0) for each, [n, 2] int64."""
+    if not states.is_meta:
+        states.copy_(torch.tensor([[dropout_seed(seed, place), 0] for place in places]))
+
+
+def masks_of_batch(
+    states: torch.Tensor, position: BatchPosition | None, batch: int, seq_len: int, sequence_group: Group
+) -> DropoutMasks:
+    """What a model drops from a microbatch.
+
+    Args:
+        states: as fill_dropout_states_ filled them.
+        position: of the microbatch.
+        batch, seq_len: B and the whole S.
+        sequence_group: the ranks that share the sequence; None where every rank has all of it.
+
+    Raises:
+        InputError: no position, or one that leaves the global batch.
+    """
+    check(
+        position is not None,
+        "position=None must be given where the model drops elements in training, "
+        "as position=BatchPosition(step, first_sample, global_batch_size) (or call eval())",
+    )
+    assert position is not None
+    check(
+        position.first_sample + batch <= position.global_batch_size,
+        f"first_sample={position.first_sample} + tokens.shape[0]={batch} must be at most "
+        f"global_batch_size={position.global_batch_size}",
+    )
+    states = states.clone()
+    states[:, 1] = position.step
+    start = seq_len // group_size(sequence_group) * group_rank(sequence_group)
+    return DropoutMasks(states, position, start, seq_len)

@@ -6,21 +6,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from fused_megatron.checks import check
-from fused_megatron.collectives import Group, group_rank, group_size, split_all_gather
+from fused_megatron.collectives import Group, group_size, split_all_gather
 from fused_megatron.config import GPTConfig
 from fused_megatron.models.attention import Tables
-from fused_megatron.models.dropout import BatchPosition, DropoutMasks, dropout_seed
+from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
-from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of
+from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.tensor_parallel import (
-    ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
-    RowParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
     fill_normal_shard_,
@@ -110,15 +105,13 @@ class GPT(nn.Module):
         """Draw every weight from (seed, its name); norms are 1, biases 0. Dropout draws from this seed, too."""
         if self.position_embedding is not None:
             fill_normal_shard_(self.position_embedding, self.config.init_std, seed=seed, name="position_embedding")
+        self.reset_dropout(seed)
+        reset_layers(self, seed)
+
+    def reset_dropout(self, seed: int) -> None:
+        """Dropout draws from this seed."""
         places = [f"blocks.{i}.{place}" for i in self.blocks for place in DROPOUT_PLACES]
-        states = self.get_buffer("dropout_states")
-        if not states.is_meta:
-            states.copy_(torch.tensor([[dropout_seed(seed, name), 0] for name in ("embedding", *places)]))
-        for name, module in self.named_modules():
-            if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
-                module.reset_parameters(seed, f"{name}.weight")
-            elif isinstance(module, LayerNorm | RMSNorm):
-                module.reset_parameters()
+        fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *places), seed)
 
     def num_parameters(self) -> int:
         """Parameters of the full model or stage, over all tensor-parallel ranks, without vocabulary padding.
@@ -188,21 +181,8 @@ class GPT(nn.Module):
     def _masks(self, batch: int, seq_len: int, position: BatchPosition | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        check(
-            position is not None,
-            "position=None must be given where the model drops elements in training, "
-            "as position=BatchPosition(step, first_sample, global_batch_size) (or call eval())",
-        )
-        assert position is not None
-        check(
-            position.first_sample + batch <= position.global_batch_size,
-            f"first_sample={position.first_sample} + tokens.shape[0]={batch} must be at most "
-            f"global_batch_size={position.global_batch_size}",
-        )
-        states = self.get_buffer("dropout_states").clone()
-        states[:, 1] = position.step
-        block = seq_len // group_size(self.tp_group) if self.sequence_parallel else 0
-        return DropoutMasks(states, position, block * group_rank(self.tp_group), seq_len)
+        group = self.tp_group if self.sequence_parallel else None
+        return masks_of_batch(self.get_buffer("dropout_states"), position, batch, seq_len, group)
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         assert self.token_embedding is not None
@@ -241,19 +221,8 @@ class GPT(nn.Module):
         if config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rotary_tables(seq_len, config.rotary_dim, config.rotary_base, device=x.device, dtype=dtype)
+        return rotary_tables(seq_len, config, device=x.device, dtype=dtype)
 
     def _blocks(self, x: torch.Tensor, masks: DropoutMasks | None, rotary: Tables | None) -> torch.Tensor:
-        recompute = self.config.recompute == "full" and torch.is_grad_enabled()
-        places = len(DROPOUT_PLACES)
-        for i, block in enumerate(self.blocks.values()):
-            inputs: dict[str, Any] = {
-                "rotary": rotary,
-                "dropout": None if masks is None else masks.rows(i * places, (i + 1) * places),
-            }
-            if recompute:
-                # Nothing in a block draws from torch's generators, so their state need not be kept.
-                x = checkpoint(block, x, **inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, **inputs)
-        return x
+        recompute = self.config.recompute == "full"
+        return run_blocks(self.blocks.values(), x, recompute=recompute, dropout=masks, rotary=rotary)

@@ -15,14 +15,15 @@ from fused_megatron.tensor_parallel import (
     parallel_mlp,
 )
 
-ACTIVATIONS = ("gelu", "swiglu", "geglu")
+PLAIN_ACTIVATIONS = ("gelu", "gelu_exact")
+ACTIVATIONS = ("gelu", "swiglu", "geglu", "gelu_exact")
 
 
 class ParallelMLP(nn.Module):
     """projection(activation(expansion(x))), with the bias of the expansion fused into the activation.
 
-    gelu            x [S, B, H] -> [S, B, F / R] -> [S, B, H]
-    swiglu, geglu   x [S, B, H] -> [gate | up] [S, B, 2 F / R] -> act(gate) * up [S, B, F / R] -> [S, B, H]
+    gelu, gelu_exact  x [S, B, H] -> [S, B, F / R] -> [S, B, H]
+    swiglu, geglu     x [S, B, H] -> [gate | up] [S, B, 2 F / R] -> act(gate) * up [S, B, F / R] -> [S, B, H]
 
     Gate and up are the same block of features of two full weights [F, H], multiplied as one (a checkpoint holds them
     as expansion.weight.gate and expansion.weight.up).
@@ -30,7 +31,8 @@ class ParallelMLP(nn.Module):
     Args:
         hidden_size: H.
         ffn_hidden_size: F; must be divisible by the size R of tp_group.
-        activation: "gelu" (tanh), "swiglu" or "geglu" (tanh).
+        activation: "gelu" (tanh), "gelu_exact" (erf), "swiglu" or "geglu" (tanh).
+        bias: whether both layers have biases.
         tp_group: tensor-parallel group; None means one rank.
         sequence_parallel: x and the result are sequence shards [S / R, B, H].
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
@@ -46,6 +48,7 @@ class ParallelMLP(nn.Module):
         ffn_hidden_size: int,
         *,
         activation: str = "gelu",
+        bias: bool = True,
         tp_group: Group,
         sequence_parallel: bool = False,
         skip_bias_add: bool = False,
@@ -65,17 +68,17 @@ class ParallelMLP(nn.Module):
         }
         self.activation, self.skip_bias_add = activation, skip_bias_add
         self.expansion: ColumnParallelLinear
-        if activation == "gelu":
+        if activation in PLAIN_ACTIVATIONS:
             self.expansion = ColumnParallelLinear(
-                hidden_size, ffn_hidden_size, skip_bias_add=True, init_std=init_std, **layout
+                hidden_size, ffn_hidden_size, bias, skip_bias_add=True, init_std=init_std, **layout
             )
         else:
             parts = [OutputPart(name, ffn_hidden_size) for name in ("gate", "up")]
             self.expansion = StackedColumnParallelLinear(
-                hidden_size, parts, skip_bias_add=True, init_std=init_std, **layout
+                hidden_size, parts, bias, skip_bias_add=True, init_std=init_std, **layout
             )
         self.projection = RowParallelLinear(
-            ffn_hidden_size, hidden_size, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
+            ffn_hidden_size, hidden_size, bias, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:

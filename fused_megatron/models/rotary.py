@@ -1,17 +1,74 @@
-"""The angles of rotary position embedding."""
+"""The angles of rotary position embedding, and how they are scaled for a longer context than trained on."""
+
+import math
 
 import torch
 
+from fused_megatron.config import GPTConfig
+
 
 def rotary_tables(
-    seq_len: int, rotary_dim: int, base: float, *, device: torch.device, dtype: torch.dtype = torch.float32
+    seq_len: int, config: GPTConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * base^(-2 i / rotary_dim), [seq_len, rotary_dim / 2] each, for ops.rotary_embedding.
+    """cos and sin of position * frequency, [seq_len, rotary_dim / 2] each, for ops.rotary_embedding.
 
     Made anew in every forward: once for all layers it costs nothing, and no buffer of the model can be cast or moved.
     Angles are float64: in float32 those of position 100,000 are off by 0.004.
+
+    With f_i = rotary_base^(-2 i / rotary_dim), s the scaling factor and L the original context, by rotary_scaling:
+
+        none      f_i
+        linear    f_i / s
+        dynamic   f_i with the base grown to where the slowest frequency turns as often over seq_len as over L
+        llama3    f_i / s below rotary_slow_turns of turns L f_i / 2 pi, f_i above rotary_fast_turns, between them both
+                  weighted by the turns
+        yarn      the same, but weighted by i; cos and sin are scaled, too
+
+    Papers: Chen et al. 2023 (linear, arXiv:2306.15595); Peng et al. 2023 (dynamic, yarn, arXiv:2309.00071); Grattafiori
+    et al. 2024 (llama3, arXiv:2407.21783).
     """
-    pairs = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device)
     positions = torch.arange(seq_len, dtype=torch.float64, device=device)
-    angles = torch.outer(positions, base ** (-pairs / rotary_dim))
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.outer(positions, _frequencies(seq_len, config).to(device))
+    scale = _attention_factor(config)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def _frequencies(seq_len: int, config: GPTConfig) -> torch.Tensor:
+    """Radians a token, [rotary_dim / 2] float64."""
+    dim, base, factor = config.rotary_dim, config.rotary_base, config.rotary_scaling_factor
+    original = config.rotary_original_seq_len or seq_len
+    if config.rotary_scaling == "dynamic":
+        longer = max(seq_len, original) / original
+        base *= (factor * longer - (factor - 1)) ** (dim / (dim - 2))
+    pairs = torch.arange(0, dim, 2, dtype=torch.float64)
+    frequencies = base ** (-pairs / dim)
+    if config.rotary_scaling == "linear":
+        return frequencies / factor
+    if config.rotary_scaling == "llama3":
+        turns = original * frequencies / (2 * math.pi)
+        slow, fast = config.rotary_slow_turns, config.fast_turns
+        return frequencies * _blend(((turns - slow) / (fast - slow)).clamp(0, 1), factor)
+    if config.rotary_scaling == "yarn":
+        # The pairs that turn so often, rounded outwards to whole ones.
+        first = max(0, math.floor(_pair_of_turns(config.fast_turns, config, original)))
+        last = min(dim - 1, math.ceil(_pair_of_turns(config.rotary_slow_turns, config, original)))
+        slowness = (torch.arange(dim // 2, dtype=torch.float64) - first) / max(last - first, 0.001)
+        return frequencies * _blend(1 - slowness.clamp(0, 1), factor)
+    return frequencies
+
+
+def _blend(unscaled: torch.Tensor, factor: float) -> torch.Tensor:
+    return unscaled + (1 - unscaled) / factor
+
+
+def _pair_of_turns(turns: float, config: GPTConfig, original: int) -> float:
+    """The (fractional) index of the pair that turns so often over the original context."""
+    return config.rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
+
+
+def _attention_factor(config: GPTConfig) -> float:
+    if config.rotary_scaling != "yarn":
+        return 1.0
+    if config.rotary_attention_factor is not None:
+        return config.rotary_attention_factor
+    return 0.1 * math.log(config.rotary_scaling_factor) + 1.0

@@ -1,5 +1,8 @@
 """Both linear layers of an MLP and what is between them, as one function that hides its collectives."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
 from fused_megatron import ops
@@ -8,12 +11,19 @@ from fused_megatron.collectives import Activation, Group, chunk_choice, column_l
 from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Activation]] = {
     "gelu": (
         ops.bias_gelu,
         Activation(
             lambda h, bias: _RAW.bias_gelu_forward(h, bias, True),
             lambda da, h, bias, *needs: _RAW.bias_gelu_backward(da, h, bias, True, *needs),
+        ),
+    ),
+    "gelu_exact": (
+        functools.partial(ops.bias_gelu, approximate="none"),
+        Activation(
+            lambda h, bias: _RAW.bias_gelu_forward(h, bias, False),
+            lambda da, h, bias, *needs: _RAW.bias_gelu_backward(da, h, bias, False, *needs),
         ),
     ),
     "geglu": (
@@ -65,7 +75,7 @@ def parallel_mlp(
         up_bias: [F / R] ([2 F / R]) or None.
         down_weight: [H, F / R].
         down_bias: [H] or None; the same on every rank.
-        activation: "gelu", "swiglu" or "geglu" (tanh in both GELUs).
+        activation: "gelu", "swiglu" or "geglu" (tanh in both GELUs), or "gelu_exact" (erf).
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: x and y are blocks of the sequence.
         sequence_dim: which dim of x is the sequence; not the last. The chunks need it first: else layer by layer.
@@ -90,7 +100,7 @@ def parallel_mlp(
     _, down_weight, down_bias = autocast_operands(x, down_weight, down_bias)
     x, up_weight, up_bias = autocast_operands(x, up_weight, up_bias)
     check_operands(x, up_weight, up_bias)
-    width = up_weight.shape[0] // (1 if activation == "gelu" else 2)
+    width = up_weight.shape[0] // (1 if activation.startswith("gelu") else 2)
     check_operands(x.new_empty(0, width), down_weight, down_bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     choice = chunk_choice(overlap)

@@ -54,7 +54,7 @@ def generate_text(arguments: GenerateArguments) -> str:
     run = RunFolder(arguments.run)
     with launched(ParallelConfig().timeout_s) as launch:
         config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
-        tokens = tokenizer.encode(arguments.prompt)
+        tokens = tokenizer.encode_prompt(arguments.prompt)
         group = world_group()
         newest = newest_checkpoint(run.checkpoints, group=group)
         checkpoint = on_every_rank(lambda: _found(newest, run))

@@ -69,6 +69,12 @@ class Optimizer:
                 state[name]["main"] = main
         return state
 
+    def reset_main_weights(self) -> None:
+        """Take the parameters as they are (after loading weights alone)."""
+        for name, parameter in self._parameters.items():
+            if parameter.dtype != torch.float32:
+                self.main[name].copy_(parameter.detach())
+
     def set_step(self, step: int) -> None:
         """Say how many updates the moments have seen (after loading them)."""
         for main in self.main.values():

@@ -25,6 +25,8 @@ class RunFolder:
         self.loss_picture = path / "loss.png"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
+        # What an imported model had beside its weights, for the way back.
+        self.hugging_face = path / "hugging_face"
         self._tensorboard: Any = None
 
     def create(self) -> None:
@@ -40,7 +42,7 @@ class RunFolder:
     def describe(self, config: TrainConfig, tokenizer_path: str | None) -> None:
         """Write the resolved config and a copy of the tokenizer, which `generate` reads."""
         save_config(config, self.config)
-        if tokenizer_path is not None:
+        if tokenizer_path is not None and Path(tokenizer_path).resolve() != self.tokenizer.resolve():
             shutil.copyfile(tokenizer_path, self.tokenizer)
 
     def append_metrics(self, record: dict[str, Any]) -> None:

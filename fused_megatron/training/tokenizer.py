@@ -10,6 +10,8 @@ import numpy as np
 from fused_megatron.checks import InputError, check
 
 END_OF_DOCUMENT = "<|endoftext|>"
+# What it is called in tokenizers that others made, the first that is there.
+_ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
 # The 256 bytes and the end of document.
 MIN_VOCAB_SIZE = 257
 # Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
@@ -17,13 +19,13 @@ _PIECE_CHARACTERS = 1 << 20
 
 
 class Tokenizer:
-    """Text to token ids and back, exactly: decode(encode(text)) == text for every text that UTF-8 can hold.
+    """Text to token ids and back; byte-level ones exactly: decode(encode(text)) == text for every text of UTF-8.
 
     Text that reads "<|endoftext|>" is encoded as any other text; only end_of_document is the special token.
 
     Attributes:
         vocab_size: number of ids.
-        end_of_document: the id of "<|endoftext|>".
+        end_of_document: the id of "<|endoftext|>", or of what others call it.
         token_bytes: int64 [vocab_size], how many UTF-8 bytes each id stands for (0 for special tokens). Summed over
             the tokens of a text it gives the length of the text in bytes.
     """
@@ -34,12 +36,16 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_document = vocabulary[END_OF_DOCUMENT]
+        self.end_of_document = vocabulary[next(end for end in _ENDS_OF_DOCUMENT if end in vocabulary)]
         special = {token.content for token in backend.get_added_tokens_decoder().values()}
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
+        byte_level = type(backend.decoder).__name__ == "ByteLevel"
         for token, index in vocabulary.items():
-            # Byte-level: one character of a token's name stands for one byte.
-            self.token_bytes[index] = 0 if token in special else len(token)
+            self.token_bytes[index] = 0 if token in special else _num_bytes(token, byte_level)
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Token ids of the beginning of a document: encode(text), behind what the tokenizer puts there (<s>)."""
+        return np.asarray(self._backend.encode(text, add_special_tokens=True).ids, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of one text: int64 [num_tokens], without an end of document."""
@@ -104,10 +110,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer that train_tokenizer wrote.
+    """Read a tokenizer that train_tokenizer wrote, or one that came with a model.
 
     Raises:
-        InputError: no such file, a damaged one, or a tokenizer that is not byte-level with "<|endoftext|>".
+        InputError: no such file, a damaged one, or a tokenizer without a token that ends documents.
     """
     tokenizers = _import_tokenizers()
     check(Path(path).is_file(), f"{path}: no such tokenizer file")
@@ -119,14 +125,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             f"{path}: not a tokenizer file, or a damaged one ({reason}); train or copy it again"
         ) from error
     check(
-        isinstance(backend.decoder, tokenizers.decoders.ByteLevel),
-        f"{path}: the tokenizer must be byte-level (decoder ByteLevel, not {type(backend.decoder).__name__})",
-    )
-    check(
-        backend.token_to_id(END_OF_DOCUMENT) is not None,
-        f"{path}: the tokenizer has no token {END_OF_DOCUMENT}, which ends documents",
+        any(backend.token_to_id(end) is not None for end in _ENDS_OF_DOCUMENT),
+        f"{path}: the tokenizer has no token {' or '.join(_ENDS_OF_DOCUMENT)}, which ends documents",
     )
     return Tokenizer(backend)
+
+
+def _num_bytes(token: str, byte_level: bool) -> int:
+    """UTF-8 bytes of text that a token stands for."""
+    if byte_level:  # one character of its name for each
+        return len(token)
+    if len(token) == 6 and token.startswith("<0x"):  # a byte that is no part of a whole character
+        return 1
+    return len(token.replace("\u2581", " ").encode())
 
 
 def text_pieces(text: str, limit: int) -> Iterator[str]:

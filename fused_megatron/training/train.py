@@ -19,6 +19,7 @@ from fused_megatron.training.generation import generate
 from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.model_stages import ModelStages
+from fused_megatron.training.model_state import parameter_boxes
 from fused_megatron.training.pipeline_plan import plan_pipeline
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.progress import Reporter
@@ -121,12 +122,16 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
         state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
         # Another layout has other ranks: their generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
-        load_checkpoint(checkpoint, trainer.tensor_boxes(), rank_tensors=rank_tensors, group=group)
+        weights_only = state.get("weights_only", False)  # of an imported model
+        boxes = parameter_boxes(trainer.parameters) if weights_only else trainer.tensor_boxes()
+        load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
+        if weights_only:
+            trainer.optimizer.reset_main_weights()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
-        if state.get("data") != trainer.data.fingerprint:
+        if not weights_only and state.get("data") != trainer.data.fingerprint:
             trainer.reporter.say(
                 f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
                 f"({trainer.progress.samples_consumed} samples) is kept"
@@ -147,8 +152,10 @@ def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str,
     state = read_manifest(checkpoint).state
     # A field that the checkpoint does not know had its default value then.
     saved = dataclasses.asdict(GPTConfig()) | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
+    # Rotary positions have no table whose length must be that of the sequence.
+    free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
     for name, value in dataclasses.asdict(model_config).items():
-        if name not in FREE_FIELDS and saved.get(name) != value:
+        if name not in free and saved.get(name) != value:
             raise InputError(
                 f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
                 f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"

@@ -141,7 +141,7 @@ def test_recomputation_keeps_less(recompute: str) -> None:
     model = model_of(**DROPOUT, recompute=recompute)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         x = torch.randn(8, BATCH, 24, requires_grad=True)
-        masks = model._masks(batch_of_tokens()[0], BatchPosition(0, 0, BATCH))
+        masks = model._masks(*batch_of_tokens()[0].shape, BatchPosition(0, 0, BATCH))
         assert masks is not None
         model._blocks(x, masks.rows(1, 7), model._rotary(8, x))
     # [S, B, N, S] of probabilities, four times a layer (scores, softmax, dropped); per block nothing but its input.
@@ -153,7 +153,8 @@ def test_recomputation_keeps_less(recompute: str) -> None:
 
 @pytest.mark.parametrize(("build", "message"), [
     (lambda: GPTConfig(num_heads=4, num_kv_heads=3), "num_heads=4 must be divisible by num_kv_heads=3 (nearest: 3, 6)"),
-    (lambda: GPTConfig(activation="relu"), "activation='relu' must be one of: 'gelu', 'swiglu', 'geglu'"),
+    (lambda: GPTConfig(activation="relu"),
+     "activation='relu' must be one of: 'gelu', 'swiglu', 'geglu', 'gelu_exact'"),
     (lambda: GPTConfig(recompute="all"), "recompute='all' must be one of: 'none', 'selective', 'full'"),
     (lambda: GPTConfig(hidden_dropout=1.0), "hidden_dropout=1.0 must lie in [0, 1)"),
     (lambda: GPTConfig(position="rotary", rotary_fraction=0.01),

@@ -4,10 +4,10 @@ Knows no model and no optimizer. Reading order: boxes (what a shard is), manifes
 (the bytes), save, load, verify, folder (names and rotation), ranks (failing together).
 """
 
-from fused_megatron.training.checkpoint.boxes import TensorBox
+from fused_megatron.training.checkpoint.boxes import StreamedBox, TensorBox
 from fused_megatron.training.checkpoint.errors import CheckpointError
 from fused_megatron.training.checkpoint.folder import checkpoint_step, list_checkpoints
-from fused_megatron.training.checkpoint.load import load_checkpoint
+from fused_megatron.training.checkpoint.load import load_checkpoint, read_tensor
 from fused_megatron.training.checkpoint.manifest import Manifest, read_manifest
 from fused_megatron.training.checkpoint.save import save_checkpoint
 from fused_megatron.training.checkpoint.verify import newest_checkpoint, verify_checkpoint
@@ -15,12 +15,14 @@ from fused_megatron.training.checkpoint.verify import newest_checkpoint, verify_
 __all__ = [
     "CheckpointError",
     "Manifest",
+    "StreamedBox",
     "TensorBox",
     "checkpoint_step",
     "list_checkpoints",
     "load_checkpoint",
     "newest_checkpoint",
     "read_manifest",
+    "read_tensor",
     "save_checkpoint",
     "verify_checkpoint",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,28 @@ class TensorBox:
     @property
     def box(self) -> Box:
         return Box(tuple(self.offset), tuple(self.tensor.shape))
+
+    def values(self) -> torch.Tensor:
+        """The numbers to save."""
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class StreamedBox(TensorBox):
+    """A box to save whose numbers are read when it is its turn, and dropped after.
+
+    Args:
+        tensor: stands for shape and dtype; on the meta device.
+        read: the numbers.
+    """
+
+    read: Callable[[], torch.Tensor]
+
+    def values(self) -> torch.Tensor:
+        """The numbers to save."""
+        found = self.read()
+        assert (found.shape, found.dtype) == (self.tensor.shape, self.tensor.dtype)
+        return found
 
 
 @dataclass(frozen=True, order=True)

@@ -87,6 +87,18 @@ def load_checkpoint(
     return manifest.state
 
 
+def read_tensor(path: Path, manifest: Manifest, name: str) -> torch.Tensor:
+    """One full tensor of a checkpoint, its checksums checked; for one process that streams through it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    stored = manifest.tensors[name]
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    _read(path, manifest, {name: TensorBox.whole(tensor)}, {}, 0)
+    return tensor
+
+
 def _allowed(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 

@@ -3,7 +3,7 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def save_checkpoint(
         CheckpointError: on every rank, for a failed write on any (as a full disk) or a dead rank; leaves nothing.
 
     Communication: five exchanges of JSON, of which one holds names and shapes of all tensors.
-    Memory: one block of 4 MiB, or one row, at a time.
+    Memory: one block of 4 MiB, or one row, at a time; of StreamedBox one whole.
     """
     rank, world_size = rank_and_size(group)
     folder = Path(folder)
@@ -87,7 +87,7 @@ def save_checkpoint(
     plan: Plan = [answer["held"] for answer in answers]
     writers = _assign_writers(plan)
     entries = [_entries_of(r, plan, writers) for r in range(world_size)]
-    mine = _tensors_of(entries[rank], tensors, rank_tensors or {})
+    mine = _Tensors(entries[rank], tensors, rank_tensors or {})
     total_bytes = sum(file_bytes(e, step) for e in entries if e)
 
     temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes))
@@ -182,15 +182,25 @@ def _entries_of(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> li
     return entries
 
 
-def _tensors_of(
-    entries: Iterable[Entry], tensors: Mapping[str, TensorBox], rank_tensors: Mapping[str, torch.Tensor]
-) -> dict[Entry, torch.Tensor]:
-    def find(key: str) -> torch.Tensor:
-        if key.startswith(RANK_TENSOR_PREFIX):
-            return rank_tensors[key.removeprefix(RANK_TENSOR_PREFIX)]
-        return tensors[key].tensor
+class _Tensors(Mapping[Entry, torch.Tensor]):
+    """What to write by entry; a streamed one is read anew whenever it is asked for, and not kept."""
 
-    return {entry: find(entry.key) for entry in entries}
+    def __init__(
+        self, entries: Iterable[Entry], tensors: Mapping[str, TensorBox], rank_tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._entries = list(entries)
+        self._tensors, self._rank_tensors = tensors, rank_tensors
+
+    def __getitem__(self, entry: Entry) -> torch.Tensor:
+        if entry.key.startswith(RANK_TENSOR_PREFIX):
+            return self._rank_tensors[entry.key.removeprefix(RANK_TENSOR_PREFIX)]
+        return self._tensors[entry.key].values()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def _begin(final: Path, total_bytes: int) -> str:
@@ -209,7 +219,7 @@ def _begin(final: Path, total_bytes: int) -> str:
     return temporary.name
 
 
-def _write_file(path: Path, tensors: dict[Entry, torch.Tensor], step: int) -> dict[str, int]:
+def _write_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: int) -> dict[str, int]:
     try:
         return write_shard_file(path, tensors, step)
     except OSError as error:

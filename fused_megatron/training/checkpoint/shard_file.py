@@ -106,21 +106,26 @@ def write_shard_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: in
     with new_durable_file(path) as descriptor:
         write_all(descriptor, memoryview(header_bytes(list(tensors), step)))
         for entry in in_file_order(list(tensors)):
-            source, checksum = tensors[entry].detach(), 0
-            source = source.reshape(1) if source.dim() == 0 else source
-            staging = torch.empty(0)
-            as_it_lies = source.device.type == "cpu" and not (source.is_conj() or source.is_neg())
-            for start, stop in row_blocks(source.shape, entry.dtype.itemsize, BLOCK_BYTES):
-                rows = source[start:stop]
-                if not (as_it_lies and rows.is_contiguous()):
-                    if staging.shape != rows.shape:  # the first block, or a shorter last one
-                        staging = torch.empty(rows.shape, dtype=entry.dtype)
-                    rows = staging.copy_(rows)
-                data = _as_bytes(rows)
-                checksum = zlib.crc32(data, checksum)
-                write_all(descriptor, data)
-            checksums[entry.key] = checksum
+            checksums[entry.key] = _write_tensor(descriptor, tensors[entry].detach())
     return checksums
+
+
+def _write_tensor(descriptor: int, source: torch.Tensor) -> int:
+    """Write one tensor; its checksum. A function, so that nothing holds the tensor when the next is made."""
+    checksum = 0
+    source = source.reshape(1) if source.dim() == 0 else source
+    staging = torch.empty(0)
+    as_it_lies = source.device.type == "cpu" and not (source.is_conj() or source.is_neg())
+    for start, stop in row_blocks(source.shape, source.dtype.itemsize, BLOCK_BYTES):
+        rows = source[start:stop]
+        if not (as_it_lies and rows.is_contiguous()):
+            if staging.shape != rows.shape:  # the first block, or a shorter last one
+                staging = torch.empty(rows.shape, dtype=source.dtype)
+            rows = staging.copy_(rows)
+        data = _as_bytes(rows)
+        checksum = zlib.crc32(data, checksum)
+        write_all(descriptor, data)
+    return checksum
 
 
 class ShardFileReader:

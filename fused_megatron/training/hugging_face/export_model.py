@@ -1,0 +1,171 @@
+"""From a run's newest checkpoint to a folder that transformers loads; one tensor at a time."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.config import GPTConfig
+from fused_megatron.training.checkpoint import (
+    CheckpointError,
+    Manifest,
+    newest_checkpoint,
+    read_manifest,
+    read_tensor,
+)
+from fused_megatron.training.checkpoint.errors import explain_os_error
+from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
+from fused_megatron.training.checkpoint.shard_file import Entry, write_shard_file
+from fused_megatron.training.hugging_face.families import Family, differing_fields, family_for
+from fused_megatron.training.hugging_face.import_model import (
+    CONFIG_FILE,
+    check_absent,
+    copy_kept_files,
+    new_folder,
+)
+from fused_megatron.training.hugging_face.rules import Rule
+from fused_megatron.training.hugging_face.settings import Settings
+from fused_megatron.training.hugging_face.weight_files import INDEX_FILE, SINGLE_FILE, read_json
+from fused_megatron.training.run_folder import RunFolder
+
+
+class _Theirs(Mapping[Entry, torch.Tensor]):
+    """The tensors of one file of theirs, each made of ours when it is asked for."""
+
+    def __init__(self, checkpoint: Path, manifest: Manifest, rules: Mapping[Entry, Rule]) -> None:
+        self._checkpoint, self._manifest, self._rules = checkpoint, manifest, rules
+
+    def __getitem__(self, entry: Entry) -> torch.Tensor:
+        rule = self._rules[entry]
+        ours = read_tensor(self._checkpoint, self._manifest, f"model.{rule.name}")
+        return rule.to_theirs(ours, entry.key).to(entry.dtype)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+
+def export_model(
+    run_path: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_file_bytes: float,
+    group: dist.ProcessGroup | None,
+) -> str:
+    """Write the newest checkpoint of a run as config.json and safetensors (with an index, where they are several).
+
+    Args:
+        run_path: a run, saved by any number of ranks.
+        folder: made; must not exist.
+        dtype: convert to it; None keeps that of the run.
+        max_file_bytes: a file holds at most so much, or one tensor.
+        group: all ranks, of which the first works; None when there is one.
+
+    Returns:
+        The class of transformers' that loads it.
+
+    Raises:
+        InputError: on every rank, for no run, no good checkpoint, or a model that no family has.
+        CheckpointError: on every rank, for a damaged checkpoint or a failed write. Nothing is left behind.
+
+    Memory: one full tensor (two of the fused query, key and value).
+    """
+    run = RunFolder(run_path)
+
+    def prepare() -> None:
+        check(run.config.is_file(), f"{run_path} is no run folder: it has no {run.config.name}")
+        check_absent(folder)
+
+    run_together(group, prepare)
+    newest = newest_checkpoint(run.checkpoints, group=group)
+    with new_folder(folder, group) as temporary:
+        return str(run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes)))
+
+
+def _found(checkpoint: Path | None, run: RunFolder) -> Path:
+    if checkpoint is None:
+        raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
+    return checkpoint
+
+
+def _model_of(manifest: Manifest) -> GPTConfig:
+    fields = manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]}
+    return GPTConfig(**fields)
+
+
+def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype | None, max_bytes: float) -> str:
+    checkpoint = _found(newest, run)
+    manifest = read_manifest(checkpoint)
+    config = _model_of(manifest)
+    original = run.hugging_face / CONFIG_FILE
+    settings = read_json(original) if original.is_file() else {}
+    family = family_for(config, settings.get("model_type"))
+    entries = _entries(manifest, family.rules(config, family.prefix), dtype)
+    files = _in_files(entries, max_bytes)
+    if run.hugging_face.is_dir():
+        copy_kept_files(run.hugging_face, folder)
+    elif run.tokenizer.is_file():
+        (folder / run.tokenizer.name).write_bytes(run.tokenizer.read_bytes())
+    try:
+        for i, file in enumerate(files, 1):
+            name = SINGLE_FILE if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+            write_shard_file(folder / name, _Theirs(checkpoint, manifest, file), manifest.step)
+        if len(files) > 1:
+            _write_index(folder, files)
+        written = dict(_config_json(settings, family, config))
+        stored = str(next(iter(entries)).dtype).removeprefix("torch.")
+        written["dtype" if "dtype" in written else "torch_dtype"] = stored
+        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = explain_os_error(error, folder.parent, sum(entry.num_bytes for entry in entries))
+        raise CheckpointError(f"{folder} not written: {reason}") from error
+    return family.architecture
+
+
+def _entries(manifest: Manifest, rules: list[Rule], dtype: torch.dtype | None) -> dict[Entry, Rule]:
+    """What to write, and what each is made of."""
+    entries = {}
+    for rule in rules:
+        stored = manifest.tensors[f"model.{rule.name}"]
+        for source in rule.sources:
+            entries[Entry(source, dtype or stored.dtype, rule.source_shape(stored.shape))] = rule
+    return entries
+
+
+def _in_files(entries: Mapping[Entry, Rule], max_bytes: float) -> list[dict[Entry, Rule]]:
+    """The entries in their order, cut where a file would grow too large."""
+    files: list[dict[Entry, Rule]] = [{}]
+    size = 0
+    for entry, rule in entries.items():
+        if files[-1] and size + entry.num_bytes > max_bytes:
+            files.append({})
+            size = 0
+        files[-1][entry] = rule
+        size += entry.num_bytes
+    return files
+
+
+def _write_index(folder: Path, files: list[dict[Entry, Rule]]) -> None:
+    names = {
+        entry.key: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1) for entry in file
+    }
+    total = sum(entry.num_bytes for file in files for entry in file)
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_json(original: dict[str, Any], family: Family, config: GPTConfig) -> dict[str, Any]:
+    """What it was imported with, where the model is still the same; else with the model's own fields."""
+    if original.get("model_type") == family.model_type:
+        before = family.read_config(Settings(original, CONFIG_FILE))
+        if not differing_fields(before, config) and before.seq_len == config.seq_len:
+            return original
+    kept = {name: value for name, value in original.items() if name not in ("rope_parameters", "layer_types")}
+    return kept | family.write_config(config)

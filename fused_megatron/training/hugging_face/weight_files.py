@@ -1,0 +1,203 @@
+"""The safetensors files of a folder, one or several with an index, read tensor by tensor; no header is trusted."""
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.training.checkpoint.shard_file import BLOCK_BYTES, SAFETENSORS_DTYPES
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+# What the format itself allows.
+_MAX_HEADER_BYTES = 100_000_000
+_COPY_AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A tensor in a file, and where its bytes begin there."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+class WeightFiles:
+    """Every tensor of a folder by name; the headers are read and checked at once, numbers when asked for.
+
+    Args:
+        folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
+
+    Raises:
+        InputError: neither is there, or one is damaged: the file and the tensor are named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredWeight] = {}
+        if (folder / SINGLE_FILE).is_file():
+            self.tensors = dict(_read_header(folder / SINGLE_FILE))
+            return
+        index = folder / INDEX_FILE
+        if not index.is_file():
+            pickled = [p.name for p in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))]
+            hint = f"; it has {pickled[0]}, a pickle, which is not read" if pickled else ""
+            raise InputError(
+                f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint} "
+                f"(transformers writes them: model.save_pretrained(folder))"
+            )
+        weight_map = _read_index(index)
+        for file in sorted(set(weight_map.values())):
+            for name, stored in _read_header(folder / file):
+                check(
+                    weight_map.get(name) == file,
+                    f"{folder / file}: tensor {name!r} is there, but {INDEX_FILE} "
+                    + (f"says it is in {weight_map[name]}" if name in weight_map else "does not list it")
+                    + f": they belong to different models ({_COPY_AGAIN})",
+                )
+                self.tensors[name] = stored
+        for name, file in weight_map.items():
+            check(
+                name in self.tensors,
+                f"{folder / file}: tensor {name!r} is not there, but {INDEX_FILE} says so: they belong to different "
+                f"models ({_COPY_AGAIN})",
+            )
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU.
+
+        Raises:
+            InputError: its bytes cannot be read.
+        """
+        stored = self.tensors[name]
+        tensor = torch.empty(stored.shape, dtype=stored.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            with open(stored.path, "rb", buffering=0) as file:
+                file.seek(stored.start)
+                while len(data):
+                    count = file.readinto(data[:BLOCK_BYTES])
+                    check(bool(count), f"{stored.path}: tensor {name!r}: the file ends early ({_COPY_AGAIN})")
+                    data = data[count:]
+        except OSError as error:
+            raise InputError(f"{stored.path}: tensor {name!r} cannot be read: {error.strerror}") from None
+        return tensor
+
+    def same(self, one: str, other: str) -> bool:
+        """Whether two tensors are equal bit for bit; block by block."""
+        a, b = self.tensors[one], self.tensors[other]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        left = math.prod(a.shape) * a.dtype.itemsize
+        with open(a.path, "rb") as file, open(b.path, "rb") as other_file:
+            file.seek(a.start)
+            other_file.seek(b.start)
+            while left:
+                size = min(left, BLOCK_BYTES)
+                if file.read(size) != other_file.read(size):
+                    return False
+                left -= size
+        return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: the file is absent, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}): {_COPY_AGAIN}") from None
+    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
+    return dict(value)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    check(isinstance(weight_map, dict) and bool(weight_map), f"{path}: weight_map must name tensors and their files")
+    assert isinstance(weight_map, dict)
+    for name, file in weight_map.items():
+        # A plain name: nothing outside the folder is ever opened.
+        plain = isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
+        check(plain, f"{path}: tensor {name!r}: {file!r} must be the name of a .safetensors file beside it")
+        check(
+            (path.parent / file).is_file(),
+            f"{path.parent / file}: no such file, but {path.name} lists tensor {name!r} there",
+        )
+    return weight_map
+
+
+def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
+    """Every tensor of a file, in the order of its bytes."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            whole = 2 <= length <= _MAX_HEADER_BYTES and 8 + length <= size
+            check(
+                whole,
+                f"{path}: {size} bytes that hold no whole safetensors header: cut short, or another format "
+                f"({_COPY_AGAIN})",
+            )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: its safetensors header is no JSON: damaged ({_COPY_AGAIN})") from None
+    check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({_COPY_AGAIN})")
+    header.pop("__metadata__", None)
+    found = [(*_checked_offsets(path, name, item), name, item) for name, item in header.items()]
+    end, stored = 0, []
+    for begin, stop, name, item in sorted(found, key=lambda one: one[:3]):
+        check(
+            begin == end, f"{path}: tensor {name!r}: its data_offsets leave a gap or overlap: damaged ({_COPY_AGAIN})"
+        )
+        check(
+            8 + length + stop <= size,
+            f"{path}: tensor {name!r} ends at byte {8 + length + stop}, but the file has {size}: cut short "
+            f"({_COPY_AGAIN})",
+        )
+        end = stop
+        stored.append((name, StoredWeight(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)))
+    check(
+        8 + length + end == size,
+        f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({_COPY_AGAIN})",
+    )
+    return stored
+
+
+def _checked_offsets(path: Path, name: str, item: Any) -> tuple[int, int]:
+    """(begin, end) of a tensor's bytes after the header, which must be those of its dtype and shape."""
+    try:
+        dtype, shape, (begin, stop) = item["dtype"], item["shape"], item["data_offsets"]
+        sizes = [*shape, begin, stop]
+        good = all(type(n) is int and 0 <= n < 1 << 60 for n in sizes)
+    except (TypeError, KeyError, ValueError):
+        good = False
+    check(good, f"{path}: tensor {name!r}: its entry in the header is malformed: damaged ({_COPY_AGAIN})")
+    check(dtype in _DTYPES, f"{path}: tensor {name!r}: dtype {dtype!r:.40} is not known (known: {', '.join(_DTYPES)})")
+    num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
+    check(
+        stop - begin == num_bytes,
+        f"{path}: tensor {name!r}: {stop - begin} bytes, but {dtype} of shape {tuple(shape)} has {num_bytes}: damaged "
+        f"({_COPY_AGAIN})",
+    )
+    return begin, stop

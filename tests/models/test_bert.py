@@ -1,0 +1,168 @@
+"""BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
+
+(Against transformers, with real weights, too: tests/training/hugging_face/test_load_model.py.)
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import BERTConfig
+from fused_megatron.mesh import init_mesh
+from fused_megatron.models import BERT, BatchPosition
+from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+
+SIZES: dict[str, Any] = {
+    "num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "ffn_hidden_size": 44, "vocab_size": 101,
+    "pad_vocab_size_to_multiple_of": 48, "init_std": 0.1, "next_sentence_head": True,
+}  # fmt: skip
+LAYOUTS: list[tuple[dict[str, Any], bool]] = [  # changes, sequence_parallel
+    ({"post_norm": True, "activation": "gelu_exact"}, True),
+    ({"recompute": "full"}, True),
+    ({"hidden_dropout": 0.1, "attention_dropout": 0.2, "embedding_dropout": 0.1, "recompute": "selective"}, True),
+    ({"position": "rotary", "num_kv_heads": 2, "num_token_types": 0}, False),
+]
+
+
+def inputs(config: BERTConfig) -> dict[str, torch.Tensor]:
+    """Tokens, masked-LM targets, kinds of tokens and padding, each [B, S]; random gradients of both outputs."""
+    generator = torch.Generator().manual_seed(5)
+    tokens, target = torch.randint(101, (2, 3, 12), generator=generator)
+    target[torch.rand(3, 12, generator=generator) < 0.6] = -100
+    types = torch.randint(2, (3, 12), generator=generator) if config.num_token_types else None
+    found = {"tokens": tokens, "target": target, "is_padding": torch.arange(12) >= torch.tensor([[12], [7], [10]])}
+    found |= {"losses": torch.randn(3, 12, generator=generator), "sentences": torch.randn(3, 2, generator=generator)}
+    return found if types is None else found | {"token_types": types}
+
+
+def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and next-sentence logits, after a backward from random gradients of both."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # norms and biases away from 1 and 0, alike at every layout
+            for part in parameter_parts(parameter):
+                generator = torch.Generator().manual_seed(len(part.full_name(name)))
+                full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
+                (start, stop), rows = part.shard.box(part.of(parameter).shape)[0], part.of(parameter.data)
+                rows[: stop - start] += full[start:stop].to(rows.dtype)
+    given = inputs(model.config)
+    options: dict[str, Any] = {k: given[k] for k in ("token_types", "is_padding") if k in given}
+    options["position"] = BatchPosition(3, 0, 3)
+    losses = model(given["tokens"], given["target"], **options)
+    sentences = model.next_sentence_logits(model.encode(given["tokens"], **options))
+    outputs = (losses, sentences)
+    torch.autograd.backward(outputs, [given["losses"].to(losses.dtype), given["sentences"].to(sentences.dtype)])
+    return losses.detach(), sentences.detach()
+
+
+def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
+    """For each layout the largest error of the outputs and of each gradient, against one process in float64."""
+    tp_group, found = init_mesh(world_size).tp_group, []
+    for changes, sequence_parallel in LAYOUTS:
+        config = BERTConfig(**{**SIZES, **changes})
+        whole = BERT(config, seed=3, dtype=torch.float64)
+        expected = backward_of(whole)
+        gradients = {
+            part.full_name(name): part.of(p.grad)
+            for name, p in whole.named_parameters()
+            for part in parameter_parts(p)
+            if p.grad is not None
+        }
+        model = BERT(config, tp_group=tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=torch.float32)
+        outputs = zip(("losses", "sentences"), backward_of(model), expected, strict=True)
+        errors = {name: float((ours - theirs).abs().max()) for name, ours, theirs in outputs}
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+            for part in parameter_parts(parameter):
+                key, rows = part.full_name(name), part.of(parameter.grad)
+                box = part.shard.box(rows.shape)
+                mine = gradients[key][tuple(slice(*bounds) for bounds in box)]
+                error = (rows[tuple(slice(stop - start) for start, stop in box)] - mine).abs()
+                scale = gradients[key.replace("bias.key", "bias.query")].abs().max()
+                errors[key] = float(error.max() / scale) if error.numel() else 0.0  # padding alone
+        found.append(errors)
+    return found
+
+
+def test_outputs_and_every_gradient_at_every_layout_are_those_of_one_process() -> None:
+    for rank in run_on_ranks(errors_of, 4):
+        for (changes, _), errors in zip(LAYOUTS, rank, strict=True):
+            assert len(errors) > 30
+            for name, error in errors.items():
+                assert error < 1e-5, f"{changes}: {name}: {error:.1e}"
+
+
+def plain_losses(model: BERT, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Masked-LM losses [B, S] of the model's weights, with nothing of the package in it."""
+    w, config = dict(model.named_parameters()), model.config
+    exact = "none" if config.activation == "gelu_exact" else "tanh"
+    batch, seq_len = given["tokens"].shape
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], config.layer_norm_eps)
+
+    def attention(x: torch.Tensor, name: str) -> torch.Tensor:
+        q, k, v = linear(x, f"{name}.query_key_value").view(batch, seq_len, 4, 3, 6).permute(3, 0, 2, 1, 4)
+        scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(given["is_padding"][:, None, None], float("-inf"))
+        return linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, seq_len, 24), f"{name}.projection")
+
+    def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
+        return linear(F.gelu(linear(x, f"{name}.expansion"), approximate=exact), f"{name}.projection")
+
+    x = w["token_embedding.weight"][given["tokens"]] + w["position_embedding"][:seq_len]
+    x = x + w["token_type_embedding"][given["token_types"]]
+    x = norm(x, "embedding_norm") if config.post_norm else x
+    for i in range(config.num_layers):
+        for part, layer in (("attention", attention), ("mlp", mlp)):
+            name, before = f"blocks.{i}.{part}", f"blocks.{i}.{part}_norm"
+            x = norm(x + layer(x, name), before) if config.post_norm else x + layer(norm(x, before), name)
+    x = x if config.post_norm else norm(x, "final_norm")
+    x = norm(F.gelu(linear(x, "head_transform"), approximate=exact), "head_norm")
+    logits = x @ w["token_embedding.weight"][:101].t() + w["head_bias"][:101]
+    return F.cross_entropy(logits.flatten(0, 1), given["target"].flatten(), reduction="none").view(batch, seq_len)
+
+
+@pytest.mark.parametrize("changes", [{}, {"post_norm": True, "activation": "gelu_exact"}], ids=str)
+def test_losses_are_those_of_the_plain_encoder(changes: dict[str, Any]) -> None:
+    model = BERT(BERTConfig(**{**SIZES, **changes}), seed=1, dtype=torch.float64)
+    losses, _ = backward_of(model)
+    expected = plain_losses(model, inputs(model.config)).detach()
+    torch.testing.assert_close(losses.double(), expected, rtol=0, atol=1e-6)
+    assert losses.count_nonzero() == (inputs(model.config)["target"] >= 0).sum()
+
+
+def test_every_token_sees_every_other_but_padding() -> None:
+    model = BERT(BERTConfig(**SIZES), seed=1)
+    given = inputs(model.config)
+    hidden = model.encode(given["tokens"], is_padding=given["is_padding"])
+    changed = given["tokens"].clone()
+    changed[1, 9] = (changed[1, 9] + 1) % 101  # padding
+    changed[2, 9] = (changed[2, 9] + 1) % 101
+    differs = (model.encode(changed, is_padding=given["is_padding"]) != hidden).any(-1).t()
+    assert not differs[0].any() and differs[1].nonzero().flatten().tolist() == [9] and differs[2].all()
+
+
+def test_heads_that_are_not_there_and_fields_that_do_not_fit() -> None:
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    model = BERT(BERTConfig(**{**SIZES, "masked_lm_head": False, "next_sentence_head": False, "num_token_types": 0}))
+    assert not any(name.startswith(("head", "pooler")) for name, _ in model.named_parameters())
+    hidden = model.encode(tokens)
+    for call, message in (
+        (lambda: model(tokens), "masked_lm_head=False"),
+        (lambda: model.next_sentence_logits(hidden), "next_sentence_head=False"),
+        (lambda: model.encode(tokens, token_types=tokens), "token_types must be None where num_token_types=0"),
+        (lambda: model.encode(tokens, is_padding=torch.zeros(4, 1).bool()), r"is_padding.shape=\(4, 1\) must be"),
+        (lambda: model.encode(torch.zeros(1, 17, dtype=torch.int64)), r"tokens.shape\[1\]=17 must be at most"),
+        (lambda: BERTConfig(activation="swiglu"), "activation='swiglu' must be one of: 'gelu', 'gelu_exact'"),
+        (lambda: BERTConfig(tied_embeddings=False), "tied_embeddings=False must be True"),
+        (lambda: BERTConfig(sliding_window=4), "sliding_window=4 must be None"),
+        (lambda: BERTConfig(num_token_types=-1), "num_token_types=-1 must be 0 or more"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()  # type: ignore[no-untyped-call]
