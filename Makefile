@@ -35,8 +35,9 @@ train: .venv/built
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) \
 	    -m fused_megatron train $(CONFIG) $(ARGS)
 
+# Whole files to each of a few workers: tests start ranks of their own, and share what a file sets up.
 test: .venv/built
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: .venv/installed
 	@$(BIN)/ruff check .
