@@ -103,6 +103,7 @@ class OverlapCosts:
         gathered = [0.0] * len(parts)
         if stretch.gather_s:
             gathered = list(itertools.accumulate(self.latency_s + stretch.gather_s * part for part in parts))
+            gathered = [*gathered[1:], gathered[-1]]  # all are issued at once, and gloo sends two of them at a time
         link_s, product_s = gathered[-1], stretch.before_s + self.slowdown * stretch.gather_s
         for ready_s, part in zip(gathered, parts, strict=True):
             product_s = max(product_s, ready_s) + again_s + stretch.product_s * part
