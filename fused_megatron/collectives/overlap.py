@@ -103,6 +103,7 @@ class OverlapCosts:
         gathered = [0.0] * len(parts)
         if stretch.gather_s:
             gathered = list(itertools.accumulate(self.latency_s + stretch.gather_s * part for part in parts))
+            gathered = [*gathered[1:], gathered[-1]]  # all are issued at once, and gloo sends two of them at a time
         link_s, product_s = gathered[-1], stretch.before_s + self.slowdown * stretch.gather_s
         for ready_s, part in zip(gathered, parts, strict=True):
             product_s = max(product_s, ready_s) + again_s + stretch.product_s * part
@@ -253,7 +254,7 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
 
     About 200 ms of messages and products on a laptop.
 
-    Communication: 11 all-reduces of 4 bytes, 10 of 1 MiB, one of 40 bytes; see symmetric_memory.reaches.
+    Communication: 11 all-reduces of 4 bytes, 9 of 2 MiB, one of 40 bytes; see symmetric_memory.reaches.
     """
     check(
         device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
@@ -261,19 +262,19 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
         "capture, or pass a number of chunks)",
     )
     latency_s = _seconds(lambda x: dist.all_reduce(x, group=group), torch.zeros(1, device=device), repeats=10)
-    message = torch.zeros(1 << 18, device=device)
+    message = torch.zeros(1 << 19, device=device)
     message_s = _seconds(lambda x: dist.all_reduce(x, group=group), message, repeats=3)
-    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 512)
+    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 1024)
     weight = torch.ones(size, size, dtype=dtype, device=device)
     few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
-    few_s, many_s = (_seconds(lambda x: torch.mm(x, weight.t()), x, repeats=8) for x in (few_x, many_x))
+    few_s, many_s = (_seconds(lambda x: torch.mm(x, weight.t()), x, repeats=6) for x in (few_x, many_x))
 
     def beside(x: torch.Tensor) -> Transfer:
         transfer = start(dist.all_reduce, group, message)
         torch.mm(x, weight.t())
         return transfer
 
-    beside_s = _seconds(beside, many_x, repeats=5)
+    beside_s = _seconds(beside, many_x, repeats=4)
     # The slowest rank sets the pace of all; and all must choose alike.
     slowest = torch.tensor([latency_s, message_s, few_s, many_s, beside_s], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)

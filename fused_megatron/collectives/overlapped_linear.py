@@ -24,6 +24,14 @@ from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.collectives.weight_gradients import GradientDestination
 
 
+def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None:
+    """What both backwards need: of x and the weight what the gradients that are asked for are made of."""
+    needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
+    ctx.layout = layout
+    ctx.destination = GradientDestination(weight)
+
+
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -35,10 +43,7 @@ class _ColumnLinear(torch.autograd.Function):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
-        ctx.layout = sequence_dim, group, choice
-        ctx.destination = GradientDestination(weight)
+        _save(ctx, x, weight, sequence_dim, group, choice)
         if sequence_dim is None:
             return F.linear(x, weight, bias)
         num_chunks = choice.for_gather(x, weight, sequence_dim, group)
@@ -55,7 +60,8 @@ class _ColumnLinear(torch.autograd.Function):
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
-            num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, hidden_products=1 + needs_dweight)
+            products = 2 if needs_dweight and not ctx.destination.later else 1
+            num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, hidden_products=products)
             if sequence_dim is None:
                 dx = start_product_all_reduce(dy, weight.t(), None, group, num_chunks)
             else:
@@ -78,10 +84,7 @@ class _RowLinear(torch.autograd.Function):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        needs_dx, needs_dweight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
-        ctx.layout = sequence_dim, group, choice
-        ctx.destination = GradientDestination(weight)
+        _save(ctx, x, weight, sequence_dim, group, choice)
         num_chunks = choice.for_reduction(x, weight, sequence_dim, group)
         if sequence_dim is None:
             return start_product_all_reduce(x, weight, bias, group, num_chunks).wait()

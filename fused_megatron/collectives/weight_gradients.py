@@ -50,9 +50,14 @@ class GradientDestination:
         self._deferred: DeferredWeightGradients | None = getattr(weight, "deferred_weight_gradients", None)
         self._parameter = None if self._deferred is None else weight  # a leaf: it holds no graph
 
+    @property
+    def later(self) -> bool:
+        """Whether a backward now leaves the product for later."""
+        return self._deferred is not None and self._deferred.open
+
     def add(self, operands: Operands) -> torch.Tensor | None:
         """The gradient for autograd to add; None where it went, or will go, its own way."""
-        if self._deferred is None or not self._deferred.open:
+        if self._deferred is None or not self.later:
             return weight_gradient(*operands(), self.main_grad)
         self._deferred.append(lambda: self._accumulate(operands))
         return None

@@ -50,6 +50,8 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
 
     Communication: as ColumnParallelLinear; with copies one all-reduce of their full weights and biases backward, 4
         bytes an element, so that every copy has the same gradient when backward() returns.
+    Memory: as ColumnParallelLinear; with copies the weight's gradient is made in the weight's dtype before a main_grad
+        takes it, since what the other ranks add must come in between.
     """
 
     def __init__(

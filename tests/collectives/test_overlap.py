@@ -37,9 +37,9 @@ def test_messages_that_cost_bound_the_number_of_chunks():
 def test_the_step_that_the_model_plays():
     costs = OverlapCosts(1e12, 0.0, 1e9)
     parts = [1 / 4, 1 / 2, 1 / 4]
-    # The second transfer waits for the second product: 3/4 + 1/2 + 1/4. Gathers first: the same, backwards.
+    # The second transfer waits for the second product: 3/4 + 1/2 + 1/4. A gather is there with the next one.
     assert costs._stretch_s(Stretch(1.0, 1.0), parts, 0.0) == 1.5
-    assert costs._stretch_s(Stretch(1.0, gather_s=1.0), parts, 0.0) == 1.5
+    assert costs._stretch_s(Stretch(1.0, gather_s=1.0), parts, 0.0) == 1.75
     assert costs._stretch_s(Stretch(1.0, 1.0), [1.0], 0.0) == 2.0
     assert costs._stretch_s(Stretch(1.0, 1.0, after_s=1.0), [1.0], 0.0) == 2.0
     assert costs._stretch_s(Stretch(1.0, gather_s=1.0, before_s=1.0), [1.0], 0.0) == 2.0
