@@ -35,10 +35,11 @@ from torch.distributed import pipelining
 
 from fused_megatron.config import GPTConfig
 from fused_megatron.models import GPT
-from fused_megatron.ops import linear_cross_entropy
+from fused_megatron.ops import cross_entropy
 from fused_megatron.pipeline import build_schedule
 from fused_megatron.pipeline.executor import PipelineExecutor
 from fused_megatron.pipeline.schedule import stages_of
+from fused_megatron.tensor_parallel import column_parallel_linear
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.side_by_side import Spread
 from fused_megatron.training.gradients import GradientBuckets
@@ -122,7 +123,7 @@ class PlainStage(nn.Module):
 
 
 class OurStage(nn.Module):
-    """Tokens [B, S] or [S, B, H] to [S, B, H], at the last stage to what the head multiplies (the loss is fused)."""
+    """Tokens [B, S] or [S, B, H] to [S, B, H], at the last stage to logits."""
 
     def __init__(self, size: Size, blocks: int, first: bool, last: bool) -> None:
         super().__init__()
@@ -142,7 +143,7 @@ class OurStage(nn.Module):
             x = self.tokens(x.t()) + self.positions.unsqueeze(1)
         for block in self.blocks:
             x = block(x, rotary=None, dropout=None)
-        return x if self.norm is None else self.norm(x)
+        return x if self.norm is None else column_parallel_linear(self.norm(x), self.head.weight, tp_group=None)
 
 
 def stages_on(rank: int, size: Size, placement: str, kind: type[nn.Module]) -> dict[int, nn.Module]:
@@ -162,6 +163,10 @@ def batch_of(size: Size) -> tuple[torch.Tensor, torch.Tensor]:
 
 def plain_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum")
+
+
+def our_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.flatten(0, -2), target.t().flatten(), reduction="sum")
 
 
 def torch_step(schedule: str, size: Size, stages: dict[int, nn.Module]) -> tuple[Step, list[torch.Tensor]]:
@@ -199,10 +204,7 @@ def our_step(schedule: str, size: Size, stages: dict[int, nn.Module]) -> tuple[S
     built = build_schedule(schedule, RANKS, MICROBATCHES, len(placement) // RANKS)
     last = stages.get(len(placement) - 1)
 
-    def fused_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(hidden.flatten(0, 1), last.head.weight, target.flatten(), reduction="sum")  # type: ignore
-
-    loss_fn = None if last is None else fused_loss if isinstance(last, OurStage) else plain_loss
+    loss_fn = None if last is None else our_loss if isinstance(last, OurStage) else plain_loss
     engine = PipelineExecutor(built, stages, pp_group=dist.group.WORLD, loss_fn=loss_fn)
     losses: list[torch.Tensor] = []
     inputs, targets = [(row,) for row in tokens.split(1)], list(target.split(1))
