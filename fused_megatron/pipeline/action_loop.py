@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fused_megatron.checks import check
 from fused_megatron.pipeline.faults import PeerLost, print_fault
 from fused_megatron.pipeline.messages import Messages
 from fused_megatron.pipeline.schedule import (
@@ -208,8 +209,14 @@ class ActionLoop:
         outputs = self._stages[stage].forward(microbatch, tuple(given), kwargs, loss)
         if loss is None:
             self._hand(Action(stage, SEND_F, microbatch), outputs)
-        else:
-            self._losses[microbatch] = outputs[0].detach()
+            return
+        given_loss = outputs[0]
+        check(
+            len(outputs) == 1 and given_loss.ndim == 0,
+            f"loss_fn returned {len(outputs)} tensor(s) of {given_loss.ndim} dims: one of none wanted, the sum of the "
+            "microbatch's losses",
+        )
+        self._losses[microbatch] = given_loss.detach()
 
     def _hand(self, send: Action, tensors: Sequence[torch.Tensor]) -> None:
         """To the send behind this computation, or to the neighbour stage where that is on this rank, too."""

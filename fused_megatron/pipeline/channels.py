@@ -26,16 +26,16 @@ class Pending(Protocol):
 
 
 class Transport(Protocol):
-    """What the executor needs of a network. Each (from, to, direction) is used in the order of the schedule."""
+    """What the executor needs of a network. Each (from, to, direction) is used in the order of the schedule.
+
+    One that has a method close() is closed with the executor: peers that wait for this rank must fail at once then.
+    """
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
         """Begin to send a contiguous tensor to a rank of the pipeline, "forward" (activations) or "backward"."""
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
         """Begin to receive into a tensor of the shape that is sent."""
-
-    def close(self) -> None:
-        """Cut all connections, so that peers that wait for this rank fail at once."""
 
 
 def make_group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
@@ -102,7 +102,7 @@ class Channels:
         return _Waited(self._groups[peer, self._rank, direction].recv([buffer], 0, tag), buffer)
 
     def close(self) -> None:
-        """As Transport. A send that its receiver has not yet asked for goes through first."""
+        """Cut all connections. A send that its receiver has not yet asked for goes through first."""
         for sender in self._senders.values():
             sender.close()
         if self._polls:

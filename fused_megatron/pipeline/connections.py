@@ -15,8 +15,9 @@ from fused_megatron.pipeline.faults import FaultRecord, PipelineError, first_lin
 from fused_megatron.pipeline.schedule import SENDS, Schedule
 from fused_megatron.pipeline.step_table import StepTable
 
-# How long the one that knows more may take to write it down, once a collective has failed.
-_WAIT_FOR_RECORD_S = 0.3
+# How long a cut connection may take to be noticed, once a collective has failed for it.
+_NOTICE_S = 0.3
+_PROBE_TAG = 1
 
 
 class Connections:
@@ -75,25 +76,37 @@ class Connections:
     def fault(self, lost: int | None, error: Exception, action: str | None) -> PipelineError:
         """What to raise where a message did not come: the first fault of the pipeline, or that a rank is gone."""
         known = self.faults.read()
-        deadline = time.monotonic() + _WAIT_FOR_RECORD_S
-        while known is None and lost is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-            known = self.faults.read()
-        if known is None and lost is not None:
-            self.faults.write(lost, None, first_line(error))
-            known = (lost, None, first_line(error))
-        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         if known is None:
-            return PipelineError(f"pipeline: another rank is gone ({first_line(error)}); {here}", -1)
+            # Closed connections that say no more: the first to look decides, before it closes its own.
+            lost = self._dead_peer() if lost is None else lost
+            self.faults.write(lost, None, first_line(error))
+            known = self.faults.read() or (lost, None, first_line(error))
+        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
+        if rank < 0:
+            return PipelineError(f"pipeline: another rank is gone ({text}); {here}", -1)
         what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone ({text})"
         return PipelineError(f"pipeline: {what}; {here}", rank, where)
+
+    def _dead_peer(self) -> int:
+        """The first rank whose connection of the control group is cut; -1 for none."""
+        end = time.monotonic() + _NOTICE_S
+        while self._control is not None and time.monotonic() < end:
+            for peer in range(self.num_ranks):
+                try:
+                    if peer != self.rank:
+                        self._control.recv([torch.empty(1)], peer, _PROBE_TAG)
+                except RuntimeError:
+                    return peer
+            time.sleep(_NOTICE_S / 10)
+        return -1
 
     def close(self) -> None:
         """Cut everything, so that whoever waits for this rank fails at once."""
         self.closed = True
-        if self.transport is not None:
-            self.transport.close()
+        close = getattr(self.transport, "close", None)
+        if close is not None:
+            close()
         self._control = None
         self.table.close()
         self.tied_groups.clear()

@@ -105,29 +105,35 @@ def test_exception_in_a_stage_reaches_all_ranks(capfd):
         assert printed.count(f">>{action}<<") == 1
 
 
-def kill_one(rank, world_size, folder, victim):
-    """The victim kills itself in its third forward; the others write down what they saw, and when."""
+def kill_one(rank, world_size, folder, victim, at):
+    """The victim kills itself in its third forward, or between two steps; the others write what they saw, and when."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     executor, stages = make(mesh.pp_group, rank, world_size)
 
     def fault(call, phase):
         time.sleep(0.01)
-        if rank == victim and call == 3:
-            (folder / f"{rank}").write_text(json.dumps(time.time()))
-            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == victim and call == at:
+            die()
+
+    def die():
+        (folder / f"{rank}").write_text(json.dumps(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
 
     stages[rank].fault = fault
     try:
+        executor.step(data(), data(), loss_divisor=1)
+        if rank == victim:
+            die()
         executor.step(data(), data(), loss_divisor=1)
     except PipelineError as error:
         (folder / f"{rank}").write_text(json.dumps([time.time(), error.rank, str(error)]))
         raise
 
 
-@pytest.mark.parametrize("victim", [1, 3])
-def test_killed_rank_is_named_by_all_others(tmp_path, victim):
+@pytest.mark.parametrize(("victim", "at"), [(1, 3), (3, 3), (2, None)])
+def test_killed_rank_is_named_by_all_others(tmp_path, victim, at):
     with pytest.raises(RankError, match=f"rank {victim} died with exit code -9"):
-        run_on_ranks(kill_one, 4, tmp_path, victim)
+        run_on_ranks(kill_one, 4, tmp_path, victim, at)
     died = json.loads((tmp_path / str(victim)).read_text())
     for rank in {0, 1, 2, 3} - {victim}:
         seen, named, text = json.loads((tmp_path / str(rank)).read_text())
