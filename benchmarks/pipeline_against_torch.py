@@ -10,11 +10,12 @@ Forward and backward of 8 microbatches, no optimizer. Each engine runs the same 
     ours              our engine on our layers: what a user of either has
 
 In every round each runs once, in an order that moves on. A step's time is that of its slowest rank. Ratio: torch's time
-over ours, round by round, median [20-80 %]. malloc keeps its pages for all alike.
+over ours, round by round, median [20-80 %]; best: the fastest step of each, which other work on the machine disturbs
+least. malloc keeps its pages for all alike.
 
-Memory: what a rank holds at the peak of a step, weights left out and gradients counted, as the system counts its
-resident pages, each engine in processes of its own; there malloc gives every large block back when it is freed, so that
-the peak is that of living tensors.
+Memory: what a rank holds at the peak of a step beyond weights and gradients, as the system counts its resident pages,
+each engine in processes of its own; there malloc gives every large block back when it is freed, so that the peak is
+that of living tensors.
 """
 
 import argparse
@@ -215,7 +216,9 @@ def our_step(schedule: str, size: Size, stages: dict[int, nn.Module]) -> tuple[S
     return step, losses
 
 
-def prepare(engine: str, schedule: str, size: Size, rank: int) -> tuple[Step, dict[int, nn.Module], list[torch.Tensor]]:
+def prepare(
+    engine: str, schedule: str, size: Size, rank: int, keep_gradients: bool = False
+) -> tuple[Step, dict[int, nn.Module], list[torch.Tensor]]:
     """A step of an engine, which leaves gradients in the stages and what losses this rank knows in the list."""
     stages = stages_on(rank, size, SCHEDULES[schedule][1], OurStage if engine == OURS else PlainStage)
     make = torch_step if engine == TORCH else our_step
@@ -229,7 +232,10 @@ def prepare(engine: str, schedule: str, size: Size, rank: int) -> tuple[Step, di
             buckets.zero_()
         else:
             for p in parameters:
-                p.grad = None
+                if keep_gradients and p.grad is not None:
+                    p.grad.zero_()
+                else:
+                    p.grad = None
         run()
 
     return step, stages, losses
@@ -269,15 +275,14 @@ def difference(prepared: dict[str, Any]) -> str | None:
 
 
 def peak_bytes(rank: int, world_size: int, schedule: str, size_name: str, engine: str) -> int:
-    """Resident memory at the peak of a step beyond the weights and what Python and the libraries hold."""
+    """Resident memory at the peak of a step beyond what is there between steps: weights, gradients, libraries."""
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
-    step, stages, _ = prepare(engine, schedule, SIZES[size_name], rank)
+    step, _, _ = prepare(engine, schedule, SIZES[size_name], rank, keep_gradients=True)
     step()
     gc.collect()
     release_free_pages()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    gradients = sum(p.grad.nbytes for stage in stages.values() for p in stage.parameters() if p.grad is not None)
-    before = resident("VmRSS") - gradients
+    before = resident("VmRSS")
     dist.barrier()
     step()
     return resident("VmHWM") - before
@@ -315,7 +320,8 @@ def time_all(options: argparse.Namespace) -> None:
                 if engine != TORCH and TORCH in seconds:
                     pairs = zip(seconds[TORCH], seconds[engine], strict=True)
                     ratio = Spread.of([theirs / ours for theirs, ours in pairs])
-                    cells.append(f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}]")
+                    best = min(seconds[TORCH]) / min(seconds[engine])
+                    cells.append(f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}], best {best:.2f}x")
             print("|", " | ".join([size_name, schedule, *cells]), "|", fault or "", flush=True)
 
 
