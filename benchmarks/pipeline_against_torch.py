@@ -10,11 +10,13 @@ Forward and backward of 8 microbatches, no optimizer. Each engine runs the same 
     ours              our engine on our layers: what a user of either has
 
 In every round each runs once, in an order that moves on. A step's time is that of its slowest rank. Ratio: torch's time
-over ours, round by round, median [20-80 %]. malloc keeps its pages for all alike.
+over ours, round by round, median [20-80 %]. For a machine that does other work, too, there are two more: best, that of
+the fastest steps, and CPU, that of the time for which the busier rank computed, in which no wait has a part. malloc
+keeps its pages for all alike.
 
-Memory: what a rank holds at the peak of a step, weights left out and gradients counted, as the system counts its
-resident pages, each engine in processes of its own; there malloc gives every large block back when it is freed, so that
-the peak is that of living tensors.
+Memory: what a rank holds at the peak of a step beyond weights and gradients, as the system counts its resident pages,
+each engine in processes of its own; there malloc gives every large block back when it is freed, so that the peak is
+that of living tensors.
 """
 
 import argparse
@@ -215,7 +217,9 @@ def our_step(schedule: str, size: Size, stages: dict[int, nn.Module]) -> tuple[S
     return step, losses
 
 
-def prepare(engine: str, schedule: str, size: Size, rank: int) -> tuple[Step, dict[int, nn.Module], list[torch.Tensor]]:
+def prepare(
+    engine: str, schedule: str, size: Size, rank: int, keep_gradients: bool = False
+) -> tuple[Step, dict[int, nn.Module], list[torch.Tensor]]:
     """A step of an engine, which leaves gradients in the stages and what losses this rank knows in the list."""
     stages = stages_on(rank, size, SCHEDULES[schedule][1], OurStage if engine == OURS else PlainStage)
     make = torch_step if engine == TORCH else our_step
@@ -229,31 +233,35 @@ def prepare(engine: str, schedule: str, size: Size, rank: int) -> tuple[Step, di
             buckets.zero_()
         else:
             for p in parameters:
-                p.grad = None
+                if keep_gradients and p.grad is not None:
+                    p.grad.zero_()
+                else:
+                    p.grad = None
         run()
 
     return step, stages, losses
 
 
 def timed(rank: int, world_size: int, schedule: str, size_name: str, engines: list[str], rounds: int) -> Any:
-    """Seconds of every engine in every round (of its slower rank); what is wrong, if anything."""
+    """Of every engine and round the seconds, and those of CPU, of the slower rank; what is wrong, if anything."""
     pin(rank)
     keep_malloc_pages()
     prepared = {engine: prepare(engine, schedule, SIZES[size_name], rank) for engine in engines}
     for step, _, _ in prepared.values():
         step()  # torch infers shapes
     fault = difference(prepared)
-    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+    seconds: dict[str, list[tuple[float, float]]] = {engine: [] for engine in engines}
     for index in range(rounds + 1):
         turn = index % len(engines)
         for engine in engines[turn:] + engines[:turn]:
             dist.barrier()
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             prepared[engine][0]()
-            slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            spent = [time.perf_counter() - start, time.process_time() - start_cpu]
+            slowest = torch.tensor(spent, dtype=torch.float64)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             if index:  # the first fills malloc's pages
-                seconds[engine].append(slowest.item())
+                seconds[engine].append(tuple(slowest.tolist()))
     return seconds, fault
 
 
@@ -269,15 +277,14 @@ def difference(prepared: dict[str, Any]) -> str | None:
 
 
 def peak_bytes(rank: int, world_size: int, schedule: str, size_name: str, engine: str) -> int:
-    """Resident memory at the peak of a step beyond the weights and what Python and the libraries hold."""
+    """Resident memory at the peak of a step beyond what is there between steps: weights, gradients, libraries."""
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
-    step, stages, _ = prepare(engine, schedule, SIZES[size_name], rank)
+    step, _, _ = prepare(engine, schedule, SIZES[size_name], rank, keep_gradients=True)
     step()
     gc.collect()
     release_free_pages()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    gradients = sum(p.grad.nbytes for stage in stages.values() for p in stage.parameters() if p.grad is not None)
-    before = resident("VmRSS") - gradients
+    before = resident("VmRSS")
     dist.barrier()
     step()
     return resident("VmHWM") - before
@@ -295,6 +302,12 @@ def pin(rank: int) -> None:
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
 
 
+def ratios(theirs: list[tuple[float, float]], ours: list[tuple[float, float]]) -> str:
+    wall, cpu = (Spread.of([a[i] / b[i] for a, b in zip(theirs, ours, strict=True)]) for i in range(2))
+    best = min(theirs)[0] / min(ours)[0]
+    return f"{wall.median:.2f}x [{wall.low:.2f}-{wall.high:.2f}], best {best:.2f}x, CPU {cpu.median:.2f}x"
+
+
 def time_all(options: argparse.Namespace) -> None:
     columns = [
         "model",
@@ -310,12 +323,8 @@ def time_all(options: argparse.Namespace) -> None:
         for schedule in options.schedules:
             arguments = (schedule, size_name, options.engines, options.rounds)
             seconds, fault = run_on_ranks(timed, RANKS, *arguments, timeout_s=options.limit_s)[0]
-            cells = [f"{tokens / Spread.of(seconds[engine]).median:,.0f}" for engine in options.engines]
-            for engine in options.engines:
-                if engine != TORCH and TORCH in seconds:
-                    pairs = zip(seconds[TORCH], seconds[engine], strict=True)
-                    ratio = Spread.of([theirs / ours for theirs, ours in pairs])
-                    cells.append(f"{ratio.median:.2f}x [{ratio.low:.2f}-{ratio.high:.2f}]")
+            cells = [f"{tokens / Spread.of([s for s, _ in seconds[engine]]).median:,.0f}" for engine in options.engines]
+            cells += [ratios(seconds[TORCH], seconds[engine]) for engine in options.engines if engine != TORCH]
             print("|", " | ".join([size_name, schedule, *cells]), "|", fault or "", flush=True)
 
 
@@ -336,11 +345,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "large"])
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="torch with any other")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit-s", type=float, default=600.0, help="of one schedule")
     parser.add_argument("--only", choices=["time", "memory"])
     options = parser.parse_args()
+    if options.only != "memory" and TORCH not in options.engines:
+        parser.error("--engines must name torch, to which the others are compared")
     print(f"{MICROBATCHES} microbatches of one sequence, forward + backward, fp32, {RANKS} ranks of one thread, gloo, "
           f"torch {torch.__version__}")  # fmt: skip
     if options.only != "memory":

@@ -21,8 +21,9 @@ class Recorder:
         recorder.begin()
         executor.step(...)
         measured = recorder.timeline("1f1b")
+        both = {"predicted": simulate(schedule, costs_in_seconds), "measured": measured}
         if rank == 0:
-            Path("step.json").write_text(to_perfetto({"predicted": simulate(schedule, costs), "measured": measured}))
+            Path("step.json").write_text(to_perfetto(both, microseconds_per_unit=1e6))
 
     The time of an action is that of this rank's Python: on a GPU it says when the work was queued. The ranks of one
     machine have one clock; those of several are set alike by a barrier.
