@@ -378,9 +378,10 @@ def tile_shape(
 ) -> tuple[int, int]:  # fmt: skip
     """(tokens, words) of one of num_tiles: chunks of tokens by all words or, where operands are cast, both cut."""
     if dtype == product:
-        row_bytes = max(1, num_words) * product.itemsize * num_tiles
-        tokens = chunk_tokens or _even_share(num_tokens, _TILE_BYTES["cpu" if device == "cpu" else "gpu"] // row_bytes)
-        return tokens, max(1, num_words)
+        row_bytes = max(1, num_words) * product.itemsize
+        most = _TILE_BYTES["cpu" if device == "cpu" else "gpu"] // row_bytes
+        most = most if num_tokens <= most else most // num_tiles  # one tile is enough where it holds all
+        return chunk_tokens or _even_share(num_tokens, most), max(1, num_words)
     tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
     return tokens, _even_share(num_words, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))
 

@@ -1,5 +1,6 @@
 """The GPT at every layout against the same GPT written in plain float64 torch on one process."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -310,19 +311,24 @@ def test_sizes_that_do_not_fit(field: str, value: int, message: str) -> None:
 
 def refused(rank: int, world_size: int) -> list[str]:
     group, tokens = dist.group.WORLD, torch.zeros(1, 7, dtype=torch.int64)
-    model = GPT(GPTConfig(**SIZES), tp_group=group, sequence_parallel=True)
     without_me = dist.new_group([1 - rank])
+
+    def build(tp_group: Any, **changes: Any) -> GPT:
+        return GPT(GPTConfig(**{**SIZES, **changes}), tp_group=tp_group, sequence_parallel=True)
+
     messages = []
-    for mistake in (
-        lambda: GPT(GPTConfig(**{**SIZES, "num_heads": 3}), tp_group=group),
-        lambda: GPT(GPTConfig(**{**SIZES, "ffn_hidden_size": 45}), tp_group=group),
-        lambda: GPT(GPTConfig(**SIZES), tp_group=without_me),
-        lambda: model(tokens, tokens),
-    ):
+
+    def refuse(mistake: Callable[[], Any]) -> None:
         with pytest.raises(InputError) as caught, record_communication() as seen:
             mistake()
         messages.append(str(caught.value))
         assert not seen.counts
+
+    refuse(lambda: build(group, num_heads=3))
+    refuse(lambda: build(group, ffn_hidden_size=45))  # the first layers that are made measure their group
+    refuse(lambda: build(without_me))
+    model = build(group)
+    refuse(lambda: model(tokens, tokens))
     return messages
 
 

@@ -122,7 +122,7 @@ def into_main_grad(rank, ranks, sequence_parallel, dtype):
     layer.weight.main_grad = start = torch.randn(layer.weight.shape)
     wanted = start.clone()
     ids = torch.randint(0, V, (6, 5))
-    ids[2:] = ids[:4]  # repeated
+    ids[4:] = ids[:2]  # repeated
     y = layer(ids)
     dy = torch.randn(y.shape).to(dtype)
     y.backward(dy)

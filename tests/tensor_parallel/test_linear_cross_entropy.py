@@ -85,12 +85,13 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
         x[vocab:] = torch.nan
     leaves = [x.requires_grad_() for x in (hidden[own].clone(), *(x[mine].clone() for x in shards))]
     before = [x.detach().clone() for x in leaves]
+    form = {
+        "tp_group": group, "vocab_size": vocab, "padded_vocab_size": padded, "label_smoothing": smoothing,
+        "bias_shard": leaves[2] if bias is not None else None, "z_loss": z_loss, "sequence_parallel": sequence_parallel,
+        "chunk_tokens": None if chunk_tokens == "by bytes" else chunk_tokens,
+    }  # fmt: skip
     with Recorded() as forward:
-        loss = vocab_parallel_linear_cross_entropy(
-            leaves[0], leaves[1], target, tp_group=group, vocab_size=vocab, padded_vocab_size=padded,
-            bias_shard=leaves[2] if bias is not None else None, label_smoothing=smoothing, z_loss=z_loss,
-            sequence_parallel=sequence_parallel, chunk_tokens=None if chunk_tokens == "by bytes" else chunk_tokens,
-        )  # fmt: skip
+        loss = vocab_parallel_linear_cross_entropy(*leaves[:2], target, **form)
     with Recorded() as backward:
         gradients = torch.autograd.grad(loss, leaves, d_loss)
     assert loss.dtype == torch.float32
@@ -115,12 +116,7 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     # The sum: one random upstream gradient for all tokens.
     upstream = torch.full((S, B), 0.37)
     with Recorded() as forward:
-        total = vocab_parallel_linear_cross_entropy(
-            leaves[0], leaves[1], target, tp_group=group, vocab_size=vocab, padded_vocab_size=padded,
-            bias_shard=leaves[2] if bias is not None else None, label_smoothing=smoothing, z_loss=z_loss,
-            sequence_parallel=sequence_parallel, chunk_tokens=None if chunk_tokens == "by bytes" else chunk_tokens,
-            reduction="sum",
-        )  # fmt: skip
+        total = vocab_parallel_linear_cross_entropy(*leaves[:2], target, **form, reduction="sum")
     with Recorded() as backward:
         gradients = torch.autograd.grad(total, leaves, upstream[0, 0].double())
     if dtype == torch.float32:  # products of bfloat16 are cast here, in blocks of words: made again backward
