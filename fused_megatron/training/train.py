@@ -80,6 +80,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     started = time.perf_counter()
     finished = trainer.run()
     _conclude(trainer, finished, time.perf_counter() - started)
+    trainer.executor.close()
     return finished
 
 
