@@ -154,12 +154,14 @@ class ActionLoop:
         return losses
 
     def clear(self) -> None:
-        """Forget a step that failed."""
+        """Forget a step that failed, and let go of what the tied weights' other ranks wait for."""
         self._messages.clear()
         self._handed.clear()
         self._leaving.clear()
         self._losses.clear()
         self._reducing.clear()
+        for tied in self._tied:
+            tied.close()
         for stage in self._stages.values():
             stage.clear()
         for stashed in self._versions.values():
