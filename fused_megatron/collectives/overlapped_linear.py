@@ -20,7 +20,7 @@ from fused_megatron.collectives.chunked_products import (
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.collectives.overlap import PLAIN, ChunkChoice
 from fused_megatron.collectives.transfers import Transfer, start_all_gather
-from fused_megatron.collectives.weight_gradients import weight_gradient
+from fused_megatron.collectives.weight_gradients import GradientDestination
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _ColumnLinear(torch.autograd.Function):
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group, choice
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.destination = GradientDestination(weight)
         if sequence_dim is None:
             return F.linear(x, weight, bias)
         num_chunks = choice.for_gather(x, weight, group)
@@ -60,7 +60,7 @@ class _ColumnLinear(torch.autograd.Function):
             else:
                 dx = start_product_reduce_scatter(dy, weight.t(), None, sequence_dim, group, num_chunks)
         if needs_dweight:
-            dweight = weight_gradient(rows_of(dy), rows_of(full_x.wait()), ctx.main_grad)
+            dweight = ctx.destination.add(lambda: (rows_of(dy), rows_of(full_x.wait())))
         if needs_dbias:
             dbias = rows_of(dy).sum(0)
         return dx.wait() if needs_dx else None, dweight, dbias, None, None, None
@@ -80,7 +80,7 @@ class _RowLinear(torch.autograd.Function):
         needs_dx, needs_dweight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
         ctx.layout = sequence_dim, group, choice
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.destination = GradientDestination(weight)
         # The bias rides in the product of the first rank: no pass over y of its own, and one rounding less.
         bias = bias if group_rank(group) == 0 else None
         num_chunks = choice.for_reduction(x, weight, group)
@@ -106,7 +106,7 @@ class _RowLinear(torch.autograd.Function):
             dy = start_all_gather(dy, sequence_dim, group).wait()
         return (
             dx,
-            weight_gradient(rows_of(dy), rows_of(x), ctx.main_grad) if needs_dweight else None,
+            ctx.destination.add(lambda: (rows_of(dy), rows_of(x))) if needs_dweight else None,
             # Of all positions, since dy is whole by now: the full gradient on every rank with no further collective.
             rows_of(dy).sum(0) if needs_dbias else None,
             None,

@@ -24,7 +24,7 @@ from fused_megatron.collectives.transfers import (
     start_all_reduce_,
     start_reduce_scatter_blocks,
 )
-from fused_megatron.collectives.weight_gradients import weight_gradient
+from fused_megatron.collectives.weight_gradients import GradientDestination
 
 
 class Activation(NamedTuple):
@@ -103,7 +103,7 @@ class _MLP(torch.autograd.Function):
             transfers.append(chunks.start_sums(partial, y, i))
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, h)
         ctx.rest = activation, chunks, group
-        ctx.main_grads = getattr(up_weight, "main_grad", None), getattr(down_weight, "main_grad", None)
+        ctx.destinations = GradientDestination(up_weight), GradientDestination(down_weight)
         return Transfers(transfers, y.view(*x.shape[:-1], y.shape[1])).wait()
 
     @staticmethod
@@ -129,13 +129,13 @@ class _MLP(torch.autograd.Function):
                 product_into(gradient, up_weight.t(), None, chunks.of(partial)[i])
                 transfers.append(chunks.start_sums(partial, dx, i))
         dup = ddown = None
-        up_main_grad, down_main_grad = ctx.main_grads
+        up_destination, down_destination = ctx.destinations
         if needs_down:  # the activation again: as much traffic as to assemble its chunks, and it need not be kept
-            ddown = weight_gradient(full_dy, activation.forward(h, up_bias), down_main_grad)
+            ddown = down_destination.add(lambda: (full_dy, activation.forward(h, up_bias)))
         for gather in x_gathers:
             gather.wait()
         if needs_up:
-            dup = weight_gradient(dh, full_x, up_main_grad)
+            dup = up_destination.add(lambda: (dh, full_x))
         ddown_bias = full_dy.sum(0) if needs_down_bias else None
         if dx is not None:
             dx = Transfers(transfers, dx.view(x.shape)).wait()

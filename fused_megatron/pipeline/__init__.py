@@ -1,4 +1,10 @@
-"""Pipeline parallelism: schedules as data, their rules, simulation and pictures. Knows no model, imports no torch."""
+"""Pipeline parallelism: schedules as data, their rules, simulation and pictures, and what runs them. Knows no model.
+
+Only the executor imports torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from fused_megatron.pipeline.findings import RULES, Finding
 from fused_megatron.pipeline.lowering import lower
@@ -7,12 +13,18 @@ from fused_megatron.pipeline.schedule_checks import check_schedule
 from fused_megatron.pipeline.schedules import SCHEDULES, build_schedule
 from fused_megatron.pipeline.simulation import Costs, Timeline, simulate
 
+if TYPE_CHECKING:
+    from fused_megatron.pipeline.executor import PipelineExecutor
+    from fused_megatron.pipeline.faults import PipelineError
+
 __all__ = [
     "RULES",
     "SCHEDULES",
     "Action",
     "Costs",
     "Finding",
+    "PipelineError",
+    "PipelineExecutor",
     "Schedule",
     "Timeline",
     "build_schedule",
@@ -23,3 +35,14 @@ __all__ = [
     "simulate",
     "v_placement",
 ]
+
+# What needs torch, and so is imported when it is first used.
+_LAZY = {"PipelineError": "faults", "PipelineExecutor": "executor"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(f"fused_megatron.pipeline.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value

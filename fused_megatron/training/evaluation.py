@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.mesh import Mesh
-from fused_megatron.models import GPT
+from fused_megatron.pipeline.executor import PipelineExecutor
 from fused_megatron.training.data import TrainingData
 
 
@@ -28,31 +28,40 @@ class Evaluation:
         return f"held-out loss {self.validation_loss:.4f} nats per token{bits} over {self.validation_tokens:,} tokens"
 
 
-@torch.no_grad()
-def evaluate(model: GPT, data: TrainingData, mesh: Mesh, global_batch_size: int, microbatch_size: int) -> Evaluation:
+def evaluate(
+    executor: PipelineExecutor,
+    data: TrainingData,
+    mesh: Mesh,
+    global_batch_size: int,
+    microbatch_size: int,
+    device: torch.device,
+) -> Evaluation:
     """Mean loss over the held-out samples: the same samples, and so the same numbers, at every layout.
 
     Args:
-        model: this rank's shard.
+        executor: runs this rank's stages, in evaluation mode.
         data: where the held-out samples are.
         mesh: data-parallel ranks share the samples.
-        global_batch_size: samples of a batch over all data-parallel ranks.
+        global_batch_size: samples of a batch over all data-parallel ranks; those of a training step, so that the
+            pipeline's grid is the same.
         microbatch_size: samples a rank works on at once.
+        device: of the stages.
 
     Communication:
-        The model's, and one all-reduce of 24 bytes over the data-parallel group.
+        The pipeline's, and one all-reduce of 24 bytes over the data-parallel group.
     """
-    device = next(model.parameters()).device
     token_bytes = None if data.tokenizer is None else torch.from_numpy(data.tokenizer.token_bytes).to(device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for index in range(data.validation.num_batches(global_batch_size)):
-        batch = data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
-        for tokens, target in zip(*(part.to(device).split(microbatch_size) for part in batch), strict=True):
-            totals[0] += model(tokens, target).double().sum()
-            predicted = target[target >= 0]
-            totals[1] += predicted.numel()
-            if token_bytes is not None:
-                totals[2] += token_bytes[predicted].sum()
+        inputs, targets = (
+            part.to(device) for part in data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
+        )
+        # The loss is that of every rank of the pipeline; so are the targets that are counted beside it.
+        totals[0] += executor.evaluate(inputs.split(microbatch_size), targets.split(microbatch_size))
+        predicted = targets[targets >= 0]
+        totals[1] += predicted.numel()
+        if token_bytes is not None:
+            totals[2] += token_bytes[predicted].sum()
     if mesh.dp_group is not None:
         dist.all_reduce(totals, group=mesh.dp_group)
     loss_sum, num_tokens, num_bytes = totals.tolist()

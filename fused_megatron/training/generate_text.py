@@ -62,7 +62,9 @@ def generate_text(arguments: GenerateArguments) -> str:
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
         model = build_model(model_config, mesh, config, launch.device)
-        load_checkpoint(checkpoint, parameter_boxes(model), group=group, allow_extra=("optimizer.*",))
+        load_checkpoint(
+            checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
+        )
         Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
         start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
         result = generate(
@@ -84,6 +86,6 @@ def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
         run.tokenizer.exists(),
         f"run={run.path} has no {run.tokenizer.name}: it was trained on token ids, so there is no text to generate",
     )
-    layout = (f"--parallel.tensor_parallel_size={launch.world_size}", "--parallel.data_parallel_size=1",
-              "--parallel.sequence_parallel=False")  # fmt: skip
-    return load_config(run.config, layout), load_tokenizer(run.tokenizer)
+    # Whatever layout trained it: every rank that is there now shares each layer.
+    layout = ParallelConfig(tensor_parallel_size=launch.world_size, data_parallel_size=1)
+    return dataclasses.replace(load_config(run.config), parallel=layout), load_tokenizer(run.tokenizer)

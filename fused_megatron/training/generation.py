@@ -6,18 +6,25 @@ import torch.nn.functional as F
 from fused_megatron.checks import check
 from fused_megatron.collectives import all_gather_split, group_size
 from fused_megatron.models import GPT
+from fused_megatron.training.model_stages import ModelStages
 
 
 @torch.no_grad()
 def generate(
-    model: GPT, tokens: torch.Tensor, num_tokens: int, *, temperature: float = 0.8, top_k: int = 50, seed: int = 0
+    model: GPT | ModelStages,
+    tokens: torch.Tensor,
+    num_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Continue token sequences.
 
     Every new token costs a whole forward over at most seq_len tokens: there is no key-value cache.
 
     Args:
-        model: a GPT; it sees at most its config.seq_len last tokens.
+        model: a GPT, whole or in the stages of a pipeline; it sees at most its config.seq_len last tokens.
         tokens: [B, S] int64, S at least 1.
         num_tokens: how many to add.
         temperature: logits are divided by it; 0 takes the likeliest token.
@@ -52,7 +59,7 @@ def generate(
     return tokens
 
 
-def _last_logits(model: GPT, context: torch.Tensor) -> torch.Tensor:
+def _last_logits(model: GPT | ModelStages, context: torch.Tensor) -> torch.Tensor:
     """[B, V] float32 logits of the last position, on the CPU, where the draws are made."""
     last = context.shape[1] - 1
     if model.sequence_parallel:

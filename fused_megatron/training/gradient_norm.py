@@ -14,16 +14,19 @@ ROW = 4096
 
 
 def global_gradient_norm(
-    parameters: Mapping[str, nn.Parameter], gradients: GradientBuckets, tp_group: dist.ProcessGroup | None
+    parameters: Mapping[str, nn.Parameter],
+    gradients: GradientBuckets,
+    tp_group: dist.ProcessGroup | None,
+    pp_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """2-norm over the full parameters, a 0-dim float64 tensor, the same on every rank.
 
     A shard counts on its own rank; a replicated parameter, whose gradient every tensor-parallel rank holds, on
-    rank 0 alone, and one of several copies of a shard on the rank that holds the first. Call it after the gradients are
-    summed over data-parallel ranks.
+    rank 0 alone, and one of several copies of a shard (a tied embedding's, too) on the rank that holds the first. Call
+    it after the gradients are summed over data-parallel ranks and over the stages of tied weights.
 
     Communication:
-        One all-reduce of 8 bytes over tp_group.
+        One all-reduce of 8 bytes over tp_group, one over pp_group.
     """
     first = group_rank(tp_group) == 0
     squares = torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
@@ -31,8 +34,9 @@ def global_gradient_norm(
         for part in parameter_parts(parameter):
             if part.shard.copy == 0 and (first or not part.shard.replicated):
                 squares += _sum_of_squares(part.of(gradients[parameter]))
-    if tp_group is not None:
-        dist.all_reduce(squares, group=tp_group)
+    for group in (tp_group, pp_group):
+        if group is not None:
+            dist.all_reduce(squares, group=group)
     return squares.sqrt()
 
 

@@ -10,10 +10,13 @@ from fused_megatron.training.checkpoint import TensorBox
 from fused_megatron.training.optimizer import Optimizer
 
 
-def parameter_boxes(model: nn.Module) -> dict[str, TensorBox]:
-    """Every parameter under `model.<name>`; one that stacks several full ones as `model.<name>.<part>` each."""
+def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorBox]:
+    """Every parameter under `model.<name>`; one that stacks several full ones as `model.<name>.<part>` each.
+
+    The names are those of the whole model in every pipeline stage, so that any cut into stages loads any other.
+    """
     boxes: dict[str, TensorBox] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         boxes |= _boxes(f"model.{name}", parameter, parameter.detach())
     return boxes
 

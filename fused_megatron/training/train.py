@@ -11,14 +11,16 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import GPT
+from fused_megatron.models import GPT, StageSpan, cut_stages
 from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData, open_training_data
 from fused_megatron.training.generation import generate
 from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.model_stages import ModelStages
 from fused_megatron.training.model_state import parameter_boxes
+from fused_megatron.training.pipeline_plan import plan_pipeline
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
@@ -39,6 +41,7 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
         NonFiniteError: on every rank, when the loss or a gradient stops being finite.
     """
+    plan = plan_pipeline(config)
     with launched(config.parallel.timeout_s) as launch:
         # Every rank for its own process, before its first large tensor.
         pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
@@ -48,8 +51,14 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         on_every_rank(lambda: _check_same_config(*configs))
         mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-        model = build_model(model_config, mesh, config, launch.device)
-        trainer = Trainer(config, mesh, model, data, run, reporter)
+        spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut)
+        model = ModelStages(
+            spans,
+            plan.placement,
+            mesh.pp_group,
+            lambda span: build_model(model_config, mesh, config, launch.device, span),
+        )
+        trainer = Trainer(config, mesh, plan, model, data, run, reporter)
         _resume(trainer, model_config)
         _introduce(trainer)
         if pages_kept:
@@ -73,13 +82,16 @@ def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
                     )
 
 
-def build_model(model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device) -> GPT:
-    """This rank's shard of the model that config describes."""
+def build_model(
+    model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device, stage: StageSpan | None = None
+) -> GPT:
+    """This rank's shard of the model that config describes, or of a stage of it."""
     return GPT(
         model_config,
         tp_group=mesh.tp_group,
         sequence_parallel=config.parallel.sequence_parallel,
         seed=config.training.seed,
+        stage=stage,
         dtype=DTYPES[config.training.dtype],
         device=device,
     )
@@ -111,7 +123,7 @@ def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
         # Another layout has other ranks: their generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         weights_only = state.get("weights_only", False)  # of an imported model
-        boxes = parameter_boxes(trainer.model) if weights_only else trainer.tensor_boxes()
+        boxes = parameter_boxes(trainer.parameters) if weights_only else trainer.tensor_boxes()
         load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
         if weights_only:
             trainer.optimizer.reset_main_weights()
@@ -153,10 +165,14 @@ def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str,
 
 def _introduce(trainer: Trainer) -> None:
     mesh, config = trainer.mesh, trainer.config
+    num_parameters = sum(gather_json(trainer.model.num_parameters(), mesh.pp_group))
+    spans = trainer.model.spans
+    blocks = "+".join(str(span.stop - span.start) for span in spans)
+    pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
     trainer.reporter.say(
-        f"GPT with {trainer.model.num_parameters():,} parameters in {config.training.dtype} on {mesh.world_size} "
-        f"{trainer.device.type} rank{'s' if mesh.world_size > 1 else ''} (tp={mesh.tp_size} pp={mesh.pp_size} "
-        f"dp={mesh.dp_size}{' sequence parallel' if config.parallel.sequence_parallel else ''}); "
+        f"GPT with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
+        f"{trainer.device.type} rank{'s' if mesh.world_size > 1 else ''} (tp={mesh.tp_size} pp={mesh.pp_size}"
+        f"{pipeline} dp={mesh.dp_size}{' sequence parallel' if config.parallel.sequence_parallel else ''}); "
         f"run folder {trainer.run_folder.path}"
     )
     if trainer.progress.step >= config.training.num_steps:

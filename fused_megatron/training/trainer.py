@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.mesh import Mesh
-from fused_megatron.models import GPT, BatchPosition
+from fused_megatron.models import BatchPosition
+from fused_megatron.pipeline.executor import PipelineExecutor
+from fused_megatron.pipeline.schedule import WEIGHT_GRAD
 from fused_megatron.training.checkpoint import save_checkpoint
 from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData
@@ -24,8 +26,10 @@ from fused_megatron.training.gradient_norm import clip_coefficient, global_gradi
 from fused_megatron.training.gradients import GradientBuckets
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.learning_rate import learning_rate
+from fused_megatron.training.model_stages import ModelStages
 from fused_megatron.training.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.training.optimizer import Optimizer
+from fused_megatron.training.pipeline_plan import PipelinePlan
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
 
@@ -48,22 +52,44 @@ class Trainer:
     Args:
         config: all settings.
         mesh: layout of the ranks.
-        model: this rank's shard, already on its device.
+        plan: the schedule that the pipeline follows.
+        model: this rank's shard of its stages, already on its device.
         data: training and held-out tokens.
         run: where metrics and checkpoints go (rank 0 writes all but the checkpoints' shards).
         reporter: what the user sees.
     """
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, model: GPT, data: TrainingData, run: RunFolder, reporter: Reporter
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        plan: PipelinePlan,
+        model: ModelStages,
+        data: TrainingData,
+        run: RunFolder,
+        reporter: Reporter,
     ) -> None:
-        self.config, self.mesh, self.model, self.data, self.run_folder, self.reporter = (
-            config, mesh, model, data, run, reporter,
+        self.config, self.mesh, self.plan, self.model, self.data, self.run_folder, self.reporter = (
+            config, mesh, plan, model, data, run, reporter,
         )  # fmt: skip
-        self.parameters = dict(model.named_parameters())
+        self.parameters = model.parameters_by_name()
         self.device = next(iter(self.parameters.values())).device
         self.gradients = GradientBuckets(
-            list(self.parameters.values()), mesh.dp_group, bucket_bytes=1e6 * config.training.bucket_mb
+            {index: list(stage.parameters()) for index, stage in model.stages.items()},
+            mesh.dp_group,
+            bucket_bytes=1e6 * config.training.bucket_mb,
+        )
+        training = config.training
+        schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
+        self._splits_backward = any(a.kind == WEIGHT_GRAD for actions in schedule.actions for a in actions)
+        self.executor = PipelineExecutor(
+            schedule,
+            model.stages,
+            pp_group=mesh.pp_group,
+            loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
+            tied=model.tied(),
+            reduce_gradients=self.gradients.reduce,
+            timeout_s=config.parallel.timeout_s,
         )
         self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
         self.progress = Progress()
@@ -93,7 +119,7 @@ class Trainer:
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
-        return {**parameter_boxes(self.model), **optimizer_boxes(self.parameters, self.optimizer)}
+        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer)}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """What each rank keeps for itself: the states of torch's random number generators."""
@@ -137,10 +163,9 @@ class Trainer:
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         self.gradients.zero_()
-        loss_sum = self._accumulate_gradients()
-        self.gradients.finish()
-        loss, stop = self._sum_over_ranks(loss_sum)
-        norm = float(global_gradient_norm(self.parameters, self.gradients, self.mesh.tp_group))
+        loss, stop = self._sum_over_ranks(self._forward_and_backward())
+        groups = self.mesh.tp_group, self.mesh.pp_group
+        norm = float(global_gradient_norm(self.parameters, self.gradients, *groups))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._raise_non_finite(loss, norm)
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
@@ -151,31 +176,41 @@ class Trainer:
         self._report(loss, norm, lr)
         return stop
 
-    def _accumulate_gradients(self) -> torch.Tensor:
-        """Forward and backward of every microbatch; the sum of the loss over this rank's tokens."""
+    def _forward_and_backward(self) -> torch.Tensor:
+        """The pipeline's step; the sum of the loss over this data-parallel rank's tokens, gradients summed over all.
+
+        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
+        stage (over tp and dp) have the same list of actions, each in a pipeline of its own; the lists of one pipeline
+        cannot deadlock (lowering.py). Take the actions of all in the order in which that pipeline could do them one
+        after the other: when it comes to an action, all ranks that share its stage have done what stands before it, so
+        they all come to it, its messages are there, and its collectives find their partners.
+        """
         training = self.config.training
-        inputs, targets = self.data.training_batch(
-            self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
+        inputs, targets = (
+            part.to(self.device).split(training.microbatch_size)
+            for part in self.data.training_batch(
+                self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
+            )
         )
-        # Divided once, by the tokens of the whole step: ranks and microbatches then simply add up.
-        num_tokens = training.global_batch_size * inputs.shape[1]
-        microbatches = list(
-            zip(inputs.split(training.microbatch_size), targets.split(training.microbatch_size), strict=True)
+        first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
+        positions = [
+            BatchPosition(self.progress.step, first_sample + i * training.microbatch_size, training.global_batch_size)
+            for i in range(len(inputs))
+        ]
+        if not self._splits_backward:
+            self.gradients.reduce_after_backwards(len(inputs))
+        return self.executor.step(
+            inputs,
+            targets,
+            # Divided once, by the tokens of the whole step: ranks and microbatches then simply add up.
+            loss_divisor=training.global_batch_size * inputs[0].shape[1],
+            stage_kwargs=[{"position": position} for position in positions],
         )
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for i, (tokens, target) in enumerate(microbatches):
-            if i == len(microbatches) - 1:
-                self.gradients.reduce_during_next_backward()
-            first_sample = self.mesh.dp_rank * inputs.shape[0] + i * training.microbatch_size
-            position = BatchPosition(self.progress.step, first_sample, training.global_batch_size)
-            losses = self.model(tokens.to(self.device), target.to(self.device), position=position)
-            (losses.sum() / num_tokens).backward()
-            loss_sum += losses.detach().double().sum() / num_tokens
-        return loss_sum
 
     def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
         """The loss over all data-parallel ranks and whether any rank was asked to stop, in one message."""
-        message = torch.stack([loss_sum / self.mesh.tp_size, loss_sum.new_tensor(float(self._stop_requested))])
+        layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
+        message = torch.stack([loss_sum / layer_ranks, loss_sum.new_tensor(float(self._stop_requested))])
         if self.mesh.world_size > 1:
             dist.all_reduce(message)
         loss, stops = message.tolist()
@@ -204,7 +239,9 @@ class Trainer:
     def _evaluate(self) -> None:
         training = self.config.training
         self.model.eval()
-        evaluation = evaluate(self.model, self.data, self.mesh, training.global_batch_size, training.microbatch_size)
+        evaluation = evaluate(
+            self.executor, self.data, self.mesh, training.global_batch_size, training.microbatch_size, self.device
+        )
         self.model.train()
         record = {"step": self.progress.step, **dataclasses.asdict(evaluation)}
         if self.mesh.rank == 0:

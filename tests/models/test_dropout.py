@@ -45,7 +45,7 @@ def one_step(
         loss = model(tokens, target, position=BatchPosition(STEP, first, BATCH))
         loss.backward(upstream)
         losses.append(loss.detach())
-    buckets.reduce_during_next_backward()
+    buckets.reduce_after_backwards(1)
     buckets.finish()
     gradients = {
         part.full_name(name): (part.shard, part.of(buckets[p])[: part.shard.real_shape(part.of(p).shape)[0]].clone())

@@ -129,7 +129,7 @@ def one_backward(
     ]
     for i, (t, y, g) in enumerate(zip(*pieces, strict=True)):
         if i == 1:
-            buckets.reduce_during_next_backward()
+            buckets.reduce_after_backwards(1)
         model(t, y).backward(g)
     buckets.finish()
     result = {}

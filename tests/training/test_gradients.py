@@ -36,9 +36,8 @@ def reduced(rank: int, world_size: int, dtype: torch.dtype, bucket_bytes: float)
     buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD if world_size > 1 else None, bucket_bytes)
     for _ in range(2):  # a second step starts from zero
         buckets.zero_()
-        for i, x in enumerate(inputs(rank, dtype)):
-            if i == 2:
-                buckets.reduce_during_next_backward()
+        buckets.reduce_after_backwards(3)
+        for x in inputs(rank, dtype):
             model(x).square().sum().backward()
         buckets.finish()
     return {name: buckets[p].clone() for name, p in model.named_parameters()}
@@ -96,14 +95,15 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
     for i in range(3):
         x = torch.randn(10, 6, generator=torch.Generator().manual_seed(10 * i + mesh.dp_rank)).to(dtype)
         if i == 2:
-            buckets.reduce_during_next_backward()
+            buckets.reduce_after_backwards(1)
         model(x).square().sum().backward()
         assert dtype == torch.float32 or all(p.grad is None for p in model.parameters())
         apart.zero_grad()
         apart(x).square().sum().backward()
         for total, p in zip(sums, apart.parameters(), strict=True):
             total += p.grad
-    assert len(buckets._work) == len(buckets._buckets)  # all left during backward
+    (queue,) = buckets._queues
+    assert len(queue.work) == len(queue.buckets)  # all left during backward
     buckets.finish()
     for total in sums:
         dist.all_reduce(total, group=mesh.dp_group)
@@ -151,7 +151,7 @@ def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
         return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
 
     dist.all_reduce = recording  # type: ignore[assignment]
-    buckets.reduce_during_next_backward()
+    buckets.reduce_after_backwards(1)
     during: list[int] = []
     x = inputs(rank, torch.float32)[0].requires_grad_()
     x.register_hook(lambda _: during.extend(sizes))  # the last thing that backward does
@@ -167,3 +167,45 @@ def test_buckets_leave_during_backward_and_in_one_order_on_every_rank() -> None:
     (during, first), (_, second) = run_on_ranks(order_of_sends, 2)
     assert first == second and sorted(first) == sorted([3, 9] + [7, 49] * 4)
     assert len(during) >= len(first) - 2
+
+
+def stages_apart(rank: int, world_size: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Two stages that share a weight: the sizes that each call sent, and the sums."""
+    torch.manual_seed(0)
+    first, second, tied = (nn.Parameter(torch.randn(n)) for n in (2, 3, 5))
+    buckets = GradientBuckets({0: [tied, first], 4: [second, tied]}, dist.group.WORLD, 1)
+    sent: list[list[int]] = []
+    original = dist.all_reduce
+
+    def recording(tensor: torch.Tensor, *args: object, **kwargs: object) -> object:
+        sent[-1].append(tensor.numel())
+        return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
+
+    dist.all_reduce = recording  # type: ignore[assignment]
+    for _ in range(2):  # a second step starts anew
+        buckets.zero_()
+        buckets.reduce_after_backwards(2)
+        for microbatch in range(2):
+            scale = 1.0 + rank + 10 * microbatch
+            for loss in ((tied * second.sum()).sum(), (tied * first.sum()).sum()):
+                sent.append([])
+                (loss * scale).backward()
+        waits = []
+        for stage in (4, 0):
+            sent.append([])
+            waits.append(buckets.reduce(stage))
+        for wait in waits:
+            wait()
+    scales = sum(1.0 + r + 10 * m for r in range(world_size) for m in range(2))
+    wanted = [tied.sum() * scales, tied.sum() * scales, (first.sum() + second.sum()) * scales]
+    for parameter, value in zip((first, second, tied), wanted, strict=True):
+        torch.testing.assert_close(buckets[parameter], value.expand_as(parameter), rtol=1e-6, atol=1e-6)
+    return sent, [buckets[p] for p in (first, second, tied)]
+
+
+def test_a_weight_of_two_stages_is_sent_once_and_last() -> None:
+    ranks = run_on_ranks(stages_apart, 2)
+    for sent, _ in ranks:
+        # Four backwards, of which the last two fill a stage each; the shared weight waits for both stages.
+        assert sent == 2 * [[], [], [3], [2], [], [5]]
+    assert all(torch.equal(a, b) for a, b in zip(ranks[0][1], ranks[1][1], strict=True))

@@ -96,7 +96,9 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
     (4, {"tensor_parallel_size": 4}),
     (2, {}),
     (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}),
-], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2"])  # fmt: skip
+    (2, {"pipeline_parallel_size": 2}),
+    (4, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
+], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2", "pp2", "pp2-tp2"])  # fmt: skip
 def test_every_layout_has_the_curve_of_one_process(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
 ) -> None:
@@ -117,16 +119,20 @@ def test_bfloat16_follows_float32(text: Path, tmp_path: Path, one_process: Any) 
         assert abs(ours[key] - theirs[key]) < 0.01 * theirs[key]
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_resume_equals_the_uninterrupted_run_bit_for_bit(text: Path, tmp_path: Path, tp: int, dtype: str) -> None:
+@pytest.mark.parametrize(("axis", "ranks", "dtype"), [
+    ("tensor", 1, "float32"), ("tensor", 1, "bfloat16"), ("tensor", 2, "float32"), ("tensor", 2, "bfloat16"),
+    ("pipeline", 2, "bfloat16"),
+])  # fmt: skip
+def test_resume_equals_the_uninterrupted_run_bit_for_bit(
+    text: Path, tmp_path: Path, axis: str, ranks: int, dtype: str
+) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    changes = {"tensor_parallel_size": tp, "dtype": dtype}
-    expected = trained(text, whole, tp, num_steps=20, **changes)
-    trained(text, halves, tp, num_steps=20, **changes)
+    changes = {f"{axis}_parallel_size": ranks, "dtype": dtype}
+    expected = trained(text, whole, ranks, num_steps=20, **changes)
+    trained(text, halves, ranks, num_steps=20, **changes)
     # As if the process had died after step 10: its later checkpoint is not there, its later metrics are.
     (halves / "checkpoints" / "step-000020").rename(tmp_path / "lost")
-    found = trained(text, halves, tp, num_steps=20, **changes)
+    found = trained(text, halves, ranks, num_steps=20, **changes)
     strip = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in found]
     assert strip == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in expected]
     for file in sorted((whole / "checkpoints" / "step-000020").glob("*.safetensors")):
@@ -165,6 +171,31 @@ def test_dropout_and_llama_layers_have_one_curve_at_every_layout_and_resume(text
     assert_same_curve(trained(text, run, 2, microbatch_size=4, **steps), one)
 
 
+# The ways in turn: how many ranks, their layout, the step after which the next goes on from what is there.
+PIPELINES: list[tuple[int, dict[str, Any], int]] = [
+    (8, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "bucket_mb": 0.02}, 2),
+    (2, {"pipeline_parallel_size": 2, "schedule": "zb_v", "recompute": "full"}, 4),
+    (4, {"pipeline_parallel_size": 2, "stages_per_rank": 2, "pipeline_cut": (2, 1, 1, 1)}, 6),
+    (1, {"schedule": "interleaved_zero_bubble", "stages_per_rank": 3}, 8),
+]  # fmt: skip
+
+
+def test_every_pipeline_has_the_curve_of_one_process_and_goes_on_from_any_other(text: Path, tmp_path: Path) -> None:
+    """Tied embeddings and dropout; 3D, then both ends of the model on one rank, several stages a rank, one rank."""
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
+    steps = {"num_layers": 5, "num_steps": 8, "checkpoint_interval": 2, "eval_interval": 4, **dropout}
+    one = trained(text, tmp_path / "one", 1, **steps)
+    run = tmp_path / "run"
+    for ranks, layout, step in PIPELINES:
+        assert_same_curve(trained(text, run, ranks, **steps, **layout), one)
+        assert sorted((run / "checkpoints").iterdir())[-1].name == "step-000008"
+        if ranks == 8:
+            asked = GenerateArguments(run, "line 3 of page", num_tokens=10)
+            assert run_on_ranks(generated, 1, asked) == run_on_ranks(generated, 2, asked)[:1]
+        for later in range(step + 2, 10, 2):
+            (run / "checkpoints" / f"step-{later:06d}").rename(tmp_path / f"{ranks} {later}")
+
+
 def generated(rank: int, world_size: int, arguments: GenerateArguments) -> str:
     return generate_text(arguments)
 
@@ -191,15 +222,30 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
             for part in parameter_parts(parameter):
-                value = part.of(parameter.detach())
-                if value.shape == part.shard.full_shape:  # replicated, or a key-value head that every rank holds
+                real = tuple(slice(n) for n in part.shard.real_shape(part.of(parameter).shape))
+                value = part.of(parameter.detach())[real]
+                if value.shape == part.shard.full_shape:  # whole, or a key-value head that every rank holds
                     kept[part.full_name(name)] = value.clone()
-                    kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter]).clone()
+                    kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter])[real].clone()
         conclude(trainer, *rest)
 
     training._conclude = keep
     train(config, Path(str(config.training.run_folder)))
     return kept
+
+
+def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: Path) -> None:
+    config = config_for(text, tmp_path, num_steps=10, pipeline_parallel_size=2, clip_norm=0.1)
+    first, last = run_on_ranks(replicated_weights, 2, config)
+    shared = first.keys() & last.keys()
+    assert shared == {"token_embedding.weight", "grad token_embedding.weight"}
+    assert all(torch.equal(first[name], last[name]) for name in shared)
+    # Clipped to the norm: had it counted the embedding twice, the sum of squares would be less.
+    assert last.keys() - shared > {"final_norm.weight", "blocks.1.mlp.expansion.weight"}
+    squares = sum(
+        tensor.double().square().sum() for name, tensor in {**first, **last}.items() if name.startswith("grad ")
+    )
+    assert abs(squares.sqrt() - 0.1) < 1e-6
 
 
 @pytest.mark.parametrize(("sequence_parallel", "changes"), [(False, {}), (True, {}), (True, LLAMA)], ids=str)
@@ -232,8 +278,9 @@ def test_loss_picture_and_config_are_there(one_process: Any) -> None:
     ({"tensor_parallel_size": 4, "data_parallel_size": 1},
      "tensor_parallel_size=4 x pipeline_parallel_size=1 x data_parallel_size=1 = 4 must equal the world size 2"),
     ({"microbatch_size": 8}, "global_batch_size=8 must be divisible by"),
+    ({"pipeline_parallel_size": 2, "schedule": "1f2b"}, "schedule='1f2b' must be one of: gpipe, 1f1b"),
     ({"vocab_size": 100}, "model.vocab_size=100 must be at least 300"),
-], ids=["other-model", "world-size", "batch", "vocab"])  # fmt: skip
+], ids=["other-model", "world-size", "batch", "schedule", "vocab"])  # fmt: skip
 def test_mistakes_reach_every_rank(
     text: Path, tmp_path: Path, one_process: Any, changes: dict[str, Any], message: str
 ) -> None:
@@ -286,11 +333,17 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
     train(config, Path(str(config.training.run_folder)))
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(text: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "axis"), [
+    ("nan", "tensor"), ("inf", "tensor"), ("gradient", "tensor"), ("gradient", "pipeline"),
+])  # fmt: skip
+def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
+    text: Path, tmp_path: Path, kind: str, axis: str
+) -> None:
     with pytest.raises(RankError) as caught:
-        config = config_for(text, tmp_path, tensor_parallel_size=2)
+        config = config_for(text, tmp_path, **{f"{axis}_parallel_size": 2})
         run_on_ranks(poisoned, 2, config, kind, timeout_s=60)
-    assert all(str(caught.value.errors[rank]).startswith("step 13: loss=") for rank in (0, 1))
+    texts = [str(caught.value.errors[rank]) for rank in (0, 1)]
+    assert all(text.startswith("step 13: loss=") for text in texts)
+    assert kind != "gradient" or all("first such gradient: position_embedding on rank 0" in text for text in texts)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
     assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 12

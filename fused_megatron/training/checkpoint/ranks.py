@@ -1,13 +1,12 @@
 """Ranks that succeed or fail together: results and errors are exchanged, so that no rank waits for one that gave up."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError
+from fused_megatron.collectives.gather_json import gather_json as collectives_gather_json
 from fused_megatron.training.checkpoint.errors import CheckpointError
 
 
@@ -16,27 +15,12 @@ def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's value, in rank order, on every rank. JSON rather than all_gather_object, which pickles.
-
-    Communication: two all-gathers, of 8 bytes and of the longest text.
-    """
-    if group is None:
-        return [value]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
-    size = dist.get_world_size(group)
+    """collectives.gather_json, for which a rank that is gone is a fault of the checkpoint."""
     try:
-        lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
-        dist.all_gather(lengths, torch.tensor([text.numel()], dtype=torch.int64, device=device), group=group)
-        longest = max(int(length.item()) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-        padded[: text.numel()] = text
-        texts = [torch.empty_like(padded) for _ in range(size)]
-        dist.all_gather(texts, padded, group=group)
+        return collectives_gather_json(value, group)
     except RuntimeError as error:  # the connection to a rank that was killed, or a time-out
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"another rank stopped while the checkpoint was in work ({reason})") from error
-    return [json.loads(bytes(t[: int(n.item())].cpu().numpy())) for t, n in zip(texts, lengths, strict=True)]
 
 
 def run_on_first(group: dist.ProcessGroup | None, function: Callable[[], Any]) -> Any:

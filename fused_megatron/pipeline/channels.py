@@ -1,0 +1,176 @@
+"""How tensors pass between the ranks of a pipeline: one channel for each pair of ranks and direction."""
+
+import queue
+import threading
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+FORWARD_DIRECTION, BACKWARD_DIRECTION = "forward", "backward"
+
+ChannelKey = tuple[int, int, str]
+"""From rank, to rank, direction."""
+
+
+class Pending(Protocol):
+    """A send or receive under way."""
+
+    def is_completed(self) -> bool:
+        """Whether the tensor is free again; raises what went wrong."""
+
+    def wait(self) -> None:
+        """Until it is done (on a GPU: the stream waits, not the host); raises what went wrong."""
+
+
+class Transport(Protocol):
+    """What the executor needs of a network. Each (from, to, direction) is used in the order of the schedule.
+
+    One that has a method close() is closed with the executor: peers that wait for this rank must fail at once then.
+    """
+
+    def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
+        """Begin to send a contiguous tensor to a rank of the pipeline, "forward" (activations) or "backward"."""
+
+    def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
+        """Begin to receive into a tensor of the shape that is sent."""
+
+
+def make_group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+    """A process group of its own, known to no registry: the only call that is made by its members alone.
+
+    torch.distributed.new_group is made by all ranks of the world, or names the group after the number of groups that a
+    rank has, which differs along a pipeline.
+    """
+    store = dist.PrefixStore(name, store)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupGloo(store, rank, size, timeout)
+
+
+class Channels:
+    """The transport over NCCL or gloo: a process group for each (from, to, direction).
+
+    Activations and gradients of two ranks never share one, so that sends that cross cannot block each other and a
+    posted receive blocks no send. All are made and used once here, in one sorted order on all ranks.
+
+    Args:
+        keys: the channels of the whole pipeline, the same on all ranks.
+        rank: of the pipeline.
+        store: where the ranks meet, with a name of this pipeline's own.
+        device: of the tensors.
+        timeout: of a wait.
+
+    Communication: one message of one byte a channel.
+    """
+
+    def __init__(
+        self, keys: Iterable[ChannelKey], rank: int, store: dist.Store, device: torch.device, timeout: timedelta
+    ) -> None:
+        self._rank = rank
+        self._groups: dict[ChannelKey, Any] = {}
+        self._senders: dict[ChannelKey, _Sender] = {}
+        self._polls = device.type == "cuda"
+        for key in sorted(set(keys), key=lambda key: (min(key[:2]), max(key[:2]), key)):
+            source, target, direction = key
+            if rank not in (source, target):
+                continue
+            name = f"{direction}/{source}-{target}"
+            self._groups[key] = make_group(store, name, int(rank == target), 2, device, timeout)
+            byte = torch.zeros(1, dtype=torch.uint8, device=device)
+            if rank == source:
+                self.send(byte, target, direction, 0).wait()
+            else:
+                self.receive(byte, source, direction, 0).wait()
+
+    def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
+        """As Transport."""
+        key = (self._rank, peer, direction)
+        work = self._groups[key].send([tensor], 1, tag)
+        if self._polls:
+            return _Waited(work, tensor)
+        if key not in self._senders:
+            self._senders[key] = _Sender(f"sends {direction} to rank {peer}")
+        return self._senders[key].watch(work, tensor)
+
+    def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
+        """As Transport."""
+        return _Waited(self._groups[peer, self._rank, direction].recv([buffer], 0, tag), buffer)
+
+    def close(self) -> None:
+        """Cut all connections. A send that its receiver has not yet asked for goes through first."""
+        for sender in self._senders.values():
+            sender.close()
+        if self._polls:
+            for group in self._groups.values():
+                group.abort()
+        self._groups.clear()
+        self._senders.clear()
+
+    def __del__(self) -> None:
+        for sender in self._senders.values():
+            sender.close()
+
+
+class _Waited:
+    """A receive; also a send of NCCL, which says by itself when it is done."""
+
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
+        self._work, self._tensor = work, tensor  # the memory must live until the transfer is over
+
+    def is_completed(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> None:
+        work, self._work = self._work, None  # whoever holds a work holds its connection open, a traceback too
+        if work is not None:
+            work.wait()
+
+
+class _Sent:
+    """A send that a thread waits for."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.error: Exception | None = None
+
+    def is_completed(self) -> bool:
+        if self.done.is_set() and self.error is not None:
+            raise self.error
+        return self.done.is_set()
+
+    def wait(self) -> None:
+        self.done.wait()
+        self.is_completed()
+
+
+class _Sender:
+    """Waits for the sends of one channel, in order: gloo only knows that one is done when someone has waited for it."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: queue.SimpleQueue[tuple[Any, torch.Tensor, _Sent] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(self._queue,), name=f"pipeline {name}", daemon=True).start()
+
+    def watch(self, work: Any, tensor: torch.Tensor) -> _Sent:
+        sent = _Sent()
+        self._queue.put((work, tensor, sent))
+        return sent
+
+    def close(self) -> None:
+        self._queue.put(None)
+
+    @staticmethod
+    def _run(waiting: "queue.SimpleQueue[tuple[Any, torch.Tensor, _Sent] | None]") -> None:
+        while (item := waiting.get()) is not None:
+            work, tensor, sent = item
+            try:
+                work.wait()
+            except Exception as error:  # is raised where the send is looked at
+                sent.error = error
+            # Before anyone hears of it: the memory is free by then.
+            del item, work, tensor
+            sent.done.set()

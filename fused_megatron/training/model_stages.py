@@ -1,0 +1,93 @@
+"""The pipeline stages of a GPT that a rank holds; with one pipeline rank the whole model."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.collectives import group_rank
+from fused_megatron.models import GPT, StageSpan
+
+
+class ModelStages(nn.Module):
+    """Stages by index, their parameters by the names of the whole model, and the loss of the last one.
+
+    Where the first and the last stage are on one rank, a tied embedding is one parameter of both.
+
+    Args:
+        spans: what each stage of the pipeline holds.
+        placement: the pipeline rank of each stage.
+        pp_group: the pipeline's ranks; None for one.
+        build: makes a stage.
+
+    Attributes:
+        stages: this rank's, by index.
+        config, vocab_size, tp_group, sequence_parallel: of every stage.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[StageSpan],
+        placement: Sequence[int],
+        pp_group: dist.ProcessGroup | None,
+        build: Callable[[StageSpan], GPT],
+    ) -> None:
+        super().__init__()
+        self.spans, self.placement, self.pp_group = tuple(spans), tuple(placement), pp_group
+        rank = group_rank(pp_group)
+        self.stages = {span.index: build(span) for span in spans if placement[span.index] == rank}
+        first, last = self.stages.get(0), self.stages.get(len(spans) - 1)
+        if first is not None and last is not None and last.token_embedding is not None:
+            last.token_embedding = first.token_embedding
+        self._modules_of_stages = nn.ModuleList(self.stages.values())  # for train(), eval()
+        some = next(iter(self.stages.values()))
+        self.config, self.vocab_size = some.config, some.vocab_size
+        self.tp_group, self.sequence_parallel = some.tp_group, some.sequence_parallel
+
+    def parameters_by_name(self) -> dict[str, nn.Parameter]:
+        """This rank's parameters, each once, by their names in the whole model."""
+        return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
+
+    def tied(self) -> list[dict[int, nn.Parameter]]:
+        """As PipelineExecutor wants it: this rank's parameters of the one tied weight, by stage; [] where none is."""
+        if len(self.spans) == 1 or not self.config.tied_embeddings:
+            return []
+        ends = {i: stage for i, stage in self.stages.items() if i in (0, len(self.spans) - 1)}
+        return [{i: stage.token_embedding.weight for i, stage in ends.items() if stage.token_embedding is not None}]
+
+    def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Sum of the loss over a microbatch, a 0-dim float64 tensor, from the output of the last stage."""
+        return self.stages[len(self.spans) - 1].loss(hidden, target).double().sum()
+
+    def num_parameters(self) -> int:
+        """Of this rank's stages, over all tensor-parallel ranks; over the pipeline they add up to the whole model's."""
+        return sum(stage.num_parameters() for stage in self.stages.values())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """logits_shard [B, S, V_padded / R] of tokens [B, S], on every rank of the pipeline; for sampling: no gradient.
+
+        Communication: two broadcasts over the pipeline's ranks for each stage, of its output's shape and its output.
+        """
+        x, last = tokens, len(self.spans) - 1
+        for index, owner in enumerate(self.placement):
+            if index in self.stages:
+                x = self.stages[index](x)
+                x = self.stages[index].logits(x) if index == last else x
+            x = self._from(owner, x)
+        return x
+
+    def _from(self, owner: int, x: torch.Tensor) -> torch.Tensor:
+        """The 3-dim x of a pipeline rank, on all of them."""
+        if self.pp_group is None:
+            return x
+        mine = owner == group_rank(self.pp_group)
+        shape = torch.tensor(x.shape if mine else (0, 0, 0), dtype=torch.int64, device=x.device)
+        dist.broadcast(shape, group_src=owner, group=self.pp_group)
+        x = (
+            x.contiguous()
+            if mine
+            else torch.empty(shape.tolist(), dtype=next(self.parameters()).dtype, device=x.device)
+        )
+        dist.broadcast(x, group_src=owner, group=self.pp_group)
+        return x
