@@ -21,7 +21,8 @@ from fused_megatron.config import BERTConfig, DataConfig, GPTConfig, OptimizerCo
 from fused_megatron.models import BERT, GPT, cut_stages
 from fused_megatron.training.checkpoint import StreamedBox, TensorBox, save_checkpoint
 from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
-from fused_megatron.training.hugging_face.families import family_of, is_buffer
+from fused_megatron.training.hugging_face.families import family_of
+from fused_megatron.training.hugging_face.family import is_buffer
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
 from fused_megatron.training.hugging_face.weight_files import WeightFiles, read_json
