@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train(words: Sequence[str]) -> int:
     from fused_megatron.training.checkpoint import newest_checkpoint  # noqa: PLC0415
     from fused_megatron.training.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
+    from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
     from fused_megatron.training.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
@@ -85,14 +86,13 @@ def _train(words: Sequence[str]) -> int:
     try:
         train(config, run.path)
     except RuntimeError as error:
-        if isinstance(error, NonFiniteError) or not (LOST_RANK.search(str(error)) and "RANK" in os.environ):
+        known = isinstance(error, LostRankError) or LOST_RANK.search(str(error))
+        if isinstance(error, NonFiniteError) or not (known and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
+        found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
         newest = newest_checkpoint(run.checkpoints, group=None)
-        _end_now(
-            f"lost contact with another rank ({reason}); newest good checkpoint: {newest or 'none'}; the same command "
-            f"resumes from it"
-        )
+        _end_now(f"{found}; newest good checkpoint: {newest or 'none'}; the same command resumes from it")
     return 0
 
 

@@ -62,8 +62,9 @@ class StashedWeights:
             update()
 
     def end(self) -> None:
-        """Leave the parameters at the newest version, and keep nothing else."""
-        self._show(self._values[self._newest])
+        """Leave the parameters at the newest version, and keep nothing else; nothing if no step is under way."""
+        if self._values:
+            self._show(self._values[self._newest])
         self._values = {}
 
     def _show(self, values: list[torch.Tensor]) -> None:

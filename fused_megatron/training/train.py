@@ -20,11 +20,12 @@ from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.model_stages import ModelStages
 from fused_megatron.training.model_state import parameter_boxes
-from fused_megatron.training.pipeline_plan import plan_pipeline
+from fused_megatron.training.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
-from fused_megatron.training.trainer import Progress, Trainer
+from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
 
 HEAD_START_S = 0.5
 # What may change between a checkpoint and the run that goes on from it.
@@ -40,35 +41,47 @@ def train(config: TrainConfig, run_path: Path) -> bool:
     Raises:
         InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
         NonFiniteError: on every rank, when the loss or a gradient stops being finite.
+        LostRankError: on every rank that is left, naming those that are gone.
     """
     plan = plan_pipeline(config)
     with launched(config.parallel.timeout_s) as launch:
-        # Every rank for its own process, before its first large tensor.
-        pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
-        reporter = Reporter(launch.rank == 0, config.training.log_interval)
-        run = RunFolder(run_path)
-        configs = gather_json(dataclasses.asdict(config), world_group())
-        on_every_rank(lambda: _check_same_config(*configs))
-        mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
-        model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-        spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut)
-        model = ModelStages(
-            spans,
-            plan.placement,
-            mesh.pp_group,
-            lambda span: build_model(model_config, mesh, config, launch.device, span),
-        )
-        trainer = Trainer(config, mesh, plan, model, data, run, reporter)
-        _resume(trainer, model_config)
-        _introduce(trainer)
-        if pages_kept:
-            reporter.say(
-                "malloc keeps the pages of freed tensors: the same numbers, without faulting them in every step"
-            )
-        started = time.perf_counter()
-        finished = trainer.run()
-        _conclude(trainer, finished, time.perf_counter() - started)
-        return finished
+        presence = Presence()
+        try:
+            return _train(config, plan, run_path, launch)
+        except NonFiniteError:
+            raise
+        except RuntimeError as error:
+            explained = presence.explain(error)
+            if explained is error:
+                raise
+            raise explained from error
+
+
+def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Launch) -> bool:
+    # Every rank for its own process, before its first large tensor.
+    pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
+    reporter = Reporter(launch.rank == 0, config.training.log_interval)
+    run = RunFolder(run_path)
+    configs = gather_json(dataclasses.asdict(config), world_group())
+    on_every_rank(lambda: _check_same_config(*configs))
+    mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
+    model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
+    spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut)
+    model = ModelStages(
+        spans,
+        plan.placement,
+        mesh.pp_group,
+        lambda span: build_model(model_config, mesh, config, launch.device, span),
+    )
+    trainer = Trainer(config, mesh, plan, model, data, run, reporter)
+    _resume(trainer, model_config)
+    _introduce(trainer)
+    if pages_kept:
+        reporter.say("malloc keeps the pages of freed tensors: the same numbers, without faulting them in every step")
+    started = time.perf_counter()
+    finished = trainer.run()
+    _conclude(trainer, finished, time.perf_counter() - started)
+    return finished
 
 
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +349,34 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
     assert kind != "gradient" or all("first such gradient: position_embedding on rank 0" in text for text in texts)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
     assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 12
+
+
+def killed(rank: int, world_size: int, config: TrainConfig) -> None:
+    from fused_megatron.models import GPT  # noqa: PLC0415 - only the ranks need it
+
+    forward, calls = GPT.forward, [0]
+
+    def kill(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        calls[0] += self.training
+        # In step 4 of 2 microbatches a step.
+        if calls[0] == 8 and rank == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return forward(self, *arguments, **keywords)
+
+    GPT.forward = kill  # type: ignore[method-assign]
+    run = Path(str(config.training.run_folder))
+    try:
+        train(config, run)
+    except RuntimeError as error:
+        (run / f"rank-{rank}").write_text(str(error))
+        os._exit(1)  # as the command does: whoever waits for this rank must hear of it, too
+
+
+def test_every_rank_names_one_that_was_killed_and_the_run_resumes(text: Path, tmp_path: Path) -> None:
+    changes = {"num_steps": 6, "checkpoint_interval": 3, "pipeline_parallel_size": 2, "data_parallel_size": 2}
+    with pytest.raises(RankError):
+        run_on_ranks(killed, 4, config_for(text, tmp_path, **changes), timeout_s=60)
+    # Rank 0 exchanges nothing with rank 3: it only sees 1 and 2 leave.
+    for rank in range(3):
+        assert "lost contact with rank 3 (" in (tmp_path / f"rank-{rank}").read_text()
+    assert [r["step"] for r in trained(text, tmp_path, 4, **changes) if "loss" in r] == list(range(1, 7))
