@@ -103,19 +103,8 @@ class ParallelSelfAttention(nn.Module):
             "dtype": dtype,
             "device": device,
         }
-        self.query_key_value: ColumnParallelLinear
-        width, qkv_bias = num_heads * head_dim, bias if qkv_bias is None else qkv_bias
-        if kv_heads == num_heads:
-            self.query_key_value = ColumnParallelLinear(hidden_size, 3 * width, qkv_bias, init_std=init_std, **layout)
-        else:
-            copies = max(1, ranks // kv_heads)
-            parts = [
-                OutputPart("query", width),
-                *(OutputPart(name, kv_heads * head_dim, copies) for name in ("key", "value")),
-            ]
-            self.query_key_value = StackedColumnParallelLinear(
-                hidden_size, parts, qkv_bias, init_std=init_std, **layout
-            )
+        qkv_bias = bias if qkv_bias is None else qkv_bias
+        self.query_key_value = self._new_query_key_value(hidden_size, qkv_bias, ranks, init_std=init_std, **layout)
         self.query_norm = self.key_norm = None
         if query_key_norm_eps is not None:
             # Their own flags for gradients do not serve: every rank has other heads, whatever the sequence.
@@ -123,8 +112,16 @@ class ParallelSelfAttention(nn.Module):
                 RMSNorm(head_dim, query_key_norm_eps, tp_group=None, dtype=dtype, device=device) for _ in range(2)
             )
         self.projection = RowParallelLinear(
-            width, hidden_size, bias, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
+            num_heads * head_dim, hidden_size, bias, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
         )
+
+    def _new_query_key_value(self, hidden_size: int, bias: bool, ranks: int, **options: Any) -> ColumnParallelLinear:
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.num_kv_heads == self.num_heads:
+            return ColumnParallelLinear(hidden_size, 3 * width, bias, **options)
+        copies = max(1, ranks // self.num_kv_heads)
+        parts = [OutputPart("query", width), *(OutputPart(name, kv_width, copies) for name in ("key", "value"))]
+        return StackedColumnParallelLinear(hidden_size, parts, bias, **options)
 
     def forward(
         self,

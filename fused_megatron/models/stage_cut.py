@@ -73,11 +73,11 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
 def block_cost(config: GPTConfig) -> int:
     """Multiplications of a block per token, forward."""
     hidden = config.hidden_size
-    kv_size = hidden // config.num_heads * config.kv_heads
-    projections = 2 * hidden * hidden + 2 * hidden * kv_size
+    query_size, kv_size = config.head_size * config.num_heads, config.head_size * config.kv_heads
+    projections = 2 * hidden * query_size + 2 * hidden * kv_size
     # Scores and context; a token sees half of the others.
-    attention = config.seq_len * hidden
-    return projections + attention + (2 if config.activation == "gelu" else 3) * hidden * config.ffn_size
+    attention = config.seq_len * query_size
+    return projections + attention + (2 if config.activation.startswith("gelu") else 3) * hidden * config.ffn_size
 
 
 def _cheapest_counts(config: GPTConfig, num_stages: int) -> list[int]:

@@ -20,7 +20,8 @@ from fused_megatron.training.checkpoint import (
 from fused_megatron.training.checkpoint.errors import explain_os_error
 from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
 from fused_megatron.training.checkpoint.shard_file import Entry, write_shard_file
-from fused_megatron.training.hugging_face.families import Family, differing_fields, family_for
+from fused_megatron.training.hugging_face.families import differing_fields, family_for
+from fused_megatron.training.hugging_face.family import Family
 from fused_megatron.training.hugging_face.import_model import (
     CONFIG_FILE,
     check_absent,

@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import BERTConfig, DataConfig, GPTConfig, OptimizerConfig, TrainConfig, TrainingConfig
-from fused_megatron.models import BERT, GPT
+from fused_megatron.models import BERT, GPT, cut_stages
 from fused_megatron.training.checkpoint import StreamedBox, TensorBox, save_checkpoint
 from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
-from fused_megatron.training.hugging_face.families import family_of, is_buffer
+from fused_megatron.training.hugging_face.families import family_of
+from fused_megatron.training.hugging_face.family import is_buffer
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
 from fused_megatron.training.hugging_face.weight_files import WeightFiles, read_json
@@ -172,16 +173,18 @@ def load_model(
     *,
     tp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
+    stage: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     skip: Sequence[str] = (),
 ) -> GPT | BERT:
-    """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size.
+    """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size, or a stage of a GPT.
 
     Args:
         folder: config.json and safetensors, whole or in several files.
         tp_group: tensor-parallel group; None means one rank.
         sequence_parallel: as GPT.
+        stage: (index, number of stages): that pipeline stage alone, as cut_stages cuts it.
         dtype: of the model; None keeps that of the files.
         device: of the model; None is the CPU.
         skip: glob patterns of tensors to leave out.
@@ -196,9 +199,13 @@ def load_model(
 
     def build() -> None:
         source = open_source(Path(folder), dtype, skip)
+        part: dict[str, Any] = {}
+        if stage is not None:
+            check(not isinstance(source.config, BERTConfig), f"stage={stage} must be None: a BERT has no stages")
+            part["stage"] = cut_stages(source.config, stage[1])[stage[0]]
         model = _new_model(
             source.config, tp_group=tp_group, sequence_parallel=sequence_parallel, dtype=source.dtype,
-            device=torch.device("meta"),
+            device=torch.device("meta"), **part,
         )  # fmt: skip
         built.append(_filled(model, source, device or torch.device("cpu")))
 

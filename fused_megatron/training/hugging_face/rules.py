@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_megatron.config import GPTConfig
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -70,3 +72,8 @@ def query_key_value(name: str, sources: Sequence[str], bias: bool, *, num_heads:
         else:
             rules.append(Rule(f"{name}.{kind}", theirs, heads=num_heads))
     return rules
+
+
+def tied_or_own_head(config: GPTConfig) -> list[Rule]:
+    """The head's tensor, where it is not the embedding's."""
+    return [] if config.tied_embeddings else [Rule("head.weight", ("lm_head.weight",))]

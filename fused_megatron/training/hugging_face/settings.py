@@ -5,6 +5,9 @@ from typing import Any, TypeVar
 
 from fused_megatron.checks import InputError, check
 
+# What activation functions are called there, and here.
+GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
+
 _REQUIRED = object()
 W = TypeVar("W")
 

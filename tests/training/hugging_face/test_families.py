@@ -125,6 +125,29 @@ def test_logits_and_every_gradient_equal_those_of_transformers(models: Path) -> 
             assert error < (1e-4 if "logits" in name else 2e-5), f"{name}: {error:.1e}"
 
 
+def stage_errors(rank: int, world_size: int, root: Path) -> dict[str, float]:
+    """Largest error of the logits where every rank holds one pipeline stage."""
+    errors = {}
+    for form in FORMS:
+        model = load_model(root / form, stage=(rank, world_size)).eval()
+        assert isinstance(model, GPT)
+        tokens, _ = batch_of(model.vocab_size)
+        with torch.no_grad():
+            hidden = torch.empty(tokens.shape[1], tokens.shape[0], model.config.hidden_size)
+            hidden = model(tokens) if rank == 0 else hidden
+            torch.distributed.broadcast(hidden, 0)
+            if rank == world_size - 1:
+                expected = load_file(root / form / "logits")["logits"]
+                logits = model.logits(model(hidden))
+                errors[form] = float((logits[..., : expected.shape[-1]] - expected).abs().max())
+    return errors
+
+
+def test_logits_of_two_stages_equal_those_of_transformers(models: Path) -> None:
+    _, errors = run_on_ranks(stage_errors, 2, models)
+    assert errors.keys() == FORMS.keys() and max(errors.values()) < 1e-4
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_round_trip_gives_identical_tensors(models: Path, tmp_path: Path, form: str) -> None:
     run, back, narrow = tmp_path / "run", tmp_path / "back", tmp_path / "narrow"
@@ -157,24 +180,25 @@ def assert_same_tensors(one: Path, other: Path) -> None:
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
 
 
-def import_and_use(rank: int, world_size: int, root: Path, work: Path) -> str:
+def import_and_use(rank: int, world_size: int, root: Path, work: Path, split: str) -> str:
     """Import on these ranks together, generate, then train a few steps from it and export that."""
-    run = work / f"run {world_size}"
+    run = work / f"run {world_size} {split}"
     convert(ConvertArguments("from-hf", root / "llama", run))
     text = generate_text(GenerateArguments(run, "page 7 of", num_tokens=12, temperature=0.0))
     options = (
-        f"--parallel.tensor_parallel_size={world_size}", f"--data.path={work / 'text.txt'}", "--model.seq_len=16",
+        f"--parallel.{split}_parallel_size={world_size}", f"--data.path={work / 'text.txt'}", "--model.seq_len=16",
         f"--data.cache_folder={work / 'cache'}", "--training.num_steps=3", "--training.eval_interval=3",
         "--optimizer.lr=1e-3", "--optimizer.min_lr=0", "--optimizer.warmup_steps=0",
     )  # fmt: skip
     train(load_config(run / "config.toml", options), run)
-    convert(ConvertArguments("to-hf", run, work / f"trained {world_size}"))
+    convert(ConvertArguments("to-hf", run, work / f"trained {world_size} {split}"))
     return text
 
 
 def test_generate_and_train_go_on_from_an_imported_model_at_any_size(models: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("".join(TEXTS), encoding="utf-8")
-    texts = {text for ranks in (1, 2) for text in run_on_ranks(import_and_use, ranks, models, tmp_path)}
+    layouts = ((1, "tensor"), (2, "tensor"), (2, "pipeline"))
+    texts = {text for ranks, split in layouts for text in run_on_ranks(import_and_use, ranks, models, tmp_path, split)}
     model = transformers.LlamaForCausalLM.from_pretrained(models / "llama").eval()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(models / "llama" / "tokenizer.json"))
     prompt = tokenizer("page 7 of", return_tensors="pt").input_ids
@@ -183,16 +207,15 @@ def test_generate_and_train_go_on_from_an_imported_model_at_any_size(models: Pat
             prompt = torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], dim=1)
     assert texts == {tokenizer.decode(prompt[0])}
     # Trained at another layout and back: the same weights, and not those that it began from.
-    one, two, before = (
-        load_file(folder / "model.safetensors")
-        for folder in (tmp_path / "trained 1", tmp_path / "trained 2", models / "llama")
-    )
+    trained = [tmp_path / f"trained {ranks} {split}" for ranks, split in layouts]
+    one, *others, before = (load_file(folder / "model.safetensors") for folder in (*trained, models / "llama"))
     for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=2e-5)
+        for other in others:
+            torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5)
         assert 1e-4 < float((tensor - before[name]).abs().max()) < 0.02, name
-    config = json.loads((tmp_path / "trained 2" / "config.json").read_text())
+    config = json.loads((trained[1] / "config.json").read_text())
     assert config["max_position_embeddings"] == 16 and config["eos_token_id"] == 2
-    loaded, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "trained 2", output_loading_info=True)
+    loaded, info = transformers.LlamaForCausalLM.from_pretrained(trained[1], output_loading_info=True)
     assert not info["missing_keys"] and loaded.config.rope_parameters["rope_type"] == "llama3"
 
 

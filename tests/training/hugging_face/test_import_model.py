@@ -42,10 +42,8 @@ def written(config: GPTConfig, folder: Path) -> Path:
     folder.mkdir(parents=True)
     family = family_for(config)
     assert family.model_type == "llama"
-    shapes = {
-        name: box.full_shape
-        for name, box in parameter_boxes(dict(GPT(config, device=torch.device("meta")).named_parameters())).items()
-    }
+    parameters = dict(GPT(config, device=torch.device("meta")).named_parameters())
+    shapes = {name: box.full_shape for name, box in parameter_boxes(parameters).items()}
     rules = family.rules(config, family.prefix)
     names = {source: rule.source_shape(shapes[f"model.{rule.name}"]) for rule in rules for source in rule.sources}
     tensors = {name: torch.randn(shape) for name, shape in names.items()}
