@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
-    from fused_megatron.interop import full_state_dict, load_full_state_dict, parallelize
+    from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
+    from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
 

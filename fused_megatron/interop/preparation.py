@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
-from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.sequence_region import SharedInput, refuse_hidden_states
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.units import (
     Layer,
@@ -91,15 +91,17 @@ class Preparation:
             for pattern in bare:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
-            norm = loose_norm(unit, self.model)
-            if norm and not unit.reason:
+            norm = "" if unit.reason else loose_norm(unit, self.model)
+            if norm:
                 unit.reason = (
                     f"{norm} would see the heads of one rank alone "
                     "(give it a style: 'replicated_with_grad_allreduce', or 'replicate' where it does not)"
                 )
             for layer in unit.of("replicated_with_grad_allreduce"):
                 if not isinstance(find_exchange(layer.name, layer.module), Exchange) and not unit.reason:
-                    unit.reason = f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    unit.reason = (
+                        f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    )
 
     def _wanted(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
@@ -156,7 +158,10 @@ class Preparation:
     def _make_exchanges(self) -> None:
         replaced = {replacement.layer.module for replacement in self.replacements}
         summed = {
-            layer.module for unit in self.units if not unit.reason for layer in unit.of("replicated_with_grad_allreduce")
+            layer.module
+            for unit in self.units
+            if not unit.reason
+            for layer in unit.of("replicated_with_grad_allreduce")
         }
         for stack in self.stacks:
             in_stack = {module for layer in stack.layers for module in layer.modules()}
@@ -170,7 +175,9 @@ class Preparation:
             if isinstance(found, Exchange):
                 if needs_sum and group_size(self.tp_group) > 1:
                     if found.drop_in not in _SUMMED:
-                        raise InputError(f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks")
+                        raise InputError(
+                            f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks"
+                        )
                     attributes = {**found.attributes, "tp_group": self.tp_group, "sequence_parallel": True}
                     found = Exchange(name, module, _SUMMED[found.drop_in], attributes)
                 if found.drop_in is not type(module):
@@ -214,6 +221,8 @@ class Preparation:
             setattr(module, attribute, value)
         for stack in self.stacks:
             stack.install()
+        if self.stacks:
+            self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         for around, shared in self.shared:
             around.register_forward_hook(shared.release, always_call=True)
 
