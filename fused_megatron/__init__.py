@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
     from fused_megatron.interop.parallelize import parallelize
+    from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
 
@@ -27,6 +28,7 @@ __all__ = [
     "init_mesh",
     "interop",
     "load_full_state_dict",
+    "load_pretrained_shards",
     "models",
     "modules",
     "ops",
@@ -43,6 +45,7 @@ _HOME = {
     "parallelize": "interop",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",
+    "load_pretrained_shards": "interop",
 }
 
 
