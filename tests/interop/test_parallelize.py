@@ -183,9 +183,6 @@ def lower_precisions_and_copies(rank, world_size):
     twin(**batch()).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(twin(**batch()).logits, model(**batch()).logits)
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch()).logits, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_lower_precisions_and_copies():
