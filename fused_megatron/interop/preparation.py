@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
-from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.sequence_region import SharedInput, refuse_hidden_states
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.units import (
     Layer,
@@ -91,8 +91,8 @@ class Preparation:
             for pattern in bare:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
-            norm = loose_norm(unit, self.model)
-            if norm and not unit.reason:
+            norm = "" if unit.reason else loose_norm(unit, self.model)
+            if norm:
                 unit.reason = (
                     f"{norm} would see the heads of one rank alone "
                     "(give it a style: 'replicated_with_grad_allreduce', or 'replicate' where it does not)"
@@ -221,6 +221,8 @@ class Preparation:
             setattr(module, attribute, value)
         for stack in self.stacks:
             stack.install()
+        if self.stacks:
+            self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         for around, shared in self.shared:
             around.register_forward_hook(shared.release, always_call=True)
 

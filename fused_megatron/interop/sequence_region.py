@@ -97,6 +97,19 @@ class SequenceRegion:
         return twin
 
 
+@torch.compiler.disable
+def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A hook for a model of regions: what its layers return are blocks, which nobody who asks for them expects."""
+    asked = kwargs.get("output_hidden_states") or getattr(
+        getattr(module, "config", None), "output_hidden_states", False
+    )
+    if asked and torch.is_grad_enabled():
+        raise InputError(
+            "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
+            "(ask for them under torch.no_grad(), or parallelize with sequence_parallel=False)"
+        )
+
+
 def _with_activations(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, Any]:
     """The arguments with the activations changed: the first of them, or hidden_states."""
     if args and isinstance(args[0], torch.Tensor):
