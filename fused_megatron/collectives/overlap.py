@@ -113,7 +113,7 @@ class ChunkChoice:
         hidden_products: Sequence[int],
         weight_elements: int,
     ) -> int:
-        if group_size(group) == 1 or x.numel() == 0:
+        if group_size(group) == 1 or x.numel() == 0 or x.is_meta:
             return 1
         if self.fixed is not None:
             return self.fixed
