@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
-    from fused_megatron.interop import full_state_dict, load_full_state_dict, parallelize
+    from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
+    from fused_megatron.interop.parallelize import parallelize
+    from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
 
@@ -26,6 +28,7 @@ __all__ = [
     "init_mesh",
     "interop",
     "load_full_state_dict",
+    "load_pretrained_shards",
     "models",
     "modules",
     "ops",
@@ -42,6 +45,7 @@ _HOME = {
     "parallelize": "interop",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",
+    "load_pretrained_shards": "interop",
 }
 
 

@@ -2,6 +2,14 @@
 
 from fused_megatron.interop.full_state import full_state_dict, full_tensor, load_full_state_dict
 from fused_megatron.interop.parallelize import parallelize
+from fused_megatron.interop.pretrained import load_pretrained_shards
 from fused_megatron.interop.report import ParallelReport
 
-__all__ = ["ParallelReport", "full_state_dict", "full_tensor", "load_full_state_dict", "parallelize"]
+__all__ = [
+    "ParallelReport",
+    "full_state_dict",
+    "full_tensor",
+    "load_full_state_dict",
+    "load_pretrained_shards",
+    "parallelize",
+]

@@ -1,4 +1,4 @@
-"""What all ranks must have in the same way before a model is changed: no error anywhere, one model, one set of weights."""
+"""What holds on all ranks before a model is changed: no error anywhere, one model, one set of weights."""
 
 import zlib
 from collections.abc import Iterator

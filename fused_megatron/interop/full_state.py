@@ -18,7 +18,7 @@ def parallel_group(model: nn.Module) -> Group:
     return next((module.tp_group for module in model.modules() if isinstance(module, ShardedModule)), None)
 
 
-def _transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
+def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
     """Of every parameter, whether the model had it the other way round (GPT-2)."""
     return {
         parameter: bool(getattr(module, "transposed", False))
@@ -28,7 +28,9 @@ def _transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
     }
 
 
-def full_tensor(parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False) -> torch.Tensor:
+def full_tensor(
+    parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False
+) -> torch.Tensor:
     """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
 
     Args:
@@ -78,7 +80,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     Communication: the whole model, one tensor at a time.
     Memory: one whole tensor where the model is, and the whole model on the CPU.
     """
-    tp_group, transposed = parallel_group(model), _transposed(model)
+    tp_group, transposed = parallel_group(model), is_transposed(model)
     keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}
@@ -106,8 +108,22 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
     Raises:
         InputError: naming the tensor; nothing was loaded.
     """
-    targets = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
-    transposed = _transposed(model)
+    check_full_state(model, state, strict)
+    transposed = is_transposed(model)
+    with torch.no_grad():
+        for name, value in _targets(model).items():
+            if name in state:
+                copy_shard_(value, state[name], transposed.get(value, False))
+
+
+def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    entries = model.state_dict(keep_vars=True).items()
+    return {name: value for name, value in entries if isinstance(value, torch.Tensor)}
+
+
+def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
+    """Raise InputError, naming the tensor, unless load_full_state_dict would take these."""
+    targets, transposed = _targets(model), is_transposed(model)
     given = {targets[name] for name in targets if name in state}
     missing = [name for name, value in targets.items() if value not in given]
     left_over = [name for name in state if name not in targets]
@@ -121,10 +137,6 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
             shape = _shape(state[name])
             if shape != wanted:
                 raise InputError(f"state[{name!r}].shape={shape} must be {wanted}")
-    with torch.no_grad():
-        for name, value in targets.items():
-            if name in state:
-                copy_shard_(value, state[name], transposed.get(value, False))
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -28,6 +28,10 @@ from fused_megatron.tensor_parallel import (
     row_parallel_linear,
 )
 
+# torch.compile cuts its graphs here: between two collectives it would find nothing to fuse with them, and it would
+# trace the choice of how they overlap.
+_REASON = "a collective of fused_megatron"
+
 
 class ColumnLinear(StackedColumnParallelLinear):
     """A linear layer's output features in shards; several stacked ones (query, key, value) each for itself.
@@ -44,6 +48,7 @@ class ColumnLinear(StackedColumnParallelLinear):
     region: SequenceRegion | None = None
     gathered = False
 
+    @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I], or its block of the sequence, to this rank's features [..., O / R] of all parts."""
         weight, bias = self.with_whole_gradients()
@@ -78,12 +83,14 @@ class GatheredLinear(ShardedModule):
         self.in_features, self.out_features = in_features, out_features
         self.tp_group, self.overlap = tp_group, overlap
         rows, rank = -(-out_features // group_size(tp_group)), group_rank(tp_group)
-        self.register_parameter("bias", None)
         for name, width in (("weight", (in_features,)), ("bias", ()))[: 1 + bias]:
             shard = ParameterShard((out_features, *width), (rank * rows, *(0 for _ in width)))
             values = nn.Parameter(torch.empty((rows, *width), device="meta", dtype=dtype))
             self.register_shard(name, values, shard)
+        if not bias:
+            self.register_parameter("bias", None)
 
+    @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] to all features [..., O], the same on every rank."""
         x, group, sequence_parallel = entered(self, x)
@@ -116,6 +123,7 @@ class RowLinear(RowParallelLinear):
     transposed = False
     region: SequenceRegion | None = None
 
+    @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I / R] (or whole, with input_is_parallel=False) to y [..., O], or its block of the sequence."""
         if not self.input_is_parallel:
@@ -131,6 +139,7 @@ class Embedding(VocabParallelEmbedding):
 
     padding_idx: int | None = None
 
+    @torch.compiler.disable(reason=_REASON)
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] to their rows [..., H]."""
         y = super().forward(ids)
@@ -145,6 +154,7 @@ class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
 
     tp_group: Group
 
+    @torch.compiler.disable(reason=_REASON)
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise [..., H]; returns the same shape."""
         (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)

@@ -1,5 +1,6 @@
 """parallelize: a model that somebody has, sharded over tensor-parallel ranks in place."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -82,6 +83,12 @@ def parallelize(
         new = fill(work.replacements, tp_group)
     work.commit(new)
     model.parallel_report = report  # type: ignore[assignment]
+    if not report.sharded:
+        warnings.warn(
+            f"nothing of {type(model).__name__} was sharded: {report.plan} names no layer that could be "
+            "(plan={pattern: style} says what; print(model.parallel_report) why)",
+            stacklevel=2,
+        )
     return model
 
 

@@ -3,7 +3,6 @@
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -40,13 +39,13 @@ class KnownUnit:
         owner: which module, by the end of its name, has the numbers in `divided`; they are what its forward counts
             heads and features by, and become those of one rank.
         divided: attributes of owner; all must be there.
-        assigned: attributes of owner with the value that they get.
+        kinds: classes that owner must be of, exactly; any where there are none.
     """
 
     styles: Mapping[str, str]
     owner: str = ""
     divided: tuple[str, ...] = ()
-    assigned: tuple[tuple[str, Any], ...] = ()
+    kinds: tuple[type[nn.Module], ...] = ()
 
 
 KNOWN_UNITS = (
@@ -65,6 +64,11 @@ KNOWN_UNITS = (
         ("num_attention_heads", "all_head_size"),
     ),
     KnownUnit({"intermediate.dense": "colwise", "output.dense": "rowwise"}),
+    # torch's own layers; their attention is one module that cannot be sharded from outside.
+    KnownUnit(
+        {"linear1": "colwise", "linear2": "rowwise"},
+        kinds=(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+    ),
     # The Llama shape without metadata: the MLP alone, since attention is written in too many ways.
     KnownUnit({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}),
 )
@@ -102,6 +106,13 @@ def matches(pattern: str, name: str) -> bool:
     return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts[-len(wanted) :], wanted))
 
 
+def matching(pattern: str, names: list[str]) -> list[str]:
+    """The names that are a pattern as a whole; where there are none, those that end with it."""
+    found = [name for name in names if matches(pattern, name)]
+    whole = [name for name in found if name.count(".") == pattern.count(".")]
+    return whole or found
+
+
 def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
     """The plan that counts: the user's; else the model's own; else what is known of its layers.
 
@@ -126,11 +137,10 @@ def _apply(origin: str, plan: Mapping[str, str], names: list[str], explicit: boo
     used = set()
     # The longest pattern that fits a name counts.
     for pattern in sorted(plan, key=lambda p: -len(p.split("."))):
-        for name in names:
-            if matches(pattern, name):
-                used.add(pattern)
-                if name not in styles:
-                    styles[name], patterns[name] = plan[pattern], pattern
+        for name in matching(pattern, names):
+            used.add(pattern)
+            if name not in styles:
+                styles[name], patterns[name] = plan[pattern], pattern
     return Plan(origin, styles, patterns, tuple(p for p in plan if p not in used), explicit=explicit)
 
 
@@ -159,15 +169,18 @@ def _known(model: nn.Module, names: list[str]) -> Plan:
     for unit in KNOWN_UNITS:
         lead = next(iter(unit.styles))
         for name in names:
-            if not matches(lead, name):
-                continue
             prefix = name[: len(name) - len(lead)]
-            owner = model.get_submodule(prefix + unit.owner) if prefix + unit.owner in present else None
+            if not matches(lead, name) or not all(prefix + end in present for end in unit.styles):
+                continue
+            owner_name = (prefix + unit.owner).rstrip(".")
+            owner = model.get_submodule(owner_name)
+            if unit.kinds and type(owner) not in unit.kinds:
+                continue
             numbers = [getattr(owner, attribute, None) for attribute in unit.divided]
-            if all(prefix + end in present for end in unit.styles) and all(isinstance(n, int) for n in numbers):
+            if all(isinstance(number, int) for number in numbers):
                 styles |= {prefix + end: style for end, style in unit.styles.items()}
                 patterns |= {prefix + end: end for end in unit.styles}
-                divided += [(prefix + unit.owner, attribute) for attribute in unit.divided]
+                divided += [(owner_name, attribute) for attribute in unit.divided]
     if styles:
         for name in names:
             if name not in styles and any(matches(end, name) for end in KNOWN_WHOLE):

@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
-from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.sequence_region import SharedInput, refuse_hidden_states
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.units import (
     Layer,
@@ -45,6 +45,7 @@ class Preparation:
         attributes: (module, name, value) that forwards count by.
         retied: (module, parameter name) of a module that keeps a sharded parameter without using it.
         stacks: of layers that will run on blocks of the sequence.
+        shared: inputs that several layers have in common, and the module around these.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Preparation:
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     retied: list[tuple[nn.Module, str]] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
+    shared: list[tuple[nn.Module, SharedInput]] = field(default_factory=list)
 
     def prepare(self, sequence_parallel: bool) -> None:
         """Work everything out. Raises InputError as parallelize."""
@@ -75,6 +77,7 @@ class Preparation:
             if name in sharded:
                 module = self.model.get_submodule(name)
                 self.attributes.append((module, attribute, getattr(module, attribute) // ranks))
+        self._close_fast_paths()
         if sequence_parallel and ranks > 1:
             self.stacks = find_stacks(self.model, self.units, self.tp_group)
         self._make_exchanges()
@@ -88,15 +91,17 @@ class Preparation:
             for pattern in bare:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
-            norm = loose_norm(unit, self.model)
-            if norm and not unit.reason:
+            norm = "" if unit.reason else loose_norm(unit, self.model)
+            if norm:
                 unit.reason = (
                     f"{norm} would see the heads of one rank alone "
                     "(give it a style: 'replicated_with_grad_allreduce', or 'replicate' where it does not)"
                 )
             for layer in unit.of("replicated_with_grad_allreduce"):
                 if not isinstance(find_exchange(layer.name, layer.module), Exchange) and not unit.reason:
-                    unit.reason = f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    unit.reason = (
+                        f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
+                    )
 
     def _wanted(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
@@ -142,10 +147,21 @@ class Preparation:
         ties = getattr(self.model, "_tied_weights_keys", None)
         return isinstance(ties, dict) and name in {*ties, *ties.values()}
 
+    def _close_fast_paths(self) -> None:
+        """torch's encoder in evaluation takes the weights of its linears and calls a kernel of its own."""
+        around = {layer.parent for layer in self._wanted()}
+        layers = [m for n, m in self.model.named_modules() if n in around and isinstance(m, nn.TransformerEncoderLayer)]
+        encoders = [m for m in self.model.modules() if isinstance(m, nn.TransformerEncoder)] if layers else []
+        self.attributes += [(layer, "activation_relu_or_gelu", 0) for layer in layers]
+        self.attributes += [(encoder, "use_nested_tensor", 0) for encoder in encoders]
+
     def _make_exchanges(self) -> None:
         replaced = {replacement.layer.module for replacement in self.replacements}
         summed = {
-            layer.module for unit in self.units if not unit.reason for layer in unit.of("replicated_with_grad_allreduce")
+            layer.module
+            for unit in self.units
+            if not unit.reason
+            for layer in unit.of("replicated_with_grad_allreduce")
         }
         for stack in self.stacks:
             in_stack = {module for layer in stack.layers for module in layer.modules()}
@@ -159,7 +175,9 @@ class Preparation:
             if isinstance(found, Exchange):
                 if needs_sum and group_size(self.tp_group) > 1:
                     if found.drop_in not in _SUMMED:
-                        raise InputError(f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks")
+                        raise InputError(
+                            f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks"
+                        )
                     attributes = {**found.attributes, "tp_group": self.tp_group, "sequence_parallel": True}
                     found = Exchange(name, module, _SUMMED[found.drop_in], attributes)
                 if found.drop_in is not type(module):
@@ -178,7 +196,10 @@ class Preparation:
                 continue
             stack = next((s for s in self.stacks if unit in s.units), None)
             entering = [by_module[layer.module] for layer in unit.entering]
-            shared = SharedInput(self.tp_group, len(entering)) if len(entering) > 1 else None
+            shared = None
+            if len(entering) > 1 and group_size(self.tp_group) > 1:
+                shared = SharedInput(self.tp_group, len(entering))
+                self.shared.append((self.model.get_submodule(unit.parent), shared))
             for layer in unit.layers:
                 module: Any = by_module.get(layer.module)
                 if isinstance(module, ColumnLinear | GatheredLinear):
@@ -200,6 +221,10 @@ class Preparation:
             setattr(module, attribute, value)
         for stack in self.stacks:
             stack.install()
+        if self.stacks:
+            self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
+        for around, shared in self.shared:
+            around.register_forward_hook(shared.release, always_call=True)
 
     def kept_whole(self) -> dict[str, str]:
         """Why planned layers stay whole, by name."""

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.layers import ColumnLinear, Embedding, GatheredLinear, RowLinear, copy_shard_, make_column
+from fused_megatron.interop.layers import Embedding, GatheredLinear, RowLinear, copy_shard_, make_column
 from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
-from fused_megatron.tensor_parallel import ParameterShard, ShardPart, ShardedModule
+from fused_megatron.tensor_parallel import ParameterShard, ShardedModule, ShardPart
 
 # What a module knows besides parameters and modules: whoever hooked into the old layer is heard by the new one.
 _KEPT = (
@@ -40,7 +40,7 @@ def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Repl
     """The parallel layer, on the meta device."""
     module, style, old = _make(layer, tp_group, overlap), layer.style, layer.module
     if style != "embedding_rowwise":
-        module.transposed = is_transposed_linear(old)  # type: ignore[assignment]
+        module.transposed = is_transposed_linear(old)
     for name in _KEPT:
         module.__dict__[name] = old.__dict__[name]
     return Replacement(layer, module)

@@ -53,12 +53,15 @@ class SequenceRegion:
         """A hook that hands the module the whole sequence."""
         return module.register_forward_pre_hook(self._gather, with_kwargs=True)
 
+    @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._running = torch.is_grad_enabled()
 
+    @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         self._running = None
 
+    @torch.compiler.disable
     def _split(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.active:
             return None
@@ -74,11 +77,13 @@ class SequenceRegion:
             ) from None
         return split_all_gather(x, SEQUENCE_DIM, self.tp_group)
 
+    @torch.compiler.disable
     def _gather(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.active:
             return None
         return _with_activations(args, kwargs, lambda x: all_gather_reduce_scatter(x, SEQUENCE_DIM, self.tp_group))
 
+    @torch.compiler.disable
     def _gather_result(self, module: nn.Module, args: Any, result: Any) -> Any:
         if not self.active:
             return None
@@ -90,6 +95,19 @@ class SequenceRegion:
         memo[id(self.tp_group)] = self.tp_group  # a process group cannot be copied; both use the same
         twin = memo[id(self)] = SequenceRegion(self.tp_group)
         return twin
+
+
+@torch.compiler.disable
+def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """A hook for a model of regions: what its layers return are blocks, which nobody who asks for them expects."""
+    asked = kwargs.get("output_hidden_states") or getattr(
+        getattr(module, "config", None), "output_hidden_states", False
+    )
+    if asked and torch.is_grad_enabled():
+        raise InputError(
+            "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
+            "(ask for them under torch.no_grad(), or parallelize with sequence_parallel=False)"
+        )
 
 
 def _with_activations(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, Any]:
@@ -127,9 +145,14 @@ class SharedInput:
             self._shared = identity_all_reduce(x, self.tp_group)
         shared = self._shared
         self._left -= 1
-        if self._left == 0:  # nothing is kept alive longer than the model itself keeps it
-            self._source = self._shared = None
+        if self._left == 0:
+            self.release()
         return shared
+
+    @torch.compiler.disable
+    def release(self, *_: Any) -> None:
+        """Keep nothing alive longer than the model itself does; a hook for when the module around them is done."""
+        self._source = self._shared = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput":
         memo[id(self.tp_group)] = self.tp_group

@@ -88,7 +88,7 @@ def _set_gathering(stack: Stack, unit: Unit, model: nn.Module) -> None:
 def _check(stack: Stack, model: nn.Module) -> None:
     known = {layer.module for unit in stack.units for layer in unit.layers}
     for name, module in modules_with_own_parameters(model):
-        if not name.startswith(f"{stack.name}.") or module in known:
+        if not name.startswith(f"{stack.name}." if stack.name else "") or module in known:
             continue
         inside = next((g for g in stack.gathering if name.startswith(f"{g}.") or name == g), None)
         if inside is not None or not _is_summable_norm(module):

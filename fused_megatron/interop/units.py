@@ -184,7 +184,9 @@ def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Modul
     """
     changes = _check_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
     for layer in unit.layers:
-        outputs, inputs = linear_features(layer.module) if layer.module._parameters["weight"].dim() == 2 else (0, 0)
+        outputs, inputs = (0, 0)
+        if layer.style != "replicated_with_grad_allreduce":
+            outputs, inputs = linear_features(layer.module)
         size, what = (outputs, "out_features") if layer.style in COLUMN_STYLES else (inputs, "in_features")
         sharded = layer.style in (*COLUMN_STYLES, "rowwise", "rowwise_split_input")
         if sharded and size % (ranks // layer.copies * PARTS.get(layer.style, 1)):

@@ -8,9 +8,9 @@ from fused_megatron import ops
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss on the fused op: same signature, defaults and state_dict.
 
-    The arguments are those of torch.nn.CrossEntropyLoss: weight=None, size_average=None, ignore_index=-100, reduce=None,
-    reduction="mean", label_smoothing=0.0. With class weights, and for targets that are probabilities, torch's own
-    function is called: these have no fused kernel.
+    The arguments are those of torch.nn.CrossEntropyLoss: weight=None, size_average=None, ignore_index=-100,
+    reduce=None, reduction="mean", label_smoothing=0.0. With class weights, and for targets that are probabilities,
+    torch's own function is called: these have no fused kernel.
 
     Communication, Memory, Numerics: as fused_megatron.ops.cross_entropy. The fused gradient cannot be differentiated
     again (except in float64).

@@ -172,4 +172,3 @@ def _looks_like_a_norm(module: nn.Module) -> bool:
     has_eps = any(isinstance(getattr(module, name, None), float) for name in EPS_NAMES)
     is_batch_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)
     return has_eps and not is_batch_norm and set(shapes.values()) == {1} and set(shapes) <= {"weight", "bias"}
-

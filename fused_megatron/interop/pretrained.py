@@ -1,0 +1,136 @@
+"""A pretrained folder into a parallel model, without any rank ever holding more than its shards and one tensor."""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fused_megatron.checks import InputError
+from fused_megatron.interop.agreement import check_agreement
+from fused_megatron.interop.full_state import check_full_state, load_full_state_dict, parallel_group
+from fused_megatron.tensor_parallel import ShardedModule
+
+
+def load_pretrained_shards(
+    model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, strict: bool = True
+) -> nn.Module:
+    """Fill a parallel model, made on the meta device, from a Hugging Face folder of safetensors files.
+
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+        parallelize(model, mesh)
+        load_pretrained_shards(model, folder)
+
+    Args:
+        model: after parallelize; parameters on the meta device become real ones here, others are overwritten.
+        folder: with model.safetensors, or model.safetensors.index.json and the files that it names.
+        device: of what was on the meta device; the CPU where nothing else of the model says otherwise.
+        strict: refuse tensors that the folder lacks, or has beyond the model's.
+
+    Returns:
+        The model. What its files do not hold (rotary frequencies) its own class computes, as in from_pretrained.
+
+    Raises:
+        InputError: a file that is missing, truncated or malformed; a tensor that is missing, left over or of another
+            shape; on every rank, and before anything is loaded.
+
+    Communication: one small all-gather.
+    Memory: this rank's shards, and of one tensor at a time the part that this rank takes.
+    """
+    folder = Path(folder)
+    group, place = parallel_group(model), _device(model, device)
+    with ExitStack() as files:
+        with check_agreement(model, group, place, same_weights=False):
+            state = _names_of(model, _open(folder, files))
+            try:
+                check_full_state(model, state, strict)
+            except InputError as error:
+                raise InputError(f"{folder}: {error}") from None
+        buffers = _materialise(model, place)
+        load_full_state_dict(model, state, strict=strict)
+    _compute_buffers(model, [name for name in buffers if name not in state])
+    return model
+
+
+def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    real = (p.device for p in model.parameters() if not p.is_meta)
+    return next(real, torch.device("cpu"))
+
+
+def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """What slices like a tensor, by the names in the files; nothing is read but headers."""
+    index = folder / "model.safetensors.index.json"
+    wanted: Mapping[str, str] | None = None
+    try:
+        if index.exists():
+            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(wanted.values()))] if wanted else [folder / "model.safetensors"]
+        slices: dict[str, Any] = {}
+        for path in paths:
+            if path.parent != folder or not path.is_file():
+                raise InputError(f"{path}: no such file in the folder")
+            file = files.enter_context(safe_open(path, "pt"))
+            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}): fetch it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{index}: cannot be read ({type(error).__name__}: {error})") from error
+    absent = [name for name in wanted or () if name not in slices]
+    if absent:
+        raise InputError(f"{index}: {absent[0]!r} is not in {(wanted or {})[absent[0]]}")
+    return slices
+
+
+def _names_of(model: nn.Module, slices: dict[str, Any]) -> dict[str, Any]:
+    """The slices under the model's names: files may be of the base model, or of one with a head around it."""
+    names = model.state_dict(keep_vars=True)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    result = {}
+    for name, value in slices.items():
+        forms = (name, prefix + name, name.removeprefix(prefix))
+        known = next((form for form in forms if form in names), None)
+        if known is not None or not any(pattern.search(name) for pattern in ignored):
+            result[known or name] = value
+    return result
+
+
+def _materialise(model: nn.Module, device: torch.device) -> list[str]:
+    """Memory for what is on the meta device, tied parameters once; the names of the buffers among it."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    buffers = []
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+                module._parameters[name] = made[parameter]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+                buffers.append(f"{prefix}.{name}".strip("."))
+    for module in model.modules():
+        if isinstance(module, ShardedModule):
+            module._mark()
+    return buffers
+
+
+def _compute_buffers(model: nn.Module, names: list[str]) -> None:
+    """Values of buffers that no file has, by the model's own initialisation of the module that owns them."""
+    initialise = getattr(model, "_init_weights", None)
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(owner)
+        if initialise is None or module._parameters:
+            raise InputError(f"{owner}: no file has its buffers (build the model with buffers off the meta device)")
+        with torch.no_grad():
+            initialise(module)

@@ -1,0 +1,225 @@
+"""Models of every family: logits, gradients, tokens and state_dict of parallelize are those of the original."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import transformers as hf
+
+import fused_megatron as fm
+from fused_megatron.checks import InputError
+from fused_megatron.interop import full_tensor
+from fused_megatron.interop.full_state import is_transposed
+from fused_megatron.testing import run_on_ranks
+
+SMALL = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 48,
+    "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def gpt2():
+    """An odd vocabulary, a head tied to the embedding, Conv1D and one matrix for query, key and value."""
+    small = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61, "n_positions": 32}
+    small |= {"bos_token_id": 1, "eos_token_id": 2}
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**small, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
+
+
+def llama():
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=2))
+
+
+def llama_tied():
+    """One key-value head, fewer than ranks."""
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL, num_key_value_heads=1, tie_word_embeddings=True))
+
+
+def mistral():
+    return hf.MistralForCausalLM(hf.MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4))
+
+
+def qwen2():
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=1))
+
+
+def qwen3():
+    """Norms over single heads, between sharded layers."""
+    return hf.Qwen3ForCausalLM(hf.Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True))
+
+
+def bert():
+    return hf.BertForMaskedLM(hf.BertConfig(**SMALL, **NO_DROPOUT))
+
+
+FAMILIES = {build.__name__: build for build in (gpt2, llama, llama_tied, mistral, qwen2, qwen3, bert)}
+
+
+def built(family):
+    """A model with random weights, norms and biases too, the same on every rank."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def batch(seq_len=8):
+    """Token ids, a mask that hides the end of one row, and labels."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 61, (2, seq_len), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def gradients(model, tp_group):
+    """Of every parameter, whole."""
+    turned = is_transposed(model)
+    return {
+        name: None if p.grad is None else full_tensor(p, p.grad, tp_group, turned.get(p, False))
+        for name, p in model.named_parameters()
+    }
+
+
+def train_twice(model, step):
+    """Two microbatches before one backward of a weighted sum, with an evaluation in between."""
+    first, second = model(**batch()), model(**batch(12))
+    model.eval()
+    with torch.no_grad():
+        model(**batch(5))  # of a length that no number of ranks divides
+    model.train()
+    (first.loss + 2.5 * second.loss).backward()
+    if step:
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+    return first
+
+
+def assert_near(name, a, b, tolerance):
+    assert (a is None) == (b is None), name
+    if a is not None:
+        assert a.shape == b.shape, name
+        # Some gradients are 0 but for rounding (biases of keys): held to the scale that gradients have here.
+        error = (a - b).abs().max() / b.abs().max().clamp(min=1e-2)
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def check_family(family, mesh, sequence_parallel, checkpointing):
+    original = built(family).train()
+    model = copy.deepcopy(original)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        if checkpointing:
+            model.enable_input_require_grads()
+    before = copy.deepcopy(original.state_dict())
+    assert fm.parallelize(model, mesh, sequence_parallel=sequence_parallel, strict=True) is model
+    if mesh.tp_size > 1:
+        assert all(one.reason == "whole by the plan" or "Head" in one.kind for one in model.parallel_report.left)
+        mine = sum(p.numel() for p in model.parameters())
+        assert mine < 0.8 * sum(p.numel() for p in original.parameters())
+    assert model.parallel_report.sequence_parallel == (sequence_parallel and mesh.tp_size > 1)
+    state = fm.full_state_dict(model)
+    assert list(state) == list(before)
+    assert all(torch.equal(state[name], before[name]) for name in before), "round trip"
+    ours, theirs = train_twice(model, step=True), train_twice(original, step=True)
+    assert_near("loss", ours.loss, theirs.loss, 1e-5)
+    assert_near("logits", ours.logits, theirs.logits, 1e-4)
+    expected = dict(original.named_parameters())
+    for name, gradient in gradients(model, mesh.tp_group).items():
+        assert_near(name, gradient, expected[name].grad, 1e-4)
+    for name, value in fm.full_state_dict(model).items():  # tied weights stayed tied in the step
+        assert_near(name, value.float(), original.state_dict()[name].float(), 1e-4)
+    model.eval(), original.eval()
+    if hasattr(model, "generate") and family != "bert":
+        prompt = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        ids = batch(5)["input_ids"]
+        assert torch.equal(model.generate(ids, **prompt), original.generate(ids, **prompt))
+    fm.load_full_state_dict(model, before)
+    assert all(torch.equal(value, before[name]) for name, value in fm.full_state_dict(model).items()), "load"
+
+
+def all_families(rank, world_size, layouts, families):
+    warnings.simplefilter("ignore")  # transformers' deprecations
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    for family in families:
+        for sequence_parallel, checkpointing in layouts:
+            try:
+                check_family(family, mesh, sequence_parallel, checkpointing)
+            except Exception as error:
+                raise AssertionError(f"{family}, {sequence_parallel=}, {checkpointing=}: {error}") from error
+
+
+def test_one_rank():
+    all_families(0, 1, [(True, None)], FAMILIES)
+
+
+def test_two_ranks():
+    run_on_ranks(all_families, 2, [(False, None), (True, None)], list(FAMILIES), timeout_s=400)
+
+
+def test_gradient_checkpointing_on_two_ranks():
+    layouts = [(False, False), (True, False), (True, True)]
+    run_on_ranks(all_families, 2, layouts, ["gpt2", "llama", "bert"], timeout_s=400)
+
+
+def test_four_ranks_that_share_key_value_heads():
+    run_on_ranks(all_families, 4, [(True, None)], ["llama", "qwen3"], timeout_s=400)
+
+
+def lower_precisions_and_copies(rank, world_size):
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    exact = built("llama")(**batch()).logits.detach()
+    original = built("llama").bfloat16()
+    model = fm.parallelize(copy.deepcopy(original), mesh, sequence_parallel=True)
+    error = (model(**batch()).logits - exact).abs().max()
+    assert error < 2 * (original(**batch()).logits - exact).abs().max()
+    model = fm.parallelize(built("llama"), mesh, sequence_parallel=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (model(**batch()).logits - exact).abs().max() < 0.05
+    twin = copy.deepcopy(model)  # of a model that is parallel, as for an average of weights
+    twin(**batch()).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(twin(**batch()).logits, model(**batch()).logits)
+
+
+def test_lower_precisions_and_copies():
+    run_on_ranks(lower_precisions_and_copies, 2, timeout_s=400)
+
+
+def hidden_states(rank, world_size):
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    model = fm.parallelize(built("llama"), mesh, sequence_parallel=True)
+    with pytest.raises(InputError, match="output_hidden_states"):
+        model(**batch(), output_hidden_states=True)
+    with torch.no_grad():
+        assert len(model(**batch(), output_hidden_states=True).hidden_states) == 3
+    with pytest.raises(InputError, match="sequence length=7 must be divisible by tensor_parallel_size=2"):
+        model(**batch(7))
+
+
+def test_what_blocks_of_the_sequence_cannot_do():
+    run_on_ranks(hidden_states, 2, timeout_s=400)
+
+
+def compiled(rank, world_size):
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(**SMALL | {"num_hidden_layers": 1}, num_key_value_heads=2)
+    original = hf.LlamaForCausalLM(config)
+    model = fm.parallelize(copy.deepcopy(original), mesh, sequence_parallel=True)
+    ids = batch()["input_ids"]
+    logits = torch.compile(model, backend="eager")(ids).logits
+    torch.testing.assert_close(logits, original(ids).logits, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+    logits.backward(upstream)
+    original(ids).logits.backward(upstream)
+    expected = dict(original.named_parameters())
+    for name, gradient in gradients(model, mesh.tp_group).items():
+        assert_near(name, gradient, expected[name].grad, 1e-4)
+
+
+def test_torch_compile_goes_around_the_collectives():
+    run_on_ranks(compiled, 2, timeout_s=400)

@@ -1,0 +1,107 @@
+"""A parallel model made on the meta device, filled from a Hugging Face folder."""
+
+import json
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import fused_megatron as fm
+from fused_megatron.checks import InputError
+from fused_megatron.testing import run_on_ranks
+
+SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 48}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}
+MODELS = {
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "bert": (hf.BertForMaskedLM, hf.BertConfig, {}),
+    "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"n_positions": 16}),
+}
+
+
+def saved(folder):
+    """Every model in several files with an index."""
+    for name, (kind, config, more) in MODELS.items():
+        small = SMALL if name != "gpt2" else {k: v for k, v in SMALL.items() if k[:3] not in ("max", "int")}
+        torch.manual_seed(0)
+        kind(config(**small, **more)).save_pretrained(folder / name, max_shard_size="20KB")
+        assert (folder / name / "model.safetensors.index.json").exists()
+
+
+def on_meta(folder, name):
+    kind, config, _ = MODELS[name]
+    with torch.device("meta"):
+        return kind(config.from_pretrained(folder / name)).eval()
+
+
+def loads(rank, world_size, folder):
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    ids = torch.arange(3, 15).view(2, 6)
+    for name, (kind, _, _) in MODELS.items():
+        original = kind.from_pretrained(folder / name).eval()
+        model = fm.parallelize(on_meta(folder, name), mesh, sequence_parallel=True)
+        assert fm.load_pretrained_shards(model, folder / name) is model
+        assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+        for key, value in fm.full_state_dict(model).items():
+            assert torch.equal(value, original.state_dict()[key]), key
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
+        head = model.get_output_embeddings()
+        assert head.weight is model.get_input_embeddings().weight
+    refusals(mesh, folder, rank)
+
+
+def refusals(mesh, folder, rank):
+    model = fm.parallelize(on_meta(folder, "llama"), mesh)
+    (base,) = (path for path in folder.glob("broken-*") if path.name.endswith(f"{rank}"))
+    for name, message in (
+        ("truncated", "not a whole safetensors file"),
+        ("missing", r"state has no 'model.norm.weight' \(strict"),
+        ("left_over", "state has, and the model has not, 'model.extra'"),
+        ("other_shape", r"state\['model.norm.weight'\].shape=\(31,\) must be \(32,\)"),
+        ("no_file", "no such file in the folder"),
+        ("no_json", "index.json: cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fm.load_pretrained_shards(model, base / name)
+        assert all(p.is_meta for p in model.parameters())
+    here = base / "missing" if rank == 1 else folder / "llama"  # the folder of one rank alone is wrong
+    with pytest.raises(InputError, match="state has no" if rank == 1 else r"ranks \[1\] refused this"):
+        fm.load_pretrained_shards(model, here)
+    assert all(p.is_meta for p in model.parameters())
+
+
+def broken(folder, base):
+    tensors = {}
+    for path in (folder / "llama").glob("*.safetensors"):
+        tensors |= load_file(path)
+    norm = tensors["model.norm.weight"]
+    for name, change in (
+        ("truncated", {}),
+        ("missing", {"model.norm.weight": None}),
+        ("left_over", {"model.extra": norm.clone()}),
+        ("other_shape", {"model.norm.weight": norm[1:].clone()}),
+    ):
+        (base / name).mkdir(parents=True)
+        kept = {key: value for key, value in (tensors | change).items() if value is not None}
+        save_file(kept, base / name / "model.safetensors")
+    file = base / "truncated" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    for name, text in (("no_file", json.dumps({"weight_map": {"a": "x.safetensors"}})), ("no_json", "{")):
+        (base / name).mkdir()
+        (base / name / "model.safetensors.index.json").write_text(text)
+
+
+def test_loads_and_refuses(tmp_path):
+    saved(tmp_path)
+    for rank in range(2):
+        broken(tmp_path, tmp_path / f"broken-{rank}")
+    run_on_ranks(loads, 2, tmp_path, timeout_s=240)
+
+
+def test_one_rank(tmp_path):
+    saved(tmp_path)
+    model = fm.parallelize(on_meta(tmp_path, "gpt2"), None)
+    fm.load_pretrained_shards(model, tmp_path / "gpt2")
+    original = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
+    assert all(torch.equal(v, original.state_dict()[k]) for k, v in fm.full_state_dict(model).items())
