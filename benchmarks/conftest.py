@@ -3,6 +3,9 @@
     pytest benchmarks -k layer_norm      some of them
     --gpu                                on the first GPU; --fake-gpu NAME runs that path on the CPU
     --quick                              tiny sizes: does everything run?
+    --results FILE                       where the results go: for a whole run benchmarks/results/<..>.json by itself
+
+The results file is written after every case, so that Ctrl-C keeps what was measured; `fused-megatron report` reads it.
 
 On the CPU: two threads, and malloc keeps its pages for every provider alike (glibc: the run starts itself again with
 the settings in its environment). What the same costs with malloc's default settings is measured afterwards, in a
@@ -11,10 +14,12 @@ process of its own, and shown beside it.
 
 import contextlib
 import dataclasses
+import datetime
 import gc
 import inspect
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +31,7 @@ import pytest
 import torch
 
 import fused_megatron as fm
+from fused_megatron.doctor.machine import processor_name
 from fused_megatron.testing.call_overhead import measure_call_overhead
 from fused_megatron.testing.comparison_table import (
     gpu_table,
@@ -38,6 +44,7 @@ from fused_megatron.testing.comparison_table import (
 )  # fmt: skip
 from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
+from fused_megatron.testing.report.results_file import Results, write_results
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
 from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
@@ -55,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-megatron")
     group.addoption("--gpu", action="store_true", help="on the first GPU, against other libraries too")
     group.addoption("--fake-gpu", action="append", default=[], metavar="NAME", help="the same on a GPU that is none")
+    group.addoption("--results", type=Path, metavar="FILE", help="where the results go; see fused-megatron report")
     group.addoption("--quick", action="store_true", help="tiny sizes, two rounds, no code generation")
 
 
@@ -71,8 +79,29 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1 if config.option.quick else _THREADS)
     _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
+    _session["results"], _session["results_path"] = _results_of(config, device)
     config.option.benchmark_quiet = True  # our tables say it
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
+
+
+def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
+    """This run's results, and the file for them; a part of a run has one only where --results says so."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    hardware = device.name if device.is_gpu else f"{processor_name() or platform.machine()}, {cores}"
+    settings = {"torch": torch.__version__, "malloc": os.environ.get(_MALLOC, "as the system has it")}
+    results = Results("ops", hardware, datetime.date.today().isoformat(), settings)
+    path: Path | None = config.option.results
+    part = config.option.quick or config.option.keyword or any(".py" in word for word in config.args)
+    if path is None and not part and _RESULTS not in os.environ:
+        path = config.rootpath / "benchmarks" / "results" / results.file_name
+    return results, path
+
+
+def _save_results(complete: bool = False) -> None:
+    path, results = _session["results_path"], _session["results"]
+    if path is not None and _session["comparisons"]:
+        results.comparisons, results.complete = list(_session["comparisons"].values()), complete
+        write_results(results, path)
 
 
 def _start_again_with_kept_pages(config: pytest.Config) -> None:
@@ -139,6 +168,7 @@ class Bench:
         )
         _session["comparisons"][self._request.node.nodeid] = result
         _report(one_line(result))
+        _save_results()
         if result.seconds.get(OURS):
             self._store(result)
         if OURS in result.faults:
@@ -193,13 +223,15 @@ def _report(line: str) -> None:
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, a wrapper too, writes its file
-def pytest_sessionfinish() -> Iterator[None]:
+def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
     comparisons: dict[str, Comparison] = _session["comparisons"]
     if path := os.environ.get(_RESULTS):
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
-    elif comparisons and os.environ.get(_MALLOC) == "kept":
-        _measure_with_default_malloc(comparisons)
+    elif exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # and not interrupted
+        if comparisons and os.environ.get(_MALLOC) == "kept":
+            _measure_with_default_malloc(comparisons)
+        _save_results(complete=True)
     yield
 
 
@@ -251,3 +283,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     write("")
     for line in remarks(comparisons):
         write(line)
+    if _session["results_path"] is not None and comparisons:
+        write(f"\nfused-megatron report {os.path.relpath(_session['results_path'])}   shows this again, and plots")

@@ -23,6 +23,7 @@ commands:
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   doctor [--json]                               what is here, what is missing, and what mends it
+  report FILE [LATER_FILE]                      benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "convert": _convert,
         "schedule": _schedule,
         "doctor": _doctor,
+        "report": _report,
         "audit": _audit,
     }
     try:
@@ -147,6 +149,17 @@ def _doctor(words: Sequence[str]) -> int:
     from fused_megatron.doctor.command import run_doctor  # noqa: PLC0415
 
     return run_doctor(words)
+
+
+def _report(words: Sequence[str]) -> int:
+    from fused_megatron.testing.report.command import ReportArguments, run_report  # noqa: PLC0415
+    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
+
+    program = "fused-megatron report"
+    if any(word in ("-h", "--help") for word in words):
+        print_arguments(ReportArguments, program)
+        return 0
+    return run_report(parse_arguments(ReportArguments, words, source=program))
 
 
 def _audit(words: Sequence[str]) -> int:

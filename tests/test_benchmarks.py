@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fused_megatron.testing.report.results_file import read_results
 from fused_megatron.training.kept_pages import uses_glibc
 
 ROOT = Path(__file__).parents[1]
@@ -22,18 +23,39 @@ def run(*options: object, **environment: str) -> subprocess.CompletedProcess[str
 
 def test_on_the_cpu(tmp_path):
     stored = tmp_path / "stored.json"
-    done = run("--quick", "-k", "float32 or overhead", f"--benchmark-json={stored}")
+    kept = tmp_path / "kept.json"
+    done = run("--quick", "-k", "float32 or overhead", f"--benchmark-json={stored}", "--results", kept)
     assert done.returncode == 0, done.stdout + done.stderr
     header, *rows = re.findall(r"^\| .*\|$", done.stdout, re.MULTILINE)
     assert "x eager" in header and "over bound" in header
     assert any(row.startswith("| layer_norm ") for row in rows) and "us a call" in done.stdout
     benchmarks = {b["name"]: b["extra_info"] for b in json.loads(stored.read_text())["benchmarks"]}
+    ours, theirs = read_results(kept), read_results(stored)
+    assert ours.complete and f"report {os.path.relpath(kept, ROOT)}" in done.stdout
+    assert {c.name: c.seconds for c in ours.comparisons} == {c.name: c.seconds for c in theirs.comparisons}
     info = benchmarks["test_layer_norm[float32]"]
     assert set(info["seconds"]) == {"ours", "eager", "compile", "bound"} and info["num_bytes"] > 0
     if uses_glibc():
         assert "malloc keeps its pages for all" in done.stdout
         # In a quick run for the first of them alone.
         assert any(set(info.get("default_malloc_ms", ())) >= {"ours", "eager"} for info in benchmarks.values())
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path):
+    kept = tmp_path / "kept.json"
+    (tmp_path / "stop.py").write_text(
+        "import os, signal, pytest\n"
+        "@pytest.hookimpl(trylast=True)\n"
+        "def pytest_runtest_teardown():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = run("--quick", "-k", "norm and float32", "-p", "stop", "--results", kept, PYTHONPATH=path)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    results = read_results(kept)
+    assert not results.complete and len(results.comparisons) == 1 and results.comparisons[0].ratio("eager")
+    # What is not asked for is not kept: part of a run would take the place of a whole one.
+    assert not list((ROOT / "benchmarks" / "results").glob(f"{kept.stem}*"))
 
 
 def test_on_a_gpu_that_is_none():

@@ -189,7 +189,7 @@ class ChunkChoice:
         fusable: bool = False,
     ) -> int:
         """stretches: from the seconds of a multiplication and addition, and of an element of an all-reduce."""
-        if group_size(group) == 1 or x.numel() == 0:
+        if group_size(group) == 1 or x.numel() == 0 or x.is_meta:
             return 1
         if self.fixed is not None:
             return self.fixed

@@ -113,6 +113,11 @@ def parsed_links(said: str) -> dict[str, int]:
     return dict(pairs)
 
 
+def processor_name() -> str:
+    """The processor as its maker calls it; "" where the system does not say."""
+    return _processor(_read("/proc/cpuinfo"))[0]
+
+
 def _processor(cpuinfo: str) -> tuple[str, set[str]]:
     found = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
     return found.get("model name", ""), set((found.get("flags") or found.get("Features") or "").split())

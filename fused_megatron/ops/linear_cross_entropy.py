@@ -233,7 +233,7 @@ def linear_cross_entropy(
 def operand_and_result_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The dtype that the operands of the product are brought to, and that of the loss; as torch, if it promoted."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
+    if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type), torch.float32
     return dtype, dtype
 

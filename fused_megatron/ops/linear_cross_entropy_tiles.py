@@ -95,7 +95,8 @@ def _as_cast(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def without_autocast(self: "TiledHead", *args: Any) -> Any:
-        with torch.autocast(self.hidden.device.type, enabled=False):
+        # torch knows no autocast of the meta device.
+        with torch.autocast("cpu" if self.hidden.is_meta else self.hidden.device.type, enabled=False):
             return method(self, *args)
 
     return without_autocast

@@ -11,7 +11,7 @@ def autocast_operands(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
     device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
