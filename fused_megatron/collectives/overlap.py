@@ -189,10 +189,12 @@ class ChunkChoice:
         fusable: bool = False,
     ) -> int:
         """stretches: from the seconds of a multiplication and addition, and of an element of an all-reduce."""
-        if group_size(group) == 1 or x.numel() == 0 or x.is_meta:
+        if group_size(group) == 1 or x.numel() == 0:
             return 1
         if self.fixed is not None:
             return self.fixed
+        if x.is_meta:  # nothing to time
+            return 1
         costs = overlap_costs(group, x.dtype, x.device)
         steps = stretches(2 / costs.flops_per_s, x.element_size() / costs.bytes_per_s)
         num_chunks = costs.num_chunks(steps, rows, weight_elements)

@@ -158,7 +158,7 @@ class GPT(nn.Module):
         return logits_shard.transpose(0, 1)
 
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
-        """Loss per token [B, S] float32 of the last stage's output, or their sum; target and reduction as in forward."""
+        """Loss per token [B, S] of the last stage's output, or their sum; target and reduction as in forward."""
         head = self._head()
         loss = vocab_parallel_linear_cross_entropy(
             hidden,
