@@ -31,15 +31,16 @@ from fused_megatron.pipeline.stage_compute import StageCompute
 from fused_megatron.pipeline.stashed_weights import StashedWeights
 from fused_megatron.pipeline.tied_weights import TiedWeight
 
+ShapeIds = Callable[[], Sequence[int]]
+
 
 class StepInputs(NamedTuple):
-    """What a rank was given for a step, one entry a microbatch; empty where the rank needs none."""
+    """What a rank was given for a step, one item a microbatch; empty where the rank needs none."""
 
     inputs: Sequence[tuple[torch.Tensor, ...]]
     targets: Sequence[Any]
     kwargs: Sequence[Mapping[str, Any]]
     loss_divisor: float
-    shape_ids: Sequence[int] = ()
 
 
 class Hooks(NamedTuple):
@@ -105,17 +106,24 @@ class ActionLoop:
         self._reducing: dict[int, Callable[[], None] | None] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._versions: Mapping[int, StashedWeights] = {}
+        self._shape_ids: ShapeIds = tuple
         self.at: Action | None = None  # where the run is, or failed
 
-    def run(self, step: StepInputs, training: bool) -> dict[int, torch.Tensor]:
+    def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool) -> dict[int, torch.Tensor]:
         """All actions, or those of the forward alone; the loss sums of the microbatches that ended here.
+
+        Args:
+            step: what the rank was given.
+            shape_ids: waits for those of the microbatches (step_table.py); called when a message first needs them.
+            training: with backward.
 
         Raises:
             PeerLost: a message did not come or go. `at` says where.
+            InputError: from shape_ids.
             Other errors of an action, once the schedule is printed with the action marked.
         """
         actions, plan = self._plans[training]
-        messages, observe, self._losses = self._messages, self._hooks.observe, {}
+        messages, observe, self._losses, self._shape_ids = self._messages, self._hooks.observe, {}, shape_ids
         self._versions = self._stashed if training else {}
         for stashed in self._versions.values():
             stashed.begin()
@@ -123,7 +131,7 @@ class ActionLoop:
             self.at = action
             try:
                 for receive in plan[position]:
-                    messages.post(receive, _shape_id(step, receive))
+                    messages.post(receive, shape_ids()[receive.microbatch or 0])
                 given = self._given(action, step)
                 start = time.perf_counter() if observe else 0.0
                 self._do(action, given, step)
@@ -131,10 +139,9 @@ class ActionLoop:
                 if observe:
                     observe(action, start, time.perf_counter())
                 messages.retire()
-            except PeerLost:
-                raise
             except BaseException as error:
-                print_fault(self._schedule, self._rank, action, error)
+                if not isinstance(error, PeerLost) and not getattr(error, "on_every_rank", False):
+                    print_fault(self._schedule, self._rank, action, error)
                 raise
         self.at = None
         for stage in list(self._reducing):
@@ -185,7 +192,7 @@ class ActionLoop:
         elif kind == WEIGHT_GRAD and microbatch is not None:
             self._stages[stage].weight_grad(microbatch)
         elif kind in SENDS:
-            self._messages.send(action, self._leaving.pop(action), _shape_id(step, action))
+            self._messages.send(action, self._leaving.pop(action), self._shape_ids()[microbatch or 0])
         elif kind == REDUCE_GRAD:
             reduce = self._hooks.reduce_gradients
             self._reducing[stage] = reduce(stage) if reduce else None
@@ -234,7 +241,3 @@ class ActionLoop:
         wait = self._reducing.pop(stage, None)
         if wait is not None:
             wait()
-
-
-def _shape_id(step: StepInputs, action: Action) -> int:
-    return step.shape_ids[action.microbatch or 0]

@@ -126,9 +126,12 @@ class _Waited:
         return self._work is None or self._work.is_completed()
 
     def wait(self) -> None:
-        work, self._work = self._work, None  # whoever holds a work holds its connection open, a traceback too
-        if work is not None:
-            work.wait()
+        work, self._work = self._work, None
+        try:
+            if work is not None:
+                work.wait()
+        finally:
+            del work  # else the traceback of an error would hold the connection open
 
 
 class _Sent:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.pipeline.channels import ChannelKey, Channels, Transport, make_group
 from fused_megatron.pipeline.communication_checks import channel_of
-from fused_megatron.pipeline.faults import FaultRecord, PipelineError, first_line, lost_peers
+from fused_megatron.pipeline.faults import FaultRecord, PipelineError, lost_peers
 from fused_megatron.pipeline.schedule import SENDS, Schedule
 from fused_megatron.pipeline.step_table import StepTable
 
@@ -77,10 +77,14 @@ class Connections:
         """What to raise where a message did not come: the first fault of the pipeline, or that a rank is gone."""
         known = self.faults.read()
         if known is None:
-            # Closed connections that say no more: the first to look decides, before it closes its own.
-            lost = self._dead_peer() if lost is None else lost
-            self.faults.write(lost, None, first_line(error))
-            known = self.faults.read() or (lost, None, first_line(error))
+            # Closed connections that say no more: the first to look decides, before it closes its own. Where the store
+            # is gone, its keeper is, the first rank; a peer that closed has but seen that before.
+            if lost is None or not self.faults.readable:
+                dead = self._dead_peer()
+                lost = dead if lost is None or dead >= 0 else lost
+            reason = str(error).partition(". This is typically")[0]  # what gloo guesses at length
+            self.faults.write(lost, None, reason)
+            known = self.faults.read() or (lost, None, reason)
         here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
         if rank < 0:

@@ -188,11 +188,13 @@ class PipelineExecutor:
             raise RuntimeError("this PipelineExecutor is closed, by close() or after a fault (make a new one)")
         try:
             step = self._begin(inputs, targets, loss_divisor, stage_kwargs)
-            losses = loop.run(step, training)
+            losses = loop.run(step, connections.table.shape_ids, training)
             count = len(self.schedule.microbatches)
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
         except InputError as error:
-            if not error.on_every_rank:  # of a stage or the caller's functions
+            if error.on_every_rank:  # before anything was sent: the pipeline stays of use
+                loop.clear()
+            else:  # of a stage or the caller's functions
                 self._give_up(error)
             raise
         except PeerLost as lost:
@@ -212,7 +214,7 @@ class PipelineExecutor:
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None,
     ) -> StepInputs:
-        """Check what was given, and hear from the other ranks."""
+        """Check what was given, and tell the other ranks; they answer while the first stage computes."""
         step, error, ids = None, None, None
         try:
             device = self._connections.device
@@ -222,9 +224,12 @@ class PipelineExecutor:
         count = len(self.schedule.microbatches)
         if step is not None and 0 in self._stages:
             ids = [shape_id(step.inputs[m], step.kwargs[m] if step.kwargs else {}) for m in range(count)]
-        shape_ids = self._connections.table.exchange(ids, count, error)
+        table = self._connections.table
+        table.start(ids, count, error)
+        if step is None:
+            table.shape_ids()
         assert step is not None
-        return step._replace(shape_ids=shape_ids)
+        return step
 
     def _give_up(self, error: BaseException) -> None:
         """This rank failed: say so to the others, and wake them."""

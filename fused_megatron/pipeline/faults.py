@@ -62,6 +62,11 @@ class FaultRecord:
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
 
+    @property
+    def readable(self) -> bool:
+        """Whether the store still answered."""
+        return self._store is not None
+
     def write(self, rank: int, action: str | None, text: str) -> None:
         """Unless another rank was first. A store that is gone (with the rank that kept it) is no further fault."""
         if self._store is not None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ def _signature(value: Any) -> Any:
 
 
 class StepTable:
-    """One small collective before each step.
+    """One small collective at the start of each step, under way while the first stage computes.
 
     Args:
         control: a group of all ranks of the pipeline on the CPU; None for one rank.
@@ -36,40 +36,62 @@ class StepTable:
         rank, num_ranks: of the pipeline.
     """
 
-    def __init__(self, control: dist.ProcessGroup | None, store: dist.Store | None, rank: int, num_ranks: int) -> None:
+    def __init__(self, control: Any, store: dist.Store | None, rank: int, num_ranks: int) -> None:
         self._control, self._store, self._rank, self._num_ranks = control, store, rank, num_ranks
-        self._errors = 0
+        self._work: Any = None
+        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._error: InputError | None = None
+        self._shape_ids: list[int] | None = None
+        self._num_errors = 0
 
-    def exchange(self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None) -> list[int]:
-        """The shape ids, which the rank of stage 0 gives, on every rank; or on every rank what is wrong on one.
-
-        Raises:
-            InputError: this rank's error, or that of the first other rank that has one.
+    def start(self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None) -> None:
+        """Give what this rank knows: the one of stage 0 the shape ids, any of them an error.
 
         Communication: one all-reduce of 8 bytes a microbatch and rank.
         """
-        if self._control is None or self._store is None:
-            if error is not None:
-                raise error
-            return list(shape_ids or ())
-        numbers = torch.zeros(num_microbatches + self._num_ranks, dtype=torch.int64)
-        if error is not None:
-            self._store.set(self._name(self._rank), str(error))
-            numbers[num_microbatches + self._rank] = 1
-        elif shape_ids is not None:
+        self._error, self._shape_ids = error, None
+        self._numbers = numbers = torch.zeros(num_microbatches + self._num_ranks, dtype=torch.int64)
+        if shape_ids is not None:
             numbers[:num_microbatches] = torch.tensor(shape_ids)
-        with lost_peers():
-            self._control.allreduce([numbers], dist.ReduceOp.SUM).wait()
-        failed = [rank for rank in range(self._num_ranks) if numbers[num_microbatches + rank]]
-        if failed:
-            text = str(error) if error else f"rank {failed[0]}: {self._store.get(self._name(failed[0])).decode()}"
-            self._errors += 1
-            raise_alike(text, error)
-        return [int(number) for number in numbers[:num_microbatches]]
+        if error is not None:
+            numbers[num_microbatches + self._rank] = 1
+        if self._control is not None and self._store is not None:
+            if error is not None:
+                self._store.set(self._name(self._rank), str(error))
+            with lost_peers():
+                self._work = self._control.allreduce([numbers], dist.ReduceOp.SUM)
+
+    def shape_ids(self) -> list[int]:
+        """The shape ids, on every rank.
+
+        Raises:
+            InputError: on every rank, alike: what one of them was given wrong.
+        """
+        if self._shape_ids is None:
+            work, self._work = self._work, None
+            try:
+                if work is not None:
+                    with lost_peers():
+                        work.wait()
+            finally:
+                del work  # else the traceback of an error would hold the connections open
+            failed = self._numbers[-self._num_ranks :].nonzero()
+            if len(failed):
+                self._raise(int(failed[0]))
+            self._shape_ids = self._numbers[: -self._num_ranks].tolist()
+        return self._shape_ids
+
+    def _raise(self, rank: int) -> NoReturn:
+        text = str(self._error)
+        if self._error is None:
+            assert self._store is not None
+            text = f"rank {rank}: {self._store.get(self._name(rank)).decode()}"
+        self._num_errors += 1
+        raise_alike(text, self._error)
 
     def close(self) -> None:
         """Let go of the group."""
-        self._control = None
+        self._control = self._work = None
 
     def _name(self, rank: int) -> str:
-        return f"input error {self._errors} of rank {rank}"
+        return f"input error {self._num_errors} of rank {rank}"

@@ -80,6 +80,7 @@ def run_asynchronous(rank, world_size, name, count):
     loss = executor.step([x for x, _ in pairs], [target for _, target in pairs], loss_divisor=7)
     assert loss.item() == pytest.approx(sum(executor.microbatch_losses.tolist()) / 7, rel=1e-12)
     assert max(most) <= peak_weight_versions(executor.schedule)[rank]
+    executor.close()
     return executor.microbatch_losses, [p.detach() for p in stage.parameters()]
 
 
