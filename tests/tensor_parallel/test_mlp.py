@@ -140,7 +140,7 @@ def test_no_group_and_no_biases():
 
 def test_errors():
     x, up, down = torch.zeros(4, H), torch.zeros(FFN, H), torch.zeros(H, FFN)
-    with pytest.raises(InputError, match="activation='relu' must be one of 'gelu', 'geglu', 'swiglu'"):
+    with pytest.raises(InputError, match="activation='relu' must be one of 'gelu', 'gelu_exact', 'geglu', 'swiglu'"):
         parallel_mlp(x, up, None, down, None, activation="relu", tp_group=None)
     with pytest.raises(InputError, match="number of input features 40"):
         parallel_mlp(x, up, None, down, None, activation="swiglu", tp_group=None)

@@ -95,7 +95,7 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
 @pytest.mark.parametrize(("world_size", "changes"), [
     (2, {"tensor_parallel_size": 2}),
     (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
-    (4, {"tensor_parallel_size": 4}),
+    pytest.param(4, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
     (2, {}),
     (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}),
     (2, {"pipeline_parallel_size": 2}),
@@ -122,8 +122,9 @@ def test_bfloat16_follows_float32(text: Path, tmp_path: Path, one_process: Any) 
 
 
 @pytest.mark.parametrize(("axis", "ranks", "dtype"), [
-    ("tensor", 1, "float32"), ("tensor", 1, "bfloat16"), ("tensor", 2, "float32"), ("tensor", 2, "bfloat16"),
-    ("pipeline", 2, "bfloat16"),
+    ("tensor", 1, "float32"), ("tensor", 2, "bfloat16"), ("pipeline", 2, "bfloat16"),
+    pytest.param("tensor", 1, "bfloat16", marks=pytest.mark.slow),
+    pytest.param("tensor", 2, "float32", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resume_equals_the_uninterrupted_run_bit_for_bit(
     text: Path, tmp_path: Path, axis: str, ranks: int, dtype: str
@@ -146,7 +147,8 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
-    (1, {}), (4, {"tensor_parallel_size": 4}), (4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    (1, {}), pytest.param(4, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
+    (4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
 ], ids=["tp1", "tp4", "tp2-sp-dp2"])  # fmt: skip
 def test_run_saved_at_tp2_resumes_at_another_layout(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
