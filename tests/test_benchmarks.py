@@ -81,6 +81,7 @@ def test_overlap_without_its_tools_is_one_line(tmp_path):
     assert done.returncode == 0 and re.fullmatch(r"bench-overlap skipped: .*\n", done.stdout), done.stderr
 
 
+@pytest.mark.slow
 def test_gpt_against_peers():
     """Every provider that is installed trains as plain torch does; the others get one line."""
     command = [sys.executable, ROOT / "benchmarks/gpt_against_peers.py", "--quick", "--worlds", "2"]

@@ -210,7 +210,7 @@ class ChunkChoice:
 
     def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
         """Whether the layers of an MLP, each with its fused ops, go before chunks of rows through both."""
-        if self.fixed is not None or group_size(group) == 1 or x.numel() == 0 or not applies(x, dim):
+        if self.fixed is not None or group_size(group) == 1 or x.numel() == 0 or x.is_meta or not applies(x, dim):
             return False
         return overlap_costs(group, x.dtype, x.device).symmetric_memory
 
