@@ -136,7 +136,7 @@ class OurStage(nn.Module):
         whole = GPT(config)
         self.tokens = whole.token_embedding if first else None
         self.positions = whole.position_embedding if first else None
-        self.blocks = whole.blocks[:blocks]
+        self.blocks = nn.ModuleList(list(whole.blocks.values())[:blocks])
         self.norm = whole.final_norm if last else None
         self.head = whole.head if last else None
 
