@@ -165,6 +165,7 @@ def test_gradient_checkpointing_on_two_ranks():
     run_on_ranks(all_families, 2, layouts, ["gpt2", "llama", "bert"], timeout_s=400)
 
 
+@pytest.mark.slow
 def test_four_ranks_that_share_key_value_heads():
     run_on_ranks(all_families, 4, [(True, None)], ["llama", "qwen3"], timeout_s=400)
 

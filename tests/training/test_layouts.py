@@ -122,7 +122,8 @@ def test_bfloat16_follows_float32(text: Path, tmp_path: Path, one_process: Any) 
 
 
 @pytest.mark.parametrize(("axis", "ranks", "dtype"), [
-    ("tensor", 1, "float32"), ("tensor", 2, "bfloat16"), ("pipeline", 2, "bfloat16"),
+    ("tensor", 2, "bfloat16"), ("pipeline", 2, "bfloat16"),
+    pytest.param("tensor", 1, "float32", marks=pytest.mark.slow),
     pytest.param("tensor", 1, "bfloat16", marks=pytest.mark.slow),
     pytest.param("tensor", 2, "float32", marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -256,7 +257,9 @@ def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: P
     assert abs(squares.sqrt() - 0.1) < 1e-6
 
 
-@pytest.mark.parametrize(("sequence_parallel", "changes"), [(False, {}), (True, {}), (True, LLAMA)], ids=str)
+@pytest.mark.parametrize(("sequence_parallel", "changes"), [
+    (False, {}), pytest.param(True, {}, marks=pytest.mark.slow), (True, LLAMA),
+], ids=str)  # fmt: skip
 def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
     text: Path, tmp_path: Path, sequence_parallel: bool, changes: dict[str, Any]
 ) -> None:
