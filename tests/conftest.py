@@ -4,8 +4,8 @@ import os
 
 # Inherited by the rank processes that tests start: several ranks on a few cores, one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A thread that waits for another sleeps: where workers and their ranks share a few cores, spinning takes them from those
-# that have work (the tests of ops and models: 30 s instead of 48 s on two cores).
+# A thread that waits for another sleeps: where workers and their ranks share a few cores, spinning takes them from
+# those that have work (the tests of ops and models: 30 s instead of 48 s on two cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
