@@ -15,6 +15,7 @@ from fused_megatron.models import GPT
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing import record_communication
 from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.sharded_models import perturb_vectors_
 from fused_megatron.training.gradients import GradientBuckets
 
 # Weights are large enough for scores that differ: near uniform attention the gradients of queries and keys are small
@@ -101,25 +102,14 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tokens[:, :-1], target, torch.randn(BATCH, SEQ_LEN, generator=generator)
 
 
-def perturbed(model: GPT) -> GPT:
-    """Norms and biases away from 1 and 0, alike at every layout, so that their gradients and effects are seen."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            for part in parameter_parts(parameter):
-                generator = torch.Generator().manual_seed(len(part.full_name(name)))
-                full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
-                start, rows = part.shard.offset[0], part.of(parameter.data)
-                rows += full[start : start + rows.shape[0]].to(rows.dtype)
-    return model
-
-
 def one_backward(
     rank: int, world_size: int, tp: int, sequence_parallel: bool, dtype: torch.dtype, changes: dict[str, Any]
 ) -> tuple[int, torch.Tensor, dict[str, tuple[Any, torch.Tensor, torch.Tensor]]]:
     """This rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**SIZES, **changes})
-    model = perturbed(GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype))
+    model = GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype)
+    perturb_vectors_(model)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
     rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
     tokens, target, upstream = (part[rows] for part in batch_of_tokens())

@@ -14,8 +14,8 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT, BatchPosition
 from fused_megatron.models.rotary import rotary_tables
-from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.sharded_models import full_gradients, gradient_errors, perturb_vectors_
 
 LLAMA: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "seq_len": 16, "ffn_hidden_size": 44,
@@ -40,13 +40,7 @@ def tokens_and_upstream() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def backward_of(model: GPT) -> torch.Tensor:
     """Losses, after a backward from a random gradient."""
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:  # norms and biases away from 1 and 0, alike at every layout
-            for part in parameter_parts(parameter):
-                generator = torch.Generator().manual_seed(len(part.full_name(name)))
-                full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
-                start, rows = part.shard.offset[0], part.of(parameter.data)
-                rows += full[start : start + rows.shape[0]].to(rows.dtype)
+    perturb_vectors_(model)
     tokens, target, upstream = tokens_and_upstream()
     losses: torch.Tensor = model(tokens, target, position=BatchPosition(3, 0, 3))
     losses.backward(upstream.to(losses.dtype))
@@ -60,24 +54,11 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
         config = GPTConfig(**{**LLAMA, **changes})
         whole = GPT(config, seed=3, dtype=torch.float64)
         losses = backward_of(whole)
-        gradients = {
-            part.full_name(name): part.of(p.grad)
-            for name, p in whole.named_parameters()
-            for part in parameter_parts(p)
-            if p.grad is not None
-        }
+        gradients = full_gradients(whole)
         model = GPT(config, tp_group=tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=torch.float32)
         errors = {"losses": float((backward_of(model) - losses).abs().max())}
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None
-            for part in parameter_parts(parameter):
-                key, rows = part.full_name(name), part.of(parameter.grad)
-                box = part.shard.box(rows.shape)
-                mine = gradients[key][tuple(slice(*bounds) for bounds in box)]
-                error = (rows[tuple(slice(stop - start) for start, stop in box)] - mine).abs()
-                # The gradient of a key bias is small: held to that of the query.
-                scale = gradients[key.replace("bias.key", "bias.query")].abs().max()
-                errors[key] = float(error.max() / scale) if error.numel() else 0.0  # padding alone
+        # The gradient of a key bias is small: held to that of the query.
+        errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
         found.append(errors)
     return found
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
-from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.sharded_models import gradient_errors
 from fused_megatron.training.config_file import load_config
 from fused_megatron.training.generate_text import GenerateArguments, generate_text
 from fused_megatron.training.hugging_face.command import ConvertArguments, convert
@@ -93,20 +93,8 @@ def errors_of(rank: int, world_size: int, root: Path, sequence_parallel: bool) -
         logits.backward(padded)
         expected = load_file(root / form / "logits")["logits"][..., mine]
         errors[f"{form}: logits"] = float((logits[..., : expected.shape[-1]] - expected).detach().abs().max())
-        errors |= {f"{form}: {name}": error for name, error in gradient_errors(model, root / form / "gradients")}
-    return errors
-
-
-def gradient_errors(model: GPT, folder: Path) -> list[tuple[str, float]]:
-    expected, errors = open_source(folder), []
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None
-        for part in parameter_parts(parameter):
-            full, rows = expected.read(part.full_name(name)), part.of(parameter.grad)
-            box = part.shard.box(rows.shape)
-            real = rows[tuple(slice(stop - start) for start, stop in box)]
-            error = (real - full[tuple(slice(*bounds) for bounds in box)]).abs().max() / full.abs().max()
-            errors.append((part.full_name(name), float(error)))
+        found = gradient_errors(model, open_source(root / form / "gradients").read)
+        errors |= {f"{form}: {name}": error for name, error in found.items()}
     return errors
 
 

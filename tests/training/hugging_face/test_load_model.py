@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from fused_megatron.checks import InputError
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import BERT
-from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.sharded_models import gradient_errors
 from fused_megatron.training.hugging_face import load_model
 from fused_megatron.training.hugging_face.command import ConvertArguments, convert
 from fused_megatron.training.hugging_face.import_model import open_source
@@ -75,14 +75,7 @@ def errors_of(rank: int, world_size: int, folder: Path) -> list[dict[str, float]
         real = (~given["padding"]).unsqueeze(-1) & (torch.arange(width * world_size)[mine] < 101)
         errors = {"sentences": float((sentences - expected["sentences"]).detach().abs().max())}
         errors["logits"] = float(((logits - wanted) * real).detach().abs().max())
-        for name, parameter in model.named_parameters():
-            assert parameter.grad is not None, name
-            for part in parameter_parts(parameter):
-                full, rows = gradients.read(part.full_name(name)), part.of(parameter.grad)
-                box = part.shard.box(rows.shape)
-                held = rows[tuple(slice(stop - start) for start, stop in box)]
-                error = (held - full[tuple(slice(*bounds) for bounds in box)]).abs()
-                errors[part.full_name(name)] = float(error.max() / full.abs().max()) if error.numel() else 0.0
+        errors |= gradient_errors(model, gradients.read)
         found.append(errors)
     return found
 

@@ -1,0 +1,59 @@
+"""A model in shards beside the whole one: its small weights made visible, and its gradients compared, part by part."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fused_megatron.tensor_parallel import parameter_parts
+
+
+def perturb_vectors_(model: nn.Module) -> None:
+    """Move norms and biases away from 1 and 0, alike at every layout, so that their gradients and effects are seen."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() != 1:
+            continue
+        for part in parameter_parts(parameter):
+            generator = torch.Generator().manual_seed(len(part.full_name(name)))
+            full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
+            rows = part.of(parameter.data)
+            ((start, stop),) = part.shard.box(rows.shape)
+            rows[: stop - start] += full[start:stop].to(rows.dtype)
+
+
+def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of a model on one rank, by the names of the full parameters."""
+    return {
+        part.full_name(name): part.of(parameter.grad)
+        for name, parameter in model.named_parameters()
+        for part in parameter_parts(parameter)
+        if parameter.grad is not None
+    }
+
+
+def gradient_errors(
+    model: nn.Module,
+    full_gradient: Callable[[str], torch.Tensor],
+    relative_to: Callable[[str], str] = lambda name: name,
+) -> dict[str, float]:
+    """By full parameter the largest error of this rank's gradient, relative to the largest value of the whole one.
+
+    Args:
+        model: its parameters have gradients, all of them.
+        full_gradient: the right one of a full parameter, by name.
+        relative_to: the name of the parameter whose gradient is the measure.
+
+    Returns:
+        0 where this rank holds padding alone.
+    """
+    errors = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        for part in parameter_parts(parameter):
+            key, rows = part.full_name(name), part.of(parameter.grad)
+            box, full, measure = part.shard.box(rows.shape), full_gradient(key), relative_to(key)
+            mine = full[tuple(slice(*bounds) for bounds in box)]
+            error = (rows[tuple(slice(stop - start) for start, stop in box)] - mine).abs()
+            scale = (full if measure == key else full_gradient(measure)).abs().max()
+            errors[key] = float(error.max() / scale) if error.numel() else 0.0
+    return errors
