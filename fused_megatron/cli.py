@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeVar
 
 from fused_megatron.checks import InputError
 
@@ -27,6 +27,8 @@ commands:
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
+
+T = TypeVar("T")
 
 # What gloo and NCCL say when another rank is gone or silent.
 LOST_RANK = re.compile(
@@ -101,48 +103,30 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _generate(words: Sequence[str]) -> int:
-    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
     from fused_megatron.training.generate_text import GenerateArguments, generate_text  # noqa: PLC0415
 
-    program = "fused-megatron generate"
-    if any(word in ("-h", "--help") for word in words):
-        print_arguments(GenerateArguments, program)
-        return 0
-    try:
-        arguments = parse_arguments(GenerateArguments, words, source=program)
-    except InputError as error:
-        raise _shared(error) from None
-    text = generate_text(arguments)
-    if _speaks_for_host():
-        print(text)
+    arguments = _parsed(GenerateArguments, "generate", words, on_ranks=True)
+    if arguments is not None:
+        text = generate_text(arguments)
+        if _speaks_for_host():
+            print(text)
     return 0
 
 
 def _convert(words: Sequence[str]) -> int:
-    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
     from fused_megatron.training.hugging_face.command import ConvertArguments, convert  # noqa: PLC0415
 
-    program = "fused-megatron convert"
-    if any(word in ("-h", "--help") for word in words):
-        print_arguments(ConvertArguments, program)
-        return 0
-    try:
-        arguments = parse_arguments(ConvertArguments, words, source=program)
-    except InputError as error:
-        raise _shared(error) from None
-    convert(arguments)
+    arguments = _parsed(ConvertArguments, "convert", words, on_ranks=True)
+    if arguments is not None:
+        convert(arguments)
     return 0
 
 
 def _schedule(words: Sequence[str]) -> int:
     from fused_megatron.pipeline.command import ScheduleArguments, run_schedule  # noqa: PLC0415
-    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
-    program = "fused-megatron schedule"
-    if any(word in ("-h", "--help") for word in words):
-        print_arguments(ScheduleArguments, program)
-        return 0
-    return run_schedule(parse_arguments(ScheduleArguments, words, source=program))
+    arguments = _parsed(ScheduleArguments, "schedule", words)
+    return 0 if arguments is None else run_schedule(arguments)
 
 
 def _doctor(words: Sequence[str]) -> int:
@@ -153,25 +137,34 @@ def _doctor(words: Sequence[str]) -> int:
 
 def _report(words: Sequence[str]) -> int:
     from fused_megatron.testing.report.command import ReportArguments, run_report  # noqa: PLC0415
-    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
-    program = "fused-megatron report"
-    if any(word in ("-h", "--help") for word in words):
-        print_arguments(ReportArguments, program)
-        return 0
-    return run_report(parse_arguments(ReportArguments, words, source=program))
+    arguments = _parsed(ReportArguments, "report", words)
+    return 0 if arguments is None else run_report(arguments)
 
 
 def _audit(words: Sequence[str]) -> int:
     # Needs a source checkout and its compilers, which those who train do not have: imported when asked for.
     from fused_megatron.testing.audit.command import AuditArguments, run_audit  # noqa: PLC0415
+
+    arguments = _parsed(AuditArguments, "audit", words)
+    return 0 if arguments is None else run_audit(arguments)
+
+
+def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool = False) -> T | None:
+    """The options of a command; None where they ask for help, which is printed here.
+
+    on_ranks: a command that several ranks run, with the same words: one of them says what is wrong with these.
+    """
     from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
-    program = "fused-megatron audit"
+    program = f"fused-megatron {command}"
     if any(word in ("-h", "--help") for word in words):
-        print_arguments(AuditArguments, program)
-        return 0
-    return run_audit(parse_arguments(AuditArguments, words, source=program))
+        print_arguments(target, program)
+        return None
+    try:
+        return parse_arguments(target, words, source=program)
+    except InputError as error:
+        raise (_shared(error) if on_ranks else error) from None
 
 
 def _is_expected(error: RuntimeError) -> bool:
