@@ -191,11 +191,9 @@ class ChunkChoice:
         """stretches: from the seconds of a multiplication and addition, and of an element of an all-reduce."""
         if group_size(group) == 1 or x.numel() == 0:
             return 1
-        if self.fixed is not None:
-            return self.fixed
-        if x.is_meta:  # nothing to time
-            return 1
-        costs = overlap_costs(group, x.dtype, x.device)
+        costs = self.measured(group, x)
+        if costs is None:
+            return self.fixed or 1
         steps = stretches(2 / costs.flops_per_s, x.element_size() / costs.bytes_per_s)
         num_chunks = costs.num_chunks(steps, rows, weight_elements)
         how = f"in {num_chunks} chunks"
@@ -210,9 +208,16 @@ class ChunkChoice:
 
     def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
         """Whether the layers of an MLP, each with its fused ops, go before chunks of rows through both."""
-        if self.fixed is not None or group_size(group) == 1 or x.numel() == 0 or x.is_meta or not applies(x, dim):
+        if x.numel() == 0 or not applies(x, dim):
             return False
-        return overlap_costs(group, x.dtype, x.device).symmetric_memory
+        costs = self.measured(group, x)
+        return costs is not None and costs.symmetric_memory
+
+    def measured(self, group: Group, like: torch.Tensor) -> OverlapCosts | None:
+        """What the group measured for such tensors, now or before; None where nothing is to choose, or to be timed."""
+        if self.fixed is not None or group is None or group_size(group) == 1 or like.is_meta:
+            return None
+        return overlap_costs(group, like.dtype, like.device)
 
     def __str__(self) -> str:
         """For extra_repr."""

@@ -15,7 +15,6 @@ from fused_megatron.collectives import (
     group_rank,
     group_size,
     identity_all_reduce_together,
-    overlap_costs,
     row_linear,
     split_all_gather,
 )
@@ -205,9 +204,8 @@ class _ParallelLinear(ShardedModule):
 
     def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Measure the group now, where all ranks are known to be, and not in the first forward."""
-        choice, like = chunk_choice(self.overlap), torch.empty(0, device=device, dtype=dtype)
-        if choice.fixed is None and self.tp_group is not None and self.tp_group.size() > 1 and not like.is_meta:
-            self.by_symmetric_memory = overlap_costs(self.tp_group, like.dtype, like.device).symmetric_memory
+        costs = chunk_choice(self.overlap).measured(self.tp_group, torch.empty(0, device=device, dtype=dtype))
+        self.by_symmetric_memory = costs is not None and costs.symmetric_memory
 
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
