@@ -62,7 +62,7 @@ class GradientDestination:
         self._deferred.append(lambda: self._accumulate(operands))
         return None
 
-    @torch.no_grad()  # within backward it is so anyway
+    @torch.no_grad()  # as within backward; saved activations still say that they need a gradient
     def _accumulate(self, operands: Operands) -> None:
         """As autograd does at the end of a backward: the first gradient is taken, each other one added to it."""
         gradient, parameter = weight_gradient(*operands(), self.main_grad), self._parameter

@@ -86,9 +86,8 @@ class StageCompute:
     def weight_grad(self, microbatch: int) -> None:
         """What a split backward left."""
         products = self._products.pop(microbatch)
-        with torch.no_grad():  # as in a backward; saved activations still say that they need a gradient
-            while products:  # what a product needed is freed before the next one
-                products.pop(0)()
+        while products:  # what a product needed is freed before the next one
+            products.pop(0)()
 
     def clear(self) -> None:
         """Forget all microbatches, after a fault."""
