@@ -38,12 +38,14 @@ Step = Callable[[], tuple[Tensors, Tensors]]
 
 @dataclass(frozen=True)
 class Bars:
-    """What is promised: at least so many times faster, at most so many times the bound, at most so much memory."""
+    """What is promised: at least so many times faster (than eager, compile, or the best of all others), at most so
+    many times the bound, at most so much memory."""
 
     eager: float | None = None
     compile: float | None = None
     bound: float | None = None
     memory: float | None = None
+    best: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,12 @@ class Spread:
 
 @dataclass
 class Comparison:
-    """What was measured of one case: seconds of every provider in every round; a line for each that has none."""
+    """What was measured of one case: seconds of every provider in every round; a line for each that has none.
+
+    Of a training step also: tokens of all ranks together, what its products cost (model_flops: forward and backward
+    once; hardware_flops: recomputation too), and by provider where the seconds of a step went: parts such as
+    "compute", "communication" (exposed: nothing ran beside it), "bubble", "optimizer".
+    """
 
     op: str
     label: str
@@ -118,6 +125,11 @@ class Comparison:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     traffic: dict[str, Traffic] = field(default_factory=dict)
     default_malloc_ms: dict[str, float] = field(default_factory=dict)
+    ranks: int = 1
+    tokens: int | None = None
+    model_flops: int | None = None
+    hardware_flops: int | None = None
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -131,6 +143,12 @@ class Comparison:
         """A provider's time over ours, round by round: how many times faster ours is."""
         pairs = list(zip(self.seconds.get(provider, ()), self.seconds.get(OURS, ()), strict=False))
         return Spread.of([theirs / ours for theirs, ours in pairs]) if pairs else None
+
+    def best_other(self) -> str | None:
+        """The provider that comes nearest to ours; None where ours stands alone."""
+        ratios = {name: self.ratio(name) for name in self.seconds if name not in (OURS, BOUND)}
+        known = {name: ratio.median for name, ratio in ratios.items() if ratio is not None}
+        return min(known, key=lambda name: known[name]) if known else None
 
     def over_bound(self) -> Spread | None:
         """Our time over the copy's, round by round."""
@@ -155,6 +173,11 @@ class Comparison:
             if bar is not None and ratio is not None:
                 figure = round(ratio.median, 2)
                 found.append((f"{name} >= {bar:g}x", figure, figure >= bar))
+        best = self.best_other()
+        ratio = self.ratio(best) if best is not None else None
+        if self.bars.best is not None and ratio is not None:
+            figure = round(ratio.median, 2)
+            found.append((f"{best} >= {self.bars.best:g}x", figure, figure >= self.bars.best))
         bound = self.over_bound()
         if self.bars.bound is not None and bound is not None:
             figure = round(bound.median, 2)

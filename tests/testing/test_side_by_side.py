@@ -146,6 +146,14 @@ def test_ratios_are_taken_pair_by_pair():
     ]
 
 
+def test_the_bar_against_the_best_of_all_others():
+    seconds = {"ours": [1.0, 1.0, 1.0], "far": [3.0, 3.1, 2.9], "near": [1.2, 1.25, 1.3], "bound": [0.1, 0.1, 0.1]}
+    result = Comparison("gpt", "tp=2", "float32", None, Bars(best=1.3), seconds)
+    assert result.best_other() == "near"
+    assert result.verdicts() == [("near >= 1.3x", 1.25, False)]
+    assert Comparison("gpt", "tp=2", "float32", None, Bars(best=1.3), {"ours": [1.0]}).verdicts() == []
+
+
 def test_percentiles():
     assert Spread.of([float(n) for n in range(11)]) == Spread(2, 5, 8)
     assert Spread.of([3.0]) == Spread(3, 3, 3)

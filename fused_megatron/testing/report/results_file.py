@@ -27,10 +27,12 @@ class Results:
     """A run.
 
     Attributes:
-        theme: what was measured: "ops".
+        theme: what was measured: "ops", "layers", "end_to_end", "node", "pipeline".
         hardware: on what, as people call it.
         date: when it began, "2026-11-22".
         settings: versions, threads and whatever else the figures hang on.
+        ceilings: what this machine can do at most, measured in the same run: "copy_gb_per_s",
+            "gemm_gflop_per_s float32".
         comparisons: a case each.
         complete: False where the run was interrupted, or goes on.
     """
@@ -39,6 +41,7 @@ class Results:
     hardware: str
     date: str
     settings: dict[str, str] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     complete: bool = False
 
@@ -92,9 +95,10 @@ def _from_ours(whole: dict[str, Any], path: Path) -> Results:
             f"{path} has version={version} of the results' format; this release reads {VERSION} (measure again: make "
             "bench, or read it with the release that wrote it)"
         )
-    names = [f.name for f in dataclasses.fields(Results) if f.name != "comparisons"]
+    names = [f.name for f in dataclasses.fields(Results) if f.name not in ("comparisons", "ceilings")]
     comparisons = [_comparison(record) for record in whole["comparisons"]]
-    return Results(**{name: whole[name] for name in names}, comparisons=comparisons)
+    ceilings = whole.get("ceilings", {})  # files of the first release have none
+    return Results(**{name: whole[name] for name in names}, ceilings=ceilings, comparisons=comparisons)
 
 
 def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
@@ -110,7 +114,7 @@ def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
         raise InputError(f"{path} holds no comparisons: pytest-benchmark wrote it for other benchmarks than ours")
     settings = {"python": str(machine.get("python_version", "?"))}
     hardware = str((machine.get("cpu") or {}).get("brand_raw") or machine.get("machine", "?"))
-    return Results("ops", hardware, str(whole["datetime"])[:10], settings, comparisons, complete=True)
+    return Results("ops", hardware, str(whole["datetime"])[:10], settings, comparisons=comparisons, complete=True)
 
 
 def _record(comparison: Comparison) -> dict[str, Any]:

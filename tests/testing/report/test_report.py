@@ -27,7 +27,7 @@ def case(op: str, eager: float, *, noise: float = 0.01, seed: int = 0, load: flo
 
 
 def results(*comparisons: Comparison, complete: bool = True, hardware: str = "Xeon, 2 cores") -> Results:
-    return Results("ops", hardware, "2026-11-22", {"torch": "2.13.0"}, list(comparisons), complete)
+    return Results("ops", hardware, "2026-11-22", {"torch": "2.13.0"}, {}, list(comparisons), complete)
 
 
 def saved(folder: Path, name: str, *comparisons: Comparison, **options: object) -> Path:
