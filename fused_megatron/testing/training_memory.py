@@ -1,12 +1,13 @@
 """What a rank must hold to train: weights, gradients, optimizer, activations. By formula, before anything is built."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.models import StageSpan, cut_stages
-from fused_megatron.pipeline.schedule import peak_live_activations, stages_of
+from fused_megatron.pipeline.schedule import BACKWARD, FORWARD, WEIGHT_GRAD, Schedule, stages_of
 from fused_megatron.training.pipeline_plan import plan_pipeline
 
 _SIZES = {"float32": 4, "bfloat16": 2}
@@ -50,27 +51,33 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
         InputError: as plan_pipeline and cut_stages; no vocab_size.
     """
     parallel, training = config.parallel, config.training
-    if pp_rank is None:
-        ranks = range(parallel.pipeline_parallel_size)
-        return max((rank_memory(config, rank, data_parallel_size) for rank in ranks), key=lambda found: found.total)
     plan = plan_pipeline(config)
     spans = cut_stages(config.model, plan.num_stages, parallel.pipeline_cut)
-    own = [spans[index] for index in stages_of(plan.placement, pp_rank)]
     replicas = parallel.data_parallel_size or data_parallel_size or 1
     schedule = plan.schedule(training.global_batch_size // training.microbatch_size // replicas)
-    size = _SIZES[training.dtype]
-    num_parameters = sum(stage_parameters(config.model, span, parallel.tensor_parallel_size) for span in own)
-    if config.model.tied_embeddings and len(spans) > 1 and {0, len(spans) - 1} <= {span.index for span in own}:
-        num_parameters -= _vocabulary(config.model, parallel.tensor_parallel_size)  # one table for both ends
-    live = peak_live_activations(schedule)[pp_rank]
-    activations = live * max(stage_activations(config, span) for span in own)
+    ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
+    found = [_of_rank(config, schedule, rank, {s: spans[s] for s in stages_of(plan.placement, rank)}) for rank in ranks]
+    return max(found, key=lambda memory: memory.total)
+
+
+def _of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[int, StageSpan]) -> RankMemory:
+    size, ranks = _SIZES[config.training.dtype], config.parallel.tensor_parallel_size
+    num_parameters = sum(stage_parameters(config.model, span, ranks) for span in spans.values())
+    if config.model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():
+        num_parameters -= _vocabulary(config.model, ranks)  # one table for both ends
+    of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
+    held = activations = 0
+    for action in schedule.actions[rank]:
+        held += of_stage[action.stage] * (action.kind == FORWARD)
+        held -= of_stage[action.stage] * (action.kind in (BACKWARD, WEIGHT_GRAD))
+        activations = max(activations, held)
     return RankMemory(
         num_parameters,
         weights=size * num_parameters,
         gradients=4 * num_parameters,
         optimizer=(8 if size == 4 else 12) * num_parameters,
         activations=activations,
-        working=max(_working(config, span) for span in own),
+        working=max(_working(config, span) for span in spans.values()),
     )
 
 
