@@ -14,7 +14,6 @@ process of its own, and shown beside it.
 
 import contextlib
 import dataclasses
-import datetime
 import gc
 import inspect
 import json
@@ -44,6 +43,7 @@ from fused_megatron.testing.comparison_table import (
 )  # fmt: skip
 from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
+from fused_megatron.testing.report.describe_run import describe_run
 from fused_megatron.testing.report.results_file import Results, write_results
 from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
@@ -75,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
         device = gpus[0]
     else:
         _start_again_with_kept_pages(config)
-        device = CpuDevice()
+        device = CpuDevice(processor_name() or platform.machine())
         torch.set_num_threads(1 if config.option.quick else _THREADS)
     _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
@@ -86,10 +86,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
     """This run's results, and the file for them; a part of a run has one only where --results says so."""
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    hardware = device.name if device.is_gpu else f"{processor_name() or platform.machine()}, {cores}"
-    settings = {"torch": torch.__version__, "malloc": os.environ.get(_MALLOC, "as the system has it")}
-    results = Results("ops", hardware, datetime.date.today().isoformat(), settings)
+    results = describe_run("ops", device, malloc=os.environ.get(_MALLOC, "as the system has it"))
     path: Path | None = config.option.results
     part = config.option.quick or config.option.keyword or any(".py" in word for word in config.args)
     if path is None and not part and _RESULTS not in os.environ:

@@ -1,6 +1,7 @@
 """What a benchmark needs of a device: a clock, a way to start each round alike, its speed limit, its peak memory."""
 
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _CEILING_BYTES = 1 << 30
 _CEILING_ROUNDS = 10
+_CPU_GEMM_SIZE, _GPU_GEMM_SIZE = 2048, 8192
 _MIN_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU of today
 
 
@@ -129,6 +131,33 @@ def copy_step(num_bytes: int, device: torch.device) -> Callable[[], Any]:
 
 
 def copy_ceiling_gb_per_s(device: TimingDevice, num_bytes: int = _CEILING_BYTES) -> float:
-    """The most bytes a second that a large copy moves, reads and writes counted: the 100 % of a memory-bound kernel."""
-    step = copy_step(num_bytes, device.device)
-    return num_bytes / min(device.seconds(step) for _ in range(_CEILING_ROUNDS)) / 1e9
+    """The bytes a second that a large copy moves, reads and writes counted: the 100 % of a memory-bound kernel."""
+    return num_bytes / _median_seconds(device, copy_step(num_bytes, device.device)) / 1e9
+
+
+def gemm_ceiling_gflop_per_s(device: TimingDevice, dtype: torch.dtype, size: int | None = None) -> float:
+    """The GFLOP/s of a large square product: the 100 % of a compute-bound kernel."""
+    size = size or (_GPU_GEMM_SIZE if device.device.type == "cuda" else _CPU_GEMM_SIZE)
+    a, b = (torch.randn(size, size, device=device.device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    return 2 * size**3 / _median_seconds(device, lambda: torch.mm(a, b, out=product)) / 1e9
+
+
+def measure_ceilings(
+    device: TimingDevice, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), *, quick: bool = False
+) -> dict[str, float]:
+    """What this device does at most with the threads that torch has now, by the names of a results file.
+
+    About three seconds on two cores. On several ranks that share a machine: call it on all of them at the same time.
+    quick: tiny, for tests.
+    """
+    ceilings = {"copy_gb_per_s": copy_ceiling_gb_per_s(device, 1 << 20 if quick else _CEILING_BYTES)}
+    for dtype in dtypes:
+        name = f"gemm_gflop_per_s {str(dtype).removeprefix('torch.')}"
+        ceilings[name] = gemm_ceiling_gflop_per_s(device, dtype, 64 if quick else None)
+    return ceilings
+
+
+def _median_seconds(device: TimingDevice, step: Callable[[], object]) -> float:
+    step()  # faults its pages in, chooses its kernel
+    return statistics.median(device.seconds(step) for _ in range(_CEILING_ROUNDS))

@@ -5,9 +5,9 @@ import torch
 from fused_megatron.testing.timing_devices import (
     CpuDevice,
     FakeGpu,
-    copy_ceiling_gb_per_s,
     copy_step,
     find_gpus,
+    measure_ceilings,
     page_faults,
 )  # fmt: skip
 
@@ -26,7 +26,9 @@ def test_peak_bytes_counts_what_is_held_at_a_time():
 def test_a_copy_moves_its_bytes():
     copied = copy_step(4096, torch.device("cpu"))()
     assert copied.nbytes == 2048
-    assert copy_ceiling_gb_per_s(CpuDevice(), 1 << 16) > 0
+    ceilings = measure_ceilings(CpuDevice(), quick=True)
+    assert set(ceilings) == {"copy_gb_per_s", "gemm_gflop_per_s float32", "gemm_gflop_per_s bfloat16"}
+    assert all(ceiling > 0 for ceiling in ceilings.values())
 
 
 def test_fake_gpus_stand_in_for_those_of_a_machine():
