@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -82,13 +83,21 @@ def pytest_configure(config: pytest.Config) -> None:
     _check_writable(_session["results_path"])
     config.option.benchmark_quiet = True  # our tables say it
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
+    config.addinivalue_line("filterwarnings", "ignore:.*KeyboardInterrupt:pytest.PytestUnraisableExceptionWarning")
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C is remembered: Python drops the exception where it comes within a finalizer."""
+    _session["interrupted"] = True
+    raise KeyboardInterrupt
 
 
 def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
     """This run's results, and the file for them; a part of a run has one only where --results says so."""
     results = describe_run("ops", device, malloc=os.environ.get(_MALLOC, "as the system has it"))
     path: Path | None = config.option.results
-    part = config.option.quick or config.option.keyword or any(".py" in word for word in config.args)
+    part = config.option.quick or config.option.keyword or any(".py" in Path(word).name for word in config.args)
     if path is None and not part and _RESULTS not in os.environ:
         path = config.rootpath / "benchmarks" / "results" / results.file_name
     return results, path
@@ -171,6 +180,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _report(f"[{number}/{count}{about}] {item.name.removeprefix('test_')}")
     result = yield
     _session["done"] += _weight(item)
+    if _session.get("interrupted"):
+        raise KeyboardInterrupt
     return result
 
 
@@ -284,11 +295,14 @@ def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
     elif exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # and not interrupted
-        if comparisons and os.environ.get(_MALLOC) == "kept":
-            _measure_with_default_malloc(comparisons)
-        if comparisons:
-            _measure_ceilings()
-        _save_results(complete=True)
+        try:
+            if comparisons and os.environ.get(_MALLOC) == "kept":
+                _measure_with_default_malloc(comparisons)
+            if comparisons:
+                _measure_ceilings()
+            _save_results(complete=True)
+        except KeyboardInterrupt:
+            _report("interrupted: what was measured is kept")
     yield
 
 

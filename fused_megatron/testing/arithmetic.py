@@ -11,7 +11,8 @@ from torch.utils.flop_counter import flop_registry
 
 # They move, make or convert, and compute nothing.
 _FREE = {
-    "_to_copy", "arange", "as_strided", "cat", "clone", "constant_pad_nd", "copy", "copy_", "detach", "embedding",
+    "_to_copy", "arange", "as_strided", "cat", "clone", "constant_pad_nd", "convert_element_type", "copy",
+    "copy_", "detach", "embedding",
     "empty", "empty_like", "empty_permuted", "empty_strided", "expand", "fill", "fill_", "full", "full_like",
     "gather", "index", "index_put", "masked_fill", "new_empty", "new_empty_strided", "new_full", "new_ones",
     "new_zeros", "ones",

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from fused_megatron.testing.side_by_side import OURS, Comparison
 
-COPY = "copy_gb_per_s"
+COPY, GEMM = "copy_gb_per_s", "gemm_gflop_per_s"
 FORMULAS = (
-    "MFU: model FLOPs a step / seconds / (ranks x the measured GFLOP/s of a large matrix product on one rank, same "
-    "dtype and threads). Model FLOPs: those of the matrix products of the forward pass x 3 (backward makes two of "
-    "each); attention's two products in full, though causal; no norm, no softmax, no embedding look-up.",
-    "HFU: the same with hardware FLOPs, which count forward passes that are computed again.",
+    "MFU: model FLOPs a step / seconds / (ranks x the GFLOP/s of a large matrix product on each rank, measured in the "
+    "same run with the same dtype and threads). Model FLOPs: the matrix products alone, forward and twice that "
+    "backward; attention's two in full, though causal; no norm, softmax, look-up or optimizer.",
+    "HFU: the same with hardware FLOPs, which count what is computed again.",
 )
 
 
@@ -25,20 +25,21 @@ class Ceilings:
         """The bytes a second of a large copy."""
         return self.measured.get(COPY)
 
-    def gemm_gflop_per_s(self, dtype: str) -> float | None:
-        """Of a large square matrix product on one rank."""
-        return self.measured.get(f"gemm_gflop_per_s {dtype}")
+    def gemm_gflop_per_s(self, dtype: str, ranks: int = 1) -> float | None:
+        """Of a large square matrix product on one rank, while as many compute; where that was not measured, of any."""
+        name = f"{GEMM} {dtype}"
+        return self.measured.get(f"{name}, {ranks} rank{'s' * (ranks > 1)}", self.measured.get(name))
 
     def roof_gflop_per_s(self, case: Comparison) -> float | None:
         """The most that the case's arithmetic can reach at its bytes: the lower of the two ceilings."""
-        intensity, gemm, copy = case.intensity(), self.gemm_gflop_per_s(case.dtype), self.copy_gb_per_s
+        intensity, gemm, copy = case.intensity(), self.gemm_gflop_per_s(case.dtype, case.ranks), self.copy_gb_per_s
         if intensity is None or gemm is None or copy is None:
             return None
         return min(gemm, intensity * copy)
 
     def limit(self, case: Comparison) -> str:
         """Which of the two it is: "copy" or "product"."""
-        return "product" if self.roof_gflop_per_s(case) == self.gemm_gflop_per_s(case.dtype) else "copy"
+        return "product" if self.roof_gflop_per_s(case) == self.gemm_gflop_per_s(case.dtype, case.ranks) else "copy"
 
     def share_of_roof(self, case: Comparison, provider: str = OURS) -> float | None:
         """What a provider reaches of it; of an op without counted arithmetic: its bytes beside the copy's."""
@@ -50,7 +51,7 @@ class Ceilings:
 
     def share_of_gemm(self, case: Comparison, provider: str, flops: int | None) -> float | None:
         """flops a step over the seconds, and over the ranks' products: MFU of model FLOPs, HFU of hardware FLOPs."""
-        ms, gemm = case.ms(provider), self.gemm_gflop_per_s(case.dtype)
+        ms, gemm = case.ms(provider), self.gemm_gflop_per_s(case.dtype, case.ranks)
         if ms is None or gemm is None or flops is None:
             return None
         return flops / (ms.median / 1e3) / (case.ranks * gemm * 1e9)
