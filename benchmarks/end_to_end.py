@@ -128,13 +128,12 @@ def compared(name: str, size: Size, layout: Layout, rounds: int, limit_s: float)
     model_flops, hardware_flops = gpt_step_flops(size.config, tokens)
     found = []
     for rival_name, rival in rivals.items():
-        names = [OURS, *rival.ways]
         label = f"{layout}, against {rival_name}" if rival_name else str(layout)
         comparison = Comparison(
             f"GPT {name}", label, "float32", None, bars_of(rival) if measured.seconds else Bars(), ranks=layout.ranks,
             tokens=tokens, model_flops=model_flops, hardware_flops=hardware_flops,
         )  # fmt: skip
-        fill(comparison, measured, names)
+        fill(comparison, measured, {name: name for name in (OURS, *rival.ways)})
         if not rival_name or set(comparison.seconds) - {OURS}:
             found.append(comparison)
         else:  # nobody there: its line stands with the others'
@@ -169,7 +168,9 @@ def main() -> None:
     def case(name: str, layout: Layout) -> Case:
         return lambda: compared(name, SIZES[name], layout, rounds, options.limit_s)
 
-    run_cases("end_to_end", options, [case(*one) for one in cases], [layout.ranks for _, layout in cases], whole)
+    run_cases(
+        "end_to_end", options, [case(*one) for one in cases], [layout.ranks for _, layout in cases], rounds, whole=whole
+    )
 
 
 if __name__ == "__main__":

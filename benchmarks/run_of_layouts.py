@@ -48,7 +48,7 @@ def threads_of(ranks: int) -> int:
 
 
 def run_cases(
-    theme: str, options: argparse.Namespace, cases: Iterable[Case], worlds: Iterable[int], whole: bool
+    theme: str, options: argparse.Namespace, cases: Iterable[Case], worlds: Iterable[int], rounds: int, *, whole: bool
 ) -> None:
     """Run one case after the other; the file is written after each. Ends the process.
 
@@ -57,9 +57,10 @@ def run_cases(
         options: of parser_of.
         cases: what to run.
         worlds: the numbers of ranks that occur.
+        rounds: of every case.
         whole: whether this is all that there is to measure.
     """
-    results, path = begin(theme, options, whole)
+    results, path = begin(theme, options, rounds, whole)
     try:
         results.ceilings |= ceilings(sorted(set(worlds)), options.quick)
         finished = all(keep(results, path, *case()) for case in cases)
@@ -79,11 +80,10 @@ def run_cases(
     sys.exit(f"ours has no figure for: {', '.join(wrong)}" if wrong else 0)
 
 
-def begin(theme: str, options: argparse.Namespace, whole: bool) -> tuple[Results, Path | None]:
+def begin(theme: str, options: argparse.Namespace, rounds: int, whole: bool) -> tuple[Results, Path | None]:
     device = CpuDevice(processor_name() or platform.machine())
     threads = "all cores, shared among the ranks of a layout"
-    rounds = f"{rounds_of(options)}, interleaved"
-    results = describe_run(theme, device, threads=threads, rounds=rounds, malloc="keeps its pages for all")
+    results = describe_run(theme, device, threads=threads, rounds=str(rounds), malloc="keeps its pages for all")
     if options.add_to is not None:
         if options.add_to.exists():
             results = same_machine(results, options.add_to)
@@ -113,8 +113,8 @@ def keep(results: Results, path: Path | None, comparisons: list[Comparison], go_
     for comparison in comparisons:
         print(one_line(comparison), flush=True)
         for provider, parts in comparison.breakdown.items():
-            shown = ", ".join(f"{part} {1e3 * seconds:.0f}" for part, seconds in parts.items())
-            print(f"  {provider}: {1e3 * sum(parts.values()):.0f} ms a step: {shown}", flush=True)
+            shown = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
+            print(f"  {provider}: {1e3 * sum(parts.values()):.3g} ms: {shown}", flush=True)
     if path is not None:
         results.complete = False
         write_results(results, path)

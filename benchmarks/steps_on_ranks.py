@@ -210,8 +210,10 @@ def break_down(candidate: Candidate, world_size: int) -> Parts:
         row for row in (everywhere / world_size).tolist() if row[0] == middle / world_size
     )
     found = {"compute": compute, "communication": communication, "bubble": bubble, "optimizer": update}
-    wanted = {"compute", "optimizer"} | ({"communication"} if world_size > 1 else set())
-    return {part: s for part, s in found.items() if part in wanted or (part == "bubble" and candidate.bubble)}
+    absent = {
+        "communication": world_size == 1, "bubble": candidate.bubble is None, "optimizer": optimizer.seconds == 0.0
+    }  # fmt: skip
+    return {part: seconds for part, seconds in found.items() if not absent.get(part)}
 
 
 def waited_s() -> float:
@@ -248,11 +250,11 @@ class OptimizerClock:
         self.seconds += time.perf_counter() - self._start
 
 
-def fill(comparison: Comparison, measured: Measured, names: list[str]) -> Comparison:
-    """What a journal says of these providers."""
+def fill(comparison: Comparison, measured: Measured, names: Mapping[str, str]) -> Comparison:
+    """What a journal says of these providers, by the names that the comparison has for them."""
     for kind in ("seconds", "peak_bytes", "breakdown", "faults"):
         theirs = getattr(measured, kind)
-        getattr(comparison, kind).update({name: theirs[name] for name in names if name in theirs})
+        getattr(comparison, kind).update({mine: theirs[name] for name, mine in names.items() if name in theirs})
     return comparison
 
 
