@@ -133,11 +133,10 @@ def test_a_whole_run(
     said = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("|")] for line in said.splitlines() if line.startswith("| GPT ")][1:]
     assert len(rows) == 2
-    for row, (model, hardware), seconds, ranks_of, op in zip(
-        rows, flops, (1, 1.25), (1, 2), ("1.2B", "2.5B"), strict=True
-    ):
+    expected = [("1.2B", 1, 1.0), ("2.5B", 2, 1.25)]
+    for row, (model, hardware), (op, ranks_of, seconds) in zip(rows, flops, expected, strict=True):
         tflops = model / seconds / ranks_of / 1e12
-        scaling = tflops / (flops[0][0] / 1e12)
+        scaling, ms = tflops / (flops[0][0] / 1e12), f"{1e3 * seconds:,.1f}"
         assert row[1:-1] == [
             f"GPT {op} tp={ranks_of}", str(ranks_of), f"{ms} [{ms}-{ms}]",
             f"{8192 / seconds:,.0f}", f"{tflops:.3g}", f"{tflops:.0f} %", f"{tflops * hardware / model:.0f} %",
