@@ -14,13 +14,14 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
+.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-node bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
 	@echo "make lint    ruff: faults and format        make types   mypy"
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
+	@echo "make bench-node      weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-gpt       training steps against DTensor, megatron-core, Hugging Face"
 	@echo "make bench-overlap   what overlap hides on a slow link (root)"
 	@echo "make bench-pipeline  bubbles, measured      make bench-pipeline-peers   against torch's pipelines"
@@ -51,6 +52,10 @@ bench: .venv/built
 
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/run_all.py --gpu $(ARGS)
+
+# It counts the GPUs, and starts torchrun with a rank for each.
+bench-node: .venv/built
+	@$(BIN)/python benchmarks/node.py $(ARGS)
 
 bench-gpt: .venv/built
 	@$(BIN)/python benchmarks/gpt_against_peers.py $(ARGS)

@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class Preset:
 
     name: str
     config: TrainConfig
+    tiny: bool
     published: str
 
     @property
@@ -79,24 +81,28 @@ class Preset:
 
 
 def load_presets(names: Sequence[str], tiny: bool) -> list[Preset]:
-    """Those of these names; without names all that fit a node, the fewest ranks first.
+    """Those of these names, or of files elsewhere; without names all that fit a node. The fewest ranks first.
+
+    Args:
+        names: of benchmarks/presets, or paths.
+        tiny: named ones in little. Files are taken as they are.
 
     Raises:
-        InputError: no such preset.
+        InputError: no such preset, or a file that is no config.
     """
     paths = {path.stem: path for path in PRESETS.glob("*.toml")}
-    for name in names:
-        if name not in paths:
-            raise InputError(f"preset={name!r} is none of: {', '.join(sorted(paths))}")
     presets = []
-    for name, path in paths.items():
-        marks = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if "# Published:" in line]
+    for name in names or sorted(paths):
+        if name not in paths and not name.endswith(".toml"):
+            raise InputError(f"preset={name!r} is no file and none of: {', '.join(sorted(paths))}")
+        path = paths.get(name, Path(name))
         config = load_config(path)
-        preset = Preset(name, shrunk(config) if tiny else config, " ".join(marks))
-        if name in names or (not names and preset.num_ranks <= MOST_RANKS_OF_A_NODE):
+        published = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if "# Published:" in line]
+        in_little = tiny and name in paths
+        preset = Preset(path.stem, shrunk(config) if in_little else config, in_little, " ".join(published))
+        if names or preset.num_ranks <= MOST_RANKS_OF_A_NODE:
             presets.append(preset)
-    parameters = {p.name: gpt_step_flops(p.config.model, 1)[0] for p in presets}
-    return sorted(presets, key=lambda preset: (preset.num_ranks, parameters[preset.name]))
+    return sorted(presets, key=lambda preset: (preset.num_ranks, gpt_step_flops(preset.config.model, 1)[0]))
 
 
 def shrunk(config: TrainConfig) -> TrainConfig:
@@ -123,16 +129,17 @@ def refusal(preset: Preset, num_ranks: int, num_bytes: int) -> str | None:
     return None
 
 
-def comparison_of(preset: Preset, tiny: bool) -> Comparison:
+def comparison_of(preset: Preset) -> Comparison:
     """Its results, with nothing measured yet."""
     model, training = preset.config.model, preset.config.training
     tokens = training.global_batch_size * model.seq_len
     model_flops, hardware_flops = gpt_step_flops(model, tokens)
-    name = f"GPT {preset.name.split('_')[1].upper()}" + ", tiny" * tiny
+    size = re.match(r"gpt_([\d.]+[bt])_", preset.name)
+    name = f"GPT {size[1].upper() if size else preset.name}" + ", tiny" * preset.tiny
     result = Comparison(name, preset.layout, training.dtype, None, Bars())
     result.ranks, result.tokens = preset.num_ranks, tokens
     result.model_flops, result.hardware_flops = model_flops, hardware_flops
-    if preset.published and not tiny:
+    if preset.published and not preset.tiny:
         result.notes["published"] = preset.published
     return result
 
@@ -183,10 +190,8 @@ def device_bytes(device: TimingDevice, num_ranks: int) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_ranks
 
 
-def run(ranks: NodeRanks, device: TimingDevice, options: argparse.Namespace) -> Results:
+def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], options: argparse.Namespace) -> Results:
     """Every preset, one after the other; on every rank. Rank 0 speaks and writes."""
-    tiny = not device.is_gpu
-    presets = load_presets(options.presets, tiny)
     world = ranks.world_size
     results = describe_run(
         "node", device, num_gpus=world, threads=f"{world} ranks of {torch.get_num_threads()}",
@@ -203,13 +208,13 @@ def run(ranks: NodeRanks, device: TimingDevice, options: argparse.Namespace) -> 
 
     ranks.interrupted = interrupted
     say(f"{results.hardware}, {world} rank{'s' * (world > 1)}, torch {torch.__version__}")
-    if tiny:
-        say("no GPU here: gloo, and tiny models of the presets' form; the figures say nothing of the real ones")
+    if not device.is_gpu:
+        say("no GPU here: gloo, and tiny models of the presets' form, whose figures say nothing of the real ones")
     dtypes = sorted({getattr(torch, p.config.training.dtype) for p in presets}, key=str)
     ceilings, _ = ranks.run(world, lambda: measure_ceilings(device, dtypes, quick=options.quick))
     results.ceilings = ceilings or {}
     for preset in presets:
-        result = comparison_of(preset, tiny)
+        result = comparison_of(preset)
         fault = refusal(preset, world, device_bytes(device, preset.num_ranks))
         if fault is None:
             say(f"{preset.name}: {preset.layout}, {rank_memory(preset.config).total / 1e9:.2f} GB a rank expected ...")
@@ -252,7 +257,8 @@ def start_ranks(count: int | None) -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME", help="of benchmarks/presets, without .toml")
+    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME",
+                        help="of benchmarks/presets, without .toml; or a config of your own, FILE.toml")  # fmt: skip
     parser.add_argument("--steps", type=int, help="timed steps of each preset (20; quick: 2)")
     parser.add_argument("--warm-up", type=int, help="steps before (5; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="few steps: does everything run?")
@@ -266,11 +272,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts a CPU's memory is talkative
     options = parse(sys.argv[1:])
-    if "RANK" not in os.environ:
-        start_ranks(options.ranks)
     gpus = find_gpus()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        presets = load_presets(options.presets, tiny=not gpus)
+    except InputError as error:
+        sys.exit(f"error: {error}" if local_rank == 0 else 1)
+    if "RANK" not in os.environ:
+        start_ranks(options.ranks)
     if gpus and local_rank >= len(gpus):
         sys.exit(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on {len(gpus)} GPUs: start at most as many as there are GPUs")
     if gpus:
@@ -278,10 +289,7 @@ def main() -> None:
     else:
         keep_malloc_pages()
     device = gpus[local_rank] if gpus else CpuDevice(processor_name() or "cpu")
-    try:
-        results = run(NodeRanks(device.device, options.timeout_s), device, options)
-    except InputError as error:
-        sys.exit(f"{error}" if os.environ["RANK"] == "0" else 1)
+    results = run(NodeRanks(device.device, options.timeout_s), device, presets, options)
     sys.exit(0 if os.environ["RANK"] != "0" or any(OURS in c.seconds for c in results.comparisons) else 1)
 
 

@@ -108,8 +108,8 @@ class NodeRanks:
     def _failed_elsewhere(self) -> bool:
         try:
             return self._store.check([self._key("fault")])
-        except RuntimeError:  # the store is gone: the run ends
-            return False
+        except RuntimeError:  # the store is gone, and torchrun with it: nobody would ever end this rank
+            os._exit(1)
 
 
 def describe(error: Exception) -> str:

@@ -97,6 +97,7 @@ def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: i
         breakdown = StepBreakdown(device.device, pipeline=trainer.mesh.pp_size > 1)
         seconds, parts = [], []
         for _ in range(steps):
+            _meet(device.device)
             with breakdown.record():
                 seconds.append(_seconds(trainer.train_step, device.device))
             parts.append(breakdown.parts(seconds[-1]))
@@ -106,11 +107,15 @@ def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: i
     return _together(gather_json(own, world_group()))
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """From a barrier on to the end of all work of this rank."""
+def _meet(device: torch.device) -> None:
+    """All ranks begin together, with nothing left to do from before."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """To the end of all work of this rank."""
     start = time.perf_counter()
     step()
     if device.type == "cuda":
