@@ -229,7 +229,12 @@ class Bench:
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
         result = compare(
-            case, self.device, rounds=rounds, check=not default, compile_backend="eager" if self.quick else "inductor"
+            case,
+            self.device,
+            rounds=rounds,
+            check=not default,
+            compile_backend="eager" if self.quick else "inductor",
+            release=release_free_pages,
         )
         _session["comparisons"][self._request.node.nodeid] = result
         _report(one_line(result))
