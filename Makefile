@@ -14,16 +14,14 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-gpu bench-layers bench-end-to-end bench-node bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
+.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
 	@echo "make lint    ruff: faults and format        make types   mypy"
-	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU (docs/benchmarks.md)"
-	@echo "make bench-layers    tensor-parallel layers against DTensor"
-	@echo "make bench-end-to-end    training steps against DTensor, DDP, FSDP2, torch's pipelines, ..."
-	@echo "make bench-node      the papers' models on the GPUs of a node"
+	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
+	@echo "make bench-gpt       training steps against DTensor, megatron-core, Hugging Face"
 	@echo "make bench-overlap   what overlap hides on a slow link (root)"
 	@echo "make bench-pipeline  bubbles, measured      make bench-pipeline-peers   against torch's pipelines"
 	@echo "make setup   only install and build"
@@ -54,14 +52,8 @@ bench: .venv/built
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/run_all.py --gpu $(ARGS)
 
-bench-layers: .venv/built
-	@$(BIN)/python benchmarks/layers.py $(ARGS)
-
-bench-end-to-end: .venv/built
-	@$(BIN)/python benchmarks/end_to_end.py $(ARGS)
-
-bench-node: .venv/built
-	@$(BIN)/python benchmarks/node.py $(ARGS)
+bench-gpt: .venv/built
+	@$(BIN)/python benchmarks/gpt_against_peers.py $(ARGS)
 
 bench-overlap: .venv/built
 	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)
