@@ -47,10 +47,10 @@ types: .venv/installed
 	@$(BIN)/mypy
 
 bench: .venv/built
-	@$(BIN)/python -m pytest -q benchmarks --benchmark-autosave $(ARGS)
+	@$(BIN)/python benchmarks/run_all.py $(ARGS)
 
 bench-gpu: .venv/built
-	@$(BIN)/python -m pytest -q benchmarks --gpu --benchmark-autosave $(ARGS)
+	@$(BIN)/python benchmarks/run_all.py --gpu $(ARGS)
 
 bench-gpt: .venv/built
 	@$(BIN)/python benchmarks/gpt_against_peers.py $(ARGS)

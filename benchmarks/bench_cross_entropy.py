@@ -16,7 +16,7 @@ def test_cross_entropy(bench, dtype, size):
     if size == "few":
         shape = bench.shape(cpu=(1024, 50304), gpu=(8192, 32000), quick=(6, 40))
     else:
-        shape = bench.shape(cpu=(4096, 50304), gpu=(8192, 128256), quick=(9, 41))
+        shape = bench.shape(cpu=(2048, 50304), gpu=(8192, 128256), quick=(9, 41))
     logits = bench.normal(shape, dtype)
     target = torch.randint(0, shape[1], shape[:1], device=logits.device)
     bench(

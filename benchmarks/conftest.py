@@ -19,9 +19,11 @@ import inspect
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,29 +32,27 @@ import pytest
 import torch
 
 import fused_megatron as fm
+from fused_megatron.checks import InputError
 from fused_megatron.doctor.machine import processor_name
 from fused_megatron.testing.call_overhead import measure_call_overhead
-from fused_megatron.testing.comparison_table import (
-    gpu_table,
-    memory_table,
-    milliseconds_table,
-    one_line,
-    overhead_table,
-    remarks,
-    speed_table,
-)  # fmt: skip
+from fused_megatron.testing.comparison_table import one_line, overhead_table
 from fused_megatron.testing.peers import PEERS
 from fused_megatron.testing.recorded_durations import RecordedDurations
 from fused_megatron.testing.report.describe_run import describe_run
+from fused_megatron.testing.report.plots import plot_results
 from fused_megatron.testing.report.results_file import Results, write_results
-from fused_megatron.testing.side_by_side import OURS, Bars, Case, Comparison, Rounds, compare
-from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, copy_ceiling_gb_per_s, find_gpus
+from fused_megatron.testing.report.tables import results_lines
+from fused_megatron.testing.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare
+from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
 from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
 
 _THREADS = 2
 _BOUND_BAR_16_BIT = 2.0
 _MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
 _RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
+
+# About how long a case takes on two cores, in multiples of the others'.
+_WEIGHTS = {"linear_cross_entropy": 6.0, "overhead": 0.05, "cross_entropy[many": 3.0, "softmax": 2.0}
 
 _session: dict[str, Any] = {}
 _durations = RecordedDurations()
@@ -80,25 +80,51 @@ def pytest_configure(config: pytest.Config) -> None:
     _session.update(device=device, comparisons={}, overheads={}, quick=config.option.quick, root=config.rootpath)
     _session["plugins"] = config.pluginmanager
     _session["results"], _session["results_path"] = _results_of(config, device)
+    _check_writable(_session["results_path"])
     config.option.benchmark_quiet = True  # our tables say it
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
+    config.addinivalue_line("filterwarnings", "ignore:.*KeyboardInterrupt:pytest.PytestUnraisableExceptionWarning")
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    """Ctrl-C is remembered: Python drops the exception where it comes within a finalizer."""
+    _session["interrupted"] = True
+    raise KeyboardInterrupt
 
 
 def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
     """This run's results, and the file for them; a part of a run has one only where --results says so."""
     results = describe_run("ops", device, malloc=os.environ.get(_MALLOC, "as the system has it"))
     path: Path | None = config.option.results
-    part = config.option.quick or config.option.keyword or any(".py" in word for word in config.args)
+    part = config.option.quick or config.option.keyword or any(".py" in Path(word).name for word in config.args)
     if path is None and not part and _RESULTS not in os.environ:
         path = config.rootpath / "benchmarks" / "results" / results.file_name
     return results, path
 
 
+def _check_writable(path: Path | None) -> None:
+    """Now, and not after ten minutes of measuring."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            probe.write(bytes(1 << 16))
+    except OSError as error:
+        raise pytest.UsageError(f"results={path}: {error.strerror} (--results FILE puts them elsewhere)") from None
+
+
 def _save_results(complete: bool = False) -> None:
     path, results = _session["results_path"], _session["results"]
-    if path is not None and _session["comparisons"]:
-        results.comparisons, results.complete = list(_session["comparisons"].values()), complete
+    results.comparisons, results.complete = list(_session["comparisons"].values()), complete
+    if path is None or not results.comparisons:
+        return
+    try:
         write_results(results, path)
+    except OSError as error:  # the tables at the end still say everything
+        _session["results_path"] = None
+        _report(f"results={path}: {error.strerror}; what comes now is not kept in a file")
 
 
 def _start_again_with_kept_pages(config: pytest.Config) -> None:
@@ -115,6 +141,48 @@ def _start_again_with_kept_pages(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=_durations.clock))
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """No dots between our lines."""
+    return (report.outcome, "", "PASSED") if report.passed and report.when == "call" else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """What the machine can do, before anything is measured on it."""
+    if session.items and not session.config.option.collectonly:
+        _measure_ceilings()
+    _session.update(begun=time.monotonic(), total=sum(map(_weight, session.items)), done=0.0)
+
+
+def _measure_ceilings() -> None:
+    """The better of all times: whatever else the machine was doing then made it slower, never faster."""
+    ceilings = _session["results"].ceilings
+    if _RESULTS not in os.environ:
+        for name, value in measure_ceilings(_session["device"], quick=_session["quick"]).items():
+            ceilings[name] = max(value, ceilings.get(name, 0.0))
+
+
+def _weight(item: pytest.Item) -> float:
+    """How long a case takes, beside the others."""
+    return next((weight for part, weight in _WEIGHTS.items() if part in item.nodeid), 1.0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Says which case it is, and about how long the rest will take."""
+    if _RESULTS not in os.environ:
+        done, spent = _session["done"], time.monotonic() - _session["begun"]
+        left_s = (_session["total"] - done) * spent / done if done >= 2 else 0.0
+        about = f", about {left_s / 60:.0f} min left" if left_s >= 60 else ""
+        number, count = item.session.items.index(item) + 1, len(item.session.items)
+        _report(f"[{number}/{count}{about}] {item.name.removeprefix('test_')}")
+    result = yield
+    _session["done"] += _weight(item)
+    if _session.get("interrupted"):
+        raise KeyboardInterrupt
+    return result
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -155,13 +223,18 @@ class Bench:
         elif bars.bound is not None and self._request.getfixturevalue("dtype") != torch.float32:
             bars = dataclasses.replace(bars, bound=_BOUND_BAR_16_BIT)
         peers = PEERS.get(case.op, {}) if self.device.is_gpu else {}
-        if case.num_bytes is None:
-            rounds = Rounds(warm_up=False)  # seconds a step: a product does not feel the cold
+        if case.compute_bound:
+            rounds = Rounds(warm_up=False)  # seconds a step
         case = dataclasses.replace(case, bars=bars, peers=peers)
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
         result = compare(
-            case, self.device, rounds=rounds, check=not default, compile_backend="eager" if self.quick else "inductor"
+            case,
+            self.device,
+            rounds=rounds,
+            check=not default,
+            compile_backend="eager" if self.quick else "inductor",
+            release=release_free_pages,
         )
         _session["comparisons"][self._request.node.nodeid] = result
         _report(one_line(result))
@@ -194,8 +267,9 @@ class Bench:
         info = self._benchmark.extra_info
         info.update(label=result.label, num_bytes=result.num_bytes, gb_per_s=result.gb_per_s())
         info.update(seconds=result.seconds, faults=result.faults, notes=result.notes, peak_bytes=result.peak_bytes)
+        info.update(model_flops=result.model_flops, forward_seconds=result.forward_seconds)
         info["traffic"] = {name: dataclasses.asdict(traffic) for name, traffic in result.traffic.items()}
-        info["bars"] = [{"bar": bar, "figure": figure, "met": met} for bar, figure, met in result.verdicts()]
+        info["bars"] = [{"bar": bar, "figure": figure, "verdict": said} for bar, figure, said in result.verdicts()]
         info["default_malloc_ms"] = result.default_malloc_ms  # filled at the end of the session
         self._replay(result.seconds[OURS])
 
@@ -226,9 +300,14 @@ def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
         medians = {node: {p: c.ms(p).median for p in c.seconds} for node, c in comparisons.items()}  # type: ignore
         Path(path).write_text(json.dumps(medians))
     elif exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):  # and not interrupted
-        if comparisons and os.environ.get(_MALLOC) == "kept":
-            _measure_with_default_malloc(comparisons)
-        _save_results(complete=True)
+        try:
+            if comparisons and os.environ.get(_MALLOC) == "kept":
+                _measure_with_default_malloc(comparisons)
+            if comparisons:
+                _measure_ceilings()
+            _save_results(complete=True)
+        except KeyboardInterrupt:
+            _report("interrupted: what was measured is kept")
     yield
 
 
@@ -240,7 +319,7 @@ def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
         # float32 alone, and no product, which takes long and allocates little for its time.
-        tests = [node for node, c in comparisons.items() if c.dtype == "float32" and c.num_bytes is not None]
+        tests = [node for node, c in comparisons.items() if c.dtype == "float32" and BOUND in c.seconds]
         if _session["quick"]:
             tests = ["--quick", *tests[:1]]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
@@ -254,31 +333,20 @@ def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    comparisons = list(_session["comparisons"].values())
-    if not (comparisons or _session["overheads"]) or _RESULTS in os.environ:
+    results, path = _session["results"], _session["results_path"]
+    if not (results.comparisons or _session["overheads"]) or _RESULTS in os.environ:
         return
-    device: TimingDevice = _session["device"]
-    write = terminalreporter.write_line
-    write("")
-    if device.is_gpu:
-        ceiling = copy_ceiling_gb_per_s(device, 1 << 20 if _session["quick"] else 1 << 30)
-        write(f"forward + backward on {device.name}; a copy of 1 GB moves {ceiling:.0f} GB/s")
-        tables = [gpu_table(comparisons, ceiling)]
-    else:
-        kept = "malloc keeps its pages for all" if os.environ.get(_MALLOC) == "kept" else "malloc as the system has it"
-        write(f"forward + backward, {torch.get_num_threads()} threads, torch {torch.__version__}, {kept}")
-        write("x: how many times faster ours is, median of the rounds [20-80 %]")
-        write("bound: a copy of the bytes that must move, between buffers that exist")
-        default = any(c.default_malloc_ms for c in comparisons)
-        tables = [speed_table(comparisons), milliseconds_table(comparisons, default), memory_table(comparisons)]
+    lines = [""]
+    if results.comparisons:
+        lines += results_lines(results, brief=path is not None)
     if _session["overheads"]:
-        tables.append(overhead_table(_session["overheads"]))
-    for table in tables:
-        write("")
-        for line in table:
-            write(line)
-    write("")
-    for line in remarks(comparisons):
-        write(line)
-    if _session["results_path"] is not None and comparisons:
-        write(f"\nfused-megatron report {os.path.relpath(_session['results_path'])}   shows this again, and plots")
+        lines += ["", *overhead_table(_session["overheads"])]
+    if path is not None and results.comparisons:
+        shown = os.path.relpath(path)
+        lines += ["", f"fused-megatron report {shown}   shows milliseconds, memory and limits too"]
+        try:
+            lines += [f"  {os.path.relpath(one)}" for one in plot_results(results, path.parent / "plots")]
+        except InputError as error:
+            lines.append(str(error))
+    for line in lines:
+        terminalreporter.write_line(line)

@@ -23,7 +23,7 @@ commands:
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   doctor [--json]                               what is here, what is missing, and what mends it
-  report FILE [LATER_FILE]                      benchmark results as tables and plots; two runs compared
+  report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
 Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""

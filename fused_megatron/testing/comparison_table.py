@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from fused_megatron.testing.call_overhead import CallOverhead
-from fused_megatron.testing.side_by_side import BOUND, COMPILE, EAGER, OURS, Comparison, Spread
+from fused_megatron.testing.report.ceilings import Ceilings
+from fused_megatron.testing.side_by_side import BOUND, COMPILE, EAGER, EVEN, MET, MISSED, OURS, Comparison, Spread
 
 Row = Sequence[str]
 
@@ -14,13 +15,10 @@ def one_line(comparison: Comparison) -> str:
     if ms is None:
         return f"{comparison.name}: not timed, {comparison.faults.get(OURS, 'no figure')}"
     parts = [f"{comparison.name}: {_ms(ms)} ms"]
-    for name in comparison.seconds:
-        ratio = comparison.ratio(name)
-        if name not in (OURS, BOUND) and ratio is not None:
-            parts.append(f"{name} {_times(ratio)}")
+    parts += [f"{name} {ratio_of(comparison, name)}" for name in comparison.seconds if name not in (OURS, BOUND)]
     bound = comparison.over_bound()
     parts += [] if bound is None else [f"bound {_times(bound)}"]
-    missed = [bar for bar, _, met in comparison.verdicts() if not met]
+    missed = [bar for bar, _, verdict in comparison.verdicts() if verdict == MISSED]
     return "; ".join(parts) + (f"; MISSED: {', '.join(missed)}" if missed else "")
 
 
@@ -37,22 +35,71 @@ def remarks(comparisons: Iterable[Comparison]) -> list[str]:
 
 
 def speed_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Ratios with their spread, and the bars: met, or MISSED."""
+    """Ratios with their spread, and the bars: met, MISSED, or even with what was measured."""
     header = ["op", "dtype", "ms", "x eager", "x compile", "over bound", "bars"]
     return markdown(header, [_speed_row(c) for c in comparisons])
 
 
 def _speed_row(comparison: Comparison) -> Row:
     ms, bound = comparison.ms(OURS), comparison.over_bound()
-    bars = [f"{bar} {'met' if met else f'MISSED ({figure:g})'}" for bar, figure, met in comparison.verdicts()]
     return [
         f"{comparison.op} {comparison.label}",
         comparison.dtype,
         _ms(ms) if ms else comparison.faults.get(OURS, "-").partition(":")[0],
-        *(_times(ratio) if (ratio := comparison.ratio(name)) else "-" for name in (EAGER, COMPILE)),
+        ratio_of(comparison, EAGER),
+        ratio_of(comparison, COMPILE),
         _times(bound) if bound else "-",
-        "; ".join(bars) or "-",
+        "; ".join(bar_verdicts(comparison)) or "-",
     ]
+
+
+def bar_verdicts(comparison: Comparison) -> list[str]:
+    """What became of each bar: "eager >= 2x met", "bound <= 1.5x MISSED (1.8)"."""
+    return [f"{bar} {said}" + ("" if said == MET else f" ({figure:g})") for bar, figure, said in comparison.verdicts()]
+
+
+def ratio_of(comparison: Comparison, provider: str) -> str:
+    """How many times faster ours is, with its spread, and whether that is even; "-" without a figure."""
+    ratio = comparison.ratio(provider)
+    if ratio is None:
+        return "-"
+    return _times(ratio) + (" even" if comparison.verdict(provider) == EVEN else "")
+
+
+def limits_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[str]:
+    """Ours beside the machine's limits: bytes that must move and arithmetic, each a second; the share of the roof."""
+    rows = []
+    for c in comparisons:
+        gb_per_s, gflop_per_s = c.gb_per_s(), c.gflop_per_s()
+        roof, share = ceilings.roof_gflop_per_s(c), ceilings.share_of_roof(c)
+        rows.append(
+            [
+                f"{c.op} {c.label}",
+                c.dtype,
+                f"{gb_per_s:.1f}" if gb_per_s else "-",
+                _rate(gflop_per_s),
+                f"{c.intensity():.2f}" if c.intensity() else "-",
+                "-" if roof is None else f"{ceilings.limit(c)}, {roof:.1f}",
+                "-" if share is None else f"{share:.0%}",
+            ]
+        )
+    return markdown(["op", "dtype", "GB/s", "GFLOP/s", "FLOP per byte", "roof GFLOP/s", "% of roof"], rows)
+
+
+def phases_table(comparisons: Sequence[Comparison]) -> list[str]:
+    """Forward + backward by themselves, median milliseconds of each provider."""
+    names = _providers(comparisons)
+    rows = []
+    for c in comparisons:
+        phases = [c.phases_ms(name) for name in names]
+        cells = [" + ".join(_number(one.median) for one in pair) if pair else "-" for pair in phases]
+        rows.append([f"{c.op} {c.label}", c.dtype, *cells])
+    return markdown(["op", "dtype", *names], rows)
+
+
+def _providers(comparisons: Sequence[Comparison]) -> list[str]:
+    """In the order in which they were measured, but for the bound."""
+    return list(dict.fromkeys(name for c in comparisons for name in c.seconds if name != BOUND))
 
 
 def milliseconds_table(comparisons: Sequence[Comparison], default_malloc: bool) -> list[str]:
@@ -88,26 +135,70 @@ def _megabytes(pair: Sequence[int | None]) -> str:
     return "-" if ours is None or eager is None else f"{ours / 1e6:.1f}, {eager / 1e6:.1f}"
 
 
-def gpu_table(comparisons: Sequence[Comparison], ceiling_gb_per_s: float) -> list[str]:
-    """A row a provider: percentiles, GB/s, share of the measured copy, peak memory, ours against it."""
-    header = ["op", "dtype", "provider", "ms 20/50/80 %", "GB/s", "% of copy", "peak MB", "ours is faster"]
+def provider_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[str]:
+    """A row a provider; columns of which nothing is known are left out."""
+    header = [
+        "case", "dtype", "provider", "tokens/s", "ms [20-80 %]", "ours is faster", "GB/s", "GFLOP/s a rank",
+        "% of roof", "MFU", "HFU", "peak MB",
+    ]  # fmt: skip
+    rows = [_provider_row(c, name, ceilings) for c in comparisons for name in c.seconds]
+    known = [i for i in range(len(header)) if i < 3 or any(row[i] != "-" for row in rows)]
+    return markdown([header[i] for i in known], [[row[i] for i in known] for row in rows])
+
+
+def _provider_row(c: Comparison, name: str, ceilings: Ceilings) -> Row:
+    ms, tokens_per_s, peak = c.ms(name), c.tokens_per_s(name), c.peak_bytes.get(name)
+    gb_per_s = c.gb_per_s(name)
+    gflop_per_s = c.gflop_per_s(name) if name != BOUND else None
+    step = c.tokens is not None
+    shares = [ceilings.share_of_gemm(c, name, flops) if step else None for flops in (c.model_flops, c.hardware_flops)]
+    roof = None if step else ceilings.share_of_roof(c, name)
+    best = " best other" if name == c.best_other() and len(c.seconds) > 2 else ""
+    return [
+        f"{c.op} {c.label}",
+        c.dtype,
+        name,
+        f"{tokens_per_s:,.0f}" if tokens_per_s else "-",
+        _ms(ms) if ms else "-",
+        "-" if name in (OURS, BOUND) else ratio_of(c, name) + best,
+        f"{gb_per_s:.0f}" if gb_per_s else "-",
+        _rate(gflop_per_s),
+        f"{roof:.0%}" if roof is not None else "-",
+        *(f"{share:.1%}" if share is not None else "-" for share in shares),
+        f"{peak / 1e6:.1f}" if peak is not None else "-",
+    ]
+
+
+def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
+    """Where a step's time went, by provider: milliseconds of each part and their share of all parts."""
+    parts = list(dict.fromkeys(part for c in comparisons for one in c.breakdown.values() for part in one))
     rows = []
     for c in comparisons:
-        for name in c.seconds:
-            ms, gb_per_s, ratio, peak = c.ms(name), c.gb_per_s(name), c.ratio(name), c.peak_bytes.get(name)
-            rows.append(
-                [
-                    f"{c.op} {c.label}",
-                    c.dtype,
-                    name,
-                    f"{_number(ms.low)} / {_number(ms.median)} / {_number(ms.high)}" if ms else "-",
-                    f"{gb_per_s:.0f}" if gb_per_s else "-",
-                    f"{100 * gb_per_s / ceiling_gb_per_s:.0f}" if gb_per_s else "-",
-                    f"{peak / 1e6:.1f}" if peak is not None else "-",
-                    _times(ratio) if ratio and name not in (OURS, BOUND) else "-",
-                ]
-            )
-    return markdown(header, rows)
+        for name, known in c.breakdown.items():
+            whole = sum(known.values())
+            cells = [f"{_number(1e3 * known[p])} ({known[p] / whole:.0%})" if p in known else "-" for p in parts]
+            rows.append([f"{c.op} {c.label}", c.dtype, name, *cells, _number(1e3 * whole)])
+    return markdown(["case", "dtype", "provider", *(f"{part} ms" for part in parts), "sum ms"], rows)
+
+
+def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
+    """Weak scaling: what a rank does, beside what it does in the smallest case."""
+    known = sorted((c for c in comparisons if c.seconds.get(OURS)), key=lambda c: c.ranks)
+    rows = []
+    for c in known:
+        tokens_per_s, rate = c.tokens_per_s(OURS), c.gflop_per_s()
+        efficiency = c.efficiency(known[0])
+        rows.append(
+            [
+                f"{c.op} {c.label}",
+                str(c.ranks),
+                f"{tokens_per_s:,.0f}" if tokens_per_s else "-",
+                f"{tokens_per_s / c.ranks:,.0f}" if tokens_per_s else "-",
+                _rate(rate),
+                f"{efficiency:.0%}" if efficiency is not None else "-",
+            ]
+        )
+    return markdown(["case", "ranks", "tokens/s", "tokens/s a rank", "GFLOP/s a rank", "efficiency (ideal 100%)"], rows)
 
 
 def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[str]:
@@ -115,7 +206,7 @@ def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[
     rows = []
     for name, (result, bar) in overheads.items():
         call, library = min(result.call_us), min(result.library_us)
-        verdict = "met" if result.overhead_us <= bar else "MISSED"
+        verdict = MET if result.overhead_us <= bar else MISSED
         rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
     return markdown(["op", "us a call", "library op alone", "Python", "bar"], rows)
 
@@ -140,6 +231,10 @@ def _ms(spread: Spread) -> str:
 
 def _median(spread: Spread | None) -> str:
     return _number(spread.median) if spread else "-"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if not value else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _number(value: float) -> str:

@@ -3,9 +3,9 @@
     comparison = compare(Case("bias_gelu", "[4096, 3072]", (x, bias), ours=..., unfused=...), CpuDevice())
     comparison.ratio("eager").median     # how many times faster than the unfused function
 
-Forward and backward are timed together. In every round each provider runs once, in an order that moves on by one from
-round to round, so that whatever else the machine does falls on all alike. A provider whose result is wrong, that fails
-or that is not installed gets one line and no figure.
+A step is forward and backward, each with its time. In every round each provider runs once, in an order that moves on
+by one from round to round, so that whatever else the machine does falls on all alike. A provider whose result is wrong,
+that fails or that is not installed gets one line and no figure.
 """
 
 import math
@@ -17,23 +17,20 @@ from typing import Any
 
 import torch
 
+from fused_megatron.testing.arithmetic import count_flops
+from fused_megatron.testing.exact_results import Exact, ForwardBackward, Judge, Op, Tensors, as_tuple, first_line
 from fused_megatron.testing.timing_devices import TimingDevice, copy_step, page_faults
 from fused_megatron.testing.traffic import Traffic, measure_traffic
 
 OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 
-# The norm of the error over the norm of the exact result. float32: sums of 1e5 terms in another order. 16 bit: one or
-# two roundings (half a unit each), and torch's own sums in 16 bit; ours is rounded once.
-INEXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Beyond this no rounding is to blame.
-WRONG = 0.25
 _MOST_WARM_UPS = 8
-_PIECE_ELEMENTS = 1 << 24
 _FEW_FAULTS = 100  # pages
 
-Op = Callable[..., Any]
-Tensors = Sequence[torch.Tensor]
-Step = Callable[[], tuple[Tensors, Tensors]]
+# Medians of the same code move by so much from one run to the next on a shared machine, more than within a run.
+BETWEEN_RUNS = 1.1
+MET, EVEN, MISSED = "met", "even", "MISSED"
+FASTER, SLOWER = "faster", "SLOWER"
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Case:
             outputs and gradients should be for the draw that they show; AssertionError for a draw that cannot be. None:
             the unfused function in float64 is exact.
         large: float64 would take too much of a CPU's time and memory; float32 stands in there.
+        compute_bound: its products take the time: no copy is its bound, and it does not feel the cold.
         bars: what is promised.
     """
 
@@ -73,8 +71,9 @@ class Case:
     unfused: Op
     peers: Mapping[str, Callable[[], Op]] = field(default_factory=dict)
     num_bytes: int | None = None
-    exact: Callable[[Sequence[Any], Tensors, Tensors, Tensors], Tensors] | None = None
+    exact: Exact | None = None
     large: bool = False
+    compute_bound: bool = False
     bars: Bars = Bars()
 
 
@@ -104,10 +103,19 @@ class Spread:
         cuts = statistics.quantiles(values, n=10, method="inclusive")
         return Spread(cuts[1], statistics.median(values), cuts[7])
 
+    def beside(self, bar: float, above_and_below: tuple[str, str]) -> str:
+        """The word for a median above the bar or below it; "even" where it is near, or the spread includes the bar."""
+        if self.low <= bar <= self.high or bar / BETWEEN_RUNS <= self.median <= bar * BETWEEN_RUNS:
+            return EVEN
+        return above_and_below[self.median < bar]
+
 
 @dataclass
 class Comparison:
     """What was measured of one case: seconds of every provider in every round; a line for each that has none.
+
+    Of an op also the seconds of its forward pass by itself, and in model_flops all of its arithmetic
+    (arithmetic.count_flops).
 
     Of a training step also: tokens of all ranks together, what its products cost (model_flops: forward and backward
     once; hardware_flops: recomputation too), and by provider where the seconds of a step went: parts such as
@@ -130,6 +138,7 @@ class Comparison:
     model_flops: int | None = None
     hardware_flops: int | None = None
     breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
+    forward_seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -138,6 +147,14 @@ class Comparison:
     def ms(self, provider: str) -> Spread | None:
         """Milliseconds of a provider."""
         return Spread.of([s * 1e3 for s in self.seconds[provider]]) if self.seconds.get(provider) else None
+
+    def phases_ms(self, provider: str) -> tuple[Spread, Spread] | None:
+        """Milliseconds of the forward and of the backward pass."""
+        forward, both = self.forward_seconds.get(provider), self.seconds.get(provider)
+        if not forward or not both:
+            return None
+        backward = [all_s - forward_s for all_s, forward_s in zip(both, forward, strict=True)]
+        return Spread.of([s * 1e3 for s in forward]), Spread.of([s * 1e3 for s in backward])
 
     def ratio(self, provider: str) -> Spread | None:
         """A provider's time over ours, round by round: how many times faster ours is."""
@@ -165,26 +182,51 @@ class Comparison:
         ms = self.ms(provider)
         return None if ms is None or self.num_bytes is None else self.num_bytes / ms.median / 1e6
 
-    def verdicts(self) -> list[tuple[str, float, bool]]:
-        """(bar, figure, met) for every bar that could be measured, figures as rounded for people."""
-        found = []
-        for name in (EAGER, COMPILE):
-            bar, ratio = getattr(self.bars, name), self.ratio(name)
-            if bar is not None and ratio is not None:
-                figure = round(ratio.median, 2)
-                found.append((f"{name} >= {bar:g}x", figure, figure >= bar))
+    def intensity(self) -> float | None:
+        """FLOPs a byte that must move."""
+        return self.model_flops / self.num_bytes if self.model_flops and self.num_bytes else None
+
+    def gflop_per_s(self, provider: str = OURS) -> float | None:
+        """Of each rank: its share of the arithmetic over the median time."""
+        ms = self.ms(provider)
+        return None if ms is None or self.model_flops is None else self.model_flops / self.ranks / ms.median / 1e6
+
+    def tokens_per_s(self, provider: str = OURS) -> float | None:
+        """Of all ranks together."""
+        ms = self.ms(provider)
+        return None if ms is None or self.tokens is None else self.tokens / ms.median * 1e3
+
+    def efficiency(self, smallest: "Comparison") -> float | None:
+        """What a rank does here over what one does in the smallest case: FLOPs, or tokens where those are unknown."""
+        here, there = self.gflop_per_s(), smallest.gflop_per_s()
+        if here is None or there is None:
+            some = self.tokens_per_s(), smallest.tokens_per_s()
+            here, there = (None if t is None else t / c.ranks for t, c in zip(some, (self, smallest), strict=True))
+        return here / there if here is not None and there else None
+
+    def verdict(self, provider: str) -> str | None:
+        """Whether ours is "faster" than a provider, "SLOWER", or "even": no further apart than two runs may be."""
+        ratio = self.ratio(provider)
+        return None if ratio is None else ratio.beside(1, (FASTER, SLOWER))
+
+    def verdicts(self) -> list[tuple[str, float, str]]:
+        """(bar, figure, "met", "MISSED" or "even") for every bar that could be measured, figures as rounded for people.
+
+        Even: the figure and its bar are no further apart than two runs may be.
+        """
         best = self.best_other()
-        ratio = self.ratio(best) if best is not None else None
-        if self.bars.best is not None and ratio is not None:
-            figure = round(ratio.median, 2)
-            found.append((f"{best} >= {self.bars.best:g}x", figure, figure >= self.bars.best))
-        bound = self.over_bound()
-        if self.bars.bound is not None and bound is not None:
-            figure = round(bound.median, 2)
-            found.append((f"bound <= {self.bars.bound:g}x", figure, figure <= self.bars.bound))
-        memory = self.memory_ratio()
-        if self.bars.memory is not None and memory is not None:
-            found.append((f"memory <= 1/{1 / self.bars.memory:g}", round(memory, 3), memory <= self.bars.memory))
+        bars = [(EAGER, self.bars.eager), (COMPILE, self.bars.compile)] + ([(best, self.bars.best)] if best else [])
+        found = []
+        for name, bar in bars:
+            ratio = self.ratio(name)
+            if bar is not None and ratio is not None:
+                found.append((f"{name} >= {bar:g}x", round(ratio.median, 2), ratio.beside(bar, (MET, MISSED))))
+        bar, bound = self.bars.bound, self.over_bound()
+        if bar is not None and bound is not None:
+            found.append((f"bound <= {bar:g}x", round(bound.median, 2), bound.beside(bar, (MISSED, MET))))
+        bar, memory = self.bars.memory, self.memory_ratio()
+        if bar is not None and memory is not None:
+            found.append((f"memory <= 1/{1 / bar:g}", round(memory, 3), MET if memory <= bar else MISSED))
         return found
 
 
@@ -195,6 +237,7 @@ def compare(
     rounds: Rounds = Rounds(),
     compile_backend: str = "inductor",
     check: bool = True,
+    release: Callable[[], object] = lambda: None,
 ) -> Comparison:
     """Check and time every provider of a case, forward and backward.
 
@@ -204,10 +247,16 @@ def compare(
         rounds: how long.
         compile_backend: torch.compile's.
         check: compare results with the exact one first, and measure memory and the bound. False: only time.
+        release: gives back memory that malloc holds unused; called between the checks of a large case, whose peaks
+            would add up.
     """
     result = Comparison(case.op, case.label, _dtype_name(case), case.num_bytes, case.bars)
     upstream = _upstream(case)
-    judge = _Judge(case, upstream, device) if check else None
+    judge = None
+    if check:
+        result.model_flops = count_flops(case.unfused, case.inputs)
+        exact_dtype = torch.float32 if case.large and device.device.type == "cpu" else torch.float64
+        judge = Judge(ForwardBackward(case.unfused, case.inputs, upstream), exact_dtype, case.exact, strict=OURS)
     compiled = torch.compile(case.unfused, fullgraph=True, dynamic=False, backend=compile_backend)
     providers: dict[str, Callable[[], Op]] = {
         OURS: lambda: case.ours,
@@ -217,37 +266,56 @@ def compare(
     }
     steps: dict[str, Callable[[], object]] = {}
     for name, provide in providers.items():
-        fault = note = None
+        if case.large:
+            release()
         try:
-            step = forward_backward(provide(), case.inputs, upstream)
-            if judge is not None:
-                if name == COMPILE:
-                    step()  # compiles
-                fault, note, peak = judge.try_out(name, step)
-                result.peak_bytes.update({} if fault or peak is None else {name: peak})
-                if name in (OURS, EAGER) and not fault and case.num_bytes is not None:
-                    result.traffic[name] = measure_traffic(step)
+            step = ForwardBackward(provide(), case.inputs, upstream)
+            fault = None if judge is None else _try_out(name, step, judge, device, result, case.compute_bound)
         except ImportError as error:
-            fault = f"not installed ({_first_line(error)})"
+            fault = f"not installed ({first_line(error)})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others
-            fault = f"failed: {type(error).__name__}: {_first_line(error)}"
-        if note:
-            result.notes[name] = note
+            fault = f"failed: {type(error).__name__}: {first_line(error)}"
         if fault:
             result.faults[name] = fault
         else:
             steps[name] = step
     del judge
-    if check and case.num_bytes:
+    if case.large:
+        release()
+    if check and case.num_bytes and not case.compute_bound:
         steps[BOUND] = copy_step(case.num_bytes, device.device)
-    result.seconds = side_by_side(steps, device, rounds)
+    result.seconds = side_by_side(steps, device, rounds, result.forward_seconds)
     return result
 
 
+def _try_out(
+    name: str, step: ForwardBackward, judge: Judge, device: TimingDevice, result: Comparison, compute_bound: bool
+) -> str | None:
+    """Why a provider is not to be timed, or None; what one step shows besides goes into the result."""
+    if name == COMPILE and not compute_bound:
+        step()  # compiles, which a product's seconds need not be told apart from
+    results: list[tuple[Tensors, Tensors]] = []
+    peak = device.peak_bytes(lambda: results.append(step()))
+    fault, note = judge.fault(name, *results.pop())
+    if note:
+        result.notes[name] = note
+    if not fault:
+        result.peak_bytes.update({} if peak is None else {name: peak})
+        if name in (OURS, EAGER) and result.num_bytes is not None and not compute_bound:
+            result.traffic[name] = measure_traffic(step)
+    return fault
+
+
 def side_by_side(
-    steps: Mapping[str, Callable[[], object]], device: TimingDevice, rounds: Rounds = Rounds()
+    steps: Mapping[str, Callable[[], object]],
+    device: TimingDevice,
+    rounds: Rounds = Rounds(),
+    forward: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round: entry i of two lists is one pair, measured within one round."""
+    """Seconds of every step in every round: entry i of two lists is one pair, measured within one round.
+
+    forward: filled with the seconds of the forward passes of steps that are a ForwardBackward.
+    """
     names = list(steps)
     spent = _warm_up(steps, device, rounds.budget_s) if rounds.warm_up else 0.0
     count = int(rounds.budget_s / max(spent, 1e-9)) if rounds.warm_up else rounds.fewest
@@ -255,7 +323,13 @@ def side_by_side(
     for index in range(min(max(count, rounds.fewest), rounds.most)):
         turn = index % max(len(names), 1)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(device.seconds(steps[name]))
+            step = steps[name]
+            if forward is not None and isinstance(step, ForwardBackward):
+                first, second = device.seconds_of_two(step.forward, step.backward)
+                forward.setdefault(name, []).append(first)
+                seconds[name].append(first + second)
+            else:
+                seconds[name].append(device.seconds(step))
     return seconds
 
 
@@ -273,98 +347,13 @@ def _warm_up(steps: Mapping[str, Callable[[], object]], device: TimingDevice, bu
     return spent
 
 
-def forward_backward(op: Op, inputs: Sequence[Any], upstream: Tensors) -> Step:
-    """A step of (outputs, gradients of every input that requires one)."""
-    wanted = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
-
-    def step() -> tuple[Tensors, Tensors]:
-        outputs = _tuple(op(*inputs))
-        return outputs, torch.autograd.grad(outputs, wanted, upstream)
-
-    return step
-
-
-class _Judge:
-    """The exact result of a case, and what is wrong with another."""
-
-    def __init__(self, case: Case, upstream: Tensors, device: TimingDevice) -> None:
-        self._case = case
-        self._upstream = upstream
-        self._device = device
-        self._dtype = next(t.dtype for t in case.inputs if isinstance(t, torch.Tensor))
-        self._before = self._fingerprint()
-        self._exact: Tensors | None = None
-        if case.exact is None:
-            dtype = torch.float32 if case.large and device.device.type == "cpu" else torch.float64
-            inputs = [_as_exact(t, dtype) for t in case.inputs]
-            outputs, gradients = forward_backward(case.unfused, inputs, [t.to(dtype) for t in upstream])()
-            self._exact = [*(t.detach() for t in outputs), *gradients]
-
-    def _fingerprint(self) -> list[float]:
-        tensors = [t for t in self._case.inputs if isinstance(t, torch.Tensor)]
-        return [t.detach().sum(dtype=torch.float64).item() for t in (*tensors, *self._upstream)]
-
-    def try_out(self, provider: str, step: Step) -> tuple[str | None, str | None, int | None]:
-        """Run a step once: (why the provider is not to be timed or None, a remark or None, peak bytes)."""
-        results: list[tuple[Tensors, Tensors]] = []
-        peak = self._device.peak_bytes(lambda: results.append(step()))
-        if self._fingerprint() != self._before:
-            raise RuntimeError("it writes over its inputs, which the other providers need")
-        return *self._fault(provider, *results[0]), peak
-
-    def _fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
-        try:
-            exact = self._exact or self._case.exact(self._case.inputs, self._upstream, outputs, gradients)  # type: ignore
-        except AssertionError as impossible:
-            return f"wrong: {_first_line(impossible)}", None
-        names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        worst, off = 0.0, []
-        for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
-            if got.shape != want.shape:
-                return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None
-            error = _relative_error(got.detach(), want)
-            if not error <= INEXACT[self._dtype]:  # also NaN
-                worst = error if not error <= worst else worst
-                off.append(f"{name} {error:.1%}" if error > 1e-3 else f"{name} {error:.1e}")
-        if not off:
-            return None, None
-        text = f"{', '.join(off)} off"
-        if provider == OURS or not worst <= WRONG:
-            return f"wrong: {text}", None
-        return None, f"inexact: {text}"
-
-
-def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the error over the norm of what is right, in pieces: a whole difference could be gigabytes."""
-    error = norm = 0.0
-    for some, right in zip(*(t.reshape(-1).split(_PIECE_ELEMENTS) for t in (got, want)), strict=True):
-        error += torch.linalg.vector_norm(some.to(want.dtype) - right).item() ** 2
-        norm += torch.linalg.vector_norm(right).item() ** 2
-    return math.sqrt(error / norm) if norm > 0 else math.sqrt(error)
-
-
-def _as_exact(value: Any, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return value
-    return value.detach().to(dtype).requires_grad_(value.requires_grad)
-
-
 def _upstream(case: Case) -> list[torch.Tensor]:
     """The gradients that come from above: random, and 1 for a scalar loss."""
     with torch.no_grad():
-        outputs = _tuple(case.unfused(*case.inputs))
+        outputs = as_tuple(case.unfused(*case.inputs))
     return [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
-
-
-def _tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
 
 
 def _dtype_name(case: Case) -> str:
     dtypes = [t.dtype for t in case.inputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return str(dtypes[0]).removeprefix("torch.") if dtypes else ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

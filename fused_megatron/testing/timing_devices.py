@@ -4,10 +4,12 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
 
 _CEILING_BYTES = 1 << 30
 _CEILING_ROUNDS = 10
@@ -39,6 +41,9 @@ class TimingDevice(Protocol):
     def seconds(self, function: Callable[[], object]) -> float:
         """Of one call, all its work done; what it returns is freed within."""
 
+    def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
+        """Of two calls in a row, the second of what the first returns; nothing else comes between."""
+
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
         """The most memory that one call holds at a time beyond what was held before; None if it cannot be told."""
 
@@ -56,6 +61,13 @@ class CpuDevice:
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
+
+    def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
+        start = time.perf_counter()
+        held = [first()]
+        between = time.perf_counter()
+        second(held.pop())
+        return between - start, time.perf_counter() - between
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
         """Of what torch's allocator gives out; a library's own scratch memory is not seen."""
@@ -85,14 +97,19 @@ class CudaDevice:
         self._flush = torch.empty(size // 4, dtype=torch.int32, device=self.device)
 
     def seconds(self, function: Callable[[], object]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        return self.seconds_of_two(function, lambda _: None)[0]
+
+    def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
+        begin, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         # The flush also keeps the GPU busy while the CPU queues the call, so that launches are not what is timed.
         self._flush.zero_()
         begin.record()
-        function()
+        held = [first()]
+        between.record()
+        second(held.pop())
         end.record()
         torch.cuda.synchronize(self.device)
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(between) / 1e3, between.elapsed_time(end) / 1e3
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
         torch.cuda.synchronize(self.device)
@@ -114,6 +131,10 @@ class FakeGpu(CpuDevice):
     def seconds(self, function: Callable[[], object]) -> float:
         torch.zeros(1 << 16)  # the flush
         return super().seconds(function)
+
+    def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
+        torch.zeros(1 << 16)
+        return super().seconds_of_two(first, second)
 
 
 def find_gpus(fake: Sequence[str] = ()) -> list[TimingDevice]:

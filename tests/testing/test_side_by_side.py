@@ -139,19 +139,61 @@ def test_ratios_are_taken_pair_by_pair():
     assert result.gb_per_s() == pytest.approx(1.0)
     result.peak_bytes = {OURS: 1, EAGER: 4}
     assert result.verdicts() == [
-        ("eager >= 2x", 2.0, True),
-        ("compile >= 2x", 1.0, False),
-        ("bound <= 1.5x", 1.0, True),
-        ("memory <= 1/8", 0.25, False),
+        ("eager >= 2x", 2.0, "even"),
+        ("compile >= 2x", 1.0, "MISSED"),
+        ("bound <= 1.5x", 1.0, "even"),  # the last round took twice the copy's time
+        ("memory <= 1/8", 0.25, "MISSED"),
     ]
+    result.seconds[EAGER] = [3e-3, 3e-2, 3e-3]
+    assert result.verdicts()[0] == ("eager >= 2x", 3.0, "met")
+    assert [result.verdict(name) for name in (EAGER, COMPILE, "nobody")] == ["faster", "even", None]
+    result.seconds[COMPILE] = [0.8e-3, 0.8e-2, 0.9e-3]
+    assert result.verdict(COMPILE) == "SLOWER"
 
 
 def test_the_bar_against_the_best_of_all_others():
     seconds = {"ours": [1.0, 1.0, 1.0], "far": [3.0, 3.1, 2.9], "near": [1.2, 1.25, 1.3], "bound": [0.1, 0.1, 0.1]}
     result = Comparison("gpt", "tp=2", "float32", None, Bars(best=1.3), seconds)
     assert result.best_other() == "near"
-    assert result.verdicts() == [("near >= 1.3x", 1.25, False)]
+    assert result.verdicts() == [("near >= 1.3x", 1.25, "even")]
     assert Comparison("gpt", "tp=2", "float32", None, Bars(best=1.3), {"ours": [1.0]}).verdicts() == []
+
+
+def test_even_is_what_two_runs_may_differ_by_and_what_the_spread_includes():
+    words = ("above", "below")
+    for spread, word in (
+        (Spread(1.05, 1.09, 1.2), "even"), (Spread(1.05, 1.12, 1.2), "above"), (Spread(0.9, 1.5, 2), "even"),
+        (Spread(0.7, 0.8, 0.9), "below"), (Spread(0.7, 0.92, 0.95), "even"),
+    ):  # fmt: skip
+        assert spread.beside(1, words) == word
+
+
+def test_forward_and_backward_have_their_own_times():
+    result = measured(case())
+    assert set(result.forward_seconds) == {OURS, EAGER, COMPILE}
+    forward, backward = result.phases_ms(OURS)
+    both = result.ms(OURS)
+    assert 0 < forward.median < both.median and 0 < backward.median < both.median
+    assert result.phases_ms(BOUND) is None
+    # x * x: one each forward, two products and a sum backward.
+    assert result.model_flops == 4 * 5 * 4 and result.intensity() == pytest.approx(4 * 20 / (5 * 80))
+
+
+def test_a_product_has_no_copy_beside_it():
+    result = measured(case(compute_bound=True))
+    assert list(result.seconds) == [OURS, EAGER, COMPILE] and result.num_bytes and not result.traffic
+
+
+def test_rates_are_those_of_a_rank():
+    def on(ranks, seconds, tokens=1000, flops=4_000_000):
+        known = {"seconds": {OURS: [seconds]}, "ranks": ranks, "tokens": tokens, "model_flops": flops}
+        return Comparison("GPT", "tp", "float32", None, Bars(), **known)
+
+    one, two = on(1, 1e-3), on(2, 1e-3, tokens=1500, flops=7_000_000)
+    assert two.gflop_per_s() == pytest.approx(3.5) and two.tokens_per_s() == pytest.approx(1.5e6)
+    assert two.efficiency(one) == pytest.approx(3.5 / 4)
+    one.model_flops = two.model_flops = None
+    assert two.efficiency(one) == pytest.approx(0.75)
 
 
 def test_percentiles():

@@ -1,5 +1,6 @@
-"""`fused-megatron report FILE [LATER_FILE]`: results as Markdown tables and pictures; two files compared."""
+"""`fused-megatron report FILE...`: results as Markdown tables and pictures; two files of a theme compared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -7,20 +8,20 @@ from typing import Annotated
 import tyro
 
 from fused_megatron.checks import InputError
-from fused_megatron.testing.comparison_table import memory_table, milliseconds_table, remarks, speed_table
 from fused_megatron.testing.report.plots import plot_results
 from fused_megatron.testing.report.results_file import Results, read_results
+from fused_megatron.testing.report.tables import head_lines, results_lines
 from fused_megatron.testing.report.two_runs import SLOWER, change_table, compare_runs, no_longer_measured, verdict_line
 
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """A results file of make bench as tables and plots, or two of them compared."""
+    """Results files of make bench as tables and plots; two of the same theme compared."""
 
-    file: Annotated[Path, tyro.conf.Positional]
-    """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark."""
-    other: Annotated[Path | None, tyro.conf.Positional] = None
-    """A later file: what has become faster or slower since. Exit code 1 for a regression."""
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark. Of two files of the same
+    theme (and, among more than two, of the same hardware) the later one is compared with the earlier: what has become
+    faster or slower since. Exit code 1 for a regression."""
     plots: Path | None = None
     """A folder for pictures (needs matplotlib)."""
     write: Path | None = None
@@ -28,20 +29,14 @@ class ReportArguments:
 
 
 def run_report(arguments: ReportArguments) -> int:
-    """Print or write what was asked for; 1 where the second file is slower or has lost a figure.
+    """Print or write what was asked for; 1 where a later file is slower or has lost a figure.
 
     Raises:
         InputError: a file that is missing, damaged, of another version, or no results; pictures without matplotlib.
     """
-    results = [read_results(path) for path in (arguments.file, arguments.other) if path is not None]
-    lines, code = _one(results[0]), 0
-    if len(results) == 2:
-        lines, code = _two(*results)
-    if arguments.plots is not None:
-        written = plot_results(results[-1], arguments.plots)
-        if not written and any(case.seconds for case in results[-1].comparisons):
-            raise InputError('plots need matplotlib: pip install "matplotlib>=3.8"')
-        lines += ["", *(f"![{path.stem}]({path})" for path in written)]
+    if not arguments.files:
+        raise InputError("report needs a results file (make bench writes them to benchmarks/results)")
+    lines, code = report_lines([read_results(path) for path in arguments.files], arguments.plots)
     text = "\n".join(lines) + "\n"
     if arguments.write is None:
         print(text, end="")
@@ -53,30 +48,43 @@ def run_report(arguments: ReportArguments) -> int:
     return code
 
 
-def _head(results: Results, which: str = "") -> list[str]:
-    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
-    lines = [f"{which}{results.theme}, {results.hardware}, {results.date}" + (f" ({settings})" if settings else "")]
-    if not results.complete:
-        lines.append(f"interrupted: {len(results.comparisons)} cases were measured before that")
-    return lines
+def report_lines(files: Sequence[Results], plots: Path | None = None) -> tuple[list[str], int]:
+    """What is to be said of all files, pictures made; 1 where a later one is slower or has lost a figure.
+
+    Raises:
+        InputError: more than two files to compare, no case in common; pictures without matplotlib, or not writable.
+    """
+    lines: list[str] = []
+    worst = 0
+    for group in _grouped(files):
+        some, code = (results_lines(group[0]), 0) if len(group) == 1 else _two(*group)
+        if plots is not None:
+            written = plot_results(group[-1], plots)
+            some += ["", *(f"![{path.stem}]({path})" for path in written)] if written else []
+        lines += ([""] if lines else []) + some
+        worst = max(worst, code)
+    return lines, worst
 
 
-def _one(results: Results) -> list[str]:
-    comparisons = results.comparisons
-    lines = [*_head(results), "", "x: how many times faster ours is, median of the rounds [20-80 %]", ""]
-    lines += [*speed_table(comparisons), ""]
-    lines += [*milliseconds_table(comparisons, any(c.default_malloc_ms for c in comparisons)), ""]
-    if any(c.peak_bytes or c.traffic for c in comparisons):
-        lines += [*memory_table(comparisons), ""]
-    return [*lines, *remarks(comparisons)]
+def _grouped(files: Sequence[Results]) -> list[list[Results]]:
+    """Those that belong side by side, in the order of their first."""
+    groups: dict[tuple[str, ...], list[Results]] = {}
+    for results in files:
+        key = (results.theme, results.hardware) if len(files) > 2 else (results.theme,)
+        groups.setdefault(key, []).append(results)
+    for group in groups.values():
+        if len(group) > 2:
+            theme, hardware = group[0].theme, group[0].hardware
+            raise InputError(f"{len(group)} files of {theme} on {hardware}: at most two can be compared")
+    return list(groups.values())
 
 
 def _two(before: Results, after: Results) -> tuple[list[str], int]:
     changes = compare_runs(before.comparisons, after.comparisons)
     lost = no_longer_measured(before.comparisons, after.comparisons)
     if not changes and not lost:
-        raise InputError("the two files have no case in common")
-    lines = [*_head(before, "before: "), *_head(after, "after: ")]
+        raise InputError(f"the two files of {before.theme} have no case in common")
+    lines = [*head_lines(before, "before: "), *head_lines(after, "after: ")]
     if before.hardware != after.hardware:
         lines.append("not the same hardware: what became slower against the op beside it may be the hardware's doing")
     lines += ["", *change_table(changes), "", *(f"no longer measured: {line}" for line in lost)]

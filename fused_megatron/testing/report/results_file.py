@@ -53,13 +53,20 @@ class Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Replace the file by these results; a reader sees the old one or the new one."""
+    """Replace the file by these results; a reader sees the old one or the new one.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
     whole = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(results)}
     whole["comparisons"] = [_record(comparison) for comparison in results.comparisons]
     path.parent.mkdir(parents=True, exist_ok=True)
     replacement = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    replacement.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    replacement.replace(path)
+    try:
+        replacement.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        replacement.replace(path)
+    finally:
+        replacement.unlink(missing_ok=True)  # of a disk that is full, and after Ctrl-C
 
 
 def read_results(path: Path) -> Results:

@@ -9,12 +9,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fused_megatron.testing.comparison_table import markdown
-from fused_megatron.testing.side_by_side import BOUND, EAGER, OURS, Comparison, Spread
-
-# Medians of the same code move by so much from one run to the next on a shared machine, more than within a run: the
-# README says so of its own figures.
-_BETWEEN_RUNS = 1.1
-FASTER, EVEN, SLOWER = "faster", "even", "SLOWER"
+from fused_megatron.testing.side_by_side import (
+    BETWEEN_RUNS,
+    BOUND,
+    EAGER,
+    EVEN,
+    FASTER,
+    OURS,
+    SLOWER,
+    Comparison,
+    Spread,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def noise_of(first: Spread, second: Spread) -> float:
     less than what medians move between runs.
     """
     spreads = [math.log(max(s.high / s.median, s.median / s.low)) for s in (first, second)]
-    return max(_BETWEEN_RUNS, math.exp(math.hypot(*spreads)))
+    return max(BETWEEN_RUNS, math.exp(math.hypot(*spreads)))
 
 
 def change_table(changes: Iterable[Change]) -> list[str]:

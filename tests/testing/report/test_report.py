@@ -150,7 +150,7 @@ def test_plots_and_a_markdown_file(tmp_path: Path, capsys: pytest.CaptureFixture
     path = saved(tmp_path, "a.json", case("a", 2.0), case("b", 0.5))
     words = ["report", path, "--plots", tmp_path / "plots", "--write", tmp_path / "report.md"]
     assert cli.main(list(map(str, words))) == 0
-    for name in ("speed_up.png", "copy_speed.png"):
+    for name in ("ops_speed_up.png", "ops_copy_speed.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
         assert name in (tmp_path / "report.md").read_text()
     assert cli.main(["report", str(path), "--write", str(tmp_path / "no" / "folder.md")]) == 2
@@ -163,4 +163,4 @@ def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     path = saved(tmp_path, "a.json", case("a", 2.0))
     with pytest.raises(InputError, match="pip install"):
-        run_report(ReportArguments(path, plots=tmp_path / "plots"))
+        run_report(ReportArguments((path,), plots=tmp_path / "plots"))

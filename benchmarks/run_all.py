@@ -1,0 +1,103 @@
+"""What `make bench` runs: the ops, short forms of the layers and of training steps, and one report of it all.
+
+    python benchmarks/run_all.py                    about ten minutes on two cores, 7 GB of memory at most
+    python benchmarks/run_all.py -k layer_norm      some of the ops, with pytest's own options
+
+Each part writes its results as it goes: Ctrl-C ends the part that runs, keeps what was measured, and starts no other.
+"""
+
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
+# Title, about how many minutes on two cores, and the words of the part.
+PARTS = (
+    ("ops", 6, ("pytest", "-q", str(FOLDER))),
+    ("layers", 1, (str(FOLDER / "layers.py"), "--short")),
+    ("end to end", 2, (str(FOLDER / "end_to_end.py"), "--short")),
+)
+_PART = "FUSED_MEGATRON_BENCH_PART"
+
+
+def main(words: Sequence[str]) -> int:
+    """Run all parts, or the ops alone with options for pytest; the exit code."""
+    if _PART in os.environ:
+        return run_here(words)
+    if words:
+        code, interrupted = run_apart(["pytest", "-q", str(FOLDER), *words])
+        return 130 if interrupted else code
+    begun, codes, interrupted = time.time(), {}, False
+    for number, (title, minutes, part) in enumerate(PARTS, 1):
+        print(f"\n== {title}, part {number} of {len(PARTS)}: about {minutes} min on an idle machine", flush=True)
+        codes[title], interrupted = run_apart(part)
+        if interrupted:
+            break
+    print(f"\n== all, after {(time.time() - begun) / 60:.1f} min\n", flush=True)
+    report(begun)
+    failed = [title for title, code in codes.items() if code]
+    if interrupted:
+        print("interrupted: the files have what was measured before that")
+        return 130
+    print(f"failed: {', '.join(failed)} (see above)" if failed else "every part ran to its end")
+    return 1 if failed else 0
+
+
+def run_apart(words: Sequence[str]) -> tuple[int, bool]:
+    """Run a part as a process of its own: (exit code, whether Ctrl-C came). It gets the Ctrl-C too, and ends itself."""
+    process = subprocess.Popen([sys.executable, __file__, *words], env={**os.environ, _PART: "1"})
+    interrupted = False
+    while True:
+        try:
+            return process.wait(), interrupted
+        except KeyboardInterrupt:
+            interrupted = True
+
+
+def run_here(words: Sequence[str]) -> int:
+    """Be that process. Ctrl-C is a line also where it comes while a library is imported."""
+    sys.argv = list(words)
+    try:
+        if words[0] != "pytest":
+            sys.path.insert(0, str(FOLDER))
+            runpy.run_path(words[0], run_name="__main__")
+            return 0
+        import pytest  # noqa: PLC0415 - not before Ctrl-C is minded
+
+        return int(pytest.main(list(words[1:])))
+    except KeyboardInterrupt:
+        print("\ninterrupted", flush=True)
+        return 130
+
+
+def report(since: float) -> None:
+    """Tables of the files that were written since then, and their pictures."""
+    from fused_megatron.checks import InputError  # noqa: PLC0415 - torch takes seconds, and the parts say more
+    from fused_megatron.testing.report.plots import plot_results  # noqa: PLC0415
+    from fused_megatron.testing.report.results_file import read_results  # noqa: PLC0415
+    from fused_megatron.testing.report.tables import results_lines  # noqa: PLC0415
+
+    paths = sorted(path for path in RESULTS.glob("*.json") if path.stat().st_mtime >= since)
+    try:
+        for path in paths:
+            print("\n".join(results_lines(read_results(path), brief=True)), end="\n\n")
+        for path in paths:
+            drawn = plot_results(read_results(path), RESULTS / "plots")
+            print(f"{os.path.relpath(path)}\n" + "".join(f"  {os.path.relpath(one)}\n" for one in drawn), end="")
+    except InputError as error:
+        print(error)
+    if paths:
+        shown = " ".join(os.path.relpath(path) for path in paths)
+        print(f"\nfused-megatron report {shown}   shows milliseconds, memory and limits of the ops too")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
