@@ -165,9 +165,7 @@ def main() -> None:
     def case(name: str, layout: Layout) -> Case:
         return lambda: compared(name, SIZES[name], layout, rounds, options.limit_s)
 
-    run_cases(
-        "end_to_end", options, [case(*one) for one in cases], [layout.ranks for _, layout in cases], rounds, whole=whole
-    )
+    run_cases("end_to_end", options, [case(*one) for one in cases], [layout.ranks for _, layout in cases], whole=whole)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
     def case(layer: Layer) -> Case:
         return lambda: compared(layer, rounds, options.limit_s)
 
-    run_cases("layers", options, [case(layer) for layer in layers_of(options)], [RANKS], rounds, whole=not options.only)
+    run_cases("layers", options, [case(layer) for layer in layers_of(options)], [RANKS], whole=not options.only)
 
 
 if __name__ == "__main__":
