@@ -8,7 +8,6 @@ known as soon as it is, so that Ctrl-C, or a provider that takes its process dow
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import threading
@@ -188,8 +187,8 @@ def try_out(build: Callable[[], Candidate]) -> tuple[Candidate | None, str | Non
 
 
 def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
-    """Seconds of a step that its thread computed (or was ready to) and that it waited for other ranks: means over the
-    ranks, of the step among a few that took the middle time. For all providers alike from the system's own count."""
+    """Seconds of a step for which a rank's thread computed (or was ready to), and for which it waited for others: means
+    over the ranks, of the fastest of a few steps. For all providers alike, from the system's own count."""
     steps = []
     optimizer = OptimizerClock()
     with optimizer:
@@ -204,10 +203,7 @@ def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
             steps.append([whole, rest, waited - bubble, bubble, optimizer.seconds])
     everywhere = torch.tensor(steps, dtype=torch.float64)
     dist.all_reduce(everywhere)
-    middle = statistics.median_low(everywhere[:, 0].tolist())
-    _, compute, communication, bubble, update = next(
-        row for row in (everywhere / world_size).tolist() if row[0] == middle / world_size
-    )
+    _, compute, communication, bubble, update = min((everywhere / world_size).tolist())
     found = {"compute": compute, "communication": communication, "bubble": bubble, "optimizer": update}
     absent = {
         "communication": world_size == 1, "bubble": candidate.bubble is None, "optimizer": optimizer.seconds == 0.0
