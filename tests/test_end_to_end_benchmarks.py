@@ -92,6 +92,17 @@ def test_layouts_beside_torch(tmp_path):
     assert {name.rpartition(" ")[2] for name in pipeline.seconds} >= {"1+1+1+1", "1+2+1+0"}
 
 
+@pytest.mark.slow
+def test_two_kinds_of_parallelism_at_once(tmp_path):
+    results = tmp_path / "results.json"
+    code, output = run("end_to_end.py", "--ranks", 4, "--results", results)
+    assert code == 0, output
+    pipeline, data = read_results(results).comparisons
+    assert (pipeline.label, data.label) == ("tp=2 x pp=2 1f1b m=8", "tp=2 x dp=2 m=2")
+    assert set(pipeline.seconds) == {"ours", "torch.distributed.pipelining + DTensor, blocks 2+2"}
+    assert set(data.seconds) == {"ours", "FSDP2 + DTensor", "FSDP2 + DTensor, gathered once a step"}
+
+
 def test_layers_beside_dtensor(tmp_path):
     results = tmp_path / "results.json"
     code, output = run("layers.py", "--only", "tp + sp", "--results", results)
