@@ -122,19 +122,6 @@ def test_overlap_without_its_tools_is_one_line(tmp_path):
     assert done.returncode == 0 and re.fullmatch(r"bench-overlap skipped: .*\n", done.stdout), done.stderr
 
 
-@pytest.mark.slow
-def test_gpt_against_peers():
-    """Every provider that is installed trains as plain torch does; the others get one line."""
-    command = [sys.executable, ROOT / "benchmarks/gpt_against_peers.py", "--quick", "--worlds", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^  (ours|DTensor).*: the losses of plain torch$", done.stdout, re.MULTILINE)) == 6
-    assert re.search(r"^  megatron-core: (not installed|the losses)", done.stdout, re.MULTILINE)
-    assert re.search(r"^\| DTensor, sequence parallel, loss_parallel +\| ", done.stdout, re.MULTILINE)
-    assert re.search(r"^against DTensor.*: [\d.]+x, bar 1.3x (met|MISSED)$", done.stdout, re.MULTILINE)
-
-
 def rows_of(name: str, *options: object) -> list[str]:
     """The table of a benchmark of pipelines; its own exit code is a verdict on the clock, which is not for here."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
@@ -155,12 +142,3 @@ def test_bubbles_are_measured(tmp_path):
     assert {e["args"]["name"] for e in events if e["name"] == "process_name"} == {
         f"{name}, 2 ranks: {what}" for name in ("1f1b", "zb_v") for what in ("predicted", "measured")
     }
-
-
-@pytest.mark.slow
-def test_pipelines_beside_torch():
-    speed, first, memory, second = rows_of(
-        "pipeline_against_torch.py", "--sizes", "tiny", "--schedules", "interleaved_zero_bubble", "--rounds", 2
-    )
-    assert "ours / torch" in speed and first.count("x [") == 2 and "differ" not in first
-    assert "MB by rank" in memory and second.count(" + ") == 3

@@ -99,10 +99,10 @@ class _SumOfTokens(torch.autograd.Function):
 
 def _add_scaled_(total: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
     """total += scale gradient, in one pass; nothing waits for a GPU."""
-    if scale.is_cuda:
-        total.addcmul_(gradient, scale)
-    else:
+    if scale.is_cpu:
         total.add_(gradient, alpha=scale.item())
+    else:
+        total.addcmul_(gradient, scale)
 
 
 def vocab_parallel_linear_cross_entropy(
