@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-end-to-end bench-gpu bench-layers bench-overlap bench-pipeline clean FORCE
+.PHONY: help setup train test lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
 	@echo "make bench-end-to-end   training steps in every layout beside torch's own means, megatron-core, Hugging Face"
 	@echo "make bench-layers    tensor-parallel layers beside DTensor's"
+	@echo "make bench-node      weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   what overlap hides on a slow link (root)"
 	@echo "make bench-pipeline  bubbles, measured"
 	@echo "make setup   only install and build"
@@ -58,6 +59,10 @@ bench-end-to-end: .venv/built
 
 bench-layers: .venv/built
 	@$(BIN)/python benchmarks/layers.py $(ARGS)
+
+# It counts the GPUs, and starts torchrun with a rank for each.
+bench-node: .venv/built
+	@$(BIN)/python benchmarks/node.py $(ARGS)
 
 bench-overlap: .venv/built
 	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)

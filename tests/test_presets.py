@@ -1,140 +1,279 @@
-"""benchmarks/presets: each is built at its real size on the meta device, with a fake group of its real size.
+"""Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
 
-What a rank would hold and send is compared with the papers' formulas, before anyone pays for a GPU hour.
+What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
+grid: every split of 8, 64 and 512 ranks with tensor- and pipeline-parallel sizes of 1, 2, 4 and 8, each pipeline by
+four schedules; sequence parallelism, recomputation and forms of the model take turns.
 """
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.models import StageSpan, cut_stages
+from fused_megatron.pipeline import simulate
+from fused_megatron.pipeline.lowering import lower
+from fused_megatron.pipeline.schedule import SENDS, peak_live_activations, stages_of
+from fused_megatron.testing.model_flops import gpt_step_flops
+from fused_megatron.testing.training_memory import rank_memory, stage_activations
 from fused_megatron.training.config_file import load_config
+from fused_megatron.training.pipeline_plan import plan_pipeline
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "presets").glob("*.toml"))}
-BILLIONS = {
-    "gpt_1.2b_tp1": 1.2, "gpt_2.5b_tp2": 2.5, "gpt_4.2b_tp4": 4.2, "gpt_8.3b_tp8": 8.3,
-    "gpt_22b_tp8_sequence_parallel": 22,
+# As published, in billions.
+WEAK_SCALING = {"gpt_1.2b_tp1": 1.2, "gpt_2.5b_tp2": 2.5, "gpt_4.2b_tp4": 4.2, "gpt_8.3b_tp8": 8.3}
+SEQUENCE_PARALLEL = {"gpt_22b_tp8_sequence_parallel": 22.0}
+# Parameters, GPUs, TFLOP/s a GPU with what is recomputed.
+THREE_D = {
+    "gpt_39b_tp8_pp2_dp32": (39.1, 512, 138), "gpt_76b_tp8_pp4_dp32": (76.1, 1024, 140),
+    "gpt_145b_tp8_pp8_dp24": (145.6, 1536, 148), "gpt_310b_tp8_pp16_dp15": (310.1, 1920, 155),
+    "gpt_530b_tp8_pp35_dp9": (529.6, 2520, 163), "gpt_1t_tp8_pp64_dp6": (1008.0, 3072, 163),
 }  # fmt: skip
-BFLOAT16 = 2
-# Weight in bfloat16; gradient, main weight and Adam's two moments in float32.
-STATE_BYTES = BFLOAT16 + 4 * 4
+BILLIONS = {**WEAK_SCALING, **SEQUENCE_PARALLEL, **{name: figures[0] for name, figures in THREE_D.items()}}
+ELEMENT = {"float32": 4, "bfloat16": 2}
 
-SCRIPT = """
-import dataclasses, json, sys
-import torch, torch.distributed as dist
-from pathlib import Path
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from fused_megatron.models import GPT
-from fused_megatron.testing import record_communication
-from fused_megatron.training.config_file import load_config
-
-dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-groups = {size: dist.new_group(range(size)) if size > 1 else None for size in (1, 2, 4, 8)}
-
-def built(config, num_layers):
-    layout = config.parallel
-    return GPT(
-        dataclasses.replace(config.model, num_layers=num_layers), tp_group=groups[layout.tensor_parallel_size],
-        sequence_parallel=layout.sequence_parallel, device=torch.device("meta"), dtype=torch.bfloat16,
-    )
-
-def step(config, num_layers):
-    model = built(config, num_layers)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept = {}
-    def pack(x):
-        kept[x.untyped_storage()._cdata] = x
-        return x
-    shape = config.training.microbatch_size, config.model.seq_len
-    tokens = torch.zeros(shape, dtype=torch.int64, device="meta")
-    with record_communication() as ledger:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(tokens, tokens)
-        loss.sum().backward()
-    assert all(p.grad.shape == p.shape for p in model.parameters())
-    kept_bytes = sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in weights)
-    return {"sent": dict(ledger.num_bytes), "kept": kept_bytes, "loss": list(loss.shape)}
-
-found = {}
-for path in map(Path, sys.argv[1:]):
-    config = load_config(path, [])
-    whole = built(config, config.model.num_layers)
-    found[path.stem] = {
-        "full": whole.num_parameters(), "shard": sum(p.numel() for p in whole.parameters()),
-        "steps": [step(config, num_layers) for num_layers in (1, 2)],
-    }
-print(json.dumps(found))
-"""
+FORMS: list[dict[str, Any]] = [
+    {"recompute": "full"},
+    {"activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "linear_biases": False,
+     "tied_embeddings": False, "ffn_hidden_size": 96, "recompute": "selective"},
+    {"num_kv_heads": 8, "head_dim": 4, "qkv_bias": False, "dtype": "bfloat16"},
+]  # fmt: skip
 
 
 @cache
-def measured() -> dict[str, Any]:
-    command = [sys.executable, "-c", SCRIPT, *map(str, PRESETS.values())]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+def configs() -> dict[str, TrainConfig]:
+    """Of presets and grid, by name."""
+    found = {name: load_config(path) for name, path in PRESETS.items()}
+    sizes = (1, 2, 4, 8)
+    for world, tp, pp in itertools.product((8, 64, 512), sizes, sizes):
+        if tp * pp <= world:
+            for schedule in ["1f1b", "interleaved_1f1b", "zb_h1", "zb_v"] if pp > 1 else ["1f1b"]:
+                name = f"{world} ranks: tp={tp} pp={pp} {schedule}"
+                found[name] = small_config(len(found), tp, pp, world // tp // pp, schedule)
+    return found
+
+
+def small_config(turn: int, tp: int, pp: int, dp: int, schedule: str) -> TrainConfig:
+    stages_per_rank = 2 if schedule in ("interleaved_1f1b", "zb_v") else 1
+    form = dict(FORMS[turn % 3])
+    training = TrainingConfig(
+        global_batch_size=4 * pp * dp, microbatch_size=2, dtype=form.pop("dtype", "float32"),
+    )  # fmt: skip
+    model = GPTConfig(
+        num_layers=pp * stages_per_rank, hidden_size=64, num_heads=16, seq_len=32, vocab_size=1000, **form
+    )
+    parallel = ParallelConfig(
+        tensor_parallel_size=tp, pipeline_parallel_size=pp, data_parallel_size=dp, schedule=schedule,
+        stages_per_rank=stages_per_rank, sequence_parallel=tp > 1 and turn % 2 == 0,
+    )  # fmt: skip
+    return TrainConfig(model, parallel, training=training)
+
+
+@cache
+def measured() -> list[tuple[str, TrainConfig, dict[int, Any]]]:
+    """(name, config, by place of the pipeline what a rank there has)."""
+    described = json.dumps([dataclasses.asdict(config) for config in configs().values()])
+    command = [sys.executable, str(ROOT / "tests" / "layout_facts.py")]
+    done = subprocess.run(command, input=described, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    facts = json.loads(done.stdout.splitlines()[-1])
+    return [
+        (name, config, {int(place): found for place, found in places.items()})
+        for (name, config), places in zip(configs().items(), facts, strict=True)
+    ]
+
+
+def every_stage() -> list[tuple[str, TrainConfig, StageSpan, Any, Any]]:
+    """(name, config, span, what a block keeps and sends, the same of a stage with one block and the ends of this)."""
+    return [
+        (name, config, spans[int(index)], difference(*rank["blocks"]), one)
+        for name, config, places in measured()
+        for spans in [cut_stages(config.model, plan_pipeline(config).num_stages, config.parallel.pipeline_cut)]
+        for rank in places.values()
+        for index, one in rank["stages"].items()
+    ]
+
+
+def difference(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    sent = Counter(two["sent"])
+    sent.subtract(one["sent"])
+    return {"kept": two["kept"] - one["kept"], "sent": sent}
+
+
+def activation_bytes(config: TrainConfig) -> int:
+    """Of [S, B, H]."""
+    training, model = config.training, config.model
+    return training.microbatch_size * model.seq_len * model.hidden_size * ELEMENT[training.dtype]
+
+
+def num_microbatches(config: TrainConfig) -> int:
+    training = config.training
+    return training.global_batch_size // training.microbatch_size // (config.parallel.data_parallel_size or 1)
 
 
 def test_every_size_of_the_papers_is_there() -> None:
     assert set(PRESETS) == set(BILLIONS)
+    assert len(configs()) - len(PRESETS) == 10 + 6 * 3 + 2 * (16 + 12 * 3)  # the grid: 28 of 8 ranks, 52 of 64 and 512
 
 
 @pytest.mark.parametrize("name", BILLIONS)
-def test_parameters_and_memory(name: str) -> None:
-    config, found = load_config(PRESETS[name], []), measured()[name]
-    model, ranks = config.model, config.parallel.tensor_parallel_size
-    h, v, s, b = model.hidden_size, 51200, model.seq_len, config.training.microbatch_size
+def test_parameters_of_a_preset(name: str) -> None:
+    config, places = {other: (config, places) for other, config, places in measured()}[name]
+    model, pp = config.model, config.parallel.pipeline_parallel_size
+    h, v, s = model.hidden_size, 51200, model.seq_len
     # A block: 12 h^2 of matrices and 13 h of vectors; the embedding of tokens and positions; the last norm.
-    blocks = model.num_layers * (12 * h * h + 13 * h)
-    assert found["full"] == blocks + 50257 * h + s * h + 2 * h
-    assert found["full"] / 1e9 == pytest.approx(BILLIONS[name], rel=0.02)
-    # Whole on every rank: norms and the bias after a row-parallel product (6 h a block), positions, the last norm.
-    per_block = 12 * h * h // ranks + 7 * h // ranks + 6 * h
-    assert found["shard"] == model.num_layers * per_block + v * h // ranks + s * h + 2 * h
-    # Korthikanti et al., table 2, without what attention keeps: s b h (10 + 24 / R), or 34 / R with sequence shards.
-    bound = s * b * h * (34 / ranks if config.parallel.sequence_parallel else 10 + 24 / ranks)
-    if model.recompute == "full":
-        bound = s * b * h * BFLOAT16
-    one, two = (step["kept"] for step in found["steps"])
-    assert 0 <= two - one <= bound
-    gigabytes = (found["shard"] * STATE_BYTES + model.num_layers * bound) / 1e9
-    assert gigabytes < (80 if name.startswith("gpt_22b") else 32), "the papers' GPUs"
+    whole = model.num_layers * (12 * h * h + 13 * h) + 50257 * h + s * h + 2 * h
+    between = pp - len(places) + 1
+    assert sum(rank["full"] * (between if place == 1 < pp - 1 else 1) for place, rank in places.items()) == whole
+    # Narayanan et al. 2021, equation 2, with the padded vocabulary.
+    paper = 12 * model.num_layers * h * h * (1 + 13 / (12 * h) + (v + s) / (12 * model.num_layers * h))
+    assert whole == pytest.approx(paper, rel=2e-3)
+    assert whole / 1e9 == pytest.approx(BILLIONS[name], rel=0.002 if name in THREE_D else 0.02)
 
 
-@pytest.mark.parametrize("name", BILLIONS)
-def test_communication(name: str) -> None:
+def test_a_rank_holds_what_the_formula_says() -> None:
+    for name, config, places in measured():
+        parallel, training = config.parallel, config.training
+        batch = training.microbatch_size * (parallel.data_parallel_size or 1) * parallel.pipeline_parallel_size
+        few = dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
+        for place, rank in places.items():
+            memory = rank_memory(few, place)
+            assert memory.num_parameters == rank["shard"], name
+            # Weight, gradient and Adam's two moments; in bfloat16 a main weight.
+            per_parameter = 16 if config.training.dtype == "float32" else 18
+            assert memory.weights + memory.gradients + memory.optimizer == per_parameter * rank["shard"], name
+
+
+def test_presets_fit_the_gpus_of_the_papers() -> None:
+    for name, path in PRESETS.items():
+        assert rank_memory(load_config(path)).total / 1e9 < (32 if name in WEAK_SCALING else 80), name
+
+
+def test_activations_are_those_of_the_formula_and_within_the_papers_bound() -> None:
+    for name, config, span, found, _ in every_stage():
+        model, parallel = config.model, config.parallel
+        ranks, activation = parallel.tensor_parallel_size, activation_bytes(config)
+        more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
+        block = stage_activations(config, more) - stage_activations(config, span)
+        kept = found["kept"]
+        if model.recompute != "none":
+            assert kept == block, name
+        else:  # attention in plain operations, on meta tensors: it keeps its scores besides
+            assert kept >= block - 2 * activation, name
+        if name in PRESETS:
+            # Korthikanti et al., table 2, without what attention keeps: s b h (10 + 24 / R), or 34 / R; 2 bytes each.
+            bound = activation // 2 * (34 / ranks if parallel.sequence_parallel else 10 + 24 / ranks)
+            assert block <= bound, name
+        assert model.recompute != "full" or kept == activation // (ranks if parallel.sequence_parallel else 1), name
+
+
+def test_a_stage_hands_on_what_the_next_one_takes() -> None:
+    for name, config, _, _, one in every_stage():
+        parallel = config.parallel
+        rows = config.model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+        assert one["given"] == [rows, config.training.microbatch_size, config.model.hidden_size], name
+
+
+def test_groups() -> None:
+    for name, config, places in measured():
+        parallel = config.parallel
+        tp, pp, dp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size or 1
+        for place, rank in places.items():
+            own = place * tp * dp + tp * dp // 2
+            first = own // tp * tp
+            tp_group = list(range(first, first + tp)) if tp > 1 else None
+            pp_group = [own % (tp * dp) + i * tp * dp for i in range(pp)] if pp > 1 else None
+            dp_group = [place * tp * dp + own % tp + i * tp for i in range(dp)] if dp > 1 else None
+            assert rank["groups"] == [tp_group, pp_group, dp_group], name
+
+
+def test_tensor_parallel_communication() -> None:
     """What one block more sends, and what is left: the embedding, the head and 8 bytes a token for the loss."""
-    config, found = load_config(PRESETS[name], []), measured()[name]
-    ranks, full = config.parallel.tensor_parallel_size, config.model.recompute == "full"
-    tokens = config.model.seq_len * config.training.microbatch_size
-    activation = tokens * config.model.hidden_size * BFLOAT16
-    one, two = (step["sent"] for step in found["steps"])
-    assert found["steps"][0]["loss"] == [config.training.microbatch_size, config.model.seq_len]
-    block = {kind: two[kind] - one[kind] for kind in two}
-    if ranks == 1:
-        assert not any(two.values())
-    elif not config.parallel.sequence_parallel:
-        # Two forward and two backward; forward once more where it is recomputed.
-        assert block["all_reduce"] == (6 if full else 4) * activation
-        assert one["all_reduce"] - block["all_reduce"] == 2 * activation
-        assert one["all_gather"] == 8 * tokens * ranks and not block["all_gather"]
-    else:
-        # Gathered operands are gathered again for the weights' gradient; norms and biases add up a few numbers.
-        assert block["reduce_scatter"] == 4 * activation and block["all_gather"] == 6 * activation
-        assert one["reduce_scatter"] - block["reduce_scatter"] == 2 * activation
-        positions = config.model.seq_len * config.model.hidden_size * BFLOAT16  # their gradient is whole on every rank
-        assert one["all_gather"] - block["all_gather"] == 3 * activation + positions + 8 * tokens * ranks
-        assert block["all_reduce"] < activation / 100
+    for name, config, span, found, one in every_stage():
+        model, ranks = config.model, config.parallel.tensor_parallel_size
+        activation, tokens = activation_bytes(config), config.training.microbatch_size * model.seq_len
+        again = 1 if model.recompute == "full" else 0  # forward once more
+        block, ends = found["sent"], Counter(one["sent"])
+        ends.subtract(block)
+        statistics = 8 * tokens * ranks * span.last
+        if ranks == 1:
+            assert not any(block.values()) and not any(ends.values()), name
+        elif not config.parallel.sequence_parallel:
+            # Shoeybi et al., section 3: two forward and two backward.
+            assert block["all_reduce"] == (4 + 2 * again) * activation, name
+            assert ends["all_reduce"] == (span.first + span.last) * activation, name
+            assert ends["all_gather"] == statistics and not block["all_gather"], name
+        else:
+            # Korthikanti et al., section 4.2.2: as many bytes, and gathered operands once more for the weights'.
+            assert block["reduce_scatter"] == (4 + 2 * again) * activation, name
+            assert block["all_gather"] == (6 + 2 * again) * activation, name
+            assert ends["reduce_scatter"] == (span.first + span.last) * activation, name
+            # The embedding's gradient; that of positions, whole on every rank; what the head multiplies.
+            positions = (
+                model.seq_len * model.hidden_size * ELEMENT[config.training.dtype] * (model.position == "learned")
+            )
+            gathered = span.first * (activation + positions) + span.last * activation + statistics
+            assert ends["all_gather"] == gathered, name
+            # Norms and biases that are whole on every rank, in float32.
+            assert block["all_reduce"] <= 4 * 6 * model.hidden_size, name
+
+
+def test_data_parallel_communication() -> None:
+    for name, config, places in measured():
+        for rank in places.values():
+            assert rank["summed"] == ((config.parallel.data_parallel_size or 1) > 1) * 4 * rank["shard"], name
+
+
+def test_pipelines() -> None:
+    """Narayanan et al. 2021, section 2.2: a bubble of (p - 1) / (v m) of the work, and v times the messages."""
+    for name, config, _ in measured():
+        parallel, plan, m = config.parallel, plan_pipeline(config), num_microbatches(config)
+        p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1
+        schedule = plan.schedule(m)
+        timeline = simulate(schedule)
+        assert not timeline.stuck, name
+        bubble = timeline.bubble / max(timeline.busy)
+        if schedule.name in ("1f1b", "interleaved_1f1b"):
+            assert bubble == pytest.approx((p - 1) / (v * m)), name
+        else:
+            assert bubble < (p - 1) / m, name
+        if name not in PRESETS or m < 100:  # the largest would take seconds
+            sends = [sum(action.kind in SENDS for action in actions) for actions in lower(schedule).actions]
+            borders = sum(a != b for a, b in itertools.pairwise(schedule.placement))
+            assert sum(sends) == 2 * m * borders, name
+        if schedule.name == "1f1b":
+            assert peak_live_activations(schedule) == [min(m, p - rank) for rank in range(p)], name
+        assert all(len(stages_of(schedule.placement, rank)) == v for rank in range(p)), name
+
+
+@pytest.mark.parametrize("name", THREE_D)
+def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
+    """By the FLOPs of our formula at an A100's peak, with the schedule's bubble: nothing published is faster."""
+    _, gpus, tflops = THREE_D[name]
+    config = load_config(PRESETS[name])
+    parallel, model, training = config.parallel, config.model, config.training
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (parallel.data_parallel_size or 1)
+    assert ranks == gpus and f"{tflops} TFLOP/s" in PRESETS[name].read_text()
+    _, hardware = gpt_step_flops(model, training.global_batch_size * model.seq_len)
+    p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1
+    least_s = hardware / (gpus * 312e12) * (1 + (p - 1) / (v * num_microbatches(config)))
+    assert least_s < hardware / (gpus * tflops * 1e12)
+    # Even stages, as there.
+    spans = cut_stages(model, p * v)
+    assert {span.stop - span.start for span in spans} == {model.num_layers // (p * v)}
 
 
 def test_presets_differ_from_a_config_of_ones_own_only_where_they_say() -> None:
     """Their keys are read by the trainer's own parser: a misspelt one would raise in load_config."""
     for path in PRESETS.values():
         config = load_config(path, ["--training.num-steps", "3"])
-        assert dataclasses.asdict(config)["training"]["num_steps"] == 3 and path.stem in path.read_text()
+        assert config.training.num_steps == 3 and path.stem in path.read_text()

@@ -107,7 +107,7 @@ class Trainer:
         finished = True
         with self.reporter.steps(self.progress.step, training.num_steps):
             while finished and self.progress.step < training.num_steps:
-                stop = self._train_step()
+                stop = self.train_step()
                 step, last = self.progress.step, self.progress.step == training.num_steps
                 if step % training.eval_interval == 0 or last:
                     self._evaluate()
@@ -158,7 +158,7 @@ class Trainer:
         seconds = sorted(self._step_times)[len(self._step_times) // 2]
         return self.config.training.global_batch_size * self.config.model.seq_len / seconds
 
-    def _train_step(self) -> bool:
+    def train_step(self) -> bool:
         """One optimizer step; True when a rank was asked to stop."""
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step

@@ -49,12 +49,12 @@ if os.environ.get("RANK") == "1":
     import fused_megatron.training.trainer as trainer
     import fused_megatron.training.checkpoint.save as save
     if "KILL_AT_STEP" in os.environ:
-        original = trainer.Trainer._train_step
+        original = trainer.Trainer.train_step
         def train_step(self):
             if self.progress.step + 1 == int(os.environ["KILL_AT_STEP"]):
                 os.kill(os.getpid(), getattr(signal, os.environ.get("KILL_WITH", "SIGKILL")))
             return original(self)
-        trainer.Trainer._train_step = train_step
+        trainer.Trainer.train_step = train_step
     if "KILL_AT_SAVE" in os.environ:
         write = save._write_file
         def write_file(path, tensors, step):

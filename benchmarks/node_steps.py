@@ -1,0 +1,134 @@
+"""What node.py runs on the ranks of a preset: the trainer's own step, on random tokens, timed."""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.mesh import init_mesh
+from fused_megatron.models import cut_stages
+from fused_megatron.testing.step_breakdown import StepBreakdown
+from fused_megatron.testing.timing_devices import TimingDevice
+from fused_megatron.training.checkpoint.ranks import gather_json
+from fused_megatron.training.data import TrainingData
+from fused_megatron.training.launch import world_group
+from fused_megatron.training.model_stages import ModelStages
+from fused_megatron.training.pipeline_plan import plan_pipeline
+from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.training.token_dataset import TokenDataset, ValidationDataset
+from fused_megatron.training.train import build_model
+from fused_megatron.training.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of all ranks.
+
+    Attributes:
+        seconds: of every step, of its slowest rank.
+        parts: seconds of each part of the median step, the mean over the ranks.
+        peak_bytes: the most that a rank held at a time, from the model's making on.
+        losses: of all steps, those of the warm-up among them.
+    """
+
+    seconds: list[float]
+    parts: dict[str, float]
+    peak_bytes: int | None
+    losses: list[float]
+
+
+class RandomTokens(TokenDataset):
+    """Rows that hang on (seed, index) alone, of tokens that mean nothing."""
+
+    def __init__(self, seq_len: int, vocab_size: int, seed: int) -> None:
+        self.seq_len, self.vocab_size, self._seed = seq_len, vocab_size, seed
+
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """int64 [count, seq_len + 1]."""
+        return np.stack(
+            [
+                np.random.default_rng((self._seed, first + row)).integers(self.vocab_size, size=self.seq_len + 1)
+                for row in range(count)
+            ]
+        )
+
+
+def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Trainer:
+    """The trainer of `fused-megatron train`, with random tokens for its data; metrics go to the folder."""
+    parallel, model_config = config.parallel, config.model
+    plan = plan_pipeline(config)
+    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+    mesh = init_mesh(*sizes, device_type=device.type)
+    config.check_data_parallel(mesh.dp_size)
+    spans = cut_stages(model_config, plan.num_stages, parallel.pipeline_cut)
+    model = ModelStages(
+        spans, plan.placement, mesh.pp_group, lambda span: build_model(model_config, mesh, config, device, span)
+    )
+    vocab_size = int(model_config.vocab_size or 0)
+    tokens = RandomTokens(model_config.seq_len, vocab_size, config.training.seed)
+    data = TrainingData("random tokens", "", vocab_size, None, None, tokens, cast(ValidationDataset, None))
+    run = RunFolder(folder)
+    run.create()
+    return Trainer(config, mesh, plan, model, data, run, Reporter(False, 1))
+
+
+def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: int) -> Measured:
+    """Build, warm up, and time so many steps; on every rank of the default process group, whose size config has."""
+    with tempfile.TemporaryDirectory() as folder:
+        made: list[Trainer] = []
+
+        def begin() -> None:
+            made.append(build_trainer(config, device.device, Path(folder)))
+            made[0].train_step()
+
+        peak_bytes = device.peak_bytes(begin)
+        (trainer,) = made
+        for _ in range(warm_up - 1):
+            trainer.train_step()
+        breakdown = StepBreakdown(device.device, pipeline=trainer.mesh.pp_size > 1)
+        seconds, parts = [], []
+        for _ in range(steps):
+            _meet(device.device)
+            with breakdown.record():
+                seconds.append(_seconds(trainer.train_step, device.device))
+            parts.append(breakdown.parts(seconds[-1]))
+        losses = [record["loss"] for record in trainer.run_folder.read_metrics()]  # on rank 0
+        own = {"seconds": seconds, "parts": parts, "peak": peak_bytes, "losses": losses}
+        trainer.executor.close()
+    return _together(gather_json(own, world_group()))
+
+
+def _meet(device: torch.device) -> None:
+    """All ranks begin together, with nothing left to do from before."""
+    dist.barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """To the end of all work of this rank."""
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _together(ranks: list[dict[str, Any]]) -> Measured:
+    names = [name for name in ranks[0]["parts"][0]]
+    parts = {
+        name: statistics.mean(statistics.median(step.get(name, 0.0) for step in rank["parts"]) for rank in ranks)
+        for name in names
+    }
+    peaks = [rank["peak"] for rank in ranks if rank["peak"] is not None]
+    slowest = [max(step) for step in zip(*(rank["seconds"] for rank in ranks), strict=True)]
+    return Measured(slowest, parts, max(peaks, default=None), ranks[0]["losses"])
