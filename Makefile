@@ -14,17 +14,18 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-gpt bench-gpu bench-node bench-overlap bench-pipeline bench-pipeline-peers clean FORCE
+.PHONY: help setup train test lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
 	@echo "make lint    ruff: faults and format        make types   mypy"
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
+	@echo "make bench-end-to-end   training steps in every layout beside torch's own means, megatron-core, Hugging Face"
+	@echo "make bench-layers    tensor-parallel layers beside DTensor's"
 	@echo "make bench-node      weak scaling of the papers' GPTs on all GPUs of this machine"
-	@echo "make bench-gpt       training steps against DTensor, megatron-core, Hugging Face"
 	@echo "make bench-overlap   what overlap hides on a slow link (root)"
-	@echo "make bench-pipeline  bubbles, measured      make bench-pipeline-peers   against torch's pipelines"
+	@echo "make bench-pipeline  bubbles, measured"
 	@echo "make setup   only install and build"
 	@echo "make clean   remove .venv and all that was built (runs/ stays)"
 
@@ -53,21 +54,21 @@ bench: .venv/built
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/run_all.py --gpu $(ARGS)
 
+bench-end-to-end: .venv/built
+	@$(BIN)/python benchmarks/end_to_end.py $(ARGS)
+
+bench-layers: .venv/built
+	@$(BIN)/python benchmarks/layers.py $(ARGS)
+
 # It counts the GPUs, and starts torchrun with a rank for each.
 bench-node: .venv/built
 	@$(BIN)/python benchmarks/node.py $(ARGS)
-
-bench-gpt: .venv/built
-	@$(BIN)/python benchmarks/gpt_against_peers.py $(ARGS)
 
 bench-overlap: .venv/built
 	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)
 
 bench-pipeline: .venv/built
 	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
-
-bench-pipeline-peers: .venv/built
-	@$(BIN)/python benchmarks/pipeline_against_torch.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks

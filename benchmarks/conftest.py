@@ -95,7 +95,8 @@ def _interrupt(*_: object) -> None:
 
 def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
     """This run's results, and the file for them; a part of a run has one only where --results says so."""
-    results = describe_run("ops", device, malloc=os.environ.get(_MALLOC, "as the system has it"))
+    kept = "keeps its pages for all" if os.environ.get(_MALLOC) == "kept" else "as the system has it"
+    results = describe_run("ops", device, malloc=kept)
     path: Path | None = config.option.results
     part = config.option.quick or config.option.keyword or any(".py" in Path(word).name for word in config.args)
     if path is None and not part and _RESULTS not in os.environ:
@@ -229,7 +230,12 @@ class Bench:
         if self.quick or default:
             rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5)
         result = compare(
-            case, self.device, rounds=rounds, check=not default, compile_backend="eager" if self.quick else "inductor"
+            case,
+            self.device,
+            rounds=rounds,
+            check=not default,
+            compile_backend="eager" if self.quick else "inductor",
+            release=release_free_pages,
         )
         _session["comparisons"][self._request.node.nodeid] = result
         _report(one_line(result))

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as tp
 from torch.nn.parallel import DistributedDataParallel
 
@@ -280,7 +280,7 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
             tie_gradients()
             optimizer.step()
             optimizer.zero_grad()
-            return torch.stack(losses).mean() if losses else None
+            return torch.stack(losses).detach().mean() if losses else None
 
         step.run = run
         return step
@@ -300,8 +300,11 @@ def tie_ends(models: dict[int, PlainGPT], last: int, mesh: DeviceMesh) -> Callab
 
     def sum_gradients() -> None:
         for model in ends:
-            gradient: Any = model.tied_weight().grad
-            dist.all_reduce(gradient.to_local() if hasattr(gradient, "to_local") else gradient, group=both)
+            weight: Any = model.tied_weight()
+            if isinstance(weight, DTensor):  # whose gradient may be placed otherwise
+                weight.grad = weight.grad.redistribute(placements=weight.placements)
+            gradient = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
+            dist.all_reduce(gradient, group=both)
 
     return sum_gradients
 

@@ -38,7 +38,7 @@ def layers_of(options: argparse.Namespace) -> Iterator[Layer]:
     for size in sizes[-1:] if options.short else sizes:
         for kind in ("MLP", "attention"):
             for sequence_parallel in (False, True):
-                for backward in (False, True):
+                for backward in (True,) if options.quick else (False, True):
                     if not options.only or options.only in (kind, "tp + sp" if sequence_parallel else "tp"):
                         yield Layer(kind, *size, sequence_parallel, backward)
 
@@ -52,7 +52,7 @@ def main() -> None:
     def case(layer: Layer) -> Case:
         return lambda: compared(layer, rounds, options.limit_s)
 
-    run_cases("layers", options, [case(layer) for layer in layers_of(options)], [RANKS], rounds, whole=not options.only)
+    run_cases("layers", options, [case(layer) for layer in layers_of(options)], [RANKS], whole=not options.only)
 
 
 if __name__ == "__main__":

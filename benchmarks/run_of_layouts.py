@@ -48,7 +48,7 @@ def threads_of(ranks: int) -> int:
 
 
 def run_cases(
-    theme: str, options: argparse.Namespace, cases: Iterable[Case], worlds: Iterable[int], rounds: int, *, whole: bool
+    theme: str, options: argparse.Namespace, cases: Iterable[Case], worlds: Iterable[int], *, whole: bool
 ) -> None:
     """Run one case after the other; the file is written after each. Ends the process.
 
@@ -57,10 +57,9 @@ def run_cases(
         options: of parser_of.
         cases: what to run.
         worlds: the numbers of ranks that occur.
-        rounds: of every case.
         whole: whether this is all that there is to measure.
     """
-    results, path = begin(theme, options, rounds, whole)
+    results, path = begin(theme, options, whole)
     try:
         results.ceilings |= ceilings(sorted(set(worlds)), options.quick)
         finished = all(keep(results, path, *case()) for case in cases)
@@ -75,15 +74,15 @@ def run_cases(
     if path is not None and results.comparisons:
         print(f"fused-megatron report {os.path.relpath(path)}   shows this again, and plots")
     if not finished:
-        sys.exit(f"interrupted: {len(results.comparisons)} comparisons are kept" + (f" in {path}" if path else ""))
+        sys.exit(f"interrupted: what was measured is kept in {path}" if path else "interrupted")
     wrong = [c.name for c in results.comparisons if OURS in c.faults]
     sys.exit(f"ours has no figure for: {', '.join(wrong)}" if wrong else 0)
 
 
-def begin(theme: str, options: argparse.Namespace, rounds: int, whole: bool) -> tuple[Results, Path | None]:
+def begin(theme: str, options: argparse.Namespace, whole: bool) -> tuple[Results, Path | None]:
     device = CpuDevice(processor_name() or platform.machine())
     threads = "all cores, shared among the ranks of a layout"
-    results = describe_run(theme, device, threads=threads, rounds=str(rounds), malloc="keeps its pages for all")
+    results = describe_run(theme, device, threads=threads, malloc="keeps its pages for all")
     if options.add_to is not None:
         if options.add_to.exists():
             results = same_machine(results, options.add_to)

@@ -8,7 +8,6 @@ known as soon as it is, so that Ctrl-C, or a provider that takes its process dow
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
 import threading
@@ -29,7 +28,6 @@ from fused_megatron.testing.timing_devices import CpuDevice
 from fused_megatron.training.kept_pages import keep_malloc_pages
 
 Parts = dict[str, float]
-INSTRUMENTED_STEPS = 3
 
 
 class WrongResult(Exception):
@@ -131,7 +129,7 @@ def last_line(error: BaseException) -> str:
     return (raised[-1] if raised else type(error).__name__)[:200]
 
 
-def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: int, *, parts: bool = True) -> None:
+def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: int) -> None:
     """On every rank: build and try out, then time, then take steps to pieces."""
     say = Journal(Path(journal) if rank == 0 else None)
     candidates: dict[str, Candidate] = {}
@@ -160,9 +158,9 @@ def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: in
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if i > 0:  # the first warms up
             say(round=dict(zip(order, slowest.tolist(), strict=True)))
-    for name in order if parts else ():
+    for name in order:
         say(at=name)
-        say(breakdown={name: break_down(candidates[name], world_size)})
+        say(breakdown={name: break_down(candidates[name], world_size, min(3, rounds))})
     say(at=None)
 
 
@@ -188,27 +186,24 @@ def try_out(build: Callable[[], Candidate]) -> tuple[Candidate | None, str | Non
     return found[0], None
 
 
-def break_down(candidate: Candidate, world_size: int) -> Parts:
-    """Seconds of a step that its thread computed (or was ready to) and that it waited for other ranks: means over the
-    ranks, of the step among a few that took the middle time. For all providers alike from the system's own count."""
+def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
+    """Seconds of a step for which a rank's thread computed (or was ready to), and for which it waited for others: means
+    over the ranks, of the fastest of a few steps. For all providers alike, from the system's own count."""
     steps = []
     optimizer = OptimizerClock()
     with optimizer:
-        for _ in range(INSTRUMENTED_STEPS):
+        for _ in range(num_steps):
             dist.barrier()
             before, start, optimizer.seconds = waited_s(), time.perf_counter(), 0.0
             candidate.step()
             whole = time.perf_counter() - start
-            waited = min(waited_s() - before, whole) if world_size > 1 else 0.0
+            waited = min(max(0.0, waited_s() - before), whole) if world_size > 1 else 0.0
             bubble = min(candidate.bubble(), waited) if candidate.bubble else 0.0
             rest = max(0.0, whole - waited - optimizer.seconds)
             steps.append([whole, rest, waited - bubble, bubble, optimizer.seconds])
     everywhere = torch.tensor(steps, dtype=torch.float64)
     dist.all_reduce(everywhere)
-    middle = statistics.median_low(everywhere[:, 0].tolist())
-    _, compute, communication, bubble, update = next(
-        row for row in (everywhere / world_size).tolist() if row[0] == middle / world_size
-    )
+    _, compute, communication, bubble, update = min((everywhere / world_size).tolist())
     found = {"compute": compute, "communication": communication, "bubble": bubble, "optimizer": update}
     absent = {
         "communication": world_size == 1, "bubble": candidate.bubble is None, "optimizer": optimizer.seconds == 0.0

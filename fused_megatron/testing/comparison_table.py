@@ -77,7 +77,7 @@ def limits_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[
                 f"{c.op} {c.label}",
                 c.dtype,
                 f"{gb_per_s:.1f}" if gb_per_s else "-",
-                f"{gflop_per_s:.1f}" if gflop_per_s else "-",
+                _rate(gflop_per_s),
                 f"{c.intensity():.2f}" if c.intensity() else "-",
                 "-" if roof is None else f"{ceilings.limit(c)}, {roof:.1f}",
                 "-" if share is None else f"{share:.0%}",
@@ -162,7 +162,7 @@ def _provider_row(c: Comparison, name: str, ceilings: Ceilings) -> Row:
         _ms(ms) if ms else "-",
         "-" if name in (OURS, BOUND) else ratio_of(c, name) + best,
         f"{gb_per_s:.0f}" if gb_per_s else "-",
-        f"{gflop_per_s:.1f}" if gflop_per_s else "-",
+        _rate(gflop_per_s),
         f"{roof:.0%}" if roof is not None else "-",
         *(f"{share:.1%}" if share is not None else "-" for share in shares),
         f"{peak / 1e6:.1f}" if peak is not None else "-",
@@ -194,7 +194,7 @@ def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
                 str(c.ranks),
                 f"{tokens_per_s:,.0f}" if tokens_per_s else "-",
                 f"{tokens_per_s / c.ranks:,.0f}" if tokens_per_s else "-",
-                f"{rate:.1f}" if rate else "-",
+                _rate(rate),
                 f"{efficiency:.0%}" if efficiency is not None else "-",
             ]
         )
@@ -231,6 +231,10 @@ def _ms(spread: Spread) -> str:
 
 def _median(spread: Spread | None) -> str:
     return _number(spread.median) if spread else "-"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if not value else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _number(value: float) -> str:

@@ -8,11 +8,14 @@ from fused_megatron.checks import InputError
 from fused_megatron.testing.report.ceilings import Ceilings
 from fused_megatron.testing.report.results_file import Results
 from fused_megatron.testing.report.tables import is_scaling
-from fused_megatron.testing.side_by_side import BOUND, EVEN, OURS, Comparison
+from fused_megatron.testing.side_by_side import BOUND, EVEN, FASTER, OURS, SLOWER, Comparison
 
 _COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red")
 _PARTS = {"compute": "tab:green", "communication": "tab:red", "bubble": "lightgray", "optimizer": "tab:blue"}
-_MARKERS = "osD^vP*Xdh<>p"
+_VERDICTS = {FASTER: "tab:green", EVEN: "tab:gray", SLOWER: "tab:red"}
+_BOX = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+_FEW_PROVIDERS = 3
+_MARKERS = "osD^vP*Xdh<>pHx+1234"
 
 
 def plot_results(results: Results, folder: Path) -> list[Path]:
@@ -43,7 +46,7 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
         figure = Figure(figsize=(8.5, 5), layout="constrained")
         axes = figure.subplots()
         draw(axes, some)
-        axes.set_title(f"{results.theme}, {results.hardware}, {results.date}", fontsize=10)
+        figure.suptitle(f"{results.theme}, {results.hardware}, {results.date}", fontsize=10)
         path = folder / f"{results.theme}_{name}.png"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,8 +71,14 @@ def _rows(axes: Any, names: Sequence[str], bars_of_each: Sequence[int]) -> list[
     return places
 
 
-def _annotate(axes: Any, text: str, x: float, y: float, **options: Any) -> None:
-    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7, **options)
+def _annotate(axes: Any, text: str, x: float, y: float) -> None:
+    axes.annotate(text, (x, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7, bbox=_BOX)
+
+
+def _names(cases: Sequence[Comparison]) -> list[str]:
+    """With the dtype, where there is more than one."""
+    several = len({c.dtype for c in cases}) > 1
+    return [c.name if several else f"{c.op} {c.label}" for c in cases]
 
 
 def _legend(axes: Any) -> None:
@@ -82,30 +91,32 @@ def _legend(axes: Any) -> None:
 
 
 def _speed_up(axes: Any, cases: Sequence[Comparison]) -> None:
+    """Few providers have a colour each; the names of many stand beside their bars, whose colour is the verdict."""
     others = [[name for name in c.seconds if name not in (OURS, BOUND) and c.ratio(name)] for c in cases]
     every = list(dict.fromkeys(name for some in others for name in some))
-    places = _rows(axes, [c.name for c in cases], [len(some) for some in others])
-    for name in every:
-        color = _COLORS[every.index(name) % len(_COLORS)]
-        for case, some, at in zip(cases, others, places, strict=True):
-            ratio = case.ratio(name)
-            if name not in some or ratio is None:
+    few = len(every) <= _FEW_PROVIDERS
+    places = _rows(axes, _names(cases), [len(some) for some in others])
+    for case, some, at in zip(cases, others, places, strict=True):
+        for name, y in zip(some, at, strict=True):
+            ratio, verdict = case.ratio(name), case.verdict(name)
+            if ratio is None or verdict is None:
                 continue
-            y = at[some.index(name)]
-            axes.barh(y, ratio.median, 0.85, color=color, label=f"{name}'s time / ours", alpha=0.85)
+            color = _COLORS[every.index(name)] if few else _VERDICTS[verdict]
+            label = f"{name}'s time / ours" if few else f"ours is {verdict.lower()}"
+            axes.barh(y, ratio.median, 0.85, color=color, label=label, alpha=0.85)
             spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
             axes.errorbar(ratio.median, y, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-            even = " even" if case.verdict(name) == EVEN else ""
-            _annotate(axes, f"{ratio.median:.2f}x{even}", ratio.high, y)
+            words = [f"{ratio.median:.2f}x"] + ([EVEN] if verdict == EVEN else []) + ([] if few else [name])
+            _annotate(axes, " ".join(words), ratio.high, y)
     axes.axvline(1, color="black", linewidth=1)
-    axes.margins(x=0.1)
-    axes.set_xlabel("how many times faster ours is (bar: median of the rounds; line: 20th to 80th percentile)")
+    axes.margins(x=0.1 if few else 0.45)
+    axes.set_xlabel("how many times faster ours is\n(bar: median of the rounds; line: 20th to 80th percentile)")
     _legend(axes)
 
 
 def _copy_speed(axes: Any, cases: Sequence[Comparison]) -> None:
     """The memory side by itself: bytes that must move a second, ours and a copy's of as many."""
-    places = _rows(axes, [c.name for c in cases], [2] * len(cases))
+    places = _rows(axes, _names(cases), [2] * len(cases))
     for which, (name, color, label) in enumerate(
         ((OURS, "tab:green", "ours"), (BOUND, "lightgray", "a copy of the same bytes"))
     ):
@@ -115,7 +126,7 @@ def _copy_speed(axes: Any, cases: Sequence[Comparison]) -> None:
             for at, speed, case in zip(places, speeds, cases, strict=True):
                 _annotate(axes, f"{speed / (case.gb_per_s(BOUND) or speed):.0%}", speed, at[0])
     axes.margins(x=0.08)
-    axes.set_xlabel("GB/s of the bytes that must move, forward + backward (%: of the copy)")
+    axes.set_xlabel("GB/s of the bytes that must move, forward + backward\n(%: of the copy)")
     _legend(axes)
 
 
@@ -148,35 +159,40 @@ def _roofline(axes: Any, cases: Sequence[Comparison], ceilings: Ceilings) -> Non
 
 
 def _breakdown(axes: Any, cases: Sequence[Comparison]) -> None:
-    rows = [(case, name) for case in cases for name in case.breakdown]
-    parts = list(dict.fromkeys(part for case, name in rows for part in case.breakdown[name]))
+    parts = list(dict.fromkeys(part for case in cases for known in case.breakdown.values() for part in known))
     others = iter(_COLORS[1:])
     colors = {part: _PARTS[part] if part in _PARTS else next(others, "gray") for part in parts}
-    places = _rows(axes, [f"{case.name}: {name}" for case, name in rows], [1] * len(rows))
-    for (case, name), (y,) in zip(rows, places, strict=True):
-        left, whole = 0.0, sum(case.breakdown[name].values())
-        for part, seconds in case.breakdown[name].items():
-            axes.barh(y, 1e3 * seconds, 0.9, left=1e3 * left, color=colors[part], label=part)
-            left += seconds
-        _annotate(axes, f"{1e3 * whole:.0f}", 1e3 * whole, y)
-    axes.margins(x=0.08)
-    axes.set_xlabel("milliseconds of a step (communication: exposed, nothing ran beside it)")
+    places = _rows(axes, _names(cases), [len(case.breakdown) for case in cases])
+    for case, at in zip(cases, places, strict=True):
+        for (name, known), y in zip(case.breakdown.items(), at, strict=True):
+            left = 0.0
+            for part, seconds in known.items():
+                axes.barh(y, 1e3 * seconds, 0.9, left=left, color=colors[part], label=part)
+                left += 1e3 * seconds
+            _annotate(axes, f"{left:.0f} {name}", left, y)
+    axes.margins(x=0.45)
+    axes.set_xlabel("milliseconds of a step\n(communication: exposed, nothing ran beside it)")
     _legend(axes)
 
 
 def _scaling(axes: Any, cases: Sequence[Comparison]) -> None:
     """Weak scaling: what a rank does over what one does in the smallest case, beside the ideal."""
     known = sorted(cases, key=lambda c: c.ranks)
-    ranks = [c.ranks for c in known]
-    rates = [(c.tokens_per_s() or 0) / c.ranks for c in known]
+    sizes = sorted({c.ranks for c in known})
     shares = [c.efficiency(known[0]) or 0 for c in known]
-    axes.plot(ranks, shares, "o-", color="tab:green", label="ours")
-    axes.plot(ranks, [1] * len(ranks), "--", color="black", label="ideal: as much a rank as in the smallest case")
-    for case, x, share, rate in zip(known, ranks, shares, rates, strict=True):
-        text = f"{case.label}\n{share:.0%}, {rate:,.0f} tokens/s a rank"
-        axes.annotate(text, (x, share), xytext=(0, -10), textcoords="offset points", fontsize=7, ha="center", va="top")
+    first = [next(share for c, share in zip(known, shares, strict=True) if c.ranks == n) for n in sizes]
+    axes.plot(sizes, first, color="tab:green")
+    axes.plot([c.ranks for c in known], shares, "o", color="tab:green", label="ours")
+    axes.plot(sizes, [1] * len(sizes), "--", color="black", label="ideal: as much a rank as in the smallest case")
+    for case, share in zip(known, shares, strict=True):
+        text = f"{case.op} {case.label}\n{share:.0%}, {(case.tokens_per_s() or 0) / case.ranks:,.0f} tokens/s a rank"
+        below = share in first
+        axes.annotate(
+            text, (case.ranks, share), xytext=(0, -8 if below else 8), textcoords="offset points", fontsize=7,
+            ha="center", va="top" if below else "bottom",
+        )  # fmt: skip
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [str(n) for n in ranks])
+    axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.margins(x=0.18)
     axes.set_ylim(0, 1.15 * max(1, *shares))
     axes.set_xlabel("ranks")

@@ -45,7 +45,7 @@ def _ceiling_line(results: Results) -> list[str]:
     said = []
     for name, value in results.ceilings.items():
         what, _, dtype = name.partition(" ")
-        said.append(f"copy {value:.1f} GB/s" if what == COPY else f"product of {dtype} {value:.0f} GFLOP/s")
+        said.append(f"copy {value:.1f} GB/s" if what == COPY else f"product of {dtype} {value:.3g} GFLOP/s")
     return [f"limits, measured in the same run: {', '.join(said)}"] if said else []
 
 

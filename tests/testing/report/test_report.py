@@ -1,6 +1,8 @@
 """Results files and what is said of them: round trips, damage, verdicts between two runs, pictures."""
 
+import dataclasses
 import json
+import math
 import random
 from pathlib import Path
 
@@ -8,9 +10,12 @@ import pytest
 
 from fused_megatron import cli
 from fused_megatron.checks import InputError
+from fused_megatron.testing.report.command import ReportArguments, run_report
+from fused_megatron.testing.report.describe_run import describe_run
 from fused_megatron.testing.report.results_file import Results, read_results, write_results
 from fused_megatron.testing.report.two_runs import compare_runs, noise_of
 from fused_megatron.testing.side_by_side import Bars, Comparison, Spread
+from fused_megatron.testing.timing_devices import CpuDevice, FakeGpu
 from fused_megatron.testing.traffic import Traffic
 
 
@@ -118,6 +123,10 @@ def test_without_an_eager_figure_the_copy_stands_beside() -> None:
     before, after = case("op", 2.0), case("op", 2.0)
     del before.seconds["eager"]
     assert compare_runs([before], [after])[0].beside == "bound"
+    first, second = step("tp=2", 2), step("tp=2", 2)
+    first.seconds["near"] = [s * 0.9 for s in first.seconds["DTensor"]]
+    assert compare_runs([first], [first])[0].beside == "near"
+    assert compare_runs([first], [second])[0].beside == "DTensor"  # the best one is gone
     del before.seconds["bound"]
     assert compare_runs([before], [after])[0].verdict == "-"
 
@@ -125,7 +134,8 @@ def test_without_an_eager_figure_the_copy_stands_beside() -> None:
 def test_noise_is_that_of_both_runs() -> None:
     assert noise_of(Spread(1, 1, 1), Spread(1, 1, 1)) == pytest.approx(1.1)
     wide = noise_of(Spread(1, 1, 1.5), Spread(0.8, 1, 1))
-    assert 1.5 < wide < 1.5 * 1.25
+    # Half and a quarter more, as logarithms, at right angles, one and a half times.
+    assert wide == pytest.approx(math.exp(1.5 * math.hypot(math.log(1.5), math.log(1.25))))
 
 
 def test_the_report_of_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,19 +157,88 @@ def test_the_report_of_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_plots_and_a_markdown_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    path = saved(tmp_path, "a.json", case("a", 2.0), case("b", 0.5))
+    roofed = [dataclasses.replace(case(op, ratio), model_flops=4096) for op, ratio in (("a", 2.0), ("b", 0.5))]
+    path = tmp_path / "a.json"
+    ceilings = {"copy_gb_per_s": 8.0, "gemm_gflop_per_s float32": 20.0}
+    write_results(dataclasses.replace(results(*roofed), ceilings=ceilings), path)
     words = ["report", path, "--plots", tmp_path / "plots", "--write", tmp_path / "report.md"]
     assert cli.main(list(map(str, words))) == 0
-    for name in ("ops_speed_up.png", "ops_copy_speed.png"):
+    for name in ("ops_speed_up.png", "ops_copy_speed.png", "ops_roofline.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
         assert name in (tmp_path / "report.md").read_text()
     assert cli.main(["report", str(path), "--write", str(tmp_path / "no" / "folder.md")]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
-def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_megatron.testing.report.command import ReportArguments, run_report  # noqa: PLC0415
+def step(label: str, ranks: int, op: str = "GPT small", seconds: float = 0.5) -> Comparison:
+    times = {"ours": [seconds, 1.1 * seconds, seconds], "DTensor": [2 * seconds, 2.1 * seconds, 2 * seconds]}
+    return Comparison(
+        op, label, "float32", None, Bars(best=1.3), times, {"FSDP2": "not installed"}, {}, {"ours": 8_000_000},
+        ranks=ranks, tokens=1000, model_flops=2_000_000_000 * ranks, hardware_flops=3_000_000_000 * ranks,
+        breakdown={"ours": {"compute": 0.4, "communication": 0.1}, "DTensor": {"compute": 0.9, "own part": 0.1}},
+    )  # fmt: skip
 
+
+def test_themes_with_training_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    ceilings = {"gemm_gflop_per_s float32, 1 rank": 40.0, "gemm_gflop_per_s float32": 20.0}
+    steps = [step("one", 1), step("tp=2", 2), step("tp=2 + sp", 2, seconds=0.6)]
+    files = []
+    for theme in ("end_to_end", "node"):
+        files.append(tmp_path / f"{theme}.json")
+        write_results(Results(theme, "8 x H100", "2026-11-22", {}, ceilings, steps, True), files[-1])
+    assert cli.main(["report", *map(str, files), "--plots", str(tmp_path / "plots")]) == 0
+    said = capsys.readouterr().out
+    both, scaling = said.split("node, 8 x H100")
+    # 4 GFLOP/s of each rank: of the 40 that one rank does alone, and of the 20 of one of two.
+    assert "| 10.0% |" in both and "| 20.0% |" in both and "| 15.0% |" in both
+    assert "MFU: model FLOPs a step" in both and "GPT small tp=2 float32: DTensor >= 1.3x met" in both
+    assert "| 400 (80%)" in both and "own part ms" in both and "FSDP2: not installed [3 cases]" in both
+    assert "Weak scaling" not in both and "| GPT small tp=2 + sp | 2 " in scaling and "| 83% " in scaling
+    pictures = {"end_to_end_speed_up", "end_to_end_breakdown", "node_speed_up", "node_breakdown", "node_scaling"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == pictures
+    assert all(f"![{name}]" in said for name in pictures)
+
+
+def test_many_files_are_grouped_by_theme_and_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = (saved(tmp_path, f"{n}.json", case("a", n)) for n in (2.0, 1.0))
+    other = saved(tmp_path, "other.json", case("a", 3.0), hardware="Epyc")
+    assert cli.main(["report", *map(str, (old, other, new))]) == 1
+    said = capsys.readouterr().out
+    assert "1 slower, 0 faster, 0 even: a regression" in said and "ops, Epyc" in said and "not the same" not in said
+    assert cli.main(["report", *map(str, (old, new, old))]) == 2
+    assert "3 files of ops on Xeon, 2 cores: at most two can be compared" in capsys.readouterr().err
+    assert cli.main(["report"]) == 2
+    assert "make bench writes them" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, "a.json", case("a", 2.0))
+    before = path.read_text()
+
+    def full(self: Path, text: str, **_: object) -> None:
+        with open(self, "w") as file:
+            file.write(text[:100])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_results(results(case("b", 2.0)), path)
+    assert path.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+    with pytest.raises(InputError, match=r"plots=.*a\.json"):
+        run_report(ReportArguments((path,), plots=path))
+
+
+def test_what_a_run_says_of_itself() -> None:
+    described = describe_run("ops", CpuDevice("A Processor"), malloc="kept")
+    assert described.hardware.startswith("A Processor, ") and described.settings["malloc"] == "kept"
+    assert {"python", "torch", "threads"} < set(described.settings) and not described.complete
+    gpu = describe_run("node", FakeGpu("H100"), num_gpus=8, threads="8 ranks of 1")
+    assert gpu.hardware == "8 x fake H100" and gpu.settings["threads"] == "8 ranks of 1"
+
+
+def test_plots_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     path = saved(tmp_path, "a.json", case("a", 2.0))
     with pytest.raises(InputError, match="pip install"):
