@@ -184,7 +184,7 @@ class _ParallelLinear(ShardedModule):
             InputError: as the layer itself; sizes that R does not divide name the nearest that it does.
             TypeError: not a torch.nn.Linear.
 
-        Communication: none, but what overlap=True measures once a group.
+        Communication: none, but what overlap=True measures once a group, and that ranks of one host meet.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
