@@ -105,6 +105,7 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     timeout = datetime.timedelta(seconds=30)
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"  # one host it is: nothing would go over the link
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
     dist.barrier()  # gloo's threads exist from here on
     give_threads_priority()

@@ -13,6 +13,7 @@ from fused_megatron.collectives.groups import Group, apply_on_ranks, group_rank,
 from fused_megatron.collectives.overlap import AUTO, ChunkChoice, OverlapCosts, chunk_choice, overlap_costs
 from fused_megatron.collectives.overlapped_linear import column_linear, row_linear
 from fused_megatron.collectives.overlapped_mlp import Activation, mlp
+from fused_megatron.collectives.shared_memory import is_shared
 
 __all__ = [
     "AUTO",
@@ -30,6 +31,7 @@ __all__ = [
     "group_size",
     "identity_all_reduce",
     "identity_all_reduce_together",
+    "is_shared",
     "mlp",
     "overlap_costs",
     "reduce_scatter_all_gather",

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.shared_memory import is_shared
 from fused_megatron.collectives.streams import Transfer, start
 from fused_megatron.collectives.symmetric_memory import applies, reaches
 
@@ -268,9 +269,13 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
         "overlap=True measures the group at its first step, which a CUDA graph cannot capture (run a step before the "
         "capture, or pass a number of chunks)",
     )
-    latency_s = _seconds(lambda x: dist.all_reduce(x, group=group), torch.zeros(1, device=device), repeats=10)
+
+    def all_reduce(x: torch.Tensor) -> None:
+        start(dist.all_reduce, group, x).wait()
+
+    latency_s = _seconds(all_reduce, torch.zeros(1, device=device), repeats=10)
     message = torch.zeros(1 << 19, device=device)
-    message_s = _seconds(lambda x: dist.all_reduce(x, group=group), message, repeats=3)
+    message_s = _seconds(all_reduce, message, repeats=3)
     size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 1024)
     weight = torch.ones(size, size, dtype=dtype, device=device)
     few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
@@ -287,7 +292,8 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     latency_s, message_s, few_s, many_s, beside_s = slowest.tolist()
     streaming_s = max(message_s - latency_s, 1e-9)
-    slowdown = (beside_s - many_s) / min(message_s, many_s)
+    # Through shared memory a transfer is the work of this very thread, half of it when it waits.
+    slowdown = 1.0 if is_shared(group, message) else (beside_s - many_s) / min(message_s, many_s)
     # many_s = a + b many, few_s = a + b few: a is the weight's. Noise must not make it negative, nor all of the time.
     weight_s = min(max(0.0, (few_s - many_s * few / many) / (1 - few / many)), 0.5 * few_s)
     return OverlapCosts(

@@ -1,7 +1,8 @@
 """The order between products and collectives: when a collective may read, when others may, and who owns the memory.
 
 Two queues run side by side: the current stream with the products, and the group's communication stream, which is the
-backend's own (NCCL: of high priority in the groups that init_mesh makes; gloo: its threads). Three rules order them:
+backend's own (NCCL: of high priority in the groups that init_mesh makes; gloo: its threads; none among ranks of one
+host with CPU tensors, where shared_memory copies at start and sums at wait). Three rules order them:
 
     start    the collective goes behind all that the current stream holds by now, so that it reads what was computed
              before it; whatever the current stream is given next runs beside it
@@ -25,13 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fused_megatron.collectives.shared_memory import SharedWork, start_shared
+
 
 class Transfer:
     """A collective under way. On a GPU the wait is one of the stream, not of the host."""
 
     def __init__(
         self,
-        work: dist.Work | None,
+        work: dist.Work | SharedWork | None,
         buffers: tuple[torch.Tensor, ...],
         result: Callable[[torch.Tensor], torch.Tensor] = lambda buffer: buffer,
     ) -> None:
@@ -64,4 +67,6 @@ def start(
         result: of the first buffer, once it is there.
         **options: further arguments of the collective.
     """
-    return Transfer(collective(*buffers, group=group, async_op=True, **options), buffers, result)
+    shared = None if options else start_shared(collective, group, *buffers)
+    work = shared or collective(*buffers, group=group, async_op=True, **options)
+    return Transfer(work, buffers, result)

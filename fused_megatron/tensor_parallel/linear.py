@@ -15,6 +15,7 @@ from fused_megatron.collectives import (
     group_rank,
     group_size,
     identity_all_reduce_together,
+    is_shared,
     row_linear,
     split_all_gather,
 )
@@ -183,7 +184,7 @@ class _ParallelLinear(ShardedModule):
             InputError: as the layer itself; sizes that R does not divide name the nearest that it does.
             TypeError: not a torch.nn.Linear.
 
-        Communication: none, but what overlap=True measures once a group.
+        Communication: none, but what overlap=True measures once a group, and that ranks of one host meet.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
@@ -203,8 +204,10 @@ class _ParallelLinear(ShardedModule):
         return layer
 
     def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Measure the group now, where all ranks are known to be, and not in the first forward."""
-        costs = chunk_choice(self.overlap).measured(self.tp_group, torch.empty(0, device=device, dtype=dtype))
+        """Measure the group now, where all ranks are known to be, and not in the first forward; let them meet now."""
+        like = torch.empty(0, device=device, dtype=dtype)
+        is_shared(self.tp_group, like)
+        costs = chunk_choice(self.overlap).measured(self.tp_group, like)
         self.by_symmetric_memory = costs is not None and costs.symmetric_memory
 
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:

@@ -124,8 +124,10 @@ class record_communication(TorchDispatchMode):
 
 
 def _ranks(args: Any) -> tuple[int, ...]:
-    """The global ranks of the group among the arguments of a c10d op."""
+    """The global ranks of the group among the arguments of a c10d op, or of a transfer through shared memory."""
     for value in args:
+        if isinstance(value, list) and value and all(isinstance(rank, int) for rank in value):
+            return tuple(value)
         if isinstance(value, torch.ScriptObject):
             try:
                 return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))

@@ -6,6 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.collectives import is_shared
+from fused_megatron.collectives.streams import Transfer
+from fused_megatron.collectives.transfers import start_all_reduce_
+
 
 class GradientBuckets:
     """Keeps the fp32 gradient of every parameter as a view of a few flat buckets.
@@ -20,7 +24,7 @@ class GradientBuckets:
     Args:
         parameters: every trainable parameter, in the order of forward; of several pipeline stages those of each. A
             parameter of two stages (a tied weight) has one gradient.
-        dp_group: data-parallel group; None means one rank.
+        dp_group: data-parallel group, whose ranks make theirs at once; None means one rank.
         bucket_bytes: least size of a bucket; the last of a stage may be smaller.
 
     Communication:
@@ -38,6 +42,7 @@ class GradientBuckets:
         bucket_bytes: float = 25e6,
     ) -> None:
         self._dp_group = dp_group
+        is_shared(dp_group, torch.empty(0))  # its ranks meet here, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         self._queues = [_Queue(holders, own, bucket_bytes) for holders, own in _by_holders(stages).items()]
         self._views = {
@@ -126,7 +131,7 @@ class _Queue:
         self.stages = stages
         # Backward reaches the last layers first, so buckets are cut from the end.
         self.buckets = [_Bucket(group) for group in _cut(list(reversed(parameters)), bucket_bytes)]
-        self.work: list[dist.Work] = []
+        self.work: list[Transfer] = []
         self.begin()
 
     def begin(self) -> None:
@@ -136,9 +141,7 @@ class _Queue:
 
     def send(self, end: int, dp_group: dist.ProcessGroup) -> None:
         while self.next_bucket < end:
-            work = dist.all_reduce(self.buckets[self.next_bucket].flat, group=dp_group, async_op=True)
-            assert work is not None
-            self.work.append(work)
+            self.work.append(start_all_reduce_(self.buckets[self.next_bucket].flat, dp_group))
             self.next_bucket += 1
 
 
