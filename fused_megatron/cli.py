@@ -18,7 +18,7 @@ from fused_megatron.checks import InputError
 USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
-  train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
+  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
@@ -80,7 +80,7 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
 
     if any(word in ("-h", "--help") for word in words):
-        print_help("fused-megatron train CONFIG.toml")
+        print_help("fused-megatron train CONFIG.toml", words)
         return 0
     try:
         if not words or words[0].startswith("-"):
