@@ -89,10 +89,9 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
     )
     training, seq_len, tokenizer, masking = config.training, config.model.seq_len, corpus.tokenizer(), None
     if masked:
-        masking = masked_lm(
-            tokenizer, corpus.tokenizer_path, seq_len=seq_len, mask_fraction=config.data.mask_fraction,
-            seed=training.seed,
-        )  # fmt: skip
+        named = config.data.tokenizer_path or corpus.tokenizer_path
+        fraction = config.data.mask_fraction
+        masking = masked_lm(tokenizer, named, seq_len=seq_len, mask_fraction=fraction, seed=training.seed)
         seq_len -= NUM_FRAME_TOKENS
     return TrainingData(
         description=corpus.description,

@@ -47,7 +47,7 @@ def test_shares_of_what_becomes_of_a_chosen_token() -> None:
     assert int(replaced.min()) == 4 and int(replaced.max()) == 49
     # Every place of the text is chosen about as often as any other: 2000 x 19 / 128 = 297, of deviation 16.
     places = chosen[:, 1:-1].sum(dim=0)
-    assert 297 - 5 * 16 < int(places.min()) and int(places.max()) < 297 + 5 * 16
+    assert int((places - 297).abs().max()) < 5 * 16
 
 
 def test_nothing_but_seed_sample_and_stream_decides() -> None:
@@ -67,10 +67,7 @@ def test_nothing_but_seed_sample_and_stream_decides() -> None:
         same = ((other.targets >= 0) & (whole.targets >= 0)).sum(dim=1)
         assert (same < 12).all()
     # Golden: other machines and other versions of numpy hide the same places.
-    assert (whole.targets[0] >= 0).nonzero().flatten().tolist()[:6] == GOLDEN
-
-
-GOLDEN = [0, 0, 0, 0, 0, 0]
+    assert (whole.targets[0] >= 0).nonzero().flatten().tolist()[:6] == [1, 11, 14, 16, 17, 19]
 
 
 def test_short_and_empty_rows_are_padded() -> None:
@@ -137,7 +134,7 @@ def test_tokenizers_that_others_made(text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gpt\.json: the tokenizer has no token \[PAD\] or <pad>, which model.family"):
         train_tokenizer([text.read_text()], 280, tmp_path / "gpt.json")
         opened(text, tokenizer_path=str(tmp_path / "gpt.json"))
-    with pytest.raises(InputError, match="model.family='bert' needs to know .* give data.tokenizer_path"):
+    with pytest.raises(InputError, match=r"model.family='bert' needs to know .* give data.tokenizer_path"):
         masked_lm(None, None, seq_len=20, mask_fraction=0.15, seed=0)
     with pytest.raises(InputError, match=r"vocab_size=259 must be at least 260 \(256 bytes and \[PAD\], \[CLS\]"):
         train_tokenizer(["text"], 259, tmp_path / "small.json", MASKED_LM_TOKENS)
