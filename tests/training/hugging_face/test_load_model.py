@@ -14,7 +14,7 @@ from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import gradient_errors
 from fused_megatron.training.hugging_face import load_model
 from fused_megatron.training.hugging_face.command import ConvertArguments, convert
-from fused_megatron.training.hugging_face.import_model import open_source
+from fused_megatron.training.hugging_face.source import open_source
 
 transformers = pytest.importorskip("transformers")
 
