@@ -30,8 +30,8 @@ from fused_megatron.training.hugging_face.import_model import (
 )
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
-from fused_megatron.training.hugging_face.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 
 
 class _Theirs(Mapping[Entry, torch.Tensor]):

@@ -25,9 +25,9 @@ from fused_megatron.training.hugging_face.families import family_of
 from fused_megatron.training.hugging_face.family import is_buffer
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
-from fused_megatron.training.hugging_face.weight_files import WeightFiles, read_json
 from fused_megatron.training.model_state import parameter_boxes
 from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.weight_files import WeightFiles, read_json
 
 CONFIG_FILE = "config.json"
 # Small files beside the weights, kept so that the way back has them.
