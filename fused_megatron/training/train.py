@@ -93,7 +93,7 @@ def _check_trainable(config: GPTConfig) -> None:
     for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
         if getattr(config, name) != wanted:
             error = InputError(
-                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens, that alone "
+                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
                 f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
             )
             error.on_every_rank = True

@@ -27,7 +27,7 @@ class ConvertArguments:
     """Models of Hugging Face transformers to run folders, and back.
 
     convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT
-    or Megatron-BERT; RUN is made, and `generate RUN` (not of a BERT) and `train RUN/config.toml` take it, at any layout.
+    or Megatron-BERT; RUN is made, and `train RUN/config.toml` and `generate RUN` (but of BERT) take it, at any layout.
 
     convert to-hf RUN FOLDER: the newest checkpoint of a run, imported or trained here, as transformers loads it.
 
