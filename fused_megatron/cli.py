@@ -7,6 +7,7 @@ where torch or another dependency is missing.
 import importlib.metadata
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -37,8 +38,19 @@ LOST_RANK = re.compile(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command; the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads the output."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return 141  # as a program that SIGPIPE ends, as most are by `| head -1`
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
@@ -69,6 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads what is printed; if so what is left goes nowhere, at the end of the process too."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poller.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _train(words: Sequence[str]) -> int:
