@@ -330,4 +330,4 @@ def test_a_rank_holds_its_shard_and_less_than_one_tensor(tmp_path: Path, form: s
     for found in run_on_ranks(peak_growth, 2, folder, small, tmp_path / "run", timeout_s=300):
         assert whole / 2 <= found["shard"] < 0.52 * whole + 1e6
         assert found["loaded"] < found["shard"] + SLACK, found
-        assert found["imported"] < largest + SLACK, found
+        assert found["imported"] < largest + 2 * SLACK, found
