@@ -90,7 +90,8 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     settings = read_json(original) if original.is_file() else {}
     family = family_for(config, settings.get("model_type"))
     left = read_leftovers(run.hugging_face) if settings.get("model_type") == family.model_type else Leftovers()
-    rules = family.rules(config, family.prefix if left.prefix is None else left.prefix)
+    prefix = family.prefix if left.prefix is None else left.prefix
+    rules = [rule.with_names(left.renamed) for rule in family.rules(config, prefix)]
     entries = _entries(checkpoint, manifest, rules, left, dtype)
     files = _in_files(entries, max_bytes)
     if run.hugging_face.is_dir():

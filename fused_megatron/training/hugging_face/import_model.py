@@ -23,6 +23,7 @@ from fused_megatron.training.hugging_face.leftovers import write_leftovers
 from fused_megatron.training.hugging_face.source import CONFIG_FILE, TRAINED_DTYPES, Source, open_source
 from fused_megatron.training.model_state import parameter_boxes
 from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.weight_files import read_json
 
 # Small files beside the weights, kept so that the way back has them.
 KEPT_FILES = (
@@ -112,6 +113,8 @@ def import_model(
 
     def prepare() -> None:
         check_absent(run_path)
+        if (folder / RunFolder(run_path).tokenizer.name).is_file():
+            read_json(folder / RunFolder(run_path).tokenizer.name)
         opened.append(open_source(folder, dtype, skip, for_run=True))
 
     run_together(group, prepare)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,11 +21,13 @@ class Leftovers:
 
     Attributes:
         prefix: of the names; None: the family's.
+        renamed: today's names, and what they were.
         copies: what was stored a second time, and the tensor that it equals.
         files: heads that are not trained, and buffers; None where there are none.
     """
 
     prefix: str | None = None
+    renamed: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     files: WeightFiles | None = None
 
@@ -57,7 +59,7 @@ def kept_tensors(files: WeightFiles, dtype: torch.dtype | None) -> dict[Entry, C
 
 def write_leftovers(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
     """Write what read_leftovers reads."""
-    names = {"prefix": source.prefix, "copies": source.copies}
+    names = {"prefix": source.prefix, "renamed": source.renamed, "copies": source.copies}
     (folder / _NAMES_FILE).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     if source.kept:
         (folder / _KEPT_FOLDER).mkdir()
@@ -75,8 +77,8 @@ def read_leftovers(folder: Path) -> Leftovers:
         return Leftovers()
     names = read_json(folder / _NAMES_FILE)
     try:
-        found = Leftovers(str(names["prefix"]), dict(names["copies"]))
+        found = Leftovers(str(names["prefix"]), dict(names["renamed"]), dict(names["copies"]))
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{folder / _NAMES_FILE} is damaged: import the model again, or remove the file") from None
     kept = folder / _KEPT_FOLDER
-    return Leftovers(found.prefix, found.copies, WeightFiles(kept) if kept.is_dir() else None)
+    return replace(found, files=WeightFiles(kept)) if kept.is_dir() else found

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,6 +25,10 @@ class Rule:
     sources: tuple[str, ...]
     transposed: bool = False
     heads: int = 0
+
+    def with_names(self, names: Mapping[str, str]) -> "Rule":
+        """The same, with other names for some of theirs."""
+        return replace(self, sources=tuple(names.get(source, source) for source in self.sources))
 
     def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of each of theirs, given that of ours."""

@@ -38,6 +38,7 @@ class Source:
         dtype: of ours.
         num_parameters: over all ranks.
         prefix: of the names of theirs.
+        renamed: today's names of theirs, and what they are in these files.
         copies: what is stored a second time, and the tensor that it equals.
         kept: what has no place in the model.
     """
@@ -48,6 +49,7 @@ class Source:
     dtype: torch.dtype
     num_parameters: int
     prefix: str
+    renamed: dict[str, str]
     copies: dict[str, str]
     kept: tuple[str, ...]
 
@@ -91,13 +93,20 @@ def open_source(
     config = family.read_config(settings)
     config = family.of_run(config) if for_run else config
     files = WeightFiles(folder)
+    # A layer has several tensors; without this a wrong number would build that many layers first.
+    check(
+        config.num_layers <= len(files.tensors),
+        f"{folder}: {len(files.tensors)} tensors are too few for num_layers={config.num_layers} of {CONFIG_FILE}: "
+        f"is a file missing, or {CONFIG_FILE} of another model?",
+    )
     model = new_model(config, device=torch.device("meta"))
     shapes = {
         name.removeprefix("model."): box.full_shape
         for name, box in parameter_boxes(dict(model.named_parameters())).items()
     }
     prefix = family.prefix_in(files.tensors)
-    rules = {rule.name: rule for rule in family.rules(config, prefix)}
+    renamed = {new: old for old in files.tensors if (new := _present_name(old)) not in files.tensors}
+    rules = {rule.name: rule.with_names(renamed) for rule in family.rules(config, prefix)}
     assert rules.keys() == shapes.keys()
     names = _Names(files, family, list(rules.values()), shapes, skip)
     copies = names.copies(config)
@@ -105,7 +114,15 @@ def open_source(
     for rule in rules.values():
         _check_shapes(files, rule, shapes[rule.name])
     dtype = _common_dtype(files, list(rules.values()), dtype)
-    return Source(config, files, rules, dtype, model.num_parameters(), prefix, copies, kept)
+    return Source(config, files, rules, dtype, model.num_parameters(), prefix, renamed, copies, kept)
+
+
+def _present_name(name: str) -> str:
+    """What transformers calls a tensor today; the first BERTs have the names of TensorFlow's norms."""
+    for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 class _Names:

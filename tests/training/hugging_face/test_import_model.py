@@ -119,6 +119,21 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another head": (change_config(architectures=["LlamaForSequenceClassification"]), "is not known"),
     "a missing field": (change_config(num_hidden_layers="absent"), "the field num_hidden_layers is missing"),
     "a malformed field": (change_config(hidden_size="16"), "hidden_size='16' must be a whole number"),
+    "a tokenizer that is cut": (lambda f: (f / "tokenizer.json").write_text("{"), r"tokenizer\.json is no JSON"),
+    "a size beyond any": (
+        change_config(hidden_size=10**9),
+        "hidden_size=1000000000 must be a whole number from 1 to 167",
+    ),
+    "more layers than tensors": (
+        change_config(num_hidden_layers=10**7),
+        r"21 tensors are too few for num_layers=10000000 of config\.json",
+    ),
+    "no number": (change_config(rms_norm_eps=float("nan")), "rms_norm_eps=nan must be a finite number"),
+    "an infinite number": (change_config(rms_norm_eps=float("inf")), "rms_norm_eps=inf must be a finite number"),
+    "RoBERTa": (
+        change_config(model_type="roberta", architectures=["RobertaForMaskedLM"]),
+        r"model_type='roberta' .* is not known \(known: .* BertForMaskedLM \(bert\), MegatronBertForMaskedLM",
+    ),
     "a size that does not fit": (
         change_config(num_key_value_heads=3),
         "num_heads=4 must be divisible by num_kv_heads=3",

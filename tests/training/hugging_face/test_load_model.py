@@ -1,6 +1,7 @@
 """BERT against transformers, real weights among it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,19 @@ def test_a_round_trip_keeps_names_copies_and_buffers(tmp_path: Path) -> None:
     tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
     save_file(tensors, folder / "model.safetensors")
     there_and_back(folder, tmp_path)
+    # As its first checkpoints have it: the norms with the names that TensorFlow gave them.
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    norms = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
+    for name in list(tensors):
+        for new, before in norms.items():
+            if name.endswith(new):
+                tensors[name.replace(new, before)] = tensors.pop(name)
+    save_file(tensors, old / "model.safetensors")
+    (tmp_path / "of old").mkdir()
+    there_and_back(old, tmp_path / "of old")
+    one, other = load_model(folder), load_model(old)
+    assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
     # The bare model of another family, whose names lack the prefix.
     bare = tmp_path / "bare"
     sizes = {"vocab_size": 101, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
