@@ -18,7 +18,7 @@ LAYERS = [
     {"tensor_parallel"},
     {"modules", "collectives"},
     {"ops", "mesh"},
-    {"kernels", "extension", "reference", "config", "_dataset_index"},
+    {"kernels", "extension", "reference", "config", "weight_files", "_dataset_index"},
     {"checks"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}

@@ -12,6 +12,8 @@ from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.interop.layers import copy_shard_, full_shape
 from fused_megatron.tensor_parallel import ShardedModule, parameter_parts
 
+_CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def parallel_group(model: nn.Module) -> Group:
     """The group that a model's layers are sharded over; None where nothing is."""
@@ -100,8 +102,8 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
 
     Args:
         model: after parallelize, not on the meta device (model.to_empty(device=..) brings it from there).
-        state: tensors, or whatever has a shape and slices like one (safetensors' get_slice), so that no whole tensor
-            is ever read; the same on every rank.
+        state: tensors, or what has a shape and a dtype and slices like one (weight_files.StoredWeight), so that no
+            whole tensor is ever read; the same on every rank. Floating dtypes are converted to the model's.
         strict: refuse names that are missing or left over; else they are passed over. A tied parameter needs one of
             its names.
 
@@ -134,10 +136,18 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
     for name in targets:
         if name in state:
             wanted = full_shape(targets[name], transposed.get(targets[name], False))
-            shape = _shape(state[name])
+            shape = tuple(state[name].shape)
             if shape != wanted:
                 raise InputError(f"state[{name!r}].shape={shape} must be {wanted}")
+            _check_dtype(name, state[name].dtype, targets[name].dtype)
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
+def _check_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> None:
+    """Numbers of another precision are converted; integers, and 8 bits with a scale elsewhere, are other numbers."""
+    if given != wanted and not (wanted.is_floating_point and given in _CONVERTED):
+        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CONVERTED) + ", "
+        raise InputError(
+            f"state[{name!r}].dtype={str(given).removeprefix('torch.')} must be "
+            f"{kinds * wanted.is_floating_point}or {str(wanted).removeprefix('torch.')} "
+            "(a quantised one must be dequantised first)"
+        )

@@ -1,20 +1,17 @@
 """A pretrained folder into a parallel model, without any rank ever holding more than its shards and one tensor."""
 
-import json
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.interop.agreement import check_agreement
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict, parallel_group
 from fused_megatron.tensor_parallel import ShardedModule
+from fused_megatron.weight_files import StoredWeight, WeightFiles
 
 
 def load_pretrained_shards(
@@ -45,15 +42,14 @@ def load_pretrained_shards(
     """
     folder = Path(folder)
     group, place = parallel_group(model), _device(model, device)
-    with ExitStack() as files:
-        with check_agreement(model, group, place, same_weights=False):
-            state = _names_of(model, _open(folder, files))
-            try:
-                check_full_state(model, state, strict)
-            except InputError as error:
-                raise InputError(f"{folder}: {error}") from None
-        buffers = _materialise(model, place)
-        load_full_state_dict(model, state, strict=strict)
+    with check_agreement(model, group, place, same_weights=False):
+        state = _names_of(model, WeightFiles(folder).tensors)
+        try:
+            check_full_state(model, state, strict)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from None
+    buffers = _materialise(model, place)
+    load_full_state_dict(model, state, strict=strict)
     _compute_buffers(model, [name for name in buffers if name not in state])
     return model
 
@@ -65,39 +61,13 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
     return next(real, torch.device("cpu"))
 
 
-def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """What slices like a tensor, by the names in the files; nothing is read but headers."""
-    index = folder / "model.safetensors.index.json"
-    wanted: Mapping[str, str] | None = None
-    try:
-        if index.exists():
-            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        paths = [folder / name for name in sorted(set(wanted.values()))] if wanted else [folder / "model.safetensors"]
-        slices: dict[str, Any] = {}
-        for path in paths:
-            if path.parent != folder or not path.is_file():
-                raise InputError(f"{path}: no such file in the folder")
-            file = files.enter_context(safe_open(path, "pt"))
-            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}): fetch it again") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{index}: cannot be read ({type(error).__name__}: {error})") from error
-    absent = [name for name in wanted or () if name not in slices]
-    if absent:
-        raise InputError(f"{index}: {absent[0]!r} is not in {(wanted or {})[absent[0]]}")
-    return slices
-
-
-def _names_of(model: nn.Module, slices: dict[str, Any]) -> dict[str, Any]:
-    """The slices under the model's names: files may be of the base model, or of one with a head around it."""
+def _names_of(model: nn.Module, tensors: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """The tensors under the model's names: files may be of the base model, or of one with a head around it."""
     names = model.state_dict(keep_vars=True)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     result = {}
-    for name, value in slices.items():
+    for name, value in tensors.items():
         forms = (name, prefix + name, name.removeprefix(prefix))
         known = next((form for form in forms if form in names), None)
         if known is not None or not any(pattern.search(name) for pattern in ignored):

@@ -55,12 +55,13 @@ def refusals(mesh, folder, rank):
     model = fm.parallelize(on_meta(folder, "llama"), mesh)
     (base,) = (path for path in folder.glob("broken-*") if path.name.endswith(f"{rank}"))
     for name, message in (
-        ("truncated", "not a whole safetensors file"),
+        ("truncated", r"model.safetensors: tensor .* ends at byte .*: cut short \(copy"),
         ("missing", r"state has no 'model.norm.weight' \(strict"),
         ("left_over", "state has, and the model has not, 'model.extra'"),
         ("other_shape", r"state\['model.norm.weight'\].shape=\(31,\) must be \(32,\)"),
-        ("no_file", "no such file in the folder"),
-        ("no_json", "index.json: cannot be read"),
+        ("no_file", "x.safetensors: no such file, but model.safetensors.index.json lists tensor 'a' there"),
+        ("no_json", "index.json is no JSON"),
+        ("quantised", r"state\['model.norm.weight'\].dtype=int8 must be float64, .*dequantised first"),
     ):
         with pytest.raises(InputError, match=message):
             fm.load_pretrained_shards(model, base / name)
@@ -81,6 +82,7 @@ def broken(folder, base):
         ("missing", {"model.norm.weight": None}),
         ("left_over", {"model.extra": norm.clone()}),
         ("other_shape", {"model.norm.weight": norm[1:].clone()}),
+        ("quantised", {"model.norm.weight": norm.to(torch.int8)}),
     ):
         (base / name).mkdir(parents=True)
         kept = {key: value for key, value in (tensors | change).items() if value is not None}

@@ -16,12 +16,8 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.training.checkpoint.boxes import Box, cover_problem
 from fused_megatron.training.checkpoint.errors import CheckpointError
-from fused_megatron.training.checkpoint.shard_file import (
-    SAFETENSORS_DTYPES,
-    Entry,
-    file_bytes,
-    open_regular_file,
-)
+from fused_megatron.training.checkpoint.shard_file import Entry, file_bytes, open_regular_file
+from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -26,12 +26,8 @@ from fused_megatron.training.checkpoint.manifest import (
     file_name,
 )
 from fused_megatron.training.checkpoint.ranks import rank_and_size, run_on_first, run_together
-from fused_megatron.training.checkpoint.shard_file import (
-    SAFETENSORS_DTYPES,
-    Entry,
-    file_bytes,
-    write_shard_file,
-)
+from fused_megatron.training.checkpoint.shard_file import Entry, file_bytes, write_shard_file
+from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
 # Beside the data: headers, the manifest, and what a file system needs for itself.

@@ -25,28 +25,7 @@ import torch
 from fused_megatron.training.checkpoint.boxes import row_blocks
 from fused_megatron.training.checkpoint.durable import new_durable_file, write_all
 from fused_megatron.training.checkpoint.errors import CheckpointError
-
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-# Bytes in flight: large enough that the calls cost nothing, small enough to be far from any memory limit.
-BLOCK_BYTES = 4 << 20
+from fused_megatron.weight_files import BLOCK_BYTES, SAFETENSORS_DTYPES
 
 ConsumeRows = Callable[[int, torch.Tensor], None]
 """Takes (first row, rows [n, ...]) of a stored tensor; the rows' memory is reused after the call."""

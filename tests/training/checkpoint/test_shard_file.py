@@ -5,7 +5,8 @@ import torch
 from safetensors import safe_open
 
 from fused_megatron.training.checkpoint import CheckpointError, shard_file
-from fused_megatron.training.checkpoint.shard_file import SAFETENSORS_DTYPES, Entry, ShardFileReader, write_shard_file
+from fused_megatron.training.checkpoint.shard_file import Entry, ShardFileReader, write_shard_file
+from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
 
 def bits(tensor):

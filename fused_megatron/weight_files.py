@@ -1,4 +1,7 @@
-"""The safetensors files of a folder, one or several with an index, read tensor by tensor; no header is trusted."""
+"""The safetensors files of a folder, one or several with an index, read tensor by tensor; no header is trusted.
+
+Read by plain reads and not through a memory map, whose pages count as the process's own as long as the file is open.
+"""
 
 import json
 import math
@@ -11,8 +14,28 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check
-from fused_megatron.training.checkpoint.shard_file import BLOCK_BYTES, SAFETENSORS_DTYPES
 
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+# Bytes in flight: large enough that the calls cost nothing, small enough to be far from any memory limit.
+BLOCK_BYTES = 4 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
@@ -23,12 +46,50 @@ _COPY_AGAIN = "copy or download it again"
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a file, and where its bytes begin there."""
+    """A tensor in a file, and where its bytes begin there; slicing it reads what is asked for.
+
+    weight[2:4, :8] is a tensor on the CPU: of slices with step 1, for the first dims.
+
+    Memory: the result, and a block of a few MB where later dims are cut.
+    """
 
     path: Path
+    name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        if not self.shape:
+            return self._rows(0, 1).reshape(())
+        first, stop, _ = (*index, slice(None))[0].indices(self.shape[0])
+        if all(cut.indices(n)[:2] == (0, n) for cut, n in zip(index[1:], self.shape[1:], strict=False)):
+            return self._rows(first, max(first, stop))
+        columns = (slice(None), *index[1:])
+        rows_at_once = max(1, BLOCK_BYTES // max(1, math.prod(self.shape[1:]) * self.dtype.itemsize))
+        sizes = [len(range(*cut.indices(n))) for cut, n in zip(index, self.shape, strict=False)]
+        result = torch.empty((*sizes, *self.shape[len(index) :]), dtype=self.dtype)
+        for row in range(first, stop, rows_at_once):
+            rows = self._rows(row, min(row + rows_at_once, stop))
+            result[row - first : row - first + len(rows)] = rows[columns]
+        return result
+
+    def _rows(self, first: int, stop: int) -> torch.Tensor:
+        """Of dim 0."""
+        tensor = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start + first * len(data) // (stop - first))
+                while len(data):
+                    count = file.readinto(data[:BLOCK_BYTES])
+                    check(bool(count), f"{self.path}: tensor {self.name!r}: the file ends early ({_COPY_AGAIN})")
+                    data = data[count:]
+        except OSError as error:
+            raise InputError(f"{self.path}: tensor {self.name!r} cannot be read: {error.strerror}") from None
+        return tensor
 
 
 class WeightFiles:
@@ -78,21 +139,7 @@ class WeightFiles:
         Raises:
             InputError: its bytes cannot be read.
         """
-        stored = self.tensors[name]
-        tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        if tensor.numel() == 0:
-            return tensor
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with open(stored.path, "rb", buffering=0) as file:
-                file.seek(stored.start)
-                while len(data):
-                    count = file.readinto(data[:BLOCK_BYTES])
-                    check(bool(count), f"{stored.path}: tensor {name!r}: the file ends early ({_COPY_AGAIN})")
-                    data = data[count:]
-        except OSError as error:
-            raise InputError(f"{stored.path}: tensor {name!r} cannot be read: {error.strerror}") from None
-        return tensor
+        return self.tensors[name][()]
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors are equal bit for bit; block by block."""
@@ -176,7 +223,9 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
             f"({_COPY_AGAIN})",
         )
         end = stop
-        stored.append((name, StoredWeight(path, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin)))
+        stored.append(
+            (name, StoredWeight(path, name, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin))
+        )
     check(
         8 + length + end == size,
         f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({_COPY_AGAIN})",
