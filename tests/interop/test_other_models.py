@@ -154,7 +154,7 @@ def mistakes(rank, world_size):
     torch.manual_seed(rank)
     assert_refused(Block(), mesh, MLP, r"\w+.weight has other values on other tensor-parallel ranks .*manual_seed")
     assert_refused(Block(16 + 2 * rank), mesh, MLP, r"model on tensor-parallel ranks \[1\] has other parameters")
-    theirs = r"tensor-parallel ranks \[1\] refused this: the message is theirs"
+    theirs = r"ranks \[1\] refused this, and nothing was changed: InputError: gate.weight: out_features=25 must"
     assert_refused(Block(16, 24 + rank), mesh, MLP, "out_features=25" if rank else theirs)
     wrong_mesh = torch.distributed.init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
     assert_refused(Block(), wrong_mesh, MLP, r"mesh.mesh_dim_names=\('dp',\) must have 'tp'")
