@@ -176,10 +176,10 @@ def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vocab
 def _keeps_columns(dims: int, index: Any) -> bool:
     """Whether an index is of rows alone."""
     parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is Ellipsis or isinstance(part, int | slice) for part in parts):
+    if parts[-1] is Ellipsis or not all(part is Ellipsis or isinstance(part, int | slice) for part in parts):
         return False
-    touches_last = len(parts) > 1 and parts[-1] is not Ellipsis if Ellipsis in parts else len(parts) >= dims
-    return (Ellipsis != parts[-1] and not touches_last) or parts[-1] == slice(None)
+    reaches_last = Ellipsis in parts or len(parts) >= dims
+    return not reaches_last or parts[-1] == slice(None)
 
 
 def _loss(
