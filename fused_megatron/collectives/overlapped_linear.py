@@ -32,6 +32,12 @@ def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None
     ctx.destination = GradientDestination(weight)
 
 
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """y as no view: autograd refuses to change a Function's view in place (an activation with inplace=True, +=)."""
+    own: torch.Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return own
+
+
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -45,9 +51,9 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         _save(ctx, x, weight, sequence_dim, group, choice)
         if sequence_dim is None:
-            return F.linear(x, weight, bias)
+            return _own(F.linear(x, weight, bias))
         num_chunks = choice.for_gather(x, weight, sequence_dim, group)
-        return gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0]
+        return _own(gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0])
 
     @staticmethod
     @once_differentiable
@@ -87,8 +93,8 @@ class _RowLinear(torch.autograd.Function):
         _save(ctx, x, weight, sequence_dim, group, choice)
         num_chunks = choice.for_reduction(x, weight, sequence_dim, group)
         if sequence_dim is None:
-            return start_product_all_reduce(x, weight, bias, group, num_chunks).wait()
-        return start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait()
+            return _own(start_product_all_reduce(x, weight, bias, group, num_chunks).wait())
+        return _own(start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait())
 
     @staticmethod
     @once_differentiable

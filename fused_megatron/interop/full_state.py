@@ -102,8 +102,8 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
 
     Args:
         model: after parallelize, not on the meta device (model.to_empty(device=..) brings it from there).
-        state: tensors, or what has a shape and a dtype and slices like one (weight_files.StoredWeight), so that no
-            whole tensor is ever read; the same on every rank. Floating dtypes are converted to the model's.
+        state: tensors, or what slices like one (weight_files.StoredWeight, safetensors' get_slice), so that no whole
+            tensor is ever read; the same on every rank. Floating dtypes are converted to the model's.
         strict: refuse names that are missing or left over; else they are passed over. A tied parameter needs one of
             its names.
 
@@ -136,10 +136,11 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
     for name in targets:
         if name in state:
             wanted = full_shape(targets[name], transposed.get(targets[name], False))
-            shape = tuple(state[name].shape)
+            value = state[name]
+            shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
             if shape != wanted:
                 raise InputError(f"state[{name!r}].shape={shape} must be {wanted}")
-            _check_dtype(name, state[name].dtype, targets[name].dtype)
+            _check_dtype(name, getattr(value, "dtype", targets[name].dtype), targets[name].dtype)
 
 
 def _check_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> None:

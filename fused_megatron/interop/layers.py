@@ -16,13 +16,13 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.interop.sequence_region import SEQUENCE_DIM, SequenceRegion, SharedInput
+from fused_megatron.interop.vocab_logits import LogitsScope, vocab_logits
 from fused_megatron.tensor_parallel import (
     OutputPart,
     ParameterShard,
     RowParallelLinear,
     ShardedModule,
     StackedColumnParallelLinear,
-    VocabParallelEmbedding,
     column_parallel_linear,
     parameter_parts,
     row_parallel_linear,
@@ -66,13 +66,16 @@ class GatheredLinear(ShardedModule):
         forward     y [..., O] = all_gather(x @ w_shard.T + b_shard)[..., :O]
         backward    of a loss that every rank computes alike; dx = sum over ranks of dy_shard @ w_shard
 
-    Communication: one all-gather of y forward, one all-reduce of x backward.
+    A head of a model (with a scope) gives logits that remember their shards, while the model's forward runs.
+
+    Communication: one all-gather of y forward, where it is wanted, and one all-reduce of x backward.
     """
 
     transposed = False
     shared: SharedInput | None = None
     region: SequenceRegion | None = None
     gathered = False
+    scope: LogitsScope | None = None
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -90,15 +93,21 @@ class GatheredLinear(ShardedModule):
         if not bias:
             self.register_parameter("bias", None)
 
-    @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] to all features [..., O], the same on every rank."""
+        # A compiled graph knows plain tensors alone.
+        return self._forward(x, torch.compiler.is_compiling())
+
+    @torch.compiler.disable(reason=_REASON)
+    def _forward(self, x: torch.Tensor, compiling: bool) -> torch.Tensor:
         x, group, sequence_parallel = entered(self, x)
         y = column_parallel_linear(
             x, self.weight, self.bias, tp_group=group, sequence_parallel=sequence_parallel, sequence_dim=SEQUENCE_DIM,
             overlap=self.overlap,
         )  # fmt: skip
-        return all_gather_split(y, -1, self.tp_group)[..., : self.out_features]
+        if self.scope is None or not self.scope.running or compiling:
+            return all_gather_split(y, -1, self.tp_group)[..., : self.out_features]
+        return vocab_logits(y, self.out_features, self.tp_group, self.scope.gather or not torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -132,21 +141,6 @@ class RowLinear(RowParallelLinear):
             x, self.weight, self.bias, tp_group=self.tp_group, overlap=self.overlap, sequence_dim=SEQUENCE_DIM,
             sequence_parallel=self.region is not None and self.region.active,
         )  # fmt: skip
-
-
-class Embedding(VocabParallelEmbedding):
-    """A model's embedding in shards of its vocabulary, with torch.nn.Embedding's padding_idx."""
-
-    padding_idx: int | None = None
-
-    @torch.compiler.disable(reason=_REASON)
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] to their rows [..., H]."""
-        y = super().forward(ids)
-        if self.padding_idx is None or not y.requires_grad:
-            return y
-        # torch gives the padding word's row no gradient.
-        return y.where((ids != self.padding_idx).unsqueeze(-1), y.detach())
 
 
 class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):

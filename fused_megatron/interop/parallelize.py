@@ -8,11 +8,12 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.agreement import check_agreement, model_device
+from fused_megatron.interop.agreement import check_agreement
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.replacements import fill
 from fused_megatron.interop.report import make_report, refuse_blocked, refuse_left
+from fused_megatron.interop.saving import guard_saving
 from fused_megatron.mesh import Mesh
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,6 +26,7 @@ def parallelize(
     *,
     sequence_parallel: bool = False,
     overlap: bool | int = True,
+    gather_logits: bool = True,
     strict: bool = False,
 ) -> Model:
     """Shard a model's layers over the tensor-parallel ranks of a mesh, in place, with the weights that it has.
@@ -40,6 +42,9 @@ def parallelize(
     "replicated_with_grad_allreduce", "replicate". A layer that no plan names stays whole and is named in the report;
     so does one that cannot be sharded, together with the layers beside it that its shards would go to.
 
+    The model's own cross-entropy is computed from shards of the logits, without a copy or a softmax of the whole; under
+    torch.compile, and where something else than scaling or a soft cap happens to them before, from the whole.
+
     Dropout is the same on every rank where all draw alike (torch.manual_seed with one seed), which replicated
     activations need.
 
@@ -51,6 +56,9 @@ def parallelize(
         sequence_parallel: between attention and MLP a rank holds its block [B, S / R, H] of the activations, while
             gradients are recorded; R must then divide the sequence length.
         overlap: products and their collectives side by side, as ColumnParallelLinear has it.
+        gather_logits: whether the model's logits are whole. False: while gradients are recorded they are this rank's
+            columns [.., ceil(V / R)] (those from V on are padding), which are never gathered; the model's own loss is
+            right, and vocab_parallel_cross_entropy is for losses outside of it.
         strict: refuse what would otherwise be left whole and named: a layer with a matrix that no plan names, or one
             that cannot be sharded.
 
@@ -69,19 +77,19 @@ def parallelize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
     tp_group = group_of(mesh)
-    device = model_device(model, mesh)
-    with check_agreement(model, tp_group, device):
+    with check_agreement(model, tp_group):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
-        work = Preparation(model, tp_group, find_plan(model, plan), overlap)
+        work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
         work.prepare(sequence_parallel)
         report = make_report(work)
         refuse_blocked(work)
         if strict:
             refuse_left(report, work)
-    with check_agreement(model, tp_group, device, same_weights=False):
+    with check_agreement(model, tp_group, same_weights=False):
         new = fill(work.replacements, tp_group)
     work.commit(new)
+    guard_saving(model)
     model.parallel_report = report  # type: ignore[assignment]
     if not report.sharded:
         warnings.warn(

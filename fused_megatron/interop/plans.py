@@ -1,12 +1,12 @@
 """Which layer is sharded how: a user's plan, the model's own metadata, or what is known of families without any."""
 
-import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.known_layers import KnownLayers, known_layers, matches
 
 # Styles by their meaning here. The first eight are those of transformers' plans, which also has the aliases.
 STYLES = {
@@ -19,6 +19,8 @@ STYLES = {
     "replicated_with_grad_allreduce": "a norm between colwise and rowwise, whole; its gradient is summed over ranks",
     "replicate": "whole on every rank, on purpose",
     "packed_colwise_3": "colwise of a layer that stacks 3 equal parts (query, key and value)",
+    "interleaved_colwise": "colwise of a layer whose parts alternate head by head (query, key and value of GPT-NeoX)",
+    "embedding_colwise": "an embedding with a feature for every head (a bias of relative positions)",
 }
 ALIASES = {
     "colwise_rep": "colwise_gather_output",
@@ -27,56 +29,7 @@ ALIASES = {
     "vocab_parallel": "embedding_rowwise",
 }
 PARTS = {"packed_colwise": 2, "packed_colwise_3": 3}
-COLUMN_STYLES = ("colwise", "packed_colwise", "packed_colwise_3")
-
-
-@dataclass(frozen=True)
-class KnownUnit:
-    """Layers that belong together in a family whose models say nothing themselves, by their names and attributes.
-
-    Attributes:
-        styles: by the end of the layers' names; all must be there.
-        owner: which module, by the end of its name, has the numbers in `divided`; they are what its forward counts
-            heads and features by, and become those of one rank.
-        divided: attributes of owner; all must be there.
-        kinds: classes that owner must be of, exactly; any where there are none.
-    """
-
-    styles: Mapping[str, str]
-    owner: str = ""
-    divided: tuple[str, ...] = ()
-    kinds: tuple[type[nn.Module], ...] = ()
-
-
-KNOWN_UNITS = (
-    # GPT-2
-    KnownUnit({"attn.c_attn": "packed_colwise_3", "attn.c_proj": "rowwise"}, "attn", ("num_heads", "split_size")),
-    KnownUnit({"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}),
-    # BERT, RoBERTa, ELECTRA and their kin
-    KnownUnit(
-        {
-            "attention.self.query": "colwise",
-            "attention.self.key": "colwise",
-            "attention.self.value": "colwise",
-            "attention.output.dense": "rowwise",
-        },
-        "attention.self",
-        ("num_attention_heads", "all_head_size"),
-    ),
-    KnownUnit({"intermediate.dense": "colwise", "output.dense": "rowwise"}),
-    # torch's own layers; their attention is one module that cannot be sharded from outside.
-    KnownUnit(
-        {"linear1": "colwise", "linear2": "rowwise"},
-        kinds=(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-    ),
-    # The Llama shape without metadata: the MLP alone, since attention is written in too many ways.
-    KnownUnit({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}),
-)
-# In these families, whole on purpose: small, or not followed by a layer that could take shards.
-KNOWN_WHOLE = (
-    "wpe", "position_embeddings", "token_type_embeddings", "pooler.dense", "predictions.transform.dense",
-    "seq_relationship", "score", "classifier", "qa_outputs",
-)  # fmt: skip
+COLUMN_STYLES = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_colwise")
 
 
 @dataclass(frozen=True)
@@ -100,12 +53,6 @@ class Plan:
     explicit: bool = False
 
 
-def matches(pattern: str, name: str) -> bool:
-    """Whether the last parts of a dotted name are those of the pattern; * stands for any one part."""
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts[-len(wanted) :], wanted))
-
-
 def matching(pattern: str, names: list[str]) -> list[str]:
     """The names that are a pattern as a whole; where there are none, those that end with it."""
     found = [name for name in names if matches(pattern, name)]
@@ -127,8 +74,10 @@ def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
     own = getattr(model, "_tp_plan", None) or getattr(getattr(model, "config", None), "base_model_tp_plan", None)
     if isinstance(own, Mapping) and own:
         styles = {str(k): ALIASES.get(v, v) if isinstance(v, str) else str(v) for k, v in own.items()}
-        return _with_ends(model, _apply(f"{type(model).__name__}'s tp_plan", styles, names))
-    return _with_ends(model, _known(model, names))
+        planned = _apply(f"{type(model).__name__}'s tp_plan", styles, names)
+        return _with_ends(model, _completed(planned, known_layers(model, names)))
+    known = known_layers(model, names)
+    return _with_ends(model, Plan("the table of known layers", known.styles, known.patterns, divided=known.divided))
 
 
 def _apply(origin: str, plan: Mapping[str, str], names: list[str], explicit: bool = False) -> Plan:
@@ -161,36 +110,26 @@ def _nearest(pattern: str, names: list[str]) -> str:
     return f" (its modules are: {', '.join(ends[:8])}{', ..' if len(ends) > 8 else ''})"
 
 
-def _known(model: nn.Module, names: list[str]) -> Plan:
-    styles: dict[str, str] = {}
-    patterns: dict[str, str] = {}
-    divided: list[tuple[str, str]] = []
-    present = set(names)
-    for unit in KNOWN_UNITS:
-        lead = next(iter(unit.styles))
-        for name in names:
-            prefix = name[: len(name) - len(lead)]
-            if not matches(lead, name) or not all(prefix + end in present for end in unit.styles):
-                continue
-            owner_name = (prefix + unit.owner).rstrip(".")
-            owner = model.get_submodule(owner_name)
-            if unit.kinds and type(owner) not in unit.kinds:
-                continue
-            numbers = [getattr(owner, attribute, None) for attribute in unit.divided]
-            if all(isinstance(number, int) for number in numbers):
-                styles |= {prefix + end: style for end, style in unit.styles.items()}
-                patterns |= {prefix + end: end for end in unit.styles}
-                divided += [(owner_name, attribute) for attribute in unit.divided]
-    if styles:
-        for name in names:
-            if name not in styles and any(matches(end, name) for end in KNOWN_WHOLE):
-                styles[name], patterns[name] = "replicate", name.split(".")[-1]
-    return Plan("the table of known layers", styles, patterns, divided=tuple(divided))
+def _completed(plan: Plan, known: KnownLayers) -> Plan:
+    """Metadata that names layers of no stack (a head alone), with what is known of the stack's."""
+    if any(part.isdigit() for name in plan.styles for part in name.split(".")):
+        return plan
+    spoken_for = {name.rpartition(".")[0] for name in plan.styles}
+    added = {name: style for name, style in known.styles.items() if name.rpartition(".")[0] not in spoken_for}
+    if not added:
+        return plan
+    return replace(
+        plan,
+        origin=f"{plan.origin} and the table of known layers",
+        styles={**added, **plan.styles},
+        patterns={**{name: known.patterns[name] for name in added}, **plan.patterns},
+        divided=known.divided,
+    )
 
 
 def _with_ends(model: nn.Module, plan: Plan) -> Plan:
     """The plan with the model's embedding and head, of which metadata and tables say little or nothing."""
-    if not plan.styles:
+    if not any(style != "replicate" for style in plan.styles.values()):
         return plan
     ends = (("get_input_embeddings", "embedding_rowwise"), ("get_output_embeddings", "colwise_gather_output"))
     for getter, style in ends:
@@ -198,7 +137,14 @@ def _with_ends(model: nn.Module, plan: Plan) -> Plan:
             module = getattr(model, getter)()
         except Exception:  # no such method, or none of that kind: a model without one
             continue
+        if style == "embedding_rowwise" and not isinstance(module, nn.Embedding):
+            continue  # of pixels or sounds
+        weight = getattr(module, "weight", None)
         for name, candidate in model.named_modules(remove_duplicate=False):
-            if candidate is module and name and name not in plan.styles:
+            # Encoder and decoder may have modules of their own around one weight.
+            twin = (
+                weight is not None and type(candidate) is type(module) and candidate._parameters.get("weight") is weight
+            )
+            if (candidate is module or twin) and name and name not in plan.styles:
                 plan.styles[name], plan.patterns[name] = style, f"{getter}()"
     return plan

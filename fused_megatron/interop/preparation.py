@@ -21,7 +21,9 @@ from fused_megatron.interop.units import (
     loose_norm,
     modules_with_own_parameters,
     planned_layers,
+    width_fault,
 )
+from fused_megatron.interop.vocab_logits import LogitsScope
 from fused_megatron.modules import Exchange, exchange_all, find_exchange, named_once
 from fused_megatron.tensor_parallel import LayerNorm, RMSNorm
 
@@ -46,12 +48,14 @@ class Preparation:
         retied: (module, parameter name) of a module that keeps a sharded parameter without using it.
         stacks: of layers that will run on blocks of the sequence.
         shared: inputs that several layers have in common, and the module around these.
+        scope: where the model's heads have logits in shards.
     """
 
     model: nn.Module
     tp_group: Group
     plan: Plan
     overlap: bool | int
+    gather_logits: bool = True
     layers: list[Layer] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
@@ -61,6 +65,7 @@ class Preparation:
     retied: list[tuple[nn.Module, str]] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
     shared: list[tuple[nn.Module, SharedInput]] = field(default_factory=list)
+    scope: LogitsScope | None = None
 
     def prepare(self, sequence_parallel: bool) -> None:
         """Work everything out. Raises InputError as parallelize."""
@@ -76,7 +81,8 @@ class Preparation:
         for name, attribute in self.plan.divided:
             if name in sharded:
                 module = self.model.get_submodule(name)
-                self.attributes.append((module, attribute, getattr(module, attribute) // ranks))
+                # Key-value heads that are fewer than ranks are copied: each rank has one.
+                self.attributes.append((module, attribute, max(1, getattr(module, attribute) // ranks)))
         self._close_fast_paths()
         if sequence_parallel and ranks > 1:
             self.stacks = find_stacks(self.model, self.units, self.tp_group)
@@ -91,6 +97,7 @@ class Preparation:
             for pattern in bare:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
+            unit.reason = unit.reason or width_fault(unit, self.plan.explicit)
             norm = "" if unit.reason else loose_norm(unit, self.model)
             if norm:
                 unit.reason = (
@@ -208,6 +215,22 @@ class Preparation:
                     module.region = stack.region
                     module.gathered = unit.parent in stack.gathering
 
+        self._connect_heads(by_module)
+
+    def _connect_heads(self, by_module: dict[nn.Module, Any]) -> None:
+        """Gathered linears outside of every stack are heads, whose losses need no gathered logits."""
+        units = [unit for unit in self.units if not unit.reason and not unit.stack_layer]
+        heads = [by_module[layer.module] for unit in units for layer in unit.of("colwise_gather_output")]
+        if heads and group_size(self.tp_group) > 1:
+            self.scope = LogitsScope(self.gather_logits)
+            for head in heads:
+                head.scope = self.scope
+        elif not self.gather_logits and group_size(self.tp_group) > 1:
+            raise InputError(
+                "gather_logits=False: the model has no head in shards (plan={its name: 'colwise_gather_output'} makes "
+                "one; else leave gather_logits=True)"
+            )
+
     def commit(self, new: dict[nn.Parameter, nn.Parameter]) -> None:
         """Do it; none of this can fail for what the user gave."""
         exchange_all(self.exchanges)
@@ -223,6 +246,8 @@ class Preparation:
             stack.install()
         if self.stacks:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
+        if self.scope is not None:
+            self.scope.install(self.model)
         for around, shared in self.shared:
             around.register_forward_hook(shared.release, always_call=True)
 

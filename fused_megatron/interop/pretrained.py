@@ -42,7 +42,7 @@ def load_pretrained_shards(
     """
     folder = Path(folder)
     group, place = parallel_group(model), _device(model, device)
-    with check_agreement(model, group, place, same_weights=False):
+    with check_agreement(model, group, same_weights=False):
         state = _names_of(model, WeightFiles(folder).tensors)
         try:
             check_full_state(model, state, strict)

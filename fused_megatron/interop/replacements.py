@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.layers import Embedding, GatheredLinear, RowLinear, copy_shard_, make_column
+from fused_megatron.interop.embeddings import ColumnEmbedding, Embedding, embedding_scale
+from fused_megatron.interop.layers import GatheredLinear, RowLinear, copy_shard_, make_column
 from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
 from fused_megatron.tensor_parallel import ParameterShard, ShardedModule, ShardPart
@@ -38,8 +39,8 @@ class Replacement:
 
 def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Replacement:
     """The parallel layer, on the meta device."""
-    module, style, old = _make(layer, tp_group, overlap), layer.style, layer.module
-    if style != "embedding_rowwise":
+    module, old = _make(layer, tp_group, overlap), layer.module
+    if not isinstance(old, nn.Embedding):
         module.transposed = is_transposed_linear(old)
     for name in _KEPT:
         module.__dict__[name] = old.__dict__[name]
@@ -56,7 +57,11 @@ def _make(layer: Layer, tp_group: Group, overlap: bool | int) -> Any:
                 dtype=dtype,
             )  # fmt: skip
         embedding.padding_idx = old.padding_idx
+        scale = None if type(old) is nn.Embedding else embedding_scale(old)
+        embedding.register_buffer("scale", scale, persistent=False)
         return embedding
+    if layer.style == "embedding_colwise":
+        return ColumnEmbedding(old, tp_group=tp_group)
     outputs, inputs = linear_features(old)
     bias = old.bias is not None
     if layer.style == "colwise_gather_output":

@@ -1,5 +1,6 @@
 """Layers of a stack that run on blocks of the sequence, and operands that neighbouring linears share."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fused_megatron.collectives import (
 
 # Activations of Hugging Face models and of torch.nn's own with batch_first are [B, S, H].
 SEQUENCE_DIM = 1
+# What layers with cross-attention call it.
+_SECOND_SEQUENCES = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "memory")
 
 
 class SequenceRegion:
@@ -65,6 +68,7 @@ class SequenceRegion:
     def _split(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.active:
             return None
+        _refuse_second_sequence(module, args, kwargs)
         return _with_activations(args, kwargs, self._own_block)
 
     def _own_block(self, x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +85,7 @@ class SequenceRegion:
     def _gather(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not self.active:
             return None
+        _refuse_second_sequence(module, args, kwargs)
         return _with_activations(args, kwargs, lambda x: all_gather_reduce_scatter(x, SEQUENCE_DIM, self.tp_group))
 
     @torch.compiler.disable
@@ -107,6 +112,18 @@ def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
         raise InputError(
             "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
             "(ask for them under torch.no_grad(), or parallelize with sequence_parallel=False)"
+        )
+
+
+def _refuse_second_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Cross-attention: what it attends to is whole on every rank, where linears of a region sum gradients of blocks."""
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.get("kwargs", {})}
+    name = next((name for name in _SECOND_SEQUENCES if isinstance(given.get(name), torch.Tensor)), None)
+    if name is not None:
+        raise InputError(
+            f"sequence_parallel=True: {type(module).__name__} attends to a second sequence, {name}, whose gradient "
+            "would not be whole (parallelize with sequence_parallel=False)"
         )
 
 

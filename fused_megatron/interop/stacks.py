@@ -6,9 +6,10 @@ from typing import Any
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES
 from fused_megatron.interop.sequence_region import SequenceRegion
-from fused_megatron.interop.units import HEAD_DIMS, NUM_HEADS, Unit, modules_with_own_parameters
+from fused_megatron.interop.units import Unit, modules_with_own_parameters
 
 _WAY_OUT = "(sequence_parallel=False shards the rest of this model)"
 

@@ -8,11 +8,9 @@ from typing import Any
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.embeddings import embedding_scale
+from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES, PARTS, STYLES, Plan
-
-# What attention modules call the width of a head; a shard holds whole heads.
-HEAD_DIMS = ("head_dim", "attention_head_size", "head_size")
-NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
 
 
 @dataclass
@@ -94,9 +92,11 @@ def obstacle(module: nn.Module, style: str) -> str:
         return "its parameters are DTensors already"
     if style == "replicated_with_grad_allreduce":
         return "" if list(module._parameters) in (["weight"], ["weight", "bias"]) else f"a {kind} is no norm"
-    if style == "embedding_rowwise":
-        if type(module) is not nn.Embedding:
-            return f"a {kind} is no plain torch.nn.Embedding"
+    if style in ("embedding_rowwise", "embedding_colwise"):
+        scaled = style == "embedding_rowwise" and embedding_scale(module) is not None
+        if type(module) is not nn.Embedding and not scaled:
+            return f"a {kind} is no plain torch.nn.Embedding, nor one times a number"
+        assert isinstance(module, nn.Embedding)
         options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, o)]
         return f"{options[0]} of torch.nn.Embedding has no parallel counterpart" if options else ""
     if type(module) is not nn.Linear and not is_transposed_linear(module):
@@ -154,6 +154,32 @@ def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
     return units
 
 
+def width_fault(unit: Unit, explicit: bool) -> str:
+    """Why shards of a colwise layer are not what its rowwise layer takes: features are cut or joined in between.
+
+    Were "colwise" taken for a stack of parts, each rank would have other parts: wrong numbers, of the right shapes.
+    Models that say so themselves have parts that alternate by head.
+    """
+    columns: list[Layer] = []
+    for layer in unit.layers:
+        if layer.style in COLUMN_STYLES:
+            columns.append(layer)
+        if layer.style != "rowwise":
+            continue
+        inputs = linear_features(layer.module)[1]
+        for column in columns:
+            alone = explicit and len(columns) == 1 and column.style == "colwise"
+            outputs = linear_features(column.module)[0]
+            if (alone or column.style in PARTS) and outputs != inputs * PARTS.get(column.style, 1):
+                return (
+                    f"{column.name} has {outputs} features where {layer.name} takes {inputs} ('packed_colwise' is for "
+                    "2 equal parts one after the other, 'packed_colwise_3' for 3, 'interleaved_colwise' for parts "
+                    "that alternate head by head)"
+                )
+        columns = []
+    return ""
+
+
 def loose_norm(unit: Unit, model: nn.Module) -> str:
     """The name of a norm over single heads that the plan does not name, though it would see this rank's heads alone."""
     columns = unit.of(*COLUMN_STYLES)
@@ -188,7 +214,7 @@ def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Modul
         if layer.style != "replicated_with_grad_allreduce":
             outputs, inputs = linear_features(layer.module)
         size, what = (outputs, "out_features") if layer.style in COLUMN_STYLES else (inputs, "in_features")
-        sharded = layer.style in (*COLUMN_STYLES, "rowwise", "rowwise_split_input")
+        sharded = layer.style in (*COLUMN_STYLES, "rowwise", "rowwise_split_input", "embedding_colwise")
         if sharded and size % (ranks // layer.copies * PARTS.get(layer.style, 1)):
             raise InputError(_wrong_size(layer, what, size // PARTS.get(layer.style, 1), ranks))
     return changes
@@ -200,7 +226,7 @@ def _check_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Mo
         return ()
     config = getattr(parent, "config", None)
     heads = next((v for o in (config, parent) for n in NUM_HEADS if isinstance(v := getattr(o, n, None), int)), None)
-    columns = unit.of("colwise")
+    columns = unit.of("colwise", "interleaved_colwise")
     counts = {layer.name: linear_features(layer.module)[0] // head_dim for layer in columns}
     heads = heads or max(counts.values(), default=0)
     if heads % ranks:

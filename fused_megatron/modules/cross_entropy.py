@@ -1,6 +1,7 @@
 """CrossEntropyLoss: a drop-in for torch.nn.CrossEntropyLoss."""
 
 import torch
+from torch.overrides import has_torch_function_unary
 
 from fused_megatron import ops
 
@@ -29,6 +30,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         Raises:
             InputError: shapes that do not fit, or a target that is no class (on a CPU).
         """
+        # Another kind of tensor has a loss of its own, which it hears of through torch's function.
+        if has_torch_function_unary(input):
+            return super().forward(input, target)
         if self.weight is not None or target.dtype != torch.int64 or not input.is_floating_point():
             return super().forward(input, target)
         return ops.cross_entropy(

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_megatron.modules.adopted_rms_norm import EPS_NAMES, AdoptedRMSNorm, adoption
 from fused_megatron.modules.cross_entropy import CrossEntropyLoss
-from fused_megatron.modules.gelu import GELU
+from fused_megatron.modules.gelu import GELU, gelu_of
 from fused_megatron.modules.layer_norm import LayerNorm
 from fused_megatron.modules.rms_norm import RMSNorm
 
@@ -92,9 +92,9 @@ class Exchange:
 def replace_modules(model: nn.Module) -> ReplacementReport:
     """Exchange norms, losses and activations of a model for fused ones that compute the same, in place.
 
-    Replaced are torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and the RMS norms that models bring along
-    (LlamaRMSNorm and its like, Gemma's with a zero-centred weight), which are known by what they compute and not by
-    their name: a twin with random weights is run and compared.
+    Replaced are torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and the RMS norms and GELUs that models bring
+    along (LlamaRMSNorm and its like, Gemma's with a zero-centred weight, GPT-2's NewGELUActivation), which are known by
+    what they compute and not by their name: a twin, with random weights where it has any, is run and compared.
 
     A module changes its class and nothing else: parameters are the same objects, so that an optimizer keeps them; so
     are hooks, names, state_dict, device, dtype, training flag and modules that stand in several places. Subclasses
@@ -151,7 +151,8 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
     if isinstance(module, (*DROP_INS.values(), AdoptedRMSNorm)):
         return None
     base = next((base for base in DROP_INS if isinstance(module, base)), None)
-    if base is None and "rmsnorm" not in kind.__name__.lower() and not _looks_like_a_norm(module):
+    is_gelu = base is None and "gelu" in kind.__name__.lower() and not module._parameters and not module._modules
+    if base is None and not is_gelu and "rmsnorm" not in kind.__name__.lower() and not _looks_like_a_norm(module):
         return None
     if base is not None and base is not kind:
         return f"a subclass of {base.__name__}, with methods of its own"
@@ -162,8 +163,20 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
         if isinstance(module, nn.CrossEntropyLoss) and module.weight is not None:
             return "class weights have no fused kernel"
         return Exchange(name, module, DROP_INS[base], {})
+    if is_gelu:
+        # Its hooks are not asked: what it computes is its class's.
+        approximate = gelu_of(_bare(module))
+        unlike = "its result is not that of torch.nn.GELU, with either approximation"
+        return unlike if approximate is None else Exchange(name, module, GELU, {"approximate": approximate})
     found = adoption(module)
     return found if isinstance(found, str) else Exchange(name, module, AdoptedRMSNorm, found)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """A twin without hooks."""
+    twin = type(module).__new__(type(module))
+    twin.__dict__ = {**module.__dict__, **{k: v for k, v in nn.Module().__dict__.items() if "hook" in k}}
+    return twin
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_megatron.checks import check
+from fused_megatron.checks import InputError, check
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,12 @@ class ShardedModule(nn.Module):
         super()._apply(fn, recurse)
         self._mark()
         return self
+
+    def __getstate__(self) -> Any:
+        raise InputError(
+            f"a {type(self).__name__} cannot be pickled, since it belongs to a group of running processes "
+            "(save model.state_dict(), this rank's shards, or fused_megatron.full_state_dict(model))"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.tp_group)] = self.tp_group  # a process group cannot be copied; both use the same

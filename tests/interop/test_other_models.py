@@ -60,6 +60,25 @@ class Words(nn.Module):
 TIED = {"words": "embedding_rowwise", "gate_up": "packed_colwise", "down": "rowwise", "head": "colwise_gather_output"}
 
 
+class InPlace(nn.Module):
+    """Changes what its layers return, as activations with inplace=True and += do; one matrix for query, key, value."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, width), nn.Linear(width, 16)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.down(torch.relu_(self.up(x)))
+        y += x
+        query, key, value = self.qkv(y).chunk(3, -1)
+        z = self.proj((query * key).tanh() * value)
+        return z.mul_(2)
+
+
+IN_PLACE = {"up": "colwise", "down": "rowwise", "qkv": "packed_colwise_3", "proj": "rowwise"}
+
+
 def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
 
@@ -106,6 +125,7 @@ def models_not_in_any_table(rank, world_size):
     flat = both(Block, mesh, x, {**MLP, "first": "colwise_gather_output", "again": "colwise_gather_output"})
     assert flat.first is flat.again and "first = again: Linear -> GatheredLinear" in str(flat.parallel_report)
     both(Block, mesh, x, MLP)
+    both(InPlace, mesh, x, IN_PLACE)
     stack = nn.Sequential
     both(lambda: stack(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), mesh, x, {"0": "colwise", "2": "rowwise"})
     split = {"0": "colwise_gather_output", "2": "rowwise_split_input"}
@@ -139,6 +159,13 @@ MISTAKES = [
     (lambda: Block(16, 25), MLP, {}, r"gate.weight: out_features=25 must be divisible by tensor_parallel_size=2"),
     (adapted, MLP, {}, r"plan\['up'\]: mlp.up cannot be 'colwise': .*a Adapter is no plain torch.nn.Linear \(merge"),
     (Words, {"head": "colwise_gather_output"}, {}, "its weight is also that of words, which stays whole"),
+    (
+        InPlace,
+        IN_PLACE | {"qkv": "colwise"},
+        {},
+        r"qkv has 48 features where proj takes 16 \('packed_colwise' is",
+    ),
+    (lambda: InPlace(24), IN_PLACE | {"up": "packed_colwise"}, {}, "up has 24 features where down takes 24"),
     (encoder, None, {"strict": True}, r"strict=True: layers.0.self_attn \(MultiheadAttention\) would stay whole"),
     (encoder, None, {"sequence_parallel": True}, r"layers.0.self_attn \(MultiheadAttention\) stands in a layer"),
     (Block, MLP, {"sequence_parallel": True}, "sequence_parallel=True: no numbered stack of layers"),
@@ -154,7 +181,7 @@ def mistakes(rank, world_size):
     torch.manual_seed(rank)
     assert_refused(Block(), mesh, MLP, r"\w+.weight has other values on other tensor-parallel ranks .*manual_seed")
     assert_refused(Block(16 + 2 * rank), mesh, MLP, r"model on tensor-parallel ranks \[1\] has other parameters")
-    theirs = r"tensor-parallel ranks \[1\] refused this: the message is theirs"
+    theirs = r"ranks \[1\] refused this, and nothing was changed: InputError: gate.weight: out_features=25 must"
     assert_refused(Block(16, 24 + rank), mesh, MLP, "out_features=25" if rank else theirs)
     wrong_mesh = torch.distributed.init_device_mesh("cpu", (world_size,), mesh_dim_names=("dp",))
     assert_refused(Block(), wrong_mesh, MLP, r"mesh.mesh_dim_names=\('dp',\) must have 'tp'")

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from fused_megatron.modules import GELU
+from fused_megatron.modules import GELU, replace_modules
 
 
 def test_same_signature():
@@ -25,3 +25,35 @@ def test_equals_torch(shape, approximate):
         results.append((y, leaf.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def quick(x):
+    return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize(
+    ("function", "approximate"),
+    [
+        (lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), "none"),
+        (lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))), "tanh"),
+        (quick, None),
+        (lambda x: torch.nn.functional.gelu(x).detach().requires_grad_(), None),  # its gradient is another
+        (lambda x, y: x, None),
+    ],
+)
+def test_activations_of_ones_own_are_known_by_what_they_compute(function, approximate):
+    class OwnGELU(torch.nn.Module):
+        forward = staticmethod(function)
+
+    model = torch.nn.Sequential(OwnGELU())
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    report = replace_modules(model)
+    assert calls == [], "nobody asked the hook"
+    if approximate is None:
+        assert type(model[0]) is OwnGELU and "not that of torch.nn.GELU" in report.left[0].reason
+    else:
+        assert type(model[0]) is GELU and model[0].approximate == approximate
+        x = torch.randn(3, 5)
+        torch.testing.assert_close(model(x), function(x))
+        assert calls == [1]

@@ -1,0 +1,40 @@
+"""save_pretrained of a parallel model: whole tensors or an error, never shards that look like a model."""
+
+from typing import Any
+
+from torch import nn
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import group_size
+from fused_megatron.interop.full_state import check_full_state, full_state_dict, parallel_group
+
+_WAY_OUT = "state = full_state_dict(model) on all ranks, then model.save_pretrained(folder, state_dict=state)"
+
+
+class SavePretrained:
+    """Stands in for the method of a model that parallelize changed.
+
+    One rank has the whole and saves it. On several it is for all of them to give what they hold, which a method that is
+    called on one cannot ask of the others (it would wait forever): there the whole state must be handed over.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> Any:
+        if state_dict is None and group_size(parallel_group(self.model)) == 1:
+            state_dict = full_state_dict(self.model)
+        if state_dict is None:
+            raise InputError(f"save_pretrained would write the shards of one rank ({_WAY_OUT} on rank 0)")
+        try:
+            check_full_state(self.model, state_dict, strict=False)
+        except InputError as error:
+            raise InputError(f"{error}: it is no whole state ({_WAY_OUT} on rank 0)") from None
+        kind: Any = type(self.model)
+        return kind.save_pretrained(self.model, save_directory, *args, state_dict=state_dict, **options)
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let a model of transformers save whole tensors alone."""
+    if callable(getattr(model, "save_pretrained", None)):
+        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]

@@ -1,0 +1,210 @@
+"""Logits that remember this rank's shard of them, so that a model's own loss is computed from shards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import Group, all_gather_split, group_size
+from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
+
+# What changes rows alone, and keeps every word's column.
+_SHAPED = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
+# What is done to every number by itself, with a number.
+_ELEMENTWISE = {
+    torch.tanh, torch.Tensor.tanh, torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
+    torch.div, torch.Tensor.div, torch.Tensor.__truediv__, torch.Tensor.contiguous,
+}  # fmt: skip
+_CONVERTED = {torch.Tensor.float, torch.Tensor.to}
+# What may be asked of logits that are in shards.
+_ASKED = {
+    "__get__", "dim", "ndimension", "is_floating_point", "is_contiguous", "get_device", "is_complex", "register_hook",
+    "__hash__", "__repr__",
+}  # fmt: skip
+_SIZES = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-defined]
+
+
+class LogitsScope:
+    """Whether the model's forward runs, in which alone logits remember their shards: what it returns is plain.
+
+    Attributes:
+        gather: whether the logits are whole while gradients are recorded; without gradients they always are.
+    """
+
+    def __init__(self, gather: bool) -> None:
+        self.gather = gather
+        self.running = False
+
+    def install(self, model: nn.Module) -> None:
+        """Hooks around the model's forward."""
+        model.register_forward_pre_hook(self._enter)
+        model.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.running = True
+
+    def _leave(self, module: nn.Module, args: Any, result: Any) -> Any:
+        self.running = False
+        if torch.compiler.is_compiling():  # there they were plain all along
+            return None
+        return _without_shards(result)
+
+
+def _without_shards(result: Any) -> Any:
+    """The model's result with plain tensors; containers stay the objects that they are, where they can."""
+    if isinstance(result, VocabLogits):
+        return result.plain
+    if isinstance(result, dict):  # transformers' outputs too, which know their entries by attribute as well
+        for key, value in list(result.items()):
+            if isinstance(value, VocabLogits):
+                result[key] = value.plain
+        return result
+    if type(result) in (tuple, list) and any(isinstance(value, VocabLogits) for value in result):
+        return type(result)(_without_shards(value) for value in result)
+    return result
+
+
+class VocabLogits(torch.Tensor):
+    """Logits [..., V] that know this rank's columns of them, [..., ceil(V / R)].
+
+    They are the tensor that they look like, and whatever is done with them is done with that. What keeps the columns
+    (other rows, another dtype, scaling, a soft cap) is done with the shard too, and F.cross_entropy is then computed
+    from it: no float32 copy of the whole, no softmax of it.
+
+    Attributes:
+        plain: the same numbers as a torch.Tensor; where they are not gathered, the shard.
+        shard: this rank's columns; what lies beyond V is padding.
+        vocab_size: V.
+        tp_group: the ranks.
+        loss_dtype: of the loss that torch would compute from these logits.
+    """
+
+    plain: torch.Tensor
+    shard: torch.Tensor
+    vocab_size: int
+    tp_group: Group
+    loss_dtype: torch.dtype
+
+    @property
+    def gathered(self) -> bool:
+        """Whether the whole is there."""
+        return self.plain is not self.shard
+
+    @property
+    def like_whole(self) -> torch.Tensor:
+        """A tensor on the meta device in the shape of the whole."""
+        return torch.empty((*self.plain.shape[:-1], self.vocab_size), device="meta")
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What torch asks before anything is done with these logits."""
+        kwargs = kwargs or {}
+        result = _loss(*args, **kwargs) if func is F.cross_entropy else _followed(func, args, kwargs)
+        if result is not None:
+            return result
+        logits = next((a for a in (*args, *kwargs.values()) if isinstance(a, VocabLogits)), None)
+        if logits is not None and not logits.gathered:
+            if func in _SIZES:
+                return func(logits.like_whole, *args[1:], **kwargs)
+            if func.__name__ in _ASKED:
+                logits = None
+        if logits is not None and not logits.gathered:
+            raise InputError(
+                f"gather_logits=False: the model does {func.__name__} with its logits, for which they must be whole "
+                "(gather_logits=True)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+
+
+def vocab_logits(shard: torch.Tensor, vocab_size: int, tp_group: Group, gather: bool) -> VocabLogits:
+    """Logits of this rank's columns.
+
+    Communication: an all-gather of them, where the whole is wanted.
+    """
+    whole = all_gather_split(shard, -1, tp_group)[..., :vocab_size] if gather else shard
+    return _made(whole, shard, vocab_size, tp_group, shard.dtype)
+
+
+def _made(
+    plain: torch.Tensor, shard: torch.Tensor, vocab_size: int, tp_group: Group, dtype: torch.dtype
+) -> VocabLogits:
+    with torch._C.DisableTorchFunctionSubclass():
+        logits = plain.as_subclass(VocabLogits)
+    logits.plain, logits.shard, logits.loss_dtype = plain, shard, dtype
+    logits.vocab_size, logits.tp_group = vocab_size, tp_group
+    return logits
+
+
+def _plain(value: Any) -> Any:
+    return value.plain if isinstance(value, VocabLogits) else value
+
+
+def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VocabLogits | None:
+    """What func makes of the logits, where the shard can follow; None where it cannot."""
+    logits = args[0] if args else None
+    if not isinstance(logits, VocabLogits):
+        return None
+    dtype = logits.loss_dtype
+    step: Callable[[torch.Tensor], torch.Tensor]
+    if func in _SHAPED:
+        shape = tuple(func(logits.like_whole, *args[1:], **kwargs).shape)
+        if not shape or shape[-1] != logits.vocab_size:
+            return None
+        step = lambda x: x.reshape(*shape[:-1], x.shape[-1])  # noqa: E731
+    elif func is torch.Tensor.__getitem__ and _keeps_columns(logits.dim(), args[1]):
+        step = lambda x: x[args[1]]  # noqa: E731
+    elif func in _ELEMENTWISE and not kwargs and all(isinstance(other, int | float) for other in args[1:]):
+        step = lambda x: func(x, *args[1:])  # noqa: E731
+    elif func in _CONVERTED and not kwargs and (len(args) == 1 or isinstance(args[1], torch.dtype)):
+        dtype = args[1] if len(args) > 1 else torch.float32
+        # The loss has float32 inside: the shard need not be copied for it.
+        shard = logits.shard if dtype == torch.float32 else logits.shard.to(dtype)
+        plain = logits.plain.to(dtype) if logits.gathered else shard
+        return _made(plain, shard, logits.vocab_size, logits.tp_group, dtype)
+    else:
+        return None
+    shard = step(logits.shard)
+    plain = step(logits.plain) if logits.gathered else shard
+    return _made(plain, shard, logits.vocab_size, logits.tp_group, dtype)
+
+
+def _keeps_columns(dims: int, index: Any) -> bool:
+    """Whether an index is of rows alone."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if parts[-1] is Ellipsis or not all(part is Ellipsis or isinstance(part, int | slice) for part in parts):
+        return False
+    reaches_last = Ellipsis in parts or len(parts) >= dims
+    return not reaches_last or parts[-1] == slice(None)
+
+
+def _loss(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> torch.Tensor | None:
+    """torch.nn.functional.cross_entropy of logits [T, V]; None for what there are no shards for."""
+    if not isinstance(input, VocabLogits) or isinstance(target, VocabLogits) or input.dim() != 2:
+        return None
+    if not (weight is size_average is reduce is None) or target.dtype != torch.int64 or target.dim() != 1:
+        return None
+    if reduction not in ("none", "mean", "sum") or target.shape[0] != input.shape[0]:
+        return None
+    loss = vocab_parallel_cross_entropy(
+        input.shard, target, tp_group=input.tp_group, vocab_size=input.vocab_size, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, padded_vocab_size=input.shard.shape[-1] * group_size(input.tp_group),
+    )  # fmt: skip
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / (target != ignore_index).sum()
+    return loss.to(input.loss_dtype)
