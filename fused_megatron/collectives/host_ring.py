@@ -8,7 +8,6 @@ A place is written again when every rank has taken what was there. The messages 
 orders them behind the writes to memory that come before, and they break when a rank ends.
 """
 
-import json
 import mmap
 import os
 import select
@@ -29,6 +28,7 @@ _ALIGNMENT = 64  # of places: a cache line
 _CONNECT_S = 20.0
 # About what it costs to sleep and be woken; for longer, the core belongs to whoever else has work.
 _SPIN_S = 50e-6
+_MOST_TEXT_BYTES = 512  # a host's name, and a path, of which a socket takes 108
 _MESSAGE = struct.Struct("<qq")  # pieces written so far, and pieces taken
 
 
@@ -169,9 +169,9 @@ class HostRing:
 def meet(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: float, wanted: bool) -> HostRing | None:
     """The ring of a group, or None on all of its ranks where one does not want it or cannot map all others.
 
-    Communication: none of the backend's; messages through the group's store, which every rank must come to.
+    Communication: two all-gathers of a few bytes a rank.
     """
-    rank, size, store = group.rank(), group.size(), group.get_group_store()
+    rank, size = group.rank(), group.size()
     ring: HostRing | None = None
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, socket.socket(socket.AF_UNIX) as listener:
         path = os.path.join(folder, "s")  # only this user may look in there
@@ -180,17 +180,26 @@ def meet(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: float, wa
             listener.listen(size)
         except OSError:  # a path too long, a file system without sockets
             wanted = False
-        place = [socket.gethostname(), path] if wanted and size <= MOST_RANKS else None
-        store.set(f"shared_memory place {rank}", json.dumps(place))
-        places = [json.loads(store.get(f"shared_memory place {r}")) for r in range(size)]
-        if all(places) and len({host for host, _ in places}) == 1:
+        place = f"{socket.gethostname()}\n{path}" if wanted and size <= MOST_RANKS else ""
+        places = [line.split("\n") for line in _tell(group, place)]
+        if len({host for host, *_ in places}) == 1 and place:
             try:
                 ring = HostRing(rank, global_ranks, *_connect(rank, [p for _, p in places], listener), timeout_s)
             except OSError:  # another container of this host, a limit, a rank that gave up
                 ring = None
-        store.set(f"shared_memory mapped {rank}", "1" if ring else "0")
-        agreed = all([store.get(f"shared_memory mapped {r}") == b"1" for r in range(size)])
+        agreed = all(_tell(group, "mapped" if ring else ""))
     return ring if agreed else None
+
+
+def _tell(group: dist.ProcessGroup, text: str) -> list[str]:
+    """Every rank's text. By the backend itself: tools watch torch.distributed's function, and in a store the keys of a
+    group that is no more may still lie."""
+    own = torch.zeros(_MOST_TEXT_BYTES, dtype=torch.uint8)
+    encoded = text.encode()[:_MOST_TEXT_BYTES]
+    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    every = [torch.empty_like(own) for _ in range(group.size())]
+    group._get_backend(own.device).allgather([every], [own]).wait()
+    return [bytes(some.tolist()).rstrip(b"\0").decode(errors="replace") for some in every]
 
 
 def _connect(
