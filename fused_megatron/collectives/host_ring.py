@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -198,7 +199,8 @@ def _tell(group: dist.ProcessGroup, text: str) -> list[str]:
     encoded = text.encode()[:_MOST_TEXT_BYTES]
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
     every = [torch.empty_like(own) for _ in range(group.size())]
-    group._get_backend(own.device).allgather([every], [own]).wait()
+    backend: Any = group._get_backend(own.device)
+    backend.allgather([every], [own]).wait()
     return [bytes(some.tolist()).rstrip(b"\0").decode(errors="replace") for some in every]
 
 
