@@ -63,7 +63,7 @@ def _rows(axes: Any, names: Sequence[str], bars_of_each: Sequence[int]) -> list[
     for count in bars_of_each:
         places.append([at + i for i in range(count)])
         at += count + 0.7
-    axes.figure.set_size_inches(8.5, 1.5 + 0.21 * at)
+    axes.figure.set_size_inches(8.5, 1.5 + 0.18 * at)
     axes.set_yticks([sum(some) / len(some) for some in places], names, fontsize=8)
     axes.set_ylim(at - 0.7 - 0.2, -0.8)
     axes.grid(axis="x", alpha=0.3)

@@ -36,6 +36,8 @@ def head_lines(results: Results, which: str = "") -> list[str]:
 def results_lines(results: Results, brief: bool = False) -> list[str]:
     """The whole report of one file; brief: of ops no more than how much faster ours are."""
     cases = results.comparisons
+    if not cases:
+        return [*head_lines(results), "no case was measured"]
     lines = [*head_lines(results), *_ceiling_line(results), _KEY]
     lines += _op_lines(results, brief) if _plain_ops(cases) else _provider_lines(results)
     return [*lines, "", *remarks(cases)]

@@ -71,6 +71,7 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "fields.json": (json.dumps(whole), "is damaged: KeyError 'seconds'"),
         "negative.json": (text.replace("[\n     ", "[\n     -1.0,\n     ", 1), "seconds must be numbers above 0"),
         "foreign.json": ('{"benchmarks": [], "machine_info": {}}', "pytest-benchmark wrote it for other benchmarks"),
+        "nothing.json": ("", "is no JSON, or cut off"),
         "nowhere.json": (None, "No such file"),
     }
     for name, (content, message) in bad.items():
@@ -208,6 +209,8 @@ def test_many_files_are_grouped_by_theme_and_hardware(tmp_path: Path, capsys: py
     assert "1 slower, 0 faster, 0 even: a regression" in said and "ops, Epyc" in said and "not the same" not in said
     assert cli.main(["report", *map(str, (old, new, old))]) == 2
     assert "3 files of ops on Xeon, 2 cores: at most two can be compared" in capsys.readouterr().err
+    assert cli.main(["report", str(saved(tmp_path, "no_case.json"))]) == 0
+    assert "no case was measured" in capsys.readouterr().out
     assert cli.main(["report"]) == 2
     assert "make bench writes them" in capsys.readouterr().err
 
