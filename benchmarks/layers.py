@@ -38,7 +38,7 @@ def layers_of(options: argparse.Namespace) -> Iterator[Layer]:
     for size in sizes[-1:] if options.short else sizes:
         for kind in ("MLP", "attention"):
             for sequence_parallel in (False, True):
-                for backward in (True,) if options.quick else (False, True):
+                for backward in (True,) if options.quick or options.short else (False, True):
                     if not options.only or options.only in (kind, "tp + sp" if sequence_parallel else "tp"):
                         yield Layer(kind, *size, sequence_parallel, backward)
 
