@@ -25,12 +25,16 @@ import dataclasses
 import functools
 import os
 import re
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
-from node_ranks import NodeRanks
+from node_ranks import INTERRUPTED, NodeRanks
 from node_steps import Measured, measure
 
 from fused_megatron.checks import InputError
@@ -39,12 +43,12 @@ from fused_megatron.doctor.machine import processor_name
 from fused_megatron.testing.comparison_table import markdown
 from fused_megatron.testing.model_flops import gpt_step_flops
 from fused_megatron.testing.report.describe_run import describe_run
-from fused_megatron.testing.report.results_file import Results, write_results
+from fused_megatron.testing.report.results_file import Results, read_results, write_results
 from fused_megatron.testing.side_by_side import OURS, Bars, Comparison
-from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
-from fused_megatron.testing.training_memory import rank_memory
+from fused_megatron.testing.timing_devices import CpuDevice, CudaDevice, TimingDevice, measure_ceilings
 from fused_megatron.training.config_file import load_config
 from fused_megatron.training.kept_pages import keep_malloc_pages
+from fused_megatron.training.rank_memory import rank_memory
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
@@ -203,23 +207,36 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
         if ranks.rank == 0:
             print(text, flush=True)
 
+    def save() -> None:
+        if ranks.rank == 0:
+            write_results(results, path)
+
+    def begin(preset: Preset, steps: Callable[[], Measured]) -> Measured:
+        say(f"{preset.name}: {preset.layout}, {rank_memory(preset.config).total / 1e9:.2f} GB a rank expected ...")
+        return steps()
+
     def interrupted() -> None:
         say(f"\ninterrupted: {len(results.comparisons)} of {len(presets)} presets are in {os.path.relpath(path)}")
 
+    if ranks.resumed:
+        results = read_results(path)
+    else:
+        say(f"{results.hardware}, {world} rank{'s' * (world > 1)}, torch {torch.__version__}")
+        if not device.is_gpu:
+            say("no GPU here: gloo, and tiny models of the presets' form, whose figures say nothing of the real ones")
     ranks.interrupted = interrupted
-    say(f"{results.hardware}, {world} rank{'s' * (world > 1)}, torch {torch.__version__}")
-    if not device.is_gpu:
-        say("no GPU here: gloo, and tiny models of the presets' form, whose figures say nothing of the real ones")
     dtypes = sorted({getattr(torch, p.config.training.dtype) for p in presets}, key=str)
-    ceilings, _ = ranks.run(world, lambda: measure_ceilings(device, dtypes, quick=options.quick))
-    results.ceilings = ceilings or {}
-    for preset in presets:
+    ceilings, _ = ranks.run("ceilings", world, lambda: measure_ceilings(device, dtypes, quick=options.quick))
+    results.ceilings = ceilings or results.ceilings
+    save()
+    for index, preset in enumerate(presets):
+        if index < len(results.comparisons):  # measured before a fault, or refused
+            continue
         result = comparison_of(preset)
         fault = refusal(preset, world, device_bytes(device, preset.num_ranks))
         if fault is None:
-            say(f"{preset.name}: {preset.layout}, {rank_memory(preset.config).total / 1e9:.2f} GB a rank expected ...")
             steps = functools.partial(measure, preset.config, device, warm_up=options.warm_up, steps=options.steps)
-            measured, fault = ranks.run(preset.num_ranks, steps)
+            measured, fault = ranks.run(preset.name, preset.num_ranks, functools.partial(begin, preset, steps))
             if measured is not None:
                 fill(result, measured)
                 ms = result.ms(OURS)
@@ -229,30 +246,58 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
             result.faults[OURS] = fault
             say(f"{preset.name}: {fault}")
         results.comparisons.append(result)
-        if ranks.rank == 0:
-            write_results(results, path)
+        save()
     results.complete = True
-    if ranks.rank == 0:
-        write_results(results, path)
-        say("")
-        for line in table(results):
-            say(line)
-        for result in results.comparisons:
-            if "published" in result.notes and OURS in result.seconds:
-                say(f"{result.op} {result.label}: published {result.notes['published']}")
-        say(f"\nfused-megatron report {os.path.relpath(path)}   shows this again, and plots")
+    save()
+    for line in conclusion(results, path):
+        say(line)
     return results
 
 
-def start_ranks(count: int | None) -> None:
-    """Become torchrun of this very command, with a rank for each GPU, or for each of up to 8 cores."""
+def conclusion(results: Results, path: Path) -> list[str]:
+    """The table, and what is said under it."""
+    published = [
+        f"{c.op} {c.label}: published {c.notes['published']}"
+        for c in results.comparisons
+        if "published" in c.notes and OURS in c.seconds
+    ]
+    hint = f"fused-megatron report {os.path.relpath(path)}   shows this again, and plots"
+    return ["", *table(results), *published, "", hint]
+
+
+def start_ranks(count: int | None) -> int:
+    """torchrun of this very command, with a rank for each GPU, or for each of up to 8 cores; its exit code.
+
+    Ctrl-C comes here alone and is handed on: torchrun's own word about it, a traceback, is left out.
+    """
     cores = os.cpu_count() or 1
     count = count or torch.cuda.device_count() or min(MOST_RANKS_OF_A_NODE, cores)
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // count)))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command = [sys.executable, *torchrun, f"--nproc-per-node={count}", *sys.argv]
-    os.execv(sys.executable, command)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    stopped = threading.Event()
+
+    def hand_on(errors: IO[bytes]) -> None:
+        for line in errors:
+            if not stopped.is_set():
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
+
+    assert process.stderr is not None
+    reader = threading.Thread(target=hand_on, args=(process.stderr,))
+    reader.start()
+
+    def stop(*_: object) -> None:
+        stopped.set()
+        process.send_signal(signal.SIGINT)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    code = process.wait()
+    reader.join()
+    return INTERRUPTED if stopped.is_set() else code
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -274,21 +319,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main() -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts a CPU's memory is talkative
     options = parse(sys.argv[1:])
-    gpus = find_gpus()
+    num_gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     try:
-        presets = load_presets(options.presets, tiny=not gpus)
+        presets = load_presets(options.presets, tiny=num_gpus == 0)
     except InputError as error:
         sys.exit(f"error: {error}" if local_rank == 0 else 1)
     if "RANK" not in os.environ:
-        start_ranks(options.ranks)
-    if gpus and local_rank >= len(gpus):
-        sys.exit(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on {len(gpus)} GPUs: start at most as many as there are GPUs")
-    if gpus:
+        sys.exit(start_ranks(options.ranks))
+    if 0 < num_gpus <= local_rank:
+        sys.exit(f"{os.environ['LOCAL_WORLD_SIZE']} ranks on {num_gpus} GPUs: start at most as many as there are GPUs")
+    device: TimingDevice
+    if num_gpus > 0:
         torch.cuda.set_device(local_rank)
+        device = CudaDevice(local_rank)
     else:
         keep_malloc_pages()
-    device = gpus[local_rank] if gpus else CpuDevice(processor_name() or "cpu")
+        device = CpuDevice(processor_name() or "cpu")
     results = run(NodeRanks(device.device, options.timeout_s), device, presets, options)
     sys.exit(0 if os.environ["RANK"] != "0" or any(OURS in c.seconds for c in results.comparisons) else 1)
 

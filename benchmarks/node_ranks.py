@@ -1,9 +1,10 @@
-"""The ranks of node.py: a process group for each preset, whose faults end that preset alone; Ctrl-C at any moment."""
+"""The ranks of node.py: a process group for each task, whose faults end that task alone; Ctrl-C at any moment."""
 
 import gc
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +15,17 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_POLL_S = 0.2
 INTERRUPTED = 130
+_POLL_S = 0.2
+_FAILED = "FUSED_MEGATRON_NODE_FAILED"  # the task that a rank failed at, before this process started anew
 
 
 class NodeRanks:
     """This rank among those that torchrun started.
+
+    A rank that waits for another one's collective cannot be called back for sure. So when a rank fails, all ranks of
+    the task become new processes in the place of the old ones (exec), which keep torchrun's store and know from it what
+    is done: that cuts every connection and frees all memory, whatever the backend.
 
     Args:
         device: of this rank.
@@ -27,74 +33,73 @@ class NodeRanks:
 
     Attributes:
         rank, world_size: of all that were started.
+        resumed: whether this process goes on after a fault.
+        interrupted: what rank 0 does on Ctrl-C, in a thread of its own, before all ends.
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
         self._store, self.rank, self.world_size = next(iter(dist.rendezvous("env://")))
         self._device, self._timeout = device, timedelta(seconds=timeout_s)
-        self._task = 0
-        self._running = False
+        self._failed = os.environ.pop(_FAILED, None)
+        self.resumed = self._failed is not None
+        self._running: str | None = None
+        self._handover = threading.Lock()
         self.interrupted: Callable[[], None] = lambda: None
-        """What rank 0 does on Ctrl-C, in a thread of its own, before all ends."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         # Python's own handler waits until a collective returns; the byte is there at once.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.set_wakeup_fd(writer)
-        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+        # A store of its own: a wait of the main thread would hold the other.
+        threading.Thread(target=self._watch, args=(reader, self._store.clone()), daemon=True).start()
 
-    def run(self, num_ranks: int, function: Callable[[], T]) -> tuple[T | None, str]:
+    def run(self, task: str, num_ranks: int, function: Callable[[], T]) -> tuple[T | None, str]:
         """(function(), "") on the first num_ranks ranks, in a process group of their own; the others wait for them.
 
-        Where it raises on a rank, the groups of the others are cut, so that none waits for it: (None, the first fault).
+        Where it raises on a rank: (None, the first fault). A task that is done since before a fault: (None, "").
+
+        Args:
+            task: a name that no other has.
         """
-        self._task += 1
         if self.rank >= num_ranks:
-            while not self._store.check([self._key("done")]):
+            while not self._store.check([self._key(task, "done")]):
                 time.sleep(_POLL_S)
+        if self._store.check([self._key(task, "done")]):
             return None, ""
-        result, fault = None, ""
-        self._running = True
+        if self._failed == task:
+            self._done(task)
+            return None, self._store.get(self._key(task, "fault")).decode()
+        self._running = task
         try:
-            self._join(num_ranks)
+            self._join(task, num_ranks)
             result = function()
             dist.barrier()  # all have come so far
         except Exception as error:  # whatever it is: the others must hear of it, or they wait for ever
-            fault = self._report(error)
-        self._running = False
-        self._leave(bool(fault))
-        if self.rank == 0:
-            self._store.set(self._key("done"), "1")
-        return (None, fault) if fault else (result, "")
-
-    def _join(self, num_ranks: int) -> None:
-        backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
-        store = dist.PrefixStore(self._key("group"), self._store)
-        dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=num_ranks, timeout=self._timeout,
-            device_id=self._device if self._device.type == "cuda" else None,
-        )  # fmt: skip
-
-    def _report(self, error: Exception) -> str:
-        """The first fault of the preset: this one, or that of another rank which led to it."""
-        text = f"rank {self.rank}: {describe(error)}"
-        known = self._store.compare_set(self._key("fault"), "", text)
-        return known.decode()
-
-    def _leave(self, failed: bool) -> None:
-        """Out of all groups; after a fault without waiting for anyone."""
-        if failed:
-            _cut_groups()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+            with self._handover:
+                self._store.compare_set(self._key(task, "fault"), "", f"rank {self.rank}: {describe(error)}")
+                _start_anew(task)
+        with self._handover:
+            self._running = None
+        dist.destroy_process_group()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        self._done(task)
+        return result, ""
 
-    def _key(self, what: str) -> str:
-        return f"node/{self._task}/{what}"
+    def _join(self, task: str, num_ranks: int) -> None:
+        backend = "cpu:gloo,cuda:nccl" if self._device.type == "cuda" else "gloo"
+        store = dist.PrefixStore(self._key(task, "group"), self._store)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=num_ranks, timeout=self._timeout)
 
-    def _watch(self, reader: int) -> None:
+    def _done(self, task: str) -> None:
+        if self.rank == 0:
+            self._store.set(self._key(task, "done"), "1")
+
+    def _key(self, task: str, what: str) -> str:
+        return f"node/{task}/{what}"
+
+    def _watch(self, reader: int, store: dist.Store) -> None:
         """Until the end: Ctrl-C, and faults of other ranks."""
         while True:
             ready, _, _ = select.select([reader], [], [], _POLL_S)
@@ -102,14 +107,14 @@ class NodeRanks:
                 if self.rank == 0:
                     self.interrupted()
                 os._exit(INTERRUPTED)
-            if self._running and self._failed_elsewhere():
-                _cut_groups()
-
-    def _failed_elsewhere(self) -> bool:
-        try:
-            return self._store.check([self._key("fault")])
-        except RuntimeError:  # the store is gone, and torchrun with it: nobody would ever end this rank
-            os._exit(1)
+            with self._handover:
+                if self._running is None:
+                    continue
+                try:
+                    if store.check([self._key(self._running, "fault")]):
+                        _start_anew(self._running)
+                except RuntimeError:  # the store is gone, and torchrun with it: nobody would ever end this rank
+                    os._exit(1)
 
 
 def describe(error: Exception) -> str:
@@ -120,10 +125,9 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _cut_groups() -> None:
-    """Collectives that run raise, here and on the peers; without waiting for anyone."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        try:
-            group.abort()
-        except RuntimeError:
-            continue
+def _start_anew(failed: str) -> None:
+    """The same program in a new process of the same number."""
+    os.environ[_FAILED] = failed
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -15,13 +15,10 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.testing.model_flops import gpt_step_flops
 from fused_megatron.testing.report.results_file import read_results
 from fused_megatron.testing.timing_devices import FakeGpu
-from fused_megatron.testing.training_memory import rank_memory
 from fused_megatron.training.config_file import load_config
+from fused_megatron.training.rank_memory import rank_memory
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
-]  # fmt: skip
 SMALL = """
 [model]
 num_layers = 2
@@ -39,6 +36,7 @@ microbatch_size = 2
 # What is done to a run from inside.
 SCRIPT = """
 import os, signal, sys
+os.environ.setdefault("LAUNCHER", str(os.getpid()))  # of the first process, which starts torchrun
 sys.path.insert(0, {benchmarks!r})
 import node, node_steps, torch
 step = node_steps.Trainer.train_step
@@ -47,7 +45,7 @@ def train_step(self):
     if hidden_size == 64 and stop and self.mesh.rank == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\\nand much more")
     if hidden_size == 96 and stop and self.mesh.rank == 0:
-        os.kill(os.getppid(), signal.SIGINT)
+        os.kill(int(os.environ["LAUNCHER"]), signal.SIGINT)
     return step(self)
 node_steps.Trainer.train_step = train_step
 node.main()
@@ -79,17 +77,18 @@ def test_figures_faults_and_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture
         text = SMALL.format(hidden_size=HIDDEN_SIZES.get(name, 32), parallel=parallel)
         (tmp_path / f"{name}.toml").write_text(text)
     (tmp_path / "script.py").write_text(SCRIPT.format(benchmarks=str(ROOT / "benchmarks")))
-    command = [*TORCHRUN, "script.py", "--quick", "--steps", "3", "--results", "node.json"]
+    command = [sys.executable, "script.py", "--ranks", "2", "--quick", "--steps", "3", "--results", "node.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "--presets", *(f"{name}.toml" for name in PARALLEL)],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "no GPU here: gloo" in done.stdout, done.stderr
     out_of_memory = "rank 1: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
     assert f"out_of_memory: {out_of_memory}" in done.stdout
     # What was measured before Ctrl-C is there.
-    assert done.returncode != 0 and "interrupted: 5 of 8 presets are in node.json" in done.stdout, done.stdout
+    assert "interrupted: 5 of 8 presets are in node.json" in done.stdout
+    assert done.returncode == 130 and "Traceback" not in done.stdout + done.stderr
     path = tmp_path / "node.json"
     results = read_results(path)
     assert not results.complete and results.theme == "node" and results.ceilings["gemm_gflop_per_s float32"] > 0
@@ -124,7 +123,7 @@ def test_a_whole_run(
     monkeypatch.setattr(node, "measure", measure)
     monkeypatch.setattr(node, "measure_ceilings", lambda *_, **__: {"gemm_gflop_per_s bfloat16": 1e5})
     monkeypatch.setattr(node, "device_bytes", lambda *_: 80 << 30)
-    ranks = SimpleNamespace(rank=0, world_size=2, run=lambda num_ranks, function: (function(), ""))
+    ranks = SimpleNamespace(rank=0, world_size=2, resumed=False, run=lambda task, num_ranks, function: (function(), ""))
     path = tmp_path / "node.json"
     results = node.run(ranks, FakeGpu("H100"), presets, node.parse(["--results", str(path)]))
     assert read_results(path) == results and results.complete and results.hardware == "2 x fake H100"
@@ -134,7 +133,7 @@ def test_a_whole_run(
     rows = [[cell.strip() for cell in line.split("|")] for line in said.splitlines() if line.startswith("| GPT ")][1:]
     assert len(rows) == 2
     expected = [("1.2B", 1, 1.0), ("2.5B", 2, 1.25)]
-    for row, (model, hardware), (op, ranks_of, seconds) in zip(rows, flops, expected, strict=True):
+    for row, (model, hardware), (op, ranks_of, seconds) in zip(rows, flops[:2], expected, strict=True):
         tflops = model / seconds / ranks_of / 1e12
         scaling, ms = tflops / (flops[0][0] / 1e12), f"{1e3 * seconds:,.1f}"
         assert row[1:-1] == [

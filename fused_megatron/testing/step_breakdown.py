@@ -12,13 +12,12 @@ import torch.distributed as dist
 
 from fused_megatron.pipeline.connections import Connections
 from fused_megatron.pipeline.messages import Messages
-from fused_megatron.training.optimizer import Optimizer
 
 COMPUTE, COMMUNICATION, BUBBLE, OPTIMIZER = "compute", "communication", "bubble", "optimizer"
 
 # Where our code waits, or updates. A wait inside another one belongs to the outer.
 _Seams = tuple[tuple[str, type, str], ...]
-_SEAMS: _Seams = ((COMMUNICATION, dist.Work, "wait"), (OPTIMIZER, Optimizer, "step"))
+_SEAMS: _Seams = ((COMMUNICATION, dist.Work, "wait"), (OPTIMIZER, torch.optim.AdamW, "step"))
 _PIPELINE_SEAMS: _Seams = ((BUBBLE, Messages, "take"), (BUBBLE, Connections, "share_losses"))
 
 
@@ -32,8 +31,8 @@ class StepBreakdown:
 
     "communication" is what is exposed: the time for which this rank waits for a collective, with nothing left to run
     beside it; a slower rank that it waits for is in it, too. "bubble" is the wait of a pipeline stage for a message of
-    its neighbour, or for the last stage at the end: idle time and exposed transfer in one. "optimizer" is AdamW with
-    the rounding of weights, "compute" all the rest.
+    its neighbour, or for the last stage at the end: idle time and exposed transfer in one. "optimizer" is AdamW's step,
+    "compute" all the rest.
 
     On a GPU two events of the current stream stand around each wait: what lies between them is for how long the stream
     stood still. Only waits that Python makes are seen: those of all our layers, but not those inside DDP's reducer,
