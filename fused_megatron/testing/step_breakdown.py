@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from fused_megatron.collectives.streams import Transfer
 from fused_megatron.pipeline.connections import Connections
 from fused_megatron.pipeline.messages import Messages
 
@@ -17,7 +18,9 @@ COMPUTE, COMMUNICATION, BUBBLE, OPTIMIZER = "compute", "communication", "bubble"
 
 # Where our code waits, or updates. A wait inside another one belongs to the outer.
 _Seams = tuple[tuple[str, type, str], ...]
-_SEAMS: _Seams = ((COMMUNICATION, dist.Work, "wait"), (OPTIMIZER, torch.optim.AdamW, "step"))
+_SEAMS: _Seams = (
+    (COMMUNICATION, Transfer, "wait"), (COMMUNICATION, dist.Work, "wait"), (OPTIMIZER, torch.optim.AdamW, "step"),
+)  # fmt: skip
 _PIPELINE_SEAMS: _Seams = ((BUBBLE, Messages, "take"), (BUBBLE, Connections, "share_losses"))
 
 
@@ -70,7 +73,8 @@ class StepBreakdown:
             # On a CPU threads of the pipeline wait for its sends, which delays no one. A GPU's backward has a thread
             # of its own.
             aside = self._device.type == "cpu" and threading.current_thread() is not thread
-            if aside or getattr(self._inside, "wait", False):
+            alone = bool(args) and isinstance(args[0], Transfer) and args[0]._work is None  # of a group of one
+            if aside or alone or getattr(self._inside, "wait", False):
                 return function(*args, **kwargs)
             self._inside.wait = True
             begin = self._now()

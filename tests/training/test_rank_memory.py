@@ -68,8 +68,9 @@ def test_peak_of_a_step() -> None:
         for config, (peak, num_parameters, pp_rank) in zip(CONFIGS, rank, strict=True):
             memory = rank_memory(config, pp_rank)
             assert memory.num_parameters == num_parameters
-            # What the formula leaves out is small; what a block or the head needs while it computes is a guess.
-            assert 0.85 < peak / memory.total < 1.05, (config, peak, memory)
+            # What a block or the head needs while it computes is a guess; and there is what does not grow with the
+            # model, such as that with which a group is measured.
+            assert 0.85 * memory.total < peak < 1.05 * memory.total + 6e6, (config, peak, memory)
 
 
 def test_the_fullest_rank_of_a_pipeline() -> None:
