@@ -265,8 +265,11 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
             watch(stage, step.actions)
         kind = getattr(pipelining.schedules, SCHEDULES[layout.schedule])
         single = issubclass(kind, pipelining.schedules.PipelineScheduleSingle)
-        # The loss of a microbatch is the mean over its tokens; the engine divides gradients by their number.
-        engine = kind(wrapped[0] if single else wrapped, layout.microbatches, loss_fn=mean_loss, scale_grads=True)
+        # Divided here, and not by the engine: that would do it once for each stage, twice for a table that two share.
+        engine = kind(
+            wrapped[0] if single else wrapped, layout.microbatches, scale_grads=False,
+            loss_fn=lambda logits, target: mean_loss(logits, target) / layout.microbatches,
+        )  # fmt: skip
 
         def run(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
             step.actions.clear()
@@ -280,7 +283,7 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
             tie_gradients()
             optimizer.step()
             optimizer.zero_grad()
-            return torch.stack(losses).detach().mean() if losses else None
+            return torch.stack(losses).detach().sum() if losses else None
 
         step.run = run
         return step

@@ -1,6 +1,6 @@
 """What `make bench` runs: the ops, short forms of the layers and of training steps, and one report of it all.
 
-    python benchmarks/run_all.py                    under ten minutes and 6 GB of memory on two idle cores
+    python benchmarks/run_all.py                    about ten minutes and 6 GB of memory on two idle cores
     python benchmarks/run_all.py -k layer_norm      some of the ops, with pytest's own options
 
 Each part writes its results as it goes: Ctrl-C ends the part that runs, keeps what was measured, and starts no other.

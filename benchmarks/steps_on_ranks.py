@@ -148,7 +148,7 @@ def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: in
         if rank == 0:
             print(f"  {name}: {fault or 'right'}", flush=True)
     order = list(candidates)
-    for i in range(rounds + 1):
+    for i in range(rounds + 1 if order else 0):
         spent = {}
         for name in order[i % len(order) :] + order[: i % len(order)]:
             say(at=name)
@@ -158,6 +158,8 @@ def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: in
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         if i > 0:  # the first warms up
             say(round=dict(zip(order, slowest.tolist(), strict=True)))
+        if i == 1 and rank == 0:
+            print(f"  {rounds} rounds of {slowest.sum():.1f} s", flush=True)
     for name in order:
         say(at=name)
         say(breakdown={name: break_down(candidates[name], world_size, min(3, rounds))})

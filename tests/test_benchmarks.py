@@ -109,7 +109,7 @@ def test_all_parts_one_after_the_other(tmp_path, monkeypatch, capfd):
     assert run_all.main([]) == 130
     said, errors = capfd.readouterr()
     assert "part 3 of 4" in said and "it runs" not in said and "Traceback" not in said + errors
-    assert "| MLP tp=2 | float32 | ours " in said and "interrupted: the files have what was measured" in said
+    assert "| MLP tp=2 | float32 | 1000 " in said and "interrupted: the files have what was measured" in said
     monkeypatch.setattr(run_all, "PARTS", tuple(parts[:1]))
     assert run_all.main([]) == 1
     assert "failed: fails" in capfd.readouterr().out

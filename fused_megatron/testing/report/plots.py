@@ -109,7 +109,7 @@ def _speed_up(axes: Any, cases: Sequence[Comparison]) -> None:
             words = [f"{ratio.median:.2f}x"] + ([EVEN] if verdict == EVEN else []) + ([] if few else [name])
             _annotate(axes, " ".join(words), ratio.high, y)
     axes.axvline(1, color="black", linewidth=1)
-    axes.margins(x=0.1 if few else 0.45)
+    axes.margins(x=0.16 if few else 0.45)
     axes.set_xlabel("how many times faster ours is\n(bar: median of the rounds; line: 20th to 80th percentile)")
     _legend(axes)
 
