@@ -13,6 +13,8 @@ from fused_megatron.interop.full_state import check_full_state, load_full_state_
 from fused_megatron.tensor_parallel import ShardedModule
 from fused_megatron.weight_files import StoredWeight, WeightFiles
 
+_OTHER_NAMES = " (where transformers renamed tensors, parallelize what its from_pretrained returns)"
+
 
 def load_pretrained_shards(
     model: nn.Module, folder: str | Path, *, device: torch.device | str | None = None, strict: bool = True
@@ -28,7 +30,8 @@ def load_pretrained_shards(
         model: after parallelize; parameters on the meta device become real ones here, others are overwritten.
         folder: with model.safetensors, or model.safetensors.index.json and the files that it names.
         device: of what was on the meta device; the CPU where nothing else of the model says otherwise.
-        strict: refuse tensors that the folder lacks, or has beyond the model's.
+        strict: refuse tensors that the folder lacks, or has beyond the model's. What is on the meta device must be
+            filled in any case.
 
     Returns:
         The model. What its files do not hold (rotary frequencies) its own class computes, as in from_pretrained.
@@ -47,11 +50,29 @@ def load_pretrained_shards(
         try:
             check_full_state(model, state, strict)
         except InputError as error:
-            raise InputError(f"{folder}: {error}") from None
+            raise InputError(f"{folder}: {error}{_OTHER_NAMES}") from None
+        _check_filled(model, state)
     buffers = _materialise(model, place)
-    load_full_state_dict(model, state, strict=strict)
+    # Before the weights: what initialises a buffer may draw the module's weights too.
     _compute_buffers(model, [name for name in buffers if name not in state])
+    load_full_state_dict(model, state, strict=strict)
     return model
+
+
+def _check_filled(model: nn.Module, state: Mapping[str, StoredWeight]) -> None:
+    """Raise for a parameter on the meta device that nothing would give values to; and for buffers alike."""
+    given = {value for name, value in model.state_dict(keep_vars=True).items() if name in state}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and parameter not in given:
+            raise InputError(f"{name} is on the meta device, and no file has it{_OTHER_NAMES}")
+    initialise = getattr(model, "_init_weights", None)
+    for owner, module in model.named_modules():
+        absent = [name for name, b in module._buffers.items() if b is not None and b.is_meta]
+        absent = [name for name in absent if f"{owner}.{name}".strip(".") not in state]
+        if absent and (initialise is None or not all(p is None or p.is_meta for p in module._parameters.values())):
+            raise InputError(
+                f"{owner}.{absent[0]} is on the meta device, and no file has it (build the model with buffers off it)"
+            )
 
 
 def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -99,8 +120,6 @@ def _compute_buffers(model: nn.Module, names: list[str]) -> None:
     """Values of buffers that no file has, by the model's own initialisation of the module that owns them."""
     initialise = getattr(model, "_init_weights", None)
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
-        module = model.get_submodule(owner)
-        if initialise is None or module._parameters:
-            raise InputError(f"{owner}: no file has its buffers (build the model with buffers off the meta device)")
+        assert initialise is not None
         with torch.no_grad():
-            initialise(module)
+            initialise(model.get_submodule(owner))

@@ -14,7 +14,9 @@ from fused_megatron.testing import run_on_ranks
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 48}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}
+GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
 MODELS = {
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GEMMA),  # its embedding has a buffer that no file has
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "bert": (hf.BertForMaskedLM, hf.BertConfig, {}),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"n_positions": 16}),
@@ -67,6 +69,8 @@ def refusals(mesh, folder, rank):
         with pytest.raises(InputError, match=message):
             fm.load_pretrained_shards(model, base / name)
         assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(InputError, match=r"model\.norm\.weight is on the meta device, and no file has it \(where"):
+        fm.load_pretrained_shards(model, base / "missing", strict=False)
     here = base / "missing" if rank == 1 else folder / "llama"  # the folder of one rank alone is wrong
     with pytest.raises(InputError, match=("" if rank == 1 else r"ranks \[1\] refused this, .*") + "state has no"):
         fm.load_pretrained_shards(model, here)
