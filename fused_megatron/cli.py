@@ -7,6 +7,7 @@ where torch or another dependency is missing.
 import importlib.metadata
 import os
 import re
+import select
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from fused_megatron.checks import InputError
 USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
-  train CONFIG.toml [--section.key value ...]   train a GPT; `train --help` lists every key
+  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
@@ -37,8 +38,19 @@ LOST_RANK = re.compile(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted."""
+    """Run a command; the exit code: 0 done, 1 failed, 2 bad input, 130 interrupted, 141 nobody reads the output."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        return 141  # as a program that SIGPIPE ends, as most are by `| head -1`
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     command = words[0] if words else "--help"
     if command in ("-h", "--help"):
         print(USAGE)
@@ -71,6 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)
 
 
+def _output_is_closed() -> bool:
+    """Whether nobody reads what is printed; if so what is left goes nowhere, at the end of the process too."""
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in poller.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def _train(words: Sequence[str]) -> int:
     from fused_megatron.training.checkpoint import newest_checkpoint  # noqa: PLC0415
     from fused_megatron.training.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
@@ -80,7 +102,7 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
 
     if any(word in ("-h", "--help") for word in words):
-        print_help("fused-megatron train CONFIG.toml")
+        print_help("fused-megatron train CONFIG.toml", words)
         return 0
     try:
         if not words or words[0].startswith("-"):

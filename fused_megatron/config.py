@@ -5,7 +5,9 @@ The text under a field is its help on the command line.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor, check_one_of
 
@@ -15,6 +17,8 @@ class GPTConfig:
     """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position, linear_biases
     and num_kv_heads make a Llama, Mistral or Qwen of it."""
 
+    family: str = "gpt"
+    """gpt; or bert, an encoder that learns to predict masked tokens (its keys: train --help --model.family=bert)."""
     num_layers: int = 4
     """Number of transformer blocks."""
     hidden_size: int = 256
@@ -81,6 +85,9 @@ class GPTConfig:
     full (every block; its input alone is kept)."""
 
     def __post_init__(self) -> None:
+        check_one_of("family", self.family, list(MODEL_FAMILIES))
+        wanted = MODEL_FAMILIES[self.family]
+        check(type(self) is wanted, f"family={self.family!r} must be a {wanted.__name__}, not a {type(self).__name__}")
         for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
             _check_positive(name, getattr(self, name))
         for name in (
@@ -168,6 +175,8 @@ class GPTConfig:
 class BERTConfig(GPTConfig):
     """An encoder: every token sees every other. The fields of GPTConfig mean the same here; the head is tied."""
 
+    family: str = "bert"
+    """bert; or gpt, a decoder."""
     num_token_types: int = 2
     """Kinds of tokens (first and second sentence), each with a learned vector; 0 for none."""
     post_norm: bool = False
@@ -184,6 +193,15 @@ class BERTConfig(GPTConfig):
         check_one_of("activation", self.activation, ("gelu", "gelu_exact"))
         check(self.tied_embeddings, "tied_embeddings=False must be True: BERT's head shares the embedding")
         check(self.sliding_window is None, f"sliding_window={self.sliding_window} must be None: it is of causal models")
+
+
+# The models that model.family names.
+MODEL_FAMILIES: dict[str, type[GPTConfig]] = {"gpt": GPTConfig, "bert": BERTConfig}
+
+
+def model_config(fields: Mapping[str, Any]) -> GPTConfig:
+    """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT."""
+    return MODEL_FAMILIES[fields.get("family", "gpt")](**fields)
 
 
 # The values of the fields that are words.
@@ -242,9 +260,12 @@ class DataConfig:
     """A tokenizer.json to use instead of training one; for an indexed dataset the one that made it."""
     validation_fraction: float = 0.05
     """Share of the documents held out."""
+    mask_fraction: float = 0.15
+    """Share of the tokens that a BERT is to predict."""
 
     def __post_init__(self) -> None:
         _check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)
+        check(0 < self.mask_fraction <= 1, f"mask_fraction={self.mask_fraction} must be above 0 and at most 1")
         check(
             0 < self.validation_fraction <= 0.5,
             f"validation_fraction={self.validation_fraction} must be above 0 and at most 0.5",
@@ -345,6 +366,10 @@ class TrainConfig:
         check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
         if self.parallel.sequence_parallel:
             check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
+        check(
+            self.model.family != "bert" or self.model.seq_len >= 3,
+            f"seq_len={self.model.seq_len} must be at least 3: [CLS], a token and [SEP]",
+        )
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
         )
@@ -357,6 +382,17 @@ class TrainConfig:
             f"microbatch_size={self.training.microbatch_size} x data_parallel_size={dp_size}, i.e. by their product",
             self.training.microbatch_size * dp_size,
         )
+
+
+@dataclass(frozen=True)
+class BERTTrainConfig(TrainConfig):
+    """The same where model.family is bert: its [model] has more fields."""
+
+    model: BERTConfig = field(default_factory=BERTConfig)
+
+
+# What a file or a command line is read as, by its model.family.
+TRAIN_CONFIGS: dict[str, type[TrainConfig]] = {"gpt": TrainConfig, "bert": BERTTrainConfig}
 
 
 def _check_positive(name: str, value: int) -> None:

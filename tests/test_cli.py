@@ -201,3 +201,13 @@ def test_python_m_and_help() -> None:
     helped = subprocess.run([sys.executable, "-m", "fused_megatron", "train", "--help"], capture_output=True, text=True)
     assert helped.returncode == 0
     assert "--parallel.tensor-parallel-size" in helped.stdout and "Ranks that share each layer" in helped.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_a_reader_that_has_read_enough_is_no_fault(words: list[str]) -> None:
+    command = [sys.executable, "-m", "fused_megatron", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()  # before anything is printed: what is buffered meets the closed pipe at the end
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -3,6 +3,7 @@
 from fused_megatron.models.attention import ParallelSelfAttention
 from fused_megatron.models.bert import BERT
 from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.families import new_model
 from fused_megatron.models.gpt import GPT
 from fused_megatron.models.mlp import ParallelMLP
 from fused_megatron.models.stage_cut import StageSpan, cut_stages
@@ -17,4 +18,5 @@ __all__ = [
     "StageSpan",
     "TransformerBlock",
     "cut_stages",
+    "new_model",
 ]

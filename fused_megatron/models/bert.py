@@ -1,5 +1,6 @@
-"""A BERT from tensor-parallel layers: an encoder, the masked-LM head and its loss, the next-sentence head."""
+"""A BERT from tensor-parallel layers, whole or one pipeline stage: encoder, masked-LM and next-sentence heads."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -9,10 +10,11 @@ from torch import nn
 
 from fused_megatron import ops
 from fused_megatron.checks import check, check_shape
-from fused_megatron.collectives import Group, all_gather_split, group_rank, split_all_gather
+from fused_megatron.collectives import Group, all_gather_split, group_rank, group_size, split_all_gather
 from fused_megatron.config import BERTConfig
 from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
+from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
@@ -22,6 +24,7 @@ from fused_megatron.tensor_parallel import (
     column_parallel_linear,
     fill_normal_shard_,
     parameter_parts,
+    parameter_shard,
     vocab_parallel_linear_cross_entropy,
 )
 
@@ -29,13 +32,16 @@ from fused_megatron.tensor_parallel import (
 class BERT(ShardedModule):
     """Bidirectional encoder with a masked-LM head: norm(gelu(linear(x))) times the embedding's weight, plus a bias.
 
-    Every tensor-parallel size starts from the same full weights, drawn from `seed` and the parameters' names.
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
+    have the names that they have in the whole model. The last stage holds a copy of token_embedding.weight for its
+    head, whose gradient the caller adds to the first stage's, and that to it.
 
     Args:
         config: sizes and forms; config.vocab_size must be given.
         tp_group: tensor-parallel group of size R; None means one rank.
         sequence_parallel: activations between the tensor-parallel layers are sequence shards [S / R, B, H].
         seed: of the initial weights and of dropout.
+        stage: which part of the model this is; None for all of it.
 
     Communication:
         Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
@@ -58,6 +64,7 @@ class BERT(ShardedModule):
         tp_group: Group = None,
         sequence_parallel: bool = False,
         seed: int = 0,
+        stage: StageSpan | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -69,34 +76,47 @@ class BERT(ShardedModule):
         self.sequence_parallel = sequence_parallel and tp_group is not None
         place: dict[str, Any] = {"dtype": dtype, "device": device}
         layout: dict[str, Any] = {**place, "tp_group": tp_group, "sequence_parallel": sequence_parallel}
-        hidden = config.hidden_size
-        self.token_embedding = VocabParallelEmbedding(
-            self.vocab_size, hidden, pad_to_multiple_of=config.pad_vocab_size_to_multiple_of,
-            init_std=config.init_std, **layout,
-        )  # fmt: skip
+        self.stage = stage
+        span = stage or StageSpan(0, 1, 0, config.num_layers)
+        self._add_embeddings(config, layout, place, span)
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): TransformerBlock(config, causal=False, post_norm=config.post_norm, **layout)
+                for i in range(span.start, span.stop)
+            }
+        )
+        self.final_norm = norm_of(config, **layout) if span.last and not config.post_norm else None
+        self._add_heads(config, layout, span)
+        states = torch.empty(1 + len(DROPOUT_PLACES) * len(self.blocks), 2, dtype=torch.int64, device=device)
+        self.register_buffer("dropout_states", states, persistent=False)
+        self.reset_parameters(seed)
+
+    def _add_embeddings(
+        self, config: BERTConfig, layout: dict[str, Any], place: dict[str, Any], span: StageSpan
+    ) -> None:
+        self.token_embedding = None
+        if span.first or (span.last and config.masked_lm_head):
+            self.token_embedding = VocabParallelEmbedding(
+                self.vocab_size, config.hidden_size, pad_to_multiple_of=config.pad_vocab_size_to_multiple_of,
+                init_std=config.init_std, **layout,
+            )  # fmt: skip
+            if not span.first:
+                weight = self.token_embedding.weight
+                self.token_embedding.register_shard("weight", weight, replace(parameter_shard(weight), copy=1))
         for name, rows in (
             ("position_embedding", config.seq_len if config.position == "learned" else 0),
             ("token_type_embedding", config.num_token_types),
         ):
-            self.register_parameter(name, nn.Parameter(torch.empty(rows, hidden, **place)) if rows else None)
-        self.embedding_norm = norm_of(config, **layout) if config.post_norm else None
-        self.blocks = nn.ModuleDict(
-            {
-                str(i): TransformerBlock(config, causal=False, post_norm=config.post_norm, **layout)
-                for i in range(config.num_layers)
-            }
-        )
-        self.final_norm = None if config.post_norm else norm_of(config, **layout)
-        self._add_heads(config, layout)
-        states = torch.empty(1 + len(DROPOUT_PLACES) * config.num_layers, 2, dtype=torch.int64, device=device)
-        self.register_buffer("dropout_states", states, persistent=False)
-        self.reset_parameters(seed)
+            table = nn.Parameter(torch.empty(rows, config.hidden_size, **place)) if rows and span.first else None
+            self.register_parameter(name, table)
+        self.embedding_norm = norm_of(config, **layout) if span.first and config.post_norm else None
 
-    def _add_heads(self, config: BERTConfig, layout: dict[str, Any]) -> None:
+    def _add_heads(self, config: BERTConfig, layout: dict[str, Any], span: StageSpan) -> None:
         hidden = config.hidden_size
         dense: dict[str, Any] = {"init_std": config.init_std, "gather_output": True}
         self.head_transform = self.head_norm = self.pooler = self.next_sentence = None
-        if config.masked_lm_head:
+        if config.masked_lm_head and span.last:
+            assert self.token_embedding is not None
             self.head_transform = ColumnParallelLinear(hidden, hidden, **dense, **layout)
             # What it gets is whole and the same on every rank, and so are its gradients.
             self.head_norm = norm_of(config, **{**layout, "sequence_parallel": False})
@@ -106,7 +126,7 @@ class BERT(ShardedModule):
                 nn.Parameter(torch.empty_like(weight[:, 0])),
                 ParameterShard((self.vocab_size,), (group_rank(self.tp_group) * weight.shape[0],)),
             )
-        if config.next_sentence_head:
+        if config.next_sentence_head and span.last:
             whole = {**layout, "sequence_parallel": False}
             self.pooler = ColumnParallelLinear(hidden, hidden, **dense, **whole)
             # Two features are too few to share.
@@ -120,7 +140,7 @@ class BERT(ShardedModule):
             table = getattr(self, name)
             if table is not None:
                 fill_normal_shard_(table, self.config.init_std, seed=seed, name=name)
-        if self.config.masked_lm_head:
+        if self.head_transform is not None:
             nn.init.zeros_(self.get_parameter("head_bias"))
         reset_layers(self, seed)
         self.reset_dropout(seed)
@@ -131,75 +151,106 @@ class BERT(ShardedModule):
         fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *places), seed)
 
     def num_parameters(self) -> int:
-        """Parameters over all tensor-parallel ranks, without vocabulary padding."""
-        return sum(prod(part.shard.full_shape) for p in self.parameters() for part in parameter_parts(p))
+        """Parameters of the full model or stage, over all tensor-parallel ranks, without vocabulary padding.
+
+        Over all stages the numbers add up to that of the whole model: a copy of the embedding counts nothing.
+        """
+        copied = self.token_embedding if self.stage is not None and not self.stage.first else None
+        own = [p for p in self.parameters() if copied is None or p is not copied.weight]
+        return sum(prod(part.shard.full_shape) for p in own for part in parameter_parts(p))
 
     def forward(
         self,
-        tokens: torch.Tensor,
+        x: torch.Tensor,
         target: torch.Tensor | None = None,
         *,
         token_types: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
         position: BatchPosition | None = None,
+        reduction: str = "none",
     ) -> torch.Tensor:
-        """Masked-LM loss per token, or this rank's logits.
+        """Masked-LM loss per token or their sum, or this rank's logits; of a stage what it hands on.
 
         Args:
-            tokens: [B, S] int64, S at most config.seq_len; some of them masked.
-            target: [B, S] int64, the masked tokens, -100 elsewhere; or None.
+            x: as encode: [B, S] int64 tokens, some of them masked, or what the stage before gave.
+            target: [B, S] int64, the masked tokens, -100 elsewhere; or None. A stage takes none: see loss().
             token_types, is_padding, position: as encode.
+            reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
 
         Returns:
-            With a target the loss per token [B, S] float32 (0 where target is -100), the same on every rank;
-            without one logits_shard [B, S, V_padded / R].
+            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
+            float64 scalar, the same on every rank; without one logits_shard [B, S, V_padded / R].
+            A stage: as encode; from the last one for loss() and logits().
         """
-        check(self.head_transform is not None, "masked_lm_head=False: this model has no masked-LM head (use encode)")
-        assert self.head_transform is not None and self.head_norm is not None
-        hidden = self.encode(tokens, token_types=token_types, is_padding=is_padding, position=position)
-        approximate = "none" if self.config.activation == "gelu_exact" else "tanh"
-        transformed = self.head_transform(hidden)
-        assert isinstance(transformed, torch.Tensor)
-        x = self.head_norm(ops.bias_gelu(transformed, None, approximate))
-        weight, bias = self.token_embedding.weight, self.get_parameter("head_bias")
-        if target is None:
-            return column_parallel_linear(x, weight, bias, tp_group=self.tp_group).transpose(0, 1)
+        whole = self.stage is None
+        check(
+            self.config.masked_lm_head or not whole,
+            "masked_lm_head=False: this model has no masked-LM head (use encode)",
+        )
+        hidden = self.encode(x, token_types=token_types, is_padding=is_padding, position=position)
+        if not whole:
+            check(target is None, "target must be given to the loss() of the last stage, not to a stage's forward")
+            return hidden
+        return self.logits(hidden) if target is None else self.loss(hidden, target, reduction=reduction)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """logits_shard [B, S, V_padded / R] of what encode gave."""
+        x, weight = self._transformed(hidden)
+        return column_parallel_linear(x, weight, self.get_parameter("head_bias"), tp_group=self.tp_group).transpose(
+            0, 1
+        )
+
+    def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
+        """Loss per token [B, S] of what encode gave, or their sum; target and reduction as in forward."""
+        x, weight = self._transformed(hidden)
+        assert self.token_embedding is not None
         loss = vocab_parallel_linear_cross_entropy(
-            x, weight, target.t(), bias_shard=bias, tp_group=self.tp_group, vocab_size=self.vocab_size,
-            padded_vocab_size=self.token_embedding.padded_num_embeddings,
+            x, weight, target.t(), bias_shard=self.get_parameter("head_bias"), tp_group=self.tp_group,
+            vocab_size=self.vocab_size, padded_vocab_size=self.token_embedding.padded_num_embeddings,
+            reduction=reduction,
         )  # fmt: skip
         return loss.t()
 
+    def _transformed(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head multiplies, [S, B, H] on every rank, and its weight."""
+        check(self.head_transform is not None, "the masked-LM head belongs to the last stage of a model that has one")
+        assert self.head_transform is not None and self.head_norm is not None and self.token_embedding is not None
+        approximate = "none" if self.config.activation == "gelu_exact" else "tanh"
+        transformed = self.head_transform(hidden)
+        assert isinstance(transformed, torch.Tensor)
+        return self.head_norm(ops.bias_gelu(transformed, None, approximate)), self.token_embedding.weight
+
     def encode(
         self,
-        tokens: torch.Tensor,
+        x: torch.Tensor,
         *,
         token_types: torch.Tensor | None = None,
         is_padding: torch.Tensor | None = None,
         position: BatchPosition | None = None,
     ) -> torch.Tensor:
-        """What the heads read: [S, B, H], or [S / R, B, H] under sequence parallelism.
+        """What the heads read, or the next stage: [S, B, H], or [S / R, B, H] under sequence parallelism.
 
         Args:
-            tokens: [B, S] int64, S at most config.seq_len.
-            token_types: [B, S] int64 below config.num_token_types; None: all 0.
-            is_padding: [B, S] bool, True for tokens that none sees; at least one a row is False.
+            x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
+            token_types: [B, S] int64 below config.num_token_types, read by the first stage; None: all 0.
+            is_padding: [B, S] bool, True for tokens that none sees; at least one a row is False. For every stage.
             position: where in training this microbatch lies; dropout needs it, in training mode.
         """
-        batch, seq_len = tokens.shape
-        check(
-            seq_len <= self.config.seq_len, f"tokens.shape[1]={seq_len} must be at most seq_len={self.config.seq_len}"
-        )
+        first = self.stage is None or self.stage.first
+        if first:
+            batch, seq_len = x.shape
+            longest = self.config.seq_len
+            check(seq_len <= longest, f"tokens.shape[1]={seq_len} must be at most seq_len={longest}")
+        else:
+            seq_len, batch = x.shape[0] * (group_size(self.tp_group) if self.sequence_parallel else 1), x.shape[1]
         for name, given in (("token_types", token_types), ("is_padding", is_padding)):
             if given is not None:
-                check_shape(name, given, tokens.shape)
+                check_shape(name, given, (batch, seq_len))
         masks = self._masks(batch, seq_len, position)
-        # First the tokens: it checks that the sequence divides.
-        x = self.token_embedding(tokens.t()) + self._positions_and_types(tokens, token_types)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        if masks is not None and self.config.embedding_dropout > 0:
-            x = masks.drop(0, x, self.config.embedding_dropout)
+        if first:
+            x = self._embed(x, token_types)
+            if masks is not None and self.config.embedding_dropout > 0:
+                x = masks.drop(0, x, self.config.embedding_dropout)
         rest = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
         rotary = None
         if self.config.position == "rotary":
@@ -222,6 +273,12 @@ class BERT(ShardedModule):
         logits = self.next_sentence(torch.tanh(self.pooler(whole[0])))
         assert isinstance(logits, torch.Tensor)
         return logits
+
+    def _embed(self, tokens: torch.Tensor, token_types: torch.Tensor | None) -> torch.Tensor:
+        assert self.token_embedding is not None
+        # First the tokens: it checks that the sequence divides.
+        x = self.token_embedding(tokens.t()) + self._positions_and_types(tokens, token_types)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _positions_and_types(self, tokens: torch.Tensor, token_types: torch.Tensor | None) -> torch.Tensor | float:
         """What is added to the embedded tokens, [S, B or 1, H] or this rank's block of it."""

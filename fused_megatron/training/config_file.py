@@ -10,8 +10,8 @@ from typing import Any
 
 import tomli_w
 
-from fused_megatron.checks import InputError
-from fused_megatron.config import TrainConfig
+from fused_megatron.checks import InputError, check_one_of
+from fused_megatron.config import TRAIN_CONFIGS, TrainConfig
 from fused_megatron.training.arguments import parse_arguments, print_arguments
 
 if sys.version_info >= (3, 11):
@@ -28,12 +28,29 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     words = [*_file_arguments(path), *overrides]
     _check_names(overrides)
-    return parse_arguments(TrainConfig, words, source=str(path))
+    return parse_arguments(_config_type(words), words, source=str(path))
 
 
-def print_help(program: str) -> None:
-    """Print every key with its type, meaning and default."""
-    print_arguments(TrainConfig, program)
+def print_help(program: str, words: Sequence[str] = ()) -> None:
+    """Print every key with its type, meaning and default; those of the model.family among the words."""
+    print_arguments(_config_type(words), program)
+
+
+def _config_type(words: Sequence[str]) -> type[TrainConfig]:
+    """What the words are read as: their last model.family decides."""
+    family = "gpt"
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--model.family":
+            family = value if equals else "".join(words[i + 1 : i + 2])
+    check_one_of("model.family", family, list(TRAIN_CONFIGS))
+    found = TRAIN_CONFIGS[family]
+    known = _known_keys(found)
+    for word in words:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in _known_keys() and name not in known:
+            raise InputError(f"{name} is no key of model.family={family!r}")
+    return found
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -91,10 +108,13 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
 
 
-def _known_keys() -> dict[str, Any]:
-    """Every key and its type."""
-    sections = typing.get_type_hints(TrainConfig)
-    return {f"{section}.{f.name}": f.type for section, cls in sections.items() for f in dataclasses.fields(cls)}
+def _known_keys(*types: type[TrainConfig]) -> dict[str, Any]:
+    """Every key and its type; those of all families where none is given."""
+    keys: dict[str, Any] = {}
+    for one in types or TRAIN_CONFIGS.values():
+        for section, cls in typing.get_type_hints(one).items():
+            keys |= {f"{section}.{f.name}": f.type for f in dataclasses.fields(cls)}
+    return keys
 
 
 def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ from fused_megatron.training.indexed_dataset import (
 )
 from fused_megatron.training.text_source import TextSource, path_source, standard_library_source
 from fused_megatron.training.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
-from fused_megatron.training.tokenizer import Tokenizer, load_tokenizer, text_pieces, train_tokenizer
+from fused_megatron.training.tokenizer import (
+    END_OF_DOCUMENT,
+    Tokenizer,
+    load_tokenizer,
+    text_pieces,
+    train_tokenizer,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,6 +102,7 @@ def prepare_corpus(
     validation_fraction: float = 0.05,
     *,
     tokenizer_path: str | os.PathLike[str] | None = None,
+    special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
     vocab_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> PreparedCorpus:
@@ -113,6 +120,7 @@ def prepare_corpus(
         tokenizer_vocab_size: entries of the tokenizer that is trained on the text.
         validation_fraction: share held out, in (0, 0.5].
         tokenizer_path: a tokenizer to use instead of training one. For an indexed dataset: the one that made it.
+        special_tokens: of a tokenizer that is trained.
         vocab_size: of an indexed dataset; by default the tokenizer's, or the largest id in it and one.
         on_progress: called with (what is being done, done, total); total is 0 where it is not known.
 
@@ -128,14 +136,24 @@ def prepare_corpus(
     check(vocab_size is None, "vocab_size is for indexed datasets; text takes tokenizer_vocab_size")
     source = standard_library_source() if path is None else path_source(path)
     root = None if path is None else str(Path(path).expanduser().resolve())
-    tokenizer = tokenizer_vocab_size if tokenizer_path is None else _file_digest(tokenizer_path)
+    tokenizer: Any = tokenizer_vocab_size if tokenizer_path is None else _file_digest(tokenizer_path)
+    if tokenizer_path is None and tuple(special_tokens) != (END_OF_DOCUMENT,):
+        tokenizer = [tokenizer_vocab_size, *special_tokens]
     try:
         key = _key(["text", root, source.fingerprint(), tokenizer, validation_fraction])
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
+    def own_tokenizer(path: Path) -> Tokenizer:
+        if tokenizer_path is None:
+            report("training the tokenizer", 0, 0)
+            texts = _tokenizer_texts(source, validation_fraction)
+            return train_tokenizer(texts, tokenizer_vocab_size, path, special_tokens)
+        path.write_bytes(Path(tokenizer_path).read_bytes())
+        return load_tokenizer(tokenizer_path)
+
     def build(folder: Path) -> None:
-        _build_text(source, folder, tokenizer_vocab_size, tokenizer_path, validation_fraction, report)
+        _build_text(source, folder, own_tokenizer(folder / "tokenizer.json"), validation_fraction, report)
 
     def on_wait() -> None:
         report("waiting for another process that prepares the text", 0, 0)
@@ -239,19 +257,11 @@ def _tokenizer_texts(source: TextSource, validation_fraction: float) -> Iterator
 def _build_text(
     source: TextSource,
     folder: Path,
-    tokenizer_vocab_size: int,
-    tokenizer_path: str | os.PathLike[str] | None,
+    tokenizer: Tokenizer,
     validation_fraction: float,
     report: Progress,
 ) -> None:
-    """Fill the folder: tokenizer.json, train and validation datasets, and manifest.json last."""
-    own_tokenizer = folder / "tokenizer.json"
-    if tokenizer_path is None:
-        report("training the tokenizer", 0, 0)
-        tokenizer = train_tokenizer(_tokenizer_texts(source, validation_fraction), tokenizer_vocab_size, own_tokenizer)
-    else:
-        tokenizer = load_tokenizer(tokenizer_path)
-        own_tokenizer.write_bytes(Path(tokenizer_path).read_bytes())
+    """Fill the folder: train and validation datasets, and manifest.json last."""
     fingerprint = hashlib.sha256()
     tokens = [0, 0]
     dtype = token_dtype(tokenizer.vocab_size)

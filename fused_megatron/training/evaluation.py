@@ -16,9 +16,10 @@ class Evaluation:
     """What a validation found."""
 
     validation_loss: float
-    """Nats per token."""
+    """Nats per token that was predicted."""
     bits_per_byte: float | None
-    """Bits per UTF-8 byte of the text, comparable between tokenizers; None where no tokenizer is known."""
+    """Bits per UTF-8 byte of the text, comparable between tokenizers; None where no tokenizer is known, and of a
+    masked language model, which predicts few of the tokens."""
     validation_tokens: int
     """Tokens that were predicted."""
 
@@ -50,15 +51,16 @@ def evaluate(
     Communication:
         The pipeline's, and one all-reduce of 24 bytes over the data-parallel group.
     """
-    token_bytes = None if data.tokenizer is None else torch.from_numpy(data.tokenizer.token_bytes).to(device)
+    token_bytes = None
+    if data.tokenizer is not None and data.masking is None:
+        token_bytes = torch.from_numpy(data.tokenizer.token_bytes).to(device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for index in range(data.validation.num_batches(global_batch_size)):
-        inputs, targets = (
-            part.to(device) for part in data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
-        )
+        batch = data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
+        inputs, targets, keywords = batch.microbatches(microbatch_size, device)
         # The loss is that of every rank of the pipeline; so are the targets that are counted beside it.
-        totals[0] += executor.evaluate(inputs.split(microbatch_size), targets.split(microbatch_size))
-        predicted = targets[targets >= 0]
+        totals[0] += executor.evaluate(inputs, targets, stage_kwargs=keywords)
+        predicted = batch.targets[batch.targets >= 0].to(device)
         totals[1] += predicted.numel()
         if token_bytes is not None:
             totals[2] += token_bytes[predicted].sum()

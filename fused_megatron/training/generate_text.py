@@ -10,6 +10,7 @@ import tyro
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.mesh import init_mesh
+from fused_megatron.models import GPT
 from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.training.config_file import load_config
 from fused_megatron.training.generation import generate
@@ -62,6 +63,7 @@ def generate_text(arguments: GenerateArguments) -> str:
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
         model = build_model(model_config, mesh, config, launch.device)
+        assert isinstance(model, GPT)
         load_checkpoint(
             checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
         )
@@ -86,6 +88,13 @@ def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
         run.tokenizer.exists(),
         f"run={run.path} has no {run.tokenizer.name}: it was trained on token ids, so there is no text to generate",
     )
+    config = load_config(run.config)
+    family = config.model.family
+    check(
+        family == "gpt",
+        f"run={run.path} holds a {family.upper()}, which predicts masked tokens and cannot continue a text: only a run "
+        f"of model.family='gpt' can",
+    )
     # Whatever layout trained it: every rank that is there now shares each layer.
     layout = ParallelConfig(tensor_parallel_size=launch.world_size, data_parallel_size=1)
-    return dataclasses.replace(load_config(run.config), parallel=layout), load_tokenizer(run.tokenizer)
+    return dataclasses.replace(config, parallel=layout), load_tokenizer(run.tokenizer)

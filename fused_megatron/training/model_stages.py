@@ -1,4 +1,4 @@
-"""The pipeline stages of a GPT that a rank holds; with one pipeline rank the whole model."""
+"""The pipeline stages of a model that a rank holds; with one pipeline rank the whole model."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_rank
-from fused_megatron.models import GPT, StageSpan
+from fused_megatron.models import BERT, GPT, StageSpan
 
 
 class ModelStages(nn.Module):
@@ -31,7 +31,7 @@ class ModelStages(nn.Module):
         spans: Sequence[StageSpan],
         placement: Sequence[int],
         pp_group: dist.ProcessGroup | None,
-        build: Callable[[StageSpan], GPT],
+        build: Callable[[StageSpan], GPT | BERT],
     ) -> None:
         super().__init__()
         self.spans, self.placement, self.pp_group = tuple(spans), tuple(placement), pp_group

@@ -11,7 +11,9 @@ from fused_megatron.checks import InputError, check
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What it is called in tokenizers that others made, the first that is there.
-_ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>")
+_ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# What a masked-LM needs, in BERT's words; [SEP] ends documents.
+MASKED_LM_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 # The 256 bytes and the end of document.
 MIN_VOCAB_SIZE = 257
 # Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
@@ -28,16 +30,21 @@ class Tokenizer:
         end_of_document: the id of "<|endoftext|>", or of what others call it.
         token_bytes: int64 [vocab_size], how many UTF-8 bytes each id stands for (0 for special tokens). Summed over
             the tokens of a text it gives the length of the text in bytes.
+        special_ids: the tokens that no text gives, and their ids.
     """
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
         # Not a part of the JSON file; without it a text could forge an end of document.
         self._backend.encode_special_tokens = True
+        # Some that come with a model cut or fill every text to the length that it saw.
+        self._backend.no_truncation()
+        self._backend.no_padding()
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_document = vocabulary[next(end for end in _ENDS_OF_DOCUMENT if end in vocabulary)]
         special = {token.content for token in backend.get_added_tokens_decoder().values()}
+        self.special_ids = {token: vocabulary[token] for token in special}
         self.token_bytes = np.zeros(self.vocab_size, dtype=np.int64)
         byte_level = type(backend.decoder).__name__ == "ByteLevel"
         for token, index in vocabulary.items():
@@ -67,7 +74,12 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    path: str | os.PathLike[str],
+    special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
+) -> Tokenizer:
     """Train a byte-level BPE on the texts and write it to path (whole or not at all).
 
     The same texts in the same order give the same tokenizer.
@@ -76,13 +88,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
         texts: read once.
         vocab_size: at least 257; small texts may give fewer entries.
         path: JSON file.
+        special_tokens: the first ids; one of them ends documents.
 
     Raises:
         InputError: vocab_size is too small, the package tokenizers is missing, path cannot be written.
     """
+    least = MIN_VOCAB_SIZE - 1 + len(special_tokens)
     check(
-        vocab_size >= MIN_VOCAB_SIZE,
-        f"vocab_size={vocab_size} must be at least {MIN_VOCAB_SIZE} (256 bytes and {END_OF_DOCUMENT})",
+        vocab_size >= least,
+        f"vocab_size={vocab_size} must be at least {least} (256 bytes and {', '.join(special_tokens)})",
     )
     tokenizers = _import_tokenizers()
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -90,7 +104,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: str | os.PathLi
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_DOCUMENT],
+        special_tokens=list(special_tokens),
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

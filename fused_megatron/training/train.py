@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError
-from fused_megatron.config import GPTConfig, TrainConfig
+from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import GPT, StageSpan, cut_stages
+from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
 from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.training.checkpoint.ranks import gather_json
 from fused_megatron.training.data import TrainingData, open_training_data
@@ -43,6 +43,7 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         NonFiniteError: on every rank, when the loss or a gradient stops being finite.
         LostRankError: on every rank that is left, naming those that are gone.
     """
+    _check_trainable(config.model)
     plan = plan_pipeline(config)
     with launched(config.parallel.timeout_s) as launch:
         presence = Presence()
@@ -85,6 +86,20 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     return finished
 
 
+def _check_trainable(config: GPTConfig) -> None:
+    """Of a BERT the masked-LM head is trained; every rank raises alike."""
+    if not isinstance(config, BERTConfig):
+        return
+    for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
+        if getattr(config, name) != wanted:
+            error = InputError(
+                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
+                f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
+            )
+            error.on_every_rank = True
+            raise error
+
+
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
     for rank, other in enumerate(others, 1):
         for section, fields in ours.items():
@@ -98,9 +113,9 @@ def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
 
 def build_model(
     model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device, stage: StageSpan | None = None
-) -> GPT:
+) -> GPT | BERT:
     """This rank's shard of the model that config describes, or of a stage of it."""
-    return GPT(
+    return new_model(
         model_config,
         tp_group=mesh.tp_group,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -165,7 +180,8 @@ def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str,
     """The state in a checkpoint, whose model must have the sizes of model_config."""
     state = read_manifest(checkpoint).state
     # A field that the checkpoint does not know had its default value then.
-    saved = dataclasses.asdict(GPTConfig()) | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
+    known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
+    saved = known | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     # Rotary positions have no table whose length must be that of the sequence.
     free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
     for name, value in dataclasses.asdict(model_config).items():
@@ -183,9 +199,10 @@ def _introduce(trainer: Trainer) -> None:
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
+    family, ranks = config.model.family.upper(), f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
-        f"GPT with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
-        f"{trainer.device.type} rank{'s' if mesh.world_size > 1 else ''} (tp={mesh.tp_size} pp={mesh.pp_size}"
+        f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
+        f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
         f"{pipeline} dp={mesh.dp_size}{' sequence parallel' if config.parallel.sequence_parallel else ''}); "
         f"run folder {trainer.run_folder.path}"
     )
@@ -227,7 +244,7 @@ def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
 
 def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40) -> list[str]:
     tokenizer = trainer.data.tokenizer
-    if tokenizer is None:
+    if tokenizer is None or trainer.data.masking is not None:
         return []
     start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
     tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)

@@ -186,12 +186,10 @@ class Trainer:
         they all come to it, its messages are there, and its collectives find their partners.
         """
         training = self.config.training
-        inputs, targets = (
-            part.to(self.device).split(training.microbatch_size)
-            for part in self.data.training_batch(
-                self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
-            )
+        batch = self.data.training_batch(
+            self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
         )
+        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
         first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
         positions = [
             BatchPosition(self.progress.step, first_sample + i * training.microbatch_size, training.global_batch_size)
@@ -202,9 +200,9 @@ class Trainer:
         return self.executor.step(
             inputs,
             targets,
-            # Divided once, by the tokens of the whole step: ranks and microbatches then simply add up.
-            loss_divisor=training.global_batch_size * inputs[0].shape[1],
-            stage_kwargs=[{"position": position} for position in positions],
+            # Divided once, by the targets of the whole step: ranks and microbatches then simply add up.
+            loss_divisor=training.global_batch_size * self.data.targets_per_sample,
+            stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 
     def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
