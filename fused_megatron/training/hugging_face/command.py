@@ -9,8 +9,10 @@ import torch
 import tyro
 
 from fused_megatron.checks import check, check_one_of
+from fused_megatron.config import BERTConfig
 from fused_megatron.training.hugging_face.export_model import export_model
-from fused_megatron.training.hugging_face.import_model import CONFIG_FILE, import_model
+from fused_megatron.training.hugging_face.import_model import import_model
+from fused_megatron.training.hugging_face.source import CONFIG_FILE
 from fused_megatron.training.launch import launched, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder import RunFolder
@@ -24,8 +26,8 @@ _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 class ConvertArguments:
     """Models of Hugging Face transformers to run folders, and back.
 
-    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2 or Qwen3; RUN
-    is made, and `generate RUN` and `train RUN/config.toml` take it, at any tensor-parallel size.
+    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT
+    or Megatron-BERT; RUN is made, and `train RUN/config.toml` and `generate RUN` (but of BERT) take it, at any layout.
 
     convert to-hf RUN FOLDER: the newest checkpoint of a run, imported or trained here, as transformers loads it.
 
@@ -83,12 +85,16 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
     )
     skip = [pattern for pattern in arguments.skip.split(",") if pattern]
     source = import_model(arguments.source, arguments.target, dtype=dtype, skip=skip, group=world_group())
-    target = arguments.target
+    target, config = arguments.target, source.config
     reporter.say(
-        f"{target}: {source.num_parameters:,} parameters in {str(source.dtype).removeprefix('torch.')}; next: "
-        f'fused-megatron generate {target} "..." or fused-megatron train {os.path.join(target, "config.toml")} '
-        f"--data.path TEXT"
+        f"{target}: {source.num_parameters:,} parameters in {str(source.dtype).removeprefix('torch.')}"
+        + (f"; kept for the way back, but no part of the run: {', '.join(source.kept)}" if source.kept else "")
     )
+    commands = [f'fused-megatron generate {target} "..."'] if config.family == "gpt" else []
+    if not isinstance(config, BERTConfig) or config.masked_lm_head:
+        commands.append(f"fused-megatron train {os.path.join(target, 'config.toml')} --data.path TEXT")
+    if commands:
+        reporter.say(f"next: {' or '.join(commands)}")
 
 
 def _export(arguments: ConvertArguments, reporter: Reporter) -> None:

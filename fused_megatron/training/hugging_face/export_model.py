@@ -1,7 +1,8 @@
 """From a run's newest checkpoint to a folder that transformers loads; one tensor at a time."""
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError, check
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import GPTConfig, model_config
 from fused_megatron.training.checkpoint import (
     CheckpointError,
     Manifest,
@@ -22,34 +23,15 @@ from fused_megatron.training.checkpoint.ranks import run_on_first, run_together
 from fused_megatron.training.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.training.hugging_face.families import differing_fields, family_for
 from fused_megatron.training.hugging_face.family import Family
-from fused_megatron.training.hugging_face.import_model import (
-    CONFIG_FILE,
-    check_absent,
-    copy_kept_files,
-    new_folder,
-)
+from fused_megatron.training.hugging_face.import_model import check_absent, copy_kept_files, new_folder
+from fused_megatron.training.hugging_face.leftovers import Leftovers, StreamedTensors, kept_tensors, read_leftovers
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
+from fused_megatron.training.hugging_face.source import CONFIG_FILE
 from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 
-
-class _Theirs(Mapping[Entry, torch.Tensor]):
-    """The tensors of one file of theirs, each made of ours when it is asked for."""
-
-    def __init__(self, checkpoint: Path, manifest: Manifest, rules: Mapping[Entry, Rule]) -> None:
-        self._checkpoint, self._manifest, self._rules = checkpoint, manifest, rules
-
-    def __getitem__(self, entry: Entry) -> torch.Tensor:
-        rule = self._rules[entry]
-        ours = read_tensor(self._checkpoint, self._manifest, f"model.{rule.name}")
-        return rule.to_theirs(ours, entry.key).to(entry.dtype)
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self._rules)
-
-    def __len__(self) -> int:
-        return len(self._rules)
+_Made = Mapping[Entry, Callable[[], torch.Tensor]]
 
 
 def export_model(
@@ -97,8 +79,7 @@ def _found(checkpoint: Path | None, run: RunFolder) -> Path:
 
 
 def _model_of(manifest: Manifest) -> GPTConfig:
-    fields = manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]}
-    return GPTConfig(**fields)
+    return model_config(manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]})
 
 
 def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype | None, max_bytes: float) -> str:
@@ -108,7 +89,10 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     original = run.hugging_face / CONFIG_FILE
     settings = read_json(original) if original.is_file() else {}
     family = family_for(config, settings.get("model_type"))
-    entries = _entries(manifest, family.rules(config, family.prefix), dtype)
+    left = read_leftovers(run.hugging_face) if settings.get("model_type") == family.model_type else Leftovers()
+    prefix = family.prefix if left.prefix is None else left.prefix
+    rules = [rule.with_names(left.renamed) for rule in family.rules(config, prefix)]
+    entries = _entries(checkpoint, manifest, rules, left, dtype)
     files = _in_files(entries, max_bytes)
     if run.hugging_face.is_dir():
         copy_kept_files(run.hugging_face, folder)
@@ -117,43 +101,52 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     try:
         for i, file in enumerate(files, 1):
             name = SINGLE_FILE if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
-            write_shard_file(folder / name, _Theirs(checkpoint, manifest, file), manifest.step)
+            write_shard_file(folder / name, StreamedTensors(file), manifest.step)
         if len(files) > 1:
             _write_index(folder, files)
         written = dict(_config_json(settings, family, config))
-        stored = str(next(iter(entries)).dtype).removeprefix("torch.")
+        stored = str(next(iter(entries)).dtype).removeprefix("torch.")  # an embedding's
         written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         reason = explain_os_error(error, folder.parent, sum(entry.num_bytes for entry in entries))
         raise CheckpointError(f"{folder} not written: {reason}") from error
-    return family.architecture
+    return str(written["architectures"][0])
 
 
-def _entries(manifest: Manifest, rules: list[Rule], dtype: torch.dtype | None) -> dict[Entry, Rule]:
-    """What to write, and what each is made of."""
+def _entries(
+    checkpoint: Path, manifest: Manifest, rules: Sequence[Rule], left: Leftovers, dtype: torch.dtype | None
+) -> dict[Entry, Callable[[], torch.Tensor]]:
+    """What to write, and how each is made."""
+
+    def made(rule: Rule, source: str) -> torch.Tensor:
+        ours = read_tensor(checkpoint, manifest, f"model.{rule.name}")
+        return rule.to_theirs(ours, source).to(dtype or ours.dtype)
+
     entries = {}
     for rule in rules:
         stored = manifest.tensors[f"model.{rule.name}"]
         for source in rule.sources:
-            entries[Entry(source, dtype or stored.dtype, rule.source_shape(stored.shape))] = rule
-    return entries
+            for name in (source, *(copy for copy, original in left.copies.items() if original == source)):
+                entry = Entry(name, dtype or stored.dtype, rule.source_shape(stored.shape))
+                entries[entry] = functools.partial(made, rule, source)
+    return entries | (kept_tensors(left.files, dtype) if left.files else {})
 
 
-def _in_files(entries: Mapping[Entry, Rule], max_bytes: float) -> list[dict[Entry, Rule]]:
+def _in_files(entries: _Made, max_bytes: float) -> list[dict[Entry, Callable[[], torch.Tensor]]]:
     """The entries in their order, cut where a file would grow too large."""
-    files: list[dict[Entry, Rule]] = [{}]
+    files: list[dict[Entry, Callable[[], torch.Tensor]]] = [{}]
     size = 0
-    for entry, rule in entries.items():
+    for entry, made in entries.items():
         if files[-1] and size + entry.num_bytes > max_bytes:
             files.append({})
             size = 0
-        files[-1][entry] = rule
+        files[-1][entry] = made
         size += entry.num_bytes
     return files
 
 
-def _write_index(folder: Path, files: list[dict[Entry, Rule]]) -> None:
+def _write_index(folder: Path, files: list[dict[Entry, Callable[[], torch.Tensor]]]) -> None:
     names = {
         entry.key: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1) for entry in file
     }
@@ -165,8 +158,12 @@ def _write_index(folder: Path, files: list[dict[Entry, Rule]]) -> None:
 def _config_json(original: dict[str, Any], family: Family, config: GPTConfig) -> dict[str, Any]:
     """What it was imported with, where the model is still the same; else with the model's own fields."""
     if original.get("model_type") == family.model_type:
-        before = family.read_config(Settings(original, CONFIG_FILE))
+        before = family.of_run(family.read_config(Settings(original, CONFIG_FILE)))
         if not differing_fields(before, config) and before.seq_len == config.seq_len:
             return original
+        # With the heads that are kept as they were.
+        config_json = family.write_config(config) | {"architectures": [family.architecture_in(original)]}
+    else:
+        config_json = family.write_config(config)
     kept = {name: value for name, value in original.items() if name not in ("rope_parameters", "layer_types")}
-    return kept | family.write_config(config)
+    return kept | config_json

@@ -6,7 +6,7 @@ from typing import Any
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig, GPTConfig
-from fused_megatron.training.hugging_face.bert import bert_rules, read_bert
+from fused_megatron.training.hugging_face.bert import bert_rules, read_bert, read_megatron_bert, write_bert
 from fused_megatron.training.hugging_face.family import Family
 from fused_megatron.training.hugging_face.gpt2 import gpt2_rules, read_gpt2, write_gpt2
 from fused_megatron.training.hugging_face.llama import (
@@ -31,6 +31,8 @@ _FREE = {
     "pad_vocab_size_to_multiple_of",
 }
 
+_UNTRAINED_BERT = ("pooler.*", "bert.pooler.*", "cls.seq_relationship.*")
+
 # Where a model can be written as several, the first.
 FAMILIES = (
     Family("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", read_gpt2, write_gpt2, gpt2_rules),
@@ -39,8 +41,12 @@ FAMILIES = (
     Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "model.", read_qwen2, write_qwen, llama_rules),
     Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "model.", read_qwen3, write_qwen, llama_rules),
     Family(
-        "bert", ("BertForMaskedLM", "BertForPreTraining", "BertModel"), "bert.", read_bert, None, bert_rules,
-        BERTConfig,
+        "bert", ("BertForMaskedLM", "BertForPreTraining", "BertModel"), "bert.", read_bert, write_bert, bert_rules,
+        BERTConfig, _UNTRAINED_BERT,
+    ),
+    Family(
+        "megatron-bert", ("MegatronBertForMaskedLM", "MegatronBertForPreTraining", "MegatronBertModel"), "bert.",
+        read_megatron_bert, write_bert, bert_rules, BERTConfig, _UNTRAINED_BERT,
     ),
 )  # fmt: skip
 
@@ -73,7 +79,7 @@ def family_for(config: GPTConfig, preferred: str | None = None) -> Family:
         InputError: no family has a field of this model; the field is named.
     """
     differences: list[tuple[int, str]] = []
-    writable = [family for family in FAMILIES if family.write is not None]
+    writable = [family for family in FAMILIES if family.config_type is type(config)]
     for family in sorted(writable, key=lambda family: family.model_type != preferred):
         written = family.read_config(Settings(family.write_config(config), family.model_type))
         differing = differing_fields(written, config)

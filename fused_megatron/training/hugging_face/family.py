@@ -1,12 +1,12 @@
 """What a family of models is."""
 
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fused_megatron.checks import InputError
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import BERTConfig, GPTConfig
 from fused_megatron.training.hugging_face.rules import Rule
 from fused_megatron.training.hugging_face.settings import Settings
 
@@ -20,18 +20,20 @@ class Family:
         architectures: the classes of the model; first the one with its head.
         prefix: of the names of all tensors but the head; a checkpoint of the bare model lacks it.
         read: config.json to the fields of config_type.
-        write: the reverse; what it cannot say is found by reading it back. None: it is not written.
+        write: the reverse; what it cannot say is found by reading it back.
         rules: of the tensors, for a config and a prefix.
         config_type: of the model here.
+        untrained: glob patterns of tensors of heads that `train` does not train.
     """
 
     model_type: str
     architectures: tuple[str, ...]
     prefix: str
     read: Callable[[Settings], dict[str, Any]]
-    write: Callable[[GPTConfig], dict[str, Any]] | None
+    write: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any, str], list[Rule]]
     config_type: type[GPTConfig] = GPTConfig
+    untrained: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:
@@ -54,7 +56,6 @@ class Family:
 
     def write_config(self, config: GPTConfig) -> dict[str, Any]:
         """config.json of the model."""
-        assert self.write is not None
         common = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -63,6 +64,14 @@ class Family:
             "tie_word_embeddings": config.tied_embeddings,
         }
         return common | self.write(config)
+
+    def architecture_in(self, config_json: Mapping[str, Any]) -> str:
+        """The class that config.json names, else the one that holds the head."""
+        return str((config_json.get("architectures") or self.architectures)[0])
+
+    def of_run(self, config: GPTConfig) -> GPTConfig:
+        """The model of a run: without the heads that are not trained."""
+        return replace(config, next_sentence_head=False) if isinstance(config, BERTConfig) else config
 
     def prefix_in(self, names: Iterable[str]) -> str:
         """The prefix of these tensors: the family's, or none in a checkpoint of the bare model."""

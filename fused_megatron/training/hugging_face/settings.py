@@ -1,5 +1,6 @@
 """config.json, read field by field, with one clear line for what is missing, malformed or not supported."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -8,6 +9,8 @@ from fused_megatron.checks import InputError, check
 # What activation functions are called there, and here.
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 
+# Beyond any model; tensors of such sizes still have a number of bytes.
+_LARGEST_SIZE = 1 << 24
 _REQUIRED = object()
 W = TypeVar("W")
 
@@ -31,15 +34,16 @@ class Settings:
     def size(self, name: str, default: Any = _REQUIRED) -> Any:
         """A whole number of at least 1, or the default (None may be one)."""
         value = self._value(name, default)
-        good = value is default or (type(value) is int and value >= 1)
-        check(good, f"{self.source}: {name}={value!r:.60} must be a whole number of at least 1")
+        good = value is default or (type(value) is int and 1 <= value <= _LARGEST_SIZE)
+        check(good, f"{self.source}: {name}={value!r:.60} must be a whole number from 1 to {_LARGEST_SIZE}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
         """A float, or the default (None may be one)."""
         value = self._value(name, default)
         good = value is default or (isinstance(value, int | float) and not isinstance(value, bool))
-        check(good, f"{self.source}: {name}={value!r:.60} must be a number")
+        good = good and (value is default or abs(value) < math.inf)
+        check(good, f"{self.source}: {name}={value!r:.60} must be a finite number")
         return float(value) if value is not default else value
 
     def flag(self, name: str, default: bool) -> bool:

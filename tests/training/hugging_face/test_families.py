@@ -14,8 +14,9 @@ from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import gradient_errors
 from fused_megatron.training.config_file import load_config
 from fused_megatron.training.generate_text import GenerateArguments, generate_text
+from fused_megatron.training.hugging_face import load_model
 from fused_megatron.training.hugging_face.command import ConvertArguments, convert
-from fused_megatron.training.hugging_face.import_model import load_model, open_source
+from fused_megatron.training.hugging_face.source import open_source
 from fused_megatron.training.tokenizer import train_tokenizer
 from fused_megatron.training.train import train
 
