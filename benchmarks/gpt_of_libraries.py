@@ -72,7 +72,7 @@ def cuts_for_torch(size: Size, layout: Layout) -> list[tuple[int, ...]]:
     """
     config = train_config(size, layout).model
     placement = build_schedule(layout.schedule, layout.pp, layout.microbatches, layout.stages_per_rank).placement
-    cuts = [tuple(span.stop - span.start for span in cut_stages(config, len(placement)))]
+    cuts = [tuple(span.stop - span.start for span in cut_stages(config, len(placement), placement=placement))]
     for share in (1.0, 1.5):
         head = share * size.hidden_size * size.vocab_size / block_cost(config)
         best = cheapest_cut(size.num_layers, placement, head)

@@ -24,7 +24,7 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
     """Ours."""
     config = train_config(size, layout)
     mesh, plan = init_mesh(layout.tp, layout.pp, layout.dp), plan_pipeline(config)
-    spans = cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut)
+    spans = cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
     model = ModelStages(
         spans, plan.placement, mesh.pp_group,
         lambda span: build_model(config.model, mesh, config, torch.device("cpu"), span),

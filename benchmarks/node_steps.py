@@ -69,7 +69,7 @@ def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Tr
     sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
     mesh = init_mesh(*sizes, device_type=device.type)
     config.check_data_parallel(mesh.dp_size)
-    spans = cut_stages(model_config, plan.num_stages, parallel.pipeline_cut)
+    spans = cut_stages(model_config, plan.num_stages, parallel.pipeline_cut, placement=plan.placement)
     model = ModelStages(
         spans, plan.placement, mesh.pp_group, lambda span: build_model(model_config, mesh, config, device, span)
     )

@@ -228,7 +228,7 @@ class ParallelConfig:
     """Of the pipeline, as `fused-megatron schedule` names them; 1f1b, or interleaved_1f1b for several stages per rank,
     when not given."""
     pipeline_cut: tuple[int, ...] | None = None
-    """Blocks of each stage; stages of about equal cost when not given."""
+    """Blocks of each stage; ranks of about equal cost when not given."""
     data_parallel_size: int | None = None
     """Replicas; what is left of the world when not given."""
     sequence_parallel: bool = False

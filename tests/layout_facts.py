@@ -49,7 +49,7 @@ def facts_of_places(config: TrainConfig) -> dict[int, Any]:
 def facts(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """groups; parameters: full and of this rank's shard; bytes of the gradients that are summed; stages by index."""
     plan = plan_pipeline(config)
-    spans = cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut)
+    spans = cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
     model = ModelStages(
         spans, plan.placement, mesh.pp_group, lambda span: build_model(config.model, mesh, config, META, span)
     )

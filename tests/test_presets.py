@@ -97,7 +97,8 @@ def every_stage() -> list[tuple[str, TrainConfig, StageSpan, Any, Any]]:
     return [
         (name, config, spans[int(index)], difference(*rank["blocks"]), one)
         for name, config, places in measured()
-        for spans in [cut_stages(config.model, plan_pipeline(config).num_stages, config.parallel.pipeline_cut)]
+        for plan in [plan_pipeline(config)]
+        for spans in [cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)]
         for rank in places.values()
         for index, one in rank["stages"].items()
     ]
@@ -268,7 +269,7 @@ def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
     least_s = hardware / (gpus * 312e12) * (1 + (p - 1) / (v * num_microbatches(config)))
     assert least_s < hardware / (gpus * tflops * 1e12)
     # Even stages, as there.
-    spans = cut_stages(model, p * v)
+    spans = cut_stages(model, p * v, placement=plan_pipeline(config).placement)
     assert {span.stop - span.start for span in spans} == {model.num_layers // (p * v)}
 
 

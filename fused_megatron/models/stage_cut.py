@@ -25,22 +25,26 @@ class StageSpan:
         return self.index == self.num_stages - 1
 
 
-def cut_stages(config: GPTConfig, num_stages: int, cut: Sequence[int] | None = None) -> tuple[StageSpan, ...]:
+def cut_stages(
+    config: GPTConfig, num_stages: int, cut: Sequence[int] | None = None, *, placement: Sequence[int] | None = None
+) -> tuple[StageSpan, ...]:
     """The span of every stage.
 
-    Without a cut of the user the dearest stage is as cheap as can be. Cost is multiplications per token: of a block
-    those of its four products and of attention, of the head hidden_size x vocab_size, of the embedding hidden_size.
+    Without a cut of the user the dearest rank is as cheap as can be, and then its dearest stage. Cost is
+    multiplications per token: of a block those of its four products and of attention, of the head hidden_size x
+    vocab_size, of the embedding hidden_size.
 
     Args:
         config: of the whole model; the cost of the head needs its vocab_size.
-        num_stages: how many; each holds a block or more.
+        num_stages: how many; each holds a block or more, but that the last may have the head alone.
         cut: blocks of each stage, instead.
+        placement: the rank of each stage; None: every stage has a rank of its own.
 
     Raises:
         InputError: as check_cut; no vocab_size.
     """
     check_cut(config.num_layers, num_stages, cut)
-    counts = list(cut) if cut is not None else _cheapest_counts(config, num_stages)
+    counts = list(cut) if cut is not None else _cheapest_counts(config, placement or range(num_stages))
     starts = [sum(counts[:index]) for index in range(num_stages)]
     return tuple(
         StageSpan(index, num_stages, start, start + count)
@@ -51,10 +55,11 @@ def cut_stages(config: GPTConfig, num_stages: int, cut: Sequence[int] | None = N
 def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None) -> None:
     """Raise InputError unless so many blocks can be cut into so many stages, and so."""
     check(num_stages >= 1, f"num_stages={num_stages} must be 1 or more")
+    least = max(1, num_stages - 1)
     check(
-        num_layers >= num_stages,
-        f"num_layers={num_layers} must be at least the number of pipeline stages {num_stages}, each of which needs a "
-        "block (fewer pipeline_parallel_size or stages_per_rank, or more layers)",
+        num_layers >= least,
+        f"num_layers={num_layers} must be at least {least}: of the {num_stages} pipeline stages each needs a block, "
+        "but for the last, which has the head (fewer pipeline_parallel_size or stages_per_rank, or more layers)",
     )
     if cut is None:
         return
@@ -63,7 +68,10 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
         len(cut) == num_stages,
         f"pipeline_cut={shown} must have one number of blocks for each of the {num_stages} stages, not {len(cut)}",
     )
-    check(min(cut) >= 1, f"pipeline_cut={shown} must give every stage 1 block or more")
+    check(
+        min(cut) >= 0 and 0 not in cut[: max(1, num_stages - 1)],
+        f"pipeline_cut={shown} must give every stage 1 block or more (the last, which has the head, may have 0)",
+    )
     check(
         sum(cut) == num_layers,
         f"pipeline_cut={shown} has {sum(cut)} blocks: the sum must be num_layers={num_layers}",
@@ -80,16 +88,18 @@ def block_cost(config: GPTConfig) -> int:
     return projections + attention + (2 if config.activation.startswith("gelu") else 3) * hidden * config.ffn_size
 
 
-def _cheapest_counts(config: GPTConfig, num_stages: int) -> list[int]:
+def _cheapest_counts(config: GPTConfig, placement: Sequence[int]) -> list[int]:
+    """Blocks of each stage, given the rank of each."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
-    block = block_cost(config)
-    costs = [block] * num_stages
+    block, last = block_cost(config), len(placement) - 1
+    counts = [1 if stage == 0 or stage < last else 0 for stage in range(last + 1)]
+    costs = [block * count for count in counts]
     costs[0] += config.hidden_size
-    costs[-1] += config.hidden_size * (config.vocab_size or 0)
-    counts = [1] * num_stages
-    for _ in range(config.num_layers - num_stages):
+    costs[last] += config.hidden_size * (config.vocab_size or 0)
+    for _ in range(config.num_layers - sum(counts)):
+        of_rank = {rank: sum(c for c, r in zip(costs, placement, strict=True) if r == rank) for rank in placement}
         # Blocks cost the same, so handing each to the cheapest is best. Of equals the latest: early stages keep more.
-        cheapest = min(range(num_stages), key=lambda stage: (costs[stage], -stage))
+        cheapest = min(range(last + 1), key=lambda stage: (of_rank[placement[stage]], costs[stage], -stage))
         costs[cheapest] += block
         counts[cheapest] += 1
     return counts

@@ -52,7 +52,7 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
     """
     parallel, training = config.parallel, config.training
     plan = plan_pipeline(config)
-    spans = cut_stages(config.model, plan.num_stages, parallel.pipeline_cut)
+    spans = cut_stages(config.model, plan.num_stages, parallel.pipeline_cut, placement=plan.placement)
     replicas = parallel.data_parallel_size or data_parallel_size or 1
     schedule = plan.schedule(training.global_batch_size // training.microbatch_size // replicas)
     ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)

@@ -67,7 +67,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     on_every_rank(lambda: _check_same_config(*configs))
     mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
     model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-    spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut)
+    spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
     model = ModelStages(
         spans,
         plan.placement,

@@ -79,8 +79,8 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
 
 
 @pytest.mark.parametrize(("cut", "changes"), [
-    ([5], DROPOUT), ([2, 3], DROPOUT), ([1, 1, 2, 1], {}), ([3, 2], LLAMA), ([1, 3, 1], {**LLAMA, **DROPOUT}),
-    ([2, 3], {"recompute": "selective", "embedding_dropout": 0.3}),
+    ([5], DROPOUT), ([2, 3], DROPOUT), ([1, 1, 2, 1], {}), ([3, 2, 0], DROPOUT), ([3, 2], LLAMA),
+    ([1, 3, 1], {**LLAMA, **DROPOUT}), ([2, 3], {"recompute": "selective", "embedding_dropout": 0.3}),
 ], ids=str)  # fmt: skip
 def test_chained_stages_equal_the_whole(cut: list[int], changes: dict[str, Any]) -> None:
     assert chained_equals_whole(0, 1, cut, changes) > 30
@@ -100,8 +100,11 @@ def test_a_middle_stage_holds_its_blocks_alone() -> None:
         stage(torch.zeros(8, 3, 24), torch.zeros(3, 8, dtype=torch.int64))
 
 
-def counts(num_stages: int, cut: list[int] | None = None, **changes: Any) -> list[int]:
-    return [span.stop - span.start for span in cut_stages(GPTConfig(**{**SIZES, **changes}), num_stages, cut)]
+def counts(
+    num_stages: int, cut: list[int] | None = None, placement: tuple[int, ...] | None = None, **changes: Any
+) -> list[int]:
+    spans = cut_stages(GPTConfig(**{**SIZES, **changes}), num_stages, cut, placement=placement)
+    return [span.stop - span.start for span in spans]
 
 
 def test_the_head_weighs_as_much_as_its_products() -> None:
@@ -109,19 +112,30 @@ def test_the_head_weighs_as_much_as_its_products() -> None:
     assert counts(2, num_layers=8, vocab_size=1) == [4, 4]
     assert counts(2, num_layers=8, vocab_size=2 * 196) == [5, 3]
     assert counts(4, num_layers=10, vocab_size=2 * 196) == [3, 3, 3, 1]
-    # A head that is dearer than all blocks leaves the last stage one block.
-    assert counts(3, num_layers=7, vocab_size=50 * 196) == [3, 3, 1]
+    # A head that is dearer than all blocks leaves the last stage none, and so does one that is dearer than the others'.
+    assert counts(3, num_layers=7, vocab_size=50 * 196) == [3, 4, 0]
+    assert counts(2, num_layers=4, vocab_size=4 * 196) == [4, 0]
+    assert counts(1, num_layers=2, vocab_size=50 * 196) == [2]
     # What is over goes to the middle, and there to late stages, which keep fewer microbatches.
     assert counts(5, num_layers=6, vocab_size=1) == [1, 1, 1, 2, 1]
     assert counts(3, [4, 2, 2], num_layers=8) == [4, 2, 2]
 
 
+def test_it_is_ranks_that_are_made_even_and_then_their_stages() -> None:
+    # The head is as dear as 2.7 blocks: rank 1, which has it, has one block beside it in all.
+    assert counts(4, placement=(0, 1, 0, 1), num_layers=4, vocab_size=27 * 196 // 10) == [1, 1, 2, 0]
+    assert counts(4, placement=(0, 1, 1, 0), num_layers=4, vocab_size=27 * 196 // 10) == [1, 1, 2, 0]
+    assert counts(4, placement=(0, 1, 0, 1), num_layers=8, vocab_size=1) == [2, 2, 2, 2]
+    assert counts(4, placement=(0, 1, 0, 1), num_layers=9, vocab_size=2 * 196) == [2, 3, 3, 1]
+
+
 @pytest.mark.parametrize(("num_stages", "cut", "message"), [
-    (6, None, "num_layers=5 must be at least the number of pipeline stages 6"),
+    (7, None, "num_layers=5 must be at least 6: of the 7 pipeline stages each needs a block, but for the last"),
     (0, None, "num_stages=0 must be 1 or more"),
     (2, [2, 2], r"pipeline_cut=\[2, 2\] has 4 blocks: the sum must be num_layers=5"),
     (3, [2, 3], r"pipeline_cut=\[2, 3\] must have one number of blocks for each of the 3 stages, not 2"),
-    (2, [5, 0], r"pipeline_cut=\[5, 0\] must give every stage 1 block or more"),
+    (2, [0, 5], r"pipeline_cut=\[0, 5\] must give every stage 1 block or more"),
+    (1, [0], r"pipeline_cut=\[0\] must give every stage 1 block or more"),
     (2, [6, -1], r"pipeline_cut=\[6, -1\] must give every stage 1 block or more"),
 ])  # fmt: skip
 def test_cuts_that_do_not_fit(num_stages: int, cut: list[int] | None, message: str) -> None:

@@ -180,7 +180,7 @@ def test_dropout_and_llama_layers_have_one_curve_at_every_layout_and_resume(text
 PIPELINES: list[tuple[int, dict[str, Any], int]] = [
     (8, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2, "sequence_parallel": True, "bucket_mb": 0.02}, 2),
     (2, {"pipeline_parallel_size": 2, "schedule": "zb_v", "recompute": "full"}, 4),
-    (4, {"pipeline_parallel_size": 2, "stages_per_rank": 2, "pipeline_cut": (2, 1, 1, 1)}, 6),
+    (4, {"pipeline_parallel_size": 2, "stages_per_rank": 2, "pipeline_cut": (2, 1, 2, 0)}, 6),
     (1, {"schedule": "interleaved_zero_bubble", "stages_per_rank": 3}, 8),
 ]  # fmt: skip
 
