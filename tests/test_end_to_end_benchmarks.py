@@ -119,9 +119,12 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     results = tmp_path / "results.json"
     process = start("end_to_end.py", "--rounds", 100000, "--layouts", "tp=2", "--results", results)
     assert process.stdout is not None
-    next(line for line in process.stdout if line.startswith("  100000 rounds of "))
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    try:
+        next(line for line in process.stdout if line.startswith("  100000 rounds of "))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 1 and "Traceback" not in output, output
     (kept,) = read_results(results).comparisons
     assert kept.seconds["ours"] and not read_results(results).complete
