@@ -102,6 +102,7 @@ def test_two_kinds_of_parallelism_at_once(tmp_path):
     assert set(data.seconds) == {"ours", "FSDP2 + DTensor", "FSDP2 + DTensor, gathered once a step"}
 
 
+@pytest.mark.slow
 def test_layers_beside_dtensor(tmp_path):
     results = tmp_path / "results.json"
     code, output = run("layers.py", "--only", "tp + sp", "--results", results)
@@ -114,6 +115,7 @@ def test_layers_beside_dtensor(tmp_path):
     assert found.comparisons[0].model_flops == 3 * 32 * 16 * 32**2
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     """In the midst of a layout; what was there of the file stays."""
     results = tmp_path / "results.json"
