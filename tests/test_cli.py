@@ -91,7 +91,7 @@ def test_generate_continues_the_prompt_and_repeats_itself(folder: Path, capsys: 
     (["--model.num-heads", "3"], "hidden_size=16 must be divisible by num_heads=3 (nearest: 15, 18)"),
     (["--parallel.tensor-parallel-size", "4"], "num_heads=2 must be divisible by tensor_parallel_size=4 (nearest: 4)"),
     (["--training.microbatch-size", "3"], "global_batch_size=4 must be divisible by microbatch_size=3 (nearest: 3, 6)"),
-    (["--parallel.pipeline-parallel-size", "3"], "num_layers=1 must be at least 2: of the 3 pipeline stages each needs a block"),
+    (["--parallel.pipeline-parallel-size", "3"], "num_layers=1 must be at least 2: of the 3 pipeline stages"),
     (["--parallel.schedule", "1f2b"], "schedule='1f2b' must be one of: gpipe, 1f1b, interleaved_1f1b"),
     (["--parallel.schedule", "pipedream"], "schedule='pipedream' changes the update rule; the trainer runs"),
     (["--parallel.schedule", "zb_v", "--parallel.stages-per-rank", "3"], "stages_per_rank=3 must be 2 for zb_v"),
