@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fused_megatron.checks import check_divisible
 from fused_megatron.collectives.groups import group_size
+from fused_megatron.collectives.shared_memory import add_in_order
 from fused_megatron.collectives.streams import Transfer, start
 
 _Result = Callable[[torch.Tensor], torch.Tensor]
@@ -79,12 +80,8 @@ def _start_exchange_and_sum(blocks: torch.Tensor, shard: torch.Tensor, group: di
     """
 
     def add_up(received: torch.Tensor) -> torch.Tensor:
-        first, *others = received.view(group.size(), -1)
-        narrow = shard.dtype in (torch.bfloat16, torch.float16)  # their sum is rounded once
-        total = first.float() if narrow else torch.add(first, others.pop(0), out=shard.view(-1))
-        for other in others:
-            total += other
-        return shard.view(-1).copy_(total).view(shard.shape) if narrow else shard
+        add_in_order(shard.view(-1), list(received.view(group.size(), -1)))
+        return shard
 
     source = blocks.view(-1)
     source.stands_for = "reduce_scatter"  # type: ignore[attr-defined]  # for testing.record_communication
