@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("fused_megatron", "kernels", "csrc", "tests", "benchmarks", "examples")
-FILE_LINES = {".py": 400, ".cpp": 300, ".cu": 300, ".h": 300, ".cuh": 300}
+FILE_LINES = {".py": 500, ".cpp": 300, ".cu": 300, ".h": 300, ".cuh": 300}
 FUNCTION_LINES = 60
 KERNEL_LINES = 120
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}

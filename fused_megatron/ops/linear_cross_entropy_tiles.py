@@ -231,10 +231,15 @@ class TiledHead:
 
     @cached_property
     def _buffers(self) -> list[torch.Tensor]:
-        columns = -(-min(self.words_per_block, self.num_words) // _ALIGNMENT) * _ALIGNMENT
+        words = min(self.words_per_block, self.num_words)
+        columns = -(-words // _ALIGNMENT) * _ALIGNMENT
         rows = min(self.rows_per_chunk, self.hidden.shape[0]) * self.exchange.num_blocks
         num_tiles = min(self.num_tiles, -(-self.hidden.shape[0] // self.rows_per_chunk))
-        return [self.hidden.new_empty((rows, columns), dtype=self.product_dtype) for _ in range(num_tiles)]
+        tiles = [self.hidden.new_empty((rows, columns), dtype=self.product_dtype) for _ in range(num_tiles)]
+        for tile in tiles:
+            # A CPU's matrix units read past the last column of a view and multiply by zero: NaN there would stay NaN.
+            tile[:, words:].zero_()
+        return tiles
 
     @cached_property
     def _whole_weight(self) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""A check that no product of 16-bit numbers reads a view whose neighbours were never written."""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.new_empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty_strided}
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm}
+
+
+class PoisonedProducts(TorchDispatchMode):
+    """Fills new memory with NaN and fails when a 16-bit product reads a view with NaN between its rows.
+
+    A CPU's matrix units read whole tiles: past the last column of a view, times zero. Where NaN stands there, the
+    result is NaN. Which CPU runs the test makes no difference: the neighbours are looked at, not the result.
+
+    Attributes:
+        num_views: operands with memory between their rows that were looked at.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_views = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in _PRODUCTS:
+            for operand in args:
+                self._look_at(func, operand)
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _ALLOCATIONS and result.is_floating_point() and not result.is_meta:
+            result.fill_(torch.nan)
+        return result
+
+    def _look_at(self, func: Any, operand: Any) -> None:
+        if not isinstance(operand, torch.Tensor) or operand.dim() < 2 or operand.dtype.itemsize != 2:
+            return
+        matrix = operand if operand.stride(-1) == 1 else operand.transpose(-1, -2)
+        (rows, columns), row_stride = matrix.shape[-2:], matrix.stride(-2)
+        if rows < 2 or matrix.stride(-1) != 1 or row_stride <= columns:
+            return
+        self.num_views += 1
+        # The neighbours of the last row may lie beyond the memory.
+        shape, strides = (*matrix.shape[:-2], rows - 1, row_stride - columns), matrix.stride()
+        between = matrix.as_strided(shape, strides, matrix.storage_offset() + columns)
+        assert between.isfinite().all(), (
+            f"{func} reads a view {tuple(operand.shape)} with rows of {row_stride} elements, and NaN between them"
+        )
