@@ -5,7 +5,7 @@ residual is dy itself).
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 P = 0.1
 

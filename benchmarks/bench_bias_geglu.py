@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.testing.side_by_side import Case
+from fused_megatron.benchmarking.side_by_side import Case
 
 
 def unfused(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

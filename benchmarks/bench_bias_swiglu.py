@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 
 def unfused(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

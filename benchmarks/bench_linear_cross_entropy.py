@@ -5,7 +5,7 @@ gradients written; that is little beside the products' arithmetic.
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 
 def unfused(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 SHAPES = {"cpu": (4096, 768), "gpu": (8192, 4096), "quick": (6, 40)}
 

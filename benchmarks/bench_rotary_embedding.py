@@ -4,7 +4,7 @@ and backward.
 
 import torch
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 
 def unfused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,7 +4,7 @@ and dy read and all of dx written backward.
 
 import torch
 
-from fused_megatron.testing.side_by_side import Bars, Case
+from fused_megatron.benchmarking.side_by_side import Bars, Case
 
 
 def unfused(x: torch.Tensor, scale: float) -> torch.Tensor:

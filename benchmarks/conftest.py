@@ -32,18 +32,18 @@ import pytest
 import torch
 
 import fused_megatron as fm
+from fused_megatron.benchmarking.call_overhead import measure_call_overhead
+from fused_megatron.benchmarking.comparison_table import one_line, overhead_table
+from fused_megatron.benchmarking.peers import PEERS
+from fused_megatron.benchmarking.recorded_durations import RecordedDurations
+from fused_megatron.benchmarking.report.describe_run import describe_run
+from fused_megatron.benchmarking.report.plots import plot_results
+from fused_megatron.benchmarking.report.results_file import Results, write_results
+from fused_megatron.benchmarking.report.tables import results_lines
+from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare
+from fused_megatron.benchmarking.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
 from fused_megatron.checks import InputError
 from fused_megatron.doctor.machine import processor_name
-from fused_megatron.testing.call_overhead import measure_call_overhead
-from fused_megatron.testing.comparison_table import one_line, overhead_table
-from fused_megatron.testing.peers import PEERS
-from fused_megatron.testing.recorded_durations import RecordedDurations
-from fused_megatron.testing.report.describe_run import describe_run
-from fused_megatron.testing.report.plots import plot_results
-from fused_megatron.testing.report.results_file import Results, write_results
-from fused_megatron.testing.report.tables import results_lines
-from fused_megatron.testing.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare
-from fused_megatron.testing.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
 from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
 
 _THREADS = 2

@@ -35,10 +35,10 @@ from gpt_of_torch import plain_step
 from run_of_layouts import Case, parser_of, rounds_of, run_cases, threads_of
 from steps_on_ranks import Candidate, WrongResult, fill, measure, run_providers, start_rank
 
+from fused_megatron.benchmarking.side_by_side import OURS, Bars, Comparison
+from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline import Costs, simulate
-from fused_megatron.pipeline.schedules import SCHEDULES
-from fused_megatron.testing.model_flops import gpt_step_flops
-from fused_megatron.testing.side_by_side import OURS, Bars, Comparison
+from fused_megatron.pipeline.schedule.schedules import SCHEDULES
 
 CHECKED_STEPS = 3
 # Sums in another order, through two updates of AdamW, which magnifies what is small.

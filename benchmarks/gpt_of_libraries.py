@@ -13,9 +13,9 @@ from gpt_of_ours import our_step, train_config
 from gpt_of_torch import SCHEDULES, mean_loss, pipelined, plain_step, step_of, torch_step
 from torch import nn
 
+from fused_megatron.benchmarking.side_by_side import OURS, Bars
 from fused_megatron.models.stage_cut import block_cost, cut_stages
 from fused_megatron.pipeline import build_schedule
-from fused_megatron.testing.side_by_side import OURS, Bars
 
 
 @dataclass(frozen=True)

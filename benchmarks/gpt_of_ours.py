@@ -6,17 +6,17 @@ import torch
 from gpt_layouts import BETAS, EPS, LR, WEIGHT_DECAY, Layout, Size, TrainingStep, Weights, own_rows
 from torch import nn
 
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import OptimizerConfig, ParallelConfig, TrainConfig
+from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models.stage_cut import cut_stages
 from fused_megatron.pipeline import Action
-from fused_megatron.pipeline.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule import COMPUTE, WEIGHT_GRAD
+from fused_megatron.pipeline.run.executor import PipelineExecutor
+from fused_megatron.pipeline.schedule.action import COMPUTE, WEIGHT_GRAD
 from fused_megatron.tensor_parallel import parameter_parts
-from fused_megatron.training.gradients import GradientBuckets
-from fused_megatron.training.model_stages import ModelStages
-from fused_megatron.training.optimizer import Optimizer
-from fused_megatron.training.pipeline_plan import plan_pipeline
 from fused_megatron.training.train import build_model
 
 

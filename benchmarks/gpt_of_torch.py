@@ -22,7 +22,7 @@ from torch.distributed.tensor import parallel as tp
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_megatron.pipeline import build_schedule
-from fused_megatron.pipeline.schedule import stages_of
+from fused_megatron.pipeline.schedule.action import stages_of
 
 # By our name of the schedule. torch has no zb_h1: its interleaved one with one stage a rank is it.
 SCHEDULES = {

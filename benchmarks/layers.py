@@ -16,7 +16,7 @@ from run_of_layouts import Case, parser_of, rounds_of, run_cases, threads_of
 from sharded_layers import DTENSOR, RANKS, WAYS, WITHOUT_OVERLAP, Layer, on_rank
 from steps_on_ranks import fill, run_providers
 
-from fused_megatron.testing.side_by_side import OURS, Bars, Comparison
+from fused_megatron.benchmarking.side_by_side import OURS, Bars, Comparison
 
 
 def compared(layer: Layer, rounds: int, limit_s: float) -> tuple[list[Comparison], bool]:

@@ -10,11 +10,11 @@ layout has, by the trainer's own parts (model, schedule, gradients, optimizer), 
 training does between two losses. It is timed from a barrier to the end of the slowest rank's work; the figure is the
 median of the steps [20-80 %] after a warm-up.
 
-    TFLOP/s a rank   model FLOPs / seconds / ranks; testing.model_flops has the formula
+    TFLOP/s a rank   model FLOPs / seconds / ranks; observe.model_flops has the formula
     MFU, HFU         model and hardware FLOPs (with what is recomputed) / seconds / ranks / what a large product
                      reaches on one rank in the same run
     weak scaling     TFLOP/s a rank over those of the preset of one rank, as in Shoeybi et al. 2019
-    breakdown        testing.step_breakdown says what the parts are; means over the ranks
+    breakdown        benchmarking.step_breakdown says what the parts are; means over the ranks
 
 What a preset needs is known before it starts: too few ranks or too little memory is a line, and so is a rank that
 fails. The results file is written after every preset, and Ctrl-C keeps it; `fused-megatron report` shows it again.
@@ -37,18 +37,18 @@ import torch
 from node_ranks import INTERRUPTED, NodeRanks
 from node_steps import Measured, measure
 
+from fused_megatron.benchmarking.comparison_table import markdown
+from fused_megatron.benchmarking.report.describe_run import describe_run
+from fused_megatron.benchmarking.report.results_file import Results, read_results, write_results
+from fused_megatron.benchmarking.side_by_side import OURS, Bars, Comparison
+from fused_megatron.benchmarking.timing_devices import CpuDevice, CudaDevice, TimingDevice, measure_ceilings
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
+from fused_megatron.config.config_file import load_config
 from fused_megatron.doctor.machine import processor_name
-from fused_megatron.testing.comparison_table import markdown
-from fused_megatron.testing.model_flops import gpt_step_flops
-from fused_megatron.testing.report.describe_run import describe_run
-from fused_megatron.testing.report.results_file import Results, read_results, write_results
-from fused_megatron.testing.side_by_side import OURS, Bars, Comparison
-from fused_megatron.testing.timing_devices import CpuDevice, CudaDevice, TimingDevice, measure_ceilings
-from fused_megatron.training.config_file import load_config
+from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.training.kept_pages import keep_malloc_pages
-from fused_megatron.training.rank_memory import rank_memory
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"

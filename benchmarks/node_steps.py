@@ -12,19 +12,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.benchmarking.step_breakdown import StepBreakdown
+from fused_megatron.benchmarking.timing_devices import TimingDevice
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
+from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset
+from fused_megatron.data.training_data import TrainingData
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import cut_stages
-from fused_megatron.testing.step_breakdown import StepBreakdown
-from fused_megatron.testing.timing_devices import TimingDevice
-from fused_megatron.training.checkpoint.ranks import gather_json
-from fused_megatron.training.data import TrainingData
 from fused_megatron.training.launch import world_group
-from fused_megatron.training.model_stages import ModelStages
-from fused_megatron.training.pipeline_plan import plan_pipeline
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.run_folder import RunFolder
-from fused_megatron.training.token_dataset import TokenDataset, ValidationDataset
 from fused_megatron.training.train import build_model
 from fused_megatron.training.trainer import Trainer
 

@@ -32,8 +32,9 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron import ops
-from fused_megatron.collectives import Group, overlap_costs
+from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
+from fused_megatron.overlap import overlap_costs
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 
 SEQUENCE, HIDDEN, FFN = 2048, 1024, 4096

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from fused_megatron.benchmarking.sleeping_stages import MeasuredSchedule, measure_schedule
 from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule
-from fused_megatron.pipeline.schedule import SYNCHRONOUS
-from fused_megatron.pipeline.timeline import to_perfetto
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS
+from fused_megatron.pipeline.view.timeline import to_perfetto
 from fused_megatron.testing import run_on_ranks
-from fused_megatron.testing.sleeping_stages import MeasuredSchedule, measure_schedule
 
 BAR = 0.05
 

@@ -77,10 +77,10 @@ def run_here(words: Sequence[str]) -> int:
 
 def report(since: float) -> None:
     """Tables of the files that were written since then, and their pictures."""
+    from fused_megatron.benchmarking.report.plots import plot_results  # noqa: PLC0415
+    from fused_megatron.benchmarking.report.results_file import read_results  # noqa: PLC0415
+    from fused_megatron.benchmarking.report.tables import results_lines  # noqa: PLC0415
     from fused_megatron.checks import InputError  # noqa: PLC0415 - torch takes seconds, and the parts say more
-    from fused_megatron.testing.report.plots import plot_results  # noqa: PLC0415
-    from fused_megatron.testing.report.results_file import read_results  # noqa: PLC0415
-    from fused_megatron.testing.report.tables import results_lines  # noqa: PLC0415
 
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stat().st_mtime >= since)
     try:

@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from steps_on_ranks import start_rank
 
+from fused_megatron.benchmarking.comparison_table import one_line, remarks
+from fused_megatron.benchmarking.report.describe_run import describe_run
+from fused_megatron.benchmarking.report.results_file import Results, read_results, write_results
+from fused_megatron.benchmarking.side_by_side import OURS, Comparison
+from fused_megatron.benchmarking.timing_devices import CpuDevice, measure_ceilings
 from fused_megatron.checks import InputError
 from fused_megatron.doctor.machine import processor_name
 from fused_megatron.testing import run_on_ranks
-from fused_megatron.testing.comparison_table import one_line, remarks
-from fused_megatron.testing.report.describe_run import describe_run
-from fused_megatron.testing.report.results_file import Results, read_results, write_results
-from fused_megatron.testing.side_by_side import OURS, Comparison
-from fused_megatron.testing.timing_devices import CpuDevice, measure_ceilings
 
 RESULTS = Path(__file__).parent / "results"
 GEMM = "gemm_gflop_per_s float32"

@@ -15,10 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import parallel as tp
 
+from fused_megatron.benchmarking.exact_results import INEXACT
+from fused_megatron.benchmarking.side_by_side import OURS
 from fused_megatron.models import ParallelMLP, ParallelSelfAttention
-from fused_megatron.testing.exact_results import INEXACT
 from fused_megatron.testing.sharded_models import gradient_errors
-from fused_megatron.testing.side_by_side import OURS
 
 RANKS = 2
 WITHOUT_OVERLAP, DTENSOR = "ours without overlap", "DTensor"

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fused_megatron.benchmarking.side_by_side import Comparison
+from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
-from fused_megatron.testing.side_by_side import Comparison
-from fused_megatron.testing.timing_devices import CpuDevice
 from fused_megatron.training.kept_pages import keep_malloc_pages
 
 Parts = dict[str, float]

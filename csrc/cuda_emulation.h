@@ -8,7 +8,7 @@
 #include <type_traits>
 
 // CUDA for the host compiler: what kernels and launch code say, as far as the kernels of this project need it. The
-// machine behind it is cuda_emulation.cpp; how it is built and used, fused_megatron/testing/cuda_emulation.py.
+// machine behind it is cuda_emulation.cpp; how it is built and used, fused_megatron/audit/cuda_emulation.py.
 // Not emulated: time, memory spaces, partial warp masks, clusters.
 
 #define __global__

@@ -1,7 +1,7 @@
 #pragma once
 
 // How kernels are launched and how they get shared memory: the one place that differs between the CUDA compiler and
-// the host emulation (fused_megatron/testing/cuda_emulation.py), so that both run the same kernels and launch code.
+// the host emulation (fused_megatron/audit/cuda_emulation.py), so that both run the same kernels and launch code.
 //
 //   FM_LAUNCH(kernel, grid, block, stream, arguments...)
 //   FM_LAUNCH_DYNAMIC(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)

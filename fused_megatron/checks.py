@@ -25,6 +25,11 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_positive(name: str, value: int) -> None:
+    """Raise unless value is 1 or more."""
+    check(value >= 1, f"{name}={value} must be 1 or more")
+
+
 def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
     """Raise unless value is a multiple of divisor; the message names the nearest values that are."""
     if value % divisor:

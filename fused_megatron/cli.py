@@ -94,10 +94,10 @@ def _output_is_closed() -> bool:
 
 
 def _train(words: Sequence[str]) -> int:
-    from fused_megatron.training.checkpoint import newest_checkpoint  # noqa: PLC0415
-    from fused_megatron.training.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
+    from fused_megatron.checkpoint import newest_checkpoint  # noqa: PLC0415
+    from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
+    from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
-    from fused_megatron.training.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
 
@@ -136,7 +136,7 @@ def _generate(words: Sequence[str]) -> int:
 
 
 def _convert(words: Sequence[str]) -> int:
-    from fused_megatron.training.hugging_face.command import ConvertArguments, convert  # noqa: PLC0415
+    from fused_megatron.training.convert import ConvertArguments, convert  # noqa: PLC0415
 
     arguments = _parsed(ConvertArguments, "convert", words, on_ranks=True)
     if arguments is not None:
@@ -158,7 +158,7 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
-    from fused_megatron.testing.report.command import ReportArguments, run_report  # noqa: PLC0415
+    from fused_megatron.benchmarking.report.command import ReportArguments, run_report  # noqa: PLC0415
 
     arguments = _parsed(ReportArguments, "report", words)
     return 0 if arguments is None else run_report(arguments)
@@ -166,7 +166,7 @@ def _report(words: Sequence[str]) -> int:
 
 def _audit(words: Sequence[str]) -> int:
     # Needs a source checkout and its compilers, which those who train do not have: imported when asked for.
-    from fused_megatron.testing.audit.command import AuditArguments, run_audit  # noqa: PLC0415
+    from fused_megatron.audit.command import AuditArguments, run_audit  # noqa: PLC0415
 
     arguments = _parsed(AuditArguments, "audit", words)
     return 0 if arguments is None else run_audit(arguments)
@@ -177,7 +177,7 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
 
     on_ranks: a command that several ranks run, with the same words: one of them says what is wrong with these.
     """
-    from fused_megatron.training.arguments import parse_arguments, print_arguments  # noqa: PLC0415
+    from fused_megatron.config.arguments import parse_arguments, print_arguments  # noqa: PLC0415
 
     program = f"fused-megatron {command}"
     if any(word in ("-h", "--help") for word in words):
@@ -191,7 +191,7 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
 
 def _is_expected(error: RuntimeError) -> bool:
     """Whether the error is for the user: its line says all."""
-    from fused_megatron.training.checkpoint import CheckpointError  # noqa: PLC0415
+    from fused_megatron.checkpoint import CheckpointError  # noqa: PLC0415
     from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
 
     # What may stand behind a CheckpointError; anything else is a bug.

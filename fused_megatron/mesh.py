@@ -1,59 +1,173 @@
-"""The grid of ranks: axes pp (pipeline), dp (data) and tp (tensor), over torch's DeviceMesh. No globals."""
+"""The grid of ranks: named axes over torch's DeviceMesh, and the layout that layers take from it. No globals."""
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fused_megatron.checks import check
+from fused_megatron.checks import check, check_one_of
 
-AXES = ("pp", "dp", "tp")
+AXES = ("pp", "dp", "cp", "tp")
+"""Pipeline, data, context and tensor parallelism, from the axis whose ranks lie farthest apart to the nearest."""
+EXPERT_AXES = ("pp", "edp", "ep", "etp")
+"""The same ranks as experts see them: copies of an expert, groups of experts, shards of an expert."""
 TP_NCCL_SMS = 16
 """SMs (NCCL: CTAs) that a collective of the tp axis may take from the products beside it, of an H100's 132."""
+
+
+def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The index of a rank along every axis, in the order of `sizes`: the last axis has neighbouring ranks.
+
+    With sizes pp, dp, cp, tp:  rank == ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank.
+    """
+    found = {}
+    for axis in reversed(sizes):
+        found[axis] = rank % sizes[axis]
+        rank //= sizes[axis]
+    return {axis: found[axis] for axis in sizes}
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """How layers and models are cut over ranks.
+
+    Attributes:
+        tp_group: the R ranks that share each layer; None for this rank alone.
+        sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
+        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
+            group says, a number: so many, False: never.
+    """
+
+    tp_group: dist.ProcessGroup | None = None
+    sequence_parallel: bool = False
+    overlap: bool | int = True
+
+
+@dataclass(frozen=True)
+class SubMesh:
+    """Some axes of a mesh: the ranks that differ from this one along these axes only.
+
+    Attributes:
+        axes: their names, in the order of the mesh.
+        size: number of ranks.
+        rank: this rank's index among them, the last axis varying fastest.
+        group: their process group; None for one rank.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    rank: int
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Mesh:
     """Where this rank stands in the grid of ranks. Made by init_mesh.
 
-    rank == (pp_rank * dp_size + dp_rank) * tp_size + tp_rank: the ranks of a tensor-parallel group are neighbours, so
-    that the axis with the most traffic stays inside a machine.
+    The ranks of a tensor-parallel group are neighbours, so that the axis with the most traffic stays inside a machine;
+    see coordinates. Experts fold their own axes over the ranks of a pipeline stage: edp x ep x etp = dp x cp x tp.
 
     Attributes:
         rank, world_size: of all ranks.
-        pp_size, dp_size, tp_size: length of each axis.
-        pp_group, dp_group, tp_group: the ranks that differ from this one along that axis alone; None for length 1.
-        device_mesh: torch's view of the same grid; None for one process without a process group.
+        sizes: length of each axis of AXES, by name.
+        expert_sizes: length of each axis of EXPERT_AXES.
+        device_mesh: torch's view of the grid, with the axes pp, dp, tp, and cp where it is longer than 1; None for one
+            process without a process group.
+        groups: of every axis longer than 1, and of ("dp", "cp") where both are.
     """
 
     rank: int
     world_size: int
-    pp_size: int
-    dp_size: int
-    tp_size: int
+    sizes: Mapping[str, int]
+    expert_sizes: Mapping[str, int]
     device_mesh: DeviceMesh | None = field(default=None, repr=False)
-    pp_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    dp_group: dist.ProcessGroup | None = field(default=None, repr=False)
-    tp_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    groups: dict[tuple[str, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, axes: str | tuple[str, ...]) -> SubMesh:
+        """The sub-mesh of one axis or several: mesh["tp"], mesh["dp", "cp"].
+
+        Raises:
+            InputError: an axis that there is not, axes of both grids, another order than that of the mesh.
+
+        Communication: none for one axis and for ("dp", "cp"). Other axes of which two or more are longer than 1 have no
+            group yet: the first request makes it, on all ranks at once.
+        """
+        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        for axis in axes:
+            check_one_of("axis", axis, tuple(dict.fromkeys((*AXES, *EXPERT_AXES))))
+        grid = self.sizes if set(axes) <= set(AXES) else self.expert_sizes
+        check(
+            len(axes) > 0 and axes == tuple(axis for axis in grid if axis in axes),
+            f"axes={axes} must be some of {tuple(self.sizes)}, or of {tuple(self.expert_sizes)}, in this order",
+        )
+        at, size = coordinates(self.rank, grid), prod(grid[axis] for axis in axes)
+        rank = 0
+        for axis in axes:
+            rank = rank * grid[axis] + at[axis]
+        return SubMesh(axes, size, rank, self._group(axes, grid))
+
+    def _group(self, axes: tuple[str, ...], grid: Mapping[str, int]) -> dist.ProcessGroup | None:
+        long = tuple(axis for axis in axes if grid[axis] > 1)
+        if not long:
+            return None
+        if long not in self.groups:
+            self.groups[long] = _new_group(long, grid, self.rank, self.world_size)
+        return self.groups[long]
 
     @property
-    def tp_rank(self) -> int:
-        """Position along the tp axis."""
-        return self.rank % self.tp_size
+    def pp_size(self) -> int:
+        """Length of the pp axis."""
+        return self.sizes["pp"]
 
     @property
-    def dp_rank(self) -> int:
-        """Position along the dp axis."""
-        return self.rank // self.tp_size % self.dp_size
+    def dp_size(self) -> int:
+        """Length of the dp axis."""
+        return self.sizes["dp"]
+
+    @property
+    def tp_size(self) -> int:
+        """Length of the tp axis."""
+        return self.sizes["tp"]
 
     @property
     def pp_rank(self) -> int:
         """Position along the pp axis."""
-        return self.rank // (self.tp_size * self.dp_size)
+        return coordinates(self.rank, self.sizes)["pp"]
+
+    @property
+    def dp_rank(self) -> int:
+        """Position along the dp axis."""
+        return coordinates(self.rank, self.sizes)["dp"]
+
+    @property
+    def tp_rank(self) -> int:
+        """Position along the tp axis."""
+        return coordinates(self.rank, self.sizes)["tp"]
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along the pp axis only; None for length 1."""
+        return self.groups.get(("pp",))
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along the dp axis only; None for length 1."""
+        return self.groups.get(("dp",))
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along the tp axis only; None for length 1."""
+        return self.groups.get(("tp",))
+
+    def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:
+        """What layers and models on this mesh take."""
+        return ParallelLayout(self.tp_group, sequence_parallel, overlap)
 
 
 def init_mesh(
@@ -61,51 +175,101 @@ def init_mesh(
     pipeline_parallel_size: int = 1,
     data_parallel_size: int | None = None,
     *,
+    context_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
+    expert_tensor_parallel_size: int = 1,
     device_type: str | None = None,
 ) -> Mesh:
     """Arrange all ranks of the default process group in a grid.
 
-    Any sizes will do whose product is the world size. One process needs no process group.
+    Any sizes will do whose product is the world size. One process needs no process group. Axes of length 1 have no
+    group and cost nothing.
 
     Args:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: groups of layers that run one after the other.
         data_parallel_size: copies of the model; None for what is left of the world.
+        context_parallel_size: ranks that share each sequence, attention included.
+        expert_parallel_size: ranks that share the experts of a layer; folded over the data-, context- and
+            tensor-parallel ranks of a pipeline stage.
+        expert_tensor_parallel_size: ranks that share each expert; folded over the same ranks.
         device_type: of torch's DeviceMesh; None for "cuda" where the process group has NCCL, else "cpu".
 
     Raises:
-        InputError: sizes whose product is not the world size; several ranks without a process group.
+        InputError: sizes whose product is not the world size, or over which experts cannot be folded; several ranks
+            without a process group.
 
     Communication: creates the groups, which every rank must do at once; nothing later.
     """
-    sizes = {"tensor_parallel_size": tensor_parallel_size, "pipeline_parallel_size": pipeline_parallel_size}
+    named = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+        "context_parallel_size": context_parallel_size,
+        "expert_parallel_size": expert_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size,
+    }
     if data_parallel_size is not None:
-        sizes["data_parallel_size"] = data_parallel_size
-    for name, size in sizes.items():
+        named["data_parallel_size"] = data_parallel_size
+    for name, size in named.items():
         check(size >= 1, f"{name}={size} must be at least 1")
     rank, world_size = _rank_and_world_size()
-    layer_ranks = tensor_parallel_size * pipeline_parallel_size
+    model_ranks = tensor_parallel_size * pipeline_parallel_size * context_parallel_size
     if data_parallel_size is None:
-        data_parallel_size = max(1, world_size // layer_ranks)
-    total = layer_ranks * data_parallel_size
+        data_parallel_size = max(1, world_size // model_ranks)
+    sizes = dict(
+        zip(
+            AXES, (pipeline_parallel_size, data_parallel_size, context_parallel_size, tensor_parallel_size), strict=True
+        )
+    )
+    _check_product(sizes, world_size)
+    stage_ranks, expert_ranks = world_size // sizes["pp"], expert_parallel_size * expert_tensor_parallel_size
+    check(
+        stage_ranks % expert_ranks == 0,
+        f"expert_parallel_size={expert_parallel_size} x expert_tensor_parallel_size={expert_tensor_parallel_size} = "
+        f"{expert_ranks} must divide the {stage_ranks} ranks of a pipeline stage (data x context x tensor parallel)",
+    )
+    expert_shape = (sizes["pp"], stage_ranks // expert_ranks, expert_parallel_size, expert_tensor_parallel_size)
+    expert_sizes = dict(zip(EXPERT_AXES, expert_shape, strict=True))
+    if not dist.is_initialized():
+        return Mesh(rank, world_size, sizes, expert_sizes)
+    _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size, rank)
+    device_type = device_type or _device_type()
+    device_axes = [axis for axis in AXES if axis != "cp" or sizes["cp"] > 1]
+    device_mesh = init_device_mesh(
+        device_type, tuple(sizes[axis] for axis in device_axes), mesh_dim_names=tuple(device_axes),
+        backend_override=_backend_override(device_type),
+    )  # fmt: skip
+    groups = {(axis,): device_mesh.get_group(axis) for axis in device_axes if sizes[axis] > 1}
+    if sizes["dp"] > 1 and sizes["cp"] > 1:
+        groups["dp", "cp"] = _new_group(("dp", "cp"), sizes, rank, world_size)
+    if expert_ranks > 1:
+        for axis in EXPERT_AXES[1:]:
+            if expert_sizes[axis] > 1:
+                groups[(axis,)] = _new_group((axis,), expert_sizes, rank, world_size)
+    return Mesh(rank, world_size, sizes, expert_sizes, device_mesh, groups)
+
+
+def _new_group(axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world_size: int) -> dist.ProcessGroup:
+    """The group of the ranks that differ from this one along these axes only; all ranks make all such groups."""
+    members: dict[tuple[int, ...], list[int]] = {}
+    for other in range(world_size):
+        at = coordinates(other, sizes)
+        members.setdefault(tuple(at[axis] for axis in sizes if axis not in axes), []).append(other)
+    group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
+    assert group is not None and rank in dist.get_process_group_ranks(group)
+    return group
+
+
+def _check_product(sizes: Mapping[str, int], world_size: int) -> None:
+    total = prod(sizes.values())
+    names = {"tp": "tensor", "pp": "pipeline", "cp": "context", "dp": "data"}
+    # An axis that nobody asked for is not named.
+    shown = [f"{name}_parallel_size={sizes[axis]}" for axis, name in names.items() if axis != "cp" or sizes["cp"] > 1]
     check(
         total == world_size,
-        f"tensor_parallel_size={tensor_parallel_size} x pipeline_parallel_size={pipeline_parallel_size} x "
-        f"data_parallel_size={data_parallel_size} = {total} must equal the world size {world_size} "
-        f"({_way_out(tensor_parallel_size, pipeline_parallel_size, total, world_size)})",
+        f"{' x '.join(shown)} = {total} must equal the world size {world_size} "
+        f"({_way_out(total // sizes['dp'], total, world_size)})",
     )
-    if not dist.is_initialized():
-        return Mesh(rank=0, world_size=1, pp_size=1, dp_size=1, tp_size=1)
-    _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size, rank)
-    shape = (pipeline_parallel_size, data_parallel_size, tensor_parallel_size)
-    device_type = device_type or _device_type()
-    device_mesh = init_device_mesh(
-        device_type, shape, mesh_dim_names=AXES, backend_override=_backend_override(device_type)
-    )
-    pp_group, dp_group, tp_group = (
-        device_mesh.get_group(axis) if size > 1 else None for axis, size in zip(AXES, shape, strict=True)
-    )
-    return Mesh(rank, world_size, *shape, device_mesh, pp_group, dp_group, tp_group)
 
 
 def _rank_and_world_size() -> tuple[int, int]:
@@ -146,10 +310,9 @@ def _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size: int, rank: in
     )
 
 
-def _way_out(tensor_parallel_size: int, pipeline_parallel_size: int, total: int, world_size: int) -> str:
-    layer_ranks = tensor_parallel_size * pipeline_parallel_size
+def _way_out(model_ranks: int, total: int, world_size: int) -> str:
     start = f"start {total} ranks: torchrun --nproc-per-node {total}"
-    return start if world_size % layer_ranks else f"{start}; or data_parallel_size={world_size // layer_ranks}"
+    return start if world_size % model_ranks else f"{start}; or data_parallel_size={world_size // model_ranks}"
 
 
 def _device_type() -> str:

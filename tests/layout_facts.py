@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import GPT, StageSpan, cut_stages
-from fused_megatron.testing import record_communication
-from fused_megatron.training.gradients import GradientBuckets
-from fused_megatron.training.model_stages import ModelStages
-from fused_megatron.training.pipeline_plan import plan_pipeline
+from fused_megatron.observe import record_communication
 from fused_megatron.training.train import build_model
 
 META = torch.device("meta")

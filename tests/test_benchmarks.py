@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_megatron.testing.report.results_file import read_results
+from fused_megatron.benchmarking.report.results_file import read_results
 from fused_megatron.training.kept_pages import uses_glibc
 
 ROOT = Path(__file__).parents[1]

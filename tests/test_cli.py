@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fused_megatron import cli
-from fused_megatron.training.indexed_dataset import IndexedDatasetWriter
+from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="module")

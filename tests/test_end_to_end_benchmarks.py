@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_megatron.testing.model_flops import gpt_step_flops
-from fused_megatron.testing.report.results_file import read_results
-from fused_megatron.testing.side_by_side import Bars, Comparison
+from fused_megatron.benchmarking.report.results_file import read_results
+from fused_megatron.benchmarking.side_by_side import Bars, Comparison
+from fused_megatron.observe.model_flops import gpt_step_flops
 
 ROOT = Path(__file__).parents[1]
 

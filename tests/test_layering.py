@@ -13,19 +13,44 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"__init__"},
-    {"training", "testing", "doctor"},
-    {"models", "pipeline", "interop"},
-    {"tensor_parallel"},
-    {"modules", "collectives"},
-    {"ops", "mesh"},
-    {"kernels", "extension", "reference", "config", "weight_files", "_dataset_index"},
+    {"training", "audit", "benchmarking", "doctor"},
+    {"planning"},
+    {"assembly", "hugging_face"},
+    {"testing", "inference"},
+    {"models", "interop", "data_parallel", "pipeline"},
+    {"context_parallel", "expert_parallel", "tensor_parallel"},
+    {"modules", "overlap", "checkpoint", "data"},
+    {"sharding"},
+    {"collectives", "mesh"},
+    {"ops", "observe"},
+    {"kernels", "extension", "reference", "config", "weight_files", "durable", "_dataset_index"},
     {"checks"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 # Rows below that are closed all the same: the engine knows no model and no tensor parallelism.
 FORBIDDEN = {"pipeline": {"models", "tensor_parallel"}}
-DISTRIBUTED = {"mesh", "collectives", "tensor_parallel", "pipeline", "training", "testing", "doctor"}
-TRITON = {"kernels", "testing"}
+DISTRIBUTED = {
+    "observe",
+    "mesh",
+    "collectives",
+    "sharding",
+    "overlap",
+    "checkpoint",
+    "tensor_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "data_parallel",
+    "pipeline",
+    "interop",
+    "hugging_face",
+    "assembly",
+    "planning",
+    "training",
+    "testing",
+    "benchmarking",
+    "doctor",
+}
+TRITON = {"kernels", "audit"}
 NO_MODULES = {"ops", "kernels"}
 
 

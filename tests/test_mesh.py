@@ -1,4 +1,7 @@
+"""Start here when a rank is in the wrong group, or rank order changes."""
+
 import dataclasses
+import itertools
 import os
 import types
 import warnings
@@ -9,7 +12,7 @@ import torch.distributed as dist
 
 from fused_megatron import mesh as mesh_module
 from fused_megatron.checks import InputError
-from fused_megatron.mesh import init_mesh
+from fused_megatron.mesh import AXES, coordinates, init_mesh
 from fused_megatron.testing import run_on_ranks
 
 
@@ -57,6 +60,67 @@ def test_grid(world_size, sizes, shape):
         p, d, t = place
         assert grid[p, d, t] == rank
         assert members == {"pp": grid[:, d, t].tolist(), "dp": grid[p, :, t].tolist(), "tp": grid[p, d].tolist()}
+
+
+def test_rank_order():
+    sizes = {"pp": 2, "dp": 3, "cp": 2, "tp": 4}
+    grid = itertools.product(*(range(sizes[axis]) for axis in AXES))
+    for rank, (pp, dp, cp, tp) in enumerate(grid):
+        assert coordinates(rank, sizes) == {"pp": pp, "dp": dp, "cp": cp, "tp": tp}
+        assert ((pp * 3 + dp) * 2 + cp) * 4 + tp == rank
+
+
+def members_of(sub_mesh):
+    if sub_mesh.group is None:
+        assert (sub_mesh.size, sub_mesh.rank) == (1, 0)
+        return [dist.get_rank()]
+    assert (sub_mesh.group.size(), sub_mesh.group.rank()) == (sub_mesh.size, sub_mesh.rank)
+    gathered = torch.empty(sub_mesh.size, dtype=torch.int64)
+    dist.all_gather_single(gathered, torch.tensor([dist.get_rank()]), group=sub_mesh.group)
+    return gathered.tolist()
+
+
+def sub_meshes(rank, world_size, sizes, names):
+    mesh = init_mesh(**sizes)
+    assert mesh["tp"].group is mesh.tp_group and mesh["dp"].group is mesh.dp_group
+    return [members_of(mesh[name]) for name in names]
+
+
+def test_named_axes_and_experts_folded_over_them():
+    sizes = {"tensor_parallel_size": 2, "context_parallel_size": 2, "data_parallel_size": 2, "expert_parallel_size": 4}
+    names = ["tp", "cp", "dp", ("dp", "cp"), ("cp", "tp"), ("dp", "cp", "tp"), "ep", "etp", "edp", ("edp", "ep")]
+    grid, experts = torch.arange(8).view(2, 2, 2), torch.arange(8).view(2, 4)
+    for rank, found in enumerate(run_on_ranks(sub_meshes, 8, sizes, names)):
+        d, c, t = (int(i) for i in (grid == rank).nonzero()[0])
+        copy, group = divmod(rank, 4)
+        expected = [
+            grid[d, c], grid[d, :, t], grid[:, c, t], grid[:, :, t].flatten(), grid[d].flatten(), grid.flatten(),
+            experts[copy], torch.tensor([rank]), experts[:, group], experts.flatten(),
+        ]  # fmt: skip
+        assert found == [members.tolist() for members in expected]
+
+
+def test_wrong_names_of_axes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    mesh = init_mesh()
+    assert (mesh["tp"].size, mesh["dp", "cp"].rank, mesh["ep"].group) == (1, 0, None)
+    with pytest.raises(InputError, match="axis='sp' must be one of: 'pp', 'dp', 'cp', 'tp'"):
+        mesh["sp"]
+    for axes in (("tp", "dp"), ("ep", "tp"), ()):
+        with pytest.raises(InputError, match="in this order"):
+            mesh[axes]
+
+
+def test_experts_that_do_not_fold():
+    message = "expert_parallel_size=3 x expert_tensor_parallel_size=1 = 3 must divide the 2 ranks of a pipeline stage"
+    found = run_on_ranks(refused_by_name, 2, {"expert_parallel_size": 3})
+    assert all(text.startswith(message) for text in found)
+
+
+def refused_by_name(rank, world_size, sizes):
+    with pytest.raises(InputError) as info:
+        init_mesh(**sizes)
+    return str(info.value)
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from fused_megatron.benchmarking.report.results_file import read_results
+from fused_megatron.benchmarking.timing_devices import FakeGpu
 from fused_megatron.checks import InputError
 from fused_megatron.cli import main
 from fused_megatron.config import TrainConfig
-from fused_megatron.testing.model_flops import gpt_step_flops
-from fused_megatron.testing.report.results_file import read_results
-from fused_megatron.testing.timing_devices import FakeGpu
-from fused_megatron.training.config_file import load_config
-from fused_megatron.training.rank_memory import rank_memory
+from fused_megatron.config.config_file import load_config
+from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.planning.rank_memory import rank_memory
 
 ROOT = Path(__file__).parents[1]
 SMALL = """

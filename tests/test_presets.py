@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.config.config_file import load_config
 from fused_megatron.models import StageSpan, cut_stages
+from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline import simulate
-from fused_megatron.pipeline.lowering import lower
-from fused_megatron.pipeline.schedule import SENDS, peak_live_activations, stages_of
-from fused_megatron.testing.model_flops import gpt_step_flops
-from fused_megatron.training.config_file import load_config
-from fused_megatron.training.pipeline_plan import plan_pipeline
-from fused_megatron.training.rank_memory import rank_memory, stage_activations
+from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations, stages_of
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "presets").glob("*.toml"))}

@@ -1,4 +1,4 @@
-"""Tensors and slices of them, read from safetensors files. Damaged files: tests/training/hugging_face."""
+"""Tensors and slices of them, read from safetensors files. Damaged files: tests/hugging_face."""
 
 import pytest
 import torch

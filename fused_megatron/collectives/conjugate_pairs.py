@@ -12,12 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.collectives.groups import Group, apply_on_ranks, group_size
-from fused_megatron.collectives.transfers import (
-    own_block,
-    start_all_gather,
-    start_all_reduce_,
-    start_reduce_scatter,
-)
+from fused_megatron.collectives.transfers import own_block, start_all_gather, start_all_reduce_, start_reduce_scatter
 
 
 def _all_reduce(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:

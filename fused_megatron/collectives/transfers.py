@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from fused_megatron.checks import check_divisible
 from fused_megatron.collectives.groups import group_size
-from fused_megatron.collectives.shared_memory import add_in_order
-from fused_megatron.collectives.streams import Transfer, start
+from fused_megatron.collectives.transport.shared_memory import add_in_order
+from fused_megatron.collectives.transport.transfer import Transfer, start
 
 _Result = Callable[[torch.Tensor], torch.Tensor]
 
@@ -84,7 +84,7 @@ def _start_exchange_and_sum(blocks: torch.Tensor, shard: torch.Tensor, group: di
         return shard
 
     source = blocks.view(-1)
-    source.stands_for = "reduce_scatter"  # type: ignore[attr-defined]  # for testing.record_communication
+    source.stands_for = "reduce_scatter"  # type: ignore[attr-defined]  # for observe.record_communication
     return start(dist.all_to_all_single, group, torch.empty_like(source), source, result=add_up)
 
 

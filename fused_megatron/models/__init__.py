@@ -2,12 +2,12 @@
 
 from fused_megatron.models.attention import ParallelSelfAttention
 from fused_megatron.models.bert import BERT
+from fused_megatron.models.block import TransformerBlock
 from fused_megatron.models.dropout import BatchPosition
-from fused_megatron.models.families import new_model
+from fused_megatron.models.feed_forward import ParallelMLP
 from fused_megatron.models.gpt import GPT
-from fused_megatron.models.mlp import ParallelMLP
+from fused_megatron.models.registry import new_model
 from fused_megatron.models.stage_cut import StageSpan, cut_stages
-from fused_megatron.models.transformer_block import TransformerBlock
 
 __all__ = [
     "BERT",

@@ -12,10 +12,10 @@ from fused_megatron import ops
 from fused_megatron.checks import check, check_shape
 from fused_megatron.collectives import Group, all_gather_split, group_rank, group_size, split_all_gather
 from fused_megatron.config import BERTConfig
+from fused_megatron.models.block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
-from fused_megatron.models.transformer_block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     ParameterShard,

@@ -6,16 +6,16 @@ Only the executor imports torch.
 import importlib
 from typing import TYPE_CHECKING
 
-from fused_megatron.pipeline.findings import RULES, Finding
-from fused_megatron.pipeline.lowering import lower
-from fused_megatron.pipeline.schedule import Action, Schedule, loop_placement, parse_action, v_placement
-from fused_megatron.pipeline.schedule_checks import check_schedule
-from fused_megatron.pipeline.schedules import SCHEDULES, build_schedule
-from fused_megatron.pipeline.simulation import Costs, Timeline, simulate
+from fused_megatron.pipeline.schedule.action import Action, Schedule, loop_placement, parse_action, v_placement
+from fused_megatron.pipeline.schedule.findings import RULES, Finding
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
+from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
 
 if TYPE_CHECKING:
-    from fused_megatron.pipeline.executor import PipelineExecutor
-    from fused_megatron.pipeline.faults import PipelineError
+    from fused_megatron.pipeline.run.executor import PipelineExecutor
+    from fused_megatron.pipeline.run.faults import PipelineError
 
 __all__ = [
     "RULES",

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 import tyro
 
 from fused_megatron.checks import InputError, check
-from fused_megatron.pipeline.lowering import lower
-from fused_megatron.pipeline.schedule import SYNCHRONOUS, Schedule, peak_weight_versions
-from fused_megatron.pipeline.schedule_checks import check_schedule
-from fused_megatron.pipeline.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
-from fused_megatron.pipeline.schedules import SCHEDULES, build_schedule
-from fused_megatron.pipeline.simulation import Costs, Timeline, simulate
-from fused_megatron.pipeline.timeline import summary, to_perfetto, to_svg, to_text
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule, peak_weight_versions
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
+from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
+from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
+from fused_megatron.pipeline.view.timeline import summary, to_perfetto, to_svg, to_text
 
 Formats = Literal["text", "svg", "perfetto", "csv", "json", "torch_csv"]
 

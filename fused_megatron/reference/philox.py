@@ -8,7 +8,7 @@ Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy a
 where the 128-bit counter is (low 32 bits of g // 4, high 32 bits of g // 4, low of offset, high of offset) and the key
 is (low of seed, high of seed). With threshold = floor(p * 2^32) an element is kept if word(g) >= threshold, so that it
 is dropped with probability p, to 2^-32. csrc/philox.h says the same in C++, bit for bit. (Initial weights, see
-tensor_parallel/initialization.py, come from NumPy's generator, which is the 64-bit member of the family.)
+sharding/initialization.py, come from NumPy's generator, which is the 64-bit member of the family.)
 """
 
 import torch

@@ -1,8 +1,16 @@
 """Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
 
+from fused_megatron.sharding.initialization import fill_normal_shard_
+from fused_megatron.sharding.parameter_shard import (
+    ParameterShard,
+    ShardedModule,
+    ShardPart,
+    mark_shard,
+    parameter_parts,
+    parameter_shard,
+)
 from fused_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from fused_megatron.tensor_parallel.embedding import VocabParallelEmbedding, vocab_parallel_embedding
-from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
 from fused_megatron.tensor_parallel.layer_norm import LayerNorm
 from fused_megatron.tensor_parallel.linear import (
     ColumnParallelLinear,
@@ -13,14 +21,6 @@ from fused_megatron.tensor_parallel.linear import (
 from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from fused_megatron.tensor_parallel.mlp import parallel_mlp
 from fused_megatron.tensor_parallel.rms_norm import RMSNorm
-from fused_megatron.tensor_parallel.shard import (
-    ParameterShard,
-    ShardedModule,
-    ShardPart,
-    mark_shard,
-    parameter_parts,
-    parameter_shard,
-)
 from fused_megatron.tensor_parallel.stacked_linear import OutputPart, StackedColumnParallelLinear
 
 __all__ = [

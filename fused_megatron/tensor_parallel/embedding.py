@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.checks import InputError, check, check_divisible, check_dtype, check_same_device
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
+from fused_megatron.sharding.parameter_shard import ParameterShard, ShardedModule
 from fused_megatron.tensor_parallel.linear import draw_normal_weight_
-from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule
 
 
 class _VocabParallelEmbedding(torch.autograd.Function):

@@ -10,18 +10,16 @@ from fused_megatron.checks import check, check_divisible, check_shape
 from fused_megatron.collectives import (
     Group,
     all_gather_split,
-    chunk_choice,
-    column_linear,
     group_rank,
     group_size,
     identity_all_reduce_together,
     is_shared,
-    row_linear,
     split_all_gather,
 )
-from fused_megatron.tensor_parallel.initialization import fill_normal_shard_
+from fused_megatron.overlap import chunk_choice, column_linear, row_linear
+from fused_megatron.sharding.initialization import fill_normal_shard_
+from fused_megatron.sharding.parameter_shard import ParameterShard, ShardedModule, parameter_shard
 from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
-from fused_megatron.tensor_parallel.shard import ParameterShard, ShardedModule, parameter_shard
 
 
 def column_parallel_linear(
@@ -50,7 +48,7 @@ def column_parallel_linear(
         sequence_parallel: x is a sequence shard; y has the whole sequence.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
+            group says (overlap.cost_model; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O / R], dtype of x, contiguous.
@@ -98,7 +96,7 @@ def row_parallel_linear(
         sequence_parallel: y is this rank's block of sequence_dim.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (collectives.overlap; measured at the first call, on all ranks), a number: so many, False: never.
+            group says (overlap.cost_model; measured at the first call, on all ranks), a number: so many, False: never.
 
     Returns:
         [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.

@@ -7,7 +7,8 @@ import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
-from fused_megatron.collectives import Activation, Group, chunk_choice, column_linear, group_size, mlp, row_linear
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.overlap import Activation, chunk_choice, column_linear, mlp, row_linear
 from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron

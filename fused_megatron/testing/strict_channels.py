@@ -72,7 +72,7 @@ class Message:
 
 
 class StrictChannels:
-    """A transport of `fused_megatron.pipeline.executor.PipelineExecutor`.
+    """A transport of `fused_megatron.pipeline.run.executor.PipelineExecutor`.
 
     Args:
         pp_group: the ranks of the pipeline; CPU tensors over gloo.

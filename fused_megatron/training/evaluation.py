@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from fused_megatron.data.training_data import TrainingData
 from fused_megatron.mesh import Mesh
-from fused_megatron.pipeline.executor import PipelineExecutor
-from fused_megatron.training.data import TrainingData
+from fused_megatron.pipeline.run.executor import PipelineExecutor
 
 
 @dataclass(frozen=True)

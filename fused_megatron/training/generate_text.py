@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 import tyro
 
+from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.checkpoint.model_state import parameter_boxes
+from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import ParallelConfig, TrainConfig
+from fused_megatron.config.config_file import load_config
+from fused_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
-from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
-from fused_megatron.training.config_file import load_config
-from fused_megatron.training.generation import generate
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
-from fused_megatron.training.model_state import parameter_boxes
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.run_folder import RunFolder
-from fused_megatron.training.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.training.train import build_model
 
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_rank
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.tensor_parallel import parameter_parts
-from fused_megatron.training.gradients import GradientBuckets
 
 ROW = 4096
 

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checks import InputError
-from fused_megatron.training.checkpoint.ranks import run_together
+from fused_megatron.collectives.together import run_together
 
 T = TypeVar("T")
 
@@ -70,7 +71,7 @@ def on_every_rank(build: Callable[[], T]) -> T:
     Without this the rank that fails would leave the others waiting in their next collective.
     """
     results: list[T] = []
-    run_together(world_group(), lambda: results.append(build()))
+    run_together(world_group(), lambda: results.append(build()), CheckpointError)
     return results[0]
 
 

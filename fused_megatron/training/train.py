@@ -8,23 +8,23 @@ from typing import Any
 
 import torch
 
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
+from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.checkpoint.model_state import parameter_boxes
+from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
+from fused_megatron.data.training_data import TrainingData, open_training_data
+from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
-from fused_megatron.training.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
-from fused_megatron.training.checkpoint.ranks import gather_json
-from fused_megatron.training.data import TrainingData, open_training_data
-from fused_megatron.training.generation import generate
 from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
-from fused_megatron.training.model_stages import ModelStages
-from fused_megatron.training.model_state import parameter_boxes
-from fused_megatron.training.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
 
 HEAD_START_S = 0.5

@@ -13,25 +13,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.checkpoint import save_checkpoint
+from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
+from fused_megatron.data.training_data import TrainingData
+from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchPosition
-from fused_megatron.pipeline.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule import WEIGHT_GRAD
-from fused_megatron.training.checkpoint import save_checkpoint
-from fused_megatron.training.checkpoint.ranks import gather_json
-from fused_megatron.training.data import TrainingData
+from fused_megatron.pipeline.run.executor import PipelineExecutor
+from fused_megatron.pipeline.schedule.action import WEIGHT_GRAD
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
-from fused_megatron.training.gradients import GradientBuckets
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.learning_rate import learning_rate
-from fused_megatron.training.model_stages import ModelStages
-from fused_megatron.training.model_state import optimizer_boxes, parameter_boxes
-from fused_megatron.training.optimizer import Optimizer
-from fused_megatron.training.pipeline_plan import PipelinePlan
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.run_folder import RunFolder
 
 
 class NonFiniteError(RuntimeError):
@@ -119,7 +119,7 @@ class Trainer:
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
-        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer)}
+        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer.state())}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """What each rank keeps for itself: the states of torch's random number generators."""

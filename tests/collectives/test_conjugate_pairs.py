@@ -4,7 +4,8 @@ import torch.distributed as dist
 
 from fused_megatron import collectives
 from fused_megatron.checks import InputError
-from fused_megatron.testing import record_communication, run_on_ranks
+from fused_megatron.observe import record_communication
+from fused_megatron.testing import run_on_ranks
 
 PAIRS = {
     "identity_all_reduce": (None, "all_reduce"),

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from fused_megatron.testing.audit import machine_code
-from fused_megatron.testing.audit.occupancy import LIMITS
-from fused_megatron.testing.cuda_emulation import cuda_sources
+from fused_megatron.audit import machine_code
+from fused_megatron.audit.cuda_emulation import cuda_sources
+from fused_megatron.audit.occupancy import LIMITS
 
 
 def assert_nothing_spills(kernels):

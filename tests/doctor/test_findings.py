@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fused_megatron.doctor.facts import (
+from fused_megatron.doctor.facts import (  # fmt: skip
     Facts,
     Gpu,
     Installation,
@@ -17,7 +17,7 @@ from fused_megatron.doctor.facts import (
     Tools,
     Torch,
     numbers,
-)  # fmt: skip
+)
 from fused_megatron.doctor.findings import BROKEN, NOTE, SLOW, find_out
 from fused_megatron.doctor.report import as_json, plain, verdict
 

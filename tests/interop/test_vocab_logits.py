@@ -13,7 +13,8 @@ import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
 from fused_megatron.interop.full_state import is_transposed
-from fused_megatron.testing import record_communication, run_on_ranks
+from fused_megatron.observe import record_communication
+from fused_megatron.testing import run_on_ranks
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 61, "intermediate_size": 24}
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}

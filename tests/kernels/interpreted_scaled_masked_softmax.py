@@ -2,9 +2,9 @@
 
 import torch
 
+from fused_megatron.audit.triton_interpreter import interpreter
 from fused_megatron.kernels import scaled_masked_softmax as kernels
 from fused_megatron.reference import scaled_masked_softmax as reference
-from fused_megatron.testing.triton_interpreter import interpreter
 
 ROWS = 8  # those at the end that the last programs work on; the pages of the others are never touched
 

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from fused_megatron.audit.triton_compiler import CompiledKernel, compile_for
 from fused_megatron.kernels import cross_entropy as kernels
-from fused_megatron.testing.triton_compiler import CompiledKernel, compile_for
 
 _POINTERS = {"target_ptr": "*i64", "stats_ptr": "*fp32", "grad_loss_ptr": "*fp32", "lse_ptr": "*fp32"}
 _FLOATS = ("label_smoothing", "z_loss", "softcap")

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 import triton
 
+from fused_megatron.audit.triton_compiler import CompiledKernel, compile_for
+from fused_megatron.benchmarking.pytest_process import run_tests
 from fused_megatron.kernels import scaled_masked_softmax as kernels
-from fused_megatron.testing.pytest_process import run_tests
-from fused_megatron.testing.triton_compiler import CompiledKernel, compile_for
 
 _INTEGERS = ("num_rows", "num_queries", "key_units", "window", "heads", "mask_outer", "mask_inner", "mask_query")
 _VECTOR = {"bf16": 8, "fp32": 4}

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fused_megatron.testing.pytest_process import run_tests
+from fused_megatron.benchmarking.pytest_process import run_tests
 
 ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"

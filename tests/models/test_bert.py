@@ -1,6 +1,6 @@
 """BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
 
-(Against transformers, with real weights, too: tests/training/hugging_face/test_load_model.py.)
+(Against transformers, with real weights, too: tests/hugging_face/test_load_model.py.)
 """
 
 from typing import Any

@@ -7,11 +7,11 @@ import torch
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT, BatchPosition, ParallelSelfAttention, TransformerBlock
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
-from fused_megatron.training.gradients import GradientBuckets
 
 LAYERS: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "seq_len": 8, "ffn_hidden_size": 44,

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
+from fused_megatron.observe import record_communication
 from fused_megatron.tensor_parallel import parameter_parts
-from fused_megatron.testing import record_communication
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import perturb_vectors_
-from fused_megatron.training.gradients import GradientBuckets
 
 # Weights are large enough for scores that differ: near uniform attention the gradients of queries and keys are small
 # differences of large numbers, in which float32 keeps few digits. Nothing is a power of two, and 101 words leave

@@ -1,6 +1,6 @@
 """What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
 
-(Against transformers' models as a whole: tests/training/hugging_face/test_families.py.)
+(Against transformers' models as a whole: tests/hugging_face/test_families.py.)
 """
 
 import dataclasses

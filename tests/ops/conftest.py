@@ -1,6 +1,6 @@
 """The same tests of ops wherever they run: CPU kernels, a GPU, emulated CUDA kernels, interpreted Triton kernels.
 
-The last two are started by tests/testing/test_emulated_kernels.py and test_interpreted_kernels.py: there, CPU tensors
+The last two are started by tests/audit/test_emulated_kernels.py and test_interpreted_kernels.py: there, CPU tensors
 are served by the GPU's kernels.
 """
 
@@ -13,8 +13,8 @@ import zlib
 import pytest
 import torch
 
-from fused_megatron.testing.cuda_emulation import loaded_emulation
-from fused_megatron.testing.triton_interpreter import interpreter
+from fused_megatron.audit.cuda_emulation import loaded_emulation
+from fused_megatron.audit.triton_interpreter import interpreter
 
 EMULATED = loaded_emulation() is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -6,14 +6,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import overlap_costs
+from fused_megatron.observe import record_communication
+from fused_megatron.overlap import overlap_costs
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     column_parallel_linear,
     parameter_shard,
 )
-from fused_megatron.testing import assert_close, record_communication, run_on_ranks
+from fused_megatron.testing import assert_close, run_on_ranks
 
 S, B, IN, OUT = 12, 3, 76, 92  # multiples of 4, so that 1, 2 and 4 ranks divide every sharded dim
 

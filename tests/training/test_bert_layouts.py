@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fused_megatron import cli
+from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
+from fused_megatron.config.config_file import load_config
 from fused_megatron.testing.run_on_ranks import run_on_ranks
-from fused_megatron.training.config_file import load_config
-from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
 
 NUM_STEPS, HALF = 6, 3

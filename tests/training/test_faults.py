@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from fused_megatron.training.checkpoint import newest_checkpoint, verify_checkpoint
-from fused_megatron.training.run_folder import RunFolder
+from fused_megatron.checkpoint import newest_checkpoint, verify_checkpoint
+from fused_megatron.checkpoint.run_folder import RunFolder
 
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
@@ -47,7 +47,7 @@ SABOTAGE = """
 import os, signal
 if os.environ.get("RANK") == "1":
     import fused_megatron.training.trainer as trainer
-    import fused_megatron.training.checkpoint.save as save
+    import fused_megatron.checkpoint.save as save
     if "KILL_AT_STEP" in os.environ:
         original = trainer.Trainer.train_step
         def train_step(self):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fused_megatron.config import GPTConfig
+from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
-from fused_megatron.training.gradients import GradientBuckets
 
 CONFIG = GPTConfig(num_layers=1, hidden_size=16, num_heads=4, seq_len=8, vocab_size=50, pad_vocab_size_to_multiple_of=8)
 

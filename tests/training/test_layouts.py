@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from fused_megatron.checkpoint import read_manifest
+from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training import train as training
-from fused_megatron.training.checkpoint import read_manifest
 from fused_megatron.training.generate_text import GenerateArguments, generate_text
-from fused_megatron.training.run_folder import RunFolder
 from fused_megatron.training.train import train
 
 NUM_STEPS = 30

@@ -1,0 +1,60 @@
+"""Which schedule a run's pipeline follows: from the config alone, before anything is communicated."""
+
+from dataclasses import dataclass
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import TrainConfig
+from fused_megatron.models.stage_cut import check_cut
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
+from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """A schedule of any number of microbatches; one rank without stages in between is a pipeline, too.
+
+    Attributes:
+        name: of pipeline.SCHEDULES.
+        placement: the pipeline rank of each stage.
+        tied: stages that share a weight, as of Schedule.
+    """
+
+    name: str
+    placement: tuple[int, ...]
+    tied: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.placement)
+
+    def schedule(self, num_microbatches: int) -> Schedule:
+        """Of one step."""
+        num_ranks = max(self.placement) + 1
+        return build_schedule(self.name, num_ranks, num_microbatches, self.num_stages // num_ranks, tied=self.tied)
+
+
+def plan_pipeline(config: TrainConfig) -> PipelinePlan:
+    """The plan that config asks for.
+
+    Raises:
+        InputError: an unknown or asynchronous schedule, stages that it does not allow, more of them than blocks, a cut
+            that does not fit. Every rank raises it alike.
+    """
+    try:
+        return _plan(config)
+    except InputError as error:
+        error.on_every_rank = True
+        raise
+
+
+def _plan(config: TrainConfig) -> PipelinePlan:
+    parallel = config.parallel
+    name = parallel.schedule or ("1f1b" if (parallel.stages_per_rank or 1) == 1 else "interleaved_1f1b")
+    schedule = build_schedule(name, parallel.pipeline_parallel_size, parallel.pipeline_parallel_size,
+                              parallel.stages_per_rank)  # fmt: skip
+    if schedule.weights != SYNCHRONOUS:
+        others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
+        raise InputError(f"schedule={name!r} changes the update rule; the trainer runs those that do not: {others}")
+    check_cut(config.model.num_layers, schedule.num_stages, parallel.pipeline_cut)
+    last = schedule.num_stages - 1
+    return PipelinePlan(name, schedule.placement, ((0, last),) if config.model.tied_embeddings and last > 0 else ())

@@ -1,0 +1,115 @@
+"""The bytes that kernels ask for, counted while the emulation or the interpreter runs them.
+
+A process of its own, since both have to be chosen before anything is imported: count_bytes() starts it.
+
+    python -m fused_megatron.audit.bytes_issued OP WIDTH DTYPE [OP WIDTH DTYPE ..]
+
+prints one JSON object: a list of StepCounts for each of the three.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+from fused_megatron.audit.cuda_emulation import build_emulation, loaded_emulation
+from fused_megatron.audit.kernels import DTYPES, MULTIPROCESSORS, OPS
+from fused_megatron.audit.triton_interpreter import interpreter
+
+# Blocks of each grid that run, where all would take long; they stand for all.
+_SAMPLED_BLOCKS = 6
+_ALL_BLOCKS_TO_WIDTH = 1024
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """What one kernel asked for; widths: bytes by the width of a thread's access. Triton's have none, and no symbol."""
+
+    name: str
+    symbol: str
+    threads: int
+    dynamic_shared: int
+    loaded: int
+    stored: int
+    load_widths: dict[str, int]
+    store_widths: dict[str, int]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """One direction of an op: what was asked for, and what had to be."""
+
+    step: str
+    issued_bytes: int
+    bound_bytes: int
+    kernels: list[KernelCounts]
+
+
+def count_bytes(cases: list[tuple[str, int, str]], *, timeout_s: float = 900.0) -> list[list[StepCounts]]:
+    """StepCounts of each (op, width, dtype); the ops all of one language.
+
+    Raises:
+        AssertionError: the process failed, with what it said.
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_MEGATRON_LIBRARY": ""}
+    if OPS[cases[0][0]].language == "cuda":
+        environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": str(build_emulation())}
+    words = [str(word) for case in cases for word in case]
+    command = [sys.executable, "-W", "ignore", "-m", __name__, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, f"counting bytes failed:\n{done.stderr[-4000:]}"
+    return [
+        [StepCounts(**{**step, "kernels": [KernelCounts(**k) for k in step["kernels"]]}) for step in steps]
+        for steps in json.loads(done.stdout.splitlines()[-1])
+    ]
+
+
+def _count(op: str, width: int, dtype: str) -> list[StepCounts]:
+    entry = OPS[op]
+    counted = []
+    for step in entry.steps(entry.rows, width, DTYPES[dtype]):
+        if entry.language == "cuda":
+            library = loaded_emulation()
+            assert library is not None
+            library.fm_emulation_set_multiprocessors(MULTIPROCESSORS)
+            library.fm_emulation_set_sampled_blocks(_SAMPLED_BLOCKS if width > _ALL_BLOCKS_TO_WIDTH else 0)
+            library.fm_emulation_count(True)
+            step.run()
+            kernels = _parsed(library.fm_emulation_counted().decode())
+            library.fm_emulation_count(False)
+        else:
+            with interpreter() as accesses:
+                step.run()
+            names = sorted({kernel for kernel, _ in accesses.bytes})
+            bytes_of = accesses.bytes.get
+            kernels = [
+                KernelCounts(name, "", 0, 0, bytes_of((name, "load"), 0), bytes_of((name, "store"), 0), {}, {})
+                for name in names
+            ]
+        issued = sum(kernel.loaded + kernel.stored for kernel in kernels)
+        counted.append(StepCounts(step.name, issued, step.bound_bytes, kernels))
+    return counted
+
+
+def _parsed(report: str) -> list[KernelCounts]:
+    kernels = []
+    lines = [line.split("\t") for line in report.splitlines()]
+    for load, store in zip(lines[::2], lines[1::2], strict=True):
+        widths = [{k: int(v) for k, v in (word.split(":") for word in line[8:])} for line in (load, store)]
+        name, symbol, threads, dynamic = load[:4]
+        kernels.append(KernelCounts(name, symbol, int(threads), int(dynamic), int(load[6]), int(store[6]), *widths))
+    return kernels
+
+
+def main(words: list[str]) -> None:
+    """Entry point of the process."""
+    cases = [(op, int(width), dtype) for op, width, dtype in zip(*[iter(words)] * 3, strict=True)]
+    with contextlib.redirect_stdout(sys.stderr):
+        results = [[asdict(step) for step in _count(*case)] for case in cases]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

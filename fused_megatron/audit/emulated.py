@@ -1,0 +1,10 @@
+"""python -m fused_megatron.audit.emulated tests/ops/test_layer_norm.py ..: pytest on emulated CUDA kernels."""
+
+import subprocess
+import sys
+
+from fused_megatron.audit.cuda_emulation import build_emulation, emulated_environment
+
+if __name__ == "__main__":
+    command = [sys.executable, "-m", "pytest", "--capture=sys", "-p", "no:cacheprovider", *sys.argv[1:]]
+    sys.exit(subprocess.run(command, env=emulated_environment(build_emulation())).returncode)

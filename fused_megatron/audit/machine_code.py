@@ -1,0 +1,158 @@
+"""What nvcc made of the CUDA kernels: registers, spills, shared memory, and the widths of accesses in the machine code.
+
+Read from the compiled library where that is newer than the sources and has CUDA code. Elsewhere it is compiled, kept in
+build/audit, and made anew when a source or the compiler has changed.
+"""
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fused_megatron import extension
+from fused_megatron.audit.cuda_emulation import CSRC, ROOT
+from fused_megatron.audit.occupancy import LIMITS
+
+CACHE = ROOT / "build" / "audit"
+
+
+@dataclass(frozen=True)
+class Code:
+    """What is known of one compiled kernel. The widths, in bits, count instructions that access global memory."""
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    load_widths: dict[int, int]
+    store_widths: dict[int, int]
+
+
+@functools.cache
+def tool(name: str) -> str | None:
+    """cuobjdump, nvdisasm or ptxas: of Triton's wheel, PyPI's nvidia packages, or PATH; None where there is none."""
+    folders = []
+    for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            folders.append(str(Path(folder) / inside))
+    return shutil.which(name, path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+
+
+@functools.cache
+def nvcc_version() -> str | None:
+    """Such as "13.0.88"; None without nvcc."""
+    if shutil.which("nvcc") is None:
+        return None
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", said)
+    return found.group(1) if found else None
+
+
+def missing() -> list[str]:
+    """What the audit of CUDA kernels lacks here, and where to get it."""
+    lacks = []
+    if nvcc_version() is None:
+        lacks.append("nvcc, for registers, spills and machine code of the CUDA kernels: install a CUDA 13 toolkit")
+    if tool("cuobjdump") is None:
+        lacks.append("cuobjdump, for the same: pip install triton (it brings one) or nvidia-cuda-cuobjdump")
+    return lacks
+
+
+@functools.cache
+def library() -> Path | None:
+    """The compiled library, if it holds the machine code of these sources."""
+    path = extension.LIBRARY
+    if not path.exists() or path.stat().st_mtime < max(file.stat().st_mtime for file in CSRC.rglob("*.cu*")):
+        return None
+    listed = subprocess.run([str(tool("cuobjdump")), "-lelf", str(path)], capture_output=True, text=True).stdout
+    return path if all(arch in listed for arch in LIMITS) else None
+
+
+@functools.cache
+def compiled(op: str, arch: str) -> Path:
+    """The machine code of csrc/<op>/<op>_cuda.cu for an architecture such as "sm_90a"."""
+    source = CSRC / op / f"{op}_cuda.cu"
+    key = hashlib.sha256(f"{nvcc_version()} {torch.__version__} {arch}".encode())
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh") and p.parent in (CSRC, source.parent)):
+        key.update(path.read_bytes())
+    key.update(source.read_bytes())
+    result = CACHE / f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"
+    if not result.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        part = result.with_suffix(f".{os.getpid()}.part")
+        include = Path(torch.__file__).parent / "include"
+        command = [
+            "nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-DTORCH_TARGET_VERSION=0x020D000000000000", f"-I{CSRC}",
+            "-isystem", str(include), "-cubin", str(source), "-o", str(part),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, f"nvcc fails on {source.name}:\n{done.stderr[-4000:]}"
+        part.replace(result)
+    return result
+
+
+@functools.cache
+def code_of(op: str, arch: str, symbol: str) -> Code:
+    """One kernel of a file."""
+    binary = library() or compiled(op, arch)
+    return read_code(binary, symbol, resources_of(binary, arch)[symbol], arch)
+
+
+def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -> Code:
+    """Widths from the disassembly, beside what the resource table says."""
+    sass = _disassembled(binary, arch)[symbol]
+    # LDGSTS copies to shared memory on its way.
+    loads, stores = _widths(sass, "LDG(?:STS)?"), _widths(sass, "STG")
+    local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
+    # The stack frame holds what is spilled; a kernel of ours has no other use for one.
+    spilled = max(resources["STACK"], resources["LOCAL"], 4 * local)
+    return Code(resources["REG"], spilled, resources["SHARED"], loads, stores)
+
+
+@functools.cache
+def _disassembled(binary: Path, arch: str) -> dict[str, str]:
+    """By function; the accesses of memory alone, since a library's whole listing takes a gigabyte."""
+    command = [str(tool("cuobjdump")), "-sass", "-arch", arch, str(binary)]
+    functions: dict[str, list[str]] = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        lines: list[str] = []
+        for line in listing.stdout:
+            if "Function :" in line:
+                name = line.split()[-1]
+                # What several files use, such as finish_column_sums, is in the library once a file: one of them counts.
+                lines = []
+                functions.setdefault(name, lines)
+            elif "LDG" in line or "STG" in line or "LDL" in line or "STL" in line:
+                lines.append(line)
+    return {name: "".join(found) for name, found in functions.items()}
+
+
+def _widths(sass: str, instruction: str) -> dict[int, int]:
+    """Instructions by width in bits: LDG.E.128.CONSTANT is 128, LDG.E.U16 16, LDG.E 32."""
+    counts: Counter[int] = Counter()
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+        found = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
+        counts[int(found.group(1)) if found else 32] += 1
+    return dict(sorted(counts.items(), reverse=True))
+
+
+@functools.cache
+def resources_of(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+    command = [str(tool("cuobjdump")), "-res-usage", "-arch", arch, str(binary)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parsed_resources(said)
+
+
+def parsed_resources(said: str) -> dict[str, dict[str, int]]:
+    """By function, the numbers of cuobjdump's "REG:44 STACK:0 .."."""
+    functions = re.findall(r"Function (\S+):\s*\n\s*(.*)", said)
+    return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", values)} for name, values in functions}

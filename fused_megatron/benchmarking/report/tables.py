@@ -1,0 +1,100 @@
+"""Results of any theme as the lines of a report: a head, tables, remarks."""
+
+from collections.abc import Sequence
+
+from fused_megatron.benchmarking.comparison_table import (  # fmt: skip
+    bar_verdicts,
+    breakdown_table,
+    limits_table,
+    memory_table,
+    milliseconds_table,
+    phases_table,
+    provider_table,
+    remarks,
+    scaling_table,
+    speed_table,
+)
+from fused_megatron.benchmarking.report.ceilings import COPY, FORMULAS, Ceilings
+from fused_megatron.benchmarking.report.results_file import Results
+from fused_megatron.benchmarking.side_by_side import BETWEEN_RUNS, BOUND, COMPILE, EAGER, OURS, Comparison
+
+_KEY = (
+    "x: how many times faster ours is, the median of the rounds' own ratios [20-80 %]. even: that spread includes 1, "
+    f"or the median is within {BETWEEN_RUNS:g}x of 1, as far as medians of the same code move between two runs."
+)
+
+
+def head_lines(results: Results, which: str = "") -> list[str]:
+    """What was measured where and when, with which settings; that it was interrupted."""
+    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
+    lines = [f"{which}{results.theme}, {results.hardware}, {results.date}" + (f" ({settings})" if settings else "")]
+    if not results.complete:
+        lines.append(f"interrupted: {len(results.comparisons)} cases were measured before that")
+    return lines
+
+
+def results_lines(results: Results, brief: bool = False) -> list[str]:
+    """The whole report of one file; brief: of ops no more than how much faster ours are."""
+    cases = results.comparisons
+    if not cases:
+        return [*head_lines(results), "no case was measured"]
+    lines = [*head_lines(results), *_ceiling_line(results), _KEY]
+    lines += _op_lines(results, brief) if _plain_ops(cases) else _provider_lines(results)
+    return [*lines, "", *remarks(cases)]
+
+
+def _ceiling_line(results: Results) -> list[str]:
+    said = []
+    for name, value in results.ceilings.items():
+        what, _, dtype = name.partition(" ")
+        said.append(f"copy {value:.1f} GB/s" if what == COPY else f"product of {dtype} {value:.3g} GFLOP/s")
+    return [f"limits, measured in the same run: {', '.join(said)}"] if said else []
+
+
+def _plain_ops(cases: Sequence[Comparison]) -> bool:
+    """Whether nothing but plain torch stands beside ours: a row a case then says it all."""
+    return all(c.tokens is None and {*c.seconds} <= {OURS, EAGER, COMPILE, BOUND} for c in cases)
+
+
+def _op_lines(results: Results, brief: bool) -> list[str]:
+    cases = results.comparisons
+    lines = ["bound: a copy of the bytes that must move, between buffers that exist", "", *speed_table(cases)]
+    if brief:
+        return lines
+    if any(c.model_flops for c in cases):
+        lines += [
+            "",
+            "Ours beside this machine's limits (roof: the lower of copy speed x FLOP per byte, and product):",
+        ]
+        lines += ["", *limits_table(cases, Ceilings(results.ceilings))]
+    lines += ["", "Milliseconds, forward and backward together:"]
+    lines += ["", *milliseconds_table(cases, any(c.default_malloc_ms for c in cases))]
+    if any(c.forward_seconds for c in cases):
+        lines += ["", "Milliseconds, forward + backward:", "", *phases_table(cases)]
+    if any(c.peak_bytes or c.traffic for c in cases):
+        lines += ["", *memory_table(cases)]
+    return lines
+
+
+def _provider_lines(results: Results) -> list[str]:
+    cases, ceilings = results.comparisons, Ceilings(results.ceilings)
+    lines = ["", *provider_table(cases, ceilings)]
+    steps = [c for c in cases if c.tokens is not None]
+    if any(ceilings.share_of_gemm(c, OURS, c.model_flops) for c in steps):
+        lines += ["", *FORMULAS]
+    bars = [f"{c.name}: {'; '.join(said)}" for c in cases if (said := bar_verdicts(c))]
+    lines += ["", *bars] if bars else []
+    if any(c.breakdown for c in cases):
+        lines += ["", "Where a step's time goes (communication: exposed, nothing ran beside it):"]
+        lines += ["", *breakdown_table(cases)]
+    if any(c.forward_seconds for c in cases):
+        lines += ["", "Milliseconds, forward + backward:", "", *phases_table(cases)]
+    if is_scaling(results):
+        lines += ["", "Weak scaling, ours:", "", *scaling_table(cases)]
+    return lines
+
+
+def is_scaling(results: Results) -> bool:
+    """Whether the cases are a curve over the number of ranks."""
+    known = {c.ranks for c in results.comparisons if c.seconds.get(OURS) and c.tokens is not None}
+    return results.theme == "node" and len(known) > 1

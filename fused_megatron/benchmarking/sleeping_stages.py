@@ -1,0 +1,139 @@
+"""Pipeline stages that sleep instead of computing: many ranks on few cores, and times that are known beforehand."""
+
+import time
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.pipeline import Costs, Schedule, Timeline, simulate
+from fused_megatron.pipeline.run.executor import PipelineExecutor
+from fused_megatron.pipeline.schedule.action import stages_of
+from fused_megatron.pipeline.view.recording import Recorder
+
+# Of what passes between stages: large enough to be data, small enough to be gone at once.
+_MESSAGE_ELEMENTS = 1024
+
+
+@dataclass
+class HeldActivations:
+    """How many activations of a stage and microbatch a rank holds, and has held at most."""
+
+    now: int = 0
+    peak: int = 0
+
+    def hold(self) -> object:
+        """Something that counts until it is freed."""
+        kept = _Activation()
+        self.now += 1
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(kept, self._release)
+        return kept
+
+    def _release(self) -> None:
+        self.now -= 1
+
+
+class _Activation:
+    """Stands for what a layer keeps for its backward."""
+
+
+class SleepingStage(nn.Module):
+    """The identity, in a given time; its weight gradient can be put off, as that of our linear layers.
+
+    Args:
+        forward_s, input_grad_s, weight_grad_s: how long each takes.
+        held: counts what is kept from the forward to the end of the backward.
+    """
+
+    def __init__(self, forward_s: float, input_grad_s: float, weight_grad_s: float, held: HeldActivations) -> None:
+        super().__init__()
+        self.seconds = (forward_s, input_grad_s, weight_grad_s)
+        self.held = held
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Sleep.apply(x, self.weight, self)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stage: SleepingStage) -> torch.Tensor:
+        time.sleep(stage.seconds[0])
+        ctx.seconds, ctx.kept = stage.seconds, stage.held.hold()
+        ctx.deferred = getattr(weight, "deferred_weight_gradients", None)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        _, input_grad_s, weight_grad_s = ctx.seconds
+        kept, ctx.kept = ctx.kept, None
+        time.sleep(input_grad_s)
+        if ctx.deferred is not None and ctx.deferred.open:
+            ctx.deferred.append(lambda: _sleep_with(weight_grad_s, kept))
+        else:
+            _sleep_with(weight_grad_s, kept)
+        return dy[0].clone(), None, None
+
+
+def _sleep_with(seconds: float, kept: object) -> None:
+    time.sleep(seconds)
+
+
+@dataclass(frozen=True)
+class MeasuredSchedule:
+    """One schedule, run and predicted.
+
+    Attributes:
+        predicted, measured: timelines, in seconds.
+        step_s: of executor.step() as a whole, of the slowest rank, by step.
+        peak_held: per rank, the activations that existed at once.
+    """
+
+    predicted: Timeline
+    measured: Timeline
+    step_s: list[float]
+    peak_held: list[int]
+
+
+def measure_schedule(
+    schedule: Schedule, costs: Costs, pp_group: dist.ProcessGroup, *, steps: int = 1
+) -> MeasuredSchedule:
+    """Run a schedule with stages that take the given times (in seconds), and predict it. On all ranks of pp_group.
+
+    Args:
+        schedule: compute actions.
+        costs: of the stages, whose sleep they say; those of links are for the prediction alone.
+        pp_group: as many ranks as the schedule has.
+        steps: measured ones; one more goes before them. The timeline is that of the fastest.
+    """
+    rank, held = dist.get_rank(pp_group), HeldActivations()
+    times = costs.per_stage(schedule.num_stages)
+    stages = {
+        stage: SleepingStage(times["F"][stage], times["I"][stage], times["W"][stage], held)
+        for stage in stages_of(schedule.placement, rank)
+    }
+    recorder = Recorder(pp_group)
+    executor = PipelineExecutor(
+        schedule, stages, pp_group=pp_group, loss_fn=lambda y, target: (y - target).sum(),
+        update=lambda stage, index: None, observe=recorder,
+    )  # fmt: skip
+    data = [torch.zeros(_MESSAGE_ELEMENTS, requires_grad=True) for _ in schedule.microbatches]
+    timelines, seconds = [], []
+    for _ in range(steps + 1):
+        recorder.begin()
+        start = time.perf_counter()
+        executor.step(data, data, loss_divisor=1.0)
+        slowest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX, group=pp_group)
+        seconds.append(slowest.item())
+        timelines.append(recorder.timeline(schedule.name))
+    executor.close()
+    peaks = torch.zeros(schedule.num_ranks, dtype=torch.int64)
+    peaks[rank] = held.peak
+    dist.all_reduce(peaks, group=pp_group)
+    best = min(range(1, steps + 1), key=lambda index: seconds[index])
+    return MeasuredSchedule(simulate(schedule, costs), timelines[best], seconds[1:], peaks.tolist())

@@ -1,0 +1,28 @@
+"""Checkpoints: named boxes of full tensors in a folder of safetensors and a JSON manifest.
+
+Knows no model and no optimizer. Reading order: boxes (what a shard is), manifest (what a checkpoint is), shard_file
+(the bytes), save, load, verify, folder (names and rotation), ranks (failing together).
+"""
+
+from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.folder import checkpoint_step, list_checkpoints
+from fused_megatron.checkpoint.load import load_checkpoint, read_tensor
+from fused_megatron.checkpoint.manifest import Manifest, read_manifest
+from fused_megatron.checkpoint.save import save_checkpoint
+from fused_megatron.checkpoint.verify import newest_checkpoint, verify_checkpoint
+from fused_megatron.sharding.box import StreamedBox, TensorBox
+
+__all__ = [
+    "CheckpointError",
+    "Manifest",
+    "StreamedBox",
+    "TensorBox",
+    "checkpoint_step",
+    "list_checkpoints",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "read_manifest",
+    "read_tensor",
+    "save_checkpoint",
+    "verify_checkpoint",
+]

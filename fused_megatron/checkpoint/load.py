@@ -1,0 +1,197 @@
+"""Reading a checkpoint into tensors of any layout: every stored box that meets a wanted box is read and checked."""
+
+import fnmatch
+import functools
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.manifest import (
+    RANK_TENSOR_PREFIX,
+    Manifest,
+    StoredTensor,
+    dtype_name,
+    read_manifest_and_digest,
+)
+from fused_megatron.checkpoint.shard_file import ConsumeRows, ShardFileReader
+from fused_megatron.checks import InputError, check
+from fused_megatron.collectives.together import rank_and_size, run_together
+from fused_megatron.sharding.box import Box, TensorBox
+
+_WAY_OUT = "is it the checkpoint of another model? (use the config saved with it, or another run folder)"
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, TensorBox],
+    *,
+    rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    allow_missing: Sequence[str] = (),
+    allow_extra: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Fill this rank's boxes, in place, from the checkpoint at path, whatever layout it was saved in.
+
+    Every byte that is used is checked against its checksum first or while it is copied: on an error the tensors hold
+    undefined values. Nothing in a checkpoint is executed, and no file outside its folder is opened.
+
+    Args:
+        path: a checkpoint's folder, as of `newest_checkpoint`.
+        tensors: by name, the box of the full tensor that this rank wants; its tensor is written. Shapes and dtypes
+            must be those of the checkpoint.
+        rank_tensors: destinations for what `save_checkpoint` got from the rank of the same number. With another
+            number of ranks there is no such rank: they are left as they are, with a warning.
+        group: all ranks of the run; None when there is one.
+        allow_missing: glob patterns of names that the checkpoint may lack; those tensors are left as they are.
+        allow_extra: glob patterns of names that the checkpoint may have and no rank asks for.
+
+    Returns:
+        The state that was given to save_checkpoint.
+
+    Raises:
+        InputError: on every rank, where the checkpoint does not fit (names, shapes, dtypes): one of another model.
+        CheckpointError: on every rank, where it is damaged; the file and the tensor are named.
+
+    Communication: two exchanges of JSON. Each rank reads the files itself.
+    Memory: one block of 4 MiB, or one row, beside the destinations.
+    """
+    rank, world_size = rank_and_size(group)
+    path = Path(path)
+    manifests: list[Manifest] = []  # filled on the way: what the ranks exchange is its digest and their wishes
+
+    def open_and_check() -> list[Any]:
+        manifest, digest = read_manifest_and_digest(path)
+        manifests.append(manifest)
+        _check_fit(path, manifest, tensors, allow_missing)
+        if manifest.world_size == world_size:
+            _check_rank_tensors(path, manifest.rank_tensors.get(rank, {}), rank_tensors or {}, rank)
+        return [digest, sorted(tensors)]
+
+    answers = run_together(group, open_and_check, CheckpointError)
+    manifest = manifests[0]
+    if len({digest for digest, _ in answers}) > 1:
+        raise CheckpointError(f"{path}: the ranks see different checkpoints here (all ranks need one shared folder)")
+    _check_nothing_extra(path, manifest, {name for _, names in answers for name in names}, allow_extra)
+    if rank_tensors and manifest.world_size != world_size:
+        if rank == 0:
+            reason = f"{manifest.world_size} ranks saved {path}, {world_size} load it"
+            warnings.warn(f"{reason}: no rank's own state (as its RNG) is loaded", RuntimeWarning, stacklevel=2)
+        rank_tensors = None
+    run_together(group, lambda: _read(path, manifest, tensors, rank_tensors or {}, rank), CheckpointError)
+    return manifest.state
+
+
+def read_tensor(path: Path, manifest: Manifest, name: str) -> torch.Tensor:
+    """One full tensor of a checkpoint, its checksums checked; for one process that streams through it.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    stored = manifest.tensors[name]
+    tensor = torch.empty(stored.shape, dtype=stored.dtype)
+    _read(path, manifest, {name: TensorBox.whole(tensor)}, {}, 0)
+    return tensor
+
+
+def _allowed(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{dtype_name(dtype)} of shape {tuple(shape)}"
+
+
+def _check_fit(path: Path, manifest: Manifest, tensors: Mapping[str, TensorBox], allow_missing: Sequence[str]) -> None:
+    """Raise InputError for the first tensor that does not fit, counting the others."""
+    problems = []
+    for name, wanted in tensors.items():
+        check(
+            wanted.box.lies_in(wanted.full_shape),
+            f"tensor {name!r}: the box at offset={wanted.box.offset} of shape {wanted.box.shape} must lie in "
+            f"full_shape={tuple(wanted.full_shape)}",
+        )
+        ours = _describe(wanted.tensor.dtype, wanted.full_shape)
+        stored = manifest.tensors.get(name)
+        if stored is None:
+            if not _allowed(name, allow_missing):
+                problems.append(f"tensor {name!r} ({ours}) is wanted and not there")
+        elif (stored.dtype, stored.shape) != (wanted.tensor.dtype, tuple(wanted.full_shape)):
+            problems.append(f"tensor {name!r} is {_describe(stored.dtype, stored.shape)}, but {ours} is wanted")
+    _raise_misfit(path, problems)
+
+
+def _check_rank_tensors(
+    path: Path, stored: Mapping[str, StoredTensor], wanted: Mapping[str, torch.Tensor], rank: int
+) -> None:
+    problems = []
+    for name, tensor in wanted.items():
+        ours = _describe(tensor.dtype, tensor.shape)
+        if name not in stored:
+            problems.append(f"rank tensor {name!r} ({ours}) of rank {rank} is wanted and not there")
+        elif (stored[name].dtype, stored[name].shape) != (tensor.dtype, tuple(tensor.shape)):
+            theirs = _describe(stored[name].dtype, stored[name].shape)
+            problems.append(f"rank tensor {name!r} of rank {rank} is {theirs}, but {ours} is wanted")
+    _raise_misfit(path, problems)
+
+
+def _check_nothing_extra(path: Path, manifest: Manifest, wanted: set[str], allow_extra: Sequence[str]) -> None:
+    extra = [name for name in manifest.tensors if name not in wanted and not _allowed(name, allow_extra)]
+    _raise_misfit(
+        path,
+        [
+            f"tensor {name!r} ({_describe(manifest.tensors[name].dtype, manifest.tensors[name].shape)}) is there, and "
+            "nothing in this run takes it"
+            for name in extra
+        ],
+    )
+
+
+def _raise_misfit(path: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more tensors do not fit)" if len(problems) > 1 else ""
+        raise InputError(f"{path}: {problems[0]}{more}: {_WAY_OUT}")
+
+
+def _copy_rows(target: torch.Tensor, wanted: Box, stored: Box, start: int, rows: torch.Tensor) -> None:
+    """Copy what of these rows of the stored box lies in the wanted box, whose tensor target is."""
+    if not stored.shape:
+        target.copy_(rows[0])
+        return
+    rows_box = Box((stored.offset[0] + start, *stored.offset[1:]), tuple(rows.shape))
+    if here := rows_box.intersect(wanted):
+        target[here.slices(wanted.offset)] = rows[here.slices(rows_box.offset)].to(target.device)
+
+
+def _read(
+    path: Path,
+    manifest: Manifest,
+    tensors: Mapping[str, TensorBox],
+    rank_tensors: Mapping[str, torch.Tensor],
+    rank: int,
+) -> None:
+    """Read, file by file, every stored box that this rank needs something of."""
+    work: dict[str, dict[str, ConsumeRows]] = {}
+
+    def want(stored: StoredTensor, wanted: TensorBox, prefix: str, name: str) -> None:
+        target, box = wanted.tensor.detach(), wanted.box
+        for piece in stored.boxes:
+            if piece.box.intersect(box):
+                consume = functools.partial(_copy_rows, target, box, piece.box)
+                work.setdefault(piece.file, {})[prefix + name] = consume
+
+    for name, wanted in tensors.items():
+        if name in manifest.tensors:
+            want(manifest.tensors[name], wanted, "", name)
+    for name, tensor in rank_tensors.items():
+        want(manifest.rank_tensors[rank][name], TensorBox.whole(tensor), RANK_TENSOR_PREFIX, name)
+    for file in sorted(work):
+        with ShardFileReader(path / file, manifest.entries(file), manifest.step) as reader:
+            for key, consume in work[file].items():
+                stored = manifest.files[file][key]
+                reader.read(stored.entry, stored.crc32, consume, stored.label)

@@ -1,0 +1,250 @@
+"""manifest.json: everything that a checkpoint is, but the numbers. Read as the word of a stranger, so checked whole."""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.shard_file import Entry, file_bytes, open_regular_file
+from fused_megatron.checks import InputError
+from fused_megatron.sharding.box import Box, cover_problem
+from fused_megatron.weight_files import SAFETENSORS_DTYPES
+
+MANIFEST_NAME = "manifest.json"
+FORMAT_VERSION = 1
+# Rank-private tensors (RNG states) share the file with the rank's shards, under this prefix.
+RANK_TENSOR_PREFIX = "rank_tensors/"
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+_FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
+_DIGEST_START = b'{"sha256": "'
+_NO_DIGEST = b"0" * 64
+_MAX_BYTES = 1 << 30  # a manifest needs some 300 bytes a shard: this is far beyond any model
+_MAX_ELEMENTS = 1 << 60
+
+
+def file_name(rank: int, world_size: int) -> str:
+    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class StoredBox:
+    """A block of a full tensor, the file that holds it, and its CRC-32."""
+
+    file: str
+    box: Box
+    crc32: int
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """A tensor in a file, its CRC-32, and what it is called in messages."""
+
+    entry: Entry
+    crc32: int
+    label: str
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A full tensor and the blocks that cover it exactly once; an empty tensor may have none."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    boxes: tuple[StoredBox, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Attributes:
+        step, world_size: of the run at the time of the save.
+        tensors: full tensors by name.
+        rank_tensors: for each rank, its private tensors by name, each in one block.
+        state: the JSON state that was given to save_checkpoint.
+    """
+
+    step: int
+    world_size: int
+    tensors: Mapping[str, StoredTensor]
+    rank_tensors: Mapping[int, Mapping[str, StoredTensor]]
+    state: dict[str, Any]
+
+    @functools.cached_property
+    def files(self) -> dict[str, dict[str, "StoredEntry"]]:
+        """For each file the tensors in it, by their key there."""
+        files: dict[str, dict[str, StoredEntry]] = {}
+
+        def add(stored: StoredBox, entry: Entry, label: str) -> None:
+            entries = files.setdefault(stored.file, {})
+            if entry.key in entries:
+                raise ValueError(f"{stored.file} holds {label} twice")
+            entries[entry.key] = StoredEntry(entry, stored.crc32, label)
+
+        for name, tensor in self.tensors.items():
+            for stored in tensor.boxes:
+                add(stored, Entry(name, tensor.dtype, stored.box.shape), f"tensor {name!r}")
+        for rank, tensors in self.rank_tensors.items():
+            for name, tensor in tensors.items():
+                key = RANK_TENSOR_PREFIX + name
+                add(tensor.boxes[0], Entry(key, tensor.dtype, tensor.shape), f"rank tensor {name!r} of rank {rank}")
+        return files
+
+    def entries(self, file: str) -> list[Entry]:
+        return [stored.entry for stored in self.files[file].values()]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: JSON that begins with the SHA-256 of all of it, zeros standing for the digest itself."""
+        files = {name: {"bytes": file_bytes(self.entries(name), self.step)} for name in self.files}
+        document = {
+            "sha256": _NO_DIGEST.decode(),
+            "format": "fused_megatron checkpoint",
+            "version": FORMAT_VERSION,
+            "step": self.step,
+            "world_size": self.world_size,
+            "files": files,
+            "tensors": {name: _tensor_to_json(tensor) for name, tensor in self.tensors.items()},
+            "rank_tensors": {
+                str(rank): {name: _tensor_to_json(tensor) for name, tensor in tensors.items()}
+                for rank, tensors in self.rank_tensors.items()
+            },
+            "state": self.state,
+        }
+        text = json.dumps(document, allow_nan=False).encode()
+        assert text.startswith(_DIGEST_START + _NO_DIGEST)
+        digest = hashlib.sha256(text).hexdigest().encode()
+        return _DIGEST_START + digest + text[len(_DIGEST_START) + len(digest) :]
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the checkpoint folder at path, its digest and every field of it checked; no data is read.
+
+    Raises:
+        CheckpointError: it is absent, damaged, or of a format that this version does not know.
+    """
+    return read_manifest_and_digest(Path(path))[0]
+
+
+def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
+    location = path / MANIFEST_NAME
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder")
+    with open(open_regular_file(location), "rb") as file:
+        text = file.read(_MAX_BYTES + 1)
+    start, stop = len(_DIGEST_START), len(_DIGEST_START) + len(_NO_DIGEST)
+    if not text.startswith(_DIGEST_START) or len(text) > _MAX_BYTES:
+        raise CheckpointError(f"{location}: not a manifest of a checkpoint of fused_megatron, or damaged")
+    expected = hashlib.sha256(_DIGEST_START + _NO_DIGEST + text[stop:]).hexdigest()
+    if text[start:stop] != expected.encode():
+        raise CheckpointError(f"{location}: damaged: its sha256 is not the one that it states")
+    try:
+        return _parse(json.loads(text, parse_constant=_refuse_constant)), expected
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        # A good digest around a bad document: made by hand, or by another version of this library.
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{location}: malformed: {reason}") from error
+
+
+def check_json_state(value: Any, where: str = "state") -> None:
+    """Raise InputError, naming the place, unless value comes back from JSON as it is (but a tuple, as a list)."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if type(key) is not str:
+                raise InputError(f"{where} has the key {key!r}: keys must be strings to be stored as JSON")
+            check_json_state(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            check_json_state(item, f"{where}[{i}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(
+                f"{where}={value} must be finite to be stored as JSON (use None for a value not yet known)"
+            )
+    elif not isinstance(value, str | int | None):
+        raise InputError(
+            f"{where} is a {type(value).__name__}: must be dict, list, str, int, float, bool or None "
+            "(a tensor belongs in tensors or rank_tensors)"
+        )
+
+
+def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
+    boxes = [
+        {"file": b.file, "offset": list(b.box.offset), "shape": list(b.box.shape), "crc32": f"{b.crc32:08x}"}
+        for b in tensor.boxes
+    ]
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "boxes": boxes}
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _size(value: Any, name: str) -> int:
+    _require(type(value) is int and 0 <= value <= _MAX_ELEMENTS, f"{name}={value!r:.40} must be a size")
+    return int(value)
+
+
+def _sizes(values: Iterable[Any], name: str) -> tuple[int, ...]:
+    _require(type(values) is list, f"{name} must be a list")
+    return tuple(_size(value, name) for value in values)
+
+
+def _parse(document: Any) -> Manifest:
+    _require(isinstance(document, dict), "not a JSON object")
+    version = document["version"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {version!r:.20}, this library reads {FORMAT_VERSION} (another release wrote it)"
+        )
+    world_size = _size(document["world_size"], "world_size")
+    tensors = {name: _parse_tensor(name, item) for name, item in document["tensors"].items()}
+    rank_tensors = {}
+    for rank_text, items in document["rank_tensors"].items():
+        rank = int(rank_text)
+        _require(0 <= rank < world_size, f"rank_tensors: rank {rank} of {world_size}")
+        rank_tensors[rank] = {name: _parse_tensor(name, item) for name, item in items.items()}
+        for name, tensor in rank_tensors[rank].items():
+            _require(len(tensor.boxes) == 1 and tensor.boxes[0].box.shape == tensor.shape, f"{name!r}: one box wanted")
+    _require(isinstance(document["state"], dict), "state must be an object")
+    manifest = Manifest(_size(document["step"], "step"), world_size, tensors, rank_tensors, document["state"])
+    stated = {name: _size(item["bytes"], "bytes") for name, item in document["files"].items()}
+    computed = {name: file_bytes(manifest.entries(name), manifest.step) for name in manifest.files}
+    _require(stated == computed, "files do not have the sizes of their tensors")
+    return manifest
+
+
+def _parse_tensor(name: str, item: Any) -> StoredTensor:
+    _require(item["dtype"] in _DTYPES, f"tensor {name!r}: unknown dtype {item['dtype']!r:.40}")
+    shape = _sizes(item["shape"], "shape")
+    _require(len(shape) <= 64 and math.prod(shape) <= _MAX_ELEMENTS, f"tensor {name!r}: shape out of bounds")
+    boxes = []
+    for stored in item["boxes"]:
+        file, crc32 = stored["file"], stored["crc32"]
+        # A plain name, and ours: nothing outside the folder is ever opened.
+        _require(type(file) is str and _FILE_NAME.fullmatch(file) is not None, f"tensor {name!r}: file {file!r:.60}")
+        _require(type(crc32) is str and re.fullmatch("[0-9a-f]{8}", crc32) is not None, f"tensor {name!r}: crc32")
+        box = Box(_sizes(stored["offset"], "offset"), _sizes(stored["shape"], "shape"))
+        _require(box.lies_in(shape), f"tensor {name!r}: box {box} is not inside {shape}")
+        boxes.append(StoredBox(file, box, int(crc32, 16)))
+    if problem := cover_problem(shape, [stored.box for stored in boxes if stored.box.volume]):
+        raise ValueError(f"tensor {name!r}: {problem}")
+    return StoredTensor(_DTYPES[item["dtype"]], shape, tuple(boxes))

@@ -1,0 +1,264 @@
+"""Writing a checkpoint: all of it, on disk, under its name; or none of it, and the one before still there."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checkpoint.errors import CheckpointError, disk_full, explain_os_error, free_bytes
+from fused_megatron.checkpoint.folder import checkpoint_name, remove_leftovers, remove_superseded
+from fused_megatron.checkpoint.manifest import (
+    MANIFEST_NAME,
+    RANK_TENSOR_PREFIX,
+    Manifest,
+    StoredBox,
+    StoredTensor,
+    check_json_state,
+    dtype_name,
+    file_name,
+)
+from fused_megatron.checkpoint.shard_file import Entry, file_bytes, write_shard_file
+from fused_megatron.checks import InputError, check
+from fused_megatron.collectives.together import rank_and_size, run_on_first, run_together
+from fused_megatron.durable import new_durable_file, sync_folder, write_all
+from fused_megatron.sharding.box import Box, TensorBox, cover_problem
+from fused_megatron.weight_files import SAFETENSORS_DTYPES
+
+_DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
+# Beside the data: headers, the manifest, and what a file system needs for itself.
+_SPACE_MARGIN_BYTES = 1 << 20
+
+Plan = list[dict[str, list[Any]]]
+"""By rank, for each tensor name [dtype, full shape, offset, shape]; rank-private ones under RANK_TENSOR_PREFIX."""
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    step: int,
+    tensors: Mapping[str, TensorBox],
+    *,
+    state: dict[str, Any],
+    rank_tensors: Mapping[str, torch.Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    keep: int | None = 2,
+) -> Path:
+    """Save a checkpoint as `folder/step-000100`, from all ranks together.
+
+    A kill at any moment leaves either no `step-000100` or a whole one, and never harms an earlier checkpoint: the
+    files go to a temporary folder, each is synced, the manifest comes last, one rename makes it a checkpoint. A box
+    that several ranks hold is written by one of them, chosen so that all write about the same number of bytes.
+
+    Args:
+        folder: of the run's checkpoints; made when absent. All ranks must see the same one.
+        step: number of steps done; >= 0. A checkpoint of it that is there already stays until the new one is whole.
+        tensors: this rank's boxes, by name; any dtype of safetensors, device and strides. Over all ranks, the boxes of
+            a name must cover its full tensor exactly once, apart from equal ones (replicas).
+        state: JSON values (data position, layout, config); rank 0's is stored. Floats come back exactly, tuples as
+            lists; NaN and Inf are refused.
+        rank_tensors: what belongs to this rank alone, as RNG states.
+        group: all ranks of the run; None when there is one.
+        keep: number of good checkpoints to keep; older ones are deleted once the new one is in place. None: all.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: on every rank, for boxes that do not fit together or a state that is no JSON.
+        CheckpointError: on every rank, for a failed write on any (as a full disk) or a dead rank; leaves nothing.
+
+    Communication: five exchanges of JSON, of which one holds names and shapes of all tensors.
+    Memory: one block of 4 MiB, or one row, at a time; of StreamedBox one whole.
+    """
+    rank, world_size = rank_and_size(group)
+    folder = Path(folder)
+    final = folder / checkpoint_name(step)
+    answers = run_together(group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep), CheckpointError)
+    steps = [answer["step"] for answer in answers]
+    check(len(set(steps)) == 1, f"step={steps} by rank: all ranks must save the same step")
+    plan: Plan = [answer["held"] for answer in answers]
+    writers = _assign_writers(plan)
+    entries = [_entries_of(r, plan, writers) for r in range(world_size)]
+    mine = _Tensors(entries[rank], tensors, rank_tensors or {})
+    total_bytes = sum(file_bytes(e, step) for e in entries if e)
+
+    temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes), CheckpointError)
+    try:
+        path = temporary / file_name(rank, world_size)
+        checksums = run_together(group, lambda: _write_file(path, mine, step) if mine else {}, CheckpointError)
+        run_on_first(
+            group, lambda: _finish(temporary, final, _manifest(step, plan, writers, checksums, state)), CheckpointError
+        )
+    except BaseException:
+        if rank == 0:  # all ranks are past their writes, or dead
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    run_on_first(group, lambda: remove_superseded(folder, final, keep), CheckpointError)
+    return final
+
+
+def _describe(
+    step: int,
+    tensors: Mapping[str, TensorBox],
+    rank_tensors: Mapping[str, torch.Tensor],
+    state: dict[str, Any],
+    keep: int | None,
+) -> dict[str, Any]:
+    """Check this rank's arguments; what it holds, for all ranks to know."""
+    check(type(step) is int and step >= 0, f"step={step} must be an int >= 0")
+    check(keep is None or keep >= 1, f"keep={keep} must be at least 1 (or None to keep all)")
+    check(isinstance(state, dict), f"state is a {type(state).__name__}: must be a dict")
+    check_json_state(state)
+    held: dict[str, list[Any]] = {}
+    for name, item in tensors.items():
+        check(
+            bool(name) and not name.startswith((RANK_TENSOR_PREFIX, "__metadata__")), f"tensor name {name!r} is taken"
+        )
+        box = item.box
+        check(
+            box.lies_in(item.full_shape),
+            f"tensor {name!r}: the box at offset={box.offset} of shape {box.shape} must lie in full_shape="
+            f"{tuple(item.full_shape)} (leave padding out of the box)",
+        )
+        held[name] = [_checked_dtype(name, item.tensor), list(item.full_shape), list(box.offset), list(box.shape)]
+    for name, tensor in rank_tensors.items():
+        shape = list(tensor.shape)
+        held[RANK_TENSOR_PREFIX + name] = [_checked_dtype(name, tensor), shape, [0] * len(shape), shape]
+    return {"step": step, "held": held}
+
+
+def _checked_dtype(name: str, tensor: torch.Tensor) -> str:
+    check(tensor.dtype in SAFETENSORS_DTYPES, f"tensor {name!r}: safetensors cannot hold {tensor.dtype}")
+    return dtype_name(tensor.dtype)
+
+
+def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
+    """For each full tensor its boxes (none empty) and the rank that writes each; every rank computes the same."""
+    holders: dict[str, dict[Box, list[int]]] = {}
+    kinds: dict[str, tuple[int, str, tuple[int, ...]]] = {}
+    load = [0] * len(plan)
+    for rank, held in enumerate(plan):
+        for name, (dtype, full_shape, offset, shape) in held.items():
+            box = Box(tuple(offset), tuple(shape))
+            if name.startswith(RANK_TENSOR_PREFIX):
+                load[rank] += box.volume * _DTYPES[dtype].itemsize
+                continue
+            first_rank, *kind = kinds.setdefault(name, (rank, dtype, tuple(full_shape)))
+            if kind != [dtype, tuple(full_shape)]:
+                raise InputError(
+                    f"tensor {name!r} is {kind[0]} of full shape {kind[1]} on rank {first_rank}, but {dtype} of "
+                    f"{tuple(full_shape)} on rank {rank}: all ranks must agree"
+                )
+            holders.setdefault(name, {})
+            if box.volume:
+                holders[name].setdefault(box, []).append(rank)
+    for name, boxes in holders.items():
+        if problem := cover_problem(kinds[name][2], list(boxes)):
+            raise InputError(f"tensor {name!r}: the boxes of the ranks must cover it exactly once: {problem}")
+    writers: dict[str, dict[Box, int]] = {name: {} for name in holders}
+    bytes_of = {name: _DTYPES[kinds[name][1]].itemsize for name in holders}
+    pieces = [(box.volume * bytes_of[name], name, box) for name, boxes in holders.items() for box in boxes]
+    # No choice first, then the largest: the usual greedy balance.
+    for num_bytes, name, box in sorted(pieces, key=lambda p: (len(holders[p[1]][p[2]]) > 1, -p[0], p[1], p[2])):
+        writer = min(holders[name][box], key=lambda r: (load[r], r))
+        load[writer] += num_bytes
+        writers[name][box] = writer
+    return writers
+
+
+def _entries_of(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> list[Entry]:
+    """What the rank writes."""
+    entries = []
+    for name, (dtype, _, offset, shape) in plan[rank].items():
+        box = Box(tuple(offset), tuple(shape))
+        if name.startswith(RANK_TENSOR_PREFIX) or writers[name].get(box) == rank:
+            entries.append(Entry(name, _DTYPES[dtype], box.shape))
+    return entries
+
+
+class _Tensors(Mapping[Entry, torch.Tensor]):
+    """What to write by entry; a streamed one is read anew whenever it is asked for, and not kept."""
+
+    def __init__(
+        self, entries: Iterable[Entry], tensors: Mapping[str, TensorBox], rank_tensors: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._entries = list(entries)
+        self._tensors, self._rank_tensors = tensors, rank_tensors
+
+    def __getitem__(self, entry: Entry) -> torch.Tensor:
+        if entry.key.startswith(RANK_TENSOR_PREFIX):
+            return self._rank_tensors[entry.key.removeprefix(RANK_TENSOR_PREFIX)]
+        return self._tensors[entry.key].values()
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _begin(final: Path, total_bytes: int) -> str:
+    """Clear away dead saves, see that there is room, make the temporary folder; its name."""
+    folder = final.parent
+    temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
+    needed = total_bytes + _SPACE_MARGIN_BYTES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if free_bytes(folder) < needed:
+            raise CheckpointError(f"{final} not saved: {disk_full(folder, needed)}")
+        os.mkdir(temporary)
+    except OSError as error:
+        raise CheckpointError(f"{final} not saved: {folder}: {explain_os_error(error, folder, needed)}") from error
+    return temporary.name
+
+
+def _write_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: int) -> dict[str, int]:
+    try:
+        return write_shard_file(path, tensors, step)
+    except OSError as error:
+        reason = explain_os_error(error, path.parent, file_bytes(list(tensors), step))
+        raise CheckpointError(f"{path.name} of {path.parent} not written: {reason}") from error
+
+
+def _manifest(
+    step: int, plan: Plan, writers: dict[str, dict[Box, int]], checksums: list[dict[str, int]], state: dict[str, Any]
+) -> Manifest:
+    files = [file_name(rank, len(plan)) for rank in range(len(plan))]
+    tensors: dict[str, StoredTensor] = {}
+    rank_tensors: dict[int, dict[str, StoredTensor]] = {}
+    for rank, held in enumerate(plan):
+        for name, (dtype_text, full_shape, *_) in held.items():
+            dtype, shape = _DTYPES[dtype_text], tuple(full_shape)
+            if name.startswith(RANK_TENSOR_PREFIX):
+                block = StoredBox(files[rank], Box((0,) * len(shape), shape), checksums[rank][name])
+                private = rank_tensors.setdefault(rank, {})
+                private[name.removeprefix(RANK_TENSOR_PREFIX)] = StoredTensor(dtype, shape, (block,))
+            elif name not in tensors:
+                boxes = sorted(writers[name].items())
+                blocks = tuple(StoredBox(files[r], box, checksums[r][name]) for box, r in boxes)
+                tensors[name] = StoredTensor(dtype, shape, blocks)
+    return Manifest(step, len(plan), tensors, rank_tensors, state)
+
+
+def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest and give the folder its name; after this the checkpoint exists."""
+    content = manifest.to_bytes()
+    aside = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
+    try:
+        with new_durable_file(temporary / MANIFEST_NAME) as descriptor:
+            write_all(descriptor, memoryview(content))
+        sync_folder(temporary)
+        if final.is_dir():
+            os.rename(final, aside)
+        os.rename(temporary, final)
+        sync_folder(final.parent)
+    except OSError as error:
+        if aside.is_dir() and not final.is_dir():
+            os.rename(aside, final)
+        reason = explain_os_error(error, final.parent, len(content))
+        raise CheckpointError(f"{final} not saved: {MANIFEST_NAME}: {reason}") from error

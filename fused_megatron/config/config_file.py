@@ -1,0 +1,125 @@
+"""From a TOML file and command-line overrides to a TrainConfig, with one clear line for every mistake."""
+
+import dataclasses
+import difflib
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fused_megatron.checks import InputError, check_one_of
+from fused_megatron.config import TRAIN_CONFIGS, TrainConfig
+from fused_megatron.config.arguments import parse_arguments, print_arguments
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a TOML file, then apply overrides as `--training.num_steps 10` (the last one of a key wins).
+
+    Raises:
+        InputError: a file that is missing or no TOML, an unknown key (the nearest is named), a value that does not fit.
+    """
+    words = [*_file_arguments(path), *overrides]
+    _check_names(overrides)
+    return parse_arguments(_config_type(words), words, source=str(path))
+
+
+def print_help(program: str, words: Sequence[str] = ()) -> None:
+    """Print every key with its type, meaning and default; those of the model.family among the words."""
+    print_arguments(_config_type(words), program)
+
+
+def _config_type(words: Sequence[str]) -> type[TrainConfig]:
+    """What the words are read as: their last model.family decides."""
+    family = "gpt"
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--model.family":
+            family = value if equals else "".join(words[i + 1 : i + 2])
+    check_one_of("model.family", family, list(TRAIN_CONFIGS))
+    found = TRAIN_CONFIGS[family]
+    known = _known_keys(found)
+    for word in words:
+        name = word[2:].partition("=")[0].replace("-", "_")
+        if word.startswith("--") and name in _known_keys() and name not in known:
+            raise InputError(f"{name} is no key of model.family={family!r}")
+    return found
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write config as the TOML that load_config reads back to an equal one (fields that are None are left out)."""
+    table = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in dataclasses.asdict(config).items()
+    }
+    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+
+
+def _file_arguments(path: Path) -> list[str]:
+    """The file as command-line words: one parser, and so one set of rules and messages, serves both."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config={path} does not exist (a starting point: examples/gpt_tiny.toml)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config={path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"config={path} is no TOML: {error}") from None
+    words = []
+    known = _known_keys()
+    for section, values in table.items():
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: {section} must stand in a section{_nearest(section, known)}")
+        for key, value in values.items():
+            name = f"{section}.{key}"
+            if name not in known:
+                raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")
+            if isinstance(value, list) and "tuple" in str(known[name]):
+                words += [f"--{name}", *map(str, value)]
+                continue
+            if isinstance(value, dict | list):
+                raise InputError(f"{path}: {name} must be one value, not {value!r}")
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _check_names(words: Sequence[str]) -> None:
+    known = _known_keys()
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name not in known:
+                raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """The known key that was most likely meant: by the whole name, else by what follows the section."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    if not close:
+        by_field = {key.partition(".")[2]: key for key in known}
+        close = [by_field[f] for f in difflib.get_close_matches(name.rpartition(".")[2], list(by_field), n=1)]
+    return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
+
+
+def _known_keys(*types: type[TrainConfig]) -> dict[str, Any]:
+    """Every key and its type; those of all families where none is given."""
+    keys: dict[str, Any] = {}
+    for one in types or TRAIN_CONFIGS.values():
+        for section, cls in typing.get_type_hints(one).items():
+            keys |= {f"{section}.{f.name}": f.type for f in dataclasses.fields(cls)}
+    return keys
+
+
+def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:
+    """The config with training.run_folder filled in: runs/<name of the config file>, where it is not given."""
+    if config.training.run_folder is not None:
+        return config
+    training = dataclasses.replace(config.training, run_folder=str(Path("runs") / path.stem))
+    return dataclasses.replace(config, training=training)

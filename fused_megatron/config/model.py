@@ -1,0 +1,214 @@
+"""Settings of the model.
+
+The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fused_megatron.checks import check, check_divisible, check_one_of, check_positive
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position, linear_biases
+    and num_kv_heads make a Llama, Mistral or Qwen of it."""
+
+    family: str = "gpt"
+    """gpt; or bert, an encoder that learns to predict masked tokens (its keys: train --help --model.family=bert)."""
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    hidden_size: int = 256
+    """Width H of the residual stream."""
+    num_heads: int = 4
+    """Attention heads N."""
+    head_dim: int | None = None
+    """Elements of a head; hidden_size / num_heads when not given."""
+    seq_len: int = 256
+    """Longest sequence S, and the length trained on."""
+    ffn_hidden_size: int | None = None
+    """Width F of the MLP; 4 H when not given."""
+    vocab_size: int | None = None
+    """True vocabulary V; taken from the tokenizer or dataset when not given."""
+    tied_embeddings: bool = True
+    """The output head shares the weight of the token embedding."""
+    layer_norm_eps: float = 1e-5
+    """Added to the variance in every layer norm, to the mean square in every RMS norm."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; output projections take init_std / sqrt(2 num_layers)."""
+    pad_vocab_size_to_multiple_of: int = 128
+    """The stored vocabulary is padded to a multiple of this and of the tensor-parallel size; the padding takes no part
+    in the loss."""
+    activation: str = "gelu"
+    """Of the MLP: gelu (tanh), gelu_exact (erf), or the gated swiglu or geglu, whose gate and up weights are F x H."""
+    normalization: str = "layer_norm"
+    """layer_norm or rms_norm."""
+    position: str = "learned"
+    """learned: a table that is added to the embedding; rotary: queries and keys are rotated in every layer."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    rotary_fraction: float = 1.0
+    """Share of every head that is rotated."""
+    rotary_scaling: str = "none"
+    """How a longer context than trained on is rotated: none, linear, dynamic, llama3 or yarn."""
+    rotary_scaling_factor: float = 1.0
+    """How many times longer: what the scaling divides (slow) frequencies by."""
+    rotary_original_seq_len: int | None = None
+    """Context trained on before scaling, for dynamic, llama3 and yarn."""
+    rotary_slow_turns: float = 1.0
+    """llama3 and yarn: frequencies that turn less often than this over the original context are scaled wholly."""
+    rotary_fast_turns: float | None = None
+    """llama3 and yarn: frequencies that turn more often are not; 4 for llama3 and 32 for yarn when not given."""
+    rotary_attention_factor: float | None = None
+    """yarn: what cos and sin are multiplied by; 0.1 ln(rotary_scaling_factor) + 1 when not given."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values, each shared by num_heads / num_kv_heads query heads; num_heads when not given."""
+    linear_biases: bool = True
+    """Whether the linear layers of attention and MLP have biases."""
+    qkv_bias: bool | None = None
+    """The same for query, key and value alone (Qwen2); as linear_biases when not given."""
+    query_key_norm: bool = False
+    """Every head of queries and keys is RMS-normalized before it is rotated (Qwen3)."""
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself among them; all before it when not given."""
+    hidden_dropout: float = 0.0
+    """Probability of dropping an element of what attention and MLP add to the residual stream."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention probability; above 0 training computes them whole, S x S a head."""
+    embedding_dropout: float = 0.0
+    """Probability of dropping an element of the embedded tokens."""
+    recompute: str = "none"
+    """What backward computes again instead of keeping it: none, selective (the attention between its projections) or
+    full (every block; its input alone is kept)."""
+
+    def __post_init__(self) -> None:
+        check_one_of("family", self.family, list(MODEL_FAMILIES))
+        wanted = MODEL_FAMILIES[self.family]
+        check(type(self) is wanted, f"family={self.family!r} must be a {wanted.__name__}, not a {type(self).__name__}")
+        for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
+            check_positive(name, getattr(self, name))
+        for name in (
+            "ffn_hidden_size", "vocab_size", "num_kv_heads", "head_dim", "sliding_window", "rotary_original_seq_len",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        if self.head_dim is None:
+            check_divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        check_divisible("num_heads", self.num_heads, "num_kv_heads", self.kv_heads)
+        for name, allowed in _WORDS.items():
+            check_one_of(name, getattr(self, name), allowed)
+        for name in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
+            check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check(self.layer_norm_eps > 0, f"layer_norm_eps={self.layer_norm_eps} must be above 0")
+        check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
+        self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        check(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
+        check(0 < self.rotary_fraction <= 1, f"rotary_fraction={self.rotary_fraction} must lie in (0, 1]")
+        if self.position == "rotary":
+            check(
+                self.rotary_dim >= 2,
+                f"rotary_fraction={self.rotary_fraction} must leave a pair of the {self.head_size} elements of a head "
+                f"to rotate (at least {2 / self.head_size:g})",
+            )
+        scaling, factor = self.rotary_scaling, self.rotary_scaling_factor
+        check(factor >= 1, f"rotary_scaling_factor={factor} must be 1 or more")
+        check(
+            scaling == "none" or self.position == "rotary",
+            f"rotary_scaling={scaling!r} needs position='rotary', not position={self.position!r}",
+        )
+        check(
+            scaling in ("none", "linear") or self.rotary_original_seq_len is not None,
+            f"rotary_original_seq_len=None must be given with rotary_scaling={scaling!r}: the context trained on "
+            f"before scaling",
+        )
+        check(
+            scaling != "dynamic" or self.rotary_dim > 2,
+            f"rotary_scaling='dynamic' needs more than the {self.rotary_dim} rotated elements of a head",
+        )
+        slow, fast = self.rotary_slow_turns, self.fast_turns
+        check(0 < slow < fast, f"rotary_slow_turns={slow} must lie between 0 and rotary_fast_turns={fast}")
+        attention_factor = self.rotary_attention_factor
+        check(
+            attention_factor is None or attention_factor > 0,
+            f"rotary_attention_factor={attention_factor} must be above 0",
+        )
+
+    @property
+    def ffn_size(self) -> int:
+        """F, with its default."""
+        return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
+
+    @property
+    def kv_heads(self) -> int:
+        """num_kv_heads, with its default."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """head_dim, with its default."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated: rotary_fraction of them, in whole pairs."""
+        return int(self.head_size * self.rotary_fraction) // 2 * 2
+
+    @property
+    def fast_turns(self) -> float:
+        """rotary_fast_turns, with its default."""
+        if self.rotary_fast_turns is not None:
+            return self.rotary_fast_turns
+        return 32.0 if self.rotary_scaling == "yarn" else 4.0
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything is dropped in training."""
+        return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
+
+
+@dataclass(frozen=True)
+class BERTConfig(GPTConfig):
+    """An encoder: every token sees every other. The fields of GPTConfig mean the same here; the head is tied."""
+
+    family: str = "bert"
+    """bert; or gpt, a decoder."""
+    num_token_types: int = 2
+    """Kinds of tokens (first and second sentence), each with a learned vector; 0 for none."""
+    post_norm: bool = False
+    """Norms behind the residual additions and behind the embedding, as BERT was published; else before attention and
+    MLP and before the head, as Megatron-LM re-arranged them."""
+    masked_lm_head: bool = True
+    """Whether there is the head that predicts masked tokens."""
+    next_sentence_head: bool = False
+    """Whether there is the head that tells if the second sentence follows the first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_token_types >= 0, f"num_token_types={self.num_token_types} must be 0 or more")
+        check_one_of("activation", self.activation, ("gelu", "gelu_exact"))
+        check(self.tied_embeddings, "tied_embeddings=False must be True: BERT's head shares the embedding")
+        check(self.sliding_window is None, f"sliding_window={self.sliding_window} must be None: it is of causal models")
+
+
+# The models that model.family names.
+MODEL_FAMILIES: dict[str, type[GPTConfig]] = {"gpt": GPTConfig, "bert": BERTConfig}
+
+
+def model_config(fields: Mapping[str, Any]) -> GPTConfig:
+    """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT."""
+    return MODEL_FAMILIES[fields.get("family", "gpt")](**fields)
+
+
+# The values of the fields that are words.
+_WORDS = {
+    "activation": ("gelu", "swiglu", "geglu", "gelu_exact"),
+    "normalization": ("layer_norm", "rms_norm"),
+    "position": ("learned", "rotary"),
+    "rotary_scaling": ("none", "linear", "dynamic", "llama3", "yarn"),
+    "recompute": ("none", "selective", "full"),
+}

@@ -1,0 +1,58 @@
+"""All settings of a run, and the checks across its sections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
+from fused_megatron.config.data import DataConfig
+from fused_megatron.config.model import BERTConfig, GPTConfig
+from fused_megatron.config.optimizer import OptimizerConfig
+from fused_megatron.config.parallel import ParallelConfig
+from fused_megatron.config.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `fused-megatron train` reads: one section of the TOML file per field."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        tp = self.parallel.tensor_parallel_size
+        check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
+        check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp)
+        check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
+        if self.parallel.sequence_parallel:
+            check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
+        check(
+            self.model.family != "bert" or self.model.seq_len >= 3,
+            f"seq_len={self.model.seq_len} must be at least 3: [CLS], a token and [SEP]",
+        )
+        check_divisible(
+            "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
+        )
+
+    def check_data_parallel(self, dp_size: int) -> None:
+        """Raise unless the global batch splits into whole microbatches on dp_size replicas."""
+        check_divisible(
+            "global_batch_size",
+            self.training.global_batch_size,
+            f"microbatch_size={self.training.microbatch_size} x data_parallel_size={dp_size}, i.e. by their product",
+            self.training.microbatch_size * dp_size,
+        )
+
+
+@dataclass(frozen=True)
+class BERTTrainConfig(TrainConfig):
+    """The same where model.family is bert: its [model] has more fields."""
+
+    model: BERTConfig = field(default_factory=BERTConfig)
+
+
+# What a file or a command line is read as, by its model.family.
+TRAIN_CONFIGS: dict[str, type[TrainConfig]] = {"gpt": TrainConfig, "bert": BERTTrainConfig}

@@ -1,0 +1,55 @@
+"""Settings of the training loop.
+
+The text under a field is its help on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fused_megatron.checks import check, check_positive
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    num_steps: int = 300
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 16
+    """Sequences a step, over all data-parallel ranks and microbatches."""
+    microbatch_size: int = 16
+    """Sequences a rank works on at once; gradients accumulate over microbatches."""
+    dtype: str = "float32"
+    """Weights and activations: float32, or bfloat16 with fp32 main weights and gradients."""
+    seed: int = 1234
+    """Seed of the weights and of the order of the data."""
+    run_folder: str | None = None
+    """Where config, metrics, loss.png and checkpoints go; runs/<name of the config file> when not given."""
+    eval_interval: int = 100
+    """Steps between validations."""
+    eval_batches: int = 8
+    """Global batches of held-out text a validation reads (fewer if there are fewer)."""
+    log_interval: int = 10
+    """Steps between lines where the output is no terminal."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints; the last step always makes one."""
+    keep_checkpoints: int = 2
+    """Good checkpoints kept; older ones are removed."""
+    tensorboard: bool = False
+    """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
+    bucket_mb: float = 25.0
+    """Size of the gradient buckets that data-parallel ranks reduce while backward goes on, in MB of 10^6 bytes."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps", "global_batch_size", "microbatch_size", "eval_interval", "eval_batches", "log_interval",
+            "checkpoint_interval", "keep_checkpoints",
+        ):  # fmt: skip
+            check_positive(name, getattr(self, name))
+        check(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'",
+        )
+        check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")

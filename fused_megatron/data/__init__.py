@@ -1,0 +1,1 @@
+"""Text, tokenizers, indexed datasets, samples, and the batches that ranks read."""

@@ -1,0 +1,345 @@
+"""From what the user names as data to token datasets: found, divided, tokenized and cached."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.data.build_once import build_once, default_cache_folder
+from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
+from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
+from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
+from fused_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, text_pieces, train_tokenizer
+
+Progress = Callable[[str, int, int], None]
+
+# A part of every cache key: raise it when prepared data changes for the same input.
+_FORMAT_VERSION = 1
+# Merges hardly change beyond this much text, and training on all of the default text would take three times as long.
+_TOKENIZER_TRAINING_BYTES = 10_000_000
+_TOKENIZER_PIECE_CHARACTERS = 1 << 16
+# Enough texts at once to keep all cores busy, few enough to keep their encodings small.
+_ENCODE_CHARACTERS = 1 << 21
+_SCAN_TOKENS = 1 << 24
+
+
+@dataclass(frozen=True)
+class PreparedCorpus:
+    """Token datasets ready for training, and where they came from.
+
+    Attributes:
+        description: what the user would call the text.
+        train_prefix: prefix of the indexed dataset with the training tokens.
+        validation_prefix: the same for validation; equal to train_prefix where the user's own indexed dataset is
+            divided by documents (use train_dataset and validation_dataset, which know).
+        tokenizer_path: the tokenizer's JSON file; None for an indexed dataset without one.
+        vocab_size: number of token ids.
+        train_tokens: tokens for training.
+        validation_tokens: tokens held out.
+        validation_fraction: share of the documents held out.
+        fingerprint: hash of the tokens (of an indexed dataset: of its index): equal means the same data.
+        skipped_files: files of the standard library left out because they are not UTF-8.
+    """
+
+    description: str
+    train_prefix: str
+    validation_prefix: str
+    tokenizer_path: str | None
+    vocab_size: int
+    train_tokens: int
+    validation_tokens: int
+    validation_fraction: float
+    fingerprint: str
+    skipped_files: tuple[str, ...] = ()
+
+    def train_dataset(self, seq_len: int, seed: int) -> TokenDataset:
+        """Training samples; every batch is checked against vocab_size."""
+        dataset = IndexedDataset(self.train_prefix)
+        documents = None
+        if self.train_prefix == self.validation_prefix:
+            documents = split_documents(dataset, self.validation_fraction)[0]
+        return TokenDataset(dataset, seq_len, seed, documents=documents, vocab_size=self.vocab_size)
+
+    def validation_dataset(self, seq_len: int, max_samples: int | None = None) -> ValidationDataset:
+        """Held-out samples; every batch is checked against vocab_size."""
+        dataset = IndexedDataset(self.validation_prefix)
+        documents = None
+        if self.train_prefix == self.validation_prefix:
+            documents = split_documents(dataset, self.validation_fraction)[1]
+        return ValidationDataset(
+            dataset, seq_len, documents=documents, vocab_size=self.vocab_size, max_samples=max_samples
+        )
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that made the tokens, if it is known."""
+        return None if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
+
+
+def prepare_corpus(
+    path: str | os.PathLike[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    tokenizer_vocab_size: int = 8192,
+    validation_fraction: float = 0.05,
+    *,
+    tokenizer_path: str | os.PathLike[str] | None = None,
+    special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
+    vocab_size: int | None = None,
+    on_progress: Progress | None = None,
+) -> PreparedCorpus:
+    """Prepare text or an indexed dataset for training; quick when it was done before.
+
+    Every rank may call this at the same time: one process a machine (or shared disk) does the work, the others wait.
+
+    Whole documents are held out for validation, evenly spread over the input. Where there are too few (less than
+    1 / validation_fraction), the end of each is, cut between paragraphs or lines if there are any.
+
+    Args:
+        path: a text file, a .jsonl file (field "text"), a folder of both, or an indexed dataset (its prefix, or one
+            of its two files). None takes the Python standard library's sources on this machine.
+        cache_dir: where prepared data is kept; None for $XDG_CACHE_HOME or ~/.cache.
+        tokenizer_vocab_size: entries of the tokenizer that is trained on the text.
+        validation_fraction: share held out, in (0, 0.5].
+        tokenizer_path: a tokenizer to use instead of training one. For an indexed dataset: the one that made it.
+        special_tokens: of a tokenizer that is trained.
+        vocab_size: of an indexed dataset; by default the tokenizer's, or the largest id in it and one.
+        on_progress: called with (what is being done, done, total); total is 0 where it is not known.
+
+    Raises:
+        InputError: there is no such data, it is damaged, or the cache cannot be written; one line each.
+    """
+    check(0 < validation_fraction <= 0.5, f"validation_fraction={validation_fraction} must be above 0 and at most 0.5")
+    cache = default_cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+    report: Progress = on_progress or (lambda stage, done, total: None)
+    prefix = None if path is None else _indexed_prefix(path)
+    if prefix is not None:
+        return _prepare_indexed(prefix, cache, validation_fraction, tokenizer_path, vocab_size, report)
+    check(vocab_size is None, "vocab_size is for indexed datasets; text takes tokenizer_vocab_size")
+    source = standard_library_source() if path is None else path_source(path)
+    root = None if path is None else str(Path(path).expanduser().resolve())
+    tokenizer: Any = tokenizer_vocab_size if tokenizer_path is None else _file_digest(tokenizer_path)
+    if tokenizer_path is None and tuple(special_tokens) != (END_OF_DOCUMENT,):
+        tokenizer = [tokenizer_vocab_size, *special_tokens]
+    try:
+        key = _key(["text", root, source.fingerprint(), tokenizer, validation_fraction])
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    def own_tokenizer(path: Path) -> Tokenizer:
+        if tokenizer_path is None:
+            report("training the tokenizer", 0, 0)
+            texts = _tokenizer_texts(source, validation_fraction)
+            return train_tokenizer(texts, tokenizer_vocab_size, path, special_tokens)
+        path.write_bytes(Path(tokenizer_path).read_bytes())
+        return load_tokenizer(tokenizer_path)
+
+    def build(folder: Path) -> None:
+        _build_text(source, folder, own_tokenizer(folder / "tokenizer.json"), validation_fraction, report)
+
+    def on_wait() -> None:
+        report("waiting for another process that prepares the text", 0, 0)
+
+    return build_once(cache, f"text-{key}", build, _load_text, on_wait)
+
+
+def _indexed_prefix(path: str | os.PathLike[str]) -> str | None:
+    """The prefix if path names an indexed dataset."""
+    expanded = Path(path).expanduser()
+    if expanded.suffix in (".bin", ".idx"):
+        return str(expanded.with_suffix(""))
+    if not expanded.exists() and any(file.exists() for file in dataset_files(expanded)):
+        return str(expanded)
+    return None
+
+
+def _prepare_indexed(
+    prefix: str,
+    cache: Path,
+    validation_fraction: float,
+    tokenizer_path: str | os.PathLike[str] | None,
+    vocab_size: int | None,
+    report: Progress,
+) -> PreparedCorpus:
+    dataset = IndexedDataset(prefix)
+    check(dataset.total_tokens > 0, f"{prefix}.bin: there are no tokens in it")
+    train, validation = split_documents(dataset, validation_fraction)
+    if vocab_size is None and tokenizer_path is not None:
+        vocab_size = load_tokenizer(tokenizer_path).vocab_size
+    index_path = dataset_files(prefix)[1]
+    if vocab_size is None:
+        stats = [file.stat() for file in dataset_files(prefix)]
+        key = _key(["ids", os.path.abspath(prefix), [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+
+        def build(folder: Path) -> None:
+            _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
+
+        manifest = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json"))
+        vocab_size = int(manifest["vocab_size"])
+    return PreparedCorpus(
+        description=prefix,
+        train_prefix=prefix,
+        validation_prefix=prefix,
+        tokenizer_path=None if tokenizer_path is None else os.fspath(tokenizer_path),
+        vocab_size=vocab_size,
+        train_tokens=train.total_tokens,
+        validation_tokens=validation.total_tokens,
+        validation_fraction=validation_fraction,
+        fingerprint=_file_digest(index_path),
+    )
+
+
+def _largest_id(dataset: IndexedDataset, report: Progress) -> int:
+    largest = 0
+    for start in range(0, dataset.total_tokens, _SCAN_TOKENS):
+        report("looking for the largest token id", start, dataset.total_tokens)
+        block = dataset.tokens(start, min(start + _SCAN_TOKENS, dataset.total_tokens))
+        check(int(block.min()) >= 0, f"{dataset.path_prefix}.bin: negative token id {block.min()}: the data is damaged")
+        largest = max(largest, int(block.max()))
+    return largest
+
+
+def _divided(source: TextSource, validation_fraction: float) -> Iterator[tuple[bool, str]]:
+    """(held out, text) of every document, or of both parts of it where there are few."""
+    few = True
+    for index, _ in enumerate(source.documents()):
+        if held_out(index, validation_fraction):
+            few = False
+            break
+    for index, text in enumerate(source.documents()):
+        if few:
+            end = _cut(text, validation_fraction)
+            yield False, text[:end]
+            yield True, text[end:]
+        else:
+            yield held_out(index, validation_fraction), text
+
+
+def _cut(text: str, fraction: float) -> int:
+    """Where the last `fraction` of the text begins: after an empty line or a line end nearby, if there is one."""
+    target = math.ceil(len(text) * (1 - fraction))
+    for separator in ("\n\n", "\n", " "):
+        found = text.rfind(separator, max(0, target - math.ceil(len(text) * fraction)), target)
+        if found >= 0:
+            return found + len(separator)
+    return target
+
+
+def _tokenizer_texts(source: TextSource, validation_fraction: float) -> Iterator[str]:
+    every = math.ceil(source.total_bytes() / _TOKENIZER_TRAINING_BYTES)
+    count = 0
+    for is_validation, text in _divided(source, validation_fraction):
+        if not is_validation:
+            for piece in text_pieces(text, _TOKENIZER_PIECE_CHARACTERS):
+                if count % every == 0:
+                    yield piece
+                count += 1
+
+
+def _build_text(
+    source: TextSource,
+    folder: Path,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    report: Progress,
+) -> None:
+    """Fill the folder: train and validation datasets, and manifest.json last."""
+    fingerprint = hashlib.sha256()
+    tokens = [0, 0]
+    dtype = token_dtype(tokenizer.vocab_size)
+    with (
+        IndexedDatasetWriter(folder / "train", dtype) as train,
+        IndexedDatasetWriter(folder / "validation", dtype) as validation,
+    ):
+        for is_validation, ids in _encoded(source, tokenizer, validation_fraction, report):
+            (validation if is_validation else train).add_document(ids)
+            tokens[is_validation] += len(ids)
+            fingerprint.update(b"%d %d\n" % (is_validation, len(ids)))
+            fingerprint.update(ids.astype(dtype).tobytes())
+    check(tokens[0] > 0, f"{source.description}: there is no text in it")
+    manifest = {
+        "description": source.description,
+        "vocab_size": tokenizer.vocab_size,
+        "train_tokens": tokens[0],
+        "validation_tokens": tokens[1],
+        "validation_fraction": validation_fraction,
+        "fingerprint": fingerprint.hexdigest(),
+        "skipped_files": sorted(source.skipped),
+    }
+    _write_json(folder / "manifest.json", manifest)
+
+
+def _encoded(
+    source: TextSource, tokenizer: Tokenizer, validation_fraction: float, report: Progress
+) -> Iterator[tuple[bool, np.ndarray]]:
+    """(held out, tokens with an end of document) of every text that is not empty."""
+    total_bytes, done = source.total_bytes(), 0
+    waiting: list[tuple[bool, str]] = []
+
+    def encode() -> Iterator[tuple[bool, np.ndarray]]:
+        nonlocal done
+        batch = tokenizer.encode_batch([text for _, text in waiting])
+        for (is_validation, _), ids in zip(waiting, batch, strict=True):
+            done += int(tokenizer.token_bytes[ids].sum())
+            yield is_validation, np.append(ids, tokenizer.end_of_document)
+        waiting.clear()
+        report("tokenizing", min(done, total_bytes), total_bytes)
+
+    for is_validation, text in _divided(source, validation_fraction):
+        if text:
+            waiting.append((is_validation, text))
+        if sum(len(text) for _, text in waiting) >= _ENCODE_CHARACTERS:
+            yield from encode()
+    yield from encode()
+
+
+def _load_text(folder: Path) -> PreparedCorpus | None:
+    manifest = _read_json(folder / "manifest.json")
+    if manifest is None:
+        return None
+    manifest["skipped_files"] = tuple(manifest["skipped_files"])
+    prefixes = {name: str(folder / name) for name in ("train", "validation")}
+    try:
+        for prefix in prefixes.values():
+            IndexedDataset(prefix)
+        load_tokenizer(folder / "tokenizer.json")
+    except InputError as error:
+        warnings.warn(f"fused_megatron: cached data is damaged and built again: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return PreparedCorpus(
+        train_prefix=prefixes["train"],
+        validation_prefix=prefixes["validation"],
+        tokenizer_path=str(folder / "tokenizer.json"),
+        **manifest,
+    )
+
+
+def _key(content: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([_FORMAT_VERSION, *content]).encode()).hexdigest()[:24]
+
+
+def _file_digest(path: str | os.PathLike[str]) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with open(path, "wb") as file:
+        file.write(json.dumps(content, indent=1).encode())
+        sync(file)

@@ -1,0 +1,99 @@
+"""What the loop reads: batches for training, held-out batches, and the tokenizer that made them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fused_megatron.checks import check
+from fused_megatron.config import TrainConfig
+from fused_megatron.data.batch import Batch
+from fused_megatron.data.corpus import prepare_corpus
+from fused_megatron.data.masked_lm import NUM_FRAME_TOKENS, TRAINING_STREAM, VALIDATION_STREAM, MaskedLM, masked_lm
+from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, inputs_and_targets
+from fused_megatron.data.tokenizer import END_OF_DOCUMENT, MASKED_LM_TOKENS, Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokens of a run.
+
+    Attributes:
+        description: what the user would call the text.
+        fingerprint: hash of the tokens.
+        vocab_size: ids that the model must know.
+        tokenizer, tokenizer_path: None for a dataset of ids alone.
+        masking: how tokens are hidden for a masked language model; None: the next token is to be predicted.
+    """
+
+    description: str
+    fingerprint: str
+    vocab_size: int
+    tokenizer: Tokenizer | None
+    tokenizer_path: str | None
+    training: TokenDataset
+    validation: ValidationDataset
+    masking: MaskedLM | None = None
+
+    @property
+    def targets_per_sample(self) -> int:
+        """Tokens to predict in a training sample: of all the same number."""
+        return self.training.seq_len if self.masking is None else self.masking.num_targets(self.training.seq_len)
+
+    def training_batch(self, samples_consumed: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
+        """This data-parallel rank's rows of the next global batch."""
+        count = global_batch_size // dp_size
+        first = samples_consumed + dp_rank * count
+        return self._batch(self.training.rows(first, count), first, TRAINING_STREAM)
+
+    def validation_batch(self, index: int, batch_size: int, dp_rank: int, dp_size: int) -> Batch:
+        """This data-parallel rank's rows of held-out batch `index`; targets are -100 where there is no token."""
+        rows = self.validation.batch(index, batch_size, dp_rank, dp_size)
+        return self._batch(rows, index * batch_size + dp_rank * len(rows), VALIDATION_STREAM)
+
+    def _batch(self, rows: np.ndarray, first_sample: int, stream: int) -> Batch:
+        if self.masking is not None:
+            return self.masking.batch(rows, first_sample, stream)
+        inputs, targets = inputs_and_targets(rows)
+        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+
+def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int], None]) -> TrainingData:
+    """Prepare the text that config names (quick when it was done before) and open it.
+
+    Raises:
+        InputError: missing, damaged or too little data; ids beyond model.vocab_size; no [MASK] for a BERT.
+    """
+    masked = config.model.family == "bert"
+    corpus = prepare_corpus(
+        config.data.path,
+        config.data.cache_folder,
+        config.data.tokenizer_vocab_size,
+        config.data.validation_fraction,
+        tokenizer_path=config.data.tokenizer_path,
+        special_tokens=MASKED_LM_TOKENS if masked else (END_OF_DOCUMENT,),
+        on_progress=on_progress,
+    )
+    vocab_size = config.model.vocab_size or corpus.vocab_size
+    check(
+        vocab_size >= corpus.vocab_size,
+        f"model.vocab_size={vocab_size} must be at least {corpus.vocab_size}, the token ids of {corpus.description} "
+        f"(leave it out to take that)",
+    )
+    training, seq_len, tokenizer, masking = config.training, config.model.seq_len, corpus.tokenizer(), None
+    if masked:
+        named = config.data.tokenizer_path or corpus.tokenizer_path
+        fraction = config.data.mask_fraction
+        masking = masked_lm(tokenizer, named, seq_len=seq_len, mask_fraction=fraction, seed=training.seed)
+        seq_len -= NUM_FRAME_TOKENS
+    return TrainingData(
+        description=corpus.description,
+        fingerprint=corpus.fingerprint,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        tokenizer_path=corpus.tokenizer_path,
+        training=corpus.train_dataset(seq_len, training.seed),
+        validation=corpus.validation_dataset(seq_len, max_samples=training.eval_batches * training.global_batch_size),
+        masking=masking,
+    )

@@ -1,0 +1,81 @@
+"""AdamW on fp32 main weights."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from fused_megatron.config import OptimizerConfig
+from fused_megatron.data_parallel.reduction import GradientBuckets
+
+
+class Optimizer:
+    """torch's fused AdamW; lower-precision parameters get fp32 main weights that are rounded back after a step.
+
+    Args:
+        parameters: trainable parameters by name.
+        gradients: where their fp32 gradients are.
+        config: learning rate and the rest.
+
+    Memory:
+        8 bytes per parameter for the two moments, 4 more for the main weight of a parameter that is not fp32.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], gradients: GradientBuckets, config: OptimizerConfig
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._gradients = gradients
+        self.main = {
+            name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
+        }
+        decayed = [name for name, p in parameters.items() if p.dim() >= 2]
+        plain = [name for name, p in parameters.items() if p.dim() < 2]
+        groups = [
+            {"params": [self.main[name] for name in names], "weight_decay": decay}
+            for names, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            if names
+        ]
+        self._adamw = torch.optim.AdamW(
+            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        )
+        # Made here, not by the first step, so that a checkpoint can be loaded into a fresh optimizer.
+        for name, main in self.main.items():
+            main.grad = gradients[parameters[name]]
+            self._adamw.state[main] = {
+                "step": torch.zeros((), dtype=torch.float32, device=main.device),
+                "exp_avg": torch.zeros_like(main),
+                "exp_avg_sq": torch.zeros_like(main),
+            }
+
+    def step(self, lr: float, gradient_scale: float = 1.0) -> None:
+        """One update from the gradients times gradient_scale (they are scaled in place)."""
+        if gradient_scale != 1.0:
+            torch._foreach_mul_([self._gradients[p] for p in self._parameters.values()], gradient_scale)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        for name, parameter in self._parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.detach().copy_(self.main[name])
+
+    def state(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Per parameter name the tensors to keep besides the model's own: moments, and main weights if apart."""
+        state = {}
+        for name, main in self.main.items():
+            moments = self._adamw.state[main]
+            state[name] = {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            if self._parameters[name].dtype != torch.float32:
+                state[name]["main"] = main
+        return state
+
+    def reset_main_weights(self) -> None:
+        """Take the parameters as they are (after loading weights alone)."""
+        for name, parameter in self._parameters.items():
+            if parameter.dtype != torch.float32:
+                self.main[name].copy_(parameter.detach())
+
+    def set_step(self, step: int) -> None:
+        """Say how many updates the moments have seen (after loading them)."""
+        for main in self.main.values():
+            self._adamw.state[main]["step"].fill_(float(step))

@@ -1,0 +1,163 @@
+"""From a run's newest checkpoint to a folder that transformers loads; one tensor at a time."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checkpoint import CheckpointError, Manifest, newest_checkpoint, read_manifest, read_tensor
+from fused_megatron.checkpoint.errors import explain_os_error
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
+from fused_megatron.checks import InputError, check
+from fused_megatron.collectives.together import run_on_first, run_together
+from fused_megatron.config import GPTConfig, model_config
+from fused_megatron.hugging_face.families import differing_fields, family_for
+from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.import_model import check_absent, copy_kept_files, new_folder
+from fused_megatron.hugging_face.leftovers import Leftovers, StreamedTensors, kept_tensors, read_leftovers
+from fused_megatron.hugging_face.rules import Rule
+from fused_megatron.hugging_face.settings import Settings
+from fused_megatron.hugging_face.source import CONFIG_FILE
+from fused_megatron.weight_files import INDEX_FILE, SINGLE_FILE, read_json
+
+_Made = Mapping[Entry, Callable[[], torch.Tensor]]
+
+
+def export_model(
+    run_path: Path,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_file_bytes: float,
+    group: dist.ProcessGroup | None,
+) -> str:
+    """Write the newest checkpoint of a run as config.json and safetensors (with an index, where they are several).
+
+    Args:
+        run_path: a run, saved by any number of ranks.
+        folder: made; must not exist.
+        dtype: convert to it; None keeps that of the run.
+        max_file_bytes: a file holds at most so much, or one tensor.
+        group: all ranks, of which the first works; None when there is one.
+
+    Returns:
+        The class of transformers' that loads it.
+
+    Raises:
+        InputError: on every rank, for no run, no good checkpoint, or a model that no family has.
+        CheckpointError: on every rank, for a damaged checkpoint or a failed write. Nothing is left behind.
+
+    Memory: one full tensor (two of the fused query, key and value).
+    """
+    run = RunFolder(run_path)
+
+    def prepare() -> None:
+        check(run.config.is_file(), f"{run_path} is no run folder: it has no {run.config.name}")
+        check_absent(folder)
+
+    run_together(group, prepare, CheckpointError)
+    newest = newest_checkpoint(run.checkpoints, group=group)
+    with new_folder(folder, group) as temporary:
+        return str(run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes), CheckpointError))
+
+
+def _found(checkpoint: Path | None, run: RunFolder) -> Path:
+    if checkpoint is None:
+        raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
+    return checkpoint
+
+
+def _model_of(manifest: Manifest) -> GPTConfig:
+    return model_config(manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]})
+
+
+def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype | None, max_bytes: float) -> str:
+    checkpoint = _found(newest, run)
+    manifest = read_manifest(checkpoint)
+    config = _model_of(manifest)
+    original = run.hugging_face / CONFIG_FILE
+    settings = read_json(original) if original.is_file() else {}
+    family = family_for(config, settings.get("model_type"))
+    left = read_leftovers(run.hugging_face) if settings.get("model_type") == family.model_type else Leftovers()
+    prefix = family.prefix if left.prefix is None else left.prefix
+    rules = [rule.with_names(left.renamed) for rule in family.rules(config, prefix)]
+    entries = _entries(checkpoint, manifest, rules, left, dtype)
+    files = _in_files(entries, max_bytes)
+    if run.hugging_face.is_dir():
+        copy_kept_files(run.hugging_face, folder)
+    elif run.tokenizer.is_file():
+        (folder / run.tokenizer.name).write_bytes(run.tokenizer.read_bytes())
+    try:
+        for i, file in enumerate(files, 1):
+            name = SINGLE_FILE if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
+            write_shard_file(folder / name, StreamedTensors(file), manifest.step)
+        if len(files) > 1:
+            _write_index(folder, files)
+        written = dict(_config_json(settings, family, config))
+        stored = str(next(iter(entries)).dtype).removeprefix("torch.")  # an embedding's
+        written["dtype" if "dtype" in written else "torch_dtype"] = stored
+        (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        reason = explain_os_error(error, folder.parent, sum(entry.num_bytes for entry in entries))
+        raise CheckpointError(f"{folder} not written: {reason}") from error
+    return str(written["architectures"][0])
+
+
+def _entries(
+    checkpoint: Path, manifest: Manifest, rules: Sequence[Rule], left: Leftovers, dtype: torch.dtype | None
+) -> dict[Entry, Callable[[], torch.Tensor]]:
+    """What to write, and how each is made."""
+
+    def made(rule: Rule, source: str) -> torch.Tensor:
+        ours = read_tensor(checkpoint, manifest, f"model.{rule.name}")
+        return rule.to_theirs(ours, source).to(dtype or ours.dtype)
+
+    entries = {}
+    for rule in rules:
+        stored = manifest.tensors[f"model.{rule.name}"]
+        for source in rule.sources:
+            for name in (source, *(copy for copy, original in left.copies.items() if original == source)):
+                entry = Entry(name, dtype or stored.dtype, rule.source_shape(stored.shape))
+                entries[entry] = functools.partial(made, rule, source)
+    return entries | (kept_tensors(left.files, dtype) if left.files else {})
+
+
+def _in_files(entries: _Made, max_bytes: float) -> list[dict[Entry, Callable[[], torch.Tensor]]]:
+    """The entries in their order, cut where a file would grow too large."""
+    files: list[dict[Entry, Callable[[], torch.Tensor]]] = [{}]
+    size = 0
+    for entry, made in entries.items():
+        if files[-1] and size + entry.num_bytes > max_bytes:
+            files.append({})
+            size = 0
+        files[-1][entry] = made
+        size += entry.num_bytes
+    return files
+
+
+def _write_index(folder: Path, files: list[dict[Entry, Callable[[], torch.Tensor]]]) -> None:
+    names = {
+        entry.key: f"model-{i:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files, 1) for entry in file
+    }
+    total = sum(entry.num_bytes for file in files for entry in file)
+    index = {"metadata": {"total_size": total}, "weight_map": names}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _config_json(original: dict[str, Any], family: Family, config: GPTConfig) -> dict[str, Any]:
+    """What it was imported with, where the model is still the same; else with the model's own fields."""
+    if original.get("model_type") == family.model_type:
+        before = family.of_run(family.read_config(Settings(original, CONFIG_FILE)))
+        if not differing_fields(before, config) and before.seq_len == config.seq_len:
+            return original
+        # With the heads that are kept as they were.
+        config_json = family.write_config(config) | {"architectures": [family.architecture_in(original)]}
+    else:
+        config_json = family.write_config(config)
+    kept = {name: value for name, value in original.items() if name not in ("rope_parameters", "layer_types")}
+    return kept | config_json

@@ -1,0 +1,118 @@
+"""The model families that are known, and which of them a model is."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import BERTConfig, GPTConfig
+from fused_megatron.hugging_face.bert import bert_rules, read_bert, read_megatron_bert, write_bert
+from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.gpt2 import gpt2_rules, read_gpt2, write_gpt2
+from fused_megatron.hugging_face.llama import (
+    llama_rules,
+    read_llama,
+    read_mistral,
+    read_qwen2,
+    read_qwen3,
+    write_llama,
+    write_mistral,
+    write_qwen,
+)
+from fused_megatron.hugging_face.settings import Settings
+
+# Fields that say how a model is trained, not what it computes.
+_FREE = {
+    "init_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "recompute",
+    "pad_vocab_size_to_multiple_of",
+}
+
+_UNTRAINED_BERT = ("pooler.*", "bert.pooler.*", "cls.seq_relationship.*")
+
+# Where a model can be written as several, the first.
+FAMILIES = (
+    Family("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", read_gpt2, write_gpt2, gpt2_rules),
+    Family("llama", ("LlamaForCausalLM", "LlamaModel"), "model.", read_llama, write_llama, llama_rules),
+    Family("mistral", ("MistralForCausalLM", "MistralModel"), "model.", read_mistral, write_mistral, llama_rules),
+    Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "model.", read_qwen2, write_qwen, llama_rules),
+    Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "model.", read_qwen3, write_qwen, llama_rules),
+    Family(
+        "bert", ("BertForMaskedLM", "BertForPreTraining", "BertModel"), "bert.", read_bert, write_bert, bert_rules,
+        BERTConfig, _UNTRAINED_BERT,
+    ),
+    Family(
+        "megatron-bert", ("MegatronBertForMaskedLM", "MegatronBertForPreTraining", "MegatronBertModel"), "bert.",
+        read_megatron_bert, write_bert, bert_rules, BERTConfig, _UNTRAINED_BERT,
+    ),
+)  # fmt: skip
+
+
+def family_of(settings: Settings) -> Family:
+    """The family that config.json names.
+
+    Raises:
+        InputError: one that is not known; the known ones are listed.
+    """
+    kind, architectures = settings.get("model_type"), settings.get("architectures")
+    known = ", ".join(f"{family.architecture} ({family.model_type})" for family in FAMILIES)
+    for family in FAMILIES:
+        if kind == family.model_type and (not architectures or architectures[0] in family.architectures):
+            return family
+    raise InputError(
+        f"{settings.source}: model_type={kind!r:.60} with architectures={architectures!r:.100} is not known "
+        f"(known: {known})"
+    )
+
+
+def family_for(config: GPTConfig, preferred: str | None = None) -> Family:
+    """A family that a model of ours can be written as.
+
+    Args:
+        config: of the model.
+        preferred: model_type to try first.
+
+    Raises:
+        InputError: no family has a field of this model; the field is named.
+    """
+    differences: list[tuple[int, str]] = []
+    writable = [family for family in FAMILIES if family.config_type is type(config)]
+    for family in sorted(writable, key=lambda family: family.model_type != preferred):
+        written = family.read_config(Settings(family.write_config(config), family.model_type))
+        differing = differing_fields(written, config)
+        if not differing:
+            return family
+        name = differing[0]
+        value, theirs = getattr(config, name), getattr(written, name)
+        differences.append((len(differing), f"{name}={value!r} ({family.model_type} has {theirs!r})"))
+    raise InputError(f"no family of transformers' has this model: the nearest differs in {min(differences)[1]}")
+
+
+def differing_fields(one: GPTConfig, other: GPTConfig) -> list[str]:
+    """Names of the fields in which two models compute differently."""
+    ours, theirs = _meaning(one), _meaning(other)
+    return [name for name in ours if ours[name] != theirs[name]]
+
+
+def _meaning(config: GPTConfig) -> Mapping[str, Any]:
+    """Every field that matters, with its default filled in, and None where it has no effect."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    values |= {
+        "num_kv_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "ffn_hidden_size": config.ffn_size,
+        "qkv_bias": config.linear_biases if config.qkv_bias is None else config.qkv_bias,
+        "rotary_fast_turns": config.fast_turns,
+    }
+    if config.position == "rotary":
+        values["seq_len"] = None
+    scaled = {"none": (), "linear": ("factor",), "dynamic": ("factor", "original")}.get(config.rotary_scaling)
+    for name in values:
+        scaling = name.startswith("rotary_") and name not in ("rotary_base", "rotary_fraction", "rotary_scaling")
+        unused = scaling and scaled is not None and not any(word in name for word in scaled)
+        if unused or (name.startswith("rotary_") and config.position != "rotary"):
+            values[name] = None
+    return values

@@ -1,0 +1,205 @@
+"""From a folder of transformers' to a run, or straight into a model's shards; one tensor at a time."""
+
+import dataclasses
+import functools
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checkpoint import StreamedBox, TensorBox, save_checkpoint
+from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.model_state import parameter_boxes
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import check
+from fused_megatron.collectives.together import run_on_first, run_together
+from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, TrainingConfig
+from fused_megatron.hugging_face.leftovers import write_leftovers
+from fused_megatron.hugging_face.source import CONFIG_FILE, TRAINED_DTYPES, Source, open_source
+from fused_megatron.models import BERT, GPT, cut_stages, new_model
+from fused_megatron.weight_files import read_json
+
+# Small files beside the weights, kept so that the way back has them.
+KEPT_FILES = (
+    CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
+)  # fmt: skip
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+    stage: tuple[int, int] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    skip: Sequence[str] = (),
+) -> GPT | BERT:
+    """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size, or a stage of it.
+
+    Args:
+        folder: config.json and safetensors, whole or in several files.
+        tp_group: tensor-parallel group; None means one rank.
+        sequence_parallel: as GPT.
+        stage: (index, number of stages): that pipeline stage alone, as cut_stages cuts it.
+        dtype: of the model; None keeps that of the files.
+        device: of the model; None is the CPU.
+        skip: glob patterns of tensors to leave out.
+
+    Raises:
+        InputError: on every rank, for what open_source refuses, and sizes that do not divide.
+
+    Communication: one exchange of JSON.
+    Memory: this rank's shard, and a block of a few MB.
+    """
+    built: list[GPT | BERT] = []
+
+    def build() -> None:
+        source = open_source(Path(folder), dtype, skip)
+        part: dict[str, Any] = {}
+        if stage is not None:
+            index, count = stage
+            check(
+                0 <= index < count, f"stage={stage} must be (index, number of stages) with index from 0 to {count - 1}"
+            )
+            part["stage"] = cut_stages(source.config, count)[index]
+        model = new_model(
+            source.config, tp_group=tp_group, sequence_parallel=sequence_parallel, dtype=source.dtype,
+            device=torch.device("meta"), **part,
+        )  # fmt: skip
+        built.append(_filled(model, source, device or torch.device("cpu")))
+
+    run_together(tp_group, build, CheckpointError)
+    return built[0]
+
+
+def _filled(model: GPT | BERT, source: Source, device: torch.device) -> GPT | BERT:
+    model = model.to_empty(device=device)
+    model.reset_dropout(seed=0)
+    for parameter in model.parameters():
+        parameter.data.zero_()  # rows that pad the vocabulary
+    for name, box in parameter_boxes(dict(model.named_parameters())).items():
+        source.fill(name.removeprefix("model."), box.tensor, box.offset)
+    return model
+
+
+def import_model(
+    folder: Path, run_path: Path, *, dtype: torch.dtype | None, skip: Sequence[str], group: dist.ProcessGroup | None
+) -> Source:
+    """Make a run of a folder of transformers': a checkpoint of step 0 that holds the weights alone, and a config.
+
+    Args:
+        folder: config.json and safetensors.
+        run_path: made; must not exist.
+        dtype: float32 or bfloat16; None keeps that of the files.
+        skip: glob patterns of tensors to leave out.
+        group: all ranks, which share the work; None when there is one.
+
+    Raises:
+        InputError, CheckpointError: on every rank; nothing is left behind.
+
+    Communication: that of save_checkpoint.
+    Memory: one full tensor.
+    """
+    opened: list[Source] = []
+
+    def prepare() -> None:
+        check_absent(run_path)
+        if (folder / RunFolder(run_path).tokenizer.name).is_file():
+            read_json(folder / RunFolder(run_path).tokenizer.name)
+        opened.append(open_source(folder, dtype, skip, for_run=True))
+
+    run_together(group, prepare, CheckpointError)
+    source = opened[0]
+    boxes: dict[str, TensorBox] = {}
+    for name in source.rules:
+        like = torch.empty(source.full_shape(name), dtype=source.dtype, device="meta")
+        read = functools.partial(source.read, name)
+        boxes[f"model.{name}"] = StreamedBox(like, tuple(like.shape), (0,) * like.dim(), read)
+    config = _run_config(source, folder, run_path)
+    state = {
+        "progress": {"step": 0, "samples_consumed": 0},
+        "vocab_size": source.config.vocab_size,
+        "config": dataclasses.asdict(config),
+        "weights_only": True,
+    }
+    with new_folder(run_path, group) as temporary:
+        run = RunFolder(temporary)
+        run_on_first(group, run.create, CheckpointError)
+        save_checkpoint(run.checkpoints, 0, boxes, state=state, group=group)
+        run_on_first(group, lambda: _describe_run(run, config, folder, source, dtype), CheckpointError)
+    return source
+
+
+def _run_config(source: Source, folder: Path, run_path: Path) -> TrainConfig:
+    """How training goes on from the weights: gently, and in the run's own folder."""
+    tokenizer = run_path.absolute() / RunFolder(run_path).tokenizer.name
+    return TrainConfig(
+        model=source.config,
+        data=DataConfig(tokenizer_path=str(tokenizer) if (folder / tokenizer.name).is_file() else None),
+        optimizer=OptimizerConfig(lr=2e-5, min_lr=2e-6),
+        training=TrainingConfig(
+            dtype=TRAINED_DTYPES[source.dtype],
+            run_folder=str(run_path.absolute()),
+            global_batch_size=8,
+            microbatch_size=1,
+        ),
+    )
+
+
+def _describe_run(run: RunFolder, config: TrainConfig, folder: Path, source: Source, dtype: torch.dtype | None) -> None:
+    tokenizer = folder / run.tokenizer.name
+    run.describe(config, str(tokenizer) if tokenizer.is_file() else None)
+    copy_kept_files(folder, run.hugging_face)
+    write_leftovers(source, run.hugging_face, dtype)
+
+
+def copy_kept_files(source: Path, target: Path) -> None:
+    """Copy the small files that are there."""
+    target.mkdir(exist_ok=True)
+    for name in KEPT_FILES:
+        if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def check_absent(target: Path) -> None:
+    """Raise unless nothing is at target, and something can be made there."""
+    check(not target.exists(), f"{target} exists already: choose another name, or remove it first")
+    parent = target.absolute().parent
+    check(
+        not parent.exists() or (parent.is_dir() and os.access(parent, os.W_OK)),
+        f"{target} cannot be made: {parent} cannot be written (choose another place)",
+    )
+
+
+@contextmanager
+def new_folder(target: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
+    """A folder that gets the name `target` once the block is done, and is removed where it fails."""
+    temporary = target.with_name(run_on_first(group, lambda: _begin(target), CheckpointError))
+    try:
+        yield temporary
+        run_on_first(group, lambda: os.rename(temporary, target), CheckpointError)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _begin(target: Path) -> str:
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.iterdir():
+        if re.fullmatch(re.escape(target.name) + r"\.tmp-[0-9a-f]{8}", left.name):
+            shutil.rmtree(left, ignore_errors=True)  # of one that was killed
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    return temporary.name

@@ -1,0 +1,122 @@
+"""Llama, Mistral, Qwen2 and Qwen3: their config.json and the names of their tensors, which are the same."""
+
+from typing import Any
+
+from fused_megatron.config import GPTConfig
+from fused_megatron.hugging_face.rotary import read_rotary, write_rotary
+from fused_megatron.hugging_face.rules import Rule, linear, query_key_value, tied_or_own_head
+from fused_megatron.hugging_face.settings import Settings
+
+_GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+
+
+def _read_llama_like(settings: Settings) -> dict[str, Any]:
+    heads, hidden = settings.size("num_attention_heads"), settings.size("hidden_size")
+    kv_heads = settings.size("num_key_value_heads", heads)
+    return {
+        "num_layers": settings.size("num_hidden_layers"),
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": None if kv_heads == heads else kv_heads,
+        "head_dim": settings.size("head_dim", None),
+        "ffn_hidden_size": settings.size("intermediate_size"),
+        "vocab_size": settings.size("vocab_size"),
+        "tied_embeddings": settings.flag("tie_word_embeddings", False),
+        "activation": settings.word("hidden_act", _GATED, "silu"),
+        "normalization": "rms_norm",
+        "layer_norm_eps": settings.number("rms_norm_eps", 1e-6),
+        "linear_biases": False,
+        "init_std": settings.number("initializer_range", 0.02),
+        "attention_dropout": settings.number("attention_dropout", 0.0),
+        **read_rotary(settings),
+    }
+
+
+def read_llama(settings: Settings) -> dict[str, Any]:
+    biases = settings.flag("attention_bias", False)
+    settings.require("mlp_bias", False, [biases])
+    return _read_llama_like(settings) | {"linear_biases": biases}
+
+
+def read_mistral(settings: Settings) -> dict[str, Any]:
+    # A window that is absent is the first release's; null says that there is none.
+    window = settings.size("sliding_window", 4096 if "sliding_window" not in settings.values else None)
+    return _read_llama_like(settings) | {"sliding_window": window}
+
+
+def read_qwen2(settings: Settings) -> dict[str, Any]:
+    return _read_llama_like(settings) | {"qkv_bias": True, "sliding_window": _qwen_window(settings)}
+
+
+def read_qwen3(settings: Settings) -> dict[str, Any]:
+    settings.require("attention_bias", False, [False])
+    fields = _read_llama_like(settings) | {"query_key_norm": True, "sliding_window": _qwen_window(settings)}
+    return fields | {"head_dim": settings.size("head_dim", 128)}
+
+
+def _qwen_window(settings: Settings) -> int | None:
+    """The window, where all layers have one; None where none has."""
+    window = settings.size("sliding_window", 4096)
+    if not settings.flag("use_sliding_window", False):
+        return None
+    layers, first = settings.size("num_hidden_layers"), settings.get("max_window_layers", 28)
+    kinds = settings.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
+    if len(set(kinds)) > 1:
+        raise settings.unsupported("layer_types", kinds, ["one for all layers"])
+    return int(window) if kinds[0] == "sliding_attention" else None
+
+
+def _write_llama_like(config: GPTConfig) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_size,
+        "intermediate_size": config.ffn_size,
+        "hidden_act": "gelu_pytorch_tanh" if config.activation == "geglu" else "silu",
+        "rms_norm_eps": config.layer_norm_eps,
+        "attention_dropout": config.attention_dropout,
+        **write_rotary(config),
+    }
+
+
+def write_llama(config: GPTConfig) -> dict[str, Any]:
+    return _write_llama_like(config) | {"attention_bias": config.linear_biases, "mlp_bias": config.linear_biases}
+
+
+def write_mistral(config: GPTConfig) -> dict[str, Any]:
+    return _write_llama_like(config) | {"sliding_window": config.sliding_window}
+
+
+def write_qwen(config: GPTConfig) -> dict[str, Any]:
+    window = config.sliding_window
+    sliding = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+    return _write_llama_like(config) | sliding | {"attention_bias": False}
+
+
+def llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
+    qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
+    rules = [Rule("token_embedding.weight", (f"{prefix}embed_tokens.weight",))]
+    for i in range(config.num_layers):
+        ours, theirs = f"blocks.{i}", f"{prefix}layers.{i}"
+        attention = [f"{theirs}.self_attn.{kind}_proj" for kind in "qkv"]
+        rules += [
+            *linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", False),
+            *query_key_value(
+                f"{ours}.attention.query_key_value", attention, qkv_bias, num_heads=config.num_heads,
+                grouped=config.kv_heads != config.num_heads,
+            ),
+            *linear(f"{ours}.attention.projection", f"{theirs}.self_attn.o_proj", config.linear_biases),
+            *linear(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", False),
+            *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.down_proj", config.linear_biases),
+        ]  # fmt: skip
+        for part in ("gate", "up"):
+            for kind in ("weight", "bias") if config.linear_biases else ("weight",):
+                rules.append(Rule(f"{ours}.mlp.expansion.{kind}.{part}", (f"{theirs}.mlp.{part}_proj.{kind}",)))
+        if config.query_key_norm:
+            rules += linear(f"{ours}.attention.query_norm", f"{theirs}.self_attn.q_norm", False)
+            rules += linear(f"{ours}.attention.key_norm", f"{theirs}.self_attn.k_norm", False)
+    return rules + linear("final_norm", f"{prefix}norm", False) + tied_or_own_head(config)

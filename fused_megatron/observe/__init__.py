@@ -1,0 +1,1 @@
+"""Ledgers, counters and formulas: communication, FLOPs, bytes."""

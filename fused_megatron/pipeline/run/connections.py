@@ -1,0 +1,129 @@
+"""All that a rank of a pipeline has to do with the others, besides the tensors of a step."""
+
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.pipeline.run.channels import ChannelKey, Channels, Transport, make_group
+from fused_megatron.pipeline.run.faults import FaultRecord, PipelineError, lost_peers
+from fused_megatron.pipeline.run.step_table import StepTable
+from fused_megatron.pipeline.schedule.action import SENDS, Schedule
+from fused_megatron.pipeline.schedule.communication_checks import channel_of
+
+# How long a cut connection may take to be noticed, once a collective has failed for it.
+_NOTICE_S = 0.3
+_PROBE_TAG = 1
+
+
+class Connections:
+    """The transport of a pipeline, and a group on the CPU for what all its ranks must know.
+
+    Args:
+        name: of this pipeline alone, the same on all ranks.
+        schedule: lowered.
+        device: of the tensors.
+        transport: in place of Channels.
+
+    Communication: makes and uses every connection once, in the same order on all ranks.
+    """
+
+    def __init__(
+        self, name: str, schedule: Schedule, pp_group: Group, device: torch.device, transport: Transport | None,
+        timeout: timedelta,
+    ) -> None:  # fmt: skip
+        self.rank, self.num_ranks, self.device = group_rank(pp_group), group_size(pp_group), device
+        self._pp_group, self._last = pp_group, schedule.placement[-1]
+        self._control: Any = None
+        self.tied_groups: list[Any] = [None] * len(schedule.tied)
+        self.closed, store = False, None
+        if pp_group is not None:
+            store = dist.PrefixStore(name, pp_group.get_group_store())
+            cpu = torch.device("cpu")
+            self._control = make_group(store, "control", self.rank, self.num_ranks, cpu, timeout)
+            for index, stages in enumerate(schedule.tied):
+                ranks = sorted({schedule.placement[stage] for stage in stages})
+                if self.rank in ranks and len(ranks) > 1:
+                    place = ranks.index(self.rank)
+                    self.tied_groups[index] = make_group(store, f"tied/{index}", place, len(ranks), device, timeout)
+        if transport is None and store is not None:
+            transport = Channels(channels_of(schedule), self.rank, store, device, timeout)
+        self.transport = transport
+        self.faults = FaultRecord(store)
+        self.table = StepTable(self._control, store, self.rank, self.num_ranks)
+
+    def share_losses(self, losses: Sequence[torch.Tensor] | None, count: int) -> torch.Tensor:
+        """The losses of the rank of the last stage, [count] float64, on every rank."""
+        values = torch.zeros(count, dtype=torch.float64, device=self.device)
+        if losses is not None:
+            values = torch.stack([loss.double() for loss in losses])
+        if self._control is None:
+            return values
+        if self.device.type == "cuda":  # on the stream: the host goes on
+            with lost_peers():
+                dist.broadcast(values, group_src=self._last, group=self._pp_group)
+            return values
+        options = dist.BroadcastOptions()
+        options.rootRank = self._last
+        with lost_peers():
+            self._control.broadcast([values], options).wait()
+        return values
+
+    def fault(self, lost: int | None, error: Exception, action: str | None) -> PipelineError:
+        """What to raise where a message did not come: the first fault of the pipeline, or that a rank is gone."""
+        known = self.faults.read()
+        if known is None:
+            # Closed connections that say no more: the first to look decides, before it closes its own. Where the store
+            # is gone, its keeper is, the first rank; a peer that closed has but seen that before.
+            if lost is None or not self.faults.readable:
+                dead = self._dead_peer()
+                lost = dead if lost is None or dead >= 0 else lost
+            reason = str(error).partition(". This is typically")[0]  # what gloo guesses at length
+            self.faults.write(lost, None, reason)
+            known = self.faults.read() or (lost, None, reason)
+        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
+        rank, where, text = known
+        if rank < 0:
+            return PipelineError(f"pipeline: another rank is gone ({text}); {here}", -1)
+        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone ({text})"
+        return PipelineError(f"pipeline: {what}; {here}", rank, where)
+
+    def _dead_peer(self) -> int:
+        """The first rank whose connection of the control group is cut; -1 for none."""
+        end = time.monotonic() + _NOTICE_S
+        while self._control is not None and time.monotonic() < end:
+            for peer in range(self.num_ranks):
+                try:
+                    if peer != self.rank:
+                        self._control.recv([torch.empty(1)], peer, _PROBE_TAG)
+                except RuntimeError:
+                    return peer
+            time.sleep(_NOTICE_S / 10)
+        return -1
+
+    def close(self) -> None:
+        """Cut everything, so that whoever waits for this rank fails at once."""
+        self.closed = True
+        close = getattr(self.transport, "close", None)
+        if close is not None:
+            close()
+        self._control = None
+        self.table.close()
+        self.tied_groups.clear()
+
+
+def channels_of(schedule: Schedule) -> Iterable[ChannelKey]:
+    """Every (from, to, direction) that the schedule uses."""
+    words = {"F": "forward", "B": "backward"}
+    found = {channel_of(schedule, a) for actions in schedule.actions for a in actions if a.kind in SENDS}
+    return {(source, target, words[direction]) for source, target, direction in found}
+
+
+def default_device(pp_group: Group) -> torch.device:
+    """Where the stages of a rank have no tensor that says it."""
+    cuda = pp_group is not None and dist.get_backend(pp_group) == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1,0 +1,135 @@
+"""What a PipelineExecutor is given, checked before anything is sent."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.pipeline.run.action_loop import StepInputs
+from fused_megatron.pipeline.schedule.action import RESHARD, SYNCHRONOUS, UNSHARD, Schedule, stages_of
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+
+
+def check_pipeline(
+    schedule: Schedule,
+    stages: Mapping[int, nn.Module],
+    pp_group: Group,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None,
+    tied: Sequence[Mapping[int, nn.Parameter]],
+    update: Callable[[int, int], None] | None,
+) -> Schedule:
+    """The lowered schedule.
+
+    Raises:
+        InputError: a schedule with a fault, or what does not fit it.
+    """
+    ranks, rank = group_size(pp_group), group_rank(pp_group)
+    check(
+        schedule.num_ranks == ranks,
+        f"schedule {schedule.name} is for {schedule.num_ranks} ranks, and pp_group has {ranks}",
+    )
+    if not schedule.lowered:
+        schedule = lower(schedule)
+    elif findings := check_schedule(schedule):
+        raise InputError(f"schedule {schedule.name}: {findings[0]}")
+    kinds = {action.kind for actions in schedule.actions for action in actions}
+    check(not kinds & {UNSHARD, RESHARD}, f"schedule {schedule.name}: UNSHARD and RESHARD cannot be run yet")
+    wanted, given = set(stages_of(schedule.placement, rank)), set(stages)
+    check(
+        given == wanted,
+        f"stages={sorted(given)} must be {sorted(wanted)} on rank {rank}, where {schedule.name} places them",
+    )
+    for stage, module in stages.items():
+        check(isinstance(module, nn.Module), f"stages[{stage}]={type(module).__name__} must be an nn.Module")
+    last = schedule.num_stages - 1
+    check(
+        last not in stages or loss_fn is not None,
+        f"loss_fn=None must be given on rank {rank}, of the last stage {last}",
+    )
+    if schedule.weights != SYNCHRONOUS:
+        check(update is not None, f"update=None must be given for {schedule.name}, which updates within the schedule")
+    _check_tied(schedule, stages, tied)
+    devices = {stage_device(module) for module in stages.values()} - {None}
+    check(len(devices) <= 1, f"stages are on different devices: {', '.join(sorted(map(str, devices)))}")
+    return schedule
+
+
+def _check_tied(
+    schedule: Schedule, stages: Mapping[int, nn.Module], tied: Sequence[Mapping[int, nn.Parameter]]
+) -> None:
+    check(
+        len(tied) == len(schedule.tied),
+        f"tied has {len(tied)} groups, and schedule.tied {len(schedule.tied)}: {schedule.tied}",
+    )
+    for index, (given, group) in enumerate(zip(tied, schedule.tied, strict=True)):
+        wanted = sorted(set(group) & set(stages))
+        check(sorted(given) == wanted, f"tied[{index}] has stages {sorted(given)}, and must have {wanted} on this rank")
+        for stage, parameter in given.items():
+            check(
+                any(parameter is own for own in stages[stage].parameters()),
+                f"tied[{index}][{stage}] must be a parameter of stage {stage}",
+            )
+
+
+def stage_device(module: nn.Module) -> torch.device | None:
+    """The device of a stage's parameters or buffers; None where it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return None
+
+
+def check_step(
+    schedule: Schedule,
+    rank: int,
+    device: torch.device,
+    inputs: Sequence[Any] | None,
+    targets: Sequence[Any] | None,
+    loss_divisor: float,
+    stage_kwargs: Sequence[Mapping[str, Any]] | None,
+) -> StepInputs:
+    """What the rank needs of it.
+
+    Raises:
+        InputError: missing, of another number than microbatches, of the wrong type or on the wrong device.
+    """
+    check(
+        isinstance(loss_divisor, int | float) and math.isfinite(loss_divisor) and loss_divisor > 0,
+        f"loss_divisor={loss_divisor!r} must be a number above 0",
+    )
+    count = len(schedule.microbatches)
+    given_inputs: list[tuple[torch.Tensor, ...]] = []
+    if schedule.placement[0] == rank:
+        items = _items("inputs", inputs, count)
+        for index, item in enumerate(items):
+            tensors = item if isinstance(item, tuple) else (item,)
+            for tensor in tensors:
+                what = f"inputs[{index}]"
+                check(
+                    isinstance(tensor, torch.Tensor), f"{what} is a {type(tensor).__name__}: a tensor or tuple wanted"
+                )
+                check(tensor.device == device, f"{what}.device={tensor.device} must be {device}, that of the stages")
+            given_inputs.append(tensors)
+    given_targets: Sequence[Any] = ()
+    if schedule.placement[-1] == rank:
+        given_targets = _items("targets", targets, count)
+        for index, target in enumerate(given_targets):
+            if isinstance(target, torch.Tensor):
+                what = f"targets[{index}].device={target.device}"
+                check(target.device == device, f"{what} must be {device}, that of the stages")
+    kwargs = () if stage_kwargs is None else _items("stage_kwargs", stage_kwargs, count)
+    return StepInputs(given_inputs, given_targets, kwargs, loss_divisor)
+
+
+def _items(name: str, given: Any, count: int) -> Sequence[Any]:
+    check(given is not None, f"{name}=None must be given on this rank: one for each of {count} microbatches")
+    check(
+        isinstance(given, Sequence),
+        f"{name} is a {type(given).__name__}: a list wanted, one item for each microbatch (tensor.chunk({count}))",
+    )
+    check(len(given) == count, f"{name} has {len(given)} items: one for each of {count} microbatches wanted")
+    return given

@@ -1,0 +1,110 @@
+"""What went wrong on which rank, so that every rank of a pipeline can say it."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError
+from fused_megatron.pipeline.schedule.action import Action, Schedule
+
+_KEY = "fault"
+
+
+class PipelineError(RuntimeError):
+    """A pipeline that cannot go on, because of another rank.
+
+    Attributes:
+        rank: of the pipeline, that failed or is gone.
+        action: where it failed, as text; None where it is gone or was not in an action.
+    """
+
+    def __init__(self, message: str, rank: int, action: str | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.action = action
+
+
+class PeerLost(Exception):
+    """A message or collective that will not come to its end. Caught in the executor, which finds out why.
+
+    Attributes:
+        rank: of the peer; None for a collective.
+    """
+
+    def __init__(self, rank: int | None, error: Exception) -> None:
+        super().__init__(str(error))
+        self.rank = rank
+
+
+@contextmanager
+def lost_peers(rank: int | None = None) -> Iterator[None]:
+    """Errors of torch.distributed as PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLost(rank, error) from error
+
+
+def raise_alike(text: str, cause: BaseException | None) -> NoReturn:
+    """InputError that all ranks raise alike."""
+    shared = InputError(text)
+    shared.on_every_rank = True
+    raise shared from cause
+
+
+class FaultRecord:
+    """The first fault of a pipeline, in the store where its ranks met. Only looked at when a connection broke."""
+
+    def __init__(self, store: dist.Store | None) -> None:
+        self._store = store
+
+    @property
+    def readable(self) -> bool:
+        """Whether the store still answered."""
+        return self._store is not None
+
+    def write(self, rank: int, action: str | None, text: str) -> None:
+        """Unless another rank was first. A store that is gone (with the rank that kept it) is no further fault."""
+        if self._store is not None:
+            try:
+                self._store.compare_set(_KEY, "", json.dumps([rank, action, text]))
+            except Exception:  # the first fault is what the user must see
+                self._store = None
+
+    def read(self) -> tuple[int, str | None, str] | None:
+        """(rank, action, what happened) of the first fault."""
+        if self._store is not None:
+            try:
+                if self._store.check([_KEY]):
+                    rank, action, text = json.loads(self._store.get(_KEY))
+                    return rank, action, text
+            except Exception:  # as above
+                self._store = None
+        return None
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def marked_grid(schedule: Schedule, rank: int, action: Action, around: int = 6) -> str:
+    """The lists of all ranks near an action of one, which is marked."""
+    position = schedule.actions[rank].index(action)
+    first = max(0, position - around)
+    rows = [[str(each) for each in actions[first : position + around + 1]] for actions in schedule.actions]
+    rows[rank][position - first] = f">>{action}<<"
+    width = max(len(cell) for cells in rows for cell in cells)
+    lines = [f"rank {row}  " + " ".join(cell.ljust(width) for cell in cells) for row, cells in enumerate(rows)]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def print_fault(schedule: Schedule, rank: int, action: Action, error: BaseException) -> None:
+    """On the standard error of the rank that failed."""
+    head = f"pipeline {schedule.name}, rank {rank}: {action} failed: {first_line(error)}\n"
+    sys.stderr.write(head + marked_grid(schedule, rank, action))

@@ -1,0 +1,87 @@
+"""Whether all ranks of a pipeline were given what fits together, before anything else is sent."""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives.gather_json import gather_json
+from fused_megatron.pipeline.run.faults import PipelineError, first_line, raise_alike
+from fused_megatron.pipeline.schedule.action import Schedule
+from fused_megatron.pipeline.schedule.schedule_files import to_json
+
+_HERE = "the pipeline was being set up"
+
+
+def schedule_hash(schedule: Schedule) -> str:
+    """Of all of a schedule."""
+    return hashlib.sha256(to_json(schedule).encode()).hexdigest()[:16]
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """Of shape, dtype and every bit."""
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
+    digest.update(bits.numpy().data)
+    return digest.hexdigest()
+
+
+def agree(
+    group: dist.ProcessGroup | None, error: InputError | None, schedule: Schedule | None, tied: Sequence[Sequence[str]]
+) -> str:
+    """A name that is this pipeline's alone, the same on all ranks.
+
+    Args:
+        error: what this rank was given wrong.
+        schedule: lowered; None with an error.
+        tied: per tied weight the hashes of this rank's parameters.
+
+    Raises:
+        InputError: on every rank, if one has an error, or the schedules or initial tied weights differ.
+    """
+    mine = {
+        "error": None if error is None else str(error),
+        "schedule": None if schedule is None else [_shown(schedule), schedule_hash(schedule)],
+        "tied": tied,
+        "name": secrets.token_hex(8),
+    }
+    try:
+        everyone = gather_json(mine, group)
+    except RuntimeError as lost:  # a time-out, or the connection to a rank that is gone
+        raise PipelineError(f"pipeline: another rank is gone ({first_line(lost)}); {_HERE}", -1) from lost
+    text = _fault(everyone)
+    if text is not None:
+        raise_alike(text, error)
+    return f"pipeline-{everyone[0]['name']}"
+
+
+def _fault(everyone: Sequence[dict]) -> str | None:
+    failed = [rank for rank, each in enumerate(everyone) if each["error"]]
+    if failed:
+        text = everyone[failed[0]]["error"]
+        alike = all(each["error"] == text for each in everyone)
+        return text if alike else f"rank {failed[0]}: {text}"
+    first = everyone[0]
+    for rank, each in enumerate(everyone):
+        if each["schedule"] != first["schedule"]:
+            here, there = (f"{shown} (hash {digest})" for shown, digest in (first["schedule"], each["schedule"]))
+            return f"the schedule must be the same on all ranks: rank 0 has {here}, rank {rank} has {there}"
+    for index in range(len(first["tied"])):
+        hashes = [(rank, digest) for rank, each in enumerate(everyone) for digest in each["tied"][index]]
+        for rank, digest in hashes:
+            if digest != hashes[0][1]:
+                return (
+                    f"tied[{index}]: the weight of rank {rank} differs from that of rank {hashes[0][0]} (start from "
+                    "one value: copy or broadcast it, or draw it from one seed)"
+                )
+    return None
+
+
+def _shown(schedule: Schedule) -> str:
+    return (
+        f"{schedule.name}: {schedule.num_stages} stages on {schedule.num_ranks} ranks, {schedule.num_microbatches} "
+        f"microbatches"
+    )

@@ -1,0 +1,219 @@
+"""Tuples of tensors from stage to stage over a transport: receives ahead, sends retired, shapes learnt once."""
+
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fused_megatron.pipeline.run.channels import BACKWARD_DIRECTION, FORWARD_DIRECTION, Pending, Transport
+from fused_megatron.pipeline.run.faults import lost_peers
+from fused_megatron.pipeline.schedule.action import RECV_F, SEND_F, SENDS, Action, Schedule
+from fused_megatron.pipeline.schedule.communication_checks import channel_of, peer
+
+
+class TensorSpec(NamedTuple):
+    """What a receiver must know of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+def spec_of(tensor: torch.Tensor) -> TensorSpec:
+    """The spec of a tensor."""
+    return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+_DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
+_HEADER_NUMBERS = 128
+_TENSORS_PER_MESSAGE = 32  # tags of one message
+
+
+class _Arrival:
+    """A receive: not yet posted, or with its buffers."""
+
+    def __init__(self, action: Action, source: int, key: tuple[int, int]) -> None:
+        self.action, self.source, self.key = action, source, key
+        self.header: tuple[Pending, torch.Tensor] | None = None
+        self.tensors: list[torch.Tensor] | None = None
+        self.pending: list[Pending] = []
+
+
+class Messages:
+    """The messages of one rank.
+
+    What a stage sends depends on the shapes of its input alone, so a microbatch carries a number for the shapes that
+    it entered the pipeline with (`shape_ids`, step_table.py). When a stage sees a new number it sends a header of 1 KiB
+    ahead of its tensors; both sides keep it, and all later receives can be posted before they are needed. Gradients
+    have the shapes of what was sent.
+
+    Args:
+        schedule: lowered.
+        transport: the network; None for one rank, which sends nothing.
+        device: of what is received.
+    """
+
+    def __init__(self, schedule: Schedule, transport: Transport | None, device: torch.device) -> None:
+        self._schedule, self._transport, self._device = schedule, transport, device
+        self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
+        self._leaving: list[tuple[Pending, int]] = []
+        self._arriving: dict[Action, _Arrival] = {}
+        self._unposted: defaultdict[tuple[int, int, str], deque[_Arrival]] = defaultdict(deque)
+
+    @property
+    def num_leaving(self) -> int:
+        """Tensors that are held because a peer has not taken them yet."""
+        return len(self._leaving)
+
+    def send(self, action: Action, tensors: Sequence[torch.Tensor], shape_id: int) -> None:
+        """Begin to send; the tensors are held until they are through.
+
+        Raises:
+            ValueError: other shapes than for the same input before, which the receiver could not know.
+        """
+        forward = action.kind == SEND_F
+        if forward:
+            self._announce(action, tuple(spec_of(tensor) for tensor in tensors), shape_id)
+        for index, tensor in enumerate(tensors):
+            self._send(action, tensor.detach(), index)
+
+    def _announce(self, action: Action, specs: tuple[TensorSpec, ...], shape_id: int) -> None:
+        known = self._specs.setdefault((action.stage, shape_id), specs)
+        if known != specs:
+            raise ValueError(
+                f"stage {action.stage} returned {_shown(specs)} for microbatch {action.microbatch}, and "
+                f"{_shown(known)} for an input of the same shapes before: what a stage returns must follow from "
+                "shapes, dtypes and plain values of the inputs and stage_kwargs (pass the rest in stage_kwargs)"
+            )
+        if known is specs:
+            header = torch.tensor(_encode(specs), device=self._device)
+            self._send(action, header, _TENSORS_PER_MESSAGE - 1)
+
+    def _send(self, action: Action, tensor: torch.Tensor, index: int) -> None:
+        if tensor.numel():
+            assert self._transport is not None
+            target, direction = channel_of(self._schedule, action)[1], _direction(action)
+            with lost_peers(target):
+                pending = self._transport.send(tensor.contiguous(), target, direction, self._tag(action, index))
+            self._leaving.append((pending, target))
+
+    def _tag(self, action: Action, index: int) -> int:
+        sender = action if action.kind in SENDS else peer(action)
+        number = (sender.microbatch or 0) * self._schedule.num_stages + sender.stage
+        return (number * _TENSORS_PER_MESSAGE + index) % 2**31
+
+    def post(self, action: Action, shape_id: int) -> None:
+        """Announce a receive: its buffers are allocated and handed over now, or when their shapes are known."""
+        channel = channel_of(self._schedule, action)
+        # Gradients have the shapes of what this stage sent; activations of what the one before it sends.
+        key = (action.stage - 1 if action.kind == RECV_F else action.stage, shape_id)
+        arrival = _Arrival(action, channel[0], key)
+        self._arriving[action] = arrival
+        self._unposted[channel].append(arrival)
+        self._advance(self._unposted[channel])
+
+    def take(self, action: Action) -> list[torch.Tensor]:
+        """What was received; waits for it. Activations that need a gradient say so."""
+        arrival = self._arriving.pop(action)
+        if arrival.tensors is None:
+            self._advance(self._unposted[channel_of(self._schedule, action)], wanted=arrival)
+        assert arrival.tensors is not None, f"{action} stands before what its shape follows from"
+        for pending in arrival.pending:
+            self._wait(pending.wait, arrival.source)
+        return arrival.tensors
+
+    def _advance(self, unposted: deque[_Arrival], wanted: _Arrival | None = None) -> None:
+        """Post what can be, in the order of the channel; up to the wanted one wait for the headers."""
+        while unposted:
+            arrival = unposted[0]
+            specs = self._specs.get(arrival.key)
+            if specs is not None:
+                self._post(unposted.popleft(), specs)
+                wanted = None if arrival is wanted else wanted
+                continue
+            if arrival.action.kind != RECV_F:
+                return  # this stage has yet to send, and learns the shape by that
+            if arrival.header is None:
+                buffer = torch.empty(_HEADER_NUMBERS, dtype=torch.int64, device=self._device)
+                arrival.header = (self._receive(arrival, buffer, _TENSORS_PER_MESSAGE - 1), buffer)
+            if wanted is None:
+                return
+            self._wait(arrival.header[0].wait, arrival.source)
+            self._specs[arrival.key] = _decode(arrival.header[1].tolist())
+
+    def _post(self, arrival: _Arrival, specs: tuple[TensorSpec, ...]) -> None:
+        forward = arrival.action.kind == RECV_F
+        arrival.tensors = []
+        # Of a backward message the indices are those of the gradients, as its sender counts them.
+        for spec in specs if forward else [spec for spec in specs if spec.requires_grad]:
+            buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+            if buffer.numel():
+                arrival.pending.append(self._receive(arrival, buffer, len(arrival.tensors)))
+            arrival.tensors.append(buffer.requires_grad_(spec.requires_grad and forward))
+
+    def _receive(self, arrival: _Arrival, buffer: torch.Tensor, index: int) -> Pending:
+        assert self._transport is not None
+        direction, tag = _direction(arrival.action), self._tag(arrival.action, index)
+        with lost_peers(arrival.source):
+            return self._transport.receive(buffer, arrival.source, direction, tag)
+
+    def retire(self) -> None:
+        """Let go of what is through."""
+        self._leaving = [each for each in self._leaving if not self._wait(each[0].is_completed, each[1])]
+
+    def finish(self) -> None:
+        """Wait until all is through."""
+        while self._leaving:
+            pending, target = self._leaving.pop(0)
+            self._wait(pending.wait, target)
+        assert not self._arriving, "every receive has its use"
+
+    def clear(self) -> None:
+        """Forget all messages, after a fault."""
+        self._leaving.clear()
+        self._arriving.clear()
+        self._unposted.clear()
+
+    @staticmethod
+    def _wait(wait: Callable[[], bool | None], rank: int) -> bool | None:
+        with lost_peers(rank):
+            return wait()
+
+
+def _direction(action: Action) -> str:
+    return FORWARD_DIRECTION if action.kind[-1] == "F" else BACKWARD_DIRECTION
+
+
+def _shown(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}" for spec in specs) or "nothing"
+
+
+def _encode(specs: Sequence[TensorSpec]) -> list[int]:
+    numbers = [len(specs)]
+    for spec in specs:
+        if spec.dtype not in _DTYPES:
+            raise TypeError(f"a stage returned a tensor of dtype {spec.dtype}, which cannot be sent (cast it)")
+        numbers += [_DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape), *spec.shape]
+    if len(specs) >= _TENSORS_PER_MESSAGE or len(numbers) > _HEADER_NUMBERS - 1:
+        raise ValueError(f"a stage returned {len(specs)} tensors, more than fit a header (join some of them)")
+    numbers += [0] * (_HEADER_NUMBERS - 1 - len(numbers))
+    return [*numbers, _checksum(numbers)]
+
+
+def _decode(numbers: list[int]) -> tuple[TensorSpec, ...]:
+    assert numbers[-1] == _checksum(numbers[:-1]), "a header was expected"
+    specs, rest = [], numbers[1:]
+    for _ in range(numbers[0]):
+        dtype, requires_grad, dims = rest[:3]
+        specs.append(TensorSpec(tuple(rest[3 : 3 + dims]), _DTYPES[dtype], bool(requires_grad)))
+        rest = rest[3 + dims :]
+    return tuple(specs)
+
+
+def _checksum(numbers: Sequence[int]) -> int:
+    return zlib.crc32(repr(list(numbers)).encode())

@@ -1,0 +1,97 @@
+"""What the ranks of a pipeline tell each other before a step: the shapes that enter it, and whether all is well."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError
+from fused_megatron.pipeline.run.faults import lost_peers, raise_alike
+
+
+def shape_id(inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> int:
+    """A number for all that shapes may follow from: shapes, dtypes, plain values, and whether gradients are made."""
+    text = repr((torch.is_grad_enabled(), _signature(tuple(inputs)), _signature(dict(kwargs))))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), str(value.dtype), value.requires_grad)
+    if isinstance(value, Mapping):
+        return [(str(key), _signature(value[key])) for key in value]
+    if isinstance(value, list | tuple):
+        return [_signature(each) for each in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else type(value).__name__
+
+
+class StepTable:
+    """One small collective at the start of each step, under way while the first stage computes.
+
+    Args:
+        control: a group of all ranks of the pipeline on the CPU; None for one rank.
+        store: where the text of an error is left for the others.
+        rank, num_ranks: of the pipeline.
+    """
+
+    def __init__(self, control: Any, store: dist.Store | None, rank: int, num_ranks: int) -> None:
+        self._control, self._store, self._rank, self._num_ranks = control, store, rank, num_ranks
+        self._work: Any = None
+        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._error: InputError | None = None
+        self._shape_ids: list[int] | None = None
+        self._num_errors = 0
+
+    def start(self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None) -> None:
+        """Give what this rank knows: the one of stage 0 the shape ids, any of them an error.
+
+        Communication: one all-reduce of 8 bytes a microbatch and rank.
+        """
+        self._error, self._shape_ids = error, None
+        self._numbers = numbers = torch.zeros(num_microbatches + self._num_ranks, dtype=torch.int64)
+        if shape_ids is not None:
+            numbers[:num_microbatches] = torch.tensor(shape_ids)
+        if error is not None:
+            numbers[num_microbatches + self._rank] = 1
+        if self._control is not None and self._store is not None:
+            if error is not None:
+                self._store.set(self._name(self._rank), str(error))
+            with lost_peers():
+                self._work = self._control.allreduce([numbers], dist.ReduceOp.SUM)
+
+    def shape_ids(self) -> list[int]:
+        """The shape ids, on every rank.
+
+        Raises:
+            InputError: on every rank, alike: what one of them was given wrong.
+        """
+        if self._shape_ids is None:
+            work, self._work = self._work, None
+            try:
+                if work is not None:
+                    with lost_peers():
+                        work.wait()
+            finally:
+                del work  # else the traceback of an error would hold the connections open
+            failed = self._numbers[-self._num_ranks :].nonzero()
+            if len(failed):
+                self._raise(int(failed[0]))
+            self._shape_ids = self._numbers[: -self._num_ranks].tolist()
+        return self._shape_ids
+
+    def _raise(self, rank: int) -> NoReturn:
+        text = str(self._error)
+        if self._error is None:
+            assert self._store is not None
+            text = f"rank {rank}: {self._store.get(self._name(rank)).decode()}"
+        self._num_errors += 1
+        raise_alike(text, self._error)
+
+    def close(self) -> None:
+        """Let go of the group."""
+        self._control = self._work = None
+
+    def _name(self, rank: int) -> str:
+        return f"input error {self._num_errors} of rank {rank}"

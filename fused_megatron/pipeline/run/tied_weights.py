@@ -1,0 +1,55 @@
+"""The gradient of a weight that several stages hold: the sum over its copies, on every copy."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.pipeline.run.faults import lost_peers
+
+
+class TiedWeight:
+    """One tied weight on one rank.
+
+    Args:
+        parameters: this rank's, by stage; one and the same parameter counts once.
+        group: exactly the ranks that hold it; None where that is this rank alone.
+
+    Communication: one all-gather of the gradient over these ranks; summed in rank order, so that every rank has the
+        same bits (for two ranks as much traffic as an all-reduce).
+    """
+
+    def __init__(self, parameters: Mapping[int, nn.Parameter], group: dist.ProcessGroup | None) -> None:
+        self._parameters = list({id(parameter): parameter for _, parameter in sorted(parameters.items())}.values())
+        self._group = group
+
+    def reduce(self) -> None:
+        """Sum main_grad, or grad where there is none."""
+        gradients = [_gradient(parameter) for parameter in self._parameters]
+        total = gradients[0]
+        for gradient in gradients[1:]:
+            total = total + gradient
+        if self._group is not None:
+            parts = [torch.empty_like(total) for _ in range(self._group.size())]
+            with lost_peers():
+                self._group.allgather([parts], [total.contiguous()]).wait()
+            total = parts[0]
+            for part in parts[1:]:
+                total = total.add_(part)
+        for gradient in gradients:
+            if gradient is not total:
+                gradient.copy_(total)
+
+    def close(self) -> None:
+        """Cut its connections."""
+        self._group = None
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
+    if main_grad is not None:
+        return main_grad
+    if parameter.grad is None:  # no microbatch used it here; the others' gradients count
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

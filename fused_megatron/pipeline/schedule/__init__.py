@@ -1,0 +1,1 @@
+"""Schedules as data: actions, the schedules, their checks and their files."""

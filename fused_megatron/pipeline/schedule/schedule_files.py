@@ -1,0 +1,118 @@
+"""Schedules as text: JSON (all of a schedule), and the CSV of torch.distributed.pipelining (the actions alone)."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+
+from fused_megatron.checks import InputError
+from fused_megatron.pipeline.schedule.action import (
+    COMPUTE,
+    REDUCE_TIED,
+    UPDATE,
+    Action,
+    Schedule,
+    check_placement,
+    parse_action,
+)
+
+# torch knows no such actions.
+_NOT_IN_TORCH = (REDUCE_TIED, UPDATE)
+
+
+def to_json(schedule: Schedule) -> str:
+    """All of a schedule, one line a rank."""
+    values = {field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name != "actions"}
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]
+    rows = ",\n".join(f"  {json.dumps(' '.join(map(str, actions)))}" for actions in schedule.actions)
+    return "{\n" + ",\n".join(lines) + ',\n "actions": [\n' + rows + "\n ]\n}\n"
+
+
+def from_json(text: str) -> Schedule:
+    """The schedule that `to_json` wrote.
+
+    Raises:
+        InputError: text that is none.
+    """
+    try:
+        values = json.loads(text)
+        actions = tuple(tuple(parse_action(word) for word in row.split()) for row in values.pop("actions"))
+        for name in ("placement", "max_live"):
+            if values.get(name) is not None:
+                values[name] = tuple(int(value) for value in values[name])
+        tied = tuple(tuple(group) for group in values.pop("tied", ()))
+        schedule = Schedule(**values, actions=actions, tied=tied)
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"the JSON of a schedule was expected: {type(error).__name__}: {error}") from None
+    num_ranks = check_placement(schedule.placement)
+    if num_ranks != schedule.num_ranks:
+        raise InputError(f"placement names {num_ranks} ranks, and actions has {schedule.num_ranks} rows")
+    return schedule
+
+
+def to_csv(schedule: Schedule) -> str:
+    """One row a rank, one action a cell, as torch.distributed.pipelining reads it: "compute_only", or "compute_comms"
+    for a lowered schedule. Tied weights' reductions and updates, which torch does not know, are written too."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(schedule.actions)
+    return text.getvalue()
+
+
+def to_torch_csv(schedule: Schedule) -> str:
+    """The same, without what torch does not know.
+
+    Raises:
+        InputError: an asynchronous schedule, which would become another one.
+    """
+    if any(action.kind == UPDATE for actions in schedule.actions for action in actions):
+        raise InputError(f"schedule {schedule.name}: torch.distributed.pipelining has no updates within a schedule")
+    rows = [[action for action in actions if action.kind not in _NOT_IN_TORCH] for actions in schedule.actions]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def from_csv(text: str, name: str = "csv", tied: Sequence[Sequence[int]] = ()) -> Schedule:
+    """The schedule of such a table, also of one that torch wrote; the placement follows from the F.
+
+    Empty cells (idle) are left out; an overlapped pair of torch, `(0F3;3B1)OVERLAP_F_B`, becomes its two actions.
+
+    Raises:
+        InputError: a cell that is no action, or a stage without F, or with F on two ranks.
+    """
+    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    lists = []
+    for rank, row in enumerate(rows):
+        actions: list[Action] = []
+        for position, cell in enumerate(row):
+            try:
+                actions += _actions_of(cell.strip())
+            except InputError as error:
+                raise InputError(f"row {rank}, cell {position}: {error}") from None
+        lists.append(tuple(actions))
+    everything = [action for actions in lists for action in actions]
+    if not everything:
+        raise InputError("the CSV of a schedule was expected: there is no action in it")
+    owners: dict[int, int] = {}
+    for rank, row_actions in enumerate(lists):
+        for action in row_actions:
+            if action.kind == "F" and owners.setdefault(action.stage, rank) != rank:
+                raise InputError(f"stage {action.stage} has F on rank {owners[action.stage]} and on rank {rank}")
+    stages = range(max(action.stage for action in everything) + 1)
+    if missing := [stage for stage in stages if stage not in owners]:
+        raise InputError(f"stage {missing[0]} has no F")
+    microbatches = [action.microbatch for action in everything if action.kind in COMPUTE]
+    count = 1 + max(m for m in microbatches if m is not None)
+    lowered = any(action.kind not in (*COMPUTE, UPDATE) for action in everything)
+    placement = tuple(owners[stage] for stage in stages)
+    groups = tuple(tuple(group) for group in tied)
+    return Schedule(name, placement, count, tuple(lists), lowered=lowered, tied=groups)
+
+
+def _actions_of(cell: str) -> list[Action]:
+    if cell.startswith("(") and cell.endswith(")OVERLAP_F_B"):
+        return [parse_action(part.strip()) for part in cell[1 : cell.rindex(")")].split(";")]
+    return [parse_action(cell)] if cell else []

@@ -1,0 +1,1 @@
+"""Schedules seen: simulated, recorded, drawn."""

@@ -1,0 +1,70 @@
+"""What a pipeline really did and when, in the form that the simulator predicts it in."""
+
+import platform
+import time
+
+import torch.distributed as dist
+
+from fused_megatron.collectives.gather_json import gather_json
+from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.pipeline.schedule.action import COMPUTE, REDUCE_GRAD, REDUCE_TIED, UPDATE, Action, live_activations
+from fused_megatron.pipeline.view.simulation import Event, Timeline
+
+_TIMED = (*COMPUTE, REDUCE_GRAD, REDUCE_TIED, UPDATE)
+
+
+class Recorder:
+    """Records the actions of a step.
+
+        recorder = Recorder(mesh.pp_group)
+        executor = PipelineExecutor(schedule, ..., observe=recorder)
+        recorder.begin()
+        executor.step(...)
+        measured = recorder.timeline("1f1b")
+        both = {"predicted": simulate(schedule, costs_in_seconds), "measured": measured}
+        if rank == 0:
+            Path("step.json").write_text(to_perfetto(both, microseconds_per_unit=1e6))
+
+    The time of an action is that of this rank's Python: on a GPU it says when the work was queued. The ranks of one
+    machine have one clock; those of several are set alike by a barrier.
+
+    Args:
+        pp_group: the ranks of the pipeline; None for one rank.
+    """
+
+    def __init__(self, pp_group: Group) -> None:
+        self._group = pp_group
+        self._events: list[Event] = []
+        self._zero = time.perf_counter()
+
+    def __call__(self, action: Action, start: float, end: float) -> None:
+        """As the executor's `observe`. Sends and receives are left out, as in a predicted timeline."""
+        if action.kind in _TIMED:
+            self._events.append(Event(action, start - self._zero, end - self._zero))
+
+    def begin(self) -> None:
+        """Forget what was recorded; time 0 is now. On all ranks.
+
+        Communication: one barrier.
+        """
+        self._events.clear()
+        if group_size(self._group) > 1:
+            dist.barrier(self._group)
+        self._zero = time.perf_counter()
+
+    def timeline(self, name: str) -> Timeline:
+        """What was recorded since `begin`, of all ranks, on all ranks; times in seconds.
+
+        Communication: two all-gathers.
+        """
+        own = [[*event.action, event.start, event.end] for event in self._events]
+        machines, zeros, rows = zip(*gather_json([platform.node(), self._zero, own], self._group), strict=True)
+        # Ranks leave a barrier milliseconds apart; the first of each machine sets its time 0.
+        late = [zero - min(z for m, z in zip(machines, zeros, strict=True) if m == machine)
+                for machine, zero in zip(machines, zeros, strict=True)]  # fmt: skip
+        events = tuple(
+            tuple(Event(Action(stage, kind, m), start + by, end + by) for stage, kind, m, start, end in row)
+            for row, by in zip(rows, late, strict=True)
+        )
+        peak = tuple(max(live_activations(event.action for event in row), default=0) for row in events)
+        return Timeline(name, events, peak)

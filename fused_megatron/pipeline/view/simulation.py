@@ -1,0 +1,198 @@
+"""When each action of a schedule begins and ends, given what each costs."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fused_megatron.checks import check
+from fused_megatron.pipeline.schedule.action import (
+    BACKWARD,
+    COMPUTE,
+    FORWARD,
+    INPUT_GRAD,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    UPDATE,
+    WEIGHT_GRAD,
+    Action,
+    Schedule,
+    peak_live_activations,
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times, in any one unit. Those of stages: one number for all, or one a stage.
+
+    Attributes:
+        forward, input_grad, weight_grad: of one stage and one microbatch. B takes input_grad + weight_grad.
+        reduce_grad, reduce_tied, update: of one action (reductions: in lowered schedules).
+        link_latency: from the end of a send to its arrival on another rank, nothing being occupied.
+        link_occupied: how long a message keeps its channel (ranks, direction) from the next one.
+    """
+
+    forward: float | tuple[float, ...] = 1.0
+    input_grad: float | tuple[float, ...] = 1.0
+    weight_grad: float | tuple[float, ...] = 1.0
+    reduce_grad: float = 0.0
+    reduce_tied: float = 0.0
+    update: float = 0.0
+    link_latency: float = 0.0
+    link_occupied: float = 0.0
+
+    def per_stage(self, num_stages: int) -> dict[str, tuple[float, ...]]:
+        """The times of each kind, one a stage.
+
+        Raises:
+            InputError: a negative time, or another number of times than of stages.
+        """
+        times = {}
+        for name, kind in (("forward", FORWARD), ("input_grad", INPUT_GRAD), ("weight_grad", WEIGHT_GRAD)):
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else (value,) * num_stages
+            check(
+                len(values) == num_stages,
+                f"{name}: {len(values)} times given, one for each of {num_stages} stages wanted",
+            )
+            times[kind] = values
+        times[BACKWARD] = tuple(i + w for i, w in zip(times[INPUT_GRAD], times[WEIGHT_GRAD], strict=True))
+        for name, kind in (("reduce_grad", REDUCE_GRAD), ("reduce_tied", REDUCE_TIED), ("update", UPDATE)):
+            times[kind] = (getattr(self, name),) * num_stages
+        lowest = min(min(values) for values in (*times.values(), (self.link_latency, self.link_occupied)))
+        check(lowest >= 0, f"costs: {lowest} must be 0 or more")
+        return times
+
+
+class Event(NamedTuple):
+    """An action with its times."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What each rank does when. Sends and receives take none of a rank's time and are left out.
+
+    Attributes:
+        makespan: the end of the last action.
+        busy: per rank, the time in actions.
+        peak_live: per rank, the most forward activations alive at once, each of one stage and one microbatch.
+        stuck: (rank, position) of every rank that cannot go on; empty unless the schedule deadlocks.
+    """
+
+    name: str
+    events: tuple[tuple[Event, ...], ...]
+    peak_live: tuple[int, ...] = ()
+    stuck: tuple[tuple[int, int], ...] = field(default=())
+
+    @property
+    def makespan(self) -> float:
+        return max((events[-1].end for events in self.events if events), default=0.0)
+
+    @property
+    def busy(self) -> list[float]:
+        return [sum(event.end - event.start for event in events) for events in self.events]
+
+    @property
+    def bubble(self) -> float:
+        """Makespan less the time of the busiest rank."""
+        return self.makespan - max(self.busy, default=0.0)
+
+    @property
+    def idle_inside(self) -> list[float]:
+        """Per rank, the idle time between its first and its last action."""
+        return [
+            events[-1].end - events[0].start - busy if events else 0.0
+            for events, busy in zip(self.events, self.busy, strict=True)
+        ]
+
+
+# What an action waits for, and what an end sets free: (stage, F or I or W, microbatch), or a tied group's arrivals.
+_Key = tuple[int, str, int | None]
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
+    """Play the schedule: each rank in its order, each action as soon as what it needs has arrived.
+
+    A schedule that deadlocks ends early, with `stuck` set (`schedule_checks.check_schedule` says why).
+
+    Raises:
+        InputError: costs that do not fit the schedule.
+    """
+    return _Simulation(schedule, costs or Costs()).run()
+
+
+class _Simulation:
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        self.schedule, self.costs = schedule, costs
+        self.times = costs.per_stage(schedule.num_stages)
+        self.done: dict[_Key, tuple[float, int]] = {}
+        self.waiting: defaultdict[_Key, list[int]] = defaultdict(list)
+        self.channel_free: defaultdict[tuple[int, int, str], float] = defaultdict(float)
+        self.clock = [0.0] * schedule.num_ranks
+        self.position = [0] * schedule.num_ranks
+        self.events: list[list[Event]] = [[] for _ in range(schedule.num_ranks)]
+
+    def run(self) -> Timeline:
+        ready = list(range(self.schedule.num_ranks))
+        while ready:
+            self._advance(ready.pop(), ready)
+        lists = self.schedule.actions
+        stuck = [(rank, p) for rank, p in enumerate(self.position) if p < len(lists[rank])]
+        events = tuple(tuple(events) for events in self.events)
+        return Timeline(self.schedule.name, events, tuple(peak_live_activations(self.schedule)), tuple(stuck))
+
+    def _advance(self, rank: int, ready: list[int]) -> None:
+        """Do what the rank can until it must wait."""
+        actions = self.schedule.actions[rank]
+        while self.position[rank] < len(actions):
+            action = actions[self.position[rank]]
+            if action.kind in self.times:
+                needs = self._needs(action) if action.kind != REDUCE_TIED else self._tied_needs(action, rank, ready)
+                if missing := [key for key in needs if key not in self.done]:
+                    self.waiting[missing[0]].append(rank)
+                    return
+                start = max(self.clock[rank], *(self._arrival(key, rank) for key in needs), 0.0)
+                end = start + self.times[action.kind][action.stage]
+                self.events[rank].append(Event(action, start, end))
+                self.clock[rank] = end
+                for key in self._gives(action):
+                    self.done[key] = (end, rank)
+                    ready.extend(self.waiting.pop(key, ()))
+            self.position[rank] += 1
+
+    def _needs(self, action: Action) -> tuple[_Key, ...]:
+        stage, kind, microbatch = action
+        if kind == FORWARD:
+            return ((stage - 1, FORWARD, microbatch),) if stage else ()
+        if kind in (BACKWARD, INPUT_GRAD):
+            own = (stage, FORWARD, microbatch)
+            return (own,) if stage == self.schedule.num_stages - 1 else (own, (stage + 1, INPUT_GRAD, microbatch))
+        return ((stage, INPUT_GRAD, microbatch),) if kind == WEIGHT_GRAD else ()
+
+    def _tied_needs(self, action: Action, rank: int, ready: list[int]) -> tuple[_Key, ...]:
+        """All ranks of a tied weight begin together: each says that it has come, and waits for the others."""
+        index = action.microbatch or 0
+        own = (rank, REDUCE_TIED, index)
+        if own not in self.done:
+            self.done[own] = (self.clock[rank], rank)
+            ready.extend(self.waiting.pop(own, ()))
+        owners = sorted({self.schedule.placement[stage] for stage in self.schedule.tied[index]})
+        return tuple((owner, REDUCE_TIED, index) for owner in owners)
+
+    def _gives(self, action: Action) -> tuple[_Key, ...]:
+        stage, kind, microbatch = action
+        if kind == BACKWARD:
+            return ((stage, INPUT_GRAD, microbatch), (stage, WEIGHT_GRAD, microbatch))
+        return ((stage, kind, microbatch),) if kind in COMPUTE else ()
+
+    def _arrival(self, key: _Key, rank: int) -> float:
+        """When what another rank made is here. Each key has one reader on another rank, in the order of the sends."""
+        end, source = self.done[key]
+        if source == rank or key[1] == REDUCE_TIED:
+            return end
+        channel = (source, rank, key[1])
+        self.channel_free[channel] = left = max(end, self.channel_free[channel]) + self.costs.link_occupied
+        return left + self.costs.link_latency

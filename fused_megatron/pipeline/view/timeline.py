@@ -1,0 +1,125 @@
+"""Timelines as text, as SVG, and as a trace for Perfetto (ui.perfetto.dev)."""
+
+import json
+from collections.abc import Mapping
+from xml.sax.saxutils import escape
+
+from fused_megatron.pipeline.schedule.action import (
+    BACKWARD,
+    FORWARD,
+    INPUT_GRAD,
+    REDUCE_GRAD,
+    REDUCE_TIED,
+    UPDATE,
+    WEIGHT_GRAD,
+)
+from fused_megatron.pipeline.view.simulation import Event, Timeline
+
+# Colours that stay apart in print and for most colour-blind readers; a rank's later stages are darker.
+_COLOURS = {
+    FORWARD: ("#a6cee3", "#6baed6", "#4292c6", "#2171b5"),
+    BACKWARD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
+    INPUT_GRAD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
+    WEIGHT_GRAD: ("#fdd49e", "#fdbb84", "#fc9d59", "#ef8a4a"),
+    REDUCE_GRAD: ("#cab2d6",),
+    REDUCE_TIED: ("#cab2d6",),
+    UPDATE: ("#999999",),
+}
+_LEGEND = {
+    FORWARD: "F forward",
+    BACKWARD: "B backward, or I input gradient",
+    WEIGHT_GRAD: "W weight gradient",
+    UPDATE: "update",
+}
+
+
+def to_text(timeline: Timeline) -> str:
+    """One row a rank, one column a unit of time (the shortest action): `2F0` stage, kind, microbatch; `--` goes on;
+    `.` idles. What takes no time stands in no column."""
+    timed = [event for events in timeline.events for event in events if event.end > event.start]
+    unit = min((event.end - event.start for event in timed), default=1.0)
+    columns = max((round(event.end / unit) for event in timed), default=0)
+    width = max([len(str(event.action)) for event in timed] + [2])
+    lines = []
+    for rank, events in enumerate(timeline.events):
+        cells = ["."] * columns
+        for event in events:
+            first, end = round(event.start / unit), round(event.end / unit)
+            if event.end > event.start:
+                cells[first:end] = [str(event.action), *["-" * width] * (end - first - 1)][: end - first]
+        lines.append(f"rank {rank}  " + " ".join(cell.ljust(width) for cell in cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def summary(timeline: Timeline, stages_per_rank: int = 1) -> str:
+    """Makespan, bubble and, per rank, busy time, idle time and peak of live activations."""
+    share = timeline.bubble / timeline.makespan if timeline.makespan else 0.0
+    lines = [f"makespan {timeline.makespan:g}, bubble {timeline.bubble:g} ({share:.1%} of it)", ""]
+    lines.append(f"{'rank':>4}  {'busy':>8}  {'idle':>8}  {'live activations':>16}  {'in microbatches':>15}")
+    for rank, (busy, peak) in enumerate(zip(timeline.busy, timeline.peak_live, strict=True)):
+        idle = timeline.makespan - busy
+        lines.append(f"{rank:>4}  {busy:>8g}  {idle:>8g}  {peak:>16}  {peak / stages_per_rank:>15g}")
+    return "\n".join([*lines, "", "live activations: of one stage and one microbatch each, at the peak;"
+                      " in microbatches: of all that the rank holds"]) + "\n"  # fmt: skip
+
+
+def to_svg(timeline: Timeline, width: int = 1000) -> str:
+    """A picture: a row a rank, a box an action with its microbatch; later stages of a rank are darker."""
+    row, left, top = 26, 54, 8
+    scale = (width - left - 10) / (timeline.makespan or 1.0)
+    height = top + row * len(timeline.events) + 34
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="11">',
+        f"<title>{escape(timeline.name)}</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    for rank, events in enumerate(timeline.events):
+        y = top + rank * row
+        stages = sorted({event.action.stage for event in events})
+        parts.append(f'<text x="6" y="{y + 16}">rank {rank}</text>')
+        parts.append(f'<rect x="{left}" y="{y}" width="{width - left - 10}" height="{row - 4}" fill="#f2f2f2"/>')
+        parts += [_box(event, stages.index(event.action.stage), left, y, row - 4, scale) for event in events]
+    used = {event.action.kind for events in timeline.events for event in events}
+    used |= {BACKWARD} if INPUT_GRAD in used else set()
+    x, y = left, top + row * len(timeline.events) + 10
+    for kind, words in _LEGEND.items():
+        if kind in used:
+            parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLOURS[kind][0]}" stroke="#555"/>')
+            parts.append(f'<text x="{x + 17}" y="{y + 10}">{words}</text>')
+            x += 36 + 6 * len(words)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _box(event: Event, leg: int, left: int, y: int, height: int, scale: float) -> str:
+    colours = _COLOURS[event.action.kind]
+    x, width = left + event.start * scale, (event.end - event.start) * scale
+    fill = colours[min(leg, len(colours) - 1)]
+    box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 3):.1f}" height="{height}" fill="{fill}" '
+    box += 'stroke="#555" stroke-width="0.5">'
+    box += f"<title>{event.action}: {event.start:g} to {event.end:g}</title></rect>"
+    label = str(event.action.microbatch) if event.action.microbatch is not None else ""
+    if width < 6 * len(label) + 1:
+        return box
+    return box + f'<text x="{x + width / 2:.1f}" y="{y + 15}" text-anchor="middle">{label}</text>'
+
+
+def to_perfetto(timelines: Mapping[str, Timeline], microseconds_per_unit: float = 1000.0) -> str:
+    """A trace in Chrome's JSON format: one process a timeline, so that several (predicted, measured) stand one below
+    the other, and one thread a rank."""
+    events: list[dict[str, object]] = []
+    for process, (label, timeline) in enumerate(timelines.items()):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": label}})
+        for rank, row in enumerate(timeline.events):
+            events.append(
+                {"ph": "M", "name": "thread_name", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
+            )
+            for event in row:
+                stage, kind, microbatch = event.action
+                events.append({
+                    "ph": "X", "name": str(event.action), "cat": kind, "pid": process, "tid": rank,
+                    "ts": event.start * microseconds_per_unit,
+                    "dur": (event.end - event.start) * microseconds_per_unit,
+                    "args": {"stage": stage, "microbatch": microbatch},
+                })  # fmt: skip
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"

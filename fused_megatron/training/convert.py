@@ -1,0 +1,105 @@
+"""`fused-megatron convert`: models of transformers' to runs, and back."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import check, check_one_of
+from fused_megatron.config import BERTConfig
+from fused_megatron.hugging_face.export_model import export_model
+from fused_megatron.hugging_face.import_model import import_model
+from fused_megatron.hugging_face.source import CONFIG_FILE
+from fused_megatron.training.launch import launched, on_every_rank, world_group
+from fused_megatron.training.progress import Reporter
+
+# Ranks wait for the slowest file of the largest model; one that dies is noticed at once all the same.
+TIMEOUT_S = 86_400.0
+_DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """Models of Hugging Face transformers to run folders, and back.
+
+    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT
+    or Megatron-BERT; RUN is made, and `train RUN/config.toml` and `generate RUN` (but of BERT) take it, at any layout.
+
+    convert to-hf RUN FOLDER: the newest checkpoint of a run, imported or trained here, as transformers loads it.
+
+    convert hf SOURCE TARGET: either of them; what SOURCE is decides.
+    """
+
+    direction: tyro.conf.Positional[Literal["from-hf", "to-hf", "hf"]]
+    """from-hf, to-hf, or hf (what SOURCE is decides)."""
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """Folder of transformers' (from-hf), or run folder (to-hf)."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """What is made; it must not exist."""
+    dtype: str = "keep"
+    """Convert the weights: keep (bit for bit), float32, bfloat16, or (to-hf) float16."""
+    skip: str = ""
+    """from-hf: tensors to leave out, as patterns with commas between (score.*)."""
+    max_file_gb: float = 5.0
+    """to-hf: a safetensors file holds at most so many GB of 10^9 bytes."""
+
+    def __post_init__(self) -> None:
+        check_one_of("dtype", self.dtype, list(_DTYPES))
+        check(self.max_file_gb > 0, f"max_file_gb={self.max_file_gb} must be above 0")
+
+
+def convert(arguments: ConvertArguments) -> None:
+    """Convert, on every rank that was launched.
+
+    Raises:
+        InputError, CheckpointError: on every rank; nothing is left behind.
+    """
+    with launched(TIMEOUT_S) as launch:
+        reporter = Reporter(launch.rank == 0, 1)
+        if on_every_rank(lambda: _is_import(arguments)):
+            _import(arguments, reporter)
+        else:
+            _export(arguments, reporter)
+
+
+def _is_import(arguments: ConvertArguments) -> bool:
+    if arguments.direction != "hf":
+        return arguments.direction == "from-hf"
+    run = RunFolder(arguments.source).config
+    importable, exportable = (arguments.source / CONFIG_FILE).is_file(), run.is_file()
+    check(
+        importable or exportable,
+        f"{arguments.source} is neither a folder of transformers' (no {CONFIG_FILE}) nor a run (no {run.name})",
+    )
+    return importable
+
+
+def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
+    dtype = _DTYPES[arguments.dtype]
+    on_every_rank(
+        lambda: check(dtype != torch.float16, "dtype='float16' is not trained here: give float32 or bfloat16")
+    )
+    skip = [pattern for pattern in arguments.skip.split(",") if pattern]
+    source = import_model(arguments.source, arguments.target, dtype=dtype, skip=skip, group=world_group())
+    target, config = arguments.target, source.config
+    reporter.say(
+        f"{target}: {source.num_parameters:,} parameters in {str(source.dtype).removeprefix('torch.')}"
+        + (f"; kept for the way back, but no part of the run: {', '.join(source.kept)}" if source.kept else "")
+    )
+    commands = [f'fused-megatron generate {target} "..."'] if config.family == "gpt" else []
+    if not isinstance(config, BERTConfig) or config.masked_lm_head:
+        commands.append(f"fused-megatron train {os.path.join(target, 'config.toml')} --data.path TEXT")
+    if commands:
+        reporter.say(f"next: {' or '.join(commands)}")
+
+
+def _export(arguments: ConvertArguments, reporter: Reporter) -> None:
+    architecture = export_model(
+        arguments.source, arguments.target, dtype=_DTYPES[arguments.dtype],
+        max_file_bytes=1e9 * arguments.max_file_gb, group=world_group(),
+    )  # fmt: skip
+    reporter.say(f'{arguments.target}: transformers.{architecture}.from_pretrained("{arguments.target}") loads it')

@@ -1,0 +1,43 @@
+"""The emulation computes what a GPU would, and finds what a GPU would leave undefined."""
+
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.audit.cuda_emulation import (
+    build_emulation,
+    emulated_environment,
+    host_compiler,
+    sanitizer_libraries,
+)
+from fused_megatron.benchmarking.pytest_process import run_tests
+
+HERE = Path(__file__).parent
+pytestmark = pytest.mark.skipif(host_compiler() is None, reason="no GCC")
+
+
+@pytest.mark.skipif(not sanitizer_libraries(), reason="no libasan")
+def test_faults_are_found(tmp_path):
+    library = build_emulation([HERE / "faulty_kernels.cu"], tmp_path)
+    environment = emulated_environment(library)
+    del environment["FUSED_MEGATRON_LIBRARY"]
+    run_tests([HERE / "emulated_faults.py"], {**environment, "FAULTY_KERNELS": str(library)})
+
+
+def test_what_the_compiler_says_is_passed_on(tmp_path):
+    source = tmp_path / "wrong_cuda.cu"
+    source.write_text('#include "launch.h"\nint f() { return undeclared_name; }\n')
+    with pytest.raises(AssertionError, match=r"wrong_cuda.cu:2.*undeclared_name"):
+        build_emulation([source], tmp_path)
+
+
+def test_only_what_has_changed_is_compiled(tmp_path):
+    source = tmp_path / "small_cuda.cu"
+    source.write_text("int f() { return 1; }\n")
+    first = build_emulation([source], tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.o")}
+    assert len(times) == 2
+    source.write_text("int f() { return 2; }\n")
+    assert build_emulation([source], tmp_path) != first
+    new = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.o")}
+    assert len(new) == 3 and times.items() <= new.items()

@@ -1,0 +1,20 @@
+"""The tests of the ops again, with the Triton kernels run by Triton's interpreter."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.benchmarking.pytest_process import run_tests
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_interpreted_triton_kernels():
+    paths = [ROOT / "tests" / "ops" / f"test_{kernel.stem}.py" for kernel in sorted((ROOT / "kernels").glob("*.py"))]
+    assert all(path.exists() for path in paths), "each kernels/<op>.py needs tests/ops/test_<op>.py"
+    # Without the compiled library, whose CPU kernels would compete.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_MEGATRON_LIBRARY": ""}
+    assert run_tests(paths, environment) > 20 * len(paths)

@@ -1,0 +1,85 @@
+"""The audit's table, its bars, and that docs/kernel_ledger.md says what the kernels are."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.audit import report
+from fused_megatron.audit.kernels import OPS
+from fused_megatron.audit.occupancy import LIMITS
+
+LEDGER = Path(__file__).parents[2] / "docs" / "kernel_ledger.md"
+ROW = report.Row(
+    "layer_norm", "forward", "kernel", 4096, "bf16", "sm_90a", 40, 0, 1024, 0.5, "128x4 32x1", "128x4", 1.01, 0.0
+)
+needs_compilers = pytest.mark.skipif(bool(report.what_is_missing()), reason="; ".join(report.what_is_missing()))
+
+
+def but(**changes):
+    return dataclasses.replace(ROW, **changes)
+
+
+def test_bars():
+    assert ROW.faults() == [] and report.broken_bars([ROW]) == []
+    assert but(spilled_bytes=8).faults() == ["8 bytes spilled"]
+    assert but(load_bits="64x2").faults() == ["loads of 64 bits"]
+    assert but(store_bits="32x2").faults() == ["stores of 32 bits"]
+    assert but(kernel="finish_column_sums<8>", store_bits="32x2").faults() == []
+    assert but(ratio=1.03).faults() == ["1.030 times the bytes that must move (bar 1.02)"]
+    assert but(ratio=1.035, partials=0.018).faults() == []
+    assert but(ratio=1.035, partials=0.025).faults() == ["partial sums take 2.5% (bar 2%)"]
+    broken = but(ratio=1.03)
+    assert len(report.broken_bars([broken])) == 1
+    known = dataclasses.replace(broken, known="the reason")
+    assert report.broken_bars([known]) == [] and report.known_faults([known])[0].endswith("the reason")
+
+
+def test_table():
+    rows = [but(arch="sm_80", registers=38), ROW, but(arch="sm_100a"), but(width=8192)]
+    lines = report.parsed("# Title\n\n" + report.table(rows))
+    assert lines == report.lines(rows) and len(lines) == 2
+    assert "38 / 40 / 40" in lines[0]
+    assert report.of_arch(lines[0], 1) == report.lines([ROW])[0]
+
+
+def ledger():
+    if not LEDGER.exists():
+        pytest.skip("no ledger: make it with fused-megatron audit --write docs/kernel_ledger.md")
+    return LEDGER.read_text()
+
+
+@needs_compilers
+def test_the_ledger_is_of_these_compilers_and_ops():
+    text = ledger()
+    if report.versions() not in text:
+        pytest.skip(f"the ledger is of other compilers than {report.versions()}")
+    assert {line[0] for line in report.parsed(text)} == set(OPS)
+
+
+def compare_with_ledger(cases, arch):
+    text = ledger()
+    rows = report.audit(cases, [arch])
+    assert report.broken_bars(rows) == []
+    if report.versions() not in text:
+        pytest.skip(f"the ledger is of other compilers than {report.versions()}")
+    archs = re.search(r"Architectures: ([^;]*);", text).group(1).split(" / ")
+    kept = {report.of_arch(line, archs.index(arch)) for line in report.parsed(text)}
+    stale = [line for line in report.lines(rows) if line not in kept]
+    assert not stale, f"stale: make it anew with: fused-megatron audit --write docs/kernel_ledger.md\n{stale}"
+
+
+@needs_compilers
+@pytest.mark.parametrize("kernel", [
+    ("rms_norm", 4096, "bf16"), pytest.param(("cross_entropy", 32768, "bf16"), marks=pytest.mark.slow),
+], ids=["cuda", "triton"])  # fmt: skip
+def test_the_ledger_is_true_of_some_kernels(kernel):
+    compare_with_ledger([kernel], "sm_90a")
+
+
+@needs_compilers
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LIMITS)
+def test_the_ledger_is_true_of_all_kernels(arch):
+    compare_with_ledger(report.cases(), arch)

@@ -1,0 +1,32 @@
+"""A failure in the other process is a failure here, with what was said there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.benchmarking.pytest_process import run_tests
+
+
+def written(folder: Path, body: str) -> list[Path]:
+    file = folder / "test_it.py"
+    file.write_text(body)
+    return [file]
+
+
+def test_counts_what_passed(tmp_path):
+    body = "import os\n\ndef test_one():\n    assert os.environ['WHAT'] == '3'\n\ndef test_two():\n    pass\n"
+    assert run_tests(written(tmp_path, body), {**os.environ, "WHAT": "3"}) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def test_it():\n    assert 1 + 1 == 3, 'arithmetic'\n", "arithmetic"),
+        ("import os\n\ndef test_it():\n    os.abort()\n", "(?s)signal 6.*test_it"),
+        ("", "exit code 5"),
+    ],
+)
+def test_failures_come_through(tmp_path, body, message):
+    with pytest.raises(AssertionError, match=message):
+        run_tests(written(tmp_path, body), os.environ)

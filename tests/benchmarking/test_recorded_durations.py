@@ -1,0 +1,14 @@
+"""A clock that replays what was measured."""
+
+from fused_megatron.benchmarking.recorded_durations import RecordedDurations
+
+
+def test_each_call_takes_the_next_duration():
+    recorded = RecordedDurations()
+    recorded.load([1.0, 2.5])
+    taken = []
+    for _ in range(2):
+        start = recorded.clock()
+        recorded.advance()
+        taken.append(recorded.clock() - start)
+    assert taken == [1.0, 2.5]

@@ -1,0 +1,45 @@
+"""Schedules in time: real ranks whose stages sleep, against the simulator."""
+
+import json
+from itertools import pairwise
+
+import torch.distributed as dist
+
+from fused_megatron.benchmarking.sleeping_stages import measure_schedule
+from fused_megatron.pipeline import Costs, build_schedule
+from fused_megatron.pipeline.schedule.action import COMPUTE, UPDATE
+from fused_megatron.pipeline.view.timeline import to_perfetto
+from fused_megatron.testing import run_on_ranks
+
+RANKS = 4
+CASES = [("1f1b", 5, 1), ("interleaved_zero_bubble", 5, 1), ("zb_v", 4, 1), ("pipedream_2bw", 4, 2)]
+# A rank sleeps, so that only a machine with much else to do is late; the benchmark holds the clock to 5 %.
+LATE = 5
+
+
+def costs_of(schedule):
+    share = schedule.num_stages // RANKS
+    return Costs(0.010 / share, 0.013 / share, 0.007 / share)
+
+
+def measure(rank, world_size, schedules):
+    return [measure_schedule(schedule, costs_of(schedule), dist.group.WORLD) for schedule in schedules]
+
+
+def test_a_step_takes_the_time_and_the_memory_that_were_predicted():
+    schedules = [build_schedule(name, RANKS, m, num_steps=steps) for name, m, steps in CASES]
+    answers = run_on_ranks(measure, RANKS, schedules)
+    for index, schedule in enumerate(schedules):
+        result = answers[0][index]
+        assert all(answer[index] == result for answer in answers), "every rank knows all of it"
+        assert result.predicted.makespan <= max(result.step_s) <= LATE * max(result.predicted.makespan, 0.2)
+        assert tuple(result.peak_held) == result.predicted.peak_live == result.measured.peak_live
+        for rank, events in enumerate(result.measured.events):
+            done = [event.action for event in events if event.action.kind in (*COMPUTE, UPDATE)]
+            assert done == list(schedule.actions[rank])
+            assert all(a.start <= a.end <= b.start for a, b in pairwise(events))
+            # Nothing can be quicker than it sleeps.
+            assert result.measured.busy[rank] >= 0.999 * result.predicted.busy[rank]
+    trace = json.loads(to_perfetto({"predicted": result.predicted, "measured": result.measured}))
+    names = [e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name"]
+    assert names == ["predicted", "measured"]

@@ -1,0 +1,64 @@
+"""Metrics that survive kills and resumes, and the config that comes back equal."""
+
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import InputError
+from fused_megatron.config import DataConfig, TrainConfig, TrainingConfig
+from fused_megatron.config.config_file import load_config
+from fused_megatron.training.plots import plot_loss
+
+
+def test_config_comes_back_equal(tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=DataConfig(path='a "quoted" \\ path, -dash', validation_fraction=0.1), training=TrainingConfig(num_steps=7)
+    )
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.describe(config, None)
+    assert load_config(run.config) == config
+    assert load_config(run.config, ["--training.num_steps", "9"]).training.num_steps == 9
+
+
+def test_half_a_line_is_left_out_and_later_steps_forgotten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    records = [{"step": step, "loss": 0.1 + step / 3} for step in range(1, 6)]
+    for record in records:
+        run.append_metrics(record)
+    with run.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert run.read_metrics() == records
+    run.forget_metrics_after(3)
+    run.append_metrics({"step": 4, "loss": 1.0})
+    assert run.read_metrics() == [*records[:3], {"step": 4, "loss": 1.0}]
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"training.run_folder=.*file/run cannot be written: Not a directory"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+@pytest.mark.parametrize("records", [
+    [], [{"step": 1, "loss": 9.0}], [{"step": 1, "loss": 9.0}, {"step": 1, "validation_loss": 8.0}],
+], ids=["none", "one", "both"])  # fmt: skip
+def test_picture(tmp_path: Path, records: list[dict[str, float]]) -> None:
+    assert plot_loss(records, tmp_path / "loss.png", "title")
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+    assert (tmp_path / "loss.png").stat().st_size > 5000
+
+
+def test_tensorboard_events_and_resume(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: PLC0415 - slow
+
+    for first, step in ((1, 0), (3, 2)):
+        run = RunFolder(tmp_path)
+        run.open_tensorboard(step)
+        for i in range(first, 5):
+            run.append_metrics({"step": i, "loss": 10.0 * first + i, "bits_per_byte": None})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert {e.step: e.value for e in events.Scalars("loss")} == {1: 11.0, 2: 12.0, 3: 33.0, 4: 34.0}

@@ -1,0 +1,162 @@
+"""Collectives through memory that the ranks share: values and bits, reuse of places, who is told what, and faults."""
+
+import logging
+import os
+import random
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fused_megatron.collectives import is_shared
+from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_
+from fused_megatron.collectives.transport import host_ring, shared_memory
+from fused_megatron.collectives.transport.shared_memory import start_shared
+from fused_megatron.collectives.transport.transfer import start
+from fused_megatron.observe import record_communication
+from fused_megatron.testing import run_on_ranks
+from fused_megatron.testing.run_on_ranks import RankError
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
+
+
+def of_ranks(ranks, size, dtype, seed):
+    """[ranks, size], the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 50, (ranks, size), generator=generator).to(dtype)
+    return (1e3 * torch.randn(ranks, size, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def sum_in_order(parts):
+    wide = parts.float() if parts.dtype in (torch.bfloat16, torch.float16) else parts
+    total = wide[0].clone()
+    for part in wide[1:]:
+        total += part
+    return total.to(parts.dtype)
+
+
+def check_collectives(rank, ranks, size, dtype, seed):
+    group, whole = dist.group.WORLD, of_ranks(ranks, ranks * size, dtype, seed)
+    x = whole[rank].clone()
+    reduced = start(dist.all_reduce, group, x.clone())
+    gathered = start(dist.all_gather_single, group, x.new_empty(ranks * x.numel()), x)
+    exchanged = start(dist.all_to_all_single, group, torch.empty_like(x), x)
+    # Waited for in another order than started.
+    assert torch.equal(exchanged.wait(), whole.view(ranks, ranks, size)[:, rank].reshape(-1))
+    assert torch.equal(gathered.wait(), whole.view(-1))
+    assert torch.equal(reduced.wait(), sum_in_order(whole))
+    assert torch.equal(x, whole[rank]), "what was given was written"
+
+
+def collectives(rank, ranks):
+    host_ring.RING_BYTES, shared_memory._PIECE_BYTES = 1 << 16, 1 << 14  # so that little goes around it often
+    group = dist.group.WORLD
+    with torch.inference_mode():  # what is mapped here must be writable outside, too
+        assert is_shared(group, torch.empty(0))
+    for seed, (size, dtype) in enumerate((size, dtype) for dtype in DTYPES for size in (0, 1, 67, 5000)):
+        check_collectives(rank, ranks, size, dtype, seed)
+    # Larger than a piece, and than the ring.
+    check_collectives(rank, ranks, 3000, torch.float64, 1)
+    check_collectives(rank, ranks, 50021, torch.uint8, 2)
+    # So many under way that places are needed again before anyone waits.
+    whole = of_ranks(ranks, 9 * 2000, torch.float32, 3)
+    transfers = [start_all_reduce_(part.clone(), group) for part in whole[rank].split(2000)]
+    transfers += [start_all_gather(part, 0, group) for part in whole[rank].split(2000)]
+    wanted = [sum_in_order(part) for part in whole.split(2000, dim=1)]
+    wanted += [part.reshape(-1) for part in whole.split(2000, dim=1)]
+    assert all(torch.equal(t.wait(), w) for t, w in reversed(list(zip(transfers, wanted, strict=True))))
+    # Ranks that are late, each in its turn, and places that come around.
+    late, shared = random.Random(rank), random.Random(0)
+    for seed in range(40):
+        time.sleep(late.choice((0.0, 0.0, 0.002)))
+        check_collectives(rank, ranks, shared.choice((1, 300, 3000)), torch.float32, 100 + seed)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_collective(ranks):
+    run_on_ranks(collectives, ranks, timeout_s=120)
+
+
+def told(rank, ranks):
+    group, x = dist.group.WORLD, torch.ones(6)
+    with record_communication() as ledger:
+        start_all_reduce_(x, group).wait()
+        start_all_gather(x, 0, group).wait()
+    entries = [(entry.kind, entry.elements, entry.num_bytes, entry.group) for entry in ledger.entries]
+    # One rank does not want it: none does. A tool in place of torch's function gets the calls.
+    records, refused = [], dist.new_group()
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off" if rank == 1 else "on"
+    logger = logging.getLogger("fused_megatron.collectives.transport.shared_memory")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(type("Handler", (logging.Handler,), {"emit": lambda self, r: records.append(r.getMessage())})())
+    assert not is_shared(refused, x) and start_shared(dist.all_reduce, refused, x) is None
+    assert start_all_reduce_(torch.ones(2), refused).wait().tolist() == [2.0, 2.0]
+    calls, original = [], dist.all_reduce
+    dist.all_reduce = lambda *a, **k: calls.append(a) or original(*a, **k)
+    assert start_all_reduce_(torch.ones(2), group).wait().tolist() == [2.0, 2.0] and len(calls) == 1
+    return entries, records
+
+
+def test_who_is_told():
+    for entries, records in run_on_ranks(told, 2):
+        assert entries == [("all_reduce", 6, 24, (0, 1)), ("all_gather", 12, 48, (0, 1))]
+        assert records == ["2 ranks of one group: collectives over gloo"]
+
+
+def slow(rank, ranks):
+    group = dist.new_group(timeout=timedelta(seconds=1.5))
+    assert is_shared(group, torch.empty(0))
+    if rank == 1:
+        time.sleep(3.0)
+        return None
+    try:
+        start_all_reduce_(torch.ones(4), group).wait()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_rank_that_does_not_come():
+    message = "rank 1 did not come within 1.5 s, in a collective through shared memory"
+    assert run_on_ranks(slow, 2) == [message, None]
+
+
+def dies(rank, ranks):
+    for _ in range(3):
+        start_all_reduce_(torch.ones(4), dist.group.WORLD).wait()
+    if rank == 2:
+        os._exit(3)
+    start_all_reduce_(torch.ones(4), dist.group.WORLD).wait()
+
+
+def test_a_rank_that_dies_is_named():
+    with pytest.raises(RankError, match="rank 2 died with exit code 3") as info:
+        run_on_ranks(dies, 3)
+    assert info.value.silent == () and set(info.value.errors) == {0, 1}
+    assert "rank 2 is gone" in str(info.value.errors[0]) + str(info.value.errors[1])
+
+
+def test_messages_in_parts():
+    """A stream socket may hand over any part of what was sent."""
+    ours, theirs = host_ring.socket.socketpair()
+    rings = [torch.zeros(host_ring.RING_BYTES, dtype=torch.uint8) for _ in range(2)]
+    ring = host_ring.HostRing(0, [0, 1], rings, {1: ours}, 5.0)
+    taken = []
+    piece = ring.write([torch.arange(3.0)], taken.extend)
+    assert theirs.recv(100) == host_ring._MESSAGE.pack(1, 0)
+    rings[1][:12].view(torch.float32).copy_(torch.ones(3))
+    message = host_ring._MESSAGE.pack(1, 0) + host_ring._MESSAGE.pack(2, 1)
+    theirs.send(message[:5])
+    ring._listen(1)
+    assert ring._heard[1] == (0, 0)
+    theirs.send(message[5:])
+    ring.finish(piece)
+    ring.finish(piece)  # once is enough
+    assert [t.tolist() for t in taken] == [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]
+    assert ring._heard[1] == (2, 1)
+    theirs.close()
+    with pytest.raises(RuntimeError, match="rank 1 is gone"):
+        for _ in range(3):
+            ring.finish(ring.write([torch.arange(3.0)], taken.extend))

@@ -1,0 +1,60 @@
+"""What a step sends, against the theory, for 64 tensor-parallel ranks that are not there."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+S, B, H, LAYERS, RANKS = 64, 2, 192, 2, 64
+
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from fused_megatron.config import GPTConfig
+from fused_megatron.models import GPT
+from fused_megatron.observe import record_communication
+S, B, H, LAYERS, RANKS, sequence_parallel = json.loads(sys.argv[1])
+dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=RANKS)
+config = GPTConfig(num_layers=LAYERS, hidden_size=H, num_heads=RANKS, seq_len=S, vocab_size=512)
+model = GPT(config, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel)
+tokens = torch.zeros(B, S, dtype=torch.int64)
+with record_communication() as ledger:
+    model(tokens, tokens).sum().backward()
+print(json.dumps([[e.kind, e.elements, e.num_bytes, e.backward, len(e.group)] for e in ledger.entries]))
+"""
+
+
+def calls(sequence_parallel):
+    """(kind, backward) -> number of collectives of S B H elements; bytes of the loss's gather."""
+    arguments = json.dumps([S, B, H, LAYERS, RANKS, sequence_parallel])
+    done = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    entries = json.loads(done.stdout.splitlines()[-1])
+    assert {entry[-1] for entry in entries} == {RANKS}
+    counts = {}
+    for kind, elements, _, backward, _ in entries:
+        if elements == S * B * H:
+            counts[kind, backward] = counts.get((kind, backward), 0) + 1
+    small = [
+        (kind, num_bytes) for kind, elements, num_bytes, backward, _ in entries if elements < S * B * H and not backward
+    ]
+    return counts, small
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_collectives_of_a_step(sequence_parallel):
+    counts, others = calls(sequence_parallel)
+    if sequence_parallel:
+        # Forward per block 2 gathers and 2 scatters, 1 scatter for the embedding and 1 gather for the head. Backward
+        # the duals, and a gather for each gathered input that was not kept.
+        assert counts == {
+            ("all_gather", False): 2 * LAYERS + 1,
+            ("reduce_scatter", False): 2 * LAYERS + 1,
+            ("all_gather", True): (2 * LAYERS + 1) + (2 * LAYERS + 1),
+            ("reduce_scatter", True): 2 * LAYERS + 1,
+        }
+    else:
+        assert counts == {("all_reduce", False): 2 * LAYERS + 1, ("all_reduce", True): 2 * LAYERS + 1}
+    # The loss: one gather of 8 bytes a token from every rank, and nothing else.
+    assert others == [("all_gather", 8 * S * B * RANKS)]

@@ -1,0 +1,149 @@
+"""PipeDream-2BW and PipeDream on real ranks against their update rules, played by one process from the formulas."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.pipeline import build_schedule
+from fused_megatron.pipeline.run.executor import PipelineExecutor
+from fused_megatron.testing import run_on_ranks
+
+RANKS, HIDDEN, ROWS, LR, MOMENTUM = 3, 6, 4, 0.05, 0.9
+# (schedule, microbatches of a step, steps in one call)
+CASES = [("pipedream_2bw", 3, 5), ("pipedream_2bw", 4, 3), ("pipedream", 1, 7), ("pipedream", 4, 2)]
+CALLS = 2
+
+
+def layers():
+    """One a stage."""
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()).double() for _ in range(RANKS)]
+
+
+def data(call, count):
+    generator = torch.Generator().manual_seed(call)
+    drawn = torch.randn(2, count, ROWS, HIDDEN, generator=generator, dtype=torch.float64)
+    return drawn[0].unbind(), drawn[1].unbind()
+
+
+def square(y, target):
+    return (y - target).square().sum()
+
+
+def run_cases(rank, world_size):
+    return [run_case(rank, *case) for case in CASES]
+
+
+def run_case(rank, name, microbatches, steps):
+    stage = layers()[rank]
+    optimizer = torch.optim.SGD(stage.parameters(), LR, MOMENTUM)
+    updates = []
+
+    def update(index, number):
+        assert index == rank
+        updates.append(number)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    schedule = build_schedule(name, RANKS, microbatches, num_steps=steps)
+    executor = PipelineExecutor(
+        schedule, {rank: stage}, pp_group=dist.group.WORLD, loss_fn=square if rank == RANKS - 1 else None, update=update
+    )
+    losses = []
+    for call in range(CALLS):
+        inputs, targets = data(call, microbatches * steps)
+        losses.append(executor.step(inputs, targets, loss_divisor=microbatches * ROWS).item())
+    executor.close()
+    return losses, updates, [p.detach() for p in stage.parameters()]
+
+
+def gradients(weights, x, target, divisor):
+    """The loss of a microbatch and the gradient of every stage's weights [(w, b), ..]."""
+    leaves = [[t.clone().requires_grad_() for t in stage] for stage in weights]
+    y = x
+    for weight, bias in leaves:
+        y = torch.tanh(y @ weight.t() + bias)
+    loss = square(y, target) / divisor
+    flat = torch.autograd.grad(loss, [t for stage in leaves for t in stage])
+    return loss.item(), [list(flat[2 * s : 2 * s + 2]) for s in range(RANKS)]
+
+
+class Weights:
+    """All versions of one stage's weights, by the number of updates that made them; SGD with momentum."""
+
+    def __init__(self, layer):
+        self.versions = [[p.detach() for p in layer.parameters()]]
+        self.velocity = [torch.zeros_like(p) for p in self.versions[0]]
+
+    def update(self, gradient):
+        self.velocity = [MOMENTUM * v + g for v, g in zip(self.velocity, gradient, strict=True)]
+        self.versions.append([w - LR * v for w, v in zip(self.versions[-1], self.velocity, strict=True)])
+
+    def restart(self):
+        self.versions = self.versions[-1:]
+
+
+def play_2bw(stages, inputs, targets, microbatches, divisor):
+    """w(t + 1) = w(t) - lr g(w(t - 1)), on all stages alike; the first step has w(0)."""
+    total = 0.0
+    for step in range(len(inputs) // microbatches):
+        old = [stage.versions[max(0, step - 1)] for stage in stages]
+        summed = [[torch.zeros_like(w) for w in stage] for stage in old]
+        for m in range(step * microbatches, (step + 1) * microbatches):
+            loss, found = gradients(old, inputs[m], targets[m], divisor)
+            total += loss
+            summed = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(summed, found, strict=True)]
+        for stage, gradient in zip(stages, summed, strict=True):
+            stage.update(gradient)
+    return total
+
+
+def play_stashing(stages, inputs, targets, divisor):
+    """w_s(t + 1) = w_s(t) - lr g_s(w_0(t - n + 1), .., w_n-1(t)): microbatch t finds stage s, behind which n - 1 - s
+    follow, as many updates old."""
+    total = 0.0
+    for t, (x, target) in enumerate(zip(inputs, targets, strict=True)):
+        old = [stage.versions[max(0, t - (RANKS - 1 - s))] for s, stage in enumerate(stages)]
+        loss, found = gradients(old, x, target, divisor)
+        total += loss
+        for stage, gradient in zip(stages, found, strict=True):
+            stage.update(gradient)
+    return total
+
+
+def test_weights_are_those_of_the_update_rule():
+    answers = run_on_ranks(run_cases, RANKS)
+    for index, (name, microbatches, steps) in enumerate(CASES):
+        stages = [Weights(layer) for layer in layers()]
+        for call in range(CALLS):
+            inputs, targets = data(call, microbatches * steps)
+            divisor = microbatches * ROWS
+            if name == "pipedream_2bw":
+                loss = play_2bw(stages, inputs, targets, microbatches, divisor)
+            else:
+                loss = play_stashing(stages, inputs, targets, divisor)
+            for losses, _, _ in (answer[index] for answer in answers):
+                torch.testing.assert_close(losses[call], loss, rtol=1e-12, atol=0.0)
+            for stage in stages:
+                stage.restart()  # a call ends with all its microbatches done: the next begins with the newest weights
+        for rank, stage in enumerate(stages):
+            _, updates, got = answers[rank][index]
+            per_call = steps if name == "pipedream_2bw" else steps * microbatches
+            assert updates == [*range(per_call)] * CALLS
+            for mine, right in zip(got, stage.versions[-1], strict=True):
+                # Not to the bit: SGD rounds once where the formula rounds twice, and one product adds the bias itself.
+                torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-14)
+
+
+def test_the_rules_differ_from_plain_sgd():
+    """Else the test above could not tell them apart."""
+    inputs, targets = data(0, 12)
+    delayed, stashed, plain = ([Weights(layer) for layer in layers()] for _ in range(3))
+    play_2bw(delayed, inputs, targets, 1, ROWS)
+    play_stashing(stashed, inputs, targets, ROWS)
+    for x, target in zip(inputs, targets, strict=True):
+        _, found = gradients([stage.versions[-1] for stage in plain], x, target, ROWS)
+        for stage, gradient in zip(plain, found, strict=True):
+            stage.update(gradient)
+    for other in (delayed, stashed):
+        assert (other[0].versions[-1][0] - plain[0].versions[-1][0]).abs().max() > 1e-3

@@ -1,0 +1,94 @@
+"""planning.rank_memory: what the formula says against the peak of a training step that really runs."""
+
+import dataclasses
+import gc
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fused_megatron.benchmarking.timing_devices import CpuDevice
+from fused_megatron.checks import InputError
+from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.testing import run_on_ranks
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LLAMA = {
+    "activation": "swiglu", "num_kv_heads": 1, "normalization": "rms_norm", "position": "rotary",
+    "linear_biases": False, "tied_embeddings": False,
+}  # fmt: skip
+
+
+def config_of(dtype: str = "float32", batch: int = 2, *, parallel: Any = (), **form: Any) -> TrainConfig:
+    model = GPTConfig(num_layers=4, hidden_size=256, num_heads=8, seq_len=128, vocab_size=2000, **form)
+    training = TrainingConfig(global_batch_size=batch, microbatch_size=2, dtype=dtype)
+    return TrainConfig(model, ParallelConfig(**dict(parallel)), training=training)
+
+
+TENSOR, SEQUENCE = {"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "sequence_parallel": True}
+CONFIGS = [
+    config_of("bfloat16", parallel=SEQUENCE, recompute="selective"),
+    config_of(parallel=TENSOR, query_key_norm=True, **LLAMA),
+    config_of(batch=8, parallel={"pipeline_parallel_size": 2, "data_parallel_size": 1}, recompute="full"),
+    config_of(batch=4, parallel={"data_parallel_size": 2}),
+]
+
+
+def peaks(rank: int, world_size: int) -> list[tuple[int, int, int]]:
+    """Of each config the peak bytes, parameters and place in the pipeline of this rank."""
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    sys.path.insert(0, str(BENCHMARKS))
+    from node_steps import build_trainer  # noqa: PLC0415 - of benchmarks
+
+    found = []
+    for config in CONFIGS:
+        with tempfile.TemporaryDirectory() as folder:
+            made: list[Any] = []
+
+            def begin(config: TrainConfig = config, folder: str = folder, made: list[Any] = made) -> None:
+                made.append(build_trainer(config, torch.device("cpu"), Path(folder)))
+                made[0].train_step()
+
+            gc.collect()  # what is freed while it is measured would count against it
+            peak = CpuDevice().peak_bytes(begin)
+            assert peak is not None
+            trainer = made.pop()
+            found.append((peak, sum(p.numel() for p in trainer.parameters.values()), trainer.mesh.pp_rank))
+            trainer.executor.close()
+    return found
+
+
+def test_peak_of_a_step() -> None:
+    for rank in run_on_ranks(peaks, 2):
+        for config, (peak, num_parameters, pp_rank) in zip(CONFIGS, rank, strict=True):
+            memory = rank_memory(config, pp_rank)
+            assert memory.num_parameters == num_parameters
+            # What a block or the head needs while it computes is a guess; and there is what does not grow with the
+            # model, such as that with which a group is measured.
+            assert 0.85 * memory.total < peak < 1.05 * memory.total + 6e6, (config, peak, memory)
+
+
+def test_the_fullest_rank_of_a_pipeline() -> None:
+    """The first keeps the most microbatches; every part is that of the formula."""
+    config = config_of("bfloat16", batch=16, parallel={"pipeline_parallel_size": 4})
+    first, second, *_ = ranks = [rank_memory(config, rank) for rank in range(4)]
+    assert rank_memory(config) == max(ranks, key=lambda memory: memory.total)
+    assert first.activations > second.activations > ranks[2].activations
+    weights = dataclasses.astuple(second)[:4]
+    block = 12 * 256**2 + 13 * 256
+    assert weights == (block, 2 * block, 4 * block, 12 * block)
+    # 3 of the 4 stages' microbatches are under way on the second: 16 widths, the kernel's result and its statistics.
+    tokens = 2 * 128
+    assert second.activations == 3 * tokens * (2 * (4 + 4 + 1 + 8) * 256 + 4 * 8 + 16)
+    replicas = rank_memory(dataclasses.replace(config, parallel=ParallelConfig(pipeline_parallel_size=4)), 0, 2)
+    assert replicas == first  # 4 microbatches fill a pipeline of 4, as 8 do
+
+
+def test_no_vocabulary() -> None:
+    with pytest.raises(InputError, match="vocab_size=None must be given"):
+        rank_memory(TrainConfig())
