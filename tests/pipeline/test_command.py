@@ -1,4 +1,4 @@
-"""`fused-megatron schedule`."""
+"""Start here when `fused-megatron schedule` prints, checks or draws the wrong thing."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Mutations of good schedules: each that breaks one is found, at its place; known faults name their rule."""
+"""Start here when the checks of schedules pass a broken one, or blame the wrong action."""
 
 import random
 from collections import Counter, defaultdict
