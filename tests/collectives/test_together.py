@@ -1,3 +1,5 @@
+"""Start here when an error of one rank leaves the others waiting."""
+
 import os
 import time
 
