@@ -1,4 +1,6 @@
-"""Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
+"""Start here when a preset of the benchmarks asks for more memory or communication than the papers' formulas.
+
+Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
 
 What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
 grid: every split of 8, 64 and 512 ranks with tensor- and pipeline-parallel sizes of 1, 2, 4 and 8, each pipeline by

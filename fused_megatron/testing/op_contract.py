@@ -220,7 +220,6 @@ class Contract:
         if self.streamed is None:
             return
         sample = self.sample(self.streamed, dtype, device)
-        inputs, dy = sample
         rows = self.streamed[0]
         whole = self.results(sample)
         quarter = -(-rows // 4)

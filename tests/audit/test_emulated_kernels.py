@@ -1,4 +1,4 @@
-"""The tests of the ops again, with the CUDA kernels emulated on the host under AddressSanitizer."""
+"""Start here when a CUDA kernel gives other values than the CPU's, or touches memory that is not its own."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""benchmarking.step_breakdown: waits of known length are found, and belong to the part that they should."""
+"""Start here when the parts of a step (compute, communication, bubble) do not add up."""
 
 import threading
 import time

@@ -1,3 +1,5 @@
+"""Start here when ranks build an index twice, or wait forever for the one that builds it."""
+
 import multiprocessing
 import os
 import signal
