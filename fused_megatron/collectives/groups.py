@@ -36,7 +36,7 @@ def apply_on_ranks(function: type[torch.autograd.Function], group: Group, *args:
     return function.apply(*args)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable, but for the seconds that importing torch._dynamo takes
 def _between_graphs(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
