@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checkpoint import CheckpointError, Manifest, newest_checkpoint, read_manifest, read_tensor
-from fused_megatron.checkpoint.errors import explain_os_error
+from fused_megatron.checkpoint.errors import SharedCheckpointError, explain_os_error
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check
@@ -60,10 +60,12 @@ def export_model(
         check(run.config.is_file(), f"{run_path} is no run folder: it has no {run.config.name}")
         check_absent(folder)
 
-    run_together(group, prepare, CheckpointError)
+    run_together(group, prepare, SharedCheckpointError)
     newest = newest_checkpoint(run.checkpoints, group=group)
     with new_folder(folder, group) as temporary:
-        return str(run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes), CheckpointError))
+        return str(
+            run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes), SharedCheckpointError)
+        )
 
 
 def _found(checkpoint: Path | None, run: RunFolder) -> Path:

@@ -13,7 +13,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
@@ -92,12 +92,10 @@ def _check_trainable(config: GPTConfig) -> None:
         return
     for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
         if getattr(config, name) != wanted:
-            error = InputError(
+            raise SharedInputError(
                 f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
                 f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
             )
-            error.on_every_rank = True
-            raise error
 
 
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import SharedError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.training_data import TrainingData
@@ -34,7 +35,7 @@ from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.progress import Reporter
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(SharedError, RuntimeError):
     """The loss or a gradient became NaN or infinite; the weights are those before the step."""
 
 

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
-from fused_megatron.pipeline.run.faults import lost_peers, raise_alike
+from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.pipeline.run.faults import lost_peers
 
 
 def shape_id(inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> int:
@@ -65,7 +65,7 @@ class StepTable:
         """The shape ids, on every rank.
 
         Raises:
-            InputError: on every rank, alike: what one of them was given wrong.
+            SharedInputError: on every rank: what one of them was given wrong.
         """
         if self._shape_ids is None:
             work, self._work = self._work, None
@@ -87,7 +87,7 @@ class StepTable:
             assert self._store is not None
             text = f"rank {rank}: {self._store.get(self._name(rank)).decode()}"
         self._num_errors += 1
-        raise_alike(text, self._error)
+        raise SharedInputError(text) from self._error
 
     def close(self) -> None:
         """Let go of the group."""
