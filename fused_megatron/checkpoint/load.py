@@ -16,11 +16,10 @@ from fused_megatron.checkpoint.manifest import (
     RANK_TENSOR_PREFIX,
     Manifest,
     StoredTensor,
-    dtype_name,
     read_manifest_and_digest,
 )
 from fused_megatron.checkpoint.shard_file import ConsumeRows, ShardFileReader
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.groups import group_rank, group_size
 from fused_megatron.collectives.together import run_together
 from fused_megatron.sharding.box import Box, TensorBox

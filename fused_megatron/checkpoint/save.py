@@ -25,11 +25,10 @@ from fused_megatron.checkpoint.manifest import (
     StoredBox,
     StoredTensor,
     check_json_state,
-    dtype_name,
     file_name,
 )
 from fused_megatron.checkpoint.shard_file import Entry, file_bytes, write_shard_file
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.groups import group_rank, group_size
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.durable import new_durable_file, sync_folder, write_all

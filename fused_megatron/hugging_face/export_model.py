@@ -13,7 +13,7 @@ from fused_megatron.checkpoint import CheckpointError, Manifest, newest_checkpoi
 from fused_megatron.checkpoint.errors import SharedCheckpointError, explain_os_error
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import GPTConfig, model_config
 from fused_megatron.hugging_face.families import differing_fields, family_for
@@ -101,7 +101,7 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
         if len(files) > 1:
             _write_index(folder, files)
         written = dict(_config_json(settings, family, config))
-        stored = str(next(iter(entries)).dtype).removeprefix("torch.")  # an embedding's
+        stored = dtype_name(next(iter(entries)).dtype)  # an embedding's
         written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fused_megatron.checks import dtype_name
 from fused_megatron.pipeline.run.channels import BACKWARD_DIRECTION, FORWARD_DIRECTION, Pending, Transport
 from fused_megatron.pipeline.run.faults import lost_peers
 from fused_megatron.pipeline.schedule.action import RECV_F, SEND_F, SENDS, Action, Schedule
@@ -190,7 +191,7 @@ def _direction(action: Action) -> str:
 
 
 def _shown(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}" for spec in specs) or "nothing"
+    return ", ".join(f"{dtype_name(spec.dtype)}{list(spec.shape)}" for spec in specs) or "nothing"
 
 
 def _encode(specs: Sequence[TensorSpec]) -> list[int]:
