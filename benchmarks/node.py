@@ -14,7 +14,7 @@ median of the steps [20-80 %] after a warm-up.
     MFU, HFU         model and hardware FLOPs (with what is recomputed) / seconds / ranks / what a large product
                      reaches on one rank in the same run
     weak scaling     TFLOP/s a rank over those of the preset of one rank, as in Shoeybi et al. 2019
-    breakdown        benchmarking.step_breakdown says what the parts are; means over the ranks
+    breakdown        observe.step_breakdown says what the parts are; means over the ranks
 
 What a preset needs is known before it starts: too few ranks or too little memory is a line, and so is a rank that
 fails. The results file is written after every preset, and Ctrl-C keeps it; `fused-megatron report` shows it again.

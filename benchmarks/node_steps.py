@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.benchmarking.step_breakdown import StepBreakdown
 from fused_megatron.benchmarking.timing_devices import TimingDevice
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.collectives.together import gather_json
@@ -23,6 +22,7 @@ from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import cut_stages
+from fused_megatron.observe.step_breakdown import StepBreakdown
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.train import build_model
@@ -94,7 +94,7 @@ def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: i
         (trainer,) = made
         for _ in range(warm_up - 1):
             trainer.train_step()
-        breakdown = StepBreakdown(device.device, pipeline=trainer.mesh.pp_size > 1)
+        breakdown = StepBreakdown(device.device)
         seconds, parts = [], []
         for _ in range(steps):
             _meet(device.device)

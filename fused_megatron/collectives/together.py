@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from fused_megatron.checks import InputError, SharedError, SharedInputError, first_line
 from fused_megatron.collectives.groups import Group, group_rank
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 T = TypeVar("T")
 
@@ -52,6 +53,19 @@ def gather_json(value: Any, group: Group) -> list[Any]:
     texts = [torch.empty_like(padded) for _ in range(size)]
     dist.all_gather(texts, padded, group=group)
     return [json.loads(bytes(t[: int(n.item())].cpu().numpy())) for t, n in zip(texts, lengths, strict=True)]
+
+
+def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
+    """Sum x over the ranks, in place and at once: for a few numbers. The process group itself carries them.
+
+    Args:
+        x: [..], contiguous.
+        group: the ranks; None for this one alone.
+
+    Communication: one all-reduce of x.
+    """
+    if group is not None:
+        wait_for(COMMUNICATION, lambda: dist.all_reduce(x, group=group))
 
 
 def gather_outcomes(

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
@@ -19,7 +18,7 @@ from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError
-from fused_megatron.collectives.together import gather_json
+from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.optimizer import Optimizer
@@ -210,8 +209,7 @@ class Trainer:
         """The loss over all data-parallel ranks and whether any rank was asked to stop, in one message."""
         layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
         message = torch.stack([loss_sum / layer_ranks, loss_sum.new_tensor(float(self._stop_requested))])
-        if self.mesh.world_size > 1:
-            dist.all_reduce(message)
+        sum_over_ranks_(message, world_group())
         loss, stops = message.tolist()
         return loss, stops > 0
 

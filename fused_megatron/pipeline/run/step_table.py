@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
 
 
@@ -72,7 +73,7 @@ class StepTable:
             try:
                 if work is not None:
                     with lost_peers():
-                        work.wait()
+                        wait_for(COMMUNICATION, lambda: work.wait())
             finally:
                 del work  # else the traceback of an error would hold the connections open
             failed = self._numbers[-self._num_ranks :].nonzero()
