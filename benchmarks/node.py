@@ -45,10 +45,10 @@ from fused_megatron.benchmarking.timing_devices import CpuDevice, CudaDevice, Ti
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.doctor.machine import processor_name
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.observe.processor import processor_name
 from fused_megatron.planning.rank_memory import rank_memory
-from fused_megatron.training.kept_pages import keep_malloc_pages
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"

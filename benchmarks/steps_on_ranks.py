@@ -25,9 +25,9 @@ from fused_megatron.benchmarking.exact_results import MESSAGE_CHARACTERS
 from fused_megatron.benchmarking.side_by_side import Comparison
 from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.checks import first_line
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
-from fused_megatron.training.kept_pages import keep_malloc_pages
 
 Parts = dict[str, float]
 

@@ -19,8 +19,8 @@ from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
-from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
