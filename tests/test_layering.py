@@ -23,7 +23,7 @@ LAYERS = [
     {"sharding"},
     {"collectives", "mesh"},
     {"ops", "observe"},
-    {"kernels", "extension", "reference", "config", "weight_files", "durable", "_dataset_index"},
+    {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
     {"checks"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fused_megatron.checks import check
+from fused_megatron.checks import SharedError, check
 from fused_megatron.pipeline.run.faults import PeerLost, print_fault
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute
@@ -140,7 +140,7 @@ class ActionLoop:
                     observe(action, start, time.perf_counter())
                 messages.retire()
             except BaseException as error:
-                if not isinstance(error, PeerLost) and not getattr(error, "on_every_rank", False):
+                if not isinstance(error, PeerLost) and not isinstance(error, SharedError):
                     print_fault(self._schedule, self._rank, action, error)
                 raise
         self.at = None

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.observe.waits import BUBBLE, wait_for
 from fused_megatron.pipeline.run.channels import ChannelKey, Channels, Transport, make_group
 from fused_megatron.pipeline.run.faults import FaultRecord, PipelineError, lost_peers
 from fused_megatron.pipeline.run.step_table import StepTable
@@ -65,13 +66,17 @@ class Connections:
             return values
         if self.device.type == "cuda":  # on the stream: the host goes on
             with lost_peers():
-                dist.broadcast(values, group_src=self._last, group=self._pp_group)
+                wait_for(BUBBLE, lambda: dist.broadcast(values, group_src=self._last, group=self._pp_group))
             return values
+        with lost_peers():
+            wait_for(BUBBLE, lambda: self._broadcast(values))
+        return values
+
+    def _broadcast(self, values: torch.Tensor) -> None:
+        """Over the control group, which no frame of a traceback may hold: it must close where this lets go of it."""
         options = dist.BroadcastOptions()
         options.rootRank = self._last
-        with lost_peers():
-            self._control.broadcast([values], options).wait()
-        return values
+        self._control.broadcast([values], options).wait()
 
     def fault(self, lost: int | None, error: Exception, action: str | None) -> PipelineError:
         """What to raise where a message did not come: the first fault of the pipeline, or that a rank is gone."""

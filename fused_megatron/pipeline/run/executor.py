@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, SharedInputError, first_line
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.overlap.weight_gradients import DeferredWeightGradients
 from fused_megatron.pipeline.run.action_loop import ActionLoop, Hooks, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
 from fused_megatron.pipeline.run.executor_checks import check_pipeline, check_step, stage_device
-from fused_megatron.pipeline.run.faults import PeerLost, first_line
+from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute
@@ -191,11 +191,8 @@ class PipelineExecutor:
             losses = loop.run(step, connections.table.shape_ids, training)
             count = len(self.schedule.microbatches)
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
-        except InputError as error:
-            if error.on_every_rank:  # before anything was sent: the pipeline stays of use
-                loop.clear()
-            else:  # of a stage or the caller's functions
-                self._give_up(error)
+        except SharedInputError:  # before anything was sent: the pipeline stays of use
+            loop.clear()
             raise
         except PeerLost as lost:
             fault = connections.fault(lost.rank, lost, str(loop.at) if loop.at else None)

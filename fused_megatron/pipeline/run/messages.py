@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from fused_megatron.checks import dtype_name
+from fused_megatron.observe.waits import BUBBLE, wait_for
 from fused_megatron.pipeline.run.channels import BACKWARD_DIRECTION, FORWARD_DIRECTION, Pending, Transport
 from fused_megatron.pipeline.run.faults import lost_peers
 from fused_megatron.pipeline.schedule.action import RECV_F, SEND_F, SENDS, Action, Schedule
@@ -124,7 +126,7 @@ class Messages:
             self._advance(self._unposted[channel_of(self._schedule, action)], wanted=arrival)
         assert arrival.tensors is not None, f"{action} stands before what its shape follows from"
         for pending in arrival.pending:
-            self._wait(pending.wait, arrival.source)
+            self._await(pending, arrival.source)
         return arrival.tensors
 
     def _advance(self, unposted: deque[_Arrival], wanted: _Arrival | None = None) -> None:
@@ -143,7 +145,7 @@ class Messages:
                 arrival.header = (self._receive(arrival, buffer, _TENSORS_PER_MESSAGE - 1), buffer)
             if wanted is None:
                 return
-            self._wait(arrival.header[0].wait, arrival.source)
+            self._await(arrival.header[0], arrival.source)
             self._specs[arrival.key] = _decode(arrival.header[1].tolist())
 
     def _post(self, arrival: _Arrival, specs: tuple[TensorSpec, ...]) -> None:
@@ -179,6 +181,10 @@ class Messages:
         self._arriving.clear()
         self._unposted.clear()
 
+    def _await(self, pending: Pending, rank: int) -> None:
+        """Until a message of another stage is there."""
+        self._wait(lambda: wait_for(BUBBLE, pending.wait), rank)
+
     @staticmethod
     def _wait(wait: Callable[[], bool | None], rank: int) -> bool | None:
         with lost_peers(rank):
@@ -190,7 +196,7 @@ def _direction(action: Action) -> str:
 
 
 def _shown(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(f"{str(spec.dtype).removeprefix('torch.')}{list(spec.shape)}" for spec in specs) or "nothing"
+    return ", ".join(f"{dtype_name(spec.dtype)}{list(spec.shape)}" for spec in specs) or "nothing"
 
 
 def _encode(specs: Sequence[TensorSpec]) -> list[int]:

@@ -5,8 +5,8 @@ import time
 
 import torch.distributed as dist
 
-from fused_megatron.collectives.gather_json import gather_json
 from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.pipeline.schedule.action import COMPUTE, REDUCE_GRAD, REDUCE_TIED, UPDATE, Action, live_activations
 from fused_megatron.pipeline.view.simulation import Event, Timeline
 

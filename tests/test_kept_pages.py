@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_megatron import cli
-from fused_megatron.training import kept_pages
+from fused_megatron import cli, kept_pages
 
 # The module by itself: it needs no torch, and neither does the measurement.
 MEASURE = """
