@@ -1,6 +1,6 @@
 #pragma once
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 // Copies of 16 bytes from global to shared memory that go around the registers (cp.async): a thread asks for rows that
 // it needs later, and holds nothing meanwhile. A thread sees its own copies after wait_for_copies, without a barrier.

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "norm_rows.cuh"
+#include "norm/rows.cuh"
 
 // Rows that are wider than the registers of a block: after the first time they are read from the caches. Any dtype and
 // address; kCount is 4 where rows are aligned, else 1.

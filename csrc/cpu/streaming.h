@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "multiversion.h"
+#include "cpu/multiversion.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <tuple>
 
-#include "activation_tensors.h"
-#include "cpu_column_sums.h"
-#include "cpu_numbers.h"
-#include "cpu_parameter.h"
-#include "cpu_streaming.h"
-#include "multiversion.h"
+#include "activation/tensors.h"
+#include "cpu/column_sums.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
+#include "cpu/parameter.h"
+#include "cpu/streaming.h"
 
 #define FM_ACTIVATION FM_INLINE
 namespace fm {
@@ -42,7 +42,7 @@ FM_INLINE float activation_exp2(float w) {
 FM_INLINE float activation_reciprocal(float x) { return 1.0f / x; }
 
 }  // namespace fm
-#include "activations.h"
+#include "activation/functions.h"
 
 namespace fm {
 

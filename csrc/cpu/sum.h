@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "multiversion.h"
+#include "cpu/multiversion.h"
 
 namespace fm {
 

@@ -12,7 +12,7 @@
 
 #ifdef FM_EMULATION
 
-#include "cuda_emulation.h"
+#include "emulation/cuda.h"
 
 #define FM_DEVICE inline
 #define FM_LAUNCH_DYNAMIC(kernel, grid, block, bytes, stream, ...)                                       \

@@ -2,7 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "device_numbers.cuh"
+#include "cuda/numbers.cuh"
 #include "tensor_checks.h"
 
 #ifndef FM_EMULATION

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "cpu_numbers.h"
+#include "cpu/numbers.h"
 #include "tensor_checks.h"
 
 namespace fm {

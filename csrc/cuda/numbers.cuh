@@ -2,12 +2,12 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 #ifdef FM_EMULATION
 #include <cmath>
 
-#include "cpu_numbers.h"
+#include "cpu/numbers.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

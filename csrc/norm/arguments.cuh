@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "device_numbers.cuh"
+#include "cuda/numbers.cuh"
 
 // What the kernels of layer_norm (centred) and rms_norm take: plain pointers, no torch. All matrices are [rows, width].
 // dtype: of x, y, dy and dx; stream_dtype: of what is normalised, that is of residual, total, dtotal and dresidual.

@@ -4,7 +4,7 @@
 //
 // Kernels are compiled so that they call the functions at the end of this file before each access of memory; those ask
 // AddressSanitizer, where its allocator is loaded, whether the bytes belong to anyone.
-#include "cuda_emulation.h"
+#include "emulation/cuda.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -15,10 +15,10 @@
 #include <string>
 #include <vector>
 
-#include "cuda_emulation_counts.h"
-#include "cuda_emulation_fibers.h"
-#include "cuda_emulation_names.h"
-#include "cuda_emulation_sanitizer.h"
+#include "emulation/counts.h"
+#include "emulation/fibers.h"
+#include "emulation/names.h"
+#include "emulation/sanitizer.h"
 
 dim3 gridDim, blockDim, blockIdx, threadIdx;
 

@@ -4,9 +4,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cpu_numbers.h"
-#include "cpu_sum.h"
-#include "multiversion.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
+#include "cpu/sum.h"
 
 // The rows of layer_norm (kCentred) and rms_norm on the CPU. T: x, y, dy, dx; S: residual, total, dtotal, dresidual.
 namespace fm {

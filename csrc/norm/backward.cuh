@@ -2,8 +2,8 @@
 
 #include <type_traits>
 
-#include "column_sums.cuh"
-#include "norm_rows.cuh"
+#include "cuda/column_sums.cuh"
+#include "norm/rows.cuh"
 
 namespace fm {
 

@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "device_numbers.cuh"
+#include "cuda/numbers.cuh"
 
 // Memory accesses of 128 bits where address and width allow it, of one element where they do not.
 namespace fm {

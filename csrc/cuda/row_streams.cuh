@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-#include "async_copy.cuh"
-#include "device_numbers.cuh"
-#include "vector_access.cuh"
+#include "cuda/async_copy.cuh"
+#include "cuda/numbers.cuh"
+#include "cuda/vector_access.cuh"
 
 // A matrix as a kernel reads and writes it: kCount neighbouring columns at a time, which wait in kSlots slots of shared
 // memory between fetching and use. A thread's slots lie `stride` slots apart, so that neighbouring threads' slots are

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "multiversion.h"
+#include "cpu/multiversion.h"
 
 // Elementary functions without branches or calls, so that loops over them vectorise.
 namespace fm {

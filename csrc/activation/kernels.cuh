@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "column_sums.cuh"
-#include "vector_access.cuh"
+#include "cuda/column_sums.cuh"
+#include "cuda/vector_access.cuh"
 
 #define FM_ACTIVATION FM_DEVICE
 namespace fm {
@@ -12,7 +12,7 @@ FM_DEVICE float activation_clamp(float u, float limit) { return fminf(fmaxf(u, -
 FM_DEVICE float activation_exp2(float w) { return fast_exp2(w); }
 FM_DEVICE float activation_reciprocal(float x) { return fast_reciprocal(x); }
 }  // namespace fm
-#include "activations.h"
+#include "activation/functions.h"
 
 namespace fm {
 

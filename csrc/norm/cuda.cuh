@@ -1,10 +1,10 @@
 #pragma once
 
-#include "launch_checks.h"
-#include "norm_backward.cuh"
-#include "norm_forward.cuh"
-#include "norm_inputs.h"
-#include "norm_looped.cuh"
+#include "cuda/launch_checks.h"
+#include "norm/backward.cuh"
+#include "norm/forward.cuh"
+#include "norm/inputs.h"
+#include "norm/looped.cuh"
 
 // layer_norm (kCentred) and rms_norm on the GPU: tensors in, tensors out.
 namespace fm {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 // Sums over the threads of one row, in a fixed order, known to every thread of the row afterwards.
 namespace fm {

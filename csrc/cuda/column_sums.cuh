@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "device_numbers.cuh"
+#include "cuda/numbers.cuh"
 
 // The second half of a sum over rows: every block of the first kernel left one row of float32 partial sums; they are
 // added here in a fixed order, without atomics, and rounded once.

@@ -2,7 +2,7 @@
 
 #include <type_traits>
 
-#include "norm_rows.cuh"
+#include "norm/rows.cuh"
 
 namespace fm {
 

@@ -2,9 +2,9 @@
 
 #include <tuple>
 
-#include "activation_kernels.cuh"
-#include "activation_tensors.h"
-#include "launch_checks.h"
+#include "activation/kernels.cuh"
+#include "activation/tensors.h"
+#include "cuda/launch_checks.h"
 
 // The torch side of the CUDA kernels of bias_gelu, bias_swiglu and bias_geglu.
 namespace fm {

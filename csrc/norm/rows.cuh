@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "norm_kernels.cuh"
-#include "row_reduction.cuh"
-#include "row_streams.cuh"
+#include "cuda/row_reduction.cuh"
+#include "cuda/row_streams.cuh"
+#include "norm/arguments.cuh"
 
 // How rows are dealt to threads, forward and backward. A block has 16 warps and stays on its multiprocessor; kWarps of
 // them share a row, so kGroups rows are in work at a time, and the next ones are on their way to shared memory. A

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "cpu_column_sums.h"
-#include "cpu_parameter.h"
-#include "norm_inputs.h"
-#include "norm_rows_cpu.h"
+#include "cpu/column_sums.h"
+#include "cpu/parameter.h"
+#include "norm/cpu_rows.h"
+#include "norm/inputs.h"
 
 // layer_norm (kCentred) and rms_norm on the CPU: tensors in, tensors out.
 namespace fm {

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "multiversion.h"
+#include "cpu/multiversion.h"
 
 #define FM_PHILOX FM_INLINE
 #include "philox.h"

@@ -3,7 +3,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "multiversion.h"
+#include "cpu/multiversion.h"
 
 // 16-bit floats on the CPU: their conversions, exact for every value (subnormals, inf, NaN) and the same, bit for bit,
 // on every processor. Integer and float32 operations alone, none of which meets a subnormal float32 (slow): compilers
