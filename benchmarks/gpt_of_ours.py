@@ -13,9 +13,9 @@ from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models.stage_cut import cut_stages
-from fused_megatron.pipeline import Action
+from fused_megatron.pipeline import Action, StageFunctions
 from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import COMPUTE, WEIGHT_GRAD
+from fused_megatron.pipeline.schedule.action import COMPUTE, Kind
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.training.train import build_model
 
@@ -33,7 +33,7 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
     load(parameters, weights)
     gradients = GradientBuckets({i: list(stage.parameters()) for i, stage in model.stages.items()}, mesh.dp_group)
     schedule = plan.schedule(layout.microbatches)
-    splits_backward = any(a.kind == WEIGHT_GRAD for actions in schedule.actions for a in actions)
+    splits_backward = any(a.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for a in actions)
     step = TrainingStep(lambda tokens, target: None, schedule)
 
     def observe(action: Action, start: float, end: float) -> None:
@@ -43,9 +43,9 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
     executor = PipelineExecutor(
         schedule, model.stages, pp_group=mesh.pp_group,
         loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
-        tied=model.tied(), reduce_gradients=gradients.reduce, observe=observe if layout.pp > 1 else None,
+        tied=model.tied(), hooks=StageFunctions(reduce=gradients.reduce), observe=observe if layout.pp > 1 else None,
     )  # fmt: skip
-    optimizer = Optimizer(parameters, gradients, config.optimizer)
+    optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
 
     def run(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         step.actions.clear()

@@ -21,12 +21,14 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.training_data import TrainingData
+from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchPosition
 from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import WEIGHT_GRAD
+from fused_megatron.pipeline.run.stage_hooks import StageFunctions
+from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.launch import world_group
@@ -69,9 +71,13 @@ class Trainer:
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
-        self.config, self.mesh, self.plan, self.model, self.data, self.run_folder, self.reporter = (
-            config, mesh, plan, model, data, run, reporter,
-        )  # fmt: skip
+        self.config = config
+        self.mesh = mesh
+        self.plan = plan
+        self.model = model
+        self.data = data
+        self.run_folder = run
+        self.reporter = reporter
         self.parameters = model.parameters_by_name()
         self.device = next(iter(self.parameters.values())).device
         self.gradients = GradientBuckets(
@@ -81,17 +87,17 @@ class Trainer:
         )
         training = config.training
         schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
-        self._splits_backward = any(a.kind == WEIGHT_GRAD for actions in schedule.actions for a in actions)
+        self._splits_backward = any(a.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for a in actions)
         self.executor = PipelineExecutor(
             schedule,
             model.stages,
             pp_group=mesh.pp_group,
             loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
             tied=model.tied(),
-            reduce_gradients=self.gradients.reduce,
+            hooks=StageFunctions(reduce=self.gradients.reduce),
             timeout_s=config.parallel.timeout_s,
         )
-        self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
+        self.optimizer = Optimizer(self.parameters, self.gradients.by_name(self.parameters), config.optimizer)
         self.progress = Progress()
         self._stop_requested = False
         self._step_times: deque[float] = deque(maxlen=20)
@@ -200,8 +206,7 @@ class Trainer:
         return self.executor.step(
             inputs,
             targets,
-            # Divided once, by the targets of the whole step: ranks and microbatches then simply add up.
-            loss_divisor=training.global_batch_size * self.data.targets_per_sample,
+            loss_divisor=gradient_divisor(training.global_batch_size, self.data.targets_per_sample),
             stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 
