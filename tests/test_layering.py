@@ -1,4 +1,4 @@
-"""The picture of the layers (docs/architecture.md): a row imports only rows below it, wherever the import stands."""
+"""Start here when an import goes up the picture of the layers (docs/architecture.md)."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Schedules in time: real ranks whose stages sleep, against the simulator."""
+"""Start here when `make bench-pipeline` measures another bubble or memory than the simulator predicts."""
 
 import json
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Our optimizer against torch.optim.AdamW in float64, and what a checkpoint keeps of it."""
+"""Start here when our AdamW drifts from torch.optim.AdamW, or a checkpoint loses its state."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What may pass between stages: tuples, integers, masks, views, nothing at all; and what is kept of it."""
+"""Start here when a tensor between pipeline stages arrives changed, or is kept too long."""
 
 import weakref
 

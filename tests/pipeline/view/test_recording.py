@@ -1,3 +1,5 @@
+"""Start here when a recorded timeline of real ranks is out of order."""
+
 import pytest
 import torch
 from torch import nn
