@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_rank
+from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.tensor_parallel import parameter_parts
 
@@ -35,8 +36,7 @@ def global_gradient_norm(
             if part.shard.copy == 0 and (first or not part.shard.replicated):
                 squares += _sum_of_squares(part.of(gradients[parameter]))
     for group in (tp_group, pp_group):
-        if group is not None:
-            dist.all_reduce(squares, group=group)
+        sum_over_ranks_(squares, group)
     return squares.sqrt()
 
 
