@@ -85,7 +85,7 @@ def test_values_and_gradients(name, layout):
         (2, (1, 4, 3), 1, torch.float64),
         (2, (4, 0, 3), 0, torch.float32),
     ]:
-        run_on_ranks(one_pair, ranks, name, shape, dim, dtype, layout, timeout_s=10)
+        run_on_ranks(one_pair, ranks, name, shape, dim, dtype, layout)
 
 
 def refuse_uneven(rank, world_size):
