@@ -109,5 +109,5 @@ def dies_inside(rank, ranks, number):
 @pytest.mark.parametrize("number", [2, 25])
 def test_a_rank_that_dies_inside_leaves_an_error_and_no_hang(number):
     with pytest.raises(RankError, match="rank 1 died with exit code 7") as info:
-        run_on_ranks(dies_inside, 2, number, timeout_s=30)
+        run_on_ranks(dies_inside, 2, number)
     assert set(info.value.errors) == {0} and info.value.silent == ()
