@@ -72,6 +72,6 @@ def test_it_answers_in_under_a_second_without_torch() -> None:
         # Of the processor: other processes on the machine must not count.
         "assert 'torch' not in sys.modules; print(time.process_time())"
     )
-    outputs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout]
-    outputs += [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout]
+    outputs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600).stdout]
+    outputs += [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600).stdout]
     assert min(float(output.split()[-1]) for output in outputs) < 1.0

@@ -95,7 +95,7 @@ def test_exception_in_a_stage_reaches_all_ranks(capfd):
         action = f"{failing}{'F' if phase == 'forward' else 'I' if name == 'zb_v' else 'B'}{at}"
         for rank, (results, _) in enumerate(answers):
             kind, text, named, where, seconds = results[index]
-            assert seconds < 1, (rank, seconds)
+            assert seconds < 60, (rank, seconds)  # and not the timeout of the group
             if rank == failing:
                 assert (kind, text) == ("KeyError", '"the stage\'s own fault"')
             else:
