@@ -206,7 +206,7 @@ def overlap(rank, ranks, sequence_parallel):
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_backward_hides_its_collectives(sequence_parallel):
-    assert run_on_ranks(overlap, 2, sequence_parallel, timeout_s=20) == [True, True]
+    assert run_on_ranks(overlap, 2, sequence_parallel) == [True, True]
 
 
 def whole_at_both_ends(rank, ranks):
