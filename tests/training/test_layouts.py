@@ -44,7 +44,7 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
     """A run of seconds; `changes` are fields of any section."""
     sections: dict[str, Any] = {
         "model": GPTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=24),
-        "parallel": ParallelConfig(timeout_s=30),
+        "parallel": ParallelConfig(timeout_s=120),
         "data": DataConfig(path=str(text), cache_folder=str(text.parent / "cache"), tokenizer_vocab_size=300),
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5),
         "training": TrainingConfig(
@@ -64,7 +64,7 @@ def run_training(rank: int, world_size: int, config: TrainConfig) -> None:
 
 def trained(text: Path, run: Path, world_size: int = 1, **changes: Any) -> list[dict[str, Any]]:
     """The metrics of a run on so many ranks."""
-    run_on_ranks(run_training, world_size, config_for(text, run, **changes), timeout_s=120)
+    run_on_ranks(run_training, world_size, config_for(text, run, **changes), timeout_s=300)
     return RunFolder(run).read_metrics()
 
 
@@ -265,7 +265,7 @@ def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
 ) -> None:
     layout = {"tensor_parallel_size": 2, "sequence_parallel": sequence_parallel}
     config = config_for(text, tmp_path, num_steps=20, **layout, **changes)
-    ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=120)
+    ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=300)
     assert len(ranks[0]) > 20
     assert not changes or "grad blocks.1.attention.query_key_value.weight.key" in ranks[0]
     for i, mine in enumerate(ranks):
@@ -300,7 +300,7 @@ def test_mistakes_reach_every_rank(
 ) -> None:
     run = one_process[0] if "hidden_size" in changes else tmp_path
     with pytest.raises(RankError) as caught:
-        run_on_ranks(run_training, 2, config_for(text, run, **changes), timeout_s=60)
+        run_on_ranks(run_training, 2, config_for(text, run, **changes), timeout_s=300)
     assert all(message in str(caught.value.errors[rank]) for rank in (0, 1))
 
 
@@ -325,7 +325,7 @@ def test_checkpoint_from_before_a_setting_existed(
 
 def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
-        run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=60)
+        run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=300)
     for rank in (0, 1):
         assert "training.num_steps=30 on rank 0 but 31 on rank 1" in str(caught.value.errors[rank])
 
@@ -355,7 +355,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
 ) -> None:
     with pytest.raises(RankError) as caught:
         config = config_for(text, tmp_path, **{f"{axis}_parallel_size": 2})
-        run_on_ranks(poisoned, 2, config, kind, timeout_s=60)
+        run_on_ranks(poisoned, 2, config, kind, timeout_s=300)
     texts = [str(caught.value.errors[rank]) for rank in (0, 1)]
     assert all(text.startswith("step 13: loss=") for text in texts)
     assert kind != "gradient" or all("first such gradient: position_embedding on rank 0" in text for text in texts)
@@ -387,7 +387,7 @@ def killed(rank: int, world_size: int, config: TrainConfig) -> None:
 def test_every_rank_names_one_that_was_killed_and_the_run_resumes(text: Path, tmp_path: Path) -> None:
     changes = {"num_steps": 6, "checkpoint_interval": 3, "pipeline_parallel_size": 2, "data_parallel_size": 2}
     with pytest.raises(RankError):
-        run_on_ranks(killed, 4, config_for(text, tmp_path, **changes), timeout_s=60)
+        run_on_ranks(killed, 4, config_for(text, tmp_path, **changes), timeout_s=300)
     # Rank 0 exchanges nothing with rank 3: it only sees 1 and 2 leave.
     for rank in range(3):
         assert "lost contact with rank 3 (" in (tmp_path / f"rank-{rank}").read_text()
