@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def run_tests(paths: list[Path], environment: Mapping[str, str], *, timeout_s: float = 300.0) -> int:
+def run_tests(paths: list[Path], environment: Mapping[str, str], *, timeout_s: float = 1200.0) -> int:
     """Run pytest on files; the number of tests that passed.
 
     Args:

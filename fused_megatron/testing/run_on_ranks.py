@@ -44,7 +44,7 @@ class RankError(RuntimeError):
 
 
 def run_on_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0, backend: str = "gloo"
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0, backend: str = "gloo"
 ) -> list[Any]:
     """Call fn(rank, world_size, *args) on world_size new processes that form the default process group.
 

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import stat
-import time
 from pathlib import Path
 
 import pytest
@@ -61,23 +60,26 @@ def test_a_failed_build_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["name.lock"]
 
 
-def _slow_build(folder):
-    time.sleep(0.3)
-    write(folder, f"built by {os.getpid()}")
+def _build_and_report(cache, queue, someone_waits, builds_alone=False):
+    def build(folder):
+        assert builds_alone or someone_waits.wait(300)
+        write(folder, f"built by {os.getpid()}")
 
+    def on_wait():
+        waited.append(1)
+        someone_waits.set()
 
-def _build_and_report(cache, queue):
     waited = []
-    result = build_once(cache, "name", _slow_build, load, on_wait=lambda: waited.append(1))
+    result = build_once(cache, "name", build, load, on_wait=on_wait)
     queue.put((result, len(waited)))
 
 
 def test_one_of_many_processes_builds(tmp_path):
-    queue = processes.Queue()
-    workers = [processes.Process(target=_build_and_report, args=(tmp_path, queue)) for _ in range(5)]
+    queue, someone_waits = processes.Queue(), processes.Event()
+    workers = [processes.Process(target=_build_and_report, args=(tmp_path, queue, someone_waits)) for _ in range(5)]
     for worker in workers:
         worker.start()
-    reports = [queue.get(timeout=60) for _ in workers]
+    reports = [queue.get(timeout=600) for _ in workers]
     for worker in workers:
         worker.join(60)
     assert len({result for result, _ in reports}) == 1
@@ -98,14 +100,14 @@ def test_a_killed_builder_holds_nobody_up(tmp_path):
     ready = processes.Event()
     victim = processes.Process(target=_build_and_die, args=(tmp_path, ready))
     victim.start()
-    assert ready.wait(60)
-    queue = processes.Queue()
-    waiter = processes.Process(target=_build_and_report, args=(tmp_path, queue))
+    assert ready.wait(300)
+    queue, waits = processes.Queue(), processes.Event()
+    waiter = processes.Process(target=_build_and_report, args=(tmp_path, queue, waits, True))
     waiter.start()
-    time.sleep(0.2)
+    assert waits.wait(300)
     assert waiter.is_alive() and load(tmp_path / "name") is None
     os.kill(victim.pid, signal.SIGKILL)
-    assert queue.get(timeout=60) == (f"built by {waiter.pid}", 1)
+    assert queue.get(timeout=600) == (f"built by {waiter.pid}", 1)
     victim.join(60)
     waiter.join(60)
     # What the victim left behind is gone.

@@ -127,7 +127,7 @@ def test_arrays_outlive_the_dataset(tmp_path):
         "kept = [IndexedDataset(sys.argv[1])[i] for i in (0, 49)]\ngc.collect()\n"
         "assert sum(int(a.sum()) for a in kept) == 999000\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "data")], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "data")], check=True, timeout=600)
     array = IndexedDataset(tmp_path / "data")[3]
     gc.collect()
     assert int(array.sum()) == 499500
@@ -260,7 +260,7 @@ def test_file_size_limit_is_an_error(tmp_path):
         "except InputError as error: print(error)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "data")]
-    output = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, timeout=600, capture_output=True, text=True).stdout
     assert f"cannot be written ({os.strerror(errno.EFBIG)})" in output
     assert list(tmp_path.iterdir()) == []
 

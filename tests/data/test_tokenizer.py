@@ -78,7 +78,7 @@ def test_deterministic_across_processes(path, tmp_path):
         f"train_tokenizer({TEXTS!r}, 300, sys.argv[1])"
     )
     again = tmp_path / "again.json"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(again)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(again)], check=True, timeout=600)
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -80,10 +80,10 @@ def test_one_thread_a_rank():
 def test_error_of_one_rank_is_raised_with_its_traceback():
     start = time.monotonic()
     with pytest.raises(RankError, match="rank 1 raised") as info:
-        run_on_ranks(fail_on_rank_1, 2)
+        run_on_ranks(fail_on_rank_1, 2, timeout_s=600)
     assert "banana=3 must be even" in str(info.value) and "fail_on_rank_1" in str(info.value)
     assert isinstance(info.value.errors[1], InputError)
-    assert time.monotonic() - start < 30  # the other rank sits in a barrier whose own timeout is 60 s
+    assert time.monotonic() - start < 300  # the other rank sits in a barrier whose own timeout is 600 s
     assert run_on_ranks(threads, 2) == [1, 1]  # the failure does not reach the next call
 
 
@@ -94,8 +94,8 @@ def test_errors_of_all_ranks():
 
 
 def test_hang_names_the_rank(capfd):
-    with pytest.raises(RankError, match=r"rank 2 did not answer within timeout_s=1.5 and was killed") as info:
-        run_on_ranks(hang_on_rank_2, 3, timeout_s=1.5)
+    with pytest.raises(RankError, match=r"rank 2 did not answer within timeout_s=6 and was killed") as info:
+        run_on_ranks(hang_on_rank_2, 3, timeout_s=6)
     assert info.value.silent == (2,)
     assert "hang_on_rank_2" in capfd.readouterr().err  # its stack
 
@@ -142,7 +142,7 @@ def test_ranks_die_with_the_parent(tmp_path):
 
 
 def wait_for(get, still=lambda: True):
-    end = time.monotonic() + 40
+    end = time.monotonic() + 300
     while True:
         try:
             return get()
