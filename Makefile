@@ -9,6 +9,7 @@ RANKS ?= 2
 export FUSED_MEGATRON_CUDA
 
 BIN := .venv/bin
+BEGUN := $(shell date +%s)
 # No network but for packages, no question asked, nothing said unless it fails.
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 
@@ -37,9 +38,13 @@ train: .venv/built
 	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) \
 	    -m fused_megatron train $(CONFIG) $(ARGS)
 
-# Whole files to each of a few workers: tests start ranks of their own, and share what a file sets up.
+# Whole files to each of a few workers: tests start ranks of their own, and share what a file sets up. In the order of
+# the folders: tests/audit, whose few tests are the longest, begins. Set-up (what is built once) is reported apart.
 test: .venv/built
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m fused_megatron.audit.cuda_emulation
+	@echo "fused-megatron: set-up took $$(( $$(date +%s) - $(BEGUN) )) s; tests:"
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	    --durations 10 --durations-min 1 $(ARGS)
 
 lint: .venv/installed
 	@$(BIN)/ruff check .

@@ -14,5 +14,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import torch
 
+# Files that take longest: begun first, so that no worker is left with one of them at the end.
+LONG = ("tests/audit/", "tests/training/", "tests/test_")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 # Two threads in the process of the tests itself, so that the kernels' threaded paths run.
 torch.set_num_threads(2)

@@ -135,3 +135,7 @@ def _make(result: Path, command: list[str]) -> None:
         errors = "\n".join(re.findall(r"^.*(?:error|undefined).*$", done.stderr, re.MULTILINE)[:20])
         raise AssertionError(f"{result.name}: the host compiler fails:\n{errors or done.stderr[-4000:]}")
     part.replace(result)
+
+
+if __name__ == "__main__" and host_compiler() is not None:
+    build_emulation()  # make test does it first: a minute, the first time
