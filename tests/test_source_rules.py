@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ FOLDERS = ("fused_megatron", "kernels", "csrc", "tests", "benchmarks", "examples
 FILE_LINES = {".py": 500, ".cpp": 300, ".cu": 300, ".h": 300, ".cuh": 300}
 FUNCTION_LINES = 60
 KERNEL_LINES = 120
+# Of a Python file: a question, not a fault.
+MANY_LINES = 400
+# How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
+FMT_SKIPS = 211
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 
 
@@ -70,11 +75,34 @@ def cuda_faults(text: str) -> list[str]:
     return found
 
 
+def docstring_faults(path: Path, text: str) -> list[str]:
+    """A test file says which symptom brings a reader there."""
+    if not (path.name.startswith("test_") and path.suffix == ".py"):
+        return []
+    first = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    return [] if first.startswith("Start here when ") else ["the docstring must begin with 'Start here when ...'"]
+
+
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_file_keeps_the_rules(path):
     text = (ROOT / path).read_text(encoding="utf-8")
-    specific = python_faults(text) if path.suffix == ".py" else cuda_faults(text)
+    specific = python_faults(text) + docstring_faults(path, text) if path.suffix == ".py" else cuda_faults(text)
     assert name_faults(path) + length_faults(path.suffix, text) + specific == []
+    if path.suffix == ".py" and (lines := len(text.splitlines())) > MANY_LINES:
+        warnings.warn(f"{path}: {lines} lines; can it be two files of one idea each?", stacklevel=1)
+
+
+def test_no_more_lines_are_kept_from_the_formatter():
+    skip = "# fmt: " + "skip"
+    found = sum((ROOT / path).read_text(encoding="utf-8").count(skip) for path in sources() if path.suffix == ".py")
+    assert found <= FMT_SKIPS, "let ruff format it: a long call reads well with an argument a line"
+
+
+def test_a_test_file_without_its_symptom_is_found():
+    path = Path("tests/ops/test_norm.py")
+    assert docstring_faults(path, '"""Start here when it breaks."""') == []
+    assert docstring_faults(Path("tests/conftest.py"), "x = 1") == []
+    assert len(docstring_faults(path, '"""It works."""')) == len(docstring_faults(path, "x = 1")) == 1
 
 
 def function(lines: int, docstring: str = "", decorator: str = "") -> str:
