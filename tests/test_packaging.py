@@ -98,7 +98,9 @@ def test_make_installs_the_build_requirements():
     assert {re.match(r"\w+", word.strip('"')).group() for word in step.split()[1:]} == names | {"pip"}
 
 
-@pytest.mark.parametrize("variable", ["FUSED_MEGATRON_CUDA", "FUSED_MEGATRON_COMPILE"])
+@pytest.mark.parametrize(
+    "variable", ["FUSED_MEGATRON_CUDA", pytest.param("FUSED_MEGATRON_COMPILE", marks=pytest.mark.slow)]
+)
 def test_a_misspelt_choice_is_one_clear_line(variable):
     environment = {**os.environ, variable: "yes"}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

@@ -3,8 +3,8 @@
 Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
 
 What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
-grid: every split of 8, 64 and 512 ranks with tensor- and pipeline-parallel sizes of 1, 2, 4 and 8, each pipeline by
-four schedules; sequence parallelism, recomputation and forms of the model take turns.
+grid: every split of 8 ranks, and behind the slow marker of 64 and 512, with tensor- and pipeline-parallel sizes of 1,
+2, 4 and 8, each pipeline by four schedules; sequence parallelism, recomputation and forms of the model take turns.
 """
 
 import dataclasses
@@ -50,12 +50,18 @@ FORMS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+FEW = (8,)
+on_few_and_on_many_ranks = pytest.mark.parametrize(
+    "worlds", [FEW, pytest.param((64, 512), marks=pytest.mark.slow)], ids=str
+)
+
+
 @cache
-def configs() -> dict[str, TrainConfig]:
-    """Of presets and grid, by name."""
-    found = {name: load_config(path) for name, path in PRESETS.items()}
+def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
+    """Of the grid for these numbers of ranks, and with the few of the presets, by name."""
+    found = {name: load_config(path) for name, path in PRESETS.items()} if worlds == FEW else {}
     sizes = (1, 2, 4, 8)
-    for world, tp, pp in itertools.product((8, 64, 512), sizes, sizes):
+    for world, tp, pp in itertools.product(worlds, sizes, sizes):
         if tp * pp <= world:
             for schedule in ["1f1b", "interleaved_1f1b", "zb_h1", "zb_v"] if pp > 1 else ["1f1b"]:
                 name = f"{world} ranks: tp={tp} pp={pp} {schedule}"
@@ -80,10 +86,10 @@ def small_config(turn: int, tp: int, pp: int, dp: int, schedule: str) -> TrainCo
 
 
 @cache
-def measured() -> list[tuple[str, TrainConfig, dict[int, RankFacts]]]:
+def measured(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, dict[int, RankFacts]]]:
     """(name, config, by place of the pipeline (first, second, last) what a rank there has to do)."""
     dry_run, found = DryRun(), []
-    for name, config in configs().items():
+    for name, config in configs(worlds).items():
         parallel = config.parallel
         pp, ranks_of_a_place = parallel.pipeline_parallel_size, ranks_of_a_stage(parallel)
         places = {
@@ -99,11 +105,11 @@ def ranks_of_a_stage(parallel: ParallelConfig) -> int:
     return parallel.tensor_parallel_size * (parallel.data_parallel_size or 1)
 
 
-def every_stage() -> list[tuple[str, TrainConfig, StageSpan, MicrobatchFacts, MicrobatchFacts]]:
+def every_stage(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, StageSpan, MicrobatchFacts, MicrobatchFacts]]:
     """(name, config, span, what a block keeps and sends, what the ends of the stage do: all but its blocks)."""
     return [
         (name, config, spans[index], rank.block, stage.plus(rank.block, spans[index].start - spans[index].stop))
-        for name, config, places in measured()
+        for name, config, places in measured(worlds)
         for spans in [stage_spans(config, plan_pipeline(config))]
         for rank in places.values()
         for index, stage in rank.stages.items()
@@ -123,12 +129,13 @@ def num_microbatches(config: TrainConfig) -> int:
 
 def test_every_size_of_the_papers_is_there() -> None:
     assert set(PRESETS) == set(BILLIONS)
-    assert len(configs()) - len(PRESETS) == 10 + 6 * 3 + 2 * (16 + 12 * 3)  # the grid: 28 of 8 ranks, 52 of 64 and 512
+    assert len(configs(FEW)) - len(PRESETS) == 10 + 6 * 3
+    assert len(configs((64, 512))) == 2 * (16 + 12 * 3)
 
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_parameters_of_a_preset(name: str) -> None:
-    config, places = {other: (config, places) for other, config, places in measured()}[name]
+    config, places = {other: (config, places) for other, config, places in measured(FEW)}[name]
     model, pp = config.model, config.parallel.pipeline_parallel_size
     h, v, s = model.hidden_size, 51200, model.seq_len
     # A block: 12 h^2 of matrices and 13 h of vectors; the embedding of tokens and positions; the last norm.
@@ -142,8 +149,9 @@ def test_parameters_of_a_preset(name: str) -> None:
     assert whole / 1e9 == pytest.approx(BILLIONS[name], rel=0.002 if name in THREE_D else 0.02)
 
 
-def test_a_rank_holds_what_the_formula_says() -> None:
-    for name, config, places in measured():
+@on_few_and_on_many_ranks
+def test_a_rank_holds_what_the_formula_says(worlds: tuple[int, ...]) -> None:
+    for name, config, places in measured(worlds):
         parallel, training = config.parallel, config.training
         batch = training.microbatch_size * (parallel.data_parallel_size or 1) * parallel.pipeline_parallel_size
         few = dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
@@ -160,8 +168,9 @@ def test_presets_fit_the_gpus_of_the_papers() -> None:
         assert rank_memory(load_config(path)).total / 1e9 < (32 if name in WEAK_SCALING else 80), name
 
 
-def test_activations_are_those_of_the_formula_and_within_the_papers_bound() -> None:
-    for name, config, span, found, _ in every_stage():
+@on_few_and_on_many_ranks
+def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds: tuple[int, ...]) -> None:
+    for name, config, span, found, _ in every_stage(worlds):
         model, parallel = config.model, config.parallel
         ranks, activation = parallel.tensor_parallel_size, activation_bytes(config)
         more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
@@ -178,15 +187,17 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound() -> N
         assert model.recompute != "full" or kept == activation // (ranks if parallel.sequence_parallel else 1), name
 
 
-def test_a_stage_hands_on_what_the_next_one_takes() -> None:
-    for name, config, _, _, ends in every_stage():
+@on_few_and_on_many_ranks
+def test_a_stage_hands_on_what_the_next_one_takes(worlds: tuple[int, ...]) -> None:
+    for name, config, _, _, ends in every_stage(worlds):
         parallel = config.parallel
         rows = config.model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
         assert ends.output_shape == (rows, config.training.microbatch_size, config.model.hidden_size), name
 
 
-def test_groups() -> None:
-    for name, config, places in measured():
+@on_few_and_on_many_ranks
+def test_groups(worlds: tuple[int, ...]) -> None:
+    for name, config, places in measured(worlds):
         parallel = config.parallel
         tp, pp, dp = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size or 1
         for place, rank in places.items():
@@ -200,9 +211,10 @@ def test_groups() -> None:
             assert rank.groups == {axis: ranks for axis, ranks in groups.items() if len(ranks) > 1}, name
 
 
-def test_tensor_parallel_communication() -> None:
+@on_few_and_on_many_ranks
+def test_tensor_parallel_communication(worlds: tuple[int, ...]) -> None:
     """What one block more sends, and what is left: the embedding, the head and 8 bytes a token for the loss."""
-    for name, config, span, found, rest in every_stage():
+    for name, config, span, found, rest in every_stage(worlds):
         model, ranks = config.model, config.parallel.tensor_parallel_size
         activation, tokens = activation_bytes(config), config.training.microbatch_size * model.seq_len
         again = 1 if model.recompute == "full" else 0  # forward once more
@@ -230,15 +242,17 @@ def test_tensor_parallel_communication() -> None:
             assert block["all_reduce"] <= 4 * 6 * model.hidden_size, name
 
 
-def test_data_parallel_communication() -> None:
-    for name, config, places in measured():
+@on_few_and_on_many_ranks
+def test_data_parallel_communication(worlds: tuple[int, ...]) -> None:
+    for name, config, places in measured(worlds):
         for rank in places.values():
             assert rank.reduced_bytes == ((config.parallel.data_parallel_size or 1) > 1) * 4 * rank.num_parameters, name
 
 
-def test_pipelines() -> None:
+@on_few_and_on_many_ranks
+def test_pipelines(worlds: tuple[int, ...]) -> None:
     """Narayanan et al. 2021, section 2.2: a bubble of (p - 1) / (v m) of the work, and v times the messages."""
-    for name, config, _ in measured():
+    for name, config, _ in measured(worlds):
         parallel, plan, m = config.parallel, plan_pipeline(config), num_microbatches(config)
         p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1
         schedule = plan.schedule(m)

@@ -2,9 +2,13 @@
 
 import os
 import re
-import subprocess
-import sys
+import runpy
+import socket
 from pathlib import Path
+
+import torch.distributed as dist
+
+from fused_megatron.testing import run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,13 +19,21 @@ def run_example(code: str, note: str, folder: Path) -> list[str]:
     # A file of each rank's own: what two processes print to one pipe can be torn.
     note = f"import pathlib; pathlib.Path(f'rank-{{dist.get_rank()}}').write_text({note})"
     (folder / "this_file.py").write_text(code.replace("dist.destroy", f"{note}\ndist.destroy"))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    result = subprocess.run(
-        [*command, "--nproc-per-node", "2", "this_file.py"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120, cwd=folder,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_on_ranks(run_as_torchrun_does, 2, folder, port)
     return [(folder / f"rank-{rank}").read_text() for rank in range(2)]
+
+
+def run_as_torchrun_does(rank: int, world_size: int, folder: Path, port: int) -> None:
+    """The file makes its process group itself."""
+    dist.destroy_process_group()
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.chdir(folder)
+    runpy.run_path("this_file.py", run_name="__main__")
 
 
 def test_examples_run_on_two_ranks(tmp_path: Path) -> None:

@@ -152,17 +152,26 @@ def all_families(rank, world_size, layouts, families):
                 raise AssertionError(f"{family}, {sequence_parallel=}, {checkpointing=}: {error}") from error
 
 
+@pytest.mark.slow
 def test_one_rank():
     all_families(0, 1, [(True, None)], FAMILIES)
 
 
 def test_two_ranks():
-    run_on_ranks(all_families, 2, [(False, None), (True, None)], list(FAMILIES), timeout_s=400)
+    """One rank, and all families in both forms: behind the slow marker."""
+    run_on_ranks(all_families, 2, [(True, None)], ["gpt2", "llama_tied", "bert"], timeout_s=400)
+    run_on_ranks(all_families, 2, [(False, None)], ["gpt2", "qwen3"], timeout_s=400)
 
 
-def test_gradient_checkpointing_on_two_ranks():
+@pytest.mark.slow
+def test_every_family_on_two_ranks():
+    run_on_ranks(all_families, 2, [(False, None), (True, None)], list(FAMILIES), timeout_s=1500)
+
+
+@pytest.mark.parametrize("families", [["llama"], pytest.param(["gpt2", "bert"], marks=pytest.mark.slow)], ids=str)
+def test_gradient_checkpointing_on_two_ranks(families):
     layouts = [(False, False), (True, False), (True, True)]
-    run_on_ranks(all_families, 2, layouts, ["gpt2", "llama", "bert"], timeout_s=400)
+    run_on_ranks(all_families, 2, layouts, families, timeout_s=400)
 
 
 @pytest.mark.slow

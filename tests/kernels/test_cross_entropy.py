@@ -1,5 +1,6 @@
 """Start here when the compiler makes narrow accesses or spills of the cross-entropy kernels."""
 
+import itertools
 import os
 from collections import Counter
 from pathlib import Path
@@ -38,9 +39,15 @@ def _compiled(kernel: str, dtype: str, arch: int, softcap: bool) -> CompiledKern
     return compile_for(function, arch, signature, constexprs, aligned, kernels._OPTIONS["num_warps"])
 
 
-@pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+# The other combinations, behind the slow marker.
+QUICK = [("bf16", 90, False), ("fp32", 80, True)]
+FORMS = [
+    form if form in QUICK else pytest.param(*form, marks=pytest.mark.slow)
+    for form in itertools.product(("bf16", "fp32"), (80, 90, 100), (False, True))
+]
+
+
+@pytest.mark.parametrize("dtype,arch,softcap", FORMS)
 def test_compiled_statistics(dtype: str, arch: int, softcap: bool) -> None:
     compiled = _compiled("_statistics_kernel", dtype, arch, softcap)
     accesses = Counter(compiled.global_accesses)
@@ -52,9 +59,7 @@ def test_compiled_statistics(dtype: str, arch: int, softcap: bool) -> None:
     assert compiled.registers <= 80  # 6 programs of 128 threads on a multiprocessor
 
 
-@pytest.mark.parametrize("softcap", [False, True])
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype,arch,softcap", FORMS)
 def test_compiled_gradient(dtype: str, arch: int, softcap: bool) -> None:
     compiled = _compiled("_gradient_kernel", dtype, arch, softcap)
     accesses = Counter(compiled.global_accesses)

@@ -15,6 +15,7 @@ from fused_megatron.audit.triton_compiler import CompiledKernel, compile_for
 from fused_megatron.benchmarking.pytest_process import run_tests
 from fused_megatron.kernels import scaled_masked_softmax as kernels
 
+ARCHITECTURES = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
 _INTEGERS = ("num_rows", "num_queries", "key_units", "window", "heads", "mask_outer", "mask_inner", "mask_query")
 _VECTOR = {"bf16": 8, "fp32": 4}
 
@@ -43,7 +44,7 @@ def _compiled(
     return compile_for(function, arch, signature, constexprs, aligned, options["num_warps"], options.get("num_ctas", 1))
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "accesses"), [("bf16", 4), ("fp32", 8)])
 def test_forward(dtype: str, accesses: int, arch: int) -> None:
     compiled = _compiled("_forward_kernel", dtype, arch, 16384, has_mask=True)
@@ -57,7 +58,7 @@ def test_forward(dtype: str, accesses: int, arch: int) -> None:
     assert compiled.registers <= (64 if kernels._CLUSTERS else 96)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_heads_that_share_a_mask(arch: int) -> None:
     compiled = _compiled("_forward_kernel", "bf16", arch, 1024, has_mask=True, rows=16)
     counts = Counter(compiled.global_accesses)
@@ -66,7 +67,7 @@ def test_heads_that_share_a_mask(arch: int) -> None:
     assert compiled.spill_bytes == 0
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("num_keys", [4096, 16384])
 def test_backward(num_keys: int, arch: int) -> None:
     compiled = _compiled("_backward_kernel", "bf16", arch, num_keys)
@@ -76,7 +77,7 @@ def test_backward(num_keys: int, arch: int) -> None:
 
 
 @pytest.mark.skipif(not kernels._CLUSTERS, reason="Triton before 3.9 does not compile it")
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", ARCHITECTURES[1:])
 def test_rows_over_a_cluster(arch: int) -> None:
     compiled = _compiled("_backward_kernel", "bf16", arch, kernels._ROW_LIMIT * kernels._CLUSTER_LIMIT)
     assert Counter(compiled.global_accesses) == {"ld.v4.b32": 8, "st.v4.b32": 4}

@@ -5,6 +5,7 @@ import torch
 
 from fused_megatron.checks import InputError
 from fused_megatron.ops import scaled_masked_softmax
+from fused_megatron.testing.op_contract import CLAUSES, CPU_CLAUSES, Contract
 from fused_megatron.testing.tolerances import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -52,6 +53,36 @@ def check_against_float64(x, dy, mask=None, scale=0.7, **form):
     hidden = exact[0] == 0.0
     assert not actual[0][hidden].any() and not actual[1][hidden].any()
     return actual
+
+
+def contract(form, has_mask):
+    def draw(shape, dtype):
+        x, dy, mask = inputs(shape, dtype, mask_shape=shape[-2:] if has_mask else None)
+        return (x, mask), dy
+
+    return Contract(
+        lambda x, mask: scaled_masked_softmax(x, mask, 0.7, **form),
+        lambda x, mask: torch_softmax(x, mask, 0.7, **form),
+        draw,
+        shape=(4, 6, 48),
+        odd=(2, 3, 5),
+        empty=((0, 8), (3, 0, 8), (4, 0), (0,), (2, 0, 4, 0)),
+        wide=(3, 100, 700),
+        yardstick=None,
+    )
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("form,has_mask", [({}, False), (FORMS[2], True)], ids=["plain", "masked"])
+def test_contract(form, has_mask, clause, device):
+    contract(form, has_mask).check(clause, device)
+
+
+@pytest.mark.cpu_kernel
+@pytest.mark.parametrize("clause", CPU_CLAUSES)
+@pytest.mark.parametrize("form,has_mask", [(FORMS[1], False), (FORMS[2], True)], ids=["causal", "masked"])
+def test_contract_on_the_cpu(form, has_mask, clause):
+    contract(form, has_mask).check(clause)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -202,51 +233,6 @@ def test_unaligned_memory(skip, dtype, device):
         torch.testing.assert_close(a, e, rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (4, 0), (0,), (2, 0, 4, 0)], ids=str)
-@pytest.mark.parametrize("has_mask", [True, False])
-def test_empty(shape, has_mask, device):
-    x, dy, mask = inputs(shape, torch.bfloat16, device, shape[-1:] if has_mask else None)
-    y, dx = run(scaled_masked_softmax, x, dy, mask, causal=True)
-    assert y.shape == dx.shape == shape
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_run_twice_bitwise_equal(dtype, device):
-    x, dy, mask = inputs((2, 12, 130), dtype, device, (12, 130))
-    once, again = (run(scaled_masked_softmax, x, dy, mask, 0.3, causal=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
-
-
-def test_inputs_are_not_written(device):
-    x, dy, mask = inputs((2, 9, 50), torch.float32, device, (9, 50))
-    before = [t.clone() for t in (x, dy, mask)]
-    run(scaled_masked_softmax, x, dy, mask, causal=True)
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, dy, mask), strict=True))
-
-
-def test_no_grad_equals_grad(device):
-    x, _, mask = inputs((10, 16), torch.bfloat16, device, (16,))
-    with torch.no_grad():
-        y = scaled_masked_softmax(x, mask)
-    assert torch.equal(y, scaled_masked_softmax(x.requires_grad_(), mask)) and not y.requires_grad
-
-
-@pytest.mark.cpu_kernel
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bitwise_equal_for_any_number_of_threads(dtype):
-    arguments = inputs((3, 100, 700), dtype, mask_shape=(100, 700))
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(scaled_masked_softmax, *arguments, causal=True))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 @pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_keys", [2048, 2047])
@@ -270,39 +256,6 @@ def test_gradcheck_in_float64(shape, form):
     if len(shape) > 1:
         mask[1] = True
     torch.autograd.gradcheck(lambda x: scaled_masked_softmax(x, mask, 0.8, **form), x.requires_grad_())
-
-
-@pytest.mark.cpu_kernel
-@pytest.mark.parametrize("form", [(False, 0), (True, 0), (True, 3)])
-def test_opcheck(form):
-    x, dy, mask = inputs((2, 3, 6), torch.float32, mask_shape=(3, 6))
-    ops = torch.ops.fused_megatron
-    torch.library.opcheck(ops.scaled_masked_softmax_forward.default, (x, mask, 0.5, *form))
-    torch.library.opcheck(ops.scaled_masked_softmax_forward.default, (x.bfloat16().transpose(1, 2), None, 2.0, *form))
-    y = ops.scaled_masked_softmax_forward(x, mask, 0.5, *form)
-    torch.library.opcheck(ops.scaled_masked_softmax_backward.default, (dy, y, 0.5, *form))
-
-
-@pytest.mark.cpu_kernel
-def test_compile_fullgraph():
-    x, dy, mask = inputs((4, 6, 9), torch.float32, mask_shape=(6, 9))
-
-    def step(x, mask, scale, **form):
-        return scaled_masked_softmax(x * 2, mask, scale, **form) * 3
-
-    for form in FORMS:
-        expected = run(step, x, dy, mask, 0.5, **form)
-        actual = run(torch.compile(step, fullgraph=True, backend="aot_eager"), x, dy, mask, 0.5, **form)
-        torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.cpu_kernel
-def test_fake_tensors():
-    with torch._subclasses.FakeTensorMode():
-        x = torch.empty(4, 6, 8, dtype=torch.bfloat16, requires_grad=True)
-        y = scaled_masked_softmax(x, torch.zeros(6, 8, dtype=torch.bool), causal=True)
-        y.sum().backward()
-        assert y.dtype == torch.bfloat16 and x.grad.shape == y.shape == (4, 6, 8)
 
 
 def test_bad_arguments(device):
