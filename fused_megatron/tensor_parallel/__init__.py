@@ -1,10 +1,10 @@
 """Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
 
-from fused_megatron.sharding.initialization import fill_normal_shard_
-from fused_megatron.sharding.parameter_shard import (
+from fused_megatron.sharding import (
     ParameterShard,
     ShardedModule,
     ShardPart,
+    fill_normal_shard_,
     mark_shard,
     parameter_parts,
     parameter_shard,

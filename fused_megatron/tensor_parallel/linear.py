@@ -17,8 +17,7 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.overlap import chunk_choice, column_linear, row_linear
-from fused_megatron.sharding.initialization import fill_normal_shard_
-from fused_megatron.sharding.parameter_shard import ParameterShard, ShardedModule, parameter_shard
+from fused_megatron.sharding import ParameterShard, ShardedModule, fill_normal_shard_, parameter_shard
 from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.checks import check, check_divisible
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_reduce_
-from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding import ParameterShard, ShardPart
 from fused_megatron.tensor_parallel.linear import ColumnParallelLinear, column_parallel_linear
 
 

@@ -27,8 +27,8 @@ from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchPosition
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.schedule.action import WEIGHT_GRAD
+from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.progress import Reporter
