@@ -16,7 +16,7 @@ from fused_megatron.models.stage_cut import cut_stages
 from fused_megatron.pipeline import Action
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.schedule.action import COMPUTE, WEIGHT_GRAD
-from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.sharding import copy_shard_
 from fused_megatron.training.train import build_model
 
 
@@ -74,6 +74,4 @@ def train_config(size: Size, layout: Layout) -> TrainConfig:
 def load(parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
     """This rank's shards of the full weights."""
     for name, parameter in parameters.items():
-        (part,) = parameter_parts(parameter)
-        box = tuple(slice(*edges) for edges in part.shard.box(parameter.shape))
-        parameter.detach().copy_(weights[name][box])
+        copy_shard_(parameter, weights[name])
