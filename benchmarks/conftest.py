@@ -43,8 +43,8 @@ from fused_megatron.benchmarking.report.tables import results_lines
 from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare
 from fused_megatron.benchmarking.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
 from fused_megatron.checks import InputError
-from fused_megatron.doctor.machine import processor_name
-from fused_megatron.training.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
+from fused_megatron.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
+from fused_megatron.observe.processor import processor_name
 
 _THREADS = 2
 _BOUND_BAR_16_BIT = 2.0

@@ -14,7 +14,7 @@ median of the steps [20-80 %] after a warm-up.
     MFU, HFU         model and hardware FLOPs (with what is recomputed) / seconds / ranks / what a large product
                      reaches on one rank in the same run
     weak scaling     TFLOP/s a rank over those of the preset of one rank, as in Shoeybi et al. 2019
-    breakdown        benchmarking.step_breakdown says what the parts are; means over the ranks
+    breakdown        observe.step_breakdown says what the parts are; means over the ranks
 
 What a preset needs is known before it starts: too few ranks or too little memory is a line, and so is a rank that
 fails. The results file is written after every preset, and Ctrl-C keeps it; `fused-megatron report` shows it again.
@@ -45,10 +45,10 @@ from fused_megatron.benchmarking.timing_devices import CpuDevice, CudaDevice, Ti
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.doctor.machine import processor_name
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.observe.processor import processor_name
 from fused_megatron.planning.rank_memory import rank_memory
-from fused_megatron.training.kept_pages import keep_malloc_pages
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"

@@ -14,9 +14,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from fused_megatron.checks import first_line
+
 T = TypeVar("T")
 INTERRUPTED = 130
 _POLL_S = 0.2
+_MESSAGE_CHARACTERS = 200  # of an error
 _FAILED = "FUSED_MEGATRON_NODE_FAILED"  # the task that a rank failed at, before this process started anew
 
 
@@ -119,10 +122,10 @@ class NodeRanks:
 
 def describe(error: Exception) -> str:
     """One line."""
-    text = next(iter(str(error).splitlines()), "")[:200]
+    text = first_line(error, name_type=False)[:_MESSAGE_CHARACTERS]
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory ({text})"
-    return f"{type(error).__name__}: {text}"
+    return first_line(error)[:_MESSAGE_CHARACTERS]
 
 
 def _start_anew(failed: str) -> None:

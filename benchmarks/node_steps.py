@@ -12,20 +12,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.assemble import assemble
+from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.benchmarking.step_breakdown import StepBreakdown
 from fused_megatron.benchmarking.timing_devices import TimingDevice
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset
 from fused_megatron.data.training_data import TrainingData
-from fused_megatron.mesh import init_mesh
-from fused_megatron.models import cut_stages
+from fused_megatron.observe.step_breakdown import StepBreakdown
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.train import build_model
 from fused_megatron.training.trainer import Trainer
 
 
@@ -64,21 +62,15 @@ class RandomTokens(TokenDataset):
 
 def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Trainer:
     """The trainer of `fused-megatron train`, with random tokens for its data; metrics go to the folder."""
-    parallel, model_config = config.parallel, config.model
     plan = plan_pipeline(config)
-    sizes = parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
-    mesh = init_mesh(*sizes, device_type=device.type)
-    config.check_data_parallel(mesh.dp_size)
-    spans = cut_stages(model_config, plan.num_stages, parallel.pipeline_cut, placement=plan.placement)
-    model = ModelStages(
-        spans, plan.placement, mesh.pp_group, lambda span: build_model(model_config, mesh, config, device, span)
-    )
-    vocab_size = int(model_config.vocab_size or 0)
-    tokens = RandomTokens(model_config.seq_len, vocab_size, config.training.seed)
+    mesh = build_mesh(config, device.type)
+    model = build_stages(config, mesh, plan, device)
+    vocab_size = int(config.model.vocab_size or 0)
+    tokens = RandomTokens(config.model.seq_len, vocab_size, config.training.seed)
     data = TrainingData("random tokens", "", vocab_size, None, None, tokens, cast(ValidationDataset, None))
     run = RunFolder(folder)
     run.create()
-    return Trainer(config, mesh, plan, model, data, run, Reporter(False, 1))
+    return Trainer(assemble(config, mesh, plan, model), data, run, Reporter(False, 1))
 
 
 def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: int) -> Measured:
@@ -94,7 +86,7 @@ def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: i
         (trainer,) = made
         for _ in range(warm_up - 1):
             trainer.train_step()
-        breakdown = StepBreakdown(device.device, pipeline=trainer.mesh.pp_size > 1)
+        breakdown = StepBreakdown(device.device)
         seconds, parts = [], []
         for _ in range(steps):
             _meet(device.device)

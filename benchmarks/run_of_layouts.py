@@ -16,7 +16,7 @@ from fused_megatron.benchmarking.report.results_file import Results, read_result
 from fused_megatron.benchmarking.side_by_side import OURS, Comparison
 from fused_megatron.benchmarking.timing_devices import CpuDevice, measure_ceilings
 from fused_megatron.checks import InputError
-from fused_megatron.doctor.machine import processor_name
+from fused_megatron.observe.processor import processor_name
 from fused_megatron.testing import run_on_ranks
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fused_megatron.benchmarking.exact_results import MESSAGE_CHARACTERS
 from fused_megatron.benchmarking.side_by_side import Comparison
 from fused_megatron.benchmarking.timing_devices import CpuDevice
+from fused_megatron.checks import first_line
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
-from fused_megatron.training.kept_pages import keep_malloc_pages
 
 Parts = dict[str, float]
 
@@ -179,11 +181,11 @@ def try_out(build: Callable[[], Candidate]) -> tuple[Candidate | None, str | Non
         with silenced_stderr():  # the profiler's, and other libraries' warnings
             peak = CpuDevice().peak_bytes(lambda: found.append(build()))
     except ImportError as error:
-        return None, f"not installed ({one_line(error)})"
+        return None, f"not installed ({first_line(error, name_type=False)[:MESSAGE_CHARACTERS]})"
     except WrongResult as error:
         return None, f"wrong: {error}; not timed"
     except Exception as error:
-        return None, f"failed: {type(error).__name__}: {one_line(error)}"
+        return None, f"failed: {first_line(error)[:MESSAGE_CHARACTERS]}"
     found[0].peak_bytes = peak or 0
     return found[0], None
 
@@ -267,7 +269,3 @@ def silenced_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def one_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]

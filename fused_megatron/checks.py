@@ -9,14 +9,16 @@ if TYPE_CHECKING:  # commands that touch no tensor start without torch
     import torch
 
 
+class SharedError(Exception):
+    """Base of the errors that every rank raises with the same text, so that one rank says it for all of them."""
+
+
 class InputError(ValueError):
-    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2.
+    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2."""
 
-    Attributes:
-        on_every_rank: every rank raises it alike, so that one of them need say it.
-    """
 
-    on_every_rank: bool = False
+class SharedInputError(SharedError, InputError):
+    """An InputError that every rank raises."""
 
 
 def check(condition: bool, message: str) -> None:
@@ -52,6 +54,19 @@ def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     check(value in allowed, f"{name}={value!r} must be one of: {wanted}")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as users write it: "float32" of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def first_line(error: BaseException, *, name_type: bool = True) -> str:
+    """The first line of an error's message, behind its type; without a message the type only."""
+    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    if not lines:
+        return kind
+    return f"{kind}: {lines[0]}" if name_type else lines[0]
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
     """Raise unless tensor has exactly the expected shape."""
     if tuple(tensor.shape) != tuple(expected):
@@ -61,8 +76,8 @@ def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> Non
 def check_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless the dtype of tensor is one of allowed."""
     if tensor.dtype not in allowed:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in allowed)
-        raise TypeError(f"{name}.dtype={str(tensor.dtype).removeprefix('torch.')} must be one of: {wanted}")
+        wanted = ", ".join(map(dtype_name, allowed))
+        raise TypeError(f"{name}.dtype={dtype_name(tensor.dtype)} must be one of: {wanted}")
 
 
 def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, SharedError, SharedInputError
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -69,7 +69,7 @@ def _run(words: Sequence[str]) -> int:
     }
     try:
         if command not in commands:
-            raise _shared(InputError(f"unknown command {command!r} (commands: {', '.join(commands)})"))
+            raise SharedInputError(f"unknown command {command!r} (commands: {', '.join(commands)})")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return commands[command](words[1:])
@@ -109,7 +109,7 @@ def _train(words: Sequence[str]) -> int:
             raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
         config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
     except InputError as error:
-        raise _shared(error) from None
+        raise SharedInputError(str(error)) from None  # every rank finds it by itself
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         train(config, run.path)
@@ -186,7 +186,7 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
     try:
         return parse_arguments(target, words, source=program)
     except InputError as error:
-        raise (_shared(error) if on_ranks else error) from None
+        raise (SharedInputError(str(error)) if on_ranks else error) from None
 
 
 def _is_expected(error: RuntimeError) -> bool:
@@ -199,14 +199,8 @@ def _is_expected(error: RuntimeError) -> bool:
     return isinstance(error, (NonFiniteError, CheckpointError)) and isinstance(error.__cause__, causes)
 
 
-def _shared(error: InputError) -> InputError:
-    """An error that every rank finds by itself."""
-    error.on_every_rank = True
-    return error
-
-
 def _fail(error: BaseException, code: int) -> int:
-    if _speaks_for_host() or not getattr(error, "on_every_rank", True):
+    if _speaks_for_host() or not isinstance(error, SharedError | KeyboardInterrupt):
         _say_error(str(error))
     return code
 

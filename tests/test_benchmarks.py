@@ -1,4 +1,4 @@
-"""Every benchmark runs, tiny: on the CPU, and on the path of a GPU with one that is none."""
+"""Start here when `make bench` fails, or loses what it measured."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fused_megatron.benchmarking.report.results_file import read_results
-from fused_megatron.training.kept_pages import uses_glibc
+from fused_megatron.kept_pages import uses_glibc
 
 ROOT = Path(__file__).parents[1]
 

@@ -1,4 +1,6 @@
-"""Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
+"""Start here when a layout of many ranks holds, keeps or sends something else than the papers say.
+
+Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
 
 What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
 grid: every split of 8, 64 and 512 ranks with tensor- and pipeline-parallel sizes of 1, 2, 4 and 8, each pipeline by
@@ -7,9 +9,6 @@ four schedules; sequence parallelism, recomputation and forms of the model take 
 
 import dataclasses
 import itertools
-import json
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
@@ -25,6 +25,7 @@ from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline import simulate
 from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.planning.dry_run import DryRun, MicrobatchFacts, RankFacts
 from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 
 ROOT = Path(__file__).parents[1]
@@ -79,35 +80,34 @@ def small_config(turn: int, tp: int, pp: int, dp: int, schedule: str) -> TrainCo
 
 
 @cache
-def measured() -> list[tuple[str, TrainConfig, dict[int, Any]]]:
-    """(name, config, by place of the pipeline what a rank there has)."""
-    described = json.dumps([dataclasses.asdict(config) for config in configs().values()])
-    command = [sys.executable, str(ROOT / "tests" / "layout_facts.py")]
-    done = subprocess.run(command, input=described, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
-    return [
-        (name, config, {int(place): found for place, found in places.items()})
-        for (name, config), places in zip(configs().items(), facts, strict=True)
-    ]
+def measured() -> list[tuple[str, TrainConfig, dict[int, RankFacts]]]:
+    """(name, config, by place of the pipeline (first, second, last) what a rank there has to do)."""
+    dry_run, found = DryRun(), []
+    for name, config in configs().items():
+        parallel = config.parallel
+        pp, ranks_of_a_place = parallel.pipeline_parallel_size, ranks_of_a_stage(parallel)
+        places = {
+            # Not the first of its data- and tensor-parallel group.
+            place: dry_run.rank(config, place * ranks_of_a_place + ranks_of_a_place // 2)
+            for place in sorted({0, min(1, pp - 1), pp - 1})
+        }
+        found.append((name, config, places))
+    return found
 
 
-def every_stage() -> list[tuple[str, TrainConfig, StageSpan, Any, Any]]:
-    """(name, config, span, what a block keeps and sends, the same of a stage with one block and the ends of this)."""
+def ranks_of_a_stage(parallel: ParallelConfig) -> int:
+    return parallel.tensor_parallel_size * (parallel.data_parallel_size or 1)
+
+
+def every_stage() -> list[tuple[str, TrainConfig, StageSpan, MicrobatchFacts, MicrobatchFacts]]:
+    """(name, config, span, what a block keeps and sends, what the ends of the stage do: all but its blocks)."""
     return [
-        (name, config, spans[int(index)], difference(*rank["blocks"]), one)
+        (name, config, spans[index], rank.block, stage.plus(rank.block, spans[index].start - spans[index].stop))
         for name, config, places in measured()
-        for plan in [plan_pipeline(config)]
-        for spans in [cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)]
+        for spans in [stage_spans(config, plan_pipeline(config))]
         for rank in places.values()
-        for index, one in rank["stages"].items()
+        for index, stage in rank.stages.items()
     ]
-
-
-def difference(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
-    sent = Counter(two["sent"])
-    sent.subtract(one["sent"])
-    return {"kept": two["kept"] - one["kept"], "sent": sent}
 
 
 def activation_bytes(config: TrainConfig) -> int:
@@ -134,7 +134,8 @@ def test_parameters_of_a_preset(name: str) -> None:
     # A block: 12 h^2 of matrices and 13 h of vectors; the embedding of tokens and positions; the last norm.
     whole = model.num_layers * (12 * h * h + 13 * h) + 50257 * h + s * h + 2 * h
     between = pp - len(places) + 1
-    assert sum(rank["full"] * (between if place == 1 < pp - 1 else 1) for place, rank in places.items()) == whole
+    number = {place: between if place == 1 < pp - 1 else 1 for place in places}
+    assert sum(rank.full_parameters * number[place] for place, rank in places.items()) == whole
     # Narayanan et al. 2021, equation 2, with the padded vocabulary.
     paper = 12 * model.num_layers * h * h * (1 + 13 / (12 * h) + (v + s) / (12 * model.num_layers * h))
     assert whole == pytest.approx(paper, rel=2e-3)
@@ -148,10 +149,10 @@ def test_a_rank_holds_what_the_formula_says() -> None:
         few = dataclasses.replace(config, training=dataclasses.replace(training, global_batch_size=batch))
         for place, rank in places.items():
             memory = rank_memory(few, place)
-            assert memory.num_parameters == rank["shard"], name
+            assert memory.num_parameters == rank.num_parameters, name
             # Weight, gradient and Adam's two moments; in bfloat16 a main weight.
             per_parameter = 16 if config.training.dtype == "float32" else 18
-            assert memory.weights + memory.gradients + memory.optimizer == per_parameter * rank["shard"], name
+            assert memory.weights + memory.gradients + memory.optimizer == per_parameter * rank.num_parameters, name
 
 
 def test_presets_fit_the_gpus_of_the_papers() -> None:
@@ -165,7 +166,7 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound() -> N
         ranks, activation = parallel.tensor_parallel_size, activation_bytes(config)
         more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
         block = stage_activations(config, more) - stage_activations(config, span)
-        kept = found["kept"]
+        kept = found.kept_bytes
         if model.recompute != "none":
             assert kept == block, name
         else:  # attention in plain operations, on meta tensors: it keeps its scores besides
@@ -178,10 +179,10 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound() -> N
 
 
 def test_a_stage_hands_on_what_the_next_one_takes() -> None:
-    for name, config, _, _, one in every_stage():
+    for name, config, _, _, ends in every_stage():
         parallel = config.parallel
         rows = config.model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
-        assert one["given"] == [rows, config.training.microbatch_size, config.model.hidden_size], name
+        assert ends.output_shape == (rows, config.training.microbatch_size, config.model.hidden_size), name
 
 
 def test_groups() -> None:
@@ -191,20 +192,21 @@ def test_groups() -> None:
         for place, rank in places.items():
             own = place * tp * dp + tp * dp // 2
             first = own // tp * tp
-            tp_group = list(range(first, first + tp)) if tp > 1 else None
-            pp_group = [own % (tp * dp) + i * tp * dp for i in range(pp)] if pp > 1 else None
-            dp_group = [place * tp * dp + own % tp + i * tp for i in range(dp)] if dp > 1 else None
-            assert rank["groups"] == [tp_group, pp_group, dp_group], name
+            groups = {
+                "tp": tuple(range(first, first + tp)),
+                "pp": tuple(own % (tp * dp) + i * tp * dp for i in range(pp)),
+                "dp": tuple(place * tp * dp + own % tp + i * tp for i in range(dp)),
+            }
+            assert rank.groups == {axis: ranks for axis, ranks in groups.items() if len(ranks) > 1}, name
 
 
 def test_tensor_parallel_communication() -> None:
     """What one block more sends, and what is left: the embedding, the head and 8 bytes a token for the loss."""
-    for name, config, span, found, one in every_stage():
+    for name, config, span, found, rest in every_stage():
         model, ranks = config.model, config.parallel.tensor_parallel_size
         activation, tokens = activation_bytes(config), config.training.microbatch_size * model.seq_len
         again = 1 if model.recompute == "full" else 0  # forward once more
-        block, ends = found["sent"], Counter(one["sent"])
-        ends.subtract(block)
+        block, ends = Counter(found.sent_bytes), Counter(rest.sent_bytes)
         statistics = 8 * tokens * ranks * span.last
         if ranks == 1:
             assert not any(block.values()) and not any(ends.values()), name
@@ -231,7 +233,7 @@ def test_tensor_parallel_communication() -> None:
 def test_data_parallel_communication() -> None:
     for name, config, places in measured():
         for rank in places.values():
-            assert rank["summed"] == ((config.parallel.data_parallel_size or 1) > 1) * 4 * rank["shard"], name
+            assert rank.reduced_bytes == ((config.parallel.data_parallel_size or 1) > 1) * 4 * rank.num_parameters, name
 
 
 def test_pipelines() -> None:

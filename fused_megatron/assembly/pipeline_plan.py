@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.models.stage_cut import check_cut
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
@@ -37,14 +37,13 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """The plan that config asks for.
 
     Raises:
-        InputError: an unknown or asynchronous schedule, stages that it does not allow, more of them than blocks, a cut
-            that does not fit. Every rank raises it alike.
+        SharedInputError: an unknown or asynchronous schedule, stages that it does not allow, more of them than blocks,
+            a cut that does not fit.
     """
     try:
         return _plan(config)
     except InputError as error:
-        error.on_every_rank = True
-        raise
+        raise SharedInputError(str(error)) from error
 
 
 def _plan(config: TrainConfig) -> PipelinePlan:

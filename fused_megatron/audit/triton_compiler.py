@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fused_megatron.checks import dtype_name
+
 
 @dataclass(frozen=True)
 class CompiledKernel:
@@ -108,7 +110,7 @@ def _specialised(value: Any, parameter: Any) -> tuple[str, bool, bool]:
     if parameter.is_constexpr or value is None:
         return "constexpr", True, False
     if hasattr(value, "data_ptr"):
-        pointee = _POINTEES[str(value.dtype).removeprefix("torch.")]
+        pointee = _POINTEES[dtype_name(value.dtype)]
         return f"*{pointee}", False, value.data_ptr() % 16 == 0
     if isinstance(value, bool):
         return "u1", False, False

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 
+from fused_megatron.checks import first_line
+
 # The norm of the error over the norm of the exact result. float32: sums of 1e5 terms in another order. 16 bit: one or
 # two roundings (half a unit each), and torch's own sums in 16 bit; ours is rounded once.
 INEXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 # Beyond this no rounding is to blame.
 WRONG = 0.25
 _PIECE_ELEMENTS = 1 << 24
+MESSAGE_CHARACTERS = 160
+"""Of an error, so far as a table has room for it."""
 
 Op = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
@@ -75,7 +79,7 @@ class Judge:
         try:
             exact = self._exact or self._exact_of(self._step.inputs, self._step.upstream, outputs, gradients)  # type: ignore
         except AssertionError as impossible:
-            return f"wrong: {first_line(impossible)}", None
+            return f"wrong: {first_line(impossible, name_type=False)[:MESSAGE_CHARACTERS]}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
         worst, off = 0.0, []
         for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
@@ -111,9 +115,3 @@ def _as_exact(value: Any, dtype: torch.dtype) -> Any:
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
     """What an op has returned, as a tuple."""
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message, so far as a table has room for it; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__

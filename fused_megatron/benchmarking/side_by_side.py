@@ -17,8 +17,17 @@ from typing import Any
 
 import torch
 
-from fused_megatron.benchmarking.exact_results import Exact, ForwardBackward, Judge, Op, Tensors, as_tuple, first_line
+from fused_megatron.benchmarking.exact_results import (
+    MESSAGE_CHARACTERS,
+    Exact,
+    ForwardBackward,
+    Judge,
+    Op,
+    Tensors,
+    as_tuple,
+)
 from fused_megatron.benchmarking.timing_devices import TimingDevice, copy_step, page_faults
+from fused_megatron.checks import dtype_name, first_line
 from fused_megatron.observe.arithmetic import count_flops
 from fused_megatron.observe.traffic import Traffic, measure_traffic
 
@@ -250,7 +259,7 @@ def compare(
         release: gives back memory that malloc holds unused; called between the checks of a large case, whose peaks
             would add up.
     """
-    result = Comparison(case.op, case.label, _dtype_name(case), case.num_bytes, case.bars)
+    result = Comparison(case.op, case.label, _dtype_of(case), case.num_bytes, case.bars)
     upstream = _upstream(case)
     judge = None
     if check:
@@ -272,9 +281,9 @@ def compare(
             step = ForwardBackward(provide(), case.inputs, upstream)
             fault = None if judge is None else _try_out(name, step, judge, device, result, case.compute_bound)
         except ImportError as error:
-            fault = f"not installed ({first_line(error)})"
+            fault = f"not installed ({first_line(error, name_type=False)[:MESSAGE_CHARACTERS]})"
         except Exception as error:  # a peer's failure of any kind must not cost the figures of the others
-            fault = f"failed: {type(error).__name__}: {first_line(error)}"
+            fault = f"failed: {first_line(error)[:MESSAGE_CHARACTERS]}"
         if fault:
             result.faults[name] = fault
         else:
@@ -354,6 +363,6 @@ def _upstream(case: Case) -> list[torch.Tensor]:
     return [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]
 
 
-def _dtype_name(case: Case) -> str:
+def _dtype_of(case: Case) -> str:
     dtypes = [t.dtype for t in case.inputs if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return str(dtypes[0]).removeprefix("torch.") if dtypes else ""
+    return dtype_name(dtypes[0]) if dtypes else ""

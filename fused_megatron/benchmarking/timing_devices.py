@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fused_megatron.checks import dtype_name
+
 T = TypeVar("T")
 
 _CEILING_BYTES = 1 << 30
@@ -174,7 +176,7 @@ def measure_ceilings(
     """
     ceilings = {"copy_gb_per_s": copy_ceiling_gb_per_s(device, 1 << 20 if quick else _CEILING_BYTES)}
     for dtype in dtypes:
-        name = f"gemm_gflop_per_s {str(dtype).removeprefix('torch.')}"
+        name = f"gemm_gflop_per_s {dtype_name(dtype)}"
         ceilings[name] = gemm_ceiling_gflop_per_s(device, dtype, 64 if quick else None)
     return ceilings
 

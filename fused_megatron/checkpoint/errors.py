@@ -4,17 +4,18 @@ import errno
 import os
 from pathlib import Path
 
+from fused_megatron.checks import SharedError
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written, or its files are broken: one line that names the file and the cause.
 
     (A checkpoint that is whole but does not fit this run, as one of another model, is a `checks.InputError`.)
-
-    Attributes:
-        on_every_rank: every rank raises it alike, so that one of them need say it.
     """
 
-    on_every_rank: bool = False
+
+class SharedCheckpointError(SharedError, CheckpointError):
+    """A CheckpointError that every rank raises."""
 
 
 def megabytes(num_bytes: int) -> str:

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, SharedCheckpointError
 from fused_megatron.checkpoint.manifest import (
     RANK_TENSOR_PREFIX,
     Manifest,
     StoredTensor,
-    dtype_name,
     read_manifest_and_digest,
 )
 from fused_megatron.checkpoint.shard_file import ConsumeRows, ShardFileReader
-from fused_megatron.checks import InputError, check
-from fused_megatron.collectives.together import rank_and_size, run_together
+from fused_megatron.checks import InputError, check, dtype_name
+from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.together import run_together
 from fused_megatron.sharding.box import Box, TensorBox
 
 _WAY_OUT = "is it the checkpoint of another model? (use the config saved with it, or another run folder)"
@@ -61,7 +61,7 @@ def load_checkpoint(
     Communication: two exchanges of JSON. Each rank reads the files itself.
     Memory: one block of 4 MiB, or one row, beside the destinations.
     """
-    rank, world_size = rank_and_size(group)
+    rank, world_size = group_rank(group), group_size(group)
     path = Path(path)
     manifests: list[Manifest] = []  # filled on the way: what the ranks exchange is its digest and their wishes
 
@@ -73,7 +73,7 @@ def load_checkpoint(
             _check_rank_tensors(path, manifest.rank_tensors.get(rank, {}), rank_tensors or {}, rank)
         return [digest, sorted(tensors)]
 
-    answers = run_together(group, open_and_check, CheckpointError)
+    answers = run_together(group, open_and_check, SharedCheckpointError)
     manifest = manifests[0]
     if len({digest for digest, _ in answers}) > 1:
         raise CheckpointError(f"{path}: the ranks see different checkpoints here (all ranks need one shared folder)")
@@ -83,7 +83,7 @@ def load_checkpoint(
             reason = f"{manifest.world_size} ranks saved {path}, {world_size} load it"
             warnings.warn(f"{reason}: no rank's own state (as its RNG) is loaded", RuntimeWarning, stacklevel=2)
         rank_tensors = None
-    run_together(group, lambda: _read(path, manifest, tensors, rank_tensors or {}, rank), CheckpointError)
+    run_together(group, lambda: _read(path, manifest, tensors, rank_tensors or {}, rank), SharedCheckpointError)
     return manifest.state
 
 

@@ -15,7 +15,7 @@ import torch
 
 from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checkpoint.shard_file import Entry, file_bytes, open_regular_file
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.sharding.box import Box, cover_problem
 from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 # Rank-private tensors (RNG states) share the file with the rank's shards, under this prefix.
 RANK_TENSOR_PREFIX = "rank_tensors/"
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
+_DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
 _FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
 _DIGEST_START = b'{"sha256": "'
 _NO_DIGEST = b"0" * 64
@@ -34,10 +34,6 @@ _MAX_ELEMENTS = 1 << 60
 
 def file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checkpoint.errors import CheckpointError, disk_full, explain_os_error, free_bytes
+from fused_megatron.checkpoint.errors import (
+    CheckpointError,
+    SharedCheckpointError,
+    disk_full,
+    explain_os_error,
+    free_bytes,
+)
 from fused_megatron.checkpoint.folder import checkpoint_name, remove_leftovers, remove_superseded
 from fused_megatron.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -19,12 +25,12 @@ from fused_megatron.checkpoint.manifest import (
     StoredBox,
     StoredTensor,
     check_json_state,
-    dtype_name,
     file_name,
 )
 from fused_megatron.checkpoint.shard_file import Entry, file_bytes, write_shard_file
-from fused_megatron.checks import InputError, check
-from fused_megatron.collectives.together import rank_and_size, run_on_first, run_together
+from fused_megatron.checks import InputError, check, dtype_name
+from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.durable import new_durable_file, sync_folder, write_all
 from fused_megatron.sharding.box import Box, TensorBox, cover_problem
 from fused_megatron.weight_files import SAFETENSORS_DTYPES
@@ -74,10 +80,12 @@ def save_checkpoint(
     Communication: five exchanges of JSON, of which one holds names and shapes of all tensors.
     Memory: one block of 4 MiB, or one row, at a time; of StreamedBox one whole.
     """
-    rank, world_size = rank_and_size(group)
+    rank, world_size = group_rank(group), group_size(group)
     folder = Path(folder)
     final = folder / checkpoint_name(step)
-    answers = run_together(group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep), CheckpointError)
+    answers = run_together(
+        group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep), SharedCheckpointError
+    )
     steps = [answer["step"] for answer in answers]
     check(len(set(steps)) == 1, f"step={steps} by rank: all ranks must save the same step")
     plan: Plan = [answer["held"] for answer in answers]
@@ -86,18 +94,20 @@ def save_checkpoint(
     mine = _Tensors(entries[rank], tensors, rank_tensors or {})
     total_bytes = sum(file_bytes(e, step) for e in entries if e)
 
-    temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes), CheckpointError)
+    temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes), SharedCheckpointError)
     try:
         path = temporary / file_name(rank, world_size)
-        checksums = run_together(group, lambda: _write_file(path, mine, step) if mine else {}, CheckpointError)
+        checksums = run_together(group, lambda: _write_file(path, mine, step) if mine else {}, SharedCheckpointError)
         run_on_first(
-            group, lambda: _finish(temporary, final, _manifest(step, plan, writers, checksums, state)), CheckpointError
+            group,
+            lambda: _finish(temporary, final, _manifest(step, plan, writers, checksums, state)),
+            SharedCheckpointError,
         )
     except BaseException:
         if rank == 0:  # all ranks are past their writes, or dead
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    run_on_first(group, lambda: remove_superseded(folder, final, keep), CheckpointError)
+    run_on_first(group, lambda: remove_superseded(folder, final, keep), SharedCheckpointError)
     return final
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, SharedCheckpointError
 from fused_megatron.checkpoint.folder import checkpoint_step, list_checkpoints
 from fused_megatron.checkpoint.manifest import Manifest, read_manifest
 from fused_megatron.checkpoint.shard_file import ShardFileReader
-from fused_megatron.collectives.together import rank_and_size, run_on_first, run_together
+from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.together import run_on_first, run_together
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> list[str]:
@@ -36,14 +37,16 @@ def newest_checkpoint(folder: str | os.PathLike[str], group: dist.ProcessGroup |
 
     Communication: one exchange of JSON, and one more for each checkpoint that is looked at.
     """
-    rank, world_size = rank_and_size(group)
+    rank, world_size = group_rank(group), group_size(group)
     folder = Path(folder)
     # Rank 0's list: another process may be adding to the folder.
-    names = run_on_first(group, lambda: [path.name for path in list_checkpoints(folder)], CheckpointError)
+    names = run_on_first(group, lambda: [path.name for path in list_checkpoints(folder)], SharedCheckpointError)
     for name in names:
         path = folder / name
         verify_share = functools.partial(_verify_share, path, rank, world_size)
-        problems = [problem for answer in run_together(group, verify_share, CheckpointError) for problem in answer]
+        problems = [
+            problem for answer in run_together(group, verify_share, SharedCheckpointError) for problem in answer
+        ]
         if not problems:
             return path
         if rank == 0:

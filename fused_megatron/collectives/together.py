@@ -1,60 +1,154 @@
-"""Ranks that succeed or fail together: results and errors are exchanged, so that no rank waits for one that gave up."""
+"""Ranks that succeed or fail together: values and errors are exchanged, so that no rank waits for one that gave up."""
 
-from collections.abc import Callable
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
-from fused_megatron.collectives.gather_json import gather_json
+from fused_megatron.checks import InputError, SharedError, SharedInputError, first_line
+from fused_megatron.collectives.groups import Group, group_rank
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
+
+T = TypeVar("T")
 
 
-def rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+class SharedFailure(SharedError, RuntimeError):
+    """What some ranks could not do, raised on every rank."""
 
 
-def run_on_first(
-    group: dist.ProcessGroup | None, function: Callable[[], Any], failure: type[RuntimeError] = RuntimeError
-) -> Any:
-    """Run function on rank 0 only; every rank gets its result, or its error. As run_together."""
-    rank, _ = rank_and_size(group)
-    return run_together(group, lambda: function() if rank == 0 else None, failure)[0]
+class Outcome(NamedTuple):
+    """What a rank told the others.
+
+    Attributes:
+        value: of the rank; None where it failed.
+        error: text of its error; None where it did not fail.
+        is_input: whether the error is an InputError.
+    """
+
+    value: Any
+    error: str | None
+    is_input: bool
 
 
-def run_together(
-    group: dist.ProcessGroup | None, function: Callable[[], Any], failure: type[RuntimeError] = RuntimeError
-) -> list[Any]:
-    """Run function on every rank; every rank's JSON result, or the same one-line error raised on all ranks.
-
-    Args:
-        failure: the class that is raised for anything but an InputError.
+def gather_json(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in rank order, on every rank. JSON rather than all_gather_object, which pickles.
 
     Raises:
-        InputError, failure: on every rank, as soon as all are through, where any rank's function raised.
+        RuntimeError: of torch.distributed, where a rank is gone or silent.
+
+    Communication: two all-gathers, of 8 bytes and of the longest text.
     """
-    value, kind, message = None, None, ""
-    cause: Exception | None = None
+    if group is None:
+        return [value]
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    size = dist.get_world_size(group)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(size)]
+    dist.all_gather(lengths, torch.tensor([text.numel()], dtype=torch.int64, device=device), group=group)
+    longest = max(int(length.item()) for length in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: text.numel()] = text
+    texts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(texts, padded, group=group)
+    return [json.loads(bytes(t[: int(n.item())].cpu().numpy())) for t, n in zip(texts, lengths, strict=True)]
+
+
+def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
+    """Sum x over the ranks, in place and at once: for a few numbers. The process group itself carries them.
+
+    Args:
+        x: [..], contiguous.
+        group: the ranks; None for this one alone.
+
+    Communication: one all-reduce of x.
+    """
+    if group is not None:
+        wait_for(COMMUNICATION, lambda: dist.all_reduce(x, group=group))
+
+
+def gather_outcomes(
+    group: Group, value: Any, error: Exception | None, *, plain: tuple[type[Exception], ...] = (InputError,)
+) -> list[Outcome]:
+    """What every rank has to tell, in rank order, on every rank: a JSON value, or its error.
+
+    Args:
+        value: of this rank, for the others.
+        error: what went wrong on this rank; its value counts for nothing then.
+        plain: errors whose message is enough; of any other the class is named, too.
+
+    Raises:
+        RuntimeError: as gather_json.
+
+    Communication: as gather_json.
+    """
+    own = Outcome(value, None, False)
+    if error is not None:
+        text = str(error) if isinstance(error, plain) else f"{type(error).__name__}: {error}"
+        own = Outcome(None, text, isinstance(error, InputError))
+    return [Outcome(*each) for each in gather_json(own, group)]
+
+
+def failed_ranks(outcomes: Sequence[Outcome]) -> list[int]:
+    """The ranks that told of an error."""
+    return [rank for rank, outcome in enumerate(outcomes) if outcome.error is not None]
+
+
+def shared_text(outcomes: Sequence[Outcome]) -> tuple[str, int]:
+    """The error of the first rank that failed, and how many ranks failed in another way.
+
+    Where every rank told the same it is no rank's own, and none is named.
+    """
+    failed = failed_ranks(outcomes)
+    text = str(outcomes[failed[0]].error)
+    if all(outcome.error == text for outcome in outcomes):
+        return text, 0
+    return f"rank {failed[0]}: {text}", len(failed) - 1
+
+
+def run_on_first(group: Group, function: Callable[[], Any], failure: type[RuntimeError] = SharedFailure) -> Any:
+    """Run function on rank 0 only; every rank gets its result, or its error. As run_together."""
+    return run_together(group, lambda: function() if group_rank(group) == 0 else None, failure)[0]
+
+
+def build_together(group: Group, build: Callable[[], T], failure: type[RuntimeError] = SharedFailure) -> T:
+    """build() of this rank, which may return anything; if it raises on any rank, all raise. As run_together."""
+    results: list[T] = []
+    run_together(group, lambda: results.append(build()), failure)
+    return results[0]
+
+
+def run_together(group: Group, function: Callable[[], Any], failure: type[RuntimeError] = SharedFailure) -> list[Any]:
+    """Run function on every rank; every rank's JSON result, or the same one-line error raised on all ranks.
+
+    Without this a rank that fails would leave the others waiting in their next collective.
+
+    Args:
+        failure: a SharedError: what is raised for anything but an InputError.
+
+    Raises:
+        SharedInputError, failure: on every rank, as soon as all are through, where any rank's function raised.
+        RuntimeError: the class that `failure` shares among the ranks (of a SharedCheckpointError: CheckpointError),
+            on the ranks that are left where one is gone.
+
+    Communication: as gather_json.
+    """
+    classes = (kind for kind in failure.__mro__ if issubclass(kind, RuntimeError) and not issubclass(kind, SharedError))
+    of_one_rank: type[RuntimeError] = next(classes)
+    value, cause = None, None
     try:
         value = function()
-    except InputError as error:
-        kind, message, cause = "input", str(error), error
-    except failure as error:
-        kind, message, cause = "failure", str(error), error
     except Exception as error:  # whatever it is: the others must hear of it, or they wait for ever
-        kind, message, cause = "failure", f"{type(error).__name__}: {error}", error
+        cause = error
     try:
-        results = gather_json({"value": value, "kind": kind, "message": message}, group)
-    except RuntimeError as error:  # the connection to a rank that was killed, or a time-out
-        reason = str(error).strip().splitlines()[0]
-        raise failure(f"another rank stopped while this one waited for it ({reason})") from error
-    failed = [r for r, result in enumerate(results) if result["kind"]]
+        outcomes = gather_outcomes(group, value, cause, plain=(InputError, of_one_rank))
+    except RuntimeError as lost:  # the connection to a rank that was killed, or a time-out
+        reason = first_line(lost, name_type=False)
+        raise of_one_rank(f"another rank stopped while this one waited for it ({reason})") from lost
+    failed = failed_ranks(outcomes)
     if not failed:
-        return [result["value"] for result in results]
-    first = results[failed[0]]
-    alike = all(result["message"] == first["message"] for result in results)  # every rank saw the same: it is no rank's
-    where = "" if alike else f"rank {failed[0]}: "
-    more = "" if alike or len(failed) == 1 else f" (and {len(failed) - 1} more of {len(results)} ranks failed)"
-    error_class: type[InputError] | type[RuntimeError] = InputError if first["kind"] == "input" else failure
-    shared = error_class(f"{where}{first['message']}{more}")
-    shared.on_every_rank = True  # type: ignore[union-attr]
-    raise shared from cause
+        return [outcome.value for outcome in outcomes]
+    text, others = shared_text(outcomes)
+    more = f" (and {others} more of {len(outcomes)} ranks failed)" if others else ""
+    raise (SharedInputError if outcomes[failed[0]].is_input else failure)(text + more) from cause

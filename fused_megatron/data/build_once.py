@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fused_megatron.checks import InputError
-from fused_megatron.data.indexed_dataset import sync_folder
+from fused_megatron.durable import sync_folder
 
 _T = TypeVar("_T")
 

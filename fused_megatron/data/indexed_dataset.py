@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError
+from fused_megatron.durable import sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -223,15 +224,6 @@ def sync(file: BinaryIO) -> None:
     """Put everything written to the file on the disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Put renames in the folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_error(path: Path, error: OSError) -> InputError:

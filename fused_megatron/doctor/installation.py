@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fused_megatron.checks import first_line
 from fused_megatron.doctor.device_code import device_code
 from fused_megatron.doctor.facts import Installation, Library, OpKernels, Package, Torch
 
 _PACKAGE = Path(__file__).parents[1]
+_MESSAGE_CHARACTERS = 200  # of an error
 # Made of other ops and of torch's own products: what runs the part runs the whole.
 _COMPOSED = {"linear_cross_entropy": "cross_entropy"}
 
@@ -94,7 +96,7 @@ def find_torch() -> Torch:
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return Torch(None, build, backends, gpus, torch.get_num_threads())
     except Exception as error:  # whatever a broken installation raises
-        return Torch(error=_first_line(error))
+        return Torch(error=first_line(error)[:_MESSAGE_CHARACTERS])
 
 
 def find_library(torch_works: bool, chosen: str | None) -> Library:
@@ -126,7 +128,7 @@ def _loaded() -> tuple[bool, str, tuple[OpKernels, ...]]:
             loads = extension.load_library()
             ops = _op_kernels()
         except Exception as error:  # a torch too old for what we ask of it
-            return False, _first_line(error), ()
+            return False, first_line(error)[:_MESSAGE_CHARACTERS], ()
     said = "".join(str(warning.message) for warning in caught)
     reason = re.search(r"the compiled library (.*?); all ops", said, re.DOTALL)
     return loads, "" if loads else reason[1] if reason else said, ops
@@ -160,8 +162,3 @@ def _newer_source(library: Path) -> str | None:
     built = library.stat().st_mtime
     newer = (p for p in sources.rglob("*") if p.suffix in (".cpp", ".h", ".cu", ".cuh") and p.stat().st_mtime > built)
     return next((str(path.relative_to(sources.parent)) for path in sorted(newer)), None)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

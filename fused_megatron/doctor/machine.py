@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from fused_megatron.doctor.facts import Gpu, Machine, Tools
+from fused_megatron.observe.processor import processor_name_and_flags
 
 _FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX", "sve": "SVE"}
 _PATIENCE_S = 2.0
@@ -79,7 +80,7 @@ def find_tools(questions: Questions) -> Tools:
 
 def find_machine(questions: Questions) -> Machine:
     """What the system and the driver say."""
-    model, flags = _processor(_read("/proc/cpuinfo"))
+    model, flags = processor_name_and_flags()
     total, available = _memory()
     gpus, driver = parsed_gpus(questions.gpus.answer or "")
     return Machine(
@@ -111,16 +112,6 @@ def parsed_links(said: str) -> dict[str, int]:
     rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
     pairs = Counter(kind for i, row in enumerate(rows) for kind in row[2 + i : 1 + len(rows)])
     return dict(pairs)
-
-
-def processor_name() -> str:
-    """The processor as its maker calls it; "" where the system does not say."""
-    return _processor(_read("/proc/cpuinfo"))[0]
-
-
-def _processor(cpuinfo: str) -> tuple[str, set[str]]:
-    found = dict(re.findall(r"^(model name|flags|Features)\s*:\s*(.*)$", cpuinfo, re.MULTILINE))
-    return found.get("model name", ""), set((found.get("flags") or found.get("Features") or "").split())
 
 
 def _usable_cores() -> float:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checkpoint import CheckpointError, Manifest, newest_checkpoint, read_manifest, read_tensor
-from fused_megatron.checkpoint.errors import explain_os_error
+from fused_megatron.checkpoint.errors import SharedCheckpointError, explain_os_error
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import GPTConfig, model_config
 from fused_megatron.hugging_face.families import differing_fields, family_for
@@ -60,10 +60,12 @@ def export_model(
         check(run.config.is_file(), f"{run_path} is no run folder: it has no {run.config.name}")
         check_absent(folder)
 
-    run_together(group, prepare, CheckpointError)
+    run_together(group, prepare, SharedCheckpointError)
     newest = newest_checkpoint(run.checkpoints, group=group)
     with new_folder(folder, group) as temporary:
-        return str(run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes), CheckpointError))
+        return str(
+            run_on_first(group, lambda: _write(run, newest, temporary, dtype, max_file_bytes), SharedCheckpointError)
+        )
 
 
 def _found(checkpoint: Path | None, run: RunFolder) -> Path:
@@ -99,7 +101,7 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
         if len(files) > 1:
             _write_index(folder, files)
         written = dict(_config_json(settings, family, config))
-        stored = str(next(iter(entries)).dtype).removeprefix("torch.")  # an embedding's
+        stored = dtype_name(next(iter(entries)).dtype)  # an embedding's
         written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except OSError as error:

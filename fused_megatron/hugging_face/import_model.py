@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checkpoint import StreamedBox, TensorBox, save_checkpoint
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import SharedCheckpointError
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import check
@@ -78,7 +78,7 @@ def load_model(
         )  # fmt: skip
         built.append(_filled(model, source, device or torch.device("cpu")))
 
-    run_together(tp_group, build, CheckpointError)
+    run_together(tp_group, build, SharedCheckpointError)
     return built[0]
 
 
@@ -118,7 +118,7 @@ def import_model(
             read_json(folder / RunFolder(run_path).tokenizer.name)
         opened.append(open_source(folder, dtype, skip, for_run=True))
 
-    run_together(group, prepare, CheckpointError)
+    run_together(group, prepare, SharedCheckpointError)
     source = opened[0]
     boxes: dict[str, TensorBox] = {}
     for name in source.rules:
@@ -134,9 +134,9 @@ def import_model(
     }
     with new_folder(run_path, group) as temporary:
         run = RunFolder(temporary)
-        run_on_first(group, run.create, CheckpointError)
+        run_on_first(group, run.create, SharedCheckpointError)
         save_checkpoint(run.checkpoints, 0, boxes, state=state, group=group)
-        run_on_first(group, lambda: _describe_run(run, config, folder, source, dtype), CheckpointError)
+        run_on_first(group, lambda: _describe_run(run, config, folder, source, dtype), SharedCheckpointError)
     return source
 
 
@@ -185,10 +185,10 @@ def check_absent(target: Path) -> None:
 @contextmanager
 def new_folder(target: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
     """A folder that gets the name `target` once the block is done, and is removed where it fails."""
-    temporary = target.with_name(run_on_first(group, lambda: _begin(target), CheckpointError))
+    temporary = target.with_name(run_on_first(group, lambda: _begin(target), SharedCheckpointError))
     try:
         yield temporary
-        run_on_first(group, lambda: os.rename(temporary, target), CheckpointError)
+        run_on_first(group, lambda: os.rename(temporary, target), SharedCheckpointError)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused_megatron.checkpoint.model_state import parameter_boxes
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.config import GPTConfig
 from fused_megatron.hugging_face.families import family_of
 from fused_megatron.hugging_face.family import Family, is_buffer
@@ -194,7 +194,7 @@ def _common_dtype(files: WeightFiles, rules: Sequence[Rule], dtype: torch.dtype 
     first = files.tensors[sources[0]].dtype
     for source in sources:
         found = files.tensors[source].dtype
-        name = str(found).removeprefix("torch.")
+        name = dtype_name(found)
         check(
             found in TRAINED_DTYPES,
             f"{files.tensors[source].path}: tensor {source!r} is {name}, which is not trained here: give --dtype "
@@ -203,6 +203,6 @@ def _common_dtype(files: WeightFiles, rules: Sequence[Rule], dtype: torch.dtype 
         check(
             found == first,
             f"{files.tensors[source].path}: tensor {source!r} is {name} where {sources[0]!r} is "
-            f"{str(first).removeprefix('torch.')}: give --dtype float32 (keeps every value) or --dtype bfloat16",
+            f"{dtype_name(first)}: give --dtype float32 (keeps every value) or --dtype bfloat16",
         )
     return first

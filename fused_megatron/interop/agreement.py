@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.collectives.gather_json import gather_json
+from fused_megatron.collectives.together import failed_ranks, gather_json, gather_outcomes
 
 # Sums of the same numbers on two kinds of hardware differ by rounding; other weights differ by far more.
 _SAME = 1e-6
@@ -35,14 +35,14 @@ def check_agreement(model: nn.Module, group: Group, same_weights: bool = True) -
         error = raised
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     # The shapes in 32 bits: enough to tell an honest mistake.
-    said = None if error is None else f"{type(error).__name__}: {error}"
-    messages, digests = zip(*gather_json([said, zlib.crc32(repr(shapes).encode())], group), strict=True)
+    outcomes = gather_outcomes(group, zlib.crc32(repr(shapes).encode()), error, plain=())
     if error is not None:
         raise error
-    failed = [rank for rank, message in enumerate(messages) if message]
+    failed = failed_ranks(outcomes)
     if failed:
-        raise InputError(f"tensor-parallel ranks {failed} refused this, and nothing was changed: {messages[failed[0]]}")
-    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        text = outcomes[failed[0]].error
+        raise InputError(f"tensor-parallel ranks {failed} refused this, and nothing was changed: {text}")
+    different = [rank for rank, outcome in enumerate(outcomes) if outcome.value != outcomes[0].value]
     if different:
         raise InputError(
             f"model on tensor-parallel ranks {different} has other parameters than on rank 0: build the same on all"

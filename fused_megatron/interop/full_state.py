@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, parallel_group
 
 _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -101,9 +101,9 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
 def _check_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> None:
     """Numbers of another precision are converted; integers, and 8 bits with a scale elsewhere, are other numbers."""
     if given != wanted and not (wanted.is_floating_point and given in _CONVERTED):
-        kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in _CONVERTED) + ", "
+        kinds = ", ".join(map(dtype_name, _CONVERTED)) + ", "
         raise InputError(
-            f"state[{name!r}].dtype={str(given).removeprefix('torch.')} must be "
-            f"{kinds * wanted.is_floating_point}or {str(wanted).removeprefix('torch.')} "
+            f"state[{name!r}].dtype={dtype_name(given)} must be "
+            f"{kinds * wanted.is_floating_point}or {dtype_name(wanted)} "
             "(a quantised one must be dequantised first)"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig
+from fused_megatron.observe.model_flops import block_products
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,9 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
 
 
 def block_cost(config: GPTConfig) -> int:
-    """Multiplications of a block per token, forward."""
-    hidden = config.hidden_size
-    query_size, kv_size = config.head_size * config.num_heads, config.head_size * config.kv_heads
-    projections = 2 * hidden * query_size + 2 * hidden * kv_size
-    # Scores and context; a token sees half of the others.
-    attention = config.seq_len * query_size
-    return projections + attention + (2 if config.activation.startswith("gelu") else 3) * hidden * config.ffn_size
+    """Multiplications of a block per token, forward; of attention half, since a token sees half of the others."""
+    products = block_products(config)
+    return products.projections + products.attention // 2 + products.mlp
 
 
 def _cheapest_counts(config: GPTConfig, placement: Sequence[int]) -> list[int]:

@@ -1,1 +1,1 @@
-"""Ledgers, counters and formulas: communication, FLOPs, bytes."""
+"""Ledgers, counters and formulas: communication, FLOPs, bytes, waits; and the processor."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _symmetric_memory as symm_mem
 
-from fused_megatron.collectives.gather_json import gather_json
+from fused_megatron.collectives.together import gather_json
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

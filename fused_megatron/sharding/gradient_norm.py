@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import group_rank
+from fused_megatron.collectives import Group, group_rank
+from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.sharding.parameter_record import parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
@@ -64,8 +64,8 @@ def clip_grad_norm_(
 def global_gradient_norm(
     parameters: Mapping[str, nn.Parameter],
     gradients: Gradients,
-    tp_group: dist.ProcessGroup | None,
-    pp_group: dist.ProcessGroup | None = None,
+    tp_group: Group,
+    pp_group: Group = None,
 ) -> torch.Tensor:
     """2-norm over the full parameters, a 0-dim float64 tensor, the same on every rank.
 
@@ -83,8 +83,7 @@ def global_gradient_norm(
         for part in _counted(parameter_parts(parameter), gradient.shape, tp_rank):
             squares += _sum_of_squares(part.of(gradient))
     for group in (tp_group, pp_group):
-        if group is not None:
-            dist.all_reduce(squares, group=group)
+        sum_over_ranks_(squares, group)
     return squares.sqrt()
 
 

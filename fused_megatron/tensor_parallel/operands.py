@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_megatron.checks import InputError, check, check_same_device, check_shape
+from fused_megatron.checks import InputError, check, check_same_device, check_shape, dtype_name
 from fused_megatron.collectives import Group, group_size
 
 
@@ -29,16 +29,12 @@ def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(
-                f"{name}.dtype={_name(tensor.dtype)} must equal weight.dtype={_name(weight.dtype)} "
+                f"{name}.dtype={dtype_name(tensor.dtype)} must equal weight.dtype={dtype_name(weight.dtype)} "
                 "(cast one of them, or use torch.autocast)"
             )
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
     check_same_device("x", x, "weight", weight)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def sharded_sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:

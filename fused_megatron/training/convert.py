@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import check, check_one_of
+from fused_megatron.checks import check, check_one_of, dtype_name
 from fused_megatron.config import BERTConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
@@ -87,7 +87,7 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
     source = import_model(arguments.source, arguments.target, dtype=dtype, skip=skip, group=world_group())
     target, config = arguments.target, source.config
     reporter.say(
-        f"{target}: {source.num_parameters:,} parameters in {str(source.dtype).removeprefix('torch.')}"
+        f"{target}: {source.num_parameters:,} parameters in {dtype_name(source.dtype)}"
         + (f"; kept for the way back, but no part of the run: {', '.join(source.kept)}" if source.kept else "")
     )
     commands = [f'fused-megatron generate {target} "..."'] if config.family == "gpt" else []

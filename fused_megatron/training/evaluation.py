@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.run.executor import PipelineExecutor
@@ -64,8 +64,7 @@ def evaluate(
         totals[1] += predicted.numel()
         if token_bytes is not None:
             totals[2] += token_bytes[predicted].sum()
-    if mesh.dp_group is not None:
-        dist.all_reduce(totals, group=mesh.dp_group)
+    sum_over_ranks_(totals, mesh.dp_group)
     loss_sum, num_tokens, num_bytes = totals.tolist()
     bits = loss_sum / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(loss_sum / max(1.0, num_tokens), bits, int(num_tokens))

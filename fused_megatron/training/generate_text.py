@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from fused_megatron.assembly.build import build_model
 from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
@@ -19,7 +20,6 @@ from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.train import build_model
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def generate_text(arguments: GenerateArguments) -> str:
         checkpoint = on_every_rank(lambda: _found(newest, run))
         vocab_size = read_manifest(checkpoint).state["vocab_size"]
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
-        model_config = dataclasses.replace(config.model, vocab_size=vocab_size)
-        model = build_model(model_config, mesh, config, launch.device)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        model = build_model(config, mesh, launch.device)
         assert isinstance(model, GPT)
         load_checkpoint(
             checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checkpoint.errors import CheckpointError
-from fused_megatron.checks import InputError
-from fused_megatron.collectives.together import run_together
+from fused_megatron.checkpoint.errors import SharedCheckpointError
+from fused_megatron.checks import SharedInputError
+from fused_megatron.collectives.together import build_together
 
 T = TypeVar("T")
 
@@ -57,22 +57,15 @@ def _check_enough_gpus() -> None:
     """Every rank of a machine sees the same two numbers, and so raises the same error."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if ranks > gpus:
-        error = InputError(
+        raise SharedInputError(
             f"{ranks} ranks were started on a machine with {gpus} GPU(s): start at most {gpus}, or set "
             f"CUDA_VISIBLE_DEVICES= to run on the CPU"
         )
-        error.on_every_rank = True
-        raise error
 
 
 def on_every_rank(build: Callable[[], T]) -> T:
-    """Return build(); if it raises on any rank, raise the same one-line error on every rank.
-
-    Without this the rank that fails would leave the others waiting in their next collective.
-    """
-    results: list[T] = []
-    run_together(world_group(), lambda: results.append(build()), CheckpointError)
-    return results[0]
+    """build(); if it raises on any rank of the run, every rank raises the same one-line error."""
+    return build_together(world_group(), build, SharedCheckpointError)
 
 
 def world_group() -> dist.ProcessGroup | None:

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.assemble import assemble
+from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
-from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
-from fused_megatron.training.kept_pages import keep_malloc_pages
+from fused_megatron.kept_pages import keep_malloc_pages
+from fused_megatron.mesh import Mesh
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
@@ -30,7 +30,6 @@ from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
 HEAD_START_S = 0.5
 # What may change between a checkpoint and the run that goes on from it.
 FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def train(config: TrainConfig, run_path: Path) -> bool:
@@ -67,14 +66,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     on_every_rank(lambda: _check_same_config(*configs))
     mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
     model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-    spans = cut_stages(model_config, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
-    model = ModelStages(
-        spans,
-        plan.placement,
-        mesh.pp_group,
-        lambda span: build_model(model_config, mesh, config, launch.device, span),
-    )
-    trainer = Trainer(config, mesh, plan, model, data, run, reporter)
+    model = build_stages(dataclasses.replace(config, model=model_config), mesh, plan, launch.device)
+    trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter)
     _resume(trainer, model_config)
     _introduce(trainer)
     if pages_kept:
@@ -92,12 +85,10 @@ def _check_trainable(config: GPTConfig) -> None:
         return
     for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
         if getattr(config, name) != wanted:
-            error = InputError(
+            raise SharedInputError(
                 f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
                 f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
             )
-            error.on_every_rank = True
-            raise error
 
 
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
@@ -111,30 +102,8 @@ def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
                     )
 
 
-def build_model(
-    model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device, stage: StageSpan | None = None
-) -> GPT | BERT:
-    """This rank's shard of the model that config describes, or of a stage of it."""
-    return new_model(
-        model_config,
-        tp_group=mesh.tp_group,
-        sequence_parallel=config.parallel.sequence_parallel,
-        seed=config.training.seed,
-        stage=stage,
-        dtype=DTYPES[config.training.dtype],
-        device=device,
-    )
-
-
 def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Reporter) -> tuple[Mesh, TrainingData]:
-    parallel = config.parallel
-    mesh = init_mesh(
-        parallel.tensor_parallel_size,
-        parallel.pipeline_parallel_size,
-        parallel.data_parallel_size,
-        device_type=launch.device.type,
-    )
-    config.check_data_parallel(mesh.dp_size)
+    mesh = build_mesh(config, launch.device.type)
     if launch.rank == 0:
         run.create()
     if os.environ.get("LOCAL_RANK", "0") != "0":

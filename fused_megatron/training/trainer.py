@@ -11,22 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from fused_megatron.assembly.model_stages import ModelStages
-from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.collectives.together import gather_json
-from fused_megatron.config import TrainConfig
+from fused_megatron.checks import SharedError
+from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
-from fused_megatron.data_parallel.optimizer import Optimizer
-from fused_megatron.data_parallel.reduction import GradientBuckets
-from fused_megatron.mesh import Mesh
+from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
-from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import WEIGHT_GRAD
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.launch import world_group
@@ -34,7 +28,7 @@ from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.progress import Reporter
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(SharedError, RuntimeError):
     """The loss or a gradient became NaN or infinite; the weights are those before the step."""
 
 
@@ -50,10 +44,7 @@ class Trainer:
     """A model, its optimizer and its place in the data; run() trains to the last step.
 
     Args:
-        config: all settings.
-        mesh: layout of the ranks.
-        plan: the schedule that the pipeline follows.
-        model: this rank's shard of its stages, already on its device.
+        assembly: settings, ranks, this rank's stages, executor and optimizer.
         data: training and held-out tokens.
         run: where metrics and checkpoints go (rank 0 writes all but the checkpoints' shards).
         reporter: what the user sees.
@@ -61,37 +52,24 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
-        mesh: Mesh,
-        plan: PipelinePlan,
-        model: ModelStages,
+        assembly: Assembly,
         data: TrainingData,
         run: RunFolder,
         reporter: Reporter,
     ) -> None:
-        self.config, self.mesh, self.plan, self.model, self.data, self.run_folder, self.reporter = (
-            config, mesh, plan, model, data, run, reporter,
-        )  # fmt: skip
-        self.parameters = model.parameters_by_name()
-        self.device = next(iter(self.parameters.values())).device
-        self.gradients = GradientBuckets(
-            {index: list(stage.parameters()) for index, stage in model.stages.items()},
-            mesh.dp_group,
-            bucket_bytes=1e6 * config.training.bucket_mb,
-        )
-        training = config.training
-        schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
-        self._splits_backward = any(a.kind == WEIGHT_GRAD for actions in schedule.actions for a in actions)
-        self.executor = PipelineExecutor(
-            schedule,
-            model.stages,
-            pp_group=mesh.pp_group,
-            loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
-            tied=model.tied(),
-            reduce_gradients=self.gradients.reduce,
-            timeout_s=config.parallel.timeout_s,
-        )
-        self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
+        self.config = assembly.config
+        self.mesh = assembly.mesh
+        self.plan = assembly.plan
+        self.model = assembly.model
+        self.parameters = assembly.parameters
+        self.gradients = assembly.gradients
+        self.executor = assembly.executor
+        self.optimizer = assembly.optimizer
+        self.device = assembly.device
+        self.data = data
+        self.run_folder = run
+        self.reporter = reporter
+        self._accumulate_gradients = assembly.accumulate_gradients
         self.progress = Progress()
         self._stop_requested = False
         self._step_times: deque[float] = deque(maxlen=20)
@@ -195,13 +173,10 @@ class Trainer:
             BatchPosition(self.progress.step, first_sample + i * training.microbatch_size, training.global_batch_size)
             for i in range(len(inputs))
         ]
-        if not self._splits_backward:
-            self.gradients.reduce_after_backwards(len(inputs))
-        return self.executor.step(
+        return self._accumulate_gradients(
             inputs,
             targets,
-            # Divided once, by the targets of the whole step: ranks and microbatches then simply add up.
-            loss_divisor=training.global_batch_size * self.data.targets_per_sample,
+            loss_divisor=gradient_divisor(training.global_batch_size, self.data.targets_per_sample),
             stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 
@@ -209,8 +184,7 @@ class Trainer:
         """The loss over all data-parallel ranks and whether any rank was asked to stop, in one message."""
         layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
         message = torch.stack([loss_sum / layer_ranks, loss_sum.new_tensor(float(self._stop_requested))])
-        if self.mesh.world_size > 1:
-            dist.all_reduce(message)
+        sum_over_ranks_(message, world_group())
         loss, stops = message.tolist()
         return loss, stops > 0
 

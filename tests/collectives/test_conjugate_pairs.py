@@ -1,10 +1,12 @@
+"""Start here when a gradient through a collective is wrong by the number of ranks."""
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from fused_megatron import collectives
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 PAIRS = {

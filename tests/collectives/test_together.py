@@ -1,3 +1,5 @@
+"""Start here when one rank fails and the others wait, or raise another error than it."""
+
 import os
 import time
 
@@ -5,8 +7,16 @@ import pytest
 import torch.distributed as dist
 
 from fused_megatron.checkpoint import CheckpointError
-from fused_megatron.checks import InputError
-from fused_megatron.collectives.together import gather_json, run_on_first, run_together
+from fused_megatron.checkpoint.errors import SharedCheckpointError
+from fused_megatron.checks import InputError, SharedError, SharedInputError
+from fused_megatron.collectives.together import (
+    SharedFailure,
+    build_together,
+    gather_json,
+    gather_outcomes,
+    run_on_first,
+    run_together,
+)
 from fused_megatron.testing import RankError, run_on_ranks
 
 
@@ -28,16 +38,16 @@ def fail(rank, world_size, failing, kind):
             raise {"input": InputError, "checkpoint": CheckpointError, "other": KeyError}[kind](f"bad {failing}")
         return rank
 
-    return run_together(dist.group.WORLD, work)
+    return run_together(dist.group.WORLD, work, SharedCheckpointError)
 
 
 @pytest.mark.parametrize(
     ("failing", "kind", "error", "text"),
     [
-        ([1], "checkpoint", CheckpointError, "rank 1: bad [1]"),
-        ([1, 2], "input", InputError, "rank 1: bad [1, 2] (and 1 more of 3 ranks failed)"),
-        ([0, 1, 2], "input", InputError, "bad [0, 1, 2]"),
-        ([2], "other", CheckpointError, "rank 2: KeyError: 'bad [2]'"),
+        ([1], "checkpoint", SharedCheckpointError, "rank 1: bad [1]"),
+        ([1, 2], "input", SharedInputError, "rank 1: bad [1, 2] (and 1 more of 3 ranks failed)"),
+        ([0, 1, 2], "input", SharedInputError, "bad [0, 1, 2]"),
+        ([2], "other", SharedCheckpointError, "rank 2: KeyError: 'bad [2]'"),
     ],
 )
 def test_one_error_for_all(failing, kind, error, text):
@@ -58,22 +68,54 @@ def first_alone(rank, world_size, broken):
             raise CheckpointError("no room")
         return "made by 0"
 
-    return run_on_first(dist.group.WORLD, work)
+    return run_on_first(dist.group.WORLD, work, SharedCheckpointError)
 
 
 def test_what_rank_0_does_alone_is_known_to_all():
     assert run_on_ranks(first_alone, 3, False) == ["made by 0"] * 3
     with pytest.raises(RankError) as caught:
         run_on_ranks(first_alone, 3, True)
-    assert {(type(e), str(e)) for e in caught.value.errors.values()} == {(CheckpointError, "rank 0: no room")}
+    assert {(type(e), str(e)) for e in caught.value.errors.values()} == {(SharedCheckpointError, "rank 0: no room")}
+
+
+def every_way(rank, world_size):
+    def fail():
+        raise (ValueError, InputError, OSError)[rank](f"rank {rank} of {world_size}")
+
+    with pytest.raises(
+        SharedFailure, match=r"^rank 0: ValueError: rank 0 of 3 \(and 2 more of 3 ranks failed\)$"
+    ) as info:
+        run_together(dist.group.WORLD, fail)
+    own = info.value.__cause__
+    value = build_together(dist.group.WORLD, lambda: {rank, "no JSON"})
+    outcomes = gather_outcomes(dist.group.WORLD, rank, own if rank == 1 else None, plain=())
+    return type(own).__name__, value, outcomes
+
+
+def test_what_is_exchanged_is_the_callers_choice():
+    answers = run_on_ranks(every_way, 3)
+    assert [name for name, _, _ in answers] == ["ValueError", "InputError", "OSError"]
+    assert [value for _, value, _ in answers] == [{rank, "no JSON"} for rank in range(3)]
+    for _, _, outcomes in answers:
+        assert outcomes == [(0, None, False), (None, "InputError: rank 1 of 3", True), (2, None, False)]
+
+
+def test_one_process_raises_what_all_ranks_would():
+    def build():
+        raise InputError("")
+
+    with pytest.raises(SharedInputError, match=r"^$"):
+        build_together(None, build)
 
 
 def leave(rank, world_size):
     if rank == 1:
         os._exit(3)
     start = time.monotonic()
-    with pytest.raises(CheckpointError, match="another rank stopped"):
-        gather_json(rank, dist.group.WORLD)
+    with pytest.raises(CheckpointError, match=r"^another rank stopped while this one waited for it") as info:
+        run_together(dist.group.WORLD, lambda: rank, SharedCheckpointError)
+    # The ranks that are left see different things: each says its own.
+    assert not isinstance(info.value, SharedError) and isinstance(info.value.__cause__, RuntimeError)
     return time.monotonic() - start
 
 

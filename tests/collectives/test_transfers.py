@@ -1,10 +1,10 @@
-"""The reduce-scatter that gloo is given: its bytes, its order of additions, its one rounding."""
+"""Start here when gloo's reduce-scatter adds in another order, rounds twice, or sends too much."""
 
 import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.transfers import start_reduce_scatter, start_reduce_scatter_blocks
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 

@@ -1,6 +1,10 @@
+"""Start here when prepared text is built twice, by two processes at once, or left half built."""
+
+import errno
 import multiprocessing
 import os
 import signal
+import stat
 import time
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 
 from fused_megatron.checks import InputError
 from fused_megatron.data.build_once import build_once, default_cache_folder
+from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 # A fork starts in milliseconds; the children touch neither torch nor threads.
 processes = multiprocessing.get_context("fork")
@@ -131,3 +136,20 @@ def test_default_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache_folder() == tmp_path / "home" / ".cache" / "fused_megatron"
     assert isinstance(default_cache_folder(), Path)
+
+
+def test_file_systems_that_know_no_fsync_of_a_folder(monkeypatch, tmp_path):
+    fsync, refused = os.fsync, []
+
+    def fsync_of_files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync_of_files_only)
+    assert build_once(tmp_path, "name", write, load) == "built"
+    with IndexedDatasetWriter(tmp_path / "tokens", "u2") as writer:
+        writer.add_document([1, 2, 3])
+    assert IndexedDataset(tmp_path / "tokens")[0].tolist() == [1, 2, 3]
+    assert len(refused) == 3  # the new folder, the cache, the folder of the dataset

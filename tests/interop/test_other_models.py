@@ -1,4 +1,4 @@
-"""Models that no table knows, wrapped layers, every mistake: right results, or one clear line and no model changed."""
+"""Start here when `fm.parallelize` changes a model that it refuses, or the numbers of one that it takes."""
 
 import copy
 import warnings
@@ -10,7 +10,7 @@ from torch import nn
 import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 MLP = {"up": "colwise", "gate": "colwise", "down": "rowwise"}

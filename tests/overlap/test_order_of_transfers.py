@@ -1,5 +1,8 @@
-"""What an overlapped product reads before its transfer has been waited for is NaN here, and what it gives away early
-is changed: a missing wait is a red test, on a CPU, and not a race on a cluster."""
+"""Start here when an overlapped product reads what has not arrived, or gives away what it still needs.
+
+What an overlapped product reads before its transfer has been waited for is NaN here, and what it gives away early
+is changed: a missing wait is a red test, on a CPU, and not a race on a cluster.
+"""
 
 import os
 
@@ -8,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.transport.transfer import Transfer
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError

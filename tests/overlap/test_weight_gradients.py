@@ -1,4 +1,4 @@
-"""Start here when a weight's gradient goes elsewhere than it should, or a deferred product changes its bits."""
+"""Start here when deferred weight gradients are lost, or have other bits."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""planning.rank_memory: what the formula says against the peak of a training step that really runs."""
+"""Start here when the predicted memory of a rank is not what a training step takes."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""Start here when a weight starts from other values at another layout, or at all."""
+"""Start here when a model's initial weights differ between layouts."""
 
 import pytest
 import torch

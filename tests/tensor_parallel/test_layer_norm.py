@@ -1,10 +1,12 @@
+"""Start here when a layer norm under sequence parallelism has partial gradients."""
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import LayerNorm, parameter_shard
 from fused_megatron.testing import assert_close, run_on_ranks
 

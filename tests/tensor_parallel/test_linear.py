@@ -1,3 +1,5 @@
+"""Start here when a column- or row-parallel linear layer gives a wrong value or gradient, or sends too much."""
+
 import copy
 
 import pytest
@@ -6,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.overlap import overlap_costs
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,

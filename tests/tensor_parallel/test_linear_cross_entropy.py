@@ -1,10 +1,12 @@
+"""Start here when the fused head and loss differ between tensor-parallel sizes."""
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.ops import linear_cross_entropy_tiles as tiles
 from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy

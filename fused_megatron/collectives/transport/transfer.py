@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.transport.shared_memory import SharedWork, start_shared
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 
 class Transfer:
@@ -45,7 +46,7 @@ class Transfer:
     def wait(self) -> torch.Tensor:
         """What `result` makes of the first buffer; call once, on the stream that started it."""
         if self._work is not None:
-            self._work.wait()
+            wait_for(COMMUNICATION, self._work.wait)
         buffer = self._buffers[0]
         self._work, self._buffers = None, ()
         return self._result(buffer)

@@ -1,14 +1,13 @@
-"""What went wrong on which rank, so that every rank of a pipeline can say it."""
+"""Faults of a pipeline, recorded so that every rank can name the first one."""
 
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import first_line
 from fused_megatron.pipeline.schedule.action import Action, Schedule
 
 _KEY = "fault"
@@ -49,13 +48,6 @@ def lost_peers(rank: int | None = None) -> Iterator[None]:
         raise PeerLost(rank, error) from error
 
 
-def raise_alike(text: str, cause: BaseException | None) -> NoReturn:
-    """InputError that all ranks raise alike."""
-    shared = InputError(text)
-    shared.on_every_rank = True
-    raise shared from cause
-
-
 class FaultRecord:
     """The first fault of a pipeline, in the store where its ranks met. Only looked at when a connection broke."""
 
@@ -85,12 +77,6 @@ class FaultRecord:
             except Exception:  # as above
                 self._store = None
         return None
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def marked_grid(schedule: Schedule, rank: int, action: Action, around: int = 6) -> str:

@@ -1,4 +1,4 @@
-"""Whether all ranks of a pipeline were given what fits together, before anything else is sent."""
+"""Handshake of the ranks of a pipeline: the first bytes that they send, to see that all were given the same."""
 
 import hashlib
 import secrets
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
-from fused_megatron.collectives.gather_json import gather_json
-from fused_megatron.pipeline.run.faults import PipelineError, first_line, raise_alike
+from fused_megatron.checks import InputError, SharedInputError, first_line
+from fused_megatron.collectives.together import Outcome, failed_ranks, gather_outcomes, shared_text
+from fused_megatron.pipeline.run.faults import PipelineError
 from fused_megatron.pipeline.schedule.action import Schedule
 from fused_megatron.pipeline.schedule.schedule_files import to_json
 
@@ -40,37 +40,34 @@ def agree(
         tied: per tied weight the hashes of this rank's parameters.
 
     Raises:
-        InputError: on every rank, if one has an error, or the schedules or initial tied weights differ.
+        SharedInputError: on every rank, if one has an error, or the schedules or initial tied weights differ.
     """
     mine = {
-        "error": None if error is None else str(error),
         "schedule": None if schedule is None else [_shown(schedule), schedule_hash(schedule)],
         "tied": tied,
         "name": secrets.token_hex(8),
     }
     try:
-        everyone = gather_json(mine, group)
+        everyone = gather_outcomes(group, mine, error)  # the first bytes of the pipeline
     except RuntimeError as lost:  # a time-out, or the connection to a rank that is gone
         raise PipelineError(f"pipeline: another rank is gone ({first_line(lost)}); {_HERE}", -1) from lost
     text = _fault(everyone)
     if text is not None:
-        raise_alike(text, error)
-    return f"pipeline-{everyone[0]['name']}"
+        raise SharedInputError(text) from error
+    return f"pipeline-{everyone[0].value['name']}"
 
 
-def _fault(everyone: Sequence[dict]) -> str | None:
-    failed = [rank for rank, each in enumerate(everyone) if each["error"]]
-    if failed:
-        text = everyone[failed[0]]["error"]
-        alike = all(each["error"] == text for each in everyone)
-        return text if alike else f"rank {failed[0]}: {text}"
-    first = everyone[0]
-    for rank, each in enumerate(everyone):
+def _fault(everyone: Sequence[Outcome]) -> str | None:
+    if failed_ranks(everyone):
+        return shared_text(everyone)[0]
+    given = [outcome.value for outcome in everyone]
+    first = given[0]
+    for rank, each in enumerate(given):
         if each["schedule"] != first["schedule"]:
             here, there = (f"{shown} (hash {digest})" for shown, digest in (first["schedule"], each["schedule"]))
             return f"the schedule must be the same on all ranks: rank 0 has {here}, rank {rank} has {there}"
     for index in range(len(first["tied"])):
-        hashes = [(rank, digest) for rank, each in enumerate(everyone) for digest in each["tied"][index]]
+        hashes = [(rank, digest) for rank, each in enumerate(given) for digest in each["tied"][index]]
         for rank, digest in hashes:
             if digest != hashes[0][1]:
                 return (

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell each other before a step: the shapes that enter it, and whether all is well."""
+"""Table that the ranks of a pipeline exchange before a step: the shapes that enter it, and whether all is well."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError
-from fused_megatron.pipeline.run.faults import lost_peers, raise_alike
+from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
+from fused_megatron.pipeline.run.faults import lost_peers
 
 
 def shape_id(inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> int:
@@ -65,14 +66,14 @@ class StepTable:
         """The shape ids, on every rank.
 
         Raises:
-            InputError: on every rank, alike: what one of them was given wrong.
+            SharedInputError: on every rank: what one of them was given wrong.
         """
         if self._shape_ids is None:
             work, self._work = self._work, None
             try:
                 if work is not None:
                     with lost_peers():
-                        work.wait()
+                        wait_for(COMMUNICATION, lambda: work.wait())
             finally:
                 del work  # else the traceback of an error would hold the connections open
             failed = self._numbers[-self._num_ranks :].nonzero()
@@ -87,7 +88,7 @@ class StepTable:
             assert self._store is not None
             text = f"rank {rank}: {self._store.get(self._name(rank)).decode()}"
         self._num_errors += 1
-        raise_alike(text, self._error)
+        raise SharedInputError(text) from self._error
 
     def close(self) -> None:
         """Let go of the group."""

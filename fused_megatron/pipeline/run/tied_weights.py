@@ -1,4 +1,4 @@
-"""The gradient of a weight that several stages hold: the sum over its copies, on every copy."""
+"""Gradients of weights that several stages hold: the sum over all copies, on every copy."""
 
 from collections.abc import Mapping
 
@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
 from fused_megatron.sharding import parameter_record
 
@@ -34,13 +35,17 @@ class TiedWeight:
         if self._group is not None:
             parts = [torch.empty_like(total) for _ in range(self._group.size())]
             with lost_peers():
-                self._group.allgather([parts], [total.contiguous()]).wait()
+                wait_for(COMMUNICATION, lambda: self._gather(parts, total))
             total = parts[0]
             for part in parts[1:]:
                 total = total.add_(part)
         for gradient in gradients:
             if gradient is not total:
                 gradient.copy_(total)
+
+    def _gather(self, parts: list[torch.Tensor], total: torch.Tensor) -> None:
+        assert self._group is not None
+        self._group.allgather([parts], [total.contiguous()]).wait()
 
     def close(self) -> None:
         """Cut its connections."""

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank of a pipeline is said on all of them, and nothing hangs."""
+"""Start here when an error on one rank of a pipeline leaves the others waiting."""
 
 import json
 import os
@@ -214,7 +214,7 @@ def test_bad_input_is_one_error_on_every_rank():
     for name, text in wanted.items():
         for errors in (first, second):
             assert errors[name] is not None, name
-            assert errors[name][0] == "InputError" and text in errors[name][1], (name, errors[name])
+            assert errors[name][0] == "SharedInputError" and text in errors[name][1], (name, errors[name])
 
 
 def test_one_rank_needs_no_group():

@@ -1,0 +1,66 @@
+"""The mesh, the model and its pipeline stages that a run's config describes."""
+
+import torch
+
+from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.config import TrainConfig
+from fused_megatron.mesh import Mesh, init_mesh
+from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of weights and activations, by their names in a config."""
+
+
+def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
+    """The grid of all ranks of the default process group.
+
+    Raises:
+        InputError: as init_mesh; a global batch that does not split over the data-parallel ranks.
+
+    Communication: as init_mesh.
+    """
+    parallel = config.parallel
+    mesh = init_mesh(
+        parallel.tensor_parallel_size,
+        parallel.pipeline_parallel_size,
+        parallel.data_parallel_size,
+        device_type=device_type,
+    )
+    config.check_data_parallel(mesh.dp_size)
+    return mesh
+
+
+def build_model(config: TrainConfig, mesh: Mesh, device: torch.device, stage: StageSpan | None = None) -> GPT | BERT:
+    """This rank's shard of the model, or of a stage of it.
+
+    Args:
+        config: model.vocab_size must be given.
+        mesh: whose tensor-parallel ranks share each layer.
+        device: of the parameters; "meta" for their shapes only.
+        stage: None for the whole model.
+
+    Raises:
+        InputError: no vocab_size; sizes that do not divide.
+    """
+    return new_model(
+        config.model,
+        tp_group=mesh.tp_group,
+        sequence_parallel=config.parallel.sequence_parallel,
+        seed=config.training.seed,
+        stage=stage,
+        dtype=DTYPES[config.training.dtype],
+        device=device,
+    )
+
+
+def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...]:
+    """What each stage of the pipeline holds. Raises InputError as cut_stages."""
+    return cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
+
+
+def build_stages(config: TrainConfig, mesh: Mesh, plan: PipelinePlan, device: torch.device) -> ModelStages:
+    """This rank's shard of its pipeline stages. Arguments and errors as build_model and stage_spans."""
+    return ModelStages(
+        stage_spans(config, plan), plan.placement, mesh.pp_group, lambda span: build_model(config, mesh, device, span)
+    )
