@@ -1,4 +1,4 @@
-"""Our optimizer against torch.optim.AdamW in float64, and what a checkpoint keeps of it."""
+"""Start here when an update is not that of torch.optim.AdamW in float64, or a checkpoint loses some of its state."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Buckets that accumulate and are summed over data-parallel ranks while backward goes on."""
+"""Start here when gradients over data-parallel ranks are wrong, or buckets leave too late or in different orders."""
 
 import pytest
 import torch

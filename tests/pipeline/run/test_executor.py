@@ -1,4 +1,4 @@
-"""Schedules on real ranks: weights after three steps are those of one process, to the last bit."""
+"""Start here when a pipeline's weights differ from those of one process by as much as a bit."""
 
 import inspect
 import textwrap

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank of a pipeline is said on all of them, and nothing hangs."""
+"""Start here when a fault on one rank of a pipeline hangs the others, or they name another cause."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What may pass between stages: tuples, integers, masks, views, nothing at all; and what is kept of it."""
+"""Start here when stages get other tensors than were sent (tuples, masks, views, nothing), or keep them too long."""
 
 import weakref
 

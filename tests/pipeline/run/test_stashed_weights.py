@@ -1,4 +1,4 @@
-"""Asynchronous schedules on real ranks: weights equal a plain simulation of their update rule in one process."""
+"""Start here when an asynchronous schedule computes with the wrong version of weights, or keeps too many."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""CSV and JSON: round trips, the exchange with torch both ways, and what is no schedule."""
+"""Start here when a schedule in CSV or JSON, ours or torch's, is written or read as another one."""
 
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules

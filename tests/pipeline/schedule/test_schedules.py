@@ -1,4 +1,4 @@
-"""Every schedule: it keeps all rules, and its bubble and memory are those of the formulas."""
+"""Start here when a schedule breaks a rule, or has more bubble or memory than its formula says."""
 
 import pytest
 

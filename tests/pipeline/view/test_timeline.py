@@ -1,4 +1,4 @@
-"""Timelines, reviewed as text, and the other pictures."""
+"""Start here when a schedule is drawn wrong: timelines as reviewed text, SVG, Perfetto."""
 
 import json
 import xml.etree.ElementTree as ET
