@@ -26,8 +26,8 @@ def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
     With sizes pp, dp, cp, tp:  rank == ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank.
     """
-    found = {}
-    for axis in reversed(sizes):
+    found: dict[str, int] = {}
+    for axis in reversed(list(sizes)):
         found[axis] = rank % sizes[axis]
         rank //= sizes[axis]
     return {axis: found[axis] for axis in sizes}
@@ -236,10 +236,14 @@ def init_mesh(
     device_type = device_type or _device_type()
     device_axes = [axis for axis in AXES if axis != "cp" or sizes["cp"] > 1]
     device_mesh = init_device_mesh(
-        device_type, tuple(sizes[axis] for axis in device_axes), mesh_dim_names=tuple(device_axes),
+        device_type,
+        tuple(sizes[axis] for axis in device_axes),
+        mesh_dim_names=tuple(device_axes),
         backend_override=_backend_override(device_type),
-    )  # fmt: skip
-    groups = {(axis,): device_mesh.get_group(axis) for axis in device_axes if sizes[axis] > 1}
+    )
+    groups: dict[tuple[str, ...], dist.ProcessGroup] = {
+        (axis,): device_mesh.get_group(axis) for axis in device_axes if sizes[axis] > 1
+    }
     if sizes["dp"] > 1 and sizes["cp"] > 1:
         groups["dp", "cp"] = _new_group(("dp", "cp"), sizes, rank, world_size)
     if expert_ranks > 1:

@@ -1,4 +1,4 @@
-"""Every benchmark runs, tiny: on the CPU, and on the path of a GPU with one that is none."""
+"""Start here when `make bench` fails, or loses what it measured."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The command line in this process: bad input is one line and exit code 2, good input works."""
+"""Start here when the command line answers bad input with a traceback."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""benchmarks/end_to_end.py and layers.py, tiny: what they measure, what goes wrong in them, and what is kept then."""
+"""Start here when `make bench-end-to-end` or `make bench-layers` fails, or loses what it measured."""
 
 import os
 import re

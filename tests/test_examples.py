@@ -1,4 +1,4 @@
-"""Every file in examples/ runs, on as many ranks as it is made for, and does what it says."""
+"""Start here when a file in examples/ does not run, or computes something else than it says."""
 
 import contextlib
 import difflib

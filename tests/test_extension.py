@@ -1,4 +1,4 @@
-"""The compiled library: what it registers, and what happens where it is missing or broken."""
+"""Start here when the compiled library is missing, broken or lacks an op."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""malloc keeps its pages: in a process of its own, since the setting lasts as long as the process."""
+"""Start here when training takes page faults, or malloc gives its pages back."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""make bench-node under a real torchrun, on two gloo ranks: what it measures, refuses, survives and leaves behind."""
+"""Start here when `make bench-node` fails under torchrun, or leaves something behind."""
 
 import importlib
 import os

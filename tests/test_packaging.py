@@ -1,4 +1,4 @@
-"""What `pip install` puts on a machine, and what it does on machines that lack something."""
+"""Start here when an install lacks a file, or fails on a machine without a compiler."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What README promises: its example runs, and the files that it names are there."""
+"""Start here when the README's example does not run, or names a file that is not there."""
 
 import os
 import re

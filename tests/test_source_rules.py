@@ -1,4 +1,4 @@
-"""Caps and names: what keeps every file short enough to read in one go."""
+"""Start here when a file, a function or a name breaks a rule of the source."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Tensors and slices of them, read from safetensors files. Damaged files: tests/hugging_face."""
+"""Start here when a safetensors file, or a slice of one, is read wrongly."""
 
 import pytest
 import torch

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <tuple>
 
-#include "cpu_column_sums.h"
-#include "cpu_numbers.h"
-#include "cpu_parameter.h"
-#include "cpu_streaming.h"
-#include "multiversion.h"
-#include "philox_cpu.h"
+#include "cpu/column_sums.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
+#include "cpu/parameter.h"
+#include "cpu/philox_buffer.h"
+#include "cpu/streaming.h"
 #include "tensor_checks.h"
 
 #include "global_rows.h"

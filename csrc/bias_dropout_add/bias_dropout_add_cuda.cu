@@ -1,7 +1,7 @@
 #include <tuple>
 
 #include "bias_dropout_add_launch.cuh"
-#include "launch_checks.h"
+#include "cuda/launch_checks.h"
 
 namespace fm {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "column_sums.cuh"
-#include "vector_access.cuh"
+#include "cuda/column_sums.cuh"
+#include "cuda/vector_access.cuh"
 
 #define FM_PHILOX FM_DEVICE
 #include "global_rows.h"

@@ -1,4 +1,4 @@
-#include "activation_cuda.cuh"
+#include "activation/cuda.cuh"
 
 namespace fm {
 namespace {

@@ -1,4 +1,4 @@
-#include "activation_cpu.h"
+#include "activation/cpu.h"
 
 namespace fm {
 namespace {

@@ -10,7 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "cpu_parameter.h"
+#include "cpu/parameter.h"
 #include "cross_entropy/cross_entropy_rows_cpu.h"
 
 namespace fm {

@@ -9,10 +9,10 @@
 #include <cstring>
 #include <limits>
 
-#include "cpu_math.h"
-#include "cpu_numbers.h"
-#include "cpu_sum.h"
-#include "multiversion.h"
+#include "cpu/math.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
+#include "cpu/sum.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>

@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "norm_cpu.h"
+#include "norm/cpu.h"
 
 namespace fm {
 

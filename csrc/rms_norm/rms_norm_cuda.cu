@@ -1,6 +1,6 @@
 #include <tuple>
 
-#include "norm_cuda.cuh"
+#include "norm/cuda.cuh"
 
 namespace fm {
 namespace {

@@ -5,10 +5,10 @@
 #include <limits>
 #include <tuple>
 
-#include "cpu_numbers.h"
-#include "cpu_parameter.h"
-#include "cpu_streaming.h"
-#include "multiversion.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
+#include "cpu/parameter.h"
+#include "cpu/streaming.h"
 
 #define FM_ROTARY FM_INLINE
 #include "rotary_checks.h"

@@ -1,6 +1,6 @@
 #include <tuple>
 
-#include "launch_checks.h"
+#include "cuda/launch_checks.h"
 #include "rotary_embedding_kernels.cuh"
 
 #include "rotary_checks.h"

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "vector_access.cuh"
+#include "cuda/vector_access.cuh"
 
 #define FM_ROTARY FM_DEVICE
 #include "token_positions.h"

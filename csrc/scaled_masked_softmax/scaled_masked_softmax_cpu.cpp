@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu_parameter.h"
+#include "cpu/parameter.h"
 #include "scaled_masked_softmax/scaled_masked_softmax_rows_cpu.h"
 #include "tensor_checks.h"
 

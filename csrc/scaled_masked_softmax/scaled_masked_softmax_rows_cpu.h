@@ -6,8 +6,8 @@
 #include <cstring>
 #include <limits>
 
-#include "cpu_numbers.h"
-#include "multiversion.h"
+#include "cpu/multiversion.h"
+#include "cpu/numbers.h"
 
 #if defined(__SSE2__)
 #include <emmintrin.h>

@@ -14,7 +14,8 @@ from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import WEIGHT_GRAD, Action
+from fused_megatron.pipeline.run.stage_hooks import StageFunctions
+from fused_megatron.pipeline.schedule.action import Action, Kind
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,10 @@ def assemble(
         pp_group=mesh.pp_group,
         loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
         tied=model.tied(),
-        reduce_gradients=gradients.reduce,
+        hooks=StageFunctions(reduce=gradients.reduce),
         timeout_s=config.parallel.timeout_s,
         observe=observe,
     )
-    optimizer = Optimizer(parameters, gradients, config.optimizer)
-    splits_backward = any(action.kind == WEIGHT_GRAD for actions in schedule.actions for action in actions)
+    optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
+    splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
     return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, splits_backward)

@@ -11,7 +11,8 @@ from torch import nn
 
 from fused_megatron.pipeline import Costs, Schedule, Timeline, simulate
 from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import stages_of
+from fused_megatron.pipeline.run.stage_hooks import StageFunctions
+from fused_megatron.pipeline.schedule.action import Kind, stages_of
 from fused_megatron.pipeline.view.recording import Recorder
 
 # Of what passes between stages: large enough to be data, small enough to be gone at once.
@@ -106,21 +107,27 @@ def measure_schedule(
 
     Args:
         schedule: compute actions.
-        costs: of the stages, whose sleep they say; those of links are for the prediction alone.
+        costs: of the stages, whose sleep they say; those of links are only for the prediction.
         pp_group: as many ranks as the schedule has.
         steps: measured ones; one more goes before them. The timeline is that of the fastest.
     """
     rank, held = dist.get_rank(pp_group), HeldActivations()
     times = costs.per_stage(schedule.num_stages)
     stages = {
-        stage: SleepingStage(times["F"][stage], times["I"][stage], times["W"][stage], held)
+        stage: SleepingStage(
+            times[Kind.FORWARD][stage], times[Kind.INPUT_GRAD][stage], times[Kind.WEIGHT_GRAD][stage], held
+        )
         for stage in stages_of(schedule.placement, rank)
     }
     recorder = Recorder(pp_group)
     executor = PipelineExecutor(
-        schedule, stages, pp_group=pp_group, loss_fn=lambda y, target: (y - target).sum(),
-        update=lambda stage, index: None, observe=recorder,
-    )  # fmt: skip
+        schedule,
+        stages,
+        pp_group=pp_group,
+        loss_fn=lambda y, target: (y - target).sum(),
+        hooks=StageFunctions(update=lambda stage, index: None),
+        observe=recorder,
+    )
     data = [torch.zeros(_MESSAGE_ELEMENTS, requires_grad=True) for _ in schedule.microbatches]
     timelines, seconds = [], []
     for _ in range(steps + 1):

@@ -1,20 +1,18 @@
-"""AdamW on fp32 main weights."""
+"""AdamW over fp32 main weights, by parameter name."""
 
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from fused_megatron.config import OptimizerConfig
-from fused_megatron.data_parallel.reduction import GradientBuckets
 
 
 class Optimizer:
     """torch's fused AdamW; lower-precision parameters get fp32 main weights that are rounded back after a step.
 
     Args:
-        parameters: trainable parameters by name.
-        gradients: where their fp32 gradients are.
+        parameters: trainable parameters by name, or the parts of them that this rank updates.
+        gradients: by the same names, their fp32 gradients, in the shapes of `parameters`; read and scaled by step().
         config: learning rate and the rest.
 
     Memory:
@@ -22,10 +20,10 @@ class Optimizer:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], gradients: GradientBuckets, config: OptimizerConfig
+        self, parameters: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], config: OptimizerConfig
     ) -> None:
         self._parameters = dict(parameters)
-        self._gradients = gradients
+        self._gradients = {name: gradients[name] for name in parameters}
         self.main = {
             name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
         }
@@ -41,7 +39,7 @@ class Optimizer:
         )
         # Made here, not by the first step, so that a checkpoint can be loaded into a fresh optimizer.
         for name, main in self.main.items():
-            main.grad = gradients[parameters[name]]
+            main.grad = self._gradients[name]
             self._adamw.state[main] = {
                 "step": torch.zeros((), dtype=torch.float32, device=main.device),
                 "exp_avg": torch.zeros_like(main),
@@ -51,7 +49,7 @@ class Optimizer:
     def step(self, lr: float, gradient_scale: float = 1.0) -> None:
         """One update from the gradients times gradient_scale (they are scaled in place)."""
         if gradient_scale != 1.0:
-            torch._foreach_mul_([self._gradients[p] for p in self._parameters.values()], gradient_scale)
+            torch._foreach_mul_(list(self._gradients.values()), gradient_scale)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
@@ -70,7 +68,7 @@ class Optimizer:
         return state
 
     def reset_main_weights(self) -> None:
-        """Take the parameters as they are (after loading weights alone)."""
+        """Take the parameters as they are (after loading only weights)."""
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
                 self.main[name].copy_(parameter.detach())

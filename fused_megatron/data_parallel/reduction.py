@@ -1,4 +1,7 @@
-"""Gradients in fp32: flat buckets that accumulate over microbatches and are summed over data-parallel ranks."""
+"""Reduction of gradients: fp32 buckets accumulate over microbatches and are summed over data-parallel ranks.
+
+Nothing is divided here (gradient_division.py).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -9,6 +12,7 @@ from torch import nn
 from fused_megatron.collectives import is_shared
 from fused_megatron.collectives.transfers import start_all_reduce_
 from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
 
 
 class GradientBuckets:
@@ -28,8 +32,8 @@ class GradientBuckets:
         bucket_bytes: least size of a bucket; the last of a stage may be smaller.
 
     Communication:
-        One all-reduce per bucket and step, 4 bytes per parameter in all, SUM: the caller divides the loss by the
-        global token count.
+        One all-reduce per bucket and step, 4 bytes per parameter in all, SUM: the loss is divided before backward, by
+        the targets of all ranks (gradient_division.py).
 
     Memory:
         4 bytes per parameter.
@@ -44,7 +48,8 @@ class GradientBuckets:
         self._dp_group = dp_group
         is_shared(dp_group, torch.empty(0))  # its ranks meet here, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
-        self._queues = [_Queue(holders, own, bucket_bytes) for holders, own in _by_holders(stages).items()]
+        layouts = lay_out_buckets(stages, bucket_bytes)
+        self._queues = [_Queue(held_by, buckets) for held_by, buckets in layouts.items()]
         self._views = {
             p: view for queue in self._queues for bucket in queue.buckets for p, view in bucket.views.items()
         }
@@ -63,6 +68,10 @@ class GradientBuckets:
     def __getitem__(self, parameter: nn.Parameter) -> torch.Tensor:
         """The fp32 gradient of a parameter, in its shape."""
         return self._views[parameter]
+
+    def by_name(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        """The fp32 gradients of named parameters, as the optimizer wants them."""
+        return {name: self._views[parameter] for name, parameter in parameters.items()}
 
     def zero_(self) -> None:
         """Start a step."""
@@ -127,10 +136,9 @@ class GradientBuckets:
 class _Queue:
     """The buckets of the parameters that the same stages hold, in the order in which they are sent."""
 
-    def __init__(self, stages: frozenset[int], parameters: Sequence[nn.Parameter], bucket_bytes: float) -> None:
+    def __init__(self, stages: frozenset[int], layouts: Sequence[BucketLayout]) -> None:
         self.stages = stages
-        # Backward reaches the last layers first, so buckets are cut from the end.
-        self.buckets = [_Bucket(group) for group in _cut(list(reversed(parameters)), bucket_bytes)]
+        self.buckets = [_Bucket(layout) for layout in layouts]
         self.work: list[Transfer] = []
         self.begin()
 
@@ -148,34 +156,9 @@ class _Queue:
 class _Bucket:
     """One flat fp32 tensor and the view of it that each parameter owns."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        device = parameters[0].device
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=device)
-        pieces = self.flat.split([p.numel() for p in parameters])
-        self.views = {p: piece.view(p.shape) for p, piece in zip(parameters, pieces, strict=True)}
+    def __init__(self, layout: BucketLayout) -> None:
+        device = layout.parameters[0].device
+        self.flat = torch.zeros(layout.num_elements, dtype=torch.float32, device=device)
+        self.views = layout.views(self.flat)
         self.missing: dict[nn.Parameter, int] = {}
         """How many backwards each parameter is still to take part in."""
-
-
-def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[list[nn.Parameter]]:
-    groups: list[list[nn.Parameter]] = [[]]
-    size = 0
-    for parameter in parameters:
-        if size >= bucket_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(parameter)
-        size += 4 * parameter.numel()
-    return [group for group in groups if group]
-
-
-def _by_holders(stages: Mapping[int, Sequence[nn.Parameter]]) -> dict[frozenset[int], list[nn.Parameter]]:
-    """The stages that hold a parameter -> all such parameters, in order."""
-    holders: dict[nn.Parameter, set[int]] = {}
-    for stage, parameters in stages.items():
-        for parameter in parameters:
-            holders.setdefault(parameter, set()).add(stage)
-    queues: dict[frozenset[int], list[nn.Parameter]] = {}
-    for parameter, held_by in holders.items():
-        queues.setdefault(frozenset(held_by), []).append(parameter)
-    return queues

@@ -1,12 +1,12 @@
 """Pipeline parallelism: schedules as data, their rules, simulation and pictures, and what runs them. Knows no model.
 
-Only the executor imports torch.
+Only `run/` imports torch.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-from fused_megatron.pipeline.schedule.action import Action, Schedule, loop_placement, parse_action, v_placement
+from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, loop_placement, parse_action, v_placement
 from fused_megatron.pipeline.schedule.findings import RULES, Finding
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
@@ -16,6 +16,7 @@ from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
 if TYPE_CHECKING:
     from fused_megatron.pipeline.run.executor import PipelineExecutor
     from fused_megatron.pipeline.run.faults import PipelineError
+    from fused_megatron.pipeline.run.stage_hooks import StageFunctions, StageHooks
 
 __all__ = [
     "RULES",
@@ -23,9 +24,12 @@ __all__ = [
     "Action",
     "Costs",
     "Finding",
+    "Kind",
     "PipelineError",
     "PipelineExecutor",
     "Schedule",
+    "StageFunctions",
+    "StageHooks",
     "Timeline",
     "build_schedule",
     "check_schedule",
@@ -37,7 +41,12 @@ __all__ = [
 ]
 
 # What needs torch, and so is imported when it is first used.
-_LAZY = {"PipelineError": "run.faults", "PipelineExecutor": "run.executor"}
+_LAZY = {
+    "PipelineError": "run.faults",
+    "PipelineExecutor": "run.executor",
+    "StageFunctions": "run.stage_hooks",
+    "StageHooks": "run.stage_hooks",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -9,7 +9,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.models import StageSpan
-from fused_megatron.pipeline.schedule.action import BACKWARD, FORWARD, WEIGHT_GRAD, Schedule, stages_of
+from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 
 _SIZES = {"float32": 4, "bfloat16": 2}
 # Of the logits that exist at a time (ops/linear_cross_entropy_tiles.py): two tiles where shards exchange, of so much.
@@ -69,8 +69,8 @@ def _of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[
     of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
     held = activations = 0
     for action in schedule.actions[rank]:
-        held += of_stage[action.stage] * (action.kind == FORWARD)
-        held -= of_stage[action.stage] * (action.kind in (BACKWARD, WEIGHT_GRAD))
+        held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
+        held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
         activations = max(activations, held)
     return RankMemory(
         num_parameters,

@@ -1,4 +1,4 @@
-"""A pipeline's transport, over gloo, that is as strict as NCCL at its strictest: what runs on it cannot hang on NCCL.
+"""Transport of a pipeline over gloo, as strict as NCCL at its strictest: what runs on it cannot hang on NCCL.
 
 gloo forgives what NCCL need not: it matches messages by tag in any order and lets any number of them travel at once.
 Here a channel is a queue. Both sides start one message at a time, in the order of their calls, and nothing is kept on
@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import check, check_one_of
+from fused_megatron.pipeline.schedule.routing import DIRECTIONS
 
-DIRECTIONS = ("forward", "backward")
 # Apart from the tags of anyone else who uses the group.
 _FIRST_TAG = 1 << 20
 _READY, _HEADER, _DATA = range(3)

@@ -19,6 +19,7 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError
 from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
+from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
@@ -175,8 +176,7 @@ class Trainer:
         return self._accumulate_gradients(
             inputs,
             targets,
-            # Divided once, by the targets of the whole step: ranks and microbatches then simply add up.
-            loss_divisor=training.global_batch_size * self.data.targets_per_sample,
+            loss_divisor=gradient_divisor(training.global_batch_size, self.data.targets_per_sample),
             stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 

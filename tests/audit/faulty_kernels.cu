@@ -2,7 +2,7 @@
 #include <exception>
 #include <string>
 
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace fm {
 

@@ -1,4 +1,4 @@
-"""`fused-megatron audit`: mistakes are one line, and what is missing is said."""
+"""Start here when `fused-megatron audit` refuses its arguments, or says nothing of a missing compiler."""
 
 from fused_megatron import cli
 from fused_megatron.audit import command

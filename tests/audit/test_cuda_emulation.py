@@ -1,4 +1,4 @@
-"""The emulation computes what a GPU would, and finds what a GPU would leave undefined."""
+"""Start here when the CUDA emulation misses a fault of a kernel, or compiles what has not changed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The tests of the ops again, with the Triton kernels run by Triton's interpreter."""
+"""Start here when a Triton kernel gives other values than the CPU's, or depends on the order of its programs."""
 
 import os
 from pathlib import Path

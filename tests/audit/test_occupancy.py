@@ -1,4 +1,4 @@
-"""Occupancy against figures of NVIDIA's own calculator."""
+"""Start here when an occupancy of the kernel ledger looks wrong."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The audit's table, its bars, and that docs/kernel_ledger.md says what the kernels are."""
+"""Start here when docs/kernel_ledger.md is stale, or a kernel breaks a bar on bytes, spills or width."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""The audit of compiled Triton kernels says what is there."""
+"""Start here when the audit counts wrong registers, spills or accesses of a Triton kernel."""
 
 from pathlib import Path
 

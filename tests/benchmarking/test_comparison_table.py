@@ -1,4 +1,4 @@
-"""What a person reads at the end of a benchmark."""
+"""Start here when a table at the end of a benchmark shows a wrong or empty cell."""
 
 from fused_megatron.benchmarking.call_overhead import CallOverhead
 from fused_megatron.benchmarking.comparison_table import (  # fmt: skip

@@ -1,4 +1,4 @@
-"""Other libraries: none is needed, and each is looked for only when asked."""
+"""Start here when a benchmark fails because another library is missing."""
 
 import sys
 

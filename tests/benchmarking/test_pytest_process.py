@@ -1,4 +1,4 @@
-"""A failure in the other process is a failure here, with what was said there."""
+"""Start here when tests in a process of their own fail without a word, or pass without running."""
 
 import os
 from pathlib import Path

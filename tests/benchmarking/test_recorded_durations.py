@@ -1,4 +1,4 @@
-"""A clock that replays what was measured."""
+"""Start here when benchmarks of a GPU report times that nobody measured."""
 
 from fused_megatron.benchmarking.recorded_durations import RecordedDurations
 

@@ -1,4 +1,4 @@
-"""The protocol: what is checked before it is timed, how rounds are ordered, and what bars say."""
+"""Start here when a benchmark times a wrong result, or its verdict does not follow from its rounds."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Schedules in time: real ranks whose stages sleep, against the simulator."""
+"""Start here when `make bench-pipeline` measures another bubble or memory than the simulator predicts."""
 
 import json
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from fused_megatron.benchmarking.sleeping_stages import measure_schedule
 from fused_megatron.pipeline import Costs, build_schedule
-from fused_megatron.pipeline.schedule.action import COMPUTE, UPDATE
+from fused_megatron.pipeline.schedule.action import COMPUTE, Kind
 from fused_megatron.pipeline.view.timeline import to_perfetto
 from fused_megatron.testing import run_on_ranks
 
@@ -35,7 +35,7 @@ def test_a_step_takes_the_time_and_the_memory_that_were_predicted():
         assert result.predicted.makespan <= max(result.step_s) <= LATE * max(result.predicted.makespan, 0.2)
         assert tuple(result.peak_held) == result.predicted.peak_live == result.measured.peak_live
         for rank, events in enumerate(result.measured.events):
-            done = [event.action for event in events if event.action.kind in (*COMPUTE, UPDATE)]
+            done = [event.action for event in events if event.action.kind in (*COMPUTE, Kind.UPDATE)]
             assert done == list(schedule.actions[rank])
             assert all(a.start <= a.end <= b.start for a, b in pairwise(events))
             # Nothing can be quicker than it sleeps.

@@ -1,4 +1,4 @@
-"""Clocks, ceilings and peak memory, as far as a CPU shows them."""
+"""Start here when the copy speed, the product speed or the peak memory of a device looks wrong."""
 
 import torch
 

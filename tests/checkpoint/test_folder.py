@@ -1,3 +1,5 @@
+"""Start here when a checkpoint is not found, or the wrong one is taken as the newest."""
+
 import pytest
 import torch
 

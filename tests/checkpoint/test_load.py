@@ -1,3 +1,5 @@
+"""Start here when a checkpoint does not load, or loads other values than were saved."""
+
 import resource
 import warnings
 

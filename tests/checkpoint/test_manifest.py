@@ -1,3 +1,5 @@
+"""Start here when a manifest is refused, or lists other tensors than the shards hold."""
+
 import hashlib
 import json
 import random

@@ -1,4 +1,4 @@
-"""Metrics that survive kills and resumes, and the config that comes back equal."""
+"""Start here when metrics are lost by a kill or a resume, or a run's config does not come back equal."""
 
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Start here when saving fails, leaves a folder half written, or deletes what it should keep."""
+
 import ast
 import json
 import os

@@ -1,3 +1,5 @@
+"""Start here when a shard file is refused or read wrongly."""
+
 import zlib
 
 import pytest

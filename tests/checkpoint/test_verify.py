@@ -1,3 +1,5 @@
+"""Start here when `verify` misses damage of a checkpoint, or sees some where none is."""
+
 import os
 import random
 import shutil

@@ -1,3 +1,5 @@
+"""Start here when a gradient through a collective is wrong by the number of ranks."""
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,3 +1,5 @@
+"""Start here when a group has the wrong size or rank, or None is not taken as a group of one."""
+
 import pytest
 import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""The reduce-scatter that gloo is given: its bytes, its order of additions, its one rounding."""
+"""Start here when gloo's reduce-scatter adds in another order, rounds twice, or sends too much."""
 
 import torch
 import torch.distributed as dist

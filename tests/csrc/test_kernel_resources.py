@@ -1,4 +1,4 @@
-"""What ptxas makes of the CUDA kernels: nothing spills, on any architecture."""
+"""Start here when a CUDA kernel spills registers on some architecture."""
 
 import shutil
 

@@ -1,3 +1,5 @@
+"""Start here when `preprocess` writes other documents than it reads."""
+
 import json
 import multiprocessing
 import os

@@ -1,3 +1,5 @@
+"""Start here when an indexed dataset of Megatron-LM is refused or read wrongly."""
+
 import errno
 import gc
 import os

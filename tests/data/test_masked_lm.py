@@ -1,4 +1,4 @@
-"""Masked samples: how many tokens are hidden and how, that nothing but (seed, sample) decides, and what is refused."""
+"""Start here when BERT's samples hide the wrong tokens, or differ from run to run."""
 
 from pathlib import Path
 

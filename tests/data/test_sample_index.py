@@ -1,3 +1,5 @@
+"""Start here when a sample begins in the wrong document, or an epoch repeats one."""
+
 import sys
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Start here when training reads other text than the file holds."""
+
 import json
 
 import pytest

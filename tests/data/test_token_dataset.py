@@ -1,3 +1,5 @@
+"""Start here when batches differ between layouts, or after a resume."""
+
 import numpy as np
 import pytest
 

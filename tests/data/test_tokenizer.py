@@ -1,3 +1,5 @@
+"""Start here when tokens do not decode to the text that was encoded."""
+
 import subprocess
 import sys
 

@@ -1,4 +1,4 @@
-"""Our optimizer against torch.optim.AdamW in float64, and what a checkpoint keeps of it."""
+"""Start here when our AdamW drifts from torch.optim.AdamW, or a checkpoint loses its state."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def built(dtype: torch.dtype) -> tuple[dict[str, nn.Parameter], GradientBuckets,
     torch.manual_seed(0)
     parameters = {"weight": nn.Parameter(torch.randn(5, 3).to(dtype)), "bias": nn.Parameter(torch.randn(5).to(dtype))}
     gradients = GradientBuckets(list(parameters.values()), None)
-    return parameters, gradients, Optimizer(parameters, gradients, CONFIG)
+    return parameters, gradients, Optimizer(parameters, gradients.by_name(parameters), CONFIG)
 
 
 def gradient(step: int, shape: torch.Size) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Buckets that accumulate and are summed over data-parallel ranks while backward goes on."""
+"""Start here when gradients of data-parallel ranks are summed wrongly, too early or not at all."""
 
 import pytest
 import torch

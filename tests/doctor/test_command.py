@@ -1,4 +1,4 @@
-"""The doctor on this machine, and with parts of it taken away."""
+"""Start here when `fused-megatron doctor` fails, or says nothing of what this machine lacks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Each finding, from facts that are made up: it is there when its cause is, and not when it is not."""
+"""Start here when a finding of the doctor appears without its cause, or is missing."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every family against transformers: logits and every gradient at each layout, training from it, and back to it."""
+"""Start here when a model from Hugging Face gives other logits or gradients than transformers does."""
 
 import json
 from pathlib import Path

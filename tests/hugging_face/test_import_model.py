@@ -1,4 +1,4 @@
-"""What an import refuses, on every rank, naming the tensor or field and the way out; and that nothing stays behind."""
+"""Start here when an import of a Hugging Face folder is refused, or leaves something behind."""
 
 import json
 import re

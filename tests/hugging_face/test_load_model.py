@@ -1,4 +1,4 @@
-"""BERT against transformers, real weights among it."""
+"""Start here when a BERT from Hugging Face gives other values than transformers does."""
 
 import json
 import shutil

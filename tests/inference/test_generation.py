@@ -1,4 +1,4 @@
-"""Sampling: the likeliest tokens, the same on every rank and layout."""
+"""Start here when generated tokens differ between ranks or layouts."""
 
 import pytest
 import torch

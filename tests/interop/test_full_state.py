@@ -1,4 +1,4 @@
-"""The way back: whole tensors from shards, into shards, and through Hugging Face's own files."""
+"""Start here when a full state dict of a parallel model lacks something, or does not load again."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The gradient norm of a model in shards is that of the whole, with and without FSDP2 around it."""
+"""Start here when `fm.clip_grad_norm_` gives another norm than the whole model's."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Models of transformers that nobody fitted anything to: the same numbers on two ranks, or one clear refusal."""
+"""Start here when `fm.parallelize` changes the numbers of a model of transformers, or refuses it without a reason."""
 
 import copy
 import warnings

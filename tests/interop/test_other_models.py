@@ -1,4 +1,4 @@
-"""Models that no table knows, wrapped layers, every mistake: right results, or one clear line and no model changed."""
+"""Start here when `fm.parallelize` changes a model that it refuses, or the numbers of one that it takes."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Models of every family: logits, gradients, tokens and state_dict of parallelize are those of the original."""
+"""Start here when logits, gradients, tokens or keys of a parallelized model differ from the original's."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""Which layers a plan names, and what is said about a plan that cannot be."""
+"""Start here when a plan of `fm.parallelize` names the wrong layers, or a wrong plan is not refused."""
 
 import pytest
 import torch

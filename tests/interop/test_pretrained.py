@@ -1,4 +1,4 @@
-"""A parallel model made on the meta device, filled from a Hugging Face folder."""
+"""Start here when a model made on the meta device is filled with wrong weights."""
 
 import json
 import resource

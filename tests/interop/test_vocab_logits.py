@@ -1,4 +1,4 @@
-"""A model's own loss from shards of its logits: values, every gradient, memory, and what is done with whole logits."""
+"""Start here when a model's own loss from shards of its logits is wrong, or gathers them."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""What the compiler makes of the Triton kernels of scaled_masked_softmax. (Values: tests/ops, in the interpreter.)"""
+"""Start here when the compiler makes narrow accesses or spills of the softmax kernels."""
 
 import os
 from collections import Counter

@@ -1,4 +1,6 @@
-"""The Triton kernels with the oldest release of Triton that pyproject.toml allows and with the one that torch pins.
+"""Start here when a kernel fails with an older release of Triton.
+
+The Triton kernels with the oldest release of Triton that pyproject.toml allows and with the one that torch pins.
 
 The newest is what is installed, and what all other tests run with.
 """

@@ -1,4 +1,6 @@
-"""BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
+"""Start here when BERT gives other losses or gradients at some layout.
+
+BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
 
 (Against transformers, with real weights, too: tests/hugging_face/test_load_model.py.)
 """

@@ -1,4 +1,4 @@
-"""Dropout and recomputation: the same losses and gradients at every layout, however the batch is cut."""
+"""Start here when dropout or recomputation changes the numbers of a layout."""
 
 from typing import Any
 

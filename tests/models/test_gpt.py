@@ -1,4 +1,4 @@
-"""The GPT at every layout against the same GPT written in plain float64 torch on one process."""
+"""Start here when the GPT gives other losses or gradients at some layout."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Stages of a GPT chained in one process against the whole: weights, losses and every gradient bit for bit."""
+"""Start here when a GPT cut into pipeline stages gives other bits than the whole."""
 
 from typing import Any
 

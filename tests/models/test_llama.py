@@ -1,4 +1,6 @@
-"""What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
+"""Start here when grouped heads, RMS norms, SwiGLU or rotary angles of a model are wrong.
+
+What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
 
 (Against transformers' models as a whole: tests/hugging_face/test_families.py.)
 """

@@ -1,4 +1,4 @@
-"""fm.modules.CrossEntropyLoss stands in for torch.nn.CrossEntropyLoss."""
+"""Start here when fm.modules.CrossEntropyLoss does not stand in for torch.nn.CrossEntropyLoss."""
 
 import inspect
 

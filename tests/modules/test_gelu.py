@@ -1,4 +1,4 @@
-"""fm.modules.GELU stands in for torch.nn.GELU."""
+"""Start here when fm.modules.GELU does not stand in for torch.nn.GELU."""
 
 import inspect
 

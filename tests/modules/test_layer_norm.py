@@ -1,4 +1,4 @@
-"""fm.modules.LayerNorm stands in for torch.nn.LayerNorm."""
+"""Start here when fm.modules.LayerNorm or RMSNorm does not stand in for torch.nn's."""
 
 import inspect
 

@@ -1,4 +1,4 @@
-"""replace_modules: what it takes, what it leaves and says why, and that nothing else of a model changes."""
+"""Start here when `fm.replace_modules` changes what a model computes, or leaves a module without a reason."""
 
 import copy
 

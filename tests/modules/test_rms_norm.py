@@ -1,4 +1,4 @@
-"""fm.modules.RMSNorm stands in for torch.nn.RMSNorm."""
+"""Start here when fm.modules.RMSNorm does not stand in for torch.nn.RMSNorm."""
 
 import inspect
 

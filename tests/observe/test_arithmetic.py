@@ -1,4 +1,4 @@
-"""FLOPs counted on the meta device."""
+"""Start here when FLOPs that are counted on the meta device are off."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a step sends, against the theory, for 64 tensor-parallel ranks that are not there."""
+"""Start here when a layout sends more bytes than the theory says."""
 
 import json
 import subprocess

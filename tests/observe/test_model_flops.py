@@ -1,4 +1,4 @@
-"""observe.model_flops: against torch's count of the products that our GPT really makes, and the papers' formulas."""
+"""Start here when the FLOPs of a model (and so its MFU) are off."""
 
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Start here when the record of collectives misses one, or counts wrong bytes."""
+
 import subprocess
 import sys
 

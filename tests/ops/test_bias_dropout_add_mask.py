@@ -1,4 +1,4 @@
-"""The mask of fm.ops.bias_dropout_add: a function of rng_state and the global index of an element alone."""
+"""Start here when dropout masks differ between layouts, or repeat."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""fm.ops.cross_entropy: what the compiled CPU kernels alone have, and what is the same for every device."""
+"""Start here when cross_entropy goes wrong on the CPU only, or refuses an input."""
 
 from typing import Any
 

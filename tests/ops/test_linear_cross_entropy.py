@@ -1,4 +1,4 @@
-"""fm.ops.linear_cross_entropy against float64 with whole logits."""
+"""Start here when linear_cross_entropy gives a wrong loss or gradient."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""linear_cross_entropy under torch.compile, fake tensors and opcheck; what it keeps in memory."""
+"""Start here when linear_cross_entropy fails under torch.compile, or keeps too much memory."""
 
 import subprocess
 import sys

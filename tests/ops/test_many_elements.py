@@ -1,4 +1,6 @@
-"""More than 2^31 elements: the last rows of a tensor that 32-bit indices cannot reach equal those rows by themselves.
+"""Start here when an op goes wrong with more than 2^31 elements.
+
+More than 2^31 elements: the last rows of a tensor that 32-bit indices cannot reach equal those rows by themselves.
 
 About 10 GB of memory: behind the slow marker. (scaled_masked_softmax has its own such test.)
 """

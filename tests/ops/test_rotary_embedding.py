@@ -1,4 +1,4 @@
-"""fm.ops.rotary_embedding against float64, forward and gradients."""
+"""Start here when rotary_embedding gives a wrong value or gradient."""
 
 import pytest
 import torch

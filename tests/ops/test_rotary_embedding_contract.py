@@ -1,4 +1,4 @@
-"""fm.ops.rotary_embedding and the rest of torch: opcheck, torch.compile, fake tensors; and its errors."""
+"""Start here when rotary_embedding fails under torch.compile, or refuses an input."""
 
 import pytest
 import torch

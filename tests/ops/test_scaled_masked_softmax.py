@@ -1,4 +1,4 @@
-"""fm.ops.scaled_masked_softmax against float64, forward and gradient."""
+"""Start here when scaled_masked_softmax gives a wrong value or gradient, or refuses an input."""
 
 import pytest
 import torch

@@ -1,3 +1,5 @@
+"""Start here when an overlapped product is cut into too many or too few chunks."""
+
 import itertools
 
 import pytest

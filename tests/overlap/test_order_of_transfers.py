@@ -1,5 +1,8 @@
-"""What an overlapped product reads before its transfer has been waited for is NaN here, and what it gives away early
-is changed: a missing wait is a red test, on a CPU, and not a race on a cluster."""
+"""Start here when an overlapped product reads what has not arrived, or gives away what it still needs.
+
+What an overlapped product reads before its transfer has been waited for is NaN here, and what it gives away early
+is changed: a missing wait is a red test, on a CPU, and not a race on a cluster.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""No two accesses of an overlapped product to the same memory without an event between them, and no host sync."""
+"""Start here when two streams of an overlapped product touch the same memory without an event, or the host waits."""
 
 import pytest
 import torch

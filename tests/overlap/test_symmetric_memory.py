@@ -1,4 +1,4 @@
-"""Layers through torch's fused products, which here run as torch's own fallback, over gloo; and who may use them."""
+"""Start here when torch's fused products over symmetric memory give other values, or are used where they may not be."""
 
 import pytest
 import torch

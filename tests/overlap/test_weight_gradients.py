@@ -1,4 +1,4 @@
-"""Products of weight gradients that wait: the same bits as without, and what is never put off."""
+"""Start here when deferred weight gradients are lost, or have other bits."""
 
 import contextlib
 

@@ -1,9 +1,8 @@
-"""`fused-megatron schedule`."""
+"""Start here when `fused-megatron schedule` prints, writes or refuses the wrong thing, or is slow."""
 
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,11 +68,10 @@ def test_bad_words(words: tuple, message: str, capsys: pytest.CaptureFixture[str
 def test_it_answers_in_under_a_second_without_torch() -> None:
     command = "schedule show interleaved_1f1b --ranks 4 --stages-per-rank 2 --microbatches 9"
     code = (
-        f"import sys; from fused_megatron.cli import main; main({command.split()!r}); assert 'torch' not in sys.modules"
+        f"import sys, time; from fused_megatron.cli import main; main({command.split()!r}); "
+        # Of the processor: other processes on the machine must not count.
+        "assert 'torch' not in sys.modules; print(time.process_time())"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 1.0
+    outputs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout]
+    outputs += [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60).stdout]
+    assert min(float(output.split()[-1]) for output in outputs) < 1.0

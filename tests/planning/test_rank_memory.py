@@ -1,4 +1,4 @@
-"""Start here when a rank needs more memory than planning.rank_memory says: its formula, and steps that really run."""
+"""Start here when the predicted memory of a rank is not what a training step takes."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""The reference bias_swiglu: what machines without the compiled library run."""
+"""Start here when bias_swiglu goes wrong where nothing is compiled."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reference norms: what machines without the compiled library run, and float64 everywhere."""
+"""Start here when layer_norm or rms_norm goes wrong where nothing is compiled, or in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The random numbers of dropout: the published test vectors, and the scheme that docstrings state."""
+"""Start here when dropout draws other random numbers than its docstring states."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The reference rotary_embedding against complex multiplication, and the positions of tokens."""
+"""Start here when rotary_embedding goes wrong where nothing is compiled."""
 
 import pytest
 import torch

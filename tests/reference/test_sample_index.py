@@ -1,3 +1,5 @@
+"""Start here when the compiled sample index differs from the one in Python."""
+
 import threading
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Start here when a shard covers the wrong rows or columns of its tensor."""
+
 import itertools
 import random
 

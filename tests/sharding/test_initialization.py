@@ -1,3 +1,5 @@
+"""Start here when a model's initial weights differ between layouts."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Start here when the record of which part of a parameter a rank holds is wrong."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""Start here when the vocab-parallel loss differs from the loss of whole logits."""
+
 import math
 
 import pytest

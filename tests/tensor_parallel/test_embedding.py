@@ -1,3 +1,5 @@
+"""Start here when the vocab-parallel embedding looks up the wrong rows, or loses gradients."""
+
 import copy
 
 import pytest

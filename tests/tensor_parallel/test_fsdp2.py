@@ -1,4 +1,4 @@
-"""FSDP2 around tensor-parallel layers on a mesh of 2 x 2: values, gradients and updates of the unsharded model."""
+"""Start here when FSDP2 around tensor-parallel layers changes values, gradients or updates."""
 
 from typing import Any
 

@@ -1,3 +1,5 @@
+"""Start here when a layer norm under sequence parallelism has partial gradients."""
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,3 +1,5 @@
+"""Start here when a column- or row-parallel linear layer gives a wrong value or gradient, or sends too much."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Start here when the fused head and loss differ between tensor-parallel sizes."""
+
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""parallel_mlp against the layers in float64, and against the layers as they are, for every layout."""
+"""Start here when parallel_mlp differs from its two layers."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""RMSNorm between tensor-parallel layers: whole gradients from blocks of the sequence."""
+"""Start here when an RMS norm under sequence parallelism has partial gradients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parts of a stacked linear layer: which rows of which full weight a rank holds. Values: tests/models/test_gpt.py."""
+"""Start here when a rank holds the wrong rows of query, key and value."""
 
 import copy
 

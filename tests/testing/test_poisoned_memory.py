@@ -1,4 +1,4 @@
-"""Redzones tell of every stray access."""
+"""Start here when a stray access to memory is not found."""
 
 import pytest
 import torch

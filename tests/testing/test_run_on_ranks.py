@@ -1,3 +1,5 @@
+"""Start here when run_on_ranks hangs, hides an error of a rank, or leaves processes behind."""
+
 import os
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The comparison of gradients in shards sees one wrong element, and names its parameter."""
+"""Start here when a comparison of gradients in shards misses a wrong element."""
 
 import torch
 

@@ -1,3 +1,5 @@
+"""Start here when a tolerance for results of several ranks is too wide or too narrow."""
+
 import pytest
 import torch
 

@@ -1,4 +1,4 @@
-"""The rule of twice the yardstick's error."""
+"""Start here when a comparison with float64 passes what is wrong."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whole runs of a BERT: one loss curve at every layout, from checkpoints of any other, resumed bit for bit."""
+"""Start here when a BERT trains differently at some layout, or does not resume bit for bit."""
 
 import shutil
 from pathlib import Path

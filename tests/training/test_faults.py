@@ -1,4 +1,4 @@
-"""Ranks killed under torchrun: the others end soon with a clear error, and the run resumes with nothing lost."""
+"""Start here when a killed rank leaves the others waiting, or costs more than the steps since the last checkpoint."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The global norm counts every parameter once, accurately."""
+"""Start here when the trainer's gradient norm counts a parameter twice or not at all."""
 
 import pytest
 import torch

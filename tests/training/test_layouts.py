@@ -1,4 +1,4 @@
-"""Whole runs: the same loss curve at every layout, bit-exact resume, resume at another layout, replicated weights."""
+"""Start here when a GPT trains differently at some layout, or does not resume bit for bit."""
 
 import dataclasses
 import hashlib

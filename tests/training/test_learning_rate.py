@@ -1,4 +1,4 @@
-"""The schedule at its corners."""
+"""Start here when the learning rate is off at some step."""
 
 import math
 

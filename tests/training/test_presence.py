@@ -1,4 +1,4 @@
-"""Who is gone, as the ranks that are left see it. (Whole runs with a killed rank: test_layouts.py, test_faults.py.)"""
+"""Start here when a rank is called dead that lives, or the other way round."""
 
 import os
 import pickle

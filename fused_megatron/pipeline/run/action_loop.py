@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -10,28 +10,14 @@ from fused_megatron.checks import SharedError, check
 from fused_megatron.pipeline.run.faults import PeerLost, print_fault
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute
+from fused_megatron.pipeline.run.stage_hooks import StageHooks, Wait
 from fused_megatron.pipeline.run.stashed_weights import StashedWeights
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
-from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
-    COMPUTE,
-    FORWARD,
-    INPUT_GRAD,
-    RECEIVES,
-    RECV_B,
-    RECV_F,
-    REDUCE_GRAD,
-    REDUCE_TIED,
-    SEND_B,
-    SEND_F,
-    SENDS,
-    UPDATE,
-    WEIGHT_GRAD,
-    Action,
-    Schedule,
-)
+from fused_megatron.pipeline.schedule.action import COMPUTE, RECEIVES, Action, Kind, Schedule
+from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
 
 ShapeIds = Callable[[], Sequence[int]]
+Tensors = Sequence[torch.Tensor]
 
 
 class StepInputs(NamedTuple):
@@ -43,13 +29,7 @@ class StepInputs(NamedTuple):
     loss_divisor: float
 
 
-class Hooks(NamedTuple):
-    """What the caller gave to be called; see PipelineExecutor."""
-
-    loss_fn: Callable[[Any, Any], torch.Tensor] | None
-    reduce_gradients: Callable[[int], Callable[[], None] | None] | None
-    update: Callable[[int, int], None] | None
-    observe: Callable[[Action, float, float], None] | None
+_NO_STEP = StepInputs((), (), (), 1.0)
 
 
 def receives_ahead(actions: Sequence[Action], lookahead: int) -> list[list[Action]]:
@@ -68,6 +48,29 @@ def receives_ahead(actions: Sequence[Action], lookahead: int) -> list[list[Actio
     return plan
 
 
+def forward_only(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """The actions of an evaluation: forwards, their messages, and the UNSHARD and RESHARD around forwards."""
+    unshards: dict[int, int] = {}
+    needed: set[int] = set()
+    for position, action in enumerate(actions):
+        if action.kind == Kind.UNSHARD:
+            unshards[action.stage] = position
+        elif action.kind == Kind.FORWARD and action.stage in unshards:
+            needed.add(unshards[action.stage])
+        elif action.kind == Kind.RESHARD and unshards[action.stage] in needed:
+            needed.add(position)
+    kinds = (Kind.FORWARD, Kind.SEND_F, Kind.RECV_F)
+    return tuple(action for position, action in enumerate(actions) if action.kind in kinds or position in needed)
+
+
+def first_gradient(loss: torch.Tensor, loss_divisor: float) -> torch.Tensor:
+    """The gradient with which the backward of a microbatch begins.
+
+    Gradients are divided here and nowhere else: microbatches, stages and data-parallel ranks only add theirs up.
+    """
+    return torch.ones_like(loss) / loss_divisor
+
+
 class ActionLoop:
     """The parts of one rank, and what is under way in a step.
 
@@ -77,7 +80,8 @@ class ActionLoop:
         stages, stashed: by stage; `stashed` is empty for synchronous schedules.
         tied: by group of schedule.tied.
         messages: to and from other ranks.
-        hooks: of the caller.
+        hooks, observe: of the caller; see PipelineExecutor.
+        lookahead: how many computations ahead of its use a receive is posted.
     """
 
     def __init__(
@@ -88,29 +92,37 @@ class ActionLoop:
         stashed: Mapping[int, StashedWeights],
         tied: Sequence[TiedWeight],
         messages: Messages,
-        hooks: Hooks,
+        hooks: StageHooks,
+        observe: Callable[[Action, float, float], None] | None,
         lookahead: int,
     ) -> None:
-        self._schedule, self._rank, self._last_stage = schedule, rank, schedule.num_stages - 1
-        self._stages, self._stashed, self._tied = stages, stashed, tied
-        self._messages, self._hooks = messages, hooks
+        self._schedule = schedule
+        self._rank = rank
+        self._last_stage = schedule.num_stages - 1
+        self._stages = stages
+        self._stashed = stashed
+        self._tied = tied
+        self._messages = messages
+        self._hooks = hooks
+        self._observe = observe
         actions = schedule.actions[rank]
-        forward = tuple(a for a in actions if a.kind in (FORWARD, SEND_F, RECV_F))
         self._plans = {
             training: (given, receives_ahead(given, lookahead))
-            for training, given in ((True, actions), (False, forward))
+            for training, given in ((True, actions), (False, forward_only(actions)))
         }
-        # What computations left for the sends behind them; and for other stages of this rank, as if it were received.
-        self._leaving: dict[Action, Sequence[torch.Tensor]] = {}
-        self._handed: dict[Action, Sequence[torch.Tensor]] = {}
-        self._reducing: dict[int, Callable[[], None] | None] = {}
+        # What computations left, by the action that takes it: a send, or what stands in for a receive where the next
+        # stage is on this rank.
+        self._results: dict[Action, Tensors] = {}
+        # Of reductions and unshards that were started, by kind and stage.
+        self._waits: dict[tuple[Kind, int], Wait] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._versions: Mapping[int, StashedWeights] = {}
+        self._step = _NO_STEP
         self._shape_ids: ShapeIds = tuple
         self.at: Action | None = None  # where the run is, or failed
 
     def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool) -> dict[int, torch.Tensor]:
-        """All actions, or those of the forward alone; the loss sums of the microbatches that ended here.
+        """All actions, or only those of the forward; the loss sums of the microbatches that ended here.
 
         Args:
             step: what the rank was given.
@@ -123,7 +135,8 @@ class ActionLoop:
             Other errors of an action, once the schedule is printed with the action marked.
         """
         actions, plan = self._plans[training]
-        messages, observe, self._losses, self._shape_ids = self._messages, self._hooks.observe, {}, shape_ids
+        messages, observe = self._messages, self._observe
+        self._step, self._shape_ids, self._losses = step, shape_ids, {}
         self._versions = self._stashed if training else {}
         for stashed in self._versions.values():
             stashed.begin()
@@ -131,10 +144,10 @@ class ActionLoop:
             self.at = action
             try:
                 for receive in plan[position]:
-                    messages.post(receive, shape_ids()[receive.microbatch or 0])
-                given = self._given(action, step)
+                    messages.post(receive, shape_ids()[receive.microbatch])
+                given = self._given(action)
                 start = time.perf_counter() if observe else 0.0
-                self._do(action, given, step)
+                self._do(action, given)
                 del given  # before the next action waits
                 if observe:
                     observe(action, start, time.perf_counter())
@@ -144,22 +157,23 @@ class ActionLoop:
                     print_fault(self._schedule, self._rank, action, error)
                 raise
         self.at = None
-        for stage in list(self._reducing):
-            self._finish_reduction(stage)
+        for kind, stage in list(self._waits):
+            self._wait_for(kind, stage)
         messages.finish()
         for stashed in self._versions.values():
             stashed.end()
-        assert not self._handed, "every result has its use"
+        assert not self._results, "every result has its use"
         losses, self._losses = self._losses, {}
+        self._step = _NO_STEP
         return losses
 
     def clear(self) -> None:
         """Forget a step that failed, and let go of what the tied weights' other ranks wait for."""
         self._messages.clear()
-        self._handed.clear()
-        self._leaving.clear()
+        self._results.clear()
         self._losses.clear()
-        self._reducing.clear()
+        self._step = _NO_STEP
+        self._waits.clear()
         for tied in self._tied:
             tied.close()
         for stage in self._stages.values():
@@ -167,79 +181,111 @@ class ActionLoop:
         for stashed in self._versions.values():
             stashed.end()
 
-    def _given(self, action: Action, step: StepInputs) -> Sequence[torch.Tensor]:
+    def _given(self, action: Action) -> Tensors:
         """What a computation works on: from the caller, this rank, or (waiting for it) another one."""
-        stage, kind, microbatch = action
-        if kind not in (FORWARD, BACKWARD, INPUT_GRAD) or microbatch is None:
+        if action.kind not in COMPUTE:
             return ()
-        if kind == FORWARD and stage == 0:
-            return step.inputs[microbatch]
-        if kind != FORWARD and stage == self._last_stage:
-            loss = self._losses[microbatch]
-            return (torch.ones_like(loss) / step.loss_divisor,)
-        receive = Action(stage, RECV_F if kind == FORWARD else RECV_B, microbatch)
-        handed = self._handed.pop(receive, None)
+        self._wait_for(Kind.UNSHARD, action.stage)
+        if action.kind == Kind.WEIGHT_GRAD:
+            return ()
+        if action.kind == Kind.FORWARD and action.stage == 0:
+            return self._step.inputs[action.microbatch]
+        if action.kind != Kind.FORWARD and action.stage == self._last_stage:
+            return (first_gradient(self._losses[action.microbatch], self._step.loss_divisor),)
+        receive = input_of(action)
+        handed = self._results.pop(receive, None)
         return self._messages.take(receive) if handed is None else handed
 
-    def _do(self, action: Action, given: Sequence[torch.Tensor], step: StepInputs) -> None:
-        stage, kind, microbatch = action
-        if kind in COMPUTE and microbatch is not None and stage in self._versions:
-            self._versions[stage].use(microbatch)
-        if kind == FORWARD and microbatch is not None:
-            self._forward(stage, microbatch, given, step)
-        elif kind in (BACKWARD, INPUT_GRAD) and microbatch is not None:
-            gradients = self._stages[stage].backward(microbatch, given, split=kind == INPUT_GRAD)
-            if stage:
-                self._hand(Action(stage, SEND_B, microbatch), gradients)
-        elif kind == WEIGHT_GRAD and microbatch is not None:
-            self._stages[stage].weight_grad(microbatch)
-        elif kind in SENDS:
-            self._messages.send(action, self._leaving.pop(action), self._shape_ids()[microbatch or 0])
-        elif kind == REDUCE_GRAD:
-            reduce = self._hooks.reduce_gradients
-            self._reducing[stage] = reduce(stage) if reduce else None
-        elif kind == REDUCE_TIED and microbatch is not None:
-            for other in self._schedule.tied[microbatch]:
-                self._finish_reduction(other)
-            self._tied[microbatch].reduce()
-        elif kind == UPDATE and microbatch is not None:
-            self._finish_reduction(stage)
-            update = self._hooks.update
-            assert update is not None
-            self._versions[stage].update(lambda: update(stage, microbatch))
+    def _do(self, action: Action, given: Tensors) -> None:
+        method = self._METHODS.get(action.kind)
+        if method is None:
+            raise NotImplementedError(f"{action}: there is no method for kind={action.kind!r}")
+        if action.kind in COMPUTE and action.stage in self._versions:
+            self._versions[action.stage].use(action.microbatch)
+        method(self, action, given)
 
-    def _forward(self, stage: int, microbatch: int, given: Sequence[Any], step: StepInputs) -> None:
-        loss = None
-        if stage == self._last_stage:
-            loss_fn, target = self._hooks.loss_fn, step.targets[microbatch]
-            assert loss_fn is not None
-            loss = lambda output: loss_fn(output, target)  # noqa: E731
-        kwargs = step.kwargs[microbatch] if step.kwargs else {}
-        outputs = self._stages[stage].forward(microbatch, tuple(given), kwargs, loss)
-        if loss is None:
-            self._hand(Action(stage, SEND_F, microbatch), outputs)
+    def _forward(self, action: Action, given: Tensors) -> None:
+        microbatch, is_last = action.microbatch, action.stage == self._last_stage
+        kwargs = self._step.kwargs[microbatch] if self._step.kwargs else {}
+        target = self._step.targets[microbatch] if is_last else None
+        outputs = self._stages[action.stage].forward(microbatch, tuple(given), kwargs, target)
+        if not is_last:
+            self._hand_on(action, outputs)
             return
-        given_loss = outputs[0]
+        loss = outputs[0]
         check(
-            len(outputs) == 1 and given_loss.ndim == 0,
-            f"loss_fn returned {len(outputs)} tensor(s) of {given_loss.ndim} dims: one of none wanted, the sum of the "
+            len(outputs) == 1 and loss.ndim == 0,
+            f"loss_fn returned {len(outputs)} tensor(s) of {loss.ndim} dims: one of none wanted, the sum of the "
             "microbatch's losses",
         )
-        self._losses[microbatch] = given_loss.detach()
+        self._losses[microbatch] = loss.detach()
 
-    def _hand(self, send: Action, tensors: Sequence[torch.Tensor]) -> None:
+    def _backward(self, action: Action, given: Tensors) -> None:
+        split = action.kind == Kind.INPUT_GRAD
+        gradients = self._stages[action.stage].backward(action.microbatch, given, split=split)
+        if action.stage > 0:
+            self._hand_on(action, gradients)
+
+    def _weight_grad(self, action: Action, _: Tensors) -> None:
+        self._stages[action.stage].weight_grad(action.microbatch)
+
+    def _send(self, action: Action, _: Tensors) -> None:
+        self._messages.send(action, self._results.pop(action), self._shape_ids()[action.microbatch])
+
+    def _receive(self, action: Action, _: Tensors) -> None:
+        """Nothing: run() posts receives ahead, and the computation takes what came."""
+
+    def _reduce(self, action: Action, _: Tensors) -> None:
+        self._start(action, self._hooks.reduce(action.stage))
+
+    def _reduce_tied(self, action: Action, _: Tensors) -> None:
+        for stage in self._schedule.tied[action.tied_group]:
+            self._wait_for(Kind.REDUCE_GRAD, stage)
+        self._tied[action.tied_group].reduce()
+
+    def _update(self, action: Action, _: Tensors) -> None:
+        self._wait_for(Kind.REDUCE_GRAD, action.stage)
+        self._versions[action.stage].update(lambda: self._hooks.update(action.stage, action.update))
+
+    def _unshard(self, action: Action, _: Tensors) -> None:
+        self._start(action, self._hooks.unshard(action.stage))
+
+    def _reshard(self, action: Action, _: Tensors) -> None:
+        self._wait_for(Kind.UNSHARD, action.stage)
+        self._hooks.reshard(action.stage)
+
+    _METHODS: ClassVar[dict[Kind, Callable[["ActionLoop", Action, Tensors], None]]] = {
+        Kind.FORWARD: _forward,
+        Kind.BACKWARD: _backward,
+        Kind.INPUT_GRAD: _backward,
+        Kind.WEIGHT_GRAD: _weight_grad,
+        Kind.SEND_F: _send,
+        Kind.SEND_B: _send,
+        Kind.RECV_F: _receive,
+        Kind.RECV_B: _receive,
+        Kind.REDUCE_GRAD: _reduce,
+        Kind.REDUCE_TIED: _reduce_tied,
+        Kind.UPDATE: _update,
+        Kind.UNSHARD: _unshard,
+        Kind.RESHARD: _reshard,
+    }
+
+    def _hand_on(self, made_by: Action, tensors: Tensors) -> None:
         """To the send behind this computation, or to the neighbour stage where that is on this rank, too."""
-        stage, kind, microbatch = send
-        neighbour, receive = (stage + 1, RECV_F) if kind == SEND_F else (stage - 1, RECV_B)
-        if self._schedule.placement[neighbour] != self._rank:
-            self._leaving[send] = tensors
-        elif kind == SEND_F:  # a leaf of its own: each stage has its own graph
-            leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-            self._handed[Action(neighbour, receive, microbatch)] = leaves
+        send = output_of(made_by)
+        receive = peer(send)
+        if self._schedule.placement[receive.stage] != self._rank:
+            self._results[send] = tensors
+        elif made_by.kind == Kind.FORWARD:  # a leaf of its own: each stage has its own graph
+            self._results[receive] = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         else:
-            self._handed[Action(neighbour, receive, microbatch)] = tensors
+            self._results[receive] = tensors
 
-    def _finish_reduction(self, stage: int) -> None:
-        wait = self._reducing.pop(stage, None)
+    def _start(self, action: Action, wait: Wait | None) -> None:
+        if wait is not None:
+            self._waits[action.kind, action.stage] = wait
+
+    def _wait_for(self, kind: Kind, stage: int) -> None:
+        wait = self._waits.pop((kind, stage), None)
         if wait is not None:
             wait()

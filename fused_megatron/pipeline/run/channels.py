@@ -1,4 +1,7 @@
-"""How tensors pass between the ranks of a pipeline: one channel for each pair of ranks and direction."""
+"""Channels between the ranks of a pipeline: a process group for each pair of ranks and direction.
+
+The first bytes of a pipeline are older than its channels: handshake.py sends them.
+"""
 
 import queue
 import threading
@@ -9,10 +12,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-FORWARD_DIRECTION, BACKWARD_DIRECTION = "forward", "backward"
-
-ChannelKey = tuple[int, int, str]
-"""From rank, to rank, direction."""
+from fused_megatron.pipeline.schedule.routing import Channel
 
 
 class Pending(Protocol):
@@ -69,11 +69,11 @@ class Channels:
     """
 
     def __init__(
-        self, keys: Iterable[ChannelKey], rank: int, store: dist.Store, device: torch.device, timeout: timedelta
+        self, keys: Iterable[Channel], rank: int, store: dist.Store, device: torch.device, timeout: timedelta
     ) -> None:
         self._rank = rank
-        self._groups: dict[ChannelKey, Any] = {}
-        self._senders: dict[ChannelKey, _Sender] = {}
+        self._groups: dict[Channel, Any] = {}
+        self._senders: dict[Channel, _Sender] = {}
         self._polls = device.type == "cuda"
         for key in sorted(set(keys), key=lambda key: (min(key[:2]), max(key[:2]), key)):
             source, target, direction = key
@@ -89,7 +89,7 @@ class Channels:
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
         """As Transport."""
-        key = (self._rank, peer, direction)
+        key = Channel(self._rank, peer, direction)
         work = self._groups[key].send([tensor], 1, tag)
         if self._polls:
             return _Waited(work, tensor)
@@ -99,7 +99,7 @@ class Channels:
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
         """As Transport."""
-        return _Waited(self._groups[peer, self._rank, direction].recv([buffer], 0, tag), buffer)
+        return _Waited(self._groups[Channel(peer, self._rank, direction)].recv([buffer], 0, tag), buffer)
 
     def close(self) -> None:
         """Cut all connections. A send that its receiver has not yet asked for goes through first."""

@@ -1,7 +1,7 @@
-"""All that a rank of a pipeline has to do with the others, besides the tensors of a step."""
+"""Control plane of a pipeline rank: its process groups, the shared losses, fault reports."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.observe.waits import BUBBLE, wait_for
-from fused_megatron.pipeline.run.channels import ChannelKey, Channels, Transport, make_group
+from fused_megatron.pipeline.run.channels import Channels, Transport, make_group
 from fused_megatron.pipeline.run.faults import FaultRecord, PipelineError, lost_peers
 from fused_megatron.pipeline.run.step_table import StepTable
-from fused_megatron.pipeline.schedule.action import SENDS, Schedule
-from fused_megatron.pipeline.schedule.communication_checks import channel_of
+from fused_megatron.pipeline.schedule.action import Schedule
+from fused_megatron.pipeline.schedule.routing import channels_of
 
 # How long a cut connection may take to be noticed, once a collective has failed for it.
 _NOTICE_S = 0.3
@@ -34,14 +34,23 @@ class Connections:
     """
 
     def __init__(
-        self, name: str, schedule: Schedule, pp_group: Group, device: torch.device, transport: Transport | None,
+        self,
+        name: str,
+        schedule: Schedule,
+        pp_group: Group,
+        device: torch.device,
+        transport: Transport | None,
         timeout: timedelta,
-    ) -> None:  # fmt: skip
-        self.rank, self.num_ranks, self.device = group_rank(pp_group), group_size(pp_group), device
-        self._pp_group, self._last = pp_group, schedule.placement[-1]
+    ) -> None:
+        self.rank = group_rank(pp_group)
+        self.num_ranks = group_size(pp_group)
+        self.device = device
+        self.closed = False
+        self._pp_group = pp_group
+        self._last = schedule.placement[-1]
         self._control: Any = None
         self.tied_groups: list[Any] = [None] * len(schedule.tied)
-        self.closed, store = False, None
+        store = None
         if pp_group is not None:
             store = dist.PrefixStore(name, pp_group.get_group_store())
             cpu = torch.device("cpu")
@@ -119,13 +128,6 @@ class Connections:
         self._control = None
         self.table.close()
         self.tied_groups.clear()
-
-
-def channels_of(schedule: Schedule) -> Iterable[ChannelKey]:
-    """Every (from, to, direction) that the schedule uses."""
-    words = {"F": "forward", "B": "backward"}
-    found = {channel_of(schedule, a) for actions in schedule.actions for a in actions if a.kind in SENDS}
-    return {(source, target, words[direction]) for source, target, direction in found}
 
 
 def default_device(pp_group: Group) -> torch.device:

@@ -1,4 +1,4 @@
-"""Runs a schedule on real tensors, the same way for every schedule."""
+"""The executor of pipeline schedules on real tensors, the same for every schedule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -10,18 +10,19 @@ from torch import nn
 from fused_megatron.checks import InputError, SharedInputError, first_line
 from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.overlap.weight_gradients import DeferredWeightGradients
-from fused_megatron.pipeline.run.action_loop import ActionLoop, Hooks, StepInputs
+from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
-from fused_megatron.pipeline.run.executor_checks import check_pipeline, check_step, stage_device
+from fused_megatron.pipeline.run.executor_checks import check_pipeline, check_step, chosen_hooks, stage_device
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute
+from fused_megatron.pipeline.run.stage_hooks import StageHooks
 from fused_megatron.pipeline.run.stashed_weights import StashedWeights
 from fused_megatron.pipeline.run.step_table import shape_id
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
-from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, WEIGHT_GRAD, Action, Schedule
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Action, Kind, Schedule
 
 
 class PipelineExecutor:
@@ -52,9 +53,9 @@ class PipelineExecutor:
             of the last stage.
         tied: for each group of schedule.tied this rank's parameters by stage. Their initial values must be equal. Two
             stages of one rank may share one parameter.
-        reduce_gradients: stage -> starts the sum of its gradients over data-parallel ranks, once all of them are there;
-            returns how to wait for it, or None.
-        update: (stage, index of the update) -> the optimizer step of that stage, and zeroing; asynchronous schedules.
+        hooks: what happens to a stage when the schedule says so: `reduce` its gradients over data-parallel ranks,
+            `unshard` and `reshard` its weights, `update` it (asynchronous schedules must have one). See stage_hooks.py.
+        reduce_gradients, update: in place of `hooks`: its `reduce` and `update` only.
         transport: another network than NCCL or gloo (tests).
         lookahead: how many computations ahead of its use a receive is posted.
         timeout_s: of a wait.
@@ -62,7 +63,8 @@ class PipelineExecutor:
 
     Raises:
         InputError: on every rank, before any stage runs: a schedule with a fault, other stages than it places here,
-            no loss_fn on the last rank, schedules or tied weights that differ between ranks.
+            no loss_fn on the last rank, an asynchronous schedule without update or with sharded weights, schedules or
+            tied weights that differ between ranks.
 
     Communication: at the start a hash of all that must agree, and one connection for each pair of ranks and direction.
         A step: the tensors between stages; one all-reduce of 8 bytes a microbatch before it, and one broadcast of as
@@ -84,6 +86,7 @@ class PipelineExecutor:
         pp_group: Group,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None,
         tied: Sequence[Mapping[int, nn.Parameter]] = (),
+        hooks: StageHooks | None = None,
         reduce_gradients: Callable[[int], Callable[[], None] | None] | None = None,
         update: Callable[[int, int], None] | None = None,
         transport: Transport | None = None,
@@ -94,18 +97,23 @@ class PipelineExecutor:
         self._rank = group_rank(pp_group)
         lowered, error = None, None
         try:
-            lowered = check_pipeline(schedule, stages, pp_group, loss_fn, tied, update)
+            hooks = chosen_hooks(hooks, reduce_gradients, update)
+            lowered = check_pipeline(schedule, stages, pp_group, loss_fn, tied, hooks)
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
         name = agree(pp_group, error, lowered, hashes)
-        assert lowered is not None
+        assert lowered is not None and hooks is not None
         self.schedule = lowered
         device = next(filter(None, map(stage_device, stages.values())), None) or default_device(pp_group)
         self._connections = Connections(name, lowered, pp_group, device, transport, timedelta(seconds=timeout_s))
         deferred = DeferredWeightGradients()
-        self._stages = {stage: StageCompute(module, deferred) for stage, module in stages.items()}
-        if any(action.kind == WEIGHT_GRAD for action in lowered.actions[self._rank]):
+        last = lowered.num_stages - 1
+        self._stages = {
+            stage: StageCompute(module, deferred, loss_fn if stage == last else None)
+            for stage, module in stages.items()
+        }
+        if any(action.kind == Kind.WEIGHT_GRAD for action in lowered.actions[self._rank]):
             for module in stages.values():
                 for parameter in module.parameters():
                     parameter.deferred_weight_gradients = deferred  # type: ignore[attr-defined]
@@ -119,7 +127,8 @@ class PipelineExecutor:
             stashed,
             [TiedWeight(weights, ranks) for weights, ranks in zip(tied, self._connections.tied_groups, strict=True)],
             Messages(lowered, self._connections.transport, device),
-            Hooks(loss_fn, reduce_gradients, update, observe),
+            hooks,
+            observe,
             lookahead,
         )
         self.microbatch_losses = torch.zeros(0, dtype=torch.float64)
@@ -166,7 +175,7 @@ class PipelineExecutor:
         loss_divisor: float = 1.0,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """The loss alone: the same schedule without its backwards. Arguments, result and errors as step()."""
+        """Only the loss: the same schedule without its backwards. Arguments, result and errors as step()."""
         with torch.no_grad():
             return self._run(inputs, targets, loss_divisor, stage_kwargs, training=False)
 

@@ -1,4 +1,4 @@
-"""What a PipelineExecutor is given, checked before anything is sent."""
+"""Checks of what a PipelineExecutor is given, before anything is sent."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +10,8 @@ from torch import nn
 from fused_megatron.checks import InputError, check
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.pipeline.run.action_loop import StepInputs
-from fused_megatron.pipeline.schedule.action import RESHARD, SYNCHRONOUS, UNSHARD, Schedule, stages_of
+from fused_megatron.pipeline.run.stage_hooks import StageFunctions, StageHooks, Wait, do_nothing
+from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Kind, Schedule, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
 
@@ -21,7 +22,7 @@ def check_pipeline(
     pp_group: Group,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None,
     tied: Sequence[Mapping[int, nn.Parameter]],
-    update: Callable[[int, int], None] | None,
+    hooks: StageHooks,
 ) -> Schedule:
     """The lowered schedule.
 
@@ -37,8 +38,6 @@ def check_pipeline(
         schedule = lower(schedule)
     elif findings := check_schedule(schedule):
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
-    kinds = {action.kind for actions in schedule.actions for action in actions}
-    check(not kinds & {UNSHARD, RESHARD}, f"schedule {schedule.name}: UNSHARD and RESHARD cannot be run yet")
     wanted, given = set(stages_of(schedule.placement, rank)), set(stages)
     check(
         given == wanted,
@@ -52,11 +51,33 @@ def check_pipeline(
         f"loss_fn=None must be given on rank {rank}, of the last stage {last}",
     )
     if schedule.weights != SYNCHRONOUS:
-        check(update is not None, f"update=None must be given for {schedule.name}, which updates within the schedule")
+        has_update = hooks.update is not do_nothing
+        check(has_update, f"update=None must be given for {schedule.name}, which updates within the schedule")
+        sharded = any(action.kind == Kind.UNSHARD for actions in schedule.actions for action in actions)
+        check(not sharded, f"schedule {schedule.name}: UNSHARD needs a synchronous schedule (one version of weights)")
     _check_tied(schedule, stages, tied)
     devices = {stage_device(module) for module in stages.values()} - {None}
     check(len(devices) <= 1, f"stages are on different devices: {', '.join(sorted(map(str, devices)))}")
     return schedule
+
+
+def chosen_hooks(
+    hooks: StageHooks | None,
+    reduce_gradients: Callable[[int], Wait | None] | None,
+    update: Callable[[int, int], None] | None,
+) -> StageHooks:
+    """The hooks as given, or made of the two functions.
+
+    Raises:
+        InputError: both are given.
+    """
+    if hooks is None:
+        return StageFunctions(reduce=reduce_gradients or do_nothing, update=update or do_nothing)
+    check(
+        reduce_gradients is None and update is None,
+        "hooks= is given, and so is reduce_gradients= or update=: make them hooks.reduce and hooks.update",
+    )
+    return hooks
 
 
 def _check_tied(

@@ -1,4 +1,4 @@
-"""What went wrong on which rank, so that every rank of a pipeline can say it."""
+"""Faults of a pipeline, recorded so that every rank can name the first one."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Whether all ranks of a pipeline were given what fits together, before anything else is sent."""
+"""Handshake of the ranks of a pipeline: the first bytes that they send, to see that all were given the same."""
 
 import hashlib
 import secrets
@@ -48,7 +48,7 @@ def agree(
         "name": secrets.token_hex(8),
     }
     try:
-        everyone = gather_outcomes(group, mine, error)
+        everyone = gather_outcomes(group, mine, error)  # the first bytes of the pipeline
     except RuntimeError as lost:  # a time-out, or the connection to a rank that is gone
         raise PipelineError(f"pipeline: another rank is gone ({first_line(lost)}); {_HERE}", -1) from lost
     text = _fault(everyone)

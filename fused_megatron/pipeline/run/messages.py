@@ -1,7 +1,6 @@
-"""Tuples of tensors from stage to stage over a transport: receives ahead, sends retired, shapes learnt once."""
+"""Messages from stage to stage, tuples of tensors: receives are posted ahead, sends retired, shapes learnt once."""
 
 import zlib
-from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,10 +8,10 @@ import torch
 
 from fused_megatron.checks import dtype_name
 from fused_megatron.observe.waits import BUBBLE, wait_for
-from fused_megatron.pipeline.run.channels import BACKWARD_DIRECTION, FORWARD_DIRECTION, Pending, Transport
+from fused_megatron.pipeline.run.channels import Pending, Transport
 from fused_megatron.pipeline.run.faults import lost_peers
-from fused_megatron.pipeline.schedule.action import RECV_F, SEND_F, SENDS, Action, Schedule
-from fused_megatron.pipeline.schedule.communication_checks import channel_of, peer
+from fused_megatron.pipeline.schedule.action import SENDS, Action, Kind, Schedule
+from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
 
 class TensorSpec(NamedTuple):
@@ -39,8 +38,10 @@ _TENSORS_PER_MESSAGE = 32  # tags of one message
 class _Arrival:
     """A receive: not yet posted, or with its buffers."""
 
-    def __init__(self, action: Action, source: int, key: tuple[int, int]) -> None:
-        self.action, self.source, self.key = action, source, key
+    def __init__(self, action: Action, channel: Channel, key: tuple[int, int]) -> None:
+        self.action = action
+        self.channel = channel
+        self.key = key
         self.header: tuple[Pending, torch.Tensor] | None = None
         self.tensors: list[torch.Tensor] | None = None
         self.pending: list[Pending] = []
@@ -49,7 +50,7 @@ class _Arrival:
 class Messages:
     """The messages of one rank.
 
-    What a stage sends depends on the shapes of its input alone, so a microbatch carries a number for the shapes that
+    What a stage sends depends only on the shapes of its input, so a microbatch carries a number for the shapes that
     it entered the pipeline with (`shape_ids`, step_table.py). When a stage sees a new number it sends a header of 1 KiB
     ahead of its tensors; both sides keep it, and all later receives can be posted before they are needed. Gradients
     have the shapes of what was sent.
@@ -61,16 +62,12 @@ class Messages:
     """
 
     def __init__(self, schedule: Schedule, transport: Transport | None, device: torch.device) -> None:
-        self._schedule, self._transport, self._device = schedule, transport, device
+        self._schedule = schedule
+        self._transport = transport
+        self._device = device
         self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
         self._leaving: list[tuple[Pending, int]] = []
-        self._arriving: dict[Action, _Arrival] = {}
-        self._unposted: defaultdict[tuple[int, int, str], deque[_Arrival]] = defaultdict(deque)
-
-    @property
-    def num_leaving(self) -> int:
-        """Tensors that are held because a peer has not taken them yet."""
-        return len(self._leaving)
+        self._arriving: dict[Action, _Arrival] = {}  # in the order in which they were announced
 
     def send(self, action: Action, tensors: Sequence[torch.Tensor], shape_id: int) -> None:
         """Begin to send; the tensors are held until they are through.
@@ -78,7 +75,7 @@ class Messages:
         Raises:
             ValueError: other shapes than for the same input before, which the receiver could not know.
         """
-        forward = action.kind == SEND_F
+        forward = action.kind == Kind.SEND_F
         if forward:
             self._announce(action, tuple(spec_of(tensor) for tensor in tensors), shape_id)
         for index, tensor in enumerate(tensors):
@@ -99,57 +96,54 @@ class Messages:
     def _send(self, action: Action, tensor: torch.Tensor, index: int) -> None:
         if tensor.numel():
             assert self._transport is not None
-            target, direction = channel_of(self._schedule, action)[1], _direction(action)
+            _, target, direction = channel_of(self._schedule, action)
             with lost_peers(target):
                 pending = self._transport.send(tensor.contiguous(), target, direction, self._tag(action, index))
             self._leaving.append((pending, target))
 
     def _tag(self, action: Action, index: int) -> int:
         sender = action if action.kind in SENDS else peer(action)
-        number = (sender.microbatch or 0) * self._schedule.num_stages + sender.stage
+        number = sender.microbatch * self._schedule.num_stages + sender.stage
         return (number * _TENSORS_PER_MESSAGE + index) % 2**31
 
     def post(self, action: Action, shape_id: int) -> None:
         """Announce a receive: its buffers are allocated and handed over now, or when their shapes are known."""
         channel = channel_of(self._schedule, action)
         # Gradients have the shapes of what this stage sent; activations of what the one before it sends.
-        key = (action.stage - 1 if action.kind == RECV_F else action.stage, shape_id)
-        arrival = _Arrival(action, channel[0], key)
-        self._arriving[action] = arrival
-        self._unposted[channel].append(arrival)
-        self._advance(self._unposted[channel])
+        key = (action.stage - 1 if action.kind == Kind.RECV_F else action.stage, shape_id)
+        self._arriving[action] = _Arrival(action, channel, key)
+        self._advance(channel)
 
     def take(self, action: Action) -> list[torch.Tensor]:
         """What was received; waits for it. Activations that need a gradient say so."""
-        arrival = self._arriving.pop(action)
+        arrival = self._arriving[action]
         if arrival.tensors is None:
-            self._advance(self._unposted[channel_of(self._schedule, action)], wanted=arrival)
-        assert arrival.tensors is not None, f"{action} stands before what its shape follows from"
+            self._advance(arrival.channel, wanted=arrival)
+        assert arrival.tensors is not None, f"{action} is scheduled before the message that determines its shape"
+        del self._arriving[action]
         for pending in arrival.pending:
-            self._await(pending, arrival.source)
+            self._await(pending, arrival.channel.source)
         return arrival.tensors
 
-    def _advance(self, unposted: deque[_Arrival], wanted: _Arrival | None = None) -> None:
+    def _advance(self, channel: Channel, wanted: _Arrival | None = None) -> None:
         """Post what can be, in the order of the channel; up to the wanted one wait for the headers."""
-        while unposted:
-            arrival = unposted[0]
-            specs = self._specs.get(arrival.key)
-            if specs is not None:
-                self._post(unposted.popleft(), specs)
-                wanted = None if arrival is wanted else wanted
-                continue
-            if arrival.action.kind != RECV_F:
-                return  # this stage has yet to send, and learns the shape by that
-            if arrival.header is None:
-                buffer = torch.empty(_HEADER_NUMBERS, dtype=torch.int64, device=self._device)
-                arrival.header = (self._receive(arrival, buffer, _TENSORS_PER_MESSAGE - 1), buffer)
-            if wanted is None:
-                return
-            self._await(arrival.header[0], arrival.source)
-            self._specs[arrival.key] = _decode(arrival.header[1].tolist())
+        for arrival in [each for each in self._arriving.values() if each.channel == channel and each.tensors is None]:
+            if arrival.key not in self._specs:
+                if arrival.action.kind != Kind.RECV_F:
+                    return  # this stage has yet to send, and learns the shape by that
+                if arrival.header is None:
+                    buffer = torch.empty(_HEADER_NUMBERS, dtype=torch.int64, device=self._device)
+                    arrival.header = (self._receive(arrival, buffer, _TENSORS_PER_MESSAGE - 1), buffer)
+                if wanted is None:
+                    return
+                self._await(arrival.header[0], channel.source)
+                self._specs[arrival.key] = _decode(arrival.header[1].tolist())
+            self._post(arrival, self._specs[arrival.key])
+            if arrival is wanted:
+                wanted = None
 
     def _post(self, arrival: _Arrival, specs: tuple[TensorSpec, ...]) -> None:
-        forward = arrival.action.kind == RECV_F
+        forward = arrival.action.kind == Kind.RECV_F
         arrival.tensors = []
         # Of a backward message the indices are those of the gradients, as its sender counts them.
         for spec in specs if forward else [spec for spec in specs if spec.requires_grad]:
@@ -160,9 +154,9 @@ class Messages:
 
     def _receive(self, arrival: _Arrival, buffer: torch.Tensor, index: int) -> Pending:
         assert self._transport is not None
-        direction, tag = _direction(arrival.action), self._tag(arrival.action, index)
-        with lost_peers(arrival.source):
-            return self._transport.receive(buffer, arrival.source, direction, tag)
+        source, _, direction = arrival.channel
+        with lost_peers(source):
+            return self._transport.receive(buffer, source, direction, self._tag(arrival.action, index))
 
     def retire(self) -> None:
         """Let go of what is through."""
@@ -179,7 +173,6 @@ class Messages:
         """Forget all messages, after a fault."""
         self._leaving.clear()
         self._arriving.clear()
-        self._unposted.clear()
 
     def _await(self, pending: Pending, rank: int) -> None:
         """Until a message of another stage is there."""
@@ -189,10 +182,6 @@ class Messages:
     def _wait(wait: Callable[[], bool | None], rank: int) -> bool | None:
         with lost_peers(rank):
             return wait()
-
-
-def _direction(action: Action) -> str:
-    return FORWARD_DIRECTION if action.kind[-1] == "F" else BACKWARD_DIRECTION
 
 
 def _shown(specs: Sequence[TensorSpec]) -> str:

@@ -24,13 +24,20 @@ class StageCompute:
     Args:
         module: what the stage computes.
         deferred: the store of this rank's weight gradients, which the parameters name.
+        loss_fn: of the last stage: (its output, target) -> what it returns.
 
     Memory: of an output only its place in the graph is kept, so that it is freed when all others have let go of it.
     """
 
-    def __init__(self, module: nn.Module, deferred: DeferredWeightGradients) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        deferred: DeferredWeightGradients,
+        loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    ) -> None:
         self.module = module
         self._deferred = deferred
+        self._loss_fn = loss_fn
         self._kept: dict[int, _Kept] = {}
         self._products: dict[int, list[Callable[[], None]]] = {}
 
@@ -40,20 +47,16 @@ class StageCompute:
         return len({*self._kept, *self._products})
 
     def forward(
-        self,
-        microbatch: int,
-        inputs: tuple[torch.Tensor, ...],
-        kwargs: Mapping[str, Any],
-        loss: Callable[[Any], torch.Tensor] | None,
+        self, microbatch: int, inputs: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any], target: Any = None
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs; with a loss function that of them alone. Under no_grad nothing is kept.
+        """The outputs; of the last stage only their loss. Under no_grad nothing is kept.
 
         Raises:
             TypeError: outputs that are not tensors.
         """
         output = self.module(*inputs, **kwargs)
-        if loss is not None:
-            output = loss(output)
+        if self._loss_fn is not None:
+            output = self._loss_fn(output, target)
         outputs = output if isinstance(output, tuple) else (output,)
         for tensor in outputs:
             if not isinstance(tensor, torch.Tensor):

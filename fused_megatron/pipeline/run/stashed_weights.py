@@ -1,4 +1,4 @@
-"""The versions of a stage's weights that microbatches under way still need (asynchronous schedules)."""
+"""Versions of a stage's weights that microbatches under way still need (asynchronous schedules)."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class StashedWeights:
             self._version_of[action.microbatch]
             for actions in schedule.actions
             for action in actions
-            if action.stage == stage and action.kind in COMPUTE and action.microbatch is not None
+            if action.stage == stage and action.kind in COMPUTE
         )
         self._left: Counter[int] = Counter()
         self._values: dict[int, list[torch.Tensor]] = {}

@@ -1,4 +1,4 @@
-"""What the ranks of a pipeline tell each other before a step: the shapes that enter it, and whether all is well."""
+"""Table that the ranks of a pipeline exchange before a step: the shapes that enter it, and whether all is well."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The gradient of a weight that several stages hold: the sum over its copies, on every copy."""
+"""Gradients of weights that several stages hold: the sum over all copies, on every copy."""
 
 from collections.abc import Mapping
 

@@ -1,32 +1,54 @@
-"""What a schedule is: for every rank the list of its actions, and the rank of every stage. Plain data, no torch."""
+"""Schedules as plain data: for every rank the list of its actions, and the rank of every stage. No torch."""
 
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 from fused_megatron.checks import InputError, check
 
-FORWARD = "F"
-BACKWARD = "B"
-"""The whole backward of a stage."""
-INPUT_GRAD = "I"
-WEIGHT_GRAD = "W"
-SEND_F, RECV_F, SEND_B, RECV_B = "SEND_F", "RECV_F", "SEND_B", "RECV_B"
-REDUCE_GRAD = "REDUCE_GRAD"
-"""Sum a stage's gradients over its data-parallel ranks."""
-REDUCE_TIED = "REDUCE_TIED"
-"""Sum a tied weight's gradients over its stages; the microbatch is the index of the group in `Schedule.tied`."""
-UPDATE = "UPDATE"
-"""Asynchronous schedules: make the stage's next weights; the microbatch is the index of the update."""
-UNSHARD, RESHARD = "UNSHARD", "RESHARD"
 
-COMPUTE = (FORWARD, BACKWARD, INPUT_GRAD, WEIGHT_GRAD)
-SENDS, RECEIVES = (SEND_F, SEND_B), (RECV_F, RECV_B)
-WITHOUT_MICROBATCH = (REDUCE_GRAD, UNSHARD, RESHARD)
-KINDS = (*COMPUTE, *SENDS, *RECEIVES, REDUCE_GRAD, REDUCE_TIED, UPDATE, UNSHARD, RESHARD)
+class Kind(str, Enum):
+    """What an action does. The values are what texts and files of schedules say."""
 
-_ACTION = re.compile(rf"(\d+)({'|'.join(sorted(KINDS, key=len, reverse=True))})(\d*)")
+    FORWARD = "F"
+    BACKWARD = "B"
+    """The whole backward of a stage."""
+    INPUT_GRAD = "I"
+    WEIGHT_GRAD = "W"
+    SEND_F = "SEND_F"
+    SEND_B = "SEND_B"
+    RECV_F = "RECV_F"
+    RECV_B = "RECV_B"
+    REDUCE_GRAD = "REDUCE_GRAD"
+    """Sum a stage's gradients over its data-parallel ranks."""
+    REDUCE_TIED = "REDUCE_TIED"
+    """Sum a tied weight's gradients over its stages."""
+    UPDATE = "UPDATE"
+    """Asynchronous schedules: make the stage's next weights."""
+    UNSHARD = "UNSHARD"
+    """Make the stage's weights whole, of which each data-parallel rank may keep a shard."""
+    RESHARD = "RESHARD"
+    """Keep only this rank's shard of them."""
+
+    # As enum.StrEnum (Python 3.11): the value, wherever text is made.
+    def __str__(self) -> str:
+        return self.value
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.value, format_spec)
+
+
+COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
+SENDS, RECEIVES = (Kind.SEND_F, Kind.SEND_B), (Kind.RECV_F, Kind.RECV_B)
+ENDS_OF_BACKWARD = (Kind.BACKWARD, Kind.WEIGHT_GRAD)
+"""Behind one of these a microbatch's gradients of the stage are complete, and its activations are free."""
+OF_MICROBATCH = frozenset((*COMPUTE, *SENDS, *RECEIVES))
+WITHOUT_INDEX = frozenset((Kind.REDUCE_GRAD, Kind.UNSHARD, Kind.RESHARD))
+KINDS = frozenset(Kind)
+
+_ACTION = re.compile(rf"(\d+)({'|'.join(sorted(Kind, key=len, reverse=True))})(\d*)")
 
 SYNCHRONOUS, ONE_STEP_DELAY, STASHED = "synchronous", "one_step_delay", "stashed"
 
@@ -34,15 +56,34 @@ SYNCHRONOUS, ONE_STEP_DELAY, STASHED = "synchronous", "one_step_delay", "stashed
 class Action(NamedTuple):
     """One thing that a rank does; printed `2F0`: stage 2, forward, microbatch 0.
 
-    A SEND is named after the stage and microbatch that send, a RECV after those that receive.
+    A SEND is named after the stage and microbatch that send, a RECV after those that receive. The index counts what
+    the kind says: `microbatch`, `tied_group` and `update` name it; None for kinds without one.
     """
 
     stage: int
-    kind: str
-    microbatch: int | None = None
+    kind: Kind
+    index: int | None = None  # type: ignore[assignment]  # in place of tuple.index, which nobody asks
+
+    @property
+    def microbatch(self) -> int:
+        """Of computations, sends and receives."""
+        assert self.kind in OF_MICROBATCH and self.index is not None, f"{self} has no microbatch"
+        return self.index
+
+    @property
+    def tied_group(self) -> int:
+        """Of REDUCE_TIED: the group's place in `Schedule.tied`."""
+        assert self.kind == Kind.REDUCE_TIED and self.index is not None, f"{self} has no tied group"
+        return self.index
+
+    @property
+    def update(self) -> int:
+        """Of UPDATE: how many updates of the stage came before it."""
+        assert self.kind == Kind.UPDATE and self.index is not None, f"{self} is no update"
+        return self.index
 
     def __str__(self) -> str:
-        return f"{self.stage}{self.kind}{'' if self.microbatch is None else self.microbatch}"
+        return f"{self.stage}{self.kind}{'' if self.index is None else self.index}"
 
 
 def parse_action(text: str) -> Action:
@@ -52,9 +93,9 @@ def parse_action(text: str) -> Action:
         InputError: no action.
     """
     match = _ACTION.fullmatch(text)
-    if match is None or (match[2] in WITHOUT_MICROBATCH) != (match[3] == ""):
-        raise InputError(f"action={text!r} must be a stage, a kind ({', '.join(KINDS)}) and a microbatch, such as 2F0")
-    return Action(int(match[1]), match[2], int(match[3]) if match[3] else None)
+    if match is None or (match[2] in WITHOUT_INDEX) != (match[3] == ""):
+        raise InputError(f"action={text!r} must be a stage, a kind ({', '.join(Kind)}) and a microbatch, such as 2F0")
+    return Action(int(match[1]), Kind(match[2]), int(match[3]) if match[3] else None)
 
 
 @dataclass(frozen=True)
@@ -132,7 +173,7 @@ def live_activations(actions: Iterable[Action]) -> list[int]:
     """After each action of a rank, how many forward activations of a stage it keeps (until B or W)."""
     live, kept = 0, []
     for action in actions:
-        live += (action.kind == FORWARD) - (action.kind in (BACKWARD, WEIGHT_GRAD))
+        live += (action.kind == Kind.FORWARD) - (action.kind in ENDS_OF_BACKWARD)
         kept.append(live)
     return kept
 
@@ -151,14 +192,15 @@ def weight_versions(schedule: Schedule) -> dict[tuple[int, int], int]:
     versions = {}
     for actions in schedule.actions:
         made: dict[int, int] = {}
-        for stage, kind, microbatch in actions:
-            if kind == UPDATE:
+        for action in actions:
+            stage = action.stage
+            if action.kind == Kind.UPDATE:
                 made[stage] = made.get(stage, 0) + 1
-            elif kind == FORWARD and microbatch is not None:
+            elif action.kind == Kind.FORWARD:
                 version = made.get(stage, 0) if schedule.weights == STASHED else 0
                 if schedule.weights == ONE_STEP_DELAY:
-                    version = max(0, microbatch // schedule.num_microbatches - 1)
-                versions[stage, microbatch] = version
+                    version = max(0, action.microbatch // schedule.num_microbatches - 1)
+                versions[stage, action.microbatch] = version
     return versions
 
 
@@ -168,13 +210,14 @@ def peak_weight_versions(schedule: Schedule) -> list[int]:
     for actions in schedule.actions:
         peak, newest = 1, dict.fromkeys((a.stage for a in actions), 0)
         in_use: dict[int, list[int]] = {stage: [] for stage in newest}
-        for stage, kind, microbatch in actions:
-            if kind == UPDATE:
+        for action in actions:
+            stage = action.stage
+            if action.kind == Kind.UPDATE:
                 newest[stage] += 1
-            elif kind == FORWARD and microbatch is not None:
-                in_use[stage].append(versions[stage, microbatch])
-            elif kind in (BACKWARD, WEIGHT_GRAD) and microbatch is not None:
-                in_use[stage].remove(versions[stage, microbatch])
+            elif action.kind == Kind.FORWARD:
+                in_use[stage].append(versions[stage, action.microbatch])
+            elif action.kind in ENDS_OF_BACKWARD:
+                in_use[stage].remove(versions[stage, action.microbatch])
             peak = max(peak, len({newest[stage], *in_use[stage]}))
         peaks.append(peak)
     return peaks

@@ -1,29 +1,11 @@
-"""The rules of a lowered schedule about what passes between ranks, and about reductions."""
+"""Checks of a lowered schedule: messages between ranks, deadlock, and reductions of gradients."""
 
 from collections import defaultdict
 from collections.abc import Iterator
 
-from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
-    FORWARD,
-    INPUT_GRAD,
-    RECEIVES,
-    RECV_B,
-    RECV_F,
-    REDUCE_GRAD,
-    REDUCE_TIED,
-    SEND_B,
-    SEND_F,
-    SENDS,
-    UPDATE,
-    WEIGHT_GRAD,
-    Action,
-    Schedule,
-)
+from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, RECEIVES, SENDS, Action, Kind, Schedule
 from fused_megatron.pipeline.schedule.findings import Finding, Places
-
-# From rank, to rank, direction.
-_Channel = tuple[int, int, str]
+from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
 
 def check_communication(places: Places, sound: bool) -> list[Finding]:
@@ -34,19 +16,6 @@ def check_communication(places: Places, sound: bool) -> list[Finding]:
     return findings
 
 
-def peer(action: Action) -> Action:
-    """The receive of a send, and the send of a receive."""
-    stage, kind, microbatch = action
-    step = 1 if kind in (SEND_F, RECV_B) else -1
-    return Action(stage + step, {SEND_F: RECV_F, RECV_F: SEND_F, SEND_B: RECV_B, RECV_B: SEND_B}[kind], microbatch)
-
-
-def channel_of(schedule: Schedule, action: Action) -> _Channel:
-    """The channel of a send or receive: from rank, to rank, direction."""
-    own, other = schedule.placement[action.stage], schedule.placement[peer(action).stage]
-    return (own, other, action.kind[-1]) if action.kind in SENDS else (other, own, action.kind[-1])
-
-
 def _paired(places: Places) -> Iterator[Finding]:
     schedule, placement = places.schedule, places.schedule.placement
     wanted = set()
@@ -54,14 +23,14 @@ def _paired(places: Places) -> Iterator[Finding]:
         if placement[stage] == placement[stage + 1]:
             continue
         for m in schedule.microbatches:
-            for send, makers, users in (
-                (Action(stage, SEND_F, m), (FORWARD,), (FORWARD,)),
-                (Action(stage + 1, SEND_B, m), (BACKWARD, INPUT_GRAD), (BACKWARD, INPUT_GRAD)),
+            for send, kinds in (
+                (Action(stage, Kind.SEND_F, m), (Kind.FORWARD,)),
+                (Action(stage + 1, Kind.SEND_B, m), (Kind.BACKWARD, Kind.INPUT_GRAD)),
             ):
                 receive = peer(send)
                 wanted |= {send, receive}
-                made = [Action(send.stage, kind, m) for kind in makers]
-                used = [Action(receive.stage, kind, m) for kind in users]
+                made = [Action(send.stage, kind, m) for kind in kinds]
+                used = [Action(receive.stage, kind, m) for kind in kinds]
                 yield from _in_place(places, send, made, behind=True)
                 yield from _in_place(places, receive, used, behind=False)
     for action, found in places.of.items():
@@ -84,12 +53,12 @@ def _in_place(places: Places, action: Action, computes: list[Action], behind: bo
 
 
 def _fifo(schedule: Schedule) -> Iterator[Finding]:
-    sent: defaultdict[_Channel, list[Action]] = defaultdict(list)
+    sent: defaultdict[Channel, list[Action]] = defaultdict(list)
     for actions in schedule.actions:
         for action in actions:
             if action.kind in SENDS:
                 sent[channel_of(schedule, action)].append(action)
-    received: defaultdict[_Channel, int] = defaultdict(int)
+    received: defaultdict[Channel, int] = defaultdict(int)
     for rank, actions in enumerate(schedule.actions):
         for position, action in enumerate(actions):
             if action.kind in RECEIVES:
@@ -103,9 +72,9 @@ def _fifo(schedule: Schedule) -> Iterator[Finding]:
 def _deadlock(schedule: Schedule) -> Iterator[Finding]:
     """Play the lists without tags: each channel one stream in order; a tied reduction needs all its ranks at once."""
     position = [0] * schedule.num_ranks
-    sent: defaultdict[_Channel, int] = defaultdict(int)
-    received: defaultdict[_Channel, int] = defaultdict(int)
-    arrived: defaultdict[int | None, set[int]] = defaultdict(set)
+    sent: defaultdict[Channel, int] = defaultdict(int)
+    received: defaultdict[Channel, int] = defaultdict(int)
+    arrived: defaultdict[int, set[int]] = defaultdict(set)
     members = {index: {schedule.placement[stage] for stage in group} for index, group in enumerate(schedule.tied)}
     moved = True
     while moved:
@@ -120,10 +89,11 @@ def _deadlock(schedule: Schedule) -> Iterator[Finding]:
                     received[channel] += 1
                 elif action.kind in SENDS:
                     sent[channel_of(schedule, action)] += 1
-                elif action.kind == REDUCE_TIED:
-                    moved |= rank not in arrived[action.microbatch]
-                    arrived[action.microbatch].add(rank)
-                    if arrived[action.microbatch] != members[action.microbatch or 0]:
+                elif action.kind == Kind.REDUCE_TIED:
+                    group = action.tied_group
+                    moved |= rank not in arrived[group]
+                    arrived[group].add(rank)
+                    if arrived[group] != members[group]:
                         break
                 position[rank] += 1
                 moved = True
@@ -136,18 +106,18 @@ def _reductions(places: Places) -> Iterator[Finding]:
     """One REDUCE_GRAD a stage behind its last backward; where steps overlap one before each update."""
     for stage in range(places.last_stage + 1):
         pending, reduced = False, False
-        reduction, where = Action(stage, REDUCE_GRAD), (places.schedule.placement[stage], -1)
+        reduction, where = Action(stage, Kind.REDUCE_GRAD), (places.schedule.placement[stage], -1)
         for rank, position, action in places.by_stage[stage]:
             where = (rank, position)
-            if action.kind in (BACKWARD, WEIGHT_GRAD):
+            if action.kind in ENDS_OF_BACKWARD:
                 if reduced:
                     yield Finding(rank, position, "reduction", f"{action} stands behind {reduction}")
                 pending = True
-            elif action.kind == REDUCE_GRAD:
+            elif action.kind == Kind.REDUCE_GRAD:
                 if not pending:
                     yield Finding(rank, position, "reduction", f"{action} has nothing to reduce")
                 pending, reduced = False, True
-            elif action.kind == UPDATE:
+            elif action.kind == Kind.UPDATE:
                 if pending:
                     yield Finding(rank, position, "reduction", f"{action} stands before {reduction}")
                 reduced = False
@@ -161,25 +131,25 @@ def _tied(places: Places) -> Iterator[Finding]:
     for index, group in enumerate(schedule.tied):
         for rank in sorted({schedule.placement[stage] for stage in group}):
             own = [stage for stage in group if schedule.placement[stage] == rank]
-            action = Action(min(own), REDUCE_TIED, index)
+            action = Action(min(own), Kind.REDUCE_TIED, index)
             wanted.add(action)
             if action not in places.of:
                 yield places.missing("reduction", action)
                 continue
             where = places.of[action][0][1]
             for stage in own:
-                later = [a for r, p, a in places.by_stage[stage] if p > where and a.kind in (BACKWARD, WEIGHT_GRAD)]
+                later = [a for r, p, a in places.by_stage[stage] if p > where and a.kind in ENDS_OF_BACKWARD]
                 if later:
                     yield Finding(rank, where, "reduction", f"{action} stands before {later[0]}")
     for action, found in places.of.items():
-        if action.kind == REDUCE_TIED:
+        if action.kind == Kind.REDUCE_TIED:
             for rank, position in found[1:] if action in wanted else found:
                 yield Finding(rank, position, "reduction", f"{action} is one too many")
     for rank, actions in enumerate(schedule.actions):
         newest = -1
         for position, action in enumerate(actions):
-            if action.kind == REDUCE_TIED and action.microbatch is not None:
-                if action.microbatch < newest:
+            if action.kind == Kind.REDUCE_TIED:
+                if action.tied_group < newest:
                     text = f"{action}: the groups must have the same order on all ranks, ascending"
                     yield Finding(rank, position, "reduction", text)
-                newest = action.microbatch
+                newest = action.tied_group

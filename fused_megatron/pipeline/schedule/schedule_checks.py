@@ -1,19 +1,16 @@
-"""Whether a schedule keeps the rules (findings.RULES). A breach names rank, position and rule."""
+"""Checks of a schedule against the rules (findings.RULES). A breach names rank, position and rule."""
 
 from collections.abc import Iterator
 
 from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
     COMPUTE,
-    FORWARD,
-    INPUT_GRAD,
-    RESHARD,
+    ENDS_OF_BACKWARD,
+    KINDS,
     STASHED,
     SYNCHRONOUS,
-    UNSHARD,
-    UPDATE,
-    WEIGHT_GRAD,
+    WITHOUT_INDEX,
     Action,
+    Kind,
     Schedule,
     live_activations,
 )
@@ -27,6 +24,8 @@ def check_schedule(schedule: Schedule) -> list[Finding]:
 
     Before lowering the rules about sends, receives and reductions are left out.
     """
+    if malformed := [*_malformed(schedule)]:
+        return malformed
     places = Places(schedule)
     findings = [*_complete(places), *_order(places), *_placement(places), *_ascending(places), *_memory(schedule)]
     findings += [*_sharding(schedule), *_updates(places)]
@@ -41,11 +40,22 @@ def check_schedule(schedule: Schedule) -> list[Finding]:
     return sorted(set(findings))
 
 
+def _malformed(schedule: Schedule) -> Iterator[Finding]:
+    """Actions that no rule can speak of: of no kind, or with an index where their kind has none, or without."""
+    for rank, actions in enumerate(schedule.actions):
+        for position, action in enumerate(actions):
+            if action.kind not in KINDS:
+                yield Finding(rank, position, "complete", f"{action} is of no kind ({', '.join(Kind)})")
+            elif (action.index is None) != (action.kind in WITHOUT_INDEX):
+                text = f"{action} has no index" if action.index is None else f"{action} must have no index"
+                yield Finding(rank, position, "complete", text)
+
+
 def _complete(places: Places) -> Iterator[Finding]:
     microbatches = places.schedule.microbatches
     for action, found in places.of.items():
-        stage, kind, microbatch = action
-        known = 0 <= stage <= places.last_stage and (kind not in COMPUTE or microbatch in microbatches)
+        stage, kind, index = action
+        known = 0 <= stage <= places.last_stage and (kind not in COMPUTE or index in microbatches)
         for rank, position in found if not known else found[1:] if kind in COMPUTE else ():
             what = "is there twice" if known else "is of no stage or microbatch of the schedule"
             yield Finding(rank, position, "complete", f"{action} {what}")
@@ -81,11 +91,12 @@ def _order(places: Places) -> Iterator[Finding]:
 
 def _needed(action: Action) -> list[Action]:
     stage, kind, m = action
-    if kind == FORWARD:
-        return [Action(stage - 1, FORWARD, m)]
-    if kind in (BACKWARD, INPUT_GRAD):
-        return [Action(stage, FORWARD, m), Action(stage + 1, BACKWARD, m), Action(stage + 1, INPUT_GRAD, m)]
-    return [Action(stage, INPUT_GRAD, m)] if kind == WEIGHT_GRAD else []
+    if kind == Kind.FORWARD:
+        return [Action(stage - 1, Kind.FORWARD, m)]
+    if kind in (Kind.BACKWARD, Kind.INPUT_GRAD):
+        next_backwards = [Action(stage + 1, kind, m) for kind in (Kind.BACKWARD, Kind.INPUT_GRAD)]
+        return [Action(stage, Kind.FORWARD, m), *next_backwards]
+    return [Action(stage, Kind.INPUT_GRAD, m)] if kind == Kind.WEIGHT_GRAD else []
 
 
 def _placement(places: Places) -> Iterator[Finding]:
@@ -99,12 +110,12 @@ def _placement(places: Places) -> Iterator[Finding]:
 
 def _ascending(places: Places) -> Iterator[Finding]:
     # Linears sum weight gradients at W (or B); modules that cannot split do so at I.
-    for kinds in ((BACKWARD, INPUT_GRAD), (BACKWARD, WEIGHT_GRAD)):
+    for kinds in ((Kind.BACKWARD, Kind.INPUT_GRAD), (Kind.BACKWARD, Kind.WEIGHT_GRAD)):
         for found in places.by_stage.values():
             newest: Action | None = None
             for rank, position, action in found:
-                if action.kind in kinds and action.microbatch is not None:
-                    if newest and newest.microbatch is not None and action.microbatch < newest.microbatch:
+                if action.kind in kinds:
+                    if newest and action.microbatch < newest.microbatch:
                         yield Finding(rank, position, "ascending", f"{action} stands behind {newest}")
                     newest = action
 
@@ -119,21 +130,27 @@ def _memory(schedule: Schedule) -> Iterator[Finding]:
 
 
 def _sharding(schedule: Schedule) -> Iterator[Finding]:
+    """A stage that has UNSHARD or RESHARD is whole from each UNSHARD to the next RESHARD, and computes only there."""
     for rank, actions in enumerate(schedule.actions):
-        whole = {action.stage: False for action in actions if action.kind in (UNSHARD, RESHARD)}
+        whole = {action.stage: False for action in actions if action.kind in (Kind.UNSHARD, Kind.RESHARD)}
         last: dict[int, int] = {}
         for position, action in enumerate(actions):
             if action.stage not in whole:
                 continue
-            if action.kind in (UNSHARD, RESHARD):
-                if whole[action.stage] == (action.kind == UNSHARD):
+            if action.kind in (Kind.UNSHARD, Kind.RESHARD):
+                if whole[action.stage] == (action.kind == Kind.UNSHARD):
                     state = "whole" if whole[action.stage] else "in shards"
-                    yield Finding(rank, position, "sharding", f"{action}: the stage is {state} already")
-                whole[action.stage], last[action.stage] = action.kind == UNSHARD, position
+                    other = Action(action.stage, Kind.RESHARD if whole[action.stage] else Kind.UNSHARD)
+                    text = f"{action}: the stage is {state} already, no {other} stands before it"
+                    yield Finding(rank, position, "sharding", text)
+                whole[action.stage], last[action.stage] = action.kind == Kind.UNSHARD, position
             elif action.kind in COMPUTE and not whole[action.stage]:
-                yield Finding(rank, position, "sharding", f"{action}: the stage is in shards")
+                unshard = Action(action.stage, Kind.UNSHARD)
+                text = f"{action}: the stage is in shards, no {unshard} stands before it"
+                yield Finding(rank, position, "sharding", text)
         for stage in [stage for stage, is_whole in whole.items() if is_whole]:
-            yield Finding(rank, last[stage], "sharding", f"stage {stage} stays whole")
+            reshard = Action(stage, Kind.RESHARD)
+            yield Finding(rank, last[stage], "sharding", f"{reshard} is missing: the stage stays whole")
 
 
 def _updates(places: Places) -> Iterator[Finding]:
@@ -141,11 +158,11 @@ def _updates(places: Places) -> Iterator[Finding]:
     per_update = 1 if schedule.weights == STASHED else schedule.num_microbatches
     wanted = 0 if schedule.weights == SYNCHRONOUS else len(schedule.microbatches) // per_update
     for stage in range(schedule.num_stages):
-        done, made = 0, set[int | None]()
+        done, made = 0, set[int]()
         for rank, position, action in places.by_stage[stage]:
-            done += action.kind in (BACKWARD, WEIGHT_GRAD)
-            number = action.microbatch
-            if action.kind == UPDATE and number is not None:
+            done += action.kind in ENDS_OF_BACKWARD
+            if action.kind == Kind.UPDATE:
+                number = action.update
                 if number >= wanted or number in made:
                     yield Finding(rank, position, "update", f"{action} is one too many")
                 elif done != (number + 1) * per_update:
@@ -153,4 +170,4 @@ def _updates(places: Places) -> Iterator[Finding]:
                     yield Finding(rank, position, "update", f"{action} {behind}")
                 made.add(number)
         for number in sorted(set(range(wanted)) - made):
-            yield places.missing("update", Action(stage, UPDATE, number))
+            yield places.missing("update", Action(stage, Kind.UPDATE, number))

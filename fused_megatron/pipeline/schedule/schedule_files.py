@@ -1,4 +1,4 @@
-"""Schedules as text: JSON (all of a schedule), and the CSV of torch.distributed.pipelining (the actions alone)."""
+"""Files of schedules: JSON (all of a schedule), and the CSV of torch.distributed.pipelining (the actions alone)."""
 
 import csv
 import io
@@ -9,16 +9,18 @@ from dataclasses import fields
 from fused_megatron.checks import InputError
 from fused_megatron.pipeline.schedule.action import (
     COMPUTE,
-    REDUCE_TIED,
-    UPDATE,
+    RECEIVES,
+    SENDS,
     Action,
+    Kind,
     Schedule,
     check_placement,
     parse_action,
 )
 
+_ADDED_BY_LOWERING = (*SENDS, *RECEIVES, Kind.REDUCE_GRAD, Kind.REDUCE_TIED)
 # torch knows no such actions.
-_NOT_IN_TORCH = (REDUCE_TIED, UPDATE)
+_NOT_IN_TORCH = (Kind.REDUCE_TIED, Kind.UPDATE)
 
 
 def to_json(schedule: Schedule) -> str:
@@ -67,7 +69,7 @@ def to_torch_csv(schedule: Schedule) -> str:
     Raises:
         InputError: an asynchronous schedule, which would become another one.
     """
-    if any(action.kind == UPDATE for actions in schedule.actions for action in actions):
+    if any(action.kind == Kind.UPDATE for actions in schedule.actions for action in actions):
         raise InputError(f"schedule {schedule.name}: torch.distributed.pipelining has no updates within a schedule")
     rows = [[action for action in actions if action.kind not in _NOT_IN_TORCH] for actions in schedule.actions]
     text = io.StringIO()
@@ -99,14 +101,13 @@ def from_csv(text: str, name: str = "csv", tied: Sequence[Sequence[int]] = ()) -
     owners: dict[int, int] = {}
     for rank, row_actions in enumerate(lists):
         for action in row_actions:
-            if action.kind == "F" and owners.setdefault(action.stage, rank) != rank:
+            if action.kind == Kind.FORWARD and owners.setdefault(action.stage, rank) != rank:
                 raise InputError(f"stage {action.stage} has F on rank {owners[action.stage]} and on rank {rank}")
     stages = range(max(action.stage for action in everything) + 1)
     if missing := [stage for stage in stages if stage not in owners]:
         raise InputError(f"stage {missing[0]} has no F")
-    microbatches = [action.microbatch for action in everything if action.kind in COMPUTE]
-    count = 1 + max(m for m in microbatches if m is not None)
-    lowered = any(action.kind not in (*COMPUTE, UPDATE) for action in everything)
+    count = 1 + max(action.microbatch for action in everything if action.kind in COMPUTE)
+    lowered = any(action.kind in _ADDED_BY_LOWERING for action in everything)
     placement = tuple(owners[stage] for stage in stages)
     groups = tuple(tuple(group) for group in tied)
     return Schedule(name, placement, count, tuple(lists), lowered=lowered, tied=groups)

@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from fused_megatron.checks import InputError, check
 from fused_megatron.pipeline.schedule import zero_bubble
 from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
-    FORWARD,
-    INPUT_GRAD,
     ONE_STEP_DELAY,
     STASHED,
     SYNCHRONOUS,
-    UPDATE,
-    WEIGHT_GRAD,
     Action,
+    Kind,
     Schedule,
     loop_placement,
     peak_live_activations,
@@ -44,8 +40,8 @@ def interleaved_one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatch
         warmup = min(2 * (num_ranks - 1 - rank) + (stages_per_rank - 1) * first_group, len(forwards))
         if stages_per_rank == 1:
             warmup = min(num_ranks - 1 - rank, len(forwards))
-        ahead = [Action(leg * num_ranks + rank, FORWARD, m) for leg, m in forwards]
-        back = [Action(leg * num_ranks + rank, BACKWARD, m) for leg, m in backwards]
+        ahead = [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg, m in forwards]
+        back = [Action(leg * num_ranks + rank, Kind.BACKWARD, m) for leg, m in backwards]
         actions = ahead[:warmup]
         for index, backward in enumerate(back):
             actions += [*ahead[warmup + index : warmup + index + 1], backward]
@@ -57,8 +53,8 @@ def looped_breadth_first(num_ranks: int, stages_per_rank: int, num_microbatches:
     """Looped breadth-first: a stage does all microbatches before the rank's next stage. Lamy-Poirier, 2211.05953."""
     legs, microbatches = range(stages_per_rank), range(num_microbatches)
     return [
-        [Action(leg * num_ranks + rank, FORWARD, m) for leg in legs for m in microbatches]
-        + [Action(leg * num_ranks + rank, BACKWARD, m) for leg in reversed(legs) for m in microbatches]
+        [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg in legs for m in microbatches]
+        + [Action(leg * num_ranks + rank, Kind.BACKWARD, m) for leg in reversed(legs) for m in microbatches]
         for rank in range(num_ranks)
     ]
 
@@ -76,12 +72,12 @@ def interleaved_zero_bubble(num_ranks: int, stages_per_rank: int, num_microbatch
     for rank in range(num_ranks):
         # Only I is between a rank and the next, so one hop is enough where 1F1B needs two.
         warmup = min(num_ranks - 1 - rank + (stages_per_rank - 1) * first_group, len(forwards))
-        ahead = [Action(leg * num_ranks + rank, FORWARD, m) for leg, m in forwards]
+        ahead = [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg, m in forwards]
         actions = ahead[:warmup]
-        weight_grads = [Action(leg * num_ranks + rank, WEIGHT_GRAD, m) for leg, m in backwards]
+        weight_grads = [Action(leg * num_ranks + rank, Kind.WEIGHT_GRAD, m) for leg, m in backwards]
         for index, (leg, m) in enumerate(backwards):
             actions += ahead[warmup + index : warmup + index + 1]
-            actions.append(Action(leg * num_ranks + rank, INPUT_GRAD, m))
+            actions.append(Action(leg * num_ranks + rank, Kind.INPUT_GRAD, m))
             if index >= rank:
                 actions.append(weight_grads[index - rank])
         lists.append(actions + weight_grads[max(0, len(weight_grads) - rank) :])
@@ -106,8 +102,8 @@ def _with_updates(actions: Actions, every: int) -> Actions:
     result = []
     for action in actions:
         result.append(action)
-        if action.kind == BACKWARD and action.microbatch is not None and (action.microbatch + 1) % every == 0:
-            result.append(Action(action.stage, UPDATE, action.microbatch // every))
+        if action.kind == Kind.BACKWARD and (action.microbatch + 1) % every == 0:
+            result.append(Action(action.stage, Kind.UPDATE, action.microbatch // every))
     return result
 
 

@@ -6,7 +6,7 @@ Each is a pure function to per-rank lists. Papers: Qi et al., "Zero Bubble Pipel
 
 from collections import Counter, deque
 
-from fused_megatron.pipeline.schedule.action import BACKWARD, FORWARD, INPUT_GRAD, WEIGHT_GRAD, Action
+from fused_megatron.pipeline.schedule.action import Action, Kind
 
 Actions = list[Action]
 
@@ -17,30 +17,30 @@ class _TwoStages:
     def __init__(self, num_ranks: int, rank: int) -> None:
         self.stages = (rank, 2 * num_ranks - 1 - rank)
         self.actions: Actions = []
-        self.counts: Counter[tuple[int, str]] = Counter()
+        self.counts: Counter[tuple[int, Kind]] = Counter()
         self.put_off: deque[int] = deque()
 
-    def add(self, leg: int, *kinds: str) -> None:
+    def add(self, leg: int, *kinds: Kind) -> None:
         """Each for the stage's next microbatch."""
         for kind in kinds:
             # B is an I and a W in one.
-            counted = (INPUT_GRAD, WEIGHT_GRAD) if kind == BACKWARD else (kind,)
+            counted = (Kind.INPUT_GRAD, Kind.WEIGHT_GRAD) if kind == Kind.BACKWARD else (kind,)
             self.actions.append(Action(self.stages[leg], kind, self.counts[leg, counted[0]]))
             self.counts.update((leg, each) for each in counted)
 
     def backward(self, leg: int, put_off: bool) -> None:
         """B, or I with W put off."""
-        self.add(leg, INPUT_GRAD if put_off else BACKWARD)
+        self.add(leg, Kind.INPUT_GRAD if put_off else Kind.BACKWARD)
         if put_off:
             self.put_off.append(leg)
 
     def weight_grad(self) -> None:
         """The W that was put off first."""
         if self.put_off:
-            self.add(self.put_off.popleft(), WEIGHT_GRAD)
+            self.add(self.put_off.popleft(), Kind.WEIGHT_GRAD)
 
     def of_microbatches(self, count: int) -> Actions:
-        return [action for action in self.actions if action.microbatch is not None and action.microbatch < count]
+        return [action for action in self.actions if action.microbatch < count]
 
 
 def zb_v(num_ranks: int, num_microbatches: int) -> list[Actions]:
@@ -53,25 +53,25 @@ def zb_v(num_ranks: int, num_microbatches: int) -> list[Actions]:
 def _zb_v_rank(num_ranks: int, rank: int, num_microbatches: int) -> _TwoStages:
     state = _TwoStages(num_ranks, rank)
     for _ in range(2 * (num_ranks - rank) - 1):
-        state.add(0, FORWARD)
+        state.add(0, Kind.FORWARD)
     for _ in range(rank):
-        state.add(1, FORWARD)
-        state.add(0, FORWARD)
+        state.add(1, Kind.FORWARD)
+        state.add(0, Kind.FORWARD)
     for _ in range(num_ranks - rank):
-        state.add(1, FORWARD, INPUT_GRAD, WEIGHT_GRAD)
-    while state.counts[1, FORWARD] < num_microbatches:
-        if state.counts[0, FORWARD] < num_microbatches:
-            state.add(0, FORWARD)
-        state.add(0, INPUT_GRAD, WEIGHT_GRAD)
-        state.add(1, FORWARD, INPUT_GRAD, WEIGHT_GRAD)
+        state.add(1, Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
+    while state.counts[1, Kind.FORWARD] < num_microbatches:
+        if state.counts[0, Kind.FORWARD] < num_microbatches:
+            state.add(0, Kind.FORWARD)
+        state.add(0, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
+        state.add(1, Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
     for _ in range(rank):
-        state.add(0, INPUT_GRAD)
-        state.add(1, INPUT_GRAD)
+        state.add(0, Kind.INPUT_GRAD)
+        state.add(1, Kind.INPUT_GRAD)
     for _ in range(num_ranks - rank):
-        state.add(0, INPUT_GRAD, WEIGHT_GRAD)
+        state.add(0, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
     for leg in (1, 0):
-        while state.counts[leg, WEIGHT_GRAD] < num_microbatches:
-            state.add(leg, WEIGHT_GRAD)
+        while state.counts[leg, Kind.WEIGHT_GRAD] < num_microbatches:
+            state.add(leg, Kind.WEIGHT_GRAD)
     return state
 
 
@@ -85,19 +85,19 @@ def dual_pipe_v(num_ranks: int, num_microbatches: int) -> list[Actions]:
 def _dual_pipe_v_rank(num_ranks: int, rank: int, num_microbatches: int) -> _TwoStages:
     state, later = _TwoStages(num_ranks, rank), num_ranks - 1 - rank
     for _ in range(2 * later):
-        state.add(0, FORWARD)
+        state.add(0, Kind.FORWARD)
     for _ in range(rank + 1):
-        state.add(0, FORWARD)
-        state.add(1, FORWARD)
+        state.add(0, Kind.FORWARD)
+        state.add(1, Kind.FORWARD)
     for _ in range(later):
-        state.add(1, INPUT_GRAD, WEIGHT_GRAD, FORWARD)
+        state.add(1, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD, Kind.FORWARD)
     for _ in range(num_microbatches - num_ranks - later):
-        state.add(0, FORWARD)
-        state.add(1, BACKWARD, FORWARD)
-        state.add(0, BACKWARD)
+        state.add(0, Kind.FORWARD)
+        state.add(1, Kind.BACKWARD, Kind.FORWARD)
+        state.add(0, Kind.BACKWARD)
     for _ in range(later):
-        state.add(1, BACKWARD, FORWARD)
-        state.add(0, BACKWARD)
+        state.add(1, Kind.BACKWARD, Kind.FORWARD)
+        state.add(0, Kind.BACKWARD)
     # Of the last 2 (rank + 1) backwards the later half puts W off, to fill the way out.
     for step in range(2 * (rank + 1)):
         state.backward(1 - step % 2, put_off=step > rank)
@@ -131,9 +131,9 @@ def v_half(num_ranks: int, num_microbatches: int) -> list[Actions]:
             if action is not None:
                 begun.append(action)
                 lists[rank].append(action)
-                live[rank] += (action.kind == FORWARD) - (action.kind == WEIGHT_GRAD)
-                if action.kind == INPUT_GRAD:
-                    put_off[rank].append(action._replace(kind=WEIGHT_GRAD))
+                live[rank] += (action.kind == Kind.FORWARD) - (action.kind == Kind.WEIGHT_GRAD)
+                if action.kind == Kind.INPUT_GRAD:
+                    put_off[rank].append(action._replace(kind=Kind.WEIGHT_GRAD))
         now += 1
         done.update({action: now for action in begun})
         assert begun or now < 2 * num_ranks, "the pattern stops"
@@ -149,9 +149,10 @@ def v_half_limit(num_ranks: int) -> int:
 def _v_half_orders(num_ranks: int, num_microbatches: int) -> list[Actions]:
     """F and I of each rank in the order of the pattern."""
     taken: list[set[int]] = [set() for _ in range(num_ranks)]
-    begins: list[list[tuple[int, int, str]]] = [[] for _ in range(num_ranks)]
+    begins: list[list[tuple[int, int, Kind]]] = [[] for _ in range(num_ranks)]
     last, time = 2 * num_ranks - 1, -1
-    way = [(stage, FORWARD) for stage in range(last + 1)] + [(stage, INPUT_GRAD) for stage in range(last, -1, -1)]
+    way = [(stage, Kind.FORWARD) for stage in range(last + 1)]
+    way += [(stage, Kind.INPUT_GRAD) for stage in range(last, -1, -1)]
     for stage, kind in way:
         rank, time = min(stage, last - stage), time + 1
         while time % _PATTERN in taken[rank]:
@@ -178,8 +179,8 @@ _PATTERN = 6
 def _v_half_may_begin(action: Action, num_ranks: int, done: dict[Action, int], now: int, room: bool) -> bool:
     """Whether what it needs is there by now, and for F, whether one more activation may be kept."""
     stage, kind, microbatch = action
-    if kind == FORWARD:
-        return room and (stage == 0 or done.get(Action(stage - 1, FORWARD, microbatch), now + 1) <= now)
+    if kind == Kind.FORWARD:
+        return room and (stage == 0 or done.get(Action(stage - 1, Kind.FORWARD, microbatch), now + 1) <= now)
     last = stage == 2 * num_ranks - 1
-    needs = Action(stage, FORWARD, microbatch) if last else Action(stage + 1, INPUT_GRAD, microbatch)
+    needs = Action(stage, Kind.FORWARD, microbatch) if last else Action(stage + 1, Kind.INPUT_GRAD, microbatch)
     return done.get(needs, now + 1) <= now

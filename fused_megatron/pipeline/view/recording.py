@@ -1,4 +1,4 @@
-"""What a pipeline really did and when, in the form that the simulator predicts it in."""
+"""Recording of what a pipeline really did and when, as a timeline like the simulator's."""
 
 import platform
 import time
@@ -7,10 +7,10 @@ import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.pipeline.schedule.action import COMPUTE, REDUCE_GRAD, REDUCE_TIED, UPDATE, Action, live_activations
+from fused_megatron.pipeline.schedule.action import COMPUTE, Action, Kind, live_activations
 from fused_megatron.pipeline.view.simulation import Event, Timeline
 
-_TIMED = (*COMPUTE, REDUCE_GRAD, REDUCE_TIED, UPDATE)
+_TIMED = (*COMPUTE, Kind.REDUCE_GRAD, Kind.REDUCE_TIED, Kind.UPDATE)
 
 
 class Recorder:
@@ -60,10 +60,12 @@ class Recorder:
         own = [[*event.action, event.start, event.end] for event in self._events]
         machines, zeros, rows = zip(*gather_json([platform.node(), self._zero, own], self._group), strict=True)
         # Ranks leave a barrier milliseconds apart; the first of each machine sets its time 0.
-        late = [zero - min(z for m, z in zip(machines, zeros, strict=True) if m == machine)
-                for machine, zero in zip(machines, zeros, strict=True)]  # fmt: skip
+        first = {m: min(z for z, machine in zip(zeros, machines, strict=True) if machine == m) for m in machines}
+        late = [zero - first[machine] for zero, machine in zip(zeros, machines, strict=True)]
         events = tuple(
-            tuple(Event(Action(stage, kind, m), start + by, end + by) for stage, kind, m, start, end in row)
+            tuple(
+                Event(Action(stage, Kind(kind), index), start + by, end + by) for stage, kind, index, start, end in row
+            )
             for row, by in zip(rows, late, strict=True)
         )
         peak = tuple(max(live_activations(event.action for event in row), default=0) for row in events)

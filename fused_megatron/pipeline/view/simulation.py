@@ -1,23 +1,11 @@
-"""When each action of a schedule begins and ends, given what each costs."""
+"""Simulation of a schedule: when each action begins and ends, from the costs of each kind."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fused_megatron.checks import check
-from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
-    COMPUTE,
-    FORWARD,
-    INPUT_GRAD,
-    REDUCE_GRAD,
-    REDUCE_TIED,
-    UPDATE,
-    WEIGHT_GRAD,
-    Action,
-    Schedule,
-    peak_live_activations,
-)
+from fused_megatron.pipeline.schedule.action import COMPUTE, Action, Kind, Schedule, peak_live_activations
 
 
 @dataclass(frozen=True)
@@ -40,14 +28,15 @@ class Costs:
     link_latency: float = 0.0
     link_occupied: float = 0.0
 
-    def per_stage(self, num_stages: int) -> dict[str, tuple[float, ...]]:
+    def per_stage(self, num_stages: int) -> dict[Kind, tuple[float, ...]]:
         """The times of each kind, one a stage.
 
         Raises:
             InputError: a negative time, or another number of times than of stages.
         """
         times = {}
-        for name, kind in (("forward", FORWARD), ("input_grad", INPUT_GRAD), ("weight_grad", WEIGHT_GRAD)):
+        for kind in (Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD):
+            name = kind.name.lower()
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else (value,) * num_stages
             check(
@@ -55,9 +44,11 @@ class Costs:
                 f"{name}: {len(values)} times given, one for each of {num_stages} stages wanted",
             )
             times[kind] = values
-        times[BACKWARD] = tuple(i + w for i, w in zip(times[INPUT_GRAD], times[WEIGHT_GRAD], strict=True))
-        for name, kind in (("reduce_grad", REDUCE_GRAD), ("reduce_tied", REDUCE_TIED), ("update", UPDATE)):
-            times[kind] = (getattr(self, name),) * num_stages
+        times[Kind.BACKWARD] = tuple(
+            i + w for i, w in zip(times[Kind.INPUT_GRAD], times[Kind.WEIGHT_GRAD], strict=True)
+        )
+        for kind in (Kind.REDUCE_GRAD, Kind.REDUCE_TIED, Kind.UPDATE):
+            times[kind] = (getattr(self, kind.name.lower()),) * num_stages
         lowest = min(min(values) for values in (*times.values(), (self.link_latency, self.link_occupied)))
         check(lowest >= 0, f"costs: {lowest} must be 0 or more")
         return times
@@ -109,8 +100,9 @@ class Timeline:
         ]
 
 
-# What an action waits for, and what an end sets free: (stage, F or I or W, microbatch), or a tied group's arrivals.
-_Key = tuple[int, str, int | None]
+# What an action waits for, and what an end sets free: (stage, F or I or W, microbatch); for a tied group
+# (rank that has come, REDUCE_TIED, group).
+_Key = tuple[int, Kind, int | None]
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
@@ -150,7 +142,8 @@ class _Simulation:
         while self.position[rank] < len(actions):
             action = actions[self.position[rank]]
             if action.kind in self.times:
-                needs = self._needs(action) if action.kind != REDUCE_TIED else self._tied_needs(action, rank, ready)
+                tied = action.kind == Kind.REDUCE_TIED
+                needs = self._tied_needs(action, rank, ready) if tied else self._needs(action)
                 if missing := [key for key in needs if key not in self.done]:
                     self.waiting[missing[0]].append(rank)
                     return
@@ -165,33 +158,33 @@ class _Simulation:
 
     def _needs(self, action: Action) -> tuple[_Key, ...]:
         stage, kind, microbatch = action
-        if kind == FORWARD:
-            return ((stage - 1, FORWARD, microbatch),) if stage else ()
-        if kind in (BACKWARD, INPUT_GRAD):
-            own = (stage, FORWARD, microbatch)
-            return (own,) if stage == self.schedule.num_stages - 1 else (own, (stage + 1, INPUT_GRAD, microbatch))
-        return ((stage, INPUT_GRAD, microbatch),) if kind == WEIGHT_GRAD else ()
+        if kind == Kind.FORWARD:
+            return ((stage - 1, Kind.FORWARD, microbatch),) if stage else ()
+        if kind in (Kind.BACKWARD, Kind.INPUT_GRAD):
+            own = (stage, Kind.FORWARD, microbatch)
+            return (own,) if stage == self.schedule.num_stages - 1 else (own, (stage + 1, Kind.INPUT_GRAD, microbatch))
+        return ((stage, Kind.INPUT_GRAD, microbatch),) if kind == Kind.WEIGHT_GRAD else ()
 
     def _tied_needs(self, action: Action, rank: int, ready: list[int]) -> tuple[_Key, ...]:
         """All ranks of a tied weight begin together: each says that it has come, and waits for the others."""
-        index = action.microbatch or 0
-        own = (rank, REDUCE_TIED, index)
+        index = action.tied_group
+        own = (rank, Kind.REDUCE_TIED, index)
         if own not in self.done:
             self.done[own] = (self.clock[rank], rank)
             ready.extend(self.waiting.pop(own, ()))
         owners = sorted({self.schedule.placement[stage] for stage in self.schedule.tied[index]})
-        return tuple((owner, REDUCE_TIED, index) for owner in owners)
+        return tuple((owner, Kind.REDUCE_TIED, index) for owner in owners)
 
     def _gives(self, action: Action) -> tuple[_Key, ...]:
         stage, kind, microbatch = action
-        if kind == BACKWARD:
-            return ((stage, INPUT_GRAD, microbatch), (stage, WEIGHT_GRAD, microbatch))
+        if kind == Kind.BACKWARD:
+            return ((stage, Kind.INPUT_GRAD, microbatch), (stage, Kind.WEIGHT_GRAD, microbatch))
         return ((stage, kind, microbatch),) if kind in COMPUTE else ()
 
     def _arrival(self, key: _Key, rank: int) -> float:
         """When what another rank made is here. Each key has one reader on another rank, in the order of the sends."""
         end, source = self.done[key]
-        if source == rank or key[1] == REDUCE_TIED:
+        if source == rank or key[1] == Kind.REDUCE_TIED:
             return end
         channel = (source, rank, key[1])
         self.channel_free[channel] = left = max(end, self.channel_free[channel]) + self.costs.link_occupied

@@ -4,32 +4,24 @@ import json
 from collections.abc import Mapping
 from xml.sax.saxutils import escape
 
-from fused_megatron.pipeline.schedule.action import (
-    BACKWARD,
-    FORWARD,
-    INPUT_GRAD,
-    REDUCE_GRAD,
-    REDUCE_TIED,
-    UPDATE,
-    WEIGHT_GRAD,
-)
+from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.pipeline.view.simulation import Event, Timeline
 
 # Colours that stay apart in print and for most colour-blind readers; a rank's later stages are darker.
 _COLOURS = {
-    FORWARD: ("#a6cee3", "#6baed6", "#4292c6", "#2171b5"),
-    BACKWARD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
-    INPUT_GRAD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
-    WEIGHT_GRAD: ("#fdd49e", "#fdbb84", "#fc9d59", "#ef8a4a"),
-    REDUCE_GRAD: ("#cab2d6",),
-    REDUCE_TIED: ("#cab2d6",),
-    UPDATE: ("#999999",),
+    Kind.FORWARD: ("#a6cee3", "#6baed6", "#4292c6", "#2171b5"),
+    Kind.BACKWARD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
+    Kind.INPUT_GRAD: ("#b2df8a", "#8cc563", "#6aa84f", "#4b8b3b"),
+    Kind.WEIGHT_GRAD: ("#fdd49e", "#fdbb84", "#fc9d59", "#ef8a4a"),
+    Kind.REDUCE_GRAD: ("#cab2d6",),
+    Kind.REDUCE_TIED: ("#cab2d6",),
+    Kind.UPDATE: ("#999999",),
 }
 _LEGEND = {
-    FORWARD: "F forward",
-    BACKWARD: "B backward, or I input gradient",
-    WEIGHT_GRAD: "W weight gradient",
-    UPDATE: "update",
+    Kind.FORWARD: "F forward",
+    Kind.BACKWARD: "B backward, or I input gradient",
+    Kind.WEIGHT_GRAD: "W weight gradient",
+    Kind.UPDATE: "update",
 }
 
 
@@ -59,8 +51,10 @@ def summary(timeline: Timeline, stages_per_rank: int = 1) -> str:
     for rank, (busy, peak) in enumerate(zip(timeline.busy, timeline.peak_live, strict=True)):
         idle = timeline.makespan - busy
         lines.append(f"{rank:>4}  {busy:>8g}  {idle:>8g}  {peak:>16}  {peak / stages_per_rank:>15g}")
-    return "\n".join([*lines, "", "live activations: of one stage and one microbatch each, at the peak;"
-                      " in microbatches: of all that the rank holds"]) + "\n"  # fmt: skip
+    legend = (
+        "live activations: of one stage and one microbatch each, at the peak; in microbatches: of all that the rank "
+    )
+    return "\n".join([*lines, "", f"{legend}holds"]) + "\n"
 
 
 def to_svg(timeline: Timeline, width: int = 1000) -> str:
@@ -81,7 +75,7 @@ def to_svg(timeline: Timeline, width: int = 1000) -> str:
         parts.append(f'<rect x="{left}" y="{y}" width="{width - left - 10}" height="{row - 4}" fill="#f2f2f2"/>')
         parts += [_box(event, stages.index(event.action.stage), left, y, row - 4, scale) for event in events]
     used = {event.action.kind for events in timeline.events for event in events}
-    used |= {BACKWARD} if INPUT_GRAD in used else set()
+    used |= {Kind.BACKWARD} if Kind.INPUT_GRAD in used else set()
     x, y = left, top + row * len(timeline.events) + 10
     for kind, words in _LEGEND.items():
         if kind in used:
@@ -98,7 +92,7 @@ def _box(event: Event, leg: int, left: int, y: int, height: int, scale: float) -
     box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 3):.1f}" height="{height}" fill="{fill}" '
     box += 'stroke="#555" stroke-width="0.5">'
     box += f"<title>{event.action}: {event.start:g} to {event.end:g}</title></rect>"
-    label = str(event.action.microbatch) if event.action.microbatch is not None else ""
+    label = str(event.action.index) if event.action.index is not None else ""
     if width < 6 * len(label) + 1:
         return box
     return box + f'<text x="{x + width / 2:.1f}" y="{y + 15}" text-anchor="middle">{label}</text>'
@@ -115,11 +109,11 @@ def to_perfetto(timelines: Mapping[str, Timeline], microseconds_per_unit: float 
                 {"ph": "M", "name": "thread_name", "pid": process, "tid": rank, "args": {"name": f"rank {rank}"}}
             )
             for event in row:
-                stage, kind, microbatch = event.action
-                events.append({
-                    "ph": "X", "name": str(event.action), "cat": kind, "pid": process, "tid": rank,
-                    "ts": event.start * microseconds_per_unit,
-                    "dur": (event.end - event.start) * microseconds_per_unit,
-                    "args": {"stage": stage, "microbatch": microbatch},
-                })  # fmt: skip
+                stage, kind, index = event.action
+                box = {"ph": "X", "name": str(event.action), "cat": kind, "pid": process, "tid": rank}
+                box["ts"] = event.start * microseconds_per_unit
+                box["dur"] = (event.end - event.start) * microseconds_per_unit
+                # Perfetto's column for every kind; of a tied group or an update it is the index.
+                box["args"] = {"stage": stage, "microbatch": index}
+                events.append(box)
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"

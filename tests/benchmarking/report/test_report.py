@@ -1,4 +1,4 @@
-"""Results files and what is said of them: round trips, damage, verdicts between two runs, pictures."""
+"""Start here when `fused-megatron report` cannot read a results file, or judges two runs wrongly."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Collectives through memory that the ranks share: values and bits, reuse of places, who is told what, and faults."""
+"""Start here when ranks of one machine get wrong values from shared memory, or hang on it."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Schedules on real ranks: weights after three steps are those of one process, to the last bit."""
+"""Start here when a pipeline schedule trains to other weights than one process does."""
 
 import inspect
 import textwrap

@@ -1,4 +1,4 @@
-"""PipeDream-2BW and PipeDream on real ranks against their update rules, played by one process from the formulas."""
+"""Start here when PipeDream or PipeDream-2BW breaks its own update rule."""
 
 import torch
 import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank of a pipeline is said on all of them, and nothing hangs."""
+"""Start here when an error on one rank of a pipeline leaves the others waiting."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What may pass between stages: tuples, integers, masks, views, nothing at all; and what is kept of it."""
+"""Start here when a tensor between pipeline stages arrives changed, or is kept too long."""
 
 import weakref
 
@@ -143,7 +143,7 @@ def watch_memory(rank, world_size):
         wrong, live, products = [], [], []
 
         def observe(action, start, end, stages=stages, wrong=wrong, live=live, products=products):
-            watched, m = stages[action.stage], action.microbatch
+            watched, m = stages[action.stage], action.index
             live.append(executor.num_live)  # noqa: B023
             weight = watched.linear.weight
             if action.kind in "IW" and m == 0:

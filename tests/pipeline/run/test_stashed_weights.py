@@ -1,4 +1,4 @@
-"""Asynchronous schedules on real ranks: weights equal a plain simulation of their update rule in one process."""
+"""Start here when an asynchronous schedule uses the weights of the wrong step."""
 
 import pytest
 import torch

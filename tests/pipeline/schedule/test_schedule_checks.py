@@ -1,4 +1,4 @@
-"""Mutations of good schedules: each that breaks one is found, at its place; known faults name their rule."""
+"""Start here when a good schedule is refused, or a bad one is not: mutations, and faults that name their rule."""
 
 import random
 from collections import Counter, defaultdict
@@ -13,6 +13,8 @@ GOOD = [
     lower(build_schedule("zb_v", 3, 4, tied=((0, 5),))),
     lower(build_schedule("zb_h1", 4, 4, tied=((0, 3), (0, 1)))),
     lower(build_schedule("looped_breadth_first", 2, 3, 2)),
+    lower(build_schedule("looped_breadth_first", 2, 3, 3), max_unsharded=2),
+    lower(build_schedule("zb_v", 2, 4), max_unsharded=1),
     lower(build_schedule("pipedream_2bw", 3, 3, num_steps=3)),
     lower(build_schedule("pipedream", 2, 3, num_steps=2)),
     build_schedule("interleaved_zero_bubble", 3, 4, 2),
@@ -60,8 +62,8 @@ def test_every_retargeted_action_is_found_and_named() -> None:
             action._replace(stage=(action.stage + random.randint(1, schedule.num_stages - 1)) % schedule.num_stages)
         ]
         others.append(action._replace(stage=schedule.num_stages))
-        if action.microbatch is not None:
-            others.append(action._replace(microbatch=action.microbatch + 1))
+        if action.index is not None:
+            others.append(action._replace(index=action.index + 1))
         if action.kind in "FBIW":
             others += [action._replace(kind=kind) for kind in "FBIW" if kind != action.kind]
         for other in others:

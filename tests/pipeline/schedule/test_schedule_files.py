@@ -1,4 +1,4 @@
-"""CSV and JSON: round trips, the exchange with torch both ways, and what is no schedule."""
+"""Start here when a schedule does not survive CSV or JSON, or the exchange with torch."""
 
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules

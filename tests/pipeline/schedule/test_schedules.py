@@ -1,4 +1,4 @@
-"""Every schedule: it keeps all rules, and its bubble and memory are those of the formulas."""
+"""Start here when a schedule breaks a rule, or its bubble or memory is not that of its paper."""
 
 import pytest
 

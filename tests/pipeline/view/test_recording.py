@@ -1,10 +1,12 @@
+"""Start here when a recorded timeline of real ranks is out of order."""
+
 import pytest
 import torch
 from torch import nn
 
 from fused_megatron.pipeline import Action, build_schedule, lower
 from fused_megatron.pipeline.run.executor import PipelineExecutor
-from fused_megatron.pipeline.schedule.action import COMPUTE, REDUCE_GRAD
+from fused_megatron.pipeline.schedule.action import COMPUTE, Kind
 from fused_megatron.pipeline.view.recording import Recorder
 
 
@@ -20,7 +22,9 @@ def test_one_rank_records_what_it_does_in_order():
     executor.step(*data, loss_divisor=12)
     timeline = recorder.timeline("mine")
     (events,) = timeline.events
-    assert [e.action for e in events] == [a for a in lower(schedule).actions[0] if a.kind in (*COMPUTE, REDUCE_GRAD)]
+    assert [e.action for e in events] == [
+        a for a in lower(schedule).actions[0] if a.kind in (*COMPUTE, Kind.REDUCE_GRAD)
+    ]
     assert 0 <= events[0].start <= events[0].end <= events[1].start
     assert (timeline.name, timeline.peak_live) == ("mine", (1,))
 

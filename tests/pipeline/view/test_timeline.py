@@ -1,4 +1,4 @@
-"""Timelines, reviewed as text, and the other pictures."""
+"""Start here when a drawing or a simulated timeline of a schedule has changed."""
 
 import json
 import xml.etree.ElementTree as ET

@@ -1,0 +1,79 @@
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/numbers.cuh"
+#include "tensor_checks.h"
+
+#ifndef FM_EMULATION
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+// The torch side of a launch. STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone,
+// and this library must load with the CPU build as well.
+namespace fm {
+
+// Registers the kernels of a .cu file: for CUDA tensors; the emulated ones for CPU tensors.
+#ifdef FM_EMULATION
+#define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m)
+
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) {}
+  ~DeviceGuard() {}  // not trivial, so that an unused guard is no warning
+};
+inline void check_launch(const char*) {}  // an emulated launch throws
+inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
+inline int multiprocessors() { return emulation::multiprocessors(); }
+inline int64_t max_shared_bytes() { return 227 * 1024; }  // of Hopper
+
+#else
+#define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m)
+
+using torch::stable::accelerator::DeviceGuard;
+
+inline void check_launch(const char* op) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": the CUDA kernel did not start: ", cudaGetErrorString(error));
+}
+
+inline cudaStream_t current_stream(const Tensor& tensor) {
+  return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device()).nativeHandle());
+}
+
+// The number of multiprocessors of the current device; asked once a device, since the driver takes its time.
+inline int multiprocessors() {
+  constexpr int kDevices = 64;
+  static int counts[kDevices] = {};
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
+  if (counts[device] == 0) cudaDeviceGetAttribute(&counts[device], cudaDevAttrMultiProcessorCount, device);
+  return counts[device];
+}
+
+// The most shared memory that a block of the current device may ask for; asked once a device.
+inline int64_t max_shared_bytes() {
+  constexpr int kDevices = 64;
+  static int bytes[kDevices] = {};
+  int device = 0;
+  STD_TORCH_CHECK(cudaGetDevice(&device) == cudaSuccess && device < kDevices, "no current CUDA device");
+  if (bytes[device] == 0) cudaDeviceGetAttribute(&bytes[device], cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes[device];
+}
+
+#endif
+
+inline DType device_dtype(ScalarType dtype) {
+  if (dtype == ScalarType::Float) return DType::kFloat32;
+  return dtype == ScalarType::BFloat16 ? DType::kBFloat16 : DType::kFloat16;
+}
+
+inline ConstParameter const_parameter(const OptionalTensor& tensor) {
+  if (!tensor) return {nullptr, DType::kFloat32};
+  return {tensor->const_data_ptr(), device_dtype(tensor->scalar_type())};
+}
+
+inline MutableParameter mutable_parameter(const Tensor& tensor, bool needed) {
+  return {needed ? tensor.mutable_data_ptr() : nullptr, device_dtype(tensor.scalar_type())};
+}
+
+}  // namespace fm

@@ -1,0 +1,155 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/row_reduction.cuh"
+#include "cuda/row_streams.cuh"
+#include "norm/arguments.cuh"
+
+// How rows are dealt to threads, forward and backward. A block has 16 warps and stays on its multiprocessor; kWarps of
+// them share a row, so kGroups rows are in work at a time, and the next ones are on their way to shared memory. A
+// thread has up to 32 columns; what belongs to columns (weight, bias, sums of gradients) is read or written once a
+// block, not once a row.
+namespace fm {
+
+inline constexpr int kNormThreads = 512;
+inline constexpr int kNormColumns = 32;  // a thread
+inline constexpr int kNormMaxWidth = kNormThreads * kNormColumns;
+inline constexpr int kNormMaxStages = 4;
+inline constexpr int kSharedWithoutAsking = 48 * 1024;
+
+// First: x or dy. Second: residual or total.
+template <typename First, typename Second, int kWarps>
+struct NormRows {
+  static constexpr int kGroups = kNormThreads / kWarpSize / kWarps;
+  static constexpr int kThreads = kWarps * kWarpSize;  // a row
+  static constexpr int kCount = First::kCount;
+  static constexpr int kAccesses = kNormColumns / kCount;
+  static constexpr int kStep = kThreads * kCount;
+  static constexpr int kMaxWidth = kThreads * kNormColumns;
+  using Slot = typename First::Slot;
+
+  int lane, warp, group, first;
+  int64_t width;
+
+  FM_DEVICE explicit NormRows(int64_t width_)
+      : lane(threadIdx.x % kWarpSize),
+        warp(threadIdx.x / kWarpSize % kWarps),
+        group(threadIdx.x / kThreads),
+        first(threadIdx.x % kThreads * kCount),
+        width(width_) {}
+
+  FM_DEVICE bool holds(int access) const { return first + access * kStep < width; }
+  FM_DEVICE int column(int access) const { return first + access * kStep; }
+  // Rows of neighbouring blocks are neighbours. Every group makes the same number of rounds: they share barriers.
+  FM_DEVICE int64_t row(int64_t round) const {
+    return blockIdx.x + static_cast<int64_t>(gridDim.x) * (group + kGroups * round);
+  }
+  static FM_DEVICE int64_t rounds(int64_t rows) {
+    const int64_t a_round = static_cast<int64_t>(gridDim.x) * kGroups;
+    return (rows - blockIdx.x + a_round - 1) / a_round;
+  }
+};
+
+// A parameter's values for the columns of this thread, read from memory once a block: those of the first kKept accesses
+// in registers, the others in shared memory (all, where several groups use them).
+template <typename Rows, int kKept>
+struct ColumnValues {
+  static_assert(kKept == 0 || Rows::kGroups == 1);
+  static constexpr int kCount = Rows::kCount, kQuads = kCount > 1 ? kCount / 4 : 1;
+  static constexpr int kFirst = kKept;  // in shared memory
+  float kept[kKept > 0 ? kKept : 1][kCount];
+  const float4* shared;
+
+  // `memory` has shared_bytes(). Where there are several groups a barrier must follow before get().
+  FM_DEVICE void load(const Rows& rows, ConstParameter parameter, float absent, float offset, float* memory) {
+    shared = reinterpret_cast<const float4*>(memory);
+#pragma unroll
+    for (int i = 0; i < Rows::kAccesses; ++i) {
+      if (!rows.holds(i) || i % Rows::kGroups != rows.group) continue;
+      float values[kCount];
+      load_parameter(parameter, rows.column(i), absent, values);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        if (i < kKept) {
+          kept[i][k] = values[k] + offset;
+        } else {
+          memory[place(i, k)] = values[k] + offset;
+        }
+      }
+    }
+  }
+  FM_DEVICE void get(int access, float (&values)[kCount]) const {
+    if (access < kKept) {  // known at compile time, as is the access
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] = kept[access][k];
+    } else if constexpr (kCount == 1) {
+      values[0] = reinterpret_cast<const float*>(shared)[place(access, 0)];
+    } else {
+#pragma unroll
+      for (int quad = 0; quad < kQuads; ++quad) {
+        const float4 four = shared[place(access, 4 * quad) / 4];
+        values[4 * quad] = four.x;
+        values[4 * quad + 1] = four.y;
+        values[4 * quad + 2] = four.z;
+        values[4 * quad + 3] = four.w;
+      }
+    }
+  }
+  // Four values of a thread beside those of its neighbour: no bank conflicts.
+  static FM_DEVICE int place(int access, int k) {
+    constexpr int kTogether = kCount > 1 ? 4 : 1;
+    const int thread = threadIdx.x % Rows::kThreads;
+    return (((access - kKept) * kQuads + k / kTogether) * Rows::kThreads + thread) * kTogether + k % kTogether;
+  }
+  static int64_t shared_bytes(int64_t width) {
+    const int64_t accesses = (width + Rows::kStep - 1) / Rows::kStep;
+    return std::max<int64_t>(accesses - kKept, 0) * Rows::kStep * static_cast<int64_t>(sizeof(float));
+  }
+};
+
+// Shared memory of one stage of rows: `slots` slots for every access of every thread.
+template <typename Rows>
+int64_t norm_stage_bytes(int64_t width, int64_t slots) {
+  const int64_t accesses = (width + Rows::kStep - 1) / Rows::kStep;
+  return accesses * slots * kNormThreads * static_cast<int64_t>(sizeof(typename Rows::Slot));
+}
+
+
+// Persistent blocks, one a multiprocessor: more would read the parameters that much more often.
+inline int64_t norm_blocks(int64_t rows, int multiprocessors) {
+  return std::clamp<int64_t>(rows, 1, multiprocessors);
+}
+
+// Backward leaves a row of float32 sums a block: `sums` (1 or 2) times 8 bytes a column, written and read, beside
+// `row_bytes` bytes a column and row of main traffic. That is kept at 2% where it costs at most a tenth of the
+// multiprocessors, which memory does not miss: 122 of an H100's 132 for 8192 rows of float32 (layer_norm) or 16 bits
+// (rms_norm). What stays above 2%, with 8192 rows: layer_norm of 16 bits, 3.9% (3.2% with a gradient into the total).
+// Half of the multiprocessors would have to idle for it; from 16000 rows on it is below.
+inline int64_t norm_parts(int64_t rows, int64_t row_bytes, int sums, int multiprocessors) {
+  const int64_t affordable = rows * row_bytes / (50 * 8 * sums);
+  const int64_t least = multiprocessors - multiprocessors / 10;
+  return norm_blocks(rows, static_cast<int>(std::clamp<int64_t>(affordable, least, multiprocessors)));
+}
+
+// How much dynamic shared memory a block may have on this device, less what the kernels declare themselves.
+struct NormDevice {
+  int multiprocessors;
+  int64_t shared_bytes;
+};
+
+// Runs f with the two streams' types for aligned rows.
+template <typename F>
+void for_norm_streams(DType dtype, DType stream_dtype, const F& f) {
+  for_device_dtype(dtype, [&]<typename T>(T) {
+    constexpr int kCount = 16 / sizeof(T);
+    if (stream_dtype == dtype) {
+      f(WideStream<T, kCount>(nullptr, dtype), WideStream<T, kCount>(nullptr, dtype));
+    } else if constexpr (sizeof(T) == 2) {
+      f(WideStream<T, kCount>(nullptr, dtype), WideStream<float, kCount>(nullptr, stream_dtype));
+    }
+  });
+}
+
+}  // namespace fm

@@ -1,0 +1,70 @@
+"""Layout of gradients in flat buckets: which parameter lies where. Needs no memory and no communication."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+BYTES_PER_ELEMENT = 4
+"""Gradients are accumulated and summed in float32."""
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """Parameters of one bucket, whose gradients lie one behind the other in a flat tensor.
+
+    Attributes:
+        parameters: in the order in which they lie there, which is that in which backward reaches them.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def offsets(self) -> dict[nn.Parameter, int]:
+        """Where each parameter begins, in elements."""
+        found, offset = {}, 0
+        for parameter in self.parameters:
+            found[parameter] = offset
+            offset += parameter.numel()
+        return found
+
+    def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
+        """The part of a flat tensor [num_elements] that each parameter owns, in the parameter's shape."""
+        return {p: flat[begin : begin + p.numel()].view(p.shape) for p, begin in self.offsets().items()}
+
+
+def lay_out_buckets(
+    stages: Mapping[int, Sequence[nn.Parameter]], bucket_bytes: float
+) -> dict[frozenset[int], list[BucketLayout]]:
+    """The buckets of the parameters that the same stages hold, each list in the order in which backward fills it.
+
+    Args:
+        stages: the parameters of each pipeline stage, in the order of forward. A tied weight is a parameter of several
+            stages; its gradient has one place.
+        bucket_bytes: least size of a bucket; the last of a list may be smaller.
+    """
+    holders: dict[nn.Parameter, set[int]] = {}
+    for stage, parameters in stages.items():
+        for parameter in parameters:
+            holders.setdefault(parameter, set()).add(stage)
+    groups: dict[frozenset[int], list[nn.Parameter]] = {}
+    for parameter, held_by in holders.items():
+        groups.setdefault(frozenset(held_by), []).append(parameter)
+    # Backward reaches the last layers first, so buckets are cut from the end.
+    return {held_by: _cut(group[::-1], bucket_bytes) for held_by, group in groups.items()}
+
+
+def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[BucketLayout]:
+    groups: list[list[nn.Parameter]] = [[]]
+    size = 0
+    for parameter in parameters:
+        if size >= bucket_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += BYTES_PER_ELEMENT * parameter.numel()
+    return [BucketLayout(tuple(group)) for group in groups if group]

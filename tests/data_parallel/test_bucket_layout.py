@@ -1,0 +1,45 @@
+"""Start here when a gradient lies in the wrong bucket, or at the wrong place in it."""
+
+import torch
+from torch import nn
+
+from fused_megatron.data_parallel.bucket_layout import lay_out_buckets
+
+META = torch.device("meta")
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, device=META))
+
+
+def test_buckets_are_cut_from_the_last_layer_on() -> None:
+    a, b, c, d = parameter(2, 3), parameter(5), parameter(4, 4), parameter()
+    (buckets,) = lay_out_buckets({0: [a, b, c, d]}, bucket_bytes=4 * 20).values()
+    assert [bucket.parameters for bucket in buckets] == [(d, c, b), (a,)]
+    assert [bucket.num_elements for bucket in buckets] == [22, 6]
+    assert buckets[0].offsets() == {d: 0, c: 1, b: 17}
+    assert [len(bucket.parameters) for bucket in lay_out_buckets({0: [a, b, c, d]}, 1)[frozenset({0})]] == [1] * 4
+
+
+def test_views_are_the_flat_tensor_in_the_shapes_of_the_parameters() -> None:
+    a, b = parameter(2, 3), parameter(0, 7)
+    ((bucket,),) = lay_out_buckets({0: [a, b]}, bucket_bytes=1e6).values()
+    flat = torch.arange(6.0)
+    views = bucket.views(flat)
+    assert torch.equal(views[a], flat.view(2, 3)) and views[b].shape == (0, 7)
+    views[a].zero_()
+    assert not flat.any()
+
+
+def test_a_tied_weight_has_one_place_apart_from_both_stages() -> None:
+    tied, first, second = parameter(3), parameter(1), parameter(2)
+    layouts = lay_out_buckets({0: [tied, first], 4: [second, tied]}, bucket_bytes=1e6)
+    assert {tuple(sorted(stages)): [b.parameters for b in buckets] for stages, buckets in layouts.items()} == {
+        (0, 4): [(tied,)],
+        (0,): [(first,)],
+        (4,): [(second,)],
+    }
+
+
+def test_no_parameters_need_no_bucket() -> None:
+    assert lay_out_buckets({0: []}, 1) == {}
