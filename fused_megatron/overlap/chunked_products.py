@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from math import gcd, prod
 
 import torch
-import torch.nn.functional as F
 
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import (
@@ -23,6 +22,7 @@ from fused_megatron.collectives.transfers import (
     start_reduce_scatter_blocks,
 )
 from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.ops.product import product
 from fused_megatron.overlap import symmetric_memory
 from fused_megatron.overlap.cost_model import BY_SYMMETRIC_MEMORY, chunk_parts
 
@@ -52,7 +52,7 @@ def start_product_all_reduce(
     y = rows.new_empty(rows.shape[0], weight.shape[0])
     transfers = []
     for begin, end in chunk_edges(rows.shape[0], num_chunks, tile_steps(x, 1)):
-        product_into(rows[begin:end], weight, bias, y[begin:end])
+        product(rows[begin:end], weight, bias, out=y[begin:end])
         transfers.append(start_all_reduce_(y[begin:end], group))
     return Transfers(transfers, y.view(*x.shape[:-1], weight.shape[0]))
 
@@ -71,7 +71,7 @@ def start_product_reduce_scatter(
         return Transfer(None, (symmetric_memory.product_reduce_scatter(x, weight, bias, group),))
     bias = of_first_rank(bias, group)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
-        return start_reduce_scatter(F.linear(x, weight, bias), dim, group)
+        return start_reduce_scatter(product(x, weight, bias), dim, group)
     block, width = x.shape[dim] // ranks, weight.shape[0]
     between = x.shape[dim + 1 : -1]
     by_rank = x.reshape(ranks, block, *between, x.shape[-1])
@@ -81,7 +81,7 @@ def start_product_reduce_scatter(
     for begin, end in chunk_edges(block, num_chunks, tile_steps(x, prod(between))):
         partial = x.new_empty(ranks, end - begin, *between, width)
         for rank in range(ranks):
-            product_into(rows_of(by_rank[rank, begin:end]), weight, bias, rows_of(partial[rank]))
+            product(rows_of(by_rank[rank, begin:end]), weight, bias, out=rows_of(partial[rank]))
         transfers.append(start_reduce_scatter_blocks(partial, y_rows[begin:end], group))
     return Transfers(transfers, y)
 
@@ -107,7 +107,7 @@ def gather_product(
         return symmetric_memory.gather_product(x, weight, bias, group, keep_gathered)
     if num_chunks == 1 or ranks == 1 or not leads(x, dim):
         whole = start_all_gather(x, dim, group).wait()
-        return F.linear(whole, weight, bias), whole if keep_gathered else None
+        return product(whole, weight, bias), whole if keep_gathered else None
     own = group_rank(group)
     block, between, width = x.shape[dim], x.shape[dim + 1 : -1], weight.shape[0]
     shard = x.reshape(block, *between, x.shape[-1]).contiguous()
@@ -115,7 +115,7 @@ def gather_product(
     transfers = [start_all_gather(shard[begin:end].unsqueeze(0), 0, group) for begin, end in edges]
     y = x.new_empty(ranks, block, *between, width)
     gathered = x.new_empty(ranks, *shard.shape) if keep_gathered else None
-    product_into(rows_of(shard), weight, bias, rows_of(y[own]))
+    product(rows_of(shard), weight, bias, out=rows_of(y[own]))
     if gathered is not None:
         gathered[own] = shard
     for (begin, end), transfer in zip(edges, transfers, strict=True):
@@ -123,7 +123,7 @@ def gather_product(
         for rank in range(ranks):
             if rank == own:
                 continue
-            product_into(rows_of(chunk[rank]), weight, bias, rows_of(y[rank, begin:end]))
+            product(rows_of(chunk[rank]), weight, bias, out=rows_of(y[rank, begin:end]))
             if gathered is not None:
                 gathered[rank, begin:end] = chunk[rank]
     full_shape = (*x.shape[:dim], ranks * block, *between)
@@ -142,13 +142,6 @@ def chunk_edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[i
     ends = [i + 1 + int((units - count) * done) for i, done in enumerate(itertools.accumulate(chunk_parts(count)))]
     ends = [min(length, end * multiple) for end in ends[:-1]] + [length]
     return list(zip([0, *ends[:-1]], ends, strict=True))
-
-
-def product_into(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
-    """y = x @ weight.T + bias, into memory that exists."""
-    if bias is None:
-        return torch.mm(x, weight.t(), out=y)
-    return torch.addmm(bias, x, weight.t(), out=y)
 
 
 def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:

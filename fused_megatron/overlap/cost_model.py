@@ -22,6 +22,7 @@ from fused_megatron.checks import check
 from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.transport.shared_memory import is_shared
 from fused_megatron.collectives.transport.transfer import Transfer, start
+from fused_megatron.ops.product import product
 from fused_megatron.overlap.symmetric_memory import applies, reaches
 
 _LOG = logging.getLogger(__name__)
@@ -279,11 +280,11 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
     size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 1024)
     weight = torch.ones(size, size, dtype=dtype, device=device)
     few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
-    few_s, many_s = (_seconds(lambda x: torch.mm(x, weight.t()), x, repeats=6) for x in (few_x, many_x))
+    few_s, many_s = (_seconds(lambda x: product(x, weight), x, repeats=6) for x in (few_x, many_x))
 
     def beside(x: torch.Tensor) -> Transfer:
         transfer = start(dist.all_reduce, group, message)
-        torch.mm(x, weight.t())
+        product(x, weight)
         return transfer
 
     beside_s = _seconds(beside, many_x, repeats=4)

@@ -7,12 +7,12 @@ The order of work is set by issuing a collective before the product that hides i
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.collectives.groups import Group, apply_on_ranks
 from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.ops.product import product
 from fused_megatron.overlap.chunked_products import (
     Transfers,
     gather_product,
@@ -51,7 +51,7 @@ class _ColumnLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         _save(ctx, x, weight, sequence_dim, group, choice)
         if sequence_dim is None:
-            return _own(F.linear(x, weight, bias))
+            return _own(product(x, weight, bias))
         num_chunks = choice.for_gather(x, weight, sequence_dim, group)
         return _own(gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0])
 
@@ -104,7 +104,7 @@ class _RowLinear(torch.autograd.Function):
         sequence_dim, group, choice = ctx.layout
         dx = None
         if sequence_dim is None:
-            dx = dy @ weight if needs_dx else None
+            dx = product(dy, weight.t()) if needs_dx else None
         elif needs_dx:
             num_chunks = choice.for_gather(dy, weight.t(), sequence_dim, group)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)

@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.collectives.groups import Group, apply_on_ranks, group_size
 from fused_megatron.collectives.transfers import start_all_gather_blocks, start_all_reduce_, start_reduce_scatter_blocks
 from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.ops.product import product
 from fused_megatron.overlap.chunked_products import (
     Transfers,
     chunk_edges,
     of_first_rank,
-    product_into,
     rows_of,
     tile_steps,
 )
@@ -100,8 +100,8 @@ class _MLP(torch.autograd.Function):
         transfers = []
         pieces = zip(gathers, chunks.of(h), chunks.of(partial), strict=True)
         for i, (gather, h_chunk, y_chunk) in enumerate(pieces):
-            product_into(gather.wait(), up_weight, None, h_chunk)
-            product_into(activation.forward(h_chunk, up_bias), down_weight, bias, y_chunk)
+            product(gather.wait(), up_weight, out=h_chunk)
+            product(activation.forward(h_chunk, up_bias), down_weight, bias, out=y_chunk)
             transfers.append(chunks.start_sums(partial, y, i))
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, h)
         ctx.rest = activation, backward_chunks, group
@@ -123,7 +123,7 @@ class _MLP(torch.autograd.Function):
         transfers = []
         dh = torch.empty_like(h) if len(gathers) > 1 else h
         for i, (gather, h_chunk, dh_chunk) in enumerate(zip(gathers, chunks.of(h), chunks.of(dh), strict=True)):
-            da = gather.wait() @ down_weight
+            da = product(gather.wait(), down_weight.t())
             gradient, part = activation.backward(da, h_chunk, bias, True, needs_up_bias)
             if dh is h:  # one chunk is all
                 dh = gradient
@@ -132,7 +132,7 @@ class _MLP(torch.autograd.Function):
             if dbias is not None:
                 dbias += part
             if partial is not None and dx is not None:
-                product_into(gradient, up_weight.t(), None, chunks.of(partial)[i])
+                product(gradient, up_weight.t(), out=chunks.of(partial)[i])
                 transfers.append(chunks.start_sums(partial, dx, i))
         dup = ddown = None
         up_destination, down_destination = ctx.destinations
