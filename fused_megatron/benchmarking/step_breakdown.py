@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.pipeline.run.connections import Connections
 from fused_megatron.pipeline.run.messages import Messages
 
@@ -73,7 +73,7 @@ class StepBreakdown:
             # On a CPU threads of the pipeline wait for its sends, which delays no one. A GPU's backward has a thread
             # of its own.
             aside = self._device.type == "cpu" and threading.current_thread() is not thread
-            alone = bool(args) and isinstance(args[0], Transfer) and args[0]._work is None  # of a group of one
+            alone = bool(args) and isinstance(args[0], Transfer) and not args[0].under_way  # of a group of one
             if aside or alone or getattr(self._inside, "wait", False):
                 return function(*args, **kwargs)
             self._inside.wait = True

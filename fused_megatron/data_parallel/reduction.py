@@ -6,9 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import is_shared
-from fused_megatron.collectives.transfers import start_all_reduce_
-from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.collectives import meet
+from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
 
 
 class GradientBuckets:
@@ -42,7 +41,7 @@ class GradientBuckets:
         bucket_bytes: float = 25e6,
     ) -> None:
         self._dp_group = dp_group
-        is_shared(dp_group, torch.empty(0))  # its ranks meet here, and not in a backward
+        meet(dp_group)  # its ranks meet here, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         self._queues = [_Queue(holders, own, bucket_bytes) for holders, own in _by_holders(stages).items()]
         self._views = {
