@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import is_shared
-from fused_megatron.collectives.transfers import start_all_reduce_
-from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.collectives import meet
+from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
 from fused_megatron.sharding import update_record
 
@@ -47,7 +46,7 @@ class GradientBuckets:
         bucket_bytes: float = 25e6,
     ) -> None:
         self._dp_group = dp_group
-        is_shared(dp_group, torch.empty(0))  # its ranks meet here, and not in a backward
+        meet(dp_group)  # its ranks meet here, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         layouts = lay_out_buckets(stages, bucket_bytes)
         self._queues = [_Queue(held_by, buckets) for held_by, buckets in layouts.items()]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from fused_megatron.ops.product import product
 from fused_megatron.sharding import parameter_record
 
 # The operands (dy [T, O], x [T, I]) of the product dy.T @ x [O, I].
@@ -48,11 +49,8 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor |
     accumulates into it in float32: no gradient of the parameter's size is made, rounded or added.
     """
     if main_grad is None:
-        return dy.t() @ x
-    if dy.dtype == main_grad.dtype:
-        torch.addmm(main_grad, dy.t(), x, out=main_grad)
-    elif dy.is_cuda:
-        torch.addmm(main_grad, dy.t(), x, torch.float32, out=main_grad)
-    else:  # the CPU's products of bfloat16 round their result to bfloat16
-        torch.addmm(main_grad, dy.t().float(), x.float(), out=main_grad)
+        return product(dy.t(), x.t())
+    if not dy.is_cuda and dy.dtype != main_grad.dtype:  # the CPU's products of bfloat16 round their result to bfloat16
+        dy, x = dy.float(), x.float()
+    product(dy.t(), x.t(), out=main_grad, add=True)
     return None
