@@ -1,4 +1,5 @@
-"""How a tensor is cut over ranks: boxes, the shard that a parameter holds, initialisation that no layout changes."""
+"""How a tensor is cut over ranks: boxes, the shard that a parameter holds, initialisation that no layout changes,
+and the positions of a sequence."""
 
 from fused_megatron.sharding.box import StreamedBox, TensorBox
 from fused_megatron.sharding.initialization import fill_normal_shard_
@@ -10,9 +11,11 @@ from fused_megatron.sharding.parameter_shard import (
     parameter_parts,
     parameter_shard,
 )
+from fused_megatron.sharding.sequence_layout import SequenceLayout
 
 __all__ = [
     "ParameterShard",
+    "SequenceLayout",
     "ShardPart",
     "ShardedModule",
     "StreamedBox",
