@@ -1,10 +1,10 @@
-"""Cutting a GPT into pipeline stages of about equal cost."""
+"""Cutting a model into pipeline stages of about equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fused_megatron.checks import check
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class StageSpan:
 
 
 def cut_stages(
-    config: GPTConfig, num_stages: int, cut: Sequence[int] | None = None, *, placement: Sequence[int] | None = None
+    config: TransformerConfig,
+    num_stages: int,
+    cut: Sequence[int] | None = None,
+    *,
+    placement: Sequence[int] | None = None,
 ) -> tuple[StageSpan, ...]:
     """The span of every stage.
 
@@ -78,7 +82,7 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
     )
 
 
-def block_cost(config: GPTConfig) -> int:
+def block_cost(config: TransformerConfig) -> int:
     """Multiplications of a block per token, forward."""
     hidden = config.hidden_size
     query_size, kv_size = config.head_size * config.num_heads, config.head_size * config.kv_heads
@@ -88,7 +92,7 @@ def block_cost(config: GPTConfig) -> int:
     return projections + attention + (2 if config.activation.startswith("gelu") else 3) * hidden * config.ffn_size
 
 
-def _cheapest_counts(config: GPTConfig, placement: Sequence[int]) -> list[int]:
+def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:
     """Blocks of each stage, given the rank of each."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
     block, last = block_cost(config), len(placement) - 1

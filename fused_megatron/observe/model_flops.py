@@ -1,10 +1,10 @@
 """Floating-point operations of a training step of a GPT: the numerators of MFU and HFU."""
 
 from fused_megatron.checks import check, check_one_of
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 
 
-def gpt_step_flops(config: GPTConfig, num_tokens: int, *, recompute: str | None = None) -> tuple[int, int]:
+def gpt_step_flops(config: TransformerConfig, num_tokens: int, *, recompute: str | None = None) -> tuple[int, int]:
     """(model, hardware) FLOPs of a step: what the model asks for, and that with what is recomputed.
 
     Matrix products alone, 2 operations a multiplication; no norm, softmax, activation, bias, embedding or optimizer.

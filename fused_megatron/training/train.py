@@ -15,11 +15,11 @@ from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
+from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
 from fused_megatron.training.kept_pages import keep_malloc_pages
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.plots import plot_loss
@@ -86,18 +86,13 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     return finished
 
 
-def _check_trainable(config: GPTConfig) -> None:
-    """Of a BERT the masked-LM head is trained; every rank raises alike."""
-    if not isinstance(config, BERTConfig):
-        return
-    for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
-        if getattr(config, name) != wanted:
-            error = InputError(
-                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
-                f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
-            )
-            error.on_every_rank = True
-            raise error
+def _check_trainable(config: TransformerConfig) -> None:
+    """Every rank raises alike."""
+    try:
+        config.check_trainable()
+    except InputError as error:
+        error.on_every_rank = True
+        raise
 
 
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
@@ -112,13 +107,17 @@ def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
 
 
 def build_model(
-    model_config: GPTConfig, mesh: Mesh, config: TrainConfig, device: torch.device, stage: StageSpan | None = None
-) -> GPT | BERT:
+    model_config: TransformerConfig,
+    mesh: Mesh,
+    config: TrainConfig,
+    device: torch.device,
+    stage: StageSpan | None = None,
+) -> TransformerStack:
     """This rank's shard of the model that config describes, or of a stage of it."""
+    parallel = config.parallel
     return new_model(
         model_config,
-        tp_group=mesh.tp_group,
-        sequence_parallel=config.parallel.sequence_parallel,
+        layout=mesh.layout(sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap),
         seed=config.training.seed,
         stage=stage,
         dtype=DTYPES[config.training.dtype],
@@ -144,7 +143,7 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
     return mesh, data
 
 
-def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
+def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
@@ -176,7 +175,7 @@ def _begin_records(trainer: Trainer) -> None:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
-def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str, Any]:
+def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
     """The state in a checkpoint, whose model must have the sizes of model_config."""
     state = read_manifest(checkpoint).state
     # A field that the checkpoint does not know had its default value then.

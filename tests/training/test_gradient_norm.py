@@ -15,7 +15,7 @@ CONFIG = GPTConfig(num_layers=1, hidden_size=16, num_heads=4, seq_len=8, vocab_s
 
 def norm_of_ones(rank: int, world_size: int, tp: int) -> float:
     mesh = init_mesh(tp)
-    parameters = dict(GPT(CONFIG, tp_group=mesh.tp_group).named_parameters())
+    parameters = dict(GPT(CONFIG, layout=mesh.layout()).named_parameters())
     gradients = GradientBuckets(list(parameters.values()), mesh.dp_group)
     for p in parameters.values():
         gradients[p].fill_(1.0)
