@@ -150,6 +150,11 @@ class TransformerConfig:
         return "mlp"
 
     @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the feed-forward returns an auxiliary loss in training."""
+        return False
+
+    @property
     def ffn_size(self) -> int:
         """F, with its default."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
@@ -205,7 +210,7 @@ class GPTConfig(TransformerConfig):
 
 @dataclass(frozen=True)
 class BERTConfig(TransformerConfig):
-    """An encoder: every token sees every other. Fields of the name mean what they do in a GPTConfig; the head is tied."""
+    """An encoder: every token sees every other. Fields mean what they do in a GPTConfig; the head is tied."""
 
     family: str = "bert"
     """bert; or gpt, a decoder."""

@@ -90,6 +90,7 @@ class Trainer:
             tied=model.tied(),
             reduce_gradients=self.gradients.reduce,
             timeout_s=config.parallel.timeout_s,
+            auxiliary_losses=config.model.has_auxiliary_loss,
         )
         self.optimizer = Optimizer(self.parameters, self.gradients, config.optimizer)
         self.progress = Progress()

@@ -188,7 +188,9 @@ class ActionLoop:
         if kind == FORWARD and microbatch is not None:
             self._forward(stage, microbatch, given, step)
         elif kind in (BACKWARD, INPUT_GRAD) and microbatch is not None:
-            gradients = self._stages[stage].backward(microbatch, given, split=kind == INPUT_GRAD)
+            gradients = self._stages[stage].backward(
+                microbatch, given, split=kind == INPUT_GRAD, loss_divisor=step.loss_divisor
+            )
             if stage:
                 self._hand(Action(stage, SEND_B, microbatch), gradients)
         elif kind == WEIGHT_GRAD and microbatch is not None:
