@@ -116,9 +116,9 @@ def test_what_does_not_fit():
             attend(query, key, value, mask)
     with pytest.raises(InputError, match="4 heads, not a multiple of the 3 of key"):
         attend(query, key[:, :, :3], value[:, :, :3], AttentionMask())
-    with pytest.raises(InputError, match="value.shape"):
+    with pytest.raises(InputError, match=r"value\.shape"):
         attend(query, key, value[1:], AttentionMask())
-    with pytest.raises(TypeError, match="padding.dtype=int64"):
+    with pytest.raises(TypeError, match=r"padding\.dtype=int64"):
         attend(query, key, value, AttentionMask(padding=PADDING.long()))
     with pytest.raises(InputError, match="window=3 needs causal=True"):
         AttentionMask(window=3)
