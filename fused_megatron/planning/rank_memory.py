@@ -7,7 +7,7 @@ from math import lcm
 from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
-from fused_megatron.config import GPTConfig, TrainConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 
@@ -82,7 +82,7 @@ def _of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[
     )
 
 
-def stage_parameters(config: GPTConfig, span: StageSpan, tensor_parallel_size: int) -> int:
+def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel_size: int) -> int:
     """Parameters of a stage on one of its R tensor-parallel ranks, padding of the vocabulary among them.
 
     With N heads and G key-value heads of D, F = ffn_hidden_size (twice for a gated MLP's first matrix): of a block
@@ -183,11 +183,11 @@ def _sizes(config: TrainConfig) -> tuple[int, int, int]:
     return _SIZES[config.training.dtype], tokens, own
 
 
-def _plain(config: GPTConfig) -> bool:
+def _plain(config: TransformerConfig) -> bool:
     return config.activation.startswith("gelu")
 
 
-def _vocabulary(config: GPTConfig, ranks: int) -> int:
+def _vocabulary(config: TransformerConfig, ranks: int) -> int:
     """Elements of a shard of the table."""
     check(config.vocab_size is not None, "vocab_size=None must be given to know what the embedding holds")
     multiple = lcm(config.pad_vocab_size_to_multiple_of, ranks)
