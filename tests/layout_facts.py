@@ -20,7 +20,7 @@ from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, Traini
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import GPT, StageSpan, cut_stages
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.training.train import build_model
 
 META = torch.device("meta")

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 # What needs torch, and so is imported when it is first used.
-_LAZY = {"PipelineError": "faults", "PipelineExecutor": "executor"}
+_LAZY = {"PipelineError": "run.faults", "PipelineExecutor": "run.executor"}
 
 
 def __getattr__(name: str) -> object:

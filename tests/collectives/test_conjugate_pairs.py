@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from fused_megatron import collectives
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 PAIRS = {

@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.transfers import start_reduce_scatter, start_reduce_scatter_blocks
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 

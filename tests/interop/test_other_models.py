@@ -10,7 +10,7 @@ from torch import nn
 import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 MLP = {"up": "colwise", "gate": "colwise", "down": "rowwise"}

@@ -13,7 +13,7 @@ import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
 from fused_megatron.interop.full_state import is_transposed
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 61, "intermediate_size": 24}

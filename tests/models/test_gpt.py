@@ -13,7 +13,7 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import perturb_vectors_

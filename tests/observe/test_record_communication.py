@@ -4,8 +4,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from fused_megatron.observe import record_communication
-from fused_megatron.observe.record_communication import Communication
+from fused_megatron.observe.record_communication import Communication, record_communication
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from fused_megatron.testing import run_on_ranks
 
@@ -58,7 +57,7 @@ def test_a_fake_group_of_a_size_that_is_not_here():
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from fused_megatron.tensor_parallel import ColumnParallelLinear
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
 layer = ColumnParallelLinear(8, 1024, tp_group=dist.group.WORLD, sequence_parallel=True, overlap=False)
 with record_communication() as ledger:

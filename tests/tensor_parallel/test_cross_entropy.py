@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
 from fused_megatron.testing import assert_close, run_on_ranks
 

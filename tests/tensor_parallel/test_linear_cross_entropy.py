@@ -4,7 +4,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
 from fused_megatron.testing import assert_close, run_on_ranks

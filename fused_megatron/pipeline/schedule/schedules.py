@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.pipeline.schedule import zero_bubble
 from fused_megatron.pipeline.schedule.action import (
     BACKWARD,
     FORWARD,
@@ -18,7 +19,6 @@ from fused_megatron.pipeline.schedule.action import (
     loop_placement,
     peak_live_activations,
     v_placement,
-    zero_bubble,
 )
 
 Actions = list[Action]

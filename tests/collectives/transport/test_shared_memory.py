@@ -15,7 +15,7 @@ from fused_megatron.collectives.transfers import start_all_gather, start_all_red
 from fused_megatron.collectives.transport import host_ring, shared_memory
 from fused_megatron.collectives.transport.shared_memory import start_shared
 from fused_megatron.collectives.transport.transfer import start
-from fused_megatron.observe import record_communication
+from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
 
