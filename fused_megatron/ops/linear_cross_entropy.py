@@ -17,7 +17,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 _NO_GRADIENTS = [False, False, False]
 _HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int? chunk_tokens, {SCALARS}"
 
-# ---- The two passes: as ops where one device has the whole vocabulary, so that torch.compile traces no tiles ---------
+# ---- The two passes: ops for torch.compile, which then traces no tiles; else their products are seen one by one ------
 
 
 def _forward_on_tiles(
@@ -86,11 +86,13 @@ _backward = define_composed_op(
 
 
 def _run_forward(exchange: Exchange | None, *arguments: Any) -> Any:
-    return _forward(*arguments) if exchange is None else _forward_on_tiles(*arguments, exchange=exchange)
+    by_op = exchange is None and torch.compiler.is_compiling()
+    return _forward(*arguments) if by_op else _forward_on_tiles(*arguments, exchange=exchange)
 
 
 def _run_backward(exchange: Exchange | None, *arguments: Any) -> Any:
-    return _backward(*arguments) if exchange is None else _backward_on_tiles(*arguments, exchange=exchange)
+    by_op = exchange is None and torch.compiler.is_compiling()
+    return _backward(*arguments) if by_op else _backward_on_tiles(*arguments, exchange=exchange)
 
 
 # ---- Autograd --------------------------------------------------------------------------------------------------------
@@ -163,7 +165,9 @@ class _SumOverCount(torch.autograd.Function):
         saved, needs = ctx.saved_tensors[6:], list(ctx.needs_input_grad[:3])
         grad = grad.to(lse.dtype)
         factor = grad * scale if inputs[0].dtype == torch.float16 else grad
-        gradients, ctx.gradients = saved or ctx.gradients, None
+        by_compiler = len(saved) > 0  # which may still need what it saved
+        gradients = saved if by_compiler else ctx.gradients
+        ctx.gradients = None
         if gradients is None:  # once more, with retain_graph=True
             every = (grad * scale).expand(len(lse))
             gradients = _run_backward(ctx.exchange, every, lse, needs, *inputs, target, *ctx.settings)
@@ -172,7 +176,7 @@ class _SumOverCount(torch.autograd.Function):
             _add_scaled_(ctx.dweight_sum, gradients[1], factor)
             needs[1] = False
         results = [
-            _scaled(gradient, factor, in_place=not saved).to(x.dtype) if needed else None
+            _scaled(gradient, factor, in_place=not by_compiler).to(x.dtype) if needed else None
             for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
         ]
         return *results, None, None, None, None, None, None

@@ -128,7 +128,7 @@ class TiledHead:
             for whole, chunk in zip((loss, lse), merged_loss(stats(), target, self.terms), strict=True):
                 whole[:, rows] = chunk.view(self.exchange.num_blocks, -1)
             if upstream is not None:
-                words, per_token = self.blocks[0], upstream.expand(len(target))
+                words, per_token = self.blocks[0], upstream.expand(len(target)).contiguous()
                 dlogits = self._gradient_(logits, target, per_token, self._of(lse, rows), words)
                 self._add_gradients(sums, rows, x, [(words, dlogits)])
 
@@ -175,7 +175,7 @@ class TiledHead:
 
     def _of(self, per_token: torch.Tensor, rows: slice) -> torch.Tensor:
         """The tokens of a chunk, from something about all of them."""
-        return per_token.view(self.exchange.num_blocks, -1)[:, rows].reshape(-1)
+        return per_token.view(self.exchange.num_blocks, -1)[:, rows].reshape(-1).contiguous()
 
     def _per_token(self) -> torch.Tensor:
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
@@ -225,7 +225,7 @@ class TiledHead:
     def _gradient_(
         self, logits: torch.Tensor, target: torch.Tensor, grad_loss: torch.Tensor, lse: torch.Tensor, words: slice
     ) -> torch.Tensor:
-        gradient_of_shard_(grad_loss.contiguous(), logits, target, lse, self.terms.from_column(words.start))
+        gradient_of_shard_(grad_loss, logits, target, lse, self.terms.from_column(words.start))
         return logits
 
     def _new_sums(self, needs: Sequence[bool], hidden_dtype: torch.dtype, *, wide_weight: bool) -> _Sums:
