@@ -9,11 +9,10 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.models import StageSpan
+from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 
 _SIZES = {"float32": 4, "bfloat16": 2}
-# Of the logits that exist at a time (ops/linear_cross_entropy_tiles.py): two tiles where shards exchange, of so much.
-_LOGITS_BYTES = 2 * (256 << 20)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,8 @@ def _working(config: TrainConfig, span: StageSpan) -> int:
     head = 0
     if span.last:
         rows = _vocabulary(model, ranks) // model.hidden_size
-        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), _LOGITS_BYTES) + 4 * tokens * model.hidden_size
+        most = 2 * tile_bytes("cuda")  # two tiles where shards exchange
+        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
     return max(block, head)
 
 
