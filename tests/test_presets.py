@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fused_megatron.pipeline import simulate
 from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.dry_run import DryRun, MicrobatchFacts, RankFacts
+from fused_megatron.planning.rank_communication import message_bytes, stage_communication
 from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +195,7 @@ def test_a_stage_hands_on_what_the_next_one_takes(worlds: tuple[int, ...]) -> No
         parallel = config.parallel
         rows = config.model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
         assert ends.output_shape == (rows, config.training.microbatch_size, config.model.hidden_size), name
+        assert message_bytes(config) == ELEMENT[config.training.dtype] * prod(ends.output_shape), name
 
 
 @on_few_and_on_many_ranks
@@ -213,33 +216,24 @@ def test_groups(worlds: tuple[int, ...]) -> None:
 
 @on_few_and_on_many_ranks
 def test_tensor_parallel_communication(worlds: tuple[int, ...]) -> None:
-    """What one block more sends, and what is left: the embedding, the head and 8 bytes a token for the loss."""
-    for name, config, span, found, rest in every_stage(worlds):
-        model, ranks = config.model, config.parallel.tensor_parallel_size
-        activation, tokens = activation_bytes(config), config.training.microbatch_size * model.seq_len
-        again = 1 if model.recompute == "full" else 0  # forward once more
-        block, ends = Counter(found.sent_bytes), Counter(rest.sent_bytes)
-        statistics = 8 * tokens * ranks * span.last
-        if ranks == 1:
-            assert not any(block.values()) and not any(ends.values()), name
-        elif not config.parallel.sequence_parallel:
-            # Shoeybi et al., section 3: two forward and two backward.
-            assert block["all_reduce"] == (4 + 2 * again) * activation, name
-            assert ends["all_reduce"] == (span.first + span.last) * activation, name
-            assert ends["all_gather"] == statistics and not block["all_gather"], name
-        else:
-            # Korthikanti et al., section 4.2.2: as many bytes, and gathered operands once more for the weights'.
-            assert block["reduce_scatter"] == (4 + 2 * again) * activation, name
-            assert block["all_gather"] == (6 + 2 * again) * activation, name
-            assert ends["reduce_scatter"] == (span.first + span.last) * activation, name
-            # The embedding's gradient; that of positions, whole on every rank; what the head multiplies.
-            positions = (
-                model.seq_len * model.hidden_size * ELEMENT[config.training.dtype] * (model.position == "learned")
-            )
-            gathered = span.first * (activation + positions) + span.last * activation + statistics
-            assert ends["all_gather"] == gathered, name
-            # Norms and biases that are whole on every rank, in float32.
-            assert block["all_reduce"] <= 4 * 6 * model.hidden_size, name
+    """Of every stage that which the formula says; of a block the papers' numbers of activations."""
+    for name, config, places in measured(worlds):
+        model, activation = config.model, activation_bytes(config)
+        spans = stage_spans(config, plan_pipeline(config))
+        again = 2 if model.recompute == "full" else 0  # forward once more
+        for rank in places.values():
+            for index, stage in rank.stages.items():
+                assert dict(stage.sent_bytes) == stage_communication(config, spans[index]), name
+            block = Counter(rank.block.sent_bytes)
+            if config.parallel.tensor_parallel_size == 1:
+                assert not block, name
+            elif config.parallel.sequence_parallel:
+                # Korthikanti et al., section 4.2.2: as many bytes, and gathered operands once more for the weights'.
+                assert block["reduce_scatter"] == (4 + again) * activation, name
+                assert block["all_gather"] == (6 + again) * activation, name
+            else:
+                # Shoeybi et al., section 3: two forward and two backward.
+                assert block == {"all_reduce": (4 + again) * activation}, name
 
 
 @on_few_and_on_many_ranks

@@ -64,7 +64,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[int, int, int]]:
 
 
 def test_peak_of_a_step() -> None:
-    for rank in run_on_ranks(peaks, 2):
+    for rank in run_on_ranks(peaks, 2, timeout_s=600):
         for config, (peak, num_parameters, pp_rank) in zip(CONFIGS, rank, strict=True):
             memory = rank_memory(config, pp_rank)
             assert memory.num_parameters == num_parameters

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.ops import linear_cross_entropy_tiles as tiles
+from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
+from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
 from fused_megatron.testing import assert_close, run_on_ranks
 
@@ -81,7 +82,7 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     mine = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
     own = slice(rank * S // ranks, (rank + 1) * S // ranks) if sequence_parallel else slice(None)
     if chunk_tokens == "by bytes":  # of the shard, also where it is all padding: every rank must make the same chunks
-        tiles._ALIGNMENT, tiles._TILE_BYTES = 4, {"cpu": 9 * padded // ranks * 4}
+        shapes._ALIGNMENT, shapes._TILE_BYTES = 4, {"cpu": 9 * padded // ranks * 4}
     # Padding must not be read: a NaN there would spread.
     shards = [x.clone() for x in (weight, bias) if x is not None]
     for x in shards:
@@ -190,17 +191,18 @@ def sum_case(rank, ranks):
     leaves = [hidden.requires_grad_(), *(x.chunk(ranks)[rank].clone().requires_grad_() for x in (weight, bias))]
     options = {"tp_group": dist.group.WORLD, "vocab_size": 53, "bias_shard": leaves[2], "chunk_tokens": 12}
     start = torch.randn(leaves[1].shape)
-    leaves[1].main_grad = start.clone()
+    main_grad = start.clone()
+    update_record(leaves[1], main_grad=main_grad)
     total = vocab_parallel_linear_cross_entropy(*leaves[:2], target, reduction="sum", **options)
-    assert torch.equal(leaves[1].main_grad, start)  # nothing is added before backward
+    assert torch.equal(main_grad, start)  # nothing is added before backward
     first = torch.autograd.grad(total / 7, leaves, retain_graph=True, allow_unused=True)
     assert first[1] is None
-    added = leaves[1].main_grad - start
+    added = main_grad - start
     second = torch.autograd.grad(total / 7, leaves, allow_unused=True)
     exact = by_torch(hidden.detach(), weight, bias, target, torch.full((S, B), 1 / 7), torch.float64, 53, 0.0, 0.0)
     for dhidden, dweight, dbias in [
         (first[0], added, first[2]),
-        (second[0], leaves[1].main_grad - start - added, second[2]),
+        (second[0], main_grad - start - added, second[2]),
     ]:
         assert_close("dhidden", dhidden, exact[1])
         torch.testing.assert_close(dweight.double(), exact[2].chunk(ranks)[rank], rtol=1e-5, atol=1e-6)
@@ -218,6 +220,28 @@ def sum_case(rank, ranks):
 
 def test_sum_is_held_until_backward():
     assert all(run_on_ranks(sum_case, 2))
+
+
+def blocks_case(rank, ranks):
+    """The tiles hold all words for the tokens of one rank, and not for those of all ranks."""
+    shapes.product_dtype = lambda operand: torch.float32
+    shapes._CAST_TILE_BYTES = S * B // ranks * 128 * 4
+    hidden, weight, _, target, _ = problem(256, 256, torch.bfloat16, False)
+    leaves = [x.clone().requires_grad_() for x in (hidden.chunk(ranks)[rank], weight.chunk(ranks)[rank])]
+    options = {"tp_group": dist.group.WORLD, "vocab_size": 256, "sequence_parallel": True}
+    total = vocab_parallel_linear_cross_entropy(*leaves, target, reduction="sum", **options)
+    gradients = torch.autograd.grad(total, leaves)
+    upstream = torch.ones(S, B)
+    exact, rough = (
+        by_torch(hidden, weight, None, target, upstream, kind, 256, 0.0, 0.0) for kind in (torch.float64, hidden.dtype)
+    )
+    for name, gradient, right, their in zip(("dhidden", "dweight"), gradients, exact[1:], rough[1:], strict=True):
+        assert_close(name, gradient, right.chunk(ranks)[rank], their.chunk(ranks)[rank], ranks=ranks)
+    return True
+
+
+def test_blocks_of_words_under_sequence_parallelism():
+    assert all(run_on_ranks(blocks_case, 2))
 
 
 def double_case(rank, ranks):

@@ -1,0 +1,37 @@
+"""Start here when a stage sends more or less than planning.rank_communication says, in a form that no preset has."""
+
+from typing import Any
+
+import pytest
+
+from fused_megatron.assembly.build import stage_spans
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.planning.dry_run import DryRun
+from fused_megatron.planning.rank_communication import message_bytes, stage_communication
+
+FORMS: list[dict[str, Any]] = [
+    {"num_kv_heads": 1},
+    {"num_kv_heads": 2, "qkv_bias": False, "query_key_norm": True, "recompute": "full"},
+    {"linear_biases": False, "normalization": "rms_norm", "position": "rotary", "tied_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["one_kv_head", "query_key_norm", "llama"])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
+    dry_run = DryRun()
+    model = GPTConfig(num_layers=4, hidden_size=32, num_heads=4, seq_len=16, vocab_size=101, **form)
+    for tp in (1, 2, 4):
+        parallel = ParallelConfig(
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=2,
+            data_parallel_size=1,
+            sequence_parallel=sequence_parallel and tp > 1,
+        )
+        config = TrainConfig(model, parallel, training=TrainingConfig(global_batch_size=4, microbatch_size=2))
+        spans = stage_spans(config, plan_pipeline(config))
+        for rank in (0, tp):
+            for index, stage in dry_run.rank(config, rank).stages.items():
+                assert stage.sent_bytes == stage_communication(config, spans[index]), (tp, index)
+        assert message_bytes(config) == 4 * 16 * 2 * 32 // (tp if parallel.sequence_parallel else 1)
