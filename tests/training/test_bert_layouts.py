@@ -1,5 +1,6 @@
 """Start here when a BERT trains differently at some layout, or does not resume bit for bit."""
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from fused_megatron.checks import InputError
 from fused_megatron.config.config_file import load_config
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.train import train
+
+# Each run draws its loss: once imported here, the ranks that are forked have it.
+with contextlib.suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 NUM_STEPS, HALF = 6, 3
 # Both orders of norms; the re-arranged one with dropout.

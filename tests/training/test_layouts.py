@@ -1,5 +1,6 @@
 """Start here when a GPT trains differently at some layout, or does not resume bit for bit."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,6 +20,11 @@ from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training import train as training
 from fused_megatron.training.generate_text import GenerateArguments, generate_text
 from fused_megatron.training.train import train
+
+# Each run draws its loss: once imported here, the ranks that are forked have it.
+with contextlib.suppress(ImportError):
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 NUM_STEPS = 30
 # The other form of every layer; its one key-value head is held by every rank.
