@@ -13,6 +13,7 @@ A test file describes its op once and checks every clause:
         CONTRACT.check(clause)
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +114,7 @@ class Contract:
         for skip in (0, 1):
             memory = PoisonedMemory()
             sample = self.sample(self.shape, dtype, device)
-            placed = _each(sample, lambda t, memory=memory, skip=skip: memory.place(t, skip=skip))
+            placed = _each(sample, functools.partial(memory.place, skip=skip))
             assert_op_matches(self.op, self.unfused, *placed, yardstick=self.yardstick)
             memory.check()
 
@@ -127,7 +128,7 @@ class Contract:
         for shape in self.empty:
             inputs, dy = self.sample(shape, dtype, device)
             actual = self.results((inputs, dy))
-            wanted = [*as_list(dy), *(t for t in inputs if t is not None and is_leaf(t))]
+            wanted = [*as_list(dy), *(t for t in inputs if is_leaf(t))]
             assert [t.shape for t in actual] == [t.shape for t in wanted], shape
             assert not any(t.any() for t in actual[len(as_list(dy)) :])
 
@@ -143,7 +144,7 @@ class Contract:
         inputs, dy = self.sample(self.shape, dtype, device)
         gradients = iter(self.results((inputs, dy))[len(as_list(dy)) :])
         for chosen, tensor in enumerate(inputs):
-            if tensor is None or not is_leaf(tensor):
+            if not is_leaf(tensor):
                 continue
             leaves = [None if t is None else t.detach().clone() for t in inputs]
             leaf = tensor.detach().clone().requires_grad_()
@@ -161,10 +162,14 @@ class Contract:
     def _gradients_of_gradients(self, dtype: torch.dtype, device: str) -> None:
         """float64 takes derivatives of any order; what a kernel computed refuses the second."""
         inputs, _ = self.sample(self.odd, torch.float64, device)
-        leaves = [t.double().requires_grad_() if t is not None and is_leaf(t) else t for t in inputs]
-        assert torch.autograd.gradcheck(self.op, leaves) and torch.autograd.gradgradcheck(self.op, leaves)
+        wide: list[Any] = [t.double().requires_grad_() if is_leaf(t) else t for t in inputs]
+
+        def op(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(outputs_of(self.op, tensors))
+
+        assert torch.autograd.gradcheck(op, wide) and torch.autograd.gradgradcheck(op, wide)
         inputs, dy = self.sample(self.odd, dtype, device)
-        leaves = [t.requires_grad_() if t is not None and is_leaf(t) else t for t in inputs]
+        leaves = [t.requires_grad_() if is_leaf(t) else t for t in inputs]
         upstream = [t.requires_grad_() for t in as_list(dy)]
         first = next(t for t in leaves if t is not None and t.requires_grad)
         (gradient,) = torch.autograd.grad(outputs_of(self.op, leaves), first, upstream, create_graph=True)
@@ -225,7 +230,7 @@ class Contract:
         quarter = -(-rows // 4)
         for first in range(0, rows, quarter):
             part = slice(first, first + quarter)
-            some = _each(sample, lambda t, part=part: t[part] if t.shape[0] == rows else t)
+            some = _each(sample, functools.partial(_part_of_rows, part=part, rows=rows))
             for mine, all_rows in zip(self.results(some), whole, strict=True):
                 if all_rows.shape[0] == rows:
                     assert torch.equal(all_rows[part], mine)
@@ -248,6 +253,10 @@ class _RawCalls(TorchDispatchMode):
 def _each(sample: Sample, change: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
     inputs, dy = sample
     return [None if t is None else change(t) for t in inputs], [change(t) for t in as_list(dy)]
+
+
+def _part_of_rows(tensor: torch.Tensor, part: slice, rows: int) -> torch.Tensor:
+    return tensor[part] if tensor.shape[0] == rows else tensor
 
 
 def _strided_copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """An op and all its gradients at once, compared with what torch makes of the same inputs in float64."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import torch
 
@@ -30,7 +31,7 @@ def output_and_gradients(op: Op, inputs: Inputs, dy: Upstream) -> list[torch.Ten
     return [*outputs, *torch.autograd.grad(outputs[: len(upstream)], wanted, upstream)]
 
 
-def is_leaf(tensor: torch.Tensor | None) -> bool:
+def is_leaf(tensor: torch.Tensor | None) -> TypeGuard[torch.Tensor]:
     """Whether an input has a gradient: indices, masks and states have none."""
     return tensor is not None and tensor.is_floating_point()
 
@@ -60,11 +61,11 @@ def assert_op_matches(
     """
 
     def in_dtype(dtype: torch.dtype) -> list[torch.Tensor]:
-        wide = [t.to(dtype) if t is not None and is_leaf(t) else t for t in inputs]
+        wide = [t.to(dtype) if is_leaf(t) else t for t in inputs]
         return output_and_gradients(torch_op, wide, [t.to(dtype) for t in as_list(dy)])
 
     actual = output_and_gradients(op, inputs, dy)
-    leaves = [t for t in inputs if t is not None and is_leaf(t)]
+    leaves = [t for t in inputs if is_leaf(t)]
     num_outputs = len(actual) - len(leaves)
     names = [f"output {i}" for i in range(num_outputs)] + [f"gradient {i}" for i in range(len(leaves))]
     # An output that has no upstream gradient is compared in the dtype that it has.
