@@ -12,7 +12,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.pipeline import Action
 from fused_megatron.pipeline.schedule.action import COMPUTE
-from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.sharding import copy_shard_
 
 
 def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
@@ -59,6 +59,4 @@ def train_config(size: Size, layout: Layout) -> TrainConfig:
 def load(parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
     """This rank's shards of the full weights."""
     for name, parameter in parameters.items():
-        (part,) = parameter_parts(parameter)
-        box = tuple(slice(*edges) for edges in part.shard.box(parameter.shape))
-        parameter.detach().copy_(weights[name][box])
+        copy_shard_(parameter, weights[name])

@@ -1,13 +1,16 @@
-#pragma once
-
-#include <cstdint>
-
-// The random numbers of dropout, written once for the CPU and the GPU. Whoever includes this has defined FM_PHILOX (how
-// functions are inlined). fused_megatron/reference/philox.py says it in PyTorch; all give the same bits.
+// The random numbers of dropout, written once for the CPU and the GPU.
+//
+// fused_megatron/reference/philox.py says it in PyTorch; all give the same bits.
 //
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011). The element with
 // global index g has word g % 4 of block g / 4; the 128-bit counter of a block is (block, offset), low words first, and
 // the key is the seed.
+#pragma once
+
+#include <cstdint>
+
+#include "inlining.h"
+
 namespace fm {
 
 inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
@@ -19,17 +22,21 @@ struct PhiloxStream {
   uint32_t key0, key1, offset0, offset1;
 };
 
-FM_PHILOX PhiloxStream philox_stream(const int64_t* rng_state) {
+FM_INLINE PhiloxStream philox_stream(const int64_t* rng_state) {
   const uint64_t seed = static_cast<uint64_t>(rng_state[0]), offset = static_cast<uint64_t>(rng_state[1]);
   return {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(offset),
           static_cast<uint32_t>(offset >> 32)};
 }
 
-FM_PHILOX void philox_block(const PhiloxStream& stream, uint64_t block, uint32_t* words) {
+FM_INLINE void philox_block(const PhiloxStream& stream, uint64_t block, uint32_t* words) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = stream.offset0, c3 = stream.offset1;
   uint32_t key0 = stream.key0, key1 = stream.key1;
+#ifdef __CUDACC__
+#pragma unroll
+#else
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(c0) * kPhiloxMultiplier0;
     const uint64_t product1 = static_cast<uint64_t>(c2) * kPhiloxMultiplier1;

@@ -1,3 +1,7 @@
+// Checks and allocations that every op does with its tensors, before the kernel sees pointers.
+//
+// User errors are caught in Python, with better words; these checks keep a direct call of torch.ops.fused_megatron from
+// reading what is not there.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -11,8 +15,6 @@
 #include <optional>
 #include <span>
 
-// What every op does with its tensors before the kernel sees pointers. User errors are caught in Python, with better
-// words; these checks keep a direct call of torch.ops.fused_megatron from reading what is not there.
 namespace fm {
 
 using torch::headeronly::ScalarType;

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
-    from fused_megatron.interop.gradient_norm import clip_grad_norm_
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
+    from fused_megatron.sharding import clip_grad_norm_
 
 __all__ = [
     "Mesh",
@@ -45,7 +45,7 @@ _HOME = {
     "init_mesh": "mesh",
     "replace_modules": "modules",
     "parallelize": "interop",
-    "clip_grad_norm_": "interop",
+    "clip_grad_norm_": "sharding",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",
     "load_pretrained_shards": "interop",

@@ -67,10 +67,28 @@ def _seen(query, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, mask_ptr, y_ptr, num_rows, num_queries, key_units, scale, window, heads, mask_outer, mask_inner, mask_query,
-    mask_key, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SHARED: tl.constexpr,
-    ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [num_rows, num_keys], in
+    mask_ptr,  # uint8 [num_rows, num_keys] by the strides below, in; 1 hides a key; unused without HAS_MASK
+    y_ptr,  # [num_rows, num_keys], out
+    num_rows,  # matrices * num_queries
+    num_queries,
+    key_units,  # num_keys / ALIGN
+    scale,
+    window,  # keys that a query sees with WINDOW
+    heads,  # matrices of the inner of the two dims before the queries
+    mask_outer,  # this stride of the mask and the next two: in units of MASK_ALIGN
+    mask_inner,
+    mask_query,
+    mask_key,  # in elements
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SHARED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: ROWS rows, whole."""
     num_keys = key_units * ALIGN
     rows, query, outer, inner = _rows(num_queries, heads, ROWS, SHARED)
@@ -108,9 +126,20 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr, y_ptr, dx_ptr, num_rows, num_queries, key_units, scale, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,  # [num_rows, num_keys], in
+    y_ptr,  # [num_rows, num_keys], in
+    dx_ptr,  # [num_rows, num_keys], out
+    num_rows,  # matrices * num_queries
+    num_queries,
+    key_units,  # num_keys / ALIGN
+    scale,
+    window,  # keys that a query sees with WINDOW
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: ROWS rows, whole."""
     num_keys = key_units * ALIGN
     rows, query, _, _ = _rows(num_queries, 1, ROWS, False)
@@ -134,10 +163,26 @@ def _backward_kernel(
 
 @triton.jit
 def _long_forward_kernel(
-    x_ptr, mask_ptr, y_ptr, num_queries, key_units, scale, window, heads, mask_outer, mask_inner, mask_query, mask_key,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # [num_rows, num_keys], in
+    mask_ptr,  # uint8 [num_rows, num_keys] by the strides below, in; 1 hides a key; unused without HAS_MASK
+    y_ptr,  # [num_rows, num_keys], out
+    num_queries,
+    key_units,  # num_keys / ALIGN
+    scale,
+    window,  # keys that a query sees with WINDOW
+    heads,  # matrices of the inner of the two dims before the queries
+    mask_outer,  # this stride of the mask and the next two: in units of MASK_ALIGN
+    mask_inner,
+    mask_query,
+    mask_key,  # in elements
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ALIGN: tl.constexpr,
+    MASK_ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """One program: one row, read twice. A lane, VECTOR neighbouring columns, keeps its own maximum and sum."""
     num_keys = key_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
@@ -183,9 +228,19 @@ def _long_forward_kernel(
 
 @triton.jit
 def _long_backward_kernel(
-    dy_ptr, y_ptr, dx_ptr, num_queries, key_units, scale, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, ALIGN: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,  # [num_rows, num_keys], in
+    y_ptr,  # [num_rows, num_keys], in
+    dx_ptr,  # [num_rows, num_keys], out
+    num_queries,
+    key_units,  # num_keys / ALIGN
+    scale,
+    window,  # keys that a query sees with WINDOW
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ALIGN: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
     """One program: one row, read twice."""
     num_keys = key_units * ALIGN
     row = tl.program_id(0).to(tl.int64)

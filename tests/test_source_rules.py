@@ -70,10 +70,19 @@ def cuda_faults(text: str) -> list[str]:
     return found
 
 
+def header_faults(text: str) -> list[str]:
+    """A C++ or CUDA header says what it is before anything else, in one line that stands by itself."""
+    title, _, rest = text.partition("\n")
+    titled = title.startswith("// ") and title.endswith(".") and rest.startswith(("//\n", "#pragma once\n"))
+    return [] if titled else ["the first line of a header is a comment that says what it is, then // or #pragma once"]
+
+
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_file_keeps_the_rules(path):
     text = (ROOT / path).read_text(encoding="utf-8")
     specific = python_faults(text) if path.suffix == ".py" else cuda_faults(text)
+    if path.suffix in (".h", ".cuh"):
+        specific += header_faults(text)
     assert name_faults(path) + length_faults(path.suffix, text) + specific == []
 
 
@@ -119,3 +128,10 @@ def test_long_cuda_kernel_is_found():
 
     assert cuda_faults("__global__ void k(int* x);\n" + kernel(120)) == []
     assert len(cuda_faults(kernel(121))) == 1
+
+
+def test_header_without_a_title_is_found():
+    assert header_faults("// Sums along a row.\n#pragma once\n") == []
+    assert header_faults("// Sums along a row.\n//\n// In order.\n#pragma once\n") == []
+    for text in ("#pragma once\n", "// Sums along a row, and in\n// order.\n#pragma once\n", "// Sums\n#pragma once\n"):
+        assert len(header_faults(text)) == 1

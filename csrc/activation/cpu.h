@@ -1,3 +1,4 @@
+// bias_gelu, bias_swiglu and bias_geglu on the CPU: the loops over rows, and tensors in, tensors out.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "activation/functions.h"
 #include "activation/tensors.h"
 #include "cpu/column_sums.h"
 #include "cpu/multiversion.h"
@@ -14,37 +16,34 @@
 #include "cpu/parameter.h"
 #include "cpu/streaming.h"
 
-#define FM_ACTIVATION FM_INLINE
 namespace fm {
 
-// Through integers: the magnitude's order is that of its bits, and compilers see a minimum.
-FM_INLINE float activation_clamp(float u, float limit) {
-  const uint32_t bits = std::bit_cast<uint32_t>(u);
-  const int32_t magnitude = static_cast<int32_t>(bits & 0x7FFFFFFFu), most = std::bit_cast<int32_t>(limit);
-  return std::bit_cast<float>(static_cast<uint32_t>(magnitude < most ? magnitude : most) | (bits & 0x80000000u));
-}
+// Arithmetic that compilers make vectors of.
+struct CpuActivationMath {
+  // Through integers: the magnitude's order is that of its bits, and compilers see a minimum.
+  static FM_INLINE float clamp(float u, float limit) {
+    const uint32_t bits = std::bit_cast<uint32_t>(u);
+    const int32_t magnitude = static_cast<int32_t>(bits & 0x7FFFFFFFu), most = std::bit_cast<int32_t>(limit);
+    return std::bit_cast<float>(static_cast<uint32_t>(magnitude < most ? magnitude : most) | (bits & 0x80000000u));
+  }
 
-FM_INLINE float activation_exp2(float w) {
-  constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
-  const float shifted = w + kRound;
-  const float f = w - (shifted - kRound);
-  // The polynomial of least maximal relative error (2^-29) on [-1/2, 1/2] with p(0) = 1.
-  float p = 0.00015353362f;
-  p = p * f + 0.0013398875f;
-  p = p * f + 0.00961843692f;
-  p = p * f + 0.0555033237f;
-  p = p * f + 0.240226477f;
-  p = p * f + 0.693147182f;
-  p = p * f + 1.0f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
-}
+  static FM_INLINE float exp2(float w) {
+    constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
+    const float shifted = w + kRound;
+    const float f = w - (shifted - kRound);
+    // The polynomial of least maximal relative error (2^-29) on [-1/2, 1/2] with p(0) = 1.
+    float p = 0.00015353362f;
+    p = p * f + 0.0013398875f;
+    p = p * f + 0.00961843692f;
+    p = p * f + 0.0555033237f;
+    p = p * f + 0.240226477f;
+    p = p * f + 0.693147182f;
+    p = p * f + 1.0f;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23));
+  }
 
-FM_INLINE float activation_reciprocal(float x) { return 1.0f / x; }
-
-}  // namespace fm
-#include "activation/functions.h"
-
-namespace fm {
+  static FM_INLINE float reciprocal(float x) { return 1.0f / x; }
+};
 
 // Some columns of one row. Index 1: the second half of a gated activation.
 template <typename T>
@@ -80,7 +79,7 @@ FM_INLINE void activation_forward_row(const ActivationRow<T>& a) {
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      float value = Activation::at(to_float(u[i]) + b[i]).value;
+      float value = Activation::template at<CpuActivationMath>(to_float(u[i]) + b[i]).value;
       if constexpr (kGated) value *= to_float(v[i]) + c[i];
       y[i] = from_float<T>(value);
     }
@@ -105,7 +104,7 @@ FM_INLINE void activation_backward_row(const ActivationRow<T>& a) {
     }
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const ValueAndSlope f = Activation::at(to_float(u[i]) + b[i]);
+      const ValueAndSlope f = Activation::template at<CpuActivationMath>(to_float(u[i]) + b[i]);
       const float g = to_float(dy[i]);
       float gradient = g * f.slope;
       if constexpr (kGated) {

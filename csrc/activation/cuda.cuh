@@ -1,3 +1,4 @@
+// bias_gelu, bias_swiglu and bias_geglu on the GPU: tensors in, tensors out.
 #pragma once
 
 #include <tuple>
@@ -6,7 +7,6 @@
 #include "activation/tensors.h"
 #include "cuda/launch_checks.h"
 
-// The torch side of the CUDA kernels of bias_gelu, bias_swiglu and bias_geglu.
 namespace fm {
 
 template <bool kGated>

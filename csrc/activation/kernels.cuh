@@ -1,20 +1,21 @@
+// The CUDA kernels of bias_gelu, bias_swiglu and bias_geglu and their launches: plain pointers, no torch.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "activation/functions.h"
 #include "cuda/column_sums.cuh"
 #include "cuda/vector_access.cuh"
 
-#define FM_ACTIVATION FM_DEVICE
 namespace fm {
-FM_DEVICE float activation_clamp(float u, float limit) { return fminf(fmaxf(u, -limit), limit); }
-FM_DEVICE float activation_exp2(float w) { return fast_exp2(w); }
-FM_DEVICE float activation_reciprocal(float x) { return fast_reciprocal(x); }
-}  // namespace fm
-#include "activation/functions.h"
 
-namespace fm {
+// Arithmetic in the GPU's fast forms.
+struct DeviceActivationMath {
+  static FM_DEVICE float clamp(float u, float limit) { return fminf(fmaxf(u, -limit), limit); }
+  static FM_DEVICE float exp2(float w) { return fast_exp2(w); }
+  static FM_DEVICE float reciprocal(float x) { return fast_reciprocal(x); }
+};
 
 // What the kernels take: plain pointers, no torch. y and dy hold `count` elements as rows of `width`; so do x and dx,
 // or, gated, rows of twice the width, the gate first. A width that is ours to choose may leave the last row short.
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kActivationThreads, ForwardPlan<kGated>::kBloc
       for (int half = 0; half < kParts; ++half) A::unpack(raw[i][half], values[half]);
 #pragma unroll
       for (int k = 0; k < A::kCount; ++k) {
-        values[0][k] = Activation::at(values[0][k] + bias[0][k]).value;
+        values[0][k] = Activation::template at<DeviceActivationMath>(values[0][k] + bias[0][k]).value;
         if constexpr (kGated) values[0][k] *= values[1][k] + bias[1][k];
       }
       A::store(y + index + i * row_step, values[0]);
@@ -146,7 +147,7 @@ FM_DEVICE void activation_gradient(const typename A::Raw (&raw)[kParts + 1], con
   for (int i = 0; i <= kParts; ++i) A::unpack(raw[i], values[i]);
 #pragma unroll
   for (int k = 0; k < A::kCount; ++k) {
-    const ValueAndSlope f = Activation::at(values[0][k] + bias[0][k]);
+    const ValueAndSlope f = Activation::template at<DeviceActivationMath>(values[0][k] + bias[0][k]);
     const float dy = values[kParts][k];
     values[0][k] = dy * f.slope;
     if constexpr (kParts == 2) {

@@ -1,11 +1,12 @@
+// The tensors of bias_gelu, bias_swiglu and bias_geglu, the same for the CPU and the CUDA kernels.
+//
+// A gated activation takes x [..., 2F], the gate first, and gives [..., F].
 #pragma once
 
 #include <tuple>
 
 #include "tensor_checks.h"
 
-// The tensors of bias_gelu, bias_swiglu and bias_geglu, for the CPU and CUDA kernels alike. A gated activation takes
-// x [..., 2F], the gate first, and gives [..., F].
 namespace fm {
 
 inline constexpr int kMaxHalves = 2;

@@ -1,3 +1,4 @@
+// The CUDA kernels of bias_dropout_add: plain pointers, no torch.
 #pragma once
 
 #include <algorithm>
@@ -6,15 +7,14 @@
 
 #include "cuda/column_sums.cuh"
 #include "cuda/vector_access.cuh"
-
-#define FM_PHILOX FM_DEVICE
-#include "global_rows.h"
 #include "philox.h"
+
+#include "global_rows.h"
 
 namespace fm {
 
-// What the kernels take: plain pointers, no torch. All tensors hold `count` elements as rows of `width`; where neither a
-// bias nor a slice gives rows a meaning the width is ours to choose, and the last row may be short.
+// What the kernels take. All tensors hold `count` elements as rows of `width`; where neither a bias nor a slice gives
+// rows a meaning the width is ours to choose, and the last row may be short.
 struct BiasDropoutAdd {
   DType x_dtype, dtype;  // of x and dx; of residual, y and dy
   int64_t count, width;

@@ -1,3 +1,4 @@
+// Grids and launches of the CUDA kernels of bias_dropout_add.
 #pragma once
 
 #include "bias_dropout_add_kernels.cuh"

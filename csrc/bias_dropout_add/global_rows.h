@@ -1,9 +1,12 @@
+// Where the rows of a slice begin in the whole tensor that it was cut from.
+//
+// The random word of an element depends on its global index.
 #pragma once
 
 #include <cstdint>
 
-// Where the rows of a slice begin in the whole tensor that it was cut from: the random word of an element depends on its
-// global index. Whoever includes this has defined FM_PHILOX (how functions are inlined).
+#include "inlining.h"
+
 namespace fm {
 
 struct GlobalRows {
@@ -11,7 +14,7 @@ struct GlobalRows {
   int64_t start, stride0, stride1;
 };
 
-FM_PHILOX int64_t first_index(const GlobalRows& rows, int64_t row, int64_t width) {
+FM_INLINE int64_t first_index(const GlobalRows& rows, int64_t row, int64_t width) {
   if (rows.inner == 0) return row * width;
   if (rows.inner == 1) return rows.start + row * rows.stride0;
   // 64-bit divisions are slow, on a GPU above all.

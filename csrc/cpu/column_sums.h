@@ -1,3 +1,6 @@
+// Sums over rows (gradients of parameters) that are bitwise the same for any number of threads.
+//
+// Rows are cut into parts by their number alone, every part is summed by one thread, and the parts are added in order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -5,8 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 
-// Sums over rows (gradients of parameters) that are bitwise the same for any number of threads: rows are cut into
-// parts by their number alone, every part is summed by one thread, and the parts are added in order.
 namespace fm {
 
 // 32 rows a part keep the partial sums near 1% of the traffic of a backward that moves 12 bytes an element.

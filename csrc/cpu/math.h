@@ -1,3 +1,4 @@
+// Elementary functions without branches or calls, so that loops over them vectorise.
 #pragma once
 
 #include <bit>
@@ -5,7 +6,6 @@
 
 #include "cpu/multiversion.h"
 
-// Elementary functions without branches or calls, so that loops over them vectorise.
 namespace fm {
 
 // exp(x) to about 1 ulp; overflows to inf, underflows gradually to 0, keeps NaN.

@@ -1,11 +1,12 @@
+// FM_MULTIVERSION: one binary for several x86-64 levels; the loader picks the clone for the processor that runs it.
+//
+// Put it on plain (non-template) functions; what they call must be FM_INLINE to be compiled with each clone.
 #pragma once
 
-// One binary, several x86-64 levels: the loader picks the clone for the processor that runs it.
-// Put it on plain (non-template) functions; what they call must be FM_INLINE to be compiled with each clone.
+#include "inlining.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
 #define FM_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define FM_MULTIVERSION
 #endif
-
-#define FM_INLINE inline __attribute__((always_inline))

@@ -1,3 +1,9 @@
+// 16-bit floats on the CPU: their conversions to and from float32.
+//
+// Exact for every value (subnormals, inf, NaN) and the same, bit for bit, on every processor. Integer and float32
+// operations alone, none of which meets a subnormal float32 (slow): compilers vectorise them for every level, which GCC
+// before 13 does not for the processors' own fp16 instructions. All work is in 32 bits up to one last shift; else GCC
+// does parts of it in 16, with more shuffling than work.
 #pragma once
 
 #include <bit>
@@ -5,10 +11,6 @@
 
 #include "cpu/multiversion.h"
 
-// 16-bit floats on the CPU: their conversions, exact for every value (subnormals, inf, NaN) and the same, bit for bit,
-// on every processor. Integer and float32 operations alone, none of which meets a subnormal float32 (slow): compilers
-// vectorise them for every level, which GCC before 13 does not for the processors' own fp16 instructions. All work is in
-// 32 bits up to one last shift; else GCC does parts of it in 16, with more shuffling than work.
 namespace fm {
 
 struct BFloat16 {

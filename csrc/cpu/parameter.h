@@ -1,3 +1,4 @@
+// Parameters (weight, bias) as float32 arrays, scratch memory, and the choice of a C++ type by dtype.
 #pragma once
 
 #include <cstdint>

@@ -1,10 +1,12 @@
+// Random words on the CPU: many Philox blocks at a time, and a buffer of them.
+//
+// Compilers do not see that a 64-bit lane whose upper half is ignored makes a 32 x 32 bit product one instruction, so
+// the instruction is named: one function for each width of vectors.
 #pragma once
 
 #include <cstdint>
 
 #include "cpu/multiversion.h"
-
-#define FM_PHILOX FM_INLINE
 #include "philox.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -12,8 +14,6 @@
 #define FM_PHILOX_X86 1
 #endif
 
-// Many Philox blocks at a time. Compilers do not see that a 64-bit lane whose upper half is ignored makes a 32 x 32 bit
-// product one instruction, so the instruction is named: one function for each width of vectors.
 namespace fm {
 namespace {
 

@@ -1,3 +1,7 @@
+// Memory traffic by hand: reading ahead, and writing past the caches.
+//
+// An ordinary store first reads the line that it writes; for results that no cache will hold until they are read again,
+// that is a third of a copy's traffic.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +14,6 @@
 #define FM_CAN_STREAM 1
 #endif
 
-// Memory traffic by hand: reading ahead, and writing past the caches. An ordinary store first reads the line that it
-// writes; for results that no cache will hold until they are read again, that is a third of a copy's traffic.
 namespace fm {
 
 inline constexpr int64_t kLineBytes = 64;

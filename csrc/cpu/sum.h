@@ -1,3 +1,4 @@
+// Sums along a row, in an order of additions that is the same for every vector width.
 #pragma once
 
 #include <cstdint>

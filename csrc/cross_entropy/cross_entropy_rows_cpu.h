@@ -1,6 +1,5 @@
-#pragma once
-
 // One row of a vocabulary shard: its statistics, its gradient. Included by cross_entropy_cpu.cpp alone.
+#pragma once
 
 #include <algorithm>
 #include <bit>

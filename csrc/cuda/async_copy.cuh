@@ -1,9 +1,11 @@
+// Copies of 16 bytes from global to shared memory that go around the registers (cp.async).
+//
+// A thread asks for rows that it needs later, and holds nothing meanwhile. A thread sees its own copies after
+// wait_for_copies, without a barrier.
 #pragma once
 
 #include "cuda/launch.h"
 
-// Copies of 16 bytes from global to shared memory that go around the registers (cp.async): a thread asks for rows that
-// it needs later, and holds nothing meanwhile. A thread sees its own copies after wait_for_copies, without a barrier.
 namespace fm {
 
 #ifdef FM_EMULATION

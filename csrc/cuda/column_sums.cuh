@@ -1,11 +1,13 @@
+// The second half of a sum over rows: the partial sums of all blocks, added in a fixed order.
+//
+// Every block of the first kernel left one row of float32 partial sums; they are added here without atomics, and
+// rounded once.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/numbers.cuh"
 
-// The second half of a sum over rows: every block of the first kernel left one row of float32 partial sums; they are
-// added here in a fixed order, without atomics, and rounded once.
 namespace fm {
 
 struct ColumnSums {

@@ -1,3 +1,7 @@
+// The torch side of a launch: device guard, stream, number of multiprocessors, and the check for errors.
+//
+// STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone, and this library must load
+// with the CPU build as well.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,8 +13,6 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-// The torch side of a launch. STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone,
-// and this library must load with the CPU build as well.
 namespace fm {
 
 // Registers the kernels of a .cu file: for CUDA tensors; the emulated ones for CPU tensors.

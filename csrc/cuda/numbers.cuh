@@ -1,3 +1,6 @@
+// Numbers in kernels: 16-bit floats as bare bits, their conversions, and the few functions with a fast hardware form.
+//
+// Conversions are hardware instructions on the GPU, and those of the CPU kernels in the emulation.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +16,6 @@
 #include <cuda_fp16.h>
 #endif
 
-// Numbers in kernels: 16-bit floats as bare bits, their conversions (hardware instructions on the GPU, the CPU kernels'
-// on the host), and the few functions that have a fast hardware form.
 namespace fm {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

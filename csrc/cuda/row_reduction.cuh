@@ -1,8 +1,8 @@
+// Sums over the threads of one row, in a fixed order, known to every thread of the row afterwards.
 #pragma once
 
 #include "cuda/launch.h"
 
-// Sums over the threads of one row, in a fixed order, known to every thread of the row afterwards.
 namespace fm {
 
 inline constexpr int kWarpSize = 32;

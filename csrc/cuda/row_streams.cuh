@@ -1,3 +1,7 @@
+// A matrix as a kernel reads and writes it: neighbouring columns at a time, by way of shared memory.
+//
+// kCount columns wait in kSlots slots of shared memory between fetching and use. A thread's slots lie `stride` slots
+// apart, so that neighbouring threads' slots are neighbours (no bank conflicts).
 #pragma once
 
 #include <cstdint>
@@ -6,9 +10,6 @@
 #include "cuda/numbers.cuh"
 #include "cuda/vector_access.cuh"
 
-// A matrix as a kernel reads and writes it: kCount neighbouring columns at a time, which wait in kSlots slots of shared
-// memory between fetching and use. A thread's slots lie `stride` slots apart, so that neighbouring threads' slots are
-// neighbours (no bank conflicts).
 namespace fm {
 
 // Aligned matrices of T: accesses of 16 bytes, fetched without registers.

@@ -1,3 +1,4 @@
+// Memory accesses of 128 bits where address and width allow it, of one element where they do not.
 #pragma once
 
 #include <cstdint>
@@ -5,7 +6,6 @@
 
 #include "cuda/numbers.cuh"
 
-// Memory accesses of 128 bits where address and width allow it, of one element where they do not.
 namespace fm {
 
 template <typename T, bool kWide>

@@ -1,3 +1,8 @@
+// The bytes of global memory that emulated kernels ask for.
+//
+// The unit is an access of a warp: the n-th time that its lanes come to one place in the code. Bytes that several lanes
+// ask for there count once, as on the hardware, which merges them; bytes that another access asks for again count
+// again. Beside them, whole 32-byte sectors, which is what caches and memory move.
 #pragma once
 
 #include <link.h>
@@ -11,10 +16,6 @@
 #include <unordered_map>
 #include <vector>
 
-// The bytes of global memory that emulated kernels ask for. The unit is an access of a warp: the n-th time that its
-// lanes come to one place in the code. Bytes that several lanes ask for there count once, as on the hardware, which
-// merges them; bytes that another access asks for again count again. Beside them, whole 32-byte sectors, which is what
-// caches and memory move.
 namespace fm::emulation {
 
 struct Kernel {

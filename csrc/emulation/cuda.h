@@ -1,3 +1,7 @@
+// CUDA for the host compiler: the types, variables and functions that the kernels and launch code of this project use.
+//
+// The machine behind it is machine.cpp; how it is built and used, fused_megatron/audit/cuda_emulation.py. Not emulated:
+// time, memory spaces, partial warp masks, clusters.
 #pragma once
 
 #include <bit>
@@ -6,10 +10,6 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-
-// CUDA for the host compiler: what kernels and launch code say, as far as the kernels of this project need it. The
-// machine behind it is cuda_emulation.cpp; how it is built and used, fused_megatron/audit/cuda_emulation.py.
-// Not emulated: time, memory spaces, partial warp masks, clusters.
 
 #define __global__
 #define __device__

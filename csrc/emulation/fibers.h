@@ -1,3 +1,4 @@
+// Fibers, the threads of an emulated block: stacks, and the switch from one to another.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,7 +10,6 @@
 #include <ucontext.h>
 #endif
 
-// Fibers: stacks, and the switch from one to another.
 namespace fm::emulation {
 
 inline constexpr unsigned kMaxThreads = 1024;

@@ -1,4 +1,4 @@
-// The machine behind cuda_emulation.h: a CUDA grid on one host thread. Every thread of a block is a fiber that runs
+// The machine behind emulation/cuda.h: a CUDA grid on one host thread. Every thread of a block is a fiber that runs
 // until a barrier or a shuffle. Blocks and threads are taken in an order that changes with every launch: a kernel whose
 // result depends on it has a race. What the hardware would hang on, or leave undefined, is an error.
 //

@@ -1,3 +1,4 @@
+// The symbol of a kernel, and its readable name.
 #pragma once
 
 #include <cxxabi.h>
@@ -7,7 +8,6 @@
 #include <memory>
 #include <string>
 
-// What a kernel is called.
 namespace fm::emulation {
 
 // Its symbol, which nvcc gives it too, where the linker kept it; else what the launch called it.

@@ -1,3 +1,4 @@
+// Questions to AddressSanitizer's allocator: whether bytes belong to a tensor.
 #pragma once
 
 #include <cstddef>

@@ -1,11 +1,13 @@
+// Arguments of the CUDA kernels of layer_norm (centred) and rms_norm: plain pointers, no torch.
+//
+// All matrices are [rows, width]. dtype: of x, y, dy and dx; stream_dtype: of what is normalised, that is of residual,
+// total, dtotal and dresidual.
 #pragma once
 
 #include <cstdint>
 
 #include "cuda/numbers.cuh"
 
-// What the kernels of layer_norm (centred) and rms_norm take: plain pointers, no torch. All matrices are [rows, width].
-// dtype: of x, y, dy and dx; stream_dtype: of what is normalised, that is of residual, total, dtotal and dresidual.
 namespace fm {
 
 struct NormForward {

@@ -1,3 +1,4 @@
+// layer_norm (kCentred) and rms_norm on the CPU: tensors in, tensors out.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +8,6 @@
 #include "norm/cpu_rows.h"
 #include "norm/inputs.h"
 
-// layer_norm (kCentred) and rms_norm on the CPU: tensors in, tensors out.
 namespace fm {
 
 // target_clones takes no templates, so every pair of dtypes is a plain function, found by its argument. Static, since

@@ -1,3 +1,4 @@
+// The rows of layer_norm (kCentred) and rms_norm on the CPU. T: x, y, dy, dx; S: residual, total, dtotal, dresidual.
 #pragma once
 
 #include <cmath>
@@ -8,7 +9,6 @@
 #include "cpu/numbers.h"
 #include "cpu/sum.h"
 
-// The rows of layer_norm (kCentred) and rms_norm on the CPU. T: x, y, dy, dx; S: residual, total, dtotal, dresidual.
 namespace fm {
 
 template <typename T, typename S, bool kCentred>

@@ -1,3 +1,4 @@
+// layer_norm (kCentred) and rms_norm on the GPU: tensors in, tensors out.
 #pragma once
 
 #include "cuda/launch_checks.h"
@@ -6,7 +7,6 @@
 #include "norm/inputs.h"
 #include "norm/looped.cuh"
 
-// layer_norm (kCentred) and rms_norm on the GPU: tensors in, tensors out.
 namespace fm {
 
 // What the kernels declare as shared memory themselves stays below this.

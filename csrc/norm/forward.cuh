@@ -1,3 +1,4 @@
+// The CUDA forward of layer_norm and rms_norm, for rows that fit the registers of a block.
 #pragma once
 
 #include <type_traits>

@@ -1,9 +1,11 @@
+// Checks of the tensors of layer_norm and rms_norm, the same for the CPU and the CUDA kernels.
+//
+// T: the dtype of x, y, dy and dx; S: the dtype of the stream that is normalised: residual, total, dtotal and
+// dresidual. Without a residual both are the dtype of x.
 #pragma once
 
 #include "tensor_checks.h"
 
-// What the CPU and the CUDA norms check alike. T: the dtype of x, y, dy and dx; S: the dtype of the stream that is
-// normalised: residual, total, dtotal and dresidual. Without a residual both are the dtype of x.
 namespace fm {
 
 inline void check_stream_dtype(ScalarType stream, ScalarType dtype, const char* name, const char* other) {

@@ -1,9 +1,10 @@
+// CUDA norms of rows that are wider than the registers of a block.
+//
+// After the first time rows are read from the caches. Any dtype and address; kCount is 4 for aligned rows, else 1.
 #pragma once
 
 #include "norm/rows.cuh"
 
-// Rows that are wider than the registers of a block: after the first time they are read from the caches. Any dtype and
-// address; kCount is 4 where rows are aligned, else 1.
 namespace fm {
 
 template <int kCount>

@@ -1,3 +1,8 @@
+// How rows are dealt to the threads of the CUDA norms, forward and backward.
+//
+// A block has 16 warps and stays on its multiprocessor; kWarps of them share a row, so kGroups rows are in work at a
+// time, and the next ones are on their way to shared memory. A thread has up to 32 columns; what belongs to columns
+// (weight, bias, sums of gradients) is read or written once a block, not once a row.
 #pragma once
 
 #include <algorithm>
@@ -7,10 +12,6 @@
 #include "cuda/row_streams.cuh"
 #include "norm/arguments.cuh"
 
-// How rows are dealt to threads, forward and backward. A block has 16 warps and stays on its multiprocessor; kWarps of
-// them share a row, so kGroups rows are in work at a time, and the next ones are on their way to shared memory. A
-// thread has up to 32 columns; what belongs to columns (weight, bias, sums of gradients) is read or written once a
-// block, not once a row.
 namespace fm {
 
 inline constexpr int kNormThreads = 512;
@@ -115,7 +116,6 @@ int64_t norm_stage_bytes(int64_t width, int64_t slots) {
   const int64_t accesses = (width + Rows::kStep - 1) / Rows::kStep;
   return accesses * slots * kNormThreads * static_cast<int64_t>(sizeof(typename Rows::Slot));
 }
-
 
 // Persistent blocks, one a multiprocessor: more would read the parameters that much more often.
 inline int64_t norm_blocks(int64_t rows, int multiprocessors) {

@@ -1,10 +1,10 @@
+// Checks of rotary_embedding's tensors, and what kernels need to know of them, for the CPU and the CUDA op.
 #pragma once
 
 #include "tensor_checks.h"
 
 #include "token_positions.h"
 
-// What the CPU and the CUDA op make of their arguments before a kernel sees pointers.
 namespace fm {
 
 // One tensor of heads: [n0, n1, heads, head_dim] with any strides but the last, which is 1. Packed: n1 = 1.

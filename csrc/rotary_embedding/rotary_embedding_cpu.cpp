@@ -10,7 +10,6 @@
 #include "cpu/parameter.h"
 #include "cpu/streaming.h"
 
-#define FM_ROTARY FM_INLINE
 #include "rotary_checks.h"
 
 namespace fm {

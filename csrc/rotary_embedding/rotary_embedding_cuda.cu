@@ -1,9 +1,9 @@
 #include <tuple>
 
 #include "cuda/launch_checks.h"
-#include "rotary_embedding_kernels.cuh"
 
 #include "rotary_checks.h"
+#include "rotary_embedding_kernels.cuh"
 
 namespace fm {
 namespace {

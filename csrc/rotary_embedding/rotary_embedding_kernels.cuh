@@ -1,3 +1,4 @@
+// The CUDA kernels of rotary_embedding and their launches: plain pointers, no torch.
 #pragma once
 
 #include <algorithm>
@@ -5,7 +6,6 @@
 
 #include "cuda/vector_access.cuh"
 
-#define FM_ROTARY FM_DEVICE
 #include "token_positions.h"
 
 namespace fm {

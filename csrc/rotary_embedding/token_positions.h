@@ -1,9 +1,10 @@
+// Which row of the cos and sin tables a token takes, for the CPU and the GPU.
 #pragma once
 
 #include <cstdint>
 
-// Which row of the cos and sin tables a token takes. Whoever includes this has defined FM_ROTARY (how functions are
-// inlined); in namespace fm, for the CPU and the GPU alike.
+#include "inlining.h"
+
 namespace fm {
 
 // Tokens have two indices, i0 and i1 (i1 = 0 for packed ones); sequence_dim says which of them counts along a sequence.
@@ -20,13 +21,13 @@ struct TokenPositions {
   int32_t sequence_dim;
 };
 
-FM_ROTARY int64_t sequence_begin(const TokenPositions& p, int64_t sequence) {
+FM_INLINE int64_t sequence_begin(const TokenPositions& p, int64_t sequence) {
   return p.cu_seqlens_is_64 ? static_cast<const int64_t*>(p.cu_seqlens)[sequence]
                             : static_cast<const int32_t*>(p.cu_seqlens)[sequence];
 }
 
 // The row, or -1 where the tables have none (or no sequence holds a packed token): such tokens become NaN.
-FM_ROTARY int64_t token_position(const TokenPositions& p, int64_t i0, int64_t i1) {
+FM_INLINE int64_t token_position(const TokenPositions& p, int64_t i0, int64_t i1) {
   int64_t position;
   if (p.positions != nullptr) {
     position = p.positions[i0 * p.positions_stride0 + i1 * p.positions_stride1];

@@ -1,3 +1,4 @@
+// One row of scores on the CPU: its softmax, and the gradient. Included by scaled_masked_softmax_cpu.cpp alone.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +14,6 @@
 #include <emmintrin.h>
 #endif
 
-// One row of scores: its softmax, and the gradient. Included by scaled_masked_softmax_cpu.cpp alone.
 namespace fm {
 namespace {
 

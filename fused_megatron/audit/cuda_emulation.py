@@ -1,6 +1,6 @@
 """The CUDA kernels, torch side included, built for the host: one library whose ops serve CPU tensors.
 
-Every csrc/*/*_cuda.cu is compiled by GCC against csrc/cuda_emulation.h. Tests then run on a machine without a GPU as
+Every csrc/*/*_cuda.cu is compiled by GCC against csrc/emulation/cuda.h. Tests then run on a machine without a GPU as
 they would on one (FUSED_MEGATRON_LIBRARY chooses the library), under AddressSanitizer's allocator: each access of a
 kernel is checked against what is allocated. For a source checkout; the wheel does not hold csrc.
 """
@@ -27,8 +27,8 @@ _FLAGS = (
     "-std=c++20", "-O1", "-g1", "-fPIC", "-DFM_EMULATION", "-DTORCH_TARGET_VERSION=0x020D000000000000",
     "-Wno-unknown-pragmas", "-Wno-attributes",
 )  # fmt: skip
-# A call before each access of memory, which csrc/cuda_emulation.cpp answers. Aggregates stay whole, so that a load of
-# 16 bytes is one access.
+# A call before each access of memory, which csrc/emulation/machine.cpp answers. Aggregates stay whole, so that a load
+# of 16 bytes is one access.
 _CHECKED_FLAGS = (
     "-fsanitize=kernel-address", "-fno-tree-sra", "--param=asan-instrumentation-with-call-threshold=0",
     "--param=asan-stack=0", "--param=asan-globals=0",
@@ -55,7 +55,7 @@ def build_emulation(sources: Iterable[Path] | None = None, cache: Path = CACHE) 
     """The library with the kernels of `sources` (default: of all ops), compiled as far as it has changed."""
     compiler = host_compiler()
     assert compiler is not None, "the emulation needs GCC on Linux"
-    files = [CSRC / "cuda_emulation.cpp", *(cuda_sources() if sources is None else sources)]
+    files = [CSRC / "emulation" / "machine.cpp", *(cuda_sources() if sources is None else sources)]
     headers = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
     common = hashlib.sha256(_version(compiler).encode() + torch.__version__.encode())
     common.update(" ".join(_FLAGS + _CHECKED_FLAGS).encode())
@@ -118,7 +118,7 @@ def _version(compiler: str) -> str:
 def _compiled(compiler: str, source: Path, key: "hashlib._Hash", cache: Path) -> Path:
     key.update(source.read_bytes())
     result = cache / f"{source.stem}-{key.hexdigest()[:16]}.o"
-    checked = () if source.name == "cuda_emulation.cpp" else _CHECKED_FLAGS
+    checked = () if source.name == "machine.cpp" else _CHECKED_FLAGS
     include = Path(torch.__file__).parent / "include"
     own = ["-x", "c++", f"-I{CSRC}", "-isystem", str(include), "-c", str(source)]
     _make(result, [compiler, *_FLAGS, *checked, *own])

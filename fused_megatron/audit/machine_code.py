@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fused_megatron import extension
-from fused_megatron.audit.cuda_emulation import CSRC, ROOT
+from fused_megatron.audit.cuda_emulation import CSRC, ROOT, cuda_sources
 from fused_megatron.audit.occupancy import LIMITS
 
 CACHE = ROOT / "build" / "audit"
@@ -81,7 +81,8 @@ def compiled(op: str, arch: str) -> Path:
     """The machine code of csrc/<op>/<op>_cuda.cu for an architecture such as "sm_90a"."""
     source = CSRC / op / f"{op}_cuda.cu"
     key = hashlib.sha256(f"{nvcc_version()} {torch.__version__} {arch}".encode())
-    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh") and p.parent in (CSRC, source.parent)):
+    others = {file.parent for file in cuda_sources()} - {source.parent}
+    for path in sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh") and p.parent not in others):
         key.update(path.read_bytes())
     key.update(source.read_bytes())
     result = CACHE / f"{op}-{arch}-{key.hexdigest()[:16]}.cubin"

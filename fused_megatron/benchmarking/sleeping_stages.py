@@ -14,6 +14,7 @@ from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Kind, stages_of
 from fused_megatron.pipeline.view.recording import Recorder
+from fused_megatron.sharding import parameter_record
 
 # Of what passes between stages: large enough to be data, small enough to be gone at once.
 _MESSAGE_ELEMENTS = 1024
@@ -65,7 +66,7 @@ class _Sleep(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, stage: SleepingStage) -> torch.Tensor:
         time.sleep(stage.seconds[0])
         ctx.seconds, ctx.kept = stage.seconds, stage.held.hold()
-        ctx.deferred = getattr(weight, "deferred_weight_gradients", None)
+        ctx.deferred = parameter_record(weight).deferred
         return x.clone()
 
     @staticmethod

@@ -35,9 +35,4 @@ def optimizer_boxes(
 
 def _boxes(name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> dict[str, TensorBox]:
     """What of `tensor` (shaped like the parameter) exists in the full tensors: no vocabulary padding."""
-    boxes = {}
-    for part in parameter_parts(parameter):
-        rows, shard = part.of(tensor), part.shard
-        real = shard.real_shape(tuple(rows.shape))
-        boxes[part.full_name(name)] = TensorBox(rows[tuple(slice(n) for n in real)], shard.full_shape, shard.offset)
-    return boxes
+    return {part.full_name(name): part.held(tensor) for part in parameter_parts(parameter)}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import Group, apply_on_ranks, group_size
+from fused_megatron.collectives.groups import Group, group_size, on_ranks
 from fused_megatron.collectives.transfers import own_block, start_all_gather, start_all_reduce_, start_reduce_scatter
 
 
@@ -51,7 +51,7 @@ class _Pair(torch.autograd.Function):
 def _apply(x: torch.Tensor, forward: Any, backward: Any, dim: int, group: Group) -> torch.Tensor:
     if group_size(group) == 1:
         return x
-    return apply_on_ranks(_Pair, group, x, forward, backward, dim, group)
+    return on_ranks(_Pair, group)(x, forward, backward, dim, group)
 
 
 def identity_all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -214,4 +214,4 @@ def identity_all_reduce_together(tensors: tuple[torch.Tensor, ...], group: Group
     """
     if group_size(group) == 1:
         return tensors
-    return apply_on_ranks(_IdentityAllReduceTogether, group, group, *tensors)
+    return on_ranks(_IdentityAllReduceTogether, group)(group, *tensors)

@@ -1,5 +1,7 @@
 """Size of a group and this rank's place in it; None is the group of this rank alone."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,15 +27,15 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else _member(group).rank()
 
 
-def apply_on_ranks(function: type[torch.autograd.Function], group: Group, *args: Any) -> Any:
-    """function.apply(*args), for a function that talks to the ranks of group.
+def on_ranks(function: type[torch.autograd.Function], group: Group) -> Callable[..., Any]:
+    """function.apply, for a function that talks to the ranks of group: on_ranks(Function, group)(*args).
 
     torch.compile breaks its graph there: it cannot trace a collective that is under way while a product runs, and the
     order of the two is what these functions are about. Alone, with nobody to talk to, the function is traced.
     """
     if torch.compiler.is_compiling() and group_size(group) > 1:
-        return _between_graphs(function, *args)
-    return function.apply(*args)
+        return partial(_between_graphs, function)
+    return function.apply
 
 
 @torch.compiler.disable

@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import is_shared
-from fused_megatron.collectives.transfers import start_all_reduce_
-from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.collectives import meet
+from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
+from fused_megatron.sharding import update_record
 
 
 class GradientBuckets:
     """Keeps the fp32 gradient of every parameter as a view of a few flat buckets.
 
-    Every parameter gets its view as `main_grad`: the linear layers add their products straight into it, in fp32 and
-    with no pass of their own. Autograd accumulates what else fp32 parameters get straight into the views
+    Every parameter's record gets its view as main_grad: the linear layers add their products straight into it, in fp32
+    and with no pass of their own. Autograd accumulates what else fp32 parameters get straight into the views
     (`param.grad` is the view); other gradients of lower-precision parameters are added to theirs by a hook and freed.
     A bucket holds parameters of one pipeline stage and is all-reduced over dp_group once a step, in reduce() of its
     stage; or before, as soon as the backwards that reduce_after_backwards() announced have filled it, while they go on
@@ -46,7 +46,7 @@ class GradientBuckets:
         bucket_bytes: float = 25e6,
     ) -> None:
         self._dp_group = dp_group
-        is_shared(dp_group, torch.empty(0))  # its ranks meet here, and not in a backward
+        meet(dp_group)  # its ranks meet here, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         layouts = lay_out_buckets(stages, bucket_bytes)
         self._queues = [_Queue(held_by, buckets) for held_by, buckets in layouts.items()]
@@ -58,7 +58,7 @@ class GradientBuckets:
             for bucket in queue.buckets:
                 for parameter, view in bucket.views.items():
                     parameter.grad = view if parameter.dtype == torch.float32 else None
-                    parameter.main_grad = view  # type: ignore[attr-defined]
+                    update_record(parameter, main_grad=view)
                     # The node's hook, since a parameter's own is not called when all of its gradient went to main_grad.
                     # The node runs once a backward, after every use of the parameter.
                     node = torch.autograd.graph.get_gradient_edge(parameter).node

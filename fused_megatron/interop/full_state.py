@@ -1,4 +1,4 @@
-"""The way back: whole tensors with the names that the model had, and into a parallel model from them."""
+"""Full state dicts of a parallel model: gathered under the names that the model had, and loaded into its shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,9 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
-from fused_megatron.collectives import Group, group_size
-from fused_megatron.collectives.transfers import start_all_gather
-from fused_megatron.interop.layers import copy_shard_, full_shape
-from fused_megatron.tensor_parallel import ShardedModule, parameter_parts
+from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, parallel_group
 
 _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def parallel_group(model: nn.Module) -> Group:
-    """The group that a model's layers are sharded over; None where nothing is."""
-    return next((module.tp_group for module in model.modules() if isinstance(module, ShardedModule)), None)
 
 
 def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
@@ -28,43 +20,6 @@ def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
         for parameter in module._parameters.values()
         if parameter is not None
     }
-
-
-def full_tensor(
-    parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False
-) -> torch.Tensor:
-    """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
-
-    Args:
-        parameter: of a parallel layer; one that is not sharded gives a copy of values.
-        values: in its shape, this rank's part.
-        tp_group: the ranks.
-        transposed: the model had it as [in, out].
-
-    Returns:
-        A tensor in the shape that the model had, the same on every rank.
-
-    Communication: two all-gathers: the shards, and where they belong.
-    """
-    values = values.detach()
-    parts = parameter_parts(parameter)
-    if parts[0].shard.replicated or group_size(tp_group) == 1:
-        whole = values.t() if transposed and values.dim() == 2 else values
-        return whole[tuple(slice(0, n) for n in full_shape(parameter, transposed))].clone()
-    offsets = torch.tensor([part.shard.offset for part in parts], device=values.device)
-    all_offsets = start_all_gather(offsets.unsqueeze(0), 0, tp_group).wait().tolist()
-    all_values = start_all_gather(values.unsqueeze(0).contiguous(), 0, tp_group).wait()
-    whole = values.new_empty(full_shape(parameter, False))
-    for offsets_of_rank, shard in zip(all_offsets, all_values.unbind(), strict=True):
-        start = 0
-        for part, offset in zip(parts, offsets_of_rank, strict=True):
-            mine = part.of(shard)
-            size = [max(0, min(n, f - o)) for n, f, o in zip(mine.shape, part.shard.full_shape, offset, strict=True)]
-            place = [slice(o, o + n) for o, n in zip(offset, size, strict=True)]
-            place[0] = slice(place[0].start + start, place[0].stop + start)
-            whole[tuple(place)] = mine[tuple(slice(0, n) for n in size)]
-            start += part.shard.full_shape[0]
-    return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
 
 
 def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Parallel layers in the shapes that models have theirs: any module's linear, embedding, head or norm in shards."""
 
-from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from fused_megatron.tensor_parallel import (
     ShardedModule,
     StackedColumnParallelLinear,
     column_parallel_linear,
-    parameter_parts,
     row_parallel_linear,
 )
 
@@ -163,36 +161,3 @@ def make_column(
     each = [OutputPart(name, features // parts, copies) for name in names]
     with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
         return ColumnLinear(in_features, each, bias, tp_group=tp_group, device="meta", dtype=dtype, overlap=overlap)
-
-
-def own_index(parameter: torch.Tensor, transposed: bool) -> list[tuple[torch.Tensor, tuple[slice, ...]]]:
-    """For each part of a parameter: the view that the part's true values go to, and where they are in the full one."""
-    if parameter.dim() == 0:
-        return [(parameter.data, ())]
-    places, start = [], 0
-    for part in parameter_parts(parameter):
-        mine = part.of(parameter.data)
-        box = part.shard.box(mine.shape)
-        real = mine[tuple(slice(0, stop - first) for first, stop in box)]
-        rows, *others = (slice(first, stop) for first, stop in box)
-        index = (slice(rows.start + start, rows.stop + start), *others)
-        places.append((real.t(), index[::-1]) if transposed and len(index) == 2 else (real, index))
-        start += part.shard.full_shape[0]
-    return places
-
-
-def full_shape(parameter: torch.Tensor, transposed: bool) -> tuple[int, ...]:
-    """Of the parameter over all ranks, as the model had it."""
-    parts = parameter_parts(parameter)
-    shape = (sum(part.shard.full_shape[0] for part in parts), *parts[0].shard.full_shape[1:]) if parameter.dim() else ()
-    return shape[::-1] if transposed else shape
-
-
-def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool) -> None:
-    """Write this rank's part of a full tensor, or of anything that slices like one; padding becomes 0."""
-    places = own_index(parameter, transposed)
-    if sum(prod(place.shape) for place, _ in places) != parameter.numel():
-        parameter.data.zero_()
-    for place, index in places:
-        if place.numel():
-            place.copy_(full[index])

@@ -9,8 +9,8 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.interop.agreement import check_agreement
-from fused_megatron.interop.full_state import check_full_state, load_full_state_dict, parallel_group
-from fused_megatron.tensor_parallel import ShardedModule
+from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
+from fused_megatron.sharding import ShardedModule, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
 
 _OTHER_NAMES = " (where transformers renamed tensors, parallelize what its from_pretrained returns)"
@@ -112,7 +112,7 @@ def _materialise(model: nn.Module, device: torch.device) -> list[str]:
                 buffers.append(f"{prefix}.{name}".strip("."))
     for module in model.modules():
         if isinstance(module, ShardedModule):
-            module._mark()
+            module.mark_shards()
     return buffers
 
 

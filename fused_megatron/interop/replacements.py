@@ -9,10 +9,10 @@ from torch import nn
 
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.embeddings import ColumnEmbedding, Embedding, embedding_scale
-from fused_megatron.interop.layers import GatheredLinear, RowLinear, copy_shard_, make_column
+from fused_megatron.interop.layers import GatheredLinear, RowLinear, make_column
 from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
-from fused_megatron.tensor_parallel import ParameterShard, ShardedModule, ShardPart
+from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard
 
 # What a module knows besides parameters and modules: whoever hooked into the old layer is heard by the new one.
 _KEPT = (
@@ -81,7 +81,7 @@ def _make(layer: Layer, tp_group: Group, overlap: bool | int) -> Any:
 def layout_of(replacement: Replacement, name: str) -> tuple[Any, ...]:
     """What two layers must agree in to share a parameter."""
     module: Any = replacement.module
-    shard: ParameterShard | tuple[ShardPart, ...] = module._shards[name]
+    shard: Shard = module.shards[name]
     return shard, getattr(module, "transposed", False), tuple(module._parameters[name].shape)
 
 
@@ -95,19 +95,19 @@ def fill(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Parame
         module: Any = replacement.module
         for old, new, name in list(replacement.parameters):
             if old not in made:
-                made[old] = _shard_of(old, new, getattr(module, "transposed", False), tp_group)
-            module.register_shard(name, made[old], module._shards[name])
+                made[old] = _cut(old, new, module.shards[name], getattr(module, "transposed", False), tp_group)
+            module.register_shard(name, made[old], module.shards[name])
         if hasattr(module, "_measure_overlap"):
             module._measure_overlap(module.weight.device, module.weight.dtype)
     return made
 
 
-def _shard_of(old: nn.Parameter, new: nn.Parameter, transposed: bool, tp_group: Group) -> nn.Parameter:
+def _cut(old: nn.Parameter, new: nn.Parameter, shard: Shard, transposed: bool, tp_group: Group) -> nn.Parameter:
     if group_size(tp_group) == 1 and not transposed:
         return old
-    shard = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
+    mine = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
     if old.is_meta:
-        return shard
-    shard._fused_megatron_shard = new._fused_megatron_shard  # type: ignore[attr-defined]
-    copy_shard_(shard, old.detach(), transposed)
-    return shard
+        return mine
+    mark_shard(mine, shard)
+    copy_shard_(mine, old.detach(), transposed)
+    return mine

@@ -6,7 +6,8 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
-from fused_megatron.interop.full_state import check_full_state, full_state_dict, parallel_group
+from fused_megatron.interop.full_state import check_full_state, full_state_dict
+from fused_megatron.sharding import parallel_group
 
 _WAY_OUT = "state = full_state_dict(model) on all ranks, then model.save_pretrained(folder, state_dict=state)"
 

@@ -1,7 +1,6 @@
 """A GPT from tensor-parallel layers, whole or one pipeline stage of it."""
 
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from fused_megatron.models.block import DROPOUT_PLACES, TransformerBlock, norm_o
 from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
+from fused_megatron.sharding import full_numel
 from fused_megatron.tensor_parallel import (
     VocabParallelEmbedding,
     column_parallel_linear,
     fill_normal_shard_,
-    parameter_parts,
     parameter_shard,
     vocab_parallel_linear_cross_entropy,
 )
@@ -120,7 +119,7 @@ class GPT(nn.Module):
         """
         copied = self.token_embedding if self.stage is not None and not self.stage.first else None
         own = [p for p in self.parameters() if copied is None or p is not copied.weight]
-        return sum(prod(part.shard.full_shape) for p in own for part in parameter_parts(p))
+        return full_numel(own)
 
     def forward(
         self,

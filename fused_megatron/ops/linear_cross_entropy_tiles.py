@@ -26,6 +26,7 @@ from fused_megatron.ops.cross_entropy_shards import (
     cross_entropy_merge,
     cross_entropy_statistics,
 )
+from fused_megatron.ops.product import product
 
 Pending = Callable[[], torch.Tensor]
 """Something under way; calling it, once, gives the result."""
@@ -254,9 +255,8 @@ class TiledHead:
 
     def _logits(self, x: torch.Tensor, words: slice, tile: int = 0) -> torch.Tensor:
         logits = self._buffers[tile][: x.shape[0], : words.stop - words.start]
-        if self.bias is None:
-            return torch.mm(x, self._weight(words).t(), out=logits)
-        return torch.addmm(self._cast(self.bias[words]), x, self._weight(words).t(), out=logits)
+        bias = None if self.bias is None else self._cast(self.bias[words])
+        return product(x, self._weight(words), bias, out=logits)
 
     # ---- The loss of a tile ----------------------------------------------------------------------------------------
 
@@ -357,14 +357,7 @@ class TiledHead:
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
     """total = a @ b for the first, total += a @ b for the others, summed in the dtype of total."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif a.is_cuda and total.dtype == torch.float32:
-        out: Any = {"out_dtype": torch.float32, "out": total}
-        torch.mm(a, b, **out) if first else torch.addmm(total, a, b, **out)
-    else:
-        product = torch.mm(a, b)
-        total.copy_(product) if first else total.add_(product)
+    product(a, b.t(), out=total, add=not first)
 
 
 def product_dtype(operand: torch.Tensor) -> torch.dtype:

@@ -1,44 +1,55 @@
 """Linear products overlapped with the collective that goes with them.
 
-The order of work is set by issuing a collective before the product that hides it, and by cutting both into chunks
-(chunked_products). Shapes are those of one rank, for activations [S, B, ..] and sequence dim 0; R ranks.
+The order of work is set by issuing a collective before the product that hides it, and by cutting both into chunks of
+rows: while the collective of a chunk is under way the product of the next is made, or the other way round. One chunk is
+the plain path: the whole product, then (or after) the whole collective.
+
+Rows are independent of each other, so chunks change no sum inside a product. The sum over ranks is made by the backend:
+where its order depends on an element's place in the message (a ring of three ranks or more), chunks may change the last
+bit of a float32 sum.
+
+Shapes are those of one rank, for activations [S, B, ..] and sequence dim 0; R ranks.
 """
 
+from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import Group, apply_on_ranks
-from fused_megatron.collectives.transfers import start_all_gather
-from fused_megatron.collectives.transport.transfer import Transfer
-from fused_megatron.overlap.chunked_products import (
-    Transfers,
-    gather_product,
-    rows_of,
-    start_product_all_reduce,
-    start_product_reduce_scatter,
+from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.transfers import (
+    Transfer,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+    start_reduce_scatter_blocks,
 )
-from fused_megatron.overlap.cost_model import PLAIN, ChunkChoice
+from fused_megatron.ops.product import product
+from fused_megatron.overlap import symmetric_memory
+from fused_megatron.overlap.chunk_choice import BY_SYMMETRIC_MEMORY, ChunkChoice
+from fused_megatron.overlap.chunks import chunk_edges, tile_steps
 from fused_megatron.overlap.weight_gradients import GradientDestination
 
 
-def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None:
-    """What both backwards need: of x and the weight what the gradients that are asked for are made of."""
-    needs_dx, needs_dweight, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
-    ctx.layout = layout
-    ctx.destination = GradientDestination(weight)
+class ColumnLinearFunction(torch.autograd.Function):
+    """x @ weight.T + bias with a weight sharded over its output features: tensor_parallel.column_parallel_linear.
 
+    sequence_dim None:
+        x            [S, B, H]        replicated
+        forward      y_shard_o  [S, B, O / R] = x @ w_shard_o.T + b_shard_o
+        backward     dx         [S, B, H]     = all_reduce(dy_shard_o @ w_shard_o)
+    sequence_dim given (0 here):
+        x_shard_s    [S / R, B, H]    this rank's block of the sequence
+        forward      y_shard_o  [S, B, O / R] = all_gather(x_shard_s) @ w_shard_o.T + b_shard_o
+        backward     dx_shard_s [S / R, B, H] = reduce_scatter(dy_shard_o @ w_shard_o)
+    both:
+        backward     dw_shard_o [O / R, H] = dy_shard_o.T @ x;  db_shard_o [O / R] = sum over S, B of dy_shard_o
 
-def _own(y: torch.Tensor) -> torch.Tensor:
-    """y as no view: autograd refuses to change a Function's view in place (an activation with inplace=True, +=)."""
-    own: torch.Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return own
+    Inputs are not checked. With chunks there are as many collectives of so much less; the bytes stay the same. x is
+    saved as given: the shard, not the gathered sequence. No collective for an x that needs no gradient.
+    """
 
-
-class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -49,11 +60,13 @@ class _ColumnLinear(torch.autograd.Function):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        _save(ctx, x, weight, sequence_dim, group, choice)
         if sequence_dim is None:
-            return _own(F.linear(x, weight, bias))
-        num_chunks = choice.for_gather(x, weight, sequence_dim, group)
-        return _own(gather_product(x, weight, bias, sequence_dim, group, num_chunks)[0])
+            y = product(x, weight, bias)
+        else:
+            num_chunks = choice.for_gather(x, weight, sequence_dim, group)
+            y, _ = gather_product(x, weight, bias, sequence_dim, group, num_chunks)
+        _save(ctx, x, weight, sequence_dim, group, choice)
+        return _own(y)
 
     @staticmethod
     @once_differentiable
@@ -61,8 +74,8 @@ class _ColumnLinear(torch.autograd.Function):
         needs_dx, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
         x, weight = ctx.saved_tensors
         sequence_dim, group, choice = ctx.layout
-        dx: Transfer | Transfers = Transfer(None, (dy,))
-        full_x, dweight, dbias = Transfer(None, (x,)), None, None
+        dx, full_x = Transfer((), (dy,)), Transfer((), (x,))
+        dweight = dbias = None
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
         if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
@@ -79,7 +92,23 @@ class _ColumnLinear(torch.autograd.Function):
         return dx.wait() if needs_dx else None, dweight, dbias, None, None, None
 
 
-class _RowLinear(torch.autograd.Function):
+class RowLinearFunction(torch.autograd.Function):
+    """x @ weight.T + bias with a weight sharded over its input features: tensor_parallel.row_parallel_linear.
+
+    x_shard_i    [S, B, I / R],  w_shard_i [O, I / R],  bias [O] replicated
+    sequence_dim None:
+        forward      y          [S, B, O]     = all_reduce(x_shard_i @ w_shard_i.T) + bias
+        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i
+    sequence_dim given (0 here):
+        forward      y_shard_s  [S / R, B, O] = reduce_scatter(x_shard_i @ w_shard_i.T) + bias
+        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i,  dy [S, B, O] = all_gather(dy_shard_s)
+    both:
+        backward     dw_shard_i [O, I / R] = dy.T @ x_shard_i;  dbias [O] = sum over S, B of dy
+
+    Inputs are not checked. The collective works on the product itself; the bias is added once, in the product of the
+    first rank. With chunks there are as many collectives of so much less; the bytes stay the same.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -90,11 +119,13 @@ class _RowLinear(torch.autograd.Function):
         group: Group,
         choice: ChunkChoice,
     ) -> torch.Tensor:
-        _save(ctx, x, weight, sequence_dim, group, choice)
         num_chunks = choice.for_reduction(x, weight, sequence_dim, group)
         if sequence_dim is None:
-            return _own(start_product_all_reduce(x, weight, bias, group, num_chunks).wait())
-        return _own(start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks).wait())
+            y = start_product_all_reduce(x, weight, bias, group, num_chunks)
+        else:
+            y = start_product_reduce_scatter(x, weight, bias, sequence_dim, group, num_chunks)
+        _save(ctx, x, weight, sequence_dim, group, choice)  # while the last transfer is under way
+        return _own(y.wait())
 
     @staticmethod
     @once_differentiable
@@ -104,7 +135,7 @@ class _RowLinear(torch.autograd.Function):
         sequence_dim, group, choice = ctx.layout
         dx = None
         if sequence_dim is None:
-            dx = dy @ weight if needs_dx else None
+            dx = product(dy, weight.t()) if needs_dx else None
         elif needs_dx:
             num_chunks = choice.for_gather(dy, weight.t(), sequence_dim, group)
             dx, gathered = gather_product(dy, weight.t(), None, sequence_dim, group, num_chunks, keep_gathered=True)
@@ -123,65 +154,117 @@ class _RowLinear(torch.autograd.Function):
         )
 
 
-def column_linear(
+def start_product_all_reduce(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, num_chunks: int
+) -> Transfer:
+    """sum over ranks of x [.., I] @ weight [O, I].T, + bias once: [.., O]. Its last transfers are still under way."""
+    bias = of_first_rank(bias, group)
+    rows = x.reshape(-1, x.shape[-1])
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    transfers = []
+    for begin, end in chunk_edges(rows.shape[0], num_chunks, tile_steps(x, 1)):
+        product(rows[begin:end], weight, bias, out=y[begin:end])
+        transfers.append(start_all_reduce_(y[begin:end], group))
+    return Transfer(transfers, (y.view(*x.shape[:-1], weight.shape[0]),))
+
+
+def start_product_reduce_scatter(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dim: int, group: Group, num_chunks: int
+) -> Transfer:
+    """This rank's block of dim of the sum over ranks of x @ weight.T, + bias once.
+
+    x [S, .., I] -> [S / R, .., O] for dim 0. Only there is it cut: elsewhere the blocks of a chunk would have to be
+    gathered from all over x first.
+    """
+    ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return Transfer((), (symmetric_memory.product_reduce_scatter(x, weight, bias, group),))
+    bias = of_first_rank(bias, group)
+    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+        return start_reduce_scatter(product(x, weight, bias), dim, group)
+    block, width = x.shape[dim] // ranks, weight.shape[0]
+    between = x.shape[dim + 1 : -1]
+    by_rank = x.reshape(ranks, block, *between, x.shape[-1])
+    y = x.new_empty(*x.shape[:dim], block, *between, width)
+    y_rows = y.view(block, *between, width)
+    transfers = []
+    for begin, end in chunk_edges(block, num_chunks, tile_steps(x, prod(between))):
+        partial = x.new_empty(ranks, end - begin, *between, width)
+        for rank in range(ranks):
+            product(rows_of(by_rank[rank, begin:end]), weight, bias, out=rows_of(partial[rank]))
+        transfers.append(start_reduce_scatter_blocks(partial, y_rows[begin:end], group))
+    return Transfer(transfers, (y,))
+
+
+def gather_product(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    sequence_dim: int | None,
+    dim: int,
     group: Group,
-    choice: ChunkChoice = PLAIN,
-) -> torch.Tensor:
-    """Product with a weight sharded over its output features. Inputs are not checked.
+    num_chunks: int,
+    *,
+    keep_gathered: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(y, gathered): gathered is x of all ranks along dim, y = gathered @ weight.T + bias.
 
-    sequence_dim None:
-        x            [S, B, H]        replicated
-        forward      y_shard_o  [S, B, O / R] = x @ w_shard_o.T + b_shard_o
-        backward     dx         [S, B, H]     = all_reduce(dy_shard_o @ w_shard_o)
-    sequence_dim given (0 here):
-        x_shard_s    [S / R, B, H]    this rank's block of the sequence
-        forward      y_shard_o  [S, B, O / R] = all_gather(x_shard_s) @ w_shard_o.T + b_shard_o
-        backward     dx_shard_s [S / R, B, H] = reduce_scatter(dy_shard_o @ w_shard_o)
-    both:
-        backward     dw_shard_o [O / R, H] = dy_shard_o.T @ x;  db_shard_o [O / R] = sum over S, B of dy_shard_o
-
-    Args:
-        choice: into how many chunks a product and its collective are cut, so that they overlap; see ChunkChoice.
-
-    Communication: sequence_dim None: one all-reduce of x backward, under the products for dx and dw. Else one
-        all-gather forward, under the product; backward one all-gather under the product for dx and one reduce-scatter
-        under the products for dx and dw. None of those for x that needs no gradient or a frozen weight. With chunks,
-        as many collectives of so much less; the bytes stay the same.
-    Memory: x as given (the shard, not the gathered sequence) and the weight are saved.
+    x [S / R, .., I] -> y [S, .., O] for dim 0. This rank's own block is multiplied while the first chunks of the others
+    travel. `gathered` is None unless it is asked for.
     """
-    return apply_on_ranks(_ColumnLinear, group, x, weight, bias, sequence_dim, group, choice)
+    ranks = group_size(group)
+    if num_chunks == BY_SYMMETRIC_MEMORY:
+        assert group is not None
+        return symmetric_memory.gather_product(x, weight, bias, group, keep_gathered)
+    if num_chunks == 1 or ranks == 1 or not _leads(x, dim):
+        whole = start_all_gather(x, dim, group).wait()
+        return product(whole, weight, bias), whole if keep_gathered else None
+    own = group_rank(group)
+    block, between, width = x.shape[dim], x.shape[dim + 1 : -1], weight.shape[0]
+    shard = x.reshape(block, *between, x.shape[-1]).contiguous()
+    edges = chunk_edges(block, num_chunks, tile_steps(x, prod(between)))
+    transfers = [start_all_gather(shard[begin:end].unsqueeze(0), 0, group) for begin, end in edges]
+    y = x.new_empty(ranks, block, *between, width)
+    gathered = x.new_empty(ranks, *shard.shape) if keep_gathered else None
+    product(rows_of(shard), weight, bias, out=rows_of(y[own]))
+    if gathered is not None:
+        gathered[own] = shard
+    for (begin, end), transfer in zip(edges, transfers, strict=True):
+        chunk = transfer.wait()
+        for rank in range(ranks):
+            if rank == own:
+                continue
+            product(rows_of(chunk[rank]), weight, bias, out=rows_of(y[rank, begin:end]))
+            if gathered is not None:
+                gathered[rank, begin:end] = chunk[rank]
+    full_shape = (*x.shape[:dim], ranks * block, *between)
+    return y.view(*full_shape, width), None if gathered is None else gathered.view(*full_shape, x.shape[-1])
 
 
-def row_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    sequence_dim: int | None,
-    group: Group,
-    choice: ChunkChoice = PLAIN,
-) -> torch.Tensor:
-    """Product with a weight sharded over its input features. Inputs are not checked.
+def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:
+    """A bias that rides in the product of one rank alone: no pass over the sum of its own, and one rounding less."""
+    return bias if group_rank(group) == 0 else None
 
-    x_shard_i    [S, B, I / R],  w_shard_i [O, I / R],  bias [O] replicated
-    sequence_dim None:
-        forward      y          [S, B, O]     = all_reduce(x_shard_i @ w_shard_i.T) + bias
-        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i
-    sequence_dim given (0 here):
-        forward      y_shard_s  [S / R, B, O] = reduce_scatter(x_shard_i @ w_shard_i.T) + bias
-        backward     dx_shard_i [S, B, I / R] = dy @ w_shard_i,  dy [S, B, O] = all_gather(dy_shard_s)
-    both:
-        backward     dw_shard_i [O, I / R] = dy.T @ x_shard_i;  dbias [O] = sum over S, B of dy
 
-    Args:
-        choice: into how many chunks a product and its collective are cut, so that they overlap; see ChunkChoice.
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """x [.., I] as a matrix."""
+    return x.reshape(-1, x.shape[-1])
 
-    Communication: one all-reduce (reduce-scatter) of y forward, under the product; none (one all-gather of dy, under
-        the product for dx) backward. With chunks, as many collectives of so much less; the bytes stay the same.
-    Memory: x and the weight are saved. The collective works on the product itself; the bias is added once, in the
-        product of the first rank.
-    """
-    return apply_on_ranks(_RowLinear, group, x, weight, bias, sequence_dim, group, choice)
+
+def _leads(x: torch.Tensor, dim: int) -> bool:
+    """Whether blocks of dim are contiguous: no dim before it."""
+    return prod(x.shape[:dim]) == 1
+
+
+def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None:
+    """What both backwards need: of x and the weight what the gradients that are asked for are made of."""
+    needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
+    ctx.layout = layout
+    ctx.destination = GradientDestination(weight)
+
+
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """y as no view: autograd refuses to change a Function's view in place (an activation with inplace=True, +=)."""
+    own: torch.Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return own

@@ -15,18 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives.groups import Group, apply_on_ranks, group_size
-from fused_megatron.collectives.transfers import start_all_gather_blocks, start_all_reduce_, start_reduce_scatter_blocks
-from fused_megatron.collectives.transport.transfer import Transfer
-from fused_megatron.overlap.chunked_products import (
-    Transfers,
-    chunk_edges,
-    of_first_rank,
-    product_into,
-    rows_of,
-    tile_steps,
+from fused_megatron.collectives.groups import Group, group_size
+from fused_megatron.collectives.transfers import (
+    Transfer,
+    start_all_gather_blocks,
+    start_all_reduce_,
+    start_reduce_scatter_blocks,
 )
-from fused_megatron.overlap.cost_model import ChunkChoice
+from fused_megatron.ops.product import product
+from fused_megatron.overlap.chunk_choice import ChunkChoice
+from fused_megatron.overlap.chunks import chunk_edges, tile_steps
+from fused_megatron.overlap.overlapped_linear import of_first_rank, rows_of
 from fused_megatron.overlap.weight_gradients import GradientDestination
 
 
@@ -63,7 +62,7 @@ class _Chunks:
     def start_gather(self, rows: torch.Tensor, group: Group) -> tuple[torch.Tensor, list[Transfer]]:
         """The full tensor of rows and what fills it, chunk by chunk."""
         if self.ranks == 1:
-            return rows, [Transfer(None, (rows[begin:end],)) for begin, end in self.edges]
+            return rows, [Transfer((), (rows[begin:end],)) for begin, end in self.edges]
         full = self.new_full(rows, rows.shape[1])
         pairs = zip(self.edges, self.of(full), strict=True)
         return full, [start_all_gather_blocks(rows[begin:end], chunk, group) for (begin, end), chunk in pairs]
@@ -76,7 +75,18 @@ class _Chunks:
         return start_reduce_scatter_blocks(self.of(full)[index], rows[begin:end], self.group)
 
 
-class _MLP(torch.autograd.Function):
+class MLPFunction(torch.autograd.Function):
+    """Down product of the activation of the up product; see tensor_parallel.parallel_mlp.
+
+    x              [S, B, H] replicated, or under sequence parallelism this rank's block [S / R, B, H] of the first dim
+    up_weight      [F' / R, H],  up_bias [F' / R],  down_weight [H, F / R],  down_bias [H] replicated
+    forward        h [S, B, F' / R] = all_gather(x) @ up.T;  a = activation(h, up_bias) [S, B, F / R]
+                   y = all_reduce or reduce_scatter(a @ down.T) + down_bias
+    backward       da = all_gather(dy) @ down;  dh = activation's gradient;  dx = all_reduce or reduce_scatter(dh @ up)
+
+    Inputs are not checked. x, h and the weights are saved; the activation a is computed again in backward.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -100,13 +110,13 @@ class _MLP(torch.autograd.Function):
         transfers = []
         pieces = zip(gathers, chunks.of(h), chunks.of(partial), strict=True)
         for i, (gather, h_chunk, y_chunk) in enumerate(pieces):
-            product_into(gather.wait(), up_weight, None, h_chunk)
-            product_into(activation.forward(h_chunk, up_bias), down_weight, bias, y_chunk)
+            product(gather.wait(), up_weight, out=h_chunk)
+            product(activation.forward(h_chunk, up_bias), down_weight, bias, out=y_chunk)
             transfers.append(chunks.start_sums(partial, y, i))
         ctx.save_for_backward(x, up_weight, up_bias, down_weight, h)
         ctx.rest = activation, backward_chunks, group
         ctx.destinations = GradientDestination(up_weight), GradientDestination(down_weight)
-        return Transfers(transfers, y.view(*x.shape[:-1], y.shape[1])).wait()
+        return Transfer(transfers, (y.view(*x.shape[:-1], y.shape[1]),)).wait()
 
     @staticmethod
     @once_differentiable
@@ -123,7 +133,7 @@ class _MLP(torch.autograd.Function):
         transfers = []
         dh = torch.empty_like(h) if len(gathers) > 1 else h
         for i, (gather, h_chunk, dh_chunk) in enumerate(zip(gathers, chunks.of(h), chunks.of(dh), strict=True)):
-            da = gather.wait() @ down_weight
+            da = product(gather.wait(), down_weight.t())
             gradient, part = activation.backward(da, h_chunk, bias, True, needs_up_bias)
             if dh is h:  # one chunk is all
                 dh = gradient
@@ -132,7 +142,7 @@ class _MLP(torch.autograd.Function):
             if dbias is not None:
                 dbias += part
             if partial is not None and dx is not None:
-                product_into(gradient, up_weight.t(), None, chunks.of(partial)[i])
+                product(gradient, up_weight.t(), out=chunks.of(partial)[i])
                 transfers.append(chunks.start_sums(partial, dx, i))
         dup = ddown = None
         up_destination, down_destination = ctx.destinations
@@ -144,39 +154,5 @@ class _MLP(torch.autograd.Function):
             dup = up_destination.add(lambda: (dh, full_x))
         ddown_bias = full_dy.sum(0) if needs_down_bias else None
         if dx is not None:
-            dx = Transfers(transfers, dx.view(x.shape)).wait()
+            dx = Transfer(transfers, (dx.view(x.shape),)).wait()
         return dx, dup, None if dbias is None else dbias.to(up_bias.dtype), ddown, ddown_bias, None, None, None, None
-
-
-def mlp(
-    x: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
-    activation: Activation,
-    sequence_parallel: bool,
-    group: Group,
-    choice: ChunkChoice,
-) -> torch.Tensor:
-    """Down product of the activation of the up product. Inputs are not checked.
-
-    x              [S, B, H] replicated, or under sequence parallelism this rank's block [S / R, B, H]
-    up_weight      [F' / R, H],  up_bias [F' / R],  down_weight [H, F / R],  down_bias [H] replicated
-    forward        h [S, B, F' / R] = all_gather(x) @ up.T;  a = activation(h, up_bias) [S, B, F / R]
-                   y = all_reduce or reduce_scatter(a @ down.T) + down_bias
-    backward       da = all_gather(dy) @ down;  dh = activation's gradient;  dx = all_reduce or reduce_scatter(dh @ up)
-
-    Args:
-        sequence_parallel: over the first dim of x.
-        choice: into how many chunks of rows forward and backward are cut; see ChunkChoice.
-
-    Communication: as column_linear and row_linear together, each collective under all of the products on its way.
-    Memory: x, h and the weights are saved; the activation a is computed again in backward.
-    Numerics: outputs and gradients are those of the two layers to the last bit, where the library's products of some
-        rows are, except for the gradient of up_bias, which is summed chunk by chunk, and with a sharded sequence of
-        the weights and down_bias, whose rows are summed in the order of the chunks.
-    """
-    return apply_on_ranks(
-        _MLP, group, x, up_weight, up_bias, down_weight, down_bias, activation, sequence_parallel, group, choice
-    )

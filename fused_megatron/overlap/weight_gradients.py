@@ -1,53 +1,22 @@
 """The gradient of a weight: where it goes, and whether now or later."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
+
+from fused_megatron.ops.product import product
+from fused_megatron.sharding import parameter_record
 
 # The operands (dy [T, O], x [T, I]) of the product dy.T @ x [O, I].
 Operands = Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
-class DeferredWeightGradients:
-    """Products that backward leaves for later, so that a pipeline sends the gradient of its input first.
-
-    A parameter that has one as its attribute `deferred_weight_gradients` hands over its products while
-    `collecting` is entered; outside, everything is as without. No graph is cut, so recomputation, tied weights and
-    main_grad work as ever. A weight that is not the parameter itself (cast by autocast, made by a function) has no
-    such attribute and is never put off.
-    """
-
-    def __init__(self) -> None:
-        self._into: list[Callable[[], None]] | None = None
-
-    @contextmanager
-    def collecting(self, products: list[Callable[[], None]]) -> Iterator[None]:
-        """Append the products of backward passes in this context to a list; the caller runs them, in order."""
-        assert self._into is None, "one backward at a time"
-        self._into = products
-        try:
-            yield
-        finally:
-            self._into = None
-
-    @property
-    def open(self) -> bool:
-        """Whether a backward now leaves its products."""
-        return self._into is not None
-
-    def append(self, product: Callable[[], None]) -> None:
-        """One product; only while open."""
-        assert self._into is not None
-        self._into.append(product)
-
-
 class GradientDestination:
-    """Where a weight's gradient goes, looked up in the forward: its main_grad, its store of deferred products."""
+    """Where a weight's gradient goes, as its record says in the forward: its main_grad, its store of products."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        self.main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
-        self._deferred: DeferredWeightGradients | None = getattr(weight, "deferred_weight_gradients", None)
+        record = parameter_record(weight)
+        self.main_grad, self._deferred = record.main_grad, record.deferred
         self._parameter = None if self._deferred is None else weight  # a leaf: it holds no graph
 
     @property
@@ -76,15 +45,12 @@ class GradientDestination:
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor | None:
     """dy [T, O], x [T, I]: dy.T @ x [O, I]; with a main_grad that is added to it, and the result is None.
 
-    A parameter's `main_grad` is a float32 tensor of its shape (training.GradientBuckets sets it). The product then
+    A parameter's main_grad is a float32 tensor of its shape (data_parallel.GradientBuckets sets it). The product then
     accumulates into it in float32: no gradient of the parameter's size is made, rounded or added.
     """
     if main_grad is None:
-        return dy.t() @ x
-    if dy.dtype == main_grad.dtype:
-        torch.addmm(main_grad, dy.t(), x, out=main_grad)
-    elif dy.is_cuda:
-        torch.addmm(main_grad, dy.t(), x, torch.float32, out=main_grad)
-    else:  # the CPU's products of bfloat16 round their result to bfloat16
-        torch.addmm(main_grad, dy.t().float(), x.float(), out=main_grad)
+        return product(dy.t(), x.t())
+    if not dy.is_cuda and dy.dtype != main_grad.dtype:  # the CPU's products of bfloat16 round their result to bfloat16
+        dy, x = dy.float(), x.float()
+    product(dy.t(), x.t(), out=main_grad, add=True)
     return None

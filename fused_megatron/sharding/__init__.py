@@ -1,24 +1,42 @@
-"""How a tensor is cut over ranks: boxes, the shard that a parameter holds, initialisation that no layout changes."""
+"""How a tensor is cut over ranks: boxes, the record on a parameter, initialisation, full tensors, the gradient norm."""
 
-from fused_megatron.sharding.box import StreamedBox, TensorBox
+from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
+from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor
+from fused_megatron.sharding.gradient_norm import clip_grad_norm_
 from fused_megatron.sharding.initialization import fill_normal_shard_
-from fused_megatron.sharding.parameter_shard import (
-    ParameterShard,
-    ShardedModule,
-    ShardPart,
+from fused_megatron.sharding.parameter_record import (
+    DeferredWeightGradients,
+    ParameterRecord,
+    Shard,
     mark_shard,
     parameter_parts,
+    parameter_record,
     parameter_shard,
+    update_record,
 )
+from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding.sharded_module import ShardedModule, parallel_group
 
 __all__ = [
+    "Box",
+    "DeferredWeightGradients",
+    "ParameterRecord",
     "ParameterShard",
+    "Shard",
     "ShardPart",
     "ShardedModule",
     "StreamedBox",
     "TensorBox",
+    "clip_grad_norm_",
+    "copy_shard_",
     "fill_normal_shard_",
+    "full_numel",
+    "full_shape",
+    "full_tensor",
     "mark_shard",
+    "parallel_group",
     "parameter_parts",
+    "parameter_record",
     "parameter_shard",
+    "update_record",
 ]

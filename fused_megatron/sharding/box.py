@@ -81,8 +81,9 @@ class Box:
         box = Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
         return box if all(s > 0 for s in box.shape) else None
 
-    def slices(self, origin: Sequence[int]) -> tuple[slice, ...]:
-        """Index of this box in a tensor whose first element lies at origin."""
+    def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+        """Index of this box in a tensor whose first element lies at origin; None: in the full tensor."""
+        origin = (0,) * len(self.shape) if origin is None else origin
         return tuple(slice(o - z, o - z + s) for o, s, z in zip(self.offset, self.shape, origin, strict=True))
 
 

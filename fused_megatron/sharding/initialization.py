@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from fused_megatron.checks import check
-from fused_megatron.sharding.parameter_shard import ParameterShard, parameter_parts
+from fused_megatron.sharding.box import Box, TensorBox
+from fused_megatron.sharding.parameter_record import parameter_parts
 
-# A full weight is drawn in tiles of this edge, each from a stream of its own: a rank draws only the tiles that it
-# touches, and holds one at a time. Changing it changes every initial weight.
+# A full weight is drawn in tiles of this edge (of experts' [E, F, H] each matrix is), each from a stream of its own: a
+# rank draws only the tiles that it touches, and holds one at a time. Changing it changes every initial weight.
 TILE = 256
 
 
@@ -22,42 +23,39 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     device and dtype (up to rounding). Rows that pad the vocabulary become 0.
 
     Args:
-        parameter: 1 or 2 dims, float; marked with its ParameterShard, or whole. On the meta device nothing happens.
+        parameter: 1 to 3 dims, float; marked with its ParameterShard, or whole. On the meta device nothing happens.
         std: standard deviation.
         seed: of the model.
         name: of the parameter in the model; two parameters of one name and seed get the same values. Where it stacks
             several full ones, each is drawn by its own name, `name.part`.
 
     Raises:
-        InputError: more than two dims.
+        InputError: no dims, or more than three.
 
     Communication: none; every rank draws what it needs.
     Memory: one tile of TILE x TILE float32 numbers beside the parameter.
     """
-    check(parameter.dim() in (1, 2), f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 or 2 dims")
+    check(1 <= parameter.dim() <= 3, f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 to 3 dims")
     if parameter.device.type == "meta":
         return
-    for part in parameter_parts(parameter):
-        _fill(part.of(parameter), part.shard, std, seed, part.full_name(name))
-
-
-def _fill(parameter: torch.Tensor, shard: ParameterShard, std: float, seed: int, name: str) -> None:
-    box = shard.box(parameter.shape)
     parameter.zero_()
-    tiles = [range(start // TILE, -(-stop // TILE)) for start, stop in box]
-    for tile in itertools.product(*tiles):
-        # The part of the tile inside the box: in coordinates of the tile and of the shard.
-        first = [max(start, t * TILE) for t, (start, _) in zip(tile, box, strict=True)]
-        last = [min(stop, (t + 1) * TILE) for t, (_, stop) in zip(tile, box, strict=True)]
-        inside = tuple(slice(f - t * TILE, e - t * TILE) for f, e, t in zip(first, last, tile, strict=True))
-        local = tuple(slice(f - start, e - start) for f, e, (start, _) in zip(first, last, box, strict=True))
-        parameter[local] = torch.from_numpy(_normal_tile(seed, name, tile)[inside] * np.float32(std)).to(
-            parameter.dtype
-        )
+    for part in parameter_parts(parameter):
+        _fill(part.held(parameter), std, seed, part.full_name(name))
 
 
-def _normal_tile(seed: int, name: str, tile: tuple[int, ...]) -> np.ndarray:
+def _fill(held: TensorBox, std: float, seed: int, name: str) -> None:
+    box = held.box
+    edges = (1, TILE, TILE)[-len(box.shape) :]
+    spans = zip(box.offset, box.shape, edges, strict=True)
+    for tile in itertools.product(*(range(o // edge, -(-(o + size) // edge)) for o, size, edge in spans)):
+        tile_box = Box(tuple(i * edge for i, edge in zip(tile, edges, strict=True)), edges)
+        if inside := tile_box.intersect(box):
+            values = _normal_tile(seed, name, tile, edges)[inside.slices(tile_box.offset)] * np.float32(std)
+            held.tensor[inside.slices(box.offset)] = torch.from_numpy(values).to(held.tensor.dtype)
+
+
+def _normal_tile(seed: int, name: str, tile: tuple[int, ...], edges: tuple[int, ...]) -> np.ndarray:
     digest = hashlib.sha256(repr((seed, name, tile)).encode()).digest()
     # Not torch's generator: it keeps 32 bits of a CPU seed, and its values depend on the CPU's vector width.
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return generator.standard_normal((TILE,) * len(tile), dtype=np.float32)
+    return generator.standard_normal(edges, dtype=np.float32)

@@ -1,10 +1,10 @@
 """Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
 
-from fused_megatron.sharding.initialization import fill_normal_shard_
-from fused_megatron.sharding.parameter_shard import (
+from fused_megatron.sharding import (
     ParameterShard,
     ShardedModule,
     ShardPart,
+    fill_normal_shard_,
     mark_shard,
     parameter_parts,
     parameter_shard,
@@ -14,6 +14,7 @@ from fused_megatron.tensor_parallel.embedding import VocabParallelEmbedding, voc
 from fused_megatron.tensor_parallel.layer_norm import LayerNorm
 from fused_megatron.tensor_parallel.linear import (
     ColumnParallelLinear,
+    OutputPart,
     RowParallelLinear,
     column_parallel_linear,
     row_parallel_linear,
@@ -21,7 +22,7 @@ from fused_megatron.tensor_parallel.linear import (
 from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from fused_megatron.tensor_parallel.mlp import parallel_mlp
 from fused_megatron.tensor_parallel.rms_norm import RMSNorm
-from fused_megatron.tensor_parallel.stacked_linear import OutputPart, StackedColumnParallelLinear
+from fused_megatron.tensor_parallel.stacked_linear import StackedColumnParallelLinear
 
 __all__ = [
     "ColumnParallelLinear",

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.checks import InputError, check, check_divisible, check_dtype, check_same_device
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
-from fused_megatron.sharding.parameter_shard import ParameterShard, ShardedModule
+from fused_megatron.sharding import ParameterShard, ShardedModule, parameter_record
 from fused_megatron.tensor_parallel.linear import draw_normal_weight_
 
 
@@ -33,7 +33,7 @@ class _VocabParallelEmbedding(torch.autograd.Function):
         partial = partial.where(owned.unsqueeze(-1), other.unsqueeze(-1))
         ctx.save_for_backward(local if ctx.needs_input_grad[1] else None)
         ctx.layout = rows, sequence_dim, group
-        ctx.main_grad = getattr(weight, "main_grad", None)
+        ctx.main_grad = parameter_record(weight).main_grad
         if sequence_dim is None:
             return start_all_reduce_(partial, group).wait()
         return start_reduce_scatter(partial, sequence_dim, group).wait()

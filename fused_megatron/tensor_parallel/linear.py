@@ -1,25 +1,27 @@
 """Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from typing_extensions import Self
 
-from fused_megatron.checks import check, check_divisible, check_shape
+from fused_megatron.checks import InputError, check, check_divisible, check_shape, dtype_name
 from fused_megatron.collectives import (
     Group,
     all_gather_split,
     group_rank,
     group_size,
     identity_all_reduce_together,
-    is_shared,
+    meet,
+    on_ranks,
     split_all_gather,
 )
-from fused_megatron.overlap import chunk_choice, column_linear, row_linear
-from fused_megatron.sharding.initialization import fill_normal_shard_
-from fused_megatron.sharding.parameter_shard import ParameterShard, ShardedModule, parameter_shard
-from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
+from fused_megatron.mesh import ParallelLayout
+from fused_megatron.overlap import ColumnLinearFunction, RowLinearFunction, chunk_choice
+from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart, fill_normal_shard_, parameter_shard
 
 
 def column_parallel_linear(
@@ -34,7 +36,7 @@ def column_parallel_linear(
 ) -> torch.Tensor:
     """x @ weight.T + bias with weight and bias sharded over output features; for a head tied to an embedding, too.
 
-    Equals torch.nn.functional.linear on one rank. The shapes and their duals are those of collectives.column_linear:
+    Equals torch.nn.functional.linear on one rank. The shapes and their duals, in full: overlap.ColumnLinearFunction.
 
         x           [S, B, H], or this rank's [S / R, B, H] under sequence parallelism
         forward     y_shard_o [S, B, O / R] = x @ w_shard_o.T + b_shard_o
@@ -48,7 +50,7 @@ def column_parallel_linear(
         sequence_parallel: x is a sequence shard; y has the whole sequence.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (overlap.cost_model; measured at the first call, on all ranks), a number: so many, False: never.
+            group says (overlap.chunk_choice; measured at the first call by all ranks), a number: so many, False: never.
 
     Returns:
         [..., O / R], dtype of x, contiguous.
@@ -67,7 +69,7 @@ def column_parallel_linear(
     x, weight, bias = autocast_operands(x, weight, bias)
     check_operands(x, weight, bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
-    return column_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
+    return on_ranks(ColumnLinearFunction, tp_group)(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
 
 def row_parallel_linear(
@@ -82,7 +84,7 @@ def row_parallel_linear(
 ) -> torch.Tensor:
     """x @ weight.T + bias with x and weight sharded over input features, and bias whole on every rank.
 
-    Equals torch.nn.functional.linear on one rank. The shapes and their duals are those of collectives.row_linear:
+    Equals torch.nn.functional.linear on one rank. The shapes and their duals, in full: overlap.RowLinearFunction.
 
         x_shard_i   [S, B, I / R]
         forward     y = sum over ranks of x_shard_i @ w_shard_i.T, + bias; [S, B, O], or this rank's [S / R, B, O]
@@ -96,7 +98,7 @@ def row_parallel_linear(
         sequence_parallel: y is this rank's block of sequence_dim.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (overlap.cost_model; measured at the first call, on all ranks), a number: so many, False: never.
+            group says (overlap.chunk_choice; measured at the first call by all ranks), a number: so many, False: never.
 
     Returns:
         [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.
@@ -117,54 +119,108 @@ def row_parallel_linear(
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
-    return row_linear(x, weight, bias, dim, tp_group, chunk_choice(overlap))
+    return on_ranks(RowLinearFunction, tp_group)(x, weight, bias, dim, tp_group, chunk_choice(overlap))
+
+
+def autocast_operands(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
+    device_type = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless they fit each other as those of torch.nn.functional.linear. In every forward: no text unless so."""
+    if weight.dim() != 2:
+        raise InputError(f"weight.shape={tuple(weight.shape)} must be (out_features, in_features)")
+    features = weight.shape[1]
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise InputError(
+            f"x.shape={tuple(x.shape)} must end in this rank's number of input features {features} "
+            f"(weight.shape={tuple(weight.shape)})"
+        )
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(
+                f"{name}.dtype={dtype_name(tensor.dtype)} must equal weight.dtype={dtype_name(weight.dtype)} "
+                "(cast one of them, or use torch.autocast)"
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias.shape={tuple(bias.shape)} must be {tuple(weight.shape[:1])}")
+    if x.device != weight.device:
+        raise InputError(f"x.device={x.device} must equal weight.device={weight.device}")
+
+
+def sharded_sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:
+    """The dim of x that is sharded, as a number from 0; None without sequence parallelism."""
+    if not sequence_parallel or group_size(tp_group) == 1:
+        return None
+    dims = x.dim()
+    if not -dims <= sequence_dim < dims or sequence_dim % dims == dims - 1:
+        raise InputError(f"sequence_dim={sequence_dim} must be a dim of x.shape={tuple(x.shape)} other than the last")
+    return sequence_dim % dims
+
+
+@dataclass(frozen=True)
+class OutputPart:
+    """Output features with a full weight of their own.
+
+    Attributes:
+        name: of the full weight, in checkpoints and for its initial values.
+        features: over all ranks, each counted once.
+        copies: how many ranks hold the same features, neighbours: 1, or more where the features are fewer than ranks.
+    """
+
+    name: str
+    features: int
+    copies: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions:
+    """What the constructors of column- and row-parallel layers share, besides sizes; see ColumnParallelLinear."""
+
+    layout: ParallelLayout
+    sequence_dim: int
+    skip_bias_add: bool
+    init_std: float
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+
+class _Shard(NamedTuple):
+    """This rank's part of a layer [O, I]: the shape of its weight, and of which full parameters the two are shards."""
+
+    shape: tuple[int, int]
+    weight: ParameterShard | tuple[ShardPart, ...]
+    bias: ParameterShard | tuple[ShardPart, ...]
 
 
 class _ParallelLinear(ShardedModule):
-    """What both layers share. The shard is a block of dim `sharded_dim` of the full weight [O, I]."""
+    """A linear layer of which every rank has a part: what column- and row-parallel ones share."""
 
-    sharded_dim: int
     by_symmetric_memory = False
     bias: nn.Parameter | None
     weight: nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool,
-        *,
-        tp_group: Group,
-        sequence_parallel: bool,
-        sequence_dim: int,
-        skip_bias_add: bool,
-        overlap: bool | int,
-        init_std: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, shard: _Shard, options: LinearOptions) -> None:
         super().__init__()
-        ranks, rank = group_size(tp_group), group_rank(tp_group)
         self.in_features, self.out_features = in_features, out_features
-        self.tp_group = tp_group
-        self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
-        self.skip_bias_add = skip_bias_add
-        self.overlap = overlap
-        self._measure_overlap(device, dtype)
-        self.init_std = init_std
-        full = (out_features, in_features)
-        name = ("out_features", "in_features")[self.sharded_dim]
-        check_divisible(name, full[self.sharded_dim], "tensor_parallel_size", ranks)
-        local, offset = list(full), [0, 0]
-        local[self.sharded_dim] //= ranks
-        offset[self.sharded_dim] = rank * local[self.sharded_dim]
-        weight = nn.Parameter(torch.empty(local, device=device, dtype=dtype))
-        self.register_shard("weight", weight, ParameterShard(full, (offset[0], offset[1])))
+        self.tp_group = options.layout.tp_group
+        self.sequence_parallel, self.sequence_dim = options.layout.sequence_parallel, options.sequence_dim
+        self.overlap = options.layout.overlap
+        self.skip_bias_add = options.skip_bias_add
+        self.init_std = options.init_std
+        self._measure_overlap(options.device, options.dtype)
+        weight = torch.empty(shard.shape, device=options.device, dtype=options.dtype)
+        self.register_shard("weight", nn.Parameter(weight), shard.weight)
         if bias:
-            values = nn.Parameter(torch.empty(local[0], device=device, dtype=dtype))
-            self.register_shard(
-                "bias", values, ParameterShard(full[:1], (offset[0],), replicated=self.sharded_dim == 1)
-            )
+            values = torch.empty(shard.shape[0], device=options.device, dtype=options.dtype)
+            self.register_shard("bias", nn.Parameter(values), shard.bias)
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
@@ -187,8 +243,9 @@ class _ParallelLinear(ShardedModule):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
         weight, bias = linear.weight, linear.bias
+        new: Any = cls  # the base's own constructor takes other arguments
         with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
-            layer = cls(
+            layer = new(
                 linear.in_features, linear.out_features, bias is not None, tp_group=tp_group, device="meta",
                 dtype=weight.dtype, **options,
             )  # fmt: skip
@@ -204,7 +261,8 @@ class _ParallelLinear(ShardedModule):
     def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Measure the group now, where all ranks are known to be, and not in the first forward; let them meet now."""
         like = torch.empty(0, device=device, dtype=dtype)
-        is_shared(self.tp_group, like)
+        if like.is_cpu:
+            meet(self.tp_group)
         costs = chunk_choice(self.overlap).measured(self.tp_group, like)
         self.by_symmetric_memory = costs is not None and costs.symmetric_memory
 
@@ -216,6 +274,12 @@ class _ParallelLinear(ShardedModule):
         draw_normal_weight_(self.weight, self.init_std, seed, name)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def product_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What a layer with skip_bias_add returns, with this type: (y without the bias, the bias)."""
+        assert self.skip_bias_add, "without it, call the layer"
+        y, bias = self(x)
+        return y, bias
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -232,7 +296,8 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Args:
         in_features: I.
-        out_features: O of all ranks together; must be divisible by R.
+        out_features: O of all ranks together; must be divisible by R. Or the parts that the output consists of, each
+            sharded for itself; see StackedColumnParallelLinear.
         bias: whether there is one; sharded as the output.
         tp_group: the R ranks; None for this one alone.
         sequence_parallel: the input is this rank's block [S / R, ...] of the sequence.
@@ -249,12 +314,10 @@ class ColumnParallelLinear(_ParallelLinear):
     Shapes, Communication, Memory: as column_parallel_linear; gather_output adds one all-gather of y forward.
     """
 
-    sharded_dim = 0
-
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        out_features: int | Sequence[OutputPart],
         bias: bool = True,
         *,
         tp_group: Group,
@@ -272,11 +335,17 @@ class ColumnParallelLinear(_ParallelLinear):
             "gather_output=True with skip_bias_add=True would return all features with a shard of the bias "
             "(set one of them to False)",
         )
-        super().__init__(
-            in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+        options = LinearOptions(
+            layout=ParallelLayout(tp_group, sequence_parallel, overlap),
+            sequence_dim=sequence_dim,
+            skip_bias_add=skip_bias_add,
+            init_std=init_std,
+            device=device,
             dtype=dtype,
-        )  # fmt: skip
+        )
+        parts = [OutputPart("", out_features)] if isinstance(out_features, int) else out_features
+        shard = _column_shard(in_features, parts, tp_group)
+        super().__init__(in_features, sum(part.features for part in parts), bias, shard, options)
         self.gather_output = gather_output
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
@@ -313,8 +382,6 @@ class RowParallelLinear(_ParallelLinear):
     and skip_bias_add under sequence parallelism one all-reduce of the bias's gradient.
     """
 
-    sharded_dim = 1
-
     def __init__(
         self,
         in_features: int,
@@ -331,11 +398,15 @@ class RowParallelLinear(_ParallelLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(
-            in_features, out_features, bias, tp_group=tp_group, sequence_parallel=sequence_parallel,
-            sequence_dim=sequence_dim, skip_bias_add=skip_bias_add, overlap=overlap, init_std=init_std, device=device,
+        options = LinearOptions(
+            layout=ParallelLayout(tp_group, sequence_parallel, overlap),
+            sequence_dim=sequence_dim,
+            skip_bias_add=skip_bias_add,
+            init_std=init_std,
+            device=device,
             dtype=dtype,
-        )  # fmt: skip
+        )
+        super().__init__(in_features, out_features, bias, _row_shard(in_features, out_features, tp_group), options)
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
@@ -356,6 +427,33 @@ class RowParallelLinear(_ParallelLinear):
             # The caller adds it to a block of the sequence; its gradient is the sum over all blocks.
             (bias,) = identity_all_reduce_together((bias,), self.tp_group)
         return bias
+
+
+def _column_shard(in_features: int, parts: Sequence[OutputPart], tp_group: Group) -> _Shard:
+    """A block of rows of every part, one below the other."""
+    ranks, rank = group_size(tp_group), group_rank(tp_group)
+    weights, biases, start = [], [], 0
+    for part in parts:
+        name = f"features of {part.name}" if part.name else "out_features"
+        check_divisible("tensor_parallel_size", ranks, f"copies of {part.name}", part.copies)
+        check_divisible(name, part.features, "tensor_parallel_size", ranks // part.copies)
+        size = part.features * part.copies // ranks
+        offset, copy = rank // part.copies * size, rank % part.copies
+        rows = slice(start, start + size)
+        weight = ParameterShard((part.features, in_features), (offset, 0), copy=copy)
+        weights.append(ShardPart(part.name, rows, weight))
+        biases.append(ShardPart(part.name, rows, ParameterShard((part.features,), (offset,), copy=copy)))
+        start += size
+    return _Shard((start, in_features), tuple(weights), tuple(biases))
+
+
+def _row_shard(in_features: int, out_features: int, tp_group: Group) -> _Shard:
+    """A block of columns of the weight; the bias is whole."""
+    ranks, rank = group_size(tp_group), group_rank(tp_group)
+    check_divisible("in_features", in_features, "tensor_parallel_size", ranks)
+    columns = in_features // ranks
+    weight = ParameterShard((out_features, in_features), (0, rank * columns))
+    return _Shard((out_features, columns), weight, ParameterShard((out_features,), (0,), replicated=True))
 
 
 def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name: str) -> None:

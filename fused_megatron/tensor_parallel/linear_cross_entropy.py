@@ -15,6 +15,7 @@ from fused_megatron.ops.linear_cross_entropy import (
     scaled_,
 )
 from fused_megatron.ops.linear_cross_entropy_tiles import Exchange, LossTerms, Pending, TiledHead, fits_one_pass
+from fused_megatron.sharding import parameter_record
 
 
 class _ShardExchange(Exchange):
@@ -78,7 +79,7 @@ class _SumOfTokens(torch.autograd.Function):
         one = hidden.new_ones((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         loss, lse, ctx.gradients = head.losses_and_gradients(one, list(ctx.needs_input_grad[:3]))
         ctx.save_for_backward(hidden, weight_shard, bias_shard, target, lse)
-        ctx.main_grad = getattr(weight_shard, "main_grad", None)
+        ctx.main_grad = parameter_record(weight_shard).main_grad
         return loss.sum(dtype=torch.float64)
 
     @staticmethod

@@ -7,9 +7,9 @@ import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
-from fused_megatron.collectives import Group, group_size
-from fused_megatron.overlap import Activation, chunk_choice, column_linear, mlp, row_linear
-from fused_megatron.tensor_parallel.operands import autocast_operands, check_operands, sharded_sequence_dim
+from fused_megatron.collectives import Group, group_size, on_ranks
+from fused_megatron.overlap import Activation, ColumnLinearFunction, MLPFunction, RowLinearFunction, chunk_choice
+from fused_megatron.tensor_parallel.linear import autocast_operands, check_operands, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron
 _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Activation]] = {
@@ -107,6 +107,10 @@ def parallel_mlp(
     choice = chunk_choice(overlap)
     whole = group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64
     if whole or choice.prefers_layers(x, dim, tp_group):
-        h = column_linear(x, up_weight, None, dim, tp_group, choice)
-        return row_linear(fused_activation(h, up_bias), down_weight, down_bias, dim, tp_group, choice)
-    return mlp(x, up_weight, up_bias, down_weight, down_bias, raw_activation, dim is not None, tp_group, choice)
+        h = on_ranks(ColumnLinearFunction, tp_group)(x, up_weight, None, dim, tp_group, choice)
+        a = fused_activation(h, up_bias)
+        y: torch.Tensor = on_ranks(RowLinearFunction, tp_group)(a, down_weight, down_bias, dim, tp_group, choice)
+        return y
+    return on_ranks(MLPFunction, tp_group)(
+        x, up_weight, up_bias, down_weight, down_bias, raw_activation, dim is not None, tp_group, choice
+    )

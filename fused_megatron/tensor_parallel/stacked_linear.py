@@ -1,33 +1,15 @@
 """A column-parallel linear layer whose output is several features groups side by side: one product, one collective."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.checks import check, check_divisible
-from fused_megatron.collectives import Group, group_rank, group_size
+from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import start_all_reduce_
-from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
-from fused_megatron.tensor_parallel.linear import ColumnParallelLinear, column_parallel_linear
-
-
-@dataclass(frozen=True)
-class OutputPart:
-    """Output features with a full weight of their own.
-
-    Attributes:
-        name: of the full weight, in checkpoints and for its initial values.
-        features: over all ranks, each counted once.
-        copies: how many ranks hold the same features, neighbours: 1, or more where the features are fewer than ranks.
-    """
-
-    name: str
-    features: int
-    copies: int = 1
+from fused_megatron.sharding import parameter_parts
+from fused_megatron.tensor_parallel.linear import ColumnParallelLinear, OutputPart, column_parallel_linear
 
 
 class StackedColumnParallelLinear(ColumnParallelLinear):
@@ -61,40 +43,32 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
         bias: bool = True,
         *,
         tp_group: Group,
+        sequence_parallel: bool = False,
+        sequence_dim: int = 0,
+        skip_bias_add: bool = False,
+        overlap: bool | int = True,
+        init_std: float = 0.02,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
     ) -> None:
-        ranks, rank = group_size(tp_group), group_rank(tp_group)
-        for part in parts:
-            check_divisible("tensor_parallel_size", ranks, f"copies of {part.name}", part.copies)
-            check_divisible(f"features of {part.name}", part.features, "tensor_parallel_size", ranks // part.copies)
-        check("gather_output" not in options, "gather_output=True would mix the parts (gather what is made of them)")
-        local = [part.features * part.copies // ranks for part in parts]
         super().__init__(
-            in_features, sum(local) * ranks, bias, tp_group=tp_group, device="meta", dtype=dtype, **options
+            in_features,
+            parts,
+            bias,
+            tp_group=tp_group,
+            sequence_parallel=sequence_parallel,
+            sequence_dim=sequence_dim,
+            skip_bias_add=skip_bias_add,
+            overlap=overlap,
+            init_std=init_std,
+            device=device,
+            dtype=dtype,
         )
-        self._measure_overlap(device, dtype)
-        self.out_features = sum(part.features for part in parts)
         self.part_names = tuple(part.name for part in parts)
-        for name, width in (("weight", (in_features,)), ("bias", ())):
-            if name == "bias" and not bias:
-                continue
-            values = nn.Parameter(torch.empty((sum(local), *width), device=device, dtype=dtype))
-            shards, start = [], 0
-            for part, rows in zip(parts, local, strict=True):
-                offset = (rank // part.copies * rows, *(0 for _ in width))
-                shard = ParameterShard((part.features, *width), offset, copy=rank % part.copies)
-                shards.append(ShardPart(part.name, slice(start, start + rows), shard))
-                start += rows
-            delattr(self, name)
-            self.register_shard(name, values, tuple(shards))
+        shards = zip(parts, parameter_parts(self.weight), strict=True)
         self._copied = tuple(
-            (shard.rows, part.features, shard.shard.offset[0])
-            for shard, part in zip(shards, parts, strict=True)
-            if part.copies > 1
+            (shard.rows, part.features, shard.shard.offset[0]) for part, shard in shards if part.copies > 1
         )
-        self.reset_parameters()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """x [..., H] to y, this rank's features of every part, or (y, bias) with skip_bias_add."""

@@ -16,9 +16,8 @@ def perturb_vectors_(model: nn.Module) -> None:
         for part in parameter_parts(parameter):
             generator = torch.Generator().manual_seed(len(part.full_name(name)))
             full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
-            rows = part.of(parameter.data)
-            ((start, stop),) = part.shard.box(rows.shape)
-            rows[: stop - start] += full[start:stop].to(rows.dtype)
+            held = part.held(parameter.data)
+            held.tensor.add_(full[held.box.slices()].to(parameter.dtype))
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,10 +49,9 @@ def gradient_errors(
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         for part in parameter_parts(parameter):
-            key, rows = part.full_name(name), part.of(parameter.grad)
-            box, full, measure = part.shard.box(rows.shape), full_gradient(key), relative_to(key)
-            mine = full[tuple(slice(*bounds) for bounds in box)]
-            error = (rows[tuple(slice(stop - start) for start, stop in box)] - mine).abs()
+            key, held = part.full_name(name), part.held(parameter.grad)
+            full, measure = full_gradient(key), relative_to(key)
+            error = (held.tensor - full[held.box.slices()]).abs()
             scale = (full if measure == key else full_gradient(measure)).abs().max()
             errors[key] = float(error.max() / scale) if error.numel() else 0.0
     return errors

@@ -21,8 +21,8 @@ from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
+from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.launch import world_group
 from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.progress import Reporter

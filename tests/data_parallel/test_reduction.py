@@ -1,4 +1,4 @@
-"""Start here when gradients of data-parallel ranks are summed wrongly, too early or not at all."""
+"""Start here when gradients over data-parallel ranks are wrong, or buckets leave too late or in different orders."""
 
 import pytest
 import torch

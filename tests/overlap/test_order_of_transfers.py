@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives.transport.transfer import Transfer
+from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing import run_on_ranks

@@ -8,9 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives.transport.transfer import Transfer
-from fused_megatron.overlap import ChunkChoice, column_linear, overlap_costs, row_linear
-from fused_megatron.overlap import mlp as mlp_of_collectives
+from fused_megatron.collectives.transfers import Transfer
+from fused_megatron.overlap import ChunkChoice, ColumnLinearFunction, MLPFunction, RowLinearFunction, overlap_costs
 from fused_megatron.tensor_parallel import (
     column_parallel_linear,
     parallel_mlp,
@@ -72,8 +71,8 @@ def test_every_wait_is_there_and_needed(group, function, sequence_parallel, over
 def test_transfers_own_their_buffers(group, monkeypatch):
     """What nobody holds until the wait is given back early: seen."""
 
-    def forgetful(self, work, buffers, result=lambda buffer: buffer):
-        self._work, self._buffers, self._result = work, buffers[:1], result
+    def forgetful(self, works, buffers, result=lambda buffer: buffer):
+        self._works, self._buffers, self._result = works, buffers[:1], result
 
     monkeypatch.setattr(Transfer, "__init__", forgetful)
     races = step(linear_layers, group, True, 3, RecordedStreams()).races
@@ -127,9 +126,9 @@ def test_what_a_gpu_is_given_can_be_captured(group, sequence_parallel, monkeypat
     make = lambda *shape: torch.empty(shape, device="meta", requires_grad=True)  # noqa: E731
     with OnTheDevice() as ops:
         x, up, down, bias = make(rows, 1, 64), make(192, 64), make(64, 192), make(192)
-        h = column_linear(x, up, bias, dim, group, ChunkChoice(3))
-        row_linear(h, down, None, dim, group, ChunkChoice(3)).sum().backward()
-        y = mlp_of_collectives(
+        h = ColumnLinearFunction.apply(x, up, bias, dim, group, ChunkChoice(3))
+        RowLinearFunction.apply(h, down, None, dim, group, ChunkChoice(3)).sum().backward()
+        y = MLPFunction.apply(
             x, up, bias, down, None, _ACTIVATIONS["gelu"][1], sequence_parallel, group, ChunkChoice(3)
         )
         y.sum().backward()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.overlap.weight_gradients import DeferredWeightGradients
+from fused_megatron.sharding import DeferredWeightGradients, parameter_record, update_record
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -56,9 +56,9 @@ def backwards(name, group, main_grad, defer, frozen=False, autocast=False, seque
         parameter.data.normal_()
         parameter.requires_grad_(not (frozen and parameter.ndim == 2))
         if main_grad:
-            parameter.main_grad = torch.zeros_like(parameter)
+            update_record(parameter, main_grad=torch.zeros_like(parameter))
         if defer:
-            parameter.deferred_weight_gradients = store
+            update_record(parameter, deferred=store)
     gradients = []
     for microbatch in range(2):
         x = torch.randn(S // (2 if sequence_parallel and name != "row" else 1), 1, FFN if name == "row" else H)
@@ -69,11 +69,12 @@ def backwards(name, group, main_grad, defer, frozen=False, autocast=False, seque
             y.backward(torch.randn_like(y))
         gradients.append(x.grad)
     weights = [p for p in layer.parameters() if p.ndim == 2]
-    waiting = [p.grad is None and not getattr(p, "main_grad", torch.zeros(1)).any() for p in weights]
+    totals = [parameter_record(p).main_grad for p in weights]
+    waiting = [p.grad is None and (t is None or not t.any()) for p, t in zip(weights, totals, strict=True)]
     for product in products[0] + products[1]:
         product()
     for parameter in layer.parameters():
-        gradients += [parameter.grad, getattr(parameter, "main_grad", None)]
+        gradients += [parameter.grad, parameter_record(parameter).main_grad]
         assert parameter.grad is None or not parameter.grad.requires_grad
     return gradients, len(products[0]) + len(products[1]), waiting
 
@@ -103,16 +104,6 @@ def test_frozen_and_cast_weights_leave_nothing():
         cast, count, waiting = backwards(name, None, False, True, autocast=True)
         assert count == 0 and waiting == [False]
         assert same(cast, backwards(name, None, False, False, autocast=True)[0])
-
-
-def test_products_run_once_and_in_order():
-    store, products = DeferredWeightGradients(), []
-    assert not store.open
-    with store.collecting(products):
-        assert store.open
-        with pytest.raises(AssertionError, match="one backward at a time"), store.collecting([]):
-            pass
-    assert not store.open
 
 
 def on_two_ranks(rank, world_size):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fused_megatron.checks import InputError
-from fused_megatron.tensor_parallel import ParameterShard, fill_normal_shard_, mark_shard
+from fused_megatron.sharding import ParameterShard, fill_normal_shard_, mark_shard
 
 
 def drawn(shape, *, full=None, offset=None, std=1.0, seed=1, name="w", dtype=torch.float32):
@@ -55,9 +55,26 @@ def test_values_stay_what_they_were():
     )
 
 
-def test_three_dims_are_refused():
-    with pytest.raises(InputError, match="1 or 2 dims"):
-        drawn((2, 2, 2))
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_a_weight_of_three_dims_is_the_concatenation_of_its_shards(dim):
+    full_shape = (4, 300, 520)  # experts, F, H
+    full = drawn(full_shape)
+    for ranks in (2, 4):
+        shards = []
+        for rank in range(ranks):
+            shape, offset = list(full_shape), [0, 0, 0]
+            shape[dim] //= ranks
+            offset[dim] = rank * shape[dim]
+            shards.append(drawn(shape, full=full_shape, offset=tuple(offset)))
+        assert torch.equal(torch.cat(shards, dim), full)
+    assert abs(full.mean()) < 5e-3 and abs(full.std() - 1) < 5e-3
+    assert (torch.corrcoef(full.flatten(1)) - torch.eye(4)).abs().max() < 0.02
+
+
+def test_no_dims_and_four_are_refused():
+    for shape in ((), (2, 2, 2, 2)):
+        with pytest.raises(InputError, match="1 to 3 dims"):
+            drawn(shape)
 
 
 def test_meta():

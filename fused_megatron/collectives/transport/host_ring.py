@@ -1,4 +1,8 @@
-"""Memory that the ranks of one host map from each other: a ring for each rank, written by it, read by all.
+"""Collectives of CPU tensors among ranks of one host: a ring of memory for each rank, written by it, read by all.
+
+gloo sends through the loopback: every byte is copied by the kernel and by threads, on the cores of the products. Here a
+rank copies what it sends into its ring, once, when the collective starts; and sums, or copies, straight from the rings
+of all ranks when it waits. In between nothing runs: what is computed there hides that others come later.
 
     write   a piece goes to a place of this rank's ring, and a message of 16 bytes to every other rank says so
     take    for a piece that every rank has written: read their places, which are the same as this rank's, since all
@@ -6,42 +10,50 @@
 
 A place is written again when every rank has taken what was there. The messages go through Unix sockets: the kernel
 orders them behind the writes to memory that come before, and they break when a rank ends.
+
+Sums are in the order of the ranks, the same bits on all of them; of 16-bit types in float32, rounded once.
 """
 
-import mmap
-import os
 import select
 import socket
 import struct
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
 RING_BYTES = 16 << 20
-MOST_RANKS = 64
+# Several pieces fit the ring, so that none waits for the one before it to be taken.
+_PIECE_BYTES = RING_BYTES // 4
 _ALIGNMENT = 64  # of places: a cache line
-_CONNECT_S = 20.0
 # About what it costs to sleep and be woken; for longer, the core belongs to whoever else has work.
 _SPIN_S = 50e-6
-_MOST_TEXT_BYTES = 512  # a host's name, and a path, of which a socket takes 108
 _MESSAGE = struct.Struct("<qq")  # pieces written so far, and pieces taken
+
+
+Take = Callable[[list[torch.Tensor]], None]
+"""Given the places of all ranks, by rank, as flat tensors; called once."""
+Parts = list[tuple[list[torch.Tensor], Take]]
+"""For each piece of a collective: the tensors that this rank writes, and what takes them from all ranks."""
 
 
 @dataclass
 class Piece:
-    """What one message is about."""
+    """What one message is about: a part of a collective under way."""
 
+    ring: "HostRing"
     number: int
     begin: int  # of its place, counted on from the first round of the ring
-    take: Callable[[list[torch.Tensor]], None]
+    take: Take
     slots: list[torch.Tensor]
     taken: bool = False
+
+    def wait(self) -> None:
+        """Take it, once every rank has written it."""
+        self.ring.finish(self)
 
 
 class HostRing:
@@ -75,12 +87,12 @@ class HostRing:
             s.setblocking(True)
             self._poll.register(s, select.POLLIN)
 
-    def write(self, parts: Sequence[torch.Tensor], take: Callable[[list[torch.Tensor]], None]) -> Piece:
+    def write(self, parts: Sequence[torch.Tensor], take: Take) -> Piece:
         """Copy the parts, one after the other, to the next place, and say so.
 
         Args:
             parts: of one dtype, together at most RING_BYTES / 2.
-            take: given the places of all ranks, by rank, as flat tensors; called once, by finish() or before.
+            take: called by the wait for this piece, or before.
         """
         sizes = [part.numel() for part in parts]
         num_bytes = sum(sizes) * parts[0].element_size()
@@ -95,7 +107,7 @@ class HostRing:
         slots = [ring[place : place + num_bytes].view(parts[0].dtype) for ring in self._rings]
         for slot, part in zip(slots[self.rank].split(sizes), parts, strict=True):
             slot.copy_(part.reshape(-1))
-        piece = Piece(self._written, begin, take, slots)
+        piece = Piece(self, self._written, begin, take, slots)
         self._in_ring.append(piece)
         self._untaken.append(piece)
         self._written += 1
@@ -167,78 +179,49 @@ class HostRing:
             self._heard[other] = _MESSAGE.unpack(received[whole - _MESSAGE.size : whole])
 
 
-def meet(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: float, wanted: bool) -> HostRing | None:
-    """The ring of a group, or None on all of its ranks where one does not want it or cannot map all others.
-
-    Communication: two all-gathers of a few bytes a rank.
-    """
-    rank, size = group.rank(), group.size()
-    ring: HostRing | None = None
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        path = os.path.join(folder, "s")  # only this user may look in there
-        try:
-            listener.bind(path)
-            listener.listen(size)
-        except OSError:  # a path too long, a file system without sockets
-            wanted = False
-        place = f"{socket.gethostname()}\n{path}" if wanted and size <= MOST_RANKS else ""
-        places = [line.split("\n") for line in _tell(group, place)]
-        if len({host for host, *_ in places}) == 1 and place:
-            try:
-                ring = HostRing(rank, global_ranks, *_connect(rank, [p for _, p in places], listener), timeout_s)
-            except OSError:  # another container of this host, a limit, a rank that gave up
-                ring = None
-        agreed = all(_tell(group, "mapped" if ring else ""))
-    return ring if agreed else None
+def add_in_order(total: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """total = sum of the parts, first to last; of 16-bit types in float32, rounded once."""
+    if total.dtype in (torch.bfloat16, torch.float16):
+        wide = parts[0].float()
+        for part in parts[1:]:
+            wide += part
+        total.copy_(wide)
+        return
+    torch.add(parts[0], parts[1], out=total)
+    for part in parts[2:]:
+        total += part
 
 
-def _tell(group: dist.ProcessGroup, text: str) -> list[str]:
-    """Every rank's text. By the backend itself: tools watch torch.distributed's function, and in a store the keys of a
-    group that is no more may still lie."""
-    own = torch.zeros(_MOST_TEXT_BYTES, dtype=torch.uint8)
-    encoded = text.encode()[:_MOST_TEXT_BYTES]
-    own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    every = [torch.empty_like(own) for _ in range(group.size())]
-    backend: Any = group._get_backend(own.device)
-    backend.allgather([every], [own]).wait()
-    return [bytes(some.tolist()).rstrip(b"\0").decode(errors="replace") for some in every]
+def cut_all_reduce(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
+    """The pieces of an all-reduce of one tensor, which is source and destination."""
+    flat = source.view(-1)
+    return [([part], partial(add_in_order, part)) for part in flat.split(_elements(flat)) if part.numel()]
 
 
-def _connect(
-    rank: int, paths: list[str], listener: socket.socket
-) -> tuple[list[torch.Tensor], dict[int, socket.socket]]:
-    """(rings, sockets): every rank calls those before it, and both send a descriptor of their memory, which has no name
-    that could stay behind.
-    """
-    own = os.memfd_create("fused_megatron")
-    os.ftruncate(own, RING_BYTES)
-    listener.settimeout(_CONNECT_S)
-    sockets: dict[int, socket.socket] = {}
-    rings: list[torch.Tensor] = [torch.empty(0)] * len(paths)
-    try:
-        rings[rank] = _map(own)
-        for i in range(len(paths) - 1):
-            if i < rank:
-                s = socket.socket(socket.AF_UNIX)
-                s.settimeout(_CONNECT_S)
-                s.connect(paths[i])
-            else:
-                s = listener.accept()[0]
-                s.settimeout(_CONNECT_S)
-            socket.send_fds(s, [bytes([rank])], [own])
-            message, descriptors, _, _ = socket.recv_fds(s, 1, 1)
-            if len(message) != 1 or len(descriptors) != 1:
-                raise OSError("a rank gave up")
-            sockets[message[0]] = s
-            try:
-                rings[message[0]] = _map(descriptors[0])
-            finally:
-                os.close(descriptors[0])
-    finally:
-        os.close(own)
-    return rings, sockets
+def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
+    """The pieces of an all-gather of source [n] into destination [R n]."""
+    flat = source.view(-1)
+    size = _elements(flat)
+    parts = zip(flat.split(size), destination.view(ring.num_ranks, -1).split(size, dim=1), strict=True)
+    return [([part], partial(_copy_rows, columns)) for part, columns in parts if part.numel()]
 
 
-def _map(descriptor: int) -> torch.Tensor:
-    with torch.inference_mode(False):  # its tensors could not be written outside of it
-        return torch.frombuffer(mmap.mmap(descriptor, RING_BYTES), dtype=torch.uint8)
+def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
+    """The pieces of an all-to-all: of source [R n] block r goes to rank r, whose block stands at this rank's place."""
+    received, sent = (x.view(ring.num_ranks, -1) for x in (destination, source))
+    size = max(1, _elements(sent) // ring.num_ranks)
+
+    def take(columns: torch.Tensor, slots: list[torch.Tensor]) -> None:
+        _copy_rows(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
+
+    parts = zip(sent.split(size, dim=1), received.split(size, dim=1), strict=True)
+    return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
+
+
+def _copy_rows(to: torch.Tensor, rows: list[torch.Tensor]) -> None:
+    for own, row in zip(to, rows, strict=True):
+        own.copy_(row)
+
+
+def _elements(x: torch.Tensor) -> int:
+    return max(1, _PIECE_BYTES // x.element_size())

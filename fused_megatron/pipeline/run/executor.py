@@ -9,7 +9,6 @@ from torch import nn
 
 from fused_megatron.checks import InputError, SharedInputError, first_line
 from fused_megatron.collectives.groups import Group, group_rank
-from fused_megatron.overlap.weight_gradients import DeferredWeightGradients
 from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
@@ -23,6 +22,7 @@ from fused_megatron.pipeline.run.stashed_weights import StashedWeights
 from fused_megatron.pipeline.run.step_table import shape_id
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Action, Kind, Schedule
+from fused_megatron.sharding import DeferredWeightGradients, update_record
 
 
 class PipelineExecutor:
@@ -41,8 +41,9 @@ class PipelineExecutor:
             optimizer.step()                               # the loss is there on every rank
         executor.close()
 
-    Gradients add up in `param.main_grad` where a parameter has one and the layer that uses it knows it, as our linears
-    do, else in `param.grad`. Zeroing, clipping and the optimizer are the caller's. Microbatches may differ in shape.
+    Gradients add up in the main_grad of a parameter's record (sharding.parameter_record) where it has one and the
+    layer that uses it knows it, as our linears do, else in `param.grad`. Zeroing, clipping and the optimizer are the
+    caller's. Microbatches may differ in shape.
 
     Args:
         schedule: of compute actions (it is lowered here), or lowered.
@@ -116,7 +117,7 @@ class PipelineExecutor:
         if any(action.kind == Kind.WEIGHT_GRAD for action in lowered.actions[self._rank]):
             for module in stages.values():
                 for parameter in module.parameters():
-                    parameter.deferred_weight_gradients = deferred  # type: ignore[attr-defined]
+                    update_record(parameter, deferred=deferred)
         stashed = {}
         if lowered.weights != SYNCHRONOUS:
             stashed = {stage: StashedWeights(module, stage, lowered) for stage, module in stages.items()}

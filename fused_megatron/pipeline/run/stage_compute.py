@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fused_megatron.overlap.weight_gradients import DeferredWeightGradients
+from fused_megatron.sharding import DeferredWeightGradients
 
 
 class _Kept(NamedTuple):
@@ -23,7 +23,7 @@ class StageCompute:
 
     Args:
         module: what the stage computes.
-        deferred: the store of this rank's weight gradients, which the parameters name.
+        deferred: the store of this rank's weight gradients, which the parameters' records name.
         loss_fn: of the last stage: (its output, target) -> what it returns.
 
     Memory: of an output only its place in the graph is kept, so that it is freed when all others have let go of it.

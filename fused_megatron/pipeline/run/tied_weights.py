@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
+from fused_megatron.sharding import parameter_record
 
 
 class TiedWeight:
@@ -52,7 +53,7 @@ class TiedWeight:
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
+    main_grad = parameter_record(parameter).main_grad
     if main_grad is not None:
         return main_grad
     if parameter.grad is None:  # no microbatch used it here; the others' gradients count

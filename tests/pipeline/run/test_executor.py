@@ -1,4 +1,4 @@
-"""Start here when a pipeline schedule trains to other weights than one process does."""
+"""Start here when a pipeline's weights differ from those of one process by as much as a bit."""
 
 import inspect
 import textwrap

@@ -1,4 +1,4 @@
-"""Start here when PipeDream or PipeDream-2BW breaks its own update rule."""
+"""Start here when PipeDream or PipeDream-2BW does not follow its update rule, played by one process from formulas."""
 
 import torch
 import torch.distributed as dist

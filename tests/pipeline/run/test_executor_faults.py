@@ -1,4 +1,4 @@
-"""Start here when an error on one rank of a pipeline leaves the others waiting."""
+"""Start here when a fault on one rank of a pipeline hangs the others, or they name another cause."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Start here when a tensor between pipeline stages arrives changed, or is kept too long."""
+"""Start here when stages get other tensors than were sent (tuples, masks, views, nothing), or keep them too long."""
 
 import weakref
 

@@ -1,4 +1,4 @@
-"""Start here when an asynchronous schedule uses the weights of the wrong step."""
+"""Start here when an asynchronous schedule computes with the wrong version of weights, or keeps too many."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Start here when a schedule does not survive CSV or JSON, or the exchange with torch."""
+"""Start here when a schedule in CSV or JSON, ours or torch's, is written or read as another one."""
 
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules

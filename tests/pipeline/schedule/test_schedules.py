@@ -1,4 +1,4 @@
-"""Start here when a schedule breaks a rule, or its bubble or memory is not that of its paper."""
+"""Start here when a schedule breaks a rule, or has more bubble or memory than its formula says."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Start here when a recorded timeline of real ranks is out of order."""
+"""Start here when a recorded timeline is not what a pipeline did."""
 
 import pytest
 import torch
@@ -22,14 +22,13 @@ def test_one_rank_records_what_it_does_in_order():
     executor.step(*data, loss_divisor=12)
     timeline = recorder.timeline("mine")
     (events,) = timeline.events
-    assert [e.action for e in events] == [
-        a for a in lower(schedule).actions[0] if a.kind in (*COMPUTE, Kind.REDUCE_GRAD)
-    ]
+    timed = (*COMPUTE, Kind.REDUCE_GRAD)
+    assert [event.action for event in events] == [a for a in lower(schedule).actions[0] if a.kind in timed]
     assert 0 <= events[0].start <= events[0].end <= events[1].start
     assert (timeline.name, timeline.peak_live) == ("mine", (1,))
 
 
-@pytest.mark.parametrize("kind", ["SEND_F", "RECV_B"])
+@pytest.mark.parametrize("kind", [Kind.SEND_F, Kind.RECV_B])
 def test_messages_are_left_out(kind):
     recorder = Recorder(None)
     recorder(Action(0, kind, 0), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Start here when a drawing or a simulated timeline of a schedule has changed."""
+"""Start here when a schedule is drawn wrong: timelines as reviewed text, SVG, Perfetto."""
 
 import json
 import xml.etree.ElementTree as ET

@@ -1,6 +1,5 @@
-"""Start here when ranks of one machine get wrong values from shared memory, or hang on it."""
+"""Start here when ranks of one host get wrong numbers, or wait: values and bits, reuse of places, faults."""
 
-import logging
 import os
 import random
 import time
@@ -10,12 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives import is_shared
-from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_
-from fused_megatron.collectives.transport import host_ring, shared_memory
-from fused_megatron.collectives.transport.shared_memory import start_shared
-from fused_megatron.collectives.transport.transfer import start
-from fused_megatron.observe.record_communication import record_communication
+from fused_megatron.collectives import is_shared, meet
+from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_all_reduce_
+from fused_megatron.collectives.transport import host_ring
+from fused_megatron.collectives.transport.select import start
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
 
@@ -41,9 +38,13 @@ def sum_in_order(parts):
 def check_collectives(rank, ranks, size, dtype, seed):
     group, whole = dist.group.WORLD, of_ranks(ranks, ranks * size, dtype, seed)
     x = whole[rank].clone()
-    reduced = start(dist.all_reduce, group, x.clone())
-    gathered = start(dist.all_gather_single, group, x.new_empty(ranks * x.numel()), x)
-    exchanged = start(dist.all_to_all_single, group, torch.empty_like(x), x)
+
+    def started(collective, *buffers):
+        return Transfer(start(collective, group, *buffers), buffers)
+
+    reduced = started(dist.all_reduce, x.clone())
+    gathered = started(dist.all_gather_single, x.new_empty(ranks * x.numel()), x)
+    exchanged = started(dist.all_to_all_single, torch.empty_like(x), x)
     # Waited for in another order than started.
     assert torch.equal(exchanged.wait(), whole.view(ranks, ranks, size)[:, rank].reshape(-1))
     assert torch.equal(gathered.wait(), whole.view(-1))
@@ -52,10 +53,12 @@ def check_collectives(rank, ranks, size, dtype, seed):
 
 
 def collectives(rank, ranks):
-    host_ring.RING_BYTES, shared_memory._PIECE_BYTES = 1 << 16, 1 << 14  # so that little goes around it often
+    host_ring.RING_BYTES, host_ring._PIECE_BYTES = 1 << 16, 1 << 14  # so that little goes around it often
     group = dist.group.WORLD
     with torch.inference_mode():  # what is mapped here must be writable outside, too
-        assert is_shared(group, torch.empty(0))
+        assert not is_shared(group, torch.empty(0))
+        meet(group)
+        assert is_shared(group, torch.empty(0)) and not is_shared(group, torch.empty(0, device="meta"))
     for seed, (size, dtype) in enumerate((size, dtype) for dtype in DTYPES for size in (0, 1, 67, 5000)):
         check_collectives(rank, ranks, size, dtype, seed)
     # Larger than a piece, and than the ring.
@@ -80,34 +83,9 @@ def test_every_collective(ranks):
     run_on_ranks(collectives, ranks, timeout_s=120)
 
 
-def told(rank, ranks):
-    group, x = dist.group.WORLD, torch.ones(6)
-    with record_communication() as ledger:
-        start_all_reduce_(x, group).wait()
-        start_all_gather(x, 0, group).wait()
-    entries = [(entry.kind, entry.elements, entry.num_bytes, entry.group) for entry in ledger.entries]
-    # One rank does not want it: none does. A tool in place of torch's function gets the calls.
-    records, refused = [], dist.new_group()
-    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off" if rank == 1 else "on"
-    logger = logging.getLogger("fused_megatron.collectives.transport.shared_memory")
-    logger.setLevel(logging.INFO)
-    logger.addHandler(type("Handler", (logging.Handler,), {"emit": lambda self, r: records.append(r.getMessage())})())
-    assert not is_shared(refused, x) and start_shared(dist.all_reduce, refused, x) is None
-    assert start_all_reduce_(torch.ones(2), refused).wait().tolist() == [2.0, 2.0]
-    calls, original = [], dist.all_reduce
-    dist.all_reduce = lambda *a, **k: calls.append(a) or original(*a, **k)
-    assert start_all_reduce_(torch.ones(2), group).wait().tolist() == [2.0, 2.0] and len(calls) == 1
-    return entries, records
-
-
-def test_who_is_told():
-    for entries, records in run_on_ranks(told, 2):
-        assert entries == [("all_reduce", 6, 24, (0, 1)), ("all_gather", 12, 48, (0, 1))]
-        assert records == ["2 ranks of one group: collectives over gloo"]
-
-
 def slow(rank, ranks):
     group = dist.new_group(timeout=timedelta(seconds=1.5))
+    meet(group)
     assert is_shared(group, torch.empty(0))
     if rank == 1:
         time.sleep(3.0)
@@ -152,11 +130,11 @@ def test_messages_in_parts():
     ring._listen(1)
     assert ring._heard[1] == (0, 0)
     theirs.send(message[5:])
-    ring.finish(piece)
-    ring.finish(piece)  # once is enough
+    piece.wait()
+    piece.wait()  # once is enough
     assert [t.tolist() for t in taken] == [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]
     assert ring._heard[1] == (2, 1)
     theirs.close()
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         for _ in range(3):
-            ring.finish(ring.write([torch.arange(3.0)], taken.extend))
+            ring.write([torch.arange(3.0)], taken.extend).wait()

@@ -1,0 +1,106 @@
+"""The choice of what carries a collective: memory that the ranks of one host share, or the backend of the group.
+
+CPU tensors of a gloo group whose ranks are on one host (Linux) go through memory that all of them map (host_ring);
+everything else goes through torch.distributed. The ranks of a group agree once, in meet() or with their first
+collective: gloo, one host, memory that can be mapped. FUSED_MEGATRON_SHARED_MEMORY=off, on any rank, leaves the group
+to gloo.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.collectives.groups import Group
+from fused_megatron.collectives.transport import host_ring
+from fused_megatron.collectives.transport.host_ring import HostRing
+from fused_megatron.collectives.transport.shared_memory import map_rings
+
+_LOG = logging.getLogger(__name__)
+_SWITCH = "FUSED_MEGATRON_SHARED_MEMORY"
+_rings: WeakKeyDictionary[dist.ProcessGroup, HostRing | None] = WeakKeyDictionary()
+
+# Ops that do nothing: overloads of those that torch.distributed would dispatch, by which tools that watch these (a
+# dispatch mode: observe.record_communication, torch's CommDebugMode) see the collectives that it is not asked for.
+_ANNOUNCEMENTS = torch.library.Library("c10d", "FRAGMENT")
+for _schema in (
+    "allreduce_.shared_memory(Tensor[] tensors, int[] ranks) -> ()",
+    "_allgather_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
+    "alltoall_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
+):
+    _ANNOUNCEMENTS.define(_schema)
+    _ANNOUNCEMENTS.impl(_schema.partition("(")[0], lambda *_: None, "CompositeExplicitAutograd")
+
+# The collective -> what announces it, and how it is cut into the pieces that fit a ring.
+_SHARED = {
+    dist.all_reduce: (torch.ops.c10d.allreduce_.shared_memory, host_ring.cut_all_reduce),
+    dist.all_gather_single: (torch.ops.c10d._allgather_base_.shared_memory, host_ring.cut_all_gather),
+    dist.all_to_all_single: (torch.ops.c10d.alltoall_base_.shared_memory, host_ring.cut_all_to_all),
+}
+
+
+class Work(Protocol):
+    """A part of a collective under way, as torch.distributed's Work."""
+
+    def wait(self) -> Any:
+        """Wait for it; on a GPU the current stream does, not the host."""
+
+
+def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) -> Sequence[Work]:
+    """collective(*buffers) of torch.distributed with its default options, by what carries it; wait for every Work.
+
+    Args:
+        collective: a function of torch.distributed with async_op. Another function in its place (a test's, a tool's)
+            is called: only those of torch.distributed itself go through shared memory.
+        group: its ranks.
+        buffers: contiguous, what it reads and writes, the destination first. The caller keeps them until the wait.
+    """
+    shared, source = _SHARED.get(collective), buffers[-1]
+    ring = None
+    if shared is not None and group is not None and type(source) is torch.Tensor and source.is_cpu:
+        meet(group)
+        ring = _rings[group]
+    if shared is None or ring is None:
+        work = collective(*buffers, group=group, async_op=True)
+        return () if work is None else (work,)
+    announce, cut = shared
+    announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
+    return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
+
+
+def meet(group: Group) -> None:
+    """Find out, together with the other ranks of a group, whether shared memory carries its CPU tensors.
+
+    Without a meeting the first collective of the group is one. A layer meets where it is made, so that no forward or
+    backward has to. All ranks of the group call it at the same point; a second call does nothing.
+
+    Communication: two all-gathers of a few bytes a rank, the first time.
+    """
+    if group is not None and group not in _rings:
+        _rings[group] = _new_ring(group)
+
+
+def is_shared(group: Group, like: torch.Tensor) -> bool:
+    """Whether collectives of such tensors go through shared memory. No communication; False before the ranks met."""
+    return group is not None and like.is_cpu and _rings.get(group) is not None
+
+
+def _new_ring(group: dist.ProcessGroup) -> HostRing | None:
+    try:
+        backend = group._get_backend(torch.device("cpu"))
+        global_ranks = dist.get_process_group_ranks(group)
+    except (RuntimeError, KeyError, ValueError):
+        return None  # no backend for CPU tensors, or a group that torch.distributed does not know
+    # The same on every rank; map_rings agrees upon whatever may differ.
+    if backend.name() != "gloo" or group.size() == 1 or not hasattr(os, "memfd_create"):
+        return None
+    timeout = getattr(getattr(backend, "options", None), "_timeout", dist.default_pg_timeout)
+    ring = map_rings(group, global_ranks, timeout.total_seconds(), wanted=os.environ.get(_SWITCH) != "off")
+    where = "over gloo" if ring is None else "through shared memory"
+    _LOG.info("%d ranks of one group: collectives %s", group.size(), where)
+    return ring

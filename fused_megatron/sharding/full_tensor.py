@@ -1,0 +1,97 @@
+"""Full tensors and their shards: gathering the ones, cutting the others."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives.transfers import start_all_gather
+from fused_megatron.sharding.parameter_record import parameter_parts
+from fused_megatron.sharding.parameter_shard import ShardPart
+
+
+def full_shape(parameter: torch.Tensor, transposed: bool = False) -> tuple[int, ...]:
+    """The shape of a parameter over all ranks; what stacks several full ones has them one below the other.
+
+    Args:
+        parameter: marked, or whole.
+        transposed: the full tensor is [in, out] where the parameter is [out, in]; vectors stay as they are.
+    """
+    parts = parameter_parts(parameter)
+    shape = parts[0].shard.full_shape
+    if len(parts) > 1:
+        shape = (sum(part.shard.full_shape[0] for part in parts), *shape[1:])
+    return shape[::-1] if transposed else shape
+
+
+def full_numel(parameters: Iterable[torch.Tensor]) -> int:
+    """Elements of the full parameters, over all tensor-parallel ranks and without padding."""
+    return sum(prod(full_shape(parameter)) for parameter in parameters)
+
+
+def full_tensor(
+    parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False
+) -> torch.Tensor:
+    """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
+
+    Args:
+        parameter: of a parallel layer; one that is not sharded gives a copy of values.
+        values: in its shape, this rank's part; any dtype.
+        tp_group: the ranks, all of which must call; None for this one alone.
+        transposed: as full_shape.
+
+    Returns:
+        A new tensor of full_shape, the same on every rank.
+
+    Communication: two all-gathers: the shards, and where they belong.
+    Memory: all shards, padding included, beside the full tensor.
+    """
+    values, parts = values.detach(), parameter_parts(parameter)
+    whole = values.new_empty(full_shape(parameter))
+    if parts[0].shard.replicated or group_size(tp_group) == 1:
+        held = [(parts, values)]
+    else:
+        offsets = torch.tensor([part.shard.offset for part in parts], device=values.device)
+        all_offsets = start_all_gather(offsets.unsqueeze(0), 0, tp_group).wait().tolist()
+        all_values = start_all_gather(values.unsqueeze(0).contiguous(), 0, tp_group).wait()
+        held = [
+            (tuple(_moved(part, tuple(offset)) for part, offset in zip(parts, rank_offsets, strict=True)), shard)
+            for rank_offsets, shard in zip(all_offsets, all_values.unbind(), strict=True)
+        ]
+    for rank_parts, shard in held:
+        for mine, index in _places(rank_parts, shard):
+            whole[index] = mine
+    return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
+
+
+def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) -> None:
+    """Write this rank's part of a full tensor into a parameter; padding becomes 0.
+
+    Args:
+        parameter: marked, or whole; changed in place, no graph sees it.
+        full: of full_shape: a tensor, or what slices like one (weight_files.StoredWeight, safetensors' get_slice).
+        transposed: as full_shape.
+    """
+    places = list(_places(parameter_parts(parameter), parameter.data))
+    if sum(mine.numel() for mine, _ in places) != parameter.numel():
+        parameter.data.zero_()
+    for mine, index in places:
+        if mine.numel():
+            turned = transposed and mine.dim() == 2
+            (mine.t() if turned else mine).copy_(full[index[::-1] if turned else index])
+
+
+def _moved(part: ShardPart, offset: tuple[int, ...]) -> ShardPart:
+    return replace(part, shard=replace(part.shard, offset=offset))
+
+
+def _places(parts: tuple[ShardPart, ...], values: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
+    """For each part: its real values, a view, and their index in the full tensors, one below the other."""
+    start = 0
+    for part in parts:
+        held = part.held(values)
+        yield held.tensor, held.box.slices((-start, *[0] * (values.dim() - 1)) if start else None)
+        start += part.shard.full_shape[0] if part.name else 0

@@ -1,0 +1,51 @@
+"""Start here when collectives go over gloo and should not, or the other way round: who carries them, who is told."""
+
+import logging
+import os
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.collectives import is_shared, meet
+from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_
+from fused_megatron.observe.record_communication import record_communication
+from fused_megatron.testing import run_on_ranks
+
+
+def told(rank, ranks):
+    group, x = dist.group.WORLD, torch.ones(6)
+    with record_communication() as ledger:
+        start_all_reduce_(x, group).wait()
+        start_all_gather(x, 0, group).wait()
+    entries = [(entry.kind, entry.elements, entry.num_bytes, entry.group) for entry in ledger.entries]
+    # One rank does not want it: none does. A tool in place of torch's function gets the calls.
+    records, refused = [], dist.new_group()
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off" if rank == 1 else "on"
+    logger = logging.getLogger("fused_megatron.collectives.transport.select")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(type("Handler", (logging.Handler,), {"emit": lambda self, r: records.append(r.getMessage())})())
+    meet(refused)
+    assert not is_shared(refused, x)
+    assert start_all_reduce_(torch.ones(2), refused).wait().tolist() == [2.0, 2.0]
+    calls, original = [], dist.all_reduce
+    dist.all_reduce = lambda *a, **k: calls.append(a) or original(*a, **k)
+    assert start_all_reduce_(torch.ones(2), group).wait().tolist() == [2.0, 2.0] and len(calls) == 1
+    return entries, records
+
+
+def test_who_is_told():
+    for entries, records in run_on_ranks(told, 2):
+        assert entries == [("all_reduce", 6, 24, (0, 1)), ("all_gather", 12, 48, (0, 1))]
+        assert records == ["2 ranks of one group: collectives over gloo"]
+
+
+def uninvited(rank, ranks):
+    """A predicate is no meeting: one rank may ask."""
+    group = dist.new_group()
+    asked = is_shared(group, torch.empty(0)) if rank == 0 else None
+    start_all_reduce_(torch.ones(2), group).wait()  # the first collective is a meeting
+    return asked, is_shared(group, torch.empty(0))
+
+
+def test_to_ask_is_not_to_meet():
+    assert run_on_ranks(uninvited, 2) == [(False, True), (None, True)]

@@ -1,0 +1,88 @@
+"""Start here when layers choose chunks slowly, or ranks choose differently: what users pass, the choice, its memory."""
+
+import logging
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fused_megatron.checks import InputError
+from fused_megatron.overlap import ChunkChoice, OverlapCosts, chunk_choice
+from fused_megatron.overlap.chunk_choice import _num_chunks
+
+
+def test_what_users_pass():
+    assert chunk_choice(True) == ChunkChoice(None) and chunk_choice(False) == ChunkChoice(1)
+    assert chunk_choice(3) == ChunkChoice(3)
+    with pytest.raises(InputError, match="overlap=0 must be at least 1 chunk"):
+        chunk_choice(0)
+
+
+@pytest.fixture
+def group():
+    _num_chunks.cache_clear()
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def plays(monkeypatch):
+    """The group's costs are given; how often the model is played is counted."""
+    costs = OverlapCosts(1e12, 1e-6, 1e9, 0.0, 0.1)
+    monkeypatch.setattr(ChunkChoice, "measured", lambda self, group, like: costs if self.fixed is None else None)
+    found, play = [], OverlapCosts.num_chunks
+    monkeypatch.setattr(OverlapCosts, "num_chunks", lambda *arguments: found.append(arguments) or play(*arguments))
+    return found
+
+
+def all_choices(choice, x, weight, group):
+    return [
+        choice.for_gather(x, weight, 0, group),
+        choice.for_reduction(x, weight, 0, group),
+        choice.for_reduction(x, weight, 0, group, hidden_products=2),
+        *choice.for_mlp(x, 1, 2 * weight.numel(), group),
+        *choice.for_mlp(x, 4, 2 * weight.numel(), group),
+    ]
+
+
+def test_the_model_is_played_once_a_shape(group, plays, caplog):
+    caplog.set_level(logging.INFO, "fused_megatron.overlap.chunk_choice")
+    x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
+    first = all_choices(ChunkChoice(), x, weight, group)
+    assert max(first) > 1 and len(plays) == len(caplog.records) == 6
+    assert "overlap over 4 ranks: 4096 rows in" in caplog.text
+    assert all_choices(ChunkChoice(), x, weight, group) == first
+    assert len(plays) == len(caplog.records) == 6
+    # Another shape or dtype is another question.
+    all_choices(ChunkChoice(), x[:2048], weight, group)
+    all_choices(ChunkChoice(), x.bfloat16(), weight, group)
+    assert len(plays) == 18
+
+
+def test_what_needs_no_choice(group, plays):
+    x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
+    assert all_choices(ChunkChoice(3), x, weight, group) == [3] * 7
+    assert all_choices(ChunkChoice(3), x, weight, None) == [1] * 7
+    assert all_choices(ChunkChoice(), x[:, :0], weight, group) == [1] * 7
+    assert plays == []
+
+
+def test_a_later_call_is_a_look_up(group, monkeypatch):
+    """Far faster than the first call; both are the work of one thread, whatever else the machine does."""
+    costs = OverlapCosts(1e12, 1e-6, 1e9, 0.0, 0.1)
+    monkeypatch.setattr(ChunkChoice, "measured", lambda self, group, like: costs)
+    x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
+
+    def fastest(before):
+        times = []
+        for _ in range(50):
+            before()
+            begin = time.thread_time()
+            ChunkChoice().for_reduction(x, weight, 0, group)
+            times.append(time.thread_time() - begin)
+        return min(times)
+
+    assert fastest(_num_chunks.cache_clear) > 4 * fastest(lambda: None)

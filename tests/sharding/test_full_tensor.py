@@ -1,0 +1,71 @@
+"""Start here when a gathered tensor differs from the whole one, or a rank takes the wrong part of it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.sharding import (
+    ParameterShard,
+    ShardPart,
+    copy_shard_,
+    full_numel,
+    full_shape,
+    full_tensor,
+    mark_shard,
+)
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+
+H = 3
+
+
+def parameters(rank, ranks):
+    """A padded vocabulary whose last ranks hold padding only, a stack with copies, columns, a vector, a number."""
+    copies = ranks // 2 or 1
+    key = ParameterShard((4, H), (rank // copies * 4 * copies // ranks, 0), copy=rank % copies)
+    rows = 8 // ranks
+    stack = (
+        ShardPart("query", slice(0, rows), ParameterShard((8, H), (rank * rows, 0))),
+        ShardPart("key", slice(rows, rows + 4 * copies // ranks), key),
+    )
+    shards = {
+        "vocabulary": ((16 // ranks, H), ParameterShard((7, H), (rank * 16 // ranks, 0))),
+        "stack": ((rows + 4 * copies // ranks, H), stack),
+        "columns": ((H, 8 // ranks), ParameterShard((H, 8), (0, rank * 8 // ranks))),
+        "whole": ((H,), None),
+        "number": ((), None),
+    }
+    made = {}
+    for name, (shape, shard) in shards.items():
+        made[name] = nn.Parameter(torch.full(shape, torch.nan))
+        if shard is not None:
+            mark_shard(made[name], shard)
+    return made
+
+
+def there_and_back(rank, ranks):
+    group = dist.group.WORLD if ranks > 1 else None
+    for transposed in (False, True):
+        for name, parameter in parameters(rank, ranks).items():
+            shape = full_shape(parameter, transposed)
+            full = torch.arange(1.0, 1 + full_numel([parameter])).view(shape)
+            copy_shard_(parameter, full, transposed)
+            assert not parameter.isnan().any(), name
+            whole = full_tensor(parameter, parameter, group, transposed)
+            assert torch.equal(whole, full) and whole.is_contiguous(), (name, transposed)
+            assert whole.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr(), name
+    vocabulary = parameters(rank, ranks)["vocabulary"]
+    copy_shard_(vocabulary, torch.ones(7, H))
+    assert int(vocabulary.sum()) == H * max(0, min(16 // ranks, 7 - rank * 16 // ranks))  # padding is 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_full_tensor_cut_and_gathered_is_the_same(ranks):
+    run_on_ranks(there_and_back, ranks)
+
+
+def test_full_shapes():
+    shapes = {name: full_shape(parameter) for name, parameter in parameters(1, 4).items()}
+    assert shapes == {"vocabulary": (7, H), "stack": (12, H), "columns": (H, 8), "whole": (H,), "number": ()}
+    assert full_shape(parameters(1, 4)["columns"], transposed=True) == (8, H)
+    assert full_numel(parameters(1, 4).values()) == 7 * H + 12 * H + H * 8 + H + 1
