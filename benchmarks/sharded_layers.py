@@ -17,10 +17,14 @@ from torch.distributed.tensor import parallel as tp
 
 from fused_megatron.benchmarking.exact_results import INEXACT
 from fused_megatron.benchmarking.side_by_side import OURS
+from fused_megatron.config import GPTConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import ParallelMLP, ParallelSelfAttention
+from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.testing.sharded_models import gradient_errors
 
 RANKS = 2
+CAUSAL = AttentionMask(causal=True)
 WITHOUT_OVERLAP, DTENSOR = "ours without overlap", "DTensor"
 WAYS = [OURS, WITHOUT_OVERLAP, DTENSOR]
 
@@ -131,17 +135,22 @@ def arrived(x: Any) -> torch.Tensor:
 
 
 def ours(layer: Layer, right: Right, overlap: bool) -> Candidate:
-    sharded: Any = {"tp_group": dist.group.WORLD, "sequence_parallel": layer.sequence_parallel}
+    config = GPTConfig(hidden_size=layer.hidden_size, num_heads=layer.num_heads)
+    sharded = ParallelLayout(dist.group.WORLD, layer.sequence_parallel, overlap)
     model: nn.Module
     if layer.kind == "MLP":
-        model = ParallelMLP(layer.hidden_size, 4 * layer.hidden_size, **sharded)
+        model = ParallelMLP(config, layout=sharded)
     else:
-        model = ParallelSelfAttention(layer.hidden_size, layer.num_heads, **sharded)
-    for module in model.modules():
-        if hasattr(module, "overlap"):
-            module.overlap = overlap
+        model = CausalAttention(config, layout=sharded)
     load(dict(model.named_parameters()), dict(layer.plain().named_parameters()))
     return candidate(model, layer, right, lambda: gradient_errors(model, right.gradients.__getitem__))
+
+
+class CausalAttention(ParallelSelfAttention):
+    """Called with the input only, as torch's layers are."""
+
+    def forward(self, x: torch.Tensor, mask: AttentionMask = CAUSAL, **options: Any) -> Any:
+        return super().forward(x, mask, **options)
 
 
 class BySequence(nn.Module):

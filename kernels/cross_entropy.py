@@ -211,6 +211,7 @@ def cross_entropy_statistics(
     vocab_size: int,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
     softcap: float,
 ) -> torch.Tensor:
     """[T, 2] float32: (lse, linear) of each row of this shard."""
@@ -235,7 +236,14 @@ def cross_entropy_statistics(
 
 
 def cross_entropy_merge(
-    stats: torch.Tensor, target: torch.Tensor, ignore_index: int, z_loss: float
+    stats: torch.Tensor,
+    target: torch.Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss [T], lse [T]) from stats [R, T, 2]."""
     loss = stats.new_empty(stats.shape[1])

@@ -121,9 +121,10 @@ int64_t rows_per_thread(int64_t num_columns) { return std::max<int64_t>(1, 32768
 
 // ---- The ops -------------------------------------------------------------------------------------------------------
 
+// All take the terms of the loss (LossTerms.scalars()), whether they need them or not.
 Tensor cross_entropy_statistics(
     const Tensor& logits, const Tensor& target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
-    double label_smoothing, double softcap) {
+    double label_smoothing, double /*z_loss*/, double softcap) {
   check_logits(logits);
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
   const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing, softcap);
@@ -139,7 +140,8 @@ Tensor cross_entropy_statistics(
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_merge(
-    const Tensor& stats, const Tensor& target, int64_t ignore_index, double z_loss) {
+    const Tensor& stats, const Tensor& target, int64_t /*vocab_start*/, int64_t /*vocab_size*/, int64_t ignore_index,
+    double /*label_smoothing*/, double z_loss, double /*softcap*/) {
   STD_TORCH_CHECK(stats.dim() == 3 && stats.size(2) == 2 && stats.scalar_type() == ScalarType::Float &&
                       stats.is_contiguous(), "stats must be float32 [shards, tokens, 2], contiguous");
   const int64_t num_shards = stats.size(0), num_rows = stats.size(1);

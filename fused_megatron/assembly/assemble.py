@@ -101,6 +101,7 @@ def assemble(
         tied=model.tied(),
         hooks=StageFunctions(reduce=gradients.reduce),
         timeout_s=config.parallel.timeout_s,
+        auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
     )
     optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)

@@ -6,7 +6,7 @@ from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.config import TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import BERT, GPT, StageSpan, cut_stages, new_model
+from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Of weights and activations, by their names in a config."""
@@ -31,7 +31,9 @@ def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
     return mesh
 
 
-def build_model(config: TrainConfig, mesh: Mesh, device: torch.device, stage: StageSpan | None = None) -> GPT | BERT:
+def build_model(
+    config: TrainConfig, mesh: Mesh, device: torch.device, stage: StageSpan | None = None
+) -> TransformerStack:
     """This rank's shard of the model, or of a stage of it.
 
     Args:
@@ -43,10 +45,10 @@ def build_model(config: TrainConfig, mesh: Mesh, device: torch.device, stage: St
     Raises:
         InputError: no vocab_size; sizes that do not divide.
     """
+    parallel = config.parallel
     return new_model(
         config.model,
-        tp_group=mesh.tp_group,
-        sequence_parallel=config.parallel.sequence_parallel,
+        layout=mesh.layout(sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap),
         seed=config.training.seed,
         stage=stage,
         dtype=DTYPES[config.training.dtype],

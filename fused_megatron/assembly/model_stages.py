@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_rank
-from fused_megatron.models import BERT, GPT, StageSpan
+from fused_megatron.models import StageSpan, TransformerStack
 
 
 class ModelStages(nn.Module):
@@ -31,7 +31,7 @@ class ModelStages(nn.Module):
         spans: Sequence[StageSpan],
         placement: Sequence[int],
         pp_group: dist.ProcessGroup | None,
-        build: Callable[[StageSpan], GPT | BERT],
+        build: Callable[[StageSpan], TransformerStack],
     ) -> None:
         super().__init__()
         self.spans, self.placement, self.pp_group = tuple(spans), tuple(placement), pp_group

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -16,11 +16,12 @@ T = TypeVar("T")
 _CONFIG = (tyro.conf.FlagConversionOff,)
 
 
-def parse_arguments(target: type[T], words: Sequence[str], source: str) -> T:
+def parse_arguments(target: type[T], words: Sequence[str], source: str, default: T | None = None) -> T:
     """The dataclass `target` from words such as `--section.key value`; the last one of a key wins.
 
     Args:
         source: what the words come from, for messages.
+        default: the values of keys that no word names, and the classes of the sections; None: those of target.
 
     Raises:
         InputError: unknown or missing words, and values that do not fit.
@@ -28,15 +29,19 @@ def parse_arguments(target: type[T], words: Sequence[str], source: str) -> T:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(target, args=list(words), config=_CONFIG)
+            return tyro.cli(target, args=list(words), config=_CONFIG, **_given(default))
     except SystemExit:
         raise InputError(f"{source}: {_message_in_box(printed.getvalue())}") from None
 
 
-def print_arguments(target: type[T], program: str) -> None:
-    """Print every option with its type, meaning and default."""
+def print_arguments(target: type[T], program: str, default: T | None = None) -> None:
+    """Print every option with its type, meaning and default, which is that of `default` where it is given."""
     with contextlib.suppress(SystemExit):
-        tyro.cli(target, args=["--help"], prog=program, config=_CONFIG)
+        tyro.cli(target, args=["--help"], prog=program, config=_CONFIG, **_given(default))
+
+
+def _given(default: object) -> dict[str, Any]:
+    return {} if default is None else {"default": default}
 
 
 def _message_in_box(box: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from fused_megatron.checks import InputError, check_one_of
-from fused_megatron.config import TRAIN_CONFIGS, TrainConfig
+from fused_megatron.config import MODEL_FAMILIES, TrainConfig, TransformerConfig
 from fused_megatron.config.arguments import parse_arguments, print_arguments
 
 if sys.version_info >= (3, 11):
@@ -28,24 +28,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     words = [*_file_arguments(path), *overrides]
     _check_names(overrides)
-    return parse_arguments(_config_type(words), words, source=str(path))
+    return parse_arguments(TrainConfig, words, source=str(path), default=TrainConfig(_model_type(words)()))
 
 
 def print_help(program: str, words: Sequence[str] = ()) -> None:
     """Print every key with its type, meaning and default; those of the model.family among the words."""
-    print_arguments(_config_type(words), program)
+    print_arguments(TrainConfig, program, default=TrainConfig(_model_type(words)()))
 
 
-def _config_type(words: Sequence[str]) -> type[TrainConfig]:
-    """What the words are read as: their last model.family decides."""
+def _model_type(words: Sequence[str]) -> type[TransformerConfig]:
+    """What the keys of [model] are read as: the last model.family of the words decides."""
     family = "gpt"
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name == "--model.family":
             family = value if equals else "".join(words[i + 1 : i + 2])
-    check_one_of("model.family", family, list(TRAIN_CONFIGS))
-    found = TRAIN_CONFIGS[family]
-    known = _known_keys(found)
+    check_one_of("model.family", family, list(MODEL_FAMILIES))
+    found = MODEL_FAMILIES[family].config
+    known = _known_keys(family)
     for word in words:
         name = word[2:].partition("=")[0].replace("-", "_")
         if word.startswith("--") and name in _known_keys() and name not in known:
@@ -108,13 +108,11 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
 
 
-def _known_keys(*types: type[TrainConfig]) -> dict[str, Any]:
-    """Every key and its type; those of all families where none is given."""
-    keys: dict[str, Any] = {}
-    for one in types or TRAIN_CONFIGS.values():
-        for section, cls in typing.get_type_hints(one).items():
-            keys |= {f"{section}.{f.name}": f.type for f in dataclasses.fields(cls)}
-    return keys
+def _known_keys(*families: str) -> dict[str, Any]:
+    """Every key and its type; of all families of models where none is given."""
+    sections = [("model", MODEL_FAMILIES[family].config) for family in families or MODEL_FAMILIES]
+    sections += [item for item in typing.get_type_hints(TrainConfig).items() if item[0] != "model"]
+    return {f"{section}.{f.name}": f.type for section, cls in sections for f in dataclasses.fields(cls)}
 
 
 def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:

@@ -6,19 +6,18 @@ The text under a field is its help on the command line.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from fused_megatron.checks import check, check_divisible, check_one_of, check_positive
 
 
 @dataclass(frozen=True)
-class GPTConfig:
-    """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position, linear_biases
-    and num_kv_heads make a Llama, Mistral or Qwen of it."""
+class TransformerConfig:
+    """The settings that every family of models has."""
 
-    family: str = "gpt"
-    """gpt; or bert, an encoder that learns to predict masked tokens (its keys: train --help --model.family=bert)."""
+    family: str = ""
+    """Of MODEL_FAMILIES; every family has its own default."""
     num_layers: int = 4
     """Number of transformer blocks."""
     hidden_size: int = 256
@@ -86,8 +85,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_one_of("family", self.family, list(MODEL_FAMILIES))
-        wanted = MODEL_FAMILIES[self.family]
-        check(type(self) is wanted, f"family={self.family!r} must be a {wanted.__name__}, not a {type(self).__name__}")
+        wanted = self.traits.config
+        check(
+            isinstance(self, wanted), f"family={self.family!r} must be a {wanted.__name__}, not a {type(self).__name__}"
+        )
         for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
             check_positive(name, getattr(self, name))
         for name in (
@@ -139,6 +140,21 @@ class GPTConfig:
         )
 
     @property
+    def traits(self) -> ModelFamily:
+        """What is known of its family."""
+        return MODEL_FAMILIES[self.family]
+
+    @property
+    def feed_forward(self) -> str:
+        """What a block's feed-forward is, by its name in models/feed_forward.py."""
+        return "mlp"
+
+    @property
+    def has_auxiliary_loss(self) -> bool:
+        """Whether the feed-forward returns an auxiliary loss in training."""
+        return False
+
+    @property
     def ffn_size(self) -> int:
         """F, with its default."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
@@ -152,6 +168,11 @@ class GPTConfig:
     def head_size(self) -> int:
         """head_dim, with its default."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def output_init_std(self) -> float:
+        """Of the output projections: the residual stream sums 2 num_layers outputs, and so its variance is kept."""
+        return self.init_std / (2 * self.num_layers) ** 0.5
 
     @property
     def rotary_dim(self) -> int:
@@ -170,10 +191,26 @@ class GPTConfig:
         """Whether anything is dropped in training."""
         return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
 
+    def trainable(self) -> TransformerConfig:
+        """The same model without what `fused-megatron train` does not train."""
+        return self
+
+    def check_trainable(self) -> None:
+        """Raise InputError unless `fused-megatron train` trains all of the model."""
+
 
 @dataclass(frozen=True)
-class BERTConfig(GPTConfig):
-    """An encoder: every token sees every other. The fields of GPTConfig mean the same here; the head is tied."""
+class GPTConfig(TransformerConfig):
+    """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position, linear_biases
+    and num_kv_heads make a Llama, Mistral or Qwen of it."""
+
+    family: str = "gpt"
+    """gpt; or bert, an encoder that learns to predict masked tokens (its keys: train --help --model.family=bert)."""
+
+
+@dataclass(frozen=True)
+class BERTConfig(TransformerConfig):
+    """An encoder: every token sees every other. Fields mean what they do in a GPTConfig; the head is tied."""
 
     family: str = "bert"
     """bert; or gpt, a decoder."""
@@ -194,14 +231,48 @@ class BERTConfig(GPTConfig):
         check(self.tied_embeddings, "tied_embeddings=False must be True: BERT's head shares the embedding")
         check(self.sliding_window is None, f"sliding_window={self.sliding_window} must be None: it is of causal models")
 
+    def trainable(self) -> BERTConfig:
+        """Without the next-sentence head, for which there is no training data."""
+        return replace(self, next_sentence_head=False)
 
-# The models that model.family names.
-MODEL_FAMILIES: dict[str, type[GPTConfig]] = {"gpt": GPTConfig, "bert": BERTConfig}
+    def check_trainable(self) -> None:
+        """Only the masked-LM head is trained."""
+        for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
+            check(
+                getattr(self, name) == wanted,
+                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
+                f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)",
+            )
 
 
-def model_config(fields: Mapping[str, Any]) -> GPTConfig:
+@dataclass(frozen=True)
+class ModelFamily:
+    """What configs, training data and commands must know of a family of models.
+
+    Attributes:
+        config: its settings.
+        predicts: what it is trained on: the token after each (the text as it is), or the tokens that are masked
+            (data/masked_lm.py).
+        generates: whether it can continue a text.
+    """
+
+    config: type[TransformerConfig]
+    predicts: Literal["next_token", "masked_tokens"]
+    generates: bool
+
+
+# The models that model.family names; models/registry.py has their classes.
+MODEL_FAMILIES: dict[str, ModelFamily] = {
+    "gpt": ModelFamily(GPTConfig, predicts="next_token", generates=True),
+    "bert": ModelFamily(BERTConfig, predicts="masked_tokens", generates=False),
+}
+
+
+def model_config(fields: Mapping[str, Any]) -> TransformerConfig:
     """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT."""
-    return MODEL_FAMILIES[fields.get("family", "gpt")](**fields)
+    family = fields.get("family", "gpt")
+    check_one_of("family", family, list(MODEL_FAMILIES))
+    return MODEL_FAMILIES[family].config(**fields)
 
 
 # The values of the fields that are words.

@@ -29,6 +29,9 @@ class ParallelConfig:
     """Replicas; what is left of the world when not given."""
     sequence_parallel: bool = False
     """Split activations between the tensor-parallel layers over the sequence."""
+    overlap: bool | int = True
+    """Cut the products of tensor-parallel layers into chunks and send one while the next is computed. True: as many as
+    the cost model of the group finds best; a number: so many; False: none."""
     timeout_s: float = 120.0
     """Seconds without an answer from another rank before the run ends with an error."""
 
@@ -38,4 +41,6 @@ class ParallelConfig:
         for name in ("stages_per_rank", "data_parallel_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        if not isinstance(self.overlap, bool):
+            check_positive("overlap", self.overlap)
         check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")

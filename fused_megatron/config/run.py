@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
 from fused_megatron.config.data import DataConfig
-from fused_megatron.config.model import BERTConfig, GPTConfig
+from fused_megatron.config.model import GPTConfig, TransformerConfig
 from fused_megatron.config.optimizer import OptimizerConfig
 from fused_megatron.config.parallel import ParallelConfig
 from fused_megatron.config.training import TrainingConfig
@@ -16,7 +16,7 @@ from fused_megatron.config.training import TrainingConfig
 class TrainConfig:
     """Everything that `fused-megatron train` reads: one section of the TOML file per field."""
 
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: TransformerConfig = field(default_factory=GPTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -30,7 +30,7 @@ class TrainConfig:
         if self.parallel.sequence_parallel:
             check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
         check(
-            self.model.family != "bert" or self.model.seq_len >= 3,
+            self.model.traits.predicts != "masked_tokens" or self.model.seq_len >= 3,
             f"seq_len={self.model.seq_len} must be at least 3: [CLS], a token and [SEP]",
         )
         check_divisible(
@@ -45,14 +45,3 @@ class TrainConfig:
             f"microbatch_size={self.training.microbatch_size} x data_parallel_size={dp_size}, i.e. by their product",
             self.training.microbatch_size * dp_size,
         )
-
-
-@dataclass(frozen=True)
-class BERTTrainConfig(TrainConfig):
-    """The same where model.family is bert: its [model] has more fields."""
-
-    model: BERTConfig = field(default_factory=BERTConfig)
-
-
-# What a file or a command line is read as, by its model.family.
-TRAIN_CONFIGS: dict[str, type[TrainConfig]] = {"gpt": TrainConfig, "bert": BERTTrainConfig}

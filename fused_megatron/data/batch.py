@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from fused_megatron.sharding import SequenceLayout
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -19,6 +21,11 @@ class Batch:
     inputs: torch.Tensor
     targets: torch.Tensor
     is_padding: torch.Tensor | None = None
+
+    def take(self, sequence: SequenceLayout) -> "Batch":
+        """The tokens, targets and padding at the positions that a rank has."""
+        padding = None if self.is_padding is None else sequence.take(self.is_padding, 1)
+        return Batch(sequence.take(self.inputs, 1), sequence.take(self.targets, 1), padding)
 
     def microbatches(
         self, size: int, device: torch.device

@@ -63,9 +63,10 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
     """Prepare the text that config names (quick when it was done before) and open it.
 
     Raises:
-        InputError: missing, damaged or too little data; ids beyond model.vocab_size; no [MASK] for a BERT.
+        InputError: missing, damaged or too little data; ids beyond model.vocab_size; no [MASK] where masked tokens are
+            predicted.
     """
-    masked = config.model.family == "bert"
+    masked = config.model.traits.predicts == "masked_tokens"
     corpus = prepare_corpus(
         config.data.path,
         config.data.cache_folder,

@@ -6,7 +6,7 @@ def gradient_divisor(global_batch_size: int, targets_per_sample: int) -> int:
 
     Microbatches, pipeline stages and data-parallel ranks then only add their gradients up (reduction.py sums and never
     averages), so a target counts the same on whichever rank it is. The pipeline divides, in the first gradient of each
-    backward (pipeline/run/action_loop.py: first_gradient), by what PipelineExecutor.step gets as loss_divisor.
+    backward (pipeline/run/stage_compute.py: first_gradient), by what PipelineExecutor.step gets as loss_divisor.
 
     Args:
         global_batch_size: samples of a step, over all data-parallel ranks.

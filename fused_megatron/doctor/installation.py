@@ -141,8 +141,8 @@ def _op_kernels() -> tuple[OpKernels, ...]:
     registered = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fused_megatron" in name]
     kinds: dict[str, OpKernels] = {}
     for op in sorted(ops.__all__):
-        if any(op.startswith(f"{shorter}_") for shorter in kinds):
-            continue  # a piece of one that has its line
+        if isinstance(getattr(ops, op), type) or any(op.startswith(f"{shorter}_") for shorter in kinds):
+            continue  # an argument's type, or a piece of one that has its line
         names = [name for name in registered if name == op or name.startswith(f"{op}_")]
 
         def has(key: str, names: list[str] = names) -> bool:

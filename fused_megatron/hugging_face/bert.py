@@ -3,6 +3,7 @@
 from typing import Any
 
 from fused_megatron.config import BERTConfig
+from fused_megatron.hugging_face.family import Family
 from fused_megatron.hugging_face.rules import Rule, linear, query_key_value
 from fused_megatron.hugging_face.settings import GELUS, Settings
 
@@ -90,3 +91,29 @@ def bert_rules(config: BERTConfig, prefix: str) -> list[Rule]:
         rules += linear("pooler", f"{prefix}pooler.dense", True)
         rules += linear("next_sentence", "cls.seq_relationship", True)
     return rules
+
+
+_UNTRAINED = ("pooler.*", "bert.pooler.*", "cls.seq_relationship.*")
+
+FAMILIES = (
+    Family(
+        "bert",
+        ("BertForMaskedLM", "BertForPreTraining", "BertModel"),
+        "bert.",
+        read_bert,
+        write_bert,
+        bert_rules,
+        BERTConfig,
+        _UNTRAINED,
+    ),
+    Family(
+        "megatron-bert",
+        ("MegatronBertForMaskedLM", "MegatronBertForPreTraining", "MegatronBertModel"),
+        "bert.",
+        read_megatron_bert,
+        write_bert,
+        bert_rules,
+        BERTConfig,
+        _UNTRAINED,
+    ),
+)

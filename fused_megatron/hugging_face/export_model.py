@@ -15,7 +15,7 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
-from fused_megatron.config import GPTConfig, model_config
+from fused_megatron.config import TransformerConfig, model_config
 from fused_megatron.hugging_face.families import differing_fields, family_for
 from fused_megatron.hugging_face.family import Family
 from fused_megatron.hugging_face.import_model import check_absent, copy_kept_files, new_folder
@@ -74,7 +74,7 @@ def _found(checkpoint: Path | None, run: RunFolder) -> Path:
     return checkpoint
 
 
-def _model_of(manifest: Manifest) -> GPTConfig:
+def _model_of(manifest: Manifest) -> TransformerConfig:
     return model_config(manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]})
 
 
@@ -151,10 +151,10 @@ def _write_index(folder: Path, files: list[dict[Entry, Callable[[], torch.Tensor
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _config_json(original: dict[str, Any], family: Family, config: GPTConfig) -> dict[str, Any]:
+def _config_json(original: dict[str, Any], family: Family, config: TransformerConfig) -> dict[str, Any]:
     """What it was imported with, where the model is still the same; else with the model's own fields."""
     if original.get("model_type") == family.model_type:
-        before = family.of_run(family.read_config(Settings(original, CONFIG_FILE)))
+        before = family.read_config(Settings(original, CONFIG_FILE)).trainable()
         if not differing_fields(before, config) and before.seq_len == config.seq_len:
             return original
         # With the heads that are kept as they were.

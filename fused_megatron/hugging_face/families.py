@@ -5,21 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fused_megatron.checks import InputError
-from fused_megatron.config import BERTConfig, GPTConfig
-from fused_megatron.hugging_face.bert import bert_rules, read_bert, read_megatron_bert, write_bert
+from fused_megatron.config import TransformerConfig
+from fused_megatron.hugging_face import bert, gpt2, llama
 from fused_megatron.hugging_face.family import Family
-from fused_megatron.hugging_face.gpt2 import gpt2_rules, read_gpt2, write_gpt2
-from fused_megatron.hugging_face.llama import (
-    llama_rules,
-    read_llama,
-    read_mistral,
-    read_qwen2,
-    read_qwen3,
-    write_llama,
-    write_mistral,
-    write_qwen,
-)
 from fused_megatron.hugging_face.settings import Settings
+
+# Where a model can be written as several, the first.
+FAMILIES = (*gpt2.FAMILIES, *llama.FAMILIES, *bert.FAMILIES)
 
 # Fields that say how a model is trained, not what it computes.
 _FREE = {
@@ -30,25 +22,6 @@ _FREE = {
     "recompute",
     "pad_vocab_size_to_multiple_of",
 }
-
-_UNTRAINED_BERT = ("pooler.*", "bert.pooler.*", "cls.seq_relationship.*")
-
-# Where a model can be written as several, the first.
-FAMILIES = (
-    Family("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", read_gpt2, write_gpt2, gpt2_rules),
-    Family("llama", ("LlamaForCausalLM", "LlamaModel"), "model.", read_llama, write_llama, llama_rules),
-    Family("mistral", ("MistralForCausalLM", "MistralModel"), "model.", read_mistral, write_mistral, llama_rules),
-    Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "model.", read_qwen2, write_qwen, llama_rules),
-    Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "model.", read_qwen3, write_qwen, llama_rules),
-    Family(
-        "bert", ("BertForMaskedLM", "BertForPreTraining", "BertModel"), "bert.", read_bert, write_bert, bert_rules,
-        BERTConfig, _UNTRAINED_BERT,
-    ),
-    Family(
-        "megatron-bert", ("MegatronBertForMaskedLM", "MegatronBertForPreTraining", "MegatronBertModel"), "bert.",
-        read_megatron_bert, write_bert, bert_rules, BERTConfig, _UNTRAINED_BERT,
-    ),
-)  # fmt: skip
 
 
 def family_of(settings: Settings) -> Family:
@@ -68,7 +41,7 @@ def family_of(settings: Settings) -> Family:
     )
 
 
-def family_for(config: GPTConfig, preferred: str | None = None) -> Family:
+def family_for(config: TransformerConfig, preferred: str | None = None) -> Family:
     """A family that a model of ours can be written as.
 
     Args:
@@ -91,13 +64,13 @@ def family_for(config: GPTConfig, preferred: str | None = None) -> Family:
     raise InputError(f"no family of transformers' has this model: the nearest differs in {min(differences)[1]}")
 
 
-def differing_fields(one: GPTConfig, other: GPTConfig) -> list[str]:
+def differing_fields(one: TransformerConfig, other: TransformerConfig) -> list[str]:
     """Names of the fields in which two models compute differently."""
     ours, theirs = _meaning(one), _meaning(other)
     return [name for name in ours if ours[name] != theirs[name]]
 
 
-def _meaning(config: GPTConfig) -> Mapping[str, Any]:
+def _meaning(config: TransformerConfig) -> Mapping[str, Any]:
     """Every field that matters, with its default filled in, and None where it has no effect."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     values |= {

@@ -2,11 +2,11 @@
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from fused_megatron.checks import InputError
-from fused_megatron.config import BERTConfig, GPTConfig
+from fused_megatron.config import GPTConfig, TransformerConfig
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings
 
@@ -32,7 +32,7 @@ class Family:
     read: Callable[[Settings], dict[str, Any]]
     write: Callable[[Any], dict[str, Any]]
     rules: Callable[[Any, str], list[Rule]]
-    config_type: type[GPTConfig] = GPTConfig
+    config_type: type[TransformerConfig] = GPTConfig
     untrained: tuple[str, ...] = ()
 
     @property
@@ -40,7 +40,7 @@ class Family:
         """The class that holds the head, too."""
         return self.architectures[0]
 
-    def read_config(self, settings: Settings) -> GPTConfig:
+    def read_config(self, settings: Settings) -> TransformerConfig:
         """The model that config.json describes.
 
         Raises:
@@ -54,7 +54,7 @@ class Family:
             source = "" if str(error).startswith(settings.source) else f"{settings.source}: "
             raise InputError(f"{source}{error}") from None
 
-    def write_config(self, config: GPTConfig) -> dict[str, Any]:
+    def write_config(self, config: TransformerConfig) -> dict[str, Any]:
         """config.json of the model."""
         common = {
             "model_type": self.model_type,
@@ -68,10 +68,6 @@ class Family:
     def architecture_in(self, config_json: Mapping[str, Any]) -> str:
         """The class that config.json names, else the one that holds the head."""
         return str((config_json.get("architectures") or self.architectures)[0])
-
-    def of_run(self, config: GPTConfig) -> GPTConfig:
-        """The model of a run: without the heads that are not trained."""
-        return replace(config, next_sentence_head=False) if isinstance(config, BERTConfig) else config
 
     def prefix_in(self, names: Iterable[str]) -> str:
         """The prefix of these tensors: the family's, or none in a checkpoint of the bare model."""

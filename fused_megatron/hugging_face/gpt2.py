@@ -3,6 +3,7 @@
 from typing import Any
 
 from fused_megatron.config import GPTConfig
+from fused_megatron.hugging_face.family import Family
 from fused_megatron.hugging_face.rules import Rule, linear, tied_or_own_head
 from fused_megatron.hugging_face.settings import GELUS, Settings
 
@@ -59,3 +60,6 @@ def gpt2_rules(config: GPTConfig, prefix: str) -> list[Rule]:
             *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.c_proj", True, transposed=True),
         ]  # fmt: skip
     return rules + linear("final_norm", f"{prefix}ln_f", True) + tied_or_own_head(config)
+
+
+FAMILIES = (Family("gpt2", ("GPT2LMHeadModel", "GPT2Model"), "transformer.", read_gpt2, write_gpt2, gpt2_rules),)

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,8 @@ from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, TrainingConfig
 from fused_megatron.hugging_face.leftovers import write_leftovers
 from fused_megatron.hugging_face.source import CONFIG_FILE, TRAINED_DTYPES, Source, open_source
-from fused_megatron.models import BERT, GPT, cut_stages, new_model
+from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
 from fused_megatron.weight_files import read_json
 
 # Small files beside the weights, kept so that the way back has them.
@@ -43,7 +43,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     skip: Sequence[str] = (),
-) -> GPT | BERT:
+) -> TransformerStack:
     """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size, or a stage of it.
 
     Args:
@@ -61,28 +61,26 @@ def load_model(
     Communication: one exchange of JSON.
     Memory: this rank's shard, and a block of a few MB.
     """
-    built: list[GPT | BERT] = []
+    built: list[TransformerStack] = []
 
     def build() -> None:
         source = open_source(Path(folder), dtype, skip)
-        part: dict[str, Any] = {}
+        span: StageSpan | None = None
         if stage is not None:
             index, count = stage
             check(
                 0 <= index < count, f"stage={stage} must be (index, number of stages) with index from 0 to {count - 1}"
             )
-            part["stage"] = cut_stages(source.config, count)[index]
-        model = new_model(
-            source.config, tp_group=tp_group, sequence_parallel=sequence_parallel, dtype=source.dtype,
-            device=torch.device("meta"), **part,
-        )  # fmt: skip
+            span = cut_stages(source.config, count)[index]
+        layout = ParallelLayout(tp_group, sequence_parallel)
+        model = new_model(source.config, layout=layout, stage=span, dtype=source.dtype, device=torch.device("meta"))
         built.append(_filled(model, source, device or torch.device("cpu")))
 
     run_together(tp_group, build, SharedCheckpointError)
     return built[0]
 
 
-def _filled(model: GPT | BERT, source: Source, device: torch.device) -> GPT | BERT:
+def _filled(model: TransformerStack, source: Source, device: torch.device) -> TransformerStack:
     model = model.to_empty(device=device)
     model.reset_dropout(seed=0)
     for parameter in model.parameters():

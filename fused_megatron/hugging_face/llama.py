@@ -3,6 +3,7 @@
 from typing import Any
 
 from fused_megatron.config import GPTConfig
+from fused_megatron.hugging_face.family import Family
 from fused_megatron.hugging_face.rotary import read_rotary, write_rotary
 from fused_megatron.hugging_face.rules import Rule, linear, query_key_value, tied_or_own_head
 from fused_megatron.hugging_face.settings import Settings
@@ -120,3 +121,11 @@ def llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
             rules += linear(f"{ours}.attention.query_norm", f"{theirs}.self_attn.q_norm", False)
             rules += linear(f"{ours}.attention.key_norm", f"{theirs}.self_attn.k_norm", False)
     return rules + linear("final_norm", f"{prefix}norm", False) + tied_or_own_head(config)
+
+
+FAMILIES = (
+    Family("llama", ("LlamaForCausalLM", "LlamaModel"), "model.", read_llama, write_llama, llama_rules),
+    Family("mistral", ("MistralForCausalLM", "MistralModel"), "model.", read_mistral, write_mistral, llama_rules),
+    Family("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "model.", read_qwen2, write_qwen, llama_rules),
+    Family("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "model.", read_qwen3, write_qwen, llama_rules),
+)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 from fused_megatron.weight_files import BLOCK_BYTES, StoredWeight
 
 
@@ -108,6 +108,6 @@ def query_key_value(name: str, sources: Sequence[str], bias: bool, *, num_heads:
     return rules
 
 
-def tied_or_own_head(config: GPTConfig) -> list[Rule]:
+def tied_or_own_head(config: TransformerConfig) -> list[Rule]:
     """The head's tensor, where it is not the embedding's."""
     return [] if config.tied_embeddings else [Rule("head.weight", ("lm_head.weight",))]

@@ -9,7 +9,7 @@ import torch
 
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError, check, dtype_name
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face.families import family_of
 from fused_megatron.hugging_face.family import Family, is_buffer
 from fused_megatron.hugging_face.rules import Rule
@@ -43,7 +43,7 @@ class Source:
         kept: what has no place in the model.
     """
 
-    config: GPTConfig
+    config: TransformerConfig
     files: WeightFiles
     rules: dict[str, Rule]
     dtype: torch.dtype
@@ -91,7 +91,7 @@ def open_source(
     settings = Settings(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
     family = family_of(settings)
     config = family.read_config(settings)
-    config = family.of_run(config) if for_run else config
+    config = config.trainable() if for_run else config
     files = WeightFiles(folder)
     # A layer has several tensors; without this a wrong number would build that many layers first.
     check(
@@ -143,7 +143,7 @@ class _Names:
             )
         self._extra = sorted(found - wanted.keys())
 
-    def copies(self, config: GPTConfig) -> dict[str, str]:
+    def copies(self, config: TransformerConfig) -> dict[str, str]:
         """What of a tied head is stored too, which it may be where it is the same."""
         if not config.tied_embeddings:
             return {}

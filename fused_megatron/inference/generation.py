@@ -7,13 +7,13 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, all_gather_split, group_size
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 
 
 class LanguageModel(Protocol):
     """A GPT, whole or in the stages of a pipeline: what generate needs of it."""
 
-    config: GPTConfig
+    config: TransformerConfig
     vocab_size: int
     tp_group: Group
     sequence_parallel: bool

@@ -7,6 +7,7 @@ from fused_megatron.models.dropout import BatchPosition
 from fused_megatron.models.feed_forward import ParallelMLP
 from fused_megatron.models.gpt import GPT
 from fused_megatron.models.registry import new_model
+from fused_megatron.models.stack import TransformerStack
 from fused_megatron.models.stage_cut import StageSpan, cut_stages
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "ParallelSelfAttention",
     "StageSpan",
     "TransformerBlock",
+    "TransformerStack",
     "cut_stages",
     "new_model",
 ]

@@ -1,16 +1,19 @@
-"""Self-attention, causal or not, heads split over tensor-parallel ranks."""
+"""Self-attention, heads split over tensor-parallel ranks."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_megatron import ops
-from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
-from fused_megatron.collectives import Group, group_rank, group_size, identity_all_reduce_together
+from fused_megatron.checks import check_divisible, check_multiple_or_divisor
+from fused_megatron.collectives import group_rank, group_size, identity_all_reduce_together
+from fused_megatron.config import TransformerConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.dropout import DropoutMasks
+from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -23,7 +26,7 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class ParallelSelfAttention(nn.Module):
-    """Self-attention through torch's scaled_dot_product_attention.
+    """Self-attention through ops.attend.
 
     x [S, B, H] -> query [S, B, N / R, D], key and value [S, B, max(1, G / R), D] -> [S, B, H].
 
@@ -32,113 +35,115 @@ class ParallelSelfAttention(nn.Module):
     where they are fewer than ranks, R / G neighbouring ranks hold the same head and sum its gradient.
 
     Args:
-        hidden_size: H; must be divisible by num_heads, where head_dim is None.
-        num_heads: N; must be divisible by the size R of tp_group.
-        num_kv_heads: G; N when None. It divides N, and one of G and R divides the other.
-        head_dim: D; H / N when None.
-        bias, qkv_bias: whether the linear layers have biases; qkv_bias, where it is not None, says it for query, key
-            and value.
-        query_key_norm_eps: normalize every head of queries and keys by its root mean square, before rotation; the
-            weights [D] are the same for all heads.
-        causal: no query sees a later key.
-        sliding_window: a query sees the last so many keys up to itself; needs causal.
-        attention_dropout: probability of dropping an attention probability, where forward is given masks.
-        recompute: backward computes what lies between the projections again, instead of keeping it.
-        tp_group: tensor-parallel group; None means one rank.
-        sequence_parallel: x and the result are sequence shards [S / R, B, H].
+        config: sizes and forms. num_heads N must be divisible by the size R of the tensor-parallel group, and one of
+            num_kv_heads G and R must divide the other.
+        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
-        init_std, output_init_std: standard deviations of the initial weights.
+        dtype, device: of the parameters.
+
+    Raises:
+        InputError: heads that the ranks do not divide.
 
     Communication:
         One all-reduce of S B H elements forward and one backward (all-gather + reduce-scatter each under
         sequence_parallel); with fewer key-value heads than ranks one backward of their weights, 2 G D (H + 1) elements;
-        with query_key_norm_eps one backward of 2 D.
+        with query_key_norm one backward of 2 D.
 
     Memory:
-        With sliding_window below S, or a mask, torch's attention reads a mask of S S bytes.
+        As ops.attend, of this rank's heads. With config.recompute "selective" backward computes what lies between the
+        projections again, instead of keeping it.
         With attention_dropout (torch's attention kernels draw masks that depend on the layout) the probabilities of
         this rank's heads are computed whole: B N / R S S elements, and as many after dropout.
     """
 
     def __init__(
         self,
-        hidden_size: int,
-        num_heads: int,
+        config: TransformerConfig,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        bias: bool = True,
-        qkv_bias: bool | None = None,
-        query_key_norm_eps: float | None = None,
-        causal: bool = True,
-        sliding_window: int | None = None,
-        attention_dropout: float = 0.0,
-        recompute: bool = False,
-        tp_group: Group,
-        sequence_parallel: bool = False,
+        layout: ParallelLayout,
         skip_bias_add: bool = False,
-        init_std: float = 0.02,
-        output_init_std: float = 0.02,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        ranks, kv_heads = group_size(tp_group), num_heads if num_kv_heads is None else num_kv_heads
-        if head_dim is None:
-            check_divisible("hidden_size", hidden_size, "num_heads", num_heads)
-            head_dim = hidden_size // num_heads
-        check(causal or sliding_window is None, f"sliding_window={sliding_window} needs causal=True")
-        check_divisible("num_heads", num_heads, "num_kv_heads", kv_heads)
-        check_divisible("num_heads", num_heads, "tensor_parallel_size", ranks)
-        check_multiple_or_divisor("num_kv_heads", kv_heads, "tensor_parallel_size", ranks)
-        check(0 <= attention_dropout < 1, f"attention_dropout={attention_dropout} must lie in [0, 1)")
-        self.head_dim, self.num_heads, self.num_kv_heads = head_dim, num_heads, kv_heads
-        self.causal, self.sliding_window = causal, sliding_window
-        self.heads_shard, self.kv_heads_shard = num_heads // ranks, max(1, kv_heads // ranks)
-        self.first_head = group_rank(tp_group) * self.heads_shard
-        self.attention_dropout, self.recompute = attention_dropout, recompute
-        layout: dict[str, Any] = {
-            "tp_group": tp_group,
-            "sequence_parallel": sequence_parallel,
-            "dtype": dtype,
-            "device": device,
-        }
-        qkv_bias = bias if qkv_bias is None else qkv_bias
-        self.query_key_value = self._new_query_key_value(hidden_size, qkv_bias, ranks, init_std=init_std, **layout)
+        ranks = group_size(layout.tp_group)
+        check_divisible("num_heads", config.num_heads, "tensor_parallel_size", ranks)
+        check_multiple_or_divisor("num_kv_heads", config.kv_heads, "tensor_parallel_size", ranks)
+        self.head_dim, self.num_heads, self.num_kv_heads = config.head_size, config.num_heads, config.kv_heads
+        self.heads_shard, self.kv_heads_shard = self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
+        self.first_head = group_rank(layout.tp_group) * self.heads_shard
+        self.attention_dropout, self.recompute = config.attention_dropout, config.recompute == "selective"
+        self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
         self.query_norm = self.key_norm = None
-        if query_key_norm_eps is not None:
+        if config.query_key_norm:
             # Their own flags for gradients do not serve: every rank has other heads, whatever the sequence.
             self.query_norm, self.key_norm = (
-                RMSNorm(head_dim, query_key_norm_eps, tp_group=None, dtype=dtype, device=device) for _ in range(2)
+                RMSNorm(config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device)
+                for _ in range(2)
             )
         self.projection = RowParallelLinear(
-            num_heads * head_dim, hidden_size, bias, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
+            self.num_heads * self.head_dim,
+            config.hidden_size,
+            config.linear_biases,
+            skip_bias_add=skip_bias_add,
+            init_std=config.output_init_std,
+            tp_group=layout.tp_group,
+            sequence_parallel=layout.sequence_parallel,
+            overlap=layout.overlap,
+            dtype=dtype,
+            device=device,
         )
 
-    def _new_query_key_value(self, hidden_size: int, bias: bool, ranks: int, **options: Any) -> ColumnParallelLinear:
+    def _new_query_key_value(
+        self,
+        config: TransformerConfig,
+        layout: ParallelLayout,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> ColumnParallelLinear:
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
         if self.num_kv_heads == self.num_heads:
-            return ColumnParallelLinear(hidden_size, 3 * width, bias, **options)
-        copies = max(1, ranks // self.num_kv_heads)
-        parts = [OutputPart("query", width), *(OutputPart(name, kv_width, copies) for name in ("key", "value"))]
-        return StackedColumnParallelLinear(hidden_size, parts, bias, **options)
+            return ColumnParallelLinear(
+                config.hidden_size,
+                3 * width,
+                bias,
+                init_std=config.init_std,
+                tp_group=layout.tp_group,
+                sequence_parallel=layout.sequence_parallel,
+                overlap=layout.overlap,
+                dtype=dtype,
+                device=device,
+            )
+        copies = max(1, group_size(layout.tp_group) // self.num_kv_heads)
+        return StackedColumnParallelLinear(
+            config.hidden_size,
+            [OutputPart("query", width), OutputPart("key", kv_width, copies), OutputPart("value", kv_width, copies)],
+            bias,
+            init_std=config.init_std,
+            tp_group=layout.tp_group,
+            sequence_parallel=layout.sequence_parallel,
+            overlap=layout.overlap,
+            dtype=dtype,
+            device=device,
+        )
 
     def forward(
         self,
         x: torch.Tensor,
+        mask: AttentionMask,
         *,
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
-        hidden_keys: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape; (y, bias) with skip_bias_add.
 
         Args:
             x: activations.
+            mask: what each query sees.
             rotary: cos and sin [at least S, Drot / 2] that queries and keys are rotated by; None for positions that
                 are in x already.
             dropout: masks of attention_dropout, place 0; None drops nothing.
-            hidden_keys: [B, S] bool, True for keys that no query sees (padding); at least one a row is False.
         """
         query, key, value = self._query_key_value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -153,10 +158,10 @@ class ParallelSelfAttention(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             # Nothing in there draws from torch's generators, so their state need not be kept.
             context = checkpoint(
-                self._attend, query, key, value, dropout, hidden_keys, use_reentrant=False, preserve_rng_state=False
+                self._attend, query, key, value, mask, dropout, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            context = self._attend(query, key, value, dropout, hidden_keys)
+            context = self._attend(query, key, value, mask, dropout)
         return self.projection(context)
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -173,36 +178,13 @@ class ParallelSelfAttention(nn.Module):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        mask: AttentionMask,
         dropout: DropoutMasks | None,
-        hidden_keys: torch.Tensor | None,
     ) -> torch.Tensor:
         """[S, B, heads of this rank, D] each to [S, B, N D / R]."""
-        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        grouped = self.kv_heads_shard != self.heads_shard
-        padding = None if hidden_keys is None else hidden_keys[:, None, None, :]
-        if dropout is None or self.attention_dropout == 0.0:
-            seen = self._seen_keys(query.shape[2], padding, query.device)
-            context = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=seen, is_causal=self.causal and seen is None, enable_gqa=grouped
+        drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if dropout is not None and self.attention_dropout > 0.0:
+            drop = partial(
+                dropout.drop_heads, 0, p=self.attention_dropout, first_head=self.first_head, heads=self.num_heads
             )
-        else:
-            if grouped:
-                shared = self.heads_shard // self.kv_heads_shard
-                key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-            scores = query @ key.transpose(-1, -2)
-            probabilities = ops.scaled_masked_softmax(
-                scores, padding, scale=self.head_dim**-0.5, causal=self.causal, window=self.sliding_window
-            )
-            kept = dropout.drop_heads(0, probabilities, self.attention_dropout, self.first_head, self.num_heads)
-            context = kept @ value
-        return context.permute(2, 0, 1, 3).flatten(2)
-
-    def _seen_keys(self, seq_len: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-        """[S, S] or [B, 1, S or 1, S] bool, True where a query sees a key; None where causal or no mask says it all."""
-        windowed = self.sliding_window is not None and self.sliding_window < seq_len
-        if not windowed and (padding is None or not self.causal):
-            return None if padding is None else ~padding
-        seen = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
-        if windowed:
-            seen = seen.triu(1 - (self.sliding_window or 0))
-        return seen if padding is None else seen & ~padding
+        return attend(query, key, value, mask, dropout=drop).flatten(2)

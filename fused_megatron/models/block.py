@@ -1,19 +1,21 @@
-"""One pre-norm transformer block."""
+"""One transformer block, and what is done with all blocks of a model."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_megatron import ops
-from fused_megatron.checks import check_divisible
-from fused_megatron.collectives import Group, group_size
-from fused_megatron.config import GPTConfig
+from fused_megatron.checks import check_divisible, check_one_of
+from fused_megatron.collectives import group_size
+from fused_megatron.config import TransformerConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
-from fused_megatron.models.feed_forward import ParallelMLP
+from fused_megatron.models.feed_forward import FEED_FORWARDS
+from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
+from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     LayerNorm,
@@ -33,11 +35,13 @@ class TransformerBlock(nn.Module):
     the residual addition are one op.
 
     Args:
-        config: sizes and forms.
-        causal: no position sees a later one.
+        config: sizes and forms; config.feed_forward names what stands in the place of the MLP.
+        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
         post_norm: norms behind the additions, not before attention and MLP.
-        tp_group: tensor-parallel group; None means one rank.
-        sequence_parallel: x and the result are sequence shards [S / R, B, H].
+        dtype, device: of the parameters.
+
+    Raises:
+        InputError: heads or a width that the ranks do not divide, before anything is communicated.
 
     Communication:
         2 all-reduces of S B H elements forward and 2 backward; under sequence parallelism 2 all-gathers and
@@ -47,62 +51,53 @@ class TransformerBlock(nn.Module):
 
     def __init__(
         self,
-        config: GPTConfig,
+        config: TransformerConfig,
         *,
-        causal: bool = True,
+        layout: ParallelLayout,
         post_norm: bool = False,
-        tp_group: Group,
-        sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        layout: dict[str, Any] = {
-            "tp_group": tp_group,
-            "sequence_parallel": sequence_parallel,
-            "dtype": dtype,
-            "device": device,
-        }
         # Before any layer measures what overlap costs its group: sizes that do not fit start no collective.
-        check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(tp_group))
-        # The residual stream sums 2 num_layers outputs: the usual GPT-2 scaling keeps its variance.
-        std = {"init_std": config.init_std, "output_init_std": config.init_std / (2 * config.num_layers) ** 0.5}
+        check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(layout.tp_group))
+        check_one_of("feed_forward", config.feed_forward, list(FEED_FORWARDS))
         self.post_norm = post_norm
         self.hidden_dropout = config.hidden_dropout
-        self.attention_norm = norm_of(config, **layout)
-        self.attention = ParallelSelfAttention(
-            config.hidden_size, config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-            bias=config.linear_biases, qkv_bias=config.qkv_bias, causal=causal, sliding_window=config.sliding_window,
-            query_key_norm_eps=config.layer_norm_eps if config.query_key_norm else None, skip_bias_add=True,
-            attention_dropout=config.attention_dropout, recompute=config.recompute == "selective", **std, **layout,
-        )  # fmt: skip
-        self.mlp_norm = norm_of(config, **layout)
-        self.mlp = ParallelMLP(
-            config.hidden_size, config.ffn_size, activation=config.activation, bias=config.linear_biases,
-            skip_bias_add=True, **std, **layout,
-        )  # fmt: skip
+        self.attention_norm = norm_of(config, layout=layout, dtype=dtype, device=device)
+        self.attention = ParallelSelfAttention(config, layout=layout, skip_bias_add=True, dtype=dtype, device=device)
+        self.mlp_norm = norm_of(config, layout=layout, dtype=dtype, device=device)
+        self.mlp = FEED_FORWARDS[config.feed_forward](config, layout=layout, dtype=dtype, device=device)
 
     def forward(
         self,
         x: torch.Tensor,
+        mask: AttentionMask,
         *,
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
-        hidden_keys: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | WithAuxiliaryLoss:
         """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape.
 
         Args:
             x: the residual stream.
-            rotary, hidden_keys: as ParallelSelfAttention.forward.
+            mask, rotary: as ParallelSelfAttention.forward.
             dropout: masks of the DROPOUT_PLACES; None drops nothing.
+
+        Returns:
+            The residual stream, with the auxiliary loss of the feed-forward where it returned one.
         """
-        inputs: dict[str, Any] = {"rotary": rotary, "dropout": dropout, "hidden_keys": hidden_keys}
         if self.post_norm:
-            x = self.attention_norm(self._add(1, self.attention(x, **inputs), x, dropout))
-            return self.mlp_norm(self._add(2, self.mlp(x), x, dropout))
-        x = self._add(1, self.attention(self.attention_norm(x), **inputs), x, dropout)
-        return self._add(2, self.mlp(self.mlp_norm(x)), x, dropout)
+            attended = self.attention(x, mask, rotary=rotary, dropout=dropout)
+            x = self.attention_norm(self._add(1, attended, x, dropout))
+            output, loss = split_auxiliary_loss(self.mlp(x))
+            x = self.mlp_norm(self._add(2, output, x, dropout))
+        else:
+            attended = self.attention(self.attention_norm(x), mask, rotary=rotary, dropout=dropout)
+            x = self._add(1, attended, x, dropout)
+            output, loss = split_auxiliary_loss(self.mlp(self.mlp_norm(x)))
+            x = self._add(2, output, x, dropout)
+        return x if loss is None else WithAuxiliaryLoss(x, loss)
 
     def _add(
         self,
@@ -117,34 +112,53 @@ class TransformerBlock(nn.Module):
         return dropout.add(place, y, bias, x, self.hidden_dropout)
 
 
-def norm_of(config: GPTConfig, **layout: Any) -> LayerNorm | RMSNorm:
+def norm_of(
+    config: TransformerConfig, *, layout: ParallelLayout, dtype: torch.dtype | None, device: torch.device | None
+) -> LayerNorm | RMSNorm:
     """The norm that the config names, over the hidden dim."""
-    if config.normalization == "rms_norm":
-        return RMSNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)
-    return LayerNorm(config.hidden_size, eps=config.layer_norm_eps, **layout)
+    norm = RMSNorm if config.normalization == "rms_norm" else LayerNorm
+    return norm(
+        config.hidden_size,
+        eps=config.layer_norm_eps,
+        tp_group=layout.tp_group,
+        sequence_parallel=layout.sequence_parallel,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module], x: torch.Tensor, *, recompute: bool, dropout: DropoutMasks | None, **inputs: Any
-) -> torch.Tensor:
-    """x through the blocks, one after the other.
+    blocks: Iterable[nn.Module],
+    x: torch.Tensor,
+    mask: AttentionMask,
+    *,
+    recompute: bool,
+    rotary: Tables | None,
+    dropout: DropoutMasks | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x through the blocks, one after the other, and the sum of their auxiliary losses; None where there is none.
 
     Args:
         blocks: in their order.
         x: the residual stream.
+        mask, rotary: of every block.
         recompute: keep the input of every block alone, and compute it again in backward.
         dropout: masks of the DROPOUT_PLACES of all blocks; None drops nothing.
-        inputs: of every block.
     """
-    places = len(DROPOUT_PLACES)
+    places, total = len(DROPOUT_PLACES), None
     for i, block in enumerate(blocks):
         masks = None if dropout is None else dropout.rows(i * places, (i + 1) * places)
         if recompute and torch.is_grad_enabled():
             # Nothing in a block draws from torch's generators, so their state need not be kept.
-            x = checkpoint(block, x, dropout=masks, **inputs, use_reentrant=False, preserve_rng_state=False)
+            returned = checkpoint(
+                block, x, mask, rotary=rotary, dropout=masks, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            x = block(x, dropout=masks, **inputs)
-    return x
+            returned = block(x, mask, rotary=rotary, dropout=masks)
+        x, loss = split_auxiliary_loss(returned)
+        if loss is not None:
+            total = loss if total is None else total + loss
+    return x, total
 
 
 def reset_layers(model: nn.Module, seed: int) -> None:

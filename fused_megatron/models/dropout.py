@@ -8,7 +8,7 @@ import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
-from fused_megatron.collectives import Group, group_rank, group_size
+from fused_megatron.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -41,34 +41,43 @@ class DropoutMasks:
     Attributes:
         rng_states: [n, 2] int64 (seed of the place in the model, step), on the device of the activations.
         position: of the microbatch.
-        seq_start, seq_len: this rank's activations begin at seq_start of the whole sequence.
+        sequence: the positions of this rank's activations.
     """
 
     rng_states: torch.Tensor
     position: BatchPosition
-    seq_start: int
-    seq_len: int
+    sequence: SequenceLayout
 
     def rows(self, start: int, stop: int) -> "DropoutMasks":
         """Those of the places start to stop."""
-        return DropoutMasks(self.rng_states[start:stop], self.position, self.seq_start, self.seq_len)
+        return DropoutMasks(self.rng_states[start:stop], self.position, self.sequence)
 
     def add(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float
     ) -> torch.Tensor:
-        """residual + dropout(x + bias), x [S or S / R, B, H]; the mask is that of [S, global batch, H]."""
+        """residual + dropout(x + bias), x [positions of the rank, B, H]; the mask is that of [S, global batch, H]."""
+        runs = self.sequence.runs
+        if len(runs) == 1:
+            return self._add_run(which, x, bias, residual, p, runs[0][1])
+        parts = [self._add_run(which, x[rows], bias, residual[rows], p, start) for rows, start in runs]
+        return torch.cat(parts)
+
+    def _add_run(
+        self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, start: int
+    ) -> torch.Tensor:
+        """As add, of rows whose positions follow each other from `start` on."""
         return ops.bias_dropout_add(
             x,
             bias,
             residual,
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.seq_len, self.position.global_batch_size, x.shape[-1]),
-            offset=(self.seq_start, self.position.first_sample, 0),
+            full_shape=(self.sequence.seq_len, self.position.global_batch_size, x.shape[-1]),
+            offset=(start, self.position.first_sample, 0),
         )
 
     def drop(self, which: int, x: torch.Tensor, p: float) -> torch.Tensor:
-        """dropout(x), x [S or S / R, B, H]."""
+        """dropout(x), x [positions of the rank, B, H]."""
         return self.add(which, x, None, torch.zeros_like(x), p)
 
     def drop_heads(
@@ -99,15 +108,15 @@ def fill_dropout_states_(states: torch.Tensor, places: Sequence[str], seed: int)
 
 
 def masks_of_batch(
-    states: torch.Tensor, position: BatchPosition | None, batch: int, seq_len: int, sequence_group: Group
+    states: torch.Tensor, position: BatchPosition | None, batch: int, sequence: SequenceLayout
 ) -> DropoutMasks:
     """What a model drops from a microbatch.
 
     Args:
         states: as fill_dropout_states_ filled them.
         position: of the microbatch.
-        batch, seq_len: B and the whole S.
-        sequence_group: the ranks that share the sequence; None where every rank has all of it.
+        batch: B.
+        sequence: the positions of this rank's activations.
 
     Raises:
         InputError: no position, or one that leaves the global batch.
@@ -125,5 +134,4 @@ def masks_of_batch(
     )
     states = states.clone()
     states[:, 1] = position.step
-    start = seq_len // group_size(sequence_group) * group_rank(sequence_group)
-    return DropoutMasks(states, position, start, seq_len)
+    return DropoutMasks(states, position, sequence)

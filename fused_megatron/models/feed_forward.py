@@ -1,12 +1,14 @@
-"""The two-layer MLP of a transformer block, plain or gated, its width split over tensor-parallel ranks."""
+"""What a block does to every token by itself: the two-layer MLP, and the registry of what may stand in its place."""
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from fused_megatron.checks import check_divisible, check_one_of
-from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives import group_size
+from fused_megatron.config import TransformerConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -29,14 +31,13 @@ class ParallelMLP(nn.Module):
     as expansion.weight.gate and expansion.weight.up).
 
     Args:
-        hidden_size: H.
-        ffn_hidden_size: F; must be divisible by the size R of tp_group.
-        activation: "gelu" (tanh), "gelu_exact" (erf), "swiglu" or "geglu" (tanh).
-        bias: whether both layers have biases.
-        tp_group: tensor-parallel group; None means one rank.
-        sequence_parallel: x and the result are sequence shards [S / R, B, H].
+        config: sizes and forms; ffn_size F must be divisible by the size R of the tensor-parallel group.
+        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
-        init_std, output_init_std: standard deviations of the initial weights.
+        dtype, device: of the parameters.
+
+    Raises:
+        InputError: an activation that is not known, a width that the ranks do not divide.
 
     Communication:
         As ParallelSelfAttention.
@@ -44,41 +45,55 @@ class ParallelMLP(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
-        ffn_hidden_size: int,
+        config: TransformerConfig,
         *,
-        activation: str = "gelu",
-        bias: bool = True,
-        tp_group: Group,
-        sequence_parallel: bool = False,
+        layout: ParallelLayout,
         skip_bias_add: bool = False,
-        init_std: float = 0.02,
-        output_init_std: float = 0.02,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        check_one_of("activation", activation, ACTIVATIONS)
-        check_divisible("ffn_hidden_size", ffn_hidden_size, "tensor_parallel_size", group_size(tp_group))
-        layout: dict[str, Any] = {
-            "tp_group": tp_group,
-            "sequence_parallel": sequence_parallel,
-            "dtype": dtype,
-            "device": device,
-        }
-        self.activation, self.skip_bias_add = activation, skip_bias_add
+        check_one_of("activation", config.activation, ACTIVATIONS)
+        check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(layout.tp_group))
+        self.activation, self.skip_bias_add = config.activation, skip_bias_add
         self.expansion: ColumnParallelLinear
-        if activation in PLAIN_ACTIVATIONS:
+        if config.activation in PLAIN_ACTIVATIONS:
             self.expansion = ColumnParallelLinear(
-                hidden_size, ffn_hidden_size, bias, skip_bias_add=True, init_std=init_std, **layout
+                config.hidden_size,
+                config.ffn_size,
+                config.linear_biases,
+                skip_bias_add=True,
+                init_std=config.init_std,
+                tp_group=layout.tp_group,
+                sequence_parallel=layout.sequence_parallel,
+                overlap=layout.overlap,
+                dtype=dtype,
+                device=device,
             )
         else:
-            parts = [OutputPart(name, ffn_hidden_size) for name in ("gate", "up")]
             self.expansion = StackedColumnParallelLinear(
-                hidden_size, parts, bias, skip_bias_add=True, init_std=init_std, **layout
+                config.hidden_size,
+                [OutputPart("gate", config.ffn_size), OutputPart("up", config.ffn_size)],
+                config.linear_biases,
+                skip_bias_add=True,
+                init_std=config.init_std,
+                tp_group=layout.tp_group,
+                sequence_parallel=layout.sequence_parallel,
+                overlap=layout.overlap,
+                dtype=dtype,
+                device=device,
             )
         self.projection = RowParallelLinear(
-            ffn_hidden_size, hidden_size, bias, skip_bias_add=skip_bias_add, init_std=output_init_std, **layout
+            config.ffn_size,
+            config.hidden_size,
+            config.linear_biases,
+            skip_bias_add=skip_bias_add,
+            init_std=config.output_init_std,
+            tp_group=layout.tp_group,
+            sequence_parallel=layout.sequence_parallel,
+            overlap=layout.overlap,
+            dtype=dtype,
+            device=device,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
@@ -91,3 +106,32 @@ class ParallelMLP(nn.Module):
             overlap=expansion.overlap,
         )  # fmt: skip
         return (y, projection.skipped_bias()) if self.skip_bias_add else y
+
+
+class FeedForwardBuilder(Protocol):
+    """Makes the feed-forward of a block.
+
+    The module takes x [S, B, H], or its sequence shard, and returns (y, bias): y of the shape of x, bias [H] or None,
+    which the block adds together with dropout and the residual. In training it may return
+    WithAuxiliaryLoss((y, bias), loss).
+    """
+
+    def __call__(
+        self,
+        config: TransformerConfig,
+        *,
+        layout: ParallelLayout,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> nn.Module:
+        """The module, with weights that reset_layers (block.py) will draw."""
+
+
+def _new_mlp(
+    config: TransformerConfig, *, layout: ParallelLayout, dtype: torch.dtype | None, device: torch.device | None
+) -> nn.Module:
+    return ParallelMLP(config, layout=layout, skip_bias_add=True, dtype=dtype, device=device)
+
+
+# By config.feed_forward.
+FEED_FORWARDS: dict[str, FeedForwardBuilder] = {"mlp": _new_mlp}

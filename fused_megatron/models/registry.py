@@ -1,12 +1,31 @@
-"""The class of model for each kind of config."""
+"""The class of model of each family."""
 
 from typing import Any
 
-from fused_megatron.config import BERTConfig, GPTConfig
+import torch
+
+from fused_megatron.config import TransformerConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.bert import BERT
 from fused_megatron.models.gpt import GPT
+from fused_megatron.models.stack import TransformerStack
+from fused_megatron.models.stage_cut import StageSpan
+
+# By the names of config.MODEL_FAMILIES.
+MODELS: dict[str, type[Any]] = {"gpt": GPT, "bert": BERT}
 
 
-def new_model(config: GPTConfig, **layout: Any) -> GPT | BERT:
-    """A GPT, or a BERT of a BERTConfig; `layout` as they take it."""
-    return BERT(config, **layout) if isinstance(config, BERTConfig) else GPT(config, **layout)
+def new_model(
+    config: TransformerConfig,
+    *,
+    layout: ParallelLayout | None = None,
+    seed: int = 0,
+    stage: StageSpan | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> TransformerStack:
+    """The model that config.family names; arguments as GPT."""
+    model: TransformerStack = MODELS[config.family](
+        config, layout=layout, seed=seed, stage=stage, dtype=dtype, device=device
+    )
+    return model

@@ -4,13 +4,14 @@ import math
 
 import torch
 
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
+from fused_megatron.sharding import SequenceLayout
 
 
 def rotary_tables(
-    seq_len: int, config: GPTConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
+    sequence: SequenceLayout, config: TransformerConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, [seq_len, rotary_dim / 2] each, for ops.rotary_embedding.
+    """cos and sin of position * frequency, [positions of the rank, rotary_dim / 2] each, for ops.rotary_embedding.
 
     Made anew in every forward: once for all layers it costs nothing, and no buffer of the model can be cast or moved.
     Angles are float64: in float32 those of position 100,000 are off by 0.004.
@@ -27,13 +28,13 @@ def rotary_tables(
     Papers: Chen et al. 2023 (linear, arXiv:2306.15595); Peng et al. 2023 (dynamic, yarn, arXiv:2309.00071); Grattafiori
     et al. 2024 (llama3, arXiv:2407.21783).
     """
-    positions = torch.arange(seq_len, dtype=torch.float64, device=device)
-    angles = torch.outer(positions, _frequencies(seq_len, config).to(device))
+    positions = sequence.positions(device).to(torch.float64)
+    angles = torch.outer(positions, _frequencies(sequence.seq_len, config).to(device))
     scale = _attention_factor(config)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def _frequencies(seq_len: int, config: GPTConfig) -> torch.Tensor:
+def _frequencies(seq_len: int, config: TransformerConfig) -> torch.Tensor:
     """Radians a token, [rotary_dim / 2] float64."""
     dim, base, factor = config.rotary_dim, config.rotary_base, config.rotary_scaling_factor
     original = config.rotary_original_seq_len or seq_len
@@ -61,12 +62,12 @@ def _blend(unscaled: torch.Tensor, factor: float) -> torch.Tensor:
     return unscaled + (1 - unscaled) / factor
 
 
-def _pair_of_turns(turns: float, config: GPTConfig, original: int) -> float:
+def _pair_of_turns(turns: float, config: TransformerConfig, original: int) -> float:
     """The (fractional) index of the pair that turns so often over the original context."""
     return config.rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
 
 
-def _attention_factor(config: GPTConfig) -> float:
+def _attention_factor(config: TransformerConfig) -> float:
     if config.rotary_scaling != "yarn":
         return 1.0
     if config.rotary_attention_factor is not None:

@@ -1,10 +1,10 @@
-"""Cutting a GPT into pipeline stages of about equal cost."""
+"""Cutting a model into pipeline stages of about equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fused_megatron.checks import check
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 from fused_megatron.observe.model_flops import block_products
 
 
@@ -27,7 +27,11 @@ class StageSpan:
 
 
 def cut_stages(
-    config: GPTConfig, num_stages: int, cut: Sequence[int] | None = None, *, placement: Sequence[int] | None = None
+    config: TransformerConfig,
+    num_stages: int,
+    cut: Sequence[int] | None = None,
+    *,
+    placement: Sequence[int] | None = None,
 ) -> tuple[StageSpan, ...]:
     """The span of every stage.
 
@@ -79,13 +83,13 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
     )
 
 
-def block_cost(config: GPTConfig) -> int:
+def block_cost(config: TransformerConfig) -> int:
     """Multiplications of a block per token, forward; of attention half, since a token sees half of the others."""
     products = block_products(config)
     return products.projections + products.attention // 2 + products.mlp
 
 
-def _cheapest_counts(config: GPTConfig, placement: Sequence[int]) -> list[int]:
+def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:
     """Blocks of each stage, given the rank of each."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
     block, last = block_cost(config), len(placement) - 1

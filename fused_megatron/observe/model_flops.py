@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from fused_megatron.checks import check, check_one_of
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import TransformerConfig
 
 
 class BlockProducts(NamedTuple):
@@ -20,7 +20,7 @@ class BlockProducts(NamedTuple):
     mlp: int
 
 
-def block_products(config: GPTConfig) -> BlockProducts:
+def block_products(config: TransformerConfig) -> BlockProducts:
     """The products of a block of this model.
 
     With S = seq_len, N heads and G key-value heads of D, F = ffn_hidden_size, m = 2 matrices of an MLP with GELU and 3
@@ -39,7 +39,7 @@ def block_products(config: GPTConfig) -> BlockProducts:
     )
 
 
-def gpt_step_flops(config: GPTConfig, num_tokens: int, *, recompute: str | None = None) -> tuple[int, int]:
+def gpt_step_flops(config: TransformerConfig, num_tokens: int, *, recompute: str | None = None) -> tuple[int, int]:
     """(model, hardware) FLOPs of a step: what the model asks for, and that with what is recomputed.
 
     Matrix products alone, 2 operations a multiplication; no norm, softmax, activation, bias, embedding or optimizer.

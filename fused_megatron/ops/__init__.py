@@ -16,8 +16,10 @@ from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from fused_megatron.ops.rms_norm import rms_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
+from fused_megatron.reference.cross_entropy import LossTerms
 
 __all__ = [
+    "LossTerms",
     "bias_dropout_add",
     "bias_geglu",
     "bias_gelu",

@@ -1,63 +1,19 @@
 """Cross-entropy, fused, on one device. The pieces for shards of the vocabulary are in ops/cross_entropy_shards.py."""
 
-from typing import Any
-
 import torch
 
 from fused_megatron.checks import InputError, check_shape
 from fused_megatron.ops.cross_entropy_shards import (
+    ShardLoss,
     check_shard,
     check_targets,
-    gradient_op,
     has_own_rows,
-    inplace_gradient_op,
-    merge_op,
-    statistics_op,
     with_dense_rows,
 )
 from fused_megatron.reference import cross_entropy as reference
+from fused_megatron.reference.cross_entropy import LossTerms
 
 _REDUCTIONS = ("mean", "sum", "none")
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """Loss of each token of whole logits [T, V]; saves the logits themselves, lse and target, and nothing of size V."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        vocab_size: int,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float,
-        inplace_backward: bool,
-    ) -> torch.Tensor:
-        stats = statistics_op(logits, target, 0, vocab_size, ignore_index, label_smoothing, softcap)
-        loss, lse = merge_op(stats.unsqueeze(0), target, ignore_index, z_loss)
-        ctx.save_for_backward(logits, target, lse)
-        ctx.arguments = (0, vocab_size, ignore_index, label_smoothing, z_loss, softcap)
-        ctx.inplace = inplace_backward
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:  # create_graph=True
-            raise RuntimeError(
-                "fused_megatron cross_entropy: the gradient of logits that are not float64 cannot be differentiated "
-                "again (create_graph=True); use torch.nn.functional.cross_entropy for that"
-            )
-        logits, target, lse = ctx.saved_tensors
-        # The compiler plans memory by itself, and overwrites the logits where nothing needs them any more.
-        if ctx.inplace and not compiling:
-            dlogits = logits.detach()  # of the same version
-            inplace_gradient_op(grad_loss.contiguous(), dlogits, target, lse, *ctx.arguments)
-        else:
-            dlogits = gradient_op(grad_loss.contiguous(), logits, target, lse, *ctx.arguments)
-        return dlogits, None, None, None, None, None, None, None
 
 
 def cross_entropy(
@@ -117,19 +73,24 @@ def cross_entropy(
         raise InputError("weight must be None: class weights are not supported (scale the losses of reduction='none')")
     rows, flat_target = _as_rows(logits, target)
     columns = rows.shape[1]
-    vocab_size = columns if vocab_size is None else vocab_size
-    cap = check_shard(rows, flat_target, 0, vocab_size, label_smoothing, softcap)
-    if vocab_size > columns:
+    check_shard(rows, flat_target)
+    terms = LossTerms(
+        columns if vocab_size is None else vocab_size,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    if terms.vocab_size > columns:
         raise InputError(f"vocab_size={vocab_size} must be at most the number of columns, {columns}")
-    check_targets(flat_target, vocab_size, ignore_index, check_target)
+    check_targets(flat_target, terms, check_target)
     if rows.dtype == torch.float64:
-        loss = reference.cross_entropy(rows, flat_target, ignore_index, label_smoothing, z_loss, cap, vocab_size)
+        loss = reference.cross_entropy(rows, flat_target, terms)
     else:
         rows = with_dense_rows(rows)
         if inplace_backward and not has_own_rows(rows):
             rows = rows.contiguous()
-        terms = (vocab_size, ignore_index, label_smoothing, z_loss, cap, inplace_backward)
-        loss = _CrossEntropy.apply(rows, flat_target, *terms)
+        loss = ShardLoss.apply(rows, flat_target, terms, None, inplace_backward)
     if reduction == "none":
         loss = loss if target.dim() == 1 else loss.reshape(target.shape)
     else:

@@ -1,94 +1,101 @@
 """A linear head and its cross-entropy in one op: the logits of a few tokens at a time, never whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
-from fused_megatron.ops.cross_entropy_shards import check_targets
-from fused_megatron.ops.linear_cross_entropy_tiles import LossTerms, TiledHead, fits_one_pass
+from fused_megatron.ops.cross_entropy_shards import Exchange, check_targets
+from fused_megatron.ops.linear_cross_entropy_tile_shape import tiles_of
+from fused_megatron.ops.linear_cross_entropy_tiles import TiledHead
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_composed_op
 from fused_megatron.reference import linear_cross_entropy as reference
+from fused_megatron.reference.cross_entropy import SCALARS, LossTerms
 
 _REDUCTIONS = ("mean", "sum", "none")
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int vocab_size, int ignore_index, "
-    "float label_smoothing, float z_loss, float? softcap, int? chunk_tokens"
-)
+_NO_GRADIENTS = [False, False, False]
+_HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int? chunk_tokens, {SCALARS}"
+
+# ---- The two passes: ops for torch.compile, which then traces no tiles; else their products are seen one by one ------
 
 
-def _tiled_head(hidden: Any, weight: Any, bias: Any, target: Any, *terms: Any) -> TiledHead:
-    *of_loss, chunk_tokens = terms
-    return TiledHead(hidden, weight, bias, target, LossTerms(*of_loss), chunk_tokens)
+def _forward_on_tiles(
+    upstream: torch.Tensor | None, needs: Sequence[bool], *head: Any, exchange: Exchange | None = None
+) -> tuple[torch.Tensor, ...]:
+    tiles = _tiled_head(*head, exchange=exchange, one_pass=upstream is not None)
+    loss, lse, gradients = tiles.forward(upstream, needs)
+    return loss, lse, *_present(gradients, loss)
 
 
-def _present(gradients: list[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _backward_on_tiles(
+    grad_loss: torch.Tensor,
+    lse: torch.Tensor,
+    needs: Sequence[bool],
+    *head: Any,
+    exchange: Exchange | None = None,
+) -> tuple[torch.Tensor, ...]:
+    return _present(_tiled_head(*head, exchange=exchange).backward(grad_loss, lse, needs), lse)
+
+
+def _tiled_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    chunk_tokens: int | None,
+    *scalars: Any,
+    exchange: Exchange | None,
+    one_pass: bool = False,
+) -> TiledHead:
+    terms = LossTerms.of_scalars(*scalars)
+    return TiledHead(hidden, weight, bias, target, terms, chunk_tokens, exchange or Exchange(), one_pass)
+
+
+def _present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """An op returns tensors: an empty one for a gradient that is not needed."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _losses_on_tiles(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return _tiled_head(*arguments).losses()
+def _fake_forward(upstream: Any, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
+    loss, lse = (_wide_like(head[0], head[0].shape[:1]) for _ in range(2))
+    gradients = [_wide_like(x, x.shape) if needed else None for x, needed in zip(head, needs, strict=False)]
+    return loss, lse, *_present(gradients, loss)
 
 
-def _gradients_on_tiles(
-    grad_loss: torch.Tensor, lse: torch.Tensor, needs: list[bool], hidden: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    return _present(_tiled_head(hidden, *rest).gradients(grad_loss, lse, list(needs)), hidden)
+def _fake_backward(grad_loss: Any, lse: torch.Tensor, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
+    return _present([torch.empty_like(x) if needed else None for x, needed in zip(head, needs, strict=False)], lse)
 
 
-def _losses_and_gradients_on_tiles(
-    grad_loss: torch.Tensor, needs: list[bool], hidden: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, ...]:
-    loss, lse, gradients = _tiled_head(hidden, *rest).losses_and_gradients(grad_loss, list(needs))
-    return loss, lse, *_present(gradients, hidden)
+def _wide_like(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _fake_losses(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(hidden.new_empty(hidden.shape[:1], dtype=torch.float32) for _ in range(2))
-
-
-def _fake_gradients(grad_loss: Any, lse: Any, needs: list[bool], *rest: Any) -> tuple[torch.Tensor, ...]:
-    return _present([torch.empty_like(x) if n else None for n, x in zip(needs, rest, strict=False)], rest[0])
-
-
-def _fake_losses_and_gradients(grad_loss: Any, needs: list[bool], *rest: Any) -> tuple[torch.Tensor, ...]:
-    wide = [x.new_empty(x.shape, dtype=torch.float32) if n else None for n, x in zip(needs, rest, strict=False)]
-    return *_fake_losses(*rest), *_present(wide, rest[0])
-
-
-_losses = define_composed_op(
-    f"linear_cross_entropy_losses({_ARGUMENTS}) -> (Tensor loss, Tensor lse)",
-    implementation=_losses_on_tiles,
-    fake=_fake_losses,
-)
-_gradients = define_composed_op(
-    f"linear_cross_entropy_gradients(Tensor grad_loss, Tensor lse, bool[3] needs, {_ARGUMENTS}) -> "
-    "(Tensor dhidden, Tensor dweight, Tensor dbias)",
-    implementation=_gradients_on_tiles,
-    fake=_fake_gradients,
-)
-_losses_and_gradients = define_composed_op(
-    f"linear_cross_entropy_losses_and_gradients(Tensor grad_loss, bool[3] needs, {_ARGUMENTS}) -> "
+_forward = define_composed_op(
+    f"linear_cross_entropy_forward(Tensor? upstream, bool[3] needs, {_HEAD}) -> "
     "(Tensor loss, Tensor lse, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    implementation=_losses_and_gradients_on_tiles,
-    fake=_fake_losses_and_gradients,
+    implementation=_forward_on_tiles,
+    fake=_fake_forward,
+)
+_backward = define_composed_op(
+    f"linear_cross_entropy_backward(Tensor grad_loss, Tensor lse, bool[3] needs, {_HEAD}) -> "
+    "(Tensor dhidden, Tensor dweight, Tensor dbias)",
+    implementation=_backward_on_tiles,
+    fake=_fake_backward,
 )
 
 
-def refuse_second_derivative() -> None:
-    """Raise in a backward that is to be differentiated: autograd does not see the products that it makes."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        raise RuntimeError(
-            "fused_megatron linear_cross_entropy: the gradient of operands that are not float64 cannot be "
-            "differentiated again (create_graph=True); use torch.nn.functional.linear and cross_entropy for that"
-        )
+def _run_forward(exchange: Exchange | None, *arguments: Any) -> Any:
+    by_op = exchange is None and torch.compiler.is_compiling()
+    return _forward(*arguments) if by_op else _forward_on_tiles(*arguments, exchange=exchange)
 
 
-def scaled_(gradient: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """gradient *= factor []."""
-    # Looking at the number costs nothing on a CPU, and often saves the pass.
-    return gradient if factor.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
+def _run_backward(exchange: Exchange | None, *arguments: Any) -> Any:
+    by_op = exchange is None and torch.compiler.is_compiling()
+    return _backward(*arguments) if by_op else _backward_on_tiles(*arguments, exchange=exchange)
+
+
+# ---- Autograd --------------------------------------------------------------------------------------------------------
 
 
 class _LossOfEachToken(torch.autograd.Function):
@@ -96,21 +103,26 @@ class _LossOfEachToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-        terms: tuple[Any, ...],
-    ) -> torch.Tensor:  # fmt: skip
-        loss, lse = _losses(hidden, weight, bias, target, *terms)
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        settings: tuple[Any, ...],
+        exchange: Exchange | None,
+    ) -> torch.Tensor:
+        loss, lse, *_ = _run_forward(exchange, None, _NO_GRADIENTS, hidden, weight, bias, target, *settings)
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.terms = terms
+        ctx.settings, ctx.exchange = settings, exchange
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        refuse_second_derivative()
+        _refuse_second_derivative()
         *inputs, lse = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        gradients = _gradients(grad_loss.float(), lse, needs, *inputs, *ctx.terms)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
+        gradients = _run_backward(ctx.exchange, grad_loss.to(lse.dtype), lse, needs, *inputs, *ctx.settings)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
 class _SumOverCount(torch.autograd.Function):
@@ -122,38 +134,119 @@ class _SumOverCount(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor,
-        count: torch.Tensor, terms: tuple[Any, ...],
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target: torch.Tensor,
+        count: torch.Tensor,
+        settings: tuple[Any, ...],
+        exchange: Exchange | None,
+        sum_dtype: torch.dtype,
+        dweight_sum: torch.Tensor | None,
+    ) -> torch.Tensor:
         scale = count.clamp(min=1.0).reciprocal()
         now = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
         needs = list(ctx.needs_input_grad[:3])
-        loss, lse, *gradients = _losses_and_gradients(now, needs, hidden, weight, bias, target, *terms)
-        ctx.terms = terms
+        loss, lse, *gradients = _run_forward(exchange, now, needs, hidden, weight, bias, target, *settings)
+        ctx.settings, ctx.exchange, ctx.dweight_sum = settings, exchange, dweight_sum
         ctx.gradients = None
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, weight, bias, target, lse, scale, *gradients)
         else:
             ctx.save_for_backward(hidden, weight, bias, target, lse, scale)
             ctx.gradients = gradients  # for the first backward, which scales them where they lie
-        return loss.sum() / count
+        return loss.sum(dtype=sum_dtype) / count
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative()
-        hidden, weight, bias, target, lse, scale, *saved = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        later = grad * scale if hidden.dtype == torch.float16 else grad
-        made, ctx.gradients = ctx.gradients, None
-        if saved:  # under torch.compile
-            made = [gradient * later for gradient in saved]
-        elif made is not None:
-            made = [scaled_(gradient, later) for gradient in made]
-        else:  # once more, with retain_graph=True
+        _refuse_second_derivative()
+        *inputs, target, lse, scale = ctx.saved_tensors[:6]
+        saved, needs = ctx.saved_tensors[6:], list(ctx.needs_input_grad[:3])
+        grad = grad.to(lse.dtype)
+        factor = grad * scale if inputs[0].dtype == torch.float16 else grad
+        by_compiler = len(saved) > 0  # which may still need what it saved
+        gradients = saved if by_compiler else ctx.gradients
+        ctx.gradients = None
+        if gradients is None:  # once more, with retain_graph=True
             every = (grad * scale).expand(len(lse))
-            made = _gradients(every, lse, needs, hidden, weight, bias, target, *ctx.terms)
-        inputs = zip(made, (hidden, weight, bias), needs, strict=True)
-        return *(g.to(x.dtype) if needed else None for g, x, needed in inputs), None, None, None
+            gradients = _run_backward(ctx.exchange, every, lse, needs, *inputs, target, *ctx.settings)
+            factor = torch.ones_like(grad)
+        if needs[1] and ctx.dweight_sum is not None:
+            _add_scaled_(ctx.dweight_sum, gradients[1], factor)
+            needs[1] = False
+        results = [
+            _scaled(gradient, factor, in_place=not by_compiler).to(x.dtype) if needed else None
+            for gradient, x, needed in zip(gradients, inputs, needs, strict=True)
+        ]
+        return *results, None, None, None, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    """Raise in a backward that is to be differentiated: autograd does not see the products that it makes."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        raise RuntimeError(
+            "fused_megatron linear_cross_entropy: the gradient of operands that are not float64 cannot be "
+            "differentiated again (create_graph=True); use torch.nn.functional.linear and cross_entropy for that"
+        )
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+    """gradient * factor []."""
+    if not in_place:
+        return gradient * factor
+    # Looking at the number costs nothing on a CPU, and often saves the pass.
+    return gradient if factor.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
+
+
+def _add_scaled_(total: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+    """total += factor gradient, in one pass; nothing waits for a GPU."""
+    if factor.is_cpu:
+        total.add_(gradient, alpha=factor.item())
+    else:
+        total.addcmul_(gradient, factor)
+
+
+def loss_of_tiles(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    terms: LossTerms,
+    chunk_tokens: int | None,
+    *,
+    sum_dtype: torch.dtype | None,
+    count: torch.Tensor | None = None,
+    exchange: Exchange | None = None,
+    dweight_sum: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of a head, of checked operands.
+
+    Args:
+        hidden: [n, H], contiguous, in the dtype of the products' operands.
+        weight, bias: of this shard.
+        target: [T] int64; of the tokens of all ranks.
+        terms, chunk_tokens: as in TiledHead.
+        sum_dtype: None: the loss of each token. Else of their sum.
+        count: what the sum is divided by; None: 1.
+        exchange: between the shards of the vocabulary; None where one device has all of it.
+        dweight_sum: in place of returning the gradient of the weight, the backward of a sum adds it to this.
+    """
+    settings = (chunk_tokens, *terms.scalars())
+    leaves = (hidden, weight, bias)
+    # The same on every rank: shapes and dtypes are, and so is what learns.
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    num_words = weight.shape[0]
+    one_pass = learns and tiles_of(hidden, len(target), num_words, chunk_tokens).words >= num_words
+    if sum_dtype is None or not one_pass:
+        losses: torch.Tensor = _LossOfEachToken.apply(*leaves, target, settings, exchange)
+        if sum_dtype is None:
+            return losses
+        total = losses.sum(dtype=sum_dtype)
+        return total if count is None else total / count
+    if count is None:
+        count = hidden.new_ones((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return _SumOverCount.apply(*leaves, target, count, settings, exchange, sum_dtype, dweight_sum)
 
 
 def linear_cross_entropy(
@@ -207,27 +300,21 @@ def linear_cross_entropy(
         others raise RuntimeError.
     """
     check(reduction in _REDUCTIONS, f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
-    check_head(hidden, weight, bias, target, label_smoothing, softcap, chunk_tokens)
+    check_head(hidden, weight, bias, target, chunk_tokens)
     words = weight.shape[0] if vocab_size is None else vocab_size
     check(1 <= words <= weight.shape[0], f"vocab_size={words} must be in [1, weight.shape[0]={weight.shape[0]}]")
+    terms = LossTerms(words, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
     dtype, result_dtype = operand_and_result_dtype(hidden, weight)
     rows, ids = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous(), target.reshape(-1).contiguous()
-    check_targets(ids, words, ignore_index)
-    loss_terms = (words, ignore_index, label_smoothing, z_loss, softcap)
-    terms = (*loss_terms, chunk_tokens)
+    check_targets(ids, terms)
     count = (ids != ignore_index).sum().float() if reduction == "mean" else None
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (rows, weight, bias))
     if dtype == torch.float64:
-        losses = reference.linear_cross_entropy(rows, weight, bias, ids, *loss_terms)
-    elif reduction != "none" and learns and fits_one_pass(rows, weight.shape[0], chunk_tokens):
-        count = torch.ones((), device=rows.device) if count is None else count
-        return _SumOverCount.apply(rows, weight, bias, ids, count, terms).to(result_dtype)
+        losses = reference.linear_cross_entropy(rows, weight, bias, ids, terms)
+        total = losses if reduction == "none" else losses.sum() if count is None else losses.sum() / count
     else:
-        losses = _LossOfEachToken.apply(rows, weight, bias, ids, terms)
-    if reduction == "none":
-        return losses.view(target.shape).to(result_dtype)
-    total = losses.sum()
-    return (total if count is None else total / count).to(result_dtype)
+        sum_dtype = None if reduction == "none" else torch.float32
+        total = loss_of_tiles(rows, weight, bias, ids, terms, chunk_tokens, sum_dtype=sum_dtype, count=count)
+    return (total.view(target.shape) if reduction == "none" else total).to(result_dtype)
 
 
 def operand_and_result_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -243,8 +330,6 @@ def check_head(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
-    label_smoothing: float,
-    softcap: float | None,
     chunk_tokens: int | None,
     weight_name: str = "weight",
 ) -> None:
@@ -263,7 +348,4 @@ def check_head(
     check_dtype("target", target, (torch.int64,))
     if bias is not None:
         check_shape("bias", bias, weight.shape[:1])
-    check(0.0 <= label_smoothing <= 1.0, f"label_smoothing={label_smoothing} must be in [0, 1]")
-    capped = softcap is None or 0.0 < softcap < float("inf")
-    check(capped, f"softcap={softcap} must be above 0 and finite, or None for no cap")
     check(chunk_tokens is None or chunk_tokens >= 1, f"chunk_tokens={chunk_tokens} must be at least 1, or None")

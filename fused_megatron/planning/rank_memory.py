@@ -7,13 +7,12 @@ from math import lcm
 from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
-from fused_megatron.config import GPTConfig, TrainConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.models import StageSpan
+from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 
 _SIZES = {"float32": 4, "bfloat16": 2}
-# Of the logits that exist at a time (ops/linear_cross_entropy_tiles.py): two tiles where shards exchange, of so much.
-_LOGITS_BYTES = 2 * (256 << 20)
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[
     )
 
 
-def stage_parameters(config: GPTConfig, span: StageSpan, tensor_parallel_size: int) -> int:
+def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel_size: int) -> int:
     """Parameters of a stage on one of its R tensor-parallel ranks, padding of the vocabulary among them.
 
     With N heads and G key-value heads of D, F = ffn_hidden_size (twice for a gated MLP's first matrix): of a block
@@ -172,7 +171,8 @@ def _working(config: TrainConfig, span: StageSpan) -> int:
     head = 0
     if span.last:
         rows = _vocabulary(model, ranks) // model.hidden_size
-        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), _LOGITS_BYTES) + 4 * tokens * model.hidden_size
+        most = 2 * tile_bytes("cuda")  # two tiles where shards exchange
+        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
     return max(block, head)
 
 
@@ -183,11 +183,11 @@ def _sizes(config: TrainConfig) -> tuple[int, int, int]:
     return _SIZES[config.training.dtype], tokens, own
 
 
-def _plain(config: GPTConfig) -> bool:
+def _plain(config: TransformerConfig) -> bool:
     return config.activation.startswith("gelu")
 
 
-def _vocabulary(config: GPTConfig, ranks: int) -> int:
+def _vocabulary(config: TransformerConfig, ranks: int) -> int:
     """Elements of a shard of the table."""
     check(config.vocab_size is not None, "vocab_size=None must be given to know what the embedding holds")
     multiple = lcm(config.pad_vocab_size_to_multiple_of, ranks)

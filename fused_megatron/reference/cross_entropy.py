@@ -1,37 +1,89 @@
 """Cross-entropy of vocabulary shards in plain PyTorch: statistics of a shard, their merge, the gradient of a shard."""
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
+from fused_megatron.checks import InputError
 
-def cross_entropy(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float = 0.0,
-    vocab_size: int | None = None,
-) -> torch.Tensor:
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The loss of a token, and which columns of the vocabulary the logits are.
+
+        loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,   lse = log(sum_j exp(x_j)),   x over V words
+
+    Args:
+        vocab_size: V, the true size of the vocabulary. Columns whose global id is not below it are padding: they are
+            left out of everything, and their gradient is 0.
+        vocab_start: global id of the first column of the logits.
+        ignore_index: tokens with this target have loss 0 and gradient 0.
+        label_smoothing: s in [0, 1], spread over all V words.
+        z_loss: z, the weight of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
+        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
+
+    Raises:
+        InputError: a number that is not in its range.
+    """
+
+    vocab_size: int
+    vocab_start: int = 0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        # The texts are made for an error only: a step of a tiny model makes these checks for every loss.
+        if self.vocab_start < 0:
+            raise InputError(f"vocab_start={self.vocab_start} must not be negative")
+        if self.vocab_size < 1:
+            raise InputError(f"vocab_size={self.vocab_size} must be at least 1")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise InputError(f"label_smoothing={self.label_smoothing} must be in [0, 1]")
+        if self.softcap is not None and not 0.0 < self.softcap < float("inf"):
+            raise InputError(f"softcap={self.softcap} must be above 0 and finite, or None for no cap")
+
+    def scalars(self) -> tuple[int, int, int, float, float, float]:
+        """The last arguments of every op of the loss, in the order of SCALARS; a softcap of 0 stands for none."""
+        return (
+            self.vocab_start,
+            self.vocab_size,
+            self.ignore_index,
+            self.label_smoothing,
+            self.z_loss,
+            self.softcap or 0.0,
+        )
+
+    @classmethod
+    def of_scalars(
+        cls, vocab_start: int, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
+    ) -> "LossTerms":
+        """The terms that scalars() gave."""
+        return cls(vocab_size, vocab_start, ignore_index, label_smoothing, z_loss, softcap or None)
+
+    def num_real(self, num_columns: int) -> int:
+        """How many of a shard's columns stand for words; the rest is padding."""
+        return max(0, min(num_columns, self.vocab_size - self.vocab_start))
+
+    def from_column(self, column: int) -> "LossTerms":
+        """The terms of the block of columns that begins at this column of the shard."""
+        return replace(self, vocab_start=self.vocab_start + column)
+
+
+SCALARS = "int vocab_start, int vocab_size, int ignore_index, float label_smoothing, float z_loss, float softcap"
+"""The schema of LossTerms.scalars()."""
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
     """Loss of each token for whole logits [T, V], in fp32 (fp64 for fp64); differentiable by plain autograd."""
-    vocab_size = logits.shape[1] if vocab_size is None else vocab_size
-    stats = cross_entropy_statistics(logits, target, 0, vocab_size, ignore_index, label_smoothing, softcap)
-    return cross_entropy_merge(stats.unsqueeze(0), target, ignore_index, z_loss)[0]
+    stats = cross_entropy_statistics(logits, target, terms)
+    return cross_entropy_merge(stats.unsqueeze(0), target, terms)[0]
 
 
-def cross_entropy_statistics(
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    vocab_start: int,
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float = 0.0,
-) -> torch.Tensor:
+def cross_entropy_statistics(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
     """What torch.ops.fused_megatron.cross_entropy_statistics computes: [T, 2], (lse, linear) of each token."""
-    x = _capped(_wide(logits)[:, : _num_real_columns(logits, vocab_start, vocab_size)], softcap)
-    ignored, invalid = _ignored(target, ignore_index), _invalid(target, vocab_size, ignore_index)
+    x = _capped(_wide(logits)[:, : terms.num_real(logits.shape[1])], terms)
     if x.shape[1] == 0:
         lse, linear = x.new_full((x.shape[0],), -torch.inf), x.new_zeros(x.shape[0])
     else:
@@ -39,18 +91,19 @@ def cross_entropy_statistics(
         # A row of -inf alone: shifted by 0, so that its sum is 0 and its lse -inf. (+inf gives NaN, as in torch.)
         maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
         lse = maximum.squeeze(1) + (x - maximum).exp().sum(dim=1).log()
-        column = target - vocab_start
+        column = target - terms.vocab_start
         owned = (column >= 0) & (column < x.shape[1])
         picked = x.gather(1, column.clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
-        linear = torch.where(owned, -(1.0 - label_smoothing) * picked, 0.0)
-        if label_smoothing:
-            linear = linear - label_smoothing / vocab_size * x.sum(dim=1)
-    linear = linear.masked_fill(invalid, torch.nan)
+        linear = torch.where(owned, -(1.0 - terms.label_smoothing) * picked, 0.0)
+        if terms.label_smoothing:
+            linear = linear - terms.label_smoothing / terms.vocab_size * x.sum(dim=1)
+    ignored = _ignored(target, terms)
+    linear = linear.masked_fill(_invalid(target, terms), torch.nan)
     return torch.stack((lse.masked_fill(ignored, 0.0), linear.masked_fill(ignored, 0.0)), dim=1)
 
 
 def cross_entropy_merge(
-    stats: torch.Tensor, target: torch.Tensor, ignore_index: int, z_loss: float
+    stats: torch.Tensor, target: torch.Tensor, terms: LossTerms
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What torch.ops.fused_megatron.cross_entropy_merge computes: (loss [T], lse [T]) from stats [R, T, 2]."""
     lse_shards, linear = stats.unbind(dim=2)
@@ -58,61 +111,50 @@ def cross_entropy_merge(
     maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
     lse = maximum + (lse_shards - maximum).exp().sum(dim=0).log()
     loss = lse + linear.sum(dim=0)
-    if z_loss:
-        loss = loss + z_loss * lse.square()
-    return loss.masked_fill(_ignored(target, ignore_index), 0.0), lse
+    if terms.z_loss:
+        loss = loss + terms.z_loss * lse.square()
+    return loss.masked_fill(_ignored(target, terms), 0.0), lse
 
 
 def cross_entropy_gradient(
-    grad_loss: torch.Tensor,
-    logits: torch.Tensor,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    vocab_start: int,
-    vocab_size: int,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float = 0.0,
+    grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
     """What torch.ops.fused_megatron.cross_entropy_gradient computes: the gradient of the logits, in their dtype."""
-    num_real = _num_real_columns(logits, vocab_start, vocab_size)
-    x = _capped(_wide(logits)[:, :num_real], softcap)
+    num_real, smoothing = terms.num_real(logits.shape[1]), terms.label_smoothing
+    x = _capped(_wide(logits)[:, :num_real], terms)
     lse = lse.to(x.dtype)
-    gradient = (x - lse.unsqueeze(1)).exp() * (1.0 + 2.0 * z_loss * lse).unsqueeze(1) - label_smoothing / vocab_size
-    column = target - vocab_start
+    scale = (1.0 + 2.0 * terms.z_loss * lse).unsqueeze(1)
+    gradient = (x - lse.unsqueeze(1)).exp() * scale - smoothing / terms.vocab_size
+    column = target - terms.vocab_start
     is_target = torch.arange(num_real, device=logits.device) == column.unsqueeze(1)
-    gradient = gradient - (1.0 - label_smoothing) * is_target.to(x.dtype)
-    if softcap:
+    gradient = gradient - (1.0 - smoothing) * is_target.to(x.dtype)
+    if terms.softcap:
         # 1 - tanh^2, in the form that does not cancel where the cap bites.
-        gradient = gradient / (_wide(logits)[:, :num_real] / softcap).cosh().square()
+        gradient = gradient / (_wide(logits)[:, :num_real] / terms.softcap).cosh().square()
     gradient = gradient * grad_loss.to(x.dtype).unsqueeze(1)
-    gradient = gradient.masked_fill(_invalid(target, vocab_size, ignore_index).unsqueeze(1), torch.nan)
-    gradient = gradient.masked_fill(_ignored(target, ignore_index).unsqueeze(1), 0.0)
+    gradient = gradient.masked_fill(_invalid(target, terms).unsqueeze(1), torch.nan)
+    gradient = gradient.masked_fill(_ignored(target, terms).unsqueeze(1), 0.0)
     padded = logits.shape[1] - num_real
     return torch.nn.functional.pad(gradient, (0, padded)).to(logits.dtype)
 
 
-def cross_entropy_gradient_(grad_loss: torch.Tensor, logits: torch.Tensor, *arguments: Any) -> None:
+def cross_entropy_gradient_(
+    grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
+) -> None:
     """What torch.ops.fused_megatron.cross_entropy_gradient_ computes: the gradient, written over the logits."""
-    logits.copy_(cross_entropy_gradient(grad_loss, logits, *arguments))
+    logits.copy_(cross_entropy_gradient(grad_loss, logits, target, lse, terms))
 
 
-def _capped(x: torch.Tensor, softcap: float) -> torch.Tensor:
-    return softcap * (x / softcap).tanh() if softcap else x
+def _capped(x: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+    return terms.softcap * (x / terms.softcap).tanh() if terms.softcap else x
 
 
-def _num_real_columns(logits: torch.Tensor, vocab_start: int, vocab_size: int) -> int:
-    """How many columns of this shard stand for words; the rest is padding."""
-    return max(0, min(logits.shape[1], vocab_size - vocab_start))
+def _ignored(target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+    return target == terms.ignore_index
 
 
-def _ignored(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    return target == ignore_index
-
-
-def _invalid(target: torch.Tensor, vocab_size: int, ignore_index: int) -> torch.Tensor:
-    return ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
+def _invalid(target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+    return ((target < 0) | (target >= terms.vocab_size)) & (target != terms.ignore_index)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

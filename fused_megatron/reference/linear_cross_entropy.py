@@ -2,23 +2,15 @@
 
 import torch
 
-from fused_megatron.reference.cross_entropy import cross_entropy
+from fused_megatron.reference.cross_entropy import LossTerms, cross_entropy
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    vocab_size: int,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
     """Loss of each token [T] for hidden [T, H] and weight [V, H]; differentiable by plain autograd."""
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    logits = hidden.to(wide) @ weight[:vocab_size].to(wide).t()
+    logits = hidden.to(wide) @ weight[: terms.vocab_size].to(wide).t()
     if bias is not None:
-        logits = logits + bias[:vocab_size].to(wide)
-    return cross_entropy(logits, target, ignore_index, label_smoothing, z_loss, softcap or 0.0)
+        logits = logits + bias[: terms.vocab_size].to(wide)
+    return cross_entropy(logits, target, terms)

@@ -1,4 +1,4 @@
-"""How a tensor is cut over ranks: boxes, the record on a parameter, initialisation, full tensors, the gradient norm."""
+"""How tensors are cut over ranks: boxes, parameter records, initialisation, full tensors, norm, sequence positions."""
 
 from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
 from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor
@@ -15,6 +15,7 @@ from fused_megatron.sharding.parameter_record import (
     update_record,
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding.sequence_layout import SequenceLayout
 from fused_megatron.sharding.sharded_module import ShardedModule, parallel_group
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DeferredWeightGradients",
     "ParameterRecord",
     "ParameterShard",
+    "SequenceLayout",
     "Shard",
     "ShardPart",
     "ShardedModule",

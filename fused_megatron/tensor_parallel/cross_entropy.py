@@ -1,51 +1,41 @@
 """Cross-entropy of logits sharded over the vocabulary."""
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 
-from fused_megatron import ops
 from fused_megatron.checks import check, check_shape
 from fused_megatron.collectives import Group, group_rank, group_size
-from fused_megatron.collectives.transfers import start_all_gather
-from fused_megatron.ops.cross_entropy_shards import has_own_rows
+from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
+from fused_megatron.ops import LossTerms
+from fused_megatron.ops.cross_entropy_shards import (
+    Exchange,
+    Pending,
+    ShardLoss,
+    check_shard,
+    check_targets,
+    has_own_rows,
+    with_dense_rows,
+)
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_shard: torch.Tensor,
-        target: torch.Tensor,
-        vocab_size: int,
-        ignore_index: int,
-        label_smoothing: float,
-        z_loss: float,
-        softcap: float | None,
-        inplace_backward: bool,
-        check_target: bool | None,
-        group: Group,
-    ) -> torch.Tensor:
-        vocab_start = group_rank(group) * logits_shard.shape[1]
-        shard: dict[str, Any] = {"vocab_start": vocab_start, "vocab_size": vocab_size, "ignore_index": ignore_index}
-        shard |= {"label_smoothing": label_smoothing, "softcap": softcap}
-        stats = ops.cross_entropy_statistics(logits_shard, target, **shard, check_target=check_target)
-        all_stats = start_all_gather(stats.unsqueeze(0), 0, group).wait()
-        loss, lse = ops.cross_entropy_merge(all_stats, target, ignore_index=ignore_index, z_loss=z_loss)
-        ctx.save_for_backward(logits_shard, target, lse)
-        ctx.arguments = {**shard, "z_loss": z_loss}
-        ctx.inplace = inplace_backward
-        return loss
+class ShardExchange(Exchange):
+    """What R shards of the vocabulary exchange; hidden and its gradient are exchanged for a head, chunk by chunk."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> Any:
-        logits_shard, target, lse = ctx.saved_tensors
-        # The compiler plans memory by itself, and overwrites the logits where nothing needs them any more.
-        in_place = ctx.inplace and not torch.compiler.is_compiling()
-        gradient = ops.cross_entropy_gradient_ if in_place else ops.cross_entropy_gradient
-        return gradient(grad_loss, logits_shard.detach(), target, lse, **ctx.arguments), *[None] * 9
+    def __init__(self, group: Group, sequence_parallel: bool = False) -> None:
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.num_shards = group_size(group)
+        self.num_blocks = self.num_shards if sequence_parallel else 1
+
+    def start_hidden(self, rows: torch.Tensor) -> Pending:
+        return start_all_gather(rows, 0, self.group).wait if self.sequence_parallel else lambda: rows
+
+    def start_statistics(self, stats: torch.Tensor) -> Pending:
+        return start_all_gather(stats.unsqueeze(0), 0, self.group).wait
+
+    def start_dhidden(self, partial: torch.Tensor) -> Pending:
+        if self.sequence_parallel:
+            return start_reduce_scatter(partial, 0, self.group).wait
+        return start_all_reduce_(partial, self.group).wait
 
 
 def vocab_parallel_cross_entropy(
@@ -105,29 +95,43 @@ def vocab_parallel_cross_entropy(
     check(logits_shard.dim() >= 1, "logits_shard.shape=() must have a last dim of vocabulary")
     columns = logits_shard.shape[-1]
     check_shape("target", target, logits_shard.shape[:-1])
-    check(
-        columns * ranks >= vocab_size,
-        f"logits_shard.shape[-1]={columns} x tensor_parallel_size={ranks} must be at least vocab_size={vocab_size}",
+    check_shard_size(
+        "logits_shard.shape[-1]", columns, ranks, vocab_size, padded_vocab_size, "columns, not the gathered logits"
     )
-    # Gathered logits would give a loss that looks right and is log(R) too high, with wrong gradients.
+    terms = LossTerms(
+        vocab_size,
+        vocab_start=group_rank(tp_group) * columns,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+    )
+    rows, ids = with_dense_rows(logits_shard.reshape(-1, columns)), target.reshape(-1).contiguous()
+    if inplace_backward and not has_own_rows(rows):
+        rows = rows.contiguous()
+    check_shard(rows, ids)
+    check_targets(ids, terms, check_target)
+    exchange = ShardExchange(tp_group) if ranks > 1 else None
+    return ShardLoss.apply(rows, ids, terms, exchange, inplace_backward).view(target.shape)
+
+
+def check_shard_size(
+    name: str, size: int, ranks: int, vocab_size: int, padded_vocab_size: int | None, wanted: str
+) -> None:
+    """Raise unless `size` words are one of R shards: the whole would give a loss that looks right and is not.
+
+    It would be log(R) too high, with wrong gradients.
+    """
+    found = f"{name}={size} x tensor_parallel_size={ranks}"
+    check(1 <= vocab_size <= size * ranks, f"{found} must be at least vocab_size={vocab_size}")
     if padded_vocab_size is None:
         check(
-            ranks == 1 or columns < vocab_size,
-            f"logits_shard.shape[-1]={columns} must be below vocab_size={vocab_size}, being one of "
-            f"tensor_parallel_size={ranks} shards (pass this rank's columns, not the gathered logits; "
-            "or, where padding is most of a tiny vocabulary, padded_vocab_size)",
+            ranks == 1 or size < vocab_size,
+            f"{name}={size} must be below vocab_size={vocab_size}, being one of tensor_parallel_size={ranks} shards "
+            f"(pass this rank's {wanted}; or, where padding is most of a tiny vocabulary, padded_vocab_size)",
         )
     else:
         check(
-            columns * ranks == padded_vocab_size,
-            f"logits_shard.shape[-1]={columns} x tensor_parallel_size={ranks} must equal "
-            f"padded_vocab_size={padded_vocab_size} (pass this rank's columns, not the gathered logits)",
+            size * ranks == padded_vocab_size,
+            f"{found} must equal padded_vocab_size={padded_vocab_size} (pass this rank's {wanted})",
         )
-    rows = logits_shard.reshape(-1, columns)
-    if inplace_backward and not has_own_rows(rows):
-        rows = rows.contiguous()
-    terms = (vocab_size, ignore_index, label_smoothing, z_loss, softcap)
-    loss = _VocabParallelCrossEntropy.apply(
-        rows, target.reshape(-1), *terms, inplace_backward, check_target, tp_group
-    )  # fmt: skip
-    return loss.view(target.shape)

@@ -9,8 +9,8 @@ import torch
 import tyro
 
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import check, check_one_of, dtype_name
-from fused_megatron.config import BERTConfig
+from fused_megatron.checks import InputError, check, check_one_of, dtype_name
+from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
 from fused_megatron.hugging_face.source import CONFIG_FILE
@@ -90,11 +90,19 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
         f"{target}: {source.num_parameters:,} parameters in {dtype_name(source.dtype)}"
         + (f"; kept for the way back, but no part of the run: {', '.join(source.kept)}" if source.kept else "")
     )
-    commands = [f'fused-megatron generate {target} "..."'] if config.family == "gpt" else []
-    if not isinstance(config, BERTConfig) or config.masked_lm_head:
+    commands = [f'fused-megatron generate {target} "..."'] if config.traits.generates else []
+    if _is_trainable(config):
         commands.append(f"fused-megatron train {os.path.join(target, 'config.toml')} --data.path TEXT")
     if commands:
         reporter.say(f"next: {' or '.join(commands)}")
+
+
+def _is_trainable(config: TransformerConfig) -> bool:
+    try:
+        config.check_trainable()
+    except InputError:
+        return False
+    return True
 
 
 def _export(arguments: ConvertArguments, reporter: Reporter) -> None:

@@ -12,12 +12,11 @@ from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_m
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, check
-from fused_megatron.config import ParallelConfig, TrainConfig
+from fused_megatron.config import MODEL_FAMILIES, ParallelConfig, TrainConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
@@ -63,7 +62,6 @@ def generate_text(arguments: GenerateArguments) -> str:
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         model = build_model(config, mesh, launch.device)
-        assert isinstance(model, GPT)
         load_checkpoint(
             checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
         )
@@ -89,11 +87,11 @@ def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
         f"run={run.path} has no {run.tokenizer.name}: it was trained on token ids, so there is no text to generate",
     )
     config = load_config(run.config)
-    family = config.model.family
+    family, able = config.model.family, [name for name, traits in MODEL_FAMILIES.items() if traits.generates]
     check(
-        family == "gpt",
+        family in able,
         f"run={run.path} holds a {family.upper()}, which predicts masked tokens and cannot continue a text: only a run "
-        f"of model.family='gpt' can",
+        f"of model.family={' or '.join(map(repr, able))} can",
     )
     # Whatever layout trained it: every rank that is there now shares each layer.
     layout = ParallelConfig(tensor_parallel_size=launch.world_size, data_parallel_size=1)

@@ -16,7 +16,7 @@ from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.config import BERTConfig, GPTConfig, TrainConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
@@ -79,16 +79,12 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
     return finished
 
 
-def _check_trainable(config: GPTConfig) -> None:
-    """Of a BERT the masked-LM head is trained; every rank raises alike."""
-    if not isinstance(config, BERTConfig):
-        return
-    for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
-        if getattr(config, name) != wanted:
-            raise SharedInputError(
-                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
-                f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)"
-            )
+def _check_trainable(config: TransformerConfig) -> None:
+    """Every rank raises alike."""
+    try:
+        config.check_trainable()
+    except InputError as error:
+        raise SharedInputError(str(error)) from None
 
 
 def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
@@ -113,7 +109,7 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
     return mesh, data
 
 
-def _resume(trainer: Trainer, model_config: GPTConfig) -> None:
+def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
@@ -145,7 +141,7 @@ def _begin_records(trainer: Trainer) -> None:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
-def _state_of_same_model(checkpoint: Path, model_config: GPTConfig) -> dict[str, Any]:
+def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
     """The state in a checkpoint, whose model must have the sizes of model_config."""
     state = read_manifest(checkpoint).state
     # A field that the checkpoint does not know had its default value then.

@@ -228,7 +228,7 @@ def masked_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def uneven_masks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     mesh = init_mesh(tensor_parallel_size=2)
-    model = GPT(MASKED, tp_group=mesh.tp_group, sequence_parallel=True)
+    model = GPT(MASKED, layout=mesh.layout(sequence_parallel=True))
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, 1000)
     tokens, target = (part.chunk(mesh.dp_size)[mesh.dp_rank] for part in masked_batch())
     num_tokens = int((masked_batch()[1] != -100).sum())  # of all ranks

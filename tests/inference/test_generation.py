@@ -15,7 +15,7 @@ START = torch.tensor([[3, 1, 4], [1, 5, 9]])
 
 
 def sampled(rank: int, world_size: int, sequence_parallel: bool, temperature: float, top_k: int) -> torch.Tensor:
-    model = GPT(CONFIG, tp_group=init_mesh(world_size).tp_group, sequence_parallel=sequence_parallel, seed=1)
+    model = GPT(CONFIG, layout=init_mesh(world_size).layout(sequence_parallel=sequence_parallel), seed=1)
     return generate(model, START, 12, temperature=temperature, top_k=top_k, seed=7)
 
 

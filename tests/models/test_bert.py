@@ -56,26 +56,27 @@ def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
 
 def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
     """For each layout the largest error of the outputs and of each gradient, against one process in float64."""
-    tp_group, found = init_mesh(world_size).tp_group, []
+    mesh, found = init_mesh(world_size), []
     for changes, sequence_parallel in LAYOUTS:
         config = BERTConfig(**{**SIZES, **changes})
         whole = BERT(config, seed=3, dtype=torch.float64)
         expected = backward_of(whole)
         gradients = full_gradients(whole)
-        model = BERT(config, tp_group=tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=torch.float32)
+        model = BERT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=torch.float32)
         outputs = zip(("losses", "sentences"), backward_of(model), expected, strict=True)
         errors = {name: float((ours - theirs).abs().max()) for name, ours, theirs in outputs}
         # The gradient of a key bias is small: held to that of the query.
         errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
-        errors |= errors_of_stages(model, sequence_parallel)
+        errors |= errors_of_stages(model)
         found.append(errors)
     return found
 
 
-def errors_of_stages(whole: BERT, sequence_parallel: bool) -> dict[str, float]:
+def errors_of_stages(whole: BERT) -> dict[str, float]:
     """Largest differences of the losses and gradients of two chained stages from those of the whole, bit for bit."""
-    layout: dict[str, Any] = {"tp_group": whole.tp_group, "sequence_parallel": sequence_parallel, "seed": 3}
-    stages = [BERT(whole.config, stage=span, **layout) for span in cut_stages(whole.config, 2, [1, 1])]
+    stages = [
+        BERT(whole.config, stage=span, layout=whole.layout, seed=3) for span in cut_stages(whole.config, 2, [1, 1])
+    ]
     assert sum(stage.num_parameters() for stage in stages) == whole.num_parameters()
     whole.zero_grad()
     weights = dict(whole.named_parameters())

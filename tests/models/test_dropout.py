@@ -9,7 +9,9 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition, ParallelSelfAttention, TransformerBlock
+from fused_megatron.models import GPT, BatchPosition, TransformerBlock
+from fused_megatron.ops.attention import AttentionMask
+from fused_megatron.sharding import SequenceLayout
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
@@ -35,7 +37,7 @@ def one_step(
     """This rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**LAYERS, **DROPOUT, **changes})
-    model = GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3)
+    model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group)
     count = BATCH // mesh.dp_size
     torch.manual_seed(100 + rank)  # what torch would draw must not matter
@@ -141,9 +143,9 @@ def test_recomputation_keeps_less(recompute: str) -> None:
     model = model_of(**DROPOUT, recompute=recompute)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         x = torch.randn(8, BATCH, 24, requires_grad=True)
-        masks = model._masks(*batch_of_tokens()[0].shape, BatchPosition(0, 0, BATCH))
-        assert masks is not None
-        model._blocks(x, masks.rows(1, 7), model._rotary(8, x))
+        sequence = SequenceLayout.whole(8)
+        masks = model._masks(BATCH, sequence, BatchPosition(0, 0, BATCH))
+        model._blocks(x, AttentionMask(causal=True), masks, model._rotary(sequence, x))
     # [S, B, N, S] of probabilities, four times a layer (scores, softmax, dropped); per block nothing but its input.
     probabilities = [n for n in kept if n == BATCH * 4 * 8 * 8]
     assert bool(probabilities) == (recompute == "none")
@@ -159,7 +161,7 @@ def test_recomputation_keeps_less(recompute: str) -> None:
     (lambda: GPTConfig(hidden_dropout=1.0), "hidden_dropout=1.0 must lie in [0, 1)"),
     (lambda: GPTConfig(position="rotary", rotary_fraction=0.01),
      "rotary_fraction=0.01 must leave a pair of the 64 elements of a head to rotate (at least 0.03125)"),
-    (lambda: ParallelSelfAttention(24, 5, tp_group=None),
+    (lambda: GPTConfig(hidden_size=24, num_heads=5),
      "hidden_size=24 must be divisible by num_heads=5 (nearest: 20, 25)"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(build: Any, message: str) -> None:
@@ -169,11 +171,11 @@ def test_settings_that_do_not_fit(build: Any, message: str) -> None:
 
 
 def refused(rank: int, world_size: int) -> list[str]:
-    group = init_mesh(world_size).tp_group
+    layout = init_mesh(world_size).layout()
     messages = []
     for changes in ({"num_heads": 6, "num_kv_heads": 3}, {"num_heads": 12, "num_kv_heads": 6}, {"ffn_hidden_size": 46}):
         with pytest.raises(InputError) as caught:
-            TransformerBlock(GPTConfig(**{**LAYERS, **changes}), tp_group=group)
+            TransformerBlock(GPTConfig(**{**LAYERS, **changes}), layout=layout)
         messages.append(str(caught.value))
     return messages
 

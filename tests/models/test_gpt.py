@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
-from fused_megatron.mesh import init_mesh
+from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import parameter_parts
@@ -108,7 +108,7 @@ def one_backward(
     """This rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**SIZES, **changes})
-    model = GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=dtype)
+    model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=dtype)
     perturb_vectors_(model)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
     rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
@@ -246,7 +246,7 @@ def counted_collectives(rank: int, world_size: int, num_layers: int) -> tuple[di
             return _original(*args, **kwargs)
 
         setattr(dist, name, counting)
-    model = GPT(GPTConfig(**{**SIZES, "num_layers": num_layers}), tp_group=init_mesh(world_size).tp_group)
+    model = GPT(GPTConfig(**{**SIZES, "num_layers": num_layers}), layout=init_mesh(world_size).layout())
     tokens, target, upstream = batch_of_tokens()
     calls.clear()  # what the layers took to measure the group
     losses = model(tokens, target)
@@ -280,7 +280,7 @@ def test_padded_vocabulary_has_no_gradient_and_no_probability() -> None:
 def losses_of_tiny_vocabulary(rank: int, world_size: int) -> torch.Tensor:
     config = GPTConfig(**{**SIZES, "vocab_size": 5, "pad_vocab_size_to_multiple_of": 128})
     tokens, target, _ = batch_of_tokens()
-    model = GPT(config, tp_group=init_mesh(world_size).tp_group, seed=2)
+    model = GPT(config, layout=init_mesh(world_size).layout(), seed=2)
     return model(tokens % 5, target.where(target < 0, target % 5)).detach()
 
 
@@ -304,7 +304,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     without_me = dist.new_group([1 - rank])
 
     def build(tp_group: Any, **changes: Any) -> GPT:
-        return GPT(GPTConfig(**{**SIZES, **changes}), tp_group=tp_group, sequence_parallel=True)
+        return GPT(GPTConfig(**{**SIZES, **changes}), layout=ParallelLayout(tp_group, sequence_parallel=True))
 
     messages = []
 

@@ -37,7 +37,7 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
     config = GPTConfig(**{**SIZES, **changes})
     layout: dict[str, Any] = {"seed": 3}
     if world_size > 1:
-        layout |= {"tp_group": init_mesh(world_size).tp_group, "sequence_parallel": True}
+        layout |= {"layout": init_mesh(world_size).layout(sequence_parallel=True)}
     whole = GPT(config, **layout)
     stages = [GPT(config, stage=span, **layout) for span in cut_stages(config, len(cut), cut)]
     weights = dict(whole.named_parameters())

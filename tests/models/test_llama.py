@@ -16,6 +16,7 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT, BatchPosition
 from fused_megatron.models.rotary import rotary_tables
+from fused_megatron.sharding import SequenceLayout
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import full_gradients, gradient_errors, perturb_vectors_
 
@@ -51,13 +52,13 @@ def backward_of(model: GPT) -> torch.Tensor:
 
 def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
     """For each layout the largest error of the losses and of each gradient, against one process in float64."""
-    tp_group, found = init_mesh(world_size).tp_group, []
+    mesh, found = init_mesh(world_size), []
     for changes, sequence_parallel in LAYOUTS:
         config = GPTConfig(**{**LLAMA, **changes})
         whole = GPT(config, seed=3, dtype=torch.float64)
         losses = backward_of(whole)
         gradients = full_gradients(whole)
-        model = GPT(config, tp_group=tp_group, sequence_parallel=sequence_parallel, seed=3, dtype=torch.float32)
+        model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=torch.float32)
         errors = {"losses": float((backward_of(model) - losses).abs().max())}
         # The gradient of a key bias is small: held to that of the query.
         errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
@@ -147,7 +148,7 @@ def test_angles_are_those_of_transformers(kind: str, seq_len: int) -> None:
     ours, theirs = SCALINGS[kind]
     sizes = {"hidden_size": 128, "num_heads": 2}
     config = GPTConfig(**sizes, position="rotary", **ours)
-    cos, sin = rotary_tables(seq_len, config, device=torch.device("cpu"))
+    cos, sin = rotary_tables(SequenceLayout.whole(seq_len), config, device=torch.device("cpu"))
     parameters = {"rope_theta": 10000.0, **theirs}
     partial = parameters.get("partial_rotary_factor", 1.0)
     if kind == "part of a head":  # Llama itself has none

@@ -12,12 +12,13 @@ SCRIPT = """
 import json, sys, torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from fused_megatron.config import GPTConfig
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import GPT
 from fused_megatron.observe.record_communication import record_communication
 S, B, H, LAYERS, RANKS, sequence_parallel = json.loads(sys.argv[1])
 dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=RANKS)
 config = GPTConfig(num_layers=LAYERS, hidden_size=H, num_heads=RANKS, seq_len=S, vocab_size=512)
-model = GPT(config, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel)
+model = GPT(config, layout=ParallelLayout(dist.group.WORLD, sequence_parallel))
 tokens = torch.zeros(B, S, dtype=torch.int64)
 with record_communication() as ledger:
     model(tokens, tokens).sum().backward()

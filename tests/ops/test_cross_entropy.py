@@ -200,14 +200,12 @@ def test_shards_equal_the_whole(bounds, dtype, device):
     padded = F.pad(logits, (0, bounds[-1] - vocab_size), value=NAN)
     form = {"label_smoothing": 0.1, "softcap": 5.0}
     shards = [
-        (padded[:, start:end], {"vocab_start": start, "vocab_size": vocab_size, **form})
+        (padded[:, start:end], fm.ops.LossTerms(vocab_size, start, z_loss=1e-3, **form))
         for start, end in itertools.pairwise(bounds)
     ]
-    stats = torch.stack([fm.ops.cross_entropy_statistics(x, target, **arguments) for x, arguments in shards])
-    loss, lse = fm.ops.cross_entropy_merge(stats, target, z_loss=1e-3)
-    gradients = [
-        fm.ops.cross_entropy_gradient(upstream, x, target, lse, z_loss=1e-3, **arguments) for x, arguments in shards
-    ]
+    stats = torch.stack([fm.ops.cross_entropy_statistics(x, target, terms) for x, terms in shards])
+    loss, lse = fm.ops.cross_entropy_merge(stats, target, shards[0][1])
+    gradients = [fm.ops.cross_entropy_gradient(upstream, x, target, lse, terms) for x, terms in shards]
     gradient = torch.cat(gradients, dim=1)
     exact = run(torch_loss, logits.double(), target, upstream.double(), z_loss=1e-3, **form)
     assert gradient.dtype == dtype
@@ -215,8 +213,8 @@ def test_shards_equal_the_whole(bounds, dtype, device):
     assert_close_to_reference(gradient[:, :vocab_size], exact[1], name="gradient")
     assert not gradient[:, vocab_size:].any()
     before = padded.clone()
-    for (x, arguments), expected in zip(shards, gradients, strict=True):
-        result = fm.ops.cross_entropy_gradient_(upstream, x, target, lse, z_loss=1e-3, **arguments)
+    for (x, terms), expected in zip(shards, gradients, strict=True):
+        result = fm.ops.cross_entropy_gradient_(upstream, x, target, lse, terms)
         assert result is x and torch.equal(x, expected)  # and x lies between other shards, still to be read
     assert torch.equal(padded, gradient) and not torch.equal(padded, before)
 
@@ -227,7 +225,7 @@ def test_many_shards_merge(device):
     stats[2, :, 0] = -INF  # a shard of padding alone
     target = torch.randint(0, 9, (200,))
     target[::7] = -100
-    loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), z_loss=1e-2)
+    loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), fm.ops.LossTerms(9, z_loss=1e-2))
     wide = stats.double()
     exact_lse = wide[..., 0].logsumexp(0)
     exact = (exact_lse + wide[..., 1].sum(0) + 1e-2 * exact_lse.square()).masked_fill(target == -100, 0.0)
@@ -272,7 +270,7 @@ def test_target_that_is_no_word_gives_nan_where_nobody_looks(device):
     loss, gradient = run(fm.ops.cross_entropy, logits, target, upstream, check_target=False)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert gradient.isnan().all(dim=1).tolist() == gradient.isnan().any(dim=1).tolist() == loss.isnan().tolist()
-    stats = fm.ops.cross_entropy_statistics(logits, target, vocab_start=40, vocab_size=40, check_target=False)
+    stats = fm.ops.cross_entropy_statistics(logits, target, fm.ops.LossTerms(40, 40), check_target=False)
     assert stats[:, 1].isnan().tolist() == loss.isnan().tolist()  # of a shard of padding too
 
 

@@ -49,9 +49,9 @@ def test_every_rounding_of_16_bits(dtype):
     target.clamp_(min=0)
     wide = logits.float()
     lse = wide.logsumexp(dim=1)
-    options = {"vocab_start": 0, "vocab_size": 1027}
-    narrow = fm.ops.cross_entropy_gradient(scale, logits, target, lse, **options)
-    expected = fm.ops.cross_entropy_gradient(scale, wide, target, lse, **options).to(dtype)
+    terms = fm.ops.LossTerms(1027)
+    narrow = fm.ops.cross_entropy_gradient(scale, logits, target, lse, terms)
+    expected = fm.ops.cross_entropy_gradient(scale, wide, target, lse, terms).to(dtype)
     torch.testing.assert_close(narrow, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -62,8 +62,8 @@ def test_every_number_of_16_bits(dtype):
     rows = torch.arange(2**16)
     logits = torch.zeros(2**16, 64, dtype=dtype)
     logits[rows, rows % 64] = every
-    arguments = {"vocab_start": 0, "vocab_size": 64, "label_smoothing": 1.0}
-    stats = fm.ops.cross_entropy_statistics(logits, (rows + 1) % 64, **arguments)
+    terms = fm.ops.LossTerms(64, label_smoothing=1.0)
+    stats = fm.ops.cross_entropy_statistics(logits, (rows + 1) % 64, terms)
     assert torch.equal((-64 * stats[:, 1]).nan_to_num(nan=7), every.float().nan_to_num(nan=7))
     assert torch.equal(stats[:, 1].isnan(), every.isnan())
 
@@ -114,9 +114,10 @@ def test_gradient_of_the_gradient_is_refused():
 def test_opcheck(dtype):
     logits, target, _ = inputs(5, 37, dtype)
     ops = torch.ops.fused_megatron
-    torch.library.opcheck(ops.cross_entropy_statistics, (logits, target, 10, 60, -100, 0.1, 5.0))
-    torch.library.opcheck(ops.cross_entropy_merge, (torch.randn(3, 5, 2), target, -100, 0.1))
-    arguments = (torch.randn(5), logits, target, torch.randn(5), 10, 60, -100, 0.1, 0.1, 5.0)
+    scalars = fm.ops.LossTerms(60, 10, label_smoothing=0.1, z_loss=0.1, softcap=5.0).scalars()
+    torch.library.opcheck(ops.cross_entropy_statistics, (logits, target, *scalars))
+    torch.library.opcheck(ops.cross_entropy_merge, (torch.randn(3, 5, 2), target, *scalars))
+    arguments = (torch.randn(5), logits, target, torch.randn(5), *scalars)
     torch.library.opcheck(ops.cross_entropy_gradient, arguments)
     torch.library.opcheck(ops.cross_entropy_gradient_, arguments)
 
@@ -157,7 +158,7 @@ def test_target_that_is_no_class(bad, check_target):
     with pytest.raises(InputError, match=rf"target\[2\]={bad} must be in \[0, 9\) or ignore_index=-100"):
         fm.ops.cross_entropy(logits, target, vocab_size=9, check_target=check_target)
     with pytest.raises(InputError, match=rf"target\[2\]={bad} must be in \[0, 9\)"):
-        fm.ops.cross_entropy_statistics(logits, target, vocab_start=0, vocab_size=9, check_target=check_target)
+        fm.ops.cross_entropy_statistics(logits, target, fm.ops.LossTerms(9), check_target=check_target)
 
 
 def test_nobody_waits_for_a_gpu_to_look_at_targets():
@@ -195,19 +196,17 @@ def test_mistakes(arguments: dict[str, Any], error: type[Exception], message: st
 def test_gradient_is_not_written_over_rows_that_overlap():
     logits, target = torch.randn(1, 9).expand(3, 9), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(InputError, match=r"logits_shard.stride\(\)=\(0, 1\) must be of dense rows that do not overlap"):
-        fm.ops.cross_entropy_gradient_(
-            torch.ones(3), logits, target, torch.ones(3), vocab_start=0, vocab_size=9
-        )  # fmt: skip
+        fm.ops.cross_entropy_gradient_(torch.ones(3), logits, target, torch.ones(3), fm.ops.LossTerms(9))
 
 
 def test_raw_ops_refuse_what_they_would_read_beyond():
     logits, target, lse = torch.randn(3, 9), torch.zeros(3, dtype=torch.int64), torch.ones(3)
-    ops = torch.ops.fused_megatron
+    ops, terms = torch.ops.fused_megatron, fm.ops.LossTerms(9).scalars()
     with pytest.raises(RuntimeError, match="target must be contiguous, one for every token"):
-        ops.cross_entropy_statistics(logits, target[:2], 0, 9, -100, 0.0, 0.0)
+        ops.cross_entropy_statistics(logits, target[:2], *terms)
     with pytest.raises(RuntimeError, match=r"logits must be \[tokens, columns\], the columns side by side"):
-        ops.cross_entropy_statistics(logits.t(), torch.zeros(9, dtype=torch.int64), 0, 3, -100, 0.0, 0.0)
+        ops.cross_entropy_statistics(logits.t(), torch.zeros(9, dtype=torch.int64), *terms)
     with pytest.raises(RuntimeError, match="lse must be contiguous, one for every token"):
-        ops.cross_entropy_gradient(lse, logits, target, lse[:2], 0, 9, -100, 0.0, 0.0, 0.0)
+        ops.cross_entropy_gradient(lse, logits, target, lse[:2], *terms)
     with pytest.raises(RuntimeError, match="logits must be float32, bfloat16 or float16"):
-        ops.cross_entropy_statistics(logits.double(), target, 0, 9, -100, 0.0, 0.0)
+        ops.cross_entropy_statistics(logits.double(), target, *terms)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError
-from fused_megatron.ops import linear_cross_entropy_tiles as tiles
+from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
+from fused_megatron.ops.linear_cross_entropy_tiles import TiledHead
 from fused_megatron.testing.tolerances import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,7 +90,7 @@ def on_device(device: str) -> Iterator[None]:
 def any_product(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also the products of a GPU, or of a CPU with matrix units, which are made in the dtype of the operands."""
     if request.param == "products in 16 bits":
-        monkeypatch.setattr(tiles, "product_dtype", lambda operand: operand.dtype)
+        monkeypatch.setattr(shapes, "product_dtype", lambda operand: operand.dtype)
 
 
 @pytest.mark.parametrize("chunk_tokens", [None, 1, 5], ids=lambda n: f"chunk_tokens={n}")
@@ -126,9 +127,9 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, reduction: str, an
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What CPUs without matrix units do for 16-bit operands: blocks of words, cast to float32 as they are used."""
-    monkeypatch.setattr(tiles, "product_dtype", lambda operand: torch.float32)
-    monkeypatch.setattr(tiles, "_CAST_TILE_BYTES", 1)
-    monkeypatch.setattr(tiles, "_CAST_TOKENS", 64)
+    monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
+    monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
+    monkeypatch.setattr(shapes, "_CAST_TOKENS", 64)
     operands, target = inputs(num_tokens, 24, 150, dtype, bias)
     for reduction, upstream in [("mean", torch.randn(())), ("none", torch.randn(num_tokens))]:
         check_against_float64(
@@ -138,8 +139,8 @@ def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkey
 
 def test_blocks_of_words_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor partial sums are rounded to 16 bits: better than torch by far."""
-    monkeypatch.setattr(tiles, "product_dtype", lambda operand: torch.float32)
-    monkeypatch.setattr(tiles, "_CAST_TILE_BYTES", 1)
+    monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
+    monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     operands, target = inputs(90, 24, 300, torch.bfloat16, bias=False)
     ours = by_us(operands, target, torch.ones(()))
     exact = by_torch(operands, target, torch.float64, torch.ones(()))
@@ -273,17 +274,17 @@ class CountedProducts(TorchDispatchMode):
 )
 def test_only_needed_products_and_never_whole_logits(needs: list[int], one_pass: int, two_passes: int) -> None:
     (hidden, weight, bias), target = inputs(40, 8, 128, torch.float32)
-    terms = tiles.LossTerms(128, -100, 0.0, 0.0, None)
     wanted = [bool(n) for n in needs]
     with torch.no_grad():
-        head = tiles.TiledHead(hidden, weight, bias, target, terms, chunk_tokens=10)
+        head = TiledHead(hidden, weight, bias, target, fm.ops.LossTerms(128), chunk_tokens=10)
         with CountedProducts() as seen:
-            loss, lse, gradients = head.losses_and_gradients(torch.ones(()), wanted)
+            loss, lse, gradients = head.forward(torch.ones(()), wanted)
         assert seen.count == one_pass * 4 and seen.largest < 40 * 128 / 3
         with CountedProducts() as seen:
-            other_loss, other_lse = head.losses()
-            others = head.gradients(torch.ones(40), lse, wanted)
+            other_loss, other_lse, nothing = head.forward()
+            others = head.backward(torch.ones(40), lse, wanted)
         assert seen.count == two_passes * 4 and seen.largest < 40 * 128 / 3
+    assert nothing == [None, None, None]
     assert torch.equal(loss, other_loss) and torch.equal(lse, other_lse)
     for gradient, other, needed in zip(gradients, others, wanted, strict=True):
         assert (gradient is not None) == needed
@@ -349,16 +350,16 @@ def test_second_derivative() -> None:
 
 def test_shape_of_tiles() -> None:
     wide, half = torch.float32, torch.bfloat16
-    assert tiles.tile_shape(4096, 50304, wide, wide, "cpu", None) == (512, 50304)  # 98 MiB
-    assert tiles.tile_shape(4096, 50304, half, wide, "cpu", None) == (4096, 512)  # 8 MiB
-    assert tiles.tile_shape(8192, 128256, half, half, "cuda", None) == (1024, 128256)  # 250 MiB
-    assert tiles.tile_shape(100000, 1000, half, wide, "cpu", None) == (7744, 256)
-    assert tiles.tile_shape(10, 1000, wide, wide, "cpu", None) == (10, 1000)
-    assert tiles.tile_shape(10, 10**9, wide, wide, "cuda", None) == (10, 10**9)
-    assert tiles.tile_shape(0, 0, half, wide, "cpu", None) == (1, 1)
-    assert tiles.tile_shape(4096, 50304, wide, wide, "cpu", 100) == (100, 50304)
+    assert shapes.tile_shape(4096, 50304, wide, wide, "cpu", None) == (512, 50304)  # 98 MiB
+    assert shapes.tile_shape(4096, 50304, half, wide, "cpu", None) == (4096, 512)  # 8 MiB
+    assert shapes.tile_shape(8192, 128256, half, half, "cuda", None) == (1024, 128256)  # 250 MiB
+    assert shapes.tile_shape(100000, 1000, half, wide, "cpu", None) == (7744, 256)
+    assert shapes.tile_shape(10, 1000, wide, wide, "cpu", None) == (10, 1000)
+    assert shapes.tile_shape(10, 10**9, wide, wide, "cuda", None) == (10, 10**9)
+    assert shapes.tile_shape(0, 0, half, wide, "cpu", None) == (1, 1)
+    assert shapes.tile_shape(4096, 50304, wide, wide, "cpu", 100) == (100, 50304)
     for tokens, words in itertools.product([1, 65, 1000, 4097], [3, 70, 5000]):
-        t, v = tiles.tile_shape(tokens, words, half, wide, "cpu", None)
+        t, v = shapes.tile_shape(tokens, words, half, wide, "cpu", None)
         assert t >= 1 and v >= 1 and (t % 64 == 0 or t == tokens) and (v % 64 == 0 or v == words)
 
 

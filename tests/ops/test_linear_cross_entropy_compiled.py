@@ -46,18 +46,17 @@ def test_compile_as_one_graph(dtype: torch.dtype, reduction: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     inputs, target = operands(dtype, bias)
-    head = (*(x if x is None else x.detach() for x in inputs), target, 20, -100, 0.1, 1e-3, None, 4)
-    needs = [True, True, bias]
+    terms = fm.ops.LossTerms(20, label_smoothing=0.1, z_loss=1e-3)
+    head = (*(x if x is None else x.detach() for x in inputs), target, 4, *terms.scalars())
+    needs, no_gradients = [True, True, bias], [False, False, False]
     per_token = torch.rand(9)
     # Neither differentiates by itself: the autograd functions around them do.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_ops.linear_cross_entropy_losses.default, head, test_utils=checks)
-    torch.library.opcheck(
-        _ops.linear_cross_entropy_gradients.default, (per_token, per_token + 3, needs, *head), test_utils=checks
-    )
-    one_pass = _ops.linear_cross_entropy_losses_and_gradients.default
+    forward, backward = _ops.linear_cross_entropy_forward.default, _ops.linear_cross_entropy_backward.default
+    torch.library.opcheck(forward, (None, no_gradients, *head), test_utils=checks)
+    torch.library.opcheck(backward, (per_token, per_token + 3, needs, *head), test_utils=checks)
     if dtype == torch.float32:
-        torch.library.opcheck(one_pass, (torch.ones(()), needs, *head), test_utils=checks)
+        torch.library.opcheck(forward, (torch.ones(()), needs, *head), test_utils=checks)
 
 
 _PEAK = """

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_megatron as fm
-from fused_megatron.ops import linear_cross_entropy_tiles as tiles
+from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
 from fused_megatron.testing.poisoned_products import PoisonedProducts
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -23,7 +23,7 @@ def loss_and_gradients(num_tokens, vocab_size, dtype, reduction):
 @pytest.fixture
 def matrix_units(monkeypatch):
     """Products of 16-bit numbers, as on a CPU that has units for them."""
-    monkeypatch.setattr(tiles, "_CPU_HAS_MATRIX_UNITS", dict.fromkeys(DTYPES, True))
+    monkeypatch.setattr(shapes, "_CPU_HAS_MATRIX_UNITS", dict.fromkeys(DTYPES, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

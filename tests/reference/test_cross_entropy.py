@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fused_megatron.reference import cross_entropy as reference
+from fused_megatron.reference.cross_entropy import LossTerms
 
 
 def _inputs(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,7 +21,7 @@ def _inputs(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 def test_loss_is_torch_s(label_smoothing: float) -> None:
     logits, target = _inputs(13, 37)
-    loss = reference.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    loss = reference.cross_entropy(logits, target, LossTerms(37, label_smoothing=label_smoothing))
     torch.testing.assert_close(
         loss, F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing), rtol=1e-12, atol=1e-12
     )
@@ -28,7 +29,8 @@ def test_loss_is_torch_s(label_smoothing: float) -> None:
 
 def test_z_loss_adds_the_square_of_lse() -> None:
     logits, target = _inputs(13, 37)
-    added = reference.cross_entropy(logits, target, z_loss=0.5) - reference.cross_entropy(logits, target)
+    added = reference.cross_entropy(logits, target, LossTerms(37, z_loss=0.5))
+    added = added - reference.cross_entropy(logits, target, LossTerms(37))
     expected = 0.5 * logits.logsumexp(dim=1).square().masked_fill(target == -100, 0.0)
     torch.testing.assert_close(added, expected, rtol=1e-10, atol=1e-10)
 
@@ -40,29 +42,25 @@ def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: f
     logits, target = _inputs(13, 45)
     target[target >= vocab_size] = 36
     logits.requires_grad_()
-    shards = [(logits[:, start:end], start) for start, end in itertools.pairwise(bounds)]
-    stats = torch.stack(
-        [reference.cross_entropy_statistics(x, target, start, vocab_size, -100, label_smoothing) for x, start in shards]
-    )
-    loss, lse = reference.cross_entropy_merge(stats, target, -100, z_loss)
-    whole = reference.cross_entropy(logits[:, :vocab_size], target, -100, label_smoothing, z_loss)
+    terms = LossTerms(vocab_size, label_smoothing=label_smoothing, z_loss=z_loss)
+    shards = [(logits[:, start:end], terms.from_column(start)) for start, end in itertools.pairwise(bounds)]
+    stats = torch.stack([reference.cross_entropy_statistics(x, target, of_shard) for x, of_shard in shards])
+    loss, lse = reference.cross_entropy_merge(stats, target, terms)
+    whole = reference.cross_entropy(logits, target, terms)
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
     grad_loss = torch.randn(13, dtype=torch.float64)
     (expected,) = torch.autograd.grad(whole, logits, grad_loss)
-    gradients = [
-        reference.cross_entropy_gradient(
-            grad_loss, x, target, lse, start, vocab_size, -100, label_smoothing, z_loss
-        )
-        for x, start in shards
-    ]  # fmt: skip
+    gradients = [reference.cross_entropy_gradient(grad_loss, x, target, lse, of_shard) for x, of_shard in shards]
     torch.testing.assert_close(torch.cat(gradients, dim=1), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_shard_of_padding_alone() -> None:
-    stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, -100, 7]), 8, 8, -100, 0.1)
+    stats = reference.cross_entropy_statistics(
+        torch.randn(3, 4), torch.tensor([1, -100, 7]), LossTerms(8, 8, label_smoothing=0.1)
+    )
     assert stats.tolist() == [[-torch.inf, 0.0], [0.0, 0.0], [-torch.inf, 0.0]]
 
 
 def test_target_that_is_no_word_gives_nan() -> None:
-    stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, 4, -1]), 0, 4, -100, 0.0)
+    stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, 4, -1]), LossTerms(4))
     assert stats[:, 1].isnan().tolist() == [False, True, True]

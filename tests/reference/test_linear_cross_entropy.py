@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_megatron.reference.cross_entropy import LossTerms
 from fused_megatron.reference.linear_cross_entropy import linear_cross_entropy
 
 
@@ -22,7 +23,7 @@ def test_equals_torch(options: dict[str, Any], vocab_size: int) -> None:
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
     expected = F.cross_entropy(logits, target, reduction="none", label_smoothing=options.get("label_smoothing", 0.0))
     expected = expected + options.get("z_loss", 0.0) * logits.logsumexp(1).square() * (target != -100)
-    loss = linear_cross_entropy(hidden, weight, bias, target, vocab_size, **options)
+    loss = linear_cross_entropy(hidden, weight, bias, target, LossTerms(vocab_size, **options))
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(6, dtype=torch.float64)
     gradients = [torch.autograd.grad(x, (hidden, weight, bias), upstream) for x in (loss, expected)]
@@ -34,7 +35,7 @@ def test_sixteen_bits_are_widened_before_the_product() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 64).bfloat16(), torch.randn(9, 64).bfloat16()
     target = torch.arange(5)
-    loss = linear_cross_entropy(hidden, weight, None, target, 9)
+    loss = linear_cross_entropy(hidden, weight, None, target, LossTerms(9))
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), target, reduction="none")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-5)

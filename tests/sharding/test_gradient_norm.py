@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 import fused_megatron as fm
 from fused_megatron.config import BERTConfig, GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import BERT, GPT, cut_stages
 from fused_megatron.sharding import full_tensor, parameter_parts
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
@@ -88,7 +89,7 @@ def backward(model, rows=slice(None)):
 def norms_of_a_backward(rank, world_size, tp, sequence_parallel):
     mesh = fm.init_mesh(tensor_parallel_size=tp)
     config = GPTConfig(**PADDED, num_kv_heads=1)
-    model = GPT(config, tp_group=mesh.tp_group, sequence_parallel=sequence_parallel, seed=1, dtype=torch.float64)
+    model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=1, dtype=torch.float64)
     backward(model)
     trained = dict(model.named_parameters())
     trainers = global_gradient_norm(trained, {p: p.grad for p in trained.values()}, mesh.tp_group)
@@ -139,7 +140,7 @@ def llama():
 
 
 def gpt_with_one_key_value_head(tp_group=None):
-    return GPT(GPTConfig(**PADDED, num_kv_heads=1), tp_group=tp_group, seed=1)
+    return GPT(GPTConfig(**PADDED, num_kv_heads=1), layout=ParallelLayout(tp_group), seed=1)
 
 
 def clips(rank, world_size):

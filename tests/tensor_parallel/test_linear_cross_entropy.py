@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.ops import linear_cross_entropy_tiles as tiles
+from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
 from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
 from fused_megatron.testing import assert_close, run_on_ranks
@@ -82,7 +82,7 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     mine = slice(rank * padded // ranks, (rank + 1) * padded // ranks)
     own = slice(rank * S // ranks, (rank + 1) * S // ranks) if sequence_parallel else slice(None)
     if chunk_tokens == "by bytes":  # of the shard, also where it is all padding: every rank must make the same chunks
-        tiles._ALIGNMENT, tiles._TILE_BYTES = 4, {"cpu": 9 * padded // ranks * 4}
+        shapes._ALIGNMENT, shapes._TILE_BYTES = 4, {"cpu": 9 * padded // ranks * 4}
     # Padding must not be read: a NaN there would spread.
     shards = [x.clone() for x in (weight, bias) if x is not None]
     for x in shards:
@@ -220,6 +220,28 @@ def sum_case(rank, ranks):
 
 def test_sum_is_held_until_backward():
     assert all(run_on_ranks(sum_case, 2))
+
+
+def blocks_case(rank, ranks):
+    """The tiles hold all words for the tokens of one rank, and not for those of all ranks."""
+    shapes.product_dtype = lambda operand: torch.float32
+    shapes._CAST_TILE_BYTES = S * B // ranks * 128 * 4
+    hidden, weight, _, target, _ = problem(256, 256, torch.bfloat16, False)
+    leaves = [x.clone().requires_grad_() for x in (hidden.chunk(ranks)[rank], weight.chunk(ranks)[rank])]
+    options = {"tp_group": dist.group.WORLD, "vocab_size": 256, "sequence_parallel": True}
+    total = vocab_parallel_linear_cross_entropy(*leaves, target, reduction="sum", **options)
+    gradients = torch.autograd.grad(total, leaves)
+    upstream = torch.ones(S, B)
+    exact, rough = (
+        by_torch(hidden, weight, None, target, upstream, kind, 256, 0.0, 0.0) for kind in (torch.float64, hidden.dtype)
+    )
+    for name, gradient, right, their in zip(("dhidden", "dweight"), gradients, exact[1:], rough[1:], strict=True):
+        assert_close(name, gradient, right.chunk(ranks)[rank], their.chunk(ranks)[rank], ranks=ranks)
+    return True
+
+
+def test_blocks_of_words_under_sequence_parallelism():
+    assert all(run_on_ranks(blocks_case, 2))
 
 
 def double_case(rank, ranks):

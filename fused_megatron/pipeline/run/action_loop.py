@@ -9,7 +9,7 @@ import torch
 from fused_megatron.checks import SharedError, check
 from fused_megatron.pipeline.run.faults import PeerLost, print_fault
 from fused_megatron.pipeline.run.messages import Messages
-from fused_megatron.pipeline.run.stage_compute import StageCompute
+from fused_megatron.pipeline.run.stage_compute import StageCompute, first_gradient
 from fused_megatron.pipeline.run.stage_hooks import StageHooks, Wait
 from fused_megatron.pipeline.run.stashed_weights import StashedWeights
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
@@ -61,14 +61,6 @@ def forward_only(actions: Sequence[Action]) -> tuple[Action, ...]:
             needed.add(position)
     kinds = (Kind.FORWARD, Kind.SEND_F, Kind.RECV_F)
     return tuple(action for position, action in enumerate(actions) if action.kind in kinds or position in needed)
-
-
-def first_gradient(loss: torch.Tensor, loss_divisor: float) -> torch.Tensor:
-    """The gradient with which the backward of a microbatch begins.
-
-    Gradients are divided here and nowhere else: microbatches, stages and data-parallel ranks only add theirs up.
-    """
-    return torch.ones_like(loss) / loss_divisor
 
 
 class ActionLoop:
@@ -222,7 +214,9 @@ class ActionLoop:
 
     def _backward(self, action: Action, given: Tensors) -> None:
         split = action.kind == Kind.INPUT_GRAD
-        gradients = self._stages[action.stage].backward(action.microbatch, given, split=split)
+        gradients = self._stages[action.stage].backward(
+            action.microbatch, given, split=split, loss_divisor=self._step.loss_divisor
+        )
         if action.stage > 0:
             self._hand_on(action, gradients)
 

@@ -60,6 +60,8 @@ class PipelineExecutor:
         transport: another network than NCCL or gloo (tests).
         lookahead: how many computations ahead of its use a receive is posted.
         timeout_s: of a wait.
+        auxiliary_losses: stages that are not the last may return modules.auxiliary_loss.WithAuxiliaryLoss in training;
+            the same on all ranks. Such a loss is added to the microbatch's, divided with it, and learned from.
         observe: called with (action, start, end) in seconds, as time.perf_counter, after each computation.
 
     Raises:
@@ -69,7 +71,8 @@ class PipelineExecutor:
 
     Communication: at the start a hash of all that must agree, and one connection for each pair of ranks and direction.
         A step: the tensors between stages; one all-reduce of 8 bytes a microbatch before it, and one broadcast of as
-        many after it. Where a stage sees an input of new shapes, 1 KiB a connection once.
+        many after it; with auxiliary_losses one more all-reduce of as many. Where a stage sees an input of new shapes,
+        1 KiB a connection once.
     Memory: an output is freed when its receiver has taken it, and the buffers of a receive are those of its microbatch
         alone. Live activations as `peak_live_activations`, and one received tensor more.
     Numerics: synchronous schedules add the gradients of a stage in the order of the microbatches: to the last bit those
@@ -93,6 +96,7 @@ class PipelineExecutor:
         transport: Transport | None = None,
         lookahead: int = 1,
         timeout_s: float = 1800.0,
+        auxiliary_losses: bool = False,
         observe: Callable[[Action, float, float], None] | None = None,
     ) -> None:
         self._rank = group_rank(pp_group)
@@ -103,15 +107,16 @@ class PipelineExecutor:
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
-        name = agree(pp_group, error, lowered, hashes)
+        name = agree(pp_group, error, lowered, hashes, auxiliary_losses)
         assert lowered is not None and hooks is not None
+        self._auxiliary_losses = auxiliary_losses
         self.schedule = lowered
         device = next(filter(None, map(stage_device, stages.values())), None) or default_device(pp_group)
         self._connections = Connections(name, lowered, pp_group, device, transport, timedelta(seconds=timeout_s))
         deferred = DeferredWeightGradients()
         last = lowered.num_stages - 1
         self._stages = {
-            stage: StageCompute(module, deferred, loss_fn if stage == last else None)
+            stage: StageCompute(module, deferred, loss_fn if stage == last else None, auxiliary_losses)
             for stage, module in stages.items()
         }
         if any(action.kind == Kind.WEIGHT_GRAD for action in lowered.actions[self._rank]):
@@ -194,6 +199,8 @@ class PipelineExecutor:
         training: bool,
     ) -> torch.Tensor:
         connections, loop = self._connections, self._loop
+        for stage in self._stages.values():
+            stage.auxiliary_losses.clear()
         if connections.closed:
             raise RuntimeError("this PipelineExecutor is closed, by close() or after a fault (make a new one)")
         try:
@@ -201,6 +208,8 @@ class PipelineExecutor:
             losses = loop.run(step, connections.table.shape_ids, training)
             count = len(self.schedule.microbatches)
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
+            if training and self._auxiliary_losses:
+                shared = connections.add_auxiliary_losses(shared, [s.auxiliary_losses for s in self._stages.values()])
         except SharedInputError:  # before anything was sent: the pipeline stays of use
             loop.clear()
             raise

@@ -30,7 +30,11 @@ def tensor_hash(tensor: torch.Tensor) -> str:
 
 
 def agree(
-    group: dist.ProcessGroup | None, error: InputError | None, schedule: Schedule | None, tied: Sequence[Sequence[str]]
+    group: dist.ProcessGroup | None,
+    error: InputError | None,
+    schedule: Schedule | None,
+    tied: Sequence[Sequence[str]],
+    auxiliary_losses: bool,
 ) -> str:
     """A name that is this pipeline's alone, the same on all ranks.
 
@@ -38,6 +42,7 @@ def agree(
         error: what this rank was given wrong.
         schedule: lowered; None with an error.
         tied: per tied weight the hashes of this rank's parameters.
+        auxiliary_losses: whether stages may return them.
 
     Raises:
         SharedInputError: on every rank, if one has an error, or the schedules or initial tied weights differ.
@@ -45,6 +50,7 @@ def agree(
     mine = {
         "schedule": None if schedule is None else [_shown(schedule), schedule_hash(schedule)],
         "tied": tied,
+        "auxiliary_losses": auxiliary_losses,
         "name": secrets.token_hex(8),
     }
     try:
@@ -66,6 +72,8 @@ def _fault(everyone: Sequence[Outcome]) -> str | None:
         if each["schedule"] != first["schedule"]:
             here, there = (f"{shown} (hash {digest})" for shown, digest in (first["schedule"], each["schedule"]))
             return f"the schedule must be the same on all ranks: rank 0 has {here}, rank {rank} has {there}"
+        if each["auxiliary_losses"] != first["auxiliary_losses"]:
+            return f"auxiliary_losses={first['auxiliary_losses']} on rank 0 must be the same on rank {rank}"
     for index in range(len(first["tied"])):
         hashes = [(rank, digest) for rank, each in enumerate(given) for digest in each["tied"][index]]
         for rank, digest in hashes:

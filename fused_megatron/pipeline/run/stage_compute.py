@@ -8,7 +8,17 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fused_megatron.checks import check
+from fused_megatron.modules.auxiliary_loss import split_auxiliary_loss
 from fused_megatron.sharding import DeferredWeightGradients
+
+
+def first_gradient(loss: torch.Tensor, loss_divisor: float) -> torch.Tensor:
+    """The gradient with which the backward of a microbatch begins.
+
+    Gradients are divided here and nowhere else: microbatches, stages and data-parallel ranks only add theirs up.
+    """
+    return torch.ones_like(loss) / loss_divisor
 
 
 class _Kept(NamedTuple):
@@ -16,6 +26,7 @@ class _Kept(NamedTuple):
 
     inputs: tuple[torch.Tensor, ...]  # that need a gradient
     edges: tuple[GradientEdge, ...]  # of the outputs that need a gradient
+    auxiliary: GradientEdge | None  # of the auxiliary loss of a stage that is not the last
 
 
 class StageCompute:
@@ -25,6 +36,10 @@ class StageCompute:
         module: what the stage computes.
         deferred: the store of this rank's weight gradients, which the parameters' records name.
         loss_fn: of the last stage: (its output, target) -> what it returns.
+        auxiliary_losses: whether the module may return WithAuxiliaryLoss.
+
+    Attributes:
+        auxiliary_losses: of the step, by microbatch; the last stage's are in its loss.
 
     Memory: of an output only its place in the graph is kept, so that it is freed when all others have let go of it.
     """
@@ -34,10 +49,13 @@ class StageCompute:
         module: nn.Module,
         deferred: DeferredWeightGradients,
         loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+        auxiliary_losses: bool = False,
     ) -> None:
         self.module = module
         self._deferred = deferred
         self._loss_fn = loss_fn
+        self._auxiliary = auxiliary_losses
+        self.auxiliary_losses: dict[int, torch.Tensor] = {}
         self._kept: dict[int, _Kept] = {}
         self._products: dict[int, list[Callable[[], None]]] = {}
 
@@ -51,12 +69,22 @@ class StageCompute:
     ) -> tuple[torch.Tensor, ...]:
         """The outputs; of the last stage only their loss. Under no_grad nothing is kept.
 
+        An auxiliary loss is added to the loss, or kept for backward; under no_grad, in an evaluation, it is left out.
+
         Raises:
             TypeError: outputs that are not tensors.
         """
-        output = self.module(*inputs, **kwargs)
+        output, auxiliary = split_auxiliary_loss(self.module(*inputs, **kwargs))
+        if not torch.is_grad_enabled():
+            auxiliary = None
+        check(
+            auxiliary is None or self._auxiliary,
+            "a stage returned an auxiliary loss: make the PipelineExecutor with auxiliary_losses=True, on every rank",
+        )
         if self._loss_fn is not None:
             output = self._loss_fn(output, target)
+            if auxiliary is not None:
+                output, auxiliary = output + auxiliary, None
         outputs = output if isinstance(output, tuple) else (output,)
         for tensor in outputs:
             if not isinstance(tensor, torch.Tensor):
@@ -64,21 +92,30 @@ class StageCompute:
                 raise TypeError(f"a stage returned {given}: it must return a tensor or a tuple of tensors")
         if torch.is_grad_enabled():
             edges = tuple(get_gradient_edge(tensor) for tensor in outputs if tensor.requires_grad)
-            self._kept[microbatch] = _Kept(tuple(x for x in inputs if x.requires_grad), edges)
+            edge = None if auxiliary is None or not auxiliary.requires_grad else get_gradient_edge(auxiliary)
+            self._kept[microbatch] = _Kept(tuple(x for x in inputs if x.requires_grad), edges, edge)
+            if auxiliary is not None:
+                self.auxiliary_losses[microbatch] = auxiliary.detach()
         return outputs
 
-    def backward(self, microbatch: int, gradients: Sequence[torch.Tensor], split: bool) -> list[torch.Tensor]:
+    def backward(
+        self, microbatch: int, gradients: Sequence[torch.Tensor], split: bool, loss_divisor: float
+    ) -> list[torch.Tensor]:
         """Backward of a microbatch; with split the weights that can wait for weight_grad().
 
         Args:
             gradients: of the outputs that need one, in order.
+            loss_divisor: of the step, and so of an auxiliary loss.
 
         Returns:
             The gradients of the inputs that need one, in order; zeros for one that was not used.
         """
-        inputs, edges = self._kept.pop(microbatch)
+        inputs, edges, auxiliary = self._kept.pop(microbatch)
         products: list[Callable[[], None]] = []
         assert len(edges) == len(gradients)
+        if auxiliary is not None:
+            edges = (*edges, auxiliary)
+            gradients = [*gradients, first_gradient(self.auxiliary_losses[microbatch], loss_divisor)]
         with self._deferred.collecting(products) if split else nullcontext():
             if edges:
                 torch.autograd.backward(edges, list(gradients))
@@ -96,3 +133,4 @@ class StageCompute:
         """Forget all microbatches, after a fault."""
         self._kept.clear()
         self._products.clear()
+        self.auxiliary_losses.clear()

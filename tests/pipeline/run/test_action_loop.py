@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from fused_megatron.pipeline import Action, PipelineExecutor, build_schedule, lower
-from fused_megatron.pipeline.run.action_loop import ActionLoop, first_gradient, forward_only
+from fused_megatron.pipeline.run.action_loop import ActionLoop, forward_only
+from fused_megatron.pipeline.run.stage_compute import first_gradient
 from fused_megatron.pipeline.schedule.action import Kind
 
 

@@ -1,0 +1,304 @@
+"""What the models share: embedding, blocks and loss of a transformer, whole or one pipeline stage of it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_megatron.checks import check, check_shape
+from fused_megatron.collectives import group_rank, group_size, split_all_gather
+from fused_megatron.config import TransformerConfig
+from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models.attention import Tables
+from fused_megatron.models.block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
+from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
+from fused_megatron.models.rotary import rotary_tables
+from fused_megatron.models.stage_cut import StageSpan
+from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
+from fused_megatron.ops.attention import AttentionMask
+from fused_megatron.sharding import (
+    SequenceLayout,
+    ShardedModule,
+    fill_normal_shard_,
+    full_numel,
+    parameter_shard,
+)
+from fused_megatron.tensor_parallel import (
+    VocabParallelEmbedding,
+    column_parallel_linear,
+    vocab_parallel_linear_cross_entropy,
+)
+
+
+@dataclass(frozen=True)
+class HeadProduct:
+    """The last product of a model: x weight_shard^T + bias_shard are the logits.
+
+    Attributes:
+        x: [S, B, H], or [S / R, B, H] where it is a sequence shard.
+        weight: [V_padded / R, H].
+        padded_vocab_size: V_padded.
+        bias: [V_padded / R] or None.
+        sequence_parallel: x is a sequence shard.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    padded_vocab_size: int
+    bias: torch.Tensor | None = None
+    sequence_parallel: bool = False
+
+
+class TransformerStack(ShardedModule):
+    """Token embedding, blocks and loss; a family adds its head, and says what a token sees.
+
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
+    have the names that they have in the whole model. Where the head shares the weight of the embedding, the last stage
+    holds a copy of token_embedding.weight, whose gradient the caller adds to the first stage's, and that to it.
+
+    Args:
+        config: sizes of the whole model; config.vocab_size must be given.
+        layout: how it is cut over ranks; None for this rank alone.
+        stage: which part of the model this is; None for all of it.
+        tied_head: the head needs token_embedding.weight.
+        num_token_types: rows of a table that is added by the kind of a token; 0 for none.
+        post_norm: norms behind the residual additions and the embedding, none before the head.
+        dtype, device: of the parameters.
+
+    Attributes:
+        span: the blocks that this is; of the whole model all of them.
+    """
+
+    position_embedding: nn.Parameter | None
+    token_type_embedding: nn.Parameter | None
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        layout: ParallelLayout | None,
+        stage: StageSpan | None,
+        tied_head: bool,
+        num_token_types: int = 0,
+        post_norm: bool = False,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        super().__init__()
+        check(config.vocab_size is not None, "vocab_size=None must be given to build a model")
+        layout = layout or ParallelLayout()
+        self.layout = replace(layout, sequence_parallel=layout.sequence_parallel and layout.tp_group is not None)
+        self.config, self.vocab_size = config, int(config.vocab_size or 0)
+        self.tp_group, self.sequence_parallel = self.layout.tp_group, self.layout.sequence_parallel
+        self.stage, self.span = stage, stage or StageSpan(0, 1, 0, config.num_layers)
+        first, last = self.span.first, self.span.last
+        self.token_embedding = None
+        if first or (last and tied_head):
+            self.token_embedding = self._vocabulary_table(dtype, device)
+        if self.token_embedding is not None and not first:
+            weight = self.token_embedding.weight
+            self.token_embedding.register_shard("weight", weight, replace(parameter_shard(weight), copy=1))
+        positions = config.seq_len if config.position == "learned" else 0
+        for name, rows in (("position_embedding", positions), ("token_type_embedding", num_token_types)):
+            values = torch.empty(rows, config.hidden_size, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(values) if first and rows else None)
+        self.embedding_norm = self.final_norm = None
+        if first and post_norm:
+            self.embedding_norm = norm_of(config, layout=self.layout, dtype=dtype, device=device)
+        # Keyed by the place in the whole model, for the sake of the names.
+        self.blocks = nn.ModuleDict(
+            {
+                str(i): TransformerBlock(config, layout=self.layout, post_norm=post_norm, dtype=dtype, device=device)
+                for i in range(self.span.start, self.span.stop)
+            }
+        )
+        if last and not post_norm:
+            self.final_norm = norm_of(config, layout=self.layout, dtype=dtype, device=device)
+        # (seed of the place, 0): the embedding, then every block's places.
+        states = torch.empty(1 + len(DROPOUT_PLACES) * len(self.blocks), 2, dtype=torch.int64, device=device)
+        self.register_buffer("dropout_states", states, persistent=False)
+
+    def _vocabulary_table(self, dtype: torch.dtype | None, device: torch.device | None) -> VocabParallelEmbedding:
+        return VocabParallelEmbedding(
+            self.vocab_size,
+            self.config.hidden_size,
+            pad_to_multiple_of=self.config.pad_vocab_size_to_multiple_of,
+            init_std=self.config.init_std,
+            tp_group=self.layout.tp_group,
+            sequence_parallel=self.layout.sequence_parallel,
+            dtype=dtype,
+            device=device,
+        )
+
+    def reset_parameters(self, seed: int) -> None:
+        """Draw every weight from (seed, its name); norms are 1, biases 0. Dropout draws from this seed, too."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                fill_normal_shard_(parameter, self.config.init_std, seed=seed, name=name)
+            else:
+                nn.init.zeros_(parameter)
+        self.reset_dropout(seed)
+        reset_layers(self, seed)
+
+    def reset_dropout(self, seed: int) -> None:
+        """Dropout draws from this seed."""
+        places = [f"blocks.{i}.{place}" for i in self.blocks for place in DROPOUT_PLACES]
+        fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *places), seed)
+
+    def num_parameters(self) -> int:
+        """Parameters of the full model or stage, over all tensor-parallel ranks, without vocabulary padding.
+
+        Over all stages the numbers add up to that of the whole model: a copy of a tied embedding counts nothing.
+        """
+        copied = None if self.span.first else self.token_embedding
+        own = [p for p in self.parameters() if copied is None or p is not copied.weight]
+        return full_numel(own)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """logits_shard [B, S, V_padded / R] of the last stage's output, or of the whole model's before the head."""
+        head = self._head(hidden)
+        logits_shard = column_parallel_linear(
+            head.x,
+            head.weight,
+            head.bias,
+            tp_group=self.tp_group,
+            sequence_parallel=head.sequence_parallel,
+            overlap=self.layout.overlap,
+        )
+        return logits_shard.transpose(0, 1)
+
+    def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
+        """Loss per token [B, S] of the last stage's output, or their sum; target and reduction as in forward."""
+        head = self._head(hidden)
+        loss = vocab_parallel_linear_cross_entropy(
+            head.x,
+            head.weight,
+            target.t(),
+            bias_shard=head.bias,
+            tp_group=self.tp_group,
+            vocab_size=self.vocab_size,
+            padded_vocab_size=head.padded_vocab_size,
+            sequence_parallel=head.sequence_parallel,
+            reduction=reduction,
+        )
+        return loss.t()
+
+    def _head(self, hidden: torch.Tensor) -> HeadProduct:
+        """The product that makes logits of the last stage's output.
+
+        Raises:
+            InputError: this is no stage with a head.
+        """
+        raise NotImplementedError
+
+    def _result(
+        self, encoded: torch.Tensor | WithAuxiliaryLoss, target: torch.Tensor | None, reduction: str
+    ) -> torch.Tensor | WithAuxiliaryLoss:
+        """What forward returns, of what _encode gave."""
+        if self.stage is not None:
+            check(target is None, "target must be given to the loss() of the last stage, not to a stage's forward")
+            return encoded
+        hidden, auxiliary = split_auxiliary_loss(encoded)
+        result = self.logits(hidden) if target is None else self.loss(hidden, target, reduction=reduction)
+        return result if auxiliary is None else WithAuxiliaryLoss(result, auxiliary)
+
+    def _encode(
+        self,
+        x: torch.Tensor,
+        mask: AttentionMask,
+        *,
+        token_types: torch.Tensor | None = None,
+        position: BatchPosition | None,
+        sequence: SequenceLayout | None,
+    ) -> torch.Tensor | WithAuxiliaryLoss:
+        """Tokens [B, S], or what the stage before gave, through this stage: [S, B, H], or [S / R, B, H].
+
+        Args:
+            token_types: [B, S] int64, the rows of token_type_embedding; None: all 0. Read by the first stage.
+            position: where in training this microbatch lies.
+            sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
+        """
+        batch, sequence = self._batch_and_sequence(x, sequence)
+        if token_types is not None:
+            check_shape("token_types", token_types, (batch, sequence.num_positions))
+        if mask.padding is not None:
+            check_shape("is_padding", mask.padding, (batch, sequence.num_positions))
+        masks = self._masks(batch, sequence, position)
+        if self.span.first:
+            x = self._embed(x, sequence, token_types)
+            if masks is not None and self.config.embedding_dropout > 0:
+                x = masks.drop(0, x, self.config.embedding_dropout)
+        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x))
+        x = x if self.final_norm is None else self.final_norm(x)
+        return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
+
+    def _batch_and_sequence(self, x: torch.Tensor, sequence: SequenceLayout | None) -> tuple[int, SequenceLayout]:
+        """B, and the positions that the tensor-parallel ranks have together."""
+        if self.span.first:
+            batch, rows = x.shape
+        else:
+            rows, batch = x.shape[0] * (group_size(self.tp_group) if self.sequence_parallel else 1), x.shape[1]
+        longest = self.config.seq_len
+        if sequence is None:
+            check(not self.span.first or rows <= longest, f"tokens.shape[1]={rows} must be at most seq_len={longest}")
+            return batch, SequenceLayout.whole(rows)
+        check(
+            sequence.num_positions == rows and sequence.seq_len <= longest,
+            f"sequence={sequence} must have the {rows} positions that are given, of at most seq_len={longest}",
+        )
+        return batch, sequence
+
+    def _own(self, sequence: SequenceLayout) -> SequenceLayout:
+        """The positions of this rank's activations between the tensor-parallel layers."""
+        if not self.sequence_parallel:
+            return sequence
+        return sequence.block(group_rank(self.tp_group), group_size(self.tp_group))
+
+    def _masks(self, batch: int, sequence: SequenceLayout, position: BatchPosition | None) -> DropoutMasks | None:
+        if not (self.training and self.config.has_dropout):
+            return None
+        return masks_of_batch(self.get_buffer("dropout_states"), position, batch, self._own(sequence))
+
+    def _embed(self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None) -> torch.Tensor:
+        assert self.token_embedding is not None
+        # First the tokens: it checks that the sequence divides.
+        x = self.token_embedding(tokens.t())
+        added = self._positions_and_types(tokens, sequence, token_types)
+        if added is not None:
+            if self.sequence_parallel:
+                added = split_all_gather(added, 0, self.tp_group)
+            x = x + added
+        return x if self.embedding_norm is None else self.embedding_norm(x)
+
+    def _positions_and_types(
+        self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is added to the embedded tokens, [S, B or 1, H]."""
+        check(
+            token_types is None or self.token_type_embedding is not None,
+            "token_types must be None where num_token_types=0",
+        )
+        positions, types = None, None
+        if self.position_embedding is not None:
+            positions = sequence.take(self.position_embedding).unsqueeze(1)
+        if self.token_type_embedding is not None:
+            kinds = torch.zeros_like(tokens) if token_types is None else token_types
+            types = F.embedding(kinds.t(), self.token_type_embedding)
+        if positions is None or types is None:
+            return positions if types is None else types
+        return positions + types
+
+    def _rotary(self, sequence: SequenceLayout, x: torch.Tensor) -> Tables | None:
+        if self.config.position != "rotary":
+            return None
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return rotary_tables(sequence, self.config, device=x.device, dtype=dtype)
+
+    def _blocks(
+        self, x: torch.Tensor, mask: AttentionMask, masks: DropoutMasks | None, rotary: Tables | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x through the blocks, and the sum of their auxiliary losses; masks are those of the embedding, too."""
+        recompute = self.config.recompute == "full"
+        dropout = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
+        return run_blocks(self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout)

@@ -1,0 +1,49 @@
+"""Start here when a key of a config file or of the command line is read as another value, or lost on its way back."""
+
+import pytest
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import BERTConfig, GPTConfig, ParallelConfig
+from fused_megatron.config.config_file import load_config, save_config
+
+
+def loaded(tmp_path, text, *words):
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return load_config(path, words)
+
+
+@pytest.mark.parametrize(("text", "words", "overlap"), [
+    ("", (), True),
+    ("[parallel]\noverlap = true", (), True),
+    ("[parallel]\noverlap = false", (), False),
+    ("[parallel]\noverlap = 4", (), 4),
+    ("[parallel]\noverlap = 1", (), 1),
+    ("[parallel]\noverlap = 4", ("--parallel.overlap", "False"), False),
+    ("[parallel]\noverlap = false", ("--parallel.overlap=3",), 3),
+])  # fmt: skip
+def test_overlap_is_a_word_or_a_number_of_chunks_and_stays_so(tmp_path, text, words, overlap):
+    config = loaded(tmp_path, text, *words)
+    save_config(config, tmp_path / "saved.toml")
+    for found in (config, load_config(tmp_path / "saved.toml")):
+        assert found.parallel.overlap == overlap and type(found.parallel.overlap) is type(overlap)
+
+
+@pytest.mark.parametrize("overlap", ["0", "-1", "2.5", "'some'"])
+def test_other_overlaps_are_refused(tmp_path, overlap):
+    with pytest.raises(InputError, match="overlap"):
+        loaded(tmp_path, f"[parallel]\noverlap = {overlap}")
+    with pytest.raises(InputError, match="overlap=0 must be 1 or more"):
+        ParallelConfig(overlap=0)
+
+
+def test_the_family_decides_which_keys_a_model_has_and_survives_the_file(tmp_path):
+    bert = loaded(tmp_path, '[model]\nfamily = "bert"\npost_norm = true', "--model.num-layers", "3")
+    assert bert.model == BERTConfig(post_norm=True, num_layers=3)
+    save_config(bert, tmp_path / "saved.toml")
+    assert load_config(tmp_path / "saved.toml") == bert
+    assert loaded(tmp_path, "", "--model.family", "gpt").model == GPTConfig()
+    with pytest.raises(InputError, match=r"model\.post_norm is no key of model\.family='gpt'"):
+        loaded(tmp_path, "[model]\npost_norm = true")
+    with pytest.raises(InputError, match="must be one of: 'gpt', 'bert'"):
+        loaded(tmp_path, '[model]\nfamily = "t5"')

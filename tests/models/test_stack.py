@@ -1,0 +1,117 @@
+"""Start here when positions, dropout, overlap or a seed reach only some of a model's layers."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from fused_megatron.checks import InputError
+from fused_megatron.config import MODEL_FAMILIES, BERTConfig, GPTConfig
+from fused_megatron.data.batch import Batch
+from fused_megatron.mesh import ParallelLayout, init_mesh
+from fused_megatron.models import BERT, GPT, BatchPosition, new_model
+from fused_megatron.models.registry import MODELS
+from fused_megatron.sharding import SequenceLayout
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+
+SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "vocab_size": 101, "init_std": 0.3}
+DROPOUT = {"hidden_dropout": 0.3, "embedding_dropout": 0.3}
+S, B, POSITION = 16, 3, BatchPosition(5, 2, 8)
+CONFIGS = [
+    GPTConfig(**SIZES, **DROPOUT),
+    GPTConfig(**SIZES, **DROPOUT, recompute="full", tied_embeddings=False),
+    BERTConfig(**SIZES, **DROPOUT),
+]
+
+
+def batch_of_tokens():
+    generator = torch.Generator().manual_seed(5)
+    tokens, target = torch.randint(101, (2, B, S), generator=generator)
+    return Batch(tokens, target)
+
+
+def without_attention(model):
+    """Of a token's loss nothing comes from other tokens, so that a part of the sequence has its part of the losses."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("attention.projection.weight"):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def losses_of_a_part(rank, world_size, ranges, sequence_parallel):
+    """For each config the largest error of the losses and gradients at these positions, against the whole sequence."""
+    mesh, errors = init_mesh(world_size), []
+    sequence = SequenceLayout(S, ranges)
+    batch = batch_of_tokens()
+    part = batch.take(sequence)
+    for config in CONFIGS:
+        whole = without_attention(new_model(config, seed=3, dtype=torch.float64))
+        losses = whole(batch.inputs, batch.targets, position=POSITION)[:, sequence.positions()]
+        losses.sum().backward()
+        layout = mesh.layout(sequence_parallel=sequence_parallel)
+        model = without_attention(new_model(config, layout=layout, seed=3, dtype=torch.float64))
+        found = model(part.inputs, part.targets, position=POSITION, sequence=sequence)
+        found.sum().backward()
+        errors.append(float((found - losses).detach().abs().max()))
+        table, wanted = model.position_embedding.grad, whole.position_embedding.grad
+        errors.append(float((table - wanted).abs().max()))
+    return errors
+
+
+@pytest.mark.parametrize(("ranks", "ranges", "sequence_parallel"), [
+    (1, ((4, 8), (12, 16)), False),
+    (1, ((10, 16), (1, 2), (4, 5)), False),
+    (2, ((0, 4), (12, 16)), True),
+    (2, ((4, 7), (9, 14)), True),
+])  # fmt: skip
+def test_a_rank_embeds_and_drops_what_the_whole_model_has_at_its_positions(ranks, ranges, sequence_parallel):
+    for errors in run_on_ranks(losses_of_a_part, ranks, ranges, sequence_parallel):
+        assert max(errors) < 1e-9, errors
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rotary_scaling": "dynamic", "rotary_original_seq_len": 8}])
+def test_a_rank_rotates_by_its_positions_in_the_whole_sequence(scaling):
+    model = GPT(GPTConfig(**SIZES, position="rotary", **scaling))
+    x, layout = torch.zeros(1), SequenceLayout.zigzag(S, 1, 2)
+    for table, whole in zip(model._rotary(layout, x), model._rotary(SequenceLayout.whole(S), x), strict=True):
+        assert torch.equal(table, whole[layout.positions()])
+
+
+def test_positions_that_are_not_those_of_the_tokens():
+    model, tokens = GPT(GPTConfig(**SIZES)), torch.zeros(1, 8, dtype=torch.int64)
+    for sequence in (SequenceLayout.whole(9), SequenceLayout(32, ((0, 8),))):
+        with pytest.raises(InputError, match="must have the 8 positions that are given, of at most seq_len=16"):
+            model(tokens, sequence=sequence)
+
+
+def overlaps(rank, world_size):
+    """What each layer of each model has as overlap."""
+    layout = ParallelLayout(init_mesh(world_size).tp_group, sequence_parallel=True, overlap=3)
+    forms = [GPTConfig(**SIZES, num_kv_heads=2, activation="swiglu"), BERTConfig(**SIZES, next_sentence_head=True)]
+    models = [new_model(config, layout=layout, device=torch.device("meta")) for config in forms]
+    return [[m.overlap for m in model.modules() if hasattr(m, "overlap")] for model in models]
+
+
+def test_overlap_reaches_every_layer():
+    for gpt, bert in run_on_ranks(overlaps, 2):
+        assert gpt == 8 * [3] and bert == 11 * [3]
+
+
+def test_each_family_of_the_config_has_a_model_and_the_reverse():
+    assert MODELS.keys() == MODEL_FAMILIES.keys()
+    for family, traits in MODEL_FAMILIES.items():
+        config = dataclasses.replace(traits.config(), **SIZES)
+        assert config.family == family and type(new_model(config, device=torch.device("meta"))) is MODELS[family]
+    assert not issubclass(BERTConfig, GPTConfig)
+    with pytest.raises(InputError, match="family='gpt' must be a GPTConfig, not a BERTConfig"):
+        BERTConfig(family="gpt")
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own():
+    model = BERT(BERTConfig(**SIZES), seed=1)
+    twin = copy.deepcopy(model)
+    tokens = batch_of_tokens().inputs
+    assert torch.equal(model(tokens), twin(tokens))
+    twin.reset_parameters(2)
+    assert not torch.equal(model(tokens), twin(tokens))
