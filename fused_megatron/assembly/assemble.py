@@ -1,4 +1,4 @@
-"""What a rank trains with, put together from a run's config: gradient buckets, executor, optimizer."""
+"""The parts that a rank trains with, made from a run's config: gradient buckets, executor, optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

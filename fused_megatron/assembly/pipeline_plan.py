@@ -1,4 +1,4 @@
-"""Which schedule a run's pipeline follows: from the config alone, before anything is communicated."""
+"""The schedule that a run's pipeline follows: from the config only, before anything is communicated."""
 
 from dataclasses import dataclass
 

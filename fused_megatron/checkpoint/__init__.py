@@ -1,7 +1,7 @@
 """Checkpoints: named boxes of full tensors in a folder of safetensors and a JSON manifest.
 
 Knows no model and no optimizer. Reading order: boxes (what a shard is), manifest (what a checkpoint is), shard_file
-(the bytes), save, load, verify, folder (names and rotation), ranks (failing together).
+(the bytes), save, load, verify, folder (names and rotation).
 """
 
 from fused_megatron.checkpoint.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What holds on all ranks before a model is changed: no error anywhere, one model, one set of weights."""
+"""Agreement of all ranks before a model is changed: no error anywhere, one model, one set of weights."""
 
 import zlib
 from collections.abc import Iterator

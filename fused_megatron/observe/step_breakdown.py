@@ -1,4 +1,4 @@
-"""Where the seconds of a training step go: compute, exposed communication, bubble, optimizer."""
+"""Parts of the time of a training step: compute, exposed communication, bubble, optimizer."""
 
 import time
 from collections.abc import Callable, Iterator

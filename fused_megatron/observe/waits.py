@@ -1,4 +1,4 @@
-"""Where a rank waits for others: the transport says so to whoever observes it, and to nobody else at no cost."""
+"""Waits for other ranks: whatever waits tells an observer, if there is one; else a wait costs nothing more."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,1 +1,1 @@
-"""What a run will need, known before it is started."""
+"""Needs of a run, known before it starts: memory, communication, a dry run."""

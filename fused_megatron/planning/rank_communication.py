@@ -1,4 +1,4 @@
-"""What a rank sends in a step. By formula, before anything is built."""
+"""Bytes that a rank sends in a step, by formula: before anything is built."""
 
 from collections import Counter
 

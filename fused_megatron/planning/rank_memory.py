@@ -1,4 +1,4 @@
-"""What a rank must hold to train: weights, gradients, optimizer, activations. By formula, before anything is built."""
+"""Memory that a rank needs to train, by formula: weights, gradients, optimizer, activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Faults of a pipeline, recorded so that every rank can name the first one."""
+"""Faults of a pipeline: what went wrong on which rank, so that every rank can say it."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Handshake of the ranks of a pipeline: the first bytes that they send, to see that all were given the same."""
+"""Agreement of the ranks of a pipeline on what each was given, before anything else is sent."""
 
 import hashlib
 import secrets
