@@ -27,8 +27,8 @@ _FLAGS = (
     "-std=c++20", "-O1", "-g1", "-fPIC", "-DFM_EMULATION", "-DTORCH_TARGET_VERSION=0x020D000000000000",
     "-Wno-unknown-pragmas", "-Wno-attributes",
 )  # fmt: skip
-# A call before each access of memory, which csrc/emulation/machine.cpp answers. Aggregates stay whole, so that a load of
-# 16 bytes is one access.
+# A call before each access of memory, which csrc/emulation/machine.cpp answers. Aggregates stay whole, so that a load
+# of 16 bytes is one access.
 _CHECKED_FLAGS = (
     "-fsanitize=kernel-address", "-fno-tree-sra", "--param=asan-instrumentation-with-call-threshold=0",
     "--param=asan-stack=0", "--param=asan-globals=0",
