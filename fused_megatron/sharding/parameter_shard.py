@@ -37,11 +37,6 @@ class ParameterShard:
         starts = tuple(min(start, full) for start, full in zip(self.offset, self.full_shape, strict=True))
         return Box(starts, self.real_shape(local_shape))
 
-    def box(self, local_shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """The block as (start, stop) in each dim."""
-        block = self.block(local_shape)
-        return tuple((start, start + size) for start, size in zip(block.offset, block.shape, strict=True))
-
 
 @dataclass(frozen=True)
 class ShardPart:

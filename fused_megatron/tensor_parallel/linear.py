@@ -21,7 +21,13 @@ from fused_megatron.collectives import (
 )
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.overlap import ColumnLinearFunction, RowLinearFunction, chunk_choice
-from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart, fill_normal_shard_, parameter_shard
+from fused_megatron.sharding import (
+    ParameterShard,
+    ShardedModule,
+    ShardPart,
+    copy_shard_,
+    fill_normal_shard_,
+)
 
 
 def column_parallel_linear(
@@ -253,8 +259,7 @@ class _ParallelLinear(ShardedModule):
         layer.to_empty(device=weight.device)
         for mine, whole in ((layer.weight, weight), (layer.bias, bias)):
             if mine is not None and whole is not None:
-                box = parameter_shard(mine).box(mine.shape)
-                mine.data.copy_(whole.detach()[tuple(slice(*bounds) for bounds in box)])
+                copy_shard_(mine, whole.detach())
                 mine.requires_grad_(whole.requires_grad)
         return layer
 
