@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fused_megatron.audit.cuda_emulation import (
+    CSRC,
     build_emulation,
     cuda_sources,
     emulated_environment,
@@ -32,7 +33,6 @@ def test_emulated_cuda_kernels():
 
 def test_every_kernel_is_registered_and_launched_through_the_wrappers():
     for source in cuda_sources():
-        text = source.read_text()
-        assert "FM_CUDA_LIBRARY_IMPL(m)" in text, source
-        for file in source.parent.glob("*.cu*"):
-            assert not re.search(r"<<<|__shared__|STD_CUDA_CHECK", file.read_text()), file
+        assert "FM_CUDA_LIBRARY_IMPL(m)" in source.read_text(), source
+    for file in CSRC.rglob("*.cu*"):
+        assert not re.search(r"<<<|__shared__|STD_CUDA_CHECK", file.read_text()), file
