@@ -179,9 +179,11 @@ def chunk_choice(overlap: bool | int) -> ChunkChoice:
 def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> OverlapCosts:
     """Measure a group once; all its ranks must call it at the same point, as layers do when they are made.
 
-    About 200 ms of messages and products on a laptop.
+    A tenth of a second of messages and products on a laptop; half a second in a 16-bit type that a CPU has no units
+    for.
 
-    Communication: 11 all-reduces of 4 bytes, 9 of 2 MiB, one of 40 bytes; see symmetric_memory.reaches.
+    Communication: 11 all-reduces of 4 bytes, 9 of 2 MiB (4 through shared memory), one of 40 bytes; see
+        symmetric_memory.reaches.
     """
     check(
         device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
@@ -195,24 +197,25 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
     latency_s = _seconds(all_reduce, torch.zeros(1, device=device), repeats=10)
     message = torch.zeros(1 << 19, device=device)
     message_s = _seconds(all_reduce, message, repeats=3)
-    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (1024, 64, 1024)
+    size, few, many = (4096, 512, 4096) if device.type == "cuda" else (512, 32, 256)
     weight = torch.ones(size, size, dtype=dtype, device=device)
     few_x, many_x = (torch.ones(rows, size, dtype=dtype, device=device) for rows in (few, many))
-    few_s, many_s = (_seconds(lambda x: product(x, weight), x, repeats=6) for x in (few_x, many_x))
+    few_s, many_s = (_seconds(lambda x: product(x, weight), x, repeats=6, enough_s=0.05) for x in (few_x, many_x))
 
     def beside(x: torch.Tensor) -> Transfer:
         transfer = start_all_reduce_(message, group)
         product(x, weight)
         return transfer
 
-    beside_s = _seconds(beside, many_x, repeats=4)
+    # Through shared memory a transfer is the work of this very thread, half of it when it waits: nothing to measure.
+    shared = is_shared(group, message)
+    beside_s = math.inf if shared else _seconds(beside, many_x, repeats=4)
     # The slowest rank sets the pace of all; and all must choose alike.
     slowest = torch.tensor([latency_s, message_s, few_s, many_s, beside_s], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     latency_s, message_s, few_s, many_s, beside_s = slowest.tolist()
     streaming_s = max(message_s - latency_s, 1e-9)
-    # Through shared memory a transfer is the work of this very thread, half of it when it waits.
-    slowdown = 1.0 if is_shared(group, message) else (beside_s - many_s) / min(message_s, many_s)
+    slowdown = 1.0 if shared else (beside_s - many_s) / min(message_s, many_s)
     # many_s = a + b many, few_s = a + b few: a is the weight's. Noise must not make it negative, nor all of the time.
     weight_s = min(max(0.0, (few_s - many_s * few / many) / (1 - few / many)), 0.5 * few_s)
     return OverlapCosts(
@@ -225,10 +228,17 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
     )
 
 
-def _seconds(work: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int) -> float:
-    """The least time of some calls; the first warms up. A transfer that a call leaves under way is not counted."""
-    best = math.inf
-    for _ in range(repeats + 1):
+def _seconds(
+    work: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int, enough_s: float = math.inf
+) -> float:
+    """The least time of some calls; the first warms up. A transfer that a call leaves under way is not counted.
+
+    enough_s: time after which there are no more repeats. Not for collectives: every rank makes the same ones.
+    """
+    best, started = math.inf, time.perf_counter()
+    for repeat in range(repeats + 1):
+        if repeat > 1 and time.perf_counter() - started > enough_s:
+            break
         if x.is_cuda:
             torch.cuda.synchronize()
         begin = time.perf_counter()
