@@ -32,7 +32,7 @@ def test_faults_are_found(cache):
 
 def test_what_the_compiler_says_is_passed_on(tmp_path, cache):
     source = tmp_path / "wrong_cuda.cu"
-    source.write_text('#include "launch.h"\nint f() { return undeclared_name; }\n')
+    source.write_text('#include "cuda/launch.h"\nint f() { return undeclared_name; }\n')
     with pytest.raises(AssertionError, match=r"wrong_cuda.cu:2.*undeclared_name"):
         build_emulation([source], cache)
 
