@@ -73,6 +73,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert not list((ROOT / "benchmarks" / "results").glob(f"{kept.stem}*"))
 
 
+@pytest.mark.slow
 def test_on_a_gpu_that_is_none():
     done = run("--quick", "--fake-gpu", "H100", "-k", "float32 and (layer_norm or rotary)")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -68,7 +68,8 @@ def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(("name", "world_size"), [
-    ("plain_loop.py", 1), ("plain_loop.py", 2), ("accelerate_loop.py", 1), ("accelerate_loop.py", 2),
+    ("plain_loop.py", 2), ("accelerate_loop.py", 2),
+    *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("plain_loop.py", "accelerate_loop.py")),
 ])  # fmt: skip
 def test_loops_keep_the_weights_and_the_losses(name: str, world_size: int, plain_losses: list[float]) -> None:
     if name == "accelerate_loop.py":
@@ -94,7 +95,7 @@ def test_fsdp2_and_tensor_parallel() -> None:
     assert len(losses(printed[0])) == 5 and printed[1:] == [""] * 3
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_compile_model(world_size: int) -> None:
     """With the backend that generates no code; tests/ops compiles every op with inductor."""
     path = EXAMPLES / "compile_model.py"

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError, SharedError, SharedInputError, first_line
-from fused_megatron.collectives.groups import Group, group_rank
+from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
 
     Communication: one all-reduce of x.
     """
-    if group is not None:
+    if group_size(group) > 1:
         wait_for(COMMUNICATION, lambda: dist.all_reduce(x, group=group))
 
 

@@ -146,7 +146,9 @@ def sweep(base, scene):
     return len(found)
 
 
-@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize(
+    "scene", ["next", *(pytest.param(scene, marks=pytest.mark.slow) for scene in ("first", "again"))]
+)
 def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, scene):
     assert sweep(tmp_path, scene) >= 15
 

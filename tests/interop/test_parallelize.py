@@ -231,5 +231,6 @@ def compiled(rank, world_size):
         assert_near(name, gradient, expected[name].grad, 1e-4)
 
 
+@pytest.mark.slow  # examples/compile_model.py is run in the fast part
 def test_torch_compile_goes_around_the_collectives():
     run_on_ranks(compiled, 2, timeout_s=400)

@@ -84,7 +84,7 @@ for side in sides:  # the larger one last: the peak never falls
 
 @pytest.mark.cpu_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_peak_memory_is_a_fraction_of_eager(dtype: str) -> None:
     """What the process held at most. At 4096 tokens, 768 -> 50304, it is below 1/8; here fixed costs weigh more."""
     done = subprocess.run([sys.executable, "-c", _PEAK, dtype], capture_output=True, text=True, check=True)

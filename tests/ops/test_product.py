@@ -15,7 +15,7 @@ PRODUCTS = {"linear", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", 
 # Products that no recipe for linear layers replaces, or that it replaces by another op of the same file.
 ALLOWED = {
     "ops/product.py": "the one",
-    "models/attention.py": "scores and context of attention: no weight among the operands",
+    "ops/attention.py": "scores and context of attention: no weight among the operands",
     "overlap/symmetric_memory.py": "torch's products fused with their collective, which have scaled twins of their own",
 }
 

@@ -53,7 +53,7 @@ def norms(rank, world_size, tp, pp):
     mesh, found = fm.init_mesh(tensor_parallel_size=tp, pipeline_parallel_size=pp), {}
     for case, (kind, config) in CASES.items():
         stage = None if pp == 1 else cut_stages(config, pp)[mesh.pp_rank]
-        model = kind(config, tp_group=mesh.tp_group, stage=stage, dtype=torch.float64)
+        model = kind(config, layout=mesh.layout(), stage=stage, dtype=torch.float64)
         trained = fill_gradients_(case, model)
         gradients = {parameter: parameter.grad.clone() for parameter in trained.values()}
         trainers = global_gradient_norm(trained, gradients, mesh.tp_group, mesh.pp_group)

@@ -60,9 +60,10 @@ FAULTY = {
 
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_broken_clause_is_found(name):
-    contract = functools.partial(Contract, unfused=unfused, draw=draw, wide=(8, 8), streamed=(8, 8))
+    contract = functools.partial(Contract, unfused=unfused, draw=draw, wide=(8, 8), streamed=(12, 8))
     clause = next(clause for clause in (*CLAUSES, *CPU_CLAUSES) if clause.startswith(f"{name} "))
-    with pytest.raises((AssertionError, torch._dynamo.exc.Unsupported)):
+    # A wrong shape of an empty result is torch's own error.
+    with pytest.raises((AssertionError, RuntimeError, torch._dynamo.exc.Unsupported)):
         contract(FAULTY[name]).check(clause)
     if name not in ("opcheck", "compile"):  # they take seconds, and tests/ops has good ones
         contract(bias_gelu).check(clause)

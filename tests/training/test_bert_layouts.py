@@ -97,6 +97,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+@pytest.mark.slow  # tests/models/test_bert.py has every layout in the fast part
 def test_one_curve_at_every_layout_and_resumes(work: Path) -> None:
     one = {form: run_of(work, form, form) for form in FORMS}
     # ln(300) = 5.70; the last held-out batch has padding, and rows of nothing else.

@@ -93,8 +93,9 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in RunFolder(run).read_metrics()]
 
 
+@pytest.mark.slow  # test_layouts.py kills a rank in the fast part, test_save.py one that saves
 @pytest.mark.parametrize(("fault", "newest"), [
-    pytest.param({"KILL_AT_STEP": "25"}, 20, marks=pytest.mark.slow), ({"KILL_AT_SAVE": "30"}, 20),
+    ({"KILL_AT_STEP": "25"}, 20), ({"KILL_AT_SAVE": "30"}, 20),
 ], ids=["step", "save"])  # fmt: skip
 def test_kill_9_of_one_rank(config: Path, tmp_path: Path, fault: dict[str, str], newest: int) -> None:
     run = tmp_path / "run"

@@ -99,13 +99,13 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
-    (2, {"tensor_parallel_size": 2}),
+    pytest.param(2, {"tensor_parallel_size": 2}, marks=pytest.mark.slow),
     (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     pytest.param(4, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
-    (2, {}),
+    pytest.param(2, {}, marks=pytest.mark.slow),
     (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}),
-    (2, {"pipeline_parallel_size": 2}),
-    (4, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
+    pytest.param(2, {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, marks=pytest.mark.slow),
 ], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2", "pp2", "pp2-tp2"])  # fmt: skip
 def test_every_layout_has_the_curve_of_one_process(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
@@ -128,7 +128,8 @@ def test_bfloat16_follows_float32(text: Path, tmp_path: Path, one_process: Any) 
 
 
 @pytest.mark.parametrize(("axis", "ranks", "dtype"), [
-    ("tensor", 2, "bfloat16"), ("pipeline", 2, "bfloat16"),
+    ("tensor", 2, "bfloat16"),
+    pytest.param("pipeline", 2, "bfloat16", marks=pytest.mark.slow),
     pytest.param("tensor", 1, "float32", marks=pytest.mark.slow),
     pytest.param("tensor", 1, "bfloat16", marks=pytest.mark.slow),
     pytest.param("tensor", 2, "float32", marks=pytest.mark.slow),
@@ -155,7 +156,7 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 
 @pytest.mark.parametrize(("world_size", "changes"), [
     (1, {}), pytest.param(4, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
-    (4, {"tensor_parallel_size": 2, "sequence_parallel": True}),
+    pytest.param(4, {"tensor_parallel_size": 2, "sequence_parallel": True}, marks=pytest.mark.slow),
 ], ids=["tp1", "tp4", "tp2-sp-dp2"])  # fmt: skip
 def test_run_saved_at_tp2_resumes_at_another_layout(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
@@ -264,7 +265,7 @@ def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("sequence_parallel", "changes"), [
-    (False, {}), pytest.param(True, {}, marks=pytest.mark.slow), (True, LLAMA),
+    *(pytest.param(flag, {}, marks=pytest.mark.slow) for flag in (False, True)), (True, LLAMA),
 ], ids=str)  # fmt: skip
 def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
     text: Path, tmp_path: Path, sequence_parallel: bool, changes: dict[str, Any]
@@ -354,7 +355,8 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
 
 
 @pytest.mark.parametrize(("kind", "axis"), [
-    ("nan", "tensor"), ("inf", "tensor"), ("gradient", "tensor"), ("gradient", "pipeline"),
+    ("nan", "tensor"), ("gradient", "pipeline"),
+    *(pytest.param(kind, "tensor", marks=pytest.mark.slow) for kind in ("inf", "gradient")),
 ])  # fmt: skip
 def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
     text: Path, tmp_path: Path, kind: str, axis: str

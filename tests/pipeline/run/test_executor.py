@@ -135,12 +135,14 @@ def run_cases(rank, world_size, cases, strict):
     return results, expected
 
 
-@pytest.mark.parametrize(("ranks", "count"), [(2, 5), (3, 2), (4, 9)])
+@pytest.mark.parametrize(
+    ("ranks", "count"), [(3, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 5), (4, 9)))]
+)
 def test_weights_are_those_of_one_process(ranks, count):
     check_weights(ranks, count, strict=False)
 
 
-@pytest.mark.parametrize("count", [9, 2])
+@pytest.mark.parametrize("count", [pytest.param(9, marks=pytest.mark.slow), 2])
 def test_weights_are_those_of_one_process_where_messages_keep_their_order(count):
     """In order, one at a time on a channel, nothing kept on the way, no tags: what deadlocks there could on NCCL.
 
