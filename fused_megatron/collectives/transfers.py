@@ -53,11 +53,6 @@ class Transfer:
     ) -> None:
         self._works, self._buffers, self._result = works, buffers, result
 
-    @property
-    def under_way(self) -> bool:
-        """Whether there is anything to wait for; not in a group of one rank, nor after the wait."""
-        return any(not isinstance(work, Transfer) or work.under_way for work in self._works)
-
     def wait(self) -> torch.Tensor:
         """The result; call once, on the stream that started it. On a GPU the stream waits, not the host."""
         for work in self._works:

@@ -280,12 +280,6 @@ class _ParallelLinear(ShardedModule):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def product_and_bias(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What a layer with skip_bias_add returns, with this type: (y without the bias, the bias)."""
-        assert self.skip_bias_add, "without it, call the layer"
-        y, bias = self(x)
-        return y, bias
-
     def extra_repr(self) -> str:
         """What print(model) shows."""
         fused = self.by_symmetric_memory and self.sequence_parallel

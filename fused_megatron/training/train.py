@@ -80,7 +80,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
 
 
 def _check_trainable(config: TransformerConfig) -> None:
-    """Every rank raises alike."""
+    """Raise SharedInputError where the model cannot be trained: every rank finds the same fault."""
     try:
         config.check_trainable()
     except InputError as error:
