@@ -94,7 +94,7 @@ def _output_is_closed() -> bool:
 
 
 def _train(words: Sequence[str]) -> int:
-    from fused_megatron.checkpoint import newest_checkpoint  # noqa: PLC0415
+    from fused_megatron.checkpoint import CheckpointError, newest_checkpoint  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
@@ -119,8 +119,11 @@ def _train(words: Sequence[str]) -> int:
             raise
         reason = " ".join(str(error).split())[:200]
         found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
-        newest = newest_checkpoint(run.checkpoints, group=None)
-        _end_now(f"{found}; newest good checkpoint: {newest or 'none'}; the same command resumes from it")
+        try:
+            newest = str(newest_checkpoint(run.checkpoints, group=None) or "none")
+        except (InputError, CheckpointError):
+            newest = "unknown"
+        _end_now(f"{found}; newest good checkpoint: {newest}; the same command resumes from it")
     return 0
 
 

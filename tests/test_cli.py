@@ -193,6 +193,15 @@ def test_a_broken_checkpoint_is_named_and_passed_over(folder: Path, capsys: pyte
     (line,) = said.err.splitlines()
     assert line.startswith("fused-megatron: warning: checkpoint passed over: ") and file.name in line
     assert "step-000002 (step 2)" in said.out
+    # None is good: the run does not begin anew over them.
+    for file in (run / "checkpoints").glob("*/manifest.json"):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "has no checkpoint that is good (step-000003, step-000002; " in last and "put back a copy, or move" in last
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from fused_megatron.assembly.assemble import assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
-from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, SharedInputError
@@ -38,7 +38,8 @@ def train(config: TrainConfig, run_path: Path) -> bool:
     Every rank calls it. False when SIGTERM ended the run early.
 
     Raises:
-        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
+        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit, and where
+            there are checkpoints of which none can be read.
         NonFiniteError: on every rank, when the loss or a gradient stops being finite.
         LostRankError: on every rank that is left, naming those that are gone.
     """
@@ -111,7 +112,7 @@ def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Repor
 
 def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
-    checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
+    checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
         state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
         # Another layout has other ranks: their generators start anew.
