@@ -155,6 +155,13 @@ def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: py
         assert file.name in fails(capsys, *train, bad)
     # An id that nobody counted, since the vocabulary was given: found when it is drawn.
     forged = indexed(tmp_path / "forged", 59)
+    flipped = indexed(tmp_path / "flipped", 59)
+    data = bytearray(flipped.with_suffix(".bin").read_bytes())
+    data[403] ^= 64
+    flipped.with_suffix(".bin").write_bytes(bytes(data))
+    assert "flipped.bin: the checksum of bytes 0 to 8000 is " in fails(capsys, *train, flipped)
+    for prefix in (forged, flipped):
+        prefix.with_suffix(".crc32.json").unlink()  # written by another program
     data = bytearray(forged.with_suffix(".bin").read_bytes())
     for token in range(40 * 50):
         struct.pack_into("<i", data, 4 * token, 100)
