@@ -33,10 +33,7 @@ help:
 setup: .venv/built
 
 train: .venv/built
-	@cores=$$(getconf _NPROCESSORS_ONLN); threads=$$((cores / $(RANKS))); \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$((threads > 1 ? threads : 1))} \
-	$(BIN)/torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node $(RANKS) \
-	    -m fused_megatron train $(CONFIG) $(ARGS)
+	@exec $(BIN)/python -m fused_megatron launch --nproc-per-node $(RANKS) train $(CONFIG) $(ARGS)
 
 # Whole files to each of a few workers: tests start ranks of their own, and share what a file sets up. In the order of
 # the folders: tests/audit, whose few tests are the longest, begins. Set-up (what is built once) is reported apart.

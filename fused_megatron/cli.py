@@ -4,6 +4,8 @@ Each command imports what it needs: `schedule` and `--help` answer before torch 
 where torch or another dependency is missing.
 """
 
+import contextlib
+import errno
 import importlib.metadata
 import os
 import re
@@ -20,6 +22,7 @@ USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
   train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
+  launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
@@ -27,7 +30,7 @@ commands:
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
 
-Several ranks: torchrun --nproc-per-node 2 -m fused_megatron train CONFIG.toml ..."""
+Several machines: torchrun .. -m fused_megatron train CONFIG.toml ..."""
 
 T = TypeVar("T")
 
@@ -47,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _output_is_closed():
             raise
         return 141  # as a program that SIGPIPE ends, as most are by `| head -1`
+    except OSError as error:
+        if error.errno != errno.EIO or not sys.stdout.isatty() or not _output_is_closed():
+            raise
+        return 129  # as one that SIGHUP ends: the terminal is gone
     return code
 
 
@@ -60,6 +67,7 @@ def _run(words: Sequence[str]) -> int:
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": _train,
+        "launch": _launch,
         "generate": _generate,
         "convert": _convert,
         "schedule": _schedule,
@@ -87,14 +95,17 @@ def _output_is_closed() -> bool:
     """Whether nobody reads what is printed; if so what is left goes nowhere, at the end of the process too."""
     poller = select.poll()
     poller.register(sys.stdout.fileno(), 0)
-    if not any(event & select.POLLERR for _, event in poller.poll(0)):
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poller.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return True
 
 
 def _train(words: Sequence[str]) -> int:
-    from fused_megatron.checkpoint import newest_checkpoint  # noqa: PLC0415
+    from fused_megatron.training.stop_request import StopRequest  # noqa: PLC0415
+
+    stop = StopRequest()  # before the long imports: the launcher may be killed meanwhile
+    from fused_megatron.checkpoint import CheckpointError, newest_checkpoint  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
@@ -112,16 +123,26 @@ def _train(words: Sequence[str]) -> int:
         raise SharedInputError(str(error)) from None  # every rank finds it by itself
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
-        train(config, run.path)
+        finished = train(config, run.path, stop)
     except RuntimeError as error:
         known = isinstance(error, LostRankError) or LOST_RANK.search(str(error))
         if isinstance(error, NonFiniteError) or not (known and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
         found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
-        newest = newest_checkpoint(run.checkpoints, group=None)
-        _end_now(f"{found}; newest good checkpoint: {newest or 'none'}; the same command resumes from it")
+        try:
+            newest = str(newest_checkpoint(run.checkpoints, group=None) or "none")
+        except (InputError, CheckpointError):
+            newest = "unknown"
+        _end_now(f"{found}; newest good checkpoint: {newest}; the same command resumes from it")
+    stop.end(ignore=not finished)  # a signal that comes late must not turn a run that saved all into a failed one
     return 0
+
+
+def _launch(words: Sequence[str]) -> int:
+    from fused_megatron.training.launcher import launch  # noqa: PLC0415
+
+    return launch(words)
 
 
 def _generate(words: Sequence[str]) -> int:
@@ -220,16 +241,18 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """Ours, which are for the user, without the line of source that they came from."""
-    if category is RuntimeWarning:
-        print(f"fused-megatron: warning: {message}", file=sys.stderr, flush=True)
-    else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        if category is RuntimeWarning:
+            print(f"fused-megatron: warning: {message}", file=sys.stderr, flush=True)
+        else:
+            print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def _say_error(message: str) -> None:
     rank = os.environ.get("RANK")
     where = "" if rank in (None, "0") else f" (rank {rank})"
-    print(f"fused-megatron: error{where}: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone
+        print(f"fused-megatron: error{where}: {message}", file=sys.stderr, flush=True)
 
 
 def _speaks_for_host() -> bool:

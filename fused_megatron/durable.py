@@ -26,6 +26,22 @@ def new_durable_file(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def replace_file(path: Path, content: bytes) -> bool:
+    """Give the file this content, whole or not at all, whenever the process dies; False where it had it already."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return False
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with new_durable_file(temporary) as descriptor:
+            write_all(descriptor, memoryview(content))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in folder durable: a rename is only on the disk once its folder is."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -155,6 +155,13 @@ def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: py
         assert file.name in fails(capsys, *train, bad)
     # An id that nobody counted, since the vocabulary was given: found when it is drawn.
     forged = indexed(tmp_path / "forged", 59)
+    flipped = indexed(tmp_path / "flipped", 59)
+    data = bytearray(flipped.with_suffix(".bin").read_bytes())
+    data[403] ^= 64
+    flipped.with_suffix(".bin").write_bytes(bytes(data))
+    assert "flipped.bin: the checksum of bytes 0 to 8000 is " in fails(capsys, *train, flipped)
+    for prefix in (forged, flipped):
+        prefix.with_suffix(".crc32.json").unlink()  # written by another program
     data = bytearray(forged.with_suffix(".bin").read_bytes())
     for token in range(40 * 50):
         struct.pack_into("<i", data, 4 * token, 100)
@@ -193,6 +200,15 @@ def test_a_broken_checkpoint_is_named_and_passed_over(folder: Path, capsys: pyte
     (line,) = said.err.splitlines()
     assert line.startswith("fused-megatron: warning: checkpoint passed over: ") and file.name in line
     assert "step-000002 (step 2)" in said.out
+    # None is good: the run does not begin anew over them.
+    for file in (run / "checkpoints").glob("*/manifest.json"):
+        file.write_bytes(file.read_bytes()[:-9])
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "has no checkpoint that is good (step-000003, step-000002; " in last and "put back a copy, or move" in last
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

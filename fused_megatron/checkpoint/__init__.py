@@ -9,7 +9,7 @@ from fused_megatron.checkpoint.folder import checkpoint_step, list_checkpoints
 from fused_megatron.checkpoint.load import load_checkpoint, read_tensor
 from fused_megatron.checkpoint.manifest import Manifest, read_manifest
 from fused_megatron.checkpoint.save import save_checkpoint
-from fused_megatron.checkpoint.verify import newest_checkpoint, verify_checkpoint
+from fused_megatron.checkpoint.verify import checkpoint_to_resume, newest_checkpoint, verify_checkpoint
 from fused_megatron.sharding.box import StreamedBox, TensorBox
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "StreamedBox",
     "TensorBox",
     "checkpoint_step",
+    "checkpoint_to_resume",
     "list_checkpoints",
     "load_checkpoint",
     "newest_checkpoint",

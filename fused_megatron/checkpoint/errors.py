@@ -14,8 +14,22 @@ class CheckpointError(RuntimeError):
     """
 
 
+class UnreadableError(CheckpointError):
+    """A file that may be whole could not be read: a permission, a network file system, too many open files."""
+
+
 class SharedCheckpointError(SharedError, CheckpointError):
     """A CheckpointError that every rank raises."""
+
+
+# What the content of a folder is to blame for. Whatever else the system says may be over in a moment.
+_WRONG_CONTENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+
+
+def read_error(path: Path, error: OSError) -> CheckpointError:
+    """The error of a file that the system does not open or read: an UnreadableError unless it is damage."""
+    kind = CheckpointError if error.errno in _WRONG_CONTENT else UnreadableError
+    return kind(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def megabytes(num_bytes: int) -> str:

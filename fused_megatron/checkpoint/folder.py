@@ -14,9 +14,10 @@ import shutil
 import warnings
 from pathlib import Path
 
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, UnreadableError
 from fused_megatron.checkpoint.manifest import Manifest, read_manifest
 from fused_megatron.checkpoint.shard_file import ShardFileReader
+from fused_megatron.checks import InputError
 from fused_megatron.durable import remove_folder
 
 _CHECKPOINT = re.compile(r"step-([0-9]{6,18})(\.old-[0-9a-f]+)?")
@@ -36,11 +37,24 @@ def checkpoint_step(path: str | os.PathLike[str]) -> int:
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The finished checkpoints in folder, newest first, by name alone: `verify_checkpoint` tells which are good."""
+    """The finished checkpoints in folder, newest first, by name only: `verify_checkpoint` tells which are good.
+
+    Raises:
+        InputError: the folder is there and cannot be read.
+    """
     folder = Path(folder)
-    if not folder.is_dir():
+    try:
+        with os.scandir(folder) as entries:
+            # A link whose target is away (a disk that is not mounted) names a checkpoint all the same.
+            found = [
+                folder / entry.name
+                for entry in entries
+                if _CHECKPOINT.fullmatch(entry.name) and (entry.is_symlink() or entry.is_dir())
+            ]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror} (it may hold checkpoints)") from error
     # Of one step, the plain name before one that was set aside.
     return sorted(found, key=lambda path: (-checkpoint_step(path), "." in path.name, path.name))
 
@@ -51,10 +65,13 @@ def open_whole(path: Path, manifest: Manifest) -> None:
         ShardFileReader(path / name, manifest.entries(name), manifest.step).close()
 
 
-def _looks_good(path: Path) -> bool:
+def _looks_good(path: Path) -> bool | None:
+    """Whether manifest, sizes and headers are right; None where they cannot be read now."""
     try:
         open_whole(path, read_manifest(path))
-    except (CheckpointError, OSError):
+    except (UnreadableError, OSError):
+        return None
+    except CheckpointError:
         return False
     return True
 
@@ -70,19 +87,22 @@ def remove_superseded(folder: Path, saved: Path, keep: int | None) -> None:
     """After `saved` is in place: delete what it replaced, and all that is older than the newest `keep` good ones.
 
     Here a checkpoint counts as good by its manifest, sizes and headers: reading all the data at every save would cost
-    more than the save. Failing to delete is a warning: the save itself is done.
+    more than the save. One that cannot be read now stays, and so does a link. Failing to delete is a warning: the save
+    itself is done.
     """
     try:
         for path in list_checkpoints(folder):
-            if "." in path.name and (folder / path.name.split(".")[0]).is_dir():
+            replaced = folder / path.name.split(".")[0]
+            if path != replaced and (replaced == saved or _looks_good(replaced)):
                 remove_folder(path)
         if keep is None:
             return
         num_good = 0
         for path in list_checkpoints(folder):
-            if num_good >= keep and path != saved:
+            looks_good = path == saved or _looks_good(path)
+            if num_good < keep:
+                num_good += bool(looks_good)
+            elif path != saved and looks_good is not None and not path.is_symlink():
                 remove_folder(path)
-            elif path == saved or _looks_good(path):
-                num_good += 1
-    except OSError as error:
+    except (OSError, InputError) as error:
         warnings.warn(f"an old checkpoint could not be deleted: {error}", RuntimeWarning, stacklevel=2)

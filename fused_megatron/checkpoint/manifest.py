@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, read_error
 from fused_megatron.checkpoint.shard_file import Entry, file_bytes, open_regular_file
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.sharding.box import Box, cover_problem
@@ -131,16 +132,25 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
     Raises:
         CheckpointError: it is absent, damaged, or of a format that this version does not know.
+        UnreadableError: it cannot be read now.
     """
     return read_manifest_and_digest(Path(path))[0]
 
 
 def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
     location = path / MANIFEST_NAME
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such checkpoint folder")
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a folder")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint folder") from None
+    except OSError as error:
+        raise read_error(path, error) from error
     with open(open_regular_file(location), "rb") as file:
-        text = file.read(_MAX_BYTES + 1)
+        try:
+            text = file.read(_MAX_BYTES + 1)
+        except OSError as error:
+            raise read_error(location, error) from error
     start, stop = len(_DIGEST_START), len(_DIGEST_START) + len(_NO_DIGEST)
     if not text.startswith(_DIGEST_START) or len(text) > _MAX_BYTES:
         raise CheckpointError(f"{location}: not a manifest of a checkpoint of fused_megatron, or damaged")

@@ -1,14 +1,16 @@
 """The folder of a run: resolved config, metrics, picture, checkpoints."""
 
+import contextlib
 import json
 import os
-import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
-from fused_megatron.config.config_file import save_config
+from fused_megatron.config.config_file import config_text
+from fused_megatron.durable import replace_file
 
 
 class RunFolder:
@@ -25,9 +27,11 @@ class RunFolder:
         self.loss_picture = path / "loss.png"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
+        self.lease = path / "lease.json"
         # What an imported model had beside its weights, for the way back.
         self.hugging_face = path / "hugging_face"
         self._tensorboard: Any = None
+        self._metrics_failed = False
 
     def create(self) -> None:
         """Make the folder, and see that files can be written there."""
@@ -40,20 +44,43 @@ class RunFolder:
             ) from None
 
     def describe(self, config: TrainConfig, tokenizer_path: str | None) -> None:
-        """Write the resolved config and a copy of the tokenizer, which `generate` reads."""
-        save_config(config, self.config)
+        """Write the resolved config and a copy of the tokenizer, which `generate` reads; equal files are left alone."""
+        replace_file(self.config, config_text(config).encode())
         if tokenizer_path is not None and Path(tokenizer_path).resolve() != self.tokenizer.resolve():
-            shutil.copyfile(tokenizer_path, self.tokenizer)
+            replace_file(self.tokenizer, Path(tokenizer_path).read_bytes())
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add a line; it is on its way to the disk when this returns."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._tensorboard.add_scalar(name, value, record["step"])
-            self._tensorboard.flush()
+        """Add a line; it is on its way to the disk when this returns.
+
+        A run is worth more than its metrics: where they cannot be written (a full disk) that is a warning, once until
+        it works again, and the line is missing.
+        """
+        try:
+            self._append_line(json.dumps(record))
+            if self._tensorboard is not None:
+                for name, value in record.items():
+                    if name != "step" and value is not None:
+                        self._tensorboard.add_scalar(name, value, record["step"])
+                self._tensorboard.flush()
+        except OSError as error:
+            if not self._metrics_failed:
+                warnings.warn(
+                    f"{self.metrics} cannot be written from step {record['step']} on: {error.strerror or error}; "
+                    f"the run goes on",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._metrics_failed = True
+        else:
+            self._metrics_failed = False
+
+    def _append_line(self, line: str) -> None:
+        with self.metrics.open("a+b") as file:
+            # A line that a full disk or a kill cut short must not swallow this one.
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else f"\n{line}"
+            file.write(f"{line}\n".encode())
 
     def open_tensorboard(self, step: int) -> None:
         """Write metrics to tensorboard/ too, and hide what is there of steps beyond `step`."""
@@ -70,16 +97,12 @@ class RunFolder:
         if not self.metrics.exists():
             return []
         records = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
-            try:
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-        return records
+        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps beyond `step`: they will be run again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        replacement = self.metrics.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        os.replace(replacement, self.metrics)
+        replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())

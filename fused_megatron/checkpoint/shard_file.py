@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from fused_megatron.checkpoint.errors import CheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, read_error
 from fused_megatron.durable import new_durable_file, write_all
 from fused_megatron.sharding.box import row_blocks
 from fused_megatron.weight_files import BLOCK_BYTES, SAFETENSORS_DTYPES
@@ -167,7 +167,7 @@ class ShardFileReader:
             try:
                 count = os.preadv(self._descriptor, [data], position)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+                raise read_error(self.path, error) from error
             if count == 0:
                 raise CheckpointError(f"{self.path}: it ends early, at {position} bytes: it was cut while being read")
             position, data = position + count, data[count:]
@@ -175,12 +175,15 @@ class ShardFileReader:
 
 
 def open_regular_file(path: Path) -> int:
-    """Descriptor for reading; CheckpointError where it is absent, a link, a pipe or anything but a plain file."""
+    """Descriptor for reading; CheckpointError where it is absent, a link, a pipe or anything but a plain file.
+
+    UnreadableError where the system does not open it now, and may later.
+    """
     try:
         # O_NONBLOCK: a pipe in the place of a file must not hang the reader before it is refused.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        raise read_error(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{path}: not a plain file")

@@ -5,13 +5,15 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
-from fused_megatron.checkpoint.errors import CheckpointError, SharedCheckpointError
+from fused_megatron.checkpoint.errors import CheckpointError, SharedCheckpointError, UnreadableError
 from fused_megatron.checkpoint.folder import checkpoint_step, list_checkpoints
 from fused_megatron.checkpoint.manifest import Manifest, read_manifest
 from fused_megatron.checkpoint.shard_file import ShardFileReader
+from fused_megatron.checks import SharedInputError
 from fused_megatron.collectives.groups import group_rank, group_size
 from fused_megatron.collectives.together import run_on_first, run_together
 
@@ -21,9 +23,17 @@ def verify_checkpoint(path: str | os.PathLike[str]) -> list[str]:
     path = Path(path)
     try:
         manifest = read_manifest(path)
-        return _wrong_name(path, manifest) + _verify_files(path, manifest, list(manifest.files))
+        problems = _wrong_name(path, manifest) + _verify_files(path, manifest, list(manifest.files))
+        return [problem.text for problem in problems]
     except (CheckpointError, OSError) as error:
         return [str(error)]
+
+
+class _Problem(NamedTuple):
+    """What is wrong with a checkpoint; may_be_whole: it could not be read, and nothing says that it is damaged."""
+
+    text: str
+    may_be_whole: bool = False
 
 
 def newest_checkpoint(folder: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Path | None:
@@ -35,45 +45,89 @@ def newest_checkpoint(folder: str | os.PathLike[str], group: dist.ProcessGroup |
         folder: of the run's checkpoints; it may be absent.
         group: all ranks of the run; None when there is one.
 
+    Raises:
+        InputError: on every rank, where the folder cannot be read.
+
     Communication: one exchange of JSON, and one more for each checkpoint that is looked at.
     """
+    return _search(folder, group)[0]
+
+
+def checkpoint_to_resume(folder: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest checkpoint in folder that verifies, for a run that goes on from it; None only where none is there.
+
+    Arguments and communication as newest_checkpoint. A run that began anew beside checkpoints would replace them, so:
+
+    Raises:
+        SharedInputError: there are checkpoints, and none is good; or one that is newer than the good one cannot be read
+            now, and may be whole. Nothing was changed.
+    """
+    found, passed_over = _search(folder, group)
+    unreadable = [path for path, problem in passed_over if problem.may_be_whole]
+    if unreadable:
+        problem = dict(passed_over)[unreadable[0]]
+        others = f" (and {len(unreadable) - 1} more in {folder})" if unreadable[1:] else ""
+        raise SharedInputError(
+            f"{problem.text}{others}: it may be whole, so none is taken in its place: make it readable, or move "
+            f"{unreadable[0]} to another folder to go on without it"
+        )
+    if passed_over and found is None:
+        names = ", ".join(path.name for path, _ in passed_over)
+        raise SharedInputError(
+            f"{folder} has no checkpoint that is good ({names}; {passed_over[0][1].text}): put back a copy, or move "
+            f"them to another folder to begin anew"
+        )
+    return found
+
+
+def _search(
+    folder: str | os.PathLike[str], group: dist.ProcessGroup | None
+) -> tuple[Path | None, list[tuple[Path, _Problem]]]:
+    """The newest good checkpoint, and those that are newer, with the first problem of each."""
     rank, world_size = group_rank(group), group_size(group)
     folder = Path(folder)
     # Rank 0's list: another process may be adding to the folder.
     names = run_on_first(group, lambda: [path.name for path in list_checkpoints(folder)], SharedCheckpointError)
+    passed_over: list[tuple[Path, _Problem]] = []
     for name in names:
         path = folder / name
         verify_share = functools.partial(_verify_share, path, rank, world_size)
-        problems = [
-            problem for answer in run_together(group, verify_share, SharedCheckpointError) for problem in answer
-        ]
+        answers = run_together(group, verify_share, SharedCheckpointError)
+        problems = [_Problem(*problem) for answer in answers for problem in answer]
         if not problems:
-            return path
+            return path, passed_over
+        # What is known to be damaged cannot be whole, whatever else could not be read.
+        problems.sort(key=lambda problem: problem.may_be_whole)
+        passed_over.append((path, problems[0]))
         if rank == 0:
             more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
-            warnings.warn(f"checkpoint passed over: {problems[0]}{more}", RuntimeWarning, stacklevel=2)
-    return None
+            warnings.warn(f"checkpoint passed over: {problems[0].text}{more}", RuntimeWarning, stacklevel=3)
+    return None, passed_over
 
 
-def _verify_share(path: Path, rank: int, world_size: int) -> list[str]:
+def _verify_share(path: Path, rank: int, world_size: int) -> list[_Problem]:
     try:
         manifest = read_manifest(path)
         named_wrong = _wrong_name(path, manifest) if rank == 0 else []
         return named_wrong + _verify_files(path, manifest, sorted(manifest.files)[rank::world_size])
     except (CheckpointError, OSError) as error:
-        return [str(error)]
+        return [_problem(error)]
 
 
-def _wrong_name(path: Path, manifest: Manifest) -> list[str]:
+def _problem(error: CheckpointError | OSError) -> _Problem:
+    return _Problem(str(error), isinstance(error, UnreadableError | OSError))
+
+
+def _wrong_name(path: Path, manifest: Manifest) -> list[_Problem]:
     """A folder that is named as one step and holds another; a name of the user's own (`best`) is no mistake."""
     try:
         stated = checkpoint_step(path)
     except CheckpointError:
         return []
-    return [] if stated == manifest.step else [f"{path}: it holds step {manifest.step}"]
+    return [] if stated == manifest.step else [_Problem(f"{path}: it holds step {manifest.step}")]
 
 
-def _verify_files(path: Path, manifest: Manifest, files: Sequence[str]) -> list[str]:
+def _verify_files(path: Path, manifest: Manifest, files: Sequence[str]) -> list[_Problem]:
     problems = []
     for file in files:
         try:
@@ -82,7 +136,7 @@ def _verify_files(path: Path, manifest: Manifest, files: Sequence[str]) -> list[
                     try:
                         reader.read(stored.entry, stored.crc32, None, stored.label)
                     except CheckpointError as error:
-                        problems.append(str(error))
+                        problems.append(_problem(error))
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append(_problem(error))
     return problems

@@ -54,12 +54,17 @@ def _model_type(words: Sequence[str]) -> type[TransformerConfig]:
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write config as the TOML that load_config reads back to an equal one (fields that are None are left out)."""
+    """Write config as the TOML that load_config reads back to an equal one."""
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: TrainConfig) -> str:
+    """The config as TOML (fields that are None are left out)."""
     table = {
         section: {key: value for key, value in values.items() if value is not None}
         for section, values in dataclasses.asdict(config).items()
     }
-    path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    return tomli_w.dumps(table)
 
 
 def _file_arguments(path: Path) -> list[str]:

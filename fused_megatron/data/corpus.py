@@ -17,6 +17,7 @@ from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
 from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
+from fused_megatron.data.token_digest import SMALL_BYTES, TokenDigest, check_small, digest_path, spread_digest
 from fused_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, text_pieces, train_tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +46,7 @@ class PreparedCorpus:
         train_tokens: tokens for training.
         validation_tokens: tokens held out.
         validation_fraction: share of the documents held out.
+        vocabulary: where vocab_size comes from.
         fingerprint: hash of the tokens (of an indexed dataset: of its index): equal means the same data.
         skipped_files: files of the standard library left out because they are not UTF-8.
     """
@@ -59,6 +61,7 @@ class PreparedCorpus:
     validation_fraction: float
     fingerprint: str
     skipped_files: tuple[str, ...] = ()
+    vocabulary: str = "the tokenizer"
 
     def train_dataset(self, seq_len: int, seed: int) -> TokenDataset:
         """Training samples; every batch is checked against vocab_size."""
@@ -77,6 +80,25 @@ class PreparedCorpus:
         return ValidationDataset(
             dataset, seq_len, documents=documents, vocab_size=self.vocab_size, max_samples=max_samples
         )
+
+    def content(self) -> dict[str, str]:
+        """What tells two ranks that read other data apart, in hashes: of the tokens, their index and the tokenizer.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        tokens = spread_digest(sorted({self.train_prefix, self.validation_prefix}))
+        tokenizer = "" if self.tokenizer_path is None else _file_digest(self.tokenizer_path)
+        return {"tokens": f"{self.fingerprint} {tokens}", "tokenizer": tokenizer}
+
+    def large_files(self) -> list[tuple[str, TokenDigest]]:
+        """Prefixes and checksums of the files that were too large to be read when they were opened."""
+        datasets = [IndexedDataset(prefix) for prefix in sorted({self.train_prefix, self.validation_prefix})]
+        return [
+            (dataset.path_prefix, dataset.digest)
+            for dataset in datasets
+            if dataset.digest is not None and dataset.digest.num_bytes > SMALL_BYTES
+        ]
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, if it is known."""
@@ -109,7 +131,8 @@ def prepare_corpus(
         validation_fraction: share held out, in (0, 0.5].
         tokenizer_path: a tokenizer to use instead of training one. For an indexed dataset: the one that made it.
         special_tokens: of a tokenizer that is trained.
-        vocab_size: of an indexed dataset; by default the tokenizer's, or the largest id in it and one.
+        vocab_size: of an indexed dataset; by default the tokenizer's, or what stands beside it, or its largest id and
+            one.
         on_progress: called with (what is being done, done, total); total is 0 where it is not known.
 
     Raises:
@@ -169,9 +192,13 @@ def _prepare_indexed(
 ) -> PreparedCorpus:
     dataset = IndexedDataset(prefix)
     check(dataset.total_tokens > 0, f"{prefix}.bin: there are no tokens in it")
+    check_small(prefix, dataset.digest)
     train, validation = split_documents(dataset, validation_fraction)
+    vocabulary = "vocab_size"
     if vocab_size is None and tokenizer_path is not None:
-        vocab_size = load_tokenizer(tokenizer_path).vocab_size
+        vocab_size, vocabulary = load_tokenizer(tokenizer_path).vocab_size, os.fspath(tokenizer_path)
+    if vocab_size is None and dataset.digest is not None:
+        vocab_size, vocabulary = dataset.digest.vocab_size, f"{digest_path(prefix)}"
     index_path = dataset_files(prefix)[1]
     if vocab_size is None:
         stats = [file.stat() for file in dataset_files(prefix)]
@@ -181,7 +208,7 @@ def _prepare_indexed(
             _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
 
         manifest = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json"))
-        vocab_size = int(manifest["vocab_size"])
+        vocab_size, vocabulary = int(manifest["vocab_size"]), f"the largest token id in {prefix}.bin"
     return PreparedCorpus(
         description=prefix,
         train_prefix=prefix,
@@ -192,6 +219,7 @@ def _prepare_indexed(
         validation_tokens=validation.total_tokens,
         validation_fraction=validation_fraction,
         fingerprint=_file_digest(index_path),
+        vocabulary=vocabulary,
     )
 
 
@@ -254,8 +282,8 @@ def _build_text(
     tokens = [0, 0]
     dtype = token_dtype(tokenizer.vocab_size)
     with (
-        IndexedDatasetWriter(folder / "train", dtype) as train,
-        IndexedDatasetWriter(folder / "validation", dtype) as validation,
+        IndexedDatasetWriter(folder / "train", dtype, vocab_size=tokenizer.vocab_size) as train,
+        IndexedDatasetWriter(folder / "validation", dtype, vocab_size=tokenizer.vocab_size) as validation,
     ):
         for is_validation, ids in _encoded(source, tokenizer, validation_fraction, report):
             (validation if is_validation else train).add_document(ids)
@@ -307,9 +335,11 @@ def _load_text(folder: Path) -> PreparedCorpus | None:
     prefixes = {name: str(folder / name) for name in ("train", "validation")}
     try:
         for prefix in prefixes.values():
-            IndexedDataset(prefix)
+            check_small(prefix, IndexedDataset(prefix).digest)
         load_tokenizer(folder / "tokenizer.json")
     except InputError as error:
+        if isinstance(error.__cause__, OSError):  # a permission lost for a moment is no damage
+            raise
         warnings.warn(f"fused_megatron: cached data is damaged and built again: {error}", RuntimeWarning, stacklevel=2)
         return None
     return PreparedCorpus(
@@ -332,10 +362,13 @@ def _file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """What is in the file; None where there is none, or a damaged one."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     return content if isinstance(content, dict) else None
 
 

@@ -18,8 +18,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import DTypeLike
 
-from fused_megatron.checks import InputError
-from fused_megatron.durable import sync_folder
+from fused_megatron.checks import InputError, check
+from fused_megatron.data.token_digest import Checksums, check_index, digest_path, read_digest, write_digest
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -56,11 +56,15 @@ class IndexedDataset:
     """A dataset of token sequences on disk, read through a memory map.
 
     Everything that can be checked without reading the tokens is checked here, so that a damaged file is found at the
-    start and not days into a run. Arrays handed out are read-only views that keep the map alive: they stay valid after
-    the dataset is gone. Can be pickled (the copy opens the files again).
+    start and not days into a run; whoever reads them all has their checksums in `digest`. Arrays handed out are
+    read-only views that keep the map alive: they stay valid after the dataset is gone. Can be pickled (the copy opens
+    the files again).
 
     Args:
         path_prefix: path of the two files without .bin and .idx.
+
+    Attributes:
+        digest: checksums and vocabulary beside the files; None where there are none.
 
     Raises:
         InputError: a file is missing, truncated or inconsistent; the message names the file and what is wrong.
@@ -78,6 +82,9 @@ class IndexedDataset:
         _check_index(idx_path, self.sequence_lengths, pointers, self.document_indices, self._ends, self.dtype.itemsize)
         self.total_tokens = int(self._ends[-1]) if num_sequences else 0
         self._tokens = _map_tokens(bin_path, idx_path, self.dtype, self.total_tokens)
+        self.digest = read_digest(self.path_prefix)
+        if self.digest is not None:
+            check_index(self.path_prefix, self.digest, index)
 
     def __len__(self) -> int:
         """Number of sequences (of documents too, where each document is one sequence)."""
@@ -112,26 +119,29 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset that IndexedDataset and Megatron read: whole or not at all.
+    """Writes a dataset that IndexedDataset and Megatron read: whole or not at all; and its checksums beside it.
 
-    Tokens go to temporary files beside the target; finalize() syncs them and moves them in place, the .idx last. So
-    an .idx never belongs to another .bin, whenever the process dies. As a context manager it finalizes at the end of
-    the block, and removes the temporary files when the block raises.
+    Tokens go to temporary files beside the target; finalize() syncs them and moves them in place, the .idx behind the
+    .bin. So an .idx never belongs to another .bin, whenever the process dies; the checksums come last. As a context
+    manager it finalizes at the end of the block, and removes the temporary files when the block raises.
 
     Args:
         path_prefix: path of the two files without .bin and .idx.
         dtype: integer type of the stored tokens; token_dtype(vocab_size) says which one Megatron takes.
+        vocab_size: ids that the tokens are of, which is stated beside them; None where it is not known.
 
     Raises:
-        InputError: the folder cannot be written, the disk is full, a token does not fit into dtype.
+        InputError: the folder cannot be written, the disk is full, a token does not fit into dtype or vocab_size.
     """
 
-    def __init__(self, path_prefix: str | os.PathLike[str], dtype: DTypeLike) -> None:
+    def __init__(self, path_prefix: str | os.PathLike[str], dtype: DTypeLike, *, vocab_size: int | None = None) -> None:
         self.path_prefix = os.fspath(path_prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         if self.dtype not in _CODE_OF_DTYPE:
             wanted = ", ".join(str(d) for d in _CODE_OF_DTYPE)
             raise TypeError(f"dtype={np.dtype(dtype)} must be one of: {wanted}")
+        self._vocab_size = vocab_size
+        self._checksums = Checksums()
         self._lengths: list[int] = []
         self._document_indices = [0]
         bin_path, idx_path = dataset_files(self.path_prefix)
@@ -169,8 +179,16 @@ class IndexedDatasetWriter:
                 f"document {document}: token id {worst} does not fit into {self.dtype} "
                 f"({limits.min} to {limits.max}): choose dtype by token_dtype(vocab_size)"
             )
+        if self._vocab_size is not None and len(array):
+            worst = array.min() if array.min() < 0 else array.max()
+            check(
+                0 <= worst < self._vocab_size,
+                f"document {document}: token id {worst} is not in [0, vocab_size={self._vocab_size})",
+            )
+        data = array.astype(self.dtype, copy=False).tobytes()
+        self._checksums.update(data)
         try:
-            self._bin.write(array.astype(self.dtype, copy=False).tobytes())
+            self._bin.write(data)
         except OSError as error:
             self.abort()
             raise _write_error(dataset_files(self.path_prefix)[0], error) from error
@@ -183,13 +201,16 @@ class IndexedDatasetWriter:
         try:
             with self._bin:
                 sync(self._bin)
+            index = self._index_bytes()
             with open(self._temporary[idx_path], "wb") as file:
-                file.write(self._index_bytes())
+                file.write(index)
                 sync(file)
             idx_path.unlink(missing_ok=True)
+            digest_path(self.path_prefix).unlink(missing_ok=True)
             os.replace(self._temporary[bin_path], bin_path)
             os.replace(self._temporary[idx_path], idx_path)
-            sync_folder(idx_path.parent)
+            # It syncs the folder, with the names of all three.
+            write_digest(self.path_prefix, self._checksums.digest(index, self._vocab_size))
         except OSError as error:
             self.abort()
             raise _write_error(idx_path, error) from error

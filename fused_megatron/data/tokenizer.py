@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.durable import replace_file
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What it is called in tokenizers that others made, the first that is there.
@@ -109,16 +110,9 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(iter(texts), trainer)
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(backend.to_str(pretty=True))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(Path(path), backend.to_str(pretty=True).encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: the tokenizer cannot be written ({error.strerror})") from error
     return Tokenizer(backend)
 
@@ -132,7 +126,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     tokenizers = _import_tokenizers()
     check(Path(path).is_file(), f"{path}: no such tokenizer file")
     try:
-        backend = tokenizers.Tokenizer.from_file(os.fspath(path))
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
     except Exception as error:  # the package raises plain Exception
         reason = " ".join(str(error).split())
         raise InputError(

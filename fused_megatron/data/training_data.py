@@ -1,7 +1,7 @@
 """What the loop reads: batches for training, held-out batches, and the tokenizer that made them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.data.corpus import prepare_corpus
 from fused_megatron.data.masked_lm import NUM_FRAME_TOKENS, TRAINING_STREAM, VALIDATION_STREAM, MaskedLM, masked_lm
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, inputs_and_targets
+from fused_megatron.data.token_digest import TokenCheck
 from fused_megatron.data.tokenizer import END_OF_DOCUMENT, MASKED_LM_TOKENS, Tokenizer
 
 
@@ -25,6 +26,8 @@ class TrainingData:
         vocab_size: ids that the model must know.
         tokenizer, tokenizer_path: None for a dataset of ids alone.
         masking: how tokens are hidden for a masked language model; None: the next token is to be predicted.
+        content: hashes by which two ranks with other data are told apart, and their paths, as of PreparedCorpus.
+        token_check: reads large files beside the run; None where there is none to read.
     """
 
     description: str
@@ -35,6 +38,8 @@ class TrainingData:
     training: TokenDataset
     validation: ValidationDataset
     masking: MaskedLM | None = None
+    content: Mapping[str, str] = field(default_factory=dict)
+    token_check: TokenCheck | None = None
 
     @property
     def targets_per_sample(self) -> int:
@@ -59,8 +64,15 @@ class TrainingData:
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
 
 
-def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int], None]) -> TrainingData:
+def open_training_data(
+    config: TrainConfig, on_progress: Callable[[str, int, int], None], share: int = 0, of: int = 1
+) -> TrainingData:
     """Prepare the text that config names (quick when it was done before) and open it.
+
+    Args:
+        config: of the run.
+        on_progress: as of prepare_corpus.
+        share, of: which part of large files this rank checks, as of TokenCheck.
 
     Raises:
         InputError: missing, damaged or too little data; ids beyond model.vocab_size; no [MASK] where masked tokens are
@@ -80,7 +92,7 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
     check(
         vocab_size >= corpus.vocab_size,
         f"model.vocab_size={vocab_size} must be at least {corpus.vocab_size}, the token ids of {corpus.description} "
-        f"(leave it out to take that)",
+        f"(leave it out to take that; where no such id was meant, the data is damaged)",
     )
     training, seq_len, tokenizer, masking = config.training, config.model.seq_len, corpus.tokenizer(), None
     if masked:
@@ -97,4 +109,12 @@ def open_training_data(config: TrainConfig, on_progress: Callable[[str, int, int
         training=corpus.train_dataset(seq_len, training.seed),
         validation=corpus.validation_dataset(seq_len, max_samples=training.eval_batches * training.global_batch_size),
         masking=masking,
+        content={
+            **corpus.content(),
+            "vocabulary": str(vocab_size),
+            "vocabulary_source": "the config" if config.model.vocab_size else corpus.vocabulary,
+            "tokens_path": f"{corpus.train_prefix}.bin",
+            "tokenizer_path": corpus.tokenizer_path or "none",
+        },
+        token_check=TokenCheck(large, share, of) if (large := corpus.large_files()) else None,
     )

@@ -1,4 +1,4 @@
-"""`fused-megatron doctor [--json]`. Its words are parsed by hand: what parses the other commands' may be missing."""
+"""`fused-megatron doctor`. Its words are parsed by hand: what parses the other commands' may be missing."""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +10,13 @@ from fused_megatron.doctor.installation import find_installation, find_library, 
 from fused_megatron.doctor.machine import Questions, find_machine, find_tools
 from fused_megatron.doctor.ranks import Lookups, find_network
 from fused_megatron.doctor.report import as_json, show, verdict
+from fused_megatron.doctor.tokens import find_tokens
 
-USAGE = """usage: fused-megatron doctor [--json]
+USAGE = """usage: fused-megatron doctor [--json] [--data PREFIX ...]
 
 What is installed, which kernels are compiled for which device, which backends and links are seen, what is missing and
-the command that mends it. Exit code 0: this machine can train; 1: something is broken."""
+the command that mends it. Token files that were prepared are compared with their checksums, and so are the datasets
+that --data names, to their end. Exit code 0: this machine can train; 1: something is broken."""
 
 
 def run_doctor(words: Sequence[str]) -> int:
@@ -26,20 +28,40 @@ def run_doctor(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
         return 0
-    unknown = [word for word in words if word != "--json"]
-    if unknown:
-        raise InputError(f"fused-megatron doctor: unknown option {unknown[0]} (options: --json)")
-    facts = gather_facts()
+    as_document, datasets = _parse(words)
+    facts = gather_facts(datasets)
     findings = find_out(facts)
-    if words:
+    if as_document:
         print(as_json(facts, findings))
     else:
         show(facts, findings)
     return verdict(findings)[0]
 
 
-def gather_facts() -> Facts:
+def _parse(words: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether to print JSON, and the datasets to read."""
+    as_document, datasets = False, []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--json":
+            as_document = True
+        elif word == "--data" and rest:
+            datasets.append(rest.pop(0))
+        else:
+            wanted = "--data needs a prefix" if word == "--data" else f"unknown option {word}"
+            raise InputError(f"fused-megatron doctor: {wanted} (options: --json, --data PREFIX)")
+    return as_document, datasets
+
+
+def gather_facts(datasets: Sequence[str] = ()) -> Facts:
     """Everything that the doctor looks at; what can hang is asked first and runs beside torch's import.
+
+    Args:
+        datasets: prefixes of token files to be read.
+
+    Raises:
+        InputError: there is no such dataset.
 
     Communication: two gloo ranks within this process.
     """
@@ -49,4 +71,5 @@ def gather_facts() -> Facts:
     torch = find_torch()
     library = find_library(torch.error is None, environment.get("FUSED_MEGATRON_LIBRARY"))
     network = find_network(lookups, gloo=torch.backends.get("gloo", False))
-    return Facts(installation, torch, library, find_tools(questions), find_machine(questions), network, environment)
+    machine, tokens = find_machine(questions), find_tokens(datasets)
+    return Facts(installation, torch, library, find_tools(questions), machine, network, environment, tokens)

@@ -154,6 +154,26 @@ class Network:
 
 
 @dataclass(frozen=True)
+class TokenFile:
+    """A dataset that was compared with its checksums.
+
+    Attributes:
+        prefix, num_bytes: of its .bin file.
+        problem: what is wrong with it; None where nothing is known to be.
+        has_digest: whether there are checksums beside it.
+        is_read: all of it; of a cache the doctor reads for some seconds only.
+        in_cache: it was prepared from text, and can be again.
+    """
+
+    prefix: str
+    num_bytes: int
+    problem: str | None = None
+    has_digest: bool = True
+    is_read: bool = True
+    in_cache: bool = False
+
+
+@dataclass(frozen=True)
 class Facts:
     installation: Installation
     torch: Torch
@@ -162,6 +182,7 @@ class Facts:
     machine: Machine
     network: Network
     environment: dict[str, str] = field(default_factory=dict)
+    tokens: tuple[TokenFile, ...] = ()
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class Finding:
 
 def find_out(facts: Facts) -> list[Finding]:
     """Everything that is to be said, the worst first."""
-    parts = (_packages, _library, _gpus, _gpu_kernels, _names, _interfaces, _loopback, _threads, _environment)
+    parts = (_packages, _library, _gpus, _gpu_kernels, _names, _interfaces, _loopback, _threads, _environment, _tokens)
     found = [finding for part in parts for finding in part(facts)]
     return sorted(found, key=lambda finding: (BROKEN, SLOW, NOTE).index(finding.level))
 
@@ -216,6 +216,23 @@ def _names(facts: Facts) -> Iterator[Finding]:
             NOTE, f"the host's name {network.hostname!r} stands for {what}: gloo ranks on other machines could not "
             "reach this one (ranks on this machine do)", f"export GLOO_SOCKET_IFNAME={outer}",
         )  # fmt: skip
+
+
+def _tokens(facts: Facts) -> Iterator[Finding]:
+    for file in facts.tokens:
+        if file.problem is not None:
+            folder = file.prefix.rpartition("/")[0]
+            yield Finding(BROKEN, file.problem, f"rm -r {folder}  # it is prepared again" if file.in_cache else "")
+        elif not file.has_digest:
+            yield Finding(NOTE, f"{file.prefix}.bin has no checksums: nothing can tell whether it is damaged")
+    unread = [file for file in facts.tokens if not file.is_read and file.problem is None]
+    if unread:
+        yield Finding(
+            NOTE,
+            f"{len(unread)} prepared token file(s) of {sum(file.num_bytes for file in unread) / 1e9:.1f} GB were not "
+            f"read to their end",
+            f"fused-megatron doctor --data {unread[0].prefix}",
+        )
 
 
 def _is_slow(seconds: float | None) -> bool:

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from fused_megatron.doctor.facts import Gpu, Machine, Tools
+from fused_megatron.observe.free_memory import memory_bytes
 from fused_megatron.observe.processor import processor_name_and_flags
 
 _FLAGS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX", "sve": "SVE"}
@@ -81,7 +82,7 @@ def find_tools(questions: Questions) -> Tools:
 def find_machine(questions: Questions) -> Machine:
     """What the system and the driver say."""
     model, flags = processor_name_and_flags()
-    total, available = _memory()
+    total, available = memory_bytes()
     gpus, driver = parsed_gpus(questions.gpus.answer or "")
     return Machine(
         cpu=model,
@@ -124,23 +125,6 @@ def _usable_cores() -> float:
     if all(part.isdigit() and int(part) > 0 for part in older):
         return min(cores, int(older[0]) / int(older[1]))
     return cores
-
-
-def _memory() -> tuple[float, float]:
-    """Bytes of RAM, or of the container where that is less, and how many of them are free."""
-    pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES") if name in os.sysconf_names}
-    total = float(pages.get("SC_PAGE_SIZE", 0) * pages.get("SC_PHYS_PAGES", 0))
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
-    available = float(found[1]) * 1024 if found else total
-    for folder, limit, used in (("", "memory.max", "memory.current"), ("memory/", *_OLDER_MEMORY)):
-        limited = _read(f"/sys/fs/cgroup/{folder}{limit}").strip()
-        if limited.isdigit() and int(limited) < total:
-            taken = _read(f"/sys/fs/cgroup/{folder}{used}").strip()
-            return float(limited), min(available, float(limited) - float(taken or 0))
-    return total, available
-
-
-_OLDER_MEMORY = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def _read(path: str) -> str:

@@ -39,6 +39,7 @@ def sections(facts: Facts) -> list[Section]:
         ("Kernels", _kernels(facts)),
         ("Machine", _machine(facts)),
         ("Ranks", _ranks(facts)),
+        *([("Tokens", _tokens(facts))] if facts.tokens else []),
     ]
 
 
@@ -107,6 +108,18 @@ def _ranks(facts: Facts) -> list[tuple[str, str]]:
     rows.append(("127.0.0.1", f"its name: {_lookup(network.localhost_lookup_s)}"))
     if network.loopback_ms is not None:
         rows.append(("two gloo ranks", f"started and added up in {network.loopback_ms:.0f} ms"))
+    return rows
+
+
+def _tokens(facts: Facts) -> list[tuple[str, str]]:
+    rows = []
+    for file in facts.tokens:
+        state = "as its checksums say" if file.is_read else "as its checksums say, as far as it was read"
+        if file.problem is not None:
+            state = "damaged"
+        elif not file.has_digest:
+            state = "no checksums"
+        rows.append((f"{file.num_bytes / 1e6:,.1f} MB", f"{file.prefix}.bin: {state}"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Joining the ranks that torchrun started, and making one rank's mistake everybody's error."""
+"""Joining the ranks that a launcher started, and making one rank's mistake everybody's error."""
 
 import datetime
 import os
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fused_megatron.checkpoint.errors import SharedCheckpointError
 from fused_megatron.checks import SharedInputError
 from fused_megatron.collectives.together import build_together
+from fused_megatron.training.launcher import store_of_the_launcher
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Launch:
 
 @contextmanager
 def launched(timeout_s: float) -> Iterator[Launch]:
-    """Join the process group that torchrun's environment names: NCCL on GPUs, gloo on CPUs; alone without torchrun.
+    """Join the process group that the launcher's environment names: NCCL on GPUs, gloo on CPUs; alone without one.
 
     A process group that is already there is used, and left open.
 
@@ -46,7 +47,13 @@ def launched(timeout_s: float) -> Iterator[Launch]:
     if world_size > 1 and not found:
         # gloo beside NCCL carries the few messages between CPUs: agreement on errors and on checkpoints.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(
+            backend,
+            init_method=store_of_the_launcher(),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
     yield Launch(rank, world_size, device)
     # Only after success: tearing a group down after a lost peer can wait for that peer.
     if world_size > 1 and not found:

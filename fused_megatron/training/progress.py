@@ -1,5 +1,6 @@
 """What the user sees while a run goes on."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,12 +9,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Instead of ending the process, as rich does."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
+
 class Reporter:
-    """A progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0."""
+    """A progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0.
+
+    Attributes:
+        is_closed: nobody reads any more (a closed pipe, a terminal that is gone): nothing is shown from then on.
+    """
 
     def __init__(self, enabled: bool, log_interval: int) -> None:
         # soft_wrap: a log line must stay one line.
-        self.console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self.console = _Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self.is_closed = False
         self._log_interval = log_interval
         self._progress: Progress | None = None
         self._num_steps = 0
@@ -21,7 +33,8 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line above the bar."""
-        self.console.print(text, markup=False)
+        with self._survives_its_output():
+            self.console.print(text, markup=False)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """A stage of the preparation, said once when it begins."""
@@ -40,13 +53,17 @@ class Reporter:
             TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.fields[status]}  ETA"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=self.console) as progress:
-            self._progress = progress
-            progress.add_task("train", total=num_steps, completed=first, status="")
-            try:
-                yield
-            finally:
-                self._progress = None
+        progress = Progress(*columns, console=self.console)
+        with self._survives_its_output():
+            progress.start()
+        progress.add_task("train", total=num_steps, completed=first, status="")
+        self._progress = progress
+        try:
+            yield
+        finally:
+            self._progress = None
+            with self._survives_its_output():
+                progress.stop()
 
     def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
         """Step `step` (1 for the first) is done."""
@@ -63,4 +80,14 @@ class Reporter:
         table.add_column(overflow="fold")
         for name, value in rows.items():
             table.add_row(name, value)
-        self.console.print(table)
+        with self._survives_its_output():
+            self.console.print(table)
+
+    @contextmanager
+    def _survives_its_output(self) -> Iterator[None]:
+        """A run is worth more than its log: on a full disk lines are missing."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):
+                self.is_closed = self.console.quiet = True

@@ -11,7 +11,7 @@ import torch
 from fused_megatron.assembly.assemble import assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
-from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, SharedInputError
@@ -22,9 +22,12 @@ from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
 from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.lease import Lease
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.same_start import check_same_config, check_same_data
+from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
 
 HEAD_START_S = 0.5
@@ -32,22 +35,29 @@ HEAD_START_S = 0.5
 FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute"}
 
 
-def train(config: TrainConfig, run_path: Path) -> bool:
+def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) -> bool:
     """Train as config says in run_path, from the newest good checkpoint there, if there is one.
 
-    Every rank calls it. False when SIGTERM ended the run early.
+    Every rank calls it. False when a signal or the end of the launcher ended the run early, after a checkpoint.
+
+    Args:
+        config: of the run.
+        run_path: its folder, in which one run at a time may write.
+        stop: the caller's, who ends it; None for one that gives the signals back when this returns.
 
     Raises:
-        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
+        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit, where there
+            are checkpoints of which none can be read, and where another run has the folder.
         NonFiniteError: on every rank, when the loss or a gradient stops being finite.
         LostRankError: on every rank that is left, naming those that are gone.
     """
     _check_trainable(config.model)
     plan = plan_pipeline(config)
+    request = StopRequest() if stop is None else stop
     with launched(config.parallel.timeout_s) as launch:
         presence = Presence()
         try:
-            return _train(config, plan, run_path, launch)
+            finished = _train(config, plan, run_path, launch, request)
         except NonFiniteError:
             raise
         except RuntimeError as error:
@@ -55,28 +65,39 @@ def train(config: TrainConfig, run_path: Path) -> bool:
             if explained is error:
                 raise
             raise explained from error
+    if stop is None:
+        request.end()
+    return finished
 
 
-def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Launch) -> bool:
+def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Launch, stop: StopRequest) -> bool:
     # Every rank for its own process, before its first large tensor.
     pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
     reporter = Reporter(launch.rank == 0, config.training.log_interval)
     run = RunFolder(run_path)
     configs = gather_json(dataclasses.asdict(config), world_group())
-    on_every_rank(lambda: _check_same_config(*configs))
-    mesh, data = on_every_rank(lambda: _set_up(config, launch, run, reporter))
-    model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-    model = build_stages(dataclasses.replace(config, model=model_config), mesh, plan, launch.device)
-    trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter)
-    _resume(trainer, model_config)
-    _introduce(trainer)
-    if pages_kept:
-        reporter.say("malloc keeps the pages of freed tensors: the same numbers, without faulting them in every step")
-    started = time.perf_counter()
-    finished = trainer.run()
-    _conclude(trainer, finished, time.perf_counter() - started)
-    trainer.executor.close()
-    return finished
+    on_every_rank(lambda: check_same_config(*configs))
+    lease = Lease(run.lease)
+    try:
+        mesh, data = on_every_rank(lambda: _set_up(config, launch, run, lease, reporter))
+        contents = gather_json(dict(data.content), world_group())
+        on_every_rank(lambda: check_same_data(*contents))
+        model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
+        model = build_stages(dataclasses.replace(config, model=model_config), mesh, plan, launch.device)
+        trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
+        _resume(trainer, model_config)
+        _introduce(trainer)
+        if pages_kept:
+            reporter.say(
+                "malloc keeps the pages of freed tensors: the same numbers, without faulting them in each step"
+            )
+        started = time.perf_counter()
+        stopped_by = trainer.run()
+        _conclude(trainer, stopped_by, time.perf_counter() - started)
+        trainer.executor.close()
+        return stopped_by is None
+    finally:
+        lease.give_back()
 
 
 def _check_trainable(config: TransformerConfig) -> None:
@@ -87,31 +108,23 @@ def _check_trainable(config: TransformerConfig) -> None:
         raise SharedInputError(str(error)) from None
 
 
-def _check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
-    for rank, other in enumerate(others, 1):
-        for section, fields in ours.items():
-            for name, value in fields.items():
-                if other[section][name] != value:
-                    raise InputError(
-                        f"{section}.{name}={value!r} on rank 0 but {other[section][name]!r} on rank {rank}: "
-                        f"start every rank with the same config"
-                    )
-
-
-def _set_up(config: TrainConfig, launch: Launch, run: RunFolder, reporter: Reporter) -> tuple[Mesh, TrainingData]:
+def _set_up(
+    config: TrainConfig, launch: Launch, run: RunFolder, lease: Lease, reporter: Reporter
+) -> tuple[Mesh, TrainingData]:
     mesh = build_mesh(config, launch.device.type)
     if launch.rank == 0:
         run.create()
+        lease.take(reporter.say)
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # One rank of a machine prepares the text and the others wait: let it be the one whose progress is seen.
         time.sleep(HEAD_START_S)
-    data = open_training_data(config, reporter.stage)
-    return mesh, data
+    share, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return mesh, open_training_data(config, reporter.stage, share, of)
 
 
 def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
-    checkpoint = newest_checkpoint(trainer.run_folder.checkpoints, group=group)
+    checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
         state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
         # Another layout has other ranks: their generators start anew.
@@ -178,16 +191,20 @@ def _introduce(trainer: Trainer) -> None:
         )
 
 
-def _conclude(trainer: Trainer, finished: bool, seconds: float) -> None:
+def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
     reporter, run = trainer.reporter, trainer.run_folder
-    if not finished:
-        reporter.say(f"stopped by SIGTERM after step {trainer.progress.step}; the checkpoint is written")
+    if stopped_by is not None:
+        reporter.say(f"stopped by {stopped_by} after step {trainer.progress.step}; the checkpoint is written")
         return
     lines = _generated_lines(trainer)  # every rank takes part
     if trainer.mesh.rank != 0:
         return
-    records = run.read_metrics()
-    drawn = plot_loss(records, run.loss_picture, title=run.path.name)
+    try:
+        records = run.read_metrics()
+        drawn = plot_loss(records, run.loss_picture, title=run.path.name)
+    except OSError as error:  # all that the run was for is in its last checkpoint
+        reporter.say(f"{run.path}: no table and no picture: {error.strerror or error}")
+        return
     losses = [r for r in records if "loss" in r]
     evaluations = [r for r in records if "validation_loss" in r]
     rows = {"steps": f"{trainer.progress.step}", "training time": f"{seconds:.0f} s"}

@@ -2,11 +2,10 @@
 
 import dataclasses
 import math
-import os
-import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +15,18 @@ from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import SharedError
+from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.launch import world_group
+from fused_megatron.training.launch import on_every_rank, world_group
 from fused_megatron.training.learning_rate import learning_rate
+from fused_megatron.training.lease import Lease
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
 class NonFiniteError(SharedError, RuntimeError):
@@ -48,6 +49,8 @@ class Trainer:
         data: training and held-out tokens.
         run: where metrics and checkpoints go (rank 0 writes all but the checkpoints' shards).
         reporter: what the user sees.
+        stop: what may ask the run to end; None for one of its own.
+        lease: of the run folder, on the rank that has it.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class Trainer:
         data: TrainingData,
         run: RunFolder,
         reporter: Reporter,
+        stop: StopRequest | None = None,
+        lease: Lease | None = None,
     ) -> None:
         self.config = assembly.config
         self.mesh = assembly.mesh
@@ -71,29 +76,41 @@ class Trainer:
         self.reporter = reporter
         self._accumulate_gradients = assembly.accumulate_gradients
         self.progress = Progress()
-        self._stop_requested = False
+        self._stop = StopRequest() if stop is None else stop
+        self._lease = lease
         self._step_times: deque[float] = deque(maxlen=20)
 
-    def run(self) -> bool:
-        """Train up to config.training.num_steps; False when SIGTERM ended the run early (after a checkpoint).
+    def run(self) -> str | None:
+        """Train up to config.training.num_steps; what ended the run early (after a checkpoint), as of StopRequest.
 
-        After an error the first SIGTERM stays without effect: launchers send one to the ranks that are left when a
-        rank is lost, and these must live to say what they saw.
+        The signals stay requests when this returns or raises, until stop.end(): launchers send SIGTERM to the ranks
+        that are left when a rank is lost, and these must live to say what they saw.
         """
         training = self.config.training
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
-        finished = True
-        with self.reporter.steps(self.progress.step, training.num_steps):
-            while finished and self.progress.step < training.num_steps:
+        self._stop.begin()
+        stop, last = None, False
+        with self._checked_tokens(), self.reporter.steps(self.progress.step, training.num_steps):
+            while stop is None and self.progress.step < training.num_steps:
                 stop = self.train_step()
                 step, last = self.progress.step, self.progress.step == training.num_steps
                 if step % training.eval_interval == 0 or last:
                     self._evaluate()
                 if step % training.checkpoint_interval == 0 or last or stop:
                     self.save()
-                finished = last or not stop
-        signal.signal(signal.SIGTERM, previous)
-        return finished
+        return None if last else stop
+
+    @contextmanager
+    def _checked_tokens(self) -> Iterator[None]:
+        """Large token files are read meanwhile."""
+        check = self.data.token_check
+        if check is None:
+            yield
+            return
+        check.start()
+        try:
+            yield
+        finally:
+            check.close()
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
@@ -118,7 +135,12 @@ class Trainer:
         return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; collective."""
+        """Write a checkpoint of the present step; collective.
+
+        Raises:
+            CheckpointError: on every rank, as save_checkpoint, and where another run has taken the run folder.
+        """
+        on_every_rank(lambda: None if self._lease is None else self._lease.check())
         save_checkpoint(
             self.run_folder.checkpoints,
             self.progress.step,
@@ -136,8 +158,8 @@ class Trainer:
         seconds = sorted(self._step_times)[len(self._step_times) // 2]
         return self.config.training.global_batch_size * self.config.model.seq_len / seconds
 
-    def train_step(self) -> bool:
-        """One optimizer step; True when a rank was asked to stop."""
+    def train_step(self) -> str | None:
+        """One optimizer step; what asked any rank to stop, the same on all ranks, as of StopRequest."""
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         self.gradients.zero_()
@@ -180,13 +202,25 @@ class Trainer:
             stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 
-    def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, bool]:
-        """The loss over all data-parallel ranks and whether any rank was asked to stop, in one message."""
+    def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, str | None]:
+        """The loss over all data-parallel ranks and what asked any rank to stop, in one message.
+
+        Raises:
+            SharedInputError: on every rank, where one has found its tokens damaged.
+        """
         layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
-        message = torch.stack([loss_sum / layer_ranks, loss_sum.new_tensor(float(self._stop_requested))])
+        asked = "a closed output" if self.reporter.is_closed else self._stop.asked
+        stops = loss_sum.new_tensor([float(asked == reason) for reason in REASONS])
+        check = self.data.token_check
+        damage = loss_sum.new_tensor([float(check is not None and check.problem is not None)])
+        message = torch.cat([(loss_sum / layer_ranks).reshape(1), damage, stops])
         sum_over_ranks_(message, world_group())
-        loss, stops = message.tolist()
-        return loss, stops > 0
+        loss, damaged, *counts = message.tolist()
+        if damaged:
+            found = gather_json(None if check is None else check.problem, world_group())
+            rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
+            raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
+        return loss, next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # The sums have spread the NaN to every rank, so every rank is here.
@@ -228,9 +262,3 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "layout": self.layout(),
         }
-
-    def _request_stop(self, *_: object) -> None:
-        if self._stop_requested:  # asked twice: at once
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self._stop_requested = True

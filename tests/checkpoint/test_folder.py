@@ -70,6 +70,15 @@ def test_a_checkpoint_set_aside_counts_until_its_successor_is_there(tmp_path):
     assert names(tmp_path) == ["step-000005", "step-000006"]
 
 
+def test_one_that_was_set_aside_stays_beside_a_broken_successor(tmp_path):
+    path = save(tmp_path, 5)
+    aside = path.rename(tmp_path / "step-000005.old-0a1b")
+    (tmp_path / "step-000005").mkdir()
+    save(tmp_path, 6)
+    assert names(tmp_path) == ["step-000005", "step-000005.old-0a1b", "step-000006"]
+    assert verify_checkpoint(aside) == []
+
+
 def test_names_that_are_no_checkpoints(tmp_path):
     assert list_checkpoints(tmp_path / "absent") == []
     with pytest.raises(CheckpointError, match="not a checkpoint folder"):

@@ -65,7 +65,8 @@ def test_bytes_are_the_formats_both_ways(tmp_path, code, letter, dtype):
     assert dataset.sequence_lengths.tolist() == [3, 0, 1, 10] and dataset.sequence_lengths.dtype == np.int32
     bin_path, idx_path = dataset_files(write(tmp_path / "ours", documents, dtype))
     assert bin_path.read_bytes() == bin_bytes and idx_path.read_bytes() == idx_bytes
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.bin", "data.idx", "ours.bin", "ours.idx"]
+    names = ["data.bin", "data.idx", "ours.bin", "ours.crc32.json", "ours.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_documents_of_several_sequences(tmp_path):
@@ -234,7 +235,7 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path):
         writer.add_document([9])
         raise KeyError
     assert as_lists(IndexedDataset(tmp_path / "data")) == [[1, 2]]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3
     write(tmp_path / "data", [[9]])
     assert as_lists(IndexedDataset(tmp_path / "data")) == [[9]]
 

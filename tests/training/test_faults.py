@@ -1,17 +1,20 @@
 """Start here when a killed rank leaves the others waiting, or costs more than the steps since the last checkpoint."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fused_megatron.checkpoint import newest_checkpoint, verify_checkpoint
+from fused_megatron.checkpoint import checkpoint_step, newest_checkpoint, verify_checkpoint
 from fused_megatron.checkpoint.run_folder import RunFolder
 
 TORCHRUN = [
@@ -102,9 +105,7 @@ def curve(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("fault", "newest"), [
     ({"KILL_AT_STEP": "25"}, 20), ({"KILL_AT_SAVE": "30"}, 20),
 ], ids=["step", "save"])  # fmt: skip
-def test_kill_9_of_one_rank(
-    config: Path, whole: list[dict[str, Any]], tmp_path: Path, fault: dict[str, str], newest: int
-) -> None:
+def test_kill_9_of_one_rank(config: Path, whole: Any, tmp_path: Path, fault: dict[str, str], newest: int) -> None:
     run = tmp_path / "run"
     words = ("--training.run_folder", str(run))
     started = time.monotonic()
@@ -124,7 +125,7 @@ def test_kill_9_of_one_rank(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_well(config: Path, whole: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_sigterm_saves_and_ends_well(config: Path, whole: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     words = ("--training.run_folder", str(run))
     stopped = launch(config, *words, KILL_AT_STEP="13", KILL_WITH="SIGTERM")
@@ -134,16 +135,75 @@ def test_sigterm_saves_and_ends_well(config: Path, whole: list[dict[str, Any]], 
     assert curve(run) == whole
 
 
-def test_interrupted_from_the_keyboard(config: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "fused_megatron", "train", str(config), "--parallel.tensor_parallel_size", "1",
-             "--training.num_steps", "100000", "--training.run_folder", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while "step 2/" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].startswith("fused-megatron: error: interrupted")
-    assert "Traceback" not in errors
+@contextlib.contextmanager
+def started(config: Path, run: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Our own launcher and the ids of its two ranks, which have done some steps of a long run."""
+    command = [
+        *[sys.executable, "-m", "fused_megatron", "launch", "--nproc-per-node", "2", "train", str(config)],
+        *["--training.num_steps", "100000", "--training.run_folder", str(run), *words],
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        while "step 2/" not in process.stdout.readline():
+            assert process.poll() is None
+        status = [(int(path.name), (path / "stat").read_text()) for path in Path("/proc").glob("[0-9]*")]
+        ranks = [pid for pid, text in status if text.rpartition(")")[2].split()[1] == str(process.pid)]
+        assert len(ranks) == 2
+        yield process, ranks
+
+
+def stopped_after(shown: str, reason: str, run: Path) -> int:
+    """The step that a run says it saved, which is the newest checkpoint."""
+    (step,) = re.findall(rf"stopped by {reason} after step (\d+); the checkpoint is written", shown)
+    found = newest_checkpoint(run / "checkpoints")
+    assert found is not None and checkpoint_step(found) == int(step) >= 2
+    return int(step)
+
+
+@pytest.mark.parametrize(
+    ("number", "to_ranks"),
+    [
+        ("SIGTERM", True),  # as a scheduler does
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGUSR1")),
+    ],
+)
+def test_a_signal_saves_and_the_launcher_ends_well(config: Path, tmp_path: Path, number: str, to_ranks: bool) -> None:
+    with started(config, tmp_path) as (process, ranks):
+        for pid in (process.pid, *(ranks if to_ranks else ())):
+            os.kill(pid, signal.Signals[number])
+        shown, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (0, "")
+    stopped_after(shown, number, tmp_path)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+@pytest.mark.slow  # test_lease.py and test_stop_request.py have the parts
+def test_two_runs_in_one_folder_and_a_killed_launcher(config: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "fused_megatron",
+        "launch",
+        "--nproc-per-node=2",
+        "train",
+        str(config),
+        "--training.run_folder",
+        str(tmp_path),
+        "--training.num_steps",
+    ]
+    with started(config, tmp_path) as (process, ranks):
+        second = subprocess.run([*words, "100000"], capture_output=True, text=True, timeout=600)
+        assert second.returncode == 2
+        (line,) = second.stderr.splitlines()
+        assert f"run_folder={tmp_path} is in use by run " in line and f"(process {ranks[0]} on " in line
+        process.kill()
+        third = subprocess.Popen([*words, "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        step = stopped_after(process.communicate(timeout=600)[0], "the end of its launcher", tmp_path)
+    assert third.stdout is not None
+    while f"(step {step})" not in (said := third.stdout.readline()):
+        assert said
+    third.send_signal(signal.SIGINT)
+    assert (third.communicate(timeout=600)[1], third.returncode) == ("", 0)

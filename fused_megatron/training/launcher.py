@@ -1,0 +1,143 @@
+"""`fused-megatron launch`: the ranks of this machine, started together, told of signals, and ended together."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.training.stop_request import LAUNCHER_VARIABLE, SIGNALS
+
+USAGE = """usage: fused-megatron launch --nproc-per-node N COMMAND ...
+
+Start N ranks of a command (train, generate or convert) on this machine, as torchrun does. SIGTERM, Ctrl-C, SIGHUP and
+SIGUSR1 reach every rank once: a training run saves and ends, and so does this command, with exit code 0. Over several
+machines: torchrun -m fused_megatron COMMAND ..."""
+
+STORE_VARIABLE = "FUSED_MEGATRON_STORE"
+"""Path of the file by which ranks of one machine find each other."""
+
+_COMMANDS = ("train", "generate", "convert")
+_LOOK_S = 0.05
+# After one rank failed: for the others to find out and say what they know; then for SIGTERM to end them.
+_GRACE_S = 10.0
+_SIGTERM_S = 30.0
+
+
+def launch(words: Sequence[str]) -> int:
+    """Run `--nproc-per-node N COMMAND ...`; the exit code of the command.
+
+    Raises:
+        InputError: words that are no such command.
+    """
+    if any(word in ("-h", "--help") for word in words[:1]):
+        print(USAGE)
+        return 0
+    num_ranks, command = _parse(list(words))
+    return run_ranks(num_ranks, [sys.executable, "-m", "fused_megatron", *command])
+
+
+def _parse(words: list[str]) -> tuple[int, list[str]]:
+    option, _, value = (words or [""])[0].partition("=")
+    rest = words[1:]
+    if option.replace("_", "-") != "--nproc-per-node":
+        raise InputError("launch needs the number of ranks first: launch --nproc-per-node 2 train CONFIG.toml")
+    if not value:
+        value, rest = (rest or [""])[0], rest[1:]
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"--nproc-per-node={value} must be a number of ranks, 1 or more")
+    if not rest or rest[0] not in _COMMANDS:
+        raise InputError(f"launch starts ranks of one of {', '.join(_COMMANDS)}, not of {(rest or ['nothing'])[0]!r}")
+    return int(value), rest
+
+
+def run_ranks(num_ranks: int, command: Sequence[str], *, grace_s: float = _GRACE_S) -> int:
+    """Start num_ranks processes of the command, each with its place in the environment, and wait for them.
+
+    Each rank is the leader of a session of its own: what the terminal sends reaches it through this process only.
+
+    Args:
+        num_ranks: how many.
+        command: the program and its words.
+        grace_s: how long the other ranks have to end by themselves after one failed.
+
+    Returns:
+        0 where every rank ended with 0; else the code of the first that did not (128 and the signal that ended it).
+    """
+    came: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    ranks: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(prefix="fused-megatron-") as folder:
+        try:
+            for rank in range(num_ranks):
+                environment = _environment(rank, num_ranks, Path(folder) / "store")
+                ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            return _wait(ranks, came, grace_s)
+        finally:
+            for process in ranks:  # only after a fault of this process
+                process.kill()
+                process.wait()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def _environment(rank: int, num_ranks: int, store: Path) -> dict[str, str]:
+    threads = max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "MASTER_ADDR": "127.0.0.1",
+        **os.environ,
+        **{name: str(value) for name, value in places.items()},
+        LAUNCHER_VARIABLE: str(os.getpid()),
+        STORE_VARIABLE: str(store),
+    }
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], came: list[int], grace_s: float) -> int:
+    """Pass on signals as they come until every rank has ended; what is left after a failure is ended."""
+    running = list(enumerate(ranks))
+    failed: int | None = None
+    deadline, next_signal = 0.0, signal.SIGTERM
+    while running:
+        while came:
+            number = came.pop(0)
+            for _, process in running:
+                process.send_signal(number)
+        for rank, process in list(running):
+            code = process.poll()
+            if code is None:
+                continue
+            running.remove((rank, process))
+            if code < 0:
+                print(f"fused-megatron: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
+            if code and failed is None:
+                failed, deadline = code, time.monotonic() + grace_s
+        if failed is not None and running and time.monotonic() > deadline:
+            for _, process in running:
+                process.send_signal(next_signal)
+            deadline, next_signal = time.monotonic() + _SIGTERM_S, signal.SIGKILL
+        time.sleep(_LOOK_S)
+    return 0 if failed is None else failed if failed > 0 else 128 - failed
+
+
+def store_of_the_launcher() -> str | None:
+    """How ranks that launch() started find each other, as init_process_group takes it; None under other launchers.
+
+    Raises:
+        SharedInputError: the launcher has ended.
+    """
+    path = os.environ.get(STORE_VARIABLE)
+    if path is None:
+        return None
+    if not Path(path).parent.is_dir():
+        raise SharedInputError(f"{STORE_VARIABLE}={path} is of a launcher that has ended (unset {STORE_VARIABLE})")
+    return f"file://{path}"

@@ -1,0 +1,35 @@
+"""What must be the same on every rank before a run begins: settings, text, tokenizer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fused_megatron.checks import InputError
+
+
+def check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
+    """Raise InputError for the first setting of rank 0 that another rank has otherwise."""
+    for rank, other in enumerate(others, 1):
+        for section, fields in ours.items():
+            for name, value in fields.items():
+                if other[section][name] != value:
+                    raise InputError(
+                        f"{section}.{name}={value!r} on rank 0 but {other[section][name]!r} on rank {rank}: "
+                        f"start every rank with the same config"
+                    )
+
+
+def check_same_data(ours: Mapping[str, str], *others: Mapping[str, str]) -> None:
+    """Raise InputError for the first rank with other tokens, tokenizer or vocabulary than rank 0.
+
+    Args:
+        ours, others: `TrainingData.content` of each rank.
+    """
+    for rank, other in enumerate(others, 1):
+        for what in ("tokens", "tokenizer", "vocabulary"):
+            if other.get(what) != ours.get(what):
+                name = "tokenizer_path" if what == "tokenizer" else "tokens_path"
+                first = "of the same path" if ours.get(name) == other.get(name) else ours.get(name)
+                raise InputError(
+                    f"the {what} of rank {rank} ({other.get(name)}) is not what rank 0 has ({first}): give every rank "
+                    f"the same data.path, data.tokenizer_path and cache: one shared folder, or equal copies"
+                )
