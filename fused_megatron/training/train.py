@@ -25,7 +25,7 @@ from fused_megatron.training.launch import Launch, launched, on_every_rank, worl
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
+from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # What may change between a checkpoint and the run that goes on from it.
@@ -39,7 +39,7 @@ def train(config: TrainConfig, run_path: Path) -> bool:
 
     Raises:
         InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit.
-        NonFiniteError: on every rank, when the loss or a gradient stops being finite.
+        TrainingError: on every rank, when the loss or a gradient stops being finite, or weights of ranks drift apart.
         LostRankError: on every rank that is left, naming those that are gone.
     """
     _check_trainable(config.model)
@@ -48,7 +48,7 @@ def train(config: TrainConfig, run_path: Path) -> bool:
         presence = Presence()
         try:
             return _train(config, plan, run_path, launch)
-        except NonFiniteError:
+        except TrainingError:
             raise
         except RuntimeError as error:
             explained = presence.explain(error)
