@@ -51,10 +51,16 @@ def config_for(tokens: Path, run: Path, **changes: Any) -> TrainConfig:
             lr=3e-2, min_lr=1e-3, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=0.4
         ),
         "training": TrainingConfig(
-            num_steps=5, global_batch_size=4, microbatch_size=2, seed=SEED, eval_interval=5, eval_batches=50,
-            checkpoint_interval=5, run_folder=str(run),
+            num_steps=5,
+            global_batch_size=4,
+            microbatch_size=2,
+            seed=SEED,
+            eval_interval=5,
+            eval_batches=50,
+            checkpoint_interval=5,
+            run_folder=str(run),
         ),
-    }  # fmt: skip
+    }
     for name, section in sections.items():
         fields = {f.name for f in dataclasses.fields(section)}
         sections[name] = dataclasses.replace(section, **{k: v for k, v in changes.items() if k in fields})

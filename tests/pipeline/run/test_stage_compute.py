@@ -1,4 +1,4 @@
-"""Start here when a stage reuses its memory, leaves tensors unused, has nothing to learn, or is not as in one process."""
+"""Start here when a stage reuses its memory, leaves tensors unused or has nothing to learn, and goes wrong by it."""
 
 import pytest
 import torch
@@ -118,10 +118,12 @@ def piped(rank, world_size, schedules):
             schedule = build_schedule(name, world_size, COUNT, STAGES // world_size)
             mine = {i: s for i, s in enumerate(make_stages(case)) if i in stages_of(schedule.placement, rank)}
             executor = PipelineExecutor(
-                schedule, {i: WithoutFlag(stage) for i, stage in mine.items()}, pp_group=mesh.pp_group,
+                schedule,
+                {i: WithoutFlag(stage) for i, stage in mine.items()},
+                pp_group=mesh.pp_group,
                 loss_fn=StaticLoss() if case == "static" else loss_fn,
                 transport=StrictChannels(mesh.pp_group) if strict else None,
-            )  # fmt: skip
+            )
             parameters = {f"{i}.{n}": p for i, stage in mine.items() for n, p in stage.named_parameters()}
             adamw, losses = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.5), []
             inputs, targets, used = data(case)
