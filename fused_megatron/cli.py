@@ -110,7 +110,7 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
-    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+    from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml", words)
@@ -126,7 +126,7 @@ def _train(words: Sequence[str]) -> int:
         finished = train(config, run.path, stop)
     except RuntimeError as error:
         known = isinstance(error, LostRankError) or LOST_RANK.search(str(error))
-        if isinstance(error, NonFiniteError) or not (known and "RANK" in os.environ):
+        if isinstance(error, TrainingError) or not (known and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
         found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
@@ -213,11 +213,11 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
 def _is_expected(error: RuntimeError) -> bool:
     """Whether the error is for the user: its line says all."""
     from fused_megatron.checkpoint import CheckpointError  # noqa: PLC0415
-    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+    from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
     # What may stand behind a CheckpointError; anything else is a bug.
     causes = InputError | CheckpointError | OSError | RuntimeError | None
-    return isinstance(error, (NonFiniteError, CheckpointError)) and isinstance(error.__cause__, causes)
+    return isinstance(error, (TrainingError, CheckpointError)) and isinstance(error.__cause__, causes)
 
 
 def _fail(error: BaseException, code: int) -> int:

@@ -28,7 +28,7 @@ from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
-from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
+from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # What may change between a checkpoint and the run that goes on from it.
@@ -48,7 +48,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     Raises:
         InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit, where there
             are checkpoints of which none can be read, and where another run has the folder.
-        NonFiniteError: on every rank, when the loss or a gradient stops being finite.
+        TrainingError: on every rank, when the loss or a gradient stops being finite, or weights of ranks drift apart.
         LostRankError: on every rank that is left, naming those that are gone.
     """
     _check_trainable(config.model)
@@ -58,7 +58,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
         presence = Presence()
         try:
             finished = _train(config, plan, run_path, launch, request)
-        except NonFiniteError:
+        except TrainingError:
             raise
         except RuntimeError as error:
             explained = presence.explain(error)
