@@ -20,6 +20,7 @@ from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
+from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
@@ -126,6 +127,7 @@ class Trainer:
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
+        mark_all_shards(self.model)
         return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer.state())}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
