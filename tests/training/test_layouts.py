@@ -241,9 +241,9 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     kept: dict[str, torch.Tensor] = {}
     conclude, sum_over_ranks = training._conclude, training.Trainer._sum_over_ranks
 
-    def keep_loss(trainer: Any, loss_sum: torch.Tensor) -> Any:
+    def keep_loss(trainer: Any, loss_sum: torch.Tensor, finite: bool) -> Any:
         kept[f"loss {trainer.mesh.dp_rank} {trainer.progress.step}"] = loss_sum.clone()
-        return sum_over_ranks(trainer, loss_sum)
+        return sum_over_ranks(trainer, loss_sum, finite)
 
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
