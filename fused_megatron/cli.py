@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
-from fused_megatron.checks import InputError, SharedError, SharedInputError
+from fused_megatron.checks import InputError, SharedError, SharedInputError, found_on_every_rank
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -115,12 +115,10 @@ def _train(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml", words)
         return 0
-    try:
+    with found_on_every_rank():
         if not words or words[0].startswith("-"):
             raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
         config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
-    except InputError as error:
-        raise SharedInputError(str(error)) from None  # every rank finds it by itself
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         finished = train(config, run.path, stop)
@@ -204,10 +202,8 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
     if any(word in ("-h", "--help") for word in words):
         print_arguments(target, program)
         return None
-    try:
+    with found_on_every_rank() if on_ranks else contextlib.nullcontext():
         return parse_arguments(target, words, source=program)
-    except InputError as error:
-        raise (SharedInputError(str(error)) if on_ranks else error) from None
 
 
 def _is_expected(error: RuntimeError) -> bool:

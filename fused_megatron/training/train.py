@@ -14,7 +14,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
@@ -102,10 +102,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
 
 def _check_trainable(config: TransformerConfig) -> None:
     """Raise SharedInputError where the model cannot be trained: every rank finds the same fault."""
-    try:
+    with found_on_every_rank():
         config.check_trainable()
-    except InputError as error:
-        raise SharedInputError(str(error)) from None
 
 
 def _set_up(
