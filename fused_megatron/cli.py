@@ -8,7 +8,6 @@ import contextlib
 import errno
 import importlib.metadata
 import os
-import re
 import select
 import sys
 import warnings
@@ -33,11 +32,6 @@ commands:
 Several machines: torchrun .. -m fused_megatron train CONFIG.toml ..."""
 
 T = TypeVar("T")
-
-# What gloo and NCCL say when another rank is gone or silent.
-LOST_RANK = re.compile(
-    "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe", re.IGNORECASE
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,10 +99,10 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.training.stop_request import StopRequest  # noqa: PLC0415
 
     stop = StopRequest()  # before the long imports: the launcher may be killed meanwhile
-    from fused_megatron.checkpoint import CheckpointError, newest_checkpoint  # noqa: PLC0415
+    from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
-    from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
+    from fused_megatron.training.presence import LostRankError, lost_contact  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
@@ -123,16 +117,16 @@ def _train(words: Sequence[str]) -> int:
     try:
         finished = train(config, run.path, stop)
     except RuntimeError as error:
-        known = isinstance(error, LostRankError) or LOST_RANK.search(str(error))
-        if isinstance(error, TrainingError) or not (known and "RANK" in os.environ):
+        if isinstance(error, TrainingError) or not (lost_contact(error) and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
         found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
+        # Its files are compared with their checksums when the run resumes: the line comes at once, whatever their size.
         try:
-            newest = str(newest_checkpoint(run.checkpoints, group=None) or "none")
-        except (InputError, CheckpointError):
+            newest = next((str(path) for path in list_checkpoints(run.checkpoints)), "none")
+        except InputError:
             newest = "unknown"
-        _end_now(f"{found}; newest good checkpoint: {newest}; the same command resumes from it")
+        _end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a signal that comes late must not turn a run that saved all into a failed one
     return 0
 

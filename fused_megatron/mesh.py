@@ -199,7 +199,8 @@ def init_mesh(
         InputError: sizes whose product is not the world size, or over which experts cannot be folded; several ranks
             without a process group.
 
-    Communication: creates the groups, which every rank must do at once; nothing later.
+    Communication: creates the groups, which every rank must do at once; nothing later. They wait for a silent rank as
+    long as the default process group does (the timeout of init_process_group).
     """
     named = {
         "tensor_parallel_size": tensor_parallel_size,
@@ -242,7 +243,7 @@ def init_mesh(
         backend_override=_backend_override(device_type),
     )
     groups: dict[tuple[str, ...], dist.ProcessGroup] = {
-        (axis,): device_mesh.get_group(axis) for axis in device_axes if sizes[axis] > 1
+        (axis,): _in_time(device_mesh.get_group(axis)) for axis in device_axes if sizes[axis] > 1
     }
     if sizes["dp"] > 1 and sizes["cp"] > 1:
         groups["dp", "cp"] = _new_group(("dp", "cp"), sizes, rank, world_size)
@@ -261,6 +262,18 @@ def _new_group(axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world
         members.setdefault(tuple(at[axis] for axis in sizes if axis not in axes), []).append(other)
     group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
     assert group is not None and rank in dist.get_process_group_ranks(group)
+    return _in_time(group)
+
+
+def _in_time(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The group, which waits no longer than the default process group does: torch lets new groups wait 10 or 30 min."""
+    world = dist.group.WORLD
+    assert world is not None
+    for device in group._device_types:
+        backends = group._get_backend(device), world._get_backend(device)
+        own, wanted = (getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends)
+        if own is not None and wanted is not None and own != wanted:
+            backends[0]._set_default_timeout(wanted)
     return group
 
 

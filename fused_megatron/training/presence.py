@@ -1,18 +1,47 @@
-"""Which ranks are gone: known at once, by whoever lost contact, however many ranks stand between."""
+"""Which ranks are gone, silent or late: known within seconds, by whoever waited for them in vain."""
 
+import asyncio
+import contextlib
+import json
 import os
+import re
+import secrets
 import socket
+import sys
+import threading
 import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from fused_megatron.checks import first_line
+from fused_megatron.collectives.together import gather_json
 
 # For the system to close the ports of a process that was just killed.
 _SETTLE_S = 1.0
-_CONNECT_S = 1.0
+# A rank that lives answers within this time, on a busy machine too.
+_ANSWER_S = 3.0
+_MOST_BYTES = 4096
+_MOST_CONNECTIONS = 400
+_NAMED = 8
+_GONE, _SILENT = "gone", "silent"
+
+# What gloo, NCCL and our own transports say when another rank is gone or silent.
+_LOST_CONTACT = re.compile(
+    "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe|shared memory|"
+    "another rank stopped",
+    re.IGNORECASE,
+)
+_TIME_OUT = re.compile("timed out|timeout|did not come within", re.IGNORECASE)
+# A rank that has one of these below what it does waits for others.
+_WAITS = ("observe/waits.py", "transport/host_ring.py", "torch/distributed/")
 
 
 class LostRankError(RuntimeError):
-    """Ranks of the run are gone.
+    """Ranks of the run are gone, silent or late.
 
     Attributes:
         ranks: which.
@@ -23,63 +52,139 @@ class LostRankError(RuntimeError):
         self.ranks = ranks
 
 
+def lost_contact(error: Exception) -> bool:
+    """Whether the error says that another rank did not do its part."""
+    return isinstance(error, LostRankError) or _LOST_CONTACT.search(str(error)) is not None
+
+
 class Presence:
-    """An open port of this process, by which the others see that it lives.
+    """A port of this process, where a thread tells the other ranks that it lives and what it does.
 
     A killed rank breaks only the connections of its neighbours; what they break by leaving is all that the others see.
-    So a rank that leaves because of an error writes that down first. A rank whose port is closed and that wrote nothing
-    is one that was lost. The system keeps and closes the port: no thread, nothing to do while all is well.
+    So a rank that leaves because of an error tells every other rank before it goes. After an error, a rank whose port
+    is closed and that told nothing is gone; one that does not answer is silent (stopped, stuck or cut off); one that
+    answers and waits for nobody, while others waited too long, is late. Nothing is to do while all is well.
 
-    Communication: a key of the store where the ranks met, at the start; a look at all of them after an error.
+    Communication: two all-gathers at the start; after an error a short message to every other rank.
     """
 
     def __init__(self) -> None:
-        self._store = None
-        if dist.is_initialized():
-            self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
-            world = dist.group.WORLD
-            assert world is not None
-            self._store = dist.PrefixStore("presence", world.get_group_store())
-            self._listener = socket.create_server((_own_address(), 0), backlog=128)
-            host, port = self._listener.getsockname()[:2]
-            self._store.set(f"port {self._rank}", f"{host} {port}")
+        self._others: dict[int, tuple[str, int]] = {}
+        self._left: dict[int, str] = {}
+        self._leaves: str | None = None
+        if not dist.is_initialized():
+            return
+        self._rank = dist.get_rank()
+        self._watched = threading.get_ident()
+        self._listener = socket.create_server((_own_address(), 0), backlog=4096)
+        host, port = self._listener.getsockname()[:2]
+        told = gather_json([host, port, secrets.token_hex(8)], dist.group.WORLD)
+        self._others = {rank: (each[0], each[1]) for rank, each in enumerate(told) if rank != self._rank}
+        self._word = told[0][2]  # strangers who reach the port do not know it
+        threading.Thread(target=self._serve, daemon=True, name="presence").start()
 
     def explain(self, error: Exception) -> Exception:
-        """A LostRankError where ranks are gone, else the error itself; called before a rank ends with it."""
-        ranks = self._lost()
-        if not ranks:
+        """A LostRankError where other ranks are to blame, else the error itself; called before a rank ends with it.
+
+        Takes up to 4 s where all others live, and then no longer than the slowest answer.
+        """
+        if not self._others:
             return error
-        names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        self._leaves = first_line(error)[:200]
         reason = " ".join(str(error).split())[:200]
-        return LostRankError(f"lost contact with {names} ({reason})", tuple(ranks))
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            found = self._look()
+            lost = {rank: state for rank, state in found.items() if isinstance(state, str) and rank not in self._left}
+            if lost or time.monotonic() > deadline or not lost_contact(error):
+                break
+            time.sleep(0.3)
+        if lost:
+            silent = [rank for rank, state in lost.items() if state == _SILENT]
+            more = f"; {_names(silent)} gives no sign of life: stopped, stuck or cut off" if silent else ""
+            return LostRankError(f"lost contact with {_names(lost)} ({reason}{more})", tuple(lost))
+        if not lost_contact(error):
+            return error
+        late = {rank: state for rank, state in found.items() if not isinstance(state, str) and not state["waits"]}
+        late = {rank: state for rank, state in late.items() if rank not in self._left and state["left"] is None}
+        if late and _TIME_OUT.search(str(error)):
+            does = "; ".join(f"rank {rank} is in {state['does']}" for rank, state in list(late.items())[:_NAMED])
+            return LostRankError(f"{_names(late)} did not come in time: {does} ({reason})", tuple(late))
+        # Those that wait lost contact themselves; whoever left with an error of its own began it.
+        began = {rank: text for rank, text in self._left.items() if not _LOST_CONTACT.search(text)}
+        if began:
+            rank, text = next(iter(sorted(began.items())))
+            return LostRankError(f"rank {rank} ended with an error: {text}", tuple(sorted(began)))
+        return error
 
-    def _lost(self) -> list[int]:
-        if self._store is None:
-            return []
+    def _look(self) -> dict[int, Any]:
+        """What every other rank answers; _GONE or _SILENT where it does not."""
+        asked = json.dumps({"word": self._word, "rank": self._rank, "left": self._leaves}).encode() + b"\n"
+
+        async def ask_all() -> list[Any]:
+            at_once = asyncio.Semaphore(_MOST_CONNECTIONS)
+            return await asyncio.gather(*(_ask(address, asked, at_once) for address in self._others.values()))
+
+        return dict(zip(self._others, asyncio.run(ask_all()), strict=True))
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            # A stranger's bytes, or a rank that is gone meanwhile.
+            with connection, contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+                connection.settimeout(1.0)
+                asked = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
+                if asked.get("word") != self._word:
+                    continue
+                if asked.get("left") is not None and asked.get("rank") in self._others:
+                    self._left[asked["rank"]] = str(asked["left"])
+                connection.sendall(json.dumps(self._state()).encode())
+
+    def _state(self) -> dict[str, Any]:
+        frame = sys._current_frames().get(self._watched)
+        waits, does = (False, "nothing") if frame is None else _describe(frame)
+        return {"left": self._leaves, "waits": waits, "does": does}
+
+
+async def _ask(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:
+    async def talk() -> bytes:
+        reader, writer = await asyncio.open_connection(*address)
         try:
-            self._store.set(f"left {self._rank}", "1")
-            deadline = time.monotonic() + _SETTLE_S
-            while not (found := self._silent()) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            return found
-        except RuntimeError:  # the store is gone, with the rank or the launcher that kept it
-            return []
+            writer.write(message)
+            return await reader.read()
+        finally:
+            writer.close()
 
-    def _silent(self) -> list[int]:
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        closed = [rank for rank in others if not self._answers(rank)]
-        # In this order: whoever left has written so before its port closed.
-        assert self._store is not None
-        return [rank for rank in closed if not self._store.check([f"left {rank}"])]
-
-    def _answers(self, rank: int) -> bool:
-        assert self._store is not None
-        host, port = self._store.get(f"port {rank}").decode().split()
+    async with at_once:
         try:
-            socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-        except OSError:
-            return False
-        return True
+            answer = await asyncio.wait_for(talk(), _ANSWER_S)
+            return json.loads(answer) if answer else _GONE
+        except ConnectionError:
+            return _GONE
+        except (OSError, asyncio.TimeoutError, ValueError):
+            return _SILENT
+
+
+def _describe(frame: FrameType) -> tuple[bool, str]:
+    """Whether a thread waits for other ranks, and the innermost function outside of torch that it is in."""
+    torch_folder = str(Path(torch.__file__).parent)
+    waits, does, at = False, "", frame
+    while at is not None:
+        path = at.f_code.co_filename
+        waits = waits or any(part in path for part in _WAITS)
+        if not does and not path.startswith(torch_folder):
+            does = f"{at.f_code.co_name} ({'/'.join(Path(path).parts[-2:])}:{at.f_lineno})"
+        at = at.f_back  # type: ignore[assignment]
+    return waits, does or frame.f_code.co_name
+
+
+def _names(ranks: Any) -> str:
+    ranks = sorted(ranks)
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_NAMED]))}{more}"
 
 
 def _own_address() -> str:

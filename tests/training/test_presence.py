@@ -2,10 +2,16 @@
 
 import os
 import pickle
+import re
+import signal
 import time
+from datetime import timedelta
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from fused_megatron.mesh import init_mesh
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training.presence import LostRankError, Presence
 
@@ -44,3 +50,45 @@ def all_alive(rank: int, world_size: int) -> bool:
 
 def test_an_error_while_all_live_is_left_alone() -> None:
     assert run_on_ranks(all_alive, 2) == [True, True]
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
+    """Rank 3 of 2 x 2 does not join a collective of one axis; those that waited for it fail the others."""
+    timeout = timedelta(seconds=2)
+    for backend in {dist.group.WORLD._get_backend(torch.device("cpu"))}:
+        backend._set_default_timeout(timeout)
+    mesh = init_mesh(2, 2)
+    presence = Presence()
+    if rank == 3:
+        if kind == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        spin()
+    try:
+        for group in (mesh.groups[(axis,)], mesh.groups[("pp" if axis == "tp" else "tp",)]):
+            dist.all_reduce(torch.ones(3), group=group)
+    except RuntimeError as error:
+        explained = presence.explain(error)
+        if rank == 0:
+            time.sleep(1.0)  # the last to go, though the others did not wait for it
+        raise explained from error
+
+
+@pytest.mark.parametrize(
+    ("kind", "axis", "wanted"),
+    [
+        ("stopped", "tp", r"lost contact with rank 3 \(.*rank 3 gives no sign of life: stopped, stuck or cut off\)"),
+        ("spins", "pp", r"rank 3 did not come in time: rank 3 is in spin \(training/test_presence.py:\d+\) \(.*\)"),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named_by_all_others(kind: str, axis: str, wanted: str) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(one_does_not_come, 4, kind, axis, timeout_s=60)
+    assert caught.value.silent == (3,)
+    texts = [str(caught.value.errors[rank]) for rank in range(3)]
+    assert any(re.fullmatch(wanted, text) for text in texts) and all("rank 3" in text for text in texts), texts
+    assert all(isinstance(caught.value.errors[rank], LostRankError) for rank in range(3))
