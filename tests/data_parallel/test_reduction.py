@@ -11,7 +11,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 
 class Chain(nn.Module):
@@ -46,18 +46,21 @@ def reduced(rank: int, world_size: int, dtype: torch.dtype, bucket_bytes: float)
     return {name: buckets[p].clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 300, 1e6], ids=["each", "some", "one"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_sum_over_ranks_and_microbatches(world_size: int, bucket_bytes: float) -> None:
+def test_sum_over_ranks_and_microbatches(world_size: int) -> None:
     expected = Chain(torch.float64)
     expected.load_state_dict(Chain(torch.float32).state_dict())
     for rank in range(world_size):
         for x in inputs(rank, torch.float32):
             expected(x.double()).square().sum().backward()
-    for gradients in run_on_ranks(reduced, world_size, torch.float32, bucket_bytes):
-        for name, p in expected.named_parameters():
-            wanted = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.testing.assert_close(gradients[name].double(), wanted, rtol=1e-5, atol=1e-5)
+    # A bucket for each parameter, for some, for all.
+    cases = [(torch.float32, bucket_bytes) for bucket_bytes in (1, 300, 1e6)]
+    for case, by_rank in zip(cases, run_cases_on_ranks(reduced, world_size, cases), strict=True):
+        for gradients in by_rank:
+            for name, p in expected.named_parameters():
+                wanted = torch.zeros_like(p) if p.grad is None else p.grad
+                found = gradients[name].double()
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, msg=f"{name} of {case}")
 
 
 def test_low_precision_gradients_accumulate_in_float32() -> None:
@@ -113,11 +116,12 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
     return [(buckets[p].clone(), total) for p, total in zip(model.parameters(), sums, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_layers_add_to_the_buckets(dtype: torch.dtype) -> None:
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # apart, each microbatch is rounded to bfloat16
-    for pairs in run_on_ranks(into_main_grad, 4, dtype):
-        for mine, wanted in pairs:
+def test_linear_layers_add_to_the_buckets() -> None:
+    # bfloat16: apart, each microbatch is rounded to it.
+    tolerances = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+    found = run_cases_on_ranks(into_main_grad, 4, [(dtype,) for dtype in tolerances])
+    for tolerance, by_rank in zip(tolerances.values(), found, strict=True):
+        for mine, wanted in [pair for pairs in by_rank for pair in pairs]:
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
 

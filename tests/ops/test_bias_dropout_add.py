@@ -6,6 +6,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.ops import bias_dropout_add
 from fused_megatron.reference.philox import keep_mask
+from fused_megatron.testing.op_contract import CLAUSES, CPU_CLAUSES, Contract
 from fused_megatron.testing.tolerances import assert_close_to_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -121,28 +122,39 @@ def test_nan_and_inf_as_torch(dtype, p, device):
     assert dropped.isnan().any() and dropped.isinf().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_not_contiguous(dtype, device):
-    x, bias, residual, dy = inputs((12, 5, 26), dtype, device)
-    x, residual, dy, bias = (t.transpose(0, 1)[..., ::2] if t.dim() == 3 else t[::2] for t in (x, residual, dy, bias))
-    check_against_float64(x, bias, residual, dy)
+def contract(wide=False):
+    """Of a residual of the dtype of x, or of float32."""
+
+    def ours(x, bias, residual):
+        return bias_dropout_add(x, bias, residual, 0.3, rng_state=rng(x.device))
+
+    def unfused(x, bias, residual):
+        return torch_bias_dropout_add(keep_of(x.shape, x.device, 0.3), 0.3)(x, bias, residual)
+
+    def draw(shape, dtype):
+        *tensors, dy = inputs(shape, dtype, residual_dtype=torch.float32 if wide else None)
+        return tensors, dy
+
+    return Contract(ours, unfused, draw, empty=((0, 8), (3, 0, 8), (4, 0)))
 
 
-def test_unaligned_addresses(device):
-    for dtype in DTYPES:
-        flat = [t.flatten()[1:] for t in inputs((40, 33), dtype, device, has_bias=False) if t is not None]
-        x, residual, dy = (t[: 32 * 40].reshape(40, 32) for t in flat)
-        check_against_float64(x, flat[0][5:37], residual, dy)
+@pytest.mark.parametrize("clause", CLAUSES)
+@pytest.mark.parametrize("wide", [False, True])
+def test_contract(wide, clause, device):
+    contract(wide).check(clause, device)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (4, 0)])
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_empty(shape, has_bias, device):
-    x, bias, residual, dy = inputs(shape, torch.bfloat16, device, has_bias)
-    y, dx, *rest = run(lambda *t: bias_dropout_add(*t, 0.1), x, bias, residual, dy)
-    assert y.shape == dx.shape == shape
-    assert not any(d.any() for d in rest)
-    assert bias_dropout_add(x, bias, residual, full_shape=[s + 2 for s in shape]).shape == shape
+@pytest.mark.cpu_kernel
+@pytest.mark.parametrize("clause", CPU_CLAUSES)
+def test_contract_on_the_cpu(clause):
+    contract(wide=clause == "fake_tensors bfloat16").check(clause)
+
+
+def test_empty_without_bias_and_as_a_part(device):
+    x, _, residual, dy = inputs((3, 0, 8), torch.bfloat16, device)
+    y, dx, _ = run(lambda *t: bias_dropout_add(*t, 0.1), x, None, residual, dy)
+    assert y.shape == dx.shape == (3, 0, 8)
+    assert bias_dropout_add(x, None, residual, full_shape=(5, 2, 10)).shape == (3, 0, 8)
 
 
 def test_only_needed_gradients_are_computed(device):
@@ -167,31 +179,6 @@ def test_only_needed_gradients_are_computed(device):
     assert torch.autograd.grad(bias_dropout_add(x, None, residual), residual, dy)[0] is dy  # no copy
 
 
-def test_twice_is_bitwise_equal_and_no_grad_equals_grad(device):
-    for dtypes in DTYPE_PAIRS:
-        arguments = inputs((70, 136), dtypes[0], device, residual_dtype=dtypes[1])
-        first, again = (run(lambda *t: bias_dropout_add(*t, 0.2, rng_state=rng(device)), *arguments) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        with torch.no_grad():
-            assert torch.equal(bias_dropout_add(*arguments[:3], 0.2, rng_state=rng(device)), first[0])
-
-
-@pytest.mark.cpu_kernel
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bitwise_equal_for_any_number_of_threads(dtype):
-    arguments = inputs((300, 1500), dtype)
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(lambda *t: bias_dropout_add(*t, 0.1, rng_state=rng("cpu")), *arguments))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
 def test_gradcheck_in_float64(device):
     x, bias, residual, _ = (t.double().requires_grad_() for t in inputs((3, 5), torch.float32, device))
     state, place = rng(device), {"full_shape": (6, 9), "offset": (2, 3)}
@@ -201,45 +188,25 @@ def test_gradcheck_in_float64(device):
 
 
 @pytest.mark.cpu_kernel
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_opcheck(has_bias):
-    x, bias, residual, dy = inputs((6, 9), torch.bfloat16, has_bias=has_bias, residual_dtype=torch.float32)
+def test_opcheck_without_bias_and_state():
+    x, _, residual, dy = inputs((6, 9), torch.bfloat16, residual_dtype=torch.float32)
     forward, backward = (
         getattr(torch.ops.fused_megatron, f"bias_dropout_add_{d}").default for d in ("forward", "backward")
     )
-    torch.library.opcheck(forward, (x, bias, residual, rng("cpu"), 0.1, 0, 0, 0, 0))
-    torch.library.opcheck(forward, (x, bias, residual, None, 1.0, 1, 3, 20, 0))
-    torch.library.opcheck(backward, (dy, bias, rng("cpu"), torch.bfloat16, 0.1, 0, 0, 0, 0, True, has_bias))
+    torch.library.opcheck(forward, (x, None, residual, None, 1.0, 1, 3, 20, 0))
+    torch.library.opcheck(backward, (dy, None, rng("cpu"), torch.bfloat16, 0.1, 0, 0, 0, 0, True, False))
 
 
 @pytest.mark.cpu_kernel
-def test_compile_fullgraph():
-    x, bias, residual, dy = inputs((6, 9), torch.float32)
-
-    def step(x, bias, residual):
-        place = {"full_shape": (12, 9), "offset": (6, 0)}
-        return bias_dropout_add(x * 2, bias, residual, 0.5, rng_state=rng("cpu"), **place) * 3
-
-    expected = run(step, x, bias, residual, dy)
-    actual = run(torch.compile(step, fullgraph=True, backend="aot_eager"), x, bias, residual, dy)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-    # The state that nobody gave is drawn in the graph: anew in each call, and again for the same seed.
-    compiled = torch.compile(lambda x: bias_dropout_add(x, None, x, 0.5), fullgraph=True, backend="aot_eager")
+def test_a_state_that_nobody_gave_is_drawn_in_the_graph():
+    """Anew in each call, and again for the same seed."""
+    x = inputs((6, 9), torch.float32)[0]
+    place = {"full_shape": (12, 9), "offset": (6, 0)}
+    compiled = torch.compile(lambda x: bias_dropout_add(x, None, x, 0.5, **place), fullgraph=True, backend="aot_eager")
     torch.manual_seed(1)
     first, second = compiled(x), compiled(x)
     torch.manual_seed(1)
     assert torch.equal(compiled(x), first) and not torch.equal(first, second)
-
-
-@pytest.mark.cpu_kernel
-def test_fake_tensors():
-    with torch._subclasses.FakeTensorMode():
-        x = torch.empty(4, 6, dtype=torch.bfloat16, requires_grad=True)
-        bias, residual = torch.empty(6, requires_grad=True), torch.empty(4, 6, requires_grad=True)
-        y = bias_dropout_add(x, bias, residual)
-        y.sum().backward()
-        assert y.dtype == torch.float32 and x.grad.dtype == torch.bfloat16 and bias.grad.shape == (6,)
 
 
 def test_bad_arguments(device):

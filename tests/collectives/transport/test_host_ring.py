@@ -88,13 +88,14 @@ def slow(rank, ranks):
     group = dist.new_group(timeout=timedelta(seconds=3.0))
     meet(group)
     assert is_shared(group, torch.empty(0))
+    store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        time.sleep(6.0)
+        store.wait(["rank 0 has given up"])
         return None
-    try:
+    with pytest.raises(RuntimeError) as caught:
         start_all_reduce_(torch.ones(4), group).wait()
-    except RuntimeError as error:
-        return str(error)
+    store.set("rank 0 has given up", "1")
+    return str(caught.value)
 
 
 def test_a_rank_that_does_not_come():
