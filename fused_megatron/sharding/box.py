@@ -68,9 +68,14 @@ class Box:
         return math.prod(self.shape)
 
     def lies_in(self, full_shape: Sequence[int]) -> bool:
-        return len(self.offset) == len(self.shape) == len(full_shape) and all(
-            o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(self.offset, self.shape, full_shape, strict=True)
-        )
+        """Whether all of its elements are in the full tensor; of none this is true, wherever they would begin."""
+        if (
+            not len(self.offset) == len(self.shape) == len(full_shape)
+            or min((*self.offset, *self.shape), default=0) < 0
+        ):
+            return False
+        ends = zip(self.offset, self.shape, full_shape, strict=True)
+        return 0 in self.shape or all(start + size <= full for start, size, full in ends)
 
     def intersect(self, other: Box) -> Box | None:
         """What both cover; None where that is nothing."""

@@ -25,7 +25,7 @@ _COMMANDS = ("train", "generate", "convert")
 _LOOK_S = 0.05
 # After one rank failed: for the others to find out and say what they know; then for SIGTERM to end them.
 _GRACE_S = 10.0
-_SIGTERM_S = 30.0
+_SIGTERM_S = 10.0
 
 
 def launch(words: Sequence[str]) -> int:

@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError
+from fused_megatron.hugging_face import load_model
+from fused_megatron.sharding import full_tensor
 from fused_megatron.testing import run_on_ranks
 
 SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 48}
@@ -136,3 +138,34 @@ def test_one_rank(tmp_path):
     fm.load_pretrained_shards(model, tmp_path / "gpt2")
     original = hf.GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2")
     assert all(torch.equal(v, original.state_dict()[k]) for k, v in fm.full_state_dict(model).items())
+
+
+def padding_only(rank, world_size, folder):
+    """Of 2 words a rank the last ones hold none that exists."""
+    mesh, ids = fm.init_mesh(tensor_parallel_size=world_size), torch.arange(5).view(1, 5)
+    for name, (kind, _, _) in MODELS.items():
+        original = kind.from_pretrained(folder / name).eval()
+        model = fm.load_pretrained_shards(fm.parallelize(on_meta(folder, name), mesh), folder / name)
+        whole = fm.full_state_dict(model)
+        assert all(torch.equal(whole[key], value) for key, value in original.state_dict().items()), name
+        fm.load_full_state_dict(model, {key: value + 1 for key, value in whole.items()})
+        again = fm.full_state_dict(model)
+        assert all(torch.equal(again[key], value + 1) for key, value in whole.items()), name
+        fm.load_full_state_dict(model, whole)
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
+        model(ids, labels=ids).loss.backward()
+    # Ours pads to 128 words: three of four ranks hold none.
+    ours = load_model(folder / "gpt2", tp_group=mesh.tp_group)
+    alone = dict(load_model(folder / "gpt2").named_parameters())
+    for key, parameter in ours.named_parameters():
+        full = full_tensor(parameter, parameter, mesh.tp_group)
+        assert torch.equal(full, full_tensor(alone[key], alone[key], None)), key
+
+
+def test_ranks_that_hold_only_padding_of_a_vocabulary(tmp_path):
+    for name, (kind, config, more) in MODELS.items():
+        few = SMALL | {"vocab_size": 5}
+        few = few if name != "gpt2" else {k: v for k, v in few.items() if k[:3] not in ("max", "int")}
+        torch.manual_seed(0)
+        kind(config(**few, **more)).save_pretrained(tmp_path / name)
+    run_on_ranks(padding_only, 4, tmp_path, timeout_s=100)

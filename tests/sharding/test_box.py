@@ -68,6 +68,9 @@ def test_boxes_of_no_dims_and_outside():
     assert cover_problem((0, 3), []) is None
     assert not Box((-1,), (2,)).lies_in((4,))
     assert not Box((0, 0), (1, 1)).lies_in((4,))
+    # Of a rank that holds nothing.
+    assert Box((64, 0), (0, 4)).lies_in((33, 4)) and not Box((64, 0), (1, 4)).lies_in((33, 4))
+    assert not Box((-1, 0), (0, 4)).lies_in((33, 4)) and Box((), ()).lies_in(())
     assert TensorBox.whole(torch.zeros(2, 3)).box == Box((0, 0), (2, 3))
 
 

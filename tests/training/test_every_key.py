@@ -1,0 +1,386 @@
+"""Start here when a key of the config changes nothing, or something else than it says; a new key needs a row here."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from fused_megatron.assembly.assemble import Assembly, assemble
+from fused_megatron.assembly.build import build_mesh, build_stages, stage_spans
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.config import (
+    BERTConfig,
+    DataConfig,
+    GPTConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+)
+from fused_megatron.data.training_data import TrainingData, open_training_data
+from fused_megatron.mesh import init_mesh
+from fused_megatron.models import BatchPosition, new_model
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.training import trainer as trainer_module
+from fused_megatron.training.progress import Reporter
+from fused_megatron.training.trainer import Trainer
+
+SECTIONS: dict[str, Any] = {
+    "model": GPTConfig,
+    "bert": BERTConfig,
+    "parallel": ParallelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "training": TrainingConfig,
+}
+BASE: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_len": 12, "vocab_size": 300},
+    "parallel": {},
+    "data": {"tokenizer_vocab_size": 280, "validation_fraction": 0.1},
+    "optimizer": {"warmup_steps": 1, "lr": 1e-2},
+    "training": {
+        "num_steps": 4,
+        "global_batch_size": 4,
+        "microbatch_size": 2,
+        "eval_interval": 2,
+        "eval_batches": 1,
+        "log_interval": 2,
+        "checkpoint_interval": 2,
+        "replica_check_interval": 0,
+    },
+}
+
+
+def config_of(folder: Path, changes: dict[str, Any]) -> TrainConfig:
+    """BASE with changes by "section.key"; a key of "bert" makes the model one."""
+    fields = {name: dict(section) for name, section in BASE.items()}
+    kind: Any = GPTConfig
+    for name, value in {"data.path": folder / "text", "data.cache_folder": folder / "cache", **changes}.items():
+        section, key = name.split(".")
+        kind = BERTConfig if section == "bert" or value == "bert" else kind
+        fields["model" if section == "bert" else section][key] = str(value) if isinstance(value, Path) else value
+    return TrainConfig(
+        kind(**fields["model"]),
+        ParallelConfig(**fields["parallel"]),
+        DataConfig(**fields["data"]),
+        OptimizerConfig(**fields["optimizer"]),
+        TrainingConfig(**fields["training"]),
+    )
+
+
+@dataclasses.dataclass
+class Tried:
+    """A config, and what comes of it, made when it is asked for."""
+
+    config: TrainConfig
+    folder: Path
+    _result: tuple[Trainer, list[dict[str, Any]]] | None = None
+
+    def data(self) -> TrainingData:
+        return open_training_data(self.config, lambda *_: None)
+
+    def assembly(self) -> Assembly:
+        mesh, plan = init_mesh(), plan_pipeline(self.config)
+        return assemble(self.config, mesh, plan, build_stages(self.config, mesh, plan, torch.device("cpu")))
+
+    def trained(self) -> tuple[Trainer, list[dict[str, Any]]]:
+        """After the last step, with the records of its run; trained once."""
+        if self._result is not None:
+            return self._result
+        run = RunFolder(self.folder / "run")
+        run.create()
+        if self.config.training.tensorboard:
+            run.open_tensorboard(0)
+        trainer = Trainer(self.assembly(), self.data(), run, Reporter(True, self.config.training.log_interval))
+        trainer.run()
+        self._result = trainer, run.read_metrics()
+        return self._result
+
+    def curve(self, *names: str) -> list[Any]:
+        return [record[name] for record in self.trained()[1] for name in names if name in record]
+
+    def model(self) -> Any:
+        return new_model(self.config.model, seed=self.config.training.seed)
+
+    def loss(self) -> float:
+        """Of the model on fixed tokens, in training mode."""
+        tokens = torch.arange(2 * 12).view(2, 12) % 300
+        model = self.model()
+        with torch.no_grad():
+            for parameter in model.parameters():  # norms and biases, too, must not be what they start as
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+        return model(tokens, tokens, position=BatchPosition(0, 0, 2)).detach().double().sum().item()
+
+    def saved_bytes(self) -> int:
+        """What backward keeps."""
+        kept = []
+        tokens = torch.arange(2 * 12).view(2, 12)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+            self.model()(tokens, tokens).sum()
+        return sum(kept)
+
+    def shapes(self) -> dict[str, Any]:
+        return {name: tuple(p.shape) for name, p in self.model().named_parameters()}
+
+
+class Row(NamedTuple):
+    """What a key does.
+
+    Attributes:
+        value: another one than in BASE.
+        seen: where that shows.
+        wanted: what is seen then; CHANGED: another thing than with BASE and `also`.
+        also: what else must be set for the key to do anything.
+    """
+
+    value: Any
+    seen: Callable[[Tried], Any]
+    wanted: Any
+    also: Mapping[str, Any] = MappingProxyType({})
+
+
+CHANGED = object()
+
+
+def adamw(name: str) -> Callable[[Tried], Any]:
+    return lambda tried: tried.assembly().optimizer._adamw.param_groups[0][name]
+
+
+def steps_of(name: str) -> Callable[[Tried], Any]:
+    return lambda tried: [record["step"] for record in tried.trained()[1] if name in record]
+
+
+def checkpoints(tried: Tried) -> list[str]:
+    tried.trained()
+    return sorted(path.name for path in (tried.folder / "run" / "checkpoints").iterdir())
+
+
+def first_rows(tried: Tried) -> Any:
+    return tried.data().training_batch(0, 4, 0, 1).inputs.tolist()
+
+
+def everything_of_seed(tried: Tried) -> Any:
+    """Weights, order of the data, dropout: each must differ, so each is compared as a whole."""
+    torch.manual_seed(0)
+    weights = [p.sum().item() for p in tried.assembly().parameters.values() if p.dim() > 1]
+    dropped = tried.model().dropout_states.tolist()
+    return {"weights": weights, "order": first_rows(tried), "dropout": dropped}
+
+
+def replica_checks(tried: Tried) -> list[int]:
+    """The steps before which replicas were compared."""
+    found: list[int] = []
+    original = trainer_module.find_drift
+    trainer_module.find_drift = lambda parameters, *groups: found.append(1) or original(parameters, *groups)
+    try:
+        tried.trained()
+    finally:
+        trainer_module.find_drift = original
+    return found
+
+
+LOSS = (Tried.loss, CHANGED)
+SHAPES = (Tried.shapes, CHANGED)
+ROTARY = {"model.position": "rotary"}
+LLAMA3 = ROTARY | {
+    "model.rotary_scaling": "llama3",
+    "model.rotary_scaling_factor": 2.0,
+    "model.rotary_original_seq_len": 8,
+}
+YARN = LLAMA3 | {"model.rotary_scaling": "yarn"}
+ROWS: dict[str, Row] = {
+    "model.family": Row("bert", lambda tried: type(tried.model()).__name__, "BERT"),
+    "model.num_layers": Row(3, lambda tried: len(tried.model().blocks), 3),
+    "model.hidden_size": Row(32, *SHAPES),
+    "model.num_heads": Row(2, *LOSS),
+    "model.head_dim": Row(8, *SHAPES),
+    "model.seq_len": Row(10, lambda tried: tried.data().training_batch(0, 4, 0, 1).inputs.shape[1], 10),
+    "model.ffn_hidden_size": Row(24, *SHAPES),
+    "model.vocab_size": Row(600, *SHAPES),
+    "model.tied_embeddings": Row(False, *SHAPES),
+    "model.layer_norm_eps": Row(1.0, *LOSS),
+    "model.init_std": Row(0.1, lambda tried: round(tried.model().token_embedding.weight[:300].std().item(), 2), 0.1),
+    "model.pad_vocab_size_to_multiple_of": Row(7, lambda tried: tried.model().token_embedding.weight.shape[0], 301),
+    "model.activation": Row("gelu_exact", *LOSS),
+    "model.normalization": Row("rms_norm", *LOSS),
+    "model.position": Row("rotary", *SHAPES),
+    "model.rotary_base": Row(100.0, *LOSS, ROTARY),
+    "model.rotary_fraction": Row(0.5, *LOSS, ROTARY),
+    "model.rotary_scaling": Row("linear", *LOSS, ROTARY | {"model.rotary_scaling_factor": 2.0}),
+    "model.rotary_scaling_factor": Row(3.0, *LOSS, ROTARY | {"model.rotary_scaling": "linear"}),
+    "model.rotary_original_seq_len": Row(2, *LOSS, LLAMA3),
+    "model.rotary_slow_turns": Row(0.01, *LOSS, LLAMA3),
+    "model.rotary_fast_turns": Row(1.1, *LOSS, LLAMA3),
+    "model.rotary_attention_factor": Row(2.0, *LOSS, YARN),
+    "model.num_kv_heads": Row(2, *SHAPES),
+    "model.linear_biases": Row(False, *SHAPES),
+    "model.qkv_bias": Row(False, *SHAPES),
+    "model.query_key_norm": Row(True, *SHAPES),
+    "model.sliding_window": Row(3, *LOSS),
+    "model.hidden_dropout": Row(0.3, *LOSS),
+    "model.attention_dropout": Row(0.3, *LOSS),
+    "model.embedding_dropout": Row(0.3, *LOSS),
+    "model.recompute": Row("full", Tried.saved_bytes, CHANGED),
+    "bert.num_token_types": Row(3, *SHAPES),
+    "bert.post_norm": Row(True, *SHAPES),
+    "bert.masked_lm_head": Row(False, *SHAPES),
+    "bert.next_sentence_head": Row(True, *SHAPES),
+    "data.path": Row(Path("other"), lambda tried: tried.data().description, CHANGED),
+    "data.cache_folder": Row(Path("elsewhere"), lambda tried: str(tried.data().training.dataset.path_prefix), CHANGED),
+    "data.tokenizer_vocab_size": Row(290, lambda tried: tried.data().tokenizer.vocab_size, 290),
+    "data.tokenizer_path": Row(Path("tokenizer.json"), lambda tried: tried.data().tokenizer.vocab_size, 270),
+    "data.validation_fraction": Row(0.3, lambda tried: tried.data().training.samples_per_epoch, CHANGED),
+    "data.mask_fraction": Row(0.5, lambda tried: tried.data().targets_per_sample, 5, {"model.family": "bert"}),
+    "optimizer.lr": Row(2e-2, lambda tried: tried.curve("lr")[0], 2e-2),
+    "optimizer.min_lr": Row(1e-3, lambda tried: tried.curve("lr")[-1], 1e-3),
+    "optimizer.warmup_steps": Row(2, lambda tried: tried.curve("lr")[0], 5e-3),
+    "optimizer.beta1": Row(0.7, adamw("betas"), (0.7, 0.95)),
+    "optimizer.beta2": Row(0.7, adamw("betas"), (0.9, 0.7)),
+    "optimizer.eps": Row(1e-3, adamw("eps"), 1e-3),
+    "optimizer.weight_decay": Row(0.5, adamw("weight_decay"), 0.5),
+    "optimizer.clip_norm": Row(1e-3, lambda tried: tried.curve("loss")[2], CHANGED),
+    "training.num_steps": Row(3, steps_of("loss"), [1, 2, 3]),
+    "training.global_batch_size": Row(6, lambda tried: tried.trained()[0].progress.samples_consumed, 24),
+    "training.microbatch_size": Row(1, lambda tried: tried.assembly().executor.schedule.num_microbatches, 4),
+    "training.dtype": Row(
+        "bfloat16", lambda tried: next(iter(tried.assembly().parameters.values())).dtype, torch.bfloat16
+    ),
+    "training.seed": Row(5, everything_of_seed, CHANGED, {"model.hidden_dropout": 0.1}),
+    "training.eval_interval": Row(3, steps_of("validation_loss"), [3, 4]),
+    "training.eval_batches": Row(2, lambda tried: tried.curve("validation_tokens")[0], 2 * 4 * 12),
+    "training.checkpoint_interval": Row(
+        3, checkpoints, ["step-000003", "step-000004"], {"training.keep_checkpoints": 9}
+    ),
+    "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
+    "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
+    "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
+}
+# Where they are tested: keys that show on several ranks, on the terminal or in the files of a command only.
+ELSEWHERE = {
+    **dict.fromkeys(
+        [f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"
+    ),
+    "training.run_folder": "test_lines_and_folders",
+    "training.log_interval": "test_lines_and_folders",
+    "training.tensorboard": "test_lines_and_folders",
+}
+
+
+def test_every_key_has_a_row() -> None:
+    inherited = {field.name for field in dataclasses.fields(GPTConfig)}
+    keys = {
+        f"{section}.{field.name}"
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+        if section != "bert" or field.name not in inherited
+    }
+    assert keys == {*ROWS, *ELSEWHERE}
+    assert not {*ROWS} & {*ELSEWHERE}
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == {*SECTIONS} - {"bert"}
+    assert all(name in globals() for name in ELSEWHERE.values())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    for name, word in (("text", "one"), ("other", "two")):
+        (folder / name).mkdir()
+        pages = [f"Page {i}: " + " ".join(f"{word} {i * j % 17} more" for j in range(30)) for i in range(40)]
+        (folder / name / "pages.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unchanged(folder: Path) -> Callable[[dict[str, Any]], Tried]:
+    """BASE with what else must be set, tried once for all keys."""
+    tried: dict[str, Tried] = {}
+
+    def get(also: dict[str, Any]) -> Tried:
+        return tried.setdefault(repr(also), Tried(config_of(folder, also), folder / f"run-{len(tried)}"))
+
+    return get
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_key(key: str, folder: Path, tmp_path: Path, unchanged: Callable[[dict[str, Any]], Tried]) -> None:
+    row = ROWS[key]
+    value = folder / row.value if isinstance(row.value, Path) else row.value
+    if key == "data.tokenizer_path":
+        made = Tried(config_of(folder, {"data.tokenizer_vocab_size": 270}), tmp_path).data()
+        value = Path(str(made.tokenizer_path))
+    also = dict(row.also) | ({"bert.num_token_types": 2} if key.startswith("bert.") else {})
+    before, after = row.seen(unchanged(also)), row.seen(Tried(config_of(folder, {**also, key: value}), tmp_path))
+    if row.wanted is CHANGED:
+        wanted = before if isinstance(before, dict) else {"": before}
+        found = after if isinstance(after, dict) else {"": after}
+        # Of a dict of shapes something differs; of what follows from a seed everything.
+        differs = [wanted.get(name) != found.get(name) for name in {*wanted, *found}]
+        assert all(differs) if key == "training.seed" else any(differs)
+    else:
+        assert after == pytest.approx(row.wanted) if isinstance(row.wanted, float) else after == row.wanted
+        assert before != after
+
+
+def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """What each key of the layout changes, on four ranks."""
+
+    def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
+        config = config_of(folder, {f"parallel.{name}": value for name, value in changes.items()})
+        return config, build_mesh(config), plan_pipeline(config)
+
+    found: dict[str, Any] = {}
+    for name in ("tensor", "pipeline", "data"):
+        sizes = {} if name != "data" else {"tensor_parallel_size": 2}
+        _, mesh, _ = made(**sizes, **{f"{name}_parallel_size": 2})
+        found[f"{name}_parallel_size"] = mesh.tp_size, mesh.pp_size, mesh.dp_size
+    changes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
+    found["stages_per_rank"] = made(**changes, stages_per_rank=1)[2].num_stages
+    config, _, plan = made(**changes, schedule="gpipe", pipeline_cut=(2, 0))
+    found["schedule"] = plan.schedule(2).name
+    found["pipeline_cut"] = [len(range(span.start, span.stop)) for span in stage_spans(config, plan)]
+    for key, value in (("sequence_parallel", True), ("overlap", 2)):
+        config, mesh, plan = made(tensor_parallel_size=4, **{key: value})
+        stages = build_stages(config, mesh, plan, torch.device("cpu"))
+        found[key] = getattr(next(iter(stages.stages.values())).layout, key)
+    config, mesh, plan = made(**changes, timeout_s=7.0)
+    assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
+    found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
+    return found
+
+
+def test_keys_of_the_layout(folder: Path) -> None:
+    expected = {
+        "tensor_parallel_size": (2, 1, 2),
+        "pipeline_parallel_size": (1, 2, 2),
+        "data_parallel_size": (2, 1, 2),
+        "stages_per_rank": 2,
+        "schedule": "gpipe",
+        "pipeline_cut": [2, 0],
+        "sequence_parallel": True,
+        "overlap": 2,
+        "timeout_s": 7.0,
+    }
+    assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}
+    for found in run_on_ranks(layout_facts, 4, folder, timeout_s=100):
+        assert found == expected
+
+
+def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fused_megatron.config.config_file import with_run_folder  # noqa: PLC0415 - this test only
+
+    for interval, lines in ((2, ["step 2/4", "step 4/4"]), (3, ["step 3/4", "step 4/4"])):
+        Tried(config_of(folder, {"training.log_interval": interval}), tmp_path / f"{interval}").trained()
+        printed = capsys.readouterr().out.splitlines()
+        assert [line.split("  ")[0] for line in printed if line.startswith("step") and "loss " in line[:18]] == lines
+    given = config_of(folder, {"training.run_folder": "some/where"})
+    assert with_run_folder(given, Path("my.toml")).training.run_folder == "some/where"
+    assert with_run_folder(config_of(folder, {}), Path("my.toml")).training.run_folder == "runs/my"
+    pytest.importorskip("tensorboard")
+    Tried(config_of(folder, {"training.tensorboard": True}), tmp_path / "board").trained()
+    assert list((tmp_path / "board" / "run" / "tensorboard").iterdir())
