@@ -46,6 +46,10 @@ KINDS = ("all_reduce", "all_gather", "all_to_all")
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
+class LostPeerError(RuntimeError):
+    """Another rank is gone, or did not come in time."""
+
+
 class Collective(NamedTuple):
     """What the ranks of a group must agree on.
 
@@ -180,7 +184,8 @@ class HostRing:
         """Take it, once every rank has written it.
 
         Raises:
-            RuntimeError: as begin; ranks disagree on this piece or one before it; a rank is gone or silent.
+            RuntimeError: as begin; ranks disagree on this piece or one before it.
+            LostPeerError: a rank is gone or silent.
         """
         self._check_caller()
         if piece.taken:
@@ -266,7 +271,7 @@ class HostRing:
                 return
             if wanted in self._gone or waited_s >= self._timeout_s:
                 why = "is gone" if wanted in self._gone else f"did not come within {self._timeout_s:g} s"
-                raise RuntimeError(f"rank {self.global_ranks[wanted]} {why}, in a collective through shared memory")
+                raise LostPeerError(f"rank {self.global_ranks[wanted]} {why}, in a collective through shared memory")
 
     def _read(self, other: int) -> None:
         try:

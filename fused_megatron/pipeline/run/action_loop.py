@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fused_megatron.checks import SharedError, check
+from fused_megatron.collectives.transport.host_ring import LostPeerError
 from fused_megatron.pipeline.run.faults import PeerLost, print_fault
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute, first_gradient
@@ -146,7 +147,7 @@ class ActionLoop:
                     observe(action, start, time.perf_counter())
                 messages.retire()
             except BaseException as error:
-                if not isinstance(error, PeerLost) and not isinstance(error, SharedError):
+                if not isinstance(error, PeerLost | LostPeerError | SharedError):
                     print_fault(self._schedule, self._rank, action, error)
                 raise
         self.at = None

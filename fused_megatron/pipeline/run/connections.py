@@ -126,8 +126,8 @@ class Connections:
         here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
         if rank < 0:
-            return PipelineError(f"pipeline: another rank is gone ({text}); {here}", -1)
-        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone ({text})"
+            return PipelineError(f"pipeline: another rank is gone or silent ({text}); {here}", -1)
+        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone or silent ({text})"
         return PipelineError(f"pipeline: {what}; {here}", rank, where)
 
     def _dead_peer(self) -> int:

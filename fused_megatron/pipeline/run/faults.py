@@ -1,8 +1,10 @@
 """Faults of a pipeline: what went wrong on which rank, so that every rank can say it."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from fused_megatron.checks import first_line
 from fused_megatron.pipeline.schedule.action import Action, Schedule
 
 _KEY = "fault"
+_PATIENCE_S = 1.0
 
 
 class PipelineError(RuntimeError):
@@ -60,23 +63,37 @@ class FaultRecord:
         return self._store is not None
 
     def write(self, rank: int, action: str | None, text: str) -> None:
-        """Unless another rank was first. A store that is gone (with the rank that kept it) is no further fault."""
-        if self._store is not None:
-            try:
-                self._store.compare_set(_KEY, "", json.dumps([rank, action, text]))
-            except Exception:  # the first fault is what the user must see
-                self._store = None
+        """Unless another rank was first. A store that is gone or silent is no further fault."""
+        self._asked(lambda store: store.compare_set(_KEY, "", json.dumps([rank, action, text])))
 
     def read(self) -> tuple[int, str | None, str] | None:
         """(rank, action, what happened) of the first fault."""
-        if self._store is not None:
-            try:
-                if self._store.check([_KEY]):
-                    rank, action, text = json.loads(self._store.get(_KEY))
-                    return rank, action, text
-            except Exception:  # as above
-                self._store = None
-        return None
+        found = self._asked(lambda store: store.get(_KEY) if store.check([_KEY]) else None)
+        if found is None:
+            return None
+        rank, action, text = json.loads(found)
+        return rank, action, text
+
+    def _asked(self, ask: Callable[[dist.Store], bytes | None]) -> bytes | None:
+        """What the store answers. None where it is gone or silent, as the rank that kept it may be: never asked again.
+
+        A store's calls wait without end for a keeper that is stopped, so a thread makes them.
+        """
+        store, answers = self._store, []
+        if store is None:
+            return None
+
+        def call() -> None:
+            with contextlib.suppress(Exception):  # the first fault is what the user must see
+                answers.append(ask(store))
+
+        thread = threading.Thread(target=call, daemon=True, name="pipeline-fault")
+        thread.start()
+        thread.join(_PATIENCE_S)
+        if not answers:
+            self._store = None
+            return None
+        return answers[0]
 
 
 def marked_grid(schedule: Schedule, rank: int, action: Action, around: int = 6) -> str:

@@ -139,7 +139,7 @@ def test_killed_rank_is_named_by_all_others(tmp_path, victim, at):
         seen, named, text = json.loads((tmp_path / str(rank)).read_text())
         assert seen - died < 1
         assert named == victim
-        assert f"rank {victim} is gone" in text
+        assert f"rank {victim} is gone or silent" in text
 
 
 def give_bad_input(rank, world_size):
