@@ -11,11 +11,11 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
-from fused_megatron.checks import InputError, SharedError, SharedInputError, found_on_every_rank
+from fused_megatron.checks import InputError, SharedError, SharedInputError
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -32,6 +32,9 @@ commands:
 Several machines: torchrun .. -m fused_megatron train CONFIG.toml ..."""
 
 T = TypeVar("T")
+
+# The other ranks may still be importing.
+_TOLD_WITHIN_S = 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,7 +112,7 @@ def _train(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml", words)
         return 0
-    with found_on_every_rank():
+    with _told_to_all_ranks():
         if not words or words[0].startswith("-"):
             raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
         config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
@@ -196,8 +199,25 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
     if any(word in ("-h", "--help") for word in words):
         print_arguments(target, program)
         return None
-    with found_on_every_rank() if on_ranks else contextlib.nullcontext():
+    with _told_to_all_ranks() if on_ranks else contextlib.nullcontext():
         return parse_arguments(target, words, source=program)
+
+
+@contextlib.contextmanager
+def _told_to_all_ranks() -> Iterator[None]:
+    """Around what a rank reads of its words and files: an InputError is raised on every rank that was launched."""
+    from fused_megatron.training.scheduler import take_places  # noqa: PLC0415
+
+    take_places()
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        from fused_megatron.training.launch import launched  # noqa: PLC0415
+
+        with launched(_TOLD_WITHIN_S, error):
+            raise AssertionError("launched raises what it was given") from error
 
 
 def _is_expected(error: RuntimeError) -> bool:

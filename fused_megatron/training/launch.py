@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checkpoint.errors import SharedCheckpointError
-from fused_megatron.checks import SharedInputError
+from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.collectives.together import build_together
 from fused_megatron.training.launcher import store_of_the_launcher
 
@@ -28,13 +28,19 @@ class Launch:
 
 
 @contextmanager
-def launched(timeout_s: float) -> Iterator[Launch]:
+def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[Launch]:
     """Join the process group that the launcher's environment names: NCCL on GPUs, gloo on CPUs; alone without one.
 
     A process group that is already there is used, and left open.
 
     Args:
         timeout_s: a collective that waits longer for another rank raises on this one.
+        refused: why this rank cannot run what it was asked to.
+
+    Raises:
+        SharedInputError: on every rank, where one was given `refused`.
+
+    Communication: two all-gathers of a few bytes.
     """
     found = dist.is_initialized()
     rank = dist.get_rank() if found else int(os.environ.get("RANK", "0"))
@@ -54,6 +60,12 @@ def launched(timeout_s: float) -> Iterator[Launch]:
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),
         )
+
+    def accepted() -> None:
+        if refused is not None:
+            raise refused
+
+    on_every_rank(accepted)
     yield Launch(rank, world_size, device)
     # Only after success: tearing a group down after a lost peer can wait for that peer.
     if world_size > 1 and not found:
