@@ -3,7 +3,6 @@
 Read by plain reads and not through a memory map, whose pages count as the process's own as long as the file is open.
 """
 
-import json
 import math
 import os
 import struct
@@ -11,9 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.untrusted_files import (
+    MOST_ELEMENTS,
+    MOST_JSON_BYTES,
+    Shape,
+    Size,
+    convert,
+    open_plain_file,
+    parse_json,
+    read_bounded,
+)
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -81,7 +91,7 @@ class StoredWeight:
             return tensor
         data = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
-            with open(self.path, "rb", buffering=0) as file:
+            with open(open_plain_file(self.path), "rb", buffering=0) as file:
                 file.seek(self.start + first * len(data) // (stop - first))
                 while len(data):
                     count = file.readinto(data[:BLOCK_BYTES])
@@ -147,14 +157,17 @@ class WeightFiles:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         left = math.prod(a.shape) * a.dtype.itemsize
-        with open(a.path, "rb") as file, open(b.path, "rb") as other_file:
-            file.seek(a.start)
-            other_file.seek(b.start)
-            while left:
-                size = min(left, BLOCK_BYTES)
-                if file.read(size) != other_file.read(size):
-                    return False
-                left -= size
+        try:
+            with open(open_plain_file(a.path), "rb") as file, open(open_plain_file(b.path), "rb") as other_file:
+                file.seek(a.start)
+                other_file.seek(b.start)
+                while left:
+                    size = min(left, BLOCK_BYTES)
+                    if file.read(size) != other_file.read(size):
+                        return False
+                    left -= size
+        except OSError as error:
+            raise InputError(f"{self.folder}: tensors {one!r} and {other!r} cannot be read: {error.strerror}") from None
         return True
 
 
@@ -165,13 +178,13 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: the file is absent, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = read_bounded(path, MOST_JSON_BYTES)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no JSON ({error}): {_COPY_AGAIN}") from None
-    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
-    return dict(value)
+    try:
+        return parse_json(content, dict[str, Any])
+    except InputError as error:
+        raise InputError(f"{path}: {error}: {_COPY_AGAIN}") from None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -181,6 +194,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         # A plain name: nothing outside the folder is ever opened.
         plain = isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
+        plain = plain and file.isprintable()
         check(plain, f"{path}: tensor {name!r}: {file!r} must be the name of a .safetensors file beside it")
         check(
             (path.parent / file).is_file(),
@@ -192,7 +206,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     """Every tensor of a file, in the order of its bytes."""
     try:
-        with open(path, "rb") as file:
+        with open(open_plain_file(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -202,18 +216,18 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
                 f"{path}: {size} bytes that hold no whole safetensors header: cut short, or another format "
                 f"({_COPY_AGAIN})",
             )
-            header = json.loads(file.read(length))
+            content = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: its safetensors header is no JSON: damaged ({_COPY_AGAIN})") from None
-    check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({_COPY_AGAIN})")
+    try:
+        header = parse_json(content, dict[str, Any])
+    except InputError as error:
+        raise InputError(f"{path}: its safetensors header: {error}: damaged ({_COPY_AGAIN})") from None
     header.pop("__metadata__", None)
-    found = [(*_checked_offsets(path, name, item), name, item) for name, item in header.items()]
+    found = [(name, _checked_entry(path, name, item)) for name, item in header.items()]
     end, stored = 0, []
-    for begin, stop, name, item in sorted(found, key=lambda one: one[:3]):
+    for name, entry in sorted(found, key=lambda one: (one[1].data_offsets, one[0])):
+        begin, stop = entry.data_offsets
         check(
             begin == end, f"{path}: tensor {name!r}: its data_offsets leave a gap or overlap: damaged ({_COPY_AGAIN})"
         )
@@ -223,9 +237,7 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
             f"({_COPY_AGAIN})",
         )
         end = stop
-        stored.append(
-            (name, StoredWeight(path, name, _DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + begin))
-        )
+        stored.append((name, StoredWeight(path, name, _DTYPES[entry.dtype], entry.shape, 8 + length + begin)))
     check(
         8 + length + end == size,
         f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({_COPY_AGAIN})",
@@ -233,20 +245,31 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     return stored
 
 
-def _checked_offsets(path: Path, name: str, item: Any) -> tuple[int, int]:
-    """(begin, end) of a tensor's bytes after the header, which must be those of its dtype and shape."""
+class _Entry(msgspec.Struct):
+    dtype: str
+    shape: Shape
+    data_offsets: tuple[Size, Size]
+
+
+def _checked_entry(path: Path, name: str, item: Any) -> _Entry:
+    """A tensor's entry in the header, whose bytes must be as many as its dtype and shape have."""
     try:
-        dtype, shape, (begin, stop) = item["dtype"], item["shape"], item["data_offsets"]
-        sizes = [*shape, begin, stop]
-        good = all(type(n) is int and 0 <= n < 1 << 60 for n in sizes)
-    except (TypeError, KeyError, ValueError):
-        good = False
-    check(good, f"{path}: tensor {name!r}: its entry in the header is malformed: damaged ({_COPY_AGAIN})")
+        entry = convert(item, _Entry)
+    except InputError as error:
+        raise InputError(
+            f"{path}: tensor {name!r}: its entry in the header is malformed ({error}): damaged ({_COPY_AGAIN})"
+        ) from None
+    dtype, shape, (begin, stop) = entry.dtype, entry.shape, entry.data_offsets
     check(dtype in _DTYPES, f"{path}: tensor {name!r}: dtype {dtype!r:.40} is not known (known: {', '.join(_DTYPES)})")
+    # An empty tensor's other sizes count too: torch multiplies them for its strides.
+    check(
+        math.prod(n or 1 for n in shape) <= MOST_ELEMENTS,
+        f"{path}: tensor {name!r}: shape {shape} is beyond any tensor: damaged ({_COPY_AGAIN})",
+    )
     num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
     check(
         stop - begin == num_bytes,
-        f"{path}: tensor {name!r}: {stop - begin} bytes, but {dtype} of shape {tuple(shape)} has {num_bytes}: damaged "
+        f"{path}: tensor {name!r}: {stop - begin} bytes, but {dtype} of shape {shape} has {num_bytes}: damaged "
         f"({_COPY_AGAIN})",
     )
-    return begin, stop
+    return entry

@@ -24,6 +24,7 @@ LAYERS = [
     {"collectives", "mesh"},
     {"ops", "observe"},
     {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
+    {"untrusted_files"},
     {"checks"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}

@@ -176,7 +176,8 @@ def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
     for c in comparisons:
         for name, known in c.breakdown.items():
             whole = sum(known.values())
-            cells = [f"{_number(1e3 * known[p])} ({known[p] / whole:.0%})" if p in known else "-" for p in parts]
+            shares = {part: seconds / whole if whole else 0.0 for part, seconds in known.items()}
+            cells = [f"{_number(1e3 * known[p])} ({shares[p]:.0%})" if p in known else "-" for p in parts]
             rows.append([f"{c.op} {c.label}", c.dtype, name, *cells, _number(1e3 * whole)])
     return markdown(["case", "dtype", "provider", *(f"{part} ms" for part in parts), "sum ms"], rows)
 

@@ -13,8 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 
 from fused_megatron.benchmarking.exact_results import (
@@ -30,6 +31,15 @@ from fused_megatron.benchmarking.timing_devices import TimingDevice, copy_step, 
 from fused_megatron.checks import dtype_name, first_line
 from fused_megatron.observe.arithmetic import count_flops
 from fused_megatron.observe.traffic import Traffic, measure_traffic
+from fused_megatron.untrusted_files import ShownText as Text
+from fused_megatron.untrusted_files import Size
+
+# What is read back from files of anybody lies within these bounds, so that no ratio of it overflows.
+Seconds = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
+Part = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Bar = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
+Flops = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=10**15)]
 
 OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 
@@ -47,11 +57,11 @@ class Bars:
     """What is promised: at least so many times faster (than eager, compile, or the best of all others), at most so
     many times the bound, at most so much memory."""
 
-    eager: float | None = None
-    compile: float | None = None
-    bound: float | None = None
-    memory: float | None = None
-    best: float | None = None
+    eager: Bar | None = None
+    compile: Bar | None = None
+    bound: Bar | None = None
+    memory: Bar | None = None
+    best: Bar | None = None
 
 
 @dataclass(frozen=True)
@@ -131,23 +141,23 @@ class Comparison:
     "compute", "communication" (exposed: nothing ran beside it), "bubble", "optimizer".
     """
 
-    op: str
-    label: str
-    dtype: str
-    num_bytes: int | None
+    op: Text
+    label: Text
+    dtype: Text
+    num_bytes: Size | None
     bars: Bars
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    faults: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    peak_bytes: dict[str, int] = field(default_factory=dict)
-    traffic: dict[str, Traffic] = field(default_factory=dict)
-    default_malloc_ms: dict[str, float] = field(default_factory=dict)
-    ranks: int = 1
-    tokens: int | None = None
-    model_flops: int | None = None
-    hardware_flops: int | None = None
-    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
-    forward_seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[Text, list[Seconds]] = field(default_factory=dict)
+    faults: dict[Text, Text] = field(default_factory=dict)
+    notes: dict[Text, Text] = field(default_factory=dict)
+    peak_bytes: dict[Text, Size] = field(default_factory=dict)
+    traffic: dict[Text, Traffic] = field(default_factory=dict)
+    default_malloc_ms: dict[Text, Part] = field(default_factory=dict)
+    ranks: Count = 1
+    tokens: Count | None = None
+    model_flops: Flops | None = None
+    hardware_flops: Flops | None = None
+    breakdown: dict[Text, dict[Text, Part]] = field(default_factory=dict)
+    forward_seconds: dict[Text, list[Seconds]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -5,19 +5,20 @@ import hashlib
 import json
 import math
 import os
-import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 
 from fused_megatron.checkpoint.errors import CheckpointError, read_error
 from fused_megatron.checkpoint.shard_file import Entry, file_bytes, open_regular_file
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.sharding.box import Box, cover_problem
+from fused_megatron.untrusted_files import MOST_ELEMENTS, Shape, Size, convert, parse_json
 from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
 MANIFEST_NAME = "manifest.json"
@@ -26,11 +27,43 @@ FORMAT_VERSION = 1
 RANK_TENSOR_PREFIX = "rank_tensors/"
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
-_FILE_NAME = re.compile(r"rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors")
 _DIGEST_START = b'{"sha256": "'
 _NO_DIGEST = b"0" * 64
 _MAX_BYTES = 1 << 30  # a manifest needs some 300 bytes a shard: this is far beyond any model
-_MAX_ELEMENTS = 1 << 60
+
+
+class _BoxRecord(msgspec.Struct):
+    # A plain name, and ours: nothing outside the folder is ever opened.
+    file: Annotated[str, msgspec.Meta(pattern=r"^rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors\Z")]
+    offset: Shape
+    shape: Shape
+    crc32: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}\Z")]
+
+
+class _TensorRecord(msgspec.Struct):
+    dtype: str
+    shape: Shape
+    boxes: list[_BoxRecord]
+
+
+class _FileRecord(msgspec.Struct):
+    bytes: Size
+
+
+class _Version(msgspec.Struct):
+    version: Any
+
+
+class _Document(msgspec.Struct):
+    """The JSON of a manifest."""
+
+    format: Literal["fused_megatron checkpoint"]
+    step: Size
+    world_size: Size
+    files: dict[str, _FileRecord]
+    tensors: dict[str, _TensorRecord]
+    rank_tensors: dict[Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,8})\Z")], dict[str, _TensorRecord]]
+    state: dict[str, Any]
 
 
 def file_name(rank: int, world_size: int) -> str:
@@ -146,23 +179,29 @@ def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
         raise CheckpointError(f"{path}: no such checkpoint folder") from None
     except OSError as error:
         raise read_error(path, error) from error
-    with open(open_regular_file(location), "rb") as file:
-        try:
-            text = file.read(_MAX_BYTES + 1)
-        except OSError as error:
-            raise read_error(location, error) from error
+    text = _read(location)
     start, stop = len(_DIGEST_START), len(_DIGEST_START) + len(_NO_DIGEST)
-    if not text.startswith(_DIGEST_START) or len(text) > _MAX_BYTES:
-        raise CheckpointError(f"{location}: not a manifest of a checkpoint of fused_megatron, or damaged")
     expected = hashlib.sha256(_DIGEST_START + _NO_DIGEST + text[stop:]).hexdigest()
     if text[start:stop] != expected.encode():
         raise CheckpointError(f"{location}: damaged: its sha256 is not the one that it states")
     try:
-        return _parse(json.loads(text, parse_constant=_refuse_constant)), expected
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        return _parse(text), expected
+    except ValueError as error:
         # A good digest around a bad document: made by hand, or by another version of this library.
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise CheckpointError(f"{location}: malformed: {reason}") from error
+        raise CheckpointError(f"{location}: malformed: {error}") from error
+
+
+def _read(location: Path) -> bytes:
+    """The content, of which no more than its beginning is read where that or the size is wrong."""
+    with open(open_regular_file(location), "rb") as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            text = file.read(len(_DIGEST_START))
+            if text == _DIGEST_START and size <= _MAX_BYTES:
+                return text + file.read(_MAX_BYTES)
+        except OSError as error:
+            raise read_error(location, error) from error
+    raise CheckpointError(f"{location}: not a manifest of a checkpoint of fused_megatron, or damaged")
 
 
 def check_json_state(value: Any, where: str = "state") -> None:
@@ -195,62 +234,43 @@ def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
     return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "boxes": boxes}
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
 
 
-def _size(value: Any, name: str) -> int:
-    _require(type(value) is int and 0 <= value <= _MAX_ELEMENTS, f"{name}={value!r:.40} must be a size")
-    return int(value)
-
-
-def _sizes(values: Iterable[Any], name: str) -> tuple[int, ...]:
-    _require(type(values) is list, f"{name} must be a list")
-    return tuple(_size(value, name) for value in values)
-
-
-def _parse(document: Any) -> Manifest:
-    _require(isinstance(document, dict), "not a JSON object")
-    version = document["version"]
+def _parse(text: bytes) -> Manifest:
+    document = parse_json(text, dict[str, Any])
+    version = convert(document, _Version).version
     if version != FORMAT_VERSION:
         raise ValueError(
             f"format version {version!r:.20}, this library reads {FORMAT_VERSION} (another release wrote it)"
         )
-    world_size = _size(document["world_size"], "world_size")
-    tensors = {name: _parse_tensor(name, item) for name, item in document["tensors"].items()}
+    record = convert(document, _Document)
+    tensors = {name: _parse_tensor(name, item) for name, item in record.tensors.items()}
     rank_tensors = {}
-    for rank_text, items in document["rank_tensors"].items():
+    for rank_text, items in record.rank_tensors.items():
         rank = int(rank_text)
-        _require(0 <= rank < world_size, f"rank_tensors: rank {rank} of {world_size}")
+        _require(rank < record.world_size, f"rank_tensors: rank {rank} of {record.world_size}")
         rank_tensors[rank] = {name: _parse_tensor(name, item) for name, item in items.items()}
         for name, tensor in rank_tensors[rank].items():
             _require(len(tensor.boxes) == 1 and tensor.boxes[0].box.shape == tensor.shape, f"{name!r}: one box wanted")
-    _require(isinstance(document["state"], dict), "state must be an object")
-    manifest = Manifest(_size(document["step"], "step"), world_size, tensors, rank_tensors, document["state"])
-    stated = {name: _size(item["bytes"], "bytes") for name, item in document["files"].items()}
+    manifest = Manifest(record.step, record.world_size, tensors, rank_tensors, record.state)
+    stated = {name: item.bytes for name, item in record.files.items()}
     computed = {name: file_bytes(manifest.entries(name), manifest.step) for name in manifest.files}
     _require(stated == computed, "files do not have the sizes of their tensors")
     return manifest
 
 
-def _parse_tensor(name: str, item: Any) -> StoredTensor:
-    _require(item["dtype"] in _DTYPES, f"tensor {name!r}: unknown dtype {item['dtype']!r:.40}")
-    shape = _sizes(item["shape"], "shape")
-    _require(len(shape) <= 64 and math.prod(shape) <= _MAX_ELEMENTS, f"tensor {name!r}: shape out of bounds")
+def _parse_tensor(name: str, item: _TensorRecord) -> StoredTensor:
+    _require(item.dtype in _DTYPES, f"tensor {name!r}: unknown dtype {item.dtype!r:.40}")
+    # An empty tensor's other sizes count too: torch multiplies them for its strides.
+    _require(math.prod(n or 1 for n in item.shape) <= MOST_ELEMENTS, f"tensor {name!r}: shape out of bounds")
     boxes = []
-    for stored in item["boxes"]:
-        file, crc32 = stored["file"], stored["crc32"]
-        # A plain name, and ours: nothing outside the folder is ever opened.
-        _require(type(file) is str and _FILE_NAME.fullmatch(file) is not None, f"tensor {name!r}: file {file!r:.60}")
-        _require(type(crc32) is str and re.fullmatch("[0-9a-f]{8}", crc32) is not None, f"tensor {name!r}: crc32")
-        box = Box(_sizes(stored["offset"], "offset"), _sizes(stored["shape"], "shape"))
-        _require(box.lies_in(shape), f"tensor {name!r}: box {box} is not inside {shape}")
-        boxes.append(StoredBox(file, box, int(crc32, 16)))
-    if problem := cover_problem(shape, [stored.box for stored in boxes if stored.box.volume]):
+    for stored in item.boxes:
+        box = Box(stored.offset, stored.shape)
+        _require(box.lies_in(item.shape), f"tensor {name!r}: box {box} is not inside {item.shape}")
+        boxes.append(StoredBox(stored.file, box, int(stored.crc32, 16)))
+    if problem := cover_problem(item.shape, [stored.box for stored in boxes if stored.box.volume]):
         raise ValueError(f"tensor {name!r}: {problem}")
-    return StoredTensor(_DTYPES[item["dtype"]], shape, tuple(boxes))
+    return StoredTensor(_DTYPES[item.dtype], item.shape, tuple(boxes))

@@ -13,7 +13,6 @@ the checksums too, which is why nothing in a checkpoint is ever executed.
 import json
 import math
 import os
-import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ import torch
 from fused_megatron.checkpoint.errors import CheckpointError, read_error
 from fused_megatron.durable import new_durable_file, write_all
 from fused_megatron.sharding.box import row_blocks
+from fused_megatron.untrusted_files import open_plain_file
 from fused_megatron.weight_files import BLOCK_BYTES, SAFETENSORS_DTYPES
 
 ConsumeRows = Callable[[int, torch.Tensor], None]
@@ -180,11 +180,6 @@ def open_regular_file(path: Path) -> int:
     UnreadableError where the system does not open it now, and may later.
     """
     try:
-        # O_NONBLOCK: a pipe in the place of a file must not hang the reader before it is refused.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open_plain_file(path, follow_links=False)
     except OSError as error:
         raise read_error(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise CheckpointError(f"{path}: not a plain file")
-    return descriptor

@@ -4,8 +4,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -78,7 +78,8 @@ def build_once(
 
 
 def _build(target: Path, build: Callable[[Path], None]) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    temporary.mkdir()  # as the umask has it, and not for one user as mkdtemp's: a cache may be shared
     try:
         build(temporary)
         sync_folder(temporary)
@@ -98,7 +99,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 def _lock(path: Path, on_wait: Callable[[], None] | None) -> Iterator[bool]:
     """Hold the file's lock; yields False where the file system has none."""
     # Never removed: a process could hold the lock of a file that is gone while another makes a new one.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open_lock(path)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,3 +115,16 @@ def _lock(path: Path, on_wait: Callable[[], None] | None) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    """Descriptor of the lock's file. A link in its place is refused: it would make a file wherever it points."""
+    try:
+        try:
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except PermissionError:  # another user's, which may be locked all the same
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(f"{path}: a link in the place of a lock's file: remove it") from None
+        raise

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import msgspec
 import numpy as np
 
 from fused_megatron.checks import InputError, check
@@ -19,8 +20,10 @@ from fused_megatron.data.text_source import TextSource, path_source, standard_li
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
 from fused_megatron.data.token_digest import SMALL_BYTES, TokenDigest, check_small, digest_path, spread_digest
 from fused_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, text_pieces, train_tokenizer
+from fused_megatron.untrusted_files import MOST_JSON_BYTES, Size, open_plain_file, parse_json, read_bounded
 
 Progress = Callable[[str, int, int], None]
+_T = TypeVar("_T")
 
 # A part of every cache key: raise it when prepared data changes for the same input.
 _FORMAT_VERSION = 1
@@ -30,6 +33,24 @@ _TOKENIZER_PIECE_CHARACTERS = 1 << 16
 # Enough texts at once to keep all cores busy, few enough to keep their encodings small.
 _ENCODE_CHARACTERS = 1 << 21
 _SCAN_TOKENS = 1 << 24
+_READ_BYTES = 1 << 20
+
+
+class _Ids(msgspec.Struct):
+    """What the cache keeps of an indexed dataset."""
+
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
+
+
+class _Text(_Ids):
+    """What the cache keeps of prepared text, beside its files."""
+
+    description: str
+    train_tokens: Size
+    validation_tokens: Size
+    validation_fraction: float
+    fingerprint: str
+    skipped_files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -207,8 +228,8 @@ def _prepare_indexed(
         def build(folder: Path) -> None:
             _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
 
-        manifest = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json"))
-        vocab_size, vocabulary = int(manifest["vocab_size"]), f"the largest token id in {prefix}.bin"
+        ids = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json", _Ids))
+        vocab_size, vocabulary = ids.vocab_size, f"the largest token id in {prefix}.bin"
     return PreparedCorpus(
         description=prefix,
         train_prefix=prefix,
@@ -328,10 +349,9 @@ def _encoded(
 
 
 def _load_text(folder: Path) -> PreparedCorpus | None:
-    manifest = _read_json(folder / "manifest.json")
+    manifest = _read_json(folder / "manifest.json", _Text)
     if manifest is None:
         return None
-    manifest["skipped_files"] = tuple(manifest["skipped_files"])
     prefixes = {name: str(folder / name) for name in ("train", "validation")}
     try:
         for prefix in prefixes.values():
@@ -346,7 +366,7 @@ def _load_text(folder: Path) -> PreparedCorpus | None:
         train_prefix=prefixes["train"],
         validation_prefix=prefixes["validation"],
         tokenizer_path=str(folder / "tokenizer.json"),
-        **manifest,
+        **msgspec.structs.asdict(manifest),
     )
 
 
@@ -356,20 +376,23 @@ def _key(content: list[Any]) -> str:
 
 def _file_digest(path: str | os.PathLike[str]) -> str:
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        found = hashlib.sha256()
+        with open(open_plain_file(Path(path)), "rb") as file:
+            while block := file.read(_READ_BYTES):
+                found.update(block)
+        return found.hexdigest()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, schema: type[_T]) -> _T | None:
     """What is in the file; None where there is none, or a damaged one."""
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return parse_json(read_bounded(path, MOST_JSON_BYTES), schema)
+    except (FileNotFoundError, NotADirectoryError, InputError):
         return None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return content if isinstance(content, dict) else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

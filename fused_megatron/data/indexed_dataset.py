@@ -20,6 +20,8 @@ from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.data.token_digest import Checksums, check_index, digest_path, read_digest, write_digest
+from fused_megatron.observe.free_memory import memory_bytes
+from fused_megatron.untrusted_files import open_plain_file
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -37,6 +39,8 @@ _DTYPE_OF_CODE: dict[int, np.dtype] = {
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items() if dtype.kind in "iu"}
 # Megatron's rule for uint16. (Its margin below 65536 leaves room for tokens added later.)
 _UINT16_VOCAB_LIMIT = 65500
+# The bytes read, the arrays made of them, and what the checks compare them with.
+_INDEX_COPIES = 3
 # A sequence's length is an int32 in the format.
 _MAX_SEQUENCE_LENGTH = 2**31 - 1
 
@@ -73,8 +77,8 @@ class IndexedDataset:
     def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
         self.path_prefix = os.fspath(path_prefix)
         bin_path, idx_path = dataset_files(self.path_prefix)
-        index = _read_file(idx_path)
-        self.dtype, num_sequences, num_indices = _parse_header(idx_path, index)
+        index = _read_index(idx_path)
+        self.dtype, num_sequences, num_indices = _parse_header(idx_path, index, len(index))
         self.sequence_lengths, pointers, self.document_indices, self.sequence_modes = _parse_arrays(
             idx_path, index, num_sequences, num_indices
         )
@@ -253,9 +257,21 @@ def _write_error(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be written ({error.strerror}): choose another folder")
 
 
-def _read_file(path: Path) -> bytes:
+def _read_index(path: Path) -> bytes:
+    """The .idx file, of which no more than the header is read where that or the size is wrong."""
     try:
-        return path.read_bytes()
+        with open(open_plain_file(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(_HEADER.size)
+            _parse_header(path, start, size)
+            # A sparse file costs whoever made it nothing.
+            memory = memory_bytes()[0]
+            check(
+                size * _INDEX_COPIES <= memory or not memory,
+                f"{path}: {size / 1e9:.1f} GB, which take {_INDEX_COPIES} times as much memory, of which there are "
+                f"{memory / 1e9:.1f} GB: divide the dataset",
+            )
+            return start + file.read(size - len(start))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; an indexed dataset is a .bin and an .idx file of one prefix") from None
     except OSError as error:
@@ -268,10 +284,10 @@ def _damaged(path: Path, what: str, expected: object, got: object) -> InputError
     )
 
 
-def _parse_header(path: Path, index: bytes) -> tuple[np.dtype, int, int]:
-    if len(index) < _HEADER.size:
-        raise _damaged(path, "size", f"at least {_HEADER.size} bytes", len(index))
-    magic, version, code, num_sequences, num_indices = _HEADER.unpack_from(index)
+def _parse_header(path: Path, start: bytes, file_size: int) -> tuple[np.dtype, int, int]:
+    if len(start) < _HEADER.size:
+        raise _damaged(path, "size", f"at least {_HEADER.size} bytes", len(start))
+    magic, version, code, num_sequences, num_indices = _HEADER.unpack_from(start)
     if magic != _MAGIC:
         raise _damaged(path, "the first 9 bytes", _MAGIC, magic)
     if version != _VERSION:
@@ -284,9 +300,9 @@ def _parse_header(path: Path, index: bytes) -> tuple[np.dtype, int, int]:
     if num_indices < 1:
         raise _damaged(path, "number of document indices", "at least 1", num_indices)
     size = _HEADER.size + 12 * num_sequences + 8 * num_indices
-    if len(index) not in (size, size + num_sequences):
+    if file_size not in (size, size + num_sequences):
         what = f"size (of {num_sequences} sequences and {num_indices} document indices)"
-        raise _damaged(path, what, f"{size} bytes, or {size + num_sequences} with modes", len(index))
+        raise _damaged(path, what, f"{size} bytes, or {size + num_sequences} with modes", file_size)
     return dtype, num_sequences, num_indices
 
 
@@ -325,7 +341,7 @@ def _check_index(
 
 def _map_tokens(bin_path: Path, idx_path: Path, dtype: np.dtype, total_tokens: int) -> np.ndarray:
     try:
-        size = bin_path.stat().st_size
+        size = bin_path.stat().st_size  # 0 of a pipe
         if size != total_tokens * dtype.itemsize:
             what = f"size ({total_tokens} tokens of {dtype} as {idx_path.name} says)"
             raise _damaged(bin_path, what, f"{total_tokens * dtype.itemsize} bytes", size)

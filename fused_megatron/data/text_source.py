@@ -11,6 +11,9 @@ from fused_megatron.checks import InputError, check
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 
+MOST_LINE_BYTES = 64 << 20
+"""Of a line of .jsonl: beyond any document, and parsed it takes some 9 times as much memory."""
+
 
 @dataclass
 class TextSource:
@@ -120,7 +123,14 @@ def _walk(root: Path, skip: set[str]) -> Iterator[tuple[str, Path]]:
 def _jsonl_documents(path: Path) -> Iterator[str]:
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+            number = 0
+            while line := file.readline(MOST_LINE_BYTES + 1):
+                number += 1
+                check(
+                    len(line) <= MOST_LINE_BYTES,
+                    f"{path}:{number}: a line of more than {MOST_LINE_BYTES} bytes, of which each becomes several of "
+                    f"memory: divide the document into several lines",
+                )
                 line = line.removeprefix(_UTF8_BOM).strip()
                 if line:
                     text = _jsonl_text(f"{path}:{number}", line)
@@ -141,7 +151,8 @@ def _jsonl_text(where: str, line: bytes) -> str:
     except RecursionError:
         raise InputError(f"{where}: JSON nested too deeply; {wanted}") from None
     check(isinstance(record, dict), f"{where}: a JSON {type(record).__name__}; {wanted}")
-    check("text" in record, f"{where}: no field text (fields: {', '.join(sorted(record)) or 'none'}); {wanted}")
+    fields = ", ".join(ascii(name)[1:-1] for name in sorted(record)[:10]) or "none"
+    check("text" in record, f"{where}: no field text (fields: {fields:.200}); {wanted}")
     text = record["text"]
     check(isinstance(text, str), f"{where}: field text holds {type(text).__name__}, not a string")
     try:

@@ -9,9 +9,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from fused_megatron.checks import InputError
+import msgspec
+
+from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
+from fused_megatron.untrusted_files import MOST_JSON_BYTES, Size, parse_json, read_bounded
 
 BLOCK_BYTES = 16 << 20
 """Of the tokens under one checksum: small enough that a message names a place, and that ranks can share the reading."""
@@ -44,6 +48,19 @@ class TokenDigest:
     blocks: tuple[int, ...]
     index: int
     vocab_size: int | None = None
+
+
+_Crc32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}\Z")]
+
+
+class _Record(msgspec.Struct):
+    """The JSON of a digest."""
+
+    bin_bytes: Size
+    block_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+    bin_crc32: list[_Crc32]
+    idx_crc32: _Crc32
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)] | None
 
 
 class Checksums:
@@ -115,24 +132,16 @@ def read_digest(prefix: str | os.PathLike[str]) -> TokenDigest | None:
     """
     path = digest_path(prefix)
     try:
-        content = json.loads(path.read_bytes())
-        vocab_size = content["vocab_size"]
-        digest = TokenDigest(
-            num_bytes=int(content["bin_bytes"]),
-            block_bytes=int(content["block_bytes"]),
-            blocks=tuple(int(checksum, 16) for checksum in content["bin_crc32"]),
-            index=int(content["idx_crc32"], 16),
-            vocab_size=None if vocab_size is None else int(vocab_size),
-        )
-        if digest.block_bytes < 1 or len(digest.blocks) != -(-digest.num_bytes // digest.block_bytes):
-            raise ValueError("not a checksum for each block")
+        content = parse_json(read_bounded(path, MOST_JSON_BYTES), _Record)
+        blocks = tuple(int(checksum, 16) for checksum in content.bin_crc32)
+        check(len(blocks) == -(-content.bin_bytes // content.block_bytes), "not a checksum for each block")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{path}: damaged ({error}): copy it again, or remove it to do without checksums") from error
-    return digest
+    return TokenDigest(content.bin_bytes, content.block_bytes, blocks, int(content.idx_crc32, 16), content.vocab_size)
 
 
 def damaged_blocks(

@@ -1,5 +1,6 @@
 """A byte-level BPE tokenizer: trained with Hugging Face tokenizers, kept as one JSON file."""
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
+from fused_megatron.untrusted_files import read_bounded
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What it is called in tokenizers that others made, the first that is there.
@@ -19,6 +21,10 @@ MASKED_LM_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 MIN_VOCAB_SIZE = 257
 # Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
 _PIECE_CHARACTERS = 1 << 20
+# The largest vocabularies have a quarter of a million entries, and files of some 40 MB; there is a table of all ids.
+_MOST_IDS = 1 << 24
+_MOST_FILE_BYTES = 1 << 30
+_TRIAL = "Some words, 3 of them: caf\u00e9.\n"
 
 
 class Tokenizer:
@@ -124,23 +130,39 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         InputError: no such file, a damaged one, or a tokenizer without a token that ends documents.
     """
     tokenizers = _import_tokenizers()
-    check(Path(path).is_file(), f"{path}: no such tokenizer file")
+    check(Path(path).exists(), f"{path}: no such tokenizer file")
     try:
-        content = Path(path).read_bytes()
+        content = read_bounded(Path(path), _MOST_FILE_BYTES)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
+    wrong = "not a tokenizer file, or a damaged one"
+    with _library_errors(f"{path}: {wrong}", "train or copy it again"):
         backend = tokenizers.Tokenizer.from_buffer(content)
-    except Exception as error:  # the package raises plain Exception
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: not a tokenizer file, or a damaged one ({reason}); train or copy it again"
-        ) from error
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    check(
+        largest < _MOST_IDS,
+        f"{path}: {wrong}: it has the token id {largest}, must be below {_MOST_IDS}; train or copy it again",
+    )
     check(
         any(backend.token_to_id(end) is not None for end in _ENDS_OF_DOCUMENT),
         f"{path}: the tokenizer has no token {' or '.join(_ENDS_OF_DOCUMENT)}, which ends documents",
     )
-    return Tokenizer(backend)
+    # Some faults of a file show when it is used.
+    with _library_errors(f"{path}: {wrong}", "train or copy it again"):
+        tokenizer = Tokenizer(backend)
+        tokenizer.decode(tokenizer.encode_prompt(_TRIAL))
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _library_errors(what: str, way_out: str) -> Iterator[None]:
+    """The errors of the package, plain Exceptions and panics, as an InputError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{what} ({' '.join(str(error).split())[:200]}); {way_out}") from error
 
 
 def _num_bytes(token: str, byte_level: bool) -> int:

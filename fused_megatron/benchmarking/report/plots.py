@@ -25,7 +25,8 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
         InputError: without matplotlib; a folder that cannot be written.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
+        from matplotlib import rc_context  # noqa: PLC0415 - an extra, and slow to import
+        from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
         raise InputError('plots need matplotlib: pip install "matplotlib>=3.8"') from None
     cases = [one for one in results.comparisons if one.seconds.get(OURS)]
@@ -43,16 +44,20 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
     for name, draw, some in drawings:
         if not some:
             continue
-        figure = Figure(figsize=(8.5, 5), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, some)
-        figure.suptitle(f"{results.theme}, {results.hardware}, {results.date}", fontsize=10)
         path = folder / f"{results.theme}_{name}.png"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=120)
-        except OSError as error:
-            raise InputError(f"plots={folder}: {error.strerror or error}") from None
+        # Names in the file are text, whatever dollar signs are in them.
+        with rc_context({"text.parse_math": False}):
+            figure = Figure(figsize=(8.5, 5), layout="constrained")
+            axes = figure.subplots()
+            draw(axes, some)
+            figure.suptitle(f"{results.theme}, {results.hardware}, {results.date}", fontsize=10)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path, dpi=120)
+            except OSError as error:
+                raise InputError(f"plots={folder}: {error.strerror or error}") from None
+            except ValueError:  # more pixels than a picture may have
+                raise InputError(f"plots={folder}: {len(some)} cases are too many for {path.name}") from None
         written.append(path)
     return written
 
@@ -140,7 +145,7 @@ def _roofline(axes: Any, cases: Sequence[Comparison], ceilings: Ceilings) -> Non
     left, right = min(intensities) / 2, max(*intensities, max(roofs.values()) / copy) * 3
     top = max(roofs.values())
     axes.plot([left, top / copy], [left * copy, top], color="black", label=f"copy: {copy:.1f} GB/s")
-    colors = {dtype: _COLORS[i] for i, dtype in enumerate(dtypes)}
+    colors = {dtype: _COLORS[i % len(_COLORS)] for i, dtype in enumerate(dtypes)}
     for dtype, roof in roofs.items():
         style = {"color": colors[dtype], "linestyle": "--", "label": f"matrix product, {dtype}: {roof:.0f} GFLOP/s"}
         axes.plot([roof / copy, right], [roof, roof], **style)

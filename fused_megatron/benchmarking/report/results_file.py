@@ -13,13 +13,30 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fused_megatron.benchmarking.side_by_side import Bars, Comparison
+import msgspec
+
+from fused_megatron.benchmarking.side_by_side import Comparison, Text
 from fused_megatron.checks import InputError
-from fused_megatron.observe.traffic import Traffic
+from fused_megatron.untrusted_files import MOST_JSON_BYTES, convert, parse_json, read_bounded
 
 FORMAT, VERSION = "fused-megatron results", 1
+_MOST_CASES = 10_000
+_MOST_FLOPS = 10**30
+
+
+class _Benchmark(msgspec.Struct):
+    group: str | None
+    extra_info: dict[str, Any]
+
+
+class _PytestBenchmarks(msgspec.Struct):
+    """What is read of a file of pytest-benchmark."""
+
+    machine_info: dict[str, Any]
+    benchmarks: Annotated[list[_Benchmark], msgspec.Meta(max_length=_MOST_CASES)]
+    datetime: str = ""
 
 
 @dataclass
@@ -37,12 +54,13 @@ class Results:
         complete: False where the run was interrupted, or goes on.
     """
 
-    theme: str
-    hardware: str
-    date: str
-    settings: dict[str, str] = field(default_factory=dict)
-    ceilings: dict[str, float] = field(default_factory=dict)
-    comparisons: list[Comparison] = field(default_factory=list)
+    theme: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,39}\Z")]
+    """A part of the names of files."""
+    hardware: Text
+    date: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
+    settings: dict[Text, Text] = field(default_factory=dict)
+    ceilings: dict[Text, Annotated[float, msgspec.Meta(ge=1e-6, le=1e15)]] = field(default_factory=dict)
+    comparisons: Annotated[list[Comparison], msgspec.Meta(max_length=_MOST_CASES)] = field(default_factory=list)
     complete: bool = False
 
     @property
@@ -76,11 +94,13 @@ def read_results(path: Path) -> Results:
         InputError: no such file, no JSON, no results, results of another version.
     """
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        content = read_bounded(path, MOST_JSON_BYTES)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror} (make bench writes results to benchmarks/results)") from None
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON, or cut off ({error})") from None
+    try:
+        whole = parse_json(content, object)
+    except InputError as error:
+        raise InputError(f"{path} is {error}") from None
     if not isinstance(whole, dict):
         raise InputError(f"{path} holds no results: its JSON is no object")
     try:
@@ -88,40 +108,69 @@ def read_results(path: Path) -> Results:
             return _from_ours(whole, path)
         if isinstance(whole.get("benchmarks"), list):
             return _from_pytest_benchmark(whole, path)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged: {type(error).__name__} {error}") from None
-    raise InputError(f"{path} holds no results of make bench (format={whole.get('format')!r})")
+    except _DamagedError as error:
+        raise InputError(f"{path} is damaged: {error} (copy it again, or measure again: make bench)") from None
+    raise InputError(f"{path} holds no results of make bench (format={whole.get('format')!r:.40})")
+
+
+class _DamagedError(ValueError):
+    """What is wrong with the fields of a file."""
 
 
 def _from_ours(whole: dict[str, Any], path: Path) -> Results:
     version = whole.get("version")
     if version != VERSION:
         raise InputError(
-            f"{path} has version={version} of the results' format; this release reads {VERSION} (measure again: make "
-            "bench, or read it with the release that wrote it)"
+            f"{path} has version={version!r:.20} of the results' format; this release reads {VERSION} (measure again: "
+            "make bench, or read it with the release that wrote it)"
         )
-    names = [f.name for f in dataclasses.fields(Results) if f.name not in ("comparisons", "ceilings")]
-    comparisons = [_comparison(record) for record in whole["comparisons"]]
-    ceilings = whole.get("ceilings", {})  # files of the first release have none
-    return Results(**{name: whole[name] for name in names}, ceilings=ceilings, comparisons=comparisons)
+    return _checked({f.name: whole[f.name] for f in dataclasses.fields(Results) if f.name in whole})
 
 
 def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
-    machine = whole["machine_info"]
+    try:
+        file = convert(whole, _PytestBenchmarks)
+    except InputError as error:
+        raise _DamagedError(str(error)) from None
     comparisons = []
-    for benchmark in whole["benchmarks"]:
-        info = benchmark["extra_info"]
+    for benchmark in file.benchmarks:
+        info = benchmark.extra_info
         if "seconds" not in info:  # the cost of a call has its own table at the end of the run
             continue
-        op, _, dtype = benchmark["group"].rpartition(" ")
-        comparisons.append(_comparison({**info, "op": op, "dtype": dtype, "bars": {}}))
+        op, _, dtype = (benchmark.group or "").rpartition(" ")
+        comparisons.append({**info, "op": op, "dtype": dtype, "bars": {}})
     if not comparisons:
         raise InputError(f"{path} holds no comparisons: pytest-benchmark wrote it for other benchmarks than ours")
-    settings = {"python": str(machine.get("python_version", "?"))}
-    hardware = str((machine.get("cpu") or {}).get("brand_raw") or machine.get("machine", "?"))
-    return Results("ops", hardware, str(whole["datetime"])[:10], settings, comparisons=comparisons, complete=True)
+    cpu = file.machine_info.get("cpu")
+    hardware = cpu.get("brand_raw") if isinstance(cpu, dict) else None
+    return _checked(
+        {
+            "theme": "ops",
+            "hardware": str(hardware or file.machine_info.get("machine", "?")),
+            "date": file.datetime[:10],
+            "settings": {"python": str(file.machine_info.get("python_version", "?"))},
+            "comparisons": comparisons,
+            "complete": True,
+        }
+    )
+
+
+def _checked(whole: dict[str, Any]) -> Results:
+    """The results of these fields: types and bounds are those of the dataclasses."""
+    try:
+        results = convert(whole, Results)
+    except InputError as error:
+        raise _DamagedError(str(error)) from None
+    missing = {"settings", "comparisons", "complete"} - whole.keys()
+    if missing or not all("seconds" in record for record in whole["comparisons"]):
+        raise _DamagedError(f"{min(missing, default='seconds')} must be there")
+    for comparison in results.comparisons:
+        if max(comparison.model_flops or 0, comparison.hardware_flops or 0) > _MOST_FLOPS:
+            raise _DamagedError(f"FLOPs must be {_MOST_FLOPS:.0e} at most")
+        for name, seconds in comparison.forward_seconds.items():
+            if comparison.seconds.get(name) and len(seconds) not in (0, len(comparison.seconds[name])):
+                raise _DamagedError(f"forward_seconds of {name!r} must be as many as its seconds")
+    return results
 
 
 def _record(comparison: Comparison) -> dict[str, Any]:
@@ -132,13 +181,3 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     return {key: _plain(one) for key, one in value.items()} if isinstance(value, Mapping) else value
-
-
-def _comparison(record: Mapping[str, Any]) -> Comparison:
-    known = {f.name for f in dataclasses.fields(Comparison)}
-    values = {name: value for name, value in record.items() if name in known}
-    values["bars"] = Bars(**values["bars"])
-    values["traffic"] = {name: Traffic(**traffic) for name, traffic in values.get("traffic", {}).items()}
-    if not all(isinstance(s, float) and s > 0 for seconds in values["seconds"].values() for s in seconds):
-        raise ValueError("seconds must be numbers above 0")
-    return Comparison(**values)

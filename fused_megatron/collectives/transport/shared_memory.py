@@ -4,6 +4,7 @@ Every rank makes memory without a name, of which nothing can stay behind, and ha
 Unix sockets; these stay open, for the messages of the rings.
 """
 
+import contextlib
 import mmap
 import os
 import socket
@@ -28,12 +29,16 @@ def map_rings(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: floa
     """
     rank, size = group.rank(), group.size()
     ring: HostRing | None = None
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, socket.socket(socket.AF_UNIX) as listener:
-        path = os.path.join(folder, "s")  # only this user may look in there
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        path = ""
         try:
+            # Only this user may look in there; it may be gone before this rank is done.
+            folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
+            path = os.path.join(stack.enter_context(folder), "s")
             listener.bind(path)
             listener.listen(size)
-        except OSError:  # a path too long, a file system without sockets
+        except OSError:  # no folder for temporary files, a path too long, a file system without sockets
             wanted = False
         place = f"{socket.gethostname()}\n{path}" if wanted and size <= _MOST_RANKS else ""
         places = [line.split("\n") for line in _tell(group, place)]
