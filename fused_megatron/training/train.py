@@ -55,7 +55,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     plan = plan_pipeline(config)
     request = StopRequest() if stop is None else stop
     with launched(config.parallel.timeout_s) as launch:
-        presence = Presence()
+        presence = Presence(config.parallel.timeout_s)
         try:
             finished = _train(config, plan, run_path, launch, request)
         except TrainingError:
@@ -65,6 +65,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
             if explained is error:
                 raise
             raise explained from error
+        presence.close()
     if stop is None:
         request.end()
     return finished
