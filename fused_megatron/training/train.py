@@ -27,6 +27,7 @@ from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
+from fused_megatron.training.room import check_room
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
@@ -84,7 +85,9 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-        model = build_stages(dataclasses.replace(config, model=model_config), mesh, plan, launch.device)
+        whole = dataclasses.replace(config, model=model_config)
+        check_room(whole, mesh, launch.device, data.content["vocabulary_source"])
+        model = build_stages(whole, mesh, plan, launch.device)
         trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
         _resume(trainer, model_config)
         _introduce(trainer)
