@@ -1,4 +1,4 @@
-"""A checkpoint and the run that goes on from it: what differs between them, and weights of another dtype."""
+"""Differences between a checkpoint and the run that goes on from it, and its weights in another dtype."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int)
     now = learning_rate(step, config.training.num_steps, config.optimizer)
     if before == now:
         return None
-    return f"the learning rate of step {step + 1} is {now:.3g}; by the checkpoint's settings it were {before:.3g}"
+    return f"the learning rate of step {step + 1} is {now:.3g}; with the checkpoint's settings it would be {before:.3g}"
 
 
 def _shown(value: Any) -> str:

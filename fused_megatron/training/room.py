@@ -1,4 +1,4 @@
-"""Whether a model fits the memory that there is, said before any of it is made."""
+"""The memory that a model needs, compared with what is free before any of it is made."""
 
 import socket
 from collections import defaultdict

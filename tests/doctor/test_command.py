@@ -80,7 +80,7 @@ def test_no_dependency_at_all() -> None:
 
 def test_bad_words_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--jsn"]) == 2
-    assert "unknown option --jsn (options: --json)" in capsys.readouterr().err
+    assert "unknown option --jsn (options: --json, --data PREFIX)" in capsys.readouterr().err
     assert cli.main(["doctor", "--help"]) == 0
     assert "--json" in capsys.readouterr().out
 
