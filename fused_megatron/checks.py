@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # commands that touch no tensor start without torch
@@ -19,6 +20,15 @@ class InputError(ValueError):
 
 class SharedInputError(SharedError, InputError):
     """An InputError that every rank raises."""
+
+
+@contextlib.contextmanager
+def found_on_every_rank() -> Iterator[None]:
+    """Around checks that every rank makes of the same words or the same config: their InputError is shared."""
+    try:
+        yield
+    except InputError as error:
+        raise SharedInputError(str(error)) from error
 
 
 def check(condition: bool, message: str) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
-from fused_megatron.checks import InputError, SharedError, SharedInputError
+from fused_megatron.checks import InputError, SharedError, SharedInputError, found_on_every_rank
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -110,23 +110,21 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
     from fused_megatron.training.presence import LostRankError  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
-    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+    from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
     if any(word in ("-h", "--help") for word in words):
         print_help("fused-megatron train CONFIG.toml", words)
         return 0
-    try:
+    with found_on_every_rank():
         if not words or words[0].startswith("-"):
             raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
         config = with_run_folder(load_config(Path(words[0]), words[1:]), Path(words[0]))
-    except InputError as error:
-        raise SharedInputError(str(error)) from None  # every rank finds it by itself
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         finished = train(config, run.path, stop)
     except RuntimeError as error:
         known = isinstance(error, LostRankError) or LOST_RANK.search(str(error))
-        if isinstance(error, NonFiniteError) or not (known and "RANK" in os.environ):
+        if isinstance(error, TrainingError) or not (known and "RANK" in os.environ):
             raise
         reason = " ".join(str(error).split())[:200]
         found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
@@ -204,20 +202,18 @@ def _parsed(target: type[T], command: str, words: Sequence[str], on_ranks: bool 
     if any(word in ("-h", "--help") for word in words):
         print_arguments(target, program)
         return None
-    try:
+    with found_on_every_rank() if on_ranks else contextlib.nullcontext():
         return parse_arguments(target, words, source=program)
-    except InputError as error:
-        raise (SharedInputError(str(error)) if on_ranks else error) from None
 
 
 def _is_expected(error: RuntimeError) -> bool:
     """Whether the error is for the user: its line says all."""
     from fused_megatron.checkpoint import CheckpointError  # noqa: PLC0415
-    from fused_megatron.training.trainer import NonFiniteError  # noqa: PLC0415
+    from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
     # What may stand behind a CheckpointError; anything else is a bug.
     causes = InputError | CheckpointError | OSError | RuntimeError | None
-    return isinstance(error, (NonFiniteError, CheckpointError)) and isinstance(error.__cause__, causes)
+    return isinstance(error, (TrainingError, CheckpointError)) and isinstance(error.__cause__, causes)
 
 
 def _fail(error: BaseException, code: int) -> int:

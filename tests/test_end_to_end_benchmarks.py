@@ -59,7 +59,7 @@ LAYOUTS = ("tp=2", "tp=2 + sp", "pp=2 interleaved_1f1b m=8", "dp=2 m=2", "one pr
 
 
 @pytest.mark.parametrize(
-    "layouts", [(*LAYOUTS[:2], LAYOUTS[4]), pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["some", "all"]
+    "layouts", [(LAYOUTS[4],), pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["one process", "all"]
 )
 def test_layouts_beside_torch(layouts, tmp_path):
     """Ours and torch's ways train as plain torch does; tokens, FLOPs, ranks and where the time went are written down.
@@ -72,17 +72,14 @@ def test_layouts_beside_torch(layouts, tmp_path):
     code, output = run("end_to_end.py", "--layouts", *layouts, "--results", results, path=tmp_path)
     assert code == 0, output
     found = read_results(results)
-    assert found.complete and found.theme == "end_to_end" and found.ceilings["gemm_gflop_per_s float32, 2 ranks"] > 0
+    assert found.complete and found.theme == "end_to_end"
     by_label = {c.label: c for c in found.comparisons}
     assert list(by_label) == [*layouts, "one process, against plain torch"]
-    assert re.fullmatch(r"failed: rank \d died with exit code 3", by_label["tp=2"].faults["megatron-core"])
-    assert by_label["tp=2 + sp"].faults == {"megatron-core": "failed: RuntimeError: made to fail"}
     wrong = by_label["one process"].faults["Hugging Face GPT-2"]
     assert (
         re.fullmatch(r"wrong: losses [\d. ]+, not [\d. ]+; not timed", wrong)
         and f"\nHugging Face GPT-2: {wrong}" in output
     )
-    assert set(by_label["tp=2"].seconds) == {"ours", "DTensor", "DTensor, loss_parallel"}
     for comparison in found.comparisons:
         assert all(len(seconds) == 2 for seconds in comparison.seconds.values())
         assert set(comparison.peak_bytes) == set(comparison.breakdown) == set(comparison.seconds)
@@ -92,6 +89,10 @@ def test_layouts_beside_torch(layouts, tmp_path):
         assert comparison.tokens and comparison.hardware_flops == comparison.model_flops > 0
     if layouts != LAYOUTS:
         return
+    assert found.ceilings["gemm_gflop_per_s float32, 2 ranks"] > 0
+    assert re.fullmatch(r"failed: rank \d died with exit code 3", by_label["tp=2"].faults["megatron-core"])
+    assert by_label["tp=2 + sp"].faults == {"megatron-core": "failed: RuntimeError: made to fail"}
+    assert set(by_label["tp=2"].seconds) == {"ours", "DTensor", "DTensor, loss_parallel"}
     assert set(by_label["dp=2 m=2"].seconds) == {"ours", "DDP", "FSDP2", "FSDP2, gathered once a step"}
     pipeline = by_label["pp=2 interleaved_1f1b m=8"]
     assert pipeline.tokens == 8 * 16 and pipeline.breakdown["ours"]["bubble"] > 0

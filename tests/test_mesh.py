@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fused_megatron import mesh as mesh_module
 from fused_megatron.checks import InputError
 from fused_megatron.mesh import AXES, coordinates, init_mesh
-from fused_megatron.testing import run_on_ranks
+from fused_megatron.testing import run_cases_on_ranks, run_on_ranks
 
 
 def where_am_i(rank, world_size, sizes):
@@ -42,24 +42,23 @@ def refused(rank, world_size, sizes):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "sizes", "shape"),
+    ("world_size", "shapes"),
     [
-        (1, (), (1, 1, 1)),
-        (3, (3,), (1, 1, 3)),
-        (4, (2,), (1, 2, 2)),
-        (4, (1, 4), (4, 1, 1)),
-        (4, (), (1, 4, 1)),
-        (6, (3, 2, 1), (2, 1, 3)),
-        (8, (2, 2), (2, 2, 2)),
+        (1, {(): (1, 1, 1)}),
+        (3, {(3,): (1, 1, 3)}),
+        (4, {(2,): (1, 2, 2), (1, 4): (4, 1, 1), (): (1, 4, 1)}),
+        (6, {(3, 2, 1): (2, 1, 3)}),
+        (8, {(2, 2): (2, 2, 2)}),
     ],
 )
-def test_grid(world_size, sizes, shape):
-    pp, dp, tp = shape
-    grid = torch.arange(world_size).view(pp, dp, tp)
-    for rank, (place, members) in enumerate(run_on_ranks(where_am_i, world_size, sizes)):
-        p, d, t = place
-        assert grid[p, d, t] == rank
-        assert members == {"pp": grid[:, d, t].tolist(), "dp": grid[p, :, t].tolist(), "tp": grid[p, d].tolist()}
+def test_grid(world_size, shapes):
+    found = run_cases_on_ranks(where_am_i, world_size, [(sizes,) for sizes in shapes])
+    for (pp, dp, tp), by_rank in zip(shapes.values(), found, strict=True):
+        grid = torch.arange(world_size).view(pp, dp, tp)
+        for rank, (place, members) in enumerate(by_rank):
+            p, d, t = place
+            assert grid[p, d, t] == rank
+            assert members == {"pp": grid[:, d, t].tolist(), "dp": grid[p, :, t].tolist(), "tp": grid[p, d].tolist()}
 
 
 def test_rank_order():
@@ -123,25 +122,19 @@ def refused_by_name(rank, world_size, sizes):
     return str(info.value)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        (
-            (2, 1, 2),
-            "tensor_parallel_size=2 x pipeline_parallel_size=1 x data_parallel_size=2 = 4 must equal the world size 2 "
-            "(start 4 ranks: torchrun --nproc-per-node 4; or data_parallel_size=1)",
-        ),
-        (
-            (3,),
-            "tensor_parallel_size=3 x pipeline_parallel_size=1 x data_parallel_size=1 = 3 must equal the world size 2 "
-            "(start 3 ranks: torchrun --nproc-per-node 3)",
-        ),
-        ((0,), "tensor_parallel_size=0 must be at least 1"),
-        ((1, -1), "pipeline_parallel_size=-1 must be at least 1"),
-    ],
-)
-def test_wrong_sizes(sizes, message):
-    assert run_on_ranks(refused, 2, sizes) == [message, message]
+WRONG_SIZES = {
+    (2, 1, 2): "tensor_parallel_size=2 x pipeline_parallel_size=1 x data_parallel_size=2 = 4 must equal the world size "
+    "2 (start 4 ranks: torchrun --nproc-per-node 4; or data_parallel_size=1)",
+    (3,): "tensor_parallel_size=3 x pipeline_parallel_size=1 x data_parallel_size=1 = 3 must equal the world size "
+    "2 (start 3 ranks: torchrun --nproc-per-node 3)",
+    (0,): "tensor_parallel_size=0 must be at least 1",
+    (1, -1): "pipeline_parallel_size=-1 must be at least 1",
+}
+
+
+def test_wrong_sizes():
+    found = run_cases_on_ranks(refused, 2, [(sizes,) for sizes in WRONG_SIZES])
+    assert found == [[message, message] for message in WRONG_SIZES.values()]
 
 
 def test_one_process_without_process_group(monkeypatch):

@@ -75,36 +75,31 @@ def node(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 MEASURED = ("one", "sequence", "pipeline", "replicas")
 
 
-@pytest.mark.parametrize(
-    "measured", [MEASURED[:2], pytest.param(MEASURED, marks=pytest.mark.slow)], ids=["some", "all"]
-)
-def test_figures_faults_and_ctrl_c(
-    measured: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    presets = {name: parallel for name, parallel in PARALLEL.items() if name in measured or name not in MEASURED}
-    for name, parallel in presets.items():
+@pytest.mark.slow  # torchrun is started anew for each fault; test_a_whole_run stays in the fast part
+def test_figures_faults_and_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, parallel in PARALLEL.items():
         text = SMALL.format(hidden_size=HIDDEN_SIZES.get(name, 32), parallel=parallel)
         (tmp_path / f"{name}.toml").write_text(text)
     (tmp_path / "script.py").write_text(SCRIPT.format(benchmarks=str(ROOT / "benchmarks")))
     command = [sys.executable, "script.py", "--ranks", "2", "--quick", "--steps", "3", "--results", "node.json"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--presets", *(f"{name}.toml" for name in presets)],
+        [*command, "--presets", *(f"{name}.toml" for name in PARALLEL)],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert "no GPU here: gloo" in done.stdout, done.stderr
     out_of_memory = "rank 1: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
     assert f"out_of_memory: {out_of_memory}" in done.stdout
     # What was measured before Ctrl-C is there.
-    assert f"interrupted: {len(measured) + 1} of {len(presets)} presets are in node.json" in done.stdout
+    assert f"interrupted: {len(MEASURED) + 1} of {len(PARALLEL)} presets are in node.json" in done.stdout
     assert done.returncode == 130 and "Traceback" not in done.stdout + done.stderr
     path = tmp_path / "node.json"
     results = read_results(path)
     assert not results.complete and results.theme == "node" and results.ceilings["gemm_gflop_per_s float32"] > 0
     found = {comparison.op.removeprefix("GPT "): comparison for comparison in results.comparisons}
-    assert set(found) == {*measured, "out_of_memory"}
+    assert set(found) == {*MEASURED, "out_of_memory"}
     assert found["out_of_memory"].faults == {"ours": out_of_memory}
-    for name in measured:
+    for name in MEASURED:
         comparison = found[name]
         assert len(comparison.seconds["ours"]) == 3 and not comparison.faults, name
         assert comparison.ranks == (1 if name == "one" else 2) and comparison.tokens == 4 * 16

@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.collectives import group_rank
 from fused_megatron.models import StageSpan, TransformerStack
+from fused_megatron.sharding import mark_all_shards
 
 
 class ModelStages(nn.Module):
@@ -47,6 +48,7 @@ class ModelStages(nn.Module):
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """This rank's parameters, each once, by their names in the whole model."""
+        mark_all_shards(self)
         return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
 
     def tied(self) -> list[dict[int, nn.Parameter]]:

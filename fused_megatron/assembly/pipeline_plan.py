@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.config import TrainConfig
 from fused_megatron.models.stage_cut import check_cut
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
@@ -40,10 +40,8 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
         SharedInputError: an unknown or asynchronous schedule, stages that it does not allow, more of them than blocks,
             a cut that does not fit.
     """
-    try:
+    with found_on_every_rank():
         return _plan(config)
-    except InputError as error:
-        raise SharedInputError(str(error)) from error
 
 
 def _plan(config: TrainConfig) -> PipelinePlan:

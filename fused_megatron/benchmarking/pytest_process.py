@@ -3,16 +3,19 @@
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
-def run_tests(paths: list[Path], environment: Mapping[str, str], *, timeout_s: float = 1200.0) -> int:
+def run_tests(
+    paths: list[Path], environment: Mapping[str, str], *, options: Sequence[str] = (), timeout_s: float = 1200.0
+) -> int:
     """Run pytest on files; the number of tests that passed.
 
     Args:
         paths: test files.
         environment: of the process, whole.
+        options: further arguments of pytest.
         timeout_s: after which the process is killed.
 
     Raises:
@@ -21,7 +24,7 @@ def run_tests(paths: list[Path], environment: Mapping[str, str], *, timeout_s: f
     # Only Python's output is captured: what a dying process writes (AddressSanitizer) must come through, after the
     # name of the test that it died in.
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=3", "--capture=sys"]
-    command += ["-p", "no:cacheprovider", "--disable-warnings", *map(str, paths)]
+    command += ["-p", "no:cacheprovider", "--disable-warnings", *options, *map(str, paths)]
     try:
         done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

@@ -32,6 +32,8 @@ class TrainingConfig:
     """Global batches of held-out text a validation reads (fewer if there are fewer)."""
     log_interval: int = 10
     """Steps between lines where the output is no terminal."""
+    replica_check_interval: int = 100
+    """Steps between comparisons of the weights that several ranks hold, by a digest (0: never)."""
     checkpoint_interval: int = 100
     """Steps between checkpoints; the last step always makes one."""
     keep_checkpoints: int = 2
@@ -52,4 +54,7 @@ class TrainingConfig:
             f"dtype={self.dtype!r} must be 'float32' or 'bfloat16'",
         )
         check(self.seed >= 0, f"seed={self.seed} must be 0 or more")
+        check(
+            self.replica_check_interval >= 0, f"replica_check_interval={self.replica_check_interval} must be 0 or more"
+        )
         check(self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
-from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, parallel_group
+from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
 
 _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -38,6 +38,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     Memory: one whole tensor where the model is, and the whole model on the CPU.
     """
     tp_group, transposed = parallel_group(model), is_transposed(model)
+    mark_all_shards(model)
     keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}
@@ -74,6 +75,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
+    mark_all_shards(model)
     entries = model.state_dict(keep_vars=True).items()
     return {name: value for name, value in entries if isinstance(value, torch.Tensor)}
 

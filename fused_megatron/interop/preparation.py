@@ -13,14 +13,16 @@ from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput, refuse_hidden_states
 from fused_megatron.interop.stacks import Stack, find_stacks
+from fused_megatron.interop.summed_parameters import SummedParameters
+from fused_megatron.interop.trial import try_shards
 from fused_megatron.interop.units import (
     Layer,
     Unit,
     check_unit,
     group_units,
-    loose_norm,
     modules_with_own_parameters,
     planned_layers,
+    undecided_parameter,
     width_fault,
 )
 from fused_megatron.interop.vocab_logits import LogitsScope
@@ -46,6 +48,7 @@ class Preparation:
         exchanges: modules that change their class.
         attributes: (module, name, value) that forwards count by.
         retied: (module, parameter name) of a module that keeps a sharded parameter without using it.
+        summed: names of parameters by module whose gradients are summed over the ranks.
         stacks: of layers that will run on blocks of the sequence.
         shared: inputs that several layers have in common, and the module around these.
         scope: where the model's heads have logits in shards.
@@ -63,6 +66,7 @@ class Preparation:
     exchanges: list[Exchange] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     retied: list[tuple[nn.Module, str]] = field(default_factory=list)
+    summed: dict[nn.Module, list[str]] = field(default_factory=dict)
     stacks: list[Stack] = field(default_factory=list)
     shared: list[tuple[nn.Module, SharedInput]] = field(default_factory=list)
     scope: LogitsScope | None = None
@@ -73,6 +77,17 @@ class Preparation:
         self.layers, self.reasons = planned_layers(self.model, self.plan)
         self.units = group_units(self.layers, self.reasons)
         self._block_units()
+        self._divide(ranks)
+        while ranks > 1 and self._fails_in_shards():
+            self._divide(ranks)
+        if sequence_parallel and ranks > 1:
+            self.stacks = find_stacks(self.model, self.units, self.tp_group, set(self.summed))
+        self._make_exchanges()
+        self._connect()
+
+    def _divide(self, ranks: int) -> None:
+        """The parallel layers of the units that are left, and the numbers that change with them."""
+        self.attributes = []
         for unit in self.units:
             if not unit.reason:
                 self.attributes += check_unit(unit, self.model, ranks)
@@ -84,10 +99,21 @@ class Preparation:
                 # Key-value heads that are fewer than ranks are copied: each rank has one.
                 self.attributes.append((module, attribute, max(1, getattr(module, attribute) // ranks)))
         self._close_fast_paths()
-        if sequence_parallel and ranks > 1:
-            self.stacks = find_stacks(self.model, self.units, self.tp_group)
-        self._make_exchanges()
-        self._connect()
+
+    def _fails_in_shards(self) -> bool:
+        """Whether the trial leaves more units whole; else it says whose gradients are summed."""
+        units = [unit for unit in self.units if not unit.reason]
+        findings = try_shards(self.model, units, self.replacements, self.attributes)
+        for unit, reason in findings.faults:
+            unit.reason = unit.reason or reason
+        untried = [unit for unit in units if unit not in findings.tried]
+        for unit in untried:
+            unit.reason = unit.reason or undecided_parameter(unit, self.model, {layer.module for layer in self.layers})
+        self.summed = findings.summed
+        for unit in units:
+            for layer in unit.of("replicated_with_grad_allreduce"):
+                self.summed[layer.module] = list(layer.module._parameters)
+        return any(unit.reason for unit in units)
 
     def _block_units(self) -> None:
         """Leave units whole that would be wrong in shards."""
@@ -98,17 +124,6 @@ class Preparation:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
             unit.reason = unit.reason or width_fault(unit, self.plan.explicit)
-            norm = "" if unit.reason else loose_norm(unit, self.model)
-            if norm:
-                unit.reason = (
-                    f"{norm} would see the heads of one rank alone "
-                    "(give it a style: 'replicated_with_grad_allreduce', or 'replicate' where it does not)"
-                )
-            for layer in unit.of("replicated_with_grad_allreduce"):
-                if not isinstance(find_exchange(layer.name, layer.module), Exchange) and not unit.reason:
-                    unit.reason = (
-                        f"{layer.name} ({type(layer.module).__name__}) is no norm whose gradient can be summed"
-                    )
 
     def _wanted(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
@@ -164,12 +179,7 @@ class Preparation:
 
     def _make_exchanges(self) -> None:
         replaced = {replacement.layer.module for replacement in self.replacements}
-        summed = {
-            layer.module
-            for unit in self.units
-            if not unit.reason
-            for layer in unit.of("replicated_with_grad_allreduce")
-        }
+        summed = set(self.summed)
         for stack in self.stacks:
             in_stack = {module for layer in stack.layers for module in layer.modules()}
             gathered = {module for around in stack.gathering.values() for module in around.modules()}
@@ -180,16 +190,13 @@ class Preparation:
             found = Exchange(name, module, type(module), {}) if type(module) in _SUMMED else find_exchange(name, module)
             needs_sum = module in summed and module._parameters.get("weight") is not None
             if isinstance(found, Exchange):
-                if needs_sum and group_size(self.tp_group) > 1:
-                    if found.drop_in not in _SUMMED:
-                        raise InputError(
-                            f"{name}: the gradient of a {type(module).__name__} cannot be summed over ranks"
-                        )
+                if needs_sum and group_size(self.tp_group) > 1 and found.drop_in in _SUMMED:
+                    self.summed.pop(module, None)
                     attributes = {**found.attributes, "tp_group": self.tp_group, "sequence_parallel": True}
                     found = Exchange(name, module, _SUMMED[found.drop_in], attributes)
                 if found.drop_in is not type(module):
                     self.exchanges.append(found)
-            elif needs_sum:
+            elif needs_sum and module not in self.summed:
                 raise InputError(
                     f"sequence_parallel=True: {name} ({type(module).__name__}) is no norm whose gradient can be summed "
                     "(sequence_parallel=False shards the rest of this model)"
@@ -242,6 +249,8 @@ class Preparation:
                 self.model.get_submodule(parent)._modules[child] = replacement.module
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
+        for module, names in self.summed.items():
+            SummedParameters(names, self.tp_group).install(module)
         for stack in self.stacks:
             stack.install()
         if self.stacks:

@@ -10,7 +10,7 @@ from torch import nn
 from fused_megatron.checks import InputError
 from fused_megatron.interop.agreement import check_agreement
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
-from fused_megatron.sharding import ShardedModule, parallel_group
+from fused_megatron.sharding import mark_all_shards, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
 
 _OTHER_NAMES = " (where transformers renamed tensors, parallelize what its from_pretrained returns)"
@@ -110,9 +110,7 @@ def _materialise(model: nn.Module, device: torch.device) -> list[str]:
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
                 buffers.append(f"{prefix}.{name}".strip("."))
-    for module in model.modules():
-        if isinstance(module, ShardedModule):
-            module.mark_shards()
+    mark_all_shards(model)
     return buffers
 
 

@@ -58,6 +58,8 @@ def make_report(work: Preparation) -> ParallelReport:
             reason = reasons.get(name, "no pattern of the plan names it")
             if module in planned and planned[module].style == "replicate":
                 reason = "whole by the plan"
+            if module in work.summed:
+                reason = "whole, its gradient summed over the ranks"
             left.append(Left(name or type(work.model).__name__, type(module).__name__, reason))
     named = {one.name for one in left}
     left += [

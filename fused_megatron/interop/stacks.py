@@ -40,7 +40,7 @@ class Stack:
             self.region.install_gather(module)
 
 
-def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any) -> list[Stack]:
+def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[nn.Module]) -> list[Stack]:
     """The stacks that sharded units are in, ready for sequence parallelism.
 
     Raises:
@@ -64,7 +64,7 @@ def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any) -> list[Stac
     for stack in stacks.values():
         for unit in stack.units:
             _set_gathering(stack, unit, model)
-        _check(stack, model)
+        _check(stack, model, summed)
     return list(stacks.values())
 
 
@@ -86,8 +86,8 @@ def _set_gathering(stack: Stack, unit: Unit, model: nn.Module) -> None:
     stack.gathering[unit.parent] = parent
 
 
-def _check(stack: Stack, model: nn.Module) -> None:
-    known = {layer.module for unit in stack.units for layer in unit.layers}
+def _check(stack: Stack, model: nn.Module, summed: set[nn.Module]) -> None:
+    known = summed | {layer.module for unit in stack.units for layer in unit.layers}
     for name, module in modules_with_own_parameters(model):
         if not name.startswith(f"{stack.name}." if stack.name else "") or module in known:
             continue

@@ -91,7 +91,7 @@ def obstacle(module: nn.Module, style: str) -> str:
     if any(hasattr(parameter, "placements") for parameter in module.parameters(recurse=False)):
         return "its parameters are DTensors already"
     if style == "replicated_with_grad_allreduce":
-        return "" if list(module._parameters) in (["weight"], ["weight", "bias"]) else f"a {kind} is no norm"
+        return "" if module._parameters else f"a {kind} has no parameters of its own"
     if style in ("embedding_rowwise", "embedding_colwise"):
         scaled = style == "embedding_rowwise" and embedding_scale(module) is not None
         if type(module) is not nn.Embedding and not scaled:
@@ -180,19 +180,24 @@ def width_fault(unit: Unit, explicit: bool) -> str:
     return ""
 
 
-def loose_norm(unit: Unit, model: nn.Module) -> str:
-    """The name of a norm over single heads that the plan does not name, though it would see this rank's heads alone."""
-    columns = unit.of(*COLUMN_STYLES)
-    named = {layer.module for layer in unit.layers}
+def undecided_parameter(unit: Unit, model: nn.Module, planned: set[nn.Module]) -> str:
+    """Why a unit that could not be tried stays whole: a parameter beside it that may stand between its layers.
+
+    There it would see this rank's features only, and its gradient would be a part. What can stand there has the width
+    that is cut, or divides it: a number, a norm of single heads.
+    """
+    columns = [linear_features(layer.module) for layer in unit.of(*COLUMN_STYLES)]
     for name, module in model.get_submodule(unit.parent).named_modules() if columns else ():
-        weight = module._parameters.get("weight")
-        if module in named or weight is None or weight.dim() != 1:
-            continue
-        width = weight.shape[0]
-        for column in columns:
-            features, inputs = linear_features(column.module)
-            if width < features and features % width == 0 and width != inputs:
-                return f"{unit.parent}.{name}".strip(".")
+        for key, parameter in module._parameters.items() if module not in planned else ():
+            if parameter is None or (parameter.dim() > 1 and parameter.numel() > parameter.shape[-1]):
+                continue
+            width = parameter.shape[-1] if parameter.dim() else 1
+            if any(features % max(width, 1) == 0 and width != inputs for features, inputs in columns):
+                return (
+                    f"{'.'.join(part for part in (unit.parent, name, key) if part)} would see this rank's features "
+                    "only, if it stands between the layers (give its module a style: 'replicated_with_grad_allreduce', "
+                    "or 'replicate' where it does not)"
+                )
     return ""
 
 

@@ -22,6 +22,7 @@ from fused_megatron.sharding import (
     ShardedModule,
     fill_normal_shard_,
     full_numel,
+    mark_all_shards,
     parameter_shard,
 )
 from fused_megatron.tensor_parallel import (
@@ -133,6 +134,7 @@ class TransformerStack(ShardedModule):
 
     def reset_parameters(self, seed: int) -> None:
         """Draw every weight from (seed, its name); norms are 1, biases 0. Dropout draws from this seed, too."""
+        mark_all_shards(self)
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dim() > 1:
                 fill_normal_shard_(parameter, self.config.init_std, seed=seed, name=name)
@@ -151,6 +153,7 @@ class TransformerStack(ShardedModule):
 
         Over all stages the numbers add up to that of the whole model: a copy of a tied embedding counts nothing.
         """
+        mark_all_shards(self)
         copied = None if self.span.first else self.token_embedding
         own = [p for p in self.parameters() if copied is None or p is not copied.weight]
         return full_numel(own)

@@ -16,7 +16,7 @@ from fused_megatron.sharding.parameter_record import (
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
 from fused_megatron.sharding.sequence_layout import SequenceLayout
-from fused_megatron.sharding.sharded_module import ShardedModule, parallel_group
+from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shards, parallel_group, parts_of_parameters
 
 __all__ = [
     "Box",
@@ -35,10 +35,12 @@ __all__ = [
     "full_numel",
     "full_shape",
     "full_tensor",
+    "mark_all_shards",
     "mark_shard",
     "parallel_group",
     "parameter_parts",
     "parameter_record",
     "parameter_shard",
+    "parts_of_parameters",
     "update_record",
 ]

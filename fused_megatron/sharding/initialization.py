@@ -50,12 +50,17 @@ def _fill(held: TensorBox, std: float, seed: int, name: str) -> None:
     for tile in itertools.product(*(range(o // edge, -(-(o + size) // edge)) for o, size, edge in spans)):
         tile_box = Box(tuple(i * edge for i, edge in zip(tile, edges, strict=True)), edges)
         if inside := tile_box.intersect(box):
-            values = _normal_tile(seed, name, tile, edges)[inside.slices(tile_box.offset)] * np.float32(std)
+            place = inside.slices(tile_box.offset)
+            values = _normal_rows(seed, name, tile, edges, place)[place] * np.float32(std)
             held.tensor[inside.slices(box.offset)] = torch.from_numpy(values).to(held.tensor.dtype)
 
 
-def _normal_tile(seed: int, name: str, tile: tuple[int, ...], edges: tuple[int, ...]) -> np.ndarray:
+def _normal_rows(
+    seed: int, name: str, tile: tuple[int, ...], edges: tuple[int, ...], place: tuple[slice, ...]
+) -> np.ndarray:
+    """The tile's rows down to the last that place needs: numbers come row by row, so the others need no drawing."""
     digest = hashlib.sha256(repr((seed, name, tile)).encode()).digest()
     # Not torch's generator: it keeps 32 bits of a CPU seed, and its values depend on the CPU's vector width.
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-    return generator.standard_normal(edges, dtype=np.float32)
+    dim = max(0, len(edges) - 2)
+    return generator.standard_normal((*edges[:dim], place[dim].stop, *edges[dim + 1 :]), dtype=np.float32)

@@ -70,7 +70,8 @@ _EMPTY = ParameterRecord()
 def parameter_record(parameter: torch.Tensor) -> ParameterRecord:
     """The record of a parameter, empty where nothing was recorded.
 
-    torch drops it in deepcopy, to_empty(), fully_shard() and some moves between devices (ShardedModule marks again).
+    torch drops it in deepcopy, to_empty(), fully_shard(), swap_tensors() and some moves between devices; which shard
+    a parameter is, its module knows, and marks again (sharded_module.py).
     """
     record: ParameterRecord = getattr(parameter, _ATTRIBUTE, _EMPTY)
     return record
@@ -94,13 +95,10 @@ def mark_shard(parameter: torch.Tensor, shard: Shard) -> None:
 
 def parameter_parts(parameter: torch.Tensor) -> tuple[ShardPart, ...]:
     """The shards that a parameter is made of, one below the other; for most it is one, without a name."""
-    return shard_parts(parameter_record(parameter).shard, tuple(parameter.shape))
-
-
-def shard_parts(shard: Shard | None, local_shape: tuple[int, ...]) -> tuple[ShardPart, ...]:
-    """The parts of a shard; None stands for a parameter that is whole on every rank."""
-    if shard is None:
-        shard = ParameterShard(full_shape=local_shape, offset=(0,) * len(local_shape), replicated=True)
+    shard = parameter_record(parameter).shard
+    if shard is None:  # whole on every rank
+        shape = tuple(parameter.shape)
+        shard = ParameterShard(full_shape=shape, offset=(0,) * len(shape), replicated=True)
     return (ShardPart("", slice(None), shard),) if isinstance(shard, ParameterShard) else shard
 
 

@@ -8,14 +8,17 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
-from fused_megatron.sharding.parameter_record import Shard, mark_shard, parameter_parts, shard_parts
+from fused_megatron.sharding.parameter_record import Shard, mark_shard, parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
 
 
 class ShardedModule(nn.Module):
-    """A module whose own parameters are shards, and stay marked so when torch makes new ones of them.
+    """A module whose own parameters are shards, whichever tensors they are now.
 
-    torch drops a parameter's attributes in deepcopy, to_empty() and some moves between devices.
+    The module knows which part of the full parameter each is, and marks it. torch drops the marks of tensors where it
+    makes new ones: in deepcopy, to_empty(), moves between devices, load_state_dict(assign=True), swap_tensors. The
+    module marks what it sees coming; whoever asks about all parameters of a model has them marked before
+    (mark_all_shards).
     """
 
     tp_group: Any
@@ -26,14 +29,53 @@ class ShardedModule(nn.Module):
 
     def register_shard(self, name: str, parameter: nn.Parameter, shard: Shard) -> None:
         """Register a parameter and mark it."""
+        self.shards.pop(name, None)  # it may have another shape than the one before
         self.register_parameter(name, parameter)
         self.shards[name] = shard
         self.mark_shards()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's, which `module.weight = parameter` calls too. What takes the place of a shard is that shard.
+
+        Raises:
+            InputError: it has another shape than the shard has.
+        """
+        self._check_whole_names()
+        shards, old = self.__dict__.get("shards", {}), self._parameters.get(name)
+        if name in shards and param is not None and old is not None and param.shape != old.shape:
+            raise InputError(
+                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, that of this "
+                "rank's shard (full tensors: fused_megatron.load_full_state_dict)"
+            )
+        super().register_parameter(name, param)
+        if name in shards and param is not None:
+            mark_shard(param, shards[name])
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("shards", {}):
+            raise InputError(_made_of_others(self, name))
+        super().__delattr__(name)
+
     def mark_shards(self) -> None:
-        """Mark the parameters that are registered now."""
+        """Mark the parameters that are registered now.
+
+        Raises:
+            InputError: a parametrisation took the place of one.
+        """
+        self._check_whole_names()
         for name, shard in self.shards.items():
-            mark_shard(self.get_parameter(name), shard)
+            parameter = self._parameters[name]
+            if parameter is not None:  # a bias that was set to None
+                mark_shard(parameter, shard)
+
+    def _check_whole_names(self) -> None:
+        gone = next((name for name in self.__dict__.get("shards", {}) if name not in self._parameters), None)
+        if gone is not None:
+            raise InputError(_made_of_others(self, gone))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.mark_shards()  # with assign, or torch.__future__'s swapping, it may be another tensor
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -60,17 +102,21 @@ def parallel_group(model: nn.Module) -> Group:
     return next((group for group in groups if group is not None), None)
 
 
+def mark_all_shards(model: nn.Module) -> None:
+    """Mark every shard of a model as its module knows it, whatever was recorded on the tensor that it is now."""
+    for module in model.modules():
+        if isinstance(module, ShardedModule):
+            module.mark_shards()
+
+
 def parts_of_parameters(model: nn.Module) -> dict[nn.Parameter, tuple[ShardPart, ...]]:
-    """parameter_parts of all parameters of a model, as its modules know them: FSDP2's parameters lost their records."""
-    shards = {
-        module.get_parameter(name): shard
-        for module in model.modules()
-        if isinstance(module, ShardedModule)
-        for name, shard in module.shards.items()
-    }
-    return {
-        parameter: shard_parts(shards[parameter], tuple(parameter.shape))
-        if parameter in shards
-        else parameter_parts(parameter)
-        for parameter in model.parameters()
-    }
+    """parameter_parts of all parameters of a model, as its modules know them."""
+    mark_all_shards(model)
+    return {parameter: parameter_parts(parameter) for parameter in model.parameters()}
+
+
+def _made_of_others(module: nn.Module, name: str) -> str:
+    return (
+        f"{type(module).__name__}.{name} is a shard, which cannot be made of other parameters (weight_norm, "
+        "spectral_norm, pruning and parametrizations see one rank's part only: leave this layer whole)"
+    )

@@ -190,6 +190,7 @@ class VocabParallelEmbedding(ShardedModule):
 
         Without a seed the ranks of tp_group must have that generator in the same state, as after torch.manual_seed.
         """
+        self.mark_shards()
         draw_normal_weight_(self.weight, self.init_std, seed, name)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

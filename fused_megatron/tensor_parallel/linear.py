@@ -276,6 +276,7 @@ class _ParallelLinear(ShardedModule):
 
         Without a seed the ranks of tp_group must have that generator in the same state, as after torch.manual_seed.
         """
+        self.mark_shards()
         draw_normal_weight_(self.weight, self.init_std, seed, name)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

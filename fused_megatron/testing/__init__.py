@@ -1,7 +1,7 @@
 """What checks of parallel code need, shipped: real ranks, counts of real collectives, tolerances with reasons."""
 
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.testing.run_on_ranks import RankError, run_cases_on_ranks, run_on_ranks
 from fused_megatron.testing.sharded_tolerances import assert_close
 
-__all__ = ["RankError", "assert_close", "record_communication", "run_on_ranks"]
+__all__ = ["RankError", "assert_close", "record_communication", "run_cases_on_ranks", "run_on_ranks"]

@@ -181,13 +181,14 @@ class Contract:
             raise AssertionError("a second derivative was not refused")
 
     def _opcheck(self, dtype: torch.dtype, device: str) -> None:
-        """torch.library.opcheck of every raw op that forward and backward call, and of the same with other strides."""
+        """torch.library.opcheck of every raw op that forward and backward call; what is fake about other strides."""
         with _RawCalls() as raw:
             self.results(self.sample(self.odd, dtype, device))
         assert raw.calls, "no raw op was called"
         for op, args in raw.calls:
             torch.library.opcheck(op, args)
-            torch.library.opcheck(op, tuple(_strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args))
+            strided = tuple(_strided_copy(a) if isinstance(a, torch.Tensor) else a for a in args)
+            torch.library.opcheck(op, strided, test_utils=("test_schema", "test_faketensor"))
 
     def _compile(self, dtype: torch.dtype, device: str) -> None:
         """torch.compile takes it without a break of the graph, in the midst of others."""

@@ -6,6 +6,7 @@ nothing that one test leaves behind (process groups, RNG state, a dead rank) rea
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -38,6 +39,7 @@ class Call:
     store_path: str
     backend: str
     timeout_s: float
+    in_turn: bool  # the arguments are cases, for one call of the function each
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def serve(control: socket.socket) -> None:
             call: Call = channel.recv()
             with contextlib.suppress(BaseException):  # each rank loads it again and reports what is wrong
                 load_module(call.module_name, call.module_path)
+            gc.freeze()  # a collection in a rank would write to, and so copy, the pages it shares with this process
             ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -137,10 +140,11 @@ def _run_rank(rank: int, call: Call, descriptors: list[int]) -> None:
         os.close(other)  # else a dead rank's end would stay open here and the parent would not notice
     channel = Connection(answers[rank])
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
+    doing: list[Any] = []
     try:
-        answer = pickle.dumps(("result", _call(rank, call)))
+        answer = pickle.dumps(("result", _call(rank, call, doing)))
     except BaseException as error:
-        answer = _error_answer(error)
+        answer = _error_answer(error, "".join(f"case {case!r}:\n" for case in doing[-1:]))
     sys.stdout.flush()
     sys.stderr.flush()
     channel.send_bytes(answer)
@@ -148,7 +152,8 @@ def _run_rank(rank: int, call: Call, descriptors: list[int]) -> None:
         signal.pause()
 
 
-def _call(rank: int, call: Call) -> Any:
+def _call(rank: int, call: Call, doing: list[Any]) -> Any:
+    """What the function returns; of several cases a list, with each appended to doing before its turn."""
     module = load_module(call.module_name, call.module_path)
     fn: Any = module
     for name in call.qualified_name.split("."):
@@ -158,11 +163,17 @@ def _call(rank: int, call: Call) -> Any:
     timeout = timedelta(seconds=call.timeout_s)
     store = dist.FileStore(call.store_path, call.world_size)
     dist.init_process_group(call.backend, store=store, rank=rank, world_size=call.world_size, timeout=timeout)
-    return fn(rank, call.world_size, *arguments)
+    if not call.in_turn:
+        return fn(rank, call.world_size, *arguments)
+    results = []
+    for case in arguments:
+        doing.append(case)
+        results.append(fn(rank, call.world_size, *case))
+    return results
 
 
-def _error_answer(error: BaseException) -> bytes:
-    text = traceback.format_exc()
+def _error_answer(error: BaseException, case: str) -> bytes:
+    text = case + traceback.format_exc()
     try:
         answer = pickle.dumps(("error", error, text))
         pickle.loads(answer)  # some exceptions pickle and do not come back

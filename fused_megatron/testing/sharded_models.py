@@ -5,15 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from fused_megatron.tensor_parallel import parameter_parts
+from fused_megatron.sharding import parts_of_parameters
 
 
 def perturb_vectors_(model: nn.Module) -> None:
     """Move norms and biases away from 1 and 0, alike at every layout, so that their gradients and effects are seen."""
+    parts = parts_of_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() != 1:
             continue
-        for part in parameter_parts(parameter):
+        for part in parts[parameter]:
             generator = torch.Generator().manual_seed(len(part.full_name(name)))
             full = 0.1 * torch.randn(part.shard.full_shape, generator=generator)
             held = part.held(parameter.data)
@@ -22,10 +23,11 @@ def perturb_vectors_(model: nn.Module) -> None:
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of a model on one rank, by the names of the full parameters."""
+    parts = parts_of_parameters(model)
     return {
         part.full_name(name): part.of(parameter.grad)
         for name, parameter in model.named_parameters()
-        for part in parameter_parts(parameter)
+        for part in parts[parameter]
         if parameter.grad is not None
     }
 
@@ -45,10 +47,10 @@ def gradient_errors(
     Returns:
         0 where this rank holds padding alone.
     """
-    errors = {}
+    errors, parts = {}, parts_of_parameters(model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        for part in parameter_parts(parameter):
+        for part in parts[parameter]:
             key, held = part.full_name(name), part.held(parameter.grad)
             full, measure = full_gradient(key), relative_to(key)
             error = (held.tensor - full[held.box.slices()]).abs()

@@ -14,7 +14,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
-from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.data.training_data import TrainingData, open_training_data
@@ -30,7 +30,7 @@ from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, s
 from fused_megatron.training.room import check_room
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
-from fused_megatron.training.trainer import NonFiniteError, Progress, Trainer
+from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # What may change between a checkpoint and the run that goes on from it.
@@ -50,7 +50,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     Raises:
         InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit, where there
             are checkpoints of which none can be read, and where another run has the folder.
-        NonFiniteError: on every rank, when the loss or a gradient stops being finite.
+        TrainingError: on every rank, when the loss or a gradient stops being finite, or weights of ranks drift apart.
         LostRankError: on every rank that is left, naming those that are gone.
     """
     _check_trainable(config.model)
@@ -60,7 +60,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
         presence = Presence()
         try:
             finished = _train(config, plan, run_path, launch, request)
-        except NonFiniteError:
+        except TrainingError:
             raise
         except RuntimeError as error:
             explained = presence.explain(error)
@@ -106,10 +106,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
 
 def _check_trainable(config: TransformerConfig) -> None:
     """Raise SharedInputError where the model cannot be trained: every rank finds the same fault."""
-    try:
+    with found_on_every_rank():
         config.check_trainable()
-    except InputError as error:
-        raise SharedInputError(str(error)) from None
 
 
 def _set_up(

@@ -20,7 +20,9 @@ from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.models import BatchPosition
+from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
+from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.launch import on_every_rank, world_group
 from fused_megatron.training.learning_rate import learning_rate
@@ -29,8 +31,16 @@ from fused_megatron.training.progress import Reporter
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
-class NonFiniteError(SharedError, RuntimeError):
+class TrainingError(SharedError, RuntimeError):
+    """A run that must not go on; every rank raises it."""
+
+
+class NonFiniteError(TrainingError):
     """The loss or a gradient became NaN or infinite; the weights are those before the step."""
+
+
+class DriftError(TrainingError):
+    """Ranks that hold the same weights hold different values."""
 
 
 @dataclass
@@ -93,6 +103,9 @@ class Trainer:
             while stop is None and self.progress.step < training.num_steps:
                 stop = self.train_step()
                 step, last = self.progress.step, self.progress.step == training.num_steps
+                # Before a checkpoint of the same step is written.
+                if training.replica_check_interval and step % training.replica_check_interval == 0:
+                    self.check_replicas()
                 if step % training.eval_interval == 0 or last:
                     self._evaluate()
                 if step % training.checkpoint_interval == 0 or last or stop:
@@ -114,6 +127,7 @@ class Trainer:
 
     def tensor_boxes(self) -> dict[str, Any]:
         """Every tensor of a checkpoint by name, as a box of its full tensor."""
+        mark_all_shards(self.model)
         return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer.state())}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
@@ -151,6 +165,22 @@ class Trainer:
             keep=self.config.training.keep_checkpoints,
         )
 
+    def check_replicas(self) -> None:
+        """Compare the weights that several ranks hold: over dp, over tp where replicated, over pp where tied.
+
+        Raises:
+            DriftError: on every rank, naming ranks and parameter.
+
+        Communication: as find_drift; every rank tells all others what it found.
+        """
+        drift = find_drift(self.parameters, self.mesh.dp_group, (self.mesh.tp_group, self.mesh.pp_group))
+        found = next(filter(None, gather_json(drift, world_group())), None)
+        if found is not None:
+            raise DriftError(
+                f"step {self.progress.step}: ranks drifted apart: {found} (faulty memory, or code that changes weights "
+                "on some ranks only; the same command goes on from the newest checkpoint)"
+            )
+
     def tokens_per_s(self) -> float:
         """Median speed of the latest steps, over all ranks."""
         if not self._step_times:
@@ -163,10 +193,11 @@ class Trainer:
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         self.gradients.zero_()
-        loss, stop = self._sum_over_ranks(self._forward_and_backward())
+        loss_sum = self._forward_and_backward()
         groups = self.mesh.tp_group, self.mesh.pp_group
         norm = float(global_gradient_norm(self.parameters, self.gradients, *groups))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        loss, finite, stop = self._sum_over_ranks(loss_sum, math.isfinite(norm))
+        if not finite:
             self._raise_non_finite(loss, norm)
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
         self.optimizer.step(lr, clip_coefficient(norm, self.config.optimizer.clip_norm))
@@ -202,31 +233,37 @@ class Trainer:
             stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
         )
 
-    def _sum_over_ranks(self, loss_sum: torch.Tensor) -> tuple[float, str | None]:
-        """The loss over all data-parallel ranks and what asked any rank to stop, in one message.
+    def _sum_over_ranks(self, loss_sum: torch.Tensor, finite: bool) -> tuple[float, bool, str | None]:
+        """The loss over all data-parallel ranks, whether all is finite, and what asked any rank to stop.
+
+        One message. A gradient that is not finite on one rank (its memory, its device) is not so on its replicas.
 
         Raises:
             SharedInputError: on every rank, where one has found its tokens damaged.
         """
         layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
-        stops = loss_sum.new_tensor([float(asked == reason) for reason in REASONS])
+        stops = [float(asked == reason) for reason in REASONS]
         check = self.data.token_check
-        damage = loss_sum.new_tensor([float(check is not None and check.problem is not None)])
-        message = torch.cat([(loss_sum / layer_ranks).reshape(1), damage, stops])
+        damage = float(check is not None and check.problem is not None)
+        flags = loss_sum.new_tensor([float(not finite), damage, *stops])
+        message = torch.cat([(loss_sum / layer_ranks).reshape(1), flags])
         sum_over_ranks_(message, world_group())
-        loss, damaged, *counts = message.tolist()
+        loss, faults, damaged, *counts = message.tolist()
         if damaged:
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
             raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
-        return loss, next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
+        stop = next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
+        return loss, faults == 0 and math.isfinite(loss), stop
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
-        # The sums have spread the NaN to every rank, so every rank is here.
-        names = gather_json(non_finite_parameters(self.parameters, self.gradients)[:1], world_group())
+        # Every rank is here: the loss and whether all is finite were summed over all of them.
+        names = non_finite_parameters(self.parameters, self.gradients)[:1]
+        told = gather_json([norm, *names], world_group())
+        norm = next((norm for norm, *_ in told if not math.isfinite(norm)), norm)
         where = next(
-            (f"; first such gradient: {name[0]} on rank {rank}" for rank, name in enumerate(names) if name), ""
+            (f"; first such gradient: {name[0]} on rank {rank}" for rank, (_, *name) in enumerate(told) if name), ""
         )
         raise NonFiniteError(
             f"step {self.progress.step + 1}: loss={loss} gradient_norm={norm}: not finite, the weights were not "

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from fused_megatron import collectives
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.testing import run_on_ranks
+from fused_megatron.testing import run_cases_on_ranks, run_on_ranks
 
 PAIRS = {
     "identity_all_reduce": (None, "all_reduce"),
@@ -75,17 +75,22 @@ def laid_out(x, layout):
     return x.clone()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "strided"])
-@pytest.mark.parametrize("name", PAIRS)
-def test_values_and_gradients(name, layout):
-    for ranks, shape, dim, dtype in [
-        (2, (4, 3, 2), 0, torch.float32),
-        (2, (3, 2, 6), -1, torch.bfloat16),
-        (3, (2, 6, 5), 1, torch.float16),
-        (2, (1, 4, 3), 1, torch.float64),
-        (2, (4, 0, 3), 0, torch.float32),
-    ]:
-        run_on_ranks(one_pair, ranks, name, shape, dim, dtype, layout)
+FORMS = {
+    2: [
+        ((4, 3, 2), 0, torch.float32),
+        ((3, 2, 6), -1, torch.bfloat16),
+        ((1, 4, 3), 1, torch.float64),
+        ((4, 0, 3), 0, torch.float32),
+    ],
+    3: [((2, 6, 5), 1, torch.float16)],
+}
+
+
+@pytest.mark.parametrize("ranks", FORMS)
+def test_values_and_gradients(ranks):
+    layouts = "contiguous", "transposed", "strided"
+    cases = [(name, *form, layout) for name in PAIRS for form in FORMS[ranks] for layout in layouts]
+    run_cases_on_ranks(one_pair, ranks, cases)
 
 
 def refuse_uneven(rank, world_size):

@@ -49,11 +49,13 @@ def test_a_real_run() -> None:
     assert facts["environment"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
 
 
+@pytest.mark.slow  # tests/test_extension.py starts without one in the fast part
 def test_without_the_library() -> None:
     code, said = doctor(FUSED_MEGATRON_LIBRARY="")
     assert code == 0 and "unset FUSED_MEGATRON_LIBRARY" in said and "CPU: reference" in said
 
 
+@pytest.mark.slow
 def test_a_damaged_library(tmp_path: Path) -> None:
     (tmp_path / "cut.so").write_bytes(b"\x7fELF no more")
     code, said = doctor(FUSED_MEGATRON_LIBRARY=str(tmp_path / "cut.so"))

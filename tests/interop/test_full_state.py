@@ -8,7 +8,11 @@ import transformers as hf
 from safetensors import safe_open
 
 import fused_megatron as fm
+from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError
+from fused_megatron.config import GPTConfig
+from fused_megatron.models import GPT
+from fused_megatron.sharding import mark_all_shards
 from fused_megatron.testing import run_on_ranks
 
 
@@ -63,6 +67,71 @@ def refused(model, state):
 
 def test_way_back(tmp_path):
     run_on_ranks(way_back, 2, tmp_path, timeout_s=240)
+
+
+def with_other_tensors(model, way):
+    """The model with the same values, in tensors that carry no mark of what they are."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    if way == "assign":
+        model.load_state_dict(state, assign=True)
+    elif way == "meta, then assign":
+        model.to("meta").load_state_dict(state, assign=True)
+    for module in model.modules() if "assign" not in way else ():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            new = torch.nn.Parameter(parameter.detach().clone())
+            if way == "attribute":
+                setattr(module, name, new)
+            elif way == "dictionary":
+                module._parameters[name] = new
+            else:
+                torch.utils.swap_tensors(parameter, new)
+    return model
+
+
+def facts(model):
+    """What depends on which shard each tensor is."""
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    norm = float(fm.clip_grad_norm_(model, 1e9))
+    found = {"state": fm.full_state_dict(model), "norm": norm}
+    if isinstance(model, GPT):
+        found["parameters"] = model.num_parameters()
+        mark_all_shards(model)  # as the trainer does
+        boxes = parameter_boxes(dict(model.named_parameters()))
+        found["boxes"] = {name: (box.full_shape, box.offset) for name, box in boxes.items()}
+    return found
+
+
+def marks_lost(rank, world_size):
+    mesh = fm.init_mesh(tensor_parallel_size=world_size)
+    sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "seq_len": 8, "vocab_size": 23}
+    untied = gpt2().config
+    untied.tie_word_embeddings = False
+    makers = {
+        "GPT": lambda: GPT(GPTConfig(**sizes, tied_embeddings=False, num_kv_heads=1), layout=mesh.layout(), seed=1),
+        "parallelize": lambda: fm.parallelize(hf.GPT2LMHeadModel(untied), mesh),
+    }
+    for kind, make in makers.items():
+        torch.manual_seed(0)
+        model = make()
+        expected = facts(model)
+        for way in ("attribute", "dictionary", "swap_tensors", "assign", "meta, then assign"):
+            found = facts(with_other_tensors(model, way))
+            state, wanted = found.pop("state"), expected["state"]
+            assert all(torch.equal(value, wanted[name]) for name, value in state.items()), (kind, way)
+            assert found == {name: expected[name] for name in found}, (kind, way)
+            assert all(value.shape == wanted[name].shape for name, value in state.items()), (kind, way)
+            fm.load_full_state_dict(with_other_tensors(model, way), wanted)
+            refused = with_other_tensors(model, way)
+            if kind == "parallelize":
+                with pytest.raises(InputError, match="it is no whole state"):
+                    refused.save_pretrained("never", state_dict=refused.state_dict())
+
+
+def test_lost_marks_change_nothing():
+    run_on_ranks(marks_lost, 2)
 
 
 def test_any_other_model_gives_its_own():

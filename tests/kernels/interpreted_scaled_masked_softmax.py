@@ -1,4 +1,4 @@
-"""More elements than 32 bits count, run by test_scaled_masked_softmax.py in a process where Triton interprets."""
+"""More elements than 32 bits count; tests/audit/test_interpreted_kernels.py runs it where Triton interprets."""
 
 import torch
 

@@ -1,6 +1,5 @@
 """Start here when the compiler makes narrow accesses or spills of the softmax kernels."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +11,6 @@ pytest.importorskip("triton")
 import triton
 
 from fused_megatron.audit.triton_compiler import CompiledKernel, compile_for
-from fused_megatron.benchmarking.pytest_process import run_tests
 from fused_megatron.kernels import scaled_masked_softmax as kernels
 
 ARCHITECTURES = [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)]
@@ -45,7 +43,7 @@ def _compiled(
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("dtype", "accesses"), [("bf16", 4), ("fp32", 8)])
+@pytest.mark.parametrize(("dtype", "accesses"), [("bf16", 4), pytest.param("fp32", 8, marks=pytest.mark.slow)])
 def test_forward(dtype: str, accesses: int, arch: int) -> None:
     compiled = _compiled("_forward_kernel", dtype, arch, 16384, has_mask=True)
     counts = Counter(compiled.global_accesses)
@@ -68,7 +66,7 @@ def test_heads_that_share_a_mask(arch: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("num_keys", [4096, 16384])
+@pytest.mark.parametrize("num_keys", [pytest.param(4096, marks=pytest.mark.slow), 16384])
 def test_backward(num_keys: int, arch: int) -> None:
     compiled = _compiled("_backward_kernel", "bf16", arch, num_keys)
     assert Counter(compiled.global_accesses) == {"ld.v4.b32": 8, "st.v4.b32": 4}
@@ -90,11 +88,6 @@ def test_rows_that_are_read_twice(kernel: str) -> None:
     assert set(compiled.global_accesses) == {"ld.v4.b32", "st.v4.b32"}
     assert compiled.spill_bytes == 0
     assert compiled.registers <= 64
-
-
-def test_more_elements_than_32_bits_count() -> None:
-    file = Path(__file__).with_name("interpreted_scaled_masked_softmax.py")
-    run_tests([file], {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def test_how_rows_are_held() -> None:

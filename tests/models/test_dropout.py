@@ -13,7 +13,7 @@ from fused_megatron.models import GPT, BatchPosition, TransformerBlock
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.tensor_parallel import parameter_parts
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 LAYERS: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 24, "num_heads": 4, "num_kv_heads": 2, "seq_len": 8, "ffn_hidden_size": 44,
@@ -59,21 +59,27 @@ def one_step(
 
 @pytest.fixture(scope="module")
 def one_process() -> Any:
-    return run_on_ranks(one_step, 1, 1, False, BATCH, {})[0]
+    """By recomputation."""
+    ways = "none", "selective", "full"
+    found = run_cases_on_ranks(one_step, 1, [(1, False, BATCH, {"recompute": way}) for way in ways])
+    return {way: rank for way, (rank,) in zip(ways, found, strict=True)}
 
 
-@pytest.mark.parametrize(("world_size", "tp", "sequence_parallel", "microbatch", "changes"), [
-    (2, 2, False, 8, {}),
-    (2, 2, True, 4, {"recompute": "selective"}),
-    (4, 4, True, 8, {"recompute": "full"}),
-    (4, 2, True, 1, {"recompute": "full"}),
-    (2, 1, False, 2, {}),
-], ids=str)  # fmt: skip
-def test_every_layout_drops_the_same(
-    one_process: Any, world_size: int, tp: int, sequence_parallel: bool, microbatch: int, changes: dict[str, Any]
-) -> None:
-    _, losses, expected = one_process
-    ranks = run_on_ranks(one_step, world_size, tp, sequence_parallel, microbatch, changes)
+LAYOUTS: dict[int, list[tuple[int, bool, int, dict[str, Any]]]] = {  # by ranks: tp, sequence_parallel, microbatch, ...
+    2: [(2, False, 8, {}), (2, True, 4, {"recompute": "selective"}), (1, False, 2, {})],
+    4: [(4, True, 8, {"recompute": "full"}), (2, True, 1, {"recompute": "full"})],
+}
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_every_layout_drops_the_same(one_process: Any, world_size: int) -> None:
+    cases = LAYOUTS[world_size]
+    for (tp, *_), ranks in zip(cases, run_cases_on_ranks(one_step, world_size, cases), strict=True):
+        assert_equals_one_process(ranks, tp, one_process["none"])
+
+
+def assert_equals_one_process(ranks: list[Any], tp: int, one: Any) -> None:
+    _, losses, expected = one
     torch.testing.assert_close(torch.cat([found for _, found, _ in ranks[::tp]]), losses, rtol=2e-6, atol=2e-6)
     for _, _, gradients in ranks:
         for name, (shard, gradient) in gradients.items():
@@ -81,14 +87,15 @@ def test_every_layout_drops_the_same(
             mine = full[tuple(slice(o, o + n) for o, n in zip(shard.offset, gradient.shape, strict=True))]
             if gradient.numel():
                 error = (gradient - mine).abs().max() / full.abs().max().clamp(min=1e-3)
-                assert error < 2e-5, f"{name}: {error:.1e}"
+                assert error < 2e-5, f"tp={tp}: {name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_replays_dropout_bit_for_bit(one_process: Any, recompute: str) -> None:
-    _, losses, gradients = run_on_ranks(one_step, 1, 1, False, BATCH, {"recompute": recompute})[0]
-    assert torch.equal(losses, one_process[1])
-    assert all(torch.equal(gradient, one_process[2][name][1]) for name, (_, gradient) in gradients.items())
+    _, losses, gradients = one_process[recompute]
+    _, expected_losses, expected = one_process["none"]
+    assert torch.equal(losses, expected_losses)
+    assert all(torch.equal(gradient, expected[name][1]) for name, (_, gradient) in gradients.items())
 
 
 def model_of(**changes: Any) -> GPT:

@@ -15,7 +15,7 @@ from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import parameter_parts
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 from fused_megatron.testing.sharded_models import perturb_vectors_
 
 # Weights are large enough for scores that differ: near uniform attention the gradients of queries and keys are small
@@ -159,8 +159,13 @@ def reference_of(
     return losses.detach(), {name: w.grad for name, w in leaves.items() if w.grad is not None}
 
 
-def assert_equals_plain_model(world_size: int, tp: int, sequence_parallel: bool, changes: dict[str, Any]) -> None:
-    ranks = run_on_ranks(one_backward, world_size, tp, sequence_parallel, torch.float32, changes)
+def assert_equal_plain_model(world_size: int, cases: list[tuple[int, bool, dict[str, Any]]]) -> None:
+    arguments = [(tp, sequence_parallel, torch.float32, changes) for tp, sequence_parallel, changes in cases]
+    for (tp, _, changes), ranks in zip(cases, run_cases_on_ranks(one_backward, world_size, arguments), strict=True):
+        assert_equals_plain_model(ranks, tp, changes)
+
+
+def assert_equals_plain_model(ranks: list[Any], tp: int, changes: dict[str, Any]) -> None:
     weights, gradients = assembled(ranks, 0), assembled(ranks, 1)
     losses, expected = reference_of({name: w.double() for name, w in weights.items()}, changes)
     found = torch.cat([losses for (dp_rank, losses, _) in ranks[::tp]])
@@ -170,52 +175,59 @@ def assert_equals_plain_model(world_size: int, tp: int, sequence_parallel: bool,
         # The gradient of a key bias is 0 in exact arithmetic without rotation: held to that of the query.
         scale = expected[name.replace("bias.key", "bias.query")].abs().max()
         error = (gradients[name].double() - gradient).abs().max() / scale
-        assert error < 1e-5, f"{name}: {error:.1e}"
+        assert error < 1e-5, f"{changes} on {len(ranks)} ranks: {name}: {error:.1e}"
 
 
 # An untied head takes part at two ranks.
-@pytest.mark.parametrize(("world_size", "tp", "sequence_parallel", "changes"), [
-    (1, 1, False, {}),
-    (2, 2, False, {"tied_embeddings": False}),
-    (2, 2, True, {"tied_embeddings": False, "recompute": "selective"}),
-    (4, 4, True, {"recompute": "full"}),
-    (4, 2, True, {}),
-    (1, 1, False, LLAMA),
-    (2, 2, True, {**LLAMA, "recompute": "full"}),
-    (4, 4, True, {**LLAMA, "recompute": "selective"}),
-    (4, 2, False, MIXED),
-], ids=str)  # fmt: skip
-def test_losses_and_every_gradient_equal_the_plain_model(
-    world_size: int, tp: int, sequence_parallel: bool, changes: dict[str, Any]
-) -> None:
-    assert_equals_plain_model(world_size, tp, sequence_parallel, changes)
+LAYOUTS: dict[int, list[tuple[int, bool, dict[str, Any]]]] = {  # by number of ranks: tp, sequence_parallel, changes
+    1: [(1, False, {}), (1, False, LLAMA)],
+    2: [
+        (2, False, {"tied_embeddings": False}),
+        (2, True, {"tied_embeddings": False, "recompute": "selective"}),
+        (2, True, {**LLAMA, "recompute": "full"}),
+    ],
+    4: [
+        (4, True, {"recompute": "full"}),
+        (2, True, {}),
+        (4, True, {**LLAMA, "recompute": "selective"}),
+        (2, False, MIXED),
+    ],
+}
+
+
+@pytest.mark.parametrize("world_size", LAYOUTS)
+def test_losses_and_every_gradient_equal_the_plain_model(world_size: int) -> None:
+    assert_equal_plain_model(world_size, LAYOUTS[world_size])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("changes", [{}, LLAMA, MIXED], ids=["gpt2", "llama", "mixed"])
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
-def test_every_layout_and_recomputation(
-    tp: int, sequence_parallel: bool, changes: dict[str, Any], recompute: str
-) -> None:
-    assert_equals_plain_model(tp, tp, sequence_parallel, {**changes, "recompute": recompute})
+def test_every_layout_and_recomputation(tp: int, sequence_parallel: bool, changes: dict[str, Any]) -> None:
+    recomputed = [{**changes, "recompute": recompute} for recompute in ("none", "selective", "full")]
+    assert_equal_plain_model(tp, [(tp, sequence_parallel, form) for form in recomputed])
 
 
-@pytest.mark.parametrize("changes", [{}, LLAMA, MIXED], ids=["gpt2", "llama", "mixed"])
-def test_float64_model_is_exact(changes: dict[str, Any]) -> None:
-    ranks = run_on_ranks(one_backward, 1, 1, False, torch.float64, changes)
-    losses, _ = reference_of(assembled(ranks, 0), changes)
-    torch.testing.assert_close(ranks[0][1], losses, rtol=1e-12, atol=1e-12)
+def test_float64_model_is_exact() -> None:
+    forms = {}, LLAMA, MIXED
+    cases = [(1, False, torch.float64, changes) for changes in forms]
+    for changes, ranks in zip(forms, run_cases_on_ranks(one_backward, 1, cases), strict=True):
+        losses, _ = reference_of(assembled(ranks, 0), changes)
+        torch.testing.assert_close(ranks[0][1], losses, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("changes", [{"tied_embeddings": False}, LLAMA], ids=["gpt2", "llama"])
-def test_every_layout_starts_from_the_same_weights(changes: dict[str, Any]) -> None:
-    ways = [assembled(run_on_ranks(one_backward, n, n, False, torch.float32, changes), 0) for n in (1, 2, 4)]
-    for name, weight in ways[0].items():
-        assert all(torch.equal(weight, other[name]) for other in ways[1:]), name
-    assert 0.09 < ways[0]["head.weight"].std() < 0.11
-    # 1 / sqrt(2 num_layers) of the others
-    assert 0.045 < ways[0]["blocks.1.mlp.projection.weight"].std() < 0.055
+def test_every_layout_starts_from_the_same_weights() -> None:
+    forms = {"tied_embeddings": False}, LLAMA
+    sizes = [
+        run_cases_on_ranks(one_backward, n, [(n, False, torch.float32, form) for form in forms]) for n in (1, 2, 4)
+    ]
+    for ways in zip(*sizes, strict=True):
+        whole, *others = (assembled(ranks, 0) for ranks in ways)
+        for name, weight in whole.items():
+            assert all(torch.equal(weight, other[name]) for other in others), name
+        assert 0.09 < whole["head.weight"].std() < 0.11
+        # 1 / sqrt(2 num_layers) of the others
+        assert 0.045 < whole["blocks.1.mlp.projection.weight"].std() < 0.055
 
 
 @pytest.mark.parametrize(("tp", "changes"), [(2, {}), (4, {**LLAMA, "recompute": "full"})], ids=["gpt2", "llama"])

@@ -13,7 +13,7 @@ from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import BERT, GPT, BatchPosition, new_model
 from fused_megatron.models.registry import MODELS
 from fused_megatron.sharding import SequenceLayout
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "vocab_size": 101, "init_std": 0.3}
 DROPOUT = {"hidden_dropout": 0.3, "embedding_dropout": 0.3}
@@ -59,15 +59,15 @@ def losses_of_a_part(rank, world_size, ranges, sequence_parallel):
     return errors
 
 
-@pytest.mark.parametrize(("ranks", "ranges", "sequence_parallel"), [
-    (1, ((4, 8), (12, 16)), False),
-    (1, ((10, 16), (1, 2), (4, 5)), False),
-    (2, ((0, 4), (12, 16)), True),
-    (2, ((4, 7), (9, 14)), True),
+@pytest.mark.parametrize(("ranks", "parts"), [
+    (1, [((4, 8), (12, 16)), ((10, 16), (1, 2), (4, 5))]),
+    (2, [((0, 4), (12, 16)), ((4, 7), (9, 14))]),
 ])  # fmt: skip
-def test_a_rank_embeds_and_drops_what_the_whole_model_has_at_its_positions(ranks, ranges, sequence_parallel):
-    for errors in run_on_ranks(losses_of_a_part, ranks, ranges, sequence_parallel):
-        assert max(errors) < 1e-9, errors
+def test_a_rank_embeds_and_drops_what_the_whole_model_has_at_its_positions(ranks, parts):
+    cases = [(ranges, ranks > 1) for ranges in parts]
+    for case, by_rank in zip(cases, run_cases_on_ranks(losses_of_a_part, ranks, cases), strict=True):
+        for errors in by_rank:
+            assert max(errors) < 1e-9, (case, errors)
 
 
 @pytest.mark.parametrize("scaling", [{}, {"rotary_scaling": "dynamic", "rotary_original_seq_len": 8}])

@@ -1,37 +1,34 @@
 """Start here when a layout sends more bytes than the theory says."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-
-S, B, H, LAYERS, RANKS = 64, 2, 192, 2, 64
-
-SCRIPT = """
-import json, sys, torch, torch.distributed as dist
+import torch
+import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import GPT
 from fused_megatron.observe.record_communication import record_communication
-S, B, H, LAYERS, RANKS, sequence_parallel = json.loads(sys.argv[1])
-dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=RANKS)
-config = GPTConfig(num_layers=LAYERS, hidden_size=H, num_heads=RANKS, seq_len=S, vocab_size=512)
-model = GPT(config, layout=ParallelLayout(dist.group.WORLD, sequence_parallel))
-tokens = torch.zeros(B, S, dtype=torch.int64)
-with record_communication() as ledger:
-    model(tokens, tokens).sum().backward()
-print(json.dumps([[e.kind, e.elements, e.num_bytes, e.backward, len(e.group)] for e in ledger.entries]))
-"""
+from fused_megatron.testing import run_on_ranks
+
+S, B, H, LAYERS, RANKS = 64, 2, 192, 2, 64
+
+
+def calls_of_a_step(rank, world_size, sequence_parallel):
+    """Of rank 5 of a group that is not here."""
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=RANKS)
+    config = GPTConfig(num_layers=LAYERS, hidden_size=H, num_heads=RANKS, seq_len=S, vocab_size=512)
+    model = GPT(config, layout=ParallelLayout(dist.group.WORLD, sequence_parallel))
+    tokens = torch.zeros(B, S, dtype=torch.int64)
+    with record_communication() as ledger:
+        model(tokens, tokens).sum().backward()
+    return [(e.kind, e.elements, e.num_bytes, e.backward, len(e.group)) for e in ledger.entries]
 
 
 def calls(sequence_parallel):
     """(kind, backward) -> number of collectives of S B H elements; bytes of the loss's gather."""
-    arguments = json.dumps([S, B, H, LAYERS, RANKS, sequence_parallel])
-    done = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    entries = json.loads(done.stdout.splitlines()[-1])
+    (entries,) = run_on_ranks(calls_of_a_step, 1, sequence_parallel)
     assert {entry[-1] for entry in entries} == {RANKS}
     counts = {}
     for kind, elements, _, backward, _ in entries:

@@ -1,10 +1,8 @@
 """Start here when the record of collectives misses one, or counts wrong bytes."""
 
-import subprocess
-import sys
-
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_megatron.observe.record_communication import Communication, record_communication
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -54,18 +52,15 @@ def test_group_bytes_layer_and_direction():
         assert "| up | backward | all_reduce | 0,1 | 1 | 96 |" in table.splitlines()
 
 
+def of_a_fake_group(rank, world_size):
+    dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
+    layer = ColumnParallelLinear(8, 1024, tp_group=dist.group.WORLD, sequence_parallel=True, overlap=False)
+    with record_communication() as ledger:
+        layer(torch.zeros(2, 1, 8, requires_grad=True)).sum().backward()
+    return ledger.num_bytes, {len(entry.group) for entry in ledger.entries}
+
+
 def test_a_fake_group_of_a_size_that_is_not_here():
-    script = """
-import torch, torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from fused_megatron.tensor_parallel import ColumnParallelLinear
-from fused_megatron.observe.record_communication import record_communication
-dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=512)
-layer = ColumnParallelLinear(8, 1024, tp_group=dist.group.WORLD, sequence_parallel=True, overlap=False)
-with record_communication() as ledger:
-    layer(torch.zeros(2, 1, 8, requires_grad=True)).sum().backward()
-assert ledger.num_bytes == {"all_gather": 2 * 512 * 2 * 8 * 4, "reduce_scatter": 512 * 2 * 8 * 4}, ledger.num_bytes
-assert {len(entry.group) for entry in ledger.entries} == {512}
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    ((num_bytes, sizes),) = run_on_ranks(of_a_fake_group, 1)
+    assert num_bytes == {"all_gather": 2 * 512 * 2 * 8 * 4, "reduce_scatter": 512 * 2 * 8 * 4} and sizes == {512}

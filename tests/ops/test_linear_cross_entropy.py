@@ -122,6 +122,7 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, reduction: str, an
     check_against_float64(operands, target, upstream, reduction=reduction, chunk_tokens=4, **options)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_tokens", [64, 200])  # one chunk and no accumulator; several, the last one smaller
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -137,6 +138,7 @@ def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkey
         )  # fmt: skip
 
 
+@pytest.mark.cpu_kernel
 def test_blocks_of_words_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor partial sums are rounded to 16 bits: better than torch by far."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)

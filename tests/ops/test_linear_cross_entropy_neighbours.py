@@ -28,8 +28,19 @@ def matrix_units(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-@pytest.mark.parametrize(("num_tokens", "vocab_size"), [(64, 61), (256, 389), (64, 1001), (256, 50257)])
+@pytest.mark.parametrize(
+    ("num_tokens", "vocab_size"), [(64, 61), (256, 389), (64, 1001), pytest.param(256, 50257, marks=pytest.mark.slow)]
+)
 def test_tiles_have_no_unwritten_neighbours(matrix_units, num_tokens, vocab_size, dtype, reduction):
+    check_tiles(num_tokens, vocab_size, dtype, reduction)
+
+
+@pytest.mark.parametrize(("dtype", "reduction"), [(torch.bfloat16, "sum"), (torch.float16, "none")], ids=str)
+def test_large_vocabularies_have_no_unwritten_neighbours(matrix_units, dtype, reduction):
+    check_tiles(256, 50257, dtype, reduction)
+
+
+def check_tiles(num_tokens, vocab_size, dtype, reduction):
     with PoisonedProducts() as products:
         results = loss_and_gradients(num_tokens, vocab_size, dtype, reduction)
     assert products.num_views > 0

@@ -5,9 +5,11 @@ import zlib
 
 import pytest
 import torch
-import transformers as hf
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+
+# By name: transformers imports a model when it is asked for it, which each rank would do anew.
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_megatron as fm
 from fused_megatron.config import BERTConfig, GPTConfig
@@ -16,7 +18,7 @@ from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import BERT, GPT, cut_stages
 from fused_megatron.sharding import full_tensor, parameter_parts
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_len": 8, "vocab_size": 50}
 # Of 4 ranks with 32 rows each, 2 hold padding only.
@@ -63,19 +65,30 @@ def norms(rank, world_size, tp, pp):
     return found
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2)])
-def test_the_norm_is_that_of_the_whole_model(tp, pp):
-    ranks = run_on_ranks(norms, tp * pp, tp, pp)
+@pytest.fixture(scope="module")
+def expected_norms():
+    expected = {}
     for case, (kind, config) in CASES.items():
         trained = fill_gradients_(case, kind(config, dtype=torch.float64))
-        expected = float(torch.cat([p.grad.flatten() for p in trained.values()]).norm())
-        found = [rank[case] for rank in ranks]
-        of_stages = {stage: public for public, _, stage, _ in found}
-        assert sum(public**2 for public in of_stages.values()) ** 0.5 == pytest.approx(expected, rel=1e-9), case
-        for public, trainers, stage, clipped in found:
-            assert public == of_stages[stage], case
-            assert trainers == pytest.approx(expected, rel=1e-9), case
-            assert clipped, case
+        expected[case] = float(torch.cat([p.grad.flatten() for p in trained.values()]).norm())
+    return expected
+
+
+GRIDS = {1: [(1, 1)], 2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2)]}  # by ranks: tensor, pipeline
+
+
+@pytest.mark.parametrize("ranks", GRIDS)
+def test_the_norm_is_that_of_the_whole_model(ranks, expected_norms):
+    for grid, by_rank in zip(GRIDS[ranks], run_cases_on_ranks(norms, ranks, GRIDS[ranks]), strict=True):
+        for case, expected in expected_norms.items():
+            found = [rank[case] for rank in by_rank]
+            of_stages = {stage: public for public, _, stage, _ in found}
+            whole = sum(public**2 for public in of_stages.values()) ** 0.5
+            assert whole == pytest.approx(expected, rel=1e-9), (grid, case)
+            for public, trainers, stage, clipped in found:
+                assert public == of_stages[stage], (grid, case)
+                assert trainers == pytest.approx(expected, rel=1e-9), (grid, case)
+                assert clipped, (grid, case)
 
 
 def backward(model, rows=slice(None)):
@@ -98,9 +111,10 @@ def norms_of_a_backward(rank, world_size, tp, sequence_parallel):
 
 def test_the_norm_of_what_backward_leaves():
     (expected, _), *_ = run_on_ranks(norms_of_a_backward, 1, 1, False)
-    for tp, sequence_parallel in ((2, False), (2, True), (4, True)):
-        for found in run_on_ranks(norms_of_a_backward, tp, tp, sequence_parallel):
-            assert found == pytest.approx([expected, expected], rel=1e-9), (tp, sequence_parallel)
+    for ranks, layouts in ((2, [(2, False), (2, True)]), (4, [(4, True)])):
+        for layout, by_rank in zip(layouts, run_cases_on_ranks(norms_of_a_backward, ranks, layouts), strict=True):
+            for found in by_rank:
+                assert found == pytest.approx([expected, expected], rel=1e-9), layout
 
 
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 2_000_003])
@@ -132,11 +146,11 @@ def test_names_of_parameters_that_are_not_finite():
 def llama():
     """A key-value head that two ranks hold copies of, a tied head, an odd vocabulary."""
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
+    config = LlamaConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=13, intermediate_size=24,
         num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0,
     )  # fmt: skip
-    return hf.LlamaForCausalLM(config)
+    return LlamaForCausalLM(config)
 
 
 def gpt_with_one_key_value_head(tp_group=None):

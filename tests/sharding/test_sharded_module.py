@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -29,13 +30,55 @@ def test_marks_outlive_new_parameters():
         pickle.dumps(half)
 
 
-def test_parts_are_known_where_the_record_is_lost():
+def fresh():
+    return nn.Parameter(torch.ones(3, 4))
+
+
+def assigned_in_the_dictionary(half):
+    half._parameters["weight"] = fresh()  # as FSDP2 does, and Accelerate
+
+
+# Each leaves another tensor in the place of the weight.
+LOSSES = {
+    "attribute": lambda half: setattr(half, "weight", fresh()),
+    "assign": lambda half: half.load_state_dict({"weight": torch.ones(3, 4)}, assign=True),
+    "swap_tensors": lambda half: torch.utils.swap_tensors(half.weight, fresh()),
+    "dictionary": assigned_in_the_dictionary,
+    "meta, then assign": lambda half: half.to("meta").load_state_dict({"weight": torch.ones(3, 4)}, assign=True),
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES.values(), ids=LOSSES)
+def test_the_module_decides_which_shard_a_tensor_is(lose):
     model = nn.Sequential(nn.Linear(2, 2), Half())
-    model[1].weight = nn.Parameter(torch.zeros(3, 4))  # as FSDP2 does
-    assert parameter_shard(model[1].weight).replicated
+    lose(model[1])
+    assert model[1].weight.sum() == 12
     parts = {name: parts_of_parameters(model)[p] for name, p in model.named_parameters()}
     assert parts["1.weight"][0].shard == SHARD
     assert parts["0.weight"][0].shard == ParameterShard((2, 2), (0, 0), replicated=True)
+    assert parameter_shard(model[1].weight) == SHARD  # it is marked again
+
+
+@pytest.mark.parametrize("lose", ["attribute", "assign"])
+def test_what_takes_the_place_of_a_shard_is_marked_at_once(lose):
+    half = Half()
+    LOSSES[lose](half)
+    assert parameter_shard(half.weight) == SHARD
+
+
+def test_another_shape_or_other_parameters_are_refused():
+    half = Half()
+    with pytest.raises(InputError, match=r"Half.weight: shape \(6, 4\) must be \(3, 4\), that of this rank's shard"):
+        half.weight = nn.Parameter(torch.zeros(6, 4))
+    for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm):
+        with warnings.catch_warnings(), pytest.raises(InputError, match="is a shard, which cannot be made of other"):
+            warnings.simplefilter("ignore")  # the last is deprecated
+            norm(half)
+    with pytest.raises(InputError, match="weight_norm"):  # it took the weight before it could be refused
+        parts_of_parameters(half)
+    half = Half()
+    half.weight = None
+    assert parts_of_parameters(half) == {}
 
 
 def test_the_group_is_that_of_the_first_layer_with_one():

@@ -1,5 +1,6 @@
 """Start here when the vocab-parallel loss differs from the loss of whole logits."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
-from fused_megatron.testing import assert_close, run_on_ranks
+from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 S, B = 7, 3
 
@@ -63,18 +64,21 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, d
     return loss.detach()
 
 
-@pytest.mark.parametrize(("vocab", "padded"), [(64, 64), (53, 64), (33, 64)])
+# 33 of 64 words on 4 ranks: the last rank has nothing but padding.
+VOCABULARIES = [(64, 64), (53, 64), (33, 64)]
+FORMS = [  # smoothing, z_loss, softcap, inplace, dtype, scale
+    (0.0, 0.0, None, False, torch.float32, 1.0),
+    (0.1, 1e-2, 4.0, True, torch.float32, 3.0),
+    (0.3, 0.0, None, False, torch.float32, 1000.0),
+    (0.1, 0.0, None, True, torch.bfloat16, 3.0),
+]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_loss_and_gradient(ranks, vocab, padded):
-    # 33 of 64 words on 4 ranks: the last rank has nothing but padding.
-    for smoothing, z_loss, softcap, inplace, dtype, scale in [
-        (0.0, 0.0, None, False, torch.float32, 1.0),
-        (0.1, 1e-2, 4.0, True, torch.float32, 3.0),
-        (0.3, 0.0, None, False, torch.float32, 1000.0),
-        (0.1, 0.0, None, True, torch.bfloat16, 3.0),
-    ]:
-        losses = run_on_ranks(loss_case, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, dtype, scale)
-        assert all(torch.equal(loss, losses[0]) for loss in losses)
+def test_loss_and_gradient(ranks):
+    cases = [(*vocabulary, *form) for vocabulary, form in itertools.product(VOCABULARIES, FORMS)]
+    for case, losses in zip(cases, run_cases_on_ranks(loss_case, ranks, cases), strict=True):
+        assert all(torch.equal(loss, losses[0]) for loss in losses), case
 
 
 def double(rank, ranks):

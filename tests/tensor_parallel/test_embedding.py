@@ -1,6 +1,7 @@
 """Start here when the vocab-parallel embedding looks up the wrong rows, or loses gradients."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import VocabParallelEmbedding, parameter_shard
-from fused_megatron.testing import assert_close, run_on_ranks
+from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 # bfloat16: apart the gradient is rounded to it.
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -62,13 +63,18 @@ def embedding_case(rank, ranks, sequence_parallel, sequence_dim, dtype, ids_dtyp
     return y.detach(), layer.weight.detach()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
-def test_values_and_gradients(ranks, sequence_parallel, dtype):
-    for sequence_dim, ids_dtype in [(0, torch.int64), (1, torch.int32)]:
-        results = run_on_ranks(embedding_case, ranks, sequence_parallel, sequence_dim, dtype, ids_dtype)
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_values_and_gradients(ranks):
+    cases = [
+        (sequence_parallel, sequence_dim, dtype, ids_dtype)
+        for sequence_parallel in (False, True)[:ranks]
+        for dtype in (torch.float32, torch.bfloat16)
+        for sequence_dim, ids_dtype in [(0, torch.int64), (1, torch.int32)]
+    ]
+    for case, results in zip(cases, run_cases_on_ranks(embedding_case, ranks, cases), strict=True):
+        sequence_parallel, *_ = case
         if not sequence_parallel:
-            assert all(torch.equal(y, results[0][0]) for y, _ in results)
+            assert all(torch.equal(y, results[0][0]) for y, _ in results), case
 
 
 def full_weight(rank, ranks):
@@ -138,7 +144,5 @@ def into_main_grad(rank, ranks, sequence_parallel, dtype):
     assert torch.equal(main_grad[-padding:], wanted[-padding:]) or not padding
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_goes_into_main_grad(dtype):
-    for sequence_parallel in (False, True):
-        run_on_ranks(into_main_grad, 2, sequence_parallel, dtype)
+def test_gradient_goes_into_main_grad():
+    run_cases_on_ranks(into_main_grad, 2, itertools.product([False, True], [torch.float32, torch.bfloat16]))

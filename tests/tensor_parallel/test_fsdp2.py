@@ -9,20 +9,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import fused_megatron as fm
+from fused_megatron import ops, tensor_parallel
 from fused_megatron.testing import run_on_ranks
 
 
 class Block(nn.Module):
     def __init__(self, tp_group: Any, sequence_parallel: bool) -> None:
         super().__init__()
-        layers = fm.tensor_parallel
         kwargs: dict[str, Any] = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": torch.float64}
-        self.norm = layers.LayerNorm(16, **kwargs)
-        self.up = layers.ColumnParallelLinear(16, 64, skip_bias_add=True, **kwargs)
-        self.down = layers.RowParallelLinear(64, 16, **kwargs)
+        self.norm = tensor_parallel.LayerNorm(16, **kwargs)
+        self.up = tensor_parallel.ColumnParallelLinear(16, 64, skip_bias_add=True, **kwargs)
+        self.down = tensor_parallel.RowParallelLinear(64, 16, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(fm.ops.bias_gelu(*self.up(self.norm(x))))
+        return x + self.down(ops.bias_gelu(*self.up(self.norm(x))))
 
 
 def model_of(mesh: Any, sequence_parallel: bool) -> nn.Sequential:

@@ -1,6 +1,7 @@
 """Start here when a column- or row-parallel linear layer gives a wrong value or gradient, or sends too much."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fused_megatron.tensor_parallel import (
     column_parallel_linear,
     parameter_shard,
 )
-from fused_megatron.testing import assert_close, run_on_ranks
+from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 S, B, IN, OUT = 12, 3, 76, 92  # multiples of 4, so that 1, 2 and 4 ranks divide every sharded dim
 
@@ -75,16 +76,18 @@ def layer_case(rank, ranks, kind, sequence_parallel, sequence_dim, dtype, skip_b
     return replicated, actual[3] if kind == "row" else torch.zeros(0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("kind", ["column", "row"])
-def test_output_and_every_gradient(kind, ranks, sequence_parallel, dtype):
-    for sequence_dim, skip_bias_add, overlap in [(0, False, False), (1, True, True), (0, False, 3), (1, True, 2)]:
-        arguments = kind, sequence_parallel, sequence_dim, dtype, skip_bias_add, overlap
-        results = run_on_ranks(layer_case, ranks, *arguments)
+def test_output_and_every_gradient(ranks):
+    forms = [(0, False, False), (1, True, True), (0, False, 3), (1, True, 2)]
+    dtypes = torch.float32, torch.bfloat16
+    cases = [
+        (kind, sequence_parallel, sequence_dim, dtype, skip_bias_add, overlap)
+        for kind, sequence_parallel, dtype in itertools.product(["column", "row"], [False, True], dtypes)
+        for sequence_dim, skip_bias_add, overlap in forms
+    ]
+    for case, results in zip(cases, run_cases_on_ranks(layer_case, ranks, cases), strict=True):
         for result in results[1:]:  # what is replicated is the same to the last bit
-            assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True))
+            assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True)), case
 
 
 def collectives_of(rank, ranks):
@@ -141,7 +144,7 @@ def chunked(rank, ranks, overlap):
 
 
 def test_chunks_change_the_order_of_work_and_no_bit():
-    plain, cut_in_two = run_on_ranks(chunked, 2, False), run_on_ranks(chunked, 2, 2)
+    plain, cut_in_two = run_cases_on_ranks(chunked, 2, [(False,), (2,)])
     for rank in range(2):
         for sequence_parallel in (False, True):
             values = zip(plain[rank][sequence_parallel][1], cut_in_two[rank][sequence_parallel][1], strict=True)
@@ -188,25 +191,25 @@ class _Signals(record_communication):
 def overlap(rank, ranks, sequence_parallel):
     """Rank 1 joins a collective once rank 0 has begun the product that should hide it: no overlap, no progress."""
     store = dist.distributed_c10d._get_default_store()
+    for_dx, for_dw = f"{sequence_parallel}: product for dx", f"{sequence_parallel}: product for dw"
     layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, overlap=False)
     x = torch.randn(4, 3, 8, requires_grad=True)
     y = layer(x)
     nothing = lambda: None  # noqa: E731
     if rank == 0:
-        steps = [lambda: store.set("product for dx", "1"), lambda: store.set("product for dw", "1")]
+        steps = [lambda: store.set(for_dx, "1"), lambda: store.set(for_dw, "1")]
     elif sequence_parallel:
-        store.wait(["product for dx"])  # the gather has not run, since this rank is not in it
-        steps = [lambda: store.wait(["product for dw"]), nothing]  # nor the reduce-scatter
+        store.wait([for_dx])  # the gather has not run, since this rank is not in it
+        steps = [lambda: store.wait([for_dw]), nothing]  # nor the reduce-scatter
     else:
-        steps = [lambda: store.wait(["product for dw"]), nothing]
+        steps = [lambda: store.wait([for_dw]), nothing]
     with _Signals(steps):
         y.sum().backward()
     return layer.weight.grad is not None and x.grad is not None
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_backward_hides_its_collectives(sequence_parallel):
-    assert run_on_ranks(overlap, 2, sequence_parallel) == [True, True]
+def test_backward_hides_its_collectives():
+    assert run_cases_on_ranks(overlap, 2, [(False,), (True,)]) == [[True, True]] * 2
 
 
 def whole_at_both_ends(rank, ranks):
@@ -310,18 +313,18 @@ def weights(rank, ranks, kind):
     return layer.weight.detach(), parameter_shard(layer.weight), parameter_shard(layer.bias)
 
 
-@pytest.mark.parametrize(("kind", "dim"), [(ColumnParallelLinear, 0), (RowParallelLinear, 1)])
-def test_every_size_starts_from_the_same_weight(kind, dim):
-    ((full, *_),) = run_on_ranks(weights, 1, kind)
-    assert 0.015 < full.std() < 0.025
-    for ranks in (2, 4):
-        parts = run_on_ranks(weights, ranks, kind)
-        assert torch.equal(torch.cat([part for part, *_ in parts], dim), full)
-        for rank, (part, weight_shard, bias_shard) in enumerate(parts):
-            assert weight_shard.full_shape == (32, 24) and not weight_shard.replicated
-            assert weight_shard.offset[dim] == rank * part.shape[dim] and weight_shard.offset[1 - dim] == 0
-            assert bias_shard.full_shape == (32,) and bias_shard.replicated == (dim == 1)
-            assert bias_shard.offset == (rank * part.shape[0] if dim == 0 else 0,)
+def test_every_size_starts_from_the_same_weight():
+    kinds = [(ColumnParallelLinear,), (RowParallelLinear,)]
+    whole, *of_sizes = (run_cases_on_ranks(weights, ranks, kinds) for ranks in (1, 2, 4))
+    for dim, ((full, *_),) in enumerate(whole):
+        assert 0.015 < full.std() < 0.025
+        for parts in (of_size[dim] for of_size in of_sizes):
+            assert torch.equal(torch.cat([part for part, *_ in parts], dim), full)
+            for rank, (part, weight_shard, bias_shard) in enumerate(parts):
+                assert weight_shard.full_shape == (32, 24) and not weight_shard.replicated
+                assert weight_shard.offset[dim] == rank * part.shape[dim] and weight_shard.offset[1 - dim] == 0
+                assert bias_shard.full_shape == (32,) and bias_shard.replicated == (dim == 1)
+                assert bias_shard.offset == (rank * part.shape[0] if dim == 0 else 0,)
 
 
 def copies(rank, ranks):

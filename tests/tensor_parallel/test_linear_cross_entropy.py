@@ -10,7 +10,7 @@ from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.ops import linear_cross_entropy_tile_shape as shapes
 from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import vocab_parallel_linear_cross_entropy
-from fused_megatron.testing import assert_close, run_on_ranks
+from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 S, B, H = 8, 3, 20
 
@@ -135,24 +135,22 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     return torch.cat([loss.detach().flatten().double(), total.detach().view(1)])
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+# 33 of 64 words on 4 ranks: the last rank has nothing but padding. Chunks of 12 of 24 tokens; of 8 and the last
+# smaller with one row a rank under 4-way sequence parallelism; whole.
+FORMS = [  # vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens
+    (64, 64, 0.0, 0.0, torch.float32, True, 12),
+    (53, 64, 0.1, 1e-2, torch.float32, False, 8),
+    (33, 64, 0.3, 0.0, torch.float32, True, None),
+    (33, 64, 0.1, 1e-3, torch.bfloat16, True, 12),
+    (33, 64, 0.0, 0.0, torch.float32, False, "by bytes"),  # last: it changes the module of its ranks
+]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_losses_and_gradients(ranks, sequence_parallel):
-    if sequence_parallel and ranks == 1:
-        pytest.skip("nothing to shard")
-    # 33 of 64 words on 4 ranks: the last rank has nothing but padding. Chunks of 12 of 24 tokens; of 8 and the last
-    # smaller with one row a rank under 4-way sequence parallelism; whole.
-    for vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens in [
-        (64, 64, 0.0, 0.0, torch.float32, True, 12),
-        (53, 64, 0.1, 1e-2, torch.float32, False, 8),
-        (33, 64, 0.3, 0.0, torch.float32, True, None),
-        (33, 64, 0.1, 1e-3, torch.bfloat16, True, 12),
-        (33, 64, 0.0, 0.0, torch.float32, False, "by bytes"),
-    ]:
-        losses = run_on_ranks(
-            head_case, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens
-        )
-        assert all(torch.equal(loss, losses[0]) for loss in losses)
+def test_losses_and_gradients(ranks):
+    cases = [(sequence_parallel, *form) for form in FORMS for sequence_parallel in (False, True)[:ranks]]
+    for case, losses in zip(cases, run_cases_on_ranks(head_case, ranks, cases), strict=True):
+        assert all(torch.equal(loss, losses[0]) for loss in losses), case
 
 
 def frozen_case(rank, ranks):

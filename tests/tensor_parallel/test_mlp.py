@@ -1,5 +1,7 @@
 """Start here when parallel_mlp differs from its two layers."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.tensor_parallel import column_parallel_linear, parallel_mlp, row_parallel_linear
-from fused_megatron.testing import assert_close, run_on_ranks
+from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 S, B, H, FFN = 16, 3, 12, 40
 
@@ -36,36 +38,33 @@ def shards(rank, ranks, sequence_parallel):
     return [own_sequence, own_up, own_up, lambda t: t.chunk(ranks, 1)[rank], lambda t: t]
 
 
-def mlp_case(rank, ranks, dtype, cases):
-    results = []
-    for activation, sequence_parallel, overlap in cases:
-        tensors, expected = truth(activation, dtype, torch.float64)
-        _, by_torch = truth(activation, dtype, dtype)
-        cut = shards(rank, ranks, sequence_parallel)
-        leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
-        dy = cut[0](tensors[5])
-        y = parallel_mlp(
-            *leaves, activation=activation, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel,
-            overlap=overlap,
-        )  # fmt: skip
-        y.backward(dy)
-        names = ["y", "dx", "dup", "dup_bias", "ddown", "ddown_bias"]
-        actual = [y.detach(), *(t.grad for t in leaves)]
-        for name, mine, f, want, torch_result in zip(names, actual, [cut[0], *cut], expected, by_torch, strict=True):
-            assert_close(f"{name} of {activation} on rank {rank}", mine, f(want), f(torch_result), ranks=ranks)
-        results.append(actual)
-    return results
+def mlp_case(rank, ranks, dtype, activation, sequence_parallel, overlap):
+    tensors, expected = truth(activation, dtype, torch.float64)
+    _, by_torch = truth(activation, dtype, dtype)
+    cut = shards(rank, ranks, sequence_parallel)
+    leaves = [f(t).detach().clone().requires_grad_() for f, t in zip(cut, tensors, strict=False)]
+    dy = cut[0](tensors[5])
+    y = parallel_mlp(
+        *leaves, activation=activation, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel,
+        overlap=overlap,
+    )  # fmt: skip
+    y.backward(dy)
+    names = ["y", "dx", "dup", "dup_bias", "ddown", "ddown_bias"]
+    actual = [y.detach(), *(t.grad for t in leaves)]
+    for name, mine, f, want, torch_result in zip(names, actual, [cut[0], *cut], expected, by_torch, strict=True):
+        assert_close(f"{name} of {activation} on rank {rank}", mine, f(want), f(torch_result), ranks=ranks)
+    return actual
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_output_and_every_gradient(ranks, dtype):
-    cases = [(a, s, c) for a in ("gelu", "swiglu", "geglu") for s in (False, True) for c in (False, True, 3)]
-    results = run_on_ranks(mlp_case, ranks, dtype, cases)
-    for i, (_, sequence_parallel, _) in enumerate(cases):
+def test_output_and_every_gradient(ranks):
+    dtypes, activations = (torch.float32, torch.bfloat16), ("gelu", "swiglu", "geglu")
+    cases = list(itertools.product(dtypes, activations, (False, True), (False, True, 3)))
+    for case, results in zip(cases, run_cases_on_ranks(mlp_case, ranks, cases), strict=True):
+        _, _, sequence_parallel, _ = case
         for other in results[1:]:  # what is replicated is the same to the last bit
-            assert torch.equal(other[i][5], results[0][i][5])
-            assert sequence_parallel or all(torch.equal(other[i][j], results[0][i][j]) for j in (0, 1))
+            assert torch.equal(other[5], results[0][5]), case
+            assert sequence_parallel or all(torch.equal(other[i], results[0][i]) for i in (0, 1)), case
 
 
 def order_of_work(rank, ranks, sequence_parallel):
@@ -79,16 +78,15 @@ def order_of_work(rank, ranks, sequence_parallel):
     return forward.order, backward.order
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_every_product_has_a_collective_beside_it(sequence_parallel):
-    for forward, backward in run_on_ranks(order_of_work, 2, sequence_parallel):
-        if sequence_parallel:
-            chunk = ["mm", "mm", "reduce_scatter"]
-            assert forward == ["all_gather"] * 2 + chunk * 2
-            assert backward == ["all_gather"] * 4 + chunk * 2 + ["mm"] * 2  # of dy and x
-        else:
-            assert forward == ["mm", "mm", "all_reduce"] * 2
-            assert backward == ["mm", "mm", "all_reduce"] * 2 + ["mm", "mm"]
+def test_every_product_has_a_collective_beside_it():
+    whole, blocks = run_cases_on_ranks(order_of_work, 2, [(False,), (True,)])
+    for forward, backward in whole:
+        assert forward == ["mm", "mm", "all_reduce"] * 2
+        assert backward == ["mm", "mm", "all_reduce"] * 2 + ["mm", "mm"]
+    for forward, backward in blocks:
+        chunk = ["mm", "mm", "reduce_scatter"]
+        assert forward == ["all_gather"] * 2 + chunk * 2
+        assert backward == ["all_gather"] * 4 + chunk * 2 + ["mm"] * 2  # of dy and x
 
 
 def bits(rank, ranks):

@@ -1,9 +1,7 @@
 """Start here when run_on_ranks hangs, hides an error of a rank, or leaves processes behind."""
 
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 import time
 from dataclasses import dataclass
 
@@ -12,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError
-from fused_megatron.testing import RankError, run_on_ranks
+from fused_megatron.testing import RankError, run_cases_on_ranks, run_on_ranks
 
 
 @dataclass
@@ -105,47 +103,43 @@ def test_death_names_the_rank_and_exit_code():
         run_on_ranks(leave_on_rank_0, 2)
 
 
+def pid_and_case(rank, world_size, case, refused=False):
+    if refused and rank == 1:
+        raise InputError("banana=3 must be even")
+    dist.barrier()
+    return case, rank, os.getpid()
+
+
+def test_cases_share_their_ranks_and_an_error_names_its_case():
+    cases = run_cases_on_ranks(pid_and_case, 2, [("a",), ("b",)])
+    assert [[answer[:2] for answer in answers] for answers in cases] == [[(c, 0), (c, 1)] for c in "ab"]
+    assert cases[0][0][2] == cases[1][0][2] != cases[0][1][2]
+    with pytest.raises(RankError, match=r"rank 1 raised:\ncase \('c', True\):\nTraceback"):
+        run_cases_on_ranks(pid_and_case, 2, [("a",), ("c", True), ("d",)])
+
+
 def test_local_function_is_refused():
     with pytest.raises(InputError, match="top level"):
         run_on_ranks(lambda rank, world_size: None, 2)
 
 
+def take_parent_away(rank, world_size, folder, parent):
+    (folder / str(rank)).write_text(f"{os.getpid()} {os.getppid()}")
+    dist.barrier()
+    if rank == 0:
+        os.kill(parent, signal.SIGKILL)
+    time.sleep(1000)
+
+
+def be_parent(rank, world_size, folder):
+    run_on_ranks(take_parent_away, 2, folder, os.getpid())
+
+
 def test_ranks_die_with_the_parent(tmp_path):
-    script = tmp_path / "parent.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import os, sys, time
-            from fused_megatron.testing import run_on_ranks
-
-            def hang(rank, world_size, path):
-                with open(f"{path}/{rank}", "w") as file:
-                    file.write(f"{os.getpid()} {os.getppid()} ")
-                time.sleep(1000)
-
-            if __name__ == "__main__":
-                run_on_ranks(hang, 2, sys.argv[1])
-            """
-        )
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment)
-    try:
-        pids = wait_for(
-            lambda: [(tmp_path / str(rank)).read_text() for rank in range(2)], lambda: parent.poll() is None
-        )
-        pids = [int(pid) for text in pids for pid in text.split()]
-    finally:
-        parent.kill()
-        parent.wait()
-    wait_for(lambda: not any(alive(pid) for pid in pids) or 1 / 0)
-
-
-def wait_for(get, still=lambda: True):
-    end = time.monotonic() + 300
-    while True:
-        try:
-            return get()
-        except (OSError, ZeroDivisionError):
-            assert still() and time.monotonic() < end
-            time.sleep(0.05)
+    with pytest.raises(RankError, match="rank 0 died with exit code -9"):
+        run_on_ranks(be_parent, 1, tmp_path)
+    pids = [int(pid) for rank in range(2) for pid in (tmp_path / str(rank)).read_text().split()]
+    end = time.monotonic() + 40
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ with contextlib.suppress(ImportError):
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
-NUM_STEPS = 30
+NUM_STEPS = 12
 # The other form of every layer; its one key-value head is held by every rank.
 LLAMA: dict[str, Any] = {
     "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 1,
@@ -52,10 +53,10 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
         "model": GPTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=24),
         "parallel": ParallelConfig(timeout_s=120),
         "data": DataConfig(path=str(text), cache_folder=str(text.parent / "cache"), tokenizer_vocab_size=300),
-        "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5),
+        "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=3),
         "training": TrainingConfig(
-            num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=15, eval_batches=2,
-            checkpoint_interval=10, keep_checkpoints=10, run_folder=str(run),
+            num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=6, eval_batches=2,
+            checkpoint_interval=4, keep_checkpoints=10, run_folder=str(run),
         ),
     }  # fmt: skip
     for name, section in sections.items():
@@ -96,7 +97,7 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == NUM_STEPS
     assert 5.6 < losses[0] < 5.9  # ln(300) = 5.70
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
@@ -115,8 +116,8 @@ def test_every_layout_has_the_curve_of_one_process(
 
 
 def test_untied_head_and_larger_microbatches(text: Path, tmp_path: Path) -> None:
-    one = trained(text, tmp_path / "one", 1, num_steps=10, tied_embeddings=False, microbatch_size=8)
-    two = trained(text, tmp_path / "two", 2, num_steps=10, tied_embeddings=False, tensor_parallel_size=2)
+    one = trained(text, tmp_path / "one", 1, num_steps=4, tied_embeddings=False, microbatch_size=8)
+    two = trained(text, tmp_path / "two", 2, num_steps=4, tied_embeddings=False, tensor_parallel_size=2)
     assert_same_curve(two, one)
 
 
@@ -140,16 +141,16 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     changes = {f"{axis}_parallel_size": ranks, "dtype": dtype}
-    expected = trained(text, whole, ranks, num_steps=20, **changes)
-    trained(text, halves, ranks, num_steps=20, **changes)
-    # As if the process had died after step 10: its later checkpoint is not there, its later metrics are.
-    (halves / "checkpoints" / "step-000020").rename(tmp_path / "lost")
-    found = trained(text, halves, ranks, num_steps=20, **changes)
+    expected = trained(text, whole, ranks, num_steps=8, **changes)
+    shutil.copytree(whole, halves)
+    # As if the process had died after step 4: its later checkpoint is not there, its later metrics are.
+    (halves / "checkpoints" / "step-000008").rename(tmp_path / "lost")
+    found = trained(text, halves, ranks, num_steps=8, **changes)
     strip = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in found]
     assert strip == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in expected]
-    for file in sorted((whole / "checkpoints" / "step-000020").glob("*.safetensors")):
+    for file in sorted((whole / "checkpoints" / "step-000008").glob("*.safetensors")):
         digests = {
-            hashlib.sha256((run / "checkpoints" / "step-000020" / file.name).read_bytes()).hexdigest()
+            hashlib.sha256((run / "checkpoints" / "step-000008" / file.name).read_bytes()).hexdigest()
             for run in (whole, halves)
         }
         assert len(digests) == 1, file.name
@@ -163,7 +164,7 @@ def test_run_saved_at_tp2_resumes_at_another_layout(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
 ) -> None:
     trained(text, tmp_path, 2, tensor_parallel_size=2)
-    for step in (20, 30):
+    for step in ("08", "12"):
         (tmp_path / "checkpoints" / f"step-0000{step}").rename(tmp_path / f"lost-{step}")
     assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
 
@@ -193,16 +194,25 @@ PIPELINES: list[tuple[int, dict[str, Any], int]] = [
 ]  # fmt: skip
 
 
-def test_every_pipeline_has_the_curve_of_one_process_and_goes_on_from_any_other(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "pipelines",
+    [
+        pytest.param([(4, PIPELINES[0][1], 2), PIPELINES[1]], id="some"),
+        pytest.param(PIPELINES, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_every_pipeline_has_the_curve_of_one_process_and_goes_on_from_any_other(
+    text: Path, tmp_path: Path, pipelines: list[tuple[int, dict[str, Any], int]]
+) -> None:
     """Tied embeddings and dropout; 3D, then both ends of the model on one rank, several stages a rank, one rank."""
     dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
     steps = {"num_layers": 5, "num_steps": 8, "checkpoint_interval": 2, "eval_interval": 4, **dropout}
     one = trained(text, tmp_path / "one", 1, **steps)
     run = tmp_path / "run"
-    for ranks, layout, step in PIPELINES:
+    for ranks, layout, step in pipelines:
         assert_same_curve(trained(text, run, ranks, **steps, **layout), one)
         assert sorted((run / "checkpoints").iterdir())[-1].name == "step-000008"
-        if ranks == 8:
+        if "tensor_parallel_size" in layout:
             asked = GenerateArguments(run, "line 3 of page", num_tokens=10)
             assert run_on_ranks(generated, 1, asked) == run_on_ranks(generated, 2, asked)[:1]
         for later in range(step + 2, 10, 2):
@@ -232,9 +242,9 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     kept: dict[str, torch.Tensor] = {}
     conclude, sum_over_ranks = training._conclude, training.Trainer._sum_over_ranks
 
-    def keep_loss(trainer: Any, loss_sum: torch.Tensor) -> Any:
+    def keep_loss(trainer: Any, loss_sum: torch.Tensor, finite: bool) -> Any:
         kept[f"loss {trainer.mesh.dp_rank} {trainer.progress.step}"] = loss_sum.clone()
-        return sum_over_ranks(trainer, loss_sum)
+        return sum_over_ranks(trainer, loss_sum, finite)
 
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
@@ -252,7 +262,7 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
 
 
 def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: Path) -> None:
-    config = config_for(text, tmp_path, num_steps=10, pipeline_parallel_size=2, clip_norm=0.1)
+    config = config_for(text, tmp_path, num_steps=4, pipeline_parallel_size=2, clip_norm=0.1)
     first, last = run_on_ranks(replicated_weights, 2, config)
     shared = {name for name in first.keys() & last.keys() if not name.startswith("loss ")}
     assert shared == {"token_embedding.weight", "grad token_embedding.weight"}
@@ -272,12 +282,12 @@ def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
     text: Path, tmp_path: Path, sequence_parallel: bool, changes: dict[str, Any]
 ) -> None:
     layout = {"tensor_parallel_size": 2, "sequence_parallel": sequence_parallel}
-    config = config_for(text, tmp_path, num_steps=20, **layout, **changes)
+    config = config_for(text, tmp_path, num_steps=6, **layout, **changes)
     ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=300)
     assert len(ranks[0]) > 20
     assert not changes or "grad blocks.1.attention.query_key_value.weight.key" in ranks[0]
     for i, mine in enumerate(ranks):
-        assert sum(name.startswith("loss") for name in mine) == 20
+        assert sum(name.startswith("loss") for name in mine) == 6
         for other in ranks[:i]:  # the loss is that of a data-parallel rank's own samples
             assert all(torch.equal(mine[name], other[name]) for name in mine.keys() & other.keys())
         assert mine.keys() == ranks[i - i % 2].keys()
@@ -292,7 +302,7 @@ def test_loss_picture_and_config_are_there(one_process: Any) -> None:
     run, _ = one_process
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "num_layers = 2" in (run / "config.toml").read_text()
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000010", "step-000020", "step-000030"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004", "step-000008", "step-000012"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -321,7 +331,7 @@ def test_checkpoint_from_before_a_setting_existed(
     text: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It had what is the default now; what does not change the weights may change."""
-    manifest = read_manifest(one_process[0] / "checkpoints" / "step-000030")
+    manifest = read_manifest(one_process[0] / "checkpoints" / "step-000012")
     old = {k: v for k, v in manifest.state["config"]["model"].items() if k not in {*LLAMA, "recompute"}}
     state = {**manifest.state, "config": {"model": old}}
     monkeypatch.setattr(training, "read_manifest", lambda checkpoint: dataclasses.replace(manifest, state=state))
@@ -335,7 +345,7 @@ def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=300)
     for rank in (0, 1):
-        assert "training.num_steps=30 on rank 0 but 31 on rank 1" in str(caught.value.errors[rank])
+        assert "training.num_steps=12 on rank 0 but 13 on rank 1" in str(caught.value.errors[rank])
 
 
 def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None:
@@ -346,8 +356,8 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
     def poison(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
         result = forward(self, *arguments, **keywords)
         calls[0] += self.training and torch.is_grad_enabled()
-        # Step 13 of 4 microbatches a step, on one rank alone.
-        if calls[0] == 12 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
+        # Step 6 of 4 microbatches a step, on one rank only.
+        if calls[0] == 5 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
             result = result * float(kind) if kind != "gradient" else result + (result - result).sqrt()
         return result
 
@@ -366,10 +376,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
         config = config_for(text, tmp_path, **{f"{axis}_parallel_size": 2})
         run_on_ranks(poisoned, 2, config, kind, timeout_s=300)
     texts = [str(caught.value.errors[rank]) for rank in (0, 1)]
-    assert all(text.startswith("step 13: loss=") for text in texts)
+    assert all(text.startswith("step 6: loss=") for text in texts)
     assert kind != "gradient" or all("first such gradient: position_embedding on rank 0" in text for text in texts)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000010"]
-    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 12
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 5
 
 
 def killed(rank: int, world_size: int, config: TrainConfig) -> None:

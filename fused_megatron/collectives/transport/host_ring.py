@@ -4,9 +4,13 @@ gloo sends through the loopback: every byte is copied by the kernel and by threa
 rank copies what it sends into its ring, once, when the collective starts; and sums, or copies, straight from the rings
 of all ranks when it waits. In between nothing runs: what is computed there hides that others come later.
 
-    write   a piece goes to a place of this rank's ring, and a message of 16 bytes to every other rank says so
+    begin   says which collective comes next: of which kind, dtype and number of bytes
+    write   a piece goes to a place of this rank's ring, and a message of 32 bytes to every other rank says so
     take    for a piece that every rank has written: read their places, which are the same as this rank's, since all
             ranks write pieces of the same sizes in the same order
+
+Ranks that disagree would read each other's numbers as what they are not. So a message says which collective a piece is
+of, and before a piece is taken every rank compares what it says itself with what the others say.
 
 A place is written again when every rank has taken what was there. The messages go through Unix sockets: the kernel
 orders them behind the writes to memory that come before, and they break when a rank ends.
@@ -14,16 +18,21 @@ orders them behind the writes to memory that come before, and they break when a 
 Sums are in the order of the ranks, the same bits on all of them; of 16-bit types in float32, rounded once.
 """
 
+import os
 import select
 import socket
 import struct
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
+
+from fused_megatron.checks import dtype_name
 
 RING_BYTES = 16 << 20
 # Several pieces fit the ring, so that none waits for the one before it to be taken.
@@ -31,7 +40,30 @@ _PIECE_BYTES = RING_BYTES // 4
 _ALIGNMENT = 64  # of places: a cache line
 # About what it costs to sleep and be woken; for longer, the core belongs to whoever else has work.
 _SPIN_S = 50e-6
-_MESSAGE = struct.Struct("<qq")  # pieces written so far, and pieces taken
+# Pieces written so far, and pieces taken; of the last piece written, what Collective says.
+_MESSAGE = struct.Struct("<qqqIBBxx")
+KINDS = ("all_reduce", "all_gather", "all_to_all")
+_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
+
+
+class Collective(NamedTuple):
+    """What the ranks of a group must agree on.
+
+    Attributes:
+        num_bytes: of what a rank sends.
+        number: how many collectives of the group came before.
+        kind: index in KINDS.
+        dtype: index in the sorted dtypes of torch.
+    """
+
+    num_bytes: int
+    number: int
+    kind: int
+    dtype: int
+
+    def describe(self) -> str:
+        """In words."""
+        return f"{KINDS[self.kind]} of {self.num_bytes} bytes of {dtype_name(_DTYPES[self.dtype])}"
 
 
 Take = Callable[[list[torch.Tensor]], None]
@@ -57,7 +89,10 @@ class Piece:
 
 
 class HostRing:
-    """This rank's ring, those of the others, and the sockets that join them; for one thread.
+    """This rank's ring, those of the others, and the sockets that join them.
+
+    For one thread of one process: two threads would start their collectives in another order on every rank. Another
+    thread may go on when the first has ended.
 
     Args:
         rank: this one's place in the group.
@@ -80,12 +115,38 @@ class HostRing:
         self._untaken: deque[Piece] = deque()
         self._heard = dict.fromkeys(sockets, (0, 0))
         self._half_read = dict.fromkeys(sockets, b"")
+        self._process, self._thread = os.getpid(), threading.current_thread()
+        self._num_begun = 0
+        self._collective = Collective(0, 0, 0, 0)
+        # Of the pieces that are not compared yet: this rank's, and what each other rank says, by the piece's number.
+        self._own_collectives: dict[int, Collective] = {}
+        self._their_collectives: dict[int, dict[int, Collective]] = {other: {} for other in sockets}
+        self._num_compared = 0
+        self._disagreement: str | None = None
         self._gone: set[int] = set()
         self._rank_of = {s.fileno(): other for other, s in sockets.items()}
         self._poll = select.poll()
         for s in sockets.values():
             s.setblocking(True)
             self._poll.register(s, select.POLLIN)
+
+    def begin(self, kind: str, source: torch.Tensor) -> None:
+        """Say which collective the next pieces are of; also of one that has none.
+
+        Args:
+            kind: of KINDS.
+            source: what this rank sends.
+
+        Raises:
+            RuntimeError: in another thread than before, in a forked process, or after ranks disagreed.
+        """
+        self._check_caller()
+        if self._disagreement is not None:
+            raise RuntimeError(self._disagreement)
+        num_bytes = source.numel() * source.element_size()
+        number = self._num_begun % 2**32
+        self._collective = Collective(num_bytes, number, KINDS.index(kind), _DTYPES.index(source.dtype))
+        self._num_begun += 1
 
     def write(self, parts: Sequence[torch.Tensor], take: Take) -> Piece:
         """Copy the parts, one after the other, to the next place, and say so.
@@ -110,22 +171,66 @@ class HostRing:
         piece = Piece(self, self._written, begin, take, slots)
         self._in_ring.append(piece)
         self._untaken.append(piece)
+        self._own_collectives[piece.number] = self._collective
         self._written += 1
         self._say()
         return piece
 
     def finish(self, piece: Piece) -> None:
-        """Take it, once every rank has written it."""
+        """Take it, once every rank has written it.
+
+        Raises:
+            RuntimeError: as begin; ranks disagree on this piece or one before it; a rank is gone or silent.
+        """
+        self._check_caller()
         if piece.taken:
             return
         for other in self._sockets:
             while self._heard[other][0] <= piece.number:
                 self._listen(other)
+        self._compare(piece.number)
         piece.take(piece.slots)
         piece.taken = True
         while self._untaken and self._untaken[0].taken:
             self._untaken.popleft()
             self._taken += 1
+
+    def _check_caller(self) -> None:
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this process was forked from rank {self.global_ranks[self.rank]} and cannot use its process group "
+                "(leave the collectives to the rank itself)"
+            )
+        thread = threading.current_thread()
+        if thread is self._thread:
+            return
+        if self._num_begun and self._thread.is_alive():
+            raise RuntimeError(
+                f"thread {thread.name!r} of rank {self.global_ranks[self.rank]} uses a process group that thread "
+                f"{self._thread.name!r} uses: two threads start collectives in another order on every rank (leave them "
+                "to one thread, or give each a group of its own with torch.distributed.new_group)"
+            )
+        self._thread = thread
+
+    def _compare(self, last: int) -> None:
+        """What all ranks say of the pieces up to one. Of all, since after a difference the places differ, too."""
+        for number in range(self._num_compared, last + 1):
+            own = self._own_collectives.pop(number)
+            for other, said in sorted(self._their_collectives.items()):
+                theirs = said.pop(number)
+                if theirs != own and self._disagreement is None:
+                    self._disagreement = self._describe_difference(own, other, theirs)
+        self._num_compared = max(self._num_compared, last + 1)
+        if self._disagreement is not None:
+            raise RuntimeError(self._disagreement)
+
+    def _describe_difference(self, own: Collective, other: int, theirs: Collective) -> str:
+        said = sorted([(self.rank, own), (other, theirs)])
+        texts = [f"rank {self.global_ranks[r]} has {c.describe()} (its number {c.number} there)" for r, c in said]
+        return (
+            f"ranks disagree on a collective of their group: {', '.join(texts)}; all ranks must start the same "
+            "collectives in the same order, with tensors of one size and dtype"
+        )
 
     def _await_taken(self, piece: Piece) -> None:
         """By all. Whoever waits here takes its own pieces first, and says so: no two ranks wait for each other."""
@@ -137,10 +242,10 @@ class HostRing:
                 self._listen(other)
 
     def _say(self) -> None:
-        message = (self._written, self._taken)
-        if message == self._said:
+        if (self._written, self._taken) == self._said:
             return
-        self._said = message
+        self._said = (self._written, self._taken)
+        message = (*self._said, *self._collective)
         for other, s in self._sockets.items():
             try:
                 s.sendall(_MESSAGE.pack(*message))
@@ -175,8 +280,10 @@ class HostRing:
         received = self._half_read[other] + received
         whole = len(received) // _MESSAGE.size * _MESSAGE.size
         self._half_read[other] = received[whole:]
-        if whole:
-            self._heard[other] = _MESSAGE.unpack(received[whole - _MESSAGE.size : whole])
+        for written, taken, *collective in _MESSAGE.iter_unpack(received[:whole]):
+            if written > self._heard[other][0]:  # by one: every piece has a message of its own
+                self._their_collectives[other][written - 1] = Collective(*collective)
+            self._heard[other] = (written, taken)
 
 
 def add_in_order(total: torch.Tensor, parts: list[torch.Tensor]) -> None:

@@ -36,11 +36,11 @@ for _schema in (
     _ANNOUNCEMENTS.define(_schema)
     _ANNOUNCEMENTS.impl(_schema.partition("(")[0], lambda *_: None, "CompositeExplicitAutograd")
 
-# The collective -> what announces it, and how it is cut into the pieces that fit a ring.
+# The collective -> its kind, what announces it, and how it is cut into the pieces that fit a ring.
 _SHARED = {
-    dist.all_reduce: (torch.ops.c10d.allreduce_.shared_memory, host_ring.cut_all_reduce),
-    dist.all_gather_single: (torch.ops.c10d._allgather_base_.shared_memory, host_ring.cut_all_gather),
-    dist.all_to_all_single: (torch.ops.c10d.alltoall_base_.shared_memory, host_ring.cut_all_to_all),
+    dist.all_reduce: ("all_reduce", torch.ops.c10d.allreduce_.shared_memory, host_ring.cut_all_reduce),
+    dist.all_gather_single: ("all_gather", torch.ops.c10d._allgather_base_.shared_memory, host_ring.cut_all_gather),
+    dist.all_to_all_single: ("all_to_all", torch.ops.c10d.alltoall_base_.shared_memory, host_ring.cut_all_to_all),
 }
 
 
@@ -59,6 +59,10 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
             is called: only those of torch.distributed itself go through shared memory.
         group: its ranks.
         buffers: contiguous, what it reads and writes, the destination first. The caller keeps them until the wait.
+
+    Raises:
+        RuntimeError: through shared memory, here or at the wait: another thread or a forked process uses the group;
+            ranks disagree on kind, dtype or bytes.
     """
     shared, source = _SHARED.get(collective), buffers[-1]
     ring = None
@@ -68,7 +72,8 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
     if shared is None or ring is None:
         work = collective(*buffers, group=group, async_op=True)
         return () if work is None else (work,)
-    announce, cut = shared
+    kind, announce, cut = shared
+    ring.begin(kind, source)
     announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
     return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
 

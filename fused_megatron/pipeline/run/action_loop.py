@@ -17,7 +17,8 @@ from fused_megatron.pipeline.schedule.action import COMPUTE, RECEIVES, Action, K
 from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
 
 ShapeIds = Callable[[], Sequence[int]]
-Tensors = Sequence[torch.Tensor]
+Tensors = Sequence[Any]
+"""Tensors; of gradients some may be None."""
 
 
 class StepInputs(NamedTuple):
@@ -210,7 +211,7 @@ class ActionLoop:
             f"loss_fn returned {len(outputs)} tensor(s) of {loss.ndim} dims: one of none wanted, the sum of the "
             "microbatch's losses",
         )
-        self._losses[microbatch] = loss.detach()
+        self._losses[microbatch] = loss.detach().clone()
 
     def _backward(self, action: Action, given: Tensors) -> None:
         split = action.kind == Kind.INPUT_GRAD
@@ -268,12 +269,13 @@ class ActionLoop:
         """To the send behind this computation, or to the neighbour stage where that is on this rank, too."""
         send = output_of(made_by)
         receive = peer(send)
-        if self._schedule.placement[receive.stage] != self._rank:
-            self._results[send] = tensors
-        elif made_by.kind == Kind.FORWARD:  # a leaf of its own: each stage has its own graph
-            self._results[receive] = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        else:
-            self._results[receive] = tensors
+        if made_by.kind == Kind.FORWARD:
+            # Leaves, since each stage has its own graph; copies, since the stage may return a buffer that its next
+            # microbatch overwrites (a CUDA graph does), before they are read. Autograd copies such gradients itself.
+            tensors = [
+                t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad) for t in tensors
+            ]
+        self._results[receive if self._schedule.placement[receive.stage] == self._rank else send] = tensors
 
     def _start(self, action: Action, wait: Wait | None) -> None:
         if wait is not None:

@@ -12,7 +12,13 @@ from fused_megatron.collectives.groups import Group, group_rank
 from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
-from fused_megatron.pipeline.run.executor_checks import check_pipeline, check_step, chosen_hooks, stage_device
+from fused_megatron.pipeline.run.executor_checks import (
+    check_pipeline,
+    check_step,
+    chosen_hooks,
+    needs_gradients,
+    stage_device,
+)
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
 from fused_megatron.pipeline.run.messages import Messages
@@ -167,7 +173,7 @@ class PipelineExecutor:
             targets are those of all of them, loss_divisor is that of one, and the loss their sum.
 
         Raises:
-            InputError: on every rank, before anything is sent: what one of them was given wrong.
+            InputError: on every rank, before anything is sent: what one of them was given wrong; nothing to train.
             PipelineError: another rank failed, or is gone; says which, and where. The executor is of no use then.
         """
         with torch.enable_grad():
@@ -204,7 +210,7 @@ class PipelineExecutor:
         if connections.closed:
             raise RuntimeError("this PipelineExecutor is closed, by close() or after a fault (make a new one)")
         try:
-            step = self._begin(inputs, targets, loss_divisor, stage_kwargs)
+            step = self._begin(inputs, targets, loss_divisor, stage_kwargs, training)
             losses = loop.run(step, connections.table.shape_ids, training)
             count = len(self.schedule.microbatches)
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
@@ -229,6 +235,7 @@ class PipelineExecutor:
         targets: Sequence[Any] | None,
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None,
+        training: bool,
     ) -> StepInputs:
         """Check what was given, and tell the other ranks; they answer while the first stage computes."""
         step, error, ids = None, None, None
@@ -241,8 +248,9 @@ class PipelineExecutor:
         if step is not None and 0 in self._stages:
             ids = [shape_id(step.inputs[m], step.kwargs[m] if step.kwargs else {}) for m in range(count)]
         table = self._connections.table
-        table.start(ids, count, error)
-        if step is None:
+        trains = not training or step is None or needs_gradients(self._stages.values(), step)
+        table.start(ids, count, error, trains)
+        if step is None or not trains:
             table.shape_ids()
         assert step is not None
         return step

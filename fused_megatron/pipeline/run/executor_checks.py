@@ -1,7 +1,7 @@
 """Checks of what a PipelineExecutor is given, before anything is sent."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from fused_megatron.checks import InputError, check
 from fused_megatron.collectives.groups import Group, group_rank, group_size
 from fused_megatron.pipeline.run.action_loop import StepInputs
+from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions, StageHooks, Wait, do_nothing
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Kind, Schedule, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
@@ -144,6 +145,14 @@ def check_step(
                 check(target.device == device, f"{what} must be {device}, that of the stages")
     kwargs = () if stage_kwargs is None else _items("stage_kwargs", stage_kwargs, count)
     return StepInputs(given_inputs, given_targets, kwargs, loss_divisor)
+
+
+def needs_gradients(stages: Iterable[StageCompute], step: StepInputs) -> bool:
+    """Whether a parameter of this rank's stages requires a gradient, or a tensor that the step was given."""
+    if any(p.requires_grad for stage in stages for p in stage.module.parameters()):
+        return True
+    given = [*step.inputs, *(kwargs.values() for kwargs in step.kwargs)]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for tensors in given for x in tensors)
 
 
 def _items(name: str, given: Any, count: int) -> Sequence[Any]:

@@ -32,7 +32,8 @@ _DTYPES = (
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
 _HEADER_NUMBERS = 128
-_TENSORS_PER_MESSAGE = 32  # tags of one message
+_TENSORS_PER_MESSAGE = 32  # tags of one message: those of its tensors, and two more
+_FLAGS, _HEADER = 30, 31
 
 
 class _Arrival:
@@ -43,6 +44,7 @@ class _Arrival:
         self.channel = channel
         self.key = key
         self.header: tuple[Pending, torch.Tensor] | None = None
+        self.flags: torch.Tensor | None = None
         self.tensors: list[torch.Tensor] | None = None
         self.pending: list[Pending] = []
 
@@ -55,6 +57,10 @@ class Messages:
     ahead of its tensors; both sides keep it, and all later receives can be posted before they are needed. Gradients
     have the shapes of what was sent.
 
+    A tensor that the next stage does not use has no gradient: None, as in one process, so that what only it comes from
+    has none either. The first gradients of new shapes say ahead whether there are all of them. If not, these and later
+    ones come with a flag for each. If so, one that is missing later is sent as zeros, since nobody expects a flag.
+
     Args:
         schedule: lowered.
         transport: the network; None for one rank, which sends nothing.
@@ -66,20 +72,43 @@ class Messages:
         self._transport = transport
         self._device = device
         self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
+        # By the key of the tensors that they are gradients of: whether flags come with them.
+        self._flagged: dict[tuple[int, int], bool] = {}
         self._leaving: list[tuple[Pending, int]] = []
         self._arriving: dict[Action, _Arrival] = {}  # in the order in which they were announced
 
-    def send(self, action: Action, tensors: Sequence[torch.Tensor], shape_id: int) -> None:
-        """Begin to send; the tensors are held until they are through.
+    def send(self, action: Action, tensors: Sequence[torch.Tensor | None], shape_id: int) -> None:
+        """Begin to send; the tensors are held until they are through, and must not change until then.
+
+        Args:
+            tensors: activations, or gradients, of which some may be None.
 
         Raises:
             ValueError: other shapes than for the same input before, which the receiver could not know.
         """
-        forward = action.kind == Kind.SEND_F
-        if forward:
-            self._announce(action, tuple(spec_of(tensor) for tensor in tensors), shape_id)
-        for index, tensor in enumerate(tensors):
+        given = [tensor for tensor in tensors if tensor is not None]
+        if action.kind == Kind.SEND_F:
+            self._announce(action, tuple(spec_of(tensor) for tensor in given), shape_id)
+        else:
+            given = self._complete(action, tensors, (action.stage - 1, shape_id))
+        for index, tensor in enumerate(given):
             self._send(action, tensor.detach(), index)
+
+    def _complete(
+        self, action: Action, gradients: Sequence[torch.Tensor | None], key: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """Gradients with zeros where there are none; says so ahead, once, and in flags."""
+        missing = [gradient is None for gradient in gradients]
+        if gradients and key not in self._flagged:
+            self._flagged[key] = any(missing)
+            self._send(action, torch.tensor([int(any(missing))], device=self._device), _HEADER)
+        if self._flagged.get(key):
+            self._send(action, torch.tensor(missing, dtype=torch.uint8, device=self._device), _FLAGS)
+        specs = [spec for spec in self._specs[key] if spec.requires_grad]
+        return [
+            torch.zeros(spec.shape, dtype=spec.dtype, device=self._device) if gradient is None else gradient
+            for gradient, spec in zip(gradients, specs, strict=True)
+        ]
 
     def _announce(self, action: Action, specs: tuple[TensorSpec, ...], shape_id: int) -> None:
         known = self._specs.setdefault((action.stage, shape_id), specs)
@@ -91,7 +120,7 @@ class Messages:
             )
         if known is specs:
             header = torch.tensor(_encode(specs), device=self._device)
-            self._send(action, header, _TENSORS_PER_MESSAGE - 1)
+            self._send(action, header, _HEADER)
 
     def _send(self, action: Action, tensor: torch.Tensor, index: int) -> None:
         if tensor.numel():
@@ -114,8 +143,8 @@ class Messages:
         self._arriving[action] = _Arrival(action, channel, key)
         self._advance(channel)
 
-    def take(self, action: Action) -> list[torch.Tensor]:
-        """What was received; waits for it. Activations that need a gradient say so."""
+    def take(self, action: Action) -> list[torch.Tensor] | list[torch.Tensor | None]:
+        """What was received; waits for it. Activations that need a gradient say so; of gradients some may be None."""
         arrival = self._arriving[action]
         if arrival.tensors is None:
             self._advance(arrival.channel, wanted=arrival)
@@ -123,27 +152,46 @@ class Messages:
         del self._arriving[action]
         for pending in arrival.pending:
             self._await(pending, arrival.channel.source)
-        return arrival.tensors
+        if arrival.flags is None:
+            return arrival.tensors
+        missing = arrival.flags.tolist()
+        return [None if absent else tensor for absent, tensor in zip(missing, arrival.tensors, strict=True)]
 
     def _advance(self, channel: Channel, wanted: _Arrival | None = None) -> None:
         """Post what can be, in the order of the channel; up to the wanted one wait for the headers."""
         for arrival in [each for each in self._arriving.values() if each.channel == channel and each.tensors is None]:
-            if arrival.key not in self._specs:
-                if arrival.action.kind != Kind.RECV_F:
-                    return  # this stage has yet to send, and learns the shape by that
+            forward = arrival.action.kind == Kind.RECV_F
+            if not forward and arrival.key not in self._specs:
+                return  # this stage has yet to send, and learns the shape by that
+            if self._needs_header(arrival, forward):
                 if arrival.header is None:
-                    buffer = torch.empty(_HEADER_NUMBERS, dtype=torch.int64, device=self._device)
-                    arrival.header = (self._receive(arrival, buffer, _TENSORS_PER_MESSAGE - 1), buffer)
+                    numbers = _HEADER_NUMBERS if forward else 1
+                    buffer = torch.empty(numbers, dtype=torch.int64, device=self._device)
+                    arrival.header = (self._receive(arrival, buffer, _HEADER), buffer)
                 if wanted is None:
                     return
                 self._await(arrival.header[0], channel.source)
-                self._specs[arrival.key] = _decode(arrival.header[1].tolist())
+                found = arrival.header[1].tolist()
+                if forward:
+                    self._specs[arrival.key] = _decode(found)
+                else:
+                    self._flagged[arrival.key] = bool(found[0])
             self._post(arrival, self._specs[arrival.key])
             if arrival is wanted:
                 wanted = None
 
+    def _needs_header(self, arrival: _Arrival, forward: bool) -> bool:
+        if forward:
+            return arrival.key not in self._specs
+        return arrival.key not in self._flagged and any(spec.requires_grad for spec in self._specs[arrival.key])
+
     def _post(self, arrival: _Arrival, specs: tuple[TensorSpec, ...]) -> None:
         forward = arrival.action.kind == Kind.RECV_F
+        if not forward and self._flagged.get(arrival.key):
+            arrival.flags = torch.empty(
+                sum(spec.requires_grad for spec in specs), dtype=torch.uint8, device=self._device
+            )
+            arrival.pending.append(self._receive(arrival, arrival.flags, _FLAGS))
         arrival.tensors = []
         # Of a backward message the indices are those of the gradients, as its sender counts them.
         for spec in specs if forward else [spec for spec in specs if spec.requires_grad]:
@@ -194,7 +242,7 @@ def _encode(specs: Sequence[TensorSpec]) -> list[int]:
         if spec.dtype not in _DTYPES:
             raise TypeError(f"a stage returned a tensor of dtype {spec.dtype}, which cannot be sent (cast it)")
         numbers += [_DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape), *spec.shape]
-    if len(specs) >= _TENSORS_PER_MESSAGE or len(numbers) > _HEADER_NUMBERS - 1:
+    if len(specs) > _FLAGS or len(numbers) > _HEADER_NUMBERS - 1:
         raise ValueError(f"a stage returned {len(specs)} tensors, more than fit a header (join some of them)")
     numbers += [0] * (_HEADER_NUMBERS - 1 - len(numbers))
     return [*numbers, _checksum(numbers)]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fused_megatron.checks import check
+from fused_megatron.checks import InputError, check
 from fused_megatron.modules.auxiliary_loss import split_auxiliary_loss
 from fused_megatron.sharding import DeferredWeightGradients
 
@@ -72,9 +72,18 @@ class StageCompute:
         An auxiliary loss is added to the loss, or kept for backward; under no_grad, in an evaluation, it is left out.
 
         Raises:
+            InputError: a stage that changes its input in place.
             TypeError: outputs that are not tensors.
         """
-        output, auxiliary = split_auxiliary_loss(self.module(*inputs, **kwargs))
+        try:
+            output, auxiliary = split_auxiliary_loss(self.module(*inputs, **kwargs))
+        except RuntimeError as error:
+            if "leaf Variable that requires grad" not in str(error):
+                raise
+            raise InputError(
+                "a stage changes its input in place, which autograd allows of no leaf, and the input of a stage is one "
+                "(clone it, or make the first op of the stage one that is not in place: inplace=False)"
+            ) from error
         if not torch.is_grad_enabled():
             auxiliary = None
         check(
@@ -95,33 +104,35 @@ class StageCompute:
             edge = None if auxiliary is None or not auxiliary.requires_grad else get_gradient_edge(auxiliary)
             self._kept[microbatch] = _Kept(tuple(x for x in inputs if x.requires_grad), edges, edge)
             if auxiliary is not None:
-                self.auxiliary_losses[microbatch] = auxiliary.detach()
+                self.auxiliary_losses[microbatch] = auxiliary.detach().clone()
         return outputs
 
     def backward(
-        self, microbatch: int, gradients: Sequence[torch.Tensor], split: bool, loss_divisor: float
-    ) -> list[torch.Tensor]:
+        self, microbatch: int, gradients: Sequence[torch.Tensor | None], split: bool, loss_divisor: float
+    ) -> list[torch.Tensor | None]:
         """Backward of a microbatch; with split the weights that can wait for weight_grad().
 
         Args:
-            gradients: of the outputs that need one, in order.
+            gradients: of the outputs that need one, in order; None for one that the next stage did not use. That of
+                the loss counts for nothing where the loss is a constant (a microbatch without targets).
             loss_divisor: of the step, and so of an auxiliary loss.
 
         Returns:
-            The gradients of the inputs that need one, in order; zeros for one that was not used.
+            The gradients of the inputs that need one, in order; None for one that was not used.
         """
         inputs, edges, auxiliary = self._kept.pop(microbatch)
         products: list[Callable[[], None]] = []
-        assert len(edges) == len(gradients)
+        if self._loss_fn is not None and not edges:
+            gradients = ()
+        given = [(edge, x) for edge, x in zip(edges, gradients, strict=True) if x is not None]
         if auxiliary is not None:
-            edges = (*edges, auxiliary)
-            gradients = [*gradients, first_gradient(self.auxiliary_losses[microbatch], loss_divisor)]
+            given.append((auxiliary, first_gradient(self.auxiliary_losses[microbatch], loss_divisor)))
         with self._deferred.collecting(products) if split else nullcontext():
-            if edges:
-                torch.autograd.backward(edges, list(gradients))
+            if given:
+                torch.autograd.backward([edge for edge, _ in given], [x for _, x in given])
         if split:
             self._products[microbatch] = products
-        return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
+        return [x.grad for x in inputs]
 
     def weight_grad(self, microbatch: int) -> None:
         """What a split backward left."""

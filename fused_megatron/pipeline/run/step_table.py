@@ -11,6 +11,8 @@ from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
 
+_FAILED, _TRAINS = 1, 2  # what a rank says of itself
+
 
 def shape_id(inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> int:
     """A number for all that shapes may follow from: shapes, dtypes, plain values, and whether gradients are made."""
@@ -45,8 +47,13 @@ class StepTable:
         self._shape_ids: list[int] | None = None
         self._num_errors = 0
 
-    def start(self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None) -> None:
+    def start(
+        self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None, trains: bool = True
+    ) -> None:
         """Give what this rank knows: the one of stage 0 the shape ids, any of them an error.
+
+        Args:
+            trains: whether a gradient is needed on this rank, or nobody asks for one.
 
         Communication: one all-reduce of 8 bytes a microbatch and rank.
         """
@@ -54,8 +61,7 @@ class StepTable:
         self._numbers = numbers = torch.zeros(num_microbatches + self._num_ranks, dtype=torch.int64)
         if shape_ids is not None:
             numbers[:num_microbatches] = torch.tensor(shape_ids)
-        if error is not None:
-            numbers[num_microbatches + self._rank] = 1
+        numbers[num_microbatches + self._rank] = _TRAINS * trains + _FAILED * (error is not None)
         if self._control is not None and self._store is not None:
             if error is not None:
                 self._store.set(self._name(self._rank), str(error))
@@ -76,9 +82,15 @@ class StepTable:
                         wait_for(COMMUNICATION, lambda: work.wait())
             finally:
                 del work  # else the traceback of an error would hold the connections open
-            failed = self._numbers[-self._num_ranks :].nonzero()
+            of_ranks = self._numbers[-self._num_ranks :]
+            failed = (of_ranks & _FAILED).nonzero()
             if len(failed):
                 self._raise(int(failed[0]))
+            if not of_ranks.any():
+                raise SharedInputError(
+                    "no parameter of any stage requires a gradient, and no input: there is nothing to train (unfreeze "
+                    "some with requires_grad_(), or call evaluate())"
+                )
             self._shape_ids = self._numbers[: -self._num_ranks].tolist()
         return self._shape_ids
 

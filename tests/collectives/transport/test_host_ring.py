@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from datetime import timedelta
 
@@ -122,10 +123,12 @@ def test_messages_in_parts():
     rings = [torch.zeros(host_ring.RING_BYTES, dtype=torch.uint8) for _ in range(2)]
     ring = host_ring.HostRing(0, [0, 1], rings, {1: ours}, 5.0)
     taken = []
+    ring.begin("all_reduce", torch.arange(3.0))
+    said = ring._collective
     piece = ring.write([torch.arange(3.0)], taken.extend)
-    assert theirs.recv(100) == host_ring._MESSAGE.pack(1, 0)
+    assert theirs.recv(100) == host_ring._MESSAGE.pack(1, 0, *said)
     rings[1][:12].view(torch.float32).copy_(torch.ones(3))
-    message = host_ring._MESSAGE.pack(1, 0) + host_ring._MESSAGE.pack(2, 1)
+    message = host_ring._MESSAGE.pack(1, 0, *said) + host_ring._MESSAGE.pack(2, 1, *said)
     theirs.send(message[:5])
     ring._listen(1)
     assert ring._heard[1] == (0, 0)
@@ -138,3 +141,94 @@ def test_messages_in_parts():
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         for _ in range(3):
             ring.write([torch.arange(3.0)], taken.extend).wait()
+
+
+def start_each(collectives, group):
+    """Start all, wait for the last one first; the error."""
+    transfers = []
+    try:
+        for collective, x in collectives:
+            buffers = (x,) if collective is dist.all_reduce else (x.new_empty(group.size() * x.numel()), x)
+            transfers.append(Transfer(start(collective, group, *buffers), buffers))
+        for transfer in reversed(transfers):
+            transfer.wait()
+    except RuntimeError as error:
+        return str(error)
+
+
+def disagreements(rank, ranks):
+    one, two, half = torch.ones(4), torch.ones(8), torch.ones(8, dtype=torch.bfloat16)
+    reduce, gather = dist.all_reduce, dist.all_gather_single
+    cases = [
+        ([(reduce, one)], [(reduce, two)]),
+        ([(reduce, one)], [(reduce, half)]),
+        ([(reduce, one)], [(gather, one)]),
+        ([(reduce, one), (gather, two)], [(gather, two), (reduce, one)]),
+        ([(reduce, one[:0]), (reduce, one)], [(reduce, one)]),
+        # Only the first differs, by so much that the place of the second is another one, and the second is taken first.
+        ([(reduce, one), (reduce, two)], [(reduce, torch.ones(400)), (reduce, two)]),
+    ]
+    groups = [dist.new_group() for _ in cases]
+    errors = [start_each(of_rank[rank > 0], group) for of_rank, group in zip(cases, groups, strict=True)]
+    # It says so again, and other groups are as they were.
+    assert "ranks disagree" in start_each([(reduce, one)], groups[0])
+    assert start_each([(reduce, torch.ones(4))], dist.group.WORLD) is None
+    return errors
+
+
+def test_ranks_that_disagree():
+    """Kind, dtype, bytes and order: every rank says what both have, and nothing is taken."""
+    every = run_on_ranks(disagreements, 3, timeout_s=60)
+    of_float = "all_reduce of 16 bytes of float32"
+    others = [
+        (of_float, 0, "all_reduce of 32 bytes of float32", 0),
+        (of_float, 0, "all_reduce of 16 bytes of bfloat16", 0),
+        (of_float, 0, "all_gather of 16 bytes of float32", 0),
+        (of_float, 0, "all_gather of 32 bytes of float32", 0),
+        (of_float, 1, of_float, 0),
+        (of_float, 0, "all_reduce of 1600 bytes of float32", 0),
+    ]
+    for rank, errors in enumerate(every):
+        for error, (first, n, second, m) in zip(errors, others, strict=True):
+            wanted = (
+                f"rank 0 has {first} (its number {n} there), rank {max(rank, 1)} has {second} (its number {m} there)"
+            )
+            assert wanted in error
+
+
+def uses_elsewhere(rank, ranks):
+    group, errors = dist.group.WORLD, []
+
+    def use():
+        try:
+            return start_all_reduce_(torch.ones(4), group).wait().tolist()
+        except RuntimeError as error:
+            return str(error)
+
+    assert use() == [2.0] * 4
+    thread = threading.Thread(target=lambda: errors.append(use()), name="loader")
+    thread.start()
+    thread.join()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, str(use()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    errors.append(os.read(reading, 1000).decode())
+    assert use() == [2.0] * 4
+    # A thread takes over from one that has ended.
+    other, sums = dist.new_group(), []
+    meet(other)
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: sums.append(start_all_reduce_(torch.ones(1), other).wait().item()))
+        thread.start()
+        thread.join()
+    assert sums == [2.0, 2.0]
+    return errors
+
+
+def test_a_thread_or_a_forked_child_cannot_use_the_group():
+    for rank, (thread, child) in enumerate(run_on_ranks(uses_elsewhere, 2)):
+        assert thread.startswith(f"thread 'loader' of rank {rank} uses a process group that thread 'MainThread' uses")
+        assert child.startswith(f"this process was forked from rank {rank} and cannot use its process group")

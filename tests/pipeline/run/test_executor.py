@@ -16,7 +16,7 @@ from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLine
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.strict_channels import StrictChannels
 
-VOCABULARY, HIDDEN, CELLS, STEPS = 13, 8, 8, 3
+VOCABULARY, HIDDEN, CELLS, STEPS = 13, 8, 8, 2
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
 
 

@@ -1,0 +1,317 @@
+"""A trial forward on the meta device: whether a model runs in shards, and which parameters then see a rank's part only.
+
+Nothing of the model is touched: its twin has tensors without memory, and of the layers that are to be sharded it has
+this rank's shapes. No rank talks to another.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fused_megatron.interop.meta_run import MetaCall, MetaRun, joined, name_inside, on_meta
+from fused_megatron.interop.replacements import Replacement
+from fused_megatron.interop.units import Unit, linear_features
+
+# Tokens of the trial; every model takes so few.
+_TOKENS = 8
+# How many kinds of modules that cannot run without numbers (experts that count their tokens) the trial goes around.
+_DETOURS = 4
+# Styles of layers whose input or output is this rank's features only.
+_ROW = "rowwise"
+_CUT = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_colwise", "embedding_colwise", _ROW)
+
+
+@dataclass
+class Findings:
+    """What the trial found.
+
+    Attributes:
+        tried: the units that ran; without those of models that could not be run without numbers.
+        faults: units that must stay whole, and why.
+        summed: names of parameters by module that each rank uses with its own features only.
+    """
+
+    tried: list[Unit] = field(default_factory=list)
+    faults: list[tuple[Unit, str]] = field(default_factory=list)
+    summed: dict[nn.Module, list[str]] = field(default_factory=dict)
+
+
+class _Edge(NamedTuple):
+    """A sharded layer that ran: its name, and the nodes of the graph that made its input and its output."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+class _Boundary(torch.autograd.Function):
+    """Identity, with a node of its own in the graph that nothing in place can move."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return dy
+
+
+class _StandIn(nn.Module):
+    """A sharded layer in this rank's shapes, without any communication."""
+
+    def __init__(self, replacement: Replacement, edges: list[_Edge]) -> None:
+        super().__init__()
+        self._layer, self._edges = replacement.layer, edges
+        for name, parameter in replacement.module._parameters.items():
+            self.register_parameter(name, None if parameter is None else on_meta(parameter))
+        for name in ("in_features", "out_features", "num_embeddings"):
+            if hasattr(replacement.module, name):
+                setattr(self, name, getattr(replacement.module, name))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self._parameters["weight"]
+        is_table = self._layer.style == "embedding_colwise"
+        y = F.embedding(x, weight) if is_table else F.linear(x, weight, self._parameters["bias"])
+        y = _Boundary.apply(y)
+        self._edges.append(_Edge(self._layer.name, x.grad_fn, y.grad_fn))
+        return y
+
+
+def try_shards(
+    model: nn.Module, units: list[Unit], replacements: list[Replacement], attributes: list[tuple[nn.Module, str, int]]
+) -> Findings:
+    """Run the model with this rank's shapes, and whole where that fails: what fails whole too says nothing of shards.
+
+    Where the whole model cannot run without numbers, or nobody knows what it takes, the module around each unit is
+    tried. Of layers that are built the same the first runs, and stands for the others.
+
+    Args:
+        model: on any device.
+        units: those that are to be sharded.
+        replacements: the parallel layers.
+        attributes: (module, name, value) that change with them.
+    """
+    units = [unit for unit in units if unit.of(*_CUT)]
+    trial = _Trial(model, units, [r for r in replacements if r.layer.style in _CUT], attributes)
+    if units and not any(trial.attempt(call, trial.groups) for call in _calls_of_model(model, units)):
+        for group in trial.groups:
+            any(trial.attempt(call, [group]) for call in _calls_of_unit(group[0]))
+    return trial.findings
+
+
+class _Trial:
+    """A model and what is to be done to it.
+
+    Attributes:
+        groups: units at the same place of layers that are built the same.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: list[Unit],
+        replacements: list[Replacement],
+        attributes: list[tuple[nn.Module, str, int]],
+    ) -> None:
+        self.model, self.units, self.replacements, self.findings = model, units, replacements, Findings()
+        names = {module: name for name, module in model.named_modules()}
+        self.attributes = [(names[module], attribute, value) for module, attribute, value in attributes]
+        self.repeated = _same_layers(model, units)
+        groups: dict[str, list[Unit]] = {}
+        for unit in units:
+            groups.setdefault(self._first_name(unit), []).append(unit)
+        self.groups = list(groups.values())
+
+    def attempt(self, call: MetaCall, groups: list[list[Unit]]) -> bool:
+        """Whether the call says anything; what it says is among the findings then."""
+        call.repeated = self.repeated
+        edges: list[_Edge] = []
+        run = MetaRun(self.model, call, self._change(call, edges))
+        if run.error is not None:
+            if not self._runs_whole(call):
+                return False
+            edges.clear()
+            run = MetaRun(self.model, call, self._change(call, edges))
+        units = [unit for group in groups for unit in group]
+        # What did not run may have parameters between the layers.
+        self.findings.tried += [unit for unit in units if not self._went_around(unit, call)]
+        if run.error is not None:
+            where = (run.inside or [""])[-1] or type(self.model).__name__
+            blamed = _blamed(run.inside, units)
+            self.findings.faults += [(unit, f"in shards {where} fails: {run.text}") for unit in blamed]
+        else:
+            self._follow_gradients(run, edges, groups)
+        return True
+
+    def _first_name(self, unit: Unit) -> str:
+        """The name of the unit's parent in the first of the layers that are built the same."""
+        first = self.repeated.get(unit.stack_layer)
+        return unit.parent if first is None else joined(first, name_inside(unit.stack_layer, unit.parent) or "")
+
+    def _change(self, call: MetaCall, edges: list[_Edge]) -> Callable[[nn.Module], None]:
+        """What makes a twin one of this rank's shapes."""
+
+        def change(twin: nn.Module) -> None:
+            for name, attribute, value in self.attributes:
+                if (inner := name_inside(call.root, name)) is not None:
+                    setattr(twin.get_submodule(inner), attribute, value)
+            for replacement in self.replacements:
+                stand_in = _StandIn(replacement, edges)
+                for name in replacement.layer.names:
+                    if inner := name_inside(call.root, name):
+                        parent, _, child = inner.rpartition(".")
+                        twin.get_submodule(parent)._modules[child] = stand_in
+
+        return change
+
+    def _runs_whole(self, call: MetaCall) -> bool:
+        """Whether the model itself runs so; settles which modules to go around."""
+        sharded = [layer.name for unit in self.units for layer in unit.layers]
+        for _ in range(_DETOURS if call.keywords else 1):  # what was guessed must be right as it is
+            run = MetaRun(self.model, call, None)
+            if run.error is None:
+                return True
+            where = (run.inside or [""])[-1]
+            if where in ("", call.root) or any(name_inside(where, name) is not None for name in sharded):
+                return False
+            call.avoided.add(type(self.model.get_submodule(where)))
+        return False
+
+    def _went_around(self, unit: Unit, call: MetaCall) -> bool:
+        around = self.model.get_submodule(_common_parent(unit))
+        return any(type(module) in call.avoided for module in around.modules())
+
+    def _follow_gradients(self, run: MetaRun, edges: list[_Edge], groups: list[list[Unit]]) -> None:
+        """Find the parameters between columns and rows: their gradients are of this rank's features only."""
+        rows = {layer.name for unit in self.units for layer in unit.of(_ROW)}
+        into_shards = {edge.after for edge in edges if edge.name not in rows}
+        out_of_shards = {edge.after for edge in edges if edge.name in rows}
+        ends = [*run.outputs, *(edge.before for edge in edges if edge.name not in rows)]
+        elsewhere = _leaves(ends, out_of_shards)
+        for group in groups:
+            unit = group[0]
+            mine = {layer.name for layer in unit.of(_ROW)}
+            between = _leaves([edge.before for edge in edges if edge.name in mine], into_shards)
+            names = sorted(run.originals.get(leaf, "") for leaf in between)
+            mixed = sorted(run.originals[leaf] for leaf in between & elsewhere if leaf in run.originals)
+            fault = ""
+            if any(not name or name_inside(_common_parent(unit), name) is None for name in names):
+                fault = f"{unit.of(_ROW)[0].name} takes what is made of whole activations, and not of shards only"
+            elif mixed:
+                fault = f"{mixed[0]} is used between its layers and elsewhere, too"
+            for one in group:
+                if fault:
+                    self.findings.faults.append((one, fault))
+                else:
+                    self._sum(one, names)
+
+    def _sum(self, unit: Unit, names: list[str]) -> None:
+        """Note parameters, by their names in the first layer, as ones whose gradients are summed."""
+        planned = [layer.module for layer in unit.of("replicated_with_grad_allreduce")]
+        first = self.repeated.get(unit.stack_layer)
+        for name in names:
+            owner, _, key = name.rpartition(".")
+            inner = None if first is None else name_inside(first, owner)
+            module = self.model.get_submodule(owner if inner is None else joined(unit.stack_layer, inner))
+            if module not in planned:
+                self.findings.summed.setdefault(module, []).append(key)
+
+
+def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:
+    """Tensors that the nodes of a graph depend on, without what lies beyond the stops."""
+    found, seen, waiting = set(), set(stops), [node for node in roots if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        waiting += [after for after, _ in node.next_functions if after is not None]
+    return found
+
+
+def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
+    """Guesses at what the model takes."""
+    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
+    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if main == "input_ids":
+        yield MetaCall("", keywords={main: ids, **decoder})
+    elif main == "pixel_values":
+        size: Any = getattr(config, "image_size", None) or 224
+        edges = size if isinstance(size, list | tuple) else (size, size)
+        image = torch.empty(1, getattr(config, "num_channels", 3), *edges, dtype=dtype, device="meta")
+        yield MetaCall("", keywords={main: image})
+    elif main == "input_features":
+        bands, length = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500)
+        sound = torch.empty(1, bands, length, dtype=dtype, device="meta")
+        yield MetaCall("", keywords={main: sound, **decoder})
+    elif main is None:
+        if any(isinstance(module, nn.Embedding) for module in model.modules()):
+            yield MetaCall("", (ids,))
+        for width in dict.fromkeys(linear_features(u.entering[0].module)[1] for u in units if u.entering):
+            yield from _calls_of_activations("", width, dtype)
+
+
+def _same_layers(model: nn.Module, units: list[Unit]) -> dict[str, str]:
+    """Layers of stacks by name, and the first one that is built the same and sharded the same."""
+    firsts: dict[Any, str] = {}
+    same = {}
+    for layer in dict.fromkeys(unit.stack_layer for unit in units):
+        own = [unit for unit in units if unit.stack_layer == layer]
+        names = [name_inside(layer, one.name) for unit in own for one in unit.layers]
+        if not layer or not all(names):
+            continue
+        built = [
+            (name, type(module), [tuple(p.shape) for p in module.parameters(recurse=False)])
+            for name, module in model.get_submodule(layer).named_modules()
+        ]
+        styles = [one.style for unit in own for one in unit.layers]
+        first = firsts.setdefault(repr((_numberless(layer), built, names, styles)), layer)
+        if first != layer:
+            same[layer] = first
+    return same
+
+
+def _calls_of_unit(unit: Unit) -> Iterator[MetaCall]:
+    """The module around a unit, on its own: most MLPs take their activations and nothing else."""
+    if unit.entering and unit.parent and unit.parent == _common_parent(unit):
+        first: Any = unit.entering[0].module
+        yield from _calls_of_activations(unit.parent, linear_features(first)[1], first.weight.dtype)
+
+
+def _calls_of_activations(root: str, width: int, dtype: torch.dtype) -> Iterator[MetaCall]:
+    for shape in ((1, _TOKENS, width), (_TOKENS, width)):
+        yield MetaCall(root, (torch.empty(shape, dtype=dtype, device="meta"),))
+
+
+def _blamed(inside: list[str], units: list[Unit]) -> list[Unit]:
+    """The units in or around the innermost module that failed, and those at the same place in other layers."""
+    for name in reversed(inside):
+        around = [unit for unit in units if name_inside(_common_parent(unit), name) is not None]
+        closest = max((len(_common_parent(unit)) for unit in around), default=0)
+        found = [unit for unit in around if len(_common_parent(unit)) == closest]
+        found = found or [unit for unit in units if name_inside(name, _common_parent(unit)) is not None]
+        if found:
+            places = {_numberless(_common_parent(unit)) for unit in found}
+            return [unit for unit in units if _numberless(_common_parent(unit)) in places]
+    return units
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _common_parent(unit: Unit) -> str:
+    """The name of the innermost module with all layers of a unit in it."""
+    common = unit.parent.split(".")
+    while not all(layer.parent.split(".")[: len(common)] == common for layer in unit.layers):
+        common.pop()
+    return ".".join(common)

@@ -1,0 +1,86 @@
+"""Comparison of weights that several ranks hold: a digest of each copy, exchanged instead of the values."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.collectives import Group
+from fused_megatron.collectives.together import gather_json
+from fused_megatron.sharding.parameter_record import parameter_parts
+
+_WORD = 8  # bytes of an int64
+
+
+def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: Sequence[Group]) -> str | None:
+    """What differs between ranks that hold the same part of a full parameter; None where nothing does.
+
+    All ranks of the groups call it; all ranks of a group learn what differs in it, other ranks do not.
+
+    Args:
+        parameters: this rank's, by their names in the whole model.
+        replicas: ranks that hold the same parts of everything (data-parallel ranks).
+        others: groups in which some parts are on several ranks (tensor-parallel ranks, the stages of tied weights).
+
+    Returns:
+        The parameter that differs first, the global ranks that hold other values than most, and how many more differ.
+
+    Communication: over `replicas` one number a rank; over the others a number and a name for each parameter.
+    Memory: read once, 8 bytes a parameter are kept. One wait for the device.
+    """
+    digests = parameter_digests(parameters)
+    total = sum(digests.values()) & (2**64 - 1)
+    found = None
+    if len(set(gather_json(total, replicas))) > 1:
+        found = _difference(gather_json(digests, replicas), replicas)
+    # Also after a find: the ranks of the other groups did not hear of it, and are on their way here.
+    for group in others:
+        every = gather_json(digests, group)
+        found = found or _difference(every, group)
+    return found
+
+
+def parameter_digests(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
+    """For each part of a full parameter the sum of its bits, as 64-bit numbers: another one after any single change.
+
+    Names are those of the full parameters, with the place of the part where it is not all of it.
+    """
+    names, sums = [], []
+    for name, parameter in parameters.items():
+        for part in parameter_parts(parameter):
+            held = part.held(parameter.detach())
+            place = "" if tuple(held.tensor.shape) == held.full_shape else f" at {held.offset}"
+            names.append(part.full_name(name) + place)
+            sums.append(_sum_of_bits(held.tensor))
+    return dict(zip(names, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A 0-dim int64 tensor, in one pass: integers of 8 bytes are summed as fast as memory is read."""
+    flat = tensor.reshape(-1).view(torch.uint8)
+    if flat.storage_offset() % _WORD:
+        flat = flat.clone()
+    whole = flat.numel() // _WORD * _WORD
+    return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
+
+
+def _difference(of_ranks: Sequence[Mapping[str, int]], group: Group) -> str | None:
+    held: dict[str, dict[int, int]] = {}
+    for rank, digests in enumerate(of_ranks):
+        for name, digest in digests.items():
+            held.setdefault(name, {})[rank] = digest
+    differing = [name for name, digests in held.items() if len(set(digests.values())) > 1]
+    if not differing:
+        return None
+    assert group is not None
+    world = dist.get_process_group_ranks(group)
+    of_first = held[differing[0]]
+    common = Counter(of_first.values()).most_common(1)[0][0]
+    odd, most = (
+        ", ".join(str(world[rank]) for rank, digest in of_first.items() if (digest == common) is same)
+        for same in (False, True)
+    )
+    more = f", and so do {len(differing) - 1} more of {len(held)} parameters" if len(differing) > 1 else ""
+    return f"{differing[0]} on rank {odd} differs from rank {most}{more}"

@@ -1,0 +1,193 @@
+"""Start here when a step is not the step of plain torch, a figure is wrong, or ranks drift apart and train on."""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
+from fused_megatron.models import GPT
+from fused_megatron.reference.sample_index import permutation
+from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.training import trainer as trainer_module
+from fused_megatron.training.train import train
+from fused_megatron.training.trainer import Trainer
+
+with contextlib.suppress(ImportError):  # each run draws its loss: once imported here, the ranks that are forked have it
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+
+VOCAB, SEQ_LEN, SEED = 61, 12, 7
+DOCUMENTS = [np.random.default_rng(i).integers(0, VOCAB, 30 + 7 * (i % 5)) for i in range(20)]
+DOCUMENTS[0][:] = np.arange(len(DOCUMENTS[0])) + VOCAB - len(DOCUMENTS[0])  # the largest id is there
+HELD_OUT = (9, 19)  # a tenth, evenly spread
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents as an indexed dataset: no text, no tokenizer to train."""
+    prefix = tmp_path_factory.mktemp("tokens") / "documents"
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(document)
+    return prefix
+
+
+def config_for(tokens: Path, run: Path, **changes: Any) -> TrainConfig:
+    """A run of a second, with no default that it can have otherwise; `changes` are fields of any section."""
+    sections: dict[str, Any] = {
+        "model": GPTConfig(num_layers=2, hidden_size=16, num_heads=2, seq_len=SEQ_LEN, pad_vocab_size_to_multiple_of=8),
+        "parallel": ParallelConfig(timeout_s=60),
+        "data": DataConfig(path=str(tokens), cache_folder=str(tokens.parent / "cache"), validation_fraction=0.1),
+        "optimizer": OptimizerConfig(
+            lr=3e-2, min_lr=1e-3, warmup_steps=2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.3, clip_norm=0.4
+        ),
+        "training": TrainingConfig(
+            num_steps=5,
+            global_batch_size=4,
+            microbatch_size=2,
+            seed=SEED,
+            eval_interval=5,
+            eval_batches=50,
+            checkpoint_interval=5,
+            run_folder=str(run),
+        ),
+    }
+    for name, section in sections.items():
+        fields = {f.name for f in dataclasses.fields(section)}
+        sections[name] = dataclasses.replace(section, **{k: v for k, v in changes.items() if k in fields})
+    return TrainConfig(**sections)
+
+
+def samples_in_order(count: int) -> torch.Tensor:
+    """[count, SEQ_LEN + 1]: epochs of shuffled documents, cut into samples that overlap by a token, shuffled."""
+    documents = [d for i, d in enumerate(DOCUMENTS) if i not in HELD_OUT]
+    rows: list[np.ndarray] = []
+    epoch = 0
+    while len(rows) < count:
+        text = np.concatenate([documents[i] for i in permutation(len(documents), SEED, epoch, 0)])
+        samples = [text[i : i + SEQ_LEN + 1] for i in range(0, len(text) - SEQ_LEN, SEQ_LEN)]
+        rows += [samples[i] for i in permutation(len(samples), SEED, epoch, 1)]
+        epoch += 1
+    return torch.from_numpy(np.stack(rows[:count]).astype(np.int64))
+
+
+def mean_loss(model: GPT, rows: torch.Tensor) -> torch.Tensor:
+    logits = model(rows[:, :-1])[..., :VOCAB]
+    return F.cross_entropy(logits.reshape(-1, VOCAB), rows[:, 1:].reshape(-1))
+
+
+def plain_loop(num_steps: int) -> tuple[list[dict[str, float]], float, GPT]:
+    """The records of the steps, the held-out loss behind them, the model: torch's AdamW, and no line of ours."""
+    config = dataclasses.replace(config_for(Path(), Path()).model, vocab_size=VOCAB)
+    model = GPT(config, seed=SEED)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=(0.8, 0.9), eps=1e-3)
+    samples, records = samples_in_order(4 * num_steps), []
+    rates = [1.5e-2, 3e-2, 3e-2, 1e-3 + 0.5 * 2.9e-2, 1e-3]  # two steps of warm-up, then half a cosine
+    for step, rate in enumerate(rates[:num_steps]):
+        adamw.zero_grad()
+        loss = mean_loss(model, samples[4 * step : 4 * step + 4])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        records.append({"loss": loss.item(), "gradient_norm": norm.item(), "lr": rate})
+    held_out = torch.from_numpy(np.concatenate([DOCUMENTS[i] for i in HELD_OUT]).astype(np.int64))
+    with torch.no_grad():
+        losses = [
+            mean_loss(model, held_out[None, i : i + SEQ_LEN + 1]) * len(held_out[i + 1 : i + SEQ_LEN + 1])
+            for i in range(0, len(held_out) - 1, SEQ_LEN)
+        ]
+    return records, (sum(losses) / (len(held_out) - 1)).item(), model
+
+
+def trained_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Train; this rank's weights behind the last step."""
+    trainers, original = [], Trainer.run
+
+    def run(self: Trainer) -> bool:
+        trainers.append(self)
+        return original(self)
+
+    Trainer.run = run  # type: ignore[method-assign]
+    train(config, Path(str(config.training.run_folder)))
+    return {name: p.detach().clone() for name, p in trainers[0].parameters.items()}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_five_steps_are_those_of_a_plain_loop(tokens: Path, tmp_path: Path, ranks: int) -> None:
+    """Loss, norm, learning rate, weights, which samples, held-out loss; at any number of replicas."""
+    expected, held_out_loss, model = plain_loop(5)
+    assert all(record["gradient_norm"] > 0.4 for record in expected), "clipping must clip"
+    weights = run_on_ranks(trained_weights, ranks, config_for(tokens, tmp_path), timeout_s=100)
+    records = RunFolder(tmp_path).read_metrics()
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    for ours, theirs in zip(steps, expected, strict=True):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=2e-5), (ours, theirs)
+    for of_rank in weights:
+        assert of_rank.keys() == dict(model.named_parameters()).keys()
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(of_rank[name], weight.detach(), rtol=1e-4, atol=2e-5)
+    (evaluation,) = [record for record in records if "validation_loss" in record]
+    assert evaluation["validation_loss"] == pytest.approx(held_out_loss, rel=2e-5)
+    assert evaluation["validation_tokens"] == sum(len(DOCUMENTS[i]) for i in HELD_OUT) - 1
+    assert evaluation["bits_per_byte"] is None
+
+
+def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) -> None:
+    """A run of which the last rank has a fault of its own in step 3."""
+    step, norm = Trainer.train_step, trainer_module.global_gradient_norm
+    steps = [0]
+
+    def train_step(self: Trainer) -> bool:
+        steps[0] += 1
+        stop = step(self)
+        if fault == "weight" and steps[0] == 3 and rank == world_size - 1:
+            self.parameters["blocks.1.mlp.projection.weight"].data[0, 0] += 0.5
+        return stop
+
+    def gradient_norm(parameters: Any, gradients: Any, *groups: Any) -> torch.Tensor:
+        if fault == "gradient" and steps[0] == 3 and rank == world_size - 1:  # the sums over ranks are done
+            gradients[parameters["blocks.1.mlp.projection.weight"]][0, 0] = math.nan
+        return norm(parameters, gradients, *groups)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer_module.global_gradient_norm = gradient_norm
+    train(config, Path(str(config.training.run_folder)))
+
+
+def errors_of(fault: str, config: TrainConfig) -> list[str]:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(with_a_fault, 2, config, fault, timeout_s=100)
+    return [f"{type(e).__name__}: {e}" for e in (caught.value.errors[rank] for rank in (0, 1))]
+
+
+def test_replicas_that_drift_apart_end_the_run(tokens: Path, tmp_path: Path) -> None:
+    """Before the checkpoint of the same step is written."""
+    changes = {"replica_check_interval": 2, "checkpoint_interval": 2}
+    texts = errors_of("weight", config_for(tokens, tmp_path, **changes))
+    wanted = "DriftError: step 4: ranks drifted apart: blocks.1.mlp.projection.weight on rank 1 differs from rank 0 ("
+    assert texts[0].startswith(wanted) and texts[0] == texts[1]
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_a_gradient_that_is_nan_on_one_replica_ends_the_run(tokens: Path, tmp_path: Path) -> None:
+    texts = errors_of("gradient", config_for(tokens, tmp_path))
+    assert texts[0].startswith("NonFiniteError: step 3: loss=") and texts[0] == texts[1]
+    assert "gradient_norm=nan" in texts[0]
+    assert texts[0].endswith("first such gradient: blocks.1.mlp.projection.weight on rank 1")
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
