@@ -1,10 +1,13 @@
 """Start here when damaged tokens are trained on, or a run that is beside another one writes."""
 
+import dataclasses
 import json
+import threading
 from pathlib import Path
 
 import pytest
 
+from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
@@ -35,18 +38,27 @@ def test_tokens_that_are_damaged(config: TrainConfig, tmp_path: Path, monkeypatc
     for module in (corpus, token_digest):
         monkeypatch.setattr(module, "SMALL_BYTES", 0)
     tokens.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    long = TrainConfig(
-        config.model,
-        data=config.data,
-        training=TrainingConfig(
-            num_steps=100_000,
-            global_batch_size=4,
-            microbatch_size=2,
-            eval_batches=1,
-        ),
-    )
+    long = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=100_000))
     with pytest.raises(SharedInputError, match=r"step \d+ on rank 0: .*train\.bin: the checksum of bytes 0 to"):
         train(long, tmp_path / "other")
+
+
+def test_a_run_whose_folder_was_taken_saves_nothing_more(config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def take() -> None:
+        while not (run / "checkpoints" / "step-000001").exists():
+            waiting.wait(0.01)
+        (run / "lease.json").write_text(json.dumps({"run": "5eed", "host": "elsewhere", "pid": 77}))
+
+    waiting = threading.Event()
+    other = threading.Thread(target=take)
+    other.start()
+    training = dataclasses.replace(config.training, num_steps=100_000, checkpoint_interval=1, keep_checkpoints=100_000)
+    with pytest.raises(CheckpointError, match=r"was taken by run 5eed \(process 77 on elsewhere\) while this run"):
+        train(dataclasses.replace(config, training=training), run)
+    other.join()
+    assert json.loads((run / "lease.json").read_text())["run"] == "5eed"
 
 
 def test_a_second_run_in_the_folder_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
