@@ -95,9 +95,9 @@ def test_a_run_that_was_silent_too_long_ends(tmp_path: Path) -> None:
     run = lease(tmp_path)
     run.take(print)
     path = write_holder(tmp_path)
-    run._thread.join()
     with pytest.raises(LeaseLostError, match=f"run folder {tmp_path} was taken by run 5eed .process 77 on elsewhere"):
         run.check()
+    run._thread.join()  # it shows no sign of life any more
     run.give_back()
     assert json.loads(path.read_text())["run"] == "5eed"
 
