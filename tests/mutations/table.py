@@ -111,6 +111,20 @@ MUTATIONS = (
         "loss_sum / num_bytes",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
+    Mutation(
+        "the speed of the last step as that of the run",
+        "fused_megatron/training/train.py",
+        "[len(losses) // 2]:,.0f} tokens/s",
+        "[-1]:,.0f} tokens/s",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
+    Mutation(
+        "the time left is that of the whole run",
+        _TRAINER,
+        "(self.config.training.num_steps - step) * self._step_times[-1]",
+        "self.config.training.num_steps * self._step_times[-1]",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
     # Ranks that disagree, drift apart, or of which one has a NaN.
     Mutation(
         "kinds and bytes are not compared",

@@ -55,7 +55,7 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=5),
         "training": TrainingConfig(
             num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=15, eval_batches=2,
-            checkpoint_interval=10, keep_checkpoints=10, run_folder=str(run),
+            checkpoint_interval=10, keep_checkpoints=10, replica_check_interval=10, run_folder=str(run),
         ),
     }  # fmt: skip
     for name, section in sections.items():

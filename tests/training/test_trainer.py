@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -212,11 +213,16 @@ def timed(rank: int, world_size: int, config: TrainConfig) -> None:
     train(config, Path(str(config.training.run_folder)))
 
 
-def test_figures_are_those_computed_apart(tmp_path: Path) -> None:
+def test_figures_are_those_computed_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a run on text and two replicas: tokens and bytes that were predicted, bits per byte, tokens per second."""
     pages = [f"Page {i}: " + " ".join(f"word {i * j % 17} and {j}." for j in range(30)) for i in range(40)]
     (tmp_path / "pages.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
-    changes = {"path": str(tmp_path / "pages.jsonl"), "tokenizer_vocab_size": 280, "cache_folder": str(tmp_path / "c")}
+    changes: dict[str, Any] = {
+        "path": str(tmp_path / "pages.jsonl"),
+        "tokenizer_vocab_size": 280,
+        "cache_folder": str(tmp_path / "c"),
+    }
+    changes["log_interval"] = 2
     config = config_for(tmp_path, tmp_path / "run", **changes)
     run_on_ranks(timed, 2, config, timeout_s=100)
     records = RunFolder(tmp_path / "run").read_metrics()
@@ -233,3 +239,17 @@ def test_figures_are_those_computed_apart(tmp_path: Path) -> None:
     # All ranks together read 4 samples of 12 tokens a step; of the steps so far, the (upper) median counts.
     speeds = [record["tokens_per_s"] for record in records if "loss" in record]
     assert speeds == [round(4 * 12 / seconds, 1) for seconds in (0.5, 1.0, 1.0, 1.5, 1.5)]
+    # What the user sees.
+    printed = re.sub(r"[^\S\n]+", " ", capfd.readouterr().out.replace("\u2502", " "))
+    losses = [record["loss"] for record in records if "loss" in record]
+    for line in (
+        f"step 2/5 loss {losses[1]:.4f} 48 tokens/s ETA 3 s\n",
+        f"step 4/5 loss {losses[3]:.4f} 32 tokens/s ETA 2 s\n",
+        f"step 5/5 loss {losses[4]:.4f} 32 tokens/s ETA 0 s\n",
+        f" training loss {losses[0]:.3f} -> {losses[4]:.3f} nats per token \n",
+        " speed 48 tokens/s \n",
+        f" held-out loss {evaluation['validation_loss']:.3f} nats per token \n",
+        f" held-out bits per byte {bits:.3f} \n",
+        f"{evaluation['validation_loss']:.4f} nats per token, {bits:.3f} bits per byte over {len(tokens) - 1} tokens\n",
+    ):
+        assert line in printed
