@@ -56,7 +56,7 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=3),
         "training": TrainingConfig(
             num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=6, eval_batches=2,
-            checkpoint_interval=4, keep_checkpoints=10, run_folder=str(run),
+            checkpoint_interval=4, keep_checkpoints=10, replica_check_interval=4, run_folder=str(run),
         ),
     }  # fmt: skip
     for name, section in sections.items():
