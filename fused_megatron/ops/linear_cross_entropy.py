@@ -58,7 +58,8 @@ def _present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tu
 
 
 def _fake_forward(upstream: Any, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
-    loss, lse = (_wide_like(head[0], head[0].shape[:1]) for _ in range(2))
+    num_tokens = head[0].shape[0]
+    loss, lse = _wide_like(head[0], (num_tokens,)), _wide_like(head[0], (num_tokens, 2))
     gradients = [_wide_like(x, x.shape) if needed else None for x, needed in zip(head, needs, strict=False)]
     return loss, lse, *_present(gradients, loss)
 
