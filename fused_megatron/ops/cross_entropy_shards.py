@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction, check_no_transform, transform_is_active
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import cross_entropy as reference
 from fused_megatron.reference.cross_entropy import SCALARS, LossTerms
@@ -35,6 +36,7 @@ def _piece(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., An
         *others, terms = rest
         if first.dtype == torch.float64:
             return in_plain_torch(first, *others, terms)
+        check_no_transform(f"ops.{name}", first, *others)
         return op(first, *others, *terms.scalars())
 
     return call
@@ -90,8 +92,15 @@ Pending = Callable[[], torch.Tensor]
 """Something under way; calling it, once, gives the result."""
 
 
-class ShardLoss(torch.autograd.Function):
+class ShardLoss(AutogradFunction):
     """Loss of each token of logits [T, V / R]; saves the logits themselves, lse and target, and nothing of size V."""
+
+    op = "ops.cross_entropy"
+
+    @classmethod
+    def op_of(cls, *args: Any) -> str:
+        exchange = args[3]
+        return "tensor_parallel.vocab_parallel_cross_entropy" if exchange is not None else cls.op
 
     @staticmethod
     def forward(
@@ -304,7 +313,9 @@ def check_targets(target: torch.Tensor, terms: LossTerms, check_target: bool | N
     """Raise for a target that is no word; None: where looking costs neither a synchronisation nor a graph break."""
     compiling = torch.compiler.is_compiling()
     if check_target is None:
-        check_target = not compiling and type(target) is torch.Tensor and target.device.type == "cpu"
+        # Inside a transform of torch.func a tensor may have no single value to look at.
+        on_cpu = not compiling and type(target) is torch.Tensor and target.device.type == "cpu"
+        check_target = on_cpu and not transform_is_active()
     if not check_target or target.numel() == 0:
         return
     vocab_size, ignore_index = terms.vocab_size, terms.ignore_index
