@@ -240,23 +240,30 @@ def init_mesh(
         return Mesh(rank, world_size, sizes, expert_sizes)
     _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size, rank)
     device_type = device_type or _device_type()
-    device_axes = [axis for axis in AXES if axis != "cp" or sizes["cp"] > 1]
+    device_axes = tuple(axis for axis in AXES if axis != "cp" or sizes["cp"] > 1)
     device_mesh = init_device_mesh(
         device_type,
         tuple(sizes[axis] for axis in device_axes),
-        mesh_dim_names=tuple(device_axes),
+        mesh_dim_names=device_axes,
         backend_override=_backend_override(device_type),
     )
-    groups: dict[tuple[str, ...], dist.ProcessGroup] = {
-        (axis,): _in_time(device_mesh.get_group(axis), timeout_s) for axis in device_axes if sizes[axis] > 1
-    }
-    if sizes["dp"] > 1 and sizes["cp"] > 1:
-        groups["dp", "cp"] = _new_group(("dp", "cp"), sizes, rank, world_size, timeout_s)
-    if expert_ranks > 1:
-        for axis in EXPERT_AXES[1:]:
-            if expert_sizes[axis] > 1:
-                groups[(axis,)] = _new_group((axis,), expert_sizes, rank, world_size, timeout_s)
-    return Mesh(rank, world_size, sizes, expert_sizes, device_mesh, groups, timeout_s)
+    mesh = Mesh(rank, world_size, sizes, expert_sizes, device_mesh, timeout_s=timeout_s)
+    _make_groups(mesh, device_axes)
+    return mesh
+
+
+def _make_groups(mesh: Mesh, device_axes: tuple[str, ...]) -> None:
+    """The groups that every step needs: others are made when they are asked for."""
+    assert mesh.device_mesh is not None
+    for axis in device_axes:
+        if mesh.sizes[axis] > 1:
+            mesh.groups[(axis,)] = _in_time(mesh.device_mesh.get_group(axis), mesh.timeout_s)
+    wanted: list[tuple[str, ...]] = [("dp", "cp")] if mesh.sizes["dp"] > 1 and mesh.sizes["cp"] > 1 else []
+    if mesh.expert_sizes["ep"] * mesh.expert_sizes["etp"] > 1:
+        wanted += [(axis,) for axis in EXPERT_AXES[1:] if mesh.expert_sizes[axis] > 1]
+    for axes in wanted:
+        grid = mesh.sizes if axes == ("dp", "cp") else mesh.expert_sizes
+        mesh.groups[axes] = _new_group(axes, grid, mesh.rank, mesh.world_size, mesh.timeout_s)
 
 
 def _new_group(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fused_megatron.interop.meta_run import MetaCall, MetaRun, joined, name_inside, on_meta
 from fused_megatron.interop.replacements import Replacement
 from fused_megatron.interop.units import Unit, linear_features
+from fused_megatron.ops.product import product
 
 # Tokens of the trial; every model takes so few.
 _TOKENS = 8
@@ -76,7 +77,7 @@ class _StandIn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self._parameters["weight"]
         is_table = self._layer.style == "embedding_colwise"
-        y = F.embedding(x, weight) if is_table else F.linear(x, weight, self._parameters["bias"])
+        y = F.embedding(x, weight) if is_table else product(x, weight, self._parameters["bias"])
         y = _Boundary.apply(y)
         self._edges.append(_Edge(self._layer.name, x.grad_fn, y.grad_fn))
         return y

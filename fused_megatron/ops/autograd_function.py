@@ -7,7 +7,8 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 # Private, and what torch.autograd.Function.apply itself asks; 40 ns a call.
-_transform_is_active = torch._C._are_functorch_transforms_active
+transform_is_active = torch._C._are_functorch_transforms_active
+"""Whether the code runs inside a transform of torch.func, where tensors may have no values to look at."""
 
 
 class AutogradFunction(torch.autograd.Function):
@@ -21,6 +22,8 @@ class AutogradFunction(torch.autograd.Function):
     """
 
     op: ClassVar[str]
+    # For callers that have asked for both already: the layers' collectives, whose way to the first byte is short.
+    apply_untransformed: ClassVar[Any] = torch._C._FunctionBase.__dict__["apply"]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
@@ -29,7 +32,7 @@ class AutogradFunction(torch.autograd.Function):
         Raises:
             RuntimeError: inside torch.func.grad, vmap, jvp or what is made of them, or for a tensor with a tangent.
         """
-        if _transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
+        if transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
             raise _refusal(cls.op_of(*args))
         # What torch's own apply does from here on, which asks for transforms and setup_context once more.
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
@@ -55,13 +58,8 @@ def is_in_forward_mode() -> bool:
 
 def check_no_transform(op: str, *args: Any) -> None:
     """Raise as AutogradFunction.apply, for an op that has no gradient: its result would count as a constant."""
-    if _transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
+    if transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
         raise _refusal(op)
-
-
-def transform_is_active() -> bool:
-    """Whether the code runs inside a transform of torch.func, where tensors may have no values to look at."""
-    return _transform_is_active()
 
 
 def _refusal(op: str) -> RuntimeError:
