@@ -15,11 +15,12 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
+	@echo "make mutants plant the mistakes of tests/mutations, one at a time, and see that a test fails"
 	@echo "make lint    ruff: faults and format        make types   mypy"
 	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
 	@echo "make bench-end-to-end   training steps in every layout beside torch's own means, megatron-core, Hugging Face"
@@ -42,6 +43,10 @@ test: .venv/built
 	@echo "fused-megatron: set-up took $$(( $$(date +%s) - $(BEGUN) )) s; tests:"
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	    --durations 10 --durations-min 1 $(ARGS)
+
+# Mistakes planted in a copy of the tree, one at a time: the tests must see each (tests/mutations).
+mutants: .venv/built
+	@$(BIN)/python tests/mutations/run.py $(ARGS)
 
 lint: .venv/installed
 	@$(BIN)/ruff check .

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
-    from fused_megatron.sharding import clip_grad_norm_
+    from fused_megatron.sharding import GradScaler, clip_grad_norm_
 
 __all__ = [
+    "GradScaler",
     "Mesh",
     "clip_grad_norm_",
     "collectives",
@@ -45,6 +46,7 @@ _HOME = {
     "init_mesh": "mesh",
     "replace_modules": "modules",
     "parallelize": "interop",
+    "GradScaler": "sharding",
     "clip_grad_norm_": "sharding",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from math import prod
 from typing import Any
 
@@ -80,6 +81,7 @@ class Mesh:
         device_mesh: torch's view of the grid, with the axes pp, dp, tp, and cp where it is longer than 1; None for one
             process without a process group.
         groups: of every axis longer than 1, and of ("dp", "cp") where both are.
+        timeout_s: of their collectives; None for that of the default process group.
     """
 
     rank: int
@@ -88,6 +90,7 @@ class Mesh:
     expert_sizes: Mapping[str, int]
     device_mesh: DeviceMesh | None = field(default=None, repr=False)
     groups: dict[tuple[str, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False)
+    timeout_s: float | None = None
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> SubMesh:
         """The sub-mesh of one axis or several: mesh["tp"], mesh["dp", "cp"].
@@ -117,7 +120,7 @@ class Mesh:
         if not long:
             return None
         if long not in self.groups:
-            self.groups[long] = _new_group(long, grid, self.rank, self.world_size)
+            self.groups[long] = _new_group(long, grid, self.rank, self.world_size, self.timeout_s)
         return self.groups[long]
 
     @property
@@ -179,6 +182,7 @@ def init_mesh(
     expert_parallel_size: int = 1,
     expert_tensor_parallel_size: int = 1,
     device_type: str | None = None,
+    timeout_s: float | None = None,
 ) -> Mesh:
     """Arrange all ranks of the default process group in a grid.
 
@@ -194,13 +198,14 @@ def init_mesh(
             tensor-parallel ranks of a pipeline stage.
         expert_tensor_parallel_size: ranks that share each expert; folded over the same ranks.
         device_type: of torch's DeviceMesh; None for "cuda" where the process group has NCCL, else "cpu".
+        timeout_s: how long a collective of an axis waits for a silent rank; None: as long as one of the default process
+            group (the timeout of init_process_group).
 
     Raises:
         InputError: sizes whose product is not the world size, or over which experts cannot be folded; several ranks
             without a process group.
 
-    Communication: creates the groups, which every rank must do at once; nothing later. They wait for a silent rank as
-    long as the default process group does (the timeout of init_process_group).
+    Communication: creates the groups, which every rank must do at once; nothing later.
     """
     named = {
         "tensor_parallel_size": tensor_parallel_size,
@@ -235,26 +240,35 @@ def init_mesh(
         return Mesh(rank, world_size, sizes, expert_sizes)
     _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size, rank)
     device_type = device_type or _device_type()
-    device_axes = [axis for axis in AXES if axis != "cp" or sizes["cp"] > 1]
+    device_axes = tuple(axis for axis in AXES if axis != "cp" or sizes["cp"] > 1)
     device_mesh = init_device_mesh(
         device_type,
         tuple(sizes[axis] for axis in device_axes),
-        mesh_dim_names=tuple(device_axes),
+        mesh_dim_names=device_axes,
         backend_override=_backend_override(device_type),
     )
-    groups: dict[tuple[str, ...], dist.ProcessGroup] = {
-        (axis,): _in_time(device_mesh.get_group(axis)) for axis in device_axes if sizes[axis] > 1
-    }
-    if sizes["dp"] > 1 and sizes["cp"] > 1:
-        groups["dp", "cp"] = _new_group(("dp", "cp"), sizes, rank, world_size)
-    if expert_ranks > 1:
-        for axis in EXPERT_AXES[1:]:
-            if expert_sizes[axis] > 1:
-                groups[(axis,)] = _new_group((axis,), expert_sizes, rank, world_size)
-    return Mesh(rank, world_size, sizes, expert_sizes, device_mesh, groups)
+    mesh = Mesh(rank, world_size, sizes, expert_sizes, device_mesh, timeout_s=timeout_s)
+    _make_groups(mesh, device_axes)
+    return mesh
 
 
-def _new_group(axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world_size: int) -> dist.ProcessGroup:
+def _make_groups(mesh: Mesh, device_axes: tuple[str, ...]) -> None:
+    """The groups that every step needs: others are made when they are asked for."""
+    assert mesh.device_mesh is not None
+    for axis in device_axes:
+        if mesh.sizes[axis] > 1:
+            mesh.groups[(axis,)] = _in_time(mesh.device_mesh.get_group(axis), mesh.timeout_s)
+    wanted: list[tuple[str, ...]] = [("dp", "cp")] if mesh.sizes["dp"] > 1 and mesh.sizes["cp"] > 1 else []
+    if mesh.expert_sizes["ep"] * mesh.expert_sizes["etp"] > 1:
+        wanted += [(axis,) for axis in EXPERT_AXES[1:] if mesh.expert_sizes[axis] > 1]
+    for axes in wanted:
+        grid = mesh.sizes if axes == ("dp", "cp") else mesh.expert_sizes
+        mesh.groups[axes] = _new_group(axes, grid, mesh.rank, mesh.world_size, mesh.timeout_s)
+
+
+def _new_group(
+    axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world_size: int, timeout_s: float | None
+) -> dist.ProcessGroup:
     """The group of the ranks that differ from this one along these axes only; all ranks make all such groups."""
     members: dict[tuple[int, ...], list[int]] = {}
     for other in range(world_size):
@@ -262,16 +276,22 @@ def _new_group(axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world
         members.setdefault(tuple(at[axis] for axis in sizes if axis not in axes), []).append(other)
     group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
     assert group is not None and rank in dist.get_process_group_ranks(group)
-    return _in_time(group)
+    return _in_time(group, timeout_s)
 
 
-def _in_time(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The group, which waits no longer than the default process group does: torch lets new groups wait 10 or 30 min."""
+def _in_time(group: dist.ProcessGroup, timeout_s: float | None) -> dist.ProcessGroup:
+    """The group, or one of the same ranks, whose collectives wait so long; torch lets new groups wait 10 or 30 min.
+
+    The time-out of the default process group, which DeviceMesh takes for an axis of all ranks, is the caller's.
+    """
     world = dist.group.WORLD
     assert world is not None
+    if group is world:
+        return group if timeout_s is None else dist.new_group(timeout=timedelta(seconds=timeout_s))
     for device in group._device_types:
         backends = group._get_backend(device), world._get_backend(device)
-        own, wanted = (getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends)
+        own, of_world = (getattr(getattr(backend, "options", None), "_timeout", None) for backend in backends)
+        wanted = of_world if timeout_s is None else timedelta(seconds=timeout_s)
         if own is not None and wanted is not None and own != wanted:
             backends[0]._set_default_timeout(wanted)
     return group

@@ -66,24 +66,32 @@ def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
 def _statistics_kernel(
     logits_ptr, target_ptr, stats_ptr, num_rows, row_stride, num_real, vocab_start, vocab_size, ignore_index,
     label_smoothing, softcap, tiles_per_split, num_splits,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program: (lse, linear) of one split of one row; stats [num_splits, num_rows, 2]."""
+    """One program: (shift, log_sum, linear) of one split of one row; stats [num_splits, num_rows, 3].
+
+    SPLIT: stats [num_splits, num_rows, 4], with share: how much of a common part of all logits is in the linear term.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = program // num_splits
     split = (program % num_splits).to(tl.int32)
-    stats_ptr += (split.to(tl.int64) * num_rows + row) * 2
+    stats_ptr += (split.to(tl.int64) * num_rows + row) * (4 if SPLIT else 3)
     target = tl.load(target_ptr + row)
     if target == ignore_index:
         tl.store(stats_ptr, 0.0)
         tl.store(stats_ptr + 1, 0.0)
+        tl.store(stats_ptr + 2, 0.0)
+        if SPLIT:
+            tl.store(stats_ptr + 3, 0.0)
         return
     boundary, shift = _aligned(row, row_stride, SHIFTED, VECTOR)
     end = shift + num_real
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     maximum = tl.full([LANES], -float("inf"), tl.float32)
     exp_sum = tl.zeros([LANES], tl.float32)
-    plain_sum = tl.zeros([LANES], tl.float32)
+    plain_sum = tl.zeros([LANES], tl.float32)  # of x - maximum: a large common part would drown the rest
+    count = tl.zeros([LANES], tl.float32)
     first = split * tiles_per_split
     for i in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))):
         start = i * (LANES * VECTOR)
@@ -99,58 +107,96 @@ def _statistics_kernel(
         larger = tl.maximum(maximum, tl.max(x, 1))
         base = _finite_or_zero(larger)
         exp_sum *= tl.exp2((maximum - base) * _LOG2E)
-        exp_sum += tl.sum(tl.exp2((x - base[:, None]) * _LOG2E), 1)
-        maximum = larger
+        x -= base[:, None]
+        exp_sum += tl.sum(tl.exp2(x * _LOG2E), 1)
         if SMOOTHING:
-            plain_sum += tl.sum(tl.where(inside, x, 0.0), 1)
-    row_base = _finite_or_zero(tl.max(maximum, 0))
-    row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_base) * _LOG2E), 0)
-    tl.store(stats_ptr, row_base + tl.log(row_exp_sum))
+            plain_sum += count * (_finite_or_zero(maximum) - base) + tl.sum(tl.where(inside, x, 0.0), 1)
+            count += tl.sum(inside.to(tl.float32), 1)
+        maximum = larger
+    row_shift = _finite_or_zero(tl.max(maximum, 0))
+    row_exp_sum = tl.sum(exp_sum * tl.exp2((maximum - row_shift) * _LOG2E), 0)
+    tl.store(stats_ptr, row_shift)
+    tl.store(stats_ptr + 1, tl.log(row_exp_sum))
     linear = 0.0
+    share = 0.0
     if SMOOTHING:
-        linear -= label_smoothing / vocab_size * tl.sum(plain_sum, 0)
+        per_word = label_smoothing / vocab_size
+        linear -= per_word * tl.sum(plain_sum + count * (_finite_or_zero(maximum) - row_shift), 0)
+        share += per_word * tl.sum(count, 0)
     if split == 0:
         column = target - vocab_start
         if (column >= 0) & (column < num_real):
             x_target = tl.load(logits_ptr + row * row_stride + column).to(tl.float32)
             if SOFTCAP:
                 x_target = _capped(x_target, softcap)[0]
-            linear -= (1.0 - label_smoothing) * x_target
+            linear -= (1.0 - label_smoothing) * (x_target - row_shift)
+            share += 1.0 - label_smoothing
         if (target < 0) | (target >= vocab_size):
             linear = float("nan")
-    tl.store(stats_ptr + 1, linear)
+    tl.store(stats_ptr + 2, linear)
+    if SPLIT:
+        tl.store(stats_ptr + 3, share)
 
 
 @triton.jit
 def _merge_kernel(
-    stats_ptr, target_ptr, first_ptr, second_ptr, num_rows, num_shards, out_stride, ignore_index, z_loss,
-    LOSS: tl.constexpr, BLOCK: tl.constexpr,
+    stats_ptr, target_ptr, loss_ptr, out_ptr, num_rows, num_shards, num_columns, vocab_size, ignore_index,
+    label_smoothing, z_loss,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """stats [num_shards, num_rows, 2] to (loss, lse); without LOSS to (lse, linear): the statistics of their union."""
+    """stats [num_shards, num_rows, 3] to loss and lse, out [num_rows, 2].
+
+    SPLITS: stats [num_splits, num_rows, 4] to the statistics of their union, out [num_rows, 3]; no loss.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
-    ignored = tl.load(target_ptr + rows, mask=inside, other=0) == ignore_index
-    maximum = tl.full([BLOCK], -float("inf"), tl.float32)
-    stats = stats_ptr + rows * 2
+    target = tl.load(target_ptr + rows, mask=inside, other=0)
+    ignored = target == ignore_index
+    NUMBERS: tl.constexpr = 4 if SPLITS else 3
+    # All is taken relative to the shard of the largest sum, so that one shard stays exactly what it is.
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    top_shift = tl.zeros([BLOCK], tl.float32)
+    top_log_sum = tl.zeros([BLOCK], tl.float32)
+    stats = stats_ptr + rows * NUMBERS
     for _ in range(num_shards):
-        maximum = tl.maximum(maximum, tl.load(stats, mask=inside, other=0.0))
-        stats += num_rows * 2
-    shift = _finite_or_zero(maximum)
+        shift = tl.load(stats, mask=inside, other=0.0)
+        log_sum = tl.load(stats + 1, mask=inside, other=0.0)
+        larger = shift + log_sum > largest
+        largest = tl.where(larger, shift + log_sum, largest)
+        top_shift = tl.where(larger, shift, top_shift)
+        top_log_sum = tl.where(larger, log_sum, top_log_sum)
+        stats += num_rows * NUMBERS
     exp_sum = tl.zeros([BLOCK], tl.float32)
     linear = tl.zeros([BLOCK], tl.float32)
-    stats = stats_ptr + rows * 2
+    stats = stats_ptr + rows * NUMBERS
+    start = tl.zeros([BLOCK], tl.int64)
     for _ in range(num_shards):
-        exp_sum += tl.exp2((tl.load(stats, mask=inside, other=0.0) - shift) * _LOG2E)
-        linear += tl.load(stats + 1, mask=inside, other=0.0)
-        stats += num_rows * 2
-    lse = shift + tl.log(exp_sum)
-    if LOSS:
-        loss = lse + linear + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)  # lse may be -inf, and 0 times inf NaN
-        tl.store(first_ptr + rows * out_stride, tl.where(ignored, 0.0, loss), mask=inside)
-        tl.store(second_ptr + rows * out_stride, lse, mask=inside)
+        shift = tl.load(stats, mask=inside, other=0.0)
+        log_sum = tl.load(stats + 1, mask=inside, other=0.0)
+        exp_sum += tl.exp2(((shift - top_shift) + (log_sum - top_log_sum)) * _LOG2E)
+        if SPLITS:
+            share = tl.load(stats + 3, mask=inside, other=0.0)
+        else:
+            end = tl.minimum(start + num_columns, vocab_size)
+            num_real = tl.maximum(end - start, 0).to(tl.float32)
+            share = tl.where((target >= start) & (target < end), 1.0 - label_smoothing, 0.0)
+            share += label_smoothing / vocab_size * num_real
+        linear += tl.load(stats + 2, mask=inside, other=0.0) + share * (top_shift - shift)
+        stats += num_rows * NUMBERS
+        start += num_columns
+    log_sum = top_log_sum + tl.log(exp_sum)
+    if SPLITS:
+        out = out_ptr + rows * 3
+        tl.store(out, tl.where(ignored, 0.0, top_shift), mask=inside)
+        tl.store(out + 1, tl.where(ignored, 0.0, log_sum), mask=inside)
+        tl.store(out + 2, tl.where(ignored, 0.0, linear), mask=inside)
     else:
-        tl.store(first_ptr + rows * out_stride, tl.where(ignored, 0.0, lse), mask=inside)
-        tl.store(second_ptr + rows * out_stride, tl.where(ignored, 0.0, linear), mask=inside)
+        lse = top_shift + log_sum
+        # lse may be -inf, and 0 times inf NaN.
+        loss = log_sum + linear + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
+        tl.store(loss_ptr + rows, tl.where(ignored, 0.0, loss), mask=inside)
+        tl.store(out_ptr + rows * 2, top_shift, mask=inside)
+        tl.store(out_ptr + rows * 2 + 1, log_sum, mask=inside)
 
 
 @triton.jit
@@ -180,14 +226,17 @@ def _gradient_kernel(
         grad_loss = tl.load(grad_loss_ptr + row)
         if (target < 0) | (target >= vocab_size):
             grad_loss = float("nan")
-        lse = tl.load(lse_ptr + row)
+        lse_shift = tl.load(lse_ptr + row * 2)
+        log_sum = tl.load(lse_ptr + row * 2 + 1)
         if full:
             x = tl.load(pointers).to(tl.float32)
         else:
             x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         if SOFTCAP:
             x, slope = _capped(x, softcap)
-        gradient = tl.exp2((x - lse) * _LOG2E) * (1.0 + 2.0 * z_loss * lse)
+        # exp(x - shift - log_sum) as a product: log_sum is no more than the log of the vocabulary.
+        scale = tl.exp2(-log_sum * _LOG2E) * (1.0 + 2.0 * z_loss * (lse_shift + log_sum))
+        gradient = tl.exp2((x - lse_shift) * _LOG2E) * scale
         if SMOOTHING:
             gradient -= label_smoothing / vocab_size
         column = target - vocab_start
@@ -214,30 +263,31 @@ def cross_entropy_statistics(
     z_loss: float,
     softcap: float,
 ) -> torch.Tensor:
-    """[T, 2] float32: (lse, linear) of each row of this shard."""
+    """[T, 3] float32: (shift, log_sum, linear) of each row of this shard."""
     num_rows, num_columns = logits.shape
     num_real = max(0, min(num_columns, vocab_size - vocab_start))
-    stats = logits.new_empty((num_rows, 2), dtype=torch.float32)
+    stats = logits.new_empty((num_rows, 3), dtype=torch.float32)
     if num_rows == 0:
         return stats
     tiles_per_row = _tiles_per_row(logits, num_real)
     num_splits = _num_splits(num_rows, tiles_per_row, _num_multiprocessors(logits.device))
-    parts = stats if num_splits == 1 else logits.new_empty((num_splits, num_rows, 2), dtype=torch.float32)
+    parts = stats if num_splits == 1 else logits.new_empty((num_splits, num_rows, 4), dtype=torch.float32)
     with _on(logits):
         _statistics_kernel[(num_rows * num_splits,)](
             logits, target, parts, num_rows, logits.stride(0), num_real, vocab_start, vocab_size, ignore_index,
             label_smoothing, softcap, triton.cdiv(tiles_per_row, num_splits), num_splits,
-            SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SHIFTED=_shifted(logits),
+            SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap != 0.0, SPLIT=num_splits > 1, SHIFTED=_shifted(logits),
             LANES=_LANES, VECTOR=_vector(logits), **_OPTIONS,
         )  # fmt: skip
         if num_splits > 1:
-            _launch_merge(parts, target, stats, stats[:, 1], 2, ignore_index, 0.0, False)
+            _launch_merge(parts, target, None, stats, num_columns, vocab_size, ignore_index, label_smoothing, 0.0)
     return stats
 
 
 def cross_entropy_merge(
     stats: torch.Tensor,
     target: torch.Tensor,
+    num_columns: int,
     vocab_start: int,
     vocab_size: int,
     ignore_index: int,
@@ -245,12 +295,12 @@ def cross_entropy_merge(
     z_loss: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [T], lse [T]) from stats [R, T, 2]."""
+    """(loss [T], lse [T, 2]) from stats [R, T, 3] of shards of num_columns each."""
     loss = stats.new_empty(stats.shape[1])
-    lse = stats.new_empty(stats.shape[1])
+    lse = stats.new_empty((stats.shape[1], 2))
     if stats.shape[1] > 0:
         with _on(stats):
-            _launch_merge(stats, target, loss, lse, 1, ignore_index, z_loss, True)
+            _launch_merge(stats, target, loss, lse, num_columns, vocab_size, ignore_index, label_smoothing, z_loss)
     return loss, lse
 
 
@@ -297,17 +347,19 @@ def _launch_gradient(
 def _launch_merge(
     stats: torch.Tensor,
     target: torch.Tensor,
-    first: torch.Tensor,
-    second: torch.Tensor,
-    out_stride: int,
+    loss: torch.Tensor | None,
+    out: torch.Tensor,
+    num_columns: int,
+    vocab_size: int,
     ignore_index: int,
+    label_smoothing: float,
     z_loss: float,
-    loss: bool,
 ) -> None:
+    """loss and lse (out) of shards; without loss the statistics (out) of the splits of one shard."""
     num_shards, num_rows = stats.shape[:2]
     _merge_kernel[(triton.cdiv(num_rows, _MERGE_BLOCK),)](
-        stats, target, first, second, num_rows, num_shards, out_stride, ignore_index, z_loss,
-        LOSS=loss, BLOCK=_MERGE_BLOCK, **_OPTIONS,
+        stats, target, loss, out, num_rows, num_shards, num_columns, vocab_size, ignore_index, label_smoothing, z_loss,
+        SPLITS=loss is None, BLOCK=_MERGE_BLOCK, **_OPTIONS,
     )  # fmt: skip
 
 

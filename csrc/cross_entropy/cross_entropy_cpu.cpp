@@ -34,7 +34,18 @@ struct Vocabulary {
   bool has_softcap() const { return softcap.cap != 0.0f; }
   bool invalid(int64_t target) const { return target < 0 || target >= size; }
   bool owns(int64_t target) const { return target >= start && target < start + num_real; }
+  // How much of a number that all logits have in common the linear term of this shard has; of all shards: 1.
+  double share(int64_t target) const {
+    return (owns(target) ? 1.0 - label_smoothing : 0.0) + label_smoothing * num_real / size;
+  }
 };
+
+// lse as (shift, log_sum): what the float32 nearest to a large lse lacks of it is in log_sum.
+void write_lse(double lse, float* out) {
+  const float shift = lse == -kInfinity ? 0.0f : static_cast<float>(lse);
+  out[0] = shift;
+  out[1] = static_cast<float>(lse - shift);
+}
 
 void check_logits(const Tensor& logits) {
   check_kernel_dtype(logits, "logits");
@@ -63,24 +74,26 @@ template <class T>
 void statistics_of_rows(
     const T* logits, int64_t stride, const int64_t* target, const Vocabulary& vocabulary, int64_t begin, int64_t end,
     float* stats) {
-  const auto smoothing = static_cast<float>(vocabulary.label_smoothing);
-  const auto per_word = static_cast<float>(vocabulary.label_smoothing / vocabulary.size);
+  const double smoothing = vocabulary.label_smoothing;
   for (int64_t row = begin; row < end; ++row) {
-    float lse = 0.0f, linear = 0.0f;
+    float* out = stats + 3 * row;
+    out[0] = out[1] = out[2] = 0.0f;
     const int64_t t = target[row];
     if (t != vocabulary.ignore_index) {
       const T* x = logits + row * stride;
       const Statistics found = vocabulary.has_softcap()
                                    ? capped_statistics_of_row(x, vocabulary.num_real, &vocabulary.softcap)
-                               : smoothing == 0.0f ? statistics_of_row(x, vocabulary.num_real)
-                                                   : statistics_with_sum_of_row(x, vocabulary.num_real);
-      lse = vocabulary.num_real == 0 ? -kInfinity : found.lse;
-      if (vocabulary.owns(t)) linear = -(1.0f - smoothing) * target_logit(to_float(x[t - vocabulary.start]), vocabulary);
-      if (smoothing != 0.0f) linear -= per_word * found.sum;
-      if (vocabulary.invalid(t)) linear = kNaN;
+                               : smoothing == 0.0 ? statistics_of_row(x, vocabulary.num_real)
+                                                  : statistics_with_sum_of_row(x, vocabulary.num_real);
+      write_lse(found.lse, out);
+      const double shift = out[0];
+      double linear = 0.0;
+      if (vocabulary.owns(t)) {
+        linear = -(1.0 - smoothing) * (target_logit(to_float(x[t - vocabulary.start]), vocabulary) - shift);
+      }
+      if (smoothing != 0.0) linear -= smoothing / vocabulary.size * (found.sum - vocabulary.num_real * shift);
+      out[2] = vocabulary.invalid(t) ? kNaN : static_cast<float>(linear);
     }
-    stats[2 * row] = lse;
-    stats[2 * row + 1] = linear;
   }
 }
 
@@ -99,9 +112,12 @@ void gradient_of_rows(
     const int64_t num_written = t == vocabulary.ignore_index ? 0 : vocabulary.num_real;
     if (num_written > 0) {
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
-      const double scale = 1.0 + 2.0 * z_loss * lse[row];
+      const float shift = lse[2 * row];
+      const double log_sum = lse[2 * row + 1];
+      // exp(x - shift - log_sum) as a product: log_sum is no more than the log of the vocabulary.
+      const double scale = (1.0 + 2.0 * z_loss * (shift + log_sum)) * std::exp(-log_sum);
       const GradientRow work{
-          g * static_cast<float>(scale), -g * per_word, -g * hard, lse[row],
+          g * static_cast<float>(scale), -g * per_word, -g * hard, shift,
           vocabulary.owns(t) ? t - vocabulary.start : -1, stream};
       if (vocabulary.has_softcap()) {
         capped_gradient_of_row(x, num_written, &vocabulary.softcap, &work, dx);
@@ -128,7 +144,7 @@ Tensor cross_entropy_statistics(
   check_logits(logits);
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
   const Vocabulary vocabulary(vocab_start, vocab_size, num_columns, ignore_index, label_smoothing, softcap);
-  const Tensor stats = torch::stable::new_empty(logits, {num_rows, 2}, ScalarType::Float);
+  const Tensor stats = torch::stable::new_empty(logits, {num_rows, 3}, ScalarType::Float);
   const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
   auto* out = static_cast<float*>(stats.mutable_data_ptr());
   for_logits(logits, [&](const auto* x) {
@@ -140,29 +156,36 @@ Tensor cross_entropy_statistics(
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_merge(
-    const Tensor& stats, const Tensor& target, int64_t /*vocab_start*/, int64_t /*vocab_size*/, int64_t ignore_index,
-    double /*label_smoothing*/, double z_loss, double /*softcap*/) {
-  STD_TORCH_CHECK(stats.dim() == 3 && stats.size(2) == 2 && stats.scalar_type() == ScalarType::Float &&
-                      stats.is_contiguous(), "stats must be float32 [shards, tokens, 2], contiguous");
+    const Tensor& stats, const Tensor& target, int64_t num_columns, int64_t /*vocab_start*/, int64_t vocab_size,
+    int64_t ignore_index, double label_smoothing, double z_loss, double /*softcap*/) {
+  STD_TORCH_CHECK(stats.dim() == 3 && stats.size(2) == 3 && stats.scalar_type() == ScalarType::Float &&
+                      stats.is_contiguous(), "stats must be float32 [shards, tokens, 3], contiguous");
   const int64_t num_shards = stats.size(0), num_rows = stats.size(1);
   const Tensor loss = torch::stable::new_empty(stats, {num_rows}, ScalarType::Float);
-  const Tensor lse = torch::stable::new_empty(stats, {num_rows}, ScalarType::Float);
+  const Tensor lse = torch::stable::new_empty(stats, {num_rows, 2}, ScalarType::Float);
   const auto* in = static_cast<const float*>(stats.const_data_ptr());
   const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
   auto* loss_out = static_cast<float*>(loss.mutable_data_ptr());
   auto* lse_out = static_cast<float*>(lse.mutable_data_ptr());
+  const auto lse_of = [](const float* stat) { return static_cast<double>(stat[0]) + stat[1]; };
   for (int64_t row = 0; row < num_rows; ++row) {
-    float maximum = -kInfinity;
-    for (int64_t shard = 0; shard < num_shards; ++shard) maximum = std::max(maximum, in[2 * (shard * num_rows + row)]);
-    const float shift = maximum == -kInfinity ? 0.0f : maximum;
-    float exp_sum = 0.0f, linear = 0.0f;
+    const auto of_shard = [&](int64_t shard) { return in + 3 * (shard * num_rows + row); };
+    double maximum = -kInfinity;
+    for (int64_t shard = 0; shard < num_shards; ++shard) maximum = std::max(maximum, lse_of(of_shard(shard)));
+    if (maximum == -kInfinity) maximum = 0.0;
+    double exp_sum = 0.0;
+    for (int64_t shard = 0; shard < num_shards; ++shard) exp_sum += std::exp(lse_of(of_shard(shard)) - maximum);
+    const double whole = maximum + std::log(exp_sum);
+    float* shift_and_log_sum = lse_out + 2 * row;
+    write_lse(whole, shift_and_log_sum);
+    const double shift = shift_and_log_sum[0];
+    double linear = 0.0;
     for (int64_t shard = 0; shard < num_shards; ++shard) {
-      exp_sum += std::exp(in[2 * (shard * num_rows + row)] - shift);
-      linear += in[2 * (shard * num_rows + row) + 1];
+      const Vocabulary part(shard * num_columns, vocab_size, num_columns, ignore_index, label_smoothing, 0.0);
+      linear += of_shard(shard)[2] + part.share(t[row]) * (shift - of_shard(shard)[0]);
     }
-    lse_out[row] = shift + std::log(exp_sum);
-    const float z_term = z_loss == 0.0 ? 0.0f : static_cast<float>(z_loss) * lse_out[row] * lse_out[row];
-    loss_out[row] = t[row] == ignore_index ? 0.0f : lse_out[row] + linear + z_term;
+    const double z_term = z_loss == 0.0 ? 0.0 : z_loss * whole * whole;
+    loss_out[row] = t[row] == ignore_index ? 0.0f : static_cast<float>(whole - shift + linear + z_term);
   }
   return {loss, lse};
 }
@@ -173,7 +196,9 @@ void write_gradient(
   const int64_t num_rows = logits.size(0), num_columns = logits.size(1), stride = logits.stride(0);
   const auto* g = one_per_token<float>(grad_loss, num_rows, ScalarType::Float, "grad_loss");
   const auto* t = one_per_token<int64_t>(target, num_rows, ScalarType::Long, "target");
-  const auto* z = one_per_token<float>(lse, num_rows, ScalarType::Float, "lse");
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.numel() == 2 * num_rows && lse.is_contiguous(),
+                  "lse must be contiguous float32, two for every token");
+  const auto* z = static_cast<const float*>(lse.const_data_ptr());
   for_logits(logits, [&]<class T>(const T* x) {
     torch::stable::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t begin, int64_t end) {
       gradient_of_rows(g, x, stride, t, z, vocabulary, z_loss, num_columns, stream, begin, end,

@@ -35,16 +35,17 @@ struct Softcap {
   float cap, minus_two_over_cap;
 };
 
+// In double: a large part that all logits have in common must not cost what is left without it.
 struct Statistics {
-  float lse;
-  float sum;
+  double lse;
+  double sum;
 };
 
 struct GradientRow {
-  float scale_p;  // the gradient is scale_p * exp(x - lse) + offset, and at the target + target_term
+  float scale_p;  // the gradient is scale_p * exp(x - shift) + offset, and at the target + target_term
   float offset;
   float target_term;
-  float lse;
+  float shift;
   int64_t target;  // column in this shard, or -1
   bool stream;     // write past the caches
 };
@@ -91,16 +92,16 @@ FM_INLINE float block_maximum(const T* x, int64_t n) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// sum_j exp(x_j - shift); adds sum_j x_j to `sum` if asked for.
+// sum_j exp(x_j - shift); sum_j x_j in `sum` if asked for, whose float32 part is of x_j - shift.
 template <bool kWithSum, bool kSoftcap, class T>
 FM_INLINE float block_exp_sum(const T* x, int64_t n, const Softcap& softcap, float shift, double& sum) {
   float sums[1 + kWithSum];
   lane_sums(n, sums, [&](int64_t j, float* lane) __attribute__((always_inline)) {
-    const float value = logit<kSoftcap>(to_float(x[j]), softcap);
-    lane[0] += exp_of_normal(value - shift);
+    const float value = logit<kSoftcap>(to_float(x[j]), softcap) - shift;
+    lane[0] += exp_of_normal(value);
     if constexpr (kWithSum) lane[kSumLanes] += value;
   });
-  if constexpr (kWithSum) sum += sums[1];
+  if constexpr (kWithSum) sum = sums[1] + static_cast<double>(n) * shift;
   return sums[0];
 }
 
@@ -109,24 +110,25 @@ FM_INLINE float block_exp_sum(const T* x, int64_t n, const Softcap& softcap, flo
 template <bool kWithSum, bool kSoftcap, class T>
 FM_INLINE Statistics row_statistics(const T* x, int64_t n, const Softcap& softcap) {
   float shift = -kInfinity;
-  double exp_sum = 0.0, sum = 0.0, unused = 0.0;
+  double exp_sum = 0.0, sum = 0.0, block_sum = 0.0;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t length = std::min(kBlock, n - start);
     prefetch(x + start, length * sizeof(T));
     // -inf minus -inf would be NaN; shifted by 0, -inf gives 0, and NaN, which is no maximum, still gives NaN.
-    float block = block_exp_sum<kWithSum, kSoftcap>(x + start, length, softcap, shift == -kInfinity ? 0.0f : shift, sum);
+    const float known = shift == -kInfinity ? 0.0f : shift;
+    float block = block_exp_sum<kWithSum, kSoftcap>(x + start, length, softcap, known, block_sum);
     if (shift == -kInfinity || !(std::abs(block) < kRescaleAbove)) {
       const float wanted = logit<kSoftcap>(block_maximum(x + start, length), softcap);
       if (wanted > shift) {
         exp_sum *= std::exp(static_cast<double>(shift) - wanted);
         shift = wanted;
-        block = block_exp_sum<false, kSoftcap>(x + start, length, softcap, shift, unused);
+        block = block_exp_sum<kWithSum, kSoftcap>(x + start, length, softcap, shift, block_sum);
       }
     }
     exp_sum += block;
+    sum += block_sum;
   }
-  const double lse = (shift == -kInfinity ? 0.0 : shift) + std::log(exp_sum);
-  return {static_cast<float>(lse), static_cast<float>(sum)};
+  return {(shift == -kInfinity ? 0.0 : shift) + std::log(exp_sum), sum};
 }
 
 // Copy whole 16-byte pieces past the caches; both ends aligned to 16 bytes.
@@ -144,7 +146,7 @@ template <bool kSoftcap>
 FM_INLINE float gradient_of(float x, const Softcap& softcap, const GradientRow& row, float offset) {
   float slope = 1.0f;
   if constexpr (kSoftcap) x = capped(x, softcap, slope);
-  const float gradient = row.scale_p * exp_of_normal(x - row.lse) + offset;
+  const float gradient = row.scale_p * exp_of_normal(x - row.shift) + offset;
   return kSoftcap ? gradient * slope : gradient;
 }
 

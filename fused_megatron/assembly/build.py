@@ -26,6 +26,7 @@ def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
         parallel.pipeline_parallel_size,
         parallel.data_parallel_size,
         device_type=device_type,
+        timeout_s=parallel.timeout_s,
     )
     config.check_data_parallel(mesh.dp_size)
     return mesh

@@ -152,11 +152,10 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     logits, target = _new(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    per_token, upstream = _new(rows), torch.ones(rows)
+    loss, lse, upstream = _new(rows), _new(rows, 2), torch.ones(rows)
     return _both(
         lambda: ops.cross_entropy(logits, target, reduction="none").float(),
-        (logits,), ((logits, target), (per_token, per_token)),
-        ((logits, target, per_token, per_token), (logits,)), upstream,
+        (logits,), ((logits, target), (loss, lse)), ((logits, target, loss, lse), (logits,)), upstream,
     )  # fmt: skip
 
 

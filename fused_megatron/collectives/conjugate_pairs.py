@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_megatron.collectives.groups import Group, group_size, on_ranks
 from fused_megatron.collectives.transfers import own_block, start_all_gather, start_all_reduce_, start_reduce_scatter
+from fused_megatron.ops.autograd_function import AutogradFunction
 
 
 def _all_reduce(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
@@ -35,7 +36,13 @@ def _identity(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     return x.view_as(x)
 
 
-class _Pair(torch.autograd.Function):
+class _Pair(AutogradFunction):
+    op = "collectives"
+
+    @classmethod
+    def op_of(cls, x: torch.Tensor, forward: Any, backward: Any, *others: Any) -> str:
+        return f"collectives.{forward.__name__[1:]}{backward.__name__}"
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, forward: Any, backward: Any, dim: int, group: Group) -> torch.Tensor:
         ctx.dual = backward, dim, group
@@ -178,7 +185,9 @@ def split_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     return _apply(x, _split, _all_gather, dim, group)
 
 
-class _IdentityAllReduceTogether(torch.autograd.Function):
+class _IdentityAllReduceTogether(AutogradFunction):
+    op = "collectives.identity_all_reduce_together"
+
     @staticmethod
     def forward(ctx: Any, group: Group, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.group = group

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 from fused_megatron.checks import InputError
+from fused_megatron.ops.autograd_function import AutogradFunction, transform_is_active
 
 Group = dist.ProcessGroup | None
 """Ranks that work together; None is this rank alone."""
@@ -27,19 +29,21 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else _member(group).rank()
 
 
-def on_ranks(function: type[torch.autograd.Function], group: Group) -> Callable[..., Any]:
+def on_ranks(function: type[AutogradFunction], group: Group) -> Callable[..., Any]:
     """function.apply, for a function that talks to the ranks of group: on_ranks(Function, group)(*args).
 
     torch.compile breaks its graph there: it cannot trace a collective that is under way while a product runs, and the
     order of the two is what these functions are about. Alone, with nobody to talk to, the function is traced.
     """
-    if torch.compiler.is_compiling() and group_size(group) > 1:
-        return partial(_between_graphs, function)
-    return function.apply
+    if torch.compiler.is_compiling():
+        return function.apply if group_size(group) == 1 else partial(_between_graphs, function)
+    if transform_is_active() or forward_ad._current_level >= 0:
+        return function.apply  # which refuses by name
+    return function.apply_untransformed
 
 
 @torch._disable_dynamo  # torch.compiler.disable, but for the seconds that importing torch._dynamo takes
-def _between_graphs(function: type[torch.autograd.Function], *args: Any) -> Any:
+def _between_graphs(function: type[AutogradFunction], *args: Any) -> Any:
     return function.apply(*args)
 
 

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_megatron.checks import check
+from fused_megatron.checks import check, check_one_of, check_positive
+
+SCHEDULES = ("cosine", "constant", "wsd", "linear")
+"""Of the learning rate, after its warm-up."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW under a cosine schedule with warm-up."""
+    """AdamW, and the schedule of its learning rate."""
 
     lr: float = 1e-3
     """Highest learning rate."""
     min_lr: float = 1e-4
-    """Learning rate at the last step."""
+    """Learning rate after the decay."""
     warmup_steps: int = 20
     """Steps of linear warm-up."""
+    schedule: str = "cosine"
+    """Of the learning rate after warm-up: cosine or linear, down to min_lr; wsd, at lr until it goes down at the end;
+    constant."""
+    decay_steps: int | None = None
+    """Steps from lr down to min_lr: after warm-up (cosine, linear; until the last step when not given), or at the end
+    (wsd; a tenth of the steps when not given). With a number of its own a run can be prolonged without a jump."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
@@ -34,6 +43,14 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check(self.lr > 0, f"lr={self.lr} must be above 0")
         check(0 <= self.min_lr <= self.lr, f"min_lr={self.min_lr} must lie between 0 and lr={self.lr}")
+        check_one_of("schedule", self.schedule, SCHEDULES)
+        if self.decay_steps is not None:
+            check_positive("decay_steps", self.decay_steps)
+            check(
+                self.schedule != "constant",
+                f"decay_steps={self.decay_steps} has no place in schedule='constant': leave it out, or choose "
+                f"schedule='wsd'",
+            )
         check(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must be 0 or more")
         for name in ("beta1", "beta2"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")

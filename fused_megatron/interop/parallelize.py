@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.agreement import check_agreement
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
-from fused_megatron.interop.replacements import fill
+from fused_megatron.interop.replacements import cut
 from fused_megatron.interop.report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.saving import guard_saving
 from fused_megatron.mesh import Mesh
@@ -33,8 +33,8 @@ def parallelize(
 
     Linears, the embedding and the head become parallel ones, norms and activations fused ones. The model returns what
     it returned before, the same on every rank: logits, loss, generated tokens; gradients are those of the shards.
-    Training loops, generate and gradient checkpointing go on as they are. Optimizers are made after this, of the
-    parameters that the model then has. full_state_dict is the way back.
+    Training loops, generate and gradient checkpointing go on as they are. Parameters stay the same objects, with other
+    shapes: an optimizer may be made before, as long as it has made no step. full_state_dict is the way back.
 
     Which layer becomes what says the plan: the user's; else the model's own (tp_plan of transformers); else a table of
     known layers (GPT-2, BERT and their kin). Styles as in transformers: "colwise", "rowwise", "colwise_gather_output",
@@ -87,8 +87,8 @@ def parallelize(
         if strict:
             refuse_left(report, work)
     with check_agreement(model, tp_group, same_weights=False):
-        new = fill(work.replacements, tp_group)
-    work.commit(new)
+        shards = cut(work.replacements, tp_group)
+    work.commit(shards)
     guard_saving(model)
     model.parallel_report = report  # type: ignore[assignment]
     if not report.sharded:

@@ -8,10 +8,13 @@ from torch import nn
 from fused_megatron import modules
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
-from fused_megatron.interop.replacements import Replacement, layout_of, make_replacement
-from fused_megatron.interop.sequence_region import SharedInput, refuse_hidden_states
+from fused_megatron.interop.random_draws import guard_draws
+from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
+from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
+from fused_megatron.interop.sequence_region import SharedInput
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
 from fused_megatron.interop.trial import try_shards
@@ -112,7 +115,7 @@ class Preparation:
         self.summed = findings.summed
         for unit in units:
             for layer in unit.of("replicated_with_grad_allreduce"):
-                self.summed[layer.module] = list(layer.module._parameters)
+                self.summed[layer.module] = [name for name, _ in layer.module.named_parameters(recurse=False)]
         return any(unit.reason for unit in units)
 
     def _block_units(self) -> None:
@@ -238,11 +241,12 @@ class Preparation:
                 "one; else leave gather_logits=True)"
             )
 
-    def commit(self, new: dict[nn.Parameter, nn.Parameter]) -> None:
+    def commit(self, shards: dict[nn.Parameter, nn.Parameter]) -> None:
         """Do it; none of this can fail for what the user gave."""
         exchange_all(self.exchanges)
+        become_shards(self.replacements, shards)
         for module, name in self.retied:
-            module._parameters[name] = new[module._parameters[name]]  # type: ignore[index]
+            module._parameters[name] = kept(module._parameters[name], shards)  # type: ignore[arg-type]
         for replacement in self.replacements:
             for name in replacement.layer.names:
                 parent, _, child = name.rpartition(".")
@@ -255,10 +259,16 @@ class Preparation:
             stack.install()
         if self.stacks:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
+        guard_answers(self.model, any(self._is_cut_attention(unit) for unit in self.units))
+        guard_draws(self.model, self.tp_group)
         if self.scope is not None:
             self.scope.install(self.model)
         for around, shared in self.shared:
             around.register_forward_hook(shared.release, always_call=True)
+
+    def _is_cut_attention(self, unit: Unit) -> bool:
+        parent = self.model.get_submodule(unit.parent) if not unit.reason and group_size(self.tp_group) > 1 else None
+        return parent is not None and any(hasattr(parent, name) for name in (*HEAD_DIMS, *NUM_HEADS))
 
     def kept_whole(self) -> dict[str, str]:
         """Why planned layers stay whole, by name."""

@@ -85,20 +85,17 @@ def layout_of(replacement: Replacement, name: str) -> tuple[Any, ...]:
     return shard, getattr(module, "transposed", False), tuple(module._parameters[name].shape)
 
 
-def fill(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Parameter, nn.Parameter]:
-    """Give the new layers this rank's part of the old parameters; returns the new parameter of each old one.
-
-    On one rank the parameters stay the same objects, where their shape is kept.
-    """
+def cut(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Parameter, nn.Parameter]:
+    """This rank's part of every parameter that is sharded, by the whole one; nothing of the model is changed."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for replacement in replacements:
         module: Any = replacement.module
-        for old, new, name in list(replacement.parameters):
+        for old, new, name in replacement.parameters:
             if old not in made:
                 made[old] = _cut(old, new, module.shards[name], getattr(module, "transposed", False), tp_group)
-            module.register_shard(name, made[old], module.shards[name])
         if hasattr(module, "_measure_overlap"):
-            module._measure_overlap(module.weight.device, module.weight.dtype)
+            like = made[replacement.layer.module._parameters["weight"]]  # type: ignore[index]
+            module._measure_overlap(like.device, like.dtype)
     return made
 
 
@@ -111,3 +108,25 @@ def _cut(old: nn.Parameter, new: nn.Parameter, shard: Shard, transposed: bool, t
     mark_shard(mine, shard)
     copy_shard_(mine, old.detach(), transposed)
     return mine
+
+
+def become_shards(replacements: Iterable[Replacement], made: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Turn the model's parameters into their shards, and hand them to the new layers.
+
+    They stay the same objects, so that an optimizer that was made of them before moves them.
+    """
+    for old, mine in made.items():
+        if mine is not old and not old.is_inference():
+            # By way of another dtype: else autograd expects the old shape, where a graph of before is alive.
+            other = torch.float16 if old.dtype == torch.bfloat16 else torch.bfloat16
+            old.data = torch.empty(0, dtype=other, device=old.device)
+            old.data, old.grad = mine.data, None
+    for replacement in replacements:
+        module: Any = replacement.module
+        for old, _, name in list(replacement.parameters):
+            module.register_shard(name, kept(old, made), module.shards[name])
+
+
+def kept(old: nn.Parameter, made: dict[nn.Parameter, nn.Parameter]) -> nn.Parameter:
+    """The object that the model has from now on: of tensors of inference mode, which cannot change, another."""
+    return made[old] if old.is_inference() else old

@@ -102,19 +102,6 @@ class SequenceRegion:
         return twin
 
 
-@torch.compiler.disable
-def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A hook for a model of regions: what its layers return are blocks, which nobody who asks for them expects."""
-    asked = kwargs.get("output_hidden_states") or getattr(
-        getattr(module, "config", None), "output_hidden_states", False
-    )
-    if asked and torch.is_grad_enabled():
-        raise InputError(
-            "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
-            "(ask for them under torch.no_grad(), or parallelize with sequence_parallel=False)"
-        )
-
-
 def _refuse_second_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Cross-attention: what it attends to is whole on every rank, where linears of a region sum gradients of blocks."""
     given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fused_megatron.interop.meta_run import MetaCall, MetaRun, joined, name_inside, on_meta
 from fused_megatron.interop.replacements import Replacement
 from fused_megatron.interop.units import Unit, linear_features
+from fused_megatron.ops.product import product
 
 # Tokens of the trial; every model takes so few.
 _TOKENS = 8
@@ -76,7 +77,7 @@ class _StandIn(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self._parameters["weight"]
         is_table = self._layer.style == "embedding_colwise"
-        y = F.embedding(x, weight) if is_table else F.linear(x, weight, self._parameters["bias"])
+        y = F.embedding(x, weight) if is_table else product(x, weight, self._parameters["bias"])
         y = _Boundary.apply(y)
         self._edges.append(_Edge(self._layer.name, x.grad_fn, y.grad_fn))
         return y
@@ -138,13 +139,17 @@ class _Trial:
             edges.clear()
             run = MetaRun(self.model, call, self._change(call, edges))
         units = [unit for group in groups for unit in group]
-        # What did not run may have parameters between the layers.
-        self.findings.tried += [unit for unit in units if not self._went_around(unit, call)]
         if run.error is not None:
+            self.findings.tried += units
             where = (run.inside or [""])[-1] or type(self.model).__name__
             blamed = _blamed(run.inside, units)
             self.findings.faults += [(unit, f"in shards {where} fails: {run.text}") for unit in blamed]
         else:
+            # What did not run may have parameters between the layers.
+            ran = {edge.name for edge in edges}
+            groups = [group for group in groups if ran.issuperset(layer.name for layer in group[0].of(_ROW))]
+            groups = [group for group in groups if not self._went_around(group[0], call)]
+            self.findings.tried += [unit for group in groups for unit in group]
             self._follow_gradients(run, edges, groups)
         return True
 
@@ -199,8 +204,9 @@ class _Trial:
             between = _leaves([edge.before for edge in edges if edge.name in mine], into_shards)
             names = sorted(run.originals.get(leaf, "") for leaf in between)
             mixed = sorted(run.originals[leaf] for leaf in between & elsewhere if leaf in run.originals)
+            own = set(self.model.get_submodule(_common_parent(unit)).parameters())
             fault = ""
-            if any(not name or name_inside(_common_parent(unit), name) is None for name in names):
+            if any(not name or self.model.get_parameter(name) not in own for name in names):
                 fault = f"{unit.of(_ROW)[0].name} takes what is made of whole activations, and not of shards only"
             elif mixed:
                 fault = f"{mixed[0]} is used between its layers and elsewhere, too"
@@ -218,8 +224,9 @@ class _Trial:
             owner, _, key = name.rpartition(".")
             inner = None if first is None else name_inside(first, owner)
             module = self.model.get_submodule(owner if inner is None else joined(unit.stack_layer, inner))
-            if module not in planned:
-                self.findings.summed.setdefault(module, []).append(key)
+            noted = self.findings.summed.setdefault(module, []) if module not in planned else [key]
+            if key not in noted:  # of a module that several layers share
+                noted.append(key)
 
 
 def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:

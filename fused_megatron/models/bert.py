@@ -38,7 +38,7 @@ class BERT(TransformerStack):
     Communication:
         Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
         embedding; for the head one all-gather of S B H elements forward, one all-reduce for each of its two products
-        backward, and 8 bytes per token and rank for the loss.
+        backward, and 12 bytes per token and rank for the loss.
 
     Memory:
         The loss keeps no logits: a tile of them exists at a time. The input of the head is whole on every rank.

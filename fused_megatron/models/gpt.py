@@ -30,7 +30,7 @@ class GPT(TransformerStack):
 
     Communication:
         Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
-        embedding, one backward for the head, and 8 bytes per token and rank for the loss.
+        embedding, one backward for the head, and 12 bytes per token and rank for the loss.
 
     Memory:
         The loss keeps no logits: a tile of them exists at a time.

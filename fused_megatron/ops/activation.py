@@ -6,12 +6,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 
 
 class ActivationOps(NamedTuple):
     """The raw ops: forward(x, bias, *flags) and backward(dy, x, bias, *flags, need_dx, need_dbias)."""
 
+    name: str
     forward: Any
     backward: Any
 
@@ -30,6 +32,7 @@ def define_activation(name: str, flags: str, reference: Any, *, gated: bool) -> 
         return x.new_empty(x.shape if need_dx else (0,)), dbias
 
     return ActivationOps(
+        name,
         define_op(
             f"{name}_forward(Tensor x, Tensor? bias{flags}) -> Tensor",
             reference=getattr(reference, f"{name}_forward"),
@@ -44,8 +47,14 @@ def define_activation(name: str, flags: str, reference: Any, *, gated: bool) -> 
     )
 
 
-class BiasActivation(torch.autograd.Function):
+class BiasActivation(AutogradFunction):
     """apply(x, bias, ops, *flags)."""
+
+    op = "ops.bias_gelu"
+
+    @classmethod
+    def op_of(cls, x: torch.Tensor, bias: torch.Tensor | None, ops: ActivationOps, *flags: bool) -> str:
+        return f"ops.{ops.name}"
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, ops: ActivationOps, *flags: bool) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 from fused_megatron.reference import bias_dropout_add as reference
 
@@ -37,7 +38,9 @@ _backward = define_op(
 )
 
 
-class _BiasDropoutAdd(torch.autograd.Function):
+class _BiasDropoutAdd(AutogradFunction):
+    op = "ops.bias_dropout_add"
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -148,7 +151,7 @@ def bias_dropout_add(
         rng_state = torch.randint(2**63 - 1, (2,), device=x.device)
     if torch.float64 in (x.dtype, residual.dtype, None if bias is None else bias.dtype):
         return reference.bias_dropout_add(x, bias, residual, rng_state, p, rows)
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return _forward(x, bias, residual, rng_state, p, *rows)
     return _BiasDropoutAdd.apply(x, bias, residual, rng_state, p, rows)
 

@@ -9,6 +9,7 @@ from fused_megatron.ops.activation import (
     define_activation,
     is_double,
 )
+from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_geglu as reference
 
 _OPS = define_activation("bias_geglu", ", bool tanh", reference, gated=True)
@@ -48,6 +49,6 @@ def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: s
     check_activation(x, bias, gated=True)
     if is_double(x, bias):
         return reference.bias_geglu(x.contiguous(), bias, approximate)
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return _OPS.forward(x, bias, approximate == "tanh")
     return BiasActivation.apply(x, bias, _OPS, approximate == "tanh")

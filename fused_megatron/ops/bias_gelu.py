@@ -9,6 +9,7 @@ from fused_megatron.ops.activation import (
     define_activation,
     is_double,
 )
+from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_gelu as reference
 
 _OPS = define_activation("bias_gelu", ", bool tanh", reference, gated=False)
@@ -48,6 +49,6 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
     check_activation(x, bias, gated=False)
     if is_double(x, bias):
         return reference.bias_gelu(x.contiguous(), bias, approximate)
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return _OPS.forward(x, bias, approximate == "tanh")
     return BiasActivation.apply(x, bias, _OPS, approximate == "tanh")

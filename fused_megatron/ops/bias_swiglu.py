@@ -3,6 +3,7 @@
 import torch
 
 from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, is_double
+from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_swiglu as reference
 
 _OPS = define_activation("bias_swiglu", "", reference, gated=True)
@@ -39,6 +40,6 @@ def bias_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tens
     check_activation(x, bias, gated=True)
     if is_double(x, bias):
         return reference.bias_swiglu(x.contiguous(), bias)
-    if not torch.is_grad_enabled():
+    if not is_differentiated():
         return _OPS.forward(x, bias)
     return BiasActivation.apply(x, bias, _OPS)

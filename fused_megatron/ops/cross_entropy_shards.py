@@ -1,8 +1,10 @@
 """Cross-entropy of vocabulary shards, in the pieces between which the shards communicate.
 
-A shard of the vocabulary gives two numbers for each token, (lse, linear); those of all shards merge to the loss; and
-the gradient of a shard needs the merged lse alone. So a loss over R shards takes one exchange of 8 bytes per token and
-shard, and label smoothing, z-loss, soft-capped logits and ignored tokens come out exactly as on one device.
+A shard of the vocabulary gives three numbers for each token, (shift, log_sum, linear). The shift is a number near the
+largest logit and is taken from all of them, so that a large common part of the logits costs no precision; the log of
+the sum of their exponentials, lse, is shift + log_sum. The numbers of all shards merge to the loss, and the gradient of
+a shard needs only the merged lse. So a loss over R shards takes one exchange of 12 bytes per token and shard, and label
+smoothing, z-loss, soft-capped logits and ignored tokens come out exactly as on one device.
 """
 
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction, check_no_transform, transform_is_active
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import cross_entropy as reference
 from fused_megatron.reference.cross_entropy import SCALARS, LossTerms
@@ -19,21 +22,22 @@ from fused_megatron.reference.cross_entropy import SCALARS, LossTerms
 
 
 def _piece(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls an op with (tensors, terms): the op takes terms as numbers, and none of float64."""
+    """What calls an op with its arguments, terms last: the op takes terms as numbers, and no float64."""
     in_plain_torch = getattr(reference, name)
 
     def of_scalars(*arguments: Any) -> Any:
-        tensors, scalars = arguments[:-6], arguments[-6:]
-        return in_plain_torch(*tensors, LossTerms.of_scalars(*scalars))
+        others, scalars = arguments[:-6], arguments[-6:]
+        return in_plain_torch(*others, LossTerms.of_scalars(*scalars))
 
     op = define_op(f"{name}{schema}", reference=of_scalars, fake=fake)
     register_triton(name, "cross_entropy")
 
     def call(first: torch.Tensor, *rest: Any) -> Any:
-        *tensors, terms = rest
+        *others, terms = rest
         if first.dtype == torch.float64:
-            return in_plain_torch(first, *tensors, terms)
-        return op(first, *tensors, *terms.scalars())
+            return in_plain_torch(first, *others, terms)
+        check_no_transform(f"ops.{name}", first, *others)
+        return op(first, *others, *terms.scalars())
 
     return call
 
@@ -41,12 +45,12 @@ def _piece(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., An
 statistics_of_shard = _piece(
     "cross_entropy_statistics",
     f"(Tensor logits, Tensor target, {SCALARS}) -> Tensor",
-    fake=lambda logits, target, *terms: logits.new_empty((logits.shape[0], 2), dtype=torch.float32),
+    fake=lambda logits, target, *terms: logits.new_empty((logits.shape[0], 3), dtype=torch.float32),
 )
 merged_loss = _piece(
     "cross_entropy_merge",
-    f"(Tensor stats, Tensor target, {SCALARS}) -> (Tensor loss, Tensor lse)",
-    fake=lambda stats, target, *terms: (stats.new_empty(stats.shape[1]), stats.new_empty(stats.shape[1])),
+    f"(Tensor stats, Tensor target, int num_columns, {SCALARS}) -> (Tensor loss, Tensor lse)",
+    fake=lambda stats, *others: (stats.new_empty(stats.shape[1]), stats.new_empty((stats.shape[1], 2))),
 )
 gradient_of_shard = _piece(
     "cross_entropy_gradient",
@@ -76,7 +80,7 @@ class Exchange:
         return lambda: rows
 
     def start_statistics(self, stats: torch.Tensor) -> "Pending":
-        """[t, 2] of this shard to [R, t, 2] of all."""
+        """[t, 3] of this shard to [R, t, 3] of all."""
         return lambda: stats.unsqueeze(0)
 
     def start_dhidden(self, partial: torch.Tensor) -> "Pending":
@@ -88,8 +92,15 @@ Pending = Callable[[], torch.Tensor]
 """Something under way; calling it, once, gives the result."""
 
 
-class ShardLoss(torch.autograd.Function):
+class ShardLoss(AutogradFunction):
     """Loss of each token of logits [T, V / R]; saves the logits themselves, lse and target, and nothing of size V."""
+
+    op = "ops.cross_entropy"
+
+    @classmethod
+    def op_of(cls, *args: Any) -> str:
+        exchange = args[3]
+        return "tensor_parallel.vocab_parallel_cross_entropy" if exchange is not None else cls.op
 
     @staticmethod
     def forward(
@@ -102,7 +113,7 @@ class ShardLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         stats = statistics_of_shard(logits, target, terms)
         all_stats = stats.unsqueeze(0) if exchange is None else exchange.start_statistics(stats)()
-        loss, lse = merged_loss(all_stats, target, terms)
+        loss, lse = merged_loss(all_stats, target, logits.shape[1], terms)
         ctx.save_for_backward(logits, target, lse)
         ctx.terms = terms
         ctx.inplace = inplace_backward
@@ -135,20 +146,21 @@ def cross_entropy_statistics(
 ) -> torch.Tensor:
     """What one vocabulary shard contributes to the cross-entropy of each token.
 
-    lse    = log(sum_j exp(x_j))                            over the real columns of this shard
-    linear = -(1 - s) x_target [if owned] - (s / V) sum_j x_j
+    log_sum = log(sum_j exp(x_j - shift))                   over the real columns of this shard
+    linear  = -(1 - s) (x_target - shift) [if owned] - (s / V) sum_j (x_j - shift)
 
     Args:
         logits_shard: [T, V / R] float32, bfloat16, float16 or float64; this shard's columns, contiguous or rows with a
             stride (anything else is copied).
         target: [T] int64; global ids, the same on every shard.
-        terms: of the loss, with this shard's vocab_start. A shard may be padding alone (lse = -inf, linear = 0).
-            Ignored tokens get (0, 0), and their logits are not read.
+        terms: of the loss, with this shard's vocab_start. A shard of only padding gives (0, -inf, 0). Ignored tokens
+            get zeros, and their logits are not read.
         check_target: True raises for a target that is no word, wherever the tensors are: on a GPU that waits for it.
             None does so where it costs no wait, on the CPU outside torch.compile. False never does.
 
     Returns:
-        [T, 2] float32 (float64 for float64 logits): (lse, linear). Not differentiable by itself.
+        [T, 3] float32 (float64 for float64 logits): (shift, log_sum, linear), with a shift near the largest logit. Not
+        differentiable by itself.
 
     Raises:
         InputError: wrong shapes, or a target that is no word (check_target). Where nobody looks, such a token's linear,
@@ -166,19 +178,24 @@ def cross_entropy_statistics(
 
 
 def cross_entropy_merge(
-    stats: torch.Tensor, target: torch.Tensor, terms: LossTerms
+    stats: torch.Tensor, target: torch.Tensor, terms: LossTerms, *, num_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of each token from the statistics of all shards.
 
-    lse = log(sum_r exp(lse_r));  loss = lse + sum_r linear_r + z lse^2;  loss = 0 where target == ignore_index
+    With a number M near the largest shift, and w_r = (1 - s) [if shard r owns the target] + (s / V) (words of shard r),
+    which is 1 over all shards:
+
+    lse  = M + log_sum,  log_sum = log(sum_r exp(shift_r - M + log_sum_r))
+    loss = log_sum + sum_r (linear_r + w_r (M - shift_r)) + z lse^2;  loss = 0 where target == ignore_index
 
     Args:
-        stats: [R, T, 2] float32 (or float64); the results of cross_entropy_statistics, one shard after the other.
+        stats: [R, T, 3] float32 (or float64); the results of cross_entropy_statistics, one shard after the other.
         target: [T] int64.
-        terms: of the loss.
+        terms: of the loss; vocab_start has no effect.
+        num_columns: of each shard, padding included: shard r begins at word r num_columns.
 
     Returns:
-        loss [T] and lse [T], in the dtype of stats. The order of the sum over shards is fixed.
+        loss [T], and lse [T, 2] as (M, log_sum); both in the dtype of stats. The order of the sum over shards is fixed.
 
     Raises:
         InputError: wrong shapes.
@@ -186,11 +203,11 @@ def cross_entropy_merge(
 
     Communication: none; the caller has gathered stats.
     """
-    check(stats.dim() == 3 and stats.shape[2] == 2, f"stats.shape={tuple(stats.shape)} must be (shards, tokens, 2)")
+    check(stats.dim() == 3 and stats.shape[2] == 3, f"stats.shape={tuple(stats.shape)} must be (shards, tokens, 3)")
     check_shape("target", target, stats.shape[1:2])
     check_dtype("stats", stats, (torch.float32, torch.float64))
     check_dtype("target", target, (torch.int64,))
-    loss, lse = merged_loss(stats.contiguous(), target.contiguous(), terms)
+    loss, lse = merged_loss(stats.contiguous(), target.contiguous(), num_columns, terms)
     return loss, lse
 
 
@@ -207,7 +224,7 @@ def cross_entropy_gradient(
         grad_loss: [T] float; the gradient of each token's loss.
         logits_shard: [T, V / R]; as given to cross_entropy_statistics.
         target: [T] int64; global ids.
-        lse: [T] float32 (float64 for float64 logits); of the whole vocabulary, from cross_entropy_merge.
+        lse: [T, 2] float32 (float64 for float64 logits); of the whole vocabulary, from cross_entropy_merge.
         terms: as in the forward.
 
     Returns:
@@ -286,7 +303,7 @@ def _checked_per_token(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(grad_loss, target, lse) as the pieces take them."""
     check_shape("grad_loss", grad_loss, target.shape)
-    check_shape("lse", lse, target.shape)
+    check_shape("lse", lse, (*target.shape, 2))
     wide = torch.promote_types(logits.dtype, torch.float32)
     check_dtype("lse", lse, (wide,))
     return grad_loss.to(wide).contiguous(), target.contiguous(), lse.contiguous()
@@ -296,7 +313,9 @@ def check_targets(target: torch.Tensor, terms: LossTerms, check_target: bool | N
     """Raise for a target that is no word; None: where looking costs neither a synchronisation nor a graph break."""
     compiling = torch.compiler.is_compiling()
     if check_target is None:
-        check_target = not compiling and type(target) is torch.Tensor and target.device.type == "cpu"
+        # Inside a transform of torch.func a tensor may have no single value to look at.
+        on_cpu = not compiling and type(target) is torch.Tensor and target.device.type == "cpu"
+        check_target = on_cpu and not transform_is_active()
     if not check_target or target.numel() == 0:
         return
     vocab_size, ignore_index = terms.vocab_size, terms.ignore_index

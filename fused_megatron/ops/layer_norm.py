@@ -5,6 +5,7 @@ from typing import Any, overload
 import torch
 from torch.autograd.function import once_differentiable
 
+from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
 from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import layer_norm as reference
@@ -62,8 +63,10 @@ _backward = define_op(
 )
 
 
-class _LayerNorm(torch.autograd.Function):
+class _LayerNorm(AutogradFunction):
     """Returns y, or (y, total) with a residual."""
+
+    op = "ops.layer_norm"
 
     @staticmethod
     def forward(
@@ -185,7 +188,7 @@ def layer_norm(
     """
     if check_norm_arguments(x, weight, bias, residual):
         return reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
-    if torch.is_grad_enabled():
+    if is_differentiated():
         return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight)
     y, _, _, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)
     return y if residual is None else (y, total)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.cross_entropy_shards import Exchange, check_targets
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tiles_of
 from fused_megatron.ops.linear_cross_entropy_tiles import TiledHead
@@ -58,7 +59,8 @@ def _present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tu
 
 
 def _fake_forward(upstream: Any, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
-    loss, lse = (_wide_like(head[0], head[0].shape[:1]) for _ in range(2))
+    num_tokens = head[0].shape[0]
+    loss, lse = _wide_like(head[0], (num_tokens,)), _wide_like(head[0], (num_tokens, 2))
     gradients = [_wide_like(x, x.shape) if needed else None for x, needed in zip(head, needs, strict=False)]
     return loss, lse, *_present(gradients, loss)
 
@@ -98,8 +100,15 @@ def _run_backward(exchange: Exchange | None, *arguments: Any) -> Any:
 # ---- Autograd --------------------------------------------------------------------------------------------------------
 
 
-class _LossOfEachToken(torch.autograd.Function):
+class _LossOfEachToken(AutogradFunction):
     """Loss [T] for any upstream gradient: saves what it was given, and lse; backward makes the logits again."""
+
+    op = "ops.linear_cross_entropy"
+
+    @classmethod
+    def op_of(cls, *args: Any) -> str:
+        exchange = args[5]
+        return "tensor_parallel.vocab_parallel_linear_cross_entropy" if exchange is not None else cls.op
 
     @staticmethod
     def forward(
@@ -125,12 +134,19 @@ class _LossOfEachToken(torch.autograd.Function):
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None, None
 
 
-class _SumOverCount(torch.autograd.Function):
+class _SumOverCount(AutogradFunction):
     """sum of the losses / count: the gradients are made with it, for an upstream gradient of 1, and scaled backward.
 
     They are float32 until then, so that each is rounded once. For float16, 1 / count waits until then, too: it would
     push small gradients of logits below the range of float16.
     """
+
+    op = "ops.linear_cross_entropy"
+
+    @classmethod
+    def op_of(cls, *args: Any) -> str:
+        exchange = args[6]
+        return "tensor_parallel.vocab_parallel_linear_cross_entropy" if exchange is not None else cls.op
 
     @staticmethod
     def forward(

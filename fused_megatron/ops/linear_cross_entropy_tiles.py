@@ -2,7 +2,7 @@
 
     x [t, H] a chunk of tokens, w [v, H] a block of words
     logits  [t, v] = x @ w.T + b              product 1; the tile, one buffer for all
-    stats   [t, 2]                            of the tile; those of all blocks and shards merge to loss and lse
+    stats   [t, 3]                            of the tile; those of all blocks and shards merge to loss and lse
     dlogits [t, v]                            in place of the logits, from the merged lse
     dx      [t, H] = sum over blocks of dlogits @ w           product 2
     dw      [v, H] = sum over chunks of dlogits.T @ x         product 3
@@ -30,7 +30,7 @@ from fused_megatron.ops.cross_entropy_shards import (
 )
 from fused_megatron.ops.linear_cross_entropy_tile_shape import padded_width, tiles_of
 from fused_megatron.ops.product import product
-from fused_megatron.reference.cross_entropy import LossTerms
+from fused_megatron.reference.cross_entropy import LossTerms, united_statistics
 
 
 @dataclass
@@ -112,13 +112,13 @@ class TiledHead:
     def forward(
         self, upstream: torch.Tensor | None = None, needs: Sequence[bool] = (False, False, False)
     ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-        """(loss, lse), each [num_blocks n] float32 (float64), and gradients of hidden, weight and bias, None where not
-        needed: for one upstream gradient [] of all tokens, in float32.
+        """loss [num_blocks n] and lse [num_blocks n, 2], float32 (float64), and gradients of hidden, weight and bias,
+        None where not needed: for one upstream gradient [] of all tokens, in float32.
 
         One product; with gradients three in all, and only for tiles that have all words of the shard.
         """
         assert upstream is None or len(self.blocks) == 1
-        loss, lse = self._per_token(), self._per_token()
+        loss, lse = self._per_token(), self._per_token(2)
         sums = self._new_sums(needs, lse.dtype, wide_weight=True)
         waiting: deque[tuple[slice, torch.Tensor, torch.Tensor, Pending]] = deque()
         # The exchange about a chunk hides under the product of the next; a tile must outlast it for the gradients only.
@@ -126,11 +126,12 @@ class TiledHead:
 
         def finish(rows: slice, x: torch.Tensor, logits: torch.Tensor, stats: Pending) -> None:
             target = self._of(self.target, rows)
-            for whole, chunk in zip((loss, lse), merged_loss(stats(), target, self.terms), strict=True):
-                whole[:, rows] = chunk.view(self.exchange.num_blocks, -1)
+            merged = merged_loss(stats(), target, self.weight.shape[0], self.terms)
+            for whole, chunk in zip((loss, lse), merged, strict=True):
+                whole[:, rows] = chunk.view(self.exchange.num_blocks, -1, *chunk.shape[1:])
             if upstream is not None:
                 words, per_token = self.blocks[0], upstream.expand(len(target)).contiguous()
-                dlogits = self._gradient_(logits, target, per_token, self._of(lse, rows), words)
+                dlogits = self._gradient_(logits, target, per_token, self._of(lse.flatten(0, 1), rows), words)
                 self._add_gradients(sums, rows, x, [(words, dlogits)])
 
         for i, (rows, x) in enumerate(self._chunks()):
@@ -141,13 +142,13 @@ class TiledHead:
         while waiting:
             finish(*waiting.popleft())
         sums.clear_padding(self.num_words)
-        return loss.flatten(), lse.flatten(), [sums.dhidden, sums.dweight, sums.dbias]
+        return loss.flatten(), lse.flatten(0, 1), [sums.dhidden, sums.dweight, sums.dbias]
 
     @_as_cast
     def backward(self, grad_loss: torch.Tensor, lse: torch.Tensor, needs: Sequence[bool]) -> list[torch.Tensor | None]:
         """Gradients of hidden, weight and bias, each in its dtype, None where not needed; three products.
 
-        grad_loss and lse: [num_blocks n] float32 (float64).
+        grad_loss [num_blocks n] and lse [num_blocks n, 2]: float32 (float64).
         """
         single = self.hidden.shape[0] <= self.rows_per_chunk
         sums = self._new_sums(needs, self.hidden.dtype, wide_weight=not single)
@@ -176,11 +177,12 @@ class TiledHead:
 
     def _of(self, per_token: torch.Tensor, rows: slice) -> torch.Tensor:
         """The tokens of a chunk, from something about all of them."""
-        return per_token.view(self.exchange.num_blocks, -1)[:, rows].reshape(-1).contiguous()
+        rest = per_token.shape[1:]
+        return per_token.view(self.exchange.num_blocks, -1, *rest)[:, rows].reshape(-1, *rest).contiguous()
 
-    def _per_token(self) -> torch.Tensor:
+    def _per_token(self, *numbers: int) -> torch.Tensor:
         wide = torch.promote_types(self.hidden.dtype, torch.float32)
-        return self.hidden.new_empty((self.exchange.num_blocks, self.hidden.shape[0]), dtype=wide)
+        return self.hidden.new_empty((self.exchange.num_blocks, self.hidden.shape[0], *numbers), dtype=wide)
 
     @cached_property
     def _buffers(self) -> list[torch.Tensor]:
@@ -210,15 +212,15 @@ class TiledHead:
         return product(x, self._weight(words), bias, out=logits)
 
     def _statistics(self, x: torch.Tensor, target: torch.Tensor, tile: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last tile of logits, and (lse, linear) [t, 2] over all words of this shard."""
+        """The last tile of logits, and the statistics [t, 3] over all words of this shard."""
         stats = []
         for words in self.blocks:  # a block of words is to the loss what a shard of the vocabulary is
             logits = self._logits(x, words, tile)
             stats.append(statistics_of_shard(logits, target, self.terms.from_column(words.start)))
         if len(stats) == 1:
             return logits, stats[0]
-        lse, linear = torch.stack(stats).unbind(2)
-        return logits, torch.stack((lse.logsumexp(0), linear.sum(0)), dim=1)
+        bounds = [self.terms.vocab_start + column for column in (0, *(words.stop for words in self.blocks))]
+        return logits, united_statistics(torch.stack(stats), target, bounds, self.terms)
 
     # ---- Gradients -------------------------------------------------------------------------------------------------
 

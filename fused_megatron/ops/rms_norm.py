@@ -5,6 +5,7 @@ from typing import Any, overload
 import torch
 from torch.autograd.function import once_differentiable
 
+from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
 from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import rms_norm as reference
@@ -54,8 +55,10 @@ _backward = define_op(
 )
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(AutogradFunction):
     """Returns y, or (y, total) with a residual."""
+
+    op = "ops.rms_norm"
 
     @staticmethod
     def forward(
@@ -174,7 +177,7 @@ def rms_norm(
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     if double:
         return reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
-    if torch.is_grad_enabled():
+    if is_differentiated():
         return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight)
     y, _, total = _forward(x, weight, eps, residual, zero_centered_weight)
     return y if residual is None else (y, total)

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
+from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 from fused_megatron.reference import rotary_embedding as reference
 
@@ -24,7 +25,9 @@ _rotary_embedding = define_op(
 )
 
 
-class _RotaryEmbedding(torch.autograd.Function):
+class _RotaryEmbedding(AutogradFunction):
+    op = "ops.rotary_embedding"
+
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor | None, tensors: Any, numbers: Any) -> Any:
         ctx.save_for_backward(*tensors)
@@ -108,7 +111,7 @@ def rotary_embedding(
     numbers = (start, sequence_dim, interleaved)
     if q.dtype == torch.float64 or cos.dtype == torch.float64:
         q_out, k_out = reference.rotary_embedding_forward(q, k, *tensors, *numbers, False)
-    elif torch.is_grad_enabled():
+    elif is_differentiated():
         return _RotaryEmbedding.apply(q, k, tensors, numbers)
     else:
         q_out, k_out = _rotary_embedding(q, k, *tensors, *numbers, False)

@@ -6,6 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device
+from fused_megatron.ops.autograd_function import AutogradFunction, is_in_forward_mode
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import scaled_masked_softmax as reference
 
@@ -27,7 +28,9 @@ _backward = define_op(
 )
 
 
-class _ScaledMaskedSoftmax(torch.autograd.Function):
+class _ScaledMaskedSoftmax(AutogradFunction):
+    op = "ops.scaled_masked_softmax"
+
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool, window: int
@@ -104,7 +107,7 @@ def scaled_masked_softmax(
             raise InputError(f"window={window} must be at least 1 (None: no window)")
     if x.dtype == torch.float64:
         return reference.scaled_masked_softmax_forward(x, mask, scale, causal, window or 0)
-    if x.requires_grad and torch.is_grad_enabled():
+    if (x.requires_grad and torch.is_grad_enabled()) or is_in_forward_mode():
         return _ScaledMaskedSoftmax.apply(x, mask, scale, causal, window or 0)
     return _forward(x, mask, scale, causal, window or 0)
 

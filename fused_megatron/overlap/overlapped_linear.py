@@ -25,6 +25,7 @@ from fused_megatron.collectives.transfers import (
     start_reduce_scatter,
     start_reduce_scatter_blocks,
 )
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.product import product
 from fused_megatron.overlap import symmetric_memory
 from fused_megatron.overlap.chunk_choice import BY_SYMMETRIC_MEMORY, ChunkChoice
@@ -32,7 +33,7 @@ from fused_megatron.overlap.chunks import chunk_edges, tile_steps
 from fused_megatron.overlap.weight_gradients import GradientDestination
 
 
-class ColumnLinearFunction(torch.autograd.Function):
+class ColumnLinearFunction(AutogradFunction):
     """x @ weight.T + bias with a weight sharded over its output features: tensor_parallel.column_parallel_linear.
 
     sequence_dim None:
@@ -49,6 +50,8 @@ class ColumnLinearFunction(torch.autograd.Function):
     Inputs are not checked. With chunks there are as many collectives of so much less; the bytes stay the same. x is
     saved as given: the shard, not the gathered sequence. No collective for an x that needs no gradient.
     """
+
+    op = "tensor_parallel.column_parallel_linear"
 
     @staticmethod
     def forward(
@@ -92,7 +95,7 @@ class ColumnLinearFunction(torch.autograd.Function):
         return dx.wait() if needs_dx else None, dweight, dbias, None, None, None
 
 
-class RowLinearFunction(torch.autograd.Function):
+class RowLinearFunction(AutogradFunction):
     """x @ weight.T + bias with a weight sharded over its input features: tensor_parallel.row_parallel_linear.
 
     x_shard_i    [S, B, I / R],  w_shard_i [O, I / R],  bias [O] replicated
@@ -108,6 +111,8 @@ class RowLinearFunction(torch.autograd.Function):
     Inputs are not checked. The collective works on the product itself; the bias is added once, in the product of the
     first rank. With chunks there are as many collectives of so much less; the bytes stay the same.
     """
+
+    op = "tensor_parallel.row_parallel_linear"
 
     @staticmethod
     def forward(

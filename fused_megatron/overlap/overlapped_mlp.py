@@ -22,6 +22,7 @@ from fused_megatron.collectives.transfers import (
     start_all_reduce_,
     start_reduce_scatter_blocks,
 )
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.product import product
 from fused_megatron.overlap.chunk_choice import ChunkChoice
 from fused_megatron.overlap.chunks import chunk_edges, tile_steps
@@ -75,7 +76,7 @@ class _Chunks:
         return start_reduce_scatter_blocks(self.of(full)[index], rows[begin:end], self.group)
 
 
-class MLPFunction(torch.autograd.Function):
+class MLPFunction(AutogradFunction):
     """Down product of the activation of the up product; see tensor_parallel.parallel_mlp.
 
     x              [S, B, H] replicated, or under sequence parallelism this rank's block [S / R, B, H] of the first dim
@@ -86,6 +87,8 @@ class MLPFunction(torch.autograd.Function):
 
     Inputs are not checked. x, h and the weights are saved; the activation a is computed again in backward.
     """
+
+    op = "tensor_parallel.parallel_mlp"
 
     @staticmethod
     def forward(

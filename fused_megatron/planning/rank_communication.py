@@ -24,7 +24,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         all_reduce      8 G D (H + 1) with fewer of them than ranks (without biases H); 8 D with query_key_norm
 
     and the ends of the model: an all-reduce of A each (a reduce-scatter and an all-gather), with sequence parallelism
-    the gradient of learned positions and what the head multiplies, and 8 bytes a token and rank for the loss.
+    the gradient of learned positions and what the head multiplies, and 12 bytes a token and rank for the loss.
 
     Args:
         config: of the whole run.
@@ -42,7 +42,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
     copied += 2 * model.head_size * model.query_key_norm
-    sent = Counter(all_gather=8 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
+    sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
     if not parallel.sequence_parallel:
         sent["all_reduce"] += (blocks * (4 + again) + ends) * activation
     else:

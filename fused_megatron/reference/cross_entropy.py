@@ -1,6 +1,8 @@
 """Cross-entropy of vocabulary shards in plain PyTorch: statistics of a shard, their merge, the gradient of a shard."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -78,42 +80,72 @@ SCALARS = "int vocab_start, int vocab_size, int ignore_index, float label_smooth
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
     """Loss of each token for whole logits [T, V], in fp32 (fp64 for fp64); differentiable by plain autograd."""
     stats = cross_entropy_statistics(logits, target, terms)
-    return cross_entropy_merge(stats.unsqueeze(0), target, terms)[0]
+    return cross_entropy_merge(stats.unsqueeze(0), target, logits.shape[1], terms)[0]
 
 
 def cross_entropy_statistics(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
-    """What torch.ops.fused_megatron.cross_entropy_statistics computes: [T, 2], (lse, linear) of each token."""
+    """What torch.ops.fused_megatron.cross_entropy_statistics computes: [T, 3], (shift, log_sum, linear) of each token.
+
+    The shift, here the maximum, is taken from every logit, so that a large common part of them costs no precision.
+    """
     x = _capped(_wide(logits)[:, : terms.num_real(logits.shape[1])], terms)
     if x.shape[1] == 0:
-        lse, linear = x.new_full((x.shape[0],), -torch.inf), x.new_zeros(x.shape[0])
+        shift, linear = x.new_zeros((2, x.shape[0]))
+        log_sum = torch.full_like(shift, -torch.inf)
     else:
-        maximum = x.detach().amax(dim=1, keepdim=True)
-        # A row of -inf alone: shifted by 0, so that its sum is 0 and its lse -inf. (+inf gives NaN, as in torch.)
-        maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
-        lse = maximum.squeeze(1) + (x - maximum).exp().sum(dim=1).log()
+        maximum = x.detach().amax(dim=1)
+        # A row of only -inf is shifted by 0, so that its sum is 0 and not NaN. (+inf gives NaN, as in torch.)
+        shift = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        x = x - shift.unsqueeze(1)
+        log_sum = x.exp().sum(dim=1).log()
         column = target - terms.vocab_start
         owned = (column >= 0) & (column < x.shape[1])
         picked = x.gather(1, column.clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
         linear = torch.where(owned, -(1.0 - terms.label_smoothing) * picked, 0.0)
         if terms.label_smoothing:
             linear = linear - terms.label_smoothing / terms.vocab_size * x.sum(dim=1)
-    ignored = _ignored(target, terms)
     linear = linear.masked_fill(_invalid(target, terms), torch.nan)
-    return torch.stack((lse.masked_fill(ignored, 0.0), linear.masked_fill(ignored, 0.0)), dim=1)
+    stats = torch.stack((shift, log_sum, linear), dim=1)
+    return stats.masked_fill(_ignored(target, terms).unsqueeze(1), 0.0)
+
+
+def united_statistics(
+    stats: torch.Tensor, target: torch.Tensor, bounds: Sequence[int], terms: LossTerms
+) -> torch.Tensor:
+    """The statistics [T, 3] of neighbouring blocks of columns from [blocks, T, 3] of each.
+
+    Args:
+        stats: of each block.
+        target: [T] int64.
+        bounds: blocks + 1 columns of the whole vocabulary; block i has those from bounds[i] to bounds[i + 1].
+        terms: of the loss; vocab_start has no effect.
+    """
+    shift, log_sum, linear = stats.unbind(dim=2)
+    # All is taken relative to the block of the largest sum, so that one block stays exactly what it is.
+    top = (shift + log_sum).detach().argmax(dim=0, keepdim=True)
+    top_shift, top_log_sum = (x.detach().gather(0, top) for x in (shift, log_sum))
+    top_log_sum = top_log_sum.masked_fill(top_log_sum == -torch.inf, 0.0)
+    exp_sum = ((shift - top_shift) + (log_sum - top_log_sum)).exp().sum(dim=0)
+    total = torch.zeros_like(exp_sum)
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        owned = ((target >= start) & (target < end)).to(linear.dtype)
+        num_real = max(0, min(end, terms.vocab_size) - start)
+        # How much of a number that all logits have in common the linear term of this block has; of all blocks: 1.
+        share = (1.0 - terms.label_smoothing) * owned + terms.label_smoothing * num_real / terms.vocab_size
+        total = total + (linear[i] + share * (top_shift[0] - shift[i]))
+    return torch.stack((top_shift[0], top_log_sum[0] + exp_sum.log(), total), dim=1)
 
 
 def cross_entropy_merge(
-    stats: torch.Tensor, target: torch.Tensor, terms: LossTerms
+    stats: torch.Tensor, target: torch.Tensor, num_columns: int, terms: LossTerms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.cross_entropy_merge computes: (loss [T], lse [T]) from stats [R, T, 2]."""
-    lse_shards, linear = stats.unbind(dim=2)
-    maximum = lse_shards.detach().amax(dim=0)
-    maximum = maximum.masked_fill(maximum == -torch.inf, 0.0)
-    lse = maximum + (lse_shards - maximum).exp().sum(dim=0).log()
-    loss = lse + linear.sum(dim=0)
+    """What torch.ops.fused_megatron.cross_entropy_merge computes: (loss [T], lse [T, 2]) from stats [R, T, 3]."""
+    bounds = [shard * num_columns for shard in range(stats.shape[0] + 1)]
+    shift, log_sum, linear = united_statistics(stats, target, bounds, terms).unbind(dim=1)
+    loss = log_sum + linear
     if terms.z_loss:
-        loss = loss + terms.z_loss * lse.square()
-    return loss.masked_fill(_ignored(target, terms), 0.0), lse
+        loss = loss + terms.z_loss * (shift + log_sum).square()
+    return loss.masked_fill(_ignored(target, terms), 0.0), torch.stack((shift, log_sum), dim=1)
 
 
 def cross_entropy_gradient(
@@ -122,9 +154,9 @@ def cross_entropy_gradient(
     """What torch.ops.fused_megatron.cross_entropy_gradient computes: the gradient of the logits, in their dtype."""
     num_real, smoothing = terms.num_real(logits.shape[1]), terms.label_smoothing
     x = _capped(_wide(logits)[:, :num_real], terms)
-    lse = lse.to(x.dtype)
-    scale = (1.0 + 2.0 * terms.z_loss * lse).unsqueeze(1)
-    gradient = (x - lse.unsqueeze(1)).exp() * scale - smoothing / terms.vocab_size
+    shift, log_sum = lse.to(x.dtype).split(1, dim=1)
+    scale = 1.0 + 2.0 * terms.z_loss * (shift + log_sum)
+    gradient = (x - shift - log_sum).exp() * scale - smoothing / terms.vocab_size
     column = target - terms.vocab_start
     is_target = torch.arange(num_real, device=logits.device) == column.unsqueeze(1)
     gradient = gradient - (1.0 - smoothing) * is_target.to(x.dtype)

@@ -2,6 +2,7 @@
 
 from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
 from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor
+from fused_megatron.sharding.grad_scaler import GradScaler
 from fused_megatron.sharding.gradient_norm import clip_grad_norm_
 from fused_megatron.sharding.initialization import fill_normal_shard_
 from fused_megatron.sharding.parameter_record import (
@@ -21,6 +22,7 @@ from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shard
 __all__ = [
     "Box",
     "DeferredWeightGradients",
+    "GradScaler",
     "ParameterRecord",
     "ParameterShard",
     "SequenceLayout",

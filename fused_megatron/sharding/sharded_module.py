@@ -1,7 +1,7 @@
 """Modules whose parameters are shards, and what a model of them knows: its group, the parts of its parameters."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
 from fused_megatron.sharding.parameter_record import Shard, mark_shard, parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
+from fused_megatron.sharding.replication import refuse_replication
 
 
 class ShardedModule(nn.Module):
@@ -81,6 +82,15 @@ class ShardedModule(nn.Module):
         super()._apply(fn, recurse)
         self.mark_shards()
         return self
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's.
+
+        Raises:
+            InputError: DistributedDataParallel or fully_shard ask, over ranks that hold other shards.
+        """
+        refuse_replication(self.tp_group)
+        return super().named_parameters(*args, **kwargs)
 
     def __getstate__(self) -> Any:
         raise InputError(

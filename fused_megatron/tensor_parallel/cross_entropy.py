@@ -60,8 +60,8 @@ def vocab_parallel_cross_entropy(
         loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,   lse = log(sum_j exp(x_j))
 
         logits_shard [T, Vp / R]  columns rank * Vp / R and on; Vp >= V with padding
-        forward      [lse_r, linear_r] of this rank's columns, all-gathered to [R, T, 2], merged on every rank alike
-        backward     dlogits_shard [T, Vp / R], from the merged lse alone; 0 for padding
+        forward      (shift_r, log_sum_r, linear_r) of this rank's columns, all-gathered to [R, T, 3] and merged
+        backward     dlogits_shard [T, Vp / R], from the merged lse; 0 for padding
 
     Args:
         logits_shard: [..., Vp / R] float32, bfloat16, float16 or float64; this rank's columns, not the gathered logits.
@@ -87,7 +87,7 @@ def vocab_parallel_cross_entropy(
             (check_target). Where nobody looks, the loss of such a token is NaN.
         TypeError: wrong dtypes.
 
-    Communication: one all-gather of 8 bytes a token and rank forward; none backward.
+    Communication: one all-gather of 12 bytes a token and rank forward; none backward.
     Memory: logits_shard (no copy), target and lse are saved.
     Numerics: float32 inside; the gradient is rounded once, to the dtype of the logits; deterministic.
     """

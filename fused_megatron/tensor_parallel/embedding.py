@@ -11,11 +11,14 @@ from torch.autograd.function import once_differentiable
 from fused_megatron.checks import InputError, check, check_divisible, check_dtype, check_same_device
 from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.sharding import ParameterShard, ShardedModule, parameter_record
 from fused_megatron.tensor_parallel.linear import draw_normal_weight_
 
 
-class _VocabParallelEmbedding(torch.autograd.Function):
+class _VocabParallelEmbedding(AutogradFunction):
+    op = "tensor_parallel.vocab_parallel_embedding"
+
     @staticmethod
     def forward(
         ctx: Any, ids: torch.Tensor, weight: torch.Tensor, vocab_size: int, sequence_dim: int | None, group: Group

@@ -36,7 +36,7 @@ def vocab_parallel_linear_cross_entropy(
         x          [t, H]       replicated; under sequence parallelism all_gather of a slice of hidden [S / R, B, H]
         w_shard_o  [Vp / R, H]  rows rank * Vp / R and on; Vp >= V with padding
         forward    logits_shard [t, Vp / R] = x @ w_shard_o.T + b_shard_o
-                   [lse_r, linear_r] of it, all-gathered to [R, t, 2] and merged to the loss on every rank alike
+                   (shift_r, log_sum_r, linear_r) of it, all-gathered to [R, t, 3] and merged to the loss
         backward   logits_shard once more, and dlogits_shard in its place, from the merged lse
                    dx = all_reduce(dlogits_shard @ w_shard_o); under sequence parallelism reduce_scatter to this rank's
                    slice;  dw_shard_o += dlogits_shard.T @ x;  db_shard_o += sum over the tokens of dlogits_shard
@@ -68,7 +68,7 @@ def vocab_parallel_linear_cross_entropy(
         TypeError: wrong dtypes.
 
     Communication: for each of the C chunks (C = 1 where all logits fit one tile)
-        forward   one all-gather of 8 bytes a token and rank, under the product of the next chunk
+        forward   one all-gather of 12 bytes a token and rank, under the product of the next chunk
         backward  one all-reduce of dx, under the product for dw
         under sequence parallelism also one all-gather of a slice of hidden forward and backward, under the products of
         the chunk before, and a reduce-scatter in place of the all-reduce. None backward for hidden without a gradient.

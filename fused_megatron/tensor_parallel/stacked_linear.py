@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import start_all_reduce_
+from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.sharding import parameter_parts
 from fused_megatron.tensor_parallel.linear import ColumnParallelLinear, OutputPart, column_parallel_linear
 
@@ -87,12 +88,14 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
         return weight, bias
 
 
-class _SumOverCopies(torch.autograd.Function):
+class _SumOverCopies(AutogradFunction):
     """Identity; backward sums the gradients of rows that several ranks hold, over these ranks.
 
     A rank puts its rows at their place in the full weight, zeros elsewhere, and all ranks of the group add up: no
     group for every set of copies is needed, and every rank gets the same bits.
     """
+
+    op = "tensor_parallel.StackedColumnParallelLinear"
 
     @staticmethod
     def forward(

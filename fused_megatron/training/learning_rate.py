@@ -1,4 +1,4 @@
-"""Learning-rate schedule: a pure function of the step."""
+"""Learning-rate schedules: pure functions of the step."""
 
 import math
 
@@ -6,13 +6,29 @@ from fused_megatron.config import OptimizerConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up to config.lr, then half a cosine down to config.min_lr at the last step.
+    """Linear warm-up to config.lr, then what config.schedule says.
+
+    cosine, linear: down to config.min_lr over config.decay_steps from the end of warm-up on, and config.min_lr after
+        them; without decay_steps the last step of the run is the last of the decay.
+    wsd: config.lr, and over the last config.decay_steps of the run (a tenth of it) linearly down to config.min_lr.
+    constant: config.lr.
 
     Args:
         step: 0 for the first step.
         num_steps: steps of the whole run.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps)
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "wsd":
+        decay = max(1, num_steps // 10) if config.decay_steps is None else config.decay_steps
+        begin = max(warmup, num_steps - decay)
+        progress = (step + 1 - begin) / max(1, num_steps - begin)
+    else:
+        decay = num_steps - warmup if config.decay_steps is None else config.decay_steps
+        progress = (step - warmup) / max(1, decay - 1)
+    progress = min(1.0, max(0.0, progress))
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    return config.min_lr + (config.lr - config.min_lr) * share

@@ -91,6 +91,9 @@ class Lease:
 
     def check(self) -> None:
         """Raise LeaseLostError where another run has taken the lease: this one was silent for too long."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):  # a folder that is away: whoever writes there finds out
+                self._is_taken_over()
         if self._lost is not None:
             raise LeaseLostError(self._lost)
 

@@ -10,6 +10,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,6 +29,9 @@ _ANSWER_S = 3.0
 _MOST_BYTES = 4096
 _MOST_CONNECTIONS = 400
 _NAMED = 8
+_WATCH_S = 1.0
+# What a phase of the run may last in which ranks wait for one of them, who lives.
+_PHASE_S = 1800.0
 _GONE, _SILENT = "gone", "silent"
 
 # What gloo, NCCL and our own transports say when another rank is gone or silent.
@@ -63,15 +68,25 @@ class Presence:
     A killed rank breaks only the connections of its neighbours; what they break by leaving is all that the others see.
     So a rank that leaves because of an error tells every other rank before it goes. After an error, a rank whose port
     is closed and that told nothing is gone; one that does not answer is silent (stopped, stuck or cut off); one that
-    answers and waits for nobody, while others waited too long, is late. Nothing is to do while all is well.
+    answers and waits for nobody, while others waited too long, is late.
 
-    Communication: two all-gathers at the start; after an error a short message to every other rank.
+    Each rank also watches the next one. So a phase of the run in which ranks rightly wait long for one of them (a slow
+    disk, text that one machine prepares) needs no time-out: the default group waits up to half an hour, and a rank that
+    gives no sign of life for timeout_s ends the run all the same, with one line on every other rank.
+
+    Args:
+        timeout_s: how long the next rank may give no sign of life; None: nobody is watched, and the default group waits
+            as before.
+
+    Communication: two all-gathers at the start; a short message to the next rank every second; after an error one to
+    every other rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float | None = None) -> None:
         self._others: dict[int, tuple[str, int]] = {}
         self._left: dict[int, str] = {}
         self._leaves: str | None = None
+        self._closed = threading.Event()
         if not dist.is_initialized():
             return
         self._rank = dist.get_rank()
@@ -82,6 +97,16 @@ class Presence:
         self._others = {rank: (each[0], each[1]) for rank, each in enumerate(told) if rank != self._rank}
         self._word = told[0][2]  # strangers who reach the port do not know it
         threading.Thread(target=self._serve, daemon=True, name="presence").start()
+        if timeout_s is not None and self._others:
+            _let_wait(dist.group.WORLD, max(timeout_s, _PHASE_S))
+            threading.Thread(target=self._watch, args=(timeout_s,), daemon=True, name="presence-watch").start()
+
+    def close(self) -> None:
+        """This rank ends well: whoever watches it need not any more."""
+        self._closed.set()
+        if self._others:
+            self._leaves = self._leaves or "done"
+            self._ask([(self._rank - 1) % (len(self._others) + 1)])
 
     def explain(self, error: Exception) -> Exception:
         """A LostRankError where other ranks are to blame, else the error itself; called before a rank ends with it.
@@ -119,13 +144,58 @@ class Presence:
 
     def _look(self) -> dict[int, Any]:
         """What every other rank answers; _GONE or _SILENT where it does not."""
-        asked = json.dumps({"word": self._word, "rank": self._rank, "left": self._leaves}).encode() + b"\n"
+        return self._ask(self._others)
+
+    def _ask(self, ranks: Iterable[int], lost: str | None = None) -> dict[int, Any]:
+        """What some ranks answer, who are told why this one leaves, and which other is lost."""
+        told = {"word": self._word, "rank": self._rank, "left": self._leaves, "lost": lost}
+        message = json.dumps(told).encode() + b"\n"
+        ranks = list(ranks)
 
         async def ask_all() -> list[Any]:
             at_once = asyncio.Semaphore(_MOST_CONNECTIONS)
-            return await asyncio.gather(*(_ask(address, asked, at_once) for address in self._others.values()))
+            return await asyncio.gather(*(_ask(self._others[rank], message, at_once) for rank in ranks))
 
-        return dict(zip(self._others, asyncio.run(ask_all()), strict=True))
+        return dict(zip(ranks, asyncio.run(ask_all()), strict=True))
+
+    def _watch(self, timeout_s: float) -> None:
+        """End this rank, and all others, when the next one gives no sign of life."""
+        watched = (self._rank + 1) % (len(self._others) + 1)
+        silent_s = 0.0
+        while not self._closed.wait(_WATCH_S):
+            begun = time.monotonic()
+            (state,) = self._ask([watched]).values()
+            if watched in self._left or self._leaves is not None:
+                return
+            # No round counts for more than it may last: this process may have been stopped itself.
+            silent_s += min(time.monotonic() - begun, _ANSWER_S) + _WATCH_S
+            if not isinstance(state, str):
+                silent_s = 0.0
+            elif state == _GONE and silent_s > _SETTLE_S:
+                self._end(f"lost contact with rank {watched}", lost=watched)
+            elif silent_s > timeout_s:
+                self._end(
+                    f"lost contact with rank {watched} (it gave no sign of life for {timeout_s:g} s: stopped, stuck or "
+                    "cut off)",
+                    lost=watched,
+                )
+
+    def _end(self, text: str, *, lost: int | None = None) -> None:
+        """End this process with a line, unless its own thread finds out and ends it; tell the others who is lost."""
+        deadline = time.monotonic() + _ANSWER_S
+        if lost is not None:
+            self._ask([rank for rank in self._others if rank != lost], lost=text)
+        while time.monotonic() < deadline:
+            if self._leaves is not None or self._closed.wait(0.1):
+                return
+        place = f" (rank {self._rank})" if self._rank else ""
+        with contextlib.suppress(OSError):
+            print(
+                f"fused-megatron: error{place}: {text}; the same command resumes from the newest good checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(1)
 
     def _serve(self) -> None:
         while True:
@@ -142,11 +212,23 @@ class Presence:
                 if asked.get("left") is not None and asked.get("rank") in self._others:
                     self._left[asked["rank"]] = str(asked["left"])
                 connection.sendall(json.dumps(self._state()).encode())
+                if asked.get("lost") is not None:
+                    text = str(asked["lost"])[:400]
+                    threading.Thread(target=self._end, args=(text,), daemon=True, name="presence-end").start()
 
     def _state(self) -> dict[str, Any]:
         frame = sys._current_frames().get(self._watched)
         waits, does = (False, "nothing") if frame is None else _describe(frame)
         return {"left": self._leaves, "waits": waits, "does": does}
+
+
+def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
+    """Of gloo only: NCCL's collectives are of the axes, which keep their own time-outs."""
+    assert group is not None
+    for device in group._device_types:
+        backend = group._get_backend(device)
+        if backend.name() == "gloo":
+            backend._set_default_timeout(timedelta(seconds=timeout_s))
 
 
 async def _ask(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:

@@ -1,4 +1,4 @@
-"""What must be the same on every rank before a run begins: settings, text, tokenizer."""
+"""Settings, tokens and tokenizer, compared over all ranks before a run begins."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What asks a run to save and end: a signal, or the end of the launcher that started its ranks."""
+"""Requests to save and end a run: a signal, or the end of the launcher that started its ranks."""
 
 import contextlib
 import os

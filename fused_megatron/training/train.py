@@ -26,6 +26,8 @@ from fused_megatron.training.lease import Lease
 from fused_megatron.training.plots import plot_loss
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
+from fused_megatron.training.room import check_room
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trainer import Progress, Trainer, TrainingError
@@ -55,7 +57,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     plan = plan_pipeline(config)
     request = StopRequest() if stop is None else stop
     with launched(config.parallel.timeout_s) as launch:
-        presence = Presence()
+        presence = Presence(config.parallel.timeout_s)
         try:
             finished = _train(config, plan, run_path, launch, request)
         except TrainingError:
@@ -65,6 +67,7 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
             if explained is error:
                 raise
             raise explained from error
+        presence.close()
     if stop is None:
         request.end()
     return finished
@@ -83,7 +86,9 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
-        model = build_stages(dataclasses.replace(config, model=model_config), mesh, plan, launch.device)
+        whole = dataclasses.replace(config, model=model_config)
+        check_room(whole, mesh, launch.device, data.content["vocabulary_source"])
+        model = build_stages(whole, mesh, plan, launch.device)
         trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
         _resume(trainer, model_config)
         _introduce(trainer)
@@ -128,20 +133,36 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         # Another layout has other ranks: their generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         weights_only = state.get("weights_only", False)  # of an imported model
-        boxes = parameter_boxes(trainer.parameters) if weights_only else trainer.tensor_boxes()
-        load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
         if weights_only:
+            load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
+        else:
+            taken = ResumedTensors(trainer.parameters, trainer.optimizer, read_manifest(checkpoint))
+            load_checkpoint(
+                checkpoint, taken.boxes, rank_tensors=rank_tensors, group=group, allow_extra=taken.allow_extra
+            )
+            taken.finish()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
+        if not weights_only:
+            _say_what_differs(trainer, state["config"])
         if not weights_only and state.get("data") != trainer.data.fingerprint:
             trainer.reporter.say(
                 f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
                 f"({trainer.progress.samples_consumed} samples) is kept"
             )
     on_every_rank(lambda: _begin_records(trainer) if trainer.mesh.rank == 0 else None)
+
+
+def _say_what_differs(trainer: Trainer, saved: dict[str, Any]) -> None:
+    differing = settings_that_differ(saved, trainer.config)
+    if differing:
+        trainer.reporter.say(f"not as in the checkpoint: {'; '.join(differing)}")
+    jump = learning_rate_jump(saved, trainer.config, trainer.progress.step)
+    if jump is not None:
+        trainer.reporter.say(f"warning: {jump}")
 
 
 def _begin_records(trainer: Trainer) -> None:

@@ -1,5 +1,7 @@
 """Start here when a gradient through a collective is wrong by the number of ranks."""
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -129,3 +131,17 @@ def test_no_group_is_no_op():
     for name in list(PAIRS)[2:]:
         assert getattr(collectives, name)(x, 0, None) is x
     assert collectives.identity_all_reduce_together((x,), None)[0] is x
+
+
+def sum_of_bfloat16(rank, world_size):
+    """Over gloo, which rounds after every addition in 16 bits: 256 + 1 is 256 there."""
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
+    weight = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    (shared,) = collectives.identity_all_reduce_together((weight,), dist.new_group())
+    shared.backward(torch.full((3,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16))
+    return weight.grad
+
+
+def test_gradients_of_replicated_16_bit_parameters_are_summed_in_float32():
+    for gradient in run_on_ranks(sum_of_bfloat16, 4):
+        assert gradient.dtype == torch.bfloat16 and gradient.tolist() == [260.0] * 3  # 259, rounded once

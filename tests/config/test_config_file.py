@@ -47,3 +47,12 @@ def test_the_family_decides_which_keys_a_model_has_and_survives_the_file(tmp_pat
         loaded(tmp_path, "[model]\npost_norm = true")
     with pytest.raises(InputError, match="must be one of: 'gpt', 'bert'"):
         loaded(tmp_path, '[model]\nfamily = "t5"')
+
+
+@pytest.mark.parametrize("words", [(), ("--training.num_stepz=3",)])
+def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, words):
+    """Not skipped: the run would go on with the default."""
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\n" + ("num_steps = 3\n" if words else "num_stepz = 3\n"))
+    with pytest.raises(InputError, match=r"training\.num_stepz \(did you mean training\.num_steps\?\)"):
+        load_config(path, words)

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import train_tokenizer
 from fused_megatron.hugging_face import load_model
+from fused_megatron.hugging_face.families import family_of
+from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import open_source
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
@@ -223,3 +225,23 @@ def test_training_in_16_bits_begins_from_the_imported_weights(models: Path, tmp_
     before = load_file(models / "llama" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "back" / "model.safetensors").items():
         torch.testing.assert_close(tensor, before[name].bfloat16(), rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "theirs", "ours"),
+    [
+        ("gpt2", {"resid_pdrop": 0.1, "attn_pdrop": 0.2, "embd_pdrop": 0.3}, (0.1, 0.2, 0.3)),
+        ("llama", {"attention_dropout": 0.2}, (0.0, 0.2, 0.0)),
+        ("bert", {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}, (0.1, 0.2, 0.1)),
+    ],
+)
+def test_every_dropout_comes_over_and_goes_back(form: str, theirs: dict[str, float], ours: tuple[float, ...]) -> None:
+    kind = {"gpt2": transformers.GPT2Config, "llama": transformers.LlamaConfig, "bert": transformers.BertConfig}[form]
+    settings = kind(**(GPT2 if form == "gpt2" else SIZES), **theirs).to_dict()
+    settings["architectures"] = [
+        {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM"}[form]
+    ]
+    family = family_of(Settings(settings, "config.json"))
+    config = family.read_config(Settings(settings, "config.json"))
+    assert (config.hidden_dropout, config.attention_dropout, config.embedding_dropout) == ours
+    assert {name: family.write_config(config)[name] for name in theirs} == theirs

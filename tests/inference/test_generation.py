@@ -45,3 +45,20 @@ def test_bad_input() -> None:
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
     with pytest.raises(InputError, match="temperature=-1"):
         generate(model, START, 3, temperature=-1)
+
+
+class Fixed(torch.nn.Module):
+    """The same logits behind every token."""
+
+    tp_group, sequence_parallel, vocab_size, config = None, False, 4, CONFIG
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([2.0, 1.0, 1.9, 0.0]).expand(*tokens.shape, 4)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "drawn"), [(1, {0}), (2, {0, 2}), (3, {0, 1, 2}), (4, {0, 1, 2, 3}), (0, {0, 1, 2, 3})]
+)
+def test_top_k_draws_from_the_likeliest_k_tokens(top_k: int, drawn: set[int]) -> None:
+    tokens = generate(Fixed(), torch.zeros(50, 1, dtype=torch.int64), 4, temperature=2.0, top_k=top_k)
+    assert set(tokens[:, 1:].flatten().tolist()) == drawn

@@ -234,3 +234,23 @@ def compiled(rank, world_size):
 @pytest.mark.slow  # examples/compile_model.py is run in the fast part
 def test_torch_compile_goes_around_the_collectives():
     run_on_ranks(compiled, 2, timeout_s=400)
+
+
+def freezes(rank, world_size):
+    """Which parameters can be trained, before and after; what a step on the others leaves."""
+    mesh, found = fm.init_mesh(tensor_parallel_size=world_size), {}
+    for family, build in (("gpt2", gpt2), ("llama", llama)):
+        torch.manual_seed(0)
+        model = build()
+        for index, parameter in enumerate(model.parameters()):
+            parameter.requires_grad_(index % 3 == 0)
+        before = {name: p.requires_grad for name, p in model.named_parameters()}
+        fm.parallelize(model, mesh)
+        found[family] = before, {name: p.requires_grad for name, p in model.named_parameters()}
+    return found
+
+
+def test_frozen_parameters_stay_frozen():
+    for found in run_on_ranks(freezes, 2):
+        for before, after in found.values():
+            assert before == after and set(before.values()) == {True, False}

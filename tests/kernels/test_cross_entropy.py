@@ -25,7 +25,7 @@ def _quiet_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _compiled(kernel: str, dtype: str, arch: int, softcap: bool) -> CompiledKernel:
     """For rows that begin anywhere: no number is a multiple of anything."""
-    constexprs = {"SMOOTHING": True, "SOFTCAP": softcap, "SHIFTED": True, "SAME_SHIFT": True}
+    constexprs = {"SMOOTHING": True, "SOFTCAP": softcap, "SPLIT": True, "SHIFTED": True, "SAME_SHIFT": True}
     constexprs |= {"LANES": kernels._LANES, "VECTOR": 4 if dtype == "fp32" else 8}
     function = getattr(kernels, kernel)
     constexprs = {name: value for name, value in constexprs.items() if name in function.arg_names}
@@ -65,16 +65,17 @@ def test_compiled_gradient(dtype: str, arch: int, softcap: bool) -> None:
     accesses = Counter(compiled.global_accesses)
     narrow = 2 * (4 if dtype == "fp32" else 8)  # of a tile that is not full
     assert accesses["ld.v4.b32"] == accesses["st.v4.b32"] == 2
-    assert sum(count for access, count in accesses.items() if access.startswith("ld")) == 2 + narrow + 3
+    assert sum(count for access, count in accesses.items() if access.startswith("ld")) == 2 + narrow + 4
     assert sum(count for access, count in accesses.items() if access.startswith("st")) == 2 + narrow
     assert compiled.spill_bytes == 0
     # 7 programs on a multiprocessor (6 from Triton 3.6): 28 KiB in flight. With a softcap, arithmetic limits, and 5 do.
     assert compiled.registers <= (96 if softcap else 80)
 
 
-def test_merge_compiles() -> None:
-    pointers = {name: "*fp32" for name in ("stats_ptr", "first_ptr", "second_ptr")}
-    integers = {name: "i32" for name in ("num_rows", "num_shards", "out_stride", "ignore_index")}
-    signature = {**pointers, "target_ptr": "*i64", **integers, "z_loss": "fp32"}
-    compiled = compile_for(kernels._merge_kernel, 90, signature, {"LOSS": True, "BLOCK": 128}, (), 4)
+@pytest.mark.parametrize("splits", [False, True])
+def test_merge_compiles(splits: bool) -> None:
+    pointers = {name: "*fp32" for name in ("stats_ptr", "loss_ptr", "out_ptr")}
+    integers = {name: "i32" for name in ("num_rows", "num_shards", "num_columns", "vocab_size", "ignore_index")}
+    signature = {**pointers, "target_ptr": "*i64", **integers, "label_smoothing": "fp32", "z_loss": "fp32"}
+    compiled = compile_for(kernels._merge_kernel, 90, signature, {"SPLITS": splits, "BLOCK": 128}, (), 4)
     assert compiled.spill_bytes == 0

@@ -180,9 +180,21 @@ def test_logits_that_grow_along_the_row(dtype, device):
     target, upstream = torch.tensor([2900, 10]).to(device), torch.tensor([2.0, -3.0]).to(device)
     ours = run(fm.ops.cross_entropy, logits.float().to(device), target, upstream)
     exact = run(torch_loss, logits.double().to(device), target, upstream.double())
-    # lse is about 1e4, where float32 has a spacing of 1e-3: that is the relative error of each probability.
-    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=2e-3)
-    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "z_loss": 1e-9}], ids=str)
+@pytest.mark.parametrize("common", [0.0, 1e4, 1e5, -1e6])
+def test_what_all_logits_have_in_common_costs_no_precision(common, form, device):
+    logits, target, upstream = inputs(3, 4103, torch.float32, device)
+    target[0] = 4102
+    logits[0, :4000] = -INF if "label_smoothing" not in form else 0.0  # blocks without a finite logit
+    logits += common
+    ours = run(fm.ops.cross_entropy, logits, target, upstream, **form)
+    exact = run(torch_loss, logits.double(), target, upstream.double(), **form)
+    torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=3e-6)
+    torch.testing.assert_close(ours[1].double(), exact[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -192,22 +204,25 @@ def test_all_logits_minus_infinity(dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("bounds", [(0, 1024, 2048, 3072), (0, 7, 1500, 2100), (0, 2048, 2304, 4096)], ids=str)
-def test_shards_equal_the_whole(bounds, dtype, device):
-    """Uneven shards, padding within a shard, and a shard of padding alone, whose logits are NaN to prove the point."""
+@pytest.mark.parametrize("common", [0.0, 2.0**20])
+@pytest.mark.parametrize(("num_shards", "columns"), [(3, 1024), (3, 701), (4, 1025)])
+def test_shards_equal_the_whole(num_shards, columns, common, dtype, device):
+    """Padding within a shard, and shards of only padding, whose logits are NaN to prove the point."""
     vocab_size = 2050
     logits, target, upstream = inputs(3, vocab_size, dtype, device)
+    if common and dtype != torch.float16:
+        logits += common
+    bounds = [shard * columns for shard in range(num_shards + 1)]
     padded = F.pad(logits, (0, bounds[-1] - vocab_size), value=NAN)
-    form = {"label_smoothing": 0.1, "softcap": 5.0}
+    form = {"label_smoothing": 0.1, "softcap": None if common else 5.0, "z_loss": 0.0 if common else 1e-3}
     shards = [
-        (padded[:, start:end], fm.ops.LossTerms(vocab_size, start, z_loss=1e-3, **form))
-        for start, end in itertools.pairwise(bounds)
+        (padded[:, start:end], fm.ops.LossTerms(vocab_size, start, **form)) for start, end in itertools.pairwise(bounds)
     ]
     stats = torch.stack([fm.ops.cross_entropy_statistics(x, target, terms) for x, terms in shards])
-    loss, lse = fm.ops.cross_entropy_merge(stats, target, shards[0][1])
+    loss, lse = fm.ops.cross_entropy_merge(stats, target, shards[0][1], num_columns=columns)
     gradients = [fm.ops.cross_entropy_gradient(upstream, x, target, lse, terms) for x, terms in shards]
     gradient = torch.cat(gradients, dim=1)
-    exact = run(torch_loss, logits.double(), target, upstream.double(), z_loss=1e-3, **form)
+    exact = run(torch_loss, logits.double(), target, upstream.double(), **form)
     assert gradient.dtype == dtype
     torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=1e-6)
     assert_close_to_reference(gradient[:, :vocab_size], exact[1], name="gradient")
@@ -221,16 +236,19 @@ def test_shards_equal_the_whole(bounds, dtype, device):
 
 def test_many_shards_merge(device):
     torch.manual_seed(0)
-    stats = torch.randn(5, 200, 2) * 10
-    stats[2, :, 0] = -INF  # a shard of padding alone
-    target = torch.randint(0, 9, (200,))
+    stats = torch.randn(5, 200, 3) * 10
+    stats[4] = torch.tensor([0.0, -INF, 0.0])  # a shard of only padding; the one before it has 2 words and 2 of padding
+    target = torch.randint(0, 14, (200,))
     target[::7] = -100
-    loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), fm.ops.LossTerms(9, z_loss=1e-2))
-    wide = stats.double()
-    exact_lse = wide[..., 0].logsumexp(0)
-    exact = (exact_lse + wide[..., 1].sum(0) + 1e-2 * exact_lse.square()).masked_fill(target == -100, 0.0)
-    assert_close_to_reference(lse, exact_lse, name="lse")
-    assert_close_to_reference(loss, exact, name="loss")
+    terms = fm.ops.LossTerms(14, label_smoothing=0.3, z_loss=1e-2)
+    loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), terms, num_columns=4)
+    shift, log_sum, linear = stats.double().unbind(2)
+    words = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
+    share = 0.7 * (target // 4 == torch.arange(5)[:, None]) + 0.3 / 14 * words[:, None]
+    exact_lse = (shift + log_sum).logsumexp(0)
+    exact = exact_lse + (linear - share * shift).sum(0) + 1e-2 * exact_lse.square()
+    assert_close_to_reference(lse.sum(1), exact_lse, name="lse")
+    assert_close_to_reference(loss, exact.masked_fill(target == -100, 0.0), name="loss")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -271,7 +289,7 @@ def test_target_that_is_no_word_gives_nan_where_nobody_looks(device):
     assert loss.isnan().tolist() == [False, True, True, False]
     assert gradient.isnan().all(dim=1).tolist() == gradient.isnan().any(dim=1).tolist() == loss.isnan().tolist()
     stats = fm.ops.cross_entropy_statistics(logits, target, fm.ops.LossTerms(40, 40), check_target=False)
-    assert stats[:, 1].isnan().tolist() == loss.isnan().tolist()  # of a shard of padding too
+    assert stats[:, 2].isnan().tolist() == loss.isnan().tolist()  # of a shard of padding too
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

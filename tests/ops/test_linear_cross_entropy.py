@@ -139,6 +139,30 @@ def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkey
 
 
 @pytest.mark.cpu_kernel
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("common", [0.0, 1e4, -1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_all_logits_have_in_common_costs_no_precision(
+    dtype: torch.dtype, common: float, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one block of words, and for 16-bit operands in several."""
+    monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
+    monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
+    torch.manual_seed(0)
+    # Numbers whose products float32 holds exactly, so that only the loss can err.
+    hidden, weight = (torch.randint(-4, 5, (n, 16)).to(dtype) / 2 for n in (90, 300))
+    bias, target = torch.full((300,), common).to(dtype), torch.randint(0, 300, (90,))
+    head = TiledHead(hidden, weight, bias, target, fm.ops.LossTerms(300, label_smoothing=smoothing), chunk_tokens=64)
+    loss, lse, _ = head.forward()
+    dhidden, *_ = head.backward(torch.ones(90), lse, (True, False, False))
+    operands, upstream = [hidden, weight, bias], torch.ones(90)
+    exact = by_torch(operands, target, torch.float64, upstream, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=1e-6)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(dhidden.double(), exact[1], rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.cpu_kernel
 def test_blocks_of_words_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor partial sums are rounded to 16 bits: better than torch by far."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)

@@ -52,12 +52,12 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     terms = fm.ops.LossTerms(20, label_smoothing=0.1, z_loss=1e-3)
     head = (*(x if x is None else x.detach() for x in inputs), target, 4, *terms.scalars())
     needs, no_gradients = [True, True, bias], [False, False, False]
-    per_token = torch.rand(9)
+    grad_loss, lse = torch.rand(9), torch.stack((torch.rand(9) + 3, torch.zeros(9)), dim=1)
     # Neither differentiates by itself: the autograd functions around them do.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     forward, backward = _ops.linear_cross_entropy_forward.default, _ops.linear_cross_entropy_backward.default
     torch.library.opcheck(forward, (None, no_gradients, *head), test_utils=checks)
-    torch.library.opcheck(backward, (per_token, per_token + 3, needs, *head), test_utils=checks)
+    torch.library.opcheck(backward, (grad_loss, lse, needs, *head), test_utils=checks)
     if dtype == torch.float32:
         torch.library.opcheck(forward, (torch.ones(()), needs, *head), test_utils=checks)
 

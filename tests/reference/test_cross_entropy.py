@@ -45,7 +45,8 @@ def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: f
     terms = LossTerms(vocab_size, label_smoothing=label_smoothing, z_loss=z_loss)
     shards = [(logits[:, start:end], terms.from_column(start)) for start, end in itertools.pairwise(bounds)]
     stats = torch.stack([reference.cross_entropy_statistics(x, target, of_shard) for x, of_shard in shards])
-    loss, lse = reference.cross_entropy_merge(stats, target, terms)
+    united = reference.united_statistics(stats, target, bounds, terms)
+    loss, lse = reference.cross_entropy_merge(united.unsqueeze(0), target, 45, terms)
     whole = reference.cross_entropy(logits, target, terms)
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
     grad_loss = torch.randn(13, dtype=torch.float64)
@@ -54,13 +55,21 @@ def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: f
     torch.testing.assert_close(torch.cat(gradients, dim=1), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("common", [0.0, 1e6])
+def test_one_shard_stays_exactly_what_it_is(common: float) -> None:
+    logits, target = torch.randn(13, 37) + common, torch.arange(13)
+    terms = LossTerms(37, label_smoothing=0.1)
+    stats = reference.cross_entropy_statistics(logits, target, terms)
+    assert torch.equal(reference.united_statistics(stats.unsqueeze(0), target, (0, 37), terms), stats)
+
+
 def test_shard_of_padding_alone() -> None:
     stats = reference.cross_entropy_statistics(
         torch.randn(3, 4), torch.tensor([1, -100, 7]), LossTerms(8, 8, label_smoothing=0.1)
     )
-    assert stats.tolist() == [[-torch.inf, 0.0], [0.0, 0.0], [-torch.inf, 0.0]]
+    assert stats.tolist() == [[0.0, -torch.inf, 0.0], [0.0, 0.0, 0.0], [0.0, -torch.inf, 0.0]]
 
 
 def test_target_that_is_no_word_gives_nan() -> None:
     stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, 4, -1]), LossTerms(4))
-    assert stats[:, 1].isnan().tolist() == [False, True, True]
+    assert stats[:, 2].isnan().tolist() == [False, True, True]

@@ -103,8 +103,8 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
 
     chunks = 3 if chunk_tokens == "by bytes" else -(-S * B // (chunk_tokens or S * B))
     assert (forward.order, backward.order) == expected_order(ranks, sequence_parallel, chunks)
-    if ranks > 1:  # 2 float32 a token; and hidden, in the dtype of hidden
-        assert forward.elements["all_gather"] == 2 * S * B + sequence_parallel * S * B // ranks * H
+    if ranks > 1:  # 3 float32 a token; and hidden, in the dtype of hidden
+        assert forward.elements["all_gather"] == 3 * S * B + sequence_parallel * S * B // ranks * H
         reduction = "reduce_scatter" if sequence_parallel else "all_reduce"
         assert backward.elements[reduction] == S * B * H
         assert backward.elements["all_gather"] == sequence_parallel * S * B // ranks * H
@@ -151,6 +151,40 @@ def test_losses_and_gradients(ranks):
     cases = [(sequence_parallel, *form) for form in FORMS for sequence_parallel in (False, True)[:ranks]]
     for case, losses in zip(cases, run_cases_on_ranks(head_case, ranks, cases), strict=True):
         assert all(torch.equal(loss, losses[0]) for loss in losses), case
+
+
+def common_case(rank, ranks, sequence_parallel):
+    """Logits with a large common part, of numbers whose products float32 holds exactly: only the loss can err."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-4, 5, (S, B, H), generator=generator) / 2
+    weight = torch.randint(-4, 5, (64, H), generator=generator) / 2
+    target = torch.randint(0, 53, (S, B), generator=generator)
+    own = slice(rank * S // ranks, (rank + 1) * S // ranks) if sequence_parallel else slice(None)
+    mine = slice(rank * 64 // ranks, (rank + 1) * 64 // ranks)
+    for common, smoothing in [(0.0, 0.1), (1e5, 0.0), (-1e6, 0.1)]:
+        bias = torch.full((64,), common)
+        leaf = hidden[own].clone().requires_grad_()
+        loss = vocab_parallel_linear_cross_entropy(
+            leaf,
+            weight[mine],
+            target,
+            tp_group=dist.group.WORLD if ranks > 1 else None,
+            vocab_size=53,
+            padded_vocab_size=64,
+            bias_shard=bias[mine],
+            label_smoothing=smoothing,
+            chunk_tokens=12,
+            sequence_parallel=sequence_parallel,
+        )
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+        exact = by_torch(hidden, weight, bias, target, torch.ones(S, B), torch.float64, 53, smoothing, 0.0)
+        torch.testing.assert_close(loss.double(), exact[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient.double(), exact[1][own], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, True), (4, False)])
+def test_what_all_logits_have_in_common_costs_no_precision(ranks, sequence_parallel):
+    run_on_ranks(common_case, ranks, sequence_parallel)
 
 
 def frozen_case(rank, ranks):

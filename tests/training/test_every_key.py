@@ -245,6 +245,8 @@ ROWS: dict[str, Row] = {
     "optimizer.eps": Row(1e-3, adamw("eps"), 1e-3),
     "optimizer.weight_decay": Row(0.5, adamw("weight_decay"), 0.5),
     "optimizer.clip_norm": Row(1e-3, lambda tried: tried.curve("loss")[2], CHANGED),
+    "optimizer.schedule": Row("constant", lambda tried: tried.curve("lr")[-1], 1e-2),
+    "optimizer.decay_steps": Row(2, lambda tried: tried.curve("lr"), CHANGED),
     "training.num_steps": Row(3, steps_of("loss"), [1, 2, 3]),
     "training.global_batch_size": Row(6, lambda tried: tried.trained()[0].progress.samples_consumed, 24),
     "training.microbatch_size": Row(1, lambda tried: tried.assembly().executor.schedule.num_microbatches, 4),

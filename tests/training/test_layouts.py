@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
-    """A run of seconds; `changes` are fields of any section."""
+    """A run of seconds; `changes` are fields of any section, each of the first that has one of its name."""
     sections: dict[str, Any] = {
         "model": GPTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=24),
         "parallel": ParallelConfig(timeout_s=120),
@@ -56,12 +56,13 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=3),
         "training": TrainingConfig(
             num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=6, eval_batches=2,
-            checkpoint_interval=4, keep_checkpoints=10, run_folder=str(run),
+            checkpoint_interval=4, keep_checkpoints=10, replica_check_interval=4, run_folder=str(run),
         ),
     }  # fmt: skip
     for name, section in sections.items():
         fields = {f.name for f in dataclasses.fields(section)}
-        sections[name] = dataclasses.replace(section, **{k: v for k, v in changes.items() if k in fields})
+        taken = {key: changes.pop(key) for key in fields & changes.keys()}
+        sections[name] = dataclasses.replace(section, **taken)
     return TrainConfig(**sections)
 
 

@@ -38,7 +38,7 @@ def write_holder(folder: Path, **changes: Any) -> Path:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    first = lease(tmp_path)
+    first = lease(tmp_path, beat_s=600.0)  # no sign of life but the system's lock
     first.take(print)
     with pytest.raises(InputError, match=rf"run_folder={tmp_path} is in use by run \w+ \(process {os.getpid()} on "):
         lease(tmp_path).take(print)
@@ -55,7 +55,7 @@ def test_what_a_killed_run_of_this_machine_leaves_holds_nobody_up(tmp_path: Path
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
     assert json.loads((tmp_path / "lease.json").read_text())["run"]
-    assert take(tmp_path) == []
+    assert take(tmp_path, stale_s=5.0) == []
 
 
 def test_a_run_of_another_machine_that_gives_signs(tmp_path: Path) -> None:
@@ -95,9 +95,9 @@ def test_a_run_that_was_silent_too_long_ends(tmp_path: Path) -> None:
     run = lease(tmp_path)
     run.take(print)
     path = write_holder(tmp_path)
-    run._thread.join()
     with pytest.raises(LeaseLostError, match=f"run folder {tmp_path} was taken by run 5eed .process 77 on elsewhere"):
         run.check()
+    run._thread.join()  # it shows no sign of life any more
     run.give_back()
     assert json.loads(path.read_text())["run"] == "5eed"
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.mesh import init_mesh
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training.presence import LostRankError, Presence
@@ -57,11 +58,14 @@ def spin() -> None:
         pass
 
 
+def let_world_wait(seconds: float) -> None:
+    """The time-out of init_process_group, which run_on_ranks has for itself."""
+    dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=seconds))
+
+
 def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
     """Rank 3 of 2 x 2 does not join a collective of one axis; those that waited for it fail the others."""
-    timeout = timedelta(seconds=2)
-    for backend in {dist.group.WORLD._get_backend(torch.device("cpu"))}:
-        backend._set_default_timeout(timeout)
+    let_world_wait(2)
     mesh = init_mesh(2, 2)
     presence = Presence()
     if rank == 3:
@@ -92,3 +96,28 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(kind: str, axis: str, 
     texts = [str(caught.value.errors[rank]) for rank in range(3)]
     assert any(re.fullmatch(wanted, text) for text in texts) and all("rank 3" in text for text in texts), texts
     assert all(isinstance(caught.value.errors[rank], LostRankError) for rank in range(3))
+
+
+def one_works_long(rank: int, world_size: int, stops: bool) -> list[int]:
+    let_world_wait(1)
+    presence = Presence(1.0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP) if stops else time.sleep(3.0)
+    found = gather_json(rank, dist.group.WORLD)
+    presence.close()
+    return found
+
+
+def test_a_rank_that_works_long_and_lives_is_waited_for() -> None:
+    assert run_on_ranks(one_works_long, 3, False) == [[0, 1, 2]] * 3
+
+
+def test_a_rank_that_stops_where_others_wait_long_ends_them(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(one_works_long, 3, True, timeout_s=60)
+    assert "rank 0 died with exit code 1" in str(caught.value) and "rank 2 died with exit code 1" in str(caught.value)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
+    assert sorted(line.partition(":")[2].partition(" (it gave")[0] for line in lines) == [
+        " error (rank 2): lost contact with rank 1",
+        " error: lost contact with rank 1",
+    ]

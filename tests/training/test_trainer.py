@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
+from fused_megatron.data.training_data import open_training_data
 from fused_megatron.models import GPT
 from fused_megatron.reference.sample_index import permutation
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
@@ -191,3 +194,62 @@ def test_a_gradient_that_is_nan_on_one_replica_ends_the_run(tokens: Path, tmp_pa
     assert "gradient_norm=nan" in texts[0]
     assert texts[0].endswith("first such gradient: blocks.1.mlp.projection.weight on rank 1")
     assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
+
+
+class Clock:
+    """Of which the step number n takes n / 2 seconds."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 100.0, 0
+
+    def perf_counter(self) -> float:
+        self.calls += 1
+        self.now += self.calls / 4 if self.calls % 2 == 0 else 0.0
+        return self.now
+
+
+def timed(rank: int, world_size: int, config: TrainConfig) -> None:
+    trainer_module.time = Clock()  # type: ignore[assignment]
+    train(config, Path(str(config.training.run_folder)))
+
+
+def test_figures_are_those_computed_apart(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a run on text and two replicas: tokens and bytes that were predicted, bits per byte, tokens per second."""
+    pages = [f"Page {i}: " + " ".join(f"word {i * j % 17} and {j}." for j in range(30)) for i in range(40)]
+    (tmp_path / "pages.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
+    changes: dict[str, Any] = {
+        "path": str(tmp_path / "pages.jsonl"),
+        "tokenizer_vocab_size": 280,
+        "cache_folder": str(tmp_path / "c"),
+    }
+    changes["log_interval"] = 2
+    config = config_for(tmp_path, tmp_path / "run", **changes)
+    run_on_ranks(timed, 2, config, timeout_s=100)
+    records = RunFolder(tmp_path / "run").read_metrics()
+    (evaluation,) = [record for record in records if "validation_loss" in record]
+    # Held out: a tenth of the pages, evenly spread; each is ended by a token that stands for no byte.
+    held_out = [page for i, page in enumerate(pages) if i % 10 == 9]
+    data = open_training_data(config, lambda *_: None)
+    assert data.tokenizer is not None
+    tokens = [token for page in held_out for token in [*data.tokenizer.encode(page), data.tokenizer.end_of_document]]
+    assert evaluation["validation_tokens"] == len(tokens) - 1
+    num_bytes = sum(len(page.encode()) for page in held_out) - len(data.tokenizer.decode(tokens[:1]).encode())
+    bits = evaluation["validation_loss"] * (len(tokens) - 1) / math.log(2) / num_bytes
+    assert evaluation["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    # All ranks together read 4 samples of 12 tokens a step; of the steps so far, the (upper) median counts.
+    speeds = [record["tokens_per_s"] for record in records if "loss" in record]
+    assert speeds == [round(4 * 12 / seconds, 1) for seconds in (0.5, 1.0, 1.0, 1.5, 1.5)]
+    # What the user sees.
+    printed = re.sub(r"[^\S\n]+", " ", capfd.readouterr().out.replace("\u2502", " "))
+    losses = [record["loss"] for record in records if "loss" in record]
+    for line in (
+        f"step 2/5 loss {losses[1]:.4f} 48 tokens/s ETA 3 s\n",
+        f"step 4/5 loss {losses[3]:.4f} 32 tokens/s ETA 2 s\n",
+        f"step 5/5 loss {losses[4]:.4f} 32 tokens/s ETA 0 s\n",
+        f" training loss {losses[0]:.3f} -> {losses[4]:.3f} nats per token \n",
+        " speed 48 tokens/s \n",
+        f" held-out loss {evaluation['validation_loss']:.3f} nats per token \n",
+        f" held-out bits per byte {bits:.3f} \n",
+        f"{evaluation['validation_loss']:.4f} nats per token, {bits:.3f} bits per byte over {len(tokens) - 1} tokens\n",
+    ):
+        assert line in printed

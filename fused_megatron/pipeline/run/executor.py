@@ -78,9 +78,9 @@ class PipelineExecutor:
     Communication: at the start a hash of all that must agree, and one connection for each pair of ranks and direction.
         A step: the tensors between stages; one all-reduce of 8 bytes a microbatch before it, and one broadcast of as
         many after it; with auxiliary_losses one more all-reduce of as many. Where a stage sees an input of new shapes,
-        1 KiB a connection once.
-    Memory: an output is freed when its receiver has taken it, and the buffers of a receive are those of its microbatch
-        alone. Live activations as `peak_live_activations`, and one received tensor more.
+        1 KiB a connection forward, and 8 bytes backward, once.
+    Memory: a copy of an output, which is freed when its receiver has taken it, and the buffers of a receive are those
+        of its microbatch only. Live activations as `peak_live_activations`, and one received tensor more.
     Numerics: synchronous schedules add the gradients of a stage in the order of the microbatches: to the last bit those
         of one process that does the same. A tied weight's are added up for each stage, and the sums once at the end.
         A parameter that two stages of a rank share is added to in the order of the schedule.

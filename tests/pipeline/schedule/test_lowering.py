@@ -1,9 +1,12 @@
 """Start here when a lowered schedule gathers weights (UNSHARD, RESHARD) too often, too late, or too many at once."""
 
+from dataclasses import replace
+
 import pytest
 
 from fused_megatron.checks import InputError
 from fused_megatron.pipeline import SCHEDULES, Kind, Schedule, build_schedule, check_schedule, lower
+from fused_megatron.pipeline.schedule.action import Action
 
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
 GATHERS = (Kind.UNSHARD, Kind.RESHARD)
@@ -72,3 +75,19 @@ def test_what_cannot_be_sharded_is_refused() -> None:
         lower(build_schedule("1f1b", 2, 2), max_unsharded=0)
     with pytest.raises(InputError, match="needs a synchronous schedule, which pipedream is not"):
         lower(build_schedule("pipedream", 2, 2, num_steps=2), max_unsharded=1)
+
+
+def test_receives_stand_in_the_order_in_which_their_channel_sends() -> None:
+    """Also where the receiver uses what it gets in another order: what is used first is not what comes first."""
+    forwards = [(Action(0, Kind.FORWARD, m) for m in (0, 1, 2)), (Action(1, Kind.FORWARD, m) for m in (2, 0, 1))]
+    backwards = [(Action(0, Kind.BACKWARD, m) for m in (0, 1, 2)), (Action(1, Kind.BACKWARD, m) for m in (0, 1, 2))]
+    actions = tuple((*f, *b) for f, b in zip(forwards, backwards, strict=True))
+    schedule = replace(build_schedule("gpipe", 2, 3), actions=actions)
+    lowered = lower(schedule)
+    assert check_schedule(lowered) == []
+    rows = [" ".join(str(action) for action in row) for row in lowered.actions]
+    received = [[a.microbatch for a in row if a.kind in (Kind.RECV_F, Kind.RECV_B)] for row in lowered.actions]
+    assert received == [[0, 1, 2], [0, 1, 2]], rows
+    # All three before the first forward, which needs the last of them.
+    kinds = [action.kind for action in lowered.actions[1]]
+    assert kinds[:4] == [Kind.RECV_F] * 3 + [Kind.FORWARD]

@@ -1,0 +1,77 @@
+"""Random numbers that all tensor-parallel ranks must draw the same: sampled tokens, masks of whole activations."""
+
+import zlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives.together import gather_json
+from fused_megatron.sharding import parallel_group
+
+
+def check_same_draws(model: nn.Module, what: str) -> None:
+    """Raise on every rank unless their generators are in the same state.
+
+    Args:
+        model: on whose device numbers are drawn.
+        what: for which the ranks draw.
+
+    Raises:
+        InputError: they differ.
+
+    Communication: one small all-gather.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    states = gather_json(zlib.crc32(state.numpy().tobytes()), parallel_group(model))
+    different = [rank for rank, other in enumerate(states) if other != states[0]]
+    if different:
+        raise InputError(
+            f"{what}: tensor-parallel ranks {different} would draw other random numbers than rank 0 "
+            "(torch.manual_seed with one seed on all of them)"
+        )
+
+
+class SameDropout:
+    """A hook that looks once, where a model with dropout first trains, whether the ranks would draw the same masks."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Before the model's forward."""
+        if self.done or not (module.training and torch.is_grad_enabled()):
+            return
+        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in module.modules()):
+            check_same_draws(module, "dropout")
+        self.done = True
+
+
+class Generate:
+    """Stands in for a model's generate: ranks that sample must draw the same tokens, or they part and wait for ever."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As the model's own."""
+        config = options.get("generation_config") or (args[1] if len(args) > 1 else None)
+        config = config or getattr(self.model, "generation_config", None)
+        asked = options.get("do_sample")
+        if getattr(config, "do_sample", False) if asked is None else asked:
+            check_same_draws(self.model, "generate(do_sample=True)")
+        kind: Any = type(self.model)
+        return kind.generate(self.model, *args, **options)
+
+
+def guard_draws(model: nn.Module, tp_group: Group) -> None:
+    """Let ranks say so where they would draw other numbers."""
+    if group_size(tp_group) == 1:
+        return
+    model.register_forward_pre_hook(SameDropout())
+    if callable(getattr(type(model), "generate", None)):
+        model.generate = Generate(model)  # type: ignore[assignment]

@@ -1,0 +1,60 @@
+"""Wrappers that take ranks with different shards for copies of one model: found when they are made, and refused."""
+
+import sys
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import Group, group_size
+
+# From the module that is asked for its parameters up to the call that a user makes.
+_DEPTH = 6
+
+
+def refuse_replication(tp_group: Group) -> None:
+    """Raise where the caller's caller is a wrapper over ranks that hold other shards.
+
+    DistributedDataParallel starts by copying the parameters of its first rank to the others; fully_shard cuts them over
+    its ranks. Both are right over data-parallel ranks, which hold the same shards. Neither tells a module over which
+    ranks it works, so that the frames of their constructors are read, when they ask the module for its parameters and
+    before they change any.
+
+    Args:
+        tp_group: of the module; None for one rank.
+
+    Raises:
+        InputError: the wrapper's ranks hold different shards.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    found: tuple[str, list[int], str] | None = None
+    for _ in range(_DEPTH):
+        if frame is None or found is not None:
+            break
+        found = _wrapper_of(frame)
+        frame = frame.f_back
+    if found is None or group_size(tp_group) == 1:
+        return
+    name, ranks, way_out = found
+    own = dist.get_process_group_ranks(tp_group)
+    if len(set(ranks) & set(own)) > 1:
+        raise InputError(
+            f"{name} over ranks {ranks} would take the shards of tensor-parallel ranks {own} for copies of each other "
+            f"({way_out} works over the data-parallel ranks; where there are none, leave it out)"
+        )
+
+
+def _wrapper_of(frame: FrameType) -> tuple[str, list[int], str] | None:
+    """(name, ranks, the way out) of the wrapper whose code the frame runs."""
+    module = frame.f_globals.get("__name__")
+    if module == "torch.nn.parallel.distributed":
+        group: Any = getattr(frame.f_locals.get("self"), "process_group", None)
+        if group is not None:
+            ranks = dist.get_process_group_ranks(group)
+            return "DistributedDataParallel", ranks, "process_group=mesh.dp_group"
+    if module == "torch.distributed.fsdp._fully_shard._fully_shard" and frame.f_code.co_name == "fully_shard":
+        mesh: Any = frame.f_locals.get("mesh")
+        if mesh is not None:
+            return "fully_shard", mesh.mesh.flatten().tolist(), "mesh=mesh.device_mesh['dp']"
+    return None

@@ -1,0 +1,235 @@
+"""Table of mistakes that somebody could make in the code, each with the tests that must see it."""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """One edit that makes the code wrong.
+
+    Attributes:
+        name: what goes wrong.
+        file: from the root of the repository.
+        old: text that stands there exactly once.
+        new: what takes its place.
+        tests: node ids of pytest; at least one test of them must fail.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+_PLAIN = ("tests/training/test_trainer.py::test_five_steps_are_those_of_a_plain_loop[2]",)
+_KEYS = "tests/training/test_every_key.py::test_key"
+_TRAINER = "fused_megatron/training/trainer.py"
+_OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
+_RING = "fused_megatron/collectives/transport/host_ring.py"
+_RING_TESTS = "tests/collectives/transport/test_host_ring.py"
+_STAGES = ("tests/pipeline/run/test_stage_compute.py",)
+
+MUTATIONS = (
+    # A config key that does not reach its place, or a value that is taken a step late.
+    Mutation(
+        "eps is torch's default",
+        _OPTIMIZER,
+        ", eps=config.eps, fused=True",
+        ", fused=True",
+        (*_PLAIN, f"{_KEYS}[optimizer.eps]"),
+    ),
+    Mutation(
+        "beta2 is torch's default",
+        _OPTIMIZER,
+        "betas=(config.beta1, config.beta2)",
+        "betas=(config.beta1, 0.999)",
+        (*_PLAIN, f"{_KEYS}[optimizer.beta2]"),
+    ),
+    Mutation("vectors are decayed", _OPTIMIZER, "(plain, 0.0))", "(plain, config.weight_decay))", _PLAIN),
+    Mutation(
+        "the seed does not reach the order of the data",
+        "fused_megatron/data/training_data.py",
+        "training=corpus.train_dataset(seq_len, training.seed)",
+        "training=corpus.train_dataset(seq_len, 1234)",
+        (*_PLAIN, f"{_KEYS}[training.seed]"),
+    ),
+    Mutation(
+        "the seed does not reach the weights",
+        "fused_megatron/assembly/build.py",
+        "seed=config.training.seed",
+        "seed=1234",
+        (*_PLAIN, f"{_KEYS}[training.seed]"),
+    ),
+    Mutation(
+        "the seed does not reach dropout",
+        "fused_megatron/models/stack.py",
+        "        self.reset_dropout(seed)\n",
+        "        self.reset_dropout(0)\n",
+        (f"{_KEYS}[training.seed]",),
+    ),
+    Mutation(
+        "the learning rate of the next step",
+        _TRAINER,
+        "learning_rate(step, training.num_steps",
+        "learning_rate(step + 1, training.num_steps",
+        _PLAIN,
+    ),
+    Mutation(
+        "samples are counted by microbatch",
+        _TRAINER,
+        "self.progress.samples_consumed += training.global_batch_size",
+        "self.progress.samples_consumed += training.microbatch_size",
+        (*_PLAIN, f"{_KEYS}[training.global_batch_size]"),
+    ),
+    Mutation("gradients are not zeroed", _TRAINER, "        self.gradients.zero_()\n", "", _PLAIN),
+    Mutation(
+        "gradients are not clipped",
+        _TRAINER,
+        "clip_coefficient(norm, self.config.optimizer.clip_norm)",
+        "1.0",
+        (*_PLAIN, f"{_KEYS}[optimizer.clip_norm]"),
+    ),
+    Mutation(
+        "replicas read the same rows",
+        "fused_megatron/data/training_data.py",
+        "first = samples_consumed + dp_rank * count",
+        "first = samples_consumed",
+        _PLAIN,
+    ),
+    # A figure that is wrong.
+    Mutation(
+        "tokens per second times the replicas",
+        _TRAINER,
+        "return self.config.training.global_batch_size * self.config.model.seq_len / seconds",
+        "return self.mesh.dp_size * self.config.training.global_batch_size * self.config.model.seq_len / seconds",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
+    Mutation(
+        "bits per byte in nats",
+        "fused_megatron/training/evaluation.py",
+        "loss_sum / math.log(2) / num_bytes",
+        "loss_sum / num_bytes",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
+    Mutation(
+        "the speed of the last step as that of the run",
+        "fused_megatron/training/train.py",
+        "[len(losses) // 2]:,.0f} tokens/s",
+        "[-1]:,.0f} tokens/s",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
+    Mutation(
+        "the time left is that of the whole run",
+        _TRAINER,
+        "(self.config.training.num_steps - step) * self._step_times[-1]",
+        "self.config.training.num_steps * self._step_times[-1]",
+        ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
+    ),
+    # Ranks that disagree, drift apart, or of which one has a NaN.
+    Mutation(
+        "kinds and bytes are not compared",
+        _RING,
+        "if theirs != own and self._disagreement is None:",
+        "if False:",
+        (f"{_RING_TESTS}::test_ranks_that_disagree",),
+    ),
+    Mutation(
+        "any thread may use the group",
+        _RING,
+        "if self._num_begun and self._thread.is_alive():",
+        "if False:",
+        (f"{_RING_TESTS}::test_a_thread_or_a_forked_child_cannot_use_the_group",),
+    ),
+    Mutation(
+        "a replica's NaN is its own",
+        _TRAINER,
+        "self._sum_over_ranks(loss_sum, math.isfinite(norm))",
+        "self._sum_over_ranks(loss_sum, True)",
+        ("tests/training/test_trainer.py::test_a_gradient_that_is_nan_on_one_replica_ends_the_run",),
+    ),
+    Mutation(
+        "the wrong rank is named",
+        "fused_megatron/sharding/replicas.py",
+        "if (digest == common) is same",
+        "if digest == common",
+        ("tests/sharding/test_replicas.py",),
+    ),
+    # Paths.
+    Mutation(
+        "what is handed on is not copied",
+        "fused_megatron/pipeline/run/action_loop.py",
+        "t.detach().clone(memory_format=torch.contiguous_format).requires_grad_",
+        "t.detach().requires_grad_",
+        _STAGES,
+    ),
+    Mutation(
+        "no gradient is a gradient of zeros",
+        "fused_megatron/pipeline/run/stage_compute.py",
+        "return [x.grad for x in inputs]",
+        "return [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]",
+        _STAGES,
+    ),
+    Mutation(
+        "a receive stands where it is used",
+        "fused_megatron/pipeline/schedule/lowering.py",
+        "earliest[channel] = min(position, earliest.get(channel, position))",
+        "earliest[channel] = position",
+        ("tests/pipeline/schedule/test_lowering.py",),
+    ),
+    Mutation(
+        "16-bit gradients are summed in 16 bits",
+        "fused_megatron/collectives/conjugate_pairs.py",
+        "dy.reshape(-1).to(torch.promote_types(dy.dtype, torch.float32))",
+        "dy.reshape(-1)",
+        ("tests/collectives/test_conjugate_pairs.py",),
+    ),
+    Mutation(
+        "a tensor changed in place is the same input",
+        "fused_megatron/interop/sequence_region.py",
+        "stale = self._source is not x or self._version != version",
+        "stale = self._source is not x",
+        ("tests/interop/test_sequence_region.py",),
+    ),
+    Mutation(
+        "frozen parameters become trainable",
+        "fused_megatron/interop/replacements.py",
+        ", requires_grad=old.requires_grad)",
+        ")",
+        ("tests/interop/test_parallelize.py::test_frozen_parameters_stay_frozen",),
+    ),
+    Mutation(
+        "GPT-2's dropouts are swapped",
+        "fused_megatron/hugging_face/gpt2.py",
+        '"attention_dropout": settings.number("attn_pdrop", 0.1)',
+        '"attention_dropout": settings.number("embd_pdrop", 0.1)',
+        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+    ),
+    Mutation(
+        "Llama's dropout is lost",
+        "fused_megatron/hugging_face/llama.py",
+        '        "attention_dropout": settings.number("attention_dropout", 0.0),\n',
+        "",
+        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+    ),
+    Mutation(
+        "top_k is one token short",
+        "fused_megatron/inference/generation.py",
+        "logits.topk(top_k, dim=-1)",
+        "logits.topk(max(1, top_k - 1), dim=-1)",
+        ("tests/inference/test_generation.py::test_top_k_draws_from_the_likeliest_k_tokens",),
+    ),
+    Mutation(
+        "unknown keys of a file are skipped",
+        "fused_megatron/config/config_file.py",
+        '                raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")\n',
+        "                continue\n",
+        ("tests/config/test_config_file.py",),
+    ),
+    Mutation(
+        "a box without elements must begin inside",
+        "fused_megatron/sharding/box.py",
+        "return 0 in self.shape or all(",
+        "return all(",
+        ("tests/sharding/test_box.py", "tests/checkpoint/test_load.py"),
+    ),
+)

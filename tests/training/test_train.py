@@ -1,0 +1,75 @@
+"""Start here when damaged tokens are trained on, or a run that is beside another one writes."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from fused_megatron.checkpoint import CheckpointError
+from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
+from fused_megatron.data import corpus, token_digest
+from fused_megatron.training.lease import Lease
+from fused_megatron.training.train import train
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join("the quick brown fox jumps over the lazy dog " * 9 for _ in range(40)))
+    return TrainConfig(
+        GPTConfig(num_layers=1, hidden_size=16, num_heads=2, seq_len=16),
+        data=DataConfig(path=str(text), cache_folder=str(tmp_path / "cache"), tokenizer_vocab_size=270),
+        training=TrainingConfig(num_steps=1, global_batch_size=4, microbatch_size=2, eval_batches=1),
+    )
+
+
+def test_tokens_that_are_damaged(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config, tmp_path / "run")
+    (tokens,) = (tmp_path / "cache").glob("text-*/train.bin")
+    good = tokens.read_bytes()
+    tokens.write_bytes(good[:-1] + bytes([good[-1] ^ 64]))
+    with pytest.warns(RuntimeWarning, match="cached data is damaged and built again: .*train.bin: the checksum of"):
+        train(config, tmp_path / "again")
+    assert tokens.read_bytes() == good
+    # As of a file that is too large to be read before the run begins.
+    for module in (corpus, token_digest):
+        monkeypatch.setattr(module, "SMALL_BYTES", 0)
+    tokens.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    long = dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=100_000))
+    with pytest.raises(SharedInputError, match=r"step \d+ on rank 0: .*train\.bin: the checksum of bytes 0 to"):
+        train(long, tmp_path / "other")
+
+
+def test_a_run_whose_folder_was_taken_saves_nothing_more(config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+
+    def take() -> None:
+        while not (run / "checkpoints" / "step-000001").exists():
+            waiting.wait(0.01)
+        (run / "lease.json").write_text(json.dumps({"run": "5eed", "host": "elsewhere", "pid": 77}))
+
+    waiting = threading.Event()
+    other = threading.Thread(target=take)
+    other.start()
+    training = dataclasses.replace(config.training, num_steps=100_000, checkpoint_interval=1, keep_checkpoints=100_000)
+    with pytest.raises(CheckpointError, match=r"was taken by run 5eed \(process 77 on elsewhere\) while this run"):
+        train(dataclasses.replace(config, training=training), run)
+    other.join()
+    assert json.loads((run / "lease.json").read_text())["run"] == "5eed"
+
+
+def test_a_second_run_in_the_folder_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config, run)
+    assert not (run / "lease.json").exists()
+    first = Lease(run / "lease.json")
+    first.take(print)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="is in use by run"):
+        train(config, run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert json.loads((run / "lease.json").read_text())["run"] == first._ours["run"]
+    first.give_back()
