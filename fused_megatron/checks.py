@@ -61,7 +61,7 @@ def check_multiple_or_divisor(name: str, value: int, other_name: str, other: int
 def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     """Raise unless value is one of the words allowed."""
     wanted = ", ".join(map(repr, allowed))
-    check(value in allowed, f"{name}={value!r} must be one of: {wanted}")
+    check(value in allowed, f"{name}={value!r:.60} must be one of: {wanted}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -261,8 +261,10 @@ def _show_warning(
 def _say_error(message: str) -> None:
     rank = os.environ.get("RANK")
     where = "" if rank in (None, "0") else f" (rank {rank})"
+    # Names in files of strangers may hold what a terminal obeys.
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):  # a terminal that is gone
-        print(f"fused-megatron: error{where}: {message}", file=sys.stderr, flush=True)
+        print(f"fused-megatron: error{where}: {line}", file=sys.stderr, flush=True)
 
 
 def _speaks_for_host() -> bool:

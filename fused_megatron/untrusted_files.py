@@ -94,8 +94,9 @@ def convert(value: Any, schema: type[T]) -> T:
 
 
 def _explained(error: Exception) -> str:
-    """The error in one line; a pattern says nothing to who did not write it."""
-    return re.sub(r" matching regex '.*'", " of the right form", " ".join(str(error).split()))
+    """The error in one short line; a pattern says nothing to who did not write it."""
+    line = re.sub(r" matching regex '.*'", " of the right form", " ".join(str(error).split()))
+    return line if len(line) <= 400 else f"{line[:200]} ... {line[-150:]}"
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -7,10 +7,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
 from fused_megatron.durable import replace_file
+from fused_megatron.untrusted_files import convert
+
+
+class _Record(msgspec.Struct):
+    """What is read of a line of metrics."""
+
+    step: int
+    loss: float = 0.0
+    tokens_per_s: float = 0.0
+    validation_loss: float = 0.0
+    bits_per_byte: float | None = None
 
 
 class RunFolder:
@@ -98,9 +111,11 @@ class RunFolder:
             return []
         records = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+            with contextlib.suppress(ValueError, RecursionError):  # cut short, or of another program
+                record = json.loads(line)
+                convert(record, _Record)
+                records.append(record)
+        return records
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop the lines of steps beyond `step`: they will be run again."""

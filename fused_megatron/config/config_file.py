@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import sys
 import typing
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from fused_megatron.checks import InputError, check_one_of
+from fused_megatron.checks import InputError, check, check_one_of
 from fused_megatron.config import MODEL_FAMILIES, TrainConfig, TransformerConfig
 from fused_megatron.config.arguments import parse_arguments, print_arguments
 
@@ -18,6 +19,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_MOST_BYTES = 1 << 20
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -28,7 +31,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     words = [*_file_arguments(path), *overrides]
     _check_names(overrides)
-    return parse_arguments(TrainConfig, words, source=str(path), default=TrainConfig(_model_type(words)()))
+    config = parse_arguments(TrainConfig, words, source=str(path), default=TrainConfig(_model_type(words)()))
+    _check_values(config)
+    return config
 
 
 def print_help(program: str, words: Sequence[str] = ()) -> None:
@@ -70,12 +75,19 @@ def config_text(config: TrainConfig) -> str:
 def _file_arguments(path: Path) -> list[str]:
     """The file as command-line words: one parser, and so one set of rules and messages, serves both."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:  # a pipe will do
+            content = file.read(_MOST_BYTES + 1)
+        check(len(content) <= _MOST_BYTES, f"config={path} must have {_MOST_BYTES} bytes at most: is it a config?")
+        table = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise InputError(f"config={path} does not exist (a starting point: examples/gpt_tiny.toml)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config={path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"config={path} is no TOML of a config: nested too deeply") from None
+    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
         raise InputError(f"config={path} is no TOML: {error}") from None
     words = []
     known = _known_keys()
@@ -87,10 +99,13 @@ def _file_arguments(path: Path) -> list[str]:
             if name not in known:
                 raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")
             if isinstance(value, list) and "tuple" in str(known[name]):
+                # Text could be a word of its own, such as an option.
+                if not all(type(item) is int for item in value):
+                    raise InputError(f"{path}: {name} must be a list of whole numbers, not {value!r:.60}")
                 words += [f"--{name}", *map(str, value)]
                 continue
-            if isinstance(value, dict | list):
-                raise InputError(f"{path}: {name} must be one value, not {value!r}")
+            if not isinstance(value, str | int | float):
+                raise InputError(f"{path}: {name} must be one value (text, number, true or false), not {value!r:.60}")
             words.append(f"--{name}={value}")
     return words
 
@@ -102,6 +117,20 @@ def _check_names(words: Sequence[str]) -> None:
             name = word[2:].partition("=")[0].replace("-", "_")
             if name not in known:
                 raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Raise InputError for values that have the right type, and that nothing can be done with."""
+    for section in dataclasses.fields(config):
+        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
+            for one in value if isinstance(value, tuple) else (value,):
+                where = f"{section.name}.{name}={one!r:.40}"
+                if isinstance(one, float):
+                    check(math.isfinite(one), f"{where} must be a finite number")
+                elif isinstance(one, int):
+                    check(abs(one) < 1 << 63, f"{where} must be a number of 64 bits")
+                elif isinstance(one, str):
+                    check(one.isprintable(), f"{where} must be text without control characters")
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

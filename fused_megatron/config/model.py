@@ -6,10 +6,11 @@ The text under a field is its help on the command line.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from fused_megatron.checks import check, check_divisible, check_one_of, check_positive
+from fused_megatron.checks import InputError, check, check_divisible, check_one_of, check_positive
+from fused_megatron.untrusted_files import convert
 
 
 @dataclass(frozen=True)
@@ -268,11 +269,18 @@ MODEL_FAMILIES: dict[str, ModelFamily] = {
 }
 
 
-def model_config(fields: Mapping[str, Any]) -> TransformerConfig:
-    """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT."""
-    family = fields.get("family", "gpt")
+def model_config(values: Mapping[str, Any]) -> TransformerConfig:
+    """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT.
+
+    Raises:
+        InputError: an unknown field, or a value of another type.
+    """
+    family = values.get("family", "gpt")
     check_one_of("family", family, list(MODEL_FAMILIES))
-    return MODEL_FAMILIES[family].config(**fields)
+    known = {field.name for field in fields(MODEL_FAMILIES[family].config)}
+    if unknown := sorted(values.keys() - known):
+        raise InputError(f"{unknown[0]} is no field of a model of family={family!r} (another release wrote it)")
+    return convert(dict(values), MODEL_FAMILIES[family].config)
 
 
 # The values of the fields that are words.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fused_megatron.checkpoint import CheckpointError, Manifest, newest_checkpoint, read_manifest, read_tensor
 from fused_megatron.checkpoint.errors import SharedCheckpointError, explain_os_error
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.run_state import run_state
 from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
@@ -74,14 +75,18 @@ def _found(checkpoint: Path | None, run: RunFolder) -> Path:
     return checkpoint
 
 
-def _model_of(manifest: Manifest) -> TransformerConfig:
-    return model_config(manifest.state["config"]["model"] | {"vocab_size": manifest.state["vocab_size"]})
+def _model_of(checkpoint: Path, manifest: Manifest) -> TransformerConfig:
+    state = run_state(checkpoint, manifest)
+    try:
+        return model_config(state["config"]["model"] | {"vocab_size": state["vocab_size"]})
+    except InputError as error:
+        raise InputError(f"{checkpoint}: config.model of its state: {error}") from None
 
 
 def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype | None, max_bytes: float) -> str:
     checkpoint = _found(newest, run)
     manifest = read_manifest(checkpoint)
-    config = _model_of(manifest)
+    config = _model_of(checkpoint, manifest)
     original = run.hugging_face / CONFIG_FILE
     settings = read_json(original) if original.is_file() else {}
     family = family_for(config, settings.get("model_type"))

@@ -8,9 +8,10 @@ import torch
 import tyro
 
 from fused_megatron.assembly.build import build_model
-from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint, read_manifest
+from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.run_state import read_run_state
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import MODEL_FAMILIES, ParallelConfig, TrainConfig
 from fused_megatron.config.config_file import load_config
@@ -58,7 +59,7 @@ def generate_text(arguments: GenerateArguments) -> str:
         group = world_group()
         newest = newest_checkpoint(run.checkpoints, group=group)
         checkpoint = on_every_rank(lambda: _found(newest, run))
-        vocab_size = read_manifest(checkpoint).state["vocab_size"]
+        vocab_size = read_run_state(checkpoint)["vocab_size"]
         mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         model = build_model(config, mesh, launch.device)

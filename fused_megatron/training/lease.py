@@ -209,7 +209,7 @@ def _holder(descriptor: int) -> dict[str, Any]:
         return {}
     try:
         holder = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         holder = None
     return holder if isinstance(holder, dict) else {"run": None}
 
@@ -222,7 +222,7 @@ def _describe(holder: dict[str, Any]) -> str:
 
 def _is_alive(pid: Any) -> bool:
     """Whether a process of this machine lives; True where nothing is known of it."""
-    if not isinstance(pid, int) or pid <= 0:
+    if not isinstance(pid, int) or not 0 < pid < 1 << 31:
         return True
     try:
         os.kill(pid, 0)

@@ -14,6 +14,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checkpoint import checkpoint_to_resume, load_checkpoint, read_manifest
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.run_state import read_run_state
 from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig, TransformerConfig
@@ -175,7 +176,7 @@ def _begin_records(trainer: Trainer) -> None:
 
 def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
     """The state in a checkpoint, whose model must have the sizes of model_config."""
-    state = read_manifest(checkpoint).state
+    state = read_run_state(checkpoint)
     # A field that the checkpoint does not know had its default value then.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
     saved = known | state["config"]["model"] | {"vocab_size": state["vocab_size"]}

@@ -155,3 +155,26 @@ def test_file_systems_that_know_no_fsync_of_a_folder(monkeypatch, tmp_path):
         writer.add_document([1, 2, 3])
     assert IndexedDataset(tmp_path / "tokens")[0].tolist() == [1, 2, 3]
     assert len(refused) == 3  # the new folder, the cache, the folder of the dataset
+
+
+def test_a_cache_is_shared_as_far_as_the_umask_has_it(tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert build_once(tmp_path, "name", write, load) == "built"
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "name").stat().st_mode) == 0o755
+
+
+def test_a_link_in_the_place_of_the_lock_is_refused(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "name.lock").symlink_to(tmp_path / "made")
+    with pytest.raises(InputError, match=r"name\.lock: a link in the place of a lock's file: remove it"):
+        build_once(tmp_path / "cache", "name", write, load)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_lock_that_another_user_made_is_enough(tmp_path):
+    (tmp_path / "name.lock").touch(mode=0o444)
+    assert build_once(tmp_path, "name", write, load) == "built"

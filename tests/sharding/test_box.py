@@ -83,3 +83,17 @@ def test_row_blocks_cover_the_rows_in_order_within_the_limit(shape, limit):
     assert [row for start, stop in blocks for row in range(start, stop)] == list(range(num_rows))
     for start, stop in blocks:
         assert stop - start == 1 or (stop - start) * numel // num_rows * 4 <= limit
+
+
+def comparisons(monkeypatch, num_boxes, last):
+    """Pairs of boxes that are compared for a tensor cut into columns, the last of them `last` wide."""
+    pairs, intersect = [], Box.intersect
+    monkeypatch.setattr(Box, "intersect", lambda self, other: pairs.append(0) or intersect(self, other))
+    columns = [Box((0, i), (num_boxes, 1)) for i in range(num_boxes - 1)] + [Box((0, num_boxes - 1), (num_boxes, last))]
+    return cover_problem((num_boxes, num_boxes + 1), columns), len(pairs)
+
+
+def test_thousands_of_boxes_are_not_compared_with_each_other(monkeypatch):
+    assert comparisons(monkeypatch, 2000, 2) == (None, 0)
+    problem, pairs = comparisons(monkeypatch, 2000, 1)
+    assert problem == "its 2000 boxes overlap, or leave holes" and pairs <= 20_000

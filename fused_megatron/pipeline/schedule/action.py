@@ -86,6 +86,9 @@ class Action(NamedTuple):
         return f"{self.stage}{self.kind}{'' if self.index is None else self.index}"
 
 
+_MOST_DIGITS = 7
+
+
 def parse_action(text: str) -> Action:
     """The action of a text such as `2F0` or `1REDUCE_GRAD`.
 
@@ -95,6 +98,8 @@ def parse_action(text: str) -> Action:
     match = _ACTION.fullmatch(text)
     if match is None or (match[2] in WITHOUT_INDEX) != (match[3] == ""):
         raise InputError(f"action={text!r} must be a stage, a kind ({', '.join(Kind)}) and a microbatch, such as 2F0")
+    if max(len(match[1]), len(match[3])) > _MOST_DIGITS:  # checks count up to what a file names
+        raise InputError(f"action={text!r:.40} must have numbers of at most {_MOST_DIGITS} digits")
     return Action(int(match[1]), Kind(match[2]), int(match[3]) if match[3] else None)
 
 

@@ -5,6 +5,9 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Annotated, Any
+
+import msgspec
 
 from fused_megatron.checks import InputError
 from fused_megatron.pipeline.schedule.action import (
@@ -17,10 +20,29 @@ from fused_megatron.pipeline.schedule.action import (
     check_placement,
     parse_action,
 )
+from fused_megatron.untrusted_files import convert, parse_json
 
 _ADDED_BY_LOWERING = (*SENDS, *RECEIVES, Kind.REDUCE_GRAD, Kind.REDUCE_TIED)
 # torch knows no such actions.
 _NOT_IN_TORCH = (Kind.REDUCE_TIED, Kind.UPDATE)
+
+# Beyond any machine: checks count up to what a file names.
+_Rank = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+
+
+class _Record(msgspec.Struct):
+    """The JSON of a schedule."""
+
+    name: str
+    placement: list[_Rank]
+    num_microbatches: _Count
+    actions: list[str]
+    lowered: bool = False
+    num_steps: _Count = 1
+    weights: str = ""
+    max_live: list[_Rank] | None = None
+    tied: list[list[_Rank]] = []
 
 
 def to_json(schedule: Schedule) -> str:
@@ -38,17 +60,18 @@ def from_json(text: str) -> Schedule:
         InputError: text that is none.
     """
     try:
-        values = json.loads(text)
+        values = parse_json(text, dict[str, Any])
+        convert(values, _Record)
         actions = tuple(tuple(parse_action(word) for word in row.split()) for row in values.pop("actions"))
         for name in ("placement", "max_live"):
             if values.get(name) is not None:
                 values[name] = tuple(int(value) for value in values[name])
         tied = tuple(tuple(group) for group in values.pop("tied", ()))
         schedule = Schedule(**values, actions=actions, tied=tied)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"the JSON of a schedule was expected: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"the JSON of a schedule was expected: {type(error).__name__}: {error}") from None
+        raise InputError(f"the JSON of a schedule was expected: {type(error).__name__}: {error!s:.200}") from None
     num_ranks = check_placement(schedule.placement)
     if num_ranks != schedule.num_ranks:
         raise InputError(f"placement names {num_ranks} ranks, and actions has {schedule.num_ranks} rows")

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 
 import torch
 import torch.distributed as dist
@@ -49,3 +50,18 @@ def uninvited(rank, ranks):
 
 def test_to_ask_is_not_to_meet():
     assert run_on_ranks(uninvited, 2) == [(False, True), (None, True)]
+
+
+def without_temporary_folder(rank, ranks):
+    """Of one rank it is gone."""
+    tempfile.tempdir = "/nowhere/at/all" if rank == 1 else None
+    try:
+        group = dist.new_group()
+        meet(group)
+        return is_shared(group, torch.empty(0)), start_all_reduce_(torch.ones(2), group).wait().tolist()
+    finally:
+        tempfile.tempdir = None
+
+
+def test_without_a_folder_for_temporary_files_gloo_carries():
+    assert run_on_ranks(without_temporary_folder, 2) == [(False, [2.0, 2.0])] * 2
