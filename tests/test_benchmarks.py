@@ -22,13 +22,14 @@ def run(*options: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=clean | environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow  # test_end_to_end_benchmarks.py measures and reports in the fast part
 def test_on_the_cpu(tmp_path):
     stored = tmp_path / "stored.json"
     kept = tmp_path / "kept.json"
     done = run(
         "--quick",
         "-k",
-        "layer_norm and (float32 or overhead)",
+        "(layer_norm or bias_gelu) and float32 or overhead",
         f"--benchmark-json={stored}",
         "--results",
         kept,

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import functorch.compile  # noqa: F401 - as below, for the example that is compiled
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.modeling_utils  # noqa: F401 - takes seconds: ranks are forked from a process that has it
 
 from fused_megatron.testing import run_on_ranks
 

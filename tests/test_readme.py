@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import torch.distributed as dist
+import transformers.modeling_utils  # noqa: F401 - takes seconds: ranks are forked from a process that has it
 
 from fused_megatron.testing import run_on_ranks
 

@@ -23,6 +23,7 @@ from fused_megatron.training.generate_text import GenerateArguments, generate_te
 from fused_megatron.training.train import train
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.modeling_utils")  # takes seconds: ranks are forked from a process that has it
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,

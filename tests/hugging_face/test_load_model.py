@@ -23,6 +23,7 @@ from fused_megatron.training.convert import ConvertArguments, convert
 from fused_megatron.training.train import train
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers.modeling_utils")  # takes seconds: ranks are forked from a process that has it
 tokenizers = pytest.importorskip("tokenizers")
 
 SIZES: dict[str, Any] = {

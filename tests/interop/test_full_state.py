@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 from safetensors import safe_open
 
 import fused_megatron as fm

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError

@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 from safetensors.torch import load_file, save_file
 
 import fused_megatron as fm

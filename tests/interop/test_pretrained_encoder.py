@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 
 import fused_megatron as fm
 from fused_megatron.testing import run_on_ranks

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError

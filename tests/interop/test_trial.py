@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 from torch import nn
 
 import fused_megatron as fm

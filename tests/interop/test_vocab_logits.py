@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 from torch import nn
 from torch.nn import functional as F
 
