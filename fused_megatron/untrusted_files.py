@@ -59,17 +59,18 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         return content
 
 
-def parse_json(content: bytes | str, schema: type[T]) -> T:
+def parse_json(content: bytes | str, schema: type[T], *, finite: bool = True) -> T:
     """What a JSON text holds, as a value of the schema: a type that msgspec knows, as a dataclass or a dict.
 
     Python's reader, and not the faster one of msgspec, which refuses names that UTF-8 cannot hold: checkpoints and
-    caches may hold such names of files.
+    caches may hold such names of files. Not finite: NaN and Infinity are taken, which configs of transformers have.
 
     Raises:
         InputError: one line: no JSON, NaN and other numbers that are none, or the place where it is not of the schema.
     """
     try:
-        value = json.loads(content, parse_constant=_refuse_constant, parse_float=_finite)
+        strict: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
+        value = json.loads(content, **strict)
         return msgspec.convert(value, schema)
     except RecursionError:
         raise InputError("JSON nested too deeply") from None

@@ -182,9 +182,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     try:
-        return parse_json(content, dict[str, Any])
+        value = parse_json(content, object, finite=False)
     except InputError as error:
-        raise InputError(f"{path}: {error}: {_COPY_AGAIN}") from None
+        raise InputError(f"{path} is {error}: {_COPY_AGAIN}") from None
+    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
+    assert isinstance(value, dict)
+    return value
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -220,9 +223,11 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        header = parse_json(content, dict[str, Any])
+        header = parse_json(content, object)
     except InputError as error:
-        raise InputError(f"{path}: its safetensors header: {error}: damaged ({_COPY_AGAIN})") from None
+        raise InputError(f"{path}: its safetensors header is {error}: damaged ({_COPY_AGAIN})") from None
+    check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({_COPY_AGAIN})")
+    assert isinstance(header, dict)
     header.pop("__metadata__", None)
     found = [(name, _checked_entry(path, name, item)) for name, item in header.items()]
     end, stored = 0, []

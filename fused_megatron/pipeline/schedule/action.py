@@ -97,7 +97,9 @@ def parse_action(text: str) -> Action:
     """
     match = _ACTION.fullmatch(text)
     if match is None or (match[2] in WITHOUT_INDEX) != (match[3] == ""):
-        raise InputError(f"action={text!r:.60} must be a stage, a kind ({', '.join(Kind)}) and a microbatch, such as 2F0")
+        raise InputError(
+            f"action={text!r:.60} must be a stage, a kind ({', '.join(Kind)}) and a microbatch, such as 2F0"
+        )
     if max(len(match[1]), len(match[3])) > _MOST_DIGITS:  # checks count up to what a file names
         raise InputError(f"action={text!r:.40} must have numbers of at most {_MOST_DIGITS} digits")
     return Action(int(match[1]), Kind(match[2]), int(match[3]) if match[3] else None)
