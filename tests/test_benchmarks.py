@@ -102,7 +102,13 @@ def test_all_parts_one_after_the_other(tmp_path, monkeypatch, capfd):
     run_all = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run_all)
     layer = {"op": "MLP", "label": "tp=2", "dtype": "float32", "num_bytes": None, "bars": {}}
-    whole = {"format": "fused-megatron results", "version": 1, "theme": "layers", "hardware": "here", "date": "2026-11"}
+    whole = {
+        "format": "fused-megatron results",
+        "version": 1,
+        "theme": "layers",
+        "hardware": "here",
+        "date": "2026-11-29",
+    }
     layer["seconds"] = {"ours": [1.0]}
     written = json.dumps({**whole, "settings": {}, "complete": True, "comparisons": [layer]})
     scripts = {

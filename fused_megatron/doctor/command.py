@@ -1,16 +1,16 @@
 """`fused-megatron doctor`. Its words are parsed by hand: what parses the other commands' may be missing."""
 
+import importlib.util
 import os
 from collections.abc import Sequence
 
 from fused_megatron.checks import InputError
-from fused_megatron.doctor.facts import Facts
+from fused_megatron.doctor.facts import Facts, TokenFile
 from fused_megatron.doctor.findings import VARIABLES, find_out
 from fused_megatron.doctor.installation import find_installation, find_library, find_torch
 from fused_megatron.doctor.machine import Questions, find_machine, find_tools
 from fused_megatron.doctor.ranks import Lookups, find_network
 from fused_megatron.doctor.report import as_json, show, verdict
-from fused_megatron.doctor.tokens import find_tokens
 
 USAGE = """usage: fused-megatron doctor [--json] [--data PREFIX ...]
 
@@ -71,5 +71,14 @@ def gather_facts(datasets: Sequence[str] = ()) -> Facts:
     torch = find_torch()
     library = find_library(torch.error is None, environment.get("FUSED_MEGATRON_LIBRARY"))
     network = find_network(lookups, gloo=torch.backends.get("gloo", False))
-    machine, tokens = find_machine(questions), find_tokens(datasets)
+    machine, tokens = find_machine(questions), _tokens(datasets)
     return Facts(installation, torch, library, find_tools(questions), machine, network, environment, tokens)
+
+
+def _tokens(datasets: Sequence[str]) -> tuple[TokenFile, ...]:
+    """Nothing where what reads the files is missing, which the installation says."""
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "numpy", "msgspec")):
+        return ()
+    from fused_megatron.doctor.tokens import find_tokens  # noqa: PLC0415
+
+    return find_tokens(datasets)

@@ -42,6 +42,10 @@ class Call:
     in_turn: bool  # the arguments are cases, for one call of the function each
 
 
+class NotMetError(RuntimeError):
+    """The ranks could not form their process group, so that none of them has called the function."""
+
+
 def main() -> None:
     """Entry point; the argument is the descriptor of the control socket."""
     torch.set_num_threads(1)  # several ranks share the cores, and no thread may live here when the ranks are forked
@@ -162,7 +166,10 @@ def _call(rank: int, call: Call, doing: list[Any]) -> Any:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(call.world_size))
     timeout = timedelta(seconds=call.timeout_s)
     store = dist.FileStore(call.store_path, call.world_size)
-    dist.init_process_group(call.backend, store=store, rank=rank, world_size=call.world_size, timeout=timeout)
+    try:
+        dist.init_process_group(call.backend, store=store, rank=rank, world_size=call.world_size, timeout=timeout)
+    except RuntimeError as error:
+        raise NotMetError(str(error)) from error
     if not call.in_turn:
         return fn(rank, call.world_size, *arguments)
     results = []

@@ -335,7 +335,7 @@ def test_checkpoint_from_before_a_setting_existed(
     manifest = read_manifest(one_process[0] / "checkpoints" / "step-000012")
     old = {k: v for k, v in manifest.state["config"]["model"].items() if k not in {*LLAMA, "recompute"}}
     state = {**manifest.state, "config": {"model": old}}
-    monkeypatch.setattr(training, "read_manifest", lambda checkpoint: dataclasses.replace(manifest, state=state))
+    monkeypatch.setattr(training, "read_run_state", lambda checkpoint: state)
     model = dataclasses.replace(config_for(text, text).model, vocab_size=300)
     training._state_of_same_model(text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5))
     with pytest.raises(InputError, match="activation=gelu there, activation=swiglu here"):
