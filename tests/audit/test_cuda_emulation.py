@@ -1,10 +1,12 @@
 """Start here when the CUDA emulation misses a fault of a kernel, or compiles what has not changed."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from fused_megatron.audit.cuda_emulation import (
+    CACHE,
     build_emulation,
     emulated_environment,
     host_compiler,
@@ -18,8 +20,11 @@ pytestmark = pytest.mark.skipif(host_compiler() is None, reason="no GCC")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """What is compiled here; the machine of the emulation once."""
-    return tmp_path_factory.mktemp("emulation")
+    """What is compiled here, beside the machine of the emulation as `make test` has compiled it."""
+    folder = tmp_path_factory.mktemp("emulation")
+    for path in CACHE.glob("machine-*.o"):
+        shutil.copy2(path, folder)
+    return folder
 
 
 @pytest.mark.skipif(not sanitizer_libraries(), reason="no libasan")
