@@ -13,9 +13,10 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 from fused_megatron.checks import InputError, SharedError, SharedInputError
+from fused_megatron.training.error_line import end_now, say_error, speaks_for_host
 
 USAGE = """usage: fused-megatron COMMAND ...
 
@@ -129,7 +130,7 @@ def _train(words: Sequence[str]) -> int:
             newest = next((str(path) for path in list_checkpoints(run.checkpoints)), "none")
         except InputError:
             newest = "unknown"
-        _end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
+        end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a signal that comes late must not turn a run that saved all into a failed one
     return 0
 
@@ -146,7 +147,7 @@ def _generate(words: Sequence[str]) -> int:
     arguments = _parsed(GenerateArguments, "generate", words, on_ranks=True)
     if arguments is not None:
         text = generate_text(arguments)
-        if _speaks_for_host():
+        if speaks_for_host():
             print(text)
     return 0
 
@@ -231,15 +232,9 @@ def _is_expected(error: RuntimeError) -> bool:
 
 
 def _fail(error: BaseException, code: int) -> int:
-    if _speaks_for_host() or not isinstance(error, SharedError | KeyboardInterrupt):
-        _say_error(str(error))
+    if speaks_for_host() or not isinstance(error, SharedError | KeyboardInterrupt):
+        say_error(str(error))
     return code
-
-
-def _end_now(message: str) -> NoReturn:
-    """Exit code 1 without waiting for anything: the normal end would wait for the lost rank."""
-    _say_error(message)
-    os._exit(1)
 
 
 def _show_warning(
@@ -256,17 +251,3 @@ def _show_warning(
             print(f"fused-megatron: warning: {message}", file=sys.stderr, flush=True)
         else:
             print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
-
-
-def _say_error(message: str) -> None:
-    rank = os.environ.get("RANK")
-    where = "" if rank in (None, "0") else f" (rank {rank})"
-    # Names in files of strangers may hold what a terminal obeys.
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    with contextlib.suppress(OSError):  # a terminal that is gone
-        print(f"fused-megatron: error{where}: {line}", file=sys.stderr, flush=True)
-
-
-def _speaks_for_host() -> bool:
-    """What all ranks have to say is said by one of each machine."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -81,7 +81,7 @@ class Mesh:
         device_mesh: torch's view of the grid, with the axes pp, dp, tp, and cp where it is longer than 1; None for one
             process without a process group.
         groups: of every axis longer than 1, and of ("dp", "cp") where both are.
-        timeout_s: of their collectives; None for that of the default process group.
+        timeout_s: seconds that a collective of an axis waits for a silent rank; None: as the default process group.
     """
 
     rank: int

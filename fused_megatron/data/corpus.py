@@ -18,7 +18,14 @@ from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
 from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, held_out, split_documents
-from fused_megatron.data.token_digest import SMALL_BYTES, TokenDigest, check_small, digest_path, spread_digest
+from fused_megatron.data.token_digest import (
+    SMALL_BYTES,
+    TokenDigest,
+    check_small,
+    digest_path,
+    read_digest,
+    spread_digest,
+)
 from fused_megatron.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, text_pieces, train_tokenizer
 from fused_megatron.untrusted_files import MOST_JSON_BYTES, Size, open_plain_file, parse_json, read_bounded
 
@@ -114,12 +121,8 @@ class PreparedCorpus:
 
     def large_files(self) -> list[tuple[str, TokenDigest]]:
         """Prefixes and checksums of the files that were too large to be read when they were opened."""
-        datasets = [IndexedDataset(prefix) for prefix in sorted({self.train_prefix, self.validation_prefix})]
-        return [
-            (dataset.path_prefix, dataset.digest)
-            for dataset in datasets
-            if dataset.digest is not None and dataset.digest.num_bytes > SMALL_BYTES
-        ]
+        digests = {prefix: read_digest(prefix) for prefix in sorted({self.train_prefix, self.validation_prefix})}
+        return [(p, digest) for p, digest in digests.items() if digest is not None and digest.num_bytes > SMALL_BYTES]
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that made the tokens, if it is known."""

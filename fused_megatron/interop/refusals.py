@@ -1,4 +1,4 @@
-"""What a model in shards would answer otherwise than the whole one: refused when it is asked."""
+"""Refusals of questions that a sharded model would answer differently from the whole model."""
 
 from typing import Any
 
@@ -45,7 +45,7 @@ class RefusedResizing:
 
 
 def models_inside(model: nn.Module) -> list[nn.Module]:
-    """The model, and those of transformers inside of it, which can be called by themselves."""
+    """The model, and every model of transformers inside it: each can be called by itself."""
     return [m for m in model.modules() if m is model or hasattr(type(m), "main_input_name")]
 
 

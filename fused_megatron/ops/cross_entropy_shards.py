@@ -92,6 +92,11 @@ Pending = Callable[[], torch.Tensor]
 """Something under way; calling it, once, gives the result."""
 
 
+def public_op(name: str, exchange: Exchange | None) -> str:
+    """The op that a user called: of one device without an exchange, of tensor-parallel ranks with one."""
+    return f"ops.{name}" if exchange is None else f"tensor_parallel.vocab_parallel_{name}"
+
+
 class ShardLoss(AutogradFunction):
     """Loss of each token of logits [T, V / R]; saves the logits themselves, lse and target, and nothing of size V."""
 
@@ -99,8 +104,7 @@ class ShardLoss(AutogradFunction):
 
     @classmethod
     def op_of(cls, *args: Any) -> str:
-        exchange = args[3]
-        return "tensor_parallel.vocab_parallel_cross_entropy" if exchange is not None else cls.op
+        return public_op("cross_entropy", args[3])
 
     @staticmethod
     def forward(

@@ -7,7 +7,7 @@ import torch
 
 from fused_megatron.checks import InputError, check, check_dtype, check_same_device, check_shape
 from fused_megatron.ops.autograd_function import AutogradFunction
-from fused_megatron.ops.cross_entropy_shards import Exchange, check_targets
+from fused_megatron.ops.cross_entropy_shards import Exchange, check_targets, public_op
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tiles_of
 from fused_megatron.ops.linear_cross_entropy_tiles import TiledHead
 from fused_megatron.ops.registration import FLOAT_DTYPES, define_composed_op
@@ -107,8 +107,7 @@ class _LossOfEachToken(AutogradFunction):
 
     @classmethod
     def op_of(cls, *args: Any) -> str:
-        exchange = args[5]
-        return "tensor_parallel.vocab_parallel_linear_cross_entropy" if exchange is not None else cls.op
+        return public_op("linear_cross_entropy", args[5])
 
     @staticmethod
     def forward(
@@ -145,8 +144,7 @@ class _SumOverCount(AutogradFunction):
 
     @classmethod
     def op_of(cls, *args: Any) -> str:
-        exchange = args[6]
-        return "tensor_parallel.vocab_parallel_linear_cross_entropy" if exchange is not None else cls.op
+        return public_op("linear_cross_entropy", args[6])
 
     @staticmethod
     def forward(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from fused_megatron.checks import first_line
 from fused_megatron.collectives.together import gather_json
+from fused_megatron.training.error_line import end_now
 
 # For the system to close the ports of a process that was just killed.
 _SETTLE_S = 1.0
@@ -119,7 +120,7 @@ class Presence:
         reason = " ".join(str(error).split())[:200]
         deadline = time.monotonic() + _SETTLE_S
         while True:
-            found = self._look()
+            found = self._ask(self._others)
             lost = {rank: state for rank, state in found.items() if isinstance(state, str) and rank not in self._left}
             if lost or time.monotonic() > deadline or not lost_contact(error):
                 break
@@ -142,19 +143,18 @@ class Presence:
             return LostRankError(f"rank {rank} ended with an error: {text}", tuple(sorted(began)))
         return error
 
-    def _look(self) -> dict[int, Any]:
-        """What every other rank answers; _GONE or _SILENT where it does not."""
-        return self._ask(self._others)
-
     def _ask(self, ranks: Iterable[int], lost: str | None = None) -> dict[int, Any]:
-        """What some ranks answer, who are told why this one leaves, and which other is lost."""
+        """What some ranks answer; _GONE or _SILENT where one does not.
+
+        They are told why this rank leaves, and which other is lost.
+        """
         told = {"word": self._word, "rank": self._rank, "left": self._leaves, "lost": lost}
         message = json.dumps(told).encode() + b"\n"
         ranks = list(ranks)
 
         async def ask_all() -> list[Any]:
             at_once = asyncio.Semaphore(_MOST_CONNECTIONS)
-            return await asyncio.gather(*(_ask(self._others[rank], message, at_once) for rank in ranks))
+            return await asyncio.gather(*(_answer(self._others[rank], message, at_once) for rank in ranks))
 
         return dict(zip(ranks, asyncio.run(ask_all()), strict=True))
 
@@ -188,14 +188,7 @@ class Presence:
         while time.monotonic() < deadline:
             if self._leaves is not None or self._closed.wait(0.1):
                 return
-        place = f" (rank {self._rank})" if self._rank else ""
-        with contextlib.suppress(OSError):
-            print(
-                f"fused-megatron: error{place}: {text}; the same command resumes from the newest good checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(1)
+        end_now(f"{text}; the same command resumes from the newest good checkpoint", self._rank)
 
     def _serve(self) -> None:
         while True:
@@ -231,7 +224,7 @@ def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
             backend._set_default_timeout(timedelta(seconds=timeout_s))
 
 
-async def _ask(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:
+async def _answer(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:
     async def talk() -> bytes:
         reader, writer = await asyncio.open_connection(*address)
         try:

@@ -1,13 +1,13 @@
 """Requests to save and end a run: a signal, or the end of the launcher that started its ranks."""
 
-import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from typing import Any
+
+from fused_megatron.training.error_line import say_error, speaks_for_host
 
 LAUNCHER_VARIABLE = "FUSED_MEGATRON_LAUNCHER"
 """Set by our own launcher: its process id."""
@@ -110,7 +110,6 @@ class StopRequest:
 
 def _end_now(message: str, code: int) -> None:
     """Without waiting for anything. One rank of a machine says why."""
-    with contextlib.suppress(OSError):
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"fused-megatron: error: {message}", file=sys.stderr, flush=True)
+    if speaks_for_host():
+        say_error(message)
     os._exit(code)

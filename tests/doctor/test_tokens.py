@@ -9,7 +9,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
 from fused_megatron.doctor.command import _parse
-from fused_megatron.doctor.facts import Facts, Installation, Library, Machine, Network, Tools, Torch
+from fused_megatron.doctor.facts import Facts, Installation, Library, Machine, Network, TokenFile, Tools, Torch
 from fused_megatron.doctor.findings import BROKEN, NOTE, find_out
 from fused_megatron.doctor.report import plain
 from fused_megatron.doctor.tokens import find_tokens
@@ -24,6 +24,12 @@ def write(prefix: Path, flip: int | None = None) -> str:
         data[flip] ^= 1
         Path(f"{prefix}.bin").write_bytes(bytes(data))
     return str(prefix)
+
+
+def facts_of(tokens: tuple[TokenFile, ...]) -> Facts:
+    """Of a machine of which only its tokens are known."""
+    installation, library = Installation("1", "3.12", "linux", None), Library("", False, False)
+    return Facts(installation, Torch(), library, Tools(), Machine(), Network(), tokens=tokens)
 
 
 @pytest.fixture
@@ -45,15 +51,7 @@ def test_what_is_named_and_what_was_prepared(tmp_path: Path, cache: Path) -> Non
     problems = [file.problem for file in found]
     assert problems[0] is problems[2] is None
     assert f"{bad}.bin: the checksum of bytes 0 to 100 is " in str(problems[1])
-    facts = Facts(
-        Installation("1", "3.12", "linux", None),
-        Torch(),
-        Library("", False, False),
-        Tools(),
-        Machine(),
-        Network(),
-        tokens=found,
-    )
+    facts = facts_of(found)
     broken = [finding for finding in find_out(facts) if finding.level == BROKEN and ".bin: " in finding.text]
     assert [finding.command for finding in broken] == ["", f"rm -r {cache}/text-abc  # it is prepared again"]
     said = "\n".join(plain(facts, []))
@@ -65,15 +63,7 @@ def test_a_cache_is_read_for_a_while_only(tmp_path: Path, cache: Path) -> None:
     named = write(tmp_path / "named")
     found = find_tokens([named], patience_s=0.0)
     assert [(file.problem, file.is_read) for file in found] == [(None, True), (None, False)]
-    facts = Facts(
-        Installation("1", "3.12", "linux", None),
-        Torch(),
-        Library("", False, False),
-        Tools(),
-        Machine(),
-        Network(),
-        tokens=found,
-    )
+    facts = facts_of(found)
     commands = [finding.command for finding in find_out(facts) if finding.level == NOTE]
     assert f"fused-megatron doctor --data {prepared}" in commands
 

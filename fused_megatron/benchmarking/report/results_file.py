@@ -156,7 +156,7 @@ def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
 
 
 def _checked(whole: dict[str, Any]) -> Results:
-    """The results of these fields: types and bounds are those of the dataclasses."""
+    """The results of these fields, whose types and bounds the dataclasses give."""
     try:
         results = convert(whole, Results)
     except InputError as error:

@@ -93,7 +93,7 @@ class Piece:
 
 
 class HostRing:
-    """This rank's ring, those of the others, and the sockets that join them.
+    """The rings of all ranks, and the sockets that join the ranks.
 
     For one thread of one process: two threads would start their collectives in another order on every rank. Another
     thread may go on when the first has ended.
