@@ -1,5 +1,7 @@
-"""Settings for all tests."""
+"""Settings for all tests, and the fixtures that rooms share."""
 
+import contextlib
+import ctypes
 import os
 import signal
 
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import pytest
 import torch
 
 # Files that take longest: begun first, so that no worker is left with one of them at the end.
@@ -24,3 +27,36 @@ def pytest_collection_modifyitems(items):
 
 # Two threads in the process of the tests itself, so that the kernels' threaded paths run.
 torch.set_num_threads(2)
+
+# linux/capability.h: the version of capget's header with two words a set, and root's rights to pass over permissions.
+_CAPABILITY_VERSION_3 = 0x20080522
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+
+
+@contextlib.contextmanager
+def _without_roots_rights():
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+
+    def call(function, sets):
+        if function(header, sets):
+            raise OSError(ctypes.get_errno(), "the rights of this thread cannot be read or set")
+
+    call(libc.capget, held)
+    fewer = (ctypes.c_uint32 * 6)(*held)
+    fewer[0] &= ~(1 << _CAP_DAC_OVERRIDE | 1 << _CAP_DAC_READ_SEARCH)
+    call(libc.capset, fewer)
+    try:
+        yield
+    finally:
+        call(libc.capset, held)
+
+
+@pytest.fixture
+def without_roots_rights():
+    """A context in which permissions bind this thread, also where root runs the tests.
+
+    The user stays the same: another user could not even enter a temporary folder that is closed to all but its owner.
+    """
+    return _without_roots_rights

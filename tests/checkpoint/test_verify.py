@@ -1,12 +1,9 @@
 """Start here when `verify` misses damage of a checkpoint, or sees some where none is."""
 
-import contextlib
 import os
 import random
 import shutil
-import tempfile
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -221,50 +218,28 @@ def test_the_newest_good_one_is_taken_and_broken_ones_are_named(folder):
     assert newest_checkpoint(folder / "absent") is None
 
 
-@contextlib.contextmanager
-def as_somebody_else():
-    """Without root's rights, which know no permission."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
-@pytest.fixture
-def open_folder(saved):
-    """As `folder`, where somebody else may enter."""
-    with tempfile.TemporaryDirectory() as name:
-        path = shutil.copytree(saved, Path(name) / "checkpoints")
-        for each in (Path(name), path, *path.rglob("*")):
-            each.chmod(0o777 if each.is_dir() else 0o666)
-        yield path
-
-
 @pytest.mark.parametrize("what", ["step-000002", "step-000002/manifest.json", f"step-000002/{FILES[1]}"])
-def test_a_permission_lost_for_a_moment_is_no_damage(open_folder, what):
-    (open_folder / what).chmod(0)
-    with as_somebody_else():
+def test_a_permission_lost_for_a_moment_is_no_damage(folder, what, without_roots_rights):
+    (folder / what).chmod(0)
+    with without_roots_rights():
         with pytest.warns(RuntimeWarning, match="cannot be read: Permission denied"):
-            assert newest_checkpoint(open_folder) == open_folder / "step-000001"
+            assert newest_checkpoint(folder) == folder / "step-000001"
         with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="Permission denied: it may be whole"):
-            checkpoint_to_resume(open_folder)
+            checkpoint_to_resume(folder)
         for step in (3, 4):
-            save_checkpoint(open_folder, step, {"w": TensorBox.whole(torch.zeros(3))}, state={}, keep=1)
-    assert [path.name for path in list_checkpoints(open_folder)] == ["step-000004", "step-000002"]
-    (open_folder / what).chmod(0o777)
-    assert verify_checkpoint(open_folder / "step-000002") == []
+            save_checkpoint(folder, step, {"w": TensorBox.whole(torch.zeros(3))}, state={}, keep=1)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-000004", "step-000002"]
+    (folder / what).chmod(0o777)
+    assert verify_checkpoint(folder / "step-000002") == []
 
 
-def test_a_folder_that_cannot_be_read_is_not_empty(open_folder):
-    open_folder.chmod(0)
-    with as_somebody_else():
+def test_a_folder_that_cannot_be_read_is_not_empty(folder, without_roots_rights):
+    folder.chmod(0)
+    with without_roots_rights():
         for search in (list_checkpoints, newest_checkpoint, checkpoint_to_resume):
             with pytest.raises(InputError, match="cannot be read: Permission denied"):
-                search(open_folder)
-    open_folder.chmod(0o777)
+                search(folder)
+    folder.chmod(0o777)
 
 
 def test_no_run_begins_anew_beside_checkpoints_of_which_none_is_good(folder):

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -200,26 +199,16 @@ def test_bad_input(tmp_path):
     assert not [p for p in cache.iterdir() if ".tmp-" in p.name]
 
 
-def test_a_permission_lost_for_a_moment_builds_nothing_again():
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o777)
-        folder, cache = write_folder(Path(name) / "text"), Path(name) / "cache"
-        prepared = Path(prepare(folder, cache).train_prefix).parent
-        for path in (cache, *cache.rglob("*")):
-            path.chmod(0o777)
-        before = {path: path.stat().st_ino for path in prepared.iterdir()}
-        user = os.geteuid()
-        for file in ("manifest.json", "train.idx", "train.bin", "train.crc32.json", "tokenizer.json"):
-            (prepared / file).chmod(0)
-            if user == 0:
-                os.seteuid(65534)  # root's rights know no permission
-            try:
-                with pytest.raises(InputError, match=rf"{file}: cannot be read \(Permission denied\)"):
-                    prepare(folder, cache)
-            finally:
-                os.seteuid(user)
-            (prepared / file).chmod(0o666)
-        assert {path: path.stat().st_ino for path in prepared.iterdir()} == before
+def test_a_permission_lost_for_a_moment_builds_nothing_again(tmp_path, without_roots_rights):
+    folder, cache = write_folder(tmp_path / "text"), tmp_path / "cache"
+    prepared = Path(prepare(folder, cache).train_prefix).parent
+    before = {path: path.stat().st_ino for path in prepared.iterdir()}
+    for file in ("manifest.json", "train.idx", "train.bin", "train.crc32.json", "tokenizer.json"):
+        (prepared / file).chmod(0)
+        with without_roots_rights(), pytest.raises(InputError, match=rf"{file}: cannot be read \(Permission denied\)"):
+            prepare(folder, cache)
+        (prepared / file).chmod(0o666)
+    assert {path: path.stat().st_ino for path in prepared.iterdir()} == before
 
 
 def _prepare_and_report(path, cache, die_at, queue):
