@@ -169,7 +169,7 @@ class BERT(TransformerStack):
             position: where in training this microbatch lies; dropout needs it, in training mode.
             sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
         """
-        mask = AttentionMask(padding=is_padding)
+        mask = AttentionMask(key_padding_mask=is_padding)
         return self._encode(x, mask, token_types=token_types, position=position, sequence=sequence)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:
