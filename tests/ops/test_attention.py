@@ -118,7 +118,7 @@ def test_what_does_not_fit():
         attend(query, key[:, :, :3], value[:, :, :3], AttentionMask())
     with pytest.raises(InputError, match=r"value\.shape"):
         attend(query, key, value[1:], AttentionMask())
-    with pytest.raises(TypeError, match=r"padding\.dtype=int64"):
+    with pytest.raises(TypeError, match=r"key_padding_mask\.dtype=int64"):
         attend(query, key, value, AttentionMask(key_padding_mask=PADDING.long()))
     with pytest.raises(InputError, match="window=3 needs causal=True"):
         AttentionMask(window=3)
