@@ -22,18 +22,18 @@ def but(**changes):
 
 
 def test_bars():
-    assert ROW.faults() == [] and cost_table.broken_bars([ROW]) == []
+    assert ROW.faults() == [] and cost_table.exceeded_limits([ROW]) == []
     assert but(spilled_bytes=8).faults() == ["8 bytes spilled"]
     assert but(load_bits="64x2").faults() == ["loads of 64 bits"]
     assert but(store_bits="32x2").faults() == ["stores of 32 bits"]
     assert but(kernel="finish_column_sums<8>", store_bits="32x2").faults() == []
-    assert but(ratio=1.03).faults() == ["1.030 times the bytes that must move (bar 1.02)"]
+    assert but(ratio=1.03).faults() == ["1.030 times the bytes that must move (limit 1.02)"]
     assert but(ratio=1.035, partials=0.018).faults() == []
-    assert but(ratio=1.035, partials=0.025).faults() == ["partial sums take 2.5% (bar 2%)"]
+    assert but(ratio=1.035, partials=0.025).faults() == ["partial sums take 2.5% (limit 2%)"]
     broken = but(ratio=1.03)
-    assert len(cost_table.broken_bars([broken])) == 1
+    assert len(cost_table.exceeded_limits([broken])) == 1
     known = dataclasses.replace(broken, known="the reason")
-    assert cost_table.broken_bars([known]) == [] and cost_table.known_faults([known])[0].endswith("the reason")
+    assert cost_table.exceeded_limits([known]) == [] and cost_table.known_faults([known])[0].endswith("the reason")
 
 
 def test_table():
@@ -61,7 +61,7 @@ def test_the_ledger_is_of_these_compilers_and_ops():
 def compare_with_ledger(cases, arch):
     text = ledger()
     rows = cost_table.audit(cases, [arch])
-    assert cost_table.broken_bars(rows) == []
+    assert cost_table.exceeded_limits(rows) == []
     if cost_table.versions() not in text:
         pytest.skip(f"the ledger is of other compilers than {cost_table.versions()}")
     archs = re.search(r"Architectures: ([^;]*);", text).group(1).split(" / ")
