@@ -1,8 +1,8 @@
 """Triton kernels of scaled_masked_softmax. The math is in fused_megatron/reference/scaled_masked_softmax.py.
 
-A program keeps whole rows in registers: it reads each visible score once and writes each result once. Keys hidden by
-causal or window are not read, in whole 16-byte pieces. A row too long for the registers of one block is spread over a
-cluster of blocks (sm_90 and newer, Triton 3.9 and newer); a still longer row is read twice.
+A program keeps whole rows in registers: it reads each visible score once and writes each result once. Keys that
+causal or window hide are skipped, in whole 16-byte pieces. A row too long for the registers of one block is spread over
+a cluster of blocks (sm_90 and newer, Triton 3.9 and newer); a still longer row is read twice.
 
 ALIGN is the largest power of two, up to 16 bytes, that divides the number of keys. Sizes are passed in units of ALIGN,
 so that the compiler sees the alignment of every row and of every mask's edge, and uses wide accesses.
@@ -188,7 +188,8 @@ def _long_forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     query = (row % num_queries).to(tl.int32)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
-    readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
+    readable_begin = begin // ALIGN * ALIGN
+    readable_end = (end + (ALIGN - 1)) // ALIGN * ALIGN
     x_ptr += row * num_keys
     y_ptr += row * num_keys
     if HAS_MASK:
@@ -246,7 +247,8 @@ def _long_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     query = (row % num_queries).to(tl.int32)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
-    readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
+    readable_begin = begin // ALIGN * ALIGN
+    readable_end = (end + (ALIGN - 1)) // ALIGN * ALIGN
     dy_ptr += row * num_keys
     y_ptr += row * num_keys
     dx_ptr += row * num_keys
@@ -326,7 +328,8 @@ def scaled_masked_softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, causal: bool, window: int
 ) -> torch.Tensor:
     """Return the gradient of x, in the dtype of y, contiguous."""
-    dy, y = dy.contiguous(), y.contiguous()
+    dy = dy.contiguous()
+    y = y.contiguous()
     dx = torch.empty_like(y)
     if y.numel() == 0:
         return dx

@@ -135,13 +135,22 @@ def _row(
     shared = code.shared_bytes + dynamic_shared
     partials = 2 * sum(k.loaded for k in step.kernels if "finish" in k.name)
     return Row(
-        op=op, step=step.step, kernel=kernel, width=width, dtype=dtype, arch=arch,
-        registers=code.registers, spilled_bytes=code.spilled_bytes, shared_bytes=shared,
+        op=op,
+        step=step.step,
+        kernel=kernel,
+        width=width,
+        dtype=dtype,
+        arch=arch,
+        registers=code.registers,
+        spilled_bytes=code.spilled_bytes,
+        shared_bytes=shared,
         occupancy=occupancy(arch, threads, code.registers, shared),
-        load_bits=_bits(code.load_widths), store_bits=_bits(code.store_widths),
-        ratio=step.issued_bytes / step.bound_bytes, partials=partials / step.bound_bytes,
+        load_bits=_bits(code.load_widths),
+        store_bits=_bits(code.store_widths),
+        ratio=step.issued_bytes / step.bound_bytes,
+        partials=partials / step.bound_bytes,
         known=OPS[op].known.get((step.step, width, dtype), ""),
-    )  # fmt: skip
+    )
 
 
 def _short(kernel: KernelCounts) -> str:
@@ -153,9 +162,20 @@ def _bits(widths: dict[int, int]) -> str:
 
 
 _COLUMNS = (
-    "op", "step", "kernel", "width", "dtype", "registers", "spilled", "shared", "occupancy",
-    "loads (bits x instructions)", "stores", "bytes / bound", "partials",
-)  # fmt: skip
+    "op",
+    "step",
+    "kernel",
+    "width",
+    "dtype",
+    "registers",
+    "spilled",
+    "shared",
+    "occupancy",
+    "loads (bits x instructions)",
+    "stores",
+    "bytes / bound",
+    "partials",
+)
 _FIRST_OF_ARCH, _LAST_OF_ARCH = 5, 10  # the columns with one figure per architecture
 
 
@@ -167,12 +187,20 @@ def cells(rows: Sequence[Row]) -> tuple[str, ...]:
         return values[0] if len(set(values)) == 1 else " / ".join(values)
 
     return (
-        row.op, row.step, row.kernel, str(row.width), row.dtype,
-        each([str(r.registers) for r in rows]), each([str(r.spilled_bytes) for r in rows]),
-        each([str(r.shared_bytes) for r in rows]), each([f"{r.occupancy:.2f}" for r in rows]),
-        each([r.load_bits for r in rows]), each([r.store_bits for r in rows]),
-        f"{row.ratio:.3f}", f"{row.partials:.3f}",
-    )  # fmt: skip
+        row.op,
+        row.step,
+        row.kernel,
+        str(row.width),
+        row.dtype,
+        each([str(r.registers) for r in rows]),
+        each([str(r.spilled_bytes) for r in rows]),
+        each([str(r.shared_bytes) for r in rows]),
+        each([f"{r.occupancy:.2f}" for r in rows]),
+        each([r.load_bits for r in rows]),
+        each([r.store_bits for r in rows]),
+        f"{row.ratio:.3f}",
+        f"{row.partials:.3f}",
+    )
 
 
 def lines(rows: Sequence[Row]) -> list[tuple[str, ...]]:

@@ -24,15 +24,24 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
 
 _FLAGS = (
-    "-std=c++20", "-O1", "-g1", "-fPIC", "-DFM_EMULATION", "-DTORCH_TARGET_VERSION=0x020D000000000000",
-    "-Wno-unknown-pragmas", "-Wno-attributes",
-)  # fmt: skip
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-DFM_EMULATION",
+    "-DTORCH_TARGET_VERSION=0x020D000000000000",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+)
 # GCC inserts a call before each memory access, which csrc/emulation/machine.cpp implements. Aggregates are not split:
 # a load of 16 bytes is one access.
 _CHECKED_FLAGS = (
-    "-fsanitize=kernel-address", "-fno-tree-sra", "--param=asan-instrumentation-with-call-threshold=0",
-    "--param=asan-stack=0", "--param=asan-globals=0",
-)  # fmt: skip
+    "-fsanitize=kernel-address",
+    "-fno-tree-sra",
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "--param=asan-stack=0",
+    "--param=asan-globals=0",
+)
 
 
 @functools.cache

@@ -79,14 +79,17 @@ def _both(
 
 
 def _bias_gelu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, bias, y = _new(rows, width, dtype=dtype), _new(width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
     return _both(lambda: ops.bias_gelu(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
 
 
 def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
     def steps(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
         op = getattr(ops, name)
-        x, bias = _new(rows, 2 * width, dtype=dtype), _new(2 * width, dtype=dtype)
+        x = _new(rows, 2 * width, dtype=dtype)
+        bias = _new(2 * width, dtype=dtype)
         y = _new(rows, width, dtype=dtype, grad=False)
         return _both(lambda: op(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
 
@@ -94,23 +97,32 @@ def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
 
 
 def _layer_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
-    weight, bias, statistic = _new(width, dtype=dtype), _new(width, dtype=dtype), _new(rows)
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    weight = _new(width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    statistic = _new(rows)
     forward = (x, weight, bias), (y, statistic, statistic)
     backward = (y, x, weight, statistic, statistic), (x, weight, bias)
     return _both(lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y)
 
 
 def _rms_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
-    weight, statistic = _new(width, dtype=dtype), _new(rows)
-    forward, backward = ((x, weight), (y, statistic)), ((y, x, weight, statistic), (x, weight))
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    weight = _new(width, dtype=dtype)
+    statistic = _new(rows)
+    forward = ((x, weight), (y, statistic))
+    backward = ((y, x, weight, statistic), (x, weight))
     return _both(lambda: ops.rms_norm(x, weight), (x, weight), forward, backward, y)
 
 
 def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, residual = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype)
-    weight, statistic, y = _new(width, dtype=dtype), _new(rows), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    residual = _new(rows, width, dtype=dtype)
+    weight = _new(width, dtype=dtype)
+    statistic = _new(rows)
+    y = _new(rows, width, dtype=dtype, grad=False)
     results: list[torch.Tensor] = []
 
     def forward() -> None:
@@ -127,8 +139,11 @@ def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 
 def _bias_dropout_add(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, residual, bias = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype), _new(width, dtype=dtype)
-    y, state = _new(rows, width, dtype=dtype, grad=False), torch.tensor([1, 2])
+    x = _new(rows, width, dtype=dtype)
+    residual = _new(rows, width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    state = torch.tensor([1, 2])
     return _both(
         lambda: ops.bias_dropout_add(x, bias, residual, 0.1, rng_state=state),
         (x, bias, residual),
@@ -157,8 +172,11 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 
 def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    logits, target = _new(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    loss, lse, upstream = _new(rows), _new(rows, 2), torch.ones(rows)
+    logits = _new(rows, width, dtype=dtype)
+    target = torch.zeros(rows, dtype=torch.int64)
+    loss = _new(rows)
+    lse = _new(rows, 2)
+    upstream = torch.ones(rows)
     return _both(
         lambda: ops.cross_entropy(logits, target, reduction="none").float(),
         (logits,),
@@ -169,7 +187,8 @@ def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 
 def _scaled_masked_softmax(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
     return _both(lambda: ops.scaled_masked_softmax(x, scale=0.1), (x,), ((x,), (y,)), ((y, y), (x,)), y)
 
 

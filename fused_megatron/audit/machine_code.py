@@ -91,9 +91,19 @@ def compiled(op: str, arch: str) -> Path:
         part = result.with_suffix(f".{os.getpid()}.part")
         include = Path(torch.__file__).parent / "include"
         command = [
-            "nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-DTORCH_TARGET_VERSION=0x020D000000000000", f"-I{CSRC}",
-            "-isystem", str(include), "-cubin", str(source), "-o", str(part),
-        ]  # fmt: skip
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            f"-arch={arch}",
+            "-DTORCH_TARGET_VERSION=0x020D000000000000",
+            f"-I{CSRC}",
+            "-isystem",
+            str(include),
+            "-cubin",
+            str(source),
+            "-o",
+            str(part),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"nvcc fails on {source.name}:\n{done.stderr[-4000:]}"
         part.replace(result)
@@ -111,7 +121,8 @@ def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -
     """Combine the access widths in the disassembly with the entry of the resource table."""
     sass = _disassembled(binary, arch)[symbol]
     # LDGSTS loads from global memory to shared memory.
-    loads, stores = _widths(sass, "LDG(?:STS)?"), _widths(sass, "STG")
+    loads = _widths(sass, "LDG(?:STS)?")
+    stores = _widths(sass, "STG")
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     # Spilled registers are in the stack frame; our kernels use the stack for nothing else.
     spilled = max(resources["STACK"], resources["LOCAL"], 4 * local)

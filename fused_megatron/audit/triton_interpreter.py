@@ -32,7 +32,8 @@ def interpreter(grid_seed: int | None = None, *, last_programs: int | None = Non
     from triton.runtime import interpreter as triton_interpreter  # noqa: PLC0415  triton is optional
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
-    builder, executor = triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor
+    builder = triton_interpreter.InterpreterBuilder
+    executor = triton_interpreter.GridExecutor
     accesses = Accesses()
     replaced: list[tuple[Any, str, Any]] = []
 

@@ -88,7 +88,8 @@ def _compare(module: nn.Module, eps: float) -> dict[str, Any] | str:
     generator = torch.Generator().manual_seed(0)
     width = module.get_parameter("weight").shape[0]
     draw = torch.randn(4, _ROWS, width, generator=generator, dtype=torch.float32, device="cpu")
-    weight, upstream = draw[3, 0], draw[2]
+    weight = draw[3, 0]
+    upstream = draw[2]
     for zero_centered in (False, True):
         attributes = {"adopted_eps": eps, "zero_centered_weight": zero_centered, "promotes": False}
         scales = (max(eps, 1e-12) ** 0.5, 1.0)

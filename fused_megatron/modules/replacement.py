@@ -73,7 +73,9 @@ class Exchange:
 
     def make(self) -> Callable[[], None]:
         """Exchange the class; return a function that undoes it."""
-        module, was, before = self.module, type(self.module), dict(self.module.__dict__)
+        module = self.module
+        was = type(self.module)
+        before = dict(self.module.__dict__)
 
         def undo() -> None:
             module.__class__ = was

@@ -30,7 +30,8 @@ def block_products(config: TransformerConfig) -> BlockProducts:
         attention    2 S N D
         MLP          m H F
     """
-    query_size, kv_size = config.head_size * config.num_heads, config.head_size * config.kv_heads
+    query_size = config.head_size * config.num_heads
+    kv_size = config.head_size * config.kv_heads
     matrices = 2 if config.activation.startswith("gelu") else 3
     return BlockProducts(
         projections=config.hidden_size * (2 * query_size + 2 * kv_size),

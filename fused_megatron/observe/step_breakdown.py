@@ -28,10 +28,10 @@ class StepBreakdown:
     neighbour, or at the end for the last stage: idle time and exposed transfers together. "optimizer" is the step of
     torch's optimizers, "compute" everything else.
 
-    On a GPU, two events of the current stream enclose each wait and measure how long the stream stood still. Only waits
-    of this package's layers and transport are measured, which report them through waits.py: not waits inside DDP's
-    reducer, DTensor or torch's fused symmetric-memory products. While record() is open, backward runs in the calling
-    thread, also on a GPU.
+    On a GPU, two events of the current stream enclose each wait and measure how long the stream stood still. Only this
+    package's layers and transport report their waits (see waits.py): waits inside DDP's reducer, DTensor or torch's
+    fused symmetric-memory products are not measured. While record() is open, backward runs in the calling thread, also
+    on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -41,12 +41,14 @@ class PoisonedProducts(TorchDispatchMode):
         if not isinstance(operand, torch.Tensor) or operand.dim() < 2 or operand.dtype.itemsize != 2:
             return
         matrix = operand if operand.stride(-1) == 1 else operand.transpose(-1, -2)
-        (rows, columns), row_stride = matrix.shape[-2:], matrix.stride(-2)
+        rows, columns = matrix.shape[-2:]
+        row_stride = matrix.stride(-2)
         if rows < 2 or matrix.stride(-1) != 1 or row_stride <= columns:
             return
         self.num_views += 1
         # The memory after the last row may be outside the storage.
-        shape, strides = (*matrix.shape[:-2], rows - 1, row_stride - columns), matrix.stride()
+        shape = (*matrix.shape[:-2], rows - 1, row_stride - columns)
+        strides = matrix.stride()
         between = matrix.as_strided(shape, strides, matrix.storage_offset() + columns)
         assert between.isfinite().all(), (
             f"{func} reads a view {tuple(operand.shape)} with rows of {row_stride} elements, and NaN between them"

@@ -60,7 +60,9 @@ class RecordedWork:
     """Result of an asynchronous collective. It holds no buffer: the caller must keep the buffers alive."""
 
     def __init__(self, streams: "RecordedStreams", index: int, done: dict[str, int]) -> None:
-        self._streams, self._index, self._done = streams, index, done
+        self._streams = streams
+        self._index = index
+        self._done = done
 
     def wait(self) -> bool:
         """Order the current stream's next work after the collective."""
@@ -95,7 +97,8 @@ class RecordedStreams(TorchDispatchMode):
         self.races: list[str] = []
         self.under_way: set[int] = set()
         self.num_collectives = 0
-        self._without_wait, self._without_start = without_wait, without_start
+        self._without_wait = without_wait
+        self._without_start = without_start
         self._current = Stream("current")
         self._memory: dict[int, Memory] = {}
         self._originals: dict[str, Callable[..., Any]] = {}

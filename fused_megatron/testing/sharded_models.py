@@ -47,12 +47,15 @@ def gradient_errors(
     Returns:
         Errors by name; 0 if this rank has only padding.
     """
-    errors, parts = {}, parts_of_parameters(model)
+    errors = {}
+    parts = parts_of_parameters(model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         for part in parts[parameter]:
-            key, held = part.full_name(name), part.held(parameter.grad)
-            full, measure = full_gradient(key), relative_to(key)
+            key = part.full_name(name)
+            held = part.held(parameter.grad)
+            full = full_gradient(key)
+            measure = relative_to(key)
             error = (held.tensor - full[held.box.slices()]).abs()
             scale = (full if measure == key else full_gradient(measure)).abs().max()
             errors[key] = float(error.max() / scale) if error.numel() else 0.0

@@ -88,8 +88,10 @@ class StrictChannels:
     """
 
     def __init__(self, pp_group: dist.ProcessGroup, *, timeout_s: float = 10.0, both_ways: bool = False) -> None:
-        self.group, self.rank = pp_group, dist.get_rank(pp_group)
-        self.timeout_s, self.both_ways = timeout_s, both_ways
+        self.group = pp_group
+        self.rank = dist.get_rank(pp_group)
+        self.timeout_s = timeout_s
+        self.both_ways = both_ways
         self.crossed: list[tuple[int, int, int]] = []
         self._channels: dict[tuple[int, int, str], _Channel] = {}
 
@@ -136,7 +138,9 @@ class _Channel:
     """A queue and a thread that processes it, so that a message can complete while its rank computes."""
 
     def __init__(self, transport: StrictChannels, peer: int, first_tag: int) -> None:
-        self.transport, self.peer, self.first_tag = transport, peer, first_tag
+        self.transport = transport
+        self.peer = peer
+        self.first_tag = first_tag
         self.queue: deque[Message | None] = deque()
         self._filled = threading.Semaphore(0)
         self._error: BaseException | None = None

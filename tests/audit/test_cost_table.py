@@ -1,4 +1,4 @@
-"""Start here when docs/kernel_ledger.md is stale, or a kernel breaks a bar on bytes, spills or width."""
+"""Start here when docs/kernel_ledger.md is stale, or a kernel exceeds a limit of bytes, spills or access width."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ def but(**changes):
     return dataclasses.replace(ROW, **changes)
 
 
-def test_bars():
+def test_limits():
     assert ROW.faults() == [] and cost_table.exceeded_limits([ROW]) == []
     assert but(spilled_bytes=8).faults() == ["8 bytes spilled"]
     assert but(load_bits="64x2").faults() == ["loads of 64 bits"]
@@ -51,10 +51,10 @@ def ledger():
 
 
 @needs_compilers
-def test_the_ledger_is_of_these_compilers_and_ops():
+def test_the_ledger_has_these_compilers_and_ops():
     text = ledger()
     if cost_table.versions() not in text:
-        pytest.skip(f"the ledger is of other compilers than {cost_table.versions()}")
+        pytest.skip(f"the ledger was made with other compilers than {cost_table.versions()}")
     assert {line[0] for line in cost_table.parsed(text)} == set(OPS)
 
 
@@ -63,7 +63,7 @@ def compare_with_ledger(cases, arch):
     rows = cost_table.audit(cases, [arch])
     assert cost_table.exceeded_limits(rows) == []
     if cost_table.versions() not in text:
-        pytest.skip(f"the ledger is of other compilers than {cost_table.versions()}")
+        pytest.skip(f"the ledger was made with other compilers than {cost_table.versions()}")
     archs = re.search(r"Architectures: ([^;]*);", text).group(1).split(" / ")
     kept = {cost_table.of_arch(line, archs.index(arch)) for line in cost_table.parsed(text)}
     stale = [line for line in cost_table.lines(rows) if line not in kept]
@@ -71,16 +71,21 @@ def compare_with_ledger(cases, arch):
 
 
 @needs_compilers
-@pytest.mark.slow  # tests/csrc/test_kernel_resources.py reads every compiled kernel in the fast part
-@pytest.mark.parametrize("kernel", [
-    ("rms_norm", 4096, "bf16"), ("cross_entropy", 32768, "bf16"),
-], ids=["cuda", "triton"])  # fmt: skip
-def test_the_ledger_is_true_of_some_kernels(kernel):
+@pytest.mark.slow  # tests/csrc/test_kernel_resources.py reads every compiled kernel in the fast tests
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        ("rms_norm", 4096, "bf16"),
+        ("cross_entropy", 32768, "bf16"),
+    ],
+    ids=["cuda", "triton"],
+)
+def test_the_ledger_is_right_for_some_kernels(kernel):
     compare_with_ledger([kernel], "sm_90a")
 
 
 @needs_compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
-def test_the_ledger_is_true_of_all_kernels(arch):
+def test_the_ledger_is_right_for_all_kernels(arch):
     compare_with_ledger(cost_table.cases(), arch)
