@@ -15,16 +15,17 @@ class Batch:
     Attributes:
         inputs: [B, S] int64 tokens.
         targets: [B, S] int64, what is to be predicted at each place; -100 where nothing is.
-        is_padding: [B, S] bool, True where there is no token, for models that look at later places; None: nowhere.
+        key_padding_mask: [B, S] bool, True at padding (as in torch), for models that attend to later positions; None
+            where no row is padded.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
-    is_padding: torch.Tensor | None = None
+    key_padding_mask: torch.Tensor | None = None
 
     def take(self, sequence: SequenceLayout) -> "Batch":
         """The tokens, targets and padding at the positions that a rank has."""
-        padding = None if self.is_padding is None else sequence.take(self.is_padding, 1)
+        padding = None if self.key_padding_mask is None else sequence.take(self.key_padding_mask, 1)
         return Batch(sequence.take(self.inputs, 1), sequence.take(self.targets, 1), padding)
 
     def microbatches(
@@ -32,6 +33,6 @@ class Batch:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, Any]]]:
         """Inputs, targets and keyword arguments of the model, for every `size` rows, on the device."""
         inputs, targets = (list(part.to(device).split(size)) for part in (self.inputs, self.targets))
-        if self.is_padding is None:
+        if self.key_padding_mask is None:
             return inputs, targets, [{} for _ in inputs]
-        return inputs, targets, [{"is_padding": part} for part in self.is_padding.to(device).split(size)]
+        return inputs, targets, [{"key_padding_mask": part} for part in self.key_padding_mask.to(device).split(size)]

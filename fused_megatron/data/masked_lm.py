@@ -73,8 +73,8 @@ class MaskedLM:
         lengths = (rows[:, : self.text_len] != PADDING).sum(axis=1)
         for row, length in enumerate(lengths):
             self._fill(inputs[row], targets[row], rows[row, :length], first_sample + row, stream)
-        is_padding = np.arange(self.seq_len) >= lengths[:, None] + NUM_FRAME_TOKENS
-        padded = torch.from_numpy(is_padding) if is_padding.any() else None
+        key_padding_mask = np.arange(self.seq_len) >= lengths[:, None] + NUM_FRAME_TOKENS
+        padded = torch.from_numpy(key_padding_mask) if key_padding_mask.any() else None
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), padded)
 
     def _fill(self, inputs: np.ndarray, targets: np.ndarray, text: np.ndarray, sample: int, stream: int) -> None:
