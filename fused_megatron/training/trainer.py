@@ -24,10 +24,10 @@ from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.launch import on_every_rank, world_group
 from fused_megatron.training.learning_rate import learning_rate
-from fused_megatron.training.lease import Lease
+from fused_megatron.training.process_group import on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
