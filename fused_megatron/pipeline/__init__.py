@@ -4,9 +4,9 @@ The package knows no model. Only `run/` imports torch.
 """
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING
 
+from fused_megatron.deprecation import warn_renamed
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, loop_placement, parse_action, v_placement
 from fused_megatron.pipeline.schedule.findings import RULES, Finding
 from fused_megatron.pipeline.schedule.lowering import lower
@@ -52,11 +52,7 @@ _LAZY = {
 
 def __getattr__(name: str) -> object:
     if name == "check_schedule":
-        warnings.warn(
-            "fused_megatron.pipeline.check_schedule is now schedule_findings; the old name goes with the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{__name__}.check_schedule", "schedule_findings", "0.2")
         return schedule_findings
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
