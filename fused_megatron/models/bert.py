@@ -18,7 +18,7 @@ from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import ParameterShard, SequenceLayout
-from fused_megatron.tensor_parallel import ColumnParallelLinear, LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 
 class BERT(TransformerStack):
@@ -49,7 +49,7 @@ class BERT(TransformerStack):
 
     config: BERTConfig
     head_transform: ColumnParallelLinear | None
-    head_norm: LayerNorm | RMSNorm | None
+    head_norm: SequenceParallelLayerNorm | SequenceParallelRMSNorm | None
     pooler: ColumnParallelLinear | None
     next_sentence: ColumnParallelLinear | None
 
