@@ -177,7 +177,7 @@ class BERT(TransformerStack):
             batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
         """
-        mask = AttentionMask(padding=key_padding_mask)
+        mask = AttentionMask(key_padding_mask=key_padding_mask)
         return self._encode(x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:
