@@ -16,7 +16,7 @@ _SAME = 1e-6
 
 
 @contextmanager
-def check_agreement(model: nn.Module, group: Group, same_weights: bool = True) -> Iterator[None]:
+def agreement_of_ranks(model: nn.Module, group: Group, same_weights: bool = True) -> Iterator[None]:
     """Raise on every rank what the block raises on any of them; before that, unless the ranks' models are alike.
 
     Raises:

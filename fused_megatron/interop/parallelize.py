@@ -8,11 +8,11 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.agreement import check_agreement
+from fused_megatron.interop.agreement import agreement_of_ranks
+from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.replacements import cut
-from fused_megatron.interop.report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.saving import guard_saving
 from fused_megatron.mesh import Mesh
 
@@ -77,7 +77,7 @@ def parallelize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
     tp_group = group_of(mesh)
-    with check_agreement(model, tp_group):
+    with agreement_of_ranks(model, tp_group):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
         work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
@@ -86,7 +86,7 @@ def parallelize(
         refuse_blocked(work)
         if strict:
             refuse_left(report, work)
-    with check_agreement(model, tp_group, same_weights=False):
+    with agreement_of_ranks(model, tp_group, same_weights=False):
         shards = cut(work.replacements, tp_group)
     work.commit(shards)
     guard_saving(model)

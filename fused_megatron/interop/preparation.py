@@ -21,7 +21,7 @@ from fused_megatron.interop.trial import try_shards
 from fused_megatron.interop.units import (
     Layer,
     Unit,
-    check_unit,
+    divide_unit,
     group_units,
     modules_with_own_parameters,
     planned_layers,
@@ -93,7 +93,7 @@ class Preparation:
         self.attributes = []
         for unit in self.units:
             if not unit.reason:
-                self.attributes += check_unit(unit, self.model, ranks)
+                self.attributes += divide_unit(unit, self.model, ranks)
         self._make_replacements()
         sharded = {unit.parent for unit in self.units if not unit.reason}
         for name, attribute in self.plan.divided:

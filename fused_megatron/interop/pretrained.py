@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
-from fused_megatron.interop.agreement import check_agreement
+from fused_megatron.interop.agreement import agreement_of_ranks
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
 from fused_megatron.sharding import mark_all_shards, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
@@ -45,7 +45,7 @@ def load_pretrained_shards(
     """
     folder = Path(folder)
     group, place = parallel_group(model), _device(model, device)
-    with check_agreement(model, group, same_weights=False):
+    with agreement_of_ranks(model, group, same_weights=False):
         state = _names_of(model, WeightFiles(folder).tensors)
         try:
             check_full_state(model, state, strict)

@@ -207,13 +207,13 @@ def linear_features(module: Any) -> tuple[int, int]:
     return (columns, rows) if is_transposed_linear(module) else (rows, columns)
 
 
-def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+def divide_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
     """Raise unless the sizes of a unit can be divided; sets copies, returns attributes that must change with them.
 
     Raises:
         InputError: naming the weight, the numbers, and what would fit.
     """
-    changes = _check_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
+    changes = _divide_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
     for layer in unit.layers:
         outputs, inputs = (0, 0)
         if layer.style != "replicated_with_grad_allreduce":
@@ -225,7 +225,7 @@ def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Modul
     return changes
 
 
-def _check_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+def _divide_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
     head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
     if head_dim is None:
         return ()
