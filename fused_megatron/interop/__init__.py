@@ -1,4 +1,4 @@
-"""Models that others wrote, made parallel and fused in place."""
+"""Tensor parallelism for existing models: sharding in place, full state dicts, loading of pretrained weights."""
 
 from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
 from fused_megatron.interop.parallel_report import ParallelReport
