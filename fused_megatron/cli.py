@@ -215,10 +215,10 @@ def _told_to_all_ranks() -> Iterator[None]:
     except InputError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        from fused_megatron.training.launch import launched  # noqa: PLC0415
+        from fused_megatron.training.process_group import joined_ranks  # noqa: PLC0415
 
-        with launched(_TOLD_WITHIN_S, error):
-            raise AssertionError("launched raises what it was given") from error
+        with joined_ranks(_TOLD_WITHIN_S, error):
+            raise AssertionError("joined_ranks raises what it was given") from error
 
 
 def _is_expected(error: RuntimeError) -> bool:

@@ -76,8 +76,8 @@ class MaskedLM:
         lengths = (rows[:, : self.text_len] != PADDING).sum(axis=1)
         for row, length in enumerate(lengths):
             self._fill(inputs[row], targets[row], rows[row, :length], first_sample + row, stream)
-        is_padding = np.arange(self.seq_len) >= lengths[:, None] + NUM_FRAME_TOKENS
-        padded = torch.from_numpy(is_padding) if is_padding.any() else None
+        key_padding_mask = np.arange(self.seq_len) >= lengths[:, None] + NUM_FRAME_TOKENS
+        padded = torch.from_numpy(key_padding_mask) if key_padding_mask.any() else None
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), padded)
 
     def _fill(self, inputs: np.ndarray, targets: np.ndarray, text: np.ndarray, sample: int, stream: int) -> None:
@@ -105,8 +105,8 @@ def masked_lm(
     """
     if tokenizer is None:
         raise InputError(
-            "model.family='bert' needs the ids of [MASK] and the other special tokens: give data.tokenizer_path, the "
-            "tokenizer that made the dataset"
+            "model.family='bert' needs to know the ids of [MASK] and the other special tokens: give "
+            "data.tokenizer_path, the tokenizer that made the dataset"
         )
     ids = {}
     for what, names in _NAMES.items():

@@ -30,11 +30,11 @@ from fused_megatron.interop.units import (
 )
 from fused_megatron.interop.vocab_logits import LogitsScope
 from fused_megatron.modules import Exchange, exchange_all, find_exchange, named_once
-from fused_megatron.tensor_parallel import LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 _SUMMED: dict[type[nn.Module], type[nn.Module]] = {
-    modules.LayerNorm: LayerNorm,
-    modules.RMSNorm: RMSNorm,
+    modules.LayerNorm: SequenceParallelLayerNorm,
+    modules.RMSNorm: SequenceParallelRMSNorm,
     modules.AdoptedRMSNorm: SummedAdoptedRMSNorm,
 }
 

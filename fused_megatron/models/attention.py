@@ -17,8 +17,8 @@ from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
-    RMSNorm,
     RowParallelLinear,
+    SequenceParallelRMSNorm,
     StackedColumnParallelLinear,
 )
 
@@ -78,7 +78,9 @@ class ParallelSelfAttention(nn.Module):
         if config.query_key_norm:
             # Their own flags for gradients do not serve: every rank has other heads, whatever the sequence.
             self.query_norm, self.key_norm = (
-                RMSNorm(config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device)
+                SequenceParallelRMSNorm(
+                    config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device
+                )
                 for _ in range(2)
             )
         self.projection = RowParallelLinear(

@@ -9,15 +9,16 @@ from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.collectives import all_gather_split, group_rank
 from fused_megatron.config import BERTConfig
+from fused_megatron.deprecation import renamed_argument
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.block import norm_of
-from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import ParameterShard, SequenceLayout
-from fused_megatron.tensor_parallel import ColumnParallelLinear, LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 
 class BERT(TransformerStack):
@@ -48,7 +49,7 @@ class BERT(TransformerStack):
 
     config: BERTConfig
     head_transform: ColumnParallelLinear | None
-    head_norm: LayerNorm | RMSNorm | None
+    head_norm: SequenceParallelLayerNorm | SequenceParallelRMSNorm | None
     pooler: ColumnParallelLinear | None
     next_sentence: ColumnParallelLinear | None
 
@@ -119,14 +120,16 @@ class BERT(TransformerStack):
             device=device,
         )
 
+    @renamed_argument(old="position", new="batch_slice")
+    @renamed_argument(old="is_padding", new="key_padding_mask")
     def forward(
         self,
         x: torch.Tensor,
         target: torch.Tensor | None = None,
         *,
         token_types: torch.Tensor | None = None,
-        is_padding: torch.Tensor | None = None,
-        position: BatchPosition | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
@@ -135,7 +138,7 @@ class BERT(TransformerStack):
         Args:
             x: as encode: [B, S] int64 tokens, some of them masked, or what the stage before gave.
             target: [B, S] int64, the masked tokens, -100 elsewhere; or None. A stage takes none: see loss().
-            token_types, is_padding, position, sequence: as encode.
+            token_types, key_padding_mask, batch_slice, sequence: as encode.
             reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
 
         Returns:
@@ -148,16 +151,20 @@ class BERT(TransformerStack):
             self.config.masked_lm_head or self.stage is not None,
             "masked_lm_head=False: this model has no masked-LM head (use encode)",
         )
-        encoded = self.encode(x, token_types=token_types, is_padding=is_padding, position=position, sequence=sequence)
+        encoded = self.encode(
+            x, token_types=token_types, key_padding_mask=key_padding_mask, batch_slice=batch_slice, sequence=sequence
+        )
         return self._result(encoded, target, reduction)
 
+    @renamed_argument(old="position", new="batch_slice")
+    @renamed_argument(old="is_padding", new="key_padding_mask")
     def encode(
         self,
         x: torch.Tensor,
         *,
         token_types: torch.Tensor | None = None,
-        is_padding: torch.Tensor | None = None,
-        position: BatchPosition | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """What the heads read, or the next stage: [S, B, H], or [S / R, B, H] under sequence parallelism.
@@ -165,12 +172,13 @@ class BERT(TransformerStack):
         Args:
             x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
             token_types: [B, S] int64 below config.num_token_types, read by the first stage; None: all 0.
-            is_padding: [B, S] bool, True for tokens that none sees; at least one a row is False. For every stage.
-            position: where in training this microbatch lies; dropout needs it, in training mode.
+            key_padding_mask: [B, S] bool, as in torch: True for a token that no token attends to. Each row has at least
+                one False. Every stage needs it.
+            batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
         """
-        mask = AttentionMask(padding=is_padding)
-        return self._encode(x, mask, token_types=token_types, position=position, sequence=sequence)
+        mask = AttentionMask(key_padding_mask=key_padding_mask)
+        return self._encode(x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, 2], the same on every rank, from what encode gave: (it follows, it does not).

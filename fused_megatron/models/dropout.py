@@ -8,12 +8,13 @@ import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
+from fused_megatron.deprecation import renamed_names
 from fused_megatron.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)
-class BatchPosition:
-    """Where in training a microbatch lies; with the model's seed it decides what dropout drops.
+class BatchSlice:
+    """The rows of a step's global batch in a microbatch; with the model's seed they decide what dropout drops.
 
     Attributes:
         step: number of the optimizer step.
@@ -34,23 +35,26 @@ class BatchPosition:
         )
 
 
+__getattr__ = renamed_names(__name__, {"BatchPosition": "BatchSlice"})
+
+
 @dataclass(frozen=True)
 class DropoutMasks:
     """What a part of the model drops from one microbatch.
 
     Attributes:
         rng_states: [n, 2] int64 (seed of the place in the model, step), on the device of the activations.
-        position: of the microbatch.
+        batch_slice: rows of the global batch in the microbatch.
         sequence: the positions of this rank's activations.
     """
 
     rng_states: torch.Tensor
-    position: BatchPosition
+    batch_slice: BatchSlice
     sequence: SequenceLayout
 
     def rows(self, start: int, stop: int) -> "DropoutMasks":
         """Those of the places start to stop."""
-        return DropoutMasks(self.rng_states[start:stop], self.position, self.sequence)
+        return DropoutMasks(self.rng_states[start:stop], self.batch_slice, self.sequence)
 
     def add(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float
@@ -72,8 +76,8 @@ class DropoutMasks:
             residual,
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.sequence.seq_len, self.position.global_batch_size, x.shape[-1]),
-            offset=(start, self.position.first_sample, 0),
+            full_shape=(self.sequence.seq_len, self.batch_slice.global_batch_size, x.shape[-1]),
+            offset=(start, self.batch_slice.first_sample, 0),
         )
 
     def drop(self, which: int, x: torch.Tensor, p: float) -> torch.Tensor:
@@ -90,8 +94,8 @@ class DropoutMasks:
             torch.zeros_like(probabilities),
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.position.global_batch_size, heads, *probabilities.shape[2:]),
-            offset=(self.position.first_sample, first_head, 0, 0),
+            full_shape=(self.batch_slice.global_batch_size, heads, *probabilities.shape[2:]),
+            offset=(self.batch_slice.first_sample, first_head, 0, 0),
         )
 
 
@@ -108,30 +112,30 @@ def fill_dropout_states_(states: torch.Tensor, places: Sequence[str], seed: int)
 
 
 def masks_of_batch(
-    states: torch.Tensor, position: BatchPosition | None, batch: int, sequence: SequenceLayout
+    states: torch.Tensor, batch_slice: BatchSlice | None, batch: int, sequence: SequenceLayout
 ) -> DropoutMasks:
     """What a model drops from a microbatch.
 
     Args:
         states: as fill_dropout_states_ filled them.
-        position: of the microbatch.
+        batch_slice: rows of the global batch in the microbatch.
         batch: B.
         sequence: the positions of this rank's activations.
 
     Raises:
-        InputError: no position, or one that leaves the global batch.
+        InputError: no batch_slice, or one that leaves the global batch.
     """
     check(
-        position is not None,
-        "position=None must be given where the model drops elements in training, "
-        "as position=BatchPosition(step, first_sample, global_batch_size) (or call eval())",
+        batch_slice is not None,
+        "batch_slice=None must be given where the model drops elements in training, "
+        "as batch_slice=BatchSlice(step, first_sample, global_batch_size) (or call eval())",
     )
-    assert position is not None
+    assert batch_slice is not None
     check(
-        position.first_sample + batch <= position.global_batch_size,
-        f"first_sample={position.first_sample} + tokens.shape[0]={batch} must be at most "
-        f"global_batch_size={position.global_batch_size}",
+        batch_slice.first_sample + batch <= batch_slice.global_batch_size,
+        f"first_sample={batch_slice.first_sample} + tokens.shape[0]={batch} must be at most "
+        f"global_batch_size={batch_slice.global_batch_size}",
     )
     states = states.clone()
-    states[:, 1] = position.step
-    return DropoutMasks(states, position, sequence)
+    states[:, 1] = batch_slice.step
+    return DropoutMasks(states, batch_slice, sequence)

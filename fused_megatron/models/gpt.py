@@ -4,8 +4,9 @@ import torch
 
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig
+from fused_megatron.deprecation import renamed_argument
 from fused_megatron.mesh import ParallelLayout
-from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
@@ -59,12 +60,13 @@ class GPT(TransformerStack):
         self.head = self._vocabulary_table(dtype, device) if untied else None
         self.reset_parameters(seed)
 
+    @renamed_argument(old="position", new="batch_slice")
     def forward(
         self,
         x: torch.Tensor,
         target: torch.Tensor | None = None,
         *,
-        position: BatchPosition | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
         documents: torch.Tensor | None = None,
         reduction: str = "none",
@@ -74,7 +76,7 @@ class GPT(TransformerStack):
         Args:
             x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
             target: [B, S] int64, or None. A stage takes none: see loss().
-            position: where in training this microbatch lies; dropout needs it, in training mode.
+            batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: the positions of the S tokens (and targets) in a longer sequence; None: they are all of it.
             documents: cumulative lengths, as AttentionMask's; None: a token sees all before it.
             reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
@@ -86,7 +88,7 @@ class GPT(TransformerStack):
             Each with the auxiliary losses of its blocks, where a feed-forward has one.
         """
         mask = AttentionMask(causal=True, window=self.config.sliding_window, documents=documents)
-        return self._result(self._encode(x, mask, position=position, sequence=sequence), target, reduction)
+        return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
 
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
         head = self.token_embedding if self.head is None else self.head

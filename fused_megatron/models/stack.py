@@ -12,7 +12,7 @@ from fused_megatron.config import TransformerConfig
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.attention import Tables
 from fused_megatron.models.block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
-from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
+from fused_megatron.models.dropout import BatchSlice, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -212,22 +212,22 @@ class TransformerStack(ShardedModule):
         mask: AttentionMask,
         *,
         token_types: torch.Tensor | None = None,
-        position: BatchPosition | None,
+        batch_slice: BatchSlice | None,
         sequence: SequenceLayout | None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Tokens [B, S], or what the stage before gave, through this stage: [S, B, H], or [S / R, B, H].
 
         Args:
             token_types: [B, S] int64, the rows of token_type_embedding; None: all 0. Read by the first stage.
-            position: where in training this microbatch lies.
+            batch_slice: the rows of the global batch in this microbatch.
             sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
         """
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
             check_shape("token_types", token_types, (batch, sequence.num_positions))
-        if mask.padding is not None:
-            check_shape("is_padding", mask.padding, (batch, sequence.num_positions))
-        masks = self._masks(batch, sequence, position)
+        if mask.key_padding_mask is not None:
+            check_shape("key_padding_mask", mask.key_padding_mask, (batch, sequence.num_positions))
+        masks = self._masks(batch, sequence, batch_slice)
         if self.span.first:
             x = self._embed(x, sequence, token_types)
             if masks is not None and self.config.embedding_dropout > 0:
@@ -258,10 +258,10 @@ class TransformerStack(ShardedModule):
             return sequence
         return sequence.block(group_rank(self.tp_group), group_size(self.tp_group))
 
-    def _masks(self, batch: int, sequence: SequenceLayout, position: BatchPosition | None) -> DropoutMasks | None:
+    def _masks(self, batch: int, sequence: SequenceLayout, batch_slice: BatchSlice | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        return masks_of_batch(self.get_buffer("dropout_states"), position, batch, self._own(sequence))
+        return masks_of_batch(self.get_buffer("dropout_states"), batch_slice, batch, self._own(sequence))
 
     def _embed(self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None) -> torch.Tensor:
         assert self.token_embedding is not None

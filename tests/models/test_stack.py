@@ -10,14 +10,14 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import MODEL_FAMILIES, BERTConfig, GPTConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import ParallelLayout, init_mesh
-from fused_megatron.models import BERT, GPT, BatchPosition, new_model
+from fused_megatron.models import BERT, GPT, BatchSlice, new_model
 from fused_megatron.models.registry import MODELS
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "vocab_size": 101, "init_std": 0.3}
 DROPOUT = {"hidden_dropout": 0.3, "embedding_dropout": 0.3}
-S, B, POSITION = 16, 3, BatchPosition(5, 2, 8)
+S, B, BATCH_SLICE = 16, 3, BatchSlice(5, 2, 8)
 CONFIGS = [
     GPTConfig(**SIZES, **DROPOUT),
     GPTConfig(**SIZES, **DROPOUT, recompute="full", tied_embeddings=False),
@@ -47,11 +47,11 @@ def losses_of_a_part(rank, world_size, ranges, sequence_parallel):
     part = batch.take(sequence)
     for config in CONFIGS:
         whole = without_attention(new_model(config, seed=3, dtype=torch.float64))
-        losses = whole(batch.inputs, batch.targets, position=POSITION)[:, sequence.positions()]
+        losses = whole(batch.inputs, batch.targets, batch_slice=BATCH_SLICE)[:, sequence.positions()]
         losses.sum().backward()
         layout = mesh.layout(sequence_parallel=sequence_parallel)
         model = without_attention(new_model(config, layout=layout, seed=3, dtype=torch.float64))
-        found = model(part.inputs, part.targets, position=POSITION, sequence=sequence)
+        found = model(part.inputs, part.targets, batch_slice=BATCH_SLICE, sequence=sequence)
         found.sum().backward()
         errors.append(float((found - losses).detach().abs().max()))
         table, wanted = model.position_embedding.grad, whole.position_embedding.grad
