@@ -10,9 +10,11 @@ from torch import nn
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.config import TrainConfig
+from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
+from fused_megatron.models import BatchSlice
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
@@ -45,6 +47,28 @@ class Assembly:
     def device(self) -> torch.device:
         """Of the parameters."""
         return next(iter(self.parameters.values())).device
+
+    def accumulate_batch(self, batch: Batch, step: int, loss_divisor: float) -> torch.Tensor:
+        """accumulate_gradients of this data-parallel rank's rows of a global batch, cut into microbatches.
+
+        Args:
+            batch: all rows of this rank, which follow those of the data-parallel rank before.
+            step: number of the optimizer step; with a row's place in the global batch it decides what dropout drops.
+            loss_divisor: the targets of all data-parallel ranks.
+        """
+        training = self.config.training
+        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
+        first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
+        slices = [
+            BatchSlice(step, first_sample + i * training.microbatch_size, training.global_batch_size)
+            for i in range(len(inputs))
+        ]
+        return self.accumulate_gradients(
+            inputs,
+            targets,
+            loss_divisor=loss_divisor,
+            stage_kwargs=[{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)],
+        )
 
     def accumulate_gradients(
         self,

@@ -69,7 +69,7 @@ def identity_all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
 
     Args:
         x: [..] any dtype, the same on every rank.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         x, as a view.
@@ -88,7 +88,7 @@ def all_reduce_identity(x: torch.Tensor, group: Group) -> torch.Tensor:
 
     Args:
         x: [..] float, this rank's partial sum.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [..] the sum, bitwise the same on every rank.
@@ -108,7 +108,7 @@ def all_gather_reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.
     Args:
         x: [.., n, ..] any dtype, this rank's shard; the same shape on every rank.
         dim: dim along which the tensor is sharded.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., R n, ..], contiguous.
@@ -128,7 +128,7 @@ def all_gather_split(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     Args:
         x: [.., n, ..] any dtype, this rank's shard; the same shape on every rank.
         dim: dim along which the tensor is sharded.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., R n, ..], contiguous.
@@ -148,7 +148,7 @@ def reduce_scatter_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.
     Args:
         x: [.., n, ..] float, this rank's partial sum.
         dim: dim to shard; its length must be divisible by the number of ranks R.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., n / R, ..], contiguous.
@@ -171,7 +171,7 @@ def split_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     Args:
         x: [.., n, ..] any dtype, the same on every rank.
         dim: dim to shard; its length must be divisible by the number of ranks R.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., n / R, ..], contiguous, a copy.
@@ -212,7 +212,7 @@ def identity_all_reduce_together(tensors: tuple[torch.Tensor, ...], group: Group
 
     Args:
         tensors: [..] float, the same on every rank.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         The tensors, as views.

@@ -60,7 +60,7 @@ def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
 
     Args:
         x: [..], contiguous.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Communication: one all-reduce of x.
     """

@@ -5,12 +5,12 @@ import os
 from collections.abc import Sequence
 
 from fused_megatron.checks import InputError
+from fused_megatron.doctor.diagnosis import VARIABLES, diagnose
 from fused_megatron.doctor.facts import Facts, TokenFile
-from fused_megatron.doctor.findings import VARIABLES, find_out
 from fused_megatron.doctor.installation import find_installation, find_library, find_torch
 from fused_megatron.doctor.machine import Questions, find_machine, find_tools
-from fused_megatron.doctor.ranks import Lookups, find_network
-from fused_megatron.doctor.report import as_json, show, verdict
+from fused_megatron.doctor.network import Lookups, find_network
+from fused_megatron.doctor.output_formats import as_json, show, verdict
 
 USAGE = """usage: fused-megatron doctor [--json] [--data PREFIX ...]
 
@@ -30,7 +30,7 @@ def run_doctor(words: Sequence[str]) -> int:
         return 0
     as_document, datasets = _parse(words)
     facts = gather_facts(datasets)
-    findings = find_out(facts)
+    findings = diagnose(facts)
     if as_document:
         print(as_json(facts, findings))
     else:

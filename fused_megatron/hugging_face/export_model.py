@@ -17,9 +17,9 @@ from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import TransformerConfig, model_config
-from fused_megatron.hugging_face.families import differing_fields, family_for
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.import_model import check_absent, copy_kept_files, new_folder
+from fused_megatron.hugging_face.known_families import differing_fields, family_for
 from fused_megatron.hugging_face.leftovers import Leftovers, StreamedTensors, kept_tensors, read_leftovers
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings

@@ -3,7 +3,7 @@
 from typing import Any
 
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.rules import Rule, linear, tied_or_own_head
 from fused_megatron.hugging_face.settings import GELUS, Settings
 
@@ -19,7 +19,7 @@ def read_gpt2(settings: Settings) -> dict[str, Any]:
         "ffn_hidden_size": settings.size("n_inner", None),
         "vocab_size": settings.size("vocab_size"),
         "tied_embeddings": settings.flag("tie_word_embeddings", True),
-        "activation": settings.word("activation_function", GELUS, "gelu_new"),
+        "activation": settings.choice("activation_function", GELUS, "gelu_new"),
         "layer_norm_eps": settings.number("layer_norm_epsilon", 1e-5),
         "init_std": settings.number("initializer_range", 0.02),
         "hidden_dropout": settings.number("resid_pdrop", 0.1),

@@ -3,8 +3,8 @@
 from typing import Any
 
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.family import Family
-from fused_megatron.hugging_face.rotary import read_rotary, write_rotary
+from fused_megatron.hugging_face.family_description import Family
+from fused_megatron.hugging_face.rope_settings import read_rotary, write_rotary
 from fused_megatron.hugging_face.rules import Rule, linear, query_key_value, tied_or_own_head
 from fused_megatron.hugging_face.settings import Settings
 
@@ -23,7 +23,7 @@ def _read_llama_like(settings: Settings) -> dict[str, Any]:
         "ffn_hidden_size": settings.size("intermediate_size"),
         "vocab_size": settings.size("vocab_size"),
         "tied_embeddings": settings.flag("tie_word_embeddings", False),
-        "activation": settings.word("hidden_act", _GATED, "silu"),
+        "activation": settings.choice("hidden_act", _GATED, "silu"),
         "normalization": "rms_norm",
         "layer_norm_eps": settings.number("rms_norm_eps", 1e-6),
         "linear_biases": False,

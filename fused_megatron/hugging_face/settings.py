@@ -52,7 +52,7 @@ class Settings:
         check(isinstance(value, bool), f"{self.source}: {name}={value!r:.60} must be true or false")
         return bool(value)
 
-    def word(self, name: str, meanings: Mapping[str, W], default: str) -> W:
+    def choice(self, name: str, meanings: Mapping[str, W], default: str) -> W:
         """What a word means; a word without a meaning is refused by name."""
         value = self._value(name, default)
         if not isinstance(value, str) or value not in meanings:

@@ -10,8 +10,8 @@ import torch
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.config import TransformerConfig
-from fused_megatron.hugging_face.families import family_of
-from fused_megatron.hugging_face.family import Family, is_buffer
+from fused_megatron.hugging_face.family_description import Family, is_buffer
+from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.models import new_model

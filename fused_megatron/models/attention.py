@@ -17,8 +17,8 @@ from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
-    RMSNorm,
     RowParallelLinear,
+    SequenceParallelRMSNorm,
     StackedColumnParallelLinear,
 )
 
@@ -80,7 +80,9 @@ class ParallelSelfAttention(nn.Module):
             # tp_group=None: these norms would sum their gradients only under sequence parallelism, but every rank has
             # other heads in any case. forward() sums the gradients.
             self.query_norm, self.key_norm = (
-                RMSNorm(config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device)
+                SequenceParallelRMSNorm(
+                    config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device
+                )
                 for _ in range(2)
             )
         self.projection = RowParallelLinear(

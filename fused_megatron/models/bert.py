@@ -18,7 +18,7 @@ from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import ParameterShard, SequenceLayout
-from fused_megatron.tensor_parallel import ColumnParallelLinear, LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 
 class BERT(TransformerStack):
@@ -49,7 +49,7 @@ class BERT(TransformerStack):
 
     config: BERTConfig
     head_transform: ColumnParallelLinear | None
-    head_norm: LayerNorm | RMSNorm | None
+    head_norm: SequenceParallelLayerNorm | SequenceParallelRMSNorm | None
     pooler: ColumnParallelLinear | None
     next_sentence: ColumnParallelLinear | None
 
@@ -178,7 +178,7 @@ class BERT(TransformerStack):
             batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
         """
-        mask = AttentionMask(padding=key_padding_mask)
+        mask = AttentionMask(key_padding_mask=key_padding_mask)
         return self._encode(x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,9 @@ from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxil
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
     RowParallelLinear,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
 
@@ -115,9 +115,9 @@ class TransformerBlock(nn.Module):
 
 def norm_of(
     config: TransformerConfig, *, layout: ParallelLayout, dtype: torch.dtype | None, device: torch.device | None
-) -> LayerNorm | RMSNorm:
+) -> SequenceParallelLayerNorm | SequenceParallelRMSNorm:
     """Return a new norm over the hidden dim, of the kind that config.normalization names."""
-    norm = RMSNorm if config.normalization == "rms_norm" else LayerNorm
+    norm = SequenceParallelRMSNorm if config.normalization == "rms_norm" else SequenceParallelLayerNorm
     return norm(
         config.hidden_size,
         eps=config.layer_norm_eps,
@@ -168,5 +168,5 @@ def reset_layers(model: nn.Module, seed: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             module.reset_parameters(seed, f"{name}.weight")
-        elif isinstance(module, LayerNorm | RMSNorm):
+        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
             module.reset_parameters()

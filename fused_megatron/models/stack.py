@@ -235,8 +235,8 @@ class TransformerStack(ShardedModule):
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
             check_shape("token_types", token_types, (batch, sequence.num_positions))
-        if mask.padding is not None:
-            check_shape("key_padding_mask", mask.padding, (batch, sequence.num_positions))
+        if mask.key_padding_mask is not None:
+            check_shape("key_padding_mask", mask.key_padding_mask, (batch, sequence.num_positions))
         masks = self._masks(batch, sequence, batch_slice)
         if self.span.first:
             x = self._embed(x, sequence, token_types)

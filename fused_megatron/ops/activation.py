@@ -93,6 +93,6 @@ def check_approximate(approximate: str) -> None:
         raise InputError(f"approximate={approximate!r} must be 'tanh' or 'none'")
 
 
-def is_double(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def has_float64(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether plain autograd over the reference is to run: no kernel takes float64."""
     return x.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64)

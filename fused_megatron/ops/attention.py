@@ -17,14 +17,14 @@ class AttentionMask:
     Attributes:
         causal: no key after the query.
         window: only the last `window` keys up to the query itself; needs causal. None: no limit.
-        padding: [B, S] bool, True for keys that no query sees (torch's key_padding_mask); at least one a row is False.
+        key_padding_mask: [B, S] bool, True for keys that no query sees (as in torch); at least one key a row is False.
         documents: [n + 1] int32 or int64, cumulative lengths of the n documents that the B S tokens are, row after row:
             0, .., B S. A query sees only keys of its own document (and row). None: every row is one document.
     """
 
     causal: bool = False
     window: int | None = None
-    padding: torch.Tensor | None = None
+    key_padding_mask: torch.Tensor | None = None
     documents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -32,8 +32,8 @@ class AttentionMask:
         check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (None: no window)")
 
     def hidden(self, batch: int, seq_len: int) -> torch.Tensor | None:
-        """[B, 1, S or 1, S] bool, True for keys that padding or documents hide; None where neither does."""
-        found = None if self.padding is None else self.padding[:, None, None, :]
+        """[B, 1, S or 1, S] bool, True for keys that key_padding_mask or documents hide; None where neither does."""
+        found = None if self.key_padding_mask is None else self.key_padding_mask[:, None, None, :]
         if self.documents is None:
             return found
         tokens = torch.arange(batch * seq_len, device=self.documents.device)
@@ -82,7 +82,7 @@ def attend(
     Raises:
         InputError: shapes that do not fit, heads that G does not divide, cumulative lengths that are not those of B S
             tokens (the last one is looked at on the CPU only, where it costs no synchronisation).
-        TypeError: a padding that is not bool, documents that are no integers.
+        TypeError: a key_padding_mask that is not bool, documents that are not integers.
 
     Communication: none.
     Memory: as torch's attention; with a window below S, padding or documents it reads a mask of S S or B S S bytes.
@@ -122,9 +122,9 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, m
         raise InputError(
             f"query.shape={tuple(query.shape)} has {heads} heads, not a multiple of the {key.shape[2]} of key"
         )
-    if mask.padding is not None:
-        check_dtype("padding", mask.padding, (torch.bool,))
-        check_shape("padding", mask.padding, (batch, seq_len))
+    if mask.key_padding_mask is not None:
+        check_dtype("key_padding_mask", mask.key_padding_mask, (torch.bool,))
+        check_shape("key_padding_mask", mask.key_padding_mask, (batch, seq_len))
     if mask.documents is not None:
         check_dtype("documents", mask.documents, (torch.int32, torch.int64))
         check(mask.documents.dim() == 1, f"documents.shape={tuple(mask.documents.shape)} must have 1 dim")

@@ -7,7 +7,7 @@ from fused_megatron.ops.activation import (
     check_activation,
     check_approximate,
     define_activation,
-    is_double,
+    has_float64,
 )
 from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_geglu as reference
@@ -47,7 +47,7 @@ def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: s
     """
     check_approximate(approximate)
     check_activation(x, bias, gated=True)
-    if is_double(x, bias):
+    if has_float64(x, bias):
         return reference.bias_geglu(x.contiguous(), bias, approximate)
     if not is_differentiated():
         return _OPS.forward(x, bias, approximate == "tanh")

@@ -2,7 +2,7 @@
 
 import torch
 
-from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, is_double
+from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, has_float64
 from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_swiglu as reference
 
@@ -38,7 +38,7 @@ def bias_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tens
     Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     check_activation(x, bias, gated=True)
-    if is_double(x, bias):
+    if has_float64(x, bias):
         return reference.bias_swiglu(x.contiguous(), bias)
     if not is_differentiated():
         return _OPS.forward(x, bias)

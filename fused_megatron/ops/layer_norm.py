@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
+from fused_megatron.ops.norm import empty_or_like, gradient_of_total_alone, needs_reference
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import layer_norm as reference
 
@@ -186,7 +186,7 @@ def layer_norm(
 
     Paper: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
-    if check_norm_arguments(x, weight, bias, residual):
+    if needs_reference(x, weight, bias, residual):
         return reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
     if is_differentiated():
         return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight)

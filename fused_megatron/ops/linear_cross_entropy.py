@@ -250,8 +250,8 @@ def loss_of_tiles(
     leaves = (hidden, weight, bias)
     # The same on every rank: shapes and dtypes are, and so is what learns.
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    num_words = weight.shape[0]
-    one_pass = learns and tiles_of(hidden, len(target), num_words, chunk_tokens).words >= num_words
+    num_entries = weight.shape[0]
+    one_pass = learns and tiles_of(hidden, len(target), num_entries, chunk_tokens).entries >= num_entries
     if sum_dtype is None or not one_pass:
         losses: torch.Tensor = _LossOfEachToken.apply(*leaves, target, settings, exchange)
         if sum_dtype is None:
@@ -315,9 +315,9 @@ def linear_cross_entropy(
     """
     check(reduction in _REDUCTIONS, f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
     check_head(hidden, weight, bias, target, chunk_tokens)
-    words = weight.shape[0] if vocab_size is None else vocab_size
-    check(1 <= words <= weight.shape[0], f"vocab_size={words} must be in [1, weight.shape[0]={weight.shape[0]}]")
-    terms = LossTerms(words, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
+    size = weight.shape[0] if vocab_size is None else vocab_size
+    check(1 <= size <= weight.shape[0], f"vocab_size={size} must be in [1, weight.shape[0]={weight.shape[0]}]")
+    terms = LossTerms(size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
     dtype, result_dtype = operand_and_result_dtype(hidden, weight)
     rows, ids = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous(), target.reshape(-1).contiguous()
     check_targets(ids, terms)

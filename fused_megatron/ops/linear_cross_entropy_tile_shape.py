@@ -1,4 +1,4 @@
-"""The size of the tiles of logits in linear_cross_entropy: so many tokens by so many words exist at a time."""
+"""The size of the tiles of logits in linear_cross_entropy: so many tokens by so many entries exist at a time."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import torch
 # Bytes of a tile. On a GPU: enough tokens to fill it with work, little beside the weights. On a CPU: the fewer chunks
 # the fewer passes over dw, and the peak at 4096 tokens, 768 -> 50304, stays below 1/8 of that with whole logits.
 _TILE_BYTES = {"gpu": 256 << 20, "cpu": 100 << 20}
-# Where the product is made in float32 for 16-bit operands, blocks of words are cast as they are used, and the tile is
+# Where the product is made in float32 for 16-bit operands, blocks of entries are cast as they are used, and the tile is
 # small beside the caches; up to so many tokens at once no gradient of a weight needs an accumulator.
 _CAST_TILE_BYTES = 8 << 20
 _CAST_TOKENS = 8192
@@ -15,25 +15,25 @@ _CPU_HAS_MATRIX_UNITS = {
     torch.bfloat16: torch.cpu._is_amx_tile_supported(),
     torch.float16: torch.cpu._is_amx_fp16_supported(),
 }
-# Rows of a tile and blocks of words begin at multiples of so many elements: what matrix units and wide loads want.
+# Rows of a tile and blocks of entries begin at multiples of so many elements: what matrix units and wide loads want.
 _ALIGNMENT = 64
 
 
 class TileShape(NamedTuple):
-    """Tokens and words of a tile, and the dtype that it is made in."""
+    """Tokens and entries of a tile, and the dtype that it is made in."""
 
     tokens: int
-    words: int
+    entries: int
     dtype: torch.dtype
 
 
 def tiles_of(
-    hidden: torch.Tensor, num_tokens: int, num_words: int, chunk_tokens: int | None, num_tiles: int = 1
+    hidden: torch.Tensor, num_tokens: int, num_entries: int, chunk_tokens: int | None, num_tiles: int = 1
 ) -> TileShape:
     """The tiles of a head whose operands have the dtype and the device of hidden."""
     product, device = product_dtype(hidden), hidden.device.type
     return TileShape(
-        *tile_shape(num_tokens, num_words, hidden.dtype, product, device, chunk_tokens, num_tiles), product
+        *tile_shape(num_tokens, num_entries, hidden.dtype, product, device, chunk_tokens, num_tiles), product
     )
 
 
@@ -42,9 +42,9 @@ def tile_bytes(device: str) -> int:
     return _TILE_BYTES["cpu" if device == "cpu" else "gpu"]
 
 
-def padded_width(num_words: int) -> int:
-    """The columns that a tile of so many words has in memory."""
-    return -(-num_words // _ALIGNMENT) * _ALIGNMENT
+def padded_width(num_entries: int) -> int:
+    """The columns that a tile of so many entries has in memory."""
+    return -(-num_entries // _ALIGNMENT) * _ALIGNMENT
 
 
 def product_dtype(operand: torch.Tensor) -> torch.dtype:
@@ -60,21 +60,21 @@ def product_dtype(operand: torch.Tensor) -> torch.dtype:
 
 def tile_shape(
     num_tokens: int,
-    num_words: int,
+    num_entries: int,
     dtype: torch.dtype,
     product: torch.dtype,
     device: str,
     chunk_tokens: int | None,
     num_tiles: int = 1,
 ) -> tuple[int, int]:
-    """(tokens, words) of one of num_tiles: chunks of tokens by all words or, where operands are cast, both cut."""
+    """(tokens, entries) of one of num_tiles: chunks of tokens by all entries or, where operands are cast, both cut."""
     if dtype == product:
-        row_bytes = max(1, num_words) * product.itemsize
+        row_bytes = max(1, num_entries) * product.itemsize
         most = tile_bytes(device) // row_bytes
         most = most if num_tokens <= most else most // num_tiles  # one tile is enough where it holds all
-        return chunk_tokens or _even_share(num_tokens, most), max(1, num_words)
+        return chunk_tokens or _even_share(num_tokens, most), max(1, num_entries)
     tokens = chunk_tokens or _even_share(num_tokens, _CAST_TOKENS)
-    return tokens, _even_share(num_words, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))
+    return tokens, _even_share(num_entries, _CAST_TILE_BYTES // (max(1, min(tokens, num_tokens)) * product.itemsize))
 
 
 def _even_share(total: int, most: int) -> int:

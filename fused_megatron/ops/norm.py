@@ -1,4 +1,4 @@
-"""What layer_norm and rms_norm check and do alike."""
+"""Parts that layer_norm and rms_norm share: argument checks, fake outputs, the gradient without y."""
 
 import torch
 
@@ -6,26 +6,30 @@ from fused_megatron.checks import InputError, check_dtype, check_same_device, ch
 from fused_megatron.ops.registration import FLOAT_DTYPES
 
 
-def check_norm_arguments(
+def needs_reference(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, residual: torch.Tensor | None
 ) -> bool:
-    """Raise unless the arguments fit each other; returns whether float64 is among them (plain PyTorch then)."""
+    """Return whether an argument is float64, which only the reference takes.
+
+    Raises:
+        InputError, TypeError: arguments that do not fit each other.
+    """
     check_dtype("x", x, FLOAT_DTYPES)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise InputError(f"x.shape={tuple(x.shape)} must have a last dim of at least 1")
-    double = x.dtype == torch.float64
+    has_float64 = x.dtype == torch.float64
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             check_shape(name, parameter, x.shape[-1:])
             check_dtype(name, parameter, FLOAT_DTYPES)
             check_same_device(name, parameter, "x", x)
-            double = double or parameter.dtype == torch.float64
+            has_float64 = has_float64 or parameter.dtype == torch.float64
     if residual is not None:
         check_shape("residual", residual, x.shape)
         check_dtype("residual", residual, (x.dtype, torch.float32, torch.float64))
         check_same_device("residual", residual, "x", x)
-        double = double or residual.dtype == torch.float64
-    return double
+        has_float64 = has_float64 or residual.dtype == torch.float64
+    return has_float64
 
 
 def empty_or_like(x: torch.Tensor, needed: bool, dtype: torch.dtype | None = None) -> torch.Tensor:

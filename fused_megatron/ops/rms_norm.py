@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
+from fused_megatron.ops.norm import empty_or_like, gradient_of_total_alone, needs_reference
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import rms_norm as reference
 
@@ -172,10 +172,10 @@ def rms_norm(
 
     Paper: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
-    double = check_norm_arguments(x, weight, None, residual)
+    by_reference = needs_reference(x, weight, None, residual)
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    if double:
+    if by_reference:
         return reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
     if is_differentiated():
         return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight)

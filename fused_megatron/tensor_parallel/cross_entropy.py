@@ -66,7 +66,7 @@ def vocab_parallel_cross_entropy(
     Args:
         logits_shard: [..., Vp / R] float32, bfloat16, float16 or float64; this rank's columns, not the gathered logits.
         target: [...] int64; ids in the whole vocabulary, the same on every rank.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         vocab_size: V, the true size of the vocabulary; columns from V on are left out of everything.
         ignore_index: tokens with this target have loss 0 and gradient 0.
         label_smoothing: s, spread over all V words.

@@ -85,7 +85,7 @@ def vocab_parallel_embedding(
         ids: [...] int64 or int32; the same on every rank.
         weight: [V / R, H] float; V may include padding.
         vocab_size: the true one; ids must be below it.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: return this rank's block of sequence_dim.
         sequence_dim: which dim of ids is the sequence.
 
@@ -140,7 +140,7 @@ class VocabParallelEmbedding(ShardedModule):
     Args:
         num_embeddings: V, the true size of the vocabulary.
         embedding_dim: H.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: return this rank's block [S / R, ...] of the sequence.
         sequence_dim: which dim of the ids is the sequence.
         pad_to_multiple_of: of the padded vocabulary; 128 suits the matrix units of a tied head.

@@ -52,7 +52,7 @@ def column_parallel_linear(
         x: [..., H] float; replicated, or under sequence parallelism this rank's block of sequence_dim.
         weight: [O / R, H], dtype of x (under autocast all three are cast, as torch does).
         bias: [O / R] or None.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: x is a sequence shard; y has the whole sequence.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
@@ -100,7 +100,7 @@ def row_parallel_linear(
         x: [..., I / R] float; this rank's block of the last dim.
         weight: [O, I / R], dtype of x (under autocast all three are cast, as torch does).
         bias: [O] or None; the same on every rank.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: y is this rank's block of sequence_dim.
         sequence_dim: which dim of x is the sequence; not the last.
         overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
@@ -237,7 +237,7 @@ class _ParallelLinear(ShardedModule):
 
         Args:
             linear: whole, the same on every rank of tp_group.
-            tp_group: the R ranks; None for this one alone.
+            tp_group: the R ranks; None for this rank only.
             **options: further arguments of the layer (sequence_parallel, skip_bias_add, overlap, ..).
 
         Raises:
@@ -299,7 +299,7 @@ class ColumnParallelLinear(_ParallelLinear):
         out_features: O of all ranks together; must be divisible by R. Or the parts that the output consists of, each
             sharded for itself; see StackedColumnParallelLinear.
         bias: whether there is one; sharded as the output.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the input is this rank's block [S / R, ...] of the sequence.
         sequence_dim: which dim of the input is the sequence.
         gather_output: return all O features on every rank; what follows must be the same on every rank.
@@ -366,7 +366,7 @@ class RowParallelLinear(_ParallelLinear):
         in_features: I of all ranks together; must be divisible by R.
         out_features: O.
         bias: whether there is one; whole on every rank.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the output is this rank's block [S / R, ...] of the sequence.
         sequence_dim: which dim of the input is the sequence.
         skip_bias_add: leave the bias to a following fused op; forward returns (y, bias).

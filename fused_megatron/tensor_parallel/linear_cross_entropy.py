@@ -49,7 +49,7 @@ def vocab_parallel_linear_cross_entropy(
             rank's block [S / R, ..., H].
         weight_shard: [Vp / R, H]; may be of another dtype: as in ops.linear_cross_entropy.
         target: [...] or [S, ...] int64; of the whole sequence, ids in the whole vocabulary, the same on every rank.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         vocab_size: V, the true size of the vocabulary; rows of the whole weight from V on are padding.
         bias_shard: [Vp / R] or None.
         ignore_index, label_smoothing, z_loss, softcap: as in ops.linear_cross_entropy.

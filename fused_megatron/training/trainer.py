@@ -19,7 +19,6 @@ from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json, sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
-from fused_megatron.models import BatchSlice
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
@@ -84,7 +83,7 @@ class Trainer:
         self.data = data
         self.run_folder = run
         self.reporter = reporter
-        self._accumulate_gradients = assembly.accumulate_gradients
+        self._accumulate_batch = assembly.accumulate_batch
         self.progress = Progress()
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
@@ -220,18 +219,8 @@ class Trainer:
         batch = self.data.training_batch(
             self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
         )
-        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
-        first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
-        slices = [
-            BatchSlice(self.progress.step, first_sample + i * training.microbatch_size, training.global_batch_size)
-            for i in range(len(inputs))
-        ]
-        return self._accumulate_gradients(
-            inputs,
-            targets,
-            loss_divisor=gradient_divisor(training.global_batch_size, self.data.targets_per_sample),
-            stage_kwargs=[{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)],
-        )
+        divisor = gradient_divisor(training.global_batch_size, self.data.targets_per_sample)
+        return self._accumulate_batch(batch, self.progress.step, divisor)
 
     def _sum_over_ranks(self, loss_sum: torch.Tensor, finite: bool) -> tuple[float, bool, str | None]:
         """The loss over all data-parallel ranks, whether all is finite, and what asked any rank to stop.

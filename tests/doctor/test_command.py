@@ -15,7 +15,7 @@ import pytest
 from fused_megatron import cli
 from fused_megatron.doctor.device_code import device_code, runs_on
 from fused_megatron.doctor.machine import Question, parsed_gpus, parsed_links
-from fused_megatron.doctor.ranks import Lookup, Lookups, find_network
+from fused_megatron.doctor.network import Lookup, Lookups, find_network
 from fused_megatron.extension import LIBRARY
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_bad_words_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_megatron.doctor.ranks.LOOKUP_PATIENCE_S", 0.2)
+    monkeypatch.setattr("fused_megatron.doctor.network.LOOKUP_PATIENCE_S", 0.2)
     monkeypatch.setattr(socket, "getnameinfo", lambda *_: time.sleep(120))
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror("unknown")))

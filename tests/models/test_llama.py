@@ -2,7 +2,7 @@
 
 What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
 
-(Against transformers' models as a whole: tests/hugging_face/test_families.py.)
+(Against transformers' models as a whole: tests/hugging_face/test_known_families.py.)
 """
 
 import dataclasses

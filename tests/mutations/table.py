@@ -202,14 +202,14 @@ MUTATIONS = (
         "fused_megatron/hugging_face/gpt2.py",
         '"attention_dropout": settings.number("attn_pdrop", 0.1)',
         '"attention_dropout": settings.number("embd_pdrop", 0.1)',
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "Llama's dropout is lost",
         "fused_megatron/hugging_face/llama.py",
         '        "attention_dropout": settings.number("attention_dropout", 0.0),\n',
         "",
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "top_k is one token short",

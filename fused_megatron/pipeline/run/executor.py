@@ -13,11 +13,11 @@ from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
 from fused_megatron.pipeline.run.executor_checks import (
-    check_pipeline,
-    check_step,
+    checked_and_lowered,
     chosen_hooks,
     needs_gradients,
     stage_device,
+    step_inputs,
 )
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
@@ -109,7 +109,7 @@ class PipelineExecutor:
         lowered, error = None, None
         try:
             hooks = chosen_hooks(hooks, reduce_gradients, update)
-            lowered = check_pipeline(schedule, stages, pp_group, loss_fn, tied, hooks)
+            lowered = checked_and_lowered(schedule, stages, pp_group, loss_fn, tied, hooks)
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
@@ -241,7 +241,7 @@ class PipelineExecutor:
         step, error, ids = None, None, None
         try:
             device = self._connections.device
-            step = check_step(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
+            step = step_inputs(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
         except InputError as wrong:
             error = wrong
         count = len(self.schedule.microbatches)

@@ -17,7 +17,7 @@ def read_rotary(settings: Settings, *, default_base: float = 10000.0) -> dict[st
     check(isinstance(table, dict), f"{settings.source}: rope_scaling={table!r:.60} must be an object or null")
     rope = Settings({"rope_type": table.get("type"), **table}, f"{settings.source}: rope_scaling")
     context = settings.size("max_position_embeddings")
-    scaling = rope.word("rope_type", _KINDS, "default")
+    scaling = rope.choice("rope_type", _KINDS, "default")
     fields: dict[str, Any] = {
         "position": "rotary",
         "seq_len": context,

@@ -45,7 +45,7 @@ class Finding:
     command: str = ""
 
 
-def find_out(facts: Facts) -> list[Finding]:
+def diagnose(facts: Facts) -> list[Finding]:
     """Everything that is to be said, the worst first."""
     parts = (_packages, _library, _gpus, _gpu_kernels, _names, _interfaces, _loopback, _threads, _environment, _tokens)
     found = [finding for part in parts for finding in part(facts)]

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fused_megatron.doctor.device_code import runs_on
+from fused_megatron.doctor.diagnosis import BROKEN, NOTE, SLOW, Finding
 from fused_megatron.doctor.facts import Facts
-from fused_megatron.doctor.findings import BROKEN, NOTE, SLOW, Finding
 
 Section = tuple[str, list[tuple[str, str]]]
 

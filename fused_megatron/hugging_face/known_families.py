@@ -7,7 +7,7 @@ from typing import Any
 from fused_megatron.checks import InputError
 from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face import bert, gpt2, llama
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.settings import Settings
 
 # Where a model can be written as several, the first.
