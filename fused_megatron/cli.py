@@ -25,6 +25,7 @@ commands:
   launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
+  verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   doctor [--json]                               what is here, what is missing, and what mends it
   report FILE...                                benchmark results as tables and plots; two runs compared
@@ -68,6 +69,7 @@ def _run(words: Sequence[str]) -> int:
         "launch": _launch,
         "generate": _generate,
         "convert": _convert,
+        "verify": _verify,
         "schedule": _schedule,
         "doctor": _doctor,
         "report": _report,
@@ -159,6 +161,12 @@ def _convert(words: Sequence[str]) -> int:
     if arguments is not None:
         convert(arguments)
     return 0
+
+
+def _verify(words: Sequence[str]) -> int:
+    from fused_megatron.planning.verify.command import run_verify  # noqa: PLC0415
+
+    return run_verify(words)
 
 
 def _schedule(words: Sequence[str]) -> int:
