@@ -123,12 +123,13 @@ class Connections:
             reason = str(error).partition(". This is typically")[0]  # what gloo guesses at length
             self.faults.write(lost, None, reason)
             known = self.faults.read() or (lost, None, reason)
-        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
+        here = f"pipeline rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
         if rank < 0:
             return PipelineError(f"pipeline: another rank is gone or silent ({text}); {here}", -1)
-        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone or silent ({text})"
-        return PipelineError(f"pipeline: {what}; {here}", rank, where)
+        # Not those of the run: each pipeline counts its own ranks.
+        what = f"failed at {where}: {text}" if where else f"is gone or silent ({text})"
+        return PipelineError(f"pipeline rank {rank} {what}; {here}", rank, where)
 
     def _dead_peer(self) -> int:
         """The first rank whose connection of the control group is cut; -1 for none."""
