@@ -13,6 +13,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
+from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
@@ -69,6 +70,7 @@ def assemble(
     plan: PipelinePlan,
     model: ModelStages,
     observe: Callable[[Action, float, float], None] | None = None,
+    transport: Transport | None = None,
 ) -> Assembly:
     """Join what a rank trains with. Every rank calls it at once.
 
@@ -77,7 +79,7 @@ def assemble(
         mesh: of all ranks.
         plan: the schedule that the pipeline follows.
         model: this rank's stages, with the weights to start from.
-        observe: as PipelineExecutor takes it.
+        observe, transport: as PipelineExecutor takes them.
 
     Raises:
         InputError: on every rank, as PipelineExecutor.
@@ -103,6 +105,7 @@ def assemble(
         timeout_s=config.parallel.timeout_s,
         auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
+        transport=transport,
     )
     optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)

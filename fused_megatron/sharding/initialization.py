@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 
-from fused_megatron.checks import check
+from fused_megatron.checks import check, has_values
 from fused_megatron.sharding.box import Box, TensorBox
 from fused_megatron.sharding.parameter_record import parameter_parts
 
@@ -23,7 +23,8 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     device and dtype (up to rounding). Rows that pad the vocabulary become 0.
 
     Args:
-        parameter: 1 to 3 dims, float; marked with its ParameterShard, or whole. On the meta device nothing happens.
+        parameter: 1 to 3 dims, float; marked with its ParameterShard, or whole. Nothing happens where it has
+            no values (checks.has_values).
         std: standard deviation.
         seed: of the model.
         name: of the parameter in the model; two parameters of one name and seed get the same values. Where it stacks
@@ -36,7 +37,7 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     Memory: one tile of TILE x TILE float32 numbers beside the parameter.
     """
     check(1 <= parameter.dim() <= 3, f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 to 3 dims")
-    if parameter.device.type == "meta":
+    if not has_values(parameter):
         return
     parameter.zero_()
     for part in parameter_parts(parameter):
