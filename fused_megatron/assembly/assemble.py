@@ -59,7 +59,7 @@ class Assembly:
 
         Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
         stage (over tp and dp) have the same list of actions, each in a pipeline of its own, and the lists of one
-        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline could
+        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline can
         do them one after the other. When it comes to an action, all ranks that share its stage have done the actions
         before it, so they all reach it, its messages are there, and its collectives find their partners.
 
