@@ -16,7 +16,7 @@ KERNEL_LINES = 120
 # Of a Python file: a question, not a fault.
 MANY_LINES = 400
 # How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
-FMT_SKIPS = 166
+FMT_SKIPS = 127
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 # Stems of several files that all do the same thing: an op or its drop-in in each room, a command in each room, a model
 # and its conversion, settings and what they set. Every other stem names one file of the package.
@@ -39,19 +39,6 @@ STEMS_OF_ONE_THING = {
     "rotary_embedding",
     "sample_index",
     "scaled_masked_softmax",
-}
-# To be renamed; may only shrink.
-STEMS_OF_DIFFERENT_THINGS = {"findings", "plots", "report", "rotary"}
-# Functions named check_* that return something; may only shrink.
-CHECKS_THAT_RETURN = {
-    "check_communication",
-    "check_pipeline",
-    "check_placement",
-    "check_schedule",
-    "check_step",
-    "check_unit",
-    "_check_heads",
-    "_check",
 }
 
 
@@ -157,13 +144,13 @@ def test_no_more_lines_are_kept_from_the_formatter():
 
 
 def test_no_stem_names_two_different_things():
-    assert repeated_stems(sources()) <= STEMS_OF_DIFFERENT_THINGS, "rename one stem so that it says what its file does"
+    assert repeated_stems(sources()) == set(), "rename one stem so that it says what its file does"
 
 
 def test_a_check_returns_nothing():
     package = [path for path in sources() if path.suffix == ".py" and path.parts[0] in ("fused_megatron", "kernels")]
     found = {name for path in package for name in checks_that_return((ROOT / path).read_text(encoding="utf-8"))}
-    assert found <= CHECKS_THAT_RETURN, "check_* raises or returns None; what returns a value has another verb"
+    assert found == set(), "check_* raises or returns None; what returns a value has another verb"
 
 
 def test_repeated_stem_is_found():
