@@ -13,9 +13,9 @@ FOLDERS = ("fused_megatron", "kernels", "csrc", "tests", "benchmarks", "examples
 FILE_LINES = {".py": 500, ".cpp": 300, ".cu": 300, ".h": 300, ".cuh": 300}
 FUNCTION_LINES = 60
 KERNEL_LINES = 120
-# Of a Python file: a question, not a fault.
+# A Python file with more lines than this is a warning, not a fault.
 MANY_LINES = 400
-# How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
+# Number of lines that are kept from the formatter in all sources. May only shrink: lower it when you remove one.
 FMT_SKIPS = 127
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 # Stems of several files that all do the same thing: an op or its drop-in in each room, a command in each room, a model
