@@ -1,4 +1,4 @@
-"""Models built from the tensor-parallel layers."""
+"""GPT and BERT, built from the tensor-parallel layers, and their cut into pipeline stages."""
 
 from fused_megatron.deprecation import renamed_names
 from fused_megatron.models.attention import ParallelSelfAttention
