@@ -341,7 +341,7 @@ def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tens
 
 
 def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, into block `own rank` of destination."""
+    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, where block s comes from rank s."""
     received, sent = (x.view(ring.num_ranks, -1) for x in (destination, source))
     size = max(1, _elements(sent) // ring.num_ranks)
 
