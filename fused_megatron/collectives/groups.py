@@ -29,6 +29,11 @@ def group_rank(group: Group) -> int:
     return 0 if group is None else _member(group).rank()
 
 
+def is_fake(group: Group) -> bool:
+    """Whether the other ranks of the group are not there: torch's "fake" backend, whose collectives do nothing."""
+    return group is not None and dist.get_backend(group) == dist.Backend.FAKE
+
+
 def on_ranks(function: type[AutogradFunction], group: Group) -> Callable[..., Any]:
     """Return function.apply, for a function with collectives over group: on_ranks(Function, group)(*args).
 

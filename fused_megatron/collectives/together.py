@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.checks import InputError, SharedError, SharedInputError, first_line
-from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.groups import Group, group_rank, group_size, is_fake
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 T = TypeVar("T")
@@ -35,13 +35,15 @@ class Outcome(NamedTuple):
 def gather_json(value: Any, group: Group) -> list[Any]:
     """Gather a JSON value from every rank, in rank order. JSON instead of all_gather_object, which pickles.
 
+    Ranks of a fake group say what this one says.
+
     Raises:
         RuntimeError: a rank is gone or silent; raised by torch.distributed.
 
     Communication: two all-gathers, of 8 bytes and of the longest text.
     """
-    if group is None:
-        return [value]
+    if group is None or is_fake(group):
+        return [value] * group_size(group)
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     device = torch.device("cuda") if dist.get_backend(group) == "nccl" else torch.device("cpu")
     size = dist.get_world_size(group)

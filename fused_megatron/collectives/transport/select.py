@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group
-from fused_megatron.collectives.transport import host_ring
+from fused_megatron.collectives.transport import announcements, host_ring
 from fused_megatron.collectives.transport.host_ring import HostRing
 from fused_megatron.collectives.transport.shared_memory import map_rings
 
@@ -25,22 +25,11 @@ _LOG = logging.getLogger(__name__)
 _SWITCH = "FUSED_MEGATRON_SHARED_MEMORY"
 _rings: WeakKeyDictionary[dist.ProcessGroup, HostRing | None] = WeakKeyDictionary()
 
-# Ops that do nothing, as overloads of the ops that torch.distributed dispatches. They show collectives through shared
-# memory to tools that watch the latter by a dispatch mode (observe.record_communication, torch's CommDebugMode).
-_ANNOUNCEMENTS = torch.library.Library("c10d", "FRAGMENT")
-for _schema in (
-    "allreduce_.shared_memory(Tensor[] tensors, int[] ranks) -> ()",
-    "_allgather_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
-    "alltoall_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
-):
-    _ANNOUNCEMENTS.define(_schema)
-    _ANNOUNCEMENTS.impl(_schema.partition("(")[0], lambda *_: None, "CompositeExplicitAutograd")
-
 # Collective -> its kind, the op that announces it, and the function that cuts it into pieces that fit in a ring.
 _SHARED = {
-    dist.all_reduce: ("all_reduce", torch.ops.c10d.allreduce_.shared_memory, host_ring.cut_all_reduce),
-    dist.all_gather_single: ("all_gather", torch.ops.c10d._allgather_base_.shared_memory, host_ring.cut_all_gather),
-    dist.all_to_all_single: ("all_to_all", torch.ops.c10d.alltoall_base_.shared_memory, host_ring.cut_all_to_all),
+    dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
+    dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
+    dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 
 from fused_megatron.pipeline.schedule.routing import Channel
 
@@ -41,12 +42,18 @@ class Transport(Protocol):
         """Start to receive into a tensor with the shape that the peer sends."""
 
 
-def make_group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def make_group(
+    store: dist.Store | None, name: str, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> Any:
     """Make a process group that no registry knows, by a call that only its members make.
+
+    Without a store there are no other ranks to meet, and the group is a fake one.
 
     torch.distributed.new_group must be called by all ranks of the world, or else names the group after the number of
     groups that a rank has, which differs along a pipeline.
     """
+    if store is None:
+        return FakeProcessGroup._create_internal(rank, size)
     store = dist.PrefixStore(name, store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
