@@ -63,8 +63,8 @@ class Connections:
             for index, stages in enumerate(schedule.tied):
                 ranks = sorted({schedule.placement[stage] for stage in stages})
                 if self.rank in ranks and len(ranks) > 1:
-                    place = ranks.index(self.rank)
-                    group = make_group(store, f"tied/{index}", place, len(ranks), device, timeout)
+                    tied_rank = ranks.index(self.rank)
+                    group = make_group(store, f"tied/{index}", tied_rank, len(ranks), device, timeout)
                     self.tied_groups[index] = group, [self.global_ranks[each] for each in ranks]
         if transport is None and store is not None:
             transport = Channels(channels_of(schedule), self.rank, store, device, timeout)

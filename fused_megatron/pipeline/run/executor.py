@@ -67,8 +67,8 @@ class PipelineExecutor:
         lookahead: number of computations by which a receive is posted before its use.
         timeout_s: time-out of a wait, in seconds.
         auxiliary_losses: whether stages other than the last may return modules.auxiliary_loss.WithAuxiliaryLoss in
-            training; the same on all ranks. Such a loss is added to the loss of the microbatch, divided as it is, and
-            has gradients.
+            training; the same on all ranks. Such a loss is added to the loss of the microbatch, divided by the same
+            loss_divisor, and contributes to the gradients.
         observe: called with (action, start, end) after each computation; times in seconds, as time.perf_counter.
 
     Raises:

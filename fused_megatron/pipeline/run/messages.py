@@ -252,11 +252,11 @@ def _shown(specs: Sequence[TensorSpec]) -> str:
 
 
 def encode_header(specs: Sequence[TensorSpec]) -> list[int]:
-    """The int64 numbers that say ahead of a message which tensors it has.
+    """Encode the specs of a message's tensors as the HEADER_NUMBERS int64 numbers of its header.
 
     Raises:
-        TypeError: a dtype that cannot be sent.
-        ValueError: more tensors than a header has room for.
+        TypeError: a dtype cannot be sent.
+        ValueError: the tensors do not fit in a header.
     """
     numbers = [len(specs)]
     for spec in specs:
