@@ -136,7 +136,7 @@ def test_a_round_trip_keeps_heads_that_are_not_trained(
 ) -> None:
     there_and_back(bert, tmp_path)
     said = capsys.readouterr().out
-    assert "kept for the way back, but no part of the run: bert.pooler.dense.bias, " in said and "generate" not in said
+    assert "kept for to-hf, but not used by the run: bert.pooler.dense.bias, " in said and "generate" not in said
     kept = load_file(tmp_path / "run" / "hugging_face" / "kept" / "model.safetensors")
     assert len(kept) == 4
     # In 16 bits all of it is, the way back too.
