@@ -77,6 +77,11 @@ def first_line(error: BaseException, *, name_type: bool = True) -> str:
     return f"{kind}: {lines[0]}" if name_type else lines[0]
 
 
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has numbers: on the meta device, and of a FakeTensorMode, it has only a shape."""
+    return not tensor.is_meta and getattr(tensor, "fake_mode", None) is None
+
+
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
     """Raise InputError unless tensor has exactly the expected shape."""
     if tuple(tensor.shape) != tuple(expected):

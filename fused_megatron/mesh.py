@@ -36,13 +36,13 @@ def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How layers and models are cut over ranks.
+    """Options of layers and models that are sharded over ranks.
 
     Attributes:
-        tp_group: the R ranks that share each layer; None for this rank alone.
+        tp_group: the R ranks that share each layer; None for this rank only.
         sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
-        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says, a number: so many, False: never.
+        overlap: number of chunks of a product, so that products and collectives run side by side: True lets the cost
+            model of the group choose, a number fixes it, False is 1.
     """
 
     tp_group: dist.ProcessGroup | None = None

@@ -15,6 +15,7 @@ from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
+from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
@@ -56,6 +57,12 @@ class Assembly:
             step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
             loss_divisor: number of targets over all data-parallel ranks.
 
+        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
+        stage (over tp and dp) have the same list of actions, each in a pipeline of its own, and the lists of one
+        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline can
+        do them one after the other. When it comes to an action, all ranks that share its stage have done the actions
+        before it, so they all reach it, its messages are there, and its collectives find their partners.
+
         Returns, Raises, Communication: as accumulate_gradients.
         """
         training = self.config.training
@@ -96,6 +103,7 @@ def assemble(
     plan: PipelinePlan,
     model: ModelStages,
     observe: Callable[[Action, float, float], None] | None = None,
+    transport: Transport | None = None,
 ) -> Assembly:
     """Build the training parts of this rank. Every rank must call this together.
 
@@ -104,7 +112,7 @@ def assemble(
         mesh: of all ranks.
         plan: the schedule of the pipeline.
         model: this rank's stages, with their initial weights.
-        observe: called for every executed action; see PipelineExecutor.
+        observe, transport: see PipelineExecutor.
 
     Raises:
         InputError: on every rank, as PipelineExecutor.
@@ -130,6 +138,7 @@ def assemble(
         timeout_s=config.parallel.timeout_s,
         auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
+        transport=transport,
     )
     optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)

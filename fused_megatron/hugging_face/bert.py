@@ -1,4 +1,4 @@
-"""BERT as published, and as Megatron-LM re-arranged it: config.json and the names of the tensors."""
+"""Hugging Face's BERT and MegatronBert: their config.json and tensor names, translated to BERTConfig and ours."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GPT-2: its config.json and the names of its tensors."""
+"""Hugging Face's GPT-2: its config.json and tensor names, translated to GPTConfig and our names."""
 
 from typing import Any
 
@@ -58,7 +58,7 @@ def gpt2_rules(config: GPTConfig, prefix: str) -> list[Rule]:
             *linear(f"{ours}.mlp_norm", f"{theirs}.ln_2", True),
             *linear(f"{ours}.mlp.expansion", f"{theirs}.mlp.c_fc", True, transposed=True),
             *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.c_proj", True, transposed=True),
-        ]  # fmt: skip
+        ]
     return rules + linear("final_norm", f"{prefix}ln_f", True) + tied_or_own_head(config)
 
 

@@ -1,4 +1,4 @@
-"""Attention under a mask: what a query sees, and the context that it gets."""
+"""Attention over the keys that a causal, windowed, padding or document mask leaves visible."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """What each query may see. A query sees a key that no part of the mask hides.
+    """The keys that each query may see: all keys that no part of the mask hides.
 
     Attributes:
-        causal: no key after the query.
-        window: only the last `window` keys up to the query itself; needs causal. None: no limit.
+        causal: hide the keys after the query.
+        window: number of keys, up to and with the query's own, that a query sees; needs causal. None: no limit.
         key_padding_mask: [B, S] bool, True for keys that no query sees (as in torch); at least one key a row is False.
-        documents: [n + 1] int32 or int64, cumulative lengths of the n documents that the B S tokens are, row after row:
-            0, .., B S. A query sees only keys of its own document (and row). None: every row is one document.
+        documents: [n + 1] int32 or int64, from 0 to B S: cumulative lengths of the n documents that the B S tokens, row
+            after row, consist of. A query sees only keys of its own document and row. None: each row is one document.
     """
 
     causal: bool = False
@@ -32,7 +32,7 @@ class AttentionMask:
         check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (None: no window)")
 
     def hidden(self, batch: int, seq_len: int) -> torch.Tensor | None:
-        """[B, 1, S or 1, S] bool, True for keys that key_padding_mask or documents hide; None where neither does."""
+        """Return [B, 1, S or 1, S] bool, True for keys hidden by key_padding_mask or documents; None without these."""
         found = None if self.key_padding_mask is None else self.key_padding_mask[:, None, None, :]
         if self.documents is None:
             return found
@@ -42,7 +42,7 @@ class AttentionMask:
         return apart if found is None else apart | found
 
     def seen(self, batch: int, seq_len: int, device: torch.device) -> torch.Tensor | None:
-        """[S, S] or [B, 1, S or 1, S] bool, True where a query sees a key; None where `causal` says it all."""
+        """Return [S, S] or [B, 1, S or 1, S] bool, True where a query sees a key; None if `causal` is enough."""
         hidden = self.hidden(batch, seq_len)
         windowed = self.window is not None and self.window < seq_len
         if not windowed and (hidden is None or not self.causal):
@@ -62,31 +62,31 @@ def attend(
     scale: float | None = None,
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """softmax(scale query key^T, over the keys that the mask shows) value, by heads.
+    """Compute softmax(scale query key^T) value for each head, over the keys that the mask leaves visible.
 
-    Equals torch.nn.functional.scaled_dot_product_attention, which it calls where nothing is dropped, in the layout of
-    our activations: the sequence first.
+    Equals torch.nn.functional.scaled_dot_product_attention (which it calls when there is no dropout) with the sequence
+    as the first dim, the layout of the activations of this package.
 
     Args:
         query: [S, B, N, D] float, any strides.
         key: [S, B, G, D]; G divides N, and N / G neighbouring query heads share a key head.
         value: [S, B, G, Dv].
         mask: what each query sees.
-        scale: of the scores; D^-0.5 when None.
-        dropout: the probabilities [B, N, S, S] to those that are kept and scaled up, the same again in backward's
-            recomputation (as models/dropout.py); None drops nothing.
+        scale: factor of the scores; None: D^-0.5.
+        dropout: maps the probabilities [B, N, S, S] to the kept and rescaled ones. It must draw the same mask when the
+            backward recomputes it (as models/dropout.py does). None: no dropout.
 
     Returns:
         [S, B, N, Dv], dtype of query; a view of [B, N, S, Dv].
 
     Raises:
-        InputError: shapes that do not fit, heads that G does not divide, cumulative lengths that are not those of B S
-            tokens (the last one is looked at on the CPU only, where it costs no synchronisation).
+        InputError: shapes that do not fit, N that G does not divide, or cumulative lengths that do not ascend from 0 to
+            B S (checked only on the CPU: on a GPU it would synchronise).
         TypeError: a key_padding_mask that is not bool, documents that are not integers.
 
     Communication: none.
-    Memory: as torch's attention; with a window below S, padding or documents it reads a mask of S S or B S S bytes.
-        With dropout the scores and probabilities are held whole: B N S S elements, and as many after dropout.
+    Memory: as torch's attention; a window below S, padding or documents need a mask of S S or B S S bytes. With dropout
+        all scores and probabilities are stored: B N S S elements, and B N S S more after dropout.
     """
     _check_shapes(query, key, value, mask)
     (seq_len, batch), shared = query.shape[:2], query.shape[2] // key.shape[2]

@@ -33,14 +33,14 @@ def needs_reference(
 
 
 def empty_or_like(x: torch.Tensor, needed: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What a fake kernel returns for an output that may not be wanted."""
+    """Return the fake output of an optional result: like x if it is needed, else empty."""
     if not needed:
         return x.new_empty(0)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def gradient_of_total_alone(
+def gradient_without_y(
     dtotal: torch.Tensor, dx_dtype: torch.dtype, need_dx: bool, need_dresidual: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(dx, dresidual) where nothing depends on y."""
+    """Return (dx, dresidual) if nothing depends on y: both are the gradient of total."""
     return dtotal.to(dx_dtype) if need_dx else None, dtotal if need_dresidual else None

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 
-from fused_megatron.checks import check
+from fused_megatron.checks import check, has_values
 from fused_megatron.sharding.box import Box, TensorBox
 from fused_megatron.sharding.parameter_record import parameter_parts
 
@@ -24,7 +24,8 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     and dtype (up to rounding). Rows that pad the vocabulary become 0.
 
     Args:
-        parameter: 1 to 3 dims, float; marked with its shard, or not sharded. On the meta device nothing happens.
+        parameter: 1 to 3 dims, float; marked with its shard, or not sharded. Nothing happens where it has no values
+            (checks.has_values).
         std: standard deviation.
         seed: seed of the model.
         name: name of the parameter in the model; two parameters with one name and seed get the same values. The parts
@@ -37,7 +38,7 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
     Memory: one tile of TILE x TILE float32 numbers beside the parameter.
     """
     check(1 <= parameter.dim() <= 3, f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 to 3 dims")
-    if parameter.device.type == "meta":
+    if not has_values(parameter):
         return
     parameter.zero_()
     for part in parameter_parts(parameter):

@@ -1,4 +1,4 @@
-"""Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
+"""Layers and losses sharded over tensor-parallel ranks, with sequence parallelism as an option."""
 
 from fused_megatron.deprecation import renamed_names
 from fused_megatron.sharding import (

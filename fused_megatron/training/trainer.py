@@ -12,15 +12,15 @@ from typing import Any
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.assembly.training_step import StepSums, training_step
 from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
-from fused_megatron.collectives.together import gather_json, sum_over_ranks_
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.data.training_data import TrainingData
-from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.sharding import mark_all_shards
-from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
+from fused_megatron.sharding.gradient_norm import non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.learning_rate import learning_rate
@@ -83,7 +83,7 @@ class Trainer:
         self.data = data
         self.run_folder = run
         self.reporter = reporter
-        self._accumulate_batch = assembly.accumulate_batch
+        self._assembly = assembly
         self.progress = Progress()
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
@@ -193,70 +193,51 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.seq_len / seconds
 
     def train_step(self) -> str | None:
-        """Do one optimizer step; return the reason to stop if any rank was asked to, the same on all ranks."""
+        """Do one optimizer step; return the reason to stop if any rank was asked to, the same on all ranks.
+
+        Raises:
+            NonFiniteError: on every rank; the weights are not updated.
+            SharedInputError: on every rank, if one has found damaged tokens.
+        """
         started = time.perf_counter()
-        training, step = self.config.training, self.progress.step
-        self.gradients.zero_()
-        loss_sum = self._forward_and_backward()
-        groups = self.mesh.tp_group, self.mesh.pp_group
-        norm = float(global_gradient_norm(self.parameters, self.gradients, *groups))
-        loss, finite, stop = self._sum_over_ranks(loss_sum, math.isfinite(norm))
-        if not finite:
-            self._raise_non_finite(loss, norm)
+        training, step, mesh = self.config.training, self.progress.step, self.mesh
+        first = self.progress.samples_consumed
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
-        self.optimizer.step(lr, clip_coefficient(norm, self.config.optimizer.clip_norm))
+        sums = training_step(
+            self._assembly,
+            lambda: self.data.training_batch(first, training.global_batch_size, mesh.dp_rank, mesh.dp_size),
+            step=step,
+            lr=lr,
+            targets_per_sample=self.data.targets_per_sample,
+            group=world_group(),
+            flags=self._flags,
+            judge=self._judge,
+        )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
-        self._report(loss, norm, lr)
-        return stop
+        self._report(sums.loss, sums.gradient_norm, lr)
+        return next((reason for reason, count in zip(REASONS, sums.flags[1:], strict=True) if count), None)
 
-    def _forward_and_backward(self) -> torch.Tensor:
-        """Run the pipeline for one step; return the sum of the loss over this data-parallel rank's tokens.
-
-        The gradients are summed over all data-parallel ranks.
-
-        The messages of the pipelines and the collectives inside the stages cannot deadlock. All ranks that share a
-        stage (over tp and dp) have the same list of actions, each in its own pipeline, and the lists of one pipeline
-        cannot deadlock (lowering.py): there is an order in which that pipeline could run its actions one by one. Follow
-        this order. At each action, all ranks that share its stage have finished their earlier actions, so they all
-        reach it; its messages have been sent, and its collectives have all their ranks.
-        """
-        training = self.config.training
-        batch = self.data.training_batch(
-            self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
-        )
-        divisor = gradient_divisor(training.global_batch_size, self.data.targets_per_sample)
-        return self._accumulate_batch(batch, self.progress.step, divisor)
-
-    def _sum_over_ranks(self, loss_sum: torch.Tensor, finite: bool) -> tuple[float, bool, str | None]:
-        """Return the loss over all data-parallel ranks, whether everything is finite, and the reason to stop, if any.
-
-        All ranks must agree on `finite`: a fault of one rank's memory or device does not reach its replicas.
-
-        Raises:
-            SharedInputError: on every rank, if one has found damaged tokens.
-
-        Communication: one all-reduce; with damaged tokens an exchange of JSON.
-        """
-        layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # they all hold the loss of their data-parallel rank
+    def _flags(self) -> list[float]:
+        """Return this rank's flags for all ranks: 1 if its tokens are damaged, then 1 for its reason to stop."""
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
-        stops = [float(asked == reason) for reason in REASONS]
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
-        flags = loss_sum.new_tensor([float(not finite), damage, *stops])
-        message = torch.cat([(loss_sum / layer_ranks).reshape(1), flags])
-        sum_over_ranks_(message, world_group())
-        loss, faults, damaged, *counts = message.tolist()
-        if damaged:
+        return [damage, *(float(asked == reason) for reason in REASONS)]
+
+    def _judge(self, sums: StepSums) -> None:
+        """Raise, the same on every rank, if the weights must not be updated."""
+        if sums.flags[0]:
+            check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
             raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
-        stop = next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
-        return loss, faults == 0 and math.isfinite(loss), stop
+        if not sums.finite:
+            self._raise_non_finite(sums.loss, sums.gradient_norm)
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
-        # Every rank calls this, since all ranks agree on the loss and on `finite`.
+        # Every rank calls this, since all ranks have the same sums.
         names = non_finite_parameters(self.parameters, self.gradients)[:1]
         found = gather_json([norm, *names], world_group())
         norm = next((norm for norm, *_ in found if not math.isfinite(norm)), norm)

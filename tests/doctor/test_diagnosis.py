@@ -137,11 +137,11 @@ CASES = {
     "name server slow": ({"network": {"host_lookup_s": 5.01}}, SLOW, "takes 5.0 s", "export GLOO_SOCKET_IFNAME=eth0"),
     "host without address": (
         {"network": {"host_addresses": (), "local_addresses": ()}},
-        NOTE, "stands for no address of this machine", "export GLOO_SOCKET_IFNAME=eth0",
+        NOTE, "resolves to no address of this machine", "export GLOO_SOCKET_IFNAME=eth0",
     ),
     "host is 127.0.1.1": (
         {"network": {"host_addresses": ("127.0.1.1",), "local_addresses": ("127.0.1.1",)}},
-        NOTE, "stands for 127.0.1.1", "export GLOO_SOCKET_IFNAME=eth0",
+        NOTE, "resolves to 127.0.1.1", "export GLOO_SOCKET_IFNAME=eth0",
     ),
     "gloo on an interface that is not there": (
         {"environment": {"GLOO_SOCKET_IFNAME": "ib0"}}, BROKEN, "has lo, eth0", "unset GLOO_SOCKET_IFNAME",

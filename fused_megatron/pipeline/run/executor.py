@@ -137,14 +137,19 @@ class PipelineExecutor:
             self._rank,
             self._stages,
             stashed,
-            [TiedWeight(weights, ranks) for weights, ranks in zip(tied, self._connections.tied_groups, strict=True)],
-            Messages(lowered, self._connections.transport, device),
+            [TiedWeight(weights, *group) for weights, group in zip(tied, self._connections.tied_groups, strict=True)],
+            Messages(lowered, self._connections.transport, device, self._connections.global_ranks),
             hooks,
             observe,
             lookahead,
         )
         self.microbatch_losses = torch.zeros(0, dtype=torch.float64)
         """Of the last step or evaluation: the loss sum of each microbatch, on every rank."""
+
+    @property
+    def at(self) -> Action | None:
+        """The action that this rank is at; None between steps."""
+        return self._loop.at
 
     @property
     def num_live(self) -> int:
