@@ -22,7 +22,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.observe.step_breakdown import StepBreakdown
-from fused_megatron.training.launch import world_group
+from fused_megatron.training.process_group import world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.trainer import Trainer
 

@@ -25,6 +25,7 @@ commands:
   launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
+  verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   doctor [--json]                               what is here, what is missing, and what mends it
   report FILE...                                benchmark results as tables and plots; two runs compared
@@ -68,6 +69,7 @@ def _run(words: Sequence[str]) -> int:
         "launch": _launch,
         "generate": _generate,
         "convert": _convert,
+        "verify": _verify,
         "schedule": _schedule,
         "doctor": _doctor,
         "report": _report,
@@ -106,7 +108,7 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
-    from fused_megatron.training.presence import LostRankError, lost_contact  # noqa: PLC0415
+    from fused_megatron.training.presence import LostRankError, lost_contact, reason_of  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
@@ -123,8 +125,8 @@ def _train(words: Sequence[str]) -> int:
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not (lost_contact(error) and "RANK" in os.environ):
             raise
-        reason = " ".join(str(error).split())[:200]
-        found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
+        lost = isinstance(error, LostRankError)
+        found = str(error) if lost else f"lost contact with another rank ({reason_of(error)})"
         # Its files are compared with their checksums when the run resumes: the line comes at once, whatever their size.
         try:
             newest = next((str(path) for path in list_checkpoints(run.checkpoints)), "none")
@@ -159,6 +161,12 @@ def _convert(words: Sequence[str]) -> int:
     if arguments is not None:
         convert(arguments)
     return 0
+
+
+def _verify(words: Sequence[str]) -> int:
+    from fused_megatron.planning.verify.command import run_verify  # noqa: PLC0415
+
+    return run_verify(words)
 
 
 def _schedule(words: Sequence[str]) -> int:
@@ -215,10 +223,10 @@ def _told_to_all_ranks() -> Iterator[None]:
     except InputError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        from fused_megatron.training.launch import launched  # noqa: PLC0415
+        from fused_megatron.training.process_group import joined_ranks  # noqa: PLC0415
 
-        with launched(_TOLD_WITHIN_S, error):
-            raise AssertionError("launched raises what it was given") from error
+        with joined_ranks(_TOLD_WITHIN_S, error):
+            raise AssertionError("joined_ranks raises what it was given") from error
 
 
 def _is_expected(error: RuntimeError) -> bool:

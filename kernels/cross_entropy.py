@@ -120,9 +120,9 @@ def _statistics_kernel(
     linear = 0.0
     share = 0.0
     if SMOOTHING:
-        per_word = label_smoothing / vocab_size
-        linear -= per_word * tl.sum(plain_sum + count * (_finite_or_zero(maximum) - row_shift), 0)
-        share += per_word * tl.sum(count, 0)
+        per_entry = label_smoothing / vocab_size
+        linear -= per_entry * tl.sum(plain_sum + count * (_finite_or_zero(maximum) - row_shift), 0)
+        share += per_entry * tl.sum(count, 0)
     if split == 0:
         column = target - vocab_start
         if (column >= 0) & (column < num_real):

@@ -3,9 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from fused_megatron.audit.cost_table import (
+    Row,
+    audit,
+    broken_bars,
+    cases,
+    known_faults,
+    table,
+    versions,
+    what_is_missing,
+)
 from fused_megatron.audit.kernels import OPS
 from fused_megatron.audit.occupancy import LIMITS
-from fused_megatron.audit.report import Row, audit, broken_bars, cases, known_faults, table, versions, what_is_missing
 from fused_megatron.checks import InputError
 
 

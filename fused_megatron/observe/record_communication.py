@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,41 @@ class Communication:
     group: tuple[int, ...]
     layer: str
     backward: bool
+
+
+class Transfer(NamedTuple):
+    """What an op of torch.distributed moves.
+
+    Attributes:
+        kind, elements, num_bytes, group: as of Communication.
+        source_elements: numbers that go in (for an all-gather: of this rank's shard).
+        dtype: of what moves; None for a barrier.
+    """
+
+    kind: str
+    elements: int
+    num_bytes: int
+    group: tuple[int, ...]
+    source_elements: int
+    dtype: torch.dtype | None
+
+
+def transfer_of(name: str, args: Any) -> Transfer:
+    """The transfer of an op of torch.distributed, by the op's name and arguments."""
+    # An all-gather or reduce-scatter into one tensor has (output, input, ..), an all-reduce ([tensor], ..).
+    source = _tensors(args[1] if name.endswith("_base_") else args[0])
+    kind = _NAMES.get(name, name)
+    for x in source:  # our own reduce-scatter over gloo is an all-to-all and a sum
+        kind = getattr(x, "stands_for", kind)
+    whole = _tensors(args[0]) if kind == "all_gather" else source
+    return Transfer(
+        kind,
+        sum(x.numel() for x in whole),
+        sum(x.numel() * x.element_size() for x in whole),
+        _ranks(args),
+        sum(x.numel() for x in source),
+        source[0].dtype if source else None,
+    )
 
 
 class record_communication(TorchDispatchMode):
@@ -90,24 +125,22 @@ class record_communication(TorchDispatchMode):
         """Called before each matrix product; for tests that override it."""
 
     def _record(self, name: str, args: Any) -> None:
-        # An all-gather or reduce-scatter into one tensor has (output, input, ..), an all-reduce ([tensor], ..).
-        source = _tensors(args[1] if name.endswith("_base_") else args[0])
-        kind = _NAMES.get(name, name)
-        for x in source:  # our own reduce-scatter over gloo is an all-to-all and a sum
-            kind = getattr(x, "stands_for", kind)
-        whole = _tensors(args[0]) if kind == "all_gather" else source
-        self.counts[kind] += 1
-        self.elements[kind] += sum(x.numel() for x in source)
-        num_bytes = sum(x.numel() * x.element_size() for x in whole)
-        self.num_bytes[kind] += num_bytes
-        self.order.append(kind)
+        found = transfer_of(name, args)
+        self.counts[found.kind] += 1
+        self.elements[found.kind] += found.source_elements
+        self.num_bytes[found.kind] += found.num_bytes
+        self.order.append(found.kind)
         layer = max(self._modules.parents - {"Global"}, key=lambda path: path.count("."), default="")
         self.entries.append(
             Communication(
-                kind, sum(x.numel() for x in whole), num_bytes, _ranks(args), layer.partition(".")[2] or layer,
+                found.kind,
+                found.elements,
+                found.num_bytes,
+                found.group,
+                layer.partition(".")[2] or layer,
                 self._modules.is_bw,
             )
-        )  # fmt: skip
+        )
 
     def table(self) -> str:
         """Calls and bytes by kind, group, direction and layer, as a Markdown table."""

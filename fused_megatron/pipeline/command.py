@@ -10,7 +10,7 @@ import tyro
 from fused_megatron.checks import InputError, check
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule, peak_weight_versions
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 from fused_megatron.pipeline.schedule.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
@@ -87,10 +87,10 @@ def _schedule(arguments: ScheduleArguments) -> Schedule:
 
 
 def _check(schedule: Schedule) -> int:
-    findings = check_schedule(schedule)
+    findings = schedule_findings(schedule)
     if not findings and not schedule.lowered:
         schedule = lower(schedule)
-        findings = check_schedule(schedule)
+        findings = schedule_findings(schedule)
     for finding in findings:
         print(finding)
     count = sum(len(actions) for actions in schedule.actions)

@@ -50,6 +50,9 @@ def main() -> None:
     """Entry point; the argument is the descriptor of the control socket."""
     torch.set_num_threads(1)  # several ranks share the cores, and no thread may live here when the ranks are forked
     serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and triton's bindings would list at the end what they leaked
 
 
 def serve(control: socket.socket) -> None:

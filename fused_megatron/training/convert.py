@@ -14,7 +14,7 @@ from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
 from fused_megatron.hugging_face.source import CONFIG_FILE
-from fused_megatron.training.launch import launched, on_every_rank, world_group
+from fused_megatron.training.process_group import joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
 # Ranks wait for the slowest file of the largest model; one that dies is noticed at once all the same.
@@ -58,8 +58,8 @@ def convert(arguments: ConvertArguments) -> None:
     Raises:
         InputError, CheckpointError: on every rank; nothing is left behind.
     """
-    with launched(TIMEOUT_S) as launch:
-        reporter = Reporter(launch.rank == 0, 1)
+    with joined_ranks(TIMEOUT_S) as this_rank:
+        reporter = Reporter(this_rank.rank == 0, 1)
         if on_every_rank(lambda: _is_import(arguments)):
             _import(arguments, reporter)
         else:

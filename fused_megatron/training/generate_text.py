@@ -18,7 +18,7 @@ from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import init_mesh
-from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
 
@@ -53,21 +53,21 @@ def generate_text(arguments: GenerateArguments) -> str:
         InputError: no run, no good checkpoint, heads that do not divide by the ranks.
     """
     run = RunFolder(arguments.run)
-    with launched(ParallelConfig().timeout_s) as launch:
-        config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
+    with joined_ranks(ParallelConfig().timeout_s) as this_rank:
+        config, tokenizer = on_every_rank(lambda: _open_run(run, this_rank))
         tokens = tokenizer.encode_prompt(arguments.prompt)
         group = world_group()
         newest = newest_checkpoint(run.checkpoints, group=group)
         checkpoint = on_every_rank(lambda: _found(newest, run))
         vocab_size = read_run_state(checkpoint)["vocab_size"]
-        mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
+        mesh = init_mesh(tensor_parallel_size=this_rank.world_size, device_type=this_rank.device.type)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        model = build_model(config, mesh, launch.device)
+        model = build_model(config, mesh, this_rank.device)
         load_checkpoint(
             checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
         )
-        Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
-        start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
+        Reporter(this_rank.rank == 0, 1).say(f"{checkpoint}, {this_rank.world_size} {this_rank.device.type} rank(s)")
+        start = torch.tensor([list(tokens)], dtype=torch.int64, device=this_rank.device)
         result = generate(
             model, start, arguments.num_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
             seed=arguments.seed,
@@ -81,7 +81,7 @@ def _found(checkpoint: Path | None, run: RunFolder) -> Path:
     return checkpoint
 
 
-def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
+def _open_run(run: RunFolder, this_rank: ThisRank) -> tuple[TrainConfig, Tokenizer]:
     check(run.config.exists(), f"run={run.path} is no run folder: it has no {run.config.name}")
     check(
         run.tokenizer.exists(),
@@ -95,5 +95,5 @@ def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
         f"of model.family={' or '.join(map(repr, able))} can",
     )
     # Whatever layout trained it: every rank that is there now shares each layer.
-    layout = ParallelConfig(tensor_parallel_size=launch.world_size, data_parallel_size=1)
+    layout = ParallelConfig(tensor_parallel_size=this_rank.world_size, data_parallel_size=1)
     return dataclasses.replace(config, parallel=layout), load_tokenizer(run.tokenizer)

@@ -22,13 +22,13 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
-from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
-from fused_megatron.training.lease import Lease
-from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.loss_plot import plot_loss
+from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
+from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
-from fused_megatron.training.room import check_room
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trainer import Progress, Trainer, TrainingError
@@ -57,10 +57,10 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     _check_trainable(config.model)
     plan = plan_pipeline(config)
     request = StopRequest() if stop is None else stop
-    with launched(config.parallel.timeout_s) as launch:
+    with joined_ranks(config.parallel.timeout_s) as this_rank:
         presence = Presence(config.parallel.timeout_s)
         try:
-            finished = _train(config, plan, run_path, launch, request)
+            finished = _train(config, plan, run_path, this_rank, request)
         except TrainingError:
             raise
         except RuntimeError as error:
@@ -74,22 +74,22 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     return finished
 
 
-def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Launch, stop: StopRequest) -> bool:
+def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: ThisRank, stop: StopRequest) -> bool:
     # Every rank for its own process, before its first large tensor.
-    pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
-    reporter = Reporter(launch.rank == 0, config.training.log_interval)
+    pages_kept = this_rank.device.type == "cpu" and keep_malloc_pages()
+    reporter = Reporter(this_rank.rank == 0, config.training.log_interval)
     run = RunFolder(run_path)
     configs = gather_json(dataclasses.asdict(config), world_group())
     on_every_rank(lambda: check_same_config(*configs))
     lease = Lease(run.lease)
     try:
-        mesh, data = on_every_rank(lambda: _set_up(config, launch, run, lease, reporter))
+        mesh, data = on_every_rank(lambda: _set_up(config, this_rank, run, lease, reporter))
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
         whole = dataclasses.replace(config, model=model_config)
-        check_room(whole, mesh, launch.device, data.content["vocabulary_source"])
-        model = build_stages(whole, mesh, plan, launch.device)
+        check_memory(whole, mesh, this_rank.device, data.content["vocabulary_source"])
+        model = build_stages(whole, mesh, plan, this_rank.device)
         trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
         _resume(trainer, model_config)
         _introduce(trainer)
@@ -113,10 +113,10 @@ def _check_trainable(config: TransformerConfig) -> None:
 
 
 def _set_up(
-    config: TrainConfig, launch: Launch, run: RunFolder, lease: Lease, reporter: Reporter
+    config: TrainConfig, this_rank: ThisRank, run: RunFolder, lease: Lease, reporter: Reporter
 ) -> tuple[Mesh, TrainingData]:
-    mesh = build_mesh(config, launch.device.type)
-    if launch.rank == 0:
+    mesh = build_mesh(config, this_rank.device.type)
+    if this_rank.rank == 0:
         run.create()
         lease.take(reporter.say)
     if os.environ.get("LOCAL_RANK", "0") != "0":

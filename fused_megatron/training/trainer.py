@@ -12,22 +12,21 @@ from typing import Any
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.assembly.training_step import StepSums, training_step
 from fused_megatron.checkpoint import save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
-from fused_megatron.collectives.together import gather_json, sum_over_ranks_
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.data.training_data import TrainingData
-from fused_megatron.data_parallel.gradient_division import gradient_divisor
-from fused_megatron.models import BatchPosition
 from fused_megatron.sharding import mark_all_shards
-from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
+from fused_megatron.sharding.gradient_norm import non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.launch import on_every_rank, world_group
 from fused_megatron.training.learning_rate import learning_rate
-from fused_megatron.training.lease import Lease
+from fused_megatron.training.process_group import on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
@@ -84,7 +83,7 @@ class Trainer:
         self.data = data
         self.run_folder = run
         self.reporter = reporter
-        self._accumulate_gradients = assembly.accumulate_gradients
+        self._assembly = assembly
         self.progress = Progress()
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
@@ -189,73 +188,48 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.seq_len / seconds
 
     def train_step(self) -> str | None:
-        """One optimizer step; what asked any rank to stop, the same on all ranks, as of StopRequest."""
+        """One optimizer step; what asked any rank to stop, the same on all ranks, as of StopRequest.
+
+        Raises:
+            NonFiniteError: on every rank, which has the weights of before then.
+            SharedInputError: on every rank, where one has found its tokens damaged.
+        """
         started = time.perf_counter()
-        training, step = self.config.training, self.progress.step
-        self.gradients.zero_()
-        loss_sum = self._forward_and_backward()
-        groups = self.mesh.tp_group, self.mesh.pp_group
-        norm = float(global_gradient_norm(self.parameters, self.gradients, *groups))
-        loss, finite, stop = self._sum_over_ranks(loss_sum, math.isfinite(norm))
-        if not finite:
-            self._raise_non_finite(loss, norm)
+        training, step, mesh = self.config.training, self.progress.step, self.mesh
+        first = self.progress.samples_consumed
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
-        self.optimizer.step(lr, clip_coefficient(norm, self.config.optimizer.clip_norm))
+        sums = training_step(
+            self._assembly,
+            lambda: self.data.training_batch(first, training.global_batch_size, mesh.dp_rank, mesh.dp_size),
+            step=step,
+            lr=lr,
+            targets_per_sample=self.data.targets_per_sample,
+            group=world_group(),
+            flags=self._flags,
+            judge=self._judge,
+        )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
-        self._report(loss, norm, lr)
-        return stop
+        self._report(sums.loss, sums.gradient_norm, lr)
+        return next((reason for reason, count in zip(REASONS, sums.flags[1:], strict=True) if count), None)
 
-    def _forward_and_backward(self) -> torch.Tensor:
-        """The pipeline's step; the sum of the loss over this data-parallel rank's tokens, gradients summed over all.
-
-        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
-        stage (over tp and dp) have the same list of actions, each in a pipeline of its own; the lists of one pipeline
-        cannot deadlock (lowering.py). Take the actions of all in the order in which that pipeline could do them one
-        after the other: when it comes to an action, all ranks that share its stage have done what stands before it, so
-        they all come to it, its messages are there, and its collectives find their partners.
-        """
-        training = self.config.training
-        batch = self.data.training_batch(
-            self.progress.samples_consumed, training.global_batch_size, self.mesh.dp_rank, self.mesh.dp_size
-        )
-        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
-        first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
-        positions = [
-            BatchPosition(self.progress.step, first_sample + i * training.microbatch_size, training.global_batch_size)
-            for i in range(len(inputs))
-        ]
-        return self._accumulate_gradients(
-            inputs,
-            targets,
-            loss_divisor=gradient_divisor(training.global_batch_size, self.data.targets_per_sample),
-            stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
-        )
-
-    def _sum_over_ranks(self, loss_sum: torch.Tensor, finite: bool) -> tuple[float, bool, str | None]:
-        """The loss over all data-parallel ranks, whether all is finite, and what asked any rank to stop.
-
-        One message. A gradient that is not finite on one rank (its memory, its device) is not so on its replicas.
-
-        Raises:
-            SharedInputError: on every rank, where one has found its tokens damaged.
-        """
-        layer_ranks = self.mesh.tp_size * self.mesh.pp_size  # all of them have the loss of their data-parallel rank
+    def _flags(self) -> list[float]:
+        """What this rank tells the others in each step: whether its tokens are damaged, and what asked it to stop."""
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
-        stops = [float(asked == reason) for reason in REASONS]
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
-        flags = loss_sum.new_tensor([float(not finite), damage, *stops])
-        message = torch.cat([(loss_sum / layer_ranks).reshape(1), flags])
-        sum_over_ranks_(message, world_group())
-        loss, faults, damaged, *counts = message.tolist()
-        if damaged:
+        return [damage, *(float(asked == reason) for reason in REASONS)]
+
+    def _judge(self, sums: StepSums) -> None:
+        """Every rank raises the same where the weights must stay as they are."""
+        if sums.flags[0]:
+            check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
             raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
-        stop = next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
-        return loss, faults == 0 and math.isfinite(loss), stop
+        if not sums.finite:
+            self._raise_non_finite(sums.loss, sums.gradient_norm)
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # Every rank is here: the loss and whether all is finite were summed over all of them.

@@ -24,7 +24,7 @@ def rows(count: int, text_len: int = 128) -> np.ndarray:
 def test_a_sample_is_framed_and_its_targets_are_what_stood_there() -> None:
     text = rows(3)
     batch = MASKING.batch(text, 0, TRAINING_STREAM)
-    assert batch.inputs.shape == batch.targets.shape == (3, 130) and batch.is_padding is None
+    assert batch.inputs.shape == batch.targets.shape == (3, 130) and batch.key_padding_mask is None
     assert (batch.inputs[:, 0] == CLS).all() and (batch.inputs[:, -1] == SEP).all()
     chosen = batch.targets >= 0
     assert not chosen[:, 0].any() and not chosen[:, -1].any()
@@ -74,14 +74,14 @@ def test_short_and_empty_rows_are_padded() -> None:
     text = rows(3)
     text[0, 5:], text[1, 1:], text[2, :] = -100, -100, -100
     batch = MASKING.batch(text, 0, VALIDATION_STREAM)
-    assert batch.is_padding is not None
-    assert (~batch.is_padding).sum(dim=1).tolist() == [7, 3, 2]
+    assert batch.key_padding_mask is not None
+    assert (~batch.key_padding_mask).sum(dim=1).tolist() == [7, 3, 2]
     assert (batch.targets >= 0).sum(dim=1).tolist() == [1, 1, 0]
     assert batch.inputs[0, 6:8].tolist() == [SEP, PAD] and batch.inputs[2, :3].tolist() == [CLS, SEP, PAD]
-    assert (batch.inputs[batch.is_padding] == PAD).all() and (batch.targets[batch.is_padding] == -100).all()
+    assert (batch.inputs[batch.key_padding_mask] == PAD).all() and (batch.targets[batch.key_padding_mask] == -100).all()
     inputs, targets, keywords = batch.microbatches(2, torch.device("cpu"))
     assert [len(part) for part in inputs] == [len(part) for part in targets] == [2, 1]
-    assert torch.equal(keywords[1]["is_padding"], batch.is_padding[2:])
+    assert torch.equal(keywords[1]["key_padding_mask"], batch.key_padding_mask[2:])
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,10 @@ def test_data_parallel_ranks_share_the_rows_of_one_process(text: Path) -> None:
 
 def paddings(data: TrainingData, last: int) -> list[torch.Tensor]:
     batches = [data.validation_batch(i, 8, 0, 1) for i in range(last + 1)]
-    return [torch.zeros_like(b.inputs, dtype=torch.bool) if b.is_padding is None else b.is_padding for b in batches]
+    return [
+        torch.zeros_like(b.inputs, dtype=torch.bool) if b.key_padding_mask is None else b.key_padding_mask
+        for b in batches
+    ]
 
 
 def test_tokenizers_that_others_made(text: Path, tmp_path: Path) -> None:

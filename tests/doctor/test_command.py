@@ -14,8 +14,8 @@ import pytest
 
 from fused_megatron import cli
 from fused_megatron.doctor.device_code import device_code, runs_on
-from fused_megatron.doctor.machine import Question, parsed_gpus, parsed_links
-from fused_megatron.doctor.ranks import Lookup, Lookups, find_network
+from fused_megatron.doctor.machine import Question, parse_gpus, parse_links
+from fused_megatron.doctor.network import Lookup, Lookups, find_network
 from fused_megatron.extension import LIBRARY
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_bad_words_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_megatron.doctor.ranks.LOOKUP_PATIENCE_S", 0.2)
+    monkeypatch.setattr("fused_megatron.doctor.network.LOOKUP_PATIENCE_S", 0.2)
     monkeypatch.setattr(socket, "getnameinfo", lambda *_: time.sleep(120))
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror("unknown")))
@@ -109,22 +109,22 @@ def test_a_program_that_hangs_or_fails_has_no_answer(monkeypatch: pytest.MonkeyP
     assert Question("sleep", "30").answer is None
     assert Question("no-such-program-anywhere").answer is None
     assert Question("false").answer is None
-    assert Question("cat", asked="text").answer == "text"
+    assert Question("cat", stdin="text").answer == "text"
 
 
 def test_what_nvidia_smi_says() -> None:
-    gpus, driver = parsed_gpus("NVIDIA H100 80GB HBM3, 9.0, 81559, 580.65\nNVIDIA H100 80GB HBM3, 9.0, [N/A], 580.65\n")
+    gpus, driver = parse_gpus("NVIDIA H100 80GB HBM3, 9.0, 81559, 580.65\nNVIDIA H100 80GB HBM3, 9.0, [N/A], 580.65\n")
     assert [gpu.capability for gpu in gpus] == ["9.0", "9.0"] and driver == "580.65"
     assert gpus[0].memory_gb == pytest.approx(85.5, abs=0.1)
-    assert parsed_gpus("NVIDIA-SMI has failed because it couldn't communicate") == ((), None)
+    assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate") == ((), None)
     matrix = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
 GPU0\t X \tNV18\tSYS\tPIX\t0-31\t0
 GPU1\tNV18\t X \tSYS\tSYS\t0-31\t0
 GPU2\tSYS\tSYS\t X \tSYS\t32-63\t1
 NIC0\tPIX\tSYS\tSYS\t X
 """
-    assert parsed_links(matrix) == {"NV18": 1, "SYS": 2}
-    assert parsed_links("") == {}
+    assert parse_links(matrix) == {"NV18": 1, "SYS": 2}
+    assert parse_links("") == {}
 
 
 def test_device_code_of_a_fat_binary(tmp_path: Path) -> None:

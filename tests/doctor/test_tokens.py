@@ -9,9 +9,9 @@ from fused_megatron.checks import InputError
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
 from fused_megatron.doctor.command import _parse
+from fused_megatron.doctor.diagnosis import BROKEN, NOTE, diagnose
 from fused_megatron.doctor.facts import Facts, Installation, Library, Machine, Network, TokenFile, Tools, Torch
-from fused_megatron.doctor.findings import BROKEN, NOTE, find_out
-from fused_megatron.doctor.report import plain
+from fused_megatron.doctor.output_formats import plain
 from fused_megatron.doctor.tokens import find_tokens
 
 
@@ -52,7 +52,7 @@ def test_what_is_named_and_what_was_prepared(tmp_path: Path, cache: Path) -> Non
     assert problems[0] is problems[2] is None
     assert f"{bad}.bin: the checksum of bytes 0 to 100 is " in str(problems[1])
     facts = facts_of(found)
-    broken = [finding for finding in find_out(facts) if finding.level == BROKEN and ".bin: " in finding.text]
+    broken = [finding for finding in diagnose(facts) if finding.level == BROKEN and ".bin: " in finding.text]
     assert [finding.command for finding in broken] == ["", f"rm -r {cache}/text-abc  # it is prepared again"]
     said = "\n".join(plain(facts, []))
     assert f"{good}.bin: as its checksums say" in said and f"{bad}.bin: damaged" in said
@@ -64,7 +64,7 @@ def test_a_cache_is_read_for_a_while_only(tmp_path: Path, cache: Path) -> None:
     found = find_tokens([named], patience_s=0.0)
     assert [(file.problem, file.is_read) for file in found] == [(None, True), (None, False)]
     facts = facts_of(found)
-    commands = [finding.command for finding in find_out(facts) if finding.level == NOTE]
+    commands = [finding.command for finding in diagnose(facts) if finding.level == NOTE]
     assert f"fused-megatron doctor --data {prepared}" in commands
 
 

@@ -16,8 +16,8 @@ from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.families import family_for
 from fused_megatron.hugging_face.import_model import load_model
+from fused_megatron.hugging_face.known_families import family_for
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.testing.run_on_ranks import run_on_ranks

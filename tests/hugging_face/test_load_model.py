@@ -38,10 +38,10 @@ def batch() -> dict[str, torch.Tensor]:
     # No token 0: transformers leaves the gradient of its row of the embedding out.
     tokens = torch.randint(1, 101, (3, 20), generator=generator)
     types = torch.randint(2, (3, 20), generator=generator)
-    is_padding = torch.arange(20) >= torch.tensor([[20], [13], [5]])
-    upstream = torch.randn(3, 20, 101, generator=generator) * ~is_padding.unsqueeze(-1)
+    key_padding_mask = torch.arange(20) >= torch.tensor([[20], [13], [5]])
+    upstream = torch.randn(3, 20, 101, generator=generator) * ~key_padding_mask.unsqueeze(-1)
     sentences = torch.randn(3, 2, generator=generator)
-    return {"tokens": tokens, "types": types, "padding": is_padding, "logits": upstream, "sentences": sentences}
+    return {"tokens": tokens, "types": types, "padding": key_padding_mask, "logits": upstream, "sentences": sentences}
 
 
 @pytest.fixture(scope="module", params=["Bert", "MegatronBert"])
@@ -72,7 +72,7 @@ def errors_of(rank: int, world_size: int, folder: Path) -> list[dict[str, float]
     for sequence_parallel in (False, True):
         model = load_model(folder, tp_group=tp_group, sequence_parallel=sequence_parallel)
         assert isinstance(model, BERT)
-        options = {"token_types": given["types"], "is_padding": given["padding"]}
+        options = {"token_types": given["types"], "key_padding_mask": given["padding"]}
         logits = model(given["tokens"], **options)
         sentences = model.next_sentence_logits(model.encode(given["tokens"], **options))
         width = logits.shape[-1]
@@ -96,11 +96,11 @@ def stage_errors(rank: int, folder: Path) -> dict[str, float]:
     first = torch.empty(20, 3, 32)
     with torch.no_grad():
         if rank == 0:
-            first = model.encode(given["tokens"], token_types=given["types"], is_padding=given["padding"])
+            first = model.encode(given["tokens"], token_types=given["types"], key_padding_mask=given["padding"])
         torch.distributed.broadcast(first, 0)
         if rank == 0:
             return {}
-        hidden = model.encode(first, is_padding=given["padding"])
+        hidden = model.encode(first, key_padding_mask=given["padding"])
         differences = (model.logits(hidden)[..., :101] - expected["logits"]) * ~given["padding"].unsqueeze(-1)
         sentences = model.next_sentence_logits(hidden) - expected["sentences"]
     return {"logits of stages": float(differences.abs().max()), "sentences": float(sentences.abs().max())}
@@ -250,7 +250,7 @@ def embedded(rank: int, world_size: int, folder: Path, tokens: torch.Tensor, see
     model = load_model(folder, tp_group=init_mesh(world_size).tp_group, skip=["pooler.*"]).eval()
     assert isinstance(model, BERT)
     with torch.no_grad():
-        return sentence_embeddings(model.encode(tokens, is_padding=seen == 0).transpose(0, 1), seen)
+        return sentence_embeddings(model.encode(tokens, key_padding_mask=seen == 0).transpose(0, 1), seen)
 
 
 def test_pretrained_weights_give_the_same_sentence_embeddings_and_come_back(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ MASKS = {
     "everything": AttentionMask(),
     "causal": AttentionMask(causal=True),
     "window": AttentionMask(causal=True, window=3),
-    "padding": AttentionMask(padding=PADDING),
-    "causal, padding": AttentionMask(causal=True, padding=PADDING),
+    "padding": AttentionMask(key_padding_mask=PADDING),
+    "causal, padding": AttentionMask(causal=True, key_padding_mask=PADDING),
     "documents": AttentionMask(documents=DOCUMENTS),
     "causal documents": AttentionMask(causal=True, documents=DOCUMENTS.int()),
-    "all": AttentionMask(causal=True, window=4, padding=PADDING, documents=DOCUMENTS),
+    "all": AttentionMask(causal=True, window=4, key_padding_mask=PADDING, documents=DOCUMENTS),
 }
 
 
@@ -43,7 +43,7 @@ def plain(query, key, value, mask, scale=D**-0.5):
                 j for j in range(S)
                 if not (mask.causal and j > i)
                 and not (mask.window is not None and j <= i - mask.window)
-                and not (mask.padding is not None and bool(mask.padding[b, j]))
+                and not (mask.key_padding_mask is not None and bool(mask.key_padding_mask[b, j]))
                 and (document is None or int((mask.documents <= b * S + j).sum()) == document)
             ]  # fmt: skip
             scores = torch.einsum("nd,jnd->nj", query[i, b], key[seen, b]) * scale
@@ -58,7 +58,7 @@ def test_context_and_gradients_are_those_of_each_query_alone(name, kv_heads):
     mask = MASKS[name]
     (query, key, value), upstream = tensors(kv_heads)
     # A query of padding may have no key left: what it gets is nobody's business.
-    looked_at = torch.ones(S, B, dtype=torch.bool) if mask.padding is None else ~mask.padding.t()
+    looked_at = torch.ones(S, B, dtype=torch.bool) if mask.key_padding_mask is None else ~mask.key_padding_mask.t()
     upstream = upstream * looked_at[..., None, None]
     expected = torch.autograd.grad(plain(query, key, value, mask), (query, key, value), upstream)
     for dropout in (None, lambda probabilities: probabilities * 1.0):
@@ -107,7 +107,7 @@ def test_a_dropped_probability_counts_nothing():
 def test_what_does_not_fit():
     (query, key, value), _ = tensors()
     for mask, message in [
-        (AttentionMask(padding=PADDING[:, :-1]), r"padding.shape=\(3, 9\) must be \(3, 10\)"),
+        (AttentionMask(key_padding_mask=PADDING[:, :-1]), r"key_padding_mask.shape=\(3, 9\) must be \(3, 10\)"),
         (AttentionMask(documents=torch.tensor([0, 12])), "must be cumulative lengths from 0 to the 3 x 10 tokens"),
         (AttentionMask(documents=torch.tensor([0, 20, 10, 30])), "must be cumulative lengths"),
         (AttentionMask(documents=DOCUMENTS[None]), "must have 1 dim"),
@@ -118,8 +118,8 @@ def test_what_does_not_fit():
         attend(query, key[:, :, :3], value[:, :, :3], AttentionMask())
     with pytest.raises(InputError, match=r"value\.shape"):
         attend(query, key, value[1:], AttentionMask())
-    with pytest.raises(TypeError, match=r"padding\.dtype=int64"):
-        attend(query, key, value, AttentionMask(padding=PADDING.long()))
+    with pytest.raises(TypeError, match=r"key_padding_mask\.dtype=int64"):
+        attend(query, key, value, AttentionMask(key_padding_mask=PADDING.long()))
     with pytest.raises(InputError, match="window=3 needs causal=True"):
         AttentionMask(window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):

@@ -237,14 +237,14 @@ def test_shards_equal_the_whole(num_shards, columns, common, dtype, device):
 def test_many_shards_merge(device):
     torch.manual_seed(0)
     stats = torch.randn(5, 200, 3) * 10
-    stats[4] = torch.tensor([0.0, -INF, 0.0])  # a shard of only padding; the one before it has 2 words and 2 of padding
+    stats[4] = torch.tensor([0.0, -INF, 0.0])  # shard 4 is padding; shard 3 has 2 entries and 2 columns of padding
     target = torch.randint(0, 14, (200,))
     target[::7] = -100
     terms = fm.ops.LossTerms(14, label_smoothing=0.3, z_loss=1e-2)
     loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), terms, num_columns=4)
     shift, log_sum, linear = stats.double().unbind(2)
-    words = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
-    share = 0.7 * (target // 4 == torch.arange(5)[:, None]) + 0.3 / 14 * words[:, None]
+    entries = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
+    share = 0.7 * (target // 4 == torch.arange(5)[:, None]) + 0.3 / 14 * entries[:, None]
     exact_lse = (shift + log_sum).logsumexp(0)
     exact = exact_lse + (linear - share * shift).sum(0) + 1e-2 * exact_lse.square()
     assert_close_to_reference(lse.sum(1), exact_lse, name="lse")

@@ -194,7 +194,7 @@ def test_mistakes(arguments: dict[str, Any], error: type[Exception], message: st
 
 def test_gradient_is_not_written_over_rows_that_overlap():
     logits, target = torch.randn(1, 9).expand(3, 9), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(InputError, match=r"logits_shard.stride\(\)=\(0, 1\) must be of dense rows that do not overlap"):
+    with pytest.raises(InputError, match=r"logits_shard.stride\(\)=\(0, 1\) must have dense rows that do not overlap"):
         fm.ops.cross_entropy_gradient_(torch.ones(3), logits, target, torch.ones(3, 2), fm.ops.LossTerms(9))
 
 

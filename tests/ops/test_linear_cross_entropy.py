@@ -20,14 +20,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs(
-    num_tokens: int, hidden_size: int, num_words: int, dtype: torch.dtype, bias: bool = True, scale: float = 1.0
+    num_tokens: int, hidden_size: int, num_entries: int, dtype: torch.dtype, bias: bool = True, scale: float = 1.0
 ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
     """[hidden, weight, bias or None] and target with every fifth token ignored."""
-    torch.manual_seed(num_tokens + num_words)
+    torch.manual_seed(num_tokens + num_entries)
     hidden = (torch.randn(num_tokens, hidden_size) * scale).to(dtype).requires_grad_()
-    weight = (torch.randn(num_words, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
-    parameters = [hidden, weight, torch.randn(num_words).to(dtype).requires_grad_() if bias else None]
-    target = torch.randint(0, num_words, (num_tokens,))
+    weight = (torch.randn(num_entries, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
+    parameters = [hidden, weight, torch.randn(num_entries).to(dtype).requires_grad_() if bias else None]
+    target = torch.randint(0, num_entries, (num_tokens,))
     target[::5] = -100
     return parameters, target
 
@@ -126,8 +126,8 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, reduction: str, an
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_tokens", [64, 200])  # one chunk and no accumulator; several, the last one smaller
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CPUs without matrix units do for 16-bit operands: blocks of words, cast to float32 as they are used."""
+def test_blocks_of_entries(dtype: torch.dtype, num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CPUs without matrix units do for 16-bit operands: blocks of entries, cast to float32 as they are used."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     monkeypatch.setattr(shapes, "_CAST_TOKENS", 64)
@@ -145,7 +145,7 @@ def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkey
 def test_what_all_logits_have_in_common_costs_no_precision(
     dtype: torch.dtype, common: float, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one block of words, and for 16-bit operands in several."""
+    """In one block of entries, and for 16-bit operands in several."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_what_all_logits_have_in_common_costs_no_precision(
 
 
 @pytest.mark.cpu_kernel
-def test_blocks_of_words_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_entries_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor partial sums are rounded to 16 bits: better than torch by far."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
@@ -384,9 +384,9 @@ def test_shape_of_tiles() -> None:
     assert shapes.tile_shape(10, 10**9, wide, wide, "cuda", None) == (10, 10**9)
     assert shapes.tile_shape(0, 0, half, wide, "cpu", None) == (1, 1)
     assert shapes.tile_shape(4096, 50304, wide, wide, "cpu", 100) == (100, 50304)
-    for tokens, words in itertools.product([1, 65, 1000, 4097], [3, 70, 5000]):
-        t, v = shapes.tile_shape(tokens, words, half, wide, "cpu", None)
-        assert t >= 1 and v >= 1 and (t % 64 == 0 or t == tokens) and (v % 64 == 0 or v == words)
+    for tokens, entries in itertools.product([1, 65, 1000, 4097], [3, 70, 5000]):
+        t, v = shapes.tile_shape(tokens, entries, half, wide, "cpu", None)
+        assert t >= 1 and v >= 1 and (t % 64 == 0 or t == tokens) and (v % 64 == 0 or v == entries)
 
 
 def test_errors() -> None:

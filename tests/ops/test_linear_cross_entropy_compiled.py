@@ -72,9 +72,9 @@ def growth(rank: int, world_size: int, dtype: torch.dtype) -> list[int]:
     def eager(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(hidden, weight), target)
 
-    def step(loss_of: Callable[..., torch.Tensor], tokens: int, words: int) -> None:
+    def step(loss_of: Callable[..., torch.Tensor], tokens: int, entries: int) -> None:
         hidden = torch.ones(tokens, 64, dtype=dtype, requires_grad=True)
-        weight = torch.ones(words, 64, dtype=dtype, requires_grad=True)
+        weight = torch.ones(entries, 64, dtype=dtype, requires_grad=True)
         loss_of(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
 
     sides = (fm.ops.linear_cross_entropy, eager)

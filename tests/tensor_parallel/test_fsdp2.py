@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, tp_group: Any, sequence_parallel: bool) -> None:
         super().__init__()
         kwargs: dict[str, Any] = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": torch.float64}
-        self.norm = tensor_parallel.LayerNorm(16, **kwargs)
+        self.norm = tensor_parallel.SequenceParallelLayerNorm(16, **kwargs)
         self.up = tensor_parallel.ColumnParallelLinear(16, 64, skip_bias_add=True, **kwargs)
         self.down = tensor_parallel.RowParallelLinear(64, 16, **kwargs)
 

@@ -272,7 +272,7 @@ def blocks_case(rank, ranks):
     return True
 
 
-def test_blocks_of_words_under_sequence_parallelism():
+def test_blocks_of_entries_under_sequence_parallelism():
     assert all(run_on_ranks(blocks_case, 2))
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 
 from fused_megatron.pipeline.schedule.routing import Channel
 
@@ -38,12 +39,18 @@ class Transport(Protocol):
         """Begin to receive into a tensor of the shape that is sent."""
 
 
-def make_group(store: dist.Store, name: str, rank: int, size: int, device: torch.device, timeout: timedelta) -> Any:
+def make_group(
+    store: dist.Store | None, name: str, rank: int, size: int, device: torch.device, timeout: timedelta
+) -> Any:
     """A process group of its own, known to no registry: the only call that is made by its members alone.
+
+    Without a store to meet at the other ranks are not there, and the group is a fake one.
 
     torch.distributed.new_group is made by all ranks of the world, or names the group after the number of groups that a
     rank has, which differs along a pipeline.
     """
+    if store is None:
+        return FakeProcessGroup._create_internal(rank, size)
     store = dist.PrefixStore(name, store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()

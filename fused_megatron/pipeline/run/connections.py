@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives.groups import Group, group_rank, group_size
+from fused_megatron.collectives.groups import Group, group_rank, group_size, is_fake
 from fused_megatron.observe.waits import BUBBLE, wait_for
 from fused_megatron.pipeline.run.channels import Channels, Transport, make_group
 from fused_megatron.pipeline.run.faults import FaultRecord, PipelineError, lost_peers
@@ -28,7 +28,7 @@ class Connections:
         name: of this pipeline alone, the same on all ranks.
         schedule: lowered.
         device: of the tensors.
-        transport: in place of Channels.
+        transport: in place of Channels; must be given for a fake group.
 
     Communication: makes and uses every connection once, in the same order on all ranks.
     """
@@ -49,17 +49,21 @@ class Connections:
         self._pp_group = pp_group
         self._last = schedule.placement[-1]
         self._control: Any = None
-        self.tied_groups: list[Any] = [None] * len(schedule.tied)
+        self.global_ranks = [0] if pp_group is None else dist.get_process_group_ranks(pp_group)
+        # The group of each tied weight on this rank, and its global ranks; None where it has no other rank.
+        self.tied_groups: list[tuple[Any, Sequence[int]]] = [(None, ())] * len(schedule.tied)
         store = None
         if pp_group is not None:
-            store = dist.PrefixStore(name, pp_group.get_group_store())
+            if not is_fake(pp_group):
+                store = dist.PrefixStore(name, pp_group.get_group_store())
             cpu = torch.device("cpu")
             self._control = make_group(store, "control", self.rank, self.num_ranks, cpu, timeout)
             for index, stages in enumerate(schedule.tied):
                 ranks = sorted({schedule.placement[stage] for stage in stages})
                 if self.rank in ranks and len(ranks) > 1:
                     place = ranks.index(self.rank)
-                    self.tied_groups[index] = make_group(store, f"tied/{index}", place, len(ranks), device, timeout)
+                    group = make_group(store, f"tied/{index}", place, len(ranks), device, timeout)
+                    self.tied_groups[index] = group, [self.global_ranks[each] for each in ranks]
         if transport is None and store is not None:
             transport = Channels(channels_of(schedule), self.rank, store, device, timeout)
         self.transport = transport
@@ -123,12 +127,13 @@ class Connections:
             reason = str(error).partition(". This is typically")[0]  # what gloo guesses at length
             self.faults.write(lost, None, reason)
             known = self.faults.read() or (lost, None, reason)
-        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
+        here = f"pipeline rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
         if rank < 0:
             return PipelineError(f"pipeline: another rank is gone or silent ({text}); {here}", -1)
-        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone or silent ({text})"
-        return PipelineError(f"pipeline: {what}; {here}", rank, where)
+        # Not those of the run: each pipeline counts its own ranks.
+        what = f"failed at {where}: {text}" if where else f"is gone or silent ({text})"
+        return PipelineError(f"pipeline rank {rank} {what}; {here}", rank, where)
 
     def _dead_peer(self) -> int:
         """The first rank whose connection of the control group is cut; -1 for none."""

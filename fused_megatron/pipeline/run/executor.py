@@ -13,11 +13,11 @@ from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
 from fused_megatron.pipeline.run.executor_checks import (
-    check_pipeline,
-    check_step,
+    checked_and_lowered,
     chosen_hooks,
     needs_gradients,
     stage_device,
+    step_inputs,
 )
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
@@ -109,7 +109,7 @@ class PipelineExecutor:
         lowered, error = None, None
         try:
             hooks = chosen_hooks(hooks, reduce_gradients, update)
-            lowered = check_pipeline(schedule, stages, pp_group, loss_fn, tied, hooks)
+            lowered = checked_and_lowered(schedule, stages, pp_group, loss_fn, tied, hooks)
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
@@ -137,14 +137,19 @@ class PipelineExecutor:
             self._rank,
             self._stages,
             stashed,
-            [TiedWeight(weights, ranks) for weights, ranks in zip(tied, self._connections.tied_groups, strict=True)],
-            Messages(lowered, self._connections.transport, device),
+            [TiedWeight(weights, *group) for weights, group in zip(tied, self._connections.tied_groups, strict=True)],
+            Messages(lowered, self._connections.transport, device, self._connections.global_ranks),
             hooks,
             observe,
             lookahead,
         )
         self.microbatch_losses = torch.zeros(0, dtype=torch.float64)
         """Of the last step or evaluation: the loss sum of each microbatch, on every rank."""
+
+    @property
+    def at(self) -> Action | None:
+        """The action that this rank is at; None between steps."""
+        return self._loop.at
 
     @property
     def num_live(self) -> int:
@@ -241,7 +246,7 @@ class PipelineExecutor:
         step, error, ids = None, None, None
         try:
             device = self._connections.device
-            step = check_step(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
+            step = step_inputs(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
         except InputError as wrong:
             error = wrong
         count = len(self.schedule.microbatches)

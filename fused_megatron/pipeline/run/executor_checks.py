@@ -14,10 +14,10 @@ from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions, StageHooks, Wait, do_nothing
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Kind, Schedule, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 
 
-def check_pipeline(
+def checked_and_lowered(
     schedule: Schedule,
     stages: Mapping[int, nn.Module],
     pp_group: Group,
@@ -25,10 +25,10 @@ def check_pipeline(
     tied: Sequence[Mapping[int, nn.Parameter]],
     hooks: StageHooks,
 ) -> Schedule:
-    """The lowered schedule.
+    """Check the arguments of a PipelineExecutor on this rank, and return the schedule, lowered.
 
     Raises:
-        InputError: a schedule with a fault, or what does not fit it.
+        InputError: the schedule breaks a rule, or another argument does not fit the schedule.
     """
     ranks, rank = group_size(pp_group), group_rank(pp_group)
     check(
@@ -37,7 +37,7 @@ def check_pipeline(
     )
     if not schedule.lowered:
         schedule = lower(schedule)
-    elif findings := check_schedule(schedule):
+    elif findings := schedule_findings(schedule):
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
     wanted, given = set(stages_of(schedule.placement, rank)), set(stages)
     check(
@@ -105,7 +105,7 @@ def stage_device(module: nn.Module) -> torch.device | None:
     return None
 
 
-def check_step(
+def step_inputs(
     schedule: Schedule,
     rank: int,
     device: torch.device,
@@ -114,10 +114,10 @@ def check_step(
     loss_divisor: float,
     stage_kwargs: Sequence[Mapping[str, Any]] | None,
 ) -> StepInputs:
-    """What the rank needs of it.
+    """Check the arguments of a step, and return the part that this rank needs.
 
     Raises:
-        InputError: missing, of another number than microbatches, of the wrong type or on the wrong device.
+        InputError: an argument is missing, has not one item for each microbatch, or has the wrong type or device.
     """
     check(
         isinstance(loss_divisor, int | float) and math.isfinite(loss_divisor) and loss_divisor > 0,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import InputError, SharedInputError, first_line
+from fused_megatron.checks import InputError, SharedInputError, first_line, has_values
 from fused_megatron.collectives.together import Outcome, failed_ranks, gather_outcomes, shared_text
 from fused_megatron.pipeline.run.faults import PipelineError
 from fused_megatron.pipeline.schedule.action import Schedule
@@ -22,10 +22,10 @@ def schedule_hash(schedule: Schedule) -> str:
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """Of shape, dtype and every bit."""
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    """Of shape, dtype and every bit that it has."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
-    digest.update(bits.numpy().data)
+    if has_values(tensor):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fused_megatron.checks import dtype_name
+from fused_megatron.collectives.transport.announcements import announce_receive, announce_send
 from fused_megatron.observe.waits import BUBBLE, wait_for
 from fused_megatron.pipeline.run.channels import Pending, Transport
 from fused_megatron.pipeline.run.faults import lost_peers
@@ -31,7 +32,8 @@ _DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool, torch.complex64, torch.complex128,
 )  # fmt: skip
-_HEADER_NUMBERS = 128
+HEADER_NUMBERS = 128
+"""Length of a header."""
 _TENSORS_PER_MESSAGE = 32  # tags of one message: those of its tensors, and two more
 _FLAGS, _HEADER = 30, 31
 
@@ -65,10 +67,18 @@ class Messages:
         schedule: lowered.
         transport: the network; None for one rank, which sends nothing.
         device: of what is received.
+        ranks: the global rank of each rank of the pipeline, for those who watch; None: the same numbers.
     """
 
-    def __init__(self, schedule: Schedule, transport: Transport | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        transport: Transport | None,
+        device: torch.device,
+        ranks: Sequence[int] | None = None,
+    ) -> None:
         self._schedule = schedule
+        self._ranks = range(schedule.num_ranks) if ranks is None else ranks
         self._transport = transport
         self._device = device
         self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
@@ -119,13 +129,14 @@ class Messages:
                 "shapes, dtypes and plain values of the inputs and stage_kwargs (pass the rest in stage_kwargs)"
             )
         if known is specs:
-            header = torch.tensor(_encode(specs), device=self._device)
+            header = torch.tensor(encode_header(specs), device=self._device)
             self._send(action, header, _HEADER)
 
     def _send(self, action: Action, tensor: torch.Tensor, index: int) -> None:
         if tensor.numel():
             assert self._transport is not None
-            _, target, direction = channel_of(self._schedule, action)
+            source, target, direction = channel_of(self._schedule, action)
+            announce_send(tensor, self._ranks[source], self._ranks[target])
             with lost_peers(target):
                 pending = self._transport.send(tensor.contiguous(), target, direction, self._tag(action, index))
             self._leaving.append((pending, target))
@@ -165,7 +176,7 @@ class Messages:
                 return  # this stage has yet to send, and learns the shape by that
             if self._needs_header(arrival, forward):
                 if arrival.header is None:
-                    numbers = _HEADER_NUMBERS if forward else 1
+                    numbers = HEADER_NUMBERS if forward else 1
                     buffer = torch.empty(numbers, dtype=torch.int64, device=self._device)
                     arrival.header = (self._receive(arrival, buffer, _HEADER), buffer)
                 if wanted is None:
@@ -202,7 +213,8 @@ class Messages:
 
     def _receive(self, arrival: _Arrival, buffer: torch.Tensor, index: int) -> Pending:
         assert self._transport is not None
-        source, _, direction = arrival.channel
+        source, target, direction = arrival.channel
+        announce_receive(buffer, self._ranks[source], self._ranks[target])
         with lost_peers(source):
             return self._transport.receive(buffer, source, direction, self._tag(arrival.action, index))
 
@@ -236,15 +248,21 @@ def _shown(specs: Sequence[TensorSpec]) -> str:
     return ", ".join(f"{dtype_name(spec.dtype)}{list(spec.shape)}" for spec in specs) or "nothing"
 
 
-def _encode(specs: Sequence[TensorSpec]) -> list[int]:
+def encode_header(specs: Sequence[TensorSpec]) -> list[int]:
+    """The int64 numbers that say ahead of a message which tensors it has.
+
+    Raises:
+        TypeError: a dtype that cannot be sent.
+        ValueError: more tensors than a header has room for.
+    """
     numbers = [len(specs)]
     for spec in specs:
         if spec.dtype not in _DTYPES:
             raise TypeError(f"a stage returned a tensor of dtype {spec.dtype}, which cannot be sent (cast it)")
         numbers += [_DTYPES.index(spec.dtype), int(spec.requires_grad), len(spec.shape), *spec.shape]
-    if len(specs) > _FLAGS or len(numbers) > _HEADER_NUMBERS - 1:
+    if len(specs) > _FLAGS or len(numbers) > HEADER_NUMBERS - 1:
         raise ValueError(f"a stage returned {len(specs)} tensors, more than fit a header (join some of them)")
-    numbers += [0] * (_HEADER_NUMBERS - 1 - len(numbers))
+    numbers += [0] * (HEADER_NUMBERS - 1 - len(numbers))
     return [*numbers, _checksum(numbers)]
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -42,7 +43,7 @@ class StepTable:
     def __init__(self, control: Any, store: dist.Store | None, rank: int, num_ranks: int) -> None:
         self._control, self._store, self._rank, self._num_ranks = control, store, rank, num_ranks
         self._work: Any = None
-        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._numbers = np.zeros(0, dtype=np.int64)
         self._error: InputError | None = None
         self._shape_ids: list[int] | None = None
         self._num_errors = 0
@@ -58,15 +59,15 @@ class StepTable:
         Communication: one all-reduce of 8 bytes a microbatch and rank.
         """
         self._error, self._shape_ids = error, None
-        self._numbers = numbers = torch.zeros(num_microbatches + self._num_ranks, dtype=torch.int64)
+        self._numbers = numbers = np.zeros(num_microbatches + self._num_ranks, dtype=np.int64)
         if shape_ids is not None:
-            numbers[:num_microbatches] = torch.tensor(shape_ids)
+            numbers[:num_microbatches] = shape_ids
         numbers[num_microbatches + self._rank] = _TRAINS * trains + _FAILED * (error is not None)
         if self._control is not None and self._store is not None:
             if error is not None:
                 self._store.set(self._name(self._rank), str(error))
             with lost_peers():
-                self._work = self._control.allreduce([numbers], dist.ReduceOp.SUM)
+                self._work = self._control.allreduce([torch.from_numpy(numbers)], dist.ReduceOp.SUM)
 
     def shape_ids(self) -> list[int]:
         """The shape ids, on every rank.
@@ -83,7 +84,7 @@ class StepTable:
             finally:
                 del work  # else the traceback of an error would hold the connections open
             of_ranks = self._numbers[-self._num_ranks :]
-            failed = (of_ranks & _FAILED).nonzero()
+            failed = np.flatnonzero(of_ranks & _FAILED)
             if len(failed):
                 self._raise(int(failed[0]))
             if not of_ranks.any():

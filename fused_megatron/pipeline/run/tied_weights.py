@@ -1,11 +1,12 @@
 """Gradients of weights that several stages hold: the sum over all copies, on every copy."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.collectives.transport.announcements import announce_all_gather
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
 from fused_megatron.sharding import parameter_record
@@ -17,14 +18,17 @@ class TiedWeight:
     Args:
         parameters: this rank's, by stage; one and the same parameter counts once.
         group: exactly the ranks that hold it; None where that is this rank alone.
+        ranks: the global ranks of the group.
 
     Communication: one all-gather of the gradient over these ranks; summed in rank order, so that every rank has the
         same bits (for two ranks as much traffic as an all-reduce).
     """
 
-    def __init__(self, parameters: Mapping[int, nn.Parameter], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, parameters: Mapping[int, nn.Parameter], group: dist.ProcessGroup | None, ranks: Sequence[int] = ()
+    ) -> None:
         self._parameters = list({id(parameter): parameter for _, parameter in sorted(parameters.items())}.values())
-        self._group = group
+        self._group, self._ranks = group, ranks
 
     def reduce(self) -> None:
         """Sum main_grad, or grad where there is none."""
@@ -45,6 +49,7 @@ class TiedWeight:
 
     def _gather(self, parts: list[torch.Tensor], total: torch.Tensor) -> None:
         assert self._group is not None
+        announce_all_gather(total, self._ranks)
         self._group.allgather([parts], [total.contiguous()]).wait()
 
     def close(self) -> None:

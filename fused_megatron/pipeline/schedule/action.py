@@ -161,8 +161,8 @@ def stages_of(placement: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(stage for stage, owner in enumerate(placement) if owner == rank)
 
 
-def check_placement(placement: Sequence[int]) -> int:
-    """The number of ranks of a placement.
+def num_ranks_of(placement: Sequence[int]) -> int:
+    """Return the number of ranks of a placement.
 
     Raises:
         InputError: unless the ranks are 0, 1, ... with the same number of stages each.

@@ -8,7 +8,7 @@ from fused_megatron.pipeline.schedule.findings import Finding, Places
 from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
 
-def check_communication(places: Places, sound: bool) -> list[Finding]:
+def communication_findings(places: Places, sound: bool) -> list[Finding]:
     """Breaches of paired, fifo and reduction, and of deadlock where the compute actions are sound."""
     findings = [*_paired(places), *_reductions(places), *_tied(places)]
     if sound and not findings:

@@ -14,7 +14,7 @@ from fused_megatron.pipeline.schedule.action import (
     Schedule,
 )
 from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 
 
 def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
@@ -37,7 +37,7 @@ def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
     """
     if schedule.lowered:
         raise InputError(f"schedule {schedule.name}: it is lowered already")
-    if findings := check_schedule(schedule):
+    if findings := schedule_findings(schedule):
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
     if max_unsharded is not None:
         schedule = _unsharding(schedule, max_unsharded)

@@ -14,12 +14,12 @@ from fused_megatron.pipeline.schedule.action import (
     Schedule,
     live_activations,
 )
-from fused_megatron.pipeline.schedule.communication_checks import check_communication
+from fused_megatron.pipeline.schedule.communication_checks import communication_findings
 from fused_megatron.pipeline.schedule.findings import Finding, Places
 from fused_megatron.pipeline.view.simulation import simulate
 
 
-def check_schedule(schedule: Schedule) -> list[Finding]:
+def schedule_findings(schedule: Schedule) -> list[Finding]:
     """Every breach of the rules, by rank and position; the empty list for a good schedule.
 
     Before lowering the rules about sends, receives and reductions are left out.
@@ -32,7 +32,7 @@ def check_schedule(schedule: Schedule) -> list[Finding]:
     # A rank that waits for what is nowhere, or comes too late on its own rank, is named by these already.
     sound = not any(finding.rule in ("complete", "order", "placement") for finding in findings)
     if schedule.lowered:
-        findings += check_communication(places, sound)
+        findings += communication_findings(places, sound)
     elif sound:
         for rank, position in simulate(schedule).stuck:
             action = schedule.actions[rank][position]

@@ -17,7 +17,7 @@ from fused_megatron.pipeline.schedule.action import (
     Action,
     Kind,
     Schedule,
-    check_placement,
+    num_ranks_of,
     parse_action,
 )
 from fused_megatron.untrusted_files import convert, parse_json
@@ -72,7 +72,7 @@ def from_json(text: str) -> Schedule:
         raise InputError(f"the JSON of a schedule was expected: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"the JSON of a schedule was expected: {type(error).__name__}: {error!s:.200}") from None
-    num_ranks = check_placement(schedule.placement)
+    num_ranks = num_ranks_of(schedule.placement)
     if num_ranks != schedule.num_ranks:
         raise InputError(f"placement names {num_ranks} ranks, and actions has {schedule.num_ranks} rows")
     return schedule

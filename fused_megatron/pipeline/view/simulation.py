@@ -108,7 +108,7 @@ _Key = tuple[int, Kind, int | None]
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """Play the schedule: each rank in its order, each action as soon as what it needs has arrived.
 
-    A schedule that deadlocks ends early, with `stuck` set (`schedule_checks.check_schedule` says why).
+    A schedule that deadlocks ends early, with `stuck` set (`schedule_checks.schedule_findings` says why).
 
     Raises:
         InputError: costs that do not fit the schedule.

@@ -131,13 +131,13 @@ def test_messages_in_parts():
     rings[1][:12].view(torch.float32).copy_(torch.ones(3))
     message = host_ring._MESSAGE.pack(1, 0, *said) + host_ring._MESSAGE.pack(2, 1, *said)
     theirs.send(message[:5])
-    ring._listen(1)
-    assert ring._heard[1] == (0, 0)
+    ring._receive(1)
+    assert ring._their_counts[1] == (0, 0)
     theirs.send(message[5:])
     piece.wait()
     piece.wait()  # once is enough
     assert [t.tolist() for t in taken] == [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]
-    assert ring._heard[1] == (2, 1)
+    assert ring._their_counts[1] == (2, 1)
     theirs.close()
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         for _ in range(3):

@@ -8,7 +8,7 @@ from torch import nn
 
 import fused_megatron as fm
 from fused_megatron.pipeline import PipelineExecutor, build_schedule
-from fused_megatron.pipeline.run.messages import _decode, _encode, spec_of
+from fused_megatron.pipeline.run.messages import _decode, encode_header, spec_of
 from fused_megatron.pipeline.schedule.action import peak_live_activations, stages_of
 from fused_megatron.tensor_parallel import ColumnParallelLinear
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -220,7 +220,7 @@ def test_header_holds_every_dtype_and_shape():
     tensors = [torch.zeros(2, 0, 5, dtype=torch.bool), torch.zeros((), requires_grad=True)]
     tensors += [torch.zeros(3, dtype=dtype) for dtype in (torch.bfloat16, torch.int64, torch.complex64)]
     specs = tuple(spec_of(tensor) for tensor in tensors)
-    assert _decode(_encode(specs)) == specs
-    assert _decode(_encode(())) == ()
+    assert _decode(encode_header(specs)) == specs
+    assert _decode(encode_header(())) == ()
     with pytest.raises(TypeError, match="cannot be sent"):
-        _encode((spec_of(torch.zeros(1, dtype=torch.float8_e4m3fn)),))
+        encode_header((spec_of(torch.zeros(1, dtype=torch.float8_e4m3fn)),))

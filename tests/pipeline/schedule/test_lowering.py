@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, Kind, Schedule, build_schedule, check_schedule, lower
+from fused_megatron.pipeline import SCHEDULES, Kind, Schedule, build_schedule, lower, schedule_findings
 from fused_megatron.pipeline.schedule.action import Action
 
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
@@ -47,7 +47,7 @@ def test_every_schedule_keeps_the_rules_and_the_limit(name: str) -> None:
     plain = lower(schedule)
     for limit in range(1, per_rank + 2):
         sharded = lower(schedule, max_unsharded=limit)
-        assert check_schedule(sharded) == []
+        assert schedule_findings(sharded) == []
         assert most_whole(sharded) == [min(limit, per_rank)] * 3
         # Nothing else moves.
         without = tuple(tuple(a for a in actions if a.kind not in GATHERS) for actions in sharded.actions)
@@ -84,7 +84,7 @@ def test_receives_stand_in_the_order_in_which_their_channel_sends() -> None:
     actions = tuple((*f, *b) for f, b in zip(forwards, backwards, strict=True))
     schedule = replace(build_schedule("gpipe", 2, 3), actions=actions)
     lowered = lower(schedule)
-    assert check_schedule(lowered) == []
+    assert schedule_findings(lowered) == []
     rows = [" ".join(str(action) for action in row) for row in lowered.actions]
     received = [[a.microbatch for a in row if a.kind in (Kind.RECV_F, Kind.RECV_B)] for row in lowered.actions]
     assert received == [[0, 1, 2], [0, 1, 2]], rows

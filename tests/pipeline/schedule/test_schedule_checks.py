@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fused_megatron.pipeline import RULES, Action, Schedule, build_schedule, check_schedule, lower, parse_action
+from fused_megatron import pipeline
+from fused_megatron.pipeline import RULES, Action, Schedule, build_schedule, lower, parse_action, schedule_findings
 
 GOOD = [
     lower(build_schedule("interleaved_1f1b", 3, 4, 2, tied=((0, 5),))),
@@ -35,7 +36,7 @@ def names_place(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> b
     """Whether a finding is on the rank and names one of the actions, or what its backward then lacks."""
     words = {str(action) for action in actions}
     words |= {str(action._replace(kind=kind)) for action in actions if action.kind in "BIW" for kind in "BIW"}
-    found = check_schedule(schedule)
+    found = schedule_findings(schedule)
     return any(f.rank == rank and words & set(f.message.replace(",", " ").replace(":", " ").split()) for f in found)
 
 
@@ -183,7 +184,7 @@ def test_a_swap_is_found_or_changes_nothing(places: Places) -> None:
             actions = list(schedule.actions[rank])
             actions[position], actions[other] = actions[other], actions[position]
             mutated = edited(schedule, rank, actions)
-            findings = check_schedule(mutated)
+            findings = schedule_findings(mutated)
             if findings:
                 found += 1
                 assert min(abs(f.rank - rank) for f in findings) <= schedule.num_ranks
@@ -197,7 +198,7 @@ def rules(lists: str, **changes) -> set[str]:
     """The rules that a schedule of two stages and microbatches breaks, given as text: a line a rank."""
     actions = tuple(tuple(parse_action(word) for word in line.split()) for line in lists.strip().splitlines())
     schedule = Schedule("text", (0, 1), 2, actions, **changes)
-    return {finding.rule for finding in check_schedule(schedule)}
+    return {finding.rule for finding in schedule_findings(schedule)}
 
 
 @pytest.mark.parametrize(("rule", "lists"), [
@@ -252,5 +253,10 @@ def test_every_rule_has_a_test() -> None:
 def test_deadlock_of_crossed_ties_is_found() -> None:
     schedule = lower(build_schedule("gpipe", 2, 1, tied=((0, 1), (0, 1))))
     actions = [*schedule.actions[1][:-2], schedule.actions[1][-1], schedule.actions[1][-2]]
-    (finding,) = check_schedule(edited(schedule, 1, actions))
+    (finding,) = schedule_findings(edited(schedule, 1, actions))
     assert (finding.rank, finding.position, finding.rule) == (1, len(actions) - 1, "reduction")
+
+
+def test_the_old_name_of_schedule_findings_warns():
+    with pytest.warns(DeprecationWarning, match="schedule_findings"):
+        assert pipeline.check_schedule is schedule_findings

@@ -4,7 +4,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, build_schedule, check_schedule, lower
+from fused_megatron.pipeline import SCHEDULES, build_schedule, lower, schedule_findings
 from fused_megatron.pipeline.schedule.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
 
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
@@ -70,9 +70,9 @@ def test_we_read_what_torch_writes(ours: str, theirs: str, per_rank: int) -> Non
     assert sorted(imported.actions[0]) == sorted(schedule.actions[0]) or ours == "dual_pipe_v"
     if ours == "looped_breadth_first":
         # torch's runs its backwards in descending order, so that its sums are not those of the others.
-        assert {finding.rule for finding in check_schedule(imported)} == {"ascending"}
+        assert {finding.rule for finding in schedule_findings(imported)} == {"ascending"}
     else:
-        assert check_schedule(imported) == [] and check_schedule(lower(imported)) == []
+        assert schedule_findings(imported) == [] and schedule_findings(lower(imported)) == []
     if ours in ("zb_v", "interleaved_1f1b"):
         assert imported.actions == schedule.actions
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule, check_schedule, lower, simulate
+from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule, lower, schedule_findings, simulate
 from fused_megatron.pipeline.schedule.action import peak_weight_versions, weight_versions
 
 EQUAL, UNEQUAL = (1.0, 1.0, 1.0), (1.0, 1.3, 0.7)
@@ -67,9 +67,9 @@ def expected_peak(name, p, v, m, rank):
 
 def check_case(name: str, p: int, v: int, m: int) -> None:
     schedule = built(name, p, v, m)
-    assert check_schedule(schedule) == []
+    assert schedule_findings(schedule) == []
     lowered = lower(schedule)
-    assert check_schedule(lowered) == []
+    assert schedule_findings(lowered) == []
     for times in TIMES[name]:
         costs = Costs(*(time / v for time in times))
         timeline = simulate(schedule, costs)

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Launch:
+class ThisRank:
     """Who this process is, and the device that it computes on."""
 
     rank: int
@@ -28,7 +28,7 @@ class Launch:
 
 
 @contextmanager
-def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[Launch]:
+def joined_ranks(timeout_s: float, refused: InputError | None = None) -> Iterator[ThisRank]:
     """Join the process group that the launcher's environment names: NCCL on GPUs, gloo on CPUs; alone without one.
 
     A process group that is already there is used, and left open.
@@ -66,7 +66,7 @@ def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[La
             raise refused
 
     on_every_rank(accepted)
-    yield Launch(rank, world_size, device)
+    yield ThisRank(rank, world_size, device)
     # Only after success: tearing a group down after a lost peer can wait for that peer.
     if world_size > 1 and not found:
         dist.destroy_process_group()

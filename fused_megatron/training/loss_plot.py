@@ -1,4 +1,4 @@
-"""The picture of a run's loss."""
+"""The plot of a run's loss."""
 
 from collections.abc import Sequence
 from pathlib import Path

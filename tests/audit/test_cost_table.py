@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from fused_megatron.audit import report
+from fused_megatron.audit import cost_table
 from fused_megatron.audit.kernels import OPS
 from fused_megatron.audit.occupancy import LIMITS
 
 LEDGER = Path(__file__).parents[2] / "docs" / "kernel_ledger.md"
-ROW = report.Row(
+ROW = cost_table.Row(
     "layer_norm", "forward", "kernel", 4096, "bf16", "sm_90a", 40, 0, 1024, 0.5, "128x4 32x1", "128x4", 1.01, 0.0
 )
-needs_compilers = pytest.mark.skipif(bool(report.what_is_missing()), reason="; ".join(report.what_is_missing()))
+needs_compilers = pytest.mark.skipif(bool(cost_table.what_is_missing()), reason="; ".join(cost_table.what_is_missing()))
 
 
 def but(**changes):
@@ -22,7 +22,7 @@ def but(**changes):
 
 
 def test_bars():
-    assert ROW.faults() == [] and report.broken_bars([ROW]) == []
+    assert ROW.faults() == [] and cost_table.broken_bars([ROW]) == []
     assert but(spilled_bytes=8).faults() == ["8 bytes spilled"]
     assert but(load_bits="64x2").faults() == ["loads of 64 bits"]
     assert but(store_bits="32x2").faults() == ["stores of 32 bits"]
@@ -31,17 +31,17 @@ def test_bars():
     assert but(ratio=1.035, partials=0.018).faults() == []
     assert but(ratio=1.035, partials=0.025).faults() == ["partial sums take 2.5% (bar 2%)"]
     broken = but(ratio=1.03)
-    assert len(report.broken_bars([broken])) == 1
+    assert len(cost_table.broken_bars([broken])) == 1
     known = dataclasses.replace(broken, known="the reason")
-    assert report.broken_bars([known]) == [] and report.known_faults([known])[0].endswith("the reason")
+    assert cost_table.broken_bars([known]) == [] and cost_table.known_faults([known])[0].endswith("the reason")
 
 
 def test_table():
     rows = [but(arch="sm_80", registers=38), ROW, but(arch="sm_100a"), but(width=8192)]
-    lines = report.parsed("# Title\n\n" + report.table(rows))
-    assert lines == report.lines(rows) and len(lines) == 2
+    lines = cost_table.parsed("# Title\n\n" + cost_table.table(rows))
+    assert lines == cost_table.lines(rows) and len(lines) == 2
     assert "38 / 40 / 40" in lines[0]
-    assert report.of_arch(lines[0], 1) == report.lines([ROW])[0]
+    assert cost_table.of_arch(lines[0], 1) == cost_table.lines([ROW])[0]
 
 
 def ledger():
@@ -53,20 +53,20 @@ def ledger():
 @needs_compilers
 def test_the_ledger_is_of_these_compilers_and_ops():
     text = ledger()
-    if report.versions() not in text:
-        pytest.skip(f"the ledger is of other compilers than {report.versions()}")
-    assert {line[0] for line in report.parsed(text)} == set(OPS)
+    if cost_table.versions() not in text:
+        pytest.skip(f"the ledger is of other compilers than {cost_table.versions()}")
+    assert {line[0] for line in cost_table.parsed(text)} == set(OPS)
 
 
 def compare_with_ledger(cases, arch):
     text = ledger()
-    rows = report.audit(cases, [arch])
-    assert report.broken_bars(rows) == []
-    if report.versions() not in text:
-        pytest.skip(f"the ledger is of other compilers than {report.versions()}")
+    rows = cost_table.audit(cases, [arch])
+    assert cost_table.broken_bars(rows) == []
+    if cost_table.versions() not in text:
+        pytest.skip(f"the ledger is of other compilers than {cost_table.versions()}")
     archs = re.search(r"Architectures: ([^;]*);", text).group(1).split(" / ")
-    kept = {report.of_arch(line, archs.index(arch)) for line in report.parsed(text)}
-    stale = [line for line in report.lines(rows) if line not in kept]
+    kept = {cost_table.of_arch(line, archs.index(arch)) for line in cost_table.parsed(text)}
+    stale = [line for line in cost_table.lines(rows) if line not in kept]
     assert not stale, f"stale: make it anew with: fused-megatron audit --write docs/kernel_ledger.md\n{stale}"
 
 
@@ -83,4 +83,4 @@ def test_the_ledger_is_true_of_some_kernels(kernel):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", LIMITS)
 def test_the_ledger_is_true_of_all_kernels(arch):
-    compare_with_ledger(report.cases(), arch)
+    compare_with_ledger(cost_table.cases(), arch)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import train_tokenizer
 from fused_megatron.hugging_face import load_model
-from fused_megatron.hugging_face.families import family_of
+from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import open_source
 from fused_megatron.mesh import init_mesh
