@@ -66,13 +66,16 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if nvcc else ''}"
         cmake, ninja = find_program("cmake"), find_program("ninja")
         configuration = [
-            "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DFUSED_MEGATRON_CUDA=ON"] if nvcc else []),
             f"-DPython_EXECUTABLE={os.path.abspath(sys.executable)}",
             f"-DTORCH_FOLDER={module_folder('torch')}",
             f"-Dpybind11_DIR={module_folder('pybind11') / 'share' / 'cmake' / 'pybind11'}",
-        ]  # fmt: skip
+        ]
         # CMake's cache holds the paths of an earlier compiler or (isolated) environment, which may be gone.
         record, key = folder / "configuration.txt", "\n".join([cmake, *configuration])
         if folder.exists() and (not record.exists() or record.read_text() != key):

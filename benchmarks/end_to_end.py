@@ -107,8 +107,9 @@ def bubble_s(step: TrainingStep) -> float:
 
     def mean(kinds: str) -> tuple[float, ...]:
         """Return mean seconds by stage; of whole backwards if the engine does not split them."""
-        rows = [next((times[stage, k] for k in kinds if (stage, k) in times), [0.0])
-                for stage in range(schedule.num_stages)]  # fmt: skip
+        rows = [
+            next((times[stage, k] for k in kinds if (stage, k) in times), [0.0]) for stage in range(schedule.num_stages)
+        ]
         return tuple(sum(row) / len(row) for row in rows)
 
     timeline = simulate(schedule, Costs(mean("F"), mean("IB"), mean("W")))
@@ -127,9 +128,16 @@ def compared(name: str, size: Size, layout: Layout, rounds: int, limit_s: float)
     for rival_name, rival in rivals.items():
         label = f"{layout}, against {rival_name}" if rival_name else str(layout)
         comparison = Comparison(
-            f"GPT {name}", label, "float32", None, bars_of(rival) if measured.seconds else Bars(), ranks=layout.ranks,
-            tokens=tokens, model_flops=model_flops, hardware_flops=hardware_flops,
-        )  # fmt: skip
+            f"GPT {name}",
+            label,
+            "float32",
+            None,
+            bars_of(rival) if measured.seconds else Bars(),
+            ranks=layout.ranks,
+            tokens=tokens,
+            model_flops=model_flops,
+            hardware_flops=hardware_flops,
+        )
         fill(comparison, measured, {name: name for name in (OURS, *rival.ways)})
         if not rival_name or set(comparison.seconds) - {OURS}:
             found.append(comparison)

@@ -28,9 +28,12 @@ class Size:
     @property
     def config(self) -> GPTConfig:
         return GPTConfig(
-            num_layers=self.num_layers, hidden_size=self.hidden_size, num_heads=self.num_heads, seq_len=self.seq_len,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            seq_len=self.seq_len,
             vocab_size=self.vocab_size,
-        )  # fmt: skip
+        )
 
     def __str__(self) -> str:
         return (
@@ -147,5 +150,8 @@ def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
         groups.setdefault((p.dim() >= 2, type(p.data)), []).append(p)
     return torch.optim.AdamW(
         [{"params": some, "weight_decay": WEIGHT_DECAY * decayed} for (decayed, _), some in groups.items()],
-        lr=LR, betas=BETAS, eps=EPS, fused=True,
-    )  # fmt: skip
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        fused=True,
+    )

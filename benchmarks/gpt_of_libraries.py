@@ -30,14 +30,20 @@ def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
     """Return the rivals by name. The first is torch's own equivalent of the layout; for one process, Hugging Face."""
     bars = layout.ranks <= 2
     if layout.ranks == 1:
-        return {"": Rival({"Hugging Face GPT-2": hugging_face_step}, 1.2),
-                "plain torch": Rival({"plain torch": plain_step})}  # fmt: skip
+        return {
+            "": Rival({"Hugging Face GPT-2": hugging_face_step}, 1.2),
+            "plain torch": Rival({"plain torch": plain_step}),
+        }
     if layout.pp > 1:
         cuts = cuts_for_torch(size, layout)
         name = f"torch.distributed.pipelining{' + DTensor' * (layout.tp > 1)}"
         known = layout.schedule in SCHEDULES
-        return {"": Rival({f"{name}, blocks {'+'.join(map(str, cut))}": pipelined(cut) for cut in cuts * known},
-                          1.05 if bars else None)}  # fmt: skip
+        return {
+            "": Rival(
+                {f"{name}, blocks {'+'.join(map(str, cut))}": pipelined(cut) for cut in cuts * known},
+                1.05 if bars else None,
+            )
+        }
     suffix = " + DTensor" * (layout.tp > 1)
     ways = {
         f"FSDP2{suffix}": torch_step(data="fsdp2"),
@@ -126,11 +132,19 @@ def megatron_model(size: Size, layout: Layout) -> nn.Module:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
     config = import_module("megatron.core.transformer").TransformerConfig(
-        num_layers=size.num_layers, hidden_size=size.hidden_size, num_attention_heads=size.num_heads,
-        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sequence_parallel, hidden_dropout=0.0,
-        attention_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False,
-        bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=False,
-    )  # fmt: skip
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        num_attention_heads=size.num_heads,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        masked_softmax_fusion=False,
+    )
     spec = specs.get_gpt_layer_local_spec()
     return gpt.GPTModel(config, spec, size.vocab_size, size.seq_len, share_embeddings_and_output_weights=True)
 
@@ -175,10 +189,19 @@ def hugging_face_step(size: Size, layout: Layout, weights: Weights) -> TrainingS
     """Build GPT-2 of transformers, without torch.compile, with torch's attention kernel."""
     library = import_module("transformers")
     config = library.GPT2Config(
-        vocab_size=size.vocab_size, n_positions=size.seq_len, n_embd=size.hidden_size, n_layer=size.num_layers,
-        n_head=size.num_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=size.vocab_size,
+        n_positions=size.seq_len,
+        n_embd=size.hidden_size,
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = library.GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
         for theirs, ours_name in _HUGGING_FACE_NAMES.items():

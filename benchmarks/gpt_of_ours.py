@@ -44,10 +44,14 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
 def train_config(size: Size, layout: Layout) -> TrainConfig:
     """Return the config that a user would write for `fused-megatron train`."""
     parallel = ParallelConfig(
-        tensor_parallel_size=layout.tp, pipeline_parallel_size=layout.pp, data_parallel_size=layout.dp,
-        sequence_parallel=layout.sequence_parallel, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank,
+        tensor_parallel_size=layout.tp,
+        pipeline_parallel_size=layout.pp,
+        data_parallel_size=layout.dp,
+        sequence_parallel=layout.sequence_parallel,
+        schedule=layout.schedule,
+        stages_per_rank=layout.stages_per_rank,
         timeout_s=1800.0,
-    )  # fmt: skip
+    )
     num_sequences = layout.num_sequences(size)
     training = TrainingConfig(
         global_batch_size=num_sequences, microbatch_size=num_sequences // layout.dp // layout.microbatches

@@ -247,8 +247,10 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
         mesh = init_device_mesh("cpu", (layout.pp, layout.tp), mesh_dim_names=("pp", "tp"))
         schedule = build_schedule(layout.schedule, layout.pp, layout.microbatches, layout.stages_per_rank)
         assert cut is not None and len(cut) == schedule.num_stages
-        models = {i: PlainGPT(size, sum(cut[:i]), sum(cut[: i + 1]), i == len(cut) - 1).load(weights)
-                  for i in stages_of(schedule.placement, mesh.get_local_rank("pp"))}  # fmt: skip
+        models = {
+            i: PlainGPT(size, sum(cut[:i]), sum(cut[: i + 1]), i == len(cut) - 1).load(weights)
+            for i in stages_of(schedule.placement, mesh.get_local_rank("pp"))
+        }
         if layout.tp > 1:
             for model in models.values():
                 shard_layers(model, mesh["tp"], layout.sequence_parallel, False)
@@ -267,9 +269,11 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
         single = issubclass(kind, pipelining.schedules.PipelineScheduleSingle)
         # Divided here, since the engine would divide once for each stage: twice for a table that two stages share.
         engine = kind(
-            wrapped[0] if single else wrapped, layout.microbatches, scale_grads=False,
+            wrapped[0] if single else wrapped,
+            layout.microbatches,
+            scale_grads=False,
             loss_fn=lambda logits, target: mean_loss(logits, target) / layout.microbatches,
-        )  # fmt: skip
+        )
 
         def run(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
             step.actions.clear()

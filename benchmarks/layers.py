@@ -26,9 +26,16 @@ def compared(layer: Layer, rounds: int, limit_s: float) -> tuple[list[Comparison
     found = []
     for own, suffix in ((OURS, ""), (WITHOUT_OVERLAP, ", overlap off")):
         comparison = Comparison(
-            layer.op, layer.label + suffix, "float32", None, Bars(), ranks=RANKS,
-            tokens=layer.seq_len * layer.batch, model_flops=layer.flops, hardware_flops=layer.flops,
-        )  # fmt: skip
+            layer.op,
+            layer.label + suffix,
+            "float32",
+            None,
+            Bars(),
+            ranks=RANKS,
+            tokens=layer.seq_len * layer.batch,
+            model_flops=layer.flops,
+            hardware_flops=layer.flops,
+        )
         found.append(fill(comparison, measured, {own: OURS, DTENSOR: DTENSOR}))
     return [c for c in found if c.seconds or c.faults], go_on
 

@@ -115,9 +115,13 @@ def shrunk(config: TrainConfig) -> TrainConfig:
     model, parallel = config.model, config.parallel
     stages = parallel.pipeline_parallel_size * (parallel.stages_per_rank or 1)
     small = dataclasses.replace(
-        model, num_layers=max(2, stages, model.num_layers // 8), hidden_size=8 * model.num_heads, seq_len=64,
-        vocab_size=2000, pad_vocab_size_to_multiple_of=128,
-    )  # fmt: skip
+        model,
+        num_layers=max(2, stages, model.num_layers // 8),
+        hidden_size=8 * model.num_heads,
+        seq_len=64,
+        vocab_size=2000,
+        pad_vocab_size_to_multiple_of=128,
+    )
     return dataclasses.replace(config, model=small)
 
 
@@ -174,17 +178,29 @@ def table(results: Results) -> list[str]:
         peak = c.peak_bytes.get(OURS)
         rows.append(
             [
-                f"{c.op} {c.label}", str(c.ranks), f"{ms.median:,.1f} [{ms.low:,.1f}-{ms.high:,.1f}]",
-                f"{1e3 * (c.tokens or 0) / ms.median:,.0f}", f"{tflops:.3g}",
+                f"{c.op} {c.label}",
+                str(c.ranks),
+                f"{ms.median:,.1f} [{ms.low:,.1f}-{ms.high:,.1f}]",
+                f"{1e3 * (c.tokens or 0) / ms.median:,.0f}",
+                f"{tflops:.3g}",
                 *(f"{100 * x / ceiling:.0f} %" if ceiling else "-" for x in (tflops, hfu)),
-                f"{100 * tflops / base:.0f} %" if base else "-", "-" if peak is None else f"{peak / 1e9:.2f}",
+                f"{100 * tflops / base:.0f} %" if base else "-",
+                "-" if peak is None else f"{peak / 1e9:.2f}",
                 ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in c.breakdown[OURS].items()),
             ]
-        )  # fmt: skip
+        )
     header = [
-        "GPT", "ranks", "ms a step", "tokens/s", "TFLOP/s a rank", "MFU", "HFU", "weak scaling", "peak GB a rank",
+        "GPT",
+        "ranks",
+        "ms a step",
+        "tokens/s",
+        "TFLOP/s a rank",
+        "MFU",
+        "HFU",
+        "weak scaling",
+        "peak GB a rank",
         "where the time goes",
-    ]  # fmt: skip
+    ]
     return markdown(header, rows)
 
 
@@ -199,9 +215,12 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
     """Run every preset, one after the other, on every rank. Rank 0 prints and writes."""
     world = ranks.world_size
     results = describe_run(
-        "node", device, num_gpus=world, threads=f"{world} ranks of {torch.get_num_threads()}",
+        "node",
+        device,
+        num_gpus=world,
+        threads=f"{world} ranks of {torch.get_num_threads()}",
         steps=f"{options.steps} after {options.warm_up}",
-    )  # fmt: skip
+    )
     path = options.results or FOLDER / "results" / results.file_name
 
     def say(text: str) -> None:
@@ -224,7 +243,7 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
     else:
         say(f"{results.hardware}, {world} rank{'s' * (world > 1)}, torch {torch.__version__}")
         if not device.is_gpu:
-            say("no GPU here: gloo, and tiny models of the presets' form, whose figures say nothing of the real ones")
+            say("no GPU here: gloo, and tiny models of the presets' form; their figures do not predict the real models")
     ranks.interrupted = interrupted
     dtypes = sorted({getattr(torch, p.config.training.dtype) for p in presets}, key=str)
     ceilings, _ = ranks.run("ceilings", world, lambda: measure_ceilings(device, dtypes, quick=options.quick))
@@ -303,8 +322,13 @@ def start_ranks(count: int | None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME",
-                        help="names in benchmarks/presets, without .toml, or your own FILE.toml")  # fmt: skip
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names in benchmarks/presets, without .toml, or your own FILE.toml",
+    )
     parser.add_argument("--steps", type=int, help="timed steps of each preset (20; quick: 2)")
     parser.add_argument("--warm-up", type=int, help="steps before the timed ones (5; quick: 1)")
     parser.add_argument("--quick", action="store_true", help="few steps, to check that everything runs")

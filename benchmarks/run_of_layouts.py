@@ -31,10 +31,18 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--limit-s", type=float, default=900.0, help="limit of one case")
     parser.add_argument("--short", action="store_true", help="the part of make bench: about a minute")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds, to check that everything runs")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="where the results go; by default to "
-                        "benchmarks/results, for a run of all or with --short")  # fmt: skip
-    parser.add_argument("--add-to", type=Path, metavar="FILE", help="a file of results of this machine, in which what "
-                        "is measured now takes the place of the same")  # fmt: skip
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="where the results go; by default to benchmarks/results, for a run of all or with --short",
+    )
+    parser.add_argument(
+        "--add-to",
+        type=Path,
+        metavar="FILE",
+        help="a file of results of this machine, in which what is measured now takes the place of the same",
+    )
     return parser
 
 

@@ -212,8 +212,10 @@ def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
     _, compute, communication, bubble, update = min((everywhere / world_size).tolist())
     found = {"compute": compute, "communication": communication, "bubble": bubble, "optimizer": update}
     absent = {
-        "communication": world_size == 1, "bubble": candidate.bubble is None, "optimizer": optimizer.seconds == 0.0
-    }  # fmt: skip
+        "communication": world_size == 1,
+        "bubble": candidate.bubble is None,
+        "optimizer": optimizer.seconds == 0.0,
+    }
     return {part: seconds for part, seconds in found.items() if not absent.get(part)}
 
 
