@@ -35,13 +35,13 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         "--results",
         type=Path,
         metavar="FILE",
-        help="where the results go; by default to benchmarks/results, for a run of all or with --short",
+        help="results file; by default in benchmarks/results, for a run of all cases or with --short",
     )
     parser.add_argument(
         "--add-to",
         type=Path,
         metavar="FILE",
-        help="a file of results of this machine, in which what is measured now takes the place of the same",
+        help="results file of this machine, in which the new measurements replace the same cases",
     )
     return parser
 
