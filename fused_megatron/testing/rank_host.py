@@ -40,6 +40,7 @@ class Call:
     backend: str
     timeout_s: float
     in_turn: bool  # the arguments are cases, for one call of the function each
+    preload: tuple[tuple[str, str], ...] = ()  # names and paths of further modules that the ranks will need
 
 
 class NotMetError(RuntimeError):
@@ -65,8 +66,9 @@ def serve(control: socket.socket) -> None:
             if not byte:
                 return
             call: Call = channel.recv()
-            with contextlib.suppress(BaseException):  # each rank loads it again and reports what is wrong
-                load_module(call.module_name, call.module_path)
+            for name, path in ((call.module_name, call.module_path), *call.preload):
+                with contextlib.suppress(BaseException):  # each rank loads it again and reports what is wrong
+                    load_module(name, path)
             gc.freeze()  # a collection in a rank would write to, and so copy, the pages it shares with this process
             ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
             for descriptor in descriptors:
