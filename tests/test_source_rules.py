@@ -16,7 +16,7 @@ KERNEL_LINES = 120
 # A Python file with more lines than this is a warning, not a fault.
 MANY_LINES = 400
 # Number of lines that are kept from the formatter in all sources. May only shrink: lower it when you remove one.
-FMT_SKIPS = 127
+FMT_SKIPS = 96
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 # Stems of several files that all do the same thing: an op or its drop-in in each room, a command in each room, a model
 # and its conversion, settings and what they set. Every other stem names one file of the package.

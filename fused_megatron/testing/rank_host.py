@@ -40,6 +40,7 @@ class Call:
     backend: str
     timeout_s: float
     in_turn: bool  # whether the arguments are cases, each for one call of the function
+    preload: tuple[tuple[str, str], ...] = ()  # names and paths of further modules that the ranks will need
 
 
 class NotMetError(RuntimeError):
@@ -65,8 +66,9 @@ def serve(control: socket.socket) -> None:
             if not byte:
                 return
             call: Call = channel.recv()
-            with contextlib.suppress(BaseException):  # each rank loads the module again and reports errors
-                load_module(call.module_name, call.module_path)
+            for name, path in ((call.module_name, call.module_path), *call.preload):
+                with contextlib.suppress(BaseException):  # each rank loads the module again and reports errors
+                    load_module(name, path)
             gc.freeze()  # garbage collection in a rank would write to, and so copy, pages shared with this process
             ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
             for descriptor in descriptors:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -47,7 +47,12 @@ class RankError(RuntimeError):
 
 
 def run_on_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0, backend: str = "gloo"
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 180.0,
+    backend: str = "gloo",
+    preload: Sequence[tuple[str, str]] = (),
 ) -> list[Any]:
     """Call fn(rank, world_size, *args) on world_size new processes that form the default process group.
 
@@ -61,6 +66,7 @@ def run_on_ranks(
         timeout_s: time for the call without imports. Ranks that have not answered by then print their Python stacks and
             are killed.
         backend: backend of torch.distributed.
+        preload: (name, path) of modules to load once for all ranks, beside the module of fn.
 
     Returns:
         The results of fn, by rank.
@@ -68,7 +74,7 @@ def run_on_ranks(
     Raises:
         RankError: ranks raised (with tracebacks), died (with exit codes) or did not answer.
     """
-    return _run(fn, world_size, args, timeout_s, backend, in_turn=False)
+    return _run(fn, world_size, args, timeout_s, backend, in_turn=False, preload=preload)
 
 
 def run_cases_on_ranks(
@@ -95,7 +101,13 @@ def run_cases_on_ranks(
 
 
 def _run(
-    fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float, backend: str, in_turn: bool
+    fn: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout_s: float,
+    backend: str,
+    in_turn: bool,
+    preload: Sequence[tuple[str, str]] = (),
 ) -> list[Any]:
     check(world_size >= 1, f"world_size={world_size} must be at least 1")
     name = getattr(fn, "__qualname__", fn)
@@ -106,16 +118,22 @@ def _run(
     arguments = pickle.dumps(args)
     for _ in range(_ATTEMPTS - 1):
         try:
-            return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn)
+            return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn, preload)
         except RankError as error:
             # On a busy machine gloo sometimes closes a connection while the ranks connect: try again.
             if not any(isinstance(each, rank_host.NotMetError) for each in error.errors.values()):
                 raise
-    return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn)
+    return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn, preload)
 
 
 def _run_once(
-    fn: Callable[..., Any], world_size: int, arguments: bytes, timeout_s: float, backend: str, in_turn: bool
+    fn: Callable[..., Any],
+    world_size: int,
+    arguments: bytes,
+    timeout_s: float,
+    backend: str,
+    in_turn: bool,
+    preload: Sequence[tuple[str, str]],
 ) -> list[Any]:
     # A FileStore: a TCPStore looks up the name of 127.0.0.1, which may take 5 s without a result.
     with _LOCK, tempfile.TemporaryDirectory(prefix="run-on-ranks-") as folder:
@@ -130,6 +148,7 @@ def _run_once(
             backend=backend,
             timeout_s=timeout_s,
             in_turn=in_turn,
+            preload=tuple(preload),
         )
         return host.run(call)
 
