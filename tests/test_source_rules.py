@@ -16,7 +16,7 @@ KERNEL_LINES = 120
 # Of a Python file: a question, not a fault.
 MANY_LINES = 400
 # How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
-FMT_SKIPS = 189
+FMT_SKIPS = 144
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 # Stems of several files that all do the same thing: an op or its drop-in in each room, a command in each room, a model
 # and its conversion, settings and what they set. Every other stem names one file of the package.
@@ -41,7 +41,7 @@ STEMS_OF_ONE_THING = {
     "scaled_masked_softmax",
 }
 # To be renamed; may only shrink.
-STEMS_OF_DIFFERENT_THINGS = {"findings", "plots", "report", "rotary"}
+STEMS_OF_DIFFERENT_THINGS: set[str] = set()
 # Functions named check_* that return something; may only shrink.
 CHECKS_THAT_RETURN = {
     "check_communication",
@@ -49,8 +49,6 @@ CHECKS_THAT_RETURN = {
     "check_placement",
     "check_schedule",
     "check_step",
-    "check_unit",
-    "_check_heads",
     "_check",
 }
 
