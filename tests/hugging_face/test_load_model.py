@@ -136,7 +136,7 @@ def test_a_round_trip_keeps_heads_that_are_not_trained(
 ) -> None:
     check_round_trip(bert, tmp_path)
     output = capsys.readouterr().out
-    assert "kept for the way back, but no part of the run: bert.pooler.dense.bias, " in output
+    assert "kept for to-hf, but not used by the run: bert.pooler.dense.bias, " in output
     assert "generate" not in output
     kept = load_file(tmp_path / "run" / "hugging_face" / "kept" / "model.safetensors")
     assert len(kept) == 4
