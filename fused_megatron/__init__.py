@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
+    from fused_megatron.planning.verify.user_model import verify
     from fused_megatron.sharding import GradScaler, clip_grad_norm_
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "pipeline",
     "replace_modules",
     "tensor_parallel",
+    "verify",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "clip_grad_norm_": "sharding",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",
+    "verify": "planning.verify.user_model",
     "load_pretrained_shards": "interop",
 }
 

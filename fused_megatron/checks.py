@@ -71,7 +71,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def first_line(error: BaseException, *, name_type: bool = True) -> str:
     """Return the error's type and the first line of its message; the type only if there is no message."""
-    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    kind = type(error).__name__
+    lines = str(error).strip().splitlines()
     if not lines:
         return kind
     return f"{kind}: {lines[0]}" if name_type else lines[0]

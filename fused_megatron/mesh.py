@@ -156,17 +156,17 @@ class Mesh:
 
     @property
     def pp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the pp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the pp axis only; None for length 1."""
         return self.groups.get(("pp",))
 
     @property
     def dp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the dp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the dp axis only; None for length 1."""
         return self.groups.get(("dp",))
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the tp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the tp axis only; None for length 1."""
         return self.groups.get(("tp",))
 
     def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:

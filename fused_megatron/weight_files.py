@@ -233,7 +233,8 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     assert isinstance(header, dict)
     header.pop("__metadata__", None)
     found = [(name, _checked_entry(path, name, item)) for name, item in header.items()]
-    end, stored = 0, []
+    end = 0
+    stored = []
     for name, entry in sorted(found, key=lambda one: (one[1].data_offsets, one[0])):
         begin, stop = entry.data_offsets
         check(
@@ -267,7 +268,9 @@ def _checked_entry(path: Path, name: str, item: Any) -> _Entry:
         raise InputError(
             f"{path}: tensor {name!r}: its entry in the header is malformed ({error}): damaged ({_COPY_AGAIN})"
         ) from None
-    dtype, shape, (begin, stop) = entry.dtype, entry.shape, entry.data_offsets
+    dtype = entry.dtype
+    shape = entry.shape
+    begin, stop = entry.data_offsets
     check(dtype in _DTYPES, f"{path}: tensor {name!r}: dtype {dtype!r:.40} is not known (known: {', '.join(_DTYPES)})")
     # A dim of size 0 counts as 1: torch multiplies the other dims of an empty tensor for its strides.
     check(

@@ -16,7 +16,7 @@ KERNEL_LINES = 120
 # Of a Python file: a question, not a fault.
 MANY_LINES = 400
 # How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
-FMT_SKIPS = 189
+FMT_SKIPS = 166
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 # Stems of several files that all do the same thing: an op or its drop-in in each room, a command in each room, a model
 # and its conversion, settings and what they set. Every other stem names one file of the package.

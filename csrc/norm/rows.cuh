@@ -15,7 +15,7 @@
 namespace fm {
 
 inline constexpr int kNormThreads = 512;
-inline constexpr int kNormColumns = 32;  // a thread
+inline constexpr int kNormColumns = 32;  // of a thread
 inline constexpr int kNormMaxWidth = kNormThreads * kNormColumns;
 inline constexpr int kNormMaxStages = 4;
 inline constexpr int kSharedWithoutAsking = 48 * 1024;
@@ -24,7 +24,7 @@ inline constexpr int kSharedWithoutAsking = 48 * 1024;
 template <typename First, typename Second, int kWarps>
 struct NormRows {
   static constexpr int kGroups = kNormThreads / kWarpSize / kWarps;
-  static constexpr int kThreads = kWarps * kWarpSize;  // a row
+  static constexpr int kThreads = kWarps * kWarpSize;  // of a row
   static constexpr int kCount = First::kCount;
   static constexpr int kAccesses = kNormColumns / kCount;
   static constexpr int kStep = kThreads * kCount;

@@ -30,7 +30,7 @@ def group_rank(group: Group) -> int:
 
 
 def is_fake(group: Group) -> bool:
-    """Whether the other ranks of the group are not there: torch's "fake" backend, whose collectives do nothing."""
+    """Whether the group has torch's "fake" backend, without other ranks, whose collectives do nothing."""
     return group is not None and dist.get_backend(group) == dist.Backend.FAKE
 
 

@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
 def gather_json(value: Any, group: Group) -> list[Any]:
     """Gather a JSON value from every rank, in rank order. JSON instead of all_gather_object, which pickles.
 
-    Ranks of a fake group say what this one says.
+    In a fake group every rank has this rank's value.
 
     Raises:
         RuntimeError: a rank is gone or silent; raised by torch.distributed.

@@ -40,7 +40,7 @@ class TrainingConfig:
     eval_interval: int = 100
     """Steps between validations."""
     eval_batches: int = 8
-    """Most global batches of held-out text in a validation."""
+    """Global batches of held-out text in a validation; fewer if there is less text."""
     log_interval: int = 10
     """Steps between log lines if the output is not a terminal."""
     replica_check_interval: int = 100

@@ -220,9 +220,11 @@ def _prepare_indexed(
     train, validation = split_documents(dataset, validation_fraction)
     vocabulary = "vocab_size"
     if vocab_size is None and tokenizer_path is not None:
-        vocab_size, vocabulary = load_tokenizer(tokenizer_path).vocab_size, os.fspath(tokenizer_path)
+        vocab_size = load_tokenizer(tokenizer_path).vocab_size
+        vocabulary = os.fspath(tokenizer_path)
     if vocab_size is None and dataset.digest is not None:
-        vocab_size, vocabulary = dataset.digest.vocab_size, f"{digest_path(prefix)}"
+        vocab_size = dataset.digest.vocab_size
+        vocabulary = f"{digest_path(prefix)}"
     index_path = dataset_files(prefix)[1]
     if vocab_size is None:
         stats = [file.stat() for file in dataset_files(prefix)]
@@ -232,7 +234,8 @@ def _prepare_indexed(
             _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
 
         ids = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json", _Ids))
-        vocab_size, vocabulary = ids.vocab_size, f"the largest token id in {prefix}.bin"
+        vocab_size = ids.vocab_size
+        vocabulary = f"the largest token id in {prefix}.bin"
     return PreparedCorpus(
         description=prefix,
         train_prefix=prefix,
@@ -331,7 +334,8 @@ def _encoded(
     source: TextSource, tokenizer: Tokenizer, validation_fraction: float, report: Progress
 ) -> Iterator[tuple[bool, np.ndarray]]:
     """Yield (held out, tokens with an end of document) of every text that is not empty."""
-    total_bytes, done = source.total_bytes(), 0
+    total_bytes = source.total_bytes()
+    done = 0
     waiting: list[tuple[bool, str]] = []
 
     def encode() -> Iterator[tuple[bool, np.ndarray]]:

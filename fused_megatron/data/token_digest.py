@@ -28,7 +28,8 @@ _READ_BYTES = 1 << 20
 # Pause between two reads during a run, which needs the disk too.
 _PAUSE_S = 0.01
 # Evenly spread pieces that spread_digest hashes, instead of the whole file.
-_PIECES, _PIECE_BYTES = 16, 64 << 10
+_PIECES = 16
+_PIECE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ class TokenCheck:
     def __init__(self, files: Sequence[tuple[str, TokenDigest]], share: int = 0, of: int = 1) -> None:
         self.problem: str | None = None
         self._files = dict(files)
-        self._share, self._of = share, of
+        self._share = share
+        self._of = of
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="token-check")
 

@@ -72,7 +72,8 @@ def gather_facts(datasets: Sequence[str] = ()) -> Facts:
     torch = find_torch()
     library = find_library(torch.error is None, environment.get("FUSED_MEGATRON_LIBRARY"))
     network = find_network(lookups, gloo=torch.backends.get("gloo", False))
-    machine, tokens = find_machine(questions), _tokens(datasets)
+    machine = find_machine(questions)
+    tokens = _tokens(datasets)
     return Facts(installation, torch, library, find_tools(questions), machine, network, environment, tokens)
 
 

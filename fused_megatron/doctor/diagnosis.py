@@ -80,7 +80,8 @@ def _packages(facts: Facts) -> Iterator[Finding]:
 
 
 def _library(facts: Facts) -> Iterator[Finding]:
-    library, chosen = facts.library, facts.environment.get("FUSED_MEGATRON_LIBRARY")
+    library = facts.library
+    chosen = facts.environment.get("FUSED_MEGATRON_LIBRARY")
     if chosen is not None:
         level = SLOW if not chosen else NOTE if library.loads else BROKEN
         state = f"FUSED_MEGATRON_LIBRARY={chosen} replaces the library that was built"
@@ -307,7 +308,8 @@ def _loopback(facts: Facts) -> Iterator[Finding]:
 
 
 def _threads(facts: Facts) -> Iterator[Finding]:
-    threads, cores = facts.torch.threads, max(1, math.floor(facts.machine.usable_cores))
+    threads = facts.torch.threads
+    cores = max(1, math.floor(facts.machine.usable_cores))
     if "OMP_NUM_THREADS" in facts.environment or facts.torch.error:
         if threads > cores:
             yield Finding(

@@ -158,7 +158,8 @@ def plain(facts: Facts, findings: Sequence[Finding]) -> Iterable[str]:
 
 
 def _show_tables(console: Any, facts: Facts, findings: Sequence[Finding]) -> None:
-    table_of, escape = importlib.import_module("rich.table").Table, importlib.import_module("rich.markup").escape
+    table_of = importlib.import_module("rich.table").Table
+    escape = importlib.import_module("rich.markup").escape
     for title, rows in sections(facts):
         table = table_of(title=title, title_justify="left", title_style="bold", show_header=False, min_width=60)
         table.add_column(no_wrap=True, style="dim")

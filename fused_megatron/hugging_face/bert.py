@@ -57,7 +57,8 @@ def write_bert(config: BERTConfig) -> dict[str, Any]:
 
 
 def bert_rules(config: BERTConfig, prefix: str) -> list[Rule]:
-    embeddings, head = f"{prefix}embeddings", "cls.predictions"
+    embeddings = f"{prefix}embeddings"
+    head = "cls.predictions"
     rules = [
         Rule("token_embedding.weight", (f"{embeddings}.word_embeddings.weight",)),
         Rule("position_embedding", (f"{embeddings}.position_embeddings.weight",)),

@@ -30,7 +30,8 @@ def family_of(settings: Settings) -> Family:
     Raises:
         InputError: the family is not known; lists the known ones.
     """
-    kind, architectures = settings.get("model_type"), settings.get("architectures")
+    kind = settings.get("model_type")
+    architectures = settings.get("architectures")
     known = ", ".join(f"{family.architecture} ({family.model_type})" for family in FAMILIES)
     for family in FAMILIES:
         if kind == family.model_type and (not architectures or architectures[0] in family.architectures):

@@ -12,7 +12,8 @@ from fused_megatron.checks import InputError
 from fused_megatron.hugging_face.source import Source
 from fused_megatron.weight_files import SINGLE_FILE, WeightFiles, read_json
 
-_NAMES_FILE, _KEPT_FOLDER = "names.json", "kept"
+_NAMES_FILE = "names.json"
+_KEPT_FOLDER = "kept"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "ge
 
 
 def _read_llama_like(settings: Settings) -> dict[str, Any]:
-    heads, hidden = settings.size("num_attention_heads"), settings.size("hidden_size")
+    heads = settings.size("num_attention_heads")
+    hidden = settings.size("hidden_size")
     kv_heads = settings.size("num_key_value_heads", heads)
     return {
         "num_layers": settings.size("num_hidden_layers"),
@@ -60,7 +61,8 @@ def _qwen_window(settings: Settings) -> int | None:
     window = settings.size("sliding_window", 4096)
     if not settings.flag("use_sliding_window", False):
         return None
-    layers, first = settings.size("num_hidden_layers"), settings.get("max_window_layers", 28)
+    layers = settings.size("num_hidden_layers")
+    first = settings.get("max_window_layers", 28)
     kinds = settings.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
     ]

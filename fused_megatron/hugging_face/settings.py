@@ -24,7 +24,8 @@ class Settings:
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
+        self.values = values
+        self.source = source
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the value; the default if the field is missing or null."""

@@ -42,7 +42,8 @@ class ColumnEmbedding(ShardedModule):
 
     def __init__(self, old: nn.Embedding, *, tp_group: Group) -> None:
         super().__init__()
-        self.num_embeddings, self.tp_group = old.num_embeddings, tp_group
+        self.num_embeddings = old.num_embeddings
+        self.tp_group = tp_group
         columns = old.embedding_dim // group_size(tp_group)
         shard = ParameterShard(tuple(old.weight.shape), (0, group_rank(tp_group) * columns))
         weight = torch.empty((old.num_embeddings, columns), device="meta", dtype=old.weight.dtype)
@@ -63,7 +64,8 @@ def embedding_scale(module: nn.Module) -> torch.Tensor | None:
         return None
     if "forward" in module.__dict__ or any(b is None or b.is_meta for b in module._buffers.values()):
         return None
-    width, dtype = module.embedding_dim, module.weight.dtype
+    width = module.embedding_dim
+    dtype = module.weight.dtype
     device = next((b.device for b in module._buffers.values() if b is not None), torch.device("cpu"))
     ids = torch.arange(_NUM_TRIAL_IDS, device=device)
     ones = _look_up(module, torch.ones(_NUM_TRIAL_IDS, width, dtype=dtype, device=device), ids)

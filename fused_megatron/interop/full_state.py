@@ -40,7 +40,8 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     Communication: two all-gathers per sharded tensor (the shards, and their offsets): the whole model in all.
     Memory: one full tensor on the model's device, and the whole model on the CPU.
     """
-    tp_group, transposed = parallel_group(model), is_transposed(model)
+    tp_group = parallel_group(model)
+    transposed = is_transposed(model)
     mark_all_shards(model)
     keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
     seen: dict[torch.Tensor, torch.Tensor] = {}
@@ -84,7 +85,8 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
     """Raise the InputError that load_full_state_dict would raise for this state."""
-    targets, transposed = _targets(model), is_transposed(model)
+    targets = _targets(model)
+    transposed = is_transposed(model)
     found = {targets[name] for name in targets if name in state}
     missing = [name for name, value in targets.items() if value not in found]
     unexpected = [name for name in state if name not in targets]

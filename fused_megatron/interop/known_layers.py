@@ -37,7 +37,7 @@ KNOWN_UNITS = (
     # GPT-2
     KnownUnit({"attn.c_attn": "packed_colwise_3", "attn.c_proj": "rowwise"}, "attn", ("num_heads", "split_size")),
     KnownUnit({"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}),
-    # BERT, RoBERTa, ELECTRA and their kin
+    # BERT, RoBERTa, ELECTRA and similar models
     KnownUnit(
         {
             "attention.self.query": "colwise",
@@ -125,7 +125,8 @@ def known_layers(model: nn.Module, names: list[str]) -> KnownLayers:
 
 
 def _add_unit(known: KnownLayers, unit: KnownUnit, model: nn.Module, names: list[str]) -> None:
-    present, lead = set(names), next(iter(unit.styles))
+    present = set(names)
+    lead = next(iter(unit.styles))
     for name in names:
         prefix = name[: len(name) - len(lead)]
         if not matches(lead, name) or not all(prefix + end in present for end in unit.styles):

@@ -91,9 +91,12 @@ class GatheredLinear(ShardedModule):
         self, in_features: int, out_features: int, bias: bool, *, tp_group: Group, overlap: bool | int, dtype: Any
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.tp_group, self.overlap = tp_group, overlap
-        rows, rank = -(-out_features // group_size(tp_group)), group_rank(tp_group)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.tp_group = tp_group
+        self.overlap = overlap
+        rows = -(-out_features // group_size(tp_group))
+        rank = group_rank(tp_group)
         for name, width in (("weight", (in_features,)), ("bias", ()))[: 1 + bias]:
             shard = ParameterShard((out_features, *width), (rank * rows, *(0 for _ in width)))
             values = nn.Parameter(torch.empty((rows, *width), device="meta", dtype=dtype))

@@ -30,7 +30,7 @@ class MetaCall:
     repeated: Mapping[str, str] = field(default_factory=dict)
 
 
-# A forward that asks more often is in a loop that waits for another answer.
+# Limit for the questions of a forward: beyond it, the forward is in a loop that only another answer would end.
 _MOST_ANSWERS = 1000
 
 

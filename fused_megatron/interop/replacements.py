@@ -39,7 +39,8 @@ class Replacement:
 
 def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Replacement:
     """Make the parallel layer on the meta device."""
-    module, old = _make(layer, tp_group, overlap), layer.module
+    module = _make(layer, tp_group, overlap)
+    old = layer.module
     if not isinstance(old, nn.Embedding):
         module.transposed = is_transposed_linear(old)
     for name in _KEPT:

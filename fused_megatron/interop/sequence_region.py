@@ -139,7 +139,8 @@ class SharedInput:
     """
 
     def __init__(self, tp_group: Group, users: int) -> None:
-        self.tp_group, self.users = tp_group, users
+        self.tp_group = tp_group
+        self.users = users
         self._source: torch.Tensor | None = None
         self._shared: torch.Tensor | None = None
         self._version: int | None = None
@@ -150,7 +151,9 @@ class SharedInput:
         version = None if x.is_inference() else x._version  # a tensor that was changed in place is not the same input
         stale = self._source is not x or self._version != version
         if stale or self._shared is None or self._shared.requires_grad != _records(x):
-            self._source, self._version, self._left = x, version, self.users
+            self._source = x
+            self._version = version
+            self._left = self.users
             self._shared = identity_all_reduce(x, self.tp_group)
         shared = self._shared
         self._left -= 1

@@ -23,7 +23,8 @@ class SummedParameters:
     """
 
     def __init__(self, names: Sequence[str], tp_group: Group) -> None:
-        self.names, self.tp_group = tuple(names), tp_group
+        self.names = tuple(names)
+        self.tp_group = tp_group
 
     def install(self, module: nn.Module) -> None:
         """Install the hooks."""

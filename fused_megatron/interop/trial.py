@@ -67,7 +67,8 @@ class _StandIn(nn.Module):
 
     def __init__(self, replacement: Replacement, edges: list[_Edge]) -> None:
         super().__init__()
-        self._layer, self._edges = replacement.layer, edges
+        self._layer = replacement.layer
+        self._edges = edges
         for name, parameter in replacement.module._parameters.items():
             self.register_parameter(name, None if parameter is None else on_meta(parameter))
         for name in ("in_features", "out_features", "num_embeddings"):
@@ -236,7 +237,9 @@ class _Trial:
 
 def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:
     """Return the leaf tensors that the roots depend on; the walk does not pass the stops."""
-    found, seen, waiting = set(), set(stops), [node for node in roots if node is not None]
+    found = set()
+    seen = set(stops)
+    waiting = [node for node in roots if node is not None]
     while waiting:
         node = waiting.pop()
         if node in seen:
@@ -250,7 +253,8 @@ def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:
 
 def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
     """Yield guesses at the arguments of the model."""
-    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    main = getattr(model, "main_input_name", None)
+    config = getattr(model, "config", None)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -262,7 +266,8 @@ def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
         image = torch.empty(1, getattr(config, "num_channels", 3), *edges, dtype=dtype, device="meta")
         yield MetaCall("", keywords={main: image})
     elif main == "input_features":
-        bands, length = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500)
+        bands = getattr(config, "num_mel_bins", 80)
+        length = 2 * getattr(config, "max_source_positions", 1500)
         sound = torch.empty(1, bands, length, dtype=dtype, device="meta")
         yield MetaCall("", keywords={main: sound, **decoder})
     elif main is None:

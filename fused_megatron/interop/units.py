@@ -40,7 +40,7 @@ class Layer:
 
 @dataclass
 class Unit:
-    """Layers that are sharded all or not at all: colwise layers, the layers in between, and the rowwise layers.
+    """Layers that must be sharded together: colwise layers, the layers in between, and the rowwise layers.
 
     Attributes:
         parent: name of the module around the colwise layers.

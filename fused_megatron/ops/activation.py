@@ -61,7 +61,8 @@ class BiasActivation(AutogradFunction):
         # Forward and backward use the same contiguous copy.
         x = x.contiguous()
         ctx.save_for_backward(x, bias)
-        ctx.ops, ctx.flags = ops, flags
+        ctx.ops = ops
+        ctx.flags = flags
         return ops.forward(x, bias, *flags)
 
     @staticmethod

@@ -89,7 +89,8 @@ def attend(
         all scores and probabilities are stored: B N S S elements, and B N S S more after dropout.
     """
     _check_shapes(query, key, value, mask)
-    (seq_len, batch), shared = query.shape[:2], query.shape[2] // key.shape[2]
+    seq_len, batch = query.shape[:2]
+    shared = query.shape[2] // key.shape[2]
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if dropout is None:
         seen = mask.seen(batch, seq_len, query.device)

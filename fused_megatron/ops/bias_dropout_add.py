@@ -52,7 +52,9 @@ class _BiasDropoutAdd(AutogradFunction):
         rows: _Rows,
     ) -> torch.Tensor:
         ctx.save_for_backward(bias, rng_state)
-        ctx.x_dtype, ctx.p, ctx.rows = x.dtype, p, rows
+        ctx.x_dtype = x.dtype
+        ctx.p = p
+        ctx.rows = rows
         return _forward(x, bias, residual, rng_state, p, *rows)
 
     @staticmethod

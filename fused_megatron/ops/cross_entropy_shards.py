@@ -322,7 +322,8 @@ def check_targets(target: torch.Tensor, terms: LossTerms, check_target: bool | N
         check_target = on_cpu and not transform_is_active()
     if not check_target or target.numel() == 0:
         return
-    vocab_size, ignore_index = terms.vocab_size, terms.ignore_index
+    vocab_size = terms.vocab_size
+    ignore_index = terms.ignore_index
     if not compiling:
         low, high = torch.aminmax(target)  # fast, and enough if no token is ignored
         if low.item() >= 0 and high.item() < vocab_size:

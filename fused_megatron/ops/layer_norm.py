@@ -103,9 +103,19 @@ class _LayerNorm(AutogradFunction):
         # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
         dx, dweight, dbias, dresidual = _backward(
-            dy, x, weight, bias, mean, rstd, need_dx or (need_dresidual and shared), need_dweight, need_dbias,
-            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            bias,
+            mean,
+            rstd,
+            need_dx or (need_dresidual and shared),
+            need_dweight,
+            need_dbias,
+            dtotal,
+            need_dresidual and not shared,
+            ctx.zero_centered_weight,
+        )
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,

@@ -60,7 +60,8 @@ def _present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tu
 
 def _fake_forward(upstream: Any, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
     num_tokens = head[0].shape[0]
-    loss, lse = _wide_like(head[0], (num_tokens,)), _wide_like(head[0], (num_tokens, 2))
+    loss = _wide_like(head[0], (num_tokens,))
+    lse = _wide_like(head[0], (num_tokens, 2))
     gradients = [_wide_like(x, x.shape) if needed else None for x, needed in zip(head, needs, strict=False)]
     return loss, lse, *_present(gradients, loss)
 
@@ -121,7 +122,8 @@ class _LossOfEachToken(AutogradFunction):
     ) -> torch.Tensor:
         loss, lse, *_ = _run_forward(exchange, None, _NO_GRADIENTS, hidden, weight, bias, target, *settings)
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.settings, ctx.exchange = settings, exchange
+        ctx.settings = settings
+        ctx.exchange = exchange
         return loss
 
     @staticmethod
@@ -163,7 +165,9 @@ class _SumOverCount(AutogradFunction):
         now = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
         needs = list(ctx.needs_input_grad[:3])
         loss, lse, *gradients = _run_forward(exchange, now, needs, hidden, weight, bias, target, *settings)
-        ctx.settings, ctx.exchange, ctx.dweight_sum = settings, exchange, dweight_sum
+        ctx.settings = settings
+        ctx.exchange = exchange
+        ctx.dweight_sum = dweight_sum
         ctx.gradients = None
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, weight, bias, target, lse, scale, *gradients)
@@ -176,7 +180,8 @@ class _SumOverCount(AutogradFunction):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         _refuse_second_derivative()
         *inputs, target, lse, scale = ctx.saved_tensors[:6]
-        saved, needs = ctx.saved_tensors[6:], list(ctx.needs_input_grad[:3])
+        saved = ctx.saved_tensors[6:]
+        needs = list(ctx.needs_input_grad[:3])
         grad = grad.to(lse.dtype)
         factor = grad * scale if inputs[0].dtype == torch.float16 else grad
         by_compiler = len(saved) > 0  # the compiler may need the saved gradients again: do not overwrite them
@@ -321,7 +326,8 @@ def linear_cross_entropy(
     check(1 <= size <= weight.shape[0], f"vocab_size={size} must be in [1, weight.shape[0]={weight.shape[0]}]")
     terms = LossTerms(size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
     dtype, result_dtype = operand_and_result_dtype(hidden, weight)
-    rows, ids = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous(), target.reshape(-1).contiguous()
+    rows = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous()
+    ids = target.reshape(-1).contiguous()
     check_targets(ids, terms)
     count = (ids != ignore_index).sum().float() if reduction == "mean" else None
     if dtype == torch.float64:

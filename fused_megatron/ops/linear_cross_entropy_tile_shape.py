@@ -31,7 +31,8 @@ def tiles_of(
     hidden: torch.Tensor, num_tokens: int, num_entries: int, chunk_tokens: int | None, num_tiles: int = 1
 ) -> TileShape:
     """Return the tile shape for operands with the dtype and the device of hidden."""
-    product, device = product_dtype(hidden), hidden.device.type
+    product = product_dtype(hidden)
+    device = hidden.device.type
     return TileShape(
         *tile_shape(num_tokens, num_entries, hidden.dtype, product, device, chunk_tokens, num_tiles), product
     )

@@ -123,7 +123,8 @@ class TiledHead:
             float32, None where not needed. Costs one product per tile, with gradients three.
         """
         assert upstream is None or len(self.blocks) == 1
-        loss, lse = self._per_token(), self._per_token(2)
+        loss = self._per_token()
+        lse = self._per_token(2)
         sums = self._new_sums(needs, lse.dtype, wide_weight=True)
         waiting: deque[tuple[slice, torch.Tensor, torch.Tensor, Pending]] = deque()
         # A chunk's communication hides under the next chunk's product. Only gradients still need the tile after that.
@@ -135,7 +136,8 @@ class TiledHead:
             for whole, chunk in zip((loss, lse), merged, strict=True):
                 whole[:, rows] = chunk.view(self.exchange.num_blocks, -1, *chunk.shape[1:])
             if upstream is not None:
-                entries, per_token = self.blocks[0], upstream.expand(len(target)).contiguous()
+                entries = self.blocks[0]
+                per_token = upstream.expand(len(target)).contiguous()
                 dlogits = self._gradient_(logits, target, per_token, self._of(lse.flatten(0, 1), rows), entries)
                 self._add_gradients(sums, rows, x, [(entries, dlogits)])
 

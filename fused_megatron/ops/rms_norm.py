@@ -94,9 +94,16 @@ class _RMSNorm(AutogradFunction):
         # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
         dx, dweight, dresidual = _backward(
-            dy, x, weight, rstd, need_dx or (need_dresidual and shared), need_dweight,
-            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            rstd,
+            need_dx or (need_dresidual and shared),
+            need_dweight,
+            dtotal,
+            need_dresidual and not shared,
+            ctx.zero_centered_weight,
+        )
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
@@ -132,7 +139,7 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Divide every row of x (of x + residual, where one is given) by its root mean square, then scale it.
+    """Divide every row of x (or of x + residual) by its root mean square, then scale it.
 
     Equals torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps). For every row x of width H:
 

@@ -151,7 +151,8 @@ def _check_positions(
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    seq_len, table_rows = q.shape[sequence_dim], cos.shape[0]
+    seq_len = q.shape[sequence_dim]
+    table_rows = cos.shape[0]
     if isinstance(offset, int):
         if offset < 0:
             raise InputError(f"offset={offset} must not be negative")

@@ -176,7 +176,7 @@ def start_product_all_reduce(
 def start_product_reduce_scatter(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dim: int, group: Group, num_chunks: int
 ) -> Transfer:
-    """Start the sum over ranks of x @ weight.T, + bias once, of which this rank keeps its block of dim.
+    """Start the sum over ranks of x @ weight.T, + bias once; this rank keeps its block of dim.
 
     x [S, .., I] -> [S / R, .., O] for dim 0. Only dim 0 is cut into chunks: for another dim the rows of a chunk are
     scattered over x, and would need a copy.

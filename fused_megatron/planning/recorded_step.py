@@ -121,7 +121,7 @@ def _record(
         with recorder.phase(BATCH):
             return _batch(config, mesh)
 
-    with recorder.phase(STEP, lambda: assembly.executor.at):
+    with recorder.phase(STEP, lambda: assembly.executor.current_action):
         training_step(
             assembly,
             read_batch,

@@ -31,7 +31,8 @@ def backward(
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (dx, dbias), empty where not needed. activation_backward(dy, u) is dy times the derivative at u."""
-    total, dy = _add(x, bias), widen(dy)
+    total = _add(x, bias)
+    dy = widen(dy)
     if gated:
         gate, value = total.chunk(2, dim=-1)
         dtotal = torch.cat([activation_backward(dy * value, gate), dy * activation(gate)], dim=-1)

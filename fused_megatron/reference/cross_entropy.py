@@ -152,7 +152,8 @@ def cross_entropy_gradient(
     grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
     """Compute torch.ops.fused_megatron.cross_entropy_gradient: the gradient of the logits, in their dtype."""
-    num_real, smoothing = terms.num_real(logits.shape[1]), terms.label_smoothing
+    num_real = terms.num_real(logits.shape[1])
+    smoothing = terms.label_smoothing
     x = _capped(_wide(logits)[:, :num_real], terms)
     shift, log_sum = lse.to(x.dtype).split(1, dim=1)
     scale = 1.0 + 2.0 * terms.z_loss * (shift + log_sum)

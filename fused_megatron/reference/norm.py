@@ -47,7 +47,9 @@ def norm_backward(
     zero_centered_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (gradient of total, dy * normalised), in fp32 (fp64); mean is None if the rows were not centred."""
-    dy_wide, wide, rstd = widen(dy), widen(total), rstd.unsqueeze(-1)
+    dy_wide = widen(dy)
+    wide = widen(total)
+    rstd = rstd.unsqueeze(-1)
     normalised = wide * rstd if mean is None else (wide - mean.unsqueeze(-1)) * rstd
     g = dy_wide if weight is None else dy_wide * scale_of(weight, zero_centered_weight)
     gradient = g - normalised * (g * normalised).mean(dim=-1, keepdim=True)

@@ -33,7 +33,9 @@ def philox4x32(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, ...])
 
 def random_words(rng_state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return the random 32-bit word, in [0, 2^32), of every global index; int64 in and out."""
-    (seed, offset), block, lane = rng_state.unbind(), index >> 2, index & 3
+    seed, offset = rng_state.unbind()
+    block = index >> 2
+    lane = index & 3
     w0, w1, w2, w3 = philox4x32((*_halves(block), *_halves(offset)), _halves(seed))
     return torch.where(lane < 2, torch.where(lane == 0, w0, w1), torch.where(lane == 2, w2, w3))
 

@@ -32,7 +32,8 @@ def scaled_masked_softmax_backward(
     if y.numel() == 0:
         return y.clone(memory_format=torch.contiguous_format)
     hidden = _hidden(y, None, causal, window)
-    dy, y_wide = widen(dy), widen(y)
+    dy = widen(dy)
+    y_wide = widen(y)
     if hidden is not None:
         dy = dy.masked_fill(hidden, 0.0)
     dx = scale * (y_wide * (dy - (dy * y_wide).sum(dim=-1, keepdim=True)))

@@ -110,11 +110,11 @@ def cover_problem(full_shape: Sequence[int], boxes: Sequence[Box]) -> str | None
         if not box.lies_in(full_shape):
             return f"the box at {box.offset} of shape {box.shape} is not inside the full shape {tuple(full_shape)}"
     draw = random.Random(secrets.randbits(128))
-    places: list[dict[int, int]] = [{} for _ in full_shape]  # for each dim: coordinate -> random coordinate
+    random_edges: list[dict[int, int]] = [{} for _ in full_shape]  # for each dim: coordinate -> random coordinate
 
     def measure(box: Box) -> int:
         volume = 1
-        for known, start, size in zip(places, box.offset, box.shape, strict=True):
+        for known, start, size in zip(random_edges, box.offset, box.shape, strict=True):
             low, high = (known.setdefault(x, draw.randrange(_PRIME)) for x in (start, start + size))
             volume = volume * (high - low) % _PRIME
         return volume
@@ -135,7 +135,7 @@ def _overlap(boxes: Sequence[Box]) -> str | None:
                 break  # sorted by the first dim: all that follow start beyond this box
             if box.intersect(later):
                 return (
-                    f"the box at {box.offset} of shape {box.shape} and the one at {later.offset} of shape "
+                    f"the box at {box.offset} of shape {box.shape} and the box at {later.offset} of shape "
                     f"{later.shape} overlap"
                 )
             pairs += 1

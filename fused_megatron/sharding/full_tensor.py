@@ -64,7 +64,7 @@ def full_tensor(
             for rank_offsets, shard in zip(all_offsets, all_values.unbind(), strict=True)
         ]
     for rank_parts, shard in held:
-        for mine, index in held_places(rank_parts, shard):
+        for mine, index in held_values(rank_parts, shard):
             whole[index] = mine
     return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
 
@@ -78,10 +78,10 @@ def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) ->
             get_slice).
         transposed: as full_shape.
     """
-    places = list(held_places(parameter_parts(parameter), parameter.data))
-    if sum(mine.numel() for mine, _ in places) != parameter.numel():
+    held = list(held_values(parameter_parts(parameter), parameter.data))
+    if sum(mine.numel() for mine, _ in held) != parameter.numel():
         parameter.data.zero_()
-    for mine, index in places:
+    for mine, index in held:
         if mine.numel():
             turned = transposed and mine.dim() == 2
             (mine.t() if turned else mine).copy_(full[index[::-1] if turned else index])
@@ -91,7 +91,7 @@ def _moved(part: ShardPart, offset: tuple[int, ...]) -> ShardPart:
     return replace(part, shard=replace(part.shard, offset=offset))
 
 
-def held_places(parts: tuple[ShardPart, ...], values: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
+def held_values(parts: tuple[ShardPart, ...], values: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
     """Yield for each part a view of its values without padding, and their index in the stacked full tensors."""
     start = 0
     for part in parts:

@@ -18,7 +18,7 @@ ROW = 4096
 
 
 class Gradients(Protocol):
-    """The gradients of parameters, each in its parameter's shape."""
+    """Gradients by parameter, each in the parameter's shape."""
 
     def __getitem__(self, parameter: nn.Parameter, /) -> torch.Tensor: ...
 

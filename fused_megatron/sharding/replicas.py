@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.sharding.parameter_record import parameter_parts
 
-_WORD = 8  # bytes of an int64
+_INT64_BYTES = 8
 
 
 def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: Sequence[Group]) -> str | None:
@@ -63,9 +63,9 @@ def parameter_digests(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
 def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
     """Sum the bits in one pass, as fast as memory is read: as integers of 8 bytes. Returns a 0-dim int64 tensor."""
     flat = tensor.reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % _WORD:
+    if flat.storage_offset() % _INT64_BYTES:
         flat = flat.clone()
-    whole = flat.numel() // _WORD * _WORD
+    whole = flat.numel() // _INT64_BYTES * _INT64_BYTES
     return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
 
 

@@ -47,8 +47,8 @@ class ShardedModule(nn.Module):
         shards, old = self.__dict__.get("shards", {}), self._parameters.get(name)
         if name in shards and param is not None and old is not None and param.shape != old.shape:
             raise InputError(
-                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, that of this "
-                "rank's shard (full tensors: fused_megatron.load_full_state_dict)"
+                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, the shape of "
+                "this rank's shard (full tensors: fused_megatron.load_full_state_dict)"
             )
         super().register_parameter(name, param)
         if name in shards and param is not None:

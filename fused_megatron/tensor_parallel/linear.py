@@ -253,9 +253,8 @@ class _ParallelLinear(ShardedModule):
             raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
         weight, bias = linear.weight, linear.bias
         new: Any = cls  # the constructor of the base class takes other arguments
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the initial values are replaced: leave the caller's generator as it is
+        # The initial values are replaced, so the caller's generator is left as it is.
+        with torch.random.fork_rng(devices=[]):
             layer = new(
                 linear.in_features,
                 linear.out_features,

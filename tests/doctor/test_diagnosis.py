@@ -1,4 +1,4 @@
-"""Start here when a finding of the doctor appears without its cause, or is missing."""
+"""Start here when the doctor reports a finding without its cause, or misses one."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ CODES = ("sm_80", "sm_90a", "sm_100a", "ptx_100")
 
 
 def healthy() -> Facts:
-    """A machine with two GPUs and nothing to say about."""
+    """A machine with two GPUs and no findings."""
     packages = (
         Package("torch", "2.13", "2.13.0+cu130"), Package("numpy", "1.26", "2.1"),
         Package("tokenizers", "0.20", "0.22", "text"),
@@ -44,7 +44,7 @@ def healthy() -> Facts:
 
 
 def changed(**parts: Any) -> Facts:
-    """The healthy machine with some of its facts replaced: part={field: value}."""
+    """Return the healthy machine with some facts replaced: part={field: value}."""
     facts = healthy()
     for name, fields in parts.items():
         old = getattr(facts, name)
@@ -181,7 +181,7 @@ CASES = {
 }  # fmt: skip
 
 
-def test_nothing_to_say_about_a_healthy_machine() -> None:
+def test_a_healthy_machine_has_no_findings() -> None:
     assert diagnose(healthy()) == []
     assert verdict([]) == (0, "This machine can train.")
 
@@ -212,7 +212,7 @@ def test_finding(parts: dict[str, Any], level: str, text: str, command: str) -> 
     {"machine": {"gpus": (Gpu("A10", "8.6", 24.0), H100)}},
     {"tools": {"cc": None}, "torch": CPU_TORCH, "machine": NO_GPU, "environment": {"OMP_NUM_THREADS": "16"}},
 ], ids=str)  # fmt: skip
-def test_what_is_right_is_not_complained_about(parts: dict[str, Any]) -> None:
+def test_harmless_facts_give_no_finding(parts: dict[str, Any]) -> None:
     assert diagnose(changed(**parts)) == []
 
 

@@ -1,4 +1,4 @@
-"""Start here when the doctor misses damaged tokens, or reads for longer than it should."""
+"""Start here when the doctor misses a damaged token file, or reads for too long."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def write(prefix: Path, flip: int | None = None) -> str:
 
 
 def facts_of(tokens: tuple[TokenFile, ...]) -> Facts:
-    """Of a machine of which only its tokens are known."""
+    """Return the facts of a machine of which only the token files are known."""
     installation, library = Installation("1", "3.12", "linux", None), Library("", False, False)
     return Facts(installation, Torch(), library, Tools(), Machine(), Network(), tokens=tokens)
 
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home" / "fused_megatron"
 
 
-def test_what_is_named_and_what_was_prepared(tmp_path: Path, cache: Path) -> None:
+def test_named_datasets_and_prepared_text(tmp_path: Path, cache: Path) -> None:
     good, bad = write(tmp_path / "good"), write(tmp_path / "bad", flip=7)
     prepared = write(cache / "text-abc" / "train", flip=99)
     found = find_tokens([f"{good}.idx", bad, good])
@@ -80,8 +80,8 @@ def test_without_checksums_and_without_data(tmp_path: Path, cache: Path) -> None
         find_tokens([str(tmp_path / "absent")])
 
 
-def test_words() -> None:
+def test_arguments() -> None:
     assert _parse(["--data", "a", "--json", "--data", "b"]) == (True, ["a", "b"])
-    for words in (["--data"], ["--help-me"], ["--json", "x"]):
+    for arguments in (["--data"], ["--help-me"], ["--json", "x"]):
         with pytest.raises(InputError, match="fused-megatron doctor: "):
-            _parse(words)
+            _parse(arguments)

@@ -62,7 +62,7 @@ def test_output_and_every_gradient(ranks):
     cases = list(itertools.product(dtypes, activations, (False, True), (False, True, 3)))
     for case, results in zip(cases, run_cases_on_ranks(mlp_case, ranks, cases), strict=True):
         _, _, sequence_parallel, _ = case
-        for other in results[1:]:  # what is replicated is the same to the last bit
+        for other in results[1:]:  # replicated tensors are bitwise the same
             assert torch.equal(other[5], results[0][5]), case
             assert sequence_parallel or all(torch.equal(other[i], results[0][i]) for i in (0, 1)), case
 

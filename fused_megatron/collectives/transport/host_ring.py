@@ -122,7 +122,7 @@ class HostRing:
         self._sockets = sockets
         self._timeout_s = timeout_s
         self._position = 0
-        # Numbers of pieces: of this rank, as last announced, and as the other ranks announced theirs.
+        # Counts of written and of taken pieces: this rank's, as last announced, and as announced by every other rank.
         self._written = self._taken = 0
         self._announced = (0, 0)
         self._their_counts = dict.fromkeys(sockets, (0, 0))
@@ -222,7 +222,7 @@ class HostRing:
         if self._num_begun and self._thread.is_alive():
             raise RuntimeError(
                 f"thread {thread.name!r} of rank {self.global_ranks[self.rank]} uses a process group that thread "
-                f"{self._thread.name!r} uses: two threads start collectives in another order on every rank (leave them "
+                f"{self._thread.name!r} uses: two threads start collectives in another order on each rank (leave them "
                 "to one thread, or give each a group of its own with torch.distributed.new_group)"
             )
         self._thread = thread
@@ -341,7 +341,7 @@ def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tens
 
 
 def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, into block `own rank` of destination."""
+    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, where block s comes from rank s."""
     received, sent = (x.view(ring.num_ranks, -1) for x in (destination, source))
     size = max(1, _elements(sent) // ring.num_ranks)
 

@@ -1,7 +1,7 @@
 """Setup of memory that the ranks of one host map from each other, once for each group.
 
-Every rank makes anonymous memory, of which nothing stays behind after the process, and sends its descriptor to the
-other ranks over Unix sockets. The sockets stay open for the messages of the rings.
+Every rank makes anonymous memory, which ends with its processes, and sends its descriptor to the other ranks over Unix
+sockets. The sockets stay open for the messages of the rings.
 """
 
 import contextlib

@@ -1,12 +1,11 @@
 """`fused-megatron verify`: the words, the result on the terminal, the exit code."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.checks import InputError
 from fused_megatron.config.config_file import load_config, print_help
-from fused_megatron.planning.verify.config_check import verify_config
+from fused_megatron.planning.verify.config_check import check_starts_own_ranks, verify_config
 
 USAGE = """usage: fused-megatron verify CONFIG.toml [--section.key value ...] [--all] [--dtype] [--json] [--against one]
 
@@ -33,10 +32,7 @@ def run_verify(words: Sequence[str]) -> int:
         print(USAGE)
         print_help("fused-megatron verify CONFIG.toml", [word for word in words if word.startswith("--model.family")])
         return 0
-    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
-        raise SharedInputError(
-            "verify starts its own ranks: run it once, without torchrun, fused-megatron launch, srun or mpirun"
-        )
+    check_starts_own_ranks("verify")
     flags, rest = _flags(words)
     if not rest or rest[0].startswith("-"):
         raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")

@@ -83,10 +83,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a comparison: a row for each kind, and the first tensor in the order of computation that differs."""
+    """What came of a comparison.
+
+    Attributes:
+        rows: one for each kind.
+        first: the first tensor in the order of computation that differs; None where none does.
+        first_hint: the first of the kinds that may differ (Reference.hints).
+    """
 
     rows: tuple[Row, ...]
     first: Difference | None
+    first_hint: Difference | None = None
 
 
 class Reference:
@@ -97,15 +104,21 @@ class Reference:
         lr: learning rate of every update.
         yardstick: of one process in the precision of the layout; None for float32.
         hints: kinds of tensors that may differ where the result is right (partial sums of a user's module).
+        tolerance: in place of FLOAT32.
     """
 
     def __init__(
-        self, record: RankRecord, lr: float, yardstick: RankRecord | None = None, hints: Sequence[str] = ()
+        self,
+        record: RankRecord,
+        lr: float,
+        yardstick: RankRecord | None = None,
+        hints: Sequence[str] = (),
+        tolerance: float = FLOAT32,
     ) -> None:
         self.arrays = full_arrays(record)
         self.parts = {key: {piece.part: piece.place for piece in pieces} for key, pieces in record.pieces.items()}
         self.hints = tuple(hints)
-        self._lr = lr
+        self._lr, self._tolerance = lr, tolerance
         self._largest = {key: float(np.abs(array).max(initial=0.0)) for key, array in self.arrays.items()}
         self._largest_gradient: dict[int, float] = {}
         for key, largest in self._largest.items():
@@ -137,7 +150,7 @@ class Reference:
         if key.kind == WEIGHT:
             rounding = WEIGHT_ULPS * float(np.finfo(np.float32).eps) * self._largest[key] / self._lr
             return updates * (UPDATE + rounding)
-        return updates * FLOAT32
+        return updates * self._tolerance
 
 
 @dataclass
@@ -154,17 +167,25 @@ class _Found:
 def compare(reference: Reference, ranks: Sequence[RankRecord]) -> Comparison:
     """The records of all ranks beside those of one process."""
     rows: dict[str, Row] = {}
-    first: Difference | None = None
+    first: dict[bool, Difference] = {}  # by whether it is a hint
     for key, full in reference.arrays.items():
         found, allowed = _compare_tensor(reference, key, full, ranks), reference.allowed(key)
         differs = bool(found.wrong)
-        if differs and first is None and key.kind not in reference.hints:
-            first = Difference(
-                key.kind, key.step, key.name, found.part, _described(key, found.part), found.error, allowed,
-                found.wrong or {}, found.right,
-            )  # fmt: skip
+        if differs:
+            difference = Difference(
+                key.kind,
+                key.step,
+                key.name,
+                found.part,
+                _described(key, found.part),
+                found.error,
+                allowed,
+                found.wrong or {},
+                found.right,
+            )
+            first.setdefault(key.kind in reference.hints, difference)
         rows[key.kind] = _with(rows.get(key.kind), key, found, allowed, differs)
-    return Comparison(tuple(rows.values()), first)
+    return Comparison(tuple(rows.values()), first.get(False), first.get(True))
 
 
 def _described(key: Key, part: str) -> str:

@@ -1,6 +1,7 @@
 """Verification of a run's config: its layout, reduced, beside one process."""
 
 import itertools
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fused_megatron.assembly.build import DTYPES
-from fused_megatron.checks import first_line
+from fused_megatron.checks import SharedInputError, first_line
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.verify.comparison import Comparison, Reference, compare
 from fused_megatron.planning.verify.layout_parts import describe_layout, num_ranks, parts_of, with_parts
@@ -117,6 +118,18 @@ def _tried(config: TrainConfig, reference: Reference, run: RunLayout) -> tuple[C
         return compare(reference, run(config)), None
     except RankError as error:
         return None, describe_error(error)
+
+
+def check_starts_own_ranks(caller: str) -> None:
+    """Raise on ranks that a launcher started, which would each start ranks of their own.
+
+    Raises:
+        SharedInputError: on every such rank.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SharedInputError(
+            f"{caller} starts its own ranks: run it once, without torchrun, fused-megatron launch, srun or mpirun"
+        )
 
 
 def describe_error(error: RankError) -> str:

@@ -70,7 +70,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
 
 def _before(part: str) -> tuple[str, ...]:
     """Parts at whose fault this one is not tried."""
-    return (*NEEDS[part], SEQUENCE) if part == OVERLAP else NEEDS[part]
+    return (*NEEDS[part], SEQUENCE) if part == OVERLAP else NEEDS.get(part, ())
 
 
 def _with_needs(part: str, parts: Sequence[str]) -> tuple[str, ...]:

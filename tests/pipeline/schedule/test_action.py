@@ -1,4 +1,4 @@
-"""Start here when an action prints, parses or counts as what it is not."""
+"""Start here when an action prints, parses or counts as another one."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def test_the_index_has_the_name_that_its_kind_says() -> None:
 
 
 @pytest.mark.parametrize(("action", "message"), [
-    (Action(0, "X", 0), "0X0 is of no kind (F, B, I, W, SEND_F"),
+    (Action(0, "X", 0), "0X0 has an unknown kind (F, B, I, W, SEND_F"),
     (Action(0, Kind.UPDATE), "0UPDATE has no index"),
     (Action(0, Kind.FORWARD), "0F has no index"),
     (Action(0, Kind.REDUCE_GRAD, 1), "0REDUCE_GRAD1 must have no index"),
