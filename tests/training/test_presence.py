@@ -1,4 +1,4 @@
-"""Start here when a rank is called dead that lives, or the other way round."""
+"""Start here when a living rank is reported dead, or a dead one alive."""
 
 import asyncio
 import os

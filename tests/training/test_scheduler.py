@@ -1,4 +1,4 @@
-"""Start here when ranks that srun or mpirun started do not find each other, or each trains for itself."""
+"""Start here when ranks that srun or mpirun started do not find each other, or each trains a run of its own."""
 
 import pytest
 
