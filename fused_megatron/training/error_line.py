@@ -6,7 +6,7 @@ import sys
 from typing import NoReturn
 
 
-def say_error(message: str, rank: int | None = None) -> None:
+def print_error(message: str, rank: int | None = None) -> None:
     """Print the message to standard error as one line.
 
     Args:
@@ -25,10 +25,10 @@ def say_error(message: str, rank: int | None = None) -> None:
 
 def end_now(message: str, rank: int | None = None) -> NoReturn:
     """Print the error line and end with code 1 at once: the normal end of Python would wait for a lost rank."""
-    say_error(message, rank)
+    print_error(message, rank)
     os._exit(1)
 
 
-def speaks_for_host() -> bool:
+def prints_for_host() -> bool:
     """Return whether this rank prints the messages that all ranks of its machine share."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
