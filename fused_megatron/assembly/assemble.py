@@ -57,13 +57,13 @@ class Assembly:
             step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
             loss_divisor: number of targets over all data-parallel ranks.
 
-        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
-        stage (over tp and dp) have the same list of actions, each in a pipeline of its own, and the lists of one
-        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline can
-        do them one after the other. When it comes to an action, all ranks that share its stage have done the actions
-        before it, so they all reach it, its messages are there, and its collectives find their partners.
-
         Returns, Raises, Communication: as accumulate_gradients.
+
+        The messages of the pipelines and the collectives inside the stages cannot deadlock. All ranks that share a
+        stage (over tp and dp) have the same list of actions, each in its own pipeline, and the lists of one pipeline
+        cannot deadlock (lowering.py): there is an order in which it could run its actions one by one. Follow this
+        order. At each action, all ranks that share its stage have finished their earlier actions, so they all reach it;
+        its messages have been sent, and its collectives have all their ranks.
         """
         training = self.config.training
         inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)

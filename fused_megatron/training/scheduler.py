@@ -50,7 +50,7 @@ _LAUNCHERS = (
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 
 
-def take_places(environment: MutableMapping[str, str] = os.environ) -> None:
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set torchrun's variables in a rank that srun or mpirun started; change nothing under torchrun, or for one rank.
 
     Without this every rank would be a run of its own, all in one run folder.
