@@ -4,10 +4,10 @@
     mesh = fm.init_mesh(tensor_parallel_size=2)
     layer = fm.tensor_parallel.ColumnParallelLinear(1024, 4096, tp_group=mesh.tp_group)
     y = fm.ops.layer_norm(x, weight, bias)
-    model = fm.parallelize(model, mesh)  # one that you have, of Hugging Face or your own
+    model = fm.parallelize(model, mesh)  # a Hugging Face model, or your own
 
-Parts are imported when they are first used: so commands that touch no tensor start without torch. Training
-(fused_megatron.training) is not among them: it brings the command line's dependencies.
+Each part is imported at its first use, so that commands that need no tensors start without torch. Training is not an
+attribute of this module: `import fused_megatron.training` also imports the dependencies of the command line.
 """
 
 import importlib

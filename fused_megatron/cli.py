@@ -108,7 +108,7 @@ def _train(words: Sequence[str]) -> int:
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
-    from fused_megatron.training.presence import LostRankError, lost_contact  # noqa: PLC0415
+    from fused_megatron.training.presence import LostRankError, lost_contact, reason_of  # noqa: PLC0415
     from fused_megatron.training.train import train  # noqa: PLC0415
     from fused_megatron.training.trainer import TrainingError  # noqa: PLC0415
 
@@ -125,8 +125,8 @@ def _train(words: Sequence[str]) -> int:
     except RuntimeError as error:
         if isinstance(error, TrainingError) or not (lost_contact(error) and "RANK" in os.environ):
             raise
-        reason = " ".join(str(error).split())[:200]
-        found = str(error) if isinstance(error, LostRankError) else f"lost contact with another rank ({reason})"
+        lost = isinstance(error, LostRankError)
+        found = str(error) if lost else f"lost contact with another rank ({reason_of(error)})"
         # Its files are compared with their checksums when the run resumes: the line comes at once, whatever their size.
         try:
             newest = next((str(path) for path in list_checkpoints(run.checkpoints)), "none")
@@ -223,10 +223,10 @@ def _told_to_all_ranks() -> Iterator[None]:
     except InputError as error:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        from fused_megatron.training.launch import launched  # noqa: PLC0415
+        from fused_megatron.training.process_group import joined_ranks  # noqa: PLC0415
 
-        with launched(_TOLD_WITHIN_S, error):
-            raise AssertionError("launched raises what it was given") from error
+        with joined_ranks(_TOLD_WITHIN_S, error):
+            raise AssertionError("joined_ranks raises what it was given") from error
 
 
 def _is_expected(error: RuntimeError) -> bool:

@@ -1,5 +1,6 @@
 """Start here when a document names a file, a module or a function that is not there (any more)."""
 
+import ast
 import dataclasses
 import importlib
 import re
@@ -106,3 +107,34 @@ def test_the_map_names_what_stands_in_its_files() -> None:
         text = "".join((PACKAGE / guess).read_text(encoding="utf-8") for guess in guesses if "<" not in guess)
         wanted = [name.split(".")[-1] for name in SPAN.findall(names) if not FILE.fullmatch(name)]
         assert [name for name in wanted if name not in text] == [], question
+
+
+# What stands in brackets in a docstring and is no shape.
+TEXT_IN_BRACKETS = {"CLS", "SEP", "MASK", "PAD"}
+LETTER = re.compile(r"(?<![\w.])[A-Z](?:[a-z]|_[a-z]+|rot)?(?!\w)'?")
+
+
+def public_docstrings(tree: ast.Module) -> Iterator[str]:
+    """Docstrings of a module, and of its public functions, classes and methods."""
+    nodes: list[ast.AST] = [tree]
+    for node in nodes:
+        yield ast.get_docstring(node) or ""  # type: ignore[arg-type]
+        inner = [child for child in node.body if isinstance(child, ast.ClassDef | ast.FunctionDef)]
+        nodes += [child for child in inner if not child.name.startswith("_")]
+
+
+def shape_letters(docstring: str) -> Iterator[str]:
+    """Letters in brackets: S and R in `[S / R, B, H]`."""
+    for shape in re.findall(r"(?<![\w\]])\[([^][]+)\]", docstring):
+        yield from (letter for letter in LETTER.findall(shape) if shape not in TEXT_IN_BRACKETS)
+
+
+def test_every_shape_letter_is_in_the_glossary() -> None:
+    section = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").split("\n## ")[1]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| ")]
+    known = {letter for row in rows for letter in re.findall(r"[\w']+", row)}
+    used: dict[str, str] = {}
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "kernels").glob("*.py")):
+        for docstring in public_docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+            used |= {letter: path.name for letter in shape_letters(docstring)}
+    assert len(used) > 10 and {letter: file for letter, file in used.items() if letter not in known} == {}

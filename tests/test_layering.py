@@ -25,7 +25,7 @@ LAYERS = [
     {"ops", "observe"},
     {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
     {"untrusted_files"},
-    {"checks"},
+    {"checks", "deprecation"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 # Rows below that are closed all the same: the engine knows no model and no tensor parallelism.

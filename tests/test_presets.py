@@ -35,7 +35,7 @@ PRESETS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "presets").
 # As published, in billions.
 WEAK_SCALING = {"gpt_1.2b_tp1": 1.2, "gpt_2.5b_tp2": 2.5, "gpt_4.2b_tp4": 4.2, "gpt_8.3b_tp8": 8.3}
 SEQUENCE_PARALLEL = {"gpt_22b_tp8_sequence_parallel": 22.0}
-# Parameters, GPUs, TFLOP/s a GPU with what is recomputed.
+# Parameters, GPUs, TFLOP/s a GPU with recomputation.
 THREE_D = {
     "gpt_39b_tp8_pp2_dp32": (39.1, 512, 138), "gpt_76b_tp8_pp4_dp32": (76.1, 1024, 140),
     "gpt_145b_tp8_pp8_dp24": (145.6, 1536, 148), "gpt_310b_tp8_pp16_dp15": (310.1, 1920, 155),

@@ -1,4 +1,4 @@
-"""The parts that a rank trains with, made from a run's config: gradient buckets, executor, optimizer."""
+"""Assembly of one rank's training parts: gradient buckets, pipeline executor and optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,8 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import Mesh
-from fused_megatron.models import BatchPosition
+from fused_megatron.models import BatchSlice
+from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
@@ -22,15 +23,15 @@ from fused_megatron.pipeline.schedule.action import Action, Kind
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of one rank. Made by assemble.
+    """Training parts of one rank, built by assemble().
 
     Attributes:
-        config, mesh, plan, model: what the rest was made from.
-        parameters: this rank's, each once, by their names in the whole model.
+        config, mesh, plan, model: arguments of assemble().
+        parameters: this rank's parameters, each once, by their names in the whole model.
         gradients: fp32 gradients of all parameters, summed over the data-parallel ranks.
         executor: runs this rank's stages in the order of the schedule.
         optimizer: updates the parameters from the gradients.
-        splits_backward: whether the schedule puts weight gradients off.
+        splits_backward: True if the schedule computes weight gradients in actions of their own.
     """
 
     config: TrainConfig
@@ -45,29 +46,37 @@ class Assembly:
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """Device of the parameters."""
         return next(iter(self.parameters.values())).device
 
     def accumulate_batch(self, batch: Batch, step: int, loss_divisor: float) -> torch.Tensor:
-        """accumulate_gradients of this data-parallel rank's rows of a global batch, cut into microbatches.
+        """Cut this data-parallel rank's rows of a global batch into microbatches, and accumulate their gradients.
 
         Args:
-            batch: all rows of this rank, which follow those of the data-parallel rank before.
-            step: number of the optimizer step; with a row's place in the global batch it decides what dropout drops.
-            loss_divisor: the targets of all data-parallel ranks.
+            batch: all rows of this rank. In the global batch they follow the rows of the previous data-parallel rank.
+            step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
+            loss_divisor: number of targets over all data-parallel ranks.
+
+        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
+        stage (over tp and dp) have the same list of actions, each in a pipeline of its own, and the lists of one
+        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline can
+        do them one after the other. When it comes to an action, all ranks that share its stage have done the actions
+        before it, so they all reach it, its messages are there, and its collectives find their partners.
+
+        Returns, Raises, Communication: as accumulate_gradients.
         """
         training = self.config.training
         inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
         first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
-        positions = [
-            BatchPosition(step, first_sample + i * training.microbatch_size, training.global_batch_size)
+        slices = [
+            BatchSlice(step, first_sample + i * training.microbatch_size, training.global_batch_size)
             for i in range(len(inputs))
         ]
         return self.accumulate_gradients(
             inputs,
             targets,
             loss_divisor=loss_divisor,
-            stage_kwargs=[{"position": p, **keyword} for p, keyword in zip(positions, keywords, strict=True)],
+            stage_kwargs=[{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)],
         )
 
     def accumulate_gradients(
@@ -78,9 +87,10 @@ class Assembly:
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of a step; the gradients add up to what the buckets hold, and are summed over dp.
+        """Run forward and backward of all microbatches; add their gradients to the buckets and sum them over dp.
 
-        Arguments, result, errors and communication as PipelineExecutor.step, and that of the buckets.
+        Arguments, result and errors: as PipelineExecutor.step. Communication: of PipelineExecutor.step and of the
+        buckets' reduction.
         """
         if not self.splits_backward:
             self.gradients.reduce_after_backwards(len(inputs))
@@ -93,20 +103,21 @@ def assemble(
     plan: PipelinePlan,
     model: ModelStages,
     observe: Callable[[Action, float, float], None] | None = None,
+    transport: Transport | None = None,
 ) -> Assembly:
-    """Join what a rank trains with. Every rank calls it at once.
+    """Build the training parts of this rank. Every rank must call this together.
 
     Args:
-        config: training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s, optimizer.
+        config: uses training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s, and optimizer.
         mesh: of all ranks.
-        plan: the schedule that the pipeline follows.
-        model: this rank's stages, with the weights to start from.
-        observe: as PipelineExecutor takes it.
+        plan: the schedule of the pipeline.
+        model: this rank's stages, with their initial weights.
+        observe, transport: see PipelineExecutor.
 
     Raises:
         InputError: on every rank, as PipelineExecutor.
 
-    Communication: as GradientBuckets and PipelineExecutor when they are made.
+    Communication: as the constructors of GradientBuckets and PipelineExecutor.
     Memory: as GradientBuckets and Optimizer.
     """
     training = config.training
@@ -127,6 +138,7 @@ def assemble(
         timeout_s=config.parallel.timeout_s,
         auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
+        transport=transport,
     )
     optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)

@@ -1,4 +1,4 @@
-"""A model and its optimizer as named boxes of full tensors: what a checkpoint stores, whatever the layout."""
+"""Names and boxes of a model's and an optimizer's tensors in a checkpoint, the same in every layout."""
 
 from collections.abc import Mapping
 
@@ -9,9 +9,9 @@ from fused_megatron.sharding import TensorBox, parameter_parts
 
 
 def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorBox]:
-    """Every parameter under `model.<name>`; one that stacks several full ones as `model.<name>.<part>` each.
+    """Return the box of every parameter under `model.<name>`; a stacked parameter has a box `model.<name>.<part>` each.
 
-    The names are those of the whole model in every pipeline stage, so that any cut into stages loads any other.
+    Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut.
     """
     boxes: dict[str, TensorBox] = {}
     for name, parameter in parameters.items():
@@ -22,9 +22,11 @@ def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorB
 def optimizer_boxes(
     parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> dict[str, TensorBox]:
-    """Moments and main weights under `optimizer.<kind>.<name>`, cut as the parameter is.
+    """Return the boxes of moments and main weights under `optimizer.<kind>.<name>`, cut like their parameter.
 
-    state: by parameter name and kind, as data_parallel.Optimizer.state() gives it.
+    Args:
+        parameters: by their names in the whole model.
+        state: tensors by parameter name and kind, as returned by data_parallel.Optimizer.state().
     """
     boxes: dict[str, TensorBox] = {}
     for name, tensors in state.items():
@@ -34,5 +36,5 @@ def optimizer_boxes(
 
 
 def _boxes(name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> dict[str, TensorBox]:
-    """What of `tensor` (shaped like the parameter) exists in the full tensors: no vocabulary padding."""
+    """Return the boxes of `tensor`, shaped like the parameter, in its full tensors, without vocabulary padding."""
     return {part.full_name(name): part.held(tensor) for part in parameter_parts(parameter)}

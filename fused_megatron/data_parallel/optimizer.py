@@ -1,4 +1,4 @@
-"""AdamW over fp32 main weights, by parameter name."""
+"""AdamW over float32 main weights, by parameter name."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,16 @@ from fused_megatron.config import OptimizerConfig
 
 
 class Optimizer:
-    """torch's fused AdamW; lower-precision parameters get fp32 main weights that are rounded back after a step.
+    """torch's fused AdamW, with float32 main weights for parameters of lower precision.
+
+    After each step the main weights are rounded to the parameters.
 
     Args:
         parameters: trainable parameters by name, or the parts of them that this rank updates.
-        gradients: by the same names, their fp32 gradients, in the shapes of `parameters`; read and scaled by step().
-        config: learning rate and the rest.
+        gradients: float32 gradients by the same names, in the shapes of `parameters`; step() reads and scales them.
+        config: learning rate and the other options of AdamW.
 
-    Memory:
-        8 bytes per parameter for the two moments, 4 more for the main weight of a parameter that is not fp32.
+    Memory: 8 bytes an element for the two moments, 4 more for the main weight of a parameter that is not float32.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(
             groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
-        # Made here, not by the first step, so that a checkpoint can be loaded into a fresh optimizer.
+        # The state exists before the first step, so that a checkpoint can be loaded into a new optimizer.
         for name, main in self.main.items():
             main.grad = self._gradients[name]
             self._adamw.state[main] = {
@@ -47,7 +48,7 @@ class Optimizer:
             }
 
     def step(self, lr: float, gradient_scale: float = 1.0) -> None:
-        """One update from the gradients times gradient_scale (they are scaled in place)."""
+        """Update the parameters once, from the gradients times gradient_scale; this scales the gradients in place."""
         if gradient_scale != 1.0:
             torch._foreach_mul_(list(self._gradients.values()), gradient_scale)
         for group in self._adamw.param_groups:
@@ -58,7 +59,7 @@ class Optimizer:
                 parameter.detach().copy_(self.main[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Per parameter name the tensors to keep besides the model's own: moments, and main weights if apart."""
+        """Return the tensors to save besides the model's, by parameter name: the moments, and separate main weights."""
         state = {}
         for name, main in self.main.items():
             moments = self._adamw.state[main]
@@ -68,12 +69,12 @@ class Optimizer:
         return state
 
     def reset_main_weights(self) -> None:
-        """Take the parameters as they are (after loading only weights)."""
+        """Set the main weights to the parameters (after loading only weights)."""
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
                 self.main[name].copy_(parameter.detach())
 
     def set_step(self, step: int) -> None:
-        """Say how many updates the moments have seen (after loading them)."""
+        """Set the number of updates that the moments contain (after loading them)."""
         for main in self.main.values():
             self._adamw.state[main]["step"].fill_(float(step))

@@ -1,4 +1,4 @@
-"""Functional fused ops: one device, no collectives."""
+"""Functional fused ops for one device, without collectives."""
 
 from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu

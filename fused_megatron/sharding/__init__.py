@@ -1,4 +1,4 @@
-"""How tensors are cut over ranks: boxes, parameter records, initialisation, full tensors, norm, sequence positions."""
+"""Shards of tensors over ranks: boxes, parameter records, initial values, full tensors, norms, sequence positions."""
 
 from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
 from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor

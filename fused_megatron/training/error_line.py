@@ -13,7 +13,9 @@ def say_error(message: str, rank: int | None = None) -> None:
     # Names in files of strangers may hold what a terminal obeys.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):  # a terminal that is gone
-        print(f"fused-megatron: error{where}: {line}", file=sys.stderr, flush=True)
+        # One write: the lines of ranks that end at once must not mix, where the output has no buffer either.
+        sys.stderr.write(f"fused-megatron: error{where}: {line}\n")
+        sys.stderr.flush()
 
 
 def end_now(message: str, rank: int | None = None) -> NoReturn:

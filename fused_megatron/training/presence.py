@@ -27,6 +27,7 @@ from fused_megatron.training.error_line import end_now
 _SETTLE_S = 1.0
 # A rank that lives answers within this time, on a busy machine too.
 _ANSWER_S = 3.0
+_AGAIN_S = 0.1
 _MOST_BYTES = 4096
 _MOST_CONNECTIONS = 400
 _NAMED = 8
@@ -41,6 +42,7 @@ _LOST_CONTACT = re.compile(
     "another rank stopped",
     re.IGNORECASE,
 )
+_SOURCE = re.compile(r"\[/\S+:\d+\] ")
 _TIME_OUT = re.compile("timed out|timeout|did not come within", re.IGNORECASE)
 # A rank that has one of these below what it does waits for others.
 _WAITS = ("observe/waits.py", "transport/host_ring.py", "torch/distributed/")
@@ -61,6 +63,11 @@ class LostRankError(RuntimeError):
 def lost_contact(error: Exception) -> bool:
     """Whether the error says that another rank did not do its part."""
     return isinstance(error, LostRankError) or _LOST_CONTACT.search(str(error)) is not None
+
+
+def reason_of(error: Exception) -> str:
+    """The error in 200 characters of one line, without the places in its own sources that gloo begins with."""
+    return _SOURCE.sub("", " ".join(str(error).split()))[:200]
 
 
 class Presence:
@@ -86,6 +93,7 @@ class Presence:
     def __init__(self, timeout_s: float | None = None) -> None:
         self._others: dict[int, tuple[str, int]] = {}
         self._left: dict[int, str] = {}
+        self._saw: dict[int, str] = {}
         self._leaves: str | None = None
         self._closed = threading.Event()
         if not dist.is_initialized():
@@ -117,7 +125,7 @@ class Presence:
         if not self._others:
             return error
         self._leaves = first_line(error)[:200]
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         deadline = time.monotonic() + _SETTLE_S
         while True:
             found = self._ask(self._others)
@@ -127,8 +135,7 @@ class Presence:
             time.sleep(0.3)
         if lost:
             silent = [rank for rank, state in lost.items() if state == _SILENT]
-            more = f"; {_names(silent)} gives no sign of life: stopped, stuck or cut off" if silent else ""
-            return LostRankError(f"lost contact with {_names(lost)} ({reason}{more})", tuple(lost))
+            return LostRankError(f"lost contact with {_names(lost)} ({reason}{self._last(silent, found)})", tuple(lost))
         if not lost_contact(error):
             return error
         late = {rank: state for rank, state in found.items() if not isinstance(state, str) and not state["waits"]}
@@ -142,6 +149,17 @@ class Presence:
             rank, text = next(iter(sorted(began.items())))
             return LostRankError(f"rank {rank} ended with an error: {text}", tuple(sorted(began)))
         return error
+
+    def _last(self, silent: list[int], found: dict[int, Any]) -> str:
+        """Of ranks that are silent, what those that watched them saw last."""
+        if not silent:
+            return ""
+        saw = dict(self._saw)
+        for state in found.values():
+            saw |= {} if isinstance(state, str) else {int(rank): does for rank, does in state["saw"].items()}
+        last = [f"; rank {rank} was last in {saw[rank]}" for rank in silent if rank in saw][:_NAMED]
+        verb = "gives" if len(silent) == 1 else "give"
+        return f"; {_names(silent)} {verb} no sign of life: stopped, stuck or cut off{''.join(last)}"
 
     def _ask(self, ranks: Iterable[int], lost: str | None = None) -> dict[int, Any]:
         """What some ranks answer; _GONE or _SILENT where one does not.
@@ -171,12 +189,13 @@ class Presence:
             silent_s += min(time.monotonic() - begun, _ANSWER_S) + _WATCH_S
             if not isinstance(state, str):
                 silent_s = 0.0
+                self._saw[watched] = state["does"]
             elif state == _GONE and silent_s > _SETTLE_S:
                 self._end(f"lost contact with rank {watched}", lost=watched)
             elif silent_s > timeout_s:
                 self._end(
                     f"lost contact with rank {watched} (it gave no sign of life for {timeout_s:g} s: stopped, stuck or "
-                    "cut off)",
+                    f"cut off; it was last in {self._saw.get(watched, 'nothing that is known')})",
                     lost=watched,
                 )
 
@@ -212,7 +231,7 @@ class Presence:
     def _state(self) -> dict[str, Any]:
         frame = sys._current_frames().get(self._watched)
         waits, does = (False, "nothing") if frame is None else _describe(frame)
-        return {"left": self._leaves, "waits": waits, "does": does}
+        return {"left": self._leaves, "waits": waits, "does": does, "saw": self._saw}
 
 
 def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
@@ -225,6 +244,11 @@ def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
 
 
 async def _answer(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:
+    """What a rank answers; _GONE where its port is closed, _SILENT where no answer comes.
+
+    A connection that is cut says nothing: a busy rank that took it gives up before it has read what was asked.
+    """
+
     async def talk() -> bytes:
         reader, writer = await asyncio.open_connection(*address)
         try:
@@ -233,25 +257,33 @@ async def _answer(address: tuple[str, int], message: bytes, at_once: asyncio.Sem
         finally:
             writer.close()
 
+    async def ask() -> Any:
+        while True:
+            with contextlib.suppress(BrokenPipeError, ConnectionAbortedError, ConnectionResetError):
+                answer = await talk()
+                if answer:
+                    return json.loads(answer)
+            await asyncio.sleep(_AGAIN_S)
+
     async with at_once:
         try:
-            answer = await asyncio.wait_for(talk(), _ANSWER_S)
-            return json.loads(answer) if answer else _GONE
-        except ConnectionError:
+            return await asyncio.wait_for(ask(), _ANSWER_S)
+        except ConnectionRefusedError:
             return _GONE
         except (OSError, asyncio.TimeoutError, ValueError):
             return _SILENT
 
 
 def _describe(frame: FrameType) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and the innermost function outside of torch that it is in."""
+    """Whether a thread waits for other ranks, and the innermost named function outside of torch that it is in."""
     torch_folder = str(Path(torch.__file__).parent)
     waits, does, at = False, "", frame
     while at is not None:
         path = at.f_code.co_filename
         waits = waits or any(part in path for part in _WAITS)
-        if not does and not path.startswith(torch_folder):
-            does = f"{at.f_code.co_name} ({'/'.join(Path(path).parts[-2:])}:{at.f_lineno})"
+        name = at.f_code.co_name
+        if not does and not name.startswith("<") and not path.startswith(torch_folder):
+            does = f"{name} ({'/'.join(Path(path).parts[-2:])}:{at.f_lineno})"
         at = at.f_back  # type: ignore[assignment]
     return waits, does or frame.f_code.co_name
 

@@ -10,7 +10,7 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import config_text, load_config
-from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.loss_plot import plot_loss
 
 
 def test_config_comes_back_equal(tmp_path: Path) -> None:

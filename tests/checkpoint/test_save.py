@@ -229,7 +229,7 @@ def uneven_boxes(rank, world_size, folder, kind):
     ("kind", "text"),
     [
         ("hole", "2 of 8 elements are in no box"),
-        ("overlap", r"the box at \(0,\) of shape \(4,\) and the one at \(3,\) of shape \(4,\) overlap"),
+        ("overlap", r"the box at \(0,\) of shape \(4,\) and the box at \(3,\) of shape \(4,\) overlap"),
         ("beyond", "must lie in full_shape"),
         ("shape", r"\(8,\) on rank 0, but float32 of \(9,\) on rank 1"),
         ("dtype", r"float32 of full shape \(8,\) on rank 0, but float64"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import BERT, BatchPosition, cut_stages
+from fused_megatron.models import BERT, BatchSlice, cut_stages
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import full_gradients, gradient_errors, perturb_vectors_
 
@@ -40,7 +40,11 @@ def inputs(config: BERTConfig) -> dict[str, torch.Tensor]:
     tokens, target = torch.randint(101, (2, 3, 12), generator=generator)
     target[torch.rand(3, 12, generator=generator) < 0.6] = -100
     types = torch.randint(2, (3, 12), generator=generator) if config.num_token_types else None
-    found = {"tokens": tokens, "target": target, "is_padding": torch.arange(12) >= torch.tensor([[12], [7], [10]])}
+    found = {
+        "tokens": tokens,
+        "target": target,
+        "key_padding_mask": torch.arange(12) >= torch.tensor([[12], [7], [10]]),
+    }
     found |= {"losses": torch.randn(3, 12, generator=generator), "sentences": torch.randn(3, 2, generator=generator)}
     return found if types is None else found | {"token_types": types}
 
@@ -49,8 +53,8 @@ def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and next-sentence logits, after a backward from random gradients of both."""
     perturb_vectors_(model)
     given = inputs(model.config)
-    options: dict[str, Any] = {k: given[k] for k in ("token_types", "is_padding") if k in given}
-    options["position"] = BatchPosition(3, 0, 3)
+    options: dict[str, Any] = {k: given[k] for k in ("token_types", "key_padding_mask") if k in given}
+    options["batch_slice"] = BatchSlice(3, 0, 3)
     losses = model(given["tokens"], given["target"], **options)
     sentences = model.next_sentence_logits(model.encode(given["tokens"], **options))
     outputs = (losses, sentences)
@@ -87,8 +91,8 @@ def errors_of_stages(whole: BERT) -> dict[str, float]:
     for name, parameter in [pair for stage in stages for pair in stage.named_parameters()]:
         assert parameter.dim() == 1 or torch.equal(parameter, weights[name])
         parameter.data.copy_(weights[name])
-    given, options = inputs(whole.config), {"position": BatchPosition(3, 0, 3)}
-    options |= {k: given[k] for k in ("token_types", "is_padding") if k in given}
+    given, options = inputs(whole.config), {"batch_slice": BatchSlice(3, 0, 3)}
+    options |= {k: given[k] for k in ("token_types", "key_padding_mask") if k in given}
     losses = whole(given["tokens"], given["target"], **options)
     losses.backward(given["losses"])
     first = stages[0](given["tokens"], **options)
@@ -129,7 +133,7 @@ def plain_losses(model: BERT, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
     def attention(x: torch.Tensor, name: str) -> torch.Tensor:
         q, k, v = linear(x, f"{name}.query_key_value").view(batch, seq_len, 4, 3, 6).permute(3, 0, 2, 1, 4)
-        scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(given["is_padding"][:, None, None], float("-inf"))
+        scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(given["key_padding_mask"][:, None, None], float("-inf"))
         return linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, seq_len, 24), f"{name}.projection")
 
     def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -160,11 +164,13 @@ def test_losses_are_those_of_the_plain_encoder(changes: dict[str, Any]) -> None:
 def test_every_token_sees_every_other_but_padding() -> None:
     model = BERT(BERTConfig(**SIZES), seed=1)
     given = inputs(model.config)
-    hidden = model.encode(given["tokens"], is_padding=given["is_padding"])
+    hidden = model.encode(given["tokens"], key_padding_mask=given["key_padding_mask"])
+    with pytest.warns(DeprecationWarning, match=r"is_padding= of BERT.encode\(\) is now called key_padding_mask="):
+        assert torch.equal(model.encode(given["tokens"], is_padding=given["key_padding_mask"]), hidden)
     changed = given["tokens"].clone()
     changed[1, 9] = (changed[1, 9] + 1) % 101  # padding
     changed[2, 9] = (changed[2, 9] + 1) % 101
-    differs = (model.encode(changed, is_padding=given["is_padding"]) != hidden).any(-1).t()
+    differs = (model.encode(changed, key_padding_mask=given["key_padding_mask"]) != hidden).any(-1).t()
     assert not differs[0].any() and differs[1].nonzero().flatten().tolist() == [9] and differs[2].all()
 
 
@@ -177,7 +183,10 @@ def test_heads_that_are_not_there_and_fields_that_do_not_fit() -> None:
         (lambda: model(tokens), "masked_lm_head=False"),
         (lambda: model.next_sentence_logits(hidden), "next_sentence_head=False"),
         (lambda: model.encode(tokens, token_types=tokens), "token_types must be None where num_token_types=0"),
-        (lambda: model.encode(tokens, is_padding=torch.zeros(4, 1).bool()), r"is_padding.shape=\(4, 1\) must be"),
+        (
+            lambda: model.encode(tokens, key_padding_mask=torch.zeros(4, 1).bool()),
+            r"key_padding_mask.shape=\(4, 1\) must be",
+        ),
         (lambda: model.encode(torch.zeros(1, 17, dtype=torch.int64)), r"tokens.shape\[1\]=17 must be at most"),
         (lambda: BERTConfig(activation="swiglu"), "activation='swiglu' must be one of: 'gelu', 'gelu_exact'"),
         (lambda: BERTConfig(tied_embeddings=False), "tied_embeddings=False must be True"),

@@ -8,7 +8,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition, StageSpan, cut_stages
+from fused_megatron.models import GPT, BatchSlice, StageSpan, cut_stages
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 SIZES: dict[str, Any] = {
@@ -50,14 +50,14 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
     assert sum(stage.num_parameters() for stage in stages) == whole.num_parameters()
 
     tokens, target, upstream = batch_of_tokens()
-    position = BatchPosition(step=7, first_sample=2, global_batch_size=6)
-    expected = whole(tokens, target, position=position)
+    batch_slice = BatchSlice(step=7, first_sample=2, global_batch_size=6)
+    expected = whole(tokens, target, batch_slice=batch_slice)
     expected.backward(upstream)
     inputs, outputs = [], []
     x = tokens
     for stage in stages:
         inputs.append(x)
-        outputs.append(stage(x, position=position))
+        outputs.append(stage(x, batch_slice=batch_slice))
         x = outputs[-1].detach().requires_grad_()
     losses = stages[-1].loss(x, target)
     assert torch.equal(losses, expected)

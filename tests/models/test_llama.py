@@ -2,7 +2,7 @@
 
 What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
 
-(Against transformers' models as a whole: tests/hugging_face/test_families.py.)
+(Against transformers' models as a whole: tests/hugging_face/test_known_families.py.)
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition
+from fused_megatron.models import GPT, BatchSlice
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -50,7 +50,7 @@ def backward_of(model: GPT) -> torch.Tensor:
     """Losses, after a backward from a random gradient."""
     perturb_vectors_(model)
     tokens, target, upstream = tokens_and_upstream()
-    losses: torch.Tensor = model(tokens, target, position=BatchPosition(3, 0, 3))
+    losses: torch.Tensor = model(tokens, target, batch_slice=BatchSlice(3, 0, 3))
     losses.backward(upstream.to(losses.dtype))
     return losses.detach()
 
@@ -104,7 +104,7 @@ def test_a_window_hides_what_lies_before_it_with_and_without_dropout() -> None:
     assert differs.tolist() == [False] * 2 + [True] * 4 + [False] * 6
     # The form that keeps the probabilities, with next to nothing dropped.
     dropping = GPT(dataclasses.replace(config, attention_dropout=1e-9), seed=1)
-    again = dropping(tokens, position=BatchPosition(0, 0, 3))
+    again = dropping(tokens, batch_slice=BatchSlice(0, 0, 3))
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 

@@ -27,9 +27,9 @@ class Prefix(TransformerStack):
         super().__init__(config, layout=layout, stage=stage, tied_head=True, dtype=dtype, device=device)
         self.reset_parameters(seed)
 
-    def forward(self, x, target=None, *, position=None, sequence=None, reduction="none"):
+    def forward(self, x, target=None, *, batch_slice=None, sequence=None, reduction="none"):
         mask = AttentionMask(causal=True)
-        return self._result(self._encode(x, mask, position=position, sequence=sequence), target, reduction)
+        return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
 
     def _head(self, hidden):
         return HeadProduct(hidden, self.token_embedding.weight, self.token_embedding.padded_num_embeddings)

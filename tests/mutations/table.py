@@ -24,6 +24,7 @@ class Mutation(NamedTuple):
 _PLAIN = ("tests/training/test_trainer.py::test_five_steps_are_those_of_a_plain_loop[2]",)
 _KEYS = "tests/training/test_every_key.py::test_key"
 _TRAINER = "fused_megatron/training/trainer.py"
+_STEP = "fused_megatron/assembly/training_step.py"
 _OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
 _RING = "fused_megatron/collectives/transport/host_ring.py"
 _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
@@ -81,11 +82,11 @@ MUTATIONS = (
         "self.progress.samples_consumed += training.microbatch_size",
         (*_PLAIN, f"{_KEYS}[training.global_batch_size]"),
     ),
-    Mutation("gradients are not zeroed", _TRAINER, "        self.gradients.zero_()\n", "", _PLAIN),
+    Mutation("gradients are not zeroed", _STEP, "    assembly.gradients.zero_()\n", "", _PLAIN),
     Mutation(
         "gradients are not clipped",
-        _TRAINER,
-        "clip_coefficient(norm, self.config.optimizer.clip_norm)",
+        _STEP,
+        "clip_coefficient(norm, assembly.config.optimizer.clip_norm)",
         "1.0",
         (*_PLAIN, f"{_KEYS}[optimizer.clip_norm]"),
     ),
@@ -142,9 +143,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a replica's NaN is its own",
-        _TRAINER,
-        "self._sum_over_ranks(loss_sum, math.isfinite(norm))",
-        "self._sum_over_ranks(loss_sum, True)",
+        _STEP,
+        "float(not math.isfinite(norm))",
+        "0.0",
         ("tests/training/test_trainer.py::test_a_gradient_that_is_nan_on_one_replica_ends_the_run",),
     ),
     Mutation(
@@ -202,14 +203,14 @@ MUTATIONS = (
         "fused_megatron/hugging_face/gpt2.py",
         '"attention_dropout": settings.number("attn_pdrop", 0.1)',
         '"attention_dropout": settings.number("embd_pdrop", 0.1)',
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "Llama's dropout is lost",
         "fused_megatron/hugging_face/llama.py",
         '        "attention_dropout": settings.number("attention_dropout", 0.0),\n',
         "",
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "top_k is one token short",

@@ -25,7 +25,7 @@ from fused_megatron.config import (
 )
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import BatchPosition, new_model
+from fused_megatron.models import BatchSlice, new_model
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training import trainer as trainer_module
 from fused_megatron.training.progress import Reporter
@@ -115,7 +115,7 @@ class Tried:
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases, too, must not be what they start as
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-        return model(tokens, tokens, position=BatchPosition(0, 0, 2)).detach().double().sum().item()
+        return model(tokens, tokens, batch_slice=BatchSlice(0, 0, 2)).detach().double().sum().item()
 
     def saved_bytes(self) -> int:
         """What backward keeps."""

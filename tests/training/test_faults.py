@@ -180,7 +180,7 @@ def test_a_signal_saves_and_the_launcher_ends_well(config: Path, tmp_path: Path,
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
-@pytest.mark.slow  # test_lease.py and test_stop_request.py have the parts
+@pytest.mark.slow  # test_run_folder_lease.py and test_stop_request.py have the parts
 def test_two_runs_in_one_folder_and_a_killed_launcher(config: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,

@@ -237,15 +237,17 @@ def test_generate_needs_heads_that_divide(one_process: Any) -> None:
 
 
 def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
-    from fused_megatron.tensor_parallel import parameter_parts  # noqa: PLC0415 - only the ranks need it
+    from fused_megatron.assembly import training_step  # noqa: PLC0415 - only the ranks need it
+    from fused_megatron.tensor_parallel import parameter_parts  # noqa: PLC0415
     from fused_megatron.training import train as training  # noqa: PLC0415
 
     kept: dict[str, torch.Tensor] = {}
-    conclude, sum_over_ranks = training._conclude, training.Trainer._sum_over_ranks
+    conclude, sum_over_ranks = training._conclude, training_step.sum_over_ranks
 
-    def keep_loss(trainer: Any, loss_sum: torch.Tensor, finite: bool) -> Any:
-        kept[f"loss {trainer.mesh.dp_rank} {trainer.progress.step}"] = loss_sum.clone()
-        return sum_over_ranks(trainer, loss_sum, finite)
+    def keep_loss(assembly: Any, loss_sum: torch.Tensor, *rest: Any) -> Any:
+        step = sum(name.startswith("loss ") for name in kept)
+        kept[f"loss {assembly.mesh.dp_rank} {step}"] = loss_sum.clone()
+        return sum_over_ranks(assembly, loss_sum, *rest)
 
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
@@ -257,7 +259,7 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
                     kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter])[real].clone()
         conclude(trainer, *rest)
 
-    training._conclude, training.Trainer._sum_over_ranks = keep, keep_loss
+    training._conclude, training_step.sum_over_ranks = keep, keep_loss
     train(config, Path(str(config.training.run_folder)))
     return kept
 

@@ -11,7 +11,7 @@ from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
-from fused_megatron.training.lease import Lease
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.train import train
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fused_megatron.assembly import training_step
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
@@ -153,7 +154,7 @@ def test_five_steps_are_those_of_a_plain_loop(tokens: Path, tmp_path: Path, rank
 
 def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) -> None:
     """A run of which the last rank has a fault of its own in step 3."""
-    step, norm = Trainer.train_step, trainer_module.global_gradient_norm
+    step, norm = Trainer.train_step, training_step.global_gradient_norm
     steps = [0]
 
     def train_step(self: Trainer) -> bool:
@@ -169,7 +170,7 @@ def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) ->
         return norm(parameters, gradients, *groups)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
-    trainer_module.global_gradient_norm = gradient_norm
+    training_step.global_gradient_norm = gradient_norm
     train(config, Path(str(config.training.run_folder)))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fused_megatron.sharding import parameter_parts
-from fused_megatron.sharding.full_tensor import held_places
+from fused_megatron.sharding.full_tensor import held_values
 
 START, OUTPUT, LOSS, GRADIENT, NORM, WEIGHT = "start", "output", "loss", "gradient", "norm", "weight"
 """Kinds of tensors: weights before the first update, outputs of modules, .., weights after an update."""
@@ -90,7 +90,7 @@ def shard_places(
 ) -> Iterator[tuple[str, torch.Tensor, tuple[slice, ...]]]:
     """For each part of a parameter: its name, its real elements of values, and their index in the full tensor."""
     parts = parameter_parts(parameter)
-    for part, (mine, index) in zip(parts, held_places(parts, values), strict=True):
+    for part, (mine, index) in zip(parts, held_values(parts, values), strict=True):
         yield part.name, mine, index
 
 

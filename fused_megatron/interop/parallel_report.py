@@ -1,4 +1,4 @@
-"""What parallelize did with a model."""
+"""The report of parallelize: its text, and the errors for layers that stay replicated against the user's wish."""
 
 from dataclasses import dataclass
 
@@ -11,15 +11,15 @@ from fused_megatron.modules import Left, Replaced
 
 @dataclass(frozen=True)
 class ParallelReport:
-    """What parallelize did with a model; print it. It stays at model.parallel_report.
+    """Report of what parallelize changed in a model; print it. parallelize stores it as model.parallel_report.
 
     Attributes:
-        plan: whose plan it was.
+        plan: origin of the plan, such as "LlamaForCausalLM's tp_plan".
         tensor_parallel_size: R.
         sequence_parallel: whether layers run on blocks of the sequence while gradients are recorded.
-        sharded: layers whose weights are in shards now.
-        fused: norms and activations that became fused ones, whole on every rank.
-        left: modules with parameters that stay as they were, and why.
+        sharded: layers whose weights are sharded now.
+        fused: norms and activations that were replaced by fused ones; replicated.
+        left: modules with parameters that are unchanged and replicated, each with a reason.
         unused: patterns of the plan that match no module.
     """
 
@@ -47,7 +47,7 @@ class ParallelReport:
 
 
 def make_report(work: Preparation) -> ParallelReport:
-    """Before anything is done."""
+    """Make the report, from a preparation that was not committed yet."""
     reasons = work.kept_whole()
     taken = {replacement.layer.module for replacement in work.replacements}
     taken |= {exchange.module for exchange in work.exchanges}
@@ -82,7 +82,7 @@ def make_report(work: Preparation) -> ParallelReport:
 
 
 def refuse_left(report: ParallelReport, work: Preparation) -> None:
-    """Raise for what strict does not pass over: a planned layer that cannot be sharded, a matrix that no plan names."""
+    """Raise what strict=True raises: a planned layer cannot be sharded, or no plan names a module with a matrix."""
     reasons = work.kept_whole()
     for one in report.left:
         module = dict(work.model.named_modules()).get(one.name, work.model)
@@ -95,7 +95,7 @@ def refuse_left(report: ParallelReport, work: Preparation) -> None:
 
 
 def refuse_blocked(work: Preparation) -> None:
-    """Raise for what a user's own plan asks for and cannot have."""
+    """Raise if the user's own plan asks to shard a layer that cannot be sharded."""
     for name, reason in work.kept_whole().items() if work.plan.explicit else ():
         pattern = work.plan.patterns.get(name, name)
         raise InputError(f"plan[{pattern!r}]: {name} cannot be {work.plan.styles.get(name)!r}: {reason}")

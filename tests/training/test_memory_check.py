@@ -10,16 +10,18 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
-from fused_megatron.training.room import Room, room_problem
+from fused_megatron.training.memory_check import MemoryNeed, memory_problem
 from fused_megatron.training.train import train
 
 GB = 10**9
 
 
-def test_ranks_of_one_place_share_its_memory() -> None:
-    assert room_problem([Room("a", 3 * GB, 7 * GB), Room("a", 3 * GB, 6 * GB), Room("b", 9 * GB, 10 * GB)]) is None
-    assert room_problem([Room("a", 3 * GB, 0)]) is None  # the system does not say
-    found = room_problem([Room("b", GB, 9 * GB), Room("a", 3 * GB, 5 * GB), Room("a", 3 * GB, 5 * GB)])
+def test_ranks_of_one_pool_share_its_memory() -> None:
+    first, second, other = MemoryNeed("a", 3 * GB, 7 * GB), MemoryNeed("a", 3 * GB, 6 * GB), MemoryNeed("b", GB, 9 * GB)
+    assert memory_problem([first, second, other]) is None
+    assert memory_problem([MemoryNeed("a", 3 * GB, 0)]) is None  # the system does not tell
+    small = MemoryNeed("a", 3 * GB, 5 * GB)
+    found = memory_problem([other, small, small])
     assert found == "weights, gradients and optimizer of 2 ranks on a need 6.0 GB, there are 5.0 GB"
 
 

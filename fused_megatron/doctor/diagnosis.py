@@ -1,4 +1,4 @@
-"""What the facts mean: what is broken, what is slow, what may surprise; each with what mends it. Pure."""
+"""Diagnosis of the facts: a pure function to findings (broken, slow, or worth a note) with commands that mend them."""
 
 import fnmatch
 import math
@@ -13,7 +13,7 @@ BROKEN, SLOW, NOTE = "broken", "slow", "note"
 _SLOW_LOOKUP_S = 0.5
 _OLDEST_NVCC = "12.8"
 _SMALL_SHARED_MEMORY_GB = 0.5
-# Where they are set, each for a reason of some other program, they cost us speed.
+# Environment variables that make training slow: (value, effect).
 _SLOWING = {
     "CUDA_LAUNCH_BLOCKING": ("1", "every kernel launch waits for its end"),
     "TRITON_INTERPRET": ("1", "Triton kernels run in Python"),
@@ -23,9 +23,9 @@ _SLOWING = {
     "NCCL_IB_DISABLE": ("1", "machines talk over TCP"),
     "TORCHDYNAMO_DISABLE": ("1", "torch.compile does nothing"),
 }
-# What torchrun sets for the ranks that it starts; in a shell it makes a program wait for ranks that nobody starts.
+# Variables that torchrun sets for its ranks. In a shell, they make a program wait for ranks that nobody starts.
 _OF_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
-# What the doctor reads of the environment.
+# Environment variables that the doctor reads.
 VARIABLES = (
     *_OF_TORCHRUN, *_SLOWING, "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_MAX_CONNECTIONS", "FUSED_MEGATRON_LIBRARY", "TORCHELASTIC_RUN_ID",
@@ -34,10 +34,13 @@ VARIABLES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """Attributes:
-    level: "broken": cannot train, or not as installed; "slow": trains, slower than it could; "note": may surprise.
-    text: what is found and what follows from it.
-    command: what mends it; "" where nothing need be done.
+    """A problem of this machine, or a note.
+
+    Attributes:
+        level: "broken": training fails, or does not run what is installed; "slow": training is slower than it could be;
+            "note": may surprise.
+        text: the problem and its effect.
+        command: command that mends it; "" if there is nothing to do.
     """
 
     level: str
@@ -45,8 +48,8 @@ class Finding:
     command: str = ""
 
 
-def find_out(facts: Facts) -> list[Finding]:
-    """Everything that is to be said, the worst first."""
+def diagnose(facts: Facts) -> list[Finding]:
+    """Return all findings, the worst first."""
     parts = (_packages, _library, _gpus, _gpu_kernels, _names, _interfaces, _loopback, _threads, _environment, _tokens)
     found = [finding for part in parts for finding in part(facts)]
     return sorted(found, key=lambda finding: (BROKEN, SLOW, NOTE).index(finding.level))
@@ -57,9 +60,10 @@ def _packages(facts: Facts) -> Iterator[Finding]:
     asked = {package.name: package for package in packages}.get("torch")
     if asked is not None and asked.installed and facts.torch.error:
         yield Finding(
-            BROKEN, f"torch {asked.installed} does not import: {facts.torch.error}",
+            BROKEN,
+            f"torch {asked.installed} does not import: {facts.torch.error}",
             f'pip install --force-reinstall "{asked.requirement}"',
-        )  # fmt: skip
+        )
     for package in packages:
         if package.fits or package.extra is not None:
             continue
@@ -72,14 +76,15 @@ def _packages(facts: Facts) -> Iterator[Finding]:
         if unfit:
             names = ", ".join(package.name for package in unfit)
             wanted = " ".join(f'"{package.requirement}"' for package in unfit)
-            yield Finding(NOTE, f"the optional part {extra!r} is not there ({names})", f"pip install {wanted}")
+            yield Finding(NOTE, f"the optional part {extra!r} is not installed ({names})", f"pip install {wanted}")
 
 
 def _library(facts: Facts) -> Iterator[Finding]:
-    library, chosen = facts.library, facts.environment.get("FUSED_MEGATRON_LIBRARY")
+    library = facts.library
+    chosen = facts.environment.get("FUSED_MEGATRON_LIBRARY")
     if chosen is not None:
         level = SLOW if not chosen else NOTE if library.loads else BROKEN
-        state = f"FUSED_MEGATRON_LIBRARY={chosen} stands in for the library that was built"
+        state = f"FUSED_MEGATRON_LIBRARY={chosen} replaces the library that was built"
         if not library.loads:
             state = f"FUSED_MEGATRON_LIBRARY={chosen}: all ops run on their slower reference"
         yield Finding(level, state, "unset FUSED_MEGATRON_LIBRARY")
@@ -105,7 +110,7 @@ def _library(facts: Facts) -> Iterator[Finding]:
 
 
 def _build(facts: Facts, cuda: bool = False) -> str:
-    """The command that compiles; in a checkout what is installed stays."""
+    """Return the command that builds the library; in a checkout it keeps the installation."""
     setting = "FUSED_MEGATRON_CUDA=on " if cuda else ""
     if facts.installation.checkout:
         return f"cd {facts.installation.checkout} && {setting}pip install --no-build-isolation -e ."
@@ -119,71 +124,82 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
     count = f"{len(machine.gpus)} x {machine.gpus[0].name}"
     if torch.build.startswith("CPU"):
         yield Finding(
-            SLOW, f"{count}, but torch is a CPU build", "pip install --force-reinstall torch"
-            " --index-url https://download.pytorch.org/whl/cu130",
-        )  # fmt: skip
+            SLOW,
+            f"{count}, but torch is a CPU build",
+            "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+        )
     elif not torch.sees_gpus and facts.environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Finding(
             SLOW, "CUDA_VISIBLE_DEVICES hides every GPU: training would run on the CPU", "unset CUDA_VISIBLE_DEVICES"
         )
     elif not torch.sees_gpus:
         yield Finding(
-            BROKEN, f"{count}, but torch ({torch.build}) cannot use them: driver {machine.driver} is too old for it, "
-            "or this container has no access", "nvidia-smi  # says the newest CUDA of the driver; then another torch",
-        )  # fmt: skip
+            BROKEN,
+            f"{count}, but torch ({torch.build}) cannot use them: driver {machine.driver} is too old for it, "
+            "or this container has no access",
+            "nvidia-smi  # says the newest CUDA of the driver; then another torch",
+        )
     elif torch.sees_gpus < len(machine.gpus):
         chosen = facts.environment.get("CUDA_VISIBLE_DEVICES", "")
         yield Finding(NOTE, f"torch sees {torch.sees_gpus} of {count} (CUDA_VISIBLE_DEVICES={chosen})")
     if torch.sees_gpus > 1 and not torch.backends.get("nccl"):
         yield Finding(
-            SLOW, f"{torch.sees_gpus} GPUs, but this torch has no NCCL: ranks would talk through the CPU",
+            SLOW,
+            f"{torch.sees_gpus} GPUs, but this torch has no NCCL: ranks would talk through the CPU",
             "pip install --force-reinstall torch",
-        )  # fmt: skip
+        )
     shared = machine.shared_memory_gb
     if torch.sees_gpus > 1 and shared is not None and shared < _SMALL_SHARED_MEMORY_GB:
         yield Finding(
-            SLOW, f"/dev/shm has {shared * 1e3:.0f} MB: NCCL fails or leaves it with several GPUs",
+            SLOW,
+            f"/dev/shm has {shared * 1e3:.0f} MB: NCCL fails or leaves it with several GPUs",
             "docker run --shm-size=8g ...  # or --ipc=host",
-        )  # fmt: skip
+        )
 
 
 def _gpu_kernels(facts: Facts) -> Iterator[Finding]:
-    """Whether each GPU has code in the library, and Triton what it needs."""
+    """Check that the library has code for each GPU, and that Triton has a C compiler."""
     library, torch = facts.library, facts.torch
     if not torch.sees_gpus:
         return
     if library.loads and not library.device_code:
         way = "" if facts.tools.nvcc else " (no nvcc was found: the build takes it from PyPI)"
         yield Finding(
-            SLOW, f"the library has no CUDA kernels{way}: norms, activations, dropout and rotary embeddings run on "
-            "their slower PyTorch reference", _build(facts, cuda=True),
-        )  # fmt: skip
+            SLOW,
+            f"the library has no CUDA kernels{way}: norms, activations, dropout and rotary embeddings run on "
+            "their slower PyTorch reference",
+            _build(facts, cuda=True),
+        )
     elif library.loads:
         for gpu in _kinds(facts.machine.gpus):
             code = runs_on(library.device_code, gpu.capability)
             if code is None:
                 yield Finding(
-                    BROKEN, f"{gpu.name} (compute capability {gpu.capability}) runs none of the library's code "
+                    BROKEN,
+                    f"{gpu.name} (compute capability {gpu.capability}) runs none of the library's code "
                     f"({', '.join(library.device_code)}): fused ops fail on it",
                     "export FUSED_MEGATRON_LIBRARY=  # without compiled kernels: slower, and works",
-                )  # fmt: skip
+                )
             elif code.startswith("ptx"):
                 yield Finding(
-                    NOTE, f"{gpu.name} (compute capability {gpu.capability}) runs the library's PTX ({code}): its "
+                    NOTE,
+                    f"{gpu.name} (compute capability {gpu.capability}) runs the library's PTX ({code}): its "
                     "driver compiles it at the first start, once, and keeps it",
-                )  # fmt: skip
+                )
     release = facts.tools.nvcc_release
     if not library.device_code and release and numbers(release) < numbers(_OLDEST_NVCC):
         yield Finding(
-            NOTE, f"nvcc {release} ({facts.tools.nvcc}) is too old for the CUDA kernels ({_OLDEST_NVCC} is needed)",
+            NOTE,
+            f"nvcc {release} ({facts.tools.nvcc}) is too old for the CUDA kernels ({_OLDEST_NVCC} is needed)",
             "export PATH=/usr/local/cuda-13.0/bin:$PATH  # or hide it: the build then takes nvcc from PyPI",
-        )  # fmt: skip
+        )
     triton = [op.op for op in library.ops if op.gpu == "Triton"]
     if triton and facts.tools.cc is None:
         yield Finding(
-            BROKEN, f"no C compiler, which Triton needs at run time: {', '.join(triton)} fail on a GPU",
+            BROKEN,
+            f"no C compiler, which Triton needs at run time: {', '.join(triton)} fail on a GPU",
             "apt-get install gcc",
-        )  # fmt: skip
+        )
 
 
 def _kinds(gpus: tuple[Gpu, ...]) -> list[Gpu]:
@@ -191,31 +207,36 @@ def _kinds(gpus: tuple[Gpu, ...]) -> list[Gpu]:
 
 
 def _names(facts: Facts) -> Iterator[Finding]:
-    """The look-ups that ranks make at their start; a name server that is silent stalls each for 5 s or more."""
+    """Check the name look-ups of starting ranks: a name server without an answer delays each by 5 s or more."""
     network = facts.network
     chosen = facts.environment.get("GLOO_SOCKET_IFNAME")
     outer = _outer_interface(facts)
     if _is_slow(network.localhost_lookup_s):
         yield Finding(
-            SLOW, f"the name of 127.0.0.1 takes {_seconds(network.localhost_lookup_s)}: every rank that meets others "
+            SLOW,
+            f"the name of 127.0.0.1 takes {_seconds(network.localhost_lookup_s)}: every rank that meets others "
             "on this machine (torchrun, TCPStore) waits that long",
             "echo 127.0.0.1 localhost | sudo tee -a /etc/hosts  # and torchrun --local-addr 127.0.0.1",
-        )  # fmt: skip
+        )
     if chosen:
         return
     if _is_slow(network.host_lookup_s):
         yield Finding(
-            SLOW, f"the host's name {network.hostname!r} takes {_seconds(network.host_lookup_s)} to resolve: every "
-            "gloo group waits that long", f"export GLOO_SOCKET_IFNAME={outer or _loopback_name(facts)}",
-        )  # fmt: skip
+            SLOW,
+            f"the host's name {network.hostname!r} takes {_seconds(network.host_lookup_s)} to resolve: every "
+            "gloo group waits that long",
+            f"export GLOO_SOCKET_IFNAME={outer or _loopback_name(facts)}",
+        )
     elif outer and not [a for a in network.local_addresses if not a.startswith(("127.", "::1"))]:
         what = "no address of this machine"
         if network.local_addresses:
             what = network.local_addresses[0]
         yield Finding(
-            NOTE, f"the host's name {network.hostname!r} stands for {what}: gloo ranks on other machines could not "
-            "reach this one (ranks on this machine do)", f"export GLOO_SOCKET_IFNAME={outer}",
-        )  # fmt: skip
+            NOTE,
+            f"the host's name {network.hostname!r} resolves to {what}: gloo ranks on other machines could not "
+            "reach this one (ranks on this machine do)",
+            f"export GLOO_SOCKET_IFNAME={outer}",
+        )
 
 
 def _tokens(facts: Facts) -> Iterator[Finding]:
@@ -261,15 +282,16 @@ def _interfaces(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             BROKEN, f"GLOO_SOCKET_IFNAME={chosen}, but this machine has {', '.join(have)}", "unset GLOO_SOCKET_IFNAME"
         )
-    # NCCL's form: a list of beginnings; "=" before it: of whole names; "^": all but these.
+    # NCCL's form is a list of prefixes; after "=" it is a list of full names, after "^" a list of exclusions.
     chosen = facts.environment.get("NCCL_SOCKET_IFNAME", "")
     names = chosen.lstrip("=").split(",")
     patterns = names if chosen.startswith("=") else [f"{name}*" for name in names]
     if chosen and chosen[0] != "^" and not any(fnmatch.filter(have, pattern) for pattern in patterns):
         yield Finding(
             BROKEN if facts.torch.sees_gpus > 1 else NOTE,
-            f"NCCL_SOCKET_IFNAME={chosen}, but this machine has {', '.join(have)}", "unset NCCL_SOCKET_IFNAME",
-        )  # fmt: skip
+            f"NCCL_SOCKET_IFNAME={chosen}, but this machine has {', '.join(have)}",
+            "unset NCCL_SOCKET_IFNAME",
+        )
 
 
 def _loopback(facts: Facts) -> Iterator[Finding]:
@@ -279,30 +301,36 @@ def _loopback(facts: Facts) -> Iterator[Finding]:
         yield Finding(BROKEN, "this torch has no gloo: CPU ranks cannot talk", "pip install --force-reinstall torch")
     elif facts.network.loopback_error:
         yield Finding(
-            BROKEN, f"two gloo ranks on this machine could not add up: {facts.network.loopback_error}",
+            BROKEN,
+            f"two gloo ranks on this machine could not add up: {facts.network.loopback_error}",
             f"export GLOO_SOCKET_IFNAME={_loopback_name(facts)}  # one machine; several: their common interface",
-        )  # fmt: skip
+        )
 
 
 def _threads(facts: Facts) -> Iterator[Finding]:
-    threads, cores = facts.torch.threads, max(1, math.floor(facts.machine.usable_cores))
+    threads = facts.torch.threads
+    cores = max(1, math.floor(facts.machine.usable_cores))
     if "OMP_NUM_THREADS" in facts.environment or facts.torch.error:
         if threads > cores:
             yield Finding(
-                SLOW, f"OMP_NUM_THREADS={facts.environment.get('OMP_NUM_THREADS')} threads share {cores} cores",
+                SLOW,
+                f"OMP_NUM_THREADS={facts.environment.get('OMP_NUM_THREADS')} threads share {cores} cores",
                 f"export OMP_NUM_THREADS={cores}  # divided by the ranks of this machine",
-            )  # fmt: skip
+            )
         return
     if threads > cores:
         yield Finding(
-            SLOW, f"torch takes {threads} threads, this process may use {cores} cores (a container's limit, which "
-            "torch does not see)", f"export OMP_NUM_THREADS={cores}",
-        )  # fmt: skip
+            SLOW,
+            f"torch takes {threads} threads, this process may use {cores} cores (a container's limit, which "
+            "torch does not see)",
+            f"export OMP_NUM_THREADS={cores}",
+        )
     elif cores > 2 and not facts.torch.sees_gpus:
         yield Finding(
-            NOTE, "OMP_NUM_THREADS is not set: torchrun then gives each rank one thread, whatever the cores",
+            NOTE,
+            "OMP_NUM_THREADS is not set: torchrun then gives each rank one thread, whatever the cores",
             f"export OMP_NUM_THREADS={cores // 2}  # for 2 ranks: {cores} cores divided by the ranks",
-        )  # fmt: skip
+        )
 
 
 def _environment(facts: Facts) -> Iterator[Finding]:
@@ -313,12 +341,15 @@ def _environment(facts: Facts) -> Iterator[Finding]:
     if environment.get("CUDA_DEVICE_MAX_CONNECTIONS"):
         value = environment["CUDA_DEVICE_MAX_CONNECTIONS"]
         yield Finding(
-            NOTE, f"CUDA_DEVICE_MAX_CONNECTIONS={value} is not needed here: what hides under what does not rest on it",
+            NOTE,
+            f"CUDA_DEVICE_MAX_CONNECTIONS={value} is not needed here: overlap does not depend on it",
             "unset CUDA_DEVICE_MAX_CONNECTIONS",
-        )  # fmt: skip
+        )
     left = [name for name in _OF_TORCHRUN if name in environment]
     if left and "TORCHELASTIC_RUN_ID" not in environment:
         yield Finding(
-            NOTE, f"{', '.join(f'{name}={environment[name]}' for name in left)} in a shell that torchrun has not "
-            "started: a program run by itself would wait for other ranks", f"unset {' '.join(left)}",
-        )  # fmt: skip
+            NOTE,
+            f"{', '.join(f'{name}={environment[name]}' for name in left)} in a shell that torchrun has not "
+            "started: a program run by itself would wait for other ranks",
+            f"unset {' '.join(left)}",
+        )

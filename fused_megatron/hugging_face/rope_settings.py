@@ -1,4 +1,4 @@
-"""rope_theta with rope_scaling (transformers 4), or rope_parameters (5), and the rotary fields of a GPTConfig."""
+"""Rotary settings of config.json (rope_scaling of transformers 4, rope_parameters of 5), to and from GPTConfig."""
 
 import math
 from typing import Any
@@ -7,17 +7,18 @@ from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig
 from fused_megatron.hugging_face.settings import Settings
 
-_KINDS = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn"}
-_KEYS = {"none": "default"} | {ours: theirs for theirs, ours in _KINDS.items() if ours != "none"}
+# rope_type of config.json to our rotary_scaling, and back.
+_SCALINGS = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3", "yarn": "yarn"}
+_ROPE_TYPES = {ours: theirs for theirs, ours in _SCALINGS.items()}
 
 
 def read_rotary(settings: Settings, *, default_base: float = 10000.0) -> dict[str, Any]:
-    """The rotary fields of a GPTConfig, and seq_len, which dynamic scaling extends."""
+    """Read the rotary fields of a GPTConfig, and seq_len, which dynamic scaling extends."""
     table = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     check(isinstance(table, dict), f"{settings.source}: rope_scaling={table!r:.60} must be an object or null")
     rope = Settings({"rope_type": table.get("type"), **table}, f"{settings.source}: rope_scaling")
     context = settings.size("max_position_embeddings")
-    scaling = rope.word("rope_type", _KINDS, "default")
+    scaling = rope.choice("rope_type", _SCALINGS, "default")
     fields: dict[str, Any] = {
         "position": "rotary",
         "seq_len": context,
@@ -47,23 +48,23 @@ def read_rotary(settings: Settings, *, default_base: float = 10000.0) -> dict[st
 
 
 def _yarn_attention_factor(rope: Settings, factor: float) -> float | None:
-    """None where it follows from the factor alone."""
-    given, mscale, mscale_all = (rope.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None or not (mscale and mscale_all):
-        return given
+    """Return the factor of the attention scores; None: YaRN's default, which depends only on the scaling factor."""
+    stated, mscale, mscale_all = (rope.number(name, None) for name in ("attention_factor", "mscale", "mscale_all_dim"))
+    if stated is not None or not (mscale and mscale_all):
+        return stated
     numerator, denominator = (0.1 * m * math.log(factor) + 1.0 for m in (mscale, mscale_all))
     return numerator / denominator
 
 
 def write_rotary(config: GPTConfig) -> dict[str, Any]:
-    """The fields that read_rotary reads; in the form of transformers 4, which 5 reads, too."""
+    """Write the fields that read_rotary reads, in the form of transformers 4, which version 5 also reads."""
     scaling = config.rotary_scaling
     written: dict[str, Any] = {"max_position_embeddings": config.seq_len, "rope_theta": config.rotary_base}
     if config.rotary_fraction != 1.0:
         written["partial_rotary_factor"] = config.rotary_fraction
     if scaling == "none":
         return written | {"rope_scaling": None}
-    table: dict[str, Any] = {"rope_type": _KEYS[scaling], "factor": config.rotary_scaling_factor}
+    table: dict[str, Any] = {"rope_type": _ROPE_TYPES[scaling], "factor": config.rotary_scaling_factor}
     if scaling == "dynamic":
         written["max_position_embeddings"] = config.rotary_original_seq_len
     if scaling in ("llama3", "yarn"):

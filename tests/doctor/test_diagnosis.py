@@ -1,10 +1,11 @@
-"""Start here when a finding of the doctor appears without its cause, or is missing."""
+"""Start here when the doctor reports a finding without its cause, or misses one."""
 
 import dataclasses
 from typing import Any
 
 import pytest
 
+from fused_megatron.doctor.diagnosis import BROKEN, NOTE, SLOW, diagnose
 from fused_megatron.doctor.facts import (  # fmt: skip
     Facts,
     Gpu,
@@ -18,15 +19,14 @@ from fused_megatron.doctor.facts import (  # fmt: skip
     Torch,
     numbers,
 )
-from fused_megatron.doctor.findings import BROKEN, NOTE, SLOW, find_out
-from fused_megatron.doctor.report import as_json, plain, verdict
+from fused_megatron.doctor.output_formats import as_json, plain, verdict
 
 H100 = Gpu("NVIDIA H100", "9.0", 80.0)
 CODES = ("sm_80", "sm_90a", "sm_100a", "ptx_100")
 
 
 def healthy() -> Facts:
-    """A machine with two GPUs and nothing to say about."""
+    """A machine with two GPUs and no findings."""
     packages = (
         Package("torch", "2.13", "2.13.0+cu130"), Package("numpy", "1.26", "2.1"),
         Package("tokenizers", "0.20", "0.22", "text"),
@@ -44,7 +44,7 @@ def healthy() -> Facts:
 
 
 def changed(**parts: Any) -> Facts:
-    """The healthy machine with some of its facts replaced: part={field: value}."""
+    """Return the healthy machine with some facts replaced: part={field: value}."""
     facts = healthy()
     for name, fields in parts.items():
         old = getattr(facts, name)
@@ -137,11 +137,11 @@ CASES = {
     "name server slow": ({"network": {"host_lookup_s": 5.01}}, SLOW, "takes 5.0 s", "export GLOO_SOCKET_IFNAME=eth0"),
     "host without address": (
         {"network": {"host_addresses": (), "local_addresses": ()}},
-        NOTE, "stands for no address of this machine", "export GLOO_SOCKET_IFNAME=eth0",
+        NOTE, "resolves to no address of this machine", "export GLOO_SOCKET_IFNAME=eth0",
     ),
     "host is 127.0.1.1": (
         {"network": {"host_addresses": ("127.0.1.1",), "local_addresses": ("127.0.1.1",)}},
-        NOTE, "stands for 127.0.1.1", "export GLOO_SOCKET_IFNAME=eth0",
+        NOTE, "resolves to 127.0.1.1", "export GLOO_SOCKET_IFNAME=eth0",
     ),
     "gloo on an interface that is not there": (
         {"environment": {"GLOO_SOCKET_IFNAME": "ib0"}}, BROKEN, "has lo, eth0", "unset GLOO_SOCKET_IFNAME",
@@ -181,15 +181,15 @@ CASES = {
 }  # fmt: skip
 
 
-def test_nothing_to_say_about_a_healthy_machine() -> None:
-    assert find_out(healthy()) == []
+def test_a_healthy_machine_has_no_findings() -> None:
+    assert diagnose(healthy()) == []
     assert verdict([]) == (0, "This machine can train.")
 
 
 @pytest.mark.parametrize(("parts", "level", "text", "command"), CASES.values(), ids=CASES)
 def test_finding(parts: dict[str, Any], level: str, text: str, command: str) -> None:
     facts = changed(**parts)
-    found = find_out(facts)
+    found = diagnose(facts)
     (finding,) = [f for f in found if text in f.text]
     assert finding.level == level
     assert command in finding.command and bool(command) == bool(finding.command)
@@ -212,8 +212,8 @@ def test_finding(parts: dict[str, Any], level: str, text: str, command: str) -> 
     {"machine": {"gpus": (Gpu("A10", "8.6", 24.0), H100)}},
     {"tools": {"cc": None}, "torch": CPU_TORCH, "machine": NO_GPU, "environment": {"OMP_NUM_THREADS": "16"}},
 ], ids=str)  # fmt: skip
-def test_what_is_right_is_not_complained_about(parts: dict[str, Any]) -> None:
-    assert find_out(changed(**parts)) == []
+def test_harmless_facts_give_no_finding(parts: dict[str, Any]) -> None:
+    assert diagnose(changed(**parts)) == []
 
 
 def test_versions_compare_by_number() -> None:

@@ -1,4 +1,4 @@
-"""The lease of a run folder: one run at a time writes there."""
+"""Lease of a run folder, which lets only one run at a time write there."""
 
 import contextlib
 import fcntl
@@ -15,11 +15,11 @@ from typing import Any
 from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checks import InputError
 
-# A holder shows every BEAT_S that it lives; after STALE_S without a sign a run on another machine takes the folder.
-# Several beats, since a network file system may be silent for some seconds.
+# The holder of a lease touches the file every BEAT_S seconds. After STALE_S without a touch a run on another machine
+# may take the lease. STALE_S is several BEAT_S, since a network file system may not answer for some seconds.
 BEAT_S = 5.0
 STALE_S = 30.0
-# For a run whose launcher was killed to write its last checkpoint.
+# Time for a run whose launcher was killed to write its last checkpoint.
 ENDING_S = 90.0
 _POLL_S = 0.2
 _MAX_BYTES = 4096
@@ -30,16 +30,17 @@ class LeaseLostError(CheckpointError):
 
 
 class Lease:
-    """The right to write in a run folder: a file that names who has it.
+    """Right to write in a run folder, recorded in a file that names the holder.
 
-    On one machine the system's lock of that file decides, which ends with the process: what a killed run leaves behind
-    holds nobody up. A lock does not reach other machines on every shared file system, so the holder also touches the
-    file every few seconds; a run on another machine takes it when it has been silent long enough.
+    On one machine the system's lock of the file decides. It ends with the process, so a killed run blocks no other. On
+    some shared file systems a lock does not reach other machines. Therefore the holder also touches the file every few
+    seconds, and a run on another machine takes the lease if the file has not been touched for long enough.
 
     Args:
         path: of the file.
-        beat_s, stale_s: seconds between the signs of life, and without one until another machine may take the lease.
-        ending_s: how long to wait for a run of this machine whose launcher is gone.
+        beat_s: seconds between two touches of the file.
+        stale_s: seconds without a touch after which a run on another machine may take the lease.
+        ending_s: seconds to wait for a run of this machine whose launcher is gone.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class Lease:
         """Take the lease.
 
         Args:
-            say: is told when there is someone to wait for.
+            say: called with a line of text if this run must wait for another one.
 
         Raises:
-            InputError: another run has it.
+            InputError: another run holds the lease.
             OSError: the file cannot be written.
         """
         taken = False
@@ -74,8 +75,8 @@ class Lease:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 locks = self._lock(descriptor, say)
-                # Whoever had it may have removed the file meanwhile: then this is the lock of nothing.
-                taken = self._is_in_place(descriptor)
+                # The last holder may have removed the file meanwhile. Then the lock is of no use: open the new file.
+                taken = self._is_at_path(descriptor)
                 if taken:
                     holder = _holder(descriptor)
                     if holder and not self._is_dead(holder, locks):
@@ -90,27 +91,27 @@ class Lease:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise LeaseLostError where another run has taken the lease: this one was silent for too long."""
+        """Raise LeaseLostError if another run has taken the lease, since this one did not touch it for too long."""
         if self._descriptor is not None:
-            with contextlib.suppress(OSError):  # a folder that is away: whoever writes there finds out
+            with contextlib.suppress(OSError):  # the folder cannot be reached: the next write there reports it
                 self._is_taken_over()
         if self._lost is not None:
             raise LeaseLostError(self._lost)
 
     def give_back(self) -> None:
-        """Let the next run have it at once; nothing where it was not taken."""
+        """Release the lease, so that the next run can take it at once; do nothing if it was not taken."""
         self._given_back.set()
         if self._descriptor is None:
             return
         self._thread.join()
-        with contextlib.suppress(OSError):  # the folder may be gone; the lock ends all the same
+        with contextlib.suppress(OSError):  # the folder may be gone; closing the file ends the lock anyway
             if not self._is_taken_over():
                 self.path.unlink()
         os.close(self._descriptor)
         self._descriptor = None
 
     def _lock(self, descriptor: int, say: Callable[[str], None]) -> bool:
-        """Lock the file; False where the file system knows no locks."""
+        """Lock the file; return False if the file system has no locks."""
         deadline = time.monotonic() + self._ending_s
         waits = False
         while True:
@@ -118,7 +119,7 @@ class Lease:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 holder = _holder(descriptor)
-                # Its ranks have seen that, too: they write a checkpoint and end.
+                # The holder's ranks also notice that their launcher is gone: they write a checkpoint and end.
                 ends = holder.get("boot") == self._ours["boot"] and not _is_alive(holder.get("launcher"))
                 if not ends or time.monotonic() > deadline:
                     raise self._taken(holder) from None
@@ -131,19 +132,20 @@ class Lease:
             else:
                 return True
 
-    def _is_in_place(self, descriptor: int) -> bool:
+    def _is_at_path(self, descriptor: int) -> bool:
+        """Return whether the open file is the one at self.path."""
         try:
             return os.path.samestat(self.path.stat(), os.fstat(descriptor))
         except FileNotFoundError:
             return False
 
     def _is_dead(self, holder: dict[str, Any], locks: bool) -> bool:
-        """Whether the holder was on this machine, and is known to be dead."""
+        """Return whether the holder was a process of this machine that no longer lives."""
         here = holder.get("boot") == self._ours["boot"]
         return here and (locks or not _is_alive(holder.get("pid")))
 
     def _wait_for_silence(self, descriptor: int, holder: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Return when the holder, on another machine, has given no sign for long enough."""
+        """Wait until the holder, on another machine, has not touched the file for stale_s; raise if it touches it."""
         last = os.fstat(descriptor).st_mtime_ns
         silent_s = (self._time_there_ns() - last) / 1e9
         left_s = min(self._stale_s, self._stale_s - silent_s)
@@ -164,7 +166,7 @@ class Lease:
         )
 
     def _time_there_ns(self) -> int:
-        """The time by the clock that stamps files in the folder, which may be another machine's."""
+        """Return the time by the clock that stamps files in the folder, which may be another machine's clock."""
         probe = self.path.with_name(f"{self.path.name}.{self._ours['run']}")
         probe.touch()
         try:
@@ -173,18 +175,18 @@ class Lease:
             probe.unlink()
 
     def _write(self, descriptor: int) -> None:
-        # Padded: whoever reads meanwhile never finds the end of an older, longer text.
+        # Padded, so that a concurrent reader never finds the end of an older, longer text.
         os.pwrite(descriptor, json.dumps(self._ours).encode().ljust(_MAX_BYTES // 8) + b"\n", 0)
         os.fsync(descriptor)
 
     def _is_taken_over(self) -> bool:
-        """Whether another run has written itself in, or has a file of its own in this one's place."""
+        """Return whether another run has written its name into the file, or has replaced the file."""
         assert self._descriptor is not None
         try:
             with open(self.path, "rb") as file:  # opening it asks a network file system for the latest
                 holder = _holder(file.fileno())
         except FileNotFoundError:
-            return False  # the folder is gone, and nobody took it
+            return False  # the folder is gone, and no run took the lease
         if holder.get("run") == self._ours["run"]:
             return False
         self._lost = (
@@ -194,16 +196,17 @@ class Lease:
         return True
 
     def _beat(self) -> None:
+        """Touch the file every beat_s seconds until the lease is given back or lost."""
         assert self._descriptor is not None
         while not self._given_back.wait(self._beat_s):
-            with contextlib.suppress(OSError):  # a full or silent disk: the next beat tries again
+            with contextlib.suppress(OSError):  # a full disk or one that does not answer: the next beat tries again
                 if self._is_taken_over():
                     return
                 os.utime(self._descriptor)
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """What stands in the file; {} for an empty one. One that nobody can read counts as held by someone unknown."""
+    """Return the holder that the file names: {} for an empty file, {"run": None} for a file that cannot be parsed."""
     text = os.pread(descriptor, _MAX_BYTES, 0)
     if not text.strip():
         return {}
@@ -221,7 +224,7 @@ def _describe(holder: dict[str, Any]) -> str:
 
 
 def _is_alive(pid: Any) -> bool:
-    """Whether a process of this machine lives; True where nothing is known of it."""
+    """Return whether a process of this machine lives; True if that cannot be known."""
     if not isinstance(pid, int) or not 0 < pid < 1 << 31:
         return True
     try:
@@ -234,7 +237,7 @@ def _is_alive(pid: Any) -> bool:
 
 
 def _boot() -> str:
-    """This start of this machine: its processes of before are gone."""
+    """Return an identifier of this machine's latest boot, which ended all earlier processes."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

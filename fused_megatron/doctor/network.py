@@ -1,4 +1,4 @@
-"""What ranks need of a machine: names that resolve at once, an interface, and gloo over it."""
+"""Facts about the network that ranks need: fast name look-ups, interfaces, and a trial of gloo."""
 
 import contextlib
 import importlib
@@ -12,14 +12,14 @@ from typing import Any
 
 from fused_megatron.doctor.facts import Network
 
-# A name server that does not answer keeps a caller for 5 s or a multiple of it; the doctor has less.
+# A name server without an answer blocks its caller for a multiple of 5 s; the doctor does not wait that long.
 LOOKUP_PATIENCE_S = 1.5
 _LOOPBACK_PATIENCE_S = 1.0
 _SIOCGIFADDR = 0x8915
 
 
 class Lookup:
-    """A function that may hang, in a thread of its own that nobody has to wait for."""
+    """A call of a function that may hang, in its own daemon thread."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._function = function
@@ -35,31 +35,32 @@ class Lookup:
         self._seconds = time.monotonic() - self._begun
 
     def result(self) -> tuple[Any, float | None]:
-        """(what it returned or None, seconds); seconds is None where it has not ended in time."""
+        """Return (result or None, seconds); seconds is None if the function did not end in time."""
         self._thread.join(max(0.0, self._begun + LOOKUP_PATIENCE_S - time.monotonic()))
         seconds = self._seconds
         return (None if seconds is None else self._result), seconds
 
 
 class Lookups:
-    """The two look-ups that stall ranks at their start, begun at once."""
+    """The two name look-ups that can stall starting ranks, started at once."""
 
     def __init__(self) -> None:
         self.hostname = socket.gethostname()
         self.host = Lookup(lambda: sorted({str(info[4][0]) for info in socket.getaddrinfo(self.hostname, None)}))
-        # What a TCPStore asks for each of its clients.
+        # A TCPStore looks up this name for each of its clients.
         self.localhost = Lookup(lambda: socket.getnameinfo(("127.0.0.1", 0), 0))
 
 
 def find_network(lookups: Lookups, gloo: bool) -> Network:
-    """Names, interfaces, and two ranks that add up over gloo.
+    """Gather names and interfaces, and let two ranks add numbers over gloo.
 
     Args:
-        lookups: begun before.
-        gloo: torch works and has it.
+        lookups: the name look-ups, already started.
+        gloo: torch works and has gloo.
     """
-    (addresses, host_s), (_, localhost_s) = lookups.host.result(), lookups.localhost.result()
-    # Whoever builds a gloo group asks for the host's name too: with that stalled, so would the check be.
+    addresses, host_s = lookups.host.result()
+    _, localhost_s = lookups.localhost.result()
+    # A gloo group looks up the host's name too, so the trial would stall if that look-up does.
     error, ms = loopback_check() if gloo and host_s is not None else (None, None)
     return Network(
         hostname=lookups.hostname,
@@ -91,7 +92,7 @@ def _address(interface: str) -> str:
 
 
 def _is_local(address: str) -> bool:
-    """Whether it is an address of this machine: else gloo has to pass it over."""
+    """Whether the address belongs to this machine; gloo must skip other addresses."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -102,7 +103,7 @@ def _is_local(address: str) -> bool:
 
 
 def loopback_check() -> tuple[str | None, float | None]:
-    """(error or None, milliseconds) of two gloo ranks, threads of this process, that add two numbers."""
+    """Let two gloo ranks, threads of this process, add two numbers; return (error or None, milliseconds or None)."""
     torch, dist = importlib.import_module("torch"), importlib.import_module("torch.distributed")
     store = dist.HashStore()
     errors: list[str] = []
@@ -115,7 +116,7 @@ def loopback_check() -> tuple[str | None, float | None]:
             number = torch.full((1,), index + 1.0)
             group.allreduce([number]).wait()
             sums.append(number.item())
-        except Exception as error:  # whatever gloo has to say is the finding
+        except Exception as error:  # gloo's message, whatever it is, becomes the finding
             errors.append(" ".join(str(error).split())[:200])
 
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a family of models is."""
+"""Description of a Hugging Face model family: how its config.json and its tensor names translate to ours."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
@@ -13,17 +13,17 @@ from fused_megatron.hugging_face.settings import Settings
 
 @dataclass(frozen=True)
 class Family:
-    """A family of transformers' models.
+    """A Hugging Face model family.
 
     Attributes:
-        model_type: in config.json.
-        architectures: the classes of the model; first the one with its head.
-        prefix: of the names of all tensors but the head; a checkpoint of the bare model lacks it.
-        read: config.json to the fields of config_type.
-        write: the reverse; what it cannot say is found by reading it back.
-        rules: of the tensors, for a config and a prefix.
-        config_type: of the model here.
-        untrained: glob patterns of tensors of heads that `train` does not train.
+        model_type: the model_type of its config.json.
+        architectures: transformers classes of the model; the first one has the language-model head.
+        prefix: prefix of all tensor names except the head's. A checkpoint of the model without a head has no prefix.
+        read: converts config.json to the fields of config_type.
+        write: converts our config to config.json. Fields that it cannot express show when the result is read back.
+        rules: returns the tensor rules for a config and a prefix.
+        config_type: our config class.
+        untrained: glob patterns of the tensors of heads that `train` does not train.
     """
 
     model_type: str
@@ -37,14 +37,14 @@ class Family:
 
     @property
     def architecture(self) -> str:
-        """The class that holds the head, too."""
+        """The transformers class with the head."""
         return self.architectures[0]
 
     def read_config(self, settings: Settings) -> TransformerConfig:
-        """The model that config.json describes.
+        """Convert config.json to our config.
 
         Raises:
-            InputError: a field that is missing or malformed, or a feature that our models do not have.
+            InputError: a field is missing or malformed, or needs a feature that our models do not have.
         """
         settings.require("quantization_config", None, [None])
         settings.require("add_cross_attention", False, [False])
@@ -55,7 +55,7 @@ class Family:
             raise InputError(f"{source}{error}") from None
 
     def write_config(self, config: TransformerConfig) -> dict[str, Any]:
-        """config.json of the model."""
+        """Convert our config to config.json."""
         common = {
             "model_type": self.model_type,
             "architectures": [self.architecture],
@@ -66,18 +66,18 @@ class Family:
         return common | self.write(config)
 
     def architecture_in(self, config_json: Mapping[str, Any]) -> str:
-        """The class that config.json names, else the one that holds the head."""
+        """Return the class that config.json names; by default the class with the head."""
         return str((config_json.get("architectures") or self.architectures)[0])
 
     def prefix_in(self, names: Iterable[str]) -> str:
-        """The prefix of these tensors: the family's, or none in a checkpoint of the bare model."""
+        """Return the prefix of these tensor names: the family's, or "" for a model without a head."""
         return self.prefix if any(name.startswith(self.prefix) for name in names) else ""
 
 
-# What old versions wrote beside the weights.
+# Buffers that old versions of transformers wrote with the weights.
 _BUFFERS = ("*.attn.bias", "*.attn.masked_bias", "*.rotary_emb.inv_freq", "*.embeddings.position_ids")
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor of theirs is no weight."""
+    """Whether a tensor of a Hugging Face folder is a buffer, not a weight."""
     return any(fnmatch.fnmatchcase(f".{name}", pattern) for pattern in _BUFFERS)

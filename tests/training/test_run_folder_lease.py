@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.training.lease import Lease, LeaseLostError
+from fused_megatron.training.run_folder_lease import Lease, LeaseLostError
 
 
 def lease(folder: Path, **seconds: float) -> Lease:

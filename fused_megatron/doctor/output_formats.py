@@ -1,4 +1,4 @@
-"""Facts and findings for a reader: tables on a terminal, aligned lines in a pipe or file, JSON for programs."""
+"""Output of facts and findings: tables on a terminal, aligned lines in a pipe or file, JSON for programs."""
 
 import dataclasses
 import importlib
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fused_megatron.doctor.device_code import runs_on
+from fused_megatron.doctor.diagnosis import BROKEN, NOTE, SLOW, Finding
 from fused_megatron.doctor.facts import Facts
-from fused_megatron.doctor.findings import BROKEN, NOTE, SLOW, Finding
 
 Section = tuple[str, list[tuple[str, str]]]
 
@@ -18,22 +18,22 @@ _LINKS = "NVLink", "PCIe"
 
 
 def verdict(findings: Sequence[Finding]) -> tuple[int, str]:
-    """(exit code, line): 0 where one can train."""
-    count = [sum(finding.level == level for finding in findings) for level in (BROKEN, SLOW)]
-    if count[0]:
-        return 1, f"{count[0]} broken: training would fail here, or not be what was installed."
-    return 0, f"This machine can train{f'; {count[1]} of the findings make it slower' if count[1] else ''}."
+    """Return (exit code, conclusion); the exit code is 0 if this machine can train."""
+    num_broken, num_slow = (sum(finding.level == level for finding in findings) for level in (BROKEN, SLOW))
+    if num_broken:
+        return 1, f"{num_broken} broken: training would fail here, or not be what was installed."
+    return 0, f"This machine can train{f'; {num_slow} of the findings make it slower' if num_slow else ''}."
 
 
 def as_json(facts: Facts, findings: Sequence[Finding]) -> str:
-    """Everything, as one JSON object."""
+    """Return facts and findings as one JSON object."""
     code, _ = verdict(findings)
-    whole = {"can_train": code == 0, "findings": list(map(dataclasses.asdict, findings)), **dataclasses.asdict(facts)}
-    return json.dumps(whole, indent=2)
+    found = {"can_train": code == 0, "findings": list(map(dataclasses.asdict, findings))}
+    return json.dumps({**found, **dataclasses.asdict(facts)}, indent=2)
 
 
 def sections(facts: Facts) -> list[Section]:
-    """What is here, as rows of name and value."""
+    """Return the facts as titled sections of (name, value) rows."""
     return [
         ("Installed", _installed(facts)),
         ("Kernels", _kernels(facts)),
@@ -86,7 +86,9 @@ def _machine(facts: Facts) -> list[tuple[str, str]]:
     rows.append(("cores", f"{machine.usable_cores:g} of {machine.cores} usable{used} (OMP_NUM_THREADS {threads})"))
     rows.append(("memory", f"{machine.memory_gb:.1f} GB, {machine.available_gb:.1f} GB free"))
     if not machine.gpus:
-        rows.append(("GPU", "none seen" if not facts.torch.sees_gpus else f"{facts.torch.sees_gpus}, by torch alone"))
+        rows.append(
+            ("GPU", "none seen" if not facts.torch.sees_gpus else f"{facts.torch.sees_gpus}, seen only by torch")
+        )
     for index, gpu in enumerate(machine.gpus):
         rows.append((f"GPU {index}", f"{gpu.name}, {gpu.memory_gb:.0f} GB, driver {machine.driver}"))
     if machine.links:
@@ -128,11 +130,11 @@ def _lookup(seconds: float | None) -> str:
 
 
 def show(facts: Facts, findings: Sequence[Finding]) -> None:
-    """Print it all: tables where a person looks, lines elsewhere."""
+    """Print facts and findings: tables on a terminal, lines elsewhere."""
     try:
         console = importlib.import_module("rich.console").Console(highlight=False)
     except ImportError:
-        console = None  # rich is one of those that may be missing
+        console = None  # rich may be missing
     if console is None or not console.is_terminal:
         print("\n".join(plain(facts, findings)))
         return
@@ -140,7 +142,7 @@ def show(facts: Facts, findings: Sequence[Finding]) -> None:
 
 
 def plain(facts: Facts, findings: Sequence[Finding]) -> Iterable[str]:
-    """The lines of the whole report."""
+    """Yield the lines of facts, findings and conclusion."""
     for title, rows in sections(facts):
         yield title
         width = max(len(name) for name, _ in rows)
@@ -156,7 +158,8 @@ def plain(facts: Facts, findings: Sequence[Finding]) -> Iterable[str]:
 
 
 def _show_tables(console: Any, facts: Facts, findings: Sequence[Finding]) -> None:
-    table_of, escape = importlib.import_module("rich.table").Table, importlib.import_module("rich.markup").escape
+    table_of = importlib.import_module("rich.table").Table
+    escape = importlib.import_module("rich.markup").escape
     for title, rows in sections(facts):
         table = table_of(title=title, title_justify="left", title_style="bold", show_header=False, min_width=60)
         table.add_column(no_wrap=True, style="dim")
@@ -168,7 +171,7 @@ def _show_tables(console: Any, facts: Facts, findings: Sequence[Finding]) -> Non
         color = _COLORS[finding.level]
         console.print(f"[{color}]{finding.level}[/]  {escape(finding.text)}")
         if finding.command:
-            # Whole, however narrow the terminal: it is there to be copied.
+            # On one line in any terminal, so that it can be copied.
             console.print(f"    {finding.command}", markup=False, style="green", soft_wrap=True)
     code, line = verdict(findings)
     console.print(f"[bold {'red' if code else 'green'}]{escape(line)}[/]")

@@ -1,4 +1,4 @@
-"""Start here when a model from Hugging Face gives other logits or gradients than transformers does."""
+"""Start here when a model from a Hugging Face folder computes other logits or gradients than transformers does."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import train_tokenizer
 from fused_megatron.hugging_face import load_model
-from fused_megatron.hugging_face.families import family_of
+from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import open_source
 from fused_megatron.mesh import init_mesh
@@ -38,7 +38,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 300.0}
-# name: (class without Config or ForCausalLM, what differs from the sizes)
+# name: (class name without Config or ForCausalLM, settings beside SIZES)
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2 with its own head": ("GPT2", {**GPT2, "tie_word_embeddings": False, "activation_function": "gelu"}),
@@ -52,7 +52,7 @@ TEXTS = [f"page {i} of {i * i} says {'ab' * (i % 5)} and more.\n" * 3 for i in r
 
 
 def batch_of(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, S] and a random upstream gradient [B, S, V]."""
+    """Return tokens [B, S] and a random upstream gradient [B, S, V]."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(vocab_size, (2, 20), generator=generator)
     return tokens, torch.randn(2, 20, vocab_size, generator=generator)
@@ -60,7 +60,7 @@ def batch_of(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each form a folder as transformers writes it, its logits, and its gradients in the form of a model."""
+    """Write a folder for each form with transformers, its logits, and its gradients in the files of a model."""
     root = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, (kind, changes) in FORMS.items():
@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
-        # One in several files.
+        # qwen3 gets several files.
         model.save_pretrained(root / name, max_shard_size="20KB" if name == "qwen3" else "1GB")
         tokens, upstream = batch_of(config.vocab_size)
         logits = model(tokens).logits
@@ -84,7 +84,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def errors_of(rank: int, world_size: int, root: Path, sequence_parallel: bool) -> dict[str, float]:
-    """Largest error of this rank's logits and of each of its gradients, relative to the largest value."""
+    """Return the largest error of this rank's logits, and of each gradient relative to its largest value."""
     tp_group = init_mesh(world_size).tp_group if world_size > 1 else None
     errors = {}
     for form in FORMS:
@@ -113,12 +113,12 @@ def test_logits_and_every_gradient_equal_those_of_transformers(models: Path) -> 
     assert len(found) == 5 and len(found[0]) > 100
     for errors in found:
         for name, error in errors.items():
-            # The gradient of a key bias is 0 in exact arithmetic without rotation; it is part of a fused one there.
+            # Without rotation, the exact gradient of a key bias is 0; GPT-2 has it in one fused bias.
             assert error < (1e-4 if "logits" in name else 2e-5), f"{name}: {error:.1e}"
 
 
 def stage_errors(rank: int, world_size: int, root: Path) -> dict[str, float]:
-    """Largest error of the logits where every rank holds one pipeline stage."""
+    """Return the largest error of the logits if every rank holds one pipeline stage."""
     errors = {}
     for form in FORMS:
         model = load_model(root / form, stage=(rank, world_size)).eval()
@@ -150,14 +150,14 @@ def test_a_round_trip_gives_identical_tensors(models: Path, tmp_path: Path, form
     assert len(list(back.glob("*.safetensors"))) > 1
     assert_same_tensors(models / form, back)
     assert json.loads((back / "config.json").read_text()) == json.loads((models / form / "config.json").read_text())
-    # What was written is read by transformers, too: the same config, no weight missing or left over.
+    # transformers also reads what was written: the same config, and no weight is missing or unexpected.
     kind = FORMS[form][0] + ("LMHeadModel" if form.startswith("gpt2") else "ForCausalLM")
     loaded, info = getattr(transformers, kind).from_pretrained(back, output_loading_info=True)
     assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     tokens, _ = batch_of(loaded.config.vocab_size)
     expected = load_file(models / form / "logits")["logits"]
     torch.testing.assert_close(loaded.eval()(tokens).logits.detach(), expected, rtol=0, atol=0)
-    # 16 bits: there and back.
+    # A round trip in 16 bits.
     convert(ConvertArguments("hf", run, narrow, dtype="bfloat16"))
     convert(ConvertArguments("hf", narrow, tmp_path / "narrow run"))
     convert(ConvertArguments("hf", tmp_path / "narrow run", tmp_path / "narrow back"))
@@ -175,7 +175,7 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 def import_and_use(rank: int, world_size: int, root: Path, work: Path, split: str) -> str:
-    """Import on these ranks together, generate, then train a few steps from it and export that."""
+    """Import on all ranks, generate, train a few steps and export; return the generated text."""
     run = work / f"run {world_size} {split}"
     convert(ConvertArguments("from-hf", root / "llama", run))
     text = generate_text(GenerateArguments(run, "page 7 of", num_tokens=12, temperature=0.0))
@@ -200,7 +200,7 @@ def test_generate_and_train_go_on_from_an_imported_model_at_any_size(models: Pat
         for _ in range(12):
             prompt = torch.cat([prompt, model(prompt).logits[:, -1:].argmax(-1)], dim=1)
     assert texts == {tokenizer.decode(prompt[0])}
-    # Trained at another layout and back: the same weights, and not those that it began from.
+    # Training in another layout gives the same weights, which differ from the imported ones.
     trained = [tmp_path / f"trained {ranks} {split}" for ranks, split in layouts]
     one, *others, before = (load_file(folder / "model.safetensors") for folder in (*trained, models / "llama"))
     for name, tensor in one.items():

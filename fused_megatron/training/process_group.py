@@ -1,4 +1,4 @@
-"""Joining the ranks that a launcher started, and making one rank's mistake everybody's error."""
+"""Process group of the ranks that a launcher started, and errors of one rank that every rank raises."""
 
 import datetime
 import os
@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Launch:
-    """Who this process is, and the device that it computes on."""
+class ThisRank:
+    """Rank, number of ranks and device of this process."""
 
     rank: int
     world_size: int
@@ -28,17 +28,18 @@ class Launch:
 
 
 @contextmanager
-def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[Launch]:
-    """Join the process group that the launcher's environment names: NCCL on GPUs, gloo on CPUs; alone without one.
+def joined_ranks(timeout_s: float, refused: InputError | None = None) -> Iterator[ThisRank]:
+    """Join the process group that the launcher's environment variables describe; leave it at the end.
 
-    A process group that is already there is used, and left open.
+    NCCL on GPUs, gloo on CPUs. Without such variables this process is the only rank. An existing process group is used
+    and left open.
 
     Args:
-        timeout_s: a collective that waits longer for another rank raises on this one.
-        refused: why this rank cannot run what it was asked to.
+        timeout_s: a collective that waits longer for another rank raises an error.
+        refused: the reason why this rank cannot run its command; None: it can.
 
     Raises:
-        SharedInputError: on every rank, where one was given `refused`.
+        SharedInputError: on every rank, if any rank was given `refused`.
 
     Communication: two all-gathers of a few bytes.
     """
@@ -51,7 +52,7 @@ def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[La
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size > 1 and not found:
-        # gloo beside NCCL carries the few messages between CPUs: agreement on errors and on checkpoints.
+        # gloo, beside NCCL, carries the few messages of CPUs: ranks agree on errors and on checkpoints.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
@@ -66,15 +67,16 @@ def launched(timeout_s: float, refused: InputError | None = None) -> Iterator[La
             raise refused
 
     on_every_rank(accepted)
-    yield Launch(rank, world_size, device)
-    # Only after success: tearing a group down after a lost peer can wait for that peer.
+    yield ThisRank(rank, world_size, device)
+    # Only after success: destroying a group after a rank was lost can wait for that rank.
     if world_size > 1 and not found:
         dist.destroy_process_group()
 
 
 def _check_enough_gpus() -> None:
-    """Every rank of a machine sees the same two numbers, and so raises the same error."""
-    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    """Raise SharedInputError if a machine has more ranks than GPUs; all its ranks see the same two numbers."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
     if ranks > gpus:
         raise SharedInputError(
             f"{ranks} ranks were started on a machine with {gpus} GPU(s): start at most {gpus}, or set "
@@ -83,10 +85,10 @@ def _check_enough_gpus() -> None:
 
 
 def on_every_rank(build: Callable[[], T]) -> T:
-    """build(); if it raises on any rank of the run, every rank raises the same one-line error."""
+    """Return build(). If it raises on any rank of the run, every rank raises the same one-line error."""
     return build_together(world_group(), build, SharedCheckpointError)
 
 
 def world_group() -> dist.ProcessGroup | None:
-    """All ranks of the run; None when there is one."""
+    """Return the group of all ranks of the run; None if this process is the only rank."""
     return dist.group.WORLD if dist.is_initialized() else None

@@ -1,4 +1,4 @@
-"""The model families that are known, and which of them a model is."""
+"""The supported Hugging Face model families, and the search for the family of a config."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,14 +7,14 @@ from typing import Any
 from fused_megatron.checks import InputError
 from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face import bert, gpt2, llama
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.settings import Settings
 
-# Where a model can be written as several, the first.
+# In order of preference: a model that several families can hold is exported as the first of them.
 FAMILIES = (*gpt2.FAMILIES, *llama.FAMILIES, *bert.FAMILIES)
 
-# Fields that say how a model is trained, not what it computes.
-_FREE = {
+# Fields that affect training only, not what the model computes.
+_TRAINING_FIELDS = {
     "init_std",
     "hidden_dropout",
     "attention_dropout",
@@ -25,12 +25,13 @@ _FREE = {
 
 
 def family_of(settings: Settings) -> Family:
-    """The family that config.json names.
+    """Return the family that config.json names.
 
     Raises:
-        InputError: one that is not known; the known ones are listed.
+        InputError: the family is not known; lists the known ones.
     """
-    kind, architectures = settings.get("model_type"), settings.get("architectures")
+    kind = settings.get("model_type")
+    architectures = settings.get("architectures")
     known = ", ".join(f"{family.architecture} ({family.model_type})" for family in FAMILIES)
     for family in FAMILIES:
         if kind == family.model_type and (not architectures or architectures[0] in family.architectures):
@@ -42,14 +43,14 @@ def family_of(settings: Settings) -> Family:
 
 
 def family_for(config: TransformerConfig, preferred: str | None = None) -> Family:
-    """A family that a model of ours can be written as.
+    """Return a family whose config.json can describe a model of ours.
 
     Args:
-        config: of the model.
+        config: config of the model.
         preferred: model_type to try first.
 
     Raises:
-        InputError: no family has a field of this model; the field is named.
+        InputError: every family lacks some field of this model; names one field of the nearest family.
     """
     differences: list[tuple[int, str]] = []
     writable = [family for family in FAMILIES if family.config_type is type(config)]
@@ -65,14 +66,14 @@ def family_for(config: TransformerConfig, preferred: str | None = None) -> Famil
 
 
 def differing_fields(one: TransformerConfig, other: TransformerConfig) -> list[str]:
-    """Names of the fields in which two models compute differently."""
+    """Return the names of the fields by which two models compute different results."""
     ours, theirs = _meaning(one), _meaning(other)
     return [name for name in ours if ours[name] != theirs[name]]
 
 
 def _meaning(config: TransformerConfig) -> Mapping[str, Any]:
-    """Every field that matters, with its default filled in, and None where it has no effect."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    """Return the fields that affect results, with defaults filled in; a field without effect is None."""
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in _TRAINING_FIELDS}
     values |= {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_size,
@@ -85,7 +86,7 @@ def _meaning(config: TransformerConfig) -> Mapping[str, Any]:
     scaled = {"none": (), "linear": ("factor",), "dynamic": ("factor", "original")}.get(config.rotary_scaling)
     for name in values:
         scaling = name.startswith("rotary_") and name not in ("rotary_base", "rotary_fraction", "rotary_scaling")
-        unused = scaling and scaled is not None and not any(word in name for word in scaled)
+        unused = scaling and scaled is not None and not any(part in name for part in scaled)
         if unused or (name.startswith("rotary_") and config.position != "rotary"):
             values[name] = None
     return values

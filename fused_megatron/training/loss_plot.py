@@ -1,4 +1,4 @@
-"""The picture of a run's loss."""
+"""Plot of a run's training and validation loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool:
-    """Draw training and validation loss over steps into a PNG; False where matplotlib is not installed."""
+    """Draw training and validation loss over steps into a PNG file; return False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError:
@@ -26,7 +26,7 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    # Written aside and renamed, so that a viewer never sees half a picture.
+    # Written under another name and renamed, so that a viewer never sees half a picture.
     replacement = path.with_suffix(".tmp.png")
     figure.savefig(replacement, dpi=120)
     replacement.replace(path)
