@@ -1,6 +1,6 @@
 """Table of faults of parallel training: how each is planted, what shows it, and what must be reported of it.
 
-`fused-megatron verify` and `fm.verify` are held to it (tests/planning/verify/test_planted_faults.py): a layout is right
+`fused-megatron verify` and `fm.verify` are held to it (tests/testing/test_planted_faults.py): a layout is right
 without the fault, and with it the axis and the tensor are named. A new axis adds its faults here.
 """
 

@@ -5,7 +5,12 @@ from pathlib import Path
 
 from fused_megatron.checks import InputError
 from fused_megatron.config.config_file import load_config, print_help
-from fused_megatron.planning.verify.config_check import check_starts_own_ranks, verify_config
+from fused_megatron.planning.verify.config_check import (
+    RunLayout,
+    check_starts_own_ranks,
+    run_layout_on_ranks,
+    verify_config,
+)
 
 USAGE = """usage: fused-megatron verify CONFIG.toml [--section.key value ...] [--all] [--dtype] [--json] [--against one]
 
@@ -22,8 +27,12 @@ Exit code 0: the same; 1: it differs, or a rank failed; 2: bad input. Keys of th
 """
 
 
-def run_verify(words: Sequence[str]) -> int:
+def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> int:
     """Verify a config and print the result; 0 where the layout is right, 1 where it is not.
+
+    Args:
+        words: of the command line.
+        run: as of verify_config.
 
     Raises:
         InputError: unknown words, a config that is none, ranks that a launcher started.
@@ -37,7 +46,7 @@ def run_verify(words: Sequence[str]) -> int:
     if not rest or rest[0].startswith("-"):
         raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")
     config = load_config(Path(rest[0]), rest[1:])
-    result = verify_config(config, rest[0], all_pairs="--all" in flags, own_dtype="--dtype" in flags)
+    result = verify_config(config, rest[0], all_pairs="--all" in flags, own_dtype="--dtype" in flags, run=run)
     print(result.as_json() if "--json" in flags else result.table())
     return 0 if result.ok else 1
 
@@ -53,9 +62,7 @@ def _flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
         if name == "--against":
             value = value if equals else (waiting.pop(0) if waiting else "")
             if value != "one":
-                raise InputError(
-                    f"--against {value or '(nothing)'} must be `one`: a layout is compared with one process"
-                )
+                raise InputError(f"--against={value!r:.40} must be 'one': a layout is compared with one process")
         elif name in ("--all", "--dtype", "--json"):
             if equals:
                 raise InputError(f"{word} must be {name}: it takes no value")

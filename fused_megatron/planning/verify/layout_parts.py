@@ -26,9 +26,9 @@ NEEDS = {
 def parts_of(config: TrainConfig) -> tuple[str, ...]:
     """The parts of a layout in use, in the order of NEEDS."""
     parallel, training = config.parallel, config.training
-    tensor = parallel.tensor_parallel_size > 1
+    tensor, replicas = parallel.tensor_parallel_size > 1, parallel.data_parallel_size or 1
     used = {
-        MICROBATCHES: training.microbatch_size < training.global_batch_size,
+        MICROBATCHES: training.microbatch_size * replicas < training.global_batch_size,
         RECOMPUTE: config.model.recompute != "none",
         TENSOR: tensor,
         SEQUENCE: tensor and parallel.sequence_parallel,
@@ -36,7 +36,7 @@ def parts_of(config: TrainConfig) -> tuple[str, ...]:
         PIPELINE: parallel.pipeline_parallel_size > 1
         or (parallel.stages_per_rank or 1) > 1
         or parallel.schedule is not None,
-        DATA: (parallel.data_parallel_size or 1) > 1,
+        DATA: replicas > 1,
     }
     return tuple(part for part in NEEDS if used[part])
 
