@@ -140,11 +140,17 @@ def wanted(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": torch.zeros(4, 5)}, r"'weight' is float32 of shape \(4, 3\), but float32 of shape \(4, 5\)"),
-        ({"weight": torch.zeros(4, 3).double()}, r"'weight' is float32 of shape \(4, 3\), but float64"),
-        ({"weight": torch.zeros(12)}, r"'weight' is float32 of shape \(4, 3\), but float32 of shape \(12,\)"),
-        ({"extra": torch.zeros(1)}, r"'extra' \(float32 of shape \(1,\)\) is wanted and not there"),
-        ({"bias": None}, r"'bias' \(float32 of shape \(4,\)\) is there, and nothing in this run takes it"),
+        (
+            {"weight": torch.zeros(4, 5)},
+            r"'weight' is float32 of shape \(4, 3\), but this run needs float32 of shape \(4, 5\)",
+        ),
+        ({"weight": torch.zeros(4, 3).double()}, r"'weight' is float32 of shape \(4, 3\), but this run needs float64"),
+        (
+            {"weight": torch.zeros(12)},
+            r"'weight' is float32 of shape \(4, 3\), but this run needs float32 of shape \(12,\)",
+        ),
+        ({"extra": torch.zeros(1)}, r"'extra' \(float32 of shape \(1,\)\) is not in the checkpoint"),
+        ({"bias": None}, r"'bias' \(float32 of shape \(4,\)\) is in the checkpoint, but this run does not use it"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_named(saved, changes, message):
@@ -160,9 +166,9 @@ def test_all_misfits_are_counted(saved):
 
 def test_missing_and_extra_names_only_where_asked(saved):
     tensors = wanted(bias=None, **{"momentum.bias": torch.full((2,), 7.0)})
-    with pytest.raises(InputError, match="nothing in this run takes it"):
+    with pytest.raises(InputError, match="this run does not use it"):
         load_checkpoint(saved, tensors, allow_missing=["momentum.*"])
-    with pytest.raises(InputError, match="wanted and not there"):
+    with pytest.raises(InputError, match="is not in the checkpoint"):
         load_checkpoint(saved, tensors, allow_extra=["bias"])
     assert load_checkpoint(saved, tensors, allow_missing=["momentum.*"], allow_extra=["b*"]) == {"a": 1}
     assert tensors["momentum.bias"].tensor.tolist() == [7, 7]
@@ -175,9 +181,11 @@ def test_a_box_beyond_its_full_tensor_is_refused(saved):
 
 
 def test_rank_tensors_are_strict(saved):
-    with pytest.raises(InputError, match=r"'dice' .* of rank 0 is wanted and not there"):
+    with pytest.raises(InputError, match=r"'dice' .* of rank 0 is not in the checkpoint"):
         load_checkpoint(saved, wanted(), rank_tensors={"dice": torch.zeros(5)})
-    with pytest.raises(InputError, match=r"'rng' of rank 0 is int64 of shape \(5,\), but int64 of shape \(6,\)"):
+    with pytest.raises(
+        InputError, match=r"'rng' of rank 0 is int64 of shape \(5,\), but this run needs int64 of shape \(6,\)"
+    ):
         load_checkpoint(saved, wanted(), rank_tensors={"rng": torch.zeros(6, dtype=torch.int64)})
     rng = torch.zeros(5, dtype=torch.int64)
     load_checkpoint(saved, wanted(), rank_tensors={"rng": rng})

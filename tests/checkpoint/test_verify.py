@@ -224,7 +224,7 @@ def test_a_permission_lost_for_a_moment_is_no_damage(folder, what, without_roots
     with without_roots_rights():
         with pytest.warns(RuntimeWarning, match="cannot be read: Permission denied"):
             assert newest_checkpoint(folder) == folder / "step-000001"
-        with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="Permission denied: it may be whole"):
+        with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="Permission denied: it may be good"):
             checkpoint_to_resume(folder)
         for step in (3, 4):
             save_checkpoint(folder, step, {"w": TensorBox.whole(torch.zeros(3))}, state={}, keep=1)
