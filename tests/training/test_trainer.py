@@ -155,7 +155,7 @@ def test_five_steps_are_those_of_a_plain_loop(tokens: Path, tmp_path: Path, rank
 
 def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) -> None:
     """Train; the last rank has a fault of its own in step 3."""
-    step, norm = Trainer.train_step, assemble_module.global_gradient_norm
+    step, squares = Trainer.train_step, assemble_module.sum_of_counted_squares
     steps = [0]
 
     def train_step(self: Trainer) -> bool:
@@ -165,13 +165,13 @@ def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) ->
             self.parameters["blocks.1.mlp.projection.weight"].data[0, 0] += 0.5
         return stop
 
-    def gradient_norm(parameters: Any, gradients: Any, *groups_and_rows: Any) -> torch.Tensor:
+    def sum_of_counted_squares(parameters: Any, gradients: Any, *rank_and_rows: Any) -> torch.Tensor:
         if fault == "gradient" and steps[0] == 3 and rank == world_size - 1:  # the sums over ranks are done
             gradients[parameters["blocks.1.mlp.projection.weight"]][-1, -1] = math.nan
-        return norm(parameters, gradients, *groups_and_rows)
+        return squares(parameters, gradients, *rank_and_rows)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
-    assemble_module.global_gradient_norm = gradient_norm
+    assemble_module.sum_of_counted_squares = sum_of_counted_squares
     train(config, Path(str(config.training.run_folder)))
 
 
