@@ -23,6 +23,7 @@ FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 STEMS_OF_ONE_THING = {
     "__init__",
     "activation",
+    "adamw",
     "attention",
     "bert",
     "bias_dropout_add",

@@ -11,7 +11,7 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
-from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm
+from fused_megatron.sharding.gradient_norm import clip_coefficient
 
 
 @dataclass(frozen=True)
@@ -58,17 +58,16 @@ def training_step(
         PipelineError: as PipelineExecutor.step.
         Any error that judge raises.
 
-    Communication: as Assembly.accumulate_gradients and global_gradient_norm; one all-reduce of 8 bytes a number over
+    Communication: as Assembly.accumulate_batch, gradient_norm and update; one all-reduce of 8 bytes a number over
         all ranks.
     """
     assembly.gradients.zero_()
     divisor = gradient_divisor(assembly.config.training.global_batch_size, targets_per_sample)
     loss_sum = assembly.accumulate_batch(read_batch(), step, divisor)
-    mesh = assembly.mesh
-    norm = float(global_gradient_norm(assembly.parameters, assembly.gradients, mesh.tp_group, mesh.pp_group))
+    norm = assembly.gradient_norm()
     sums = sum_over_ranks(assembly, loss_sum, norm, flags(), group)
     judge(sums)
-    assembly.optimizer.step(lr, clip_coefficient(norm, assembly.config.optimizer.clip_norm))
+    assembly.update(lr, clip_coefficient(norm, assembly.config.optimizer.clip_norm))
     return sums
 
 

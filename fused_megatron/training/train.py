@@ -143,11 +143,14 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
             load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
-            resumed = ResumedTensors(trainer.parameters, trainer.optimizer, read_manifest(checkpoint))
+            resumed = ResumedTensors(
+                trainer.parameters, trainer.optimizer, trainer.gradients.rows, read_manifest(checkpoint)
+            )
             load_checkpoint(
                 checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
             )
             resumed.finish()
+            trainer.weights.start()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)

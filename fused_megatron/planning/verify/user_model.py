@@ -128,10 +128,10 @@ def verify(
         return raised is not None or found is None or found.first is not None
 
     names = {AXES.get(axis, axis): axis for axis in sizes}
-    comparison, error = tried(tuple(sizes))
-    wrong = error is not None or comparison is None or comparison.first is not None
+    comparison, raised_error = tried(tuple(sizes))
+    wrong = raised_error is not None or comparison is None or comparison.first is not None
     cause = find_cause(tuple(names), differs) if wrong else None
-    layout = _result(sizes, comparison, error, cause, time.monotonic() - started)
+    layout = _result(sizes, comparison, raised_error, cause, time.monotonic() - started)
     subject = getattr(build_model, "__qualname__", type(build_model).__name__)
     return Verification(subject, f"float32, {NUM_UPDATES} updates", (layout,))
 
@@ -142,8 +142,10 @@ def _result(
     """Outputs of submodules count for nothing (some return partial sums), but tell where a wrong loss begins."""
     first = None if comparison is None else comparison.first
     hint = None
-    if comparison is not None and comparison.first_hint is not None and first is not None:
-        hint = comparison.first_hint.described if (first.kind, first.step) == (LOSS, 1) else None
+    if comparison is not None and first is not None and (first.kind, first.step) == (LOSS, 1):
+        count = sum(row.num_tensors for row in comparison.rows if row.kind == OUTPUT)
+        hint = f"none of the {count} submodules that can be compared: what is between or behind them is wrong"
+        hint = hint if comparison.first_hint is None else comparison.first_hint.described
     rows = () if comparison is None else tuple(row for row in comparison.rows if row.kind != OUTPUT)
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
     return LayoutResult(shown, math.prod(sizes.values()), rows, first, error, cause, hint, seconds)

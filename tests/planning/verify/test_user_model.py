@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import all_reduce_identity
-from fused_megatron.tensor_parallel import ColumnParallelLinear, LayerNorm, row_parallel_linear
+from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, row_parallel_linear
 
 WIDTH = 16
 X = torch.randn(4, 6, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -27,7 +27,7 @@ class Block(nn.Module):
         super().__init__()
         self.group = None if mesh is None else mesh.tp_group
         self.sums, self.passes_gradient = sums, passes_gradient
-        self.norm = LayerNorm(WIDTH, tp_group=self.group)
+        self.norm = SequenceParallelLayerNorm(WIDTH, tp_group=self.group)
         self.up = ColumnParallelLinear(WIDTH, 32, tp_group=self.group, init_std=0.3)
         self.down = fm.tensor_parallel.RowParallelLinear(32, WIDTH, bias=False, tp_group=self.group, init_std=0.3)
 
@@ -75,6 +75,7 @@ def test_a_hand_written_block_is_right_and_a_wrong_all_reduce_in_it_is_named() -
         result = fm.verify(wrong, {"tensor_parallel_size": 2}, BATCH)
         assert not result and result.first_difference.described == "loss of step 1", result.table()
         assert "likely axis: tensor parallel" in result.table()
+        assert "first output that differs: none of the 2 submodules that can be compared" in result.table()
     result = fm.verify(gradient_divided, {"tp": 2}, BATCH)
     assert result.first_difference.described == "gradient of norm.bias in step 1", result.table()
 
@@ -87,7 +88,9 @@ def test_gradients_that_replicas_do_not_average_are_found_and_the_axis_with_them
 
 
 def gpt2(mesh: Any) -> nn.Module:
-    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=61, n_positions=32))
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=61, n_positions=32, bos_token_id=0, eos_token_id=0)
+    )
     return model if mesh is None else fm.parallelize(model, mesh)
 
 
