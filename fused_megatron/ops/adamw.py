@@ -81,5 +81,5 @@ def adamw_(
                 )
     if not isinstance(gradient_scale, torch.Tensor):
         gradient_scale = torch.full((), gradient_scale, dtype=torch.float32, device=main[0].device)
-    tensors = (main, exp_avg, exp_avg_sq, gradient, low)
-    _update(*tensors, gradient_scale, skip, lr, beta1, beta2, eps, weight_decay, step, zero_gradient)
+    updated = (main, exp_avg, exp_avg_sq, gradient, low)
+    _update(*updated, gradient_scale, skip, lr, beta1, beta2, eps, weight_decay, step, zero_gradient)

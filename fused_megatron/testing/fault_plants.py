@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
-from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_all_reduce_
+from fused_megatron.collectives.transfers import Transfer, start_all_gather
 from fused_megatron.data_parallel import reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.models import attention, block, stack
@@ -225,10 +225,13 @@ def recomputed_with_other_dropout() -> Planted:
 def averaged_over_replicas() -> Planted:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    def start(x: torch.Tensor, group: Any) -> Transfer:
-        return start_all_reduce_(x.div_(group_size(group)), group)
+    original = reduction._Bucket.start_sum
 
-    return patch.object(reduction, "start_all_reduce_", start)
+    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], None]:
+        self.flat.div_(group_size(dp_group))
+        return original(self, dp_group)
+
+    return patch.object(reduction._Bucket, "start_sum", start_sum)
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -366,19 +369,30 @@ def clipped_on_the_first_rank_only() -> Planted:
     return patch.object(Optimizer, "step", step)
 
 
-def sharded_biases_decayed() -> Planted:
+@contextmanager
+def sharded_biases_decayed() -> Iterator[None]:
     """Biases that are shards are decayed like matrices."""
-    original = Optimizer.__init__
+    by_name, original = reduction.GradientBuckets.by_name, Optimizer._grouped
+    sharded: set[str] = set()
 
-    def init(self: Optimizer, parameters: Any, *others: Any) -> None:
-        original(self, parameters, *others)
-        sharded = {
-            id(self.main[name])
+    def remember(self: reduction.GradientBuckets, parameters: Any) -> Any:
+        sharded.update(
+            name
             for name, p in parameters.items()
             if p.dim() == 1 and not all(part.is_full(p.shape) for part in parameter_parts(p))
-        }
-        matrices, vectors = self._adamw.param_groups
-        matrices["params"] += [p for p in vectors["params"] if id(p) in sharded]
-        vectors["params"] = [p for p in vectors["params"] if id(p) not in sharded]
+        )
+        return by_name(self, parameters)
 
-    return patch.object(Optimizer, "__init__", init)
+    def grouped(self: Optimizer) -> Any:
+        found = []
+        for group in original(self):
+            decayed = [name for name in group.names if name in sharded]
+            found.append(group._replace(names=[name for name in group.names if name not in sharded]))
+            found.append(group._replace(names=decayed, weight_decay=self._config.weight_decay))
+        return [group for group in found if group.names]
+
+    with (
+        patch.object(reduction.GradientBuckets, "by_name", remember),
+        patch.object(Optimizer, "_grouped", grouped),
+    ):
+        yield
