@@ -79,7 +79,7 @@ def first_line(error: BaseException, *, name_type: bool = True) -> str:
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has numbers: on the meta device, and of a FakeTensorMode, it has only a shape."""
+    """Return whether the tensor has values: a meta tensor or a fake tensor has only a shape."""
     return not tensor.is_meta and getattr(tensor, "fake_mode", None) is None
 
 

@@ -89,7 +89,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: ROWS rows, whole."""
+    """One program: ROWS whole rows."""
     num_keys = key_units * ALIGN
     rows, query, outer, inner = _rows(num_queries, heads, ROWS, SHARED)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
@@ -140,7 +140,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: ROWS rows, whole."""
+    """One program: ROWS whole rows."""
     num_keys = key_units * ALIGN
     rows, query, _, _ = _rows(num_queries, 1, ROWS, False)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)

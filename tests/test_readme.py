@@ -19,7 +19,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def run_example(code: str, folder: Path) -> list[str]:
-    """The output of an example on each of two ranks."""
+    """Return the output of an example on each of two ranks."""
     (folder / "this_file.py").write_text(code)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,13 +35,13 @@ def run_as_torchrun_does(rank: int, world_size: int, folder: Path, port: int) ->
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.chdir(folder)
-    # A file for each rank: what two processes print to one pipe can be torn.
+    # A file for each rank: lines that two processes print to one pipe may mix.
     with open(f"rank-{rank}", "w") as output, contextlib.redirect_stdout(output):
         runpy.run_path("this_file.py", run_name="__main__")
 
 
 def without_last_digit(line: str) -> str:
-    """The line, its decimals cut by one digit: the last one may differ between processors."""
+    """Cut the decimals of the line by one digit: the last one may differ between processors."""
     return re.sub(r"(\.\d*)\d\b", r"\1", line)
 
 

@@ -12,13 +12,18 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.data_parallel.row_blocks import gather_whole
+from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
+from fused_megatron.sharding import RowShards
+from fused_megatron.sharding.gradient_norm import global_gradient_norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Assembly:
         parameters: this rank's parameters, each once, by their names in the whole model.
         gradients: fp32 gradients of all parameters, summed over the data-parallel ranks.
         executor: runs this rank's stages in the order of the schedule.
-        optimizer: updates the parameters from the gradients.
+        optimizer: updates this rank's rows of the parameters from the gradients.
+        weights: gathers the other rows of the parameters if this rank updates only some of them.
         splits_backward: True if the schedule computes weight gradients in actions of their own.
     """
 
@@ -42,6 +48,7 @@ class Assembly:
     gradients: GradientBuckets
     executor: PipelineExecutor
     optimizer: Optimizer
+    weights: WeightGather
     splits_backward: bool
 
     @property
@@ -57,13 +64,13 @@ class Assembly:
             step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
             loss_divisor: number of targets over all data-parallel ranks.
 
-        Nothing can deadlock between a pipeline's messages and the collectives inside its stages. The ranks that share a
-        stage (over tp and dp) have the same list of actions, each in a pipeline of its own, and the lists of one
-        pipeline cannot deadlock (lowering.py). Take the actions of all pipelines in an order in which one pipeline can
-        do them one after the other. When it comes to an action, all ranks that share its stage have done the actions
-        before it, so they all reach it, its messages are there, and its collectives find their partners.
-
         Returns, Raises, Communication: as accumulate_gradients.
+
+        The messages of the pipelines and the collectives inside the stages cannot deadlock. All ranks that share a
+        stage (over tp and dp) have the same list of actions, each in its own pipeline, and the lists of one pipeline
+        cannot deadlock (lowering.py): there is an order in which it could run its actions one by one. Follow this
+        order. At each action, all ranks that share its stage have finished their earlier actions, so they all reach it;
+        its messages have been sent, and its collectives have all their ranks.
         """
         training = self.config.training
         inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
@@ -96,6 +103,43 @@ class Assembly:
             self.gradients.reduce_after_backwards(len(inputs))
         return self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
 
+    def gradient_norm(self) -> float:
+        """2-norm of the gradients of the whole model, the same on every rank, rounded to float32.
+
+        Call it after accumulate_gradients.
+
+        Communication: as global_gradient_norm, over every axis that cuts the gradients.
+        """
+        rows = self.gradients.rows
+        dp_group = self.mesh.dp_group if rows.num_shards > 1 else None
+        norm = global_gradient_norm(
+            self.parameters, self.gradients, self.mesh.tp_group, self.mesh.pp_group, dp_group, rows
+        )
+        # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
+        return float(norm.float())
+
+    def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return tensors in the shapes of the parameters, of which each data-parallel rank has the rows that it owns.
+
+        For inspection: gradients (rows of `gradients`) and main weights. Every rank calls it.
+
+        Args:
+            own: this rank's rows, by the names of all its parameters.
+
+        Communication, Memory: as gather_whole, over the data-parallel ranks.
+        """
+        shapes = [self.parameters[name].shape for name in own]
+        found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.mesh.dp_group)
+        return dict(zip(own, found, strict=True))
+
+    def update(self, lr: float, gradient_scale: float) -> None:
+        """Update the weights from the gradients times gradient_scale.
+
+        Where each data-parallel rank updates some rows, the others arrive under the next forward (WeightGather).
+        """
+        self.optimizer.step(lr, gradient_scale)
+        self.weights.start()
+
 
 def assemble(
     config: TrainConfig,
@@ -117,22 +161,33 @@ def assemble(
     Raises:
         InputError: on every rank, as PipelineExecutor.
 
-    Communication: as the constructors of GradientBuckets and PipelineExecutor.
-    Memory: as GradientBuckets and Optimizer.
+    Communication: as the constructors of GradientBuckets, WeightGather and PipelineExecutor.
+    Memory: as GradientBuckets, WeightGather and Optimizer.
     """
     training = config.training
     parameters = model.parameters_by_name()
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
+    rows = RowShards(mesh.dp_size, mesh.dp_rank) if placements.state else RowShards()
     gradients = GradientBuckets(
         {index: list(stage.parameters()) for index, stage in model.stages.items()},
         mesh.dp_group,
         bucket_bytes=1e6 * training.bucket_mb,
+        rows=rows,
     )
+    weights = WeightGather(gradients.in_order_of_forward(), rows, mesh.dp_group)
+    for stage in model.stages.values():
+        weights.watch(stage)
+
+    def loss_sum(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        weights.finish()  # the head reads weights of modules whose forward it does not call
+        return model.loss_sum(hidden, target)
+
     schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
     executor = PipelineExecutor(
         schedule,
         model.stages,
         pp_group=mesh.pp_group,
-        loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
+        loss_fn=loss_sum if plan.num_stages - 1 in model.stages else None,
         tied=model.tied(),
         hooks=StageFunctions(reduce=gradients.reduce),
         timeout_s=config.parallel.timeout_s,
@@ -140,6 +195,7 @@ def assemble(
         observe=observe,
         transport=transport,
     )
-    optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
+    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
+    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
-    return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, splits_backward)
+    return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, weights, splits_backward)

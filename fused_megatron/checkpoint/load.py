@@ -123,9 +123,9 @@ def _check_fit(path: Path, manifest: Manifest, tensors: Mapping[str, TensorBox],
         stored = manifest.tensors.get(name)
         if stored is None:
             if not _allowed(name, allow_missing):
-                problems.append(f"tensor {name!r} ({ours}) is wanted and not there")
+                problems.append(f"tensor {name!r} ({ours}) is not in the checkpoint")
         elif (stored.dtype, stored.shape) != (wanted.tensor.dtype, tuple(wanted.full_shape)):
-            problems.append(f"tensor {name!r} is {_describe(stored.dtype, stored.shape)}, but {ours} is wanted")
+            problems.append(f"tensor {name!r} is {_describe(stored.dtype, stored.shape)}, but this run needs {ours}")
     _raise_misfit(path, problems)
 
 
@@ -136,10 +136,10 @@ def _check_rank_tensors(
     for name, tensor in wanted.items():
         ours = _describe(tensor.dtype, tensor.shape)
         if name not in stored:
-            problems.append(f"rank tensor {name!r} ({ours}) of rank {rank} is wanted and not there")
+            problems.append(f"rank tensor {name!r} ({ours}) of rank {rank} is not in the checkpoint")
         elif (stored[name].dtype, stored[name].shape) != (tensor.dtype, tuple(tensor.shape)):
             theirs = _describe(stored[name].dtype, stored[name].shape)
-            problems.append(f"rank tensor {name!r} of rank {rank} is {theirs}, but {ours} is wanted")
+            problems.append(f"rank tensor {name!r} of rank {rank} is {theirs}, but this run needs {ours}")
     _raise_misfit(path, problems)
 
 
@@ -148,8 +148,8 @@ def _check_nothing_extra(path: Path, manifest: Manifest, wanted: set[str], allow
     _raise_misfit(
         path,
         [
-            f"tensor {name!r} ({_describe(manifest.tensors[name].dtype, manifest.tensors[name].shape)}) is there, and "
-            "nothing in this run takes it"
+            f"tensor {name!r} ({_describe(manifest.tensors[name].dtype, manifest.tensors[name].shape)}) is in the "
+            "checkpoint, but this run does not use it"
             for name in extra
         ],
     )

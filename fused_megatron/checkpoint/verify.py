@@ -74,8 +74,8 @@ def checkpoint_to_resume(folder: str | os.PathLike[str], group: dist.ProcessGrou
         problem = dict(passed_over)[unreadable[0]]
         others = f" (and {len(unreadable) - 1} more in {folder})" if unreadable[1:] else ""
         raise SharedInputError(
-            f"{problem.text}{others}: it may be whole, so none is taken in its place: make it readable, or move "
-            f"{unreadable[0]} to another folder to go on without it"
+            f"{problem.text}{others}: it may be good, so the run does not resume from an older one: make "
+            f"it readable, or move {unreadable[0]} to another folder to go on without it"
         )
     if passed_over and found is None:
         names = ", ".join(path.name for path, _ in passed_over)

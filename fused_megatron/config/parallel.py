@@ -26,6 +26,9 @@ class ParallelConfig:
     """Number of blocks in each stage. None: a cut that gives all ranks about the same cost."""
     data_parallel_size: int | None = None
     """Replicas of the model. None: world size / (tensor_parallel_size x pipeline_parallel_size)."""
+    zero_stage: int | None = None
+    """ZeRO stage. 0: each replica holds the whole training state; 1: the replicas share moments and main weights. The
+    numbers are the same. None: 1 with several replicas, else 0."""
     sequence_parallel: bool = False
     """Split the activations between tensor-parallel layers over the sequence."""
     overlap: bool | int = True
@@ -39,6 +42,10 @@ class ParallelConfig:
         for name in ("stages_per_rank", "data_parallel_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        check(
+            self.zero_stage in (None, 0, 1),
+            f"zero_stage={self.zero_stage} must be 0 or 1 (ZeRO; stages 2 and 3 are not built yet)",
+        )
         if not isinstance(self.overlap, bool):
             check_positive("overlap", self.overlap)
         check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import meet
-from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
+from fused_megatron.collectives import group_size, meet
+from fused_megatron.collectives.transfers import Transfer, start_all_reduce_, start_reduce_scatter_blocks
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
-from fused_megatron.sharding import update_record
+from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
 
 
 class GradientBuckets:
@@ -21,19 +22,22 @@ class GradientBuckets:
     The view of a parameter is the main_grad of its record: linear layers add their products directly to it, in float32
     and without a further pass. For float32 parameters `param.grad` is the view, too, so that autograd accumulates other
     gradients in it. For parameters of lower precision a hook adds other gradients to the view and frees them.
-    A bucket holds parameters of one pipeline stage. It is all-reduced over dp_group once a step: in reduce() of its
-    stage, or earlier, when the backwards announced by reduce_after_backwards() have filled it, while they continue with
-    earlier layers.
+    A bucket holds parameters of one pipeline stage. It is summed over dp_group once a step: in reduce() of its stage or
+    earlier, when the backwards announced by reduce_after_backwards() have filled it, while they continue with earlier
+    layers. With one shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns,
+    and its other rows have no meaning until zero_().
 
     Args:
         parameters: every trainable parameter in the order of forward, or such a list for each pipeline stage. A
             parameter of two stages (a tied weight) has one gradient.
         dp_group: data-parallel group, whose ranks must make their buckets at once; None for one rank.
         bucket_bytes: least size of a bucket; the last bucket of a stage may be smaller.
+        rows: the rows of each parameter whose sums this rank needs; as many shards as dp_group has ranks, or one.
 
-    Communication: one all-reduce (sum) for each bucket and step, 4 bytes an element in total. The loss is divided
-        before backward, by the targets of all ranks (gradient_division.py).
-    Memory: 4 bytes for each element of the parameters.
+    Communication: one all-reduce (sum) for each bucket and step, 4 bytes an element in total; with several shards one
+        reduce-scatter in its place. The loss is divided before backward, by the targets of all ranks
+        (gradient_division.py).
+    Memory: 4 bytes for each element of the parameters; with several shards one more bucket while it is sent.
     """
 
     def __init__(
@@ -41,12 +45,14 @@ class GradientBuckets:
         parameters: Sequence[nn.Parameter] | Mapping[int, Sequence[nn.Parameter]],
         dp_group: dist.ProcessGroup | None,
         bucket_bytes: float = 25e6,
+        rows: RowShards = WHOLE_ROWS,
     ) -> None:
-        self._dp_group = dp_group
+        assert rows.num_shards in (1, group_size(dp_group))
+        self._dp_group, self.rows = dp_group, rows
         meet(dp_group)  # now, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         layouts = lay_out_buckets(stages, bucket_bytes)
-        self._queues = [_Queue(held_by, buckets) for held_by, buckets in layouts.items()]
+        self._queues = [_Queue(held_by, buckets, rows) for held_by, buckets in layouts.items()]
         self._views = {
             p: view for queue in self._queues for bucket in queue.buckets for p, view in bucket.views.items()
         }
@@ -67,8 +73,13 @@ class GradientBuckets:
         return self._views[parameter]
 
     def by_name(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-        """Return the float32 gradients of named parameters, for the optimizer."""
-        return {name: self._views[parameter] for name, parameter in parameters.items()}
+        """Return the float32 gradients of named parameters, in the rows that this rank owns, for the optimizer."""
+        return {name: self.rows.own(self._views[parameter]) for name, parameter in parameters.items()}
+
+    def in_order_of_forward(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each bucket; the buckets that forward reaches first come first."""
+        queues = sorted(self._queues, key=lambda queue: min(queue.stages))
+        return [list(bucket.views)[::-1] for queue in queues for bucket in reversed(queue.buckets)]
 
     def zero_(self) -> None:
         """Begin a step: set all gradients to 0."""
@@ -106,7 +117,7 @@ class GradientBuckets:
         def wait() -> None:
             for queue in touched:
                 while queue.work:
-                    queue.work.pop(0).wait()
+                    queue.work.pop(0)()
 
         return wait
 
@@ -134,10 +145,10 @@ class GradientBuckets:
 class _Queue:
     """Buckets of the parameters that the same stages hold, in the order in which they are sent."""
 
-    def __init__(self, stages: frozenset[int], layouts: Sequence[BucketLayout]) -> None:
+    def __init__(self, stages: frozenset[int], layouts: Sequence[BucketLayout], rows: RowShards) -> None:
         self.stages = stages
-        self.buckets = [_Bucket(layout) for layout in layouts]
-        self.work: list[Transfer] = []
+        self.buckets = [_Bucket(layout, rows) for layout in layouts]
+        self.work: list[Callable[[], None]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -147,16 +158,32 @@ class _Queue:
 
     def send(self, end: int, dp_group: dist.ProcessGroup) -> None:
         while self.next_bucket < end:
-            self.work.append(start_all_reduce_(self.buckets[self.next_bucket].flat, dp_group))
+            self.work.append(self.buckets[self.next_bucket].start_sum(dp_group))
             self.next_bucket += 1
 
 
 class _Bucket:
     """Flat float32 tensor, and the view of each parameter in it."""
 
-    def __init__(self, layout: BucketLayout) -> None:
+    def __init__(self, layout: BucketLayout, rows: RowShards) -> None:
         device = layout.parameters[0].device
+        self._blocks = RowBlocks([p.shape for p in layout.parameters], rows) if rows.num_shards > 1 else None
         self.flat = torch.zeros(layout.num_elements, dtype=torch.float32, device=device)
         self.views = layout.views(self.flat)
         self.missing: dict[nn.Parameter, int] = {}
         """Number of backwards that each parameter still waits for."""
+
+    def start_sum(self, dp_group: dist.ProcessGroup) -> Callable[[], None]:
+        """Begin the sum over dp_group of all gradients, or of this rank's rows; the result waits for it."""
+        if self._blocks is None:
+            transfer = start_all_reduce_(self.flat, dp_group)
+            return lambda: _finish(transfer)
+        packing, views = self._blocks, list(self.views.values())
+        blocks = packing.pack(views, packing.new_blocks(self.flat))
+        block = self.flat.new_empty(packing.block_numel)
+        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, dp_group)
+        return lambda: packing.unpack_own(transfer.wait(), views)
+
+
+def _finish(transfer: Transfer) -> None:
+    transfer.wait()

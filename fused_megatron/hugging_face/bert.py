@@ -1,4 +1,4 @@
-"""Hugging Face's BERT and MegatronBert: their config.json and tensor names, translated to BERTConfig and ours."""
+"""Hugging Face's BERT and MegatronBert: their config.json and tensor names, translated to BERTConfig and our names."""
 
 from typing import Any
 

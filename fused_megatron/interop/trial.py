@@ -1,4 +1,6 @@
-"""A trial forward on the meta device: it finds layers that fail in shards, and parameters used with this rank's part.
+"""A trial forward of a sharded model on the meta device, to find layers that cannot be sharded.
+
+It also finds replicated parameters between sharded layers: their gradients must be summed over the ranks.
 
 The model is not changed: the trial runs a copy without memory, whose sharded layers have this rank's shapes. Ranks do
 not communicate.

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fused_megatron.observe.waits import observed_by
+from fused_megatron.observe.waits import OPTIMIZER, observed_by
 
-COMPUTE, OPTIMIZER = "compute", "optimizer"
+COMPUTE = "compute"
 
 T = TypeVar("T")
 
@@ -25,8 +25,8 @@ class StepBreakdown:
 
     "communication" is exposed communication: the time in which this rank waits for a collective and has nothing else to
     run; it includes waiting for slower ranks. "bubble" is the time in which a pipeline stage waits for a message of its
-    neighbour, or at the end for the last stage: idle time and exposed transfers together. "optimizer" is the step of
-    torch's optimizers, "compute" everything else.
+    neighbour, or at the end for the last stage: idle time and exposed transfers together. "optimizer" is the update of
+    the weights, by our optimizer or torch's; "compute" is everything else.
 
     On a GPU, two events of the current stream enclose each wait and measure how long the stream stood still. Only this
     package's layers and transport report their waits (see waits.py): waits inside DDP's reducer, DTensor or torch's

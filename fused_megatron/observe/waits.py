@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 
 COMMUNICATION, BUBBLE = "communication", "bubble"
 """Kinds of waits: for a collective, and of a pipeline stage for another stage."""
+OPTIMIZER = "optimizer"
+"""The update of the weights: no wait, but a part of the step that observers time in the same way."""
 
 T = TypeVar("T")
 
@@ -25,7 +27,7 @@ def wait_for(part: str, function: Callable[[], T]) -> T:
     """Call function, which waits for other ranks, through the observer of this context if there is one.
 
     Args:
-        part: COMMUNICATION or BUBBLE.
+        part: COMMUNICATION, BUBBLE or OPTIMIZER.
     """
     observer = _observer.get()
     return function() if observer is None else observer.wait(part, function)

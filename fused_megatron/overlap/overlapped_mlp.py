@@ -43,7 +43,7 @@ class Activation(NamedTuple):
 
 
 class _Chunks:
-    """Chunks of the rows of this rank; of all ranks, where the sequence is sharded.
+    """Chunks of the rows of this rank, or, if the sequence is sharded, of all ranks.
 
     A full tensor holds the rows of all ranks in the order of the chunks: first the first chunk of every rank, and so
     on. Each chunk is contiguous there, so that a collective or a product takes it without a copy.

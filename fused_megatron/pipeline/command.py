@@ -62,7 +62,7 @@ def run_schedule(arguments: ScheduleArguments) -> int:
     """
     schedule = _schedule(arguments)
     if arguments.action == "check":
-        return _check(schedule)
+        return _run_check(schedule)
     output = _shown(schedule, arguments) if arguments.action == "show" else _simulated(schedule, arguments)
     if arguments.write is None:
         print(output, end="")
@@ -89,7 +89,7 @@ def _schedule(arguments: ScheduleArguments) -> Schedule:
     return build_schedule(arguments.name, arguments.ranks, arguments.microbatches, arguments.stages_per_rank, steps)
 
 
-def _check(schedule: Schedule) -> int:
+def _run_check(schedule: Schedule) -> int:
     findings = schedule_findings(schedule)
     if not findings and not schedule.lowered:
         schedule = lower(schedule)

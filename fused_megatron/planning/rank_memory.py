@@ -8,6 +8,7 @@ from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
@@ -23,9 +24,11 @@ class RankMemory:
         num_parameters: parameters of this rank (a number, not bytes).
         weights: 4 bytes a parameter in float32, 2 in bfloat16.
         gradients: 4 bytes a parameter (float32).
-        optimizer: 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main weights.
+        optimizer: 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main weights. Where
+            replicas share it (ZeRO), a rank's share of the parameters counts, without the rounding up to whole rows.
         activations: kept from forward for backward, of all microbatches in flight.
-        working: estimate of the temporary tensors of a block or of the head while it computes.
+        working: estimate of the temporary tensors of a block or of the head while it computes, or of the reduction of
+            gradients if that needs more than the activations leave.
     """
 
     num_parameters: int
@@ -58,13 +61,15 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
     schedule = plan.schedule(training.global_batch_size // training.microbatch_size // replicas)
     ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
     found = [
-        _memory_of_rank(config, schedule, rank, {s: spans[s] for s in stages_of(plan.placement, rank)})
+        _memory_of_rank(config, schedule, replicas, rank, {s: spans[s] for s in stages_of(plan.placement, rank)})
         for rank in ranks
     ]
     return max(found, key=lambda memory: memory.total)
 
 
-def _memory_of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[int, StageSpan]) -> RankMemory:
+def _memory_of_rank(
+    config: TrainConfig, schedule: Schedule, replicas: int, rank: int, spans: Mapping[int, StageSpan]
+) -> RankMemory:
     size = _SIZES[config.training.dtype]
     ranks = config.parallel.tensor_parallel_size
     num_parameters = sum(stage_parameters(config.model, span, ranks) for span in spans.values())
@@ -76,13 +81,19 @@ def _memory_of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: M
         held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
         held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
         activations = max(activations, held)
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
+    shards = replicas if placements.state else 1
+    # A bucket is packed, received and summed at the end of backward, when few activations are left.
+    bucket = min(4 * num_parameters, round(1e6 * config.training.bucket_mb))
+    sent = 0 if shards == 1 else 2 * bucket + bucket // shards
+    working = max(_working(config, span) for span in spans.values())
     return RankMemory(
         num_parameters,
         weights=size * num_parameters,
         gradients=4 * num_parameters,
-        optimizer=(8 if size == 4 else 12) * num_parameters,
+        optimizer=(8 if size == 4 else 12) * -(-num_parameters // shards),
         activations=activations,
-        working=max(_working(config, span) for span in spans.values()),
+        working=max(working, sent - activations),
     )
 
 

@@ -16,15 +16,18 @@ from fused_megatron.sharding.parameter_record import (
     update_record,
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sequence_layout import SequenceLayout
 from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shards, parallel_group, parts_of_parameters
 
 __all__ = [
+    "WHOLE_ROWS",
     "Box",
     "DeferredWeightGradients",
     "GradScaler",
     "ParameterRecord",
     "ParameterShard",
+    "RowShards",
     "SequenceLayout",
     "Shard",
     "ShardPart",

@@ -54,7 +54,7 @@ class ShardPart:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the rows of this part, as a view, from a tensor in the shape of the local parameter."""
-        return tensor[self.rows] if self.name else tensor
+        return tensor if self.rows == slice(None) else tensor[self.rows]
 
     def is_full(self, local_shape: Sequence[int]) -> bool:
         """Whether a local parameter with this shape holds the full parameter of this part."""

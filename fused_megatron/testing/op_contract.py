@@ -140,7 +140,7 @@ class Contract:
         _assert_same_bits(outputs, self.results(sample)[: len(outputs)])
 
     def _single_gradients(self, dtype: torch.dtype, device: str) -> None:
-        """An input that alone requires a gradient gets the same gradient as when all do."""
+        """If only one input requires a gradient, its gradient is the same as when all do."""
         inputs, dy = self.sample(self.shape, dtype, device)
         gradients = iter(self.results((inputs, dy))[len(as_list(dy)) :])
         for chosen, tensor in enumerate(inputs):

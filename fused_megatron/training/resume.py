@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint with other settings or another dtype: differing settings, and conversion of weights."""
+"""Resuming from a checkpoint with other settings or in another dtype."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_box
 from fused_megatron.checks import InputError
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.sharding import RowShards
 from fused_megatron.training.learning_rate import learning_rate
 
 # Settings that change no trained weight: parallel layout, paths, output and intervals. None: the whole section.
@@ -78,6 +79,7 @@ class ResumedTensors:
 
     Args:
         parameters, optimizer: of the run.
+        rows: the rows of each parameter that the optimizer updates.
         manifest: of the checkpoint.
 
     Attributes:
@@ -85,12 +87,14 @@ class ResumedTensors:
         allow_extra: patterns of names in the checkpoint that the run does not need.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, manifest: Manifest) -> None:
-        self._parameters, self._optimizer = parameters, optimizer
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rows: RowShards, manifest: Manifest
+    ) -> None:
+        self._optimizer = optimizer
         ours = optimizer.state()
         main = {name: {"main": kinds["main"]} for name, kinds in ours.items() if "main" in kinds}
         moments = {name: {k: v for k, v in kinds.items() if k != "main"} for name, kinds in ours.items()}
-        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours)
+        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours, rows)
         self.allow_extra: Sequence[str] = ()
         self._rounds = False
         stored = {name: tensor.dtype for name, tensor in manifest.tensors.items()}
@@ -98,17 +102,16 @@ class ResumedTensors:
         if has_main and not main:
             weights = parameter_boxes(parameters)
             renamed = {_MAIN + name.removeprefix(_MODEL): box for name, box in weights.items()}
-            self.boxes = renamed | optimizer_boxes(parameters, moments)
+            self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
             self.allow_extra = (f"{_MODEL}*",)
         elif main and not has_main:
-            weights = optimizer_boxes(parameters, main)
+            weights = optimizer_boxes(parameters, main, rows)
             renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in weights.items()}
-            if all(stored.get(name) == torch.float32 for name in renamed):
-                self.boxes = parameter_boxes(parameters) | renamed | optimizer_boxes(parameters, moments)
+            if all(stored.get(name) == torch.float32 for name in parameter_boxes(parameters)):
+                self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
                 self._rounds = True
 
     def finish(self) -> None:
-        """Round the parameters from the main weights if needed; call it after the boxes are filled."""
+        """Round this rank's rows of the parameters from the main weights if needed. The boxes must be filled."""
         if self._rounds:
-            for name, main in self._optimizer.main.items():
-                self._parameters[name].detach().copy_(main)
+            self._optimizer.round_main_weights()

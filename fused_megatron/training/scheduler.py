@@ -50,7 +50,7 @@ _LAUNCHERS = (
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 
 
-def take_places(environment: MutableMapping[str, str] = os.environ) -> None:
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set torchrun's variables in a rank that srun or mpirun started; change nothing under torchrun, or for one rank.
 
     Without this every rank would be a run of its own, all in one run folder.
@@ -73,7 +73,7 @@ def _set_variables(launcher: _Launcher, environment: MutableMapping[str, str]) -
     if "MASTER_ADDR" not in environment:
         if local_world_size != world_size:
             raise SharedInputError(
-                f"{launcher.name} started {world_size} ranks on several machines, which do not know where to meet: set "
+                f"{launcher.name} started {world_size} ranks on several machines, which cannot find each other: set "
                 "MASTER_ADDR to the name of rank 0's machine (and MASTER_PORT to a free port), or start torchrun"
             )
         environment["MASTER_ADDR"] = "127.0.0.1"

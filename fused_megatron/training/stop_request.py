@@ -7,7 +7,7 @@ import threading
 import time
 from typing import Any
 
-from fused_megatron.training.error_line import say_error, speaks_for_host
+from fused_megatron.training.error_line import print_error, prints_for_host
 
 LAUNCHER_VARIABLE = "FUSED_MEGATRON_LAUNCHER"
 """Variable in which our own launcher passes its process id."""
@@ -110,6 +110,6 @@ class StopRequest:
 
 def _end_now(message: str, code: int) -> None:
     """End without waiting for anything; one rank of each machine prints the message."""
-    if speaks_for_host():
-        say_error(message)
+    if prints_for_host():
+        print_error(message)
     os._exit(code)

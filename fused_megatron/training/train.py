@@ -143,11 +143,14 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
             load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
-            resumed = ResumedTensors(trainer.parameters, trainer.optimizer, read_manifest(checkpoint))
+            resumed = ResumedTensors(
+                trainer.parameters, trainer.optimizer, trainer.gradients.rows, read_manifest(checkpoint)
+            )
             load_checkpoint(
                 checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
             )
             resumed.finish()
+            trainer.weights.start()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
@@ -202,7 +205,8 @@ def _introduce(trainer: Trainer) -> None:
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
-    family, ranks = config.model.family.upper(), f"rank{'s' if mesh.world_size > 1 else ''}"
+    family = config.model.family.upper()
+    ranks = f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
         f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"

@@ -79,6 +79,7 @@ class Trainer:
         self.gradients = assembly.gradients
         self.executor = assembly.executor
         self.optimizer = assembly.optimizer
+        self.weights = assembly.weights
         self.device = assembly.device
         self.data = data
         self.run_folder = run
@@ -130,9 +131,14 @@ class Trainer:
             check.close()
 
     def tensor_boxes(self) -> dict[str, Any]:
-        """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors."""
+        """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors.
+
+        Communication: waits for the gather of the weights, if one is under way.
+        """
+        self.weights.finish()
         mark_all_shards(self.model)
-        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer.state())}
+        state = optimizer_boxes(self.parameters, self.optimizer.state(), self.gradients.rows)
+        return {**parameter_boxes(self.parameters), **state}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint keeps for each rank: states of torch's random number generators."""
@@ -177,6 +183,7 @@ class Trainer:
 
         Communication: as find_drift, and one exchange of JSON.
         """
+        self.weights.finish()
         drift = find_drift(self.parameters, self.mesh.dp_group, (self.mesh.tp_group, self.mesh.pp_group))
         found = next(filter(None, gather_json(drift, world_group())), None)
         if found is not None:
@@ -238,7 +245,7 @@ class Trainer:
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.
-        names = non_finite_parameters(self.parameters, self.gradients)[:1]
+        names = non_finite_parameters(self.parameters, self.gradients, self.gradients.rows)[:1]
         found = gather_json([norm, *names], world_group())
         norm = next((norm for norm, *_ in found if not math.isfinite(norm)), norm)
         where = next(

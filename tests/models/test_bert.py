@@ -1,8 +1,7 @@
 """Start here when BERT gives other losses or gradients at some layout.
 
-BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
-
-(Against transformers, with real weights, too: tests/hugging_face/test_load_model.py.)
+BERT is compared with the same encoder in plain float64 torch, at every layout, with both orders of norms. (Comparison
+with transformers and real weights: tests/hugging_face/test_load_model.py.)
 """
 
 from typing import Any
@@ -35,7 +34,7 @@ LAYOUTS: dict[int, list[tuple[dict[str, Any], bool]]] = {  # by number of ranks:
 
 
 def inputs(config: BERTConfig) -> dict[str, torch.Tensor]:
-    """Tokens, masked-LM targets, kinds of tokens and padding, each [B, S]; random gradients of both outputs."""
+    """Return tokens, masked-LM targets, token types and padding, each [B, S], and random gradients of both outputs."""
     generator = torch.Generator().manual_seed(5)
     tokens, target = torch.randint(101, (2, 3, 12), generator=generator)
     target[torch.rand(3, 12, generator=generator) < 0.6] = -100
@@ -50,7 +49,7 @@ def inputs(config: BERTConfig) -> dict[str, torch.Tensor]:
 
 
 def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and next-sentence logits, after a backward from random gradients of both."""
+    """Return losses and next-sentence logits, after a backward from random gradients of both."""
     perturb_vectors_(model)
     given = inputs(model.config)
     options: dict[str, Any] = {k: given[k] for k in ("token_types", "key_padding_mask") if k in given}
@@ -63,7 +62,7 @@ def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
-    """For each layout the largest error of the outputs and of each gradient, against one process in float64."""
+    """Return for each layout the largest error of the outputs and of each gradient, against one process in float64."""
     mesh, found = init_mesh(world_size), []
     for changes, sequence_parallel in LAYOUTS[world_size]:
         config = BERTConfig(**{**SIZES, **changes})
@@ -73,7 +72,7 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
         model = BERT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=torch.float32)
         outputs = zip(("losses", "sentences"), backward_of(model), expected, strict=True)
         errors = {name: float((ours - theirs).abs().max()) for name, ours, theirs in outputs}
-        # The gradient of a key bias is small: held to that of the query.
+        # The gradient of a key bias is small, so its error is compared with the gradient of the query bias.
         errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
         errors |= errors_of_stages(model)
         found.append(errors)
@@ -81,7 +80,7 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
 
 
 def errors_of_stages(whole: BERT) -> dict[str, float]:
-    """Largest differences of the losses and gradients of two chained stages from those of the whole, bit for bit."""
+    """Return the largest differences of losses and gradients between two chained stages and the whole model (0)."""
     stages = [
         BERT(whole.config, stage=span, layout=whole.layout, seed=3) for span in cut_stages(whole.config, 2, [1, 1])
     ]
@@ -120,7 +119,7 @@ def test_outputs_and_every_gradient_at_every_layout_are_those_of_one_process(wor
 
 
 def plain_losses(model: BERT, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Masked-LM losses [B, S] of the model's weights, with nothing of the package in it."""
+    """Compute masked-LM losses [B, S] from the model's weights with plain torch."""
     w, config = dict(model.named_parameters()), model.config
     exact = "none" if config.activation == "gelu_exact" else "tanh"
     batch, seq_len = given["tokens"].shape

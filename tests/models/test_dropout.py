@@ -26,7 +26,7 @@ BATCH, STEP = 8, 3
 
 
 def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, targets and an upstream gradient, each [B, S]."""
+    """Return tokens, targets and an upstream gradient, each [B, S]."""
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(101, (BATCH, 9), generator=generator)
     return tokens[:, :-1], tokens[:, 1:], torch.randn(BATCH, 8, generator=generator)
@@ -35,13 +35,13 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def one_step(
     rank: int, world_size: int, tp: int, sequence_parallel: bool, microbatch: int, changes: dict[str, Any]
 ) -> tuple[int, torch.Tensor, dict[str, Any]]:
-    """This rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
+    """Return this rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**LAYERS, **DROPOUT, **changes})
     model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group)
     count = BATCH // mesh.dp_size
-    torch.manual_seed(100 + rank)  # what torch would draw must not matter
+    torch.manual_seed(100 + rank)  # torch's random state must not matter
     losses = []
     for first in range(mesh.dp_rank * count, (mesh.dp_rank + 1) * count, microbatch):
         tokens, target, upstream = (part[first : first + microbatch] for part in batch_of_tokens())
@@ -60,7 +60,7 @@ def one_step(
 
 @pytest.fixture(scope="module")
 def one_process() -> Any:
-    """By recomputation."""
+    """Return losses and gradients of one process, by kind of recomputation."""
     ways = "none", "selective", "full"
     found = run_cases_on_ranks(one_step, 1, [(1, False, BATCH, {"recompute": way}) for way in ways])
     return {way: rank for way, (rank,) in zip(ways, found, strict=True)}
@@ -122,7 +122,7 @@ def test_each_kind_drops_its_share_and_keeps_the_mean(kind: str) -> None:
     plain, model = model_of(), model_of(**{kind: 0.5})
     dropped = torch.stack([losses_of(model, BatchSlice(step, 0, BATCH)) for step in range(3)])
     assert (dropped != losses_of(plain)).float().mean() > 0.9
-    # Nothing drops where the probability is below 2^-32: another path through attention, the same numbers.
+    # Nothing is dropped if the probability is below 2^-32: another path through attention gives the same numbers.
     nothing = model_of(**{kind: 1e-10})
     torch.testing.assert_close(losses_of(nothing, BatchSlice(0, 0, BATCH)), losses_of(plain), rtol=1e-6, atol=1e-6)
 
@@ -164,7 +164,7 @@ def test_recomputation_keeps_less(recompute: str) -> None:
         sequence = SequenceLayout.whole(8)
         masks = model._masks(BATCH, sequence, BatchSlice(0, 0, BATCH))
         model._blocks(x, AttentionMask(causal=True), masks, model._rotary(sequence, x))
-    # [S, B, N, S] of probabilities, four times a layer (scores, softmax, dropped); per block nothing but its input.
+    # Without recomputation four tensors a layer are [S, B, N, S] (scores, softmax, dropped); with full none is.
     probabilities = [n for n in kept if n == BATCH * 4 * 8 * 8]
     assert bool(probabilities) == (recompute == "none")
     if recompute == "full":

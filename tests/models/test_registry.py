@@ -1,4 +1,4 @@
-"""Start here when a new family of models is known in one place and not in another."""
+"""Start here when a new model family is known in one part of the code and not in another."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from fused_megatron.ops.attention import AttentionMask
 
 @dataclass(frozen=True)
 class PrefixConfig(TransformerConfig):
-    """Tokens of a prefix see each other, and what follows sees all before it."""
+    """Model whose prefix tokens attend to each other, and whose other tokens attend to all tokens before them."""
 
     family: str = "prefix"
     prefix: int = 4

@@ -32,7 +32,7 @@ def batch_of_tokens():
 
 
 def without_attention(model):
-    """Of a token's loss nothing comes from other tokens, so that a part of the sequence has its part of the losses."""
+    """Remove attention's output, so that the loss of a token depends on no other token."""
     for name, parameter in model.named_parameters():
         if name.endswith("attention.projection.weight"):
             torch.nn.init.zeros_(parameter)
@@ -40,7 +40,7 @@ def without_attention(model):
 
 
 def losses_of_a_part(rank, world_size, ranges, sequence_parallel):
-    """For each config the largest error of the losses and gradients at these positions, against the whole sequence."""
+    """Return for each config the largest error of losses and gradients at these positions, by the whole sequence."""
     mesh, errors = init_mesh(world_size), []
     sequence = SequenceLayout(S, ranges)
     batch = batch_of_tokens()
@@ -86,7 +86,7 @@ def test_positions_that_are_not_those_of_the_tokens():
 
 
 def overlaps(rank, world_size):
-    """What each layer of each model has as overlap."""
+    """Return the overlap setting of each layer of each model."""
     layout = ParallelLayout(init_mesh(world_size).tp_group, sequence_parallel=True, overlap=3)
     forms = [GPTConfig(**SIZES, num_kv_heads=2, activation="swiglu"), BERTConfig(**SIZES, next_sentence_head=True)]
     models = [new_model(config, layout=layout, device=torch.device("meta")) for config in forms]

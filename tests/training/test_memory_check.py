@@ -1,4 +1,4 @@
-"""Start here when a model that cannot fit is begun, or one that fits is refused."""
+"""Start here when training starts with a model that does not fit, or refuses one that fits."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ def test_ranks_of_one_pool_share_its_memory() -> None:
 
 
 def test_a_flipped_high_bit_asks_for_no_memory(tmp_path: Path) -> None:
-    """Without checksums, a tokenizer or a stated vocabulary the largest id decides."""
+    """Without checksums, tokenizer and vocab_size the largest token id decides, and it needs too much memory."""
     with IndexedDatasetWriter(tmp_path / "tokens", np.int32) as writer:
         for i in range(40):
             writer.add_document(np.arange(i, i + 50))

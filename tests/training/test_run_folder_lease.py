@@ -1,4 +1,4 @@
-"""Start here when two runs write in one run folder, or a run is kept out by one that is dead."""
+"""Start here when two runs write in one run folder, or a dead run blocks another one."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ def lease(folder: Path, **seconds: float) -> Lease:
 
 
 def take(folder: Path, **seconds: float) -> list[str]:
-    """What a run that takes the lease and gives it back says."""
+    """Take the lease and give it back; return the printed lines."""
     said: list[str] = []
     run = lease(folder, **seconds)
     run.take(said.append)
@@ -30,7 +30,7 @@ def take(folder: Path, **seconds: float) -> list[str]:
 
 
 def write_holder(folder: Path, **changes: Any) -> Path:
-    """As a run on another machine leaves it."""
+    """Write the file as a run on another machine would leave it."""
     holder = {"run": "5eed", "host": "elsewhere", "boot": "another", "pid": 77, "launcher": None, **changes}
     path = folder / "lease.json"
     path.write_text(json.dumps(holder))
@@ -38,7 +38,7 @@ def write_holder(folder: Path, **changes: Any) -> Path:
 
 
 def test_one_at_a_time(tmp_path: Path) -> None:
-    first = lease(tmp_path, beat_s=600.0)  # no sign of life but the system's lock
+    first = lease(tmp_path, beat_s=600.0)  # only the system's lock shows that it lives
     first.take(print)
     with pytest.raises(InputError, match=rf"run_folder={tmp_path} is in use by run \w+ \(process {os.getpid()} on "):
         lease(tmp_path).take(print)
@@ -84,7 +84,7 @@ def test_a_run_of_another_machine_that_is_silent(tmp_path: Path) -> None:
     os.utime(path, (time.time() - 60, time.time() - 60))
     assert take(tmp_path) == []
     path = write_holder(tmp_path)
-    os.utime(path, (time.time() + 600, time.time() + 600))  # a clock that is ahead
+    os.utime(path, (time.time() + 600, time.time() + 600))  # a clock that is fast
     assert len(take(tmp_path)) == 1
     path.write_text("half a li")
     os.utime(path, (0, 0))
@@ -97,7 +97,7 @@ def test_a_run_that_was_silent_too_long_ends(tmp_path: Path) -> None:
     path = write_holder(tmp_path)
     with pytest.raises(LeaseLostError, match=f"run folder {tmp_path} was taken by run 5eed .process 77 on elsewhere"):
         run.check()
-    run._thread.join()  # it shows no sign of life any more
+    run._thread.join()  # it no longer touches the file
     run.give_back()
     assert json.loads(path.read_text())["run"] == "5eed"
 

@@ -105,11 +105,11 @@ class ActionLoop:
         self._observe = observe
         actions = schedule.actions[rank]
         self._plans = {
-            training: (operands, receives_ahead(operands, lookahead))
-            for training, operands in ((True, actions), (False, forward_only(actions)))
+            training: (chosen, receives_ahead(chosen, lookahead))
+            for training, chosen in ((True, actions), (False, forward_only(actions)))
         }
-        # Results of computations by the action that takes them: a send, or, if the next stage is on this rank, the
-        # receive that the schedule would have on another rank.
+        # Results of computations by the action that takes them: the send, or, if the next stage is on this rank, the
+        # receive that it would have otherwise.
         self._results: dict[Action, Tensors] = {}
         # Waits for reductions and unshards that were started, by kind and stage.
         self._waits: dict[tuple[Kind, int], Wait] = {}

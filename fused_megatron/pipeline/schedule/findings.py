@@ -9,7 +9,7 @@ RULES = {
     "complete": "every stage and microbatch has one F, and one B or one I and one W, and no other computations",
     "order": "F comes before B or I, I before W, and a stage's input before its use if both are on one rank",
     "placement": "the actions of a stage are on its rank",
-    "paired": "a tensor between ranks has one send, after its computation, and one receive, before its use",
+    "paired": "a tensor between ranks has one send, after its computation, and one receive, before its use; no others",
     "fifo": "the receives of a channel (from rank, to rank, direction) have the order of its sends",
     "deadlock": "every rank finishes its list, also if a message passes only when both sides are ready",
     "reduction": "gradients are reduced once, after the last backward; tied weights in the same order on all ranks",

@@ -30,7 +30,7 @@ from fused_megatron.planning.verify.records import (
     shard_places,
 )
 from fused_megatron.sharding import full_shape
-from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm
+from fused_megatron.sharding.gradient_norm import clip_coefficient
 
 NUM_UPDATES = 3
 IGNORED = -100
@@ -61,8 +61,8 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
             parameter.data.copy_(parameter.data.to(rounded_to))
     record = RankRecord(coordinates(mesh.rank, {axis: size for axis, size in mesh.sizes.items() if size > 1}))
     assembly = assemble(config, mesh, plan, model)
-    for name, parameter in parameters.items():
-        record.add_parameter(Key(START, 0, name), parameter, assembly.optimizer.main[name])
+    for name, weight in assembly.whole(assembly.optimizer.main).items():
+        record.add_parameter(Key(START, 0, name), parameters[name], weight)
     outputs = _OutputHooks(record, model.stages, config, mesh)
     for step in range(NUM_UPDATES):
         assembly.gradients.zero_()
@@ -71,13 +71,14 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
         outputs.remove()  # those of the first step
         sum_over_ranks_(loss, mesh.dp_group)
         record.add_number(Key(LOSS, step + 1), float(loss))
-        for name, parameter in reversed(parameters.items()):  # as backward reaches them
-            record.add_parameter(Key(GRADIENT, step + 1, name), parameter, assembly.gradients[parameter])
-        norm = float(global_gradient_norm(parameters, assembly.gradients, mesh.tp_group, mesh.pp_group))
+        gradients = assembly.whole(assembly.gradients.by_name(parameters))
+        for name, gradient in reversed(gradients.items()):  # as backward reaches them
+            record.add_parameter(Key(GRADIENT, step + 1, name), parameters[name], gradient)
+        norm = assembly.gradient_norm()
         record.add_number(Key(NORM, step + 1), norm)
-        assembly.optimizer.step(config.optimizer.lr, clip_coefficient(norm, config.optimizer.clip_norm))
-        for name, parameter in parameters.items():
-            record.add_parameter(Key(WEIGHT, step + 1, name), parameter, assembly.optimizer.main[name])
+        assembly.update(config.optimizer.lr, clip_coefficient(norm, config.optimizer.clip_norm))
+        for name, weight in assembly.whole(assembly.optimizer.main).items():
+            record.add_parameter(Key(WEIGHT, step + 1, name), parameters[name], weight)
     assembly.executor.close()
     return record
 
@@ -141,7 +142,7 @@ class _OutputHooks:
             self._handles.pop().remove()
 
     def _begin(self, stage: nn.Module, inputs: Any, keywords: Mapping[str, Any]) -> None:
-        self._first_sample = keywords["position"].first_sample
+        self._first_sample = keywords["batch_slice"].first_sample
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if (name, self._first_sample) in self._done:  # backward computes it again

@@ -23,7 +23,7 @@ GOOD = [
 ]
 
 
-Places = list[tuple[Schedule, int, int]]  # rank and position of an action
+Positions = list[tuple[Schedule, int, int]]  # rank and position of an action
 
 
 def edited(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
@@ -32,7 +32,7 @@ def edited(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
     return replace(schedule, actions=tuple(lists))
 
 
-def names_place(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> bool:
+def is_named(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> bool:
     """Whether a finding is on the rank and names one of the actions, or the missing part of its backward."""
     names = {str(action) for action in actions}
     names |= {str(action._replace(kind=kind)) for action in actions if action.kind in "BIW" for kind in "BIW"}
@@ -41,7 +41,7 @@ def names_place(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> b
 
 
 @pytest.fixture(params=["some", pytest.param("every", marks=pytest.mark.slow)])
-def places(request: pytest.FixtureRequest) -> Places:
+def chosen_positions(request: pytest.FixtureRequest) -> Positions:
     """Positions in the schedules: all, or for each kind of action on each rank the first and the middle one."""
     found = []
     for schedule in GOOD:
@@ -55,23 +55,23 @@ def places(request: pytest.FixtureRequest) -> Places:
     return found
 
 
-def test_every_dropped_action_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_dropped_action_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions = list(schedule.actions[rank])
         dropped = actions.pop(position)
-        assert names_place(edited(schedule, rank, actions), rank, (dropped,)), (schedule.name, str(dropped))
+        assert is_named(edited(schedule, rank, actions), rank, (dropped,)), (schedule.name, str(dropped))
 
 
-def test_every_duplicated_action_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_duplicated_action_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions = list(schedule.actions[rank])
         actions.insert(position, actions[position])
-        assert names_place(edited(schedule, rank, actions), rank, (actions[position],)), (schedule.name, position)
+        assert is_named(edited(schedule, rank, actions), rank, (actions[position],)), (schedule.name, position)
 
 
-def test_every_retargeted_action_is_found_and_named(places: Places) -> None:
+def test_every_retargeted_action_is_found_and_named(chosen_positions: Positions) -> None:
     random.seed(1)
-    for schedule, rank, position in places:
+    for schedule, rank, position in chosen_positions:
         action = schedule.actions[rank][position]
         others = [
             action._replace(stage=(action.stage + random.randint(1, schedule.num_stages - 1)) % schedule.num_stages)
@@ -84,15 +84,15 @@ def test_every_retargeted_action_is_found_and_named(places: Places) -> None:
         for other in others:
             actions = list(schedule.actions[rank])
             actions[position] = other
-            assert names_place(edited(schedule, rank, actions), rank, (action, other)), (schedule.name, action, other)
+            assert is_named(edited(schedule, rank, actions), rank, (action, other)), (schedule.name, action, other)
 
 
-def test_every_action_on_another_rank_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_action_on_another_rank_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions, other = list(schedule.actions[rank]), (rank + 1) % schedule.num_ranks
         moved = actions.pop(position)
         mutated = edited(edited(schedule, rank, actions), other, [moved, *schedule.actions[other]])
-        assert names_place(mutated, other, (moved,)), (schedule.name, str(moved))
+        assert is_named(mutated, other, (moved,)), (schedule.name, str(moved))
 
 
 def trains_alike(schedule: Schedule, good: Schedule) -> bool:
@@ -173,10 +173,10 @@ def reduced(schedule: Schedule) -> list:
     return sorted(counts.items())
 
 
-def test_a_swap_is_found_or_changes_nothing(places: Places) -> None:
+def test_a_swap_is_found_or_changes_nothing(chosen_positions: Positions) -> None:
     random.seed(2)
     found = harmless = 0
-    for schedule, rank, position in places:
+    for schedule, rank, position in chosen_positions:
         if not schedule.lowered:
             continue
         size = len(schedule.actions[rank])
@@ -191,7 +191,7 @@ def test_a_swap_is_found_or_changes_nothing(places: Places) -> None:
             else:
                 harmless += 1
                 assert trains_alike(mutated, schedule), (schedule.name, rank, position, other)
-    assert found > len(places) // 2 and harmless > 30
+    assert found > len(chosen_positions) // 2 and harmless > 30
 
 
 def rules(lists: str, **changes) -> set[str]:

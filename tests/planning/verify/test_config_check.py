@@ -21,10 +21,17 @@ FAST = {"bert_tiny", "gpt_22b_tp8_sequence_parallel"}
 
 # The other form of every layer.
 LLAMA: dict[str, Any] = {
-    "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "linear_biases": False,
-    "tied_embeddings": False, "num_kv_heads": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1,
-    "embedding_dropout": 0.1, "recompute": "selective",
-}  # fmt: skip
+    "activation": "swiglu",
+    "normalization": "rms_norm",
+    "position": "rotary",
+    "linear_biases": False,
+    "tied_embeddings": False,
+    "num_kv_heads": 2,
+    "hidden_dropout": 0.1,
+    "attention_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "recompute": "selective",
+}
 
 
 def config_of(model: dict[str, Any], **parallel: Any) -> TrainConfig:
