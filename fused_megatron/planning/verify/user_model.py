@@ -143,7 +143,7 @@ def _result(
     hint = None
     if comparison is not None and first is not None and (first.kind, first.step) == (LOSS, 1):
         count = sum(row.num_tensors for row in comparison.rows if row.kind == OUTPUT)
-        hint = f"none of the {count} submodules that can be compared: what is between or behind them is wrong"
+        hint = f"that of no submodule ({count} compared): what is between or behind them is wrong"
         hint = hint if comparison.first_hint is None else comparison.first_hint.described
     rows = () if comparison is None else tuple(row for row in comparison.rows if row.kind != OUTPUT)
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
