@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
@@ -19,8 +20,10 @@ _ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]
 MASKED_LM_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 # The 256 bytes and the end of document.
 MIN_VOCAB_SIZE = 257
-# Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
+# Encoding keeps some 100 bytes a token until all that is encoded at once is done, so long documents are encoded in
+# pieces, enough at once for the cores.
 _PIECE_CHARACTERS = 1 << 20
+_AT_ONCE_CHARACTERS = 1 << 22
 # The largest vocabularies have a quarter of a million entries, and files of some 40 MB; there is a table of all ids.
 _MOST_IDS = 1 << 24
 _MOST_FILE_BYTES = 1 << 30
@@ -65,16 +68,18 @@ class Tokenizer:
         """Token ids of one text: int64 [num_tokens], without an end of document."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, as encode() gives them; on all processor cores."""
-        pieces = [list(text_pieces(text, _PIECE_CHARACTERS)) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
-        results = []
-        for text in pieces:
-            parts = [np.asarray(next(encoded).ids, dtype=np.int64) for _ in text]
-            results.append(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
-        return results
+    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.int64) -> list[np.ndarray]:
+        """Token ids of each text, as encode() gives them, of any dtype that holds them; on all processor cores.
+
+        Memory: the ids twice, and up to 400 MB where the texts are long.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        pieces = ((i, piece) for i, text in enumerate(texts) for piece in text_pieces(text, _PIECE_CHARACTERS))
+        for some in _groups(pieces, _AT_ONCE_CHARACTERS):
+            encoded = self._backend.encode_batch_fast([piece for _, piece in some], add_special_tokens=False)
+            for (i, _), each in zip(some, encoded, strict=True):
+                parts[i].append(np.asarray(each.ids, dtype=dtype))
+        return [np.concatenate(each) if each else np.empty(0, dtype=dtype) for each in parts]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids; bytes that are no UTF-8 (of a token cut in the middle) become U+FFFD."""
@@ -183,6 +188,20 @@ def text_pieces(text: str, limit: int) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def _groups(pieces: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:
+    """All pieces in order, some at a time: each group ends with the piece that reaches so many characters."""
+    group: list[tuple[int, str]] = []
+    count = 0
+    for piece in pieces:
+        group.append(piece)
+        count += len(piece[1])
+        if count >= characters:
+            yield group
+            group, count = [], 0
+    if group:
+        yield group
 
 
 def _import_tokenizers() -> Any:
