@@ -30,6 +30,7 @@ _SHARED = {
     dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
     dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
     dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
+    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, host_ring.cut_reduce_scatter),
 }
 
 
