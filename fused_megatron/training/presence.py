@@ -282,7 +282,7 @@ def _describe(frame: FrameType) -> tuple[bool, str]:
         path = at.f_code.co_filename
         waits = waits or any(part in path for part in _WAITS)
         name = at.f_code.co_name
-        if not does and not name.startswith("<") and not path.startswith(torch_folder):
+        if not does and not name.startswith("<") and not path.startswith(("<", torch_folder)):
             does = f"{name} ({'/'.join(Path(path).parts[-2:])}:{at.f_lineno})"
         at = at.f_back  # type: ignore[assignment]
     return waits, does or frame.f_code.co_name
