@@ -1,10 +1,10 @@
-"""Start here when a layout of many ranks holds, keeps or sends something else than the papers say.
+"""Start here when a layout of many ranks holds, keeps or sends something else than the papers state.
 
 Layouts of any size, on meta tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
 
-What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
-grid: every split of 8 ranks, and behind the slow marker of 64 and 512, with tensor- and pipeline-parallel sizes of 1,
-2, 4 and 8, each pipeline by four schedules; sequence parallelism, recomputation and forms of the model take turns.
+Parameters, activations and communication of a rank are compared with the papers' formulas, before anyone pays for a GPU
+hour. The grid has every split of 8 ranks (of 64 and 512 in slow tests), with tensor- and pipeline-parallel sizes of 1,
+2, 4 and 8, and four schedules for each pipeline; sequence parallelism, recomputation and kinds of layers vary.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ PRESETS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "presets").
 # As published, in billions.
 WEAK_SCALING = {"gpt_1.2b_tp1": 1.2, "gpt_2.5b_tp2": 2.5, "gpt_4.2b_tp4": 4.2, "gpt_8.3b_tp8": 8.3}
 SEQUENCE_PARALLEL = {"gpt_22b_tp8_sequence_parallel": 22.0}
-# Parameters, GPUs, TFLOP/s a GPU with what is recomputed.
+# Parameters, GPUs, TFLOP/s a GPU with recomputation.
 THREE_D = {
     "gpt_39b_tp8_pp2_dp32": (39.1, 512, 138), "gpt_76b_tp8_pp4_dp32": (76.1, 1024, 140),
     "gpt_145b_tp8_pp8_dp24": (145.6, 1536, 148), "gpt_310b_tp8_pp16_dp15": (310.1, 1920, 155),
@@ -60,7 +60,7 @@ on_few_and_on_many_ranks = pytest.mark.parametrize(
 
 @cache
 def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
-    """Of the grid for these numbers of ranks, and with the few of the presets, by name."""
+    """Return the configs of the grid for these numbers of ranks, by name; with FEW also the presets."""
     found = {name: load_config(path) for name, path in PRESETS.items()} if worlds == FEW else {}
     sizes = (1, 2, 4, 8)
     for world, tp, pp in itertools.product(worlds, sizes, sizes):
@@ -89,13 +89,13 @@ def small_config(turn: int, tp: int, pp: int, dp: int, schedule: str) -> TrainCo
 
 @cache
 def measured(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, dict[int, RankFacts]]]:
-    """(name, config, by place of the pipeline (first, second, last) what a rank there has to do)."""
+    """Return (name, config, dry run of a rank by its pipeline rank: the first, the second and the last)."""
     dry_run, found = DryRun(), []
     for name, config in configs(worlds).items():
         parallel = config.parallel
         pp, ranks_of_a_place = parallel.pipeline_parallel_size, ranks_of_a_stage(parallel)
         places = {
-            # Not the first of its data- and tensor-parallel group.
+            # Not the first rank of its data- and tensor-parallel group.
             place: dry_run.rank(config, place * ranks_of_a_place + ranks_of_a_place // 2)
             for place in sorted({0, min(1, pp - 1), pp - 1})
         }
@@ -108,7 +108,7 @@ def ranks_of_a_stage(parallel: ParallelConfig) -> int:
 
 
 def every_stage(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, StageSpan, MicrobatchFacts, MicrobatchFacts]]:
-    """(name, config, span, what a block keeps and sends, what the ends of the stage do: all but its blocks)."""
+    """Return (name, config, span, facts of a block, facts of the stage without its blocks) for every stage."""
     return [
         (name, config, spans[index], rank.block, stage.plus(rank.block, spans[index].start - spans[index].stop))
         for name, config, places in measured(worlds)
@@ -119,7 +119,7 @@ def every_stage(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, StageSp
 
 
 def activation_bytes(config: TrainConfig) -> int:
-    """Of [S, B, H]."""
+    """Return the bytes of an activation [S, B, H]."""
     training, model = config.training, config.model
     return training.microbatch_size * model.seq_len * model.hidden_size * ELEMENT[training.dtype]
 
@@ -140,7 +140,7 @@ def test_parameters_of_a_preset(name: str) -> None:
     config, places = {other: (config, places) for other, config, places in measured(FEW)}[name]
     model, pp = config.model, config.parallel.pipeline_parallel_size
     h, v, s = model.hidden_size, 51200, model.seq_len
-    # A block: 12 h^2 of matrices and 13 h of vectors; the embedding of tokens and positions; the last norm.
+    # A block has 12 h^2 elements of matrices and 13 h of vectors; then token and position embeddings and a norm.
     whole = model.num_layers * (12 * h * h + 13 * h) + 50257 * h + s * h + 2 * h
     between = pp - len(places) + 1
     number = {place: between if place == 1 < pp - 1 else 1 for place in places}
@@ -160,9 +160,11 @@ def test_a_rank_holds_what_the_formula_says(worlds: tuple[int, ...]) -> None:
         for place, rank in places.items():
             memory = rank_memory(few, place)
             assert memory.num_parameters == rank.num_parameters, name
-            # Weight, gradient and Adam's two moments; in bfloat16 a main weight.
-            per_parameter = 16 if config.training.dtype == "float32" else 18
-            assert memory.weights + memory.gradients + memory.optimizer == per_parameter * rank.num_parameters, name
+            # Weight and gradient; Adam's two moments and in bfloat16 a main weight, which the replicas share.
+            whole, shared = (8, 8) if config.training.dtype == "float32" else (6, 12)
+            share = -(-rank.num_parameters // (parallel.data_parallel_size or 1))
+            assert memory.weights + memory.gradients == whole * rank.num_parameters, name
+            assert memory.optimizer == shared * share, name
 
 
 def test_presets_fit_the_gpus_of_the_papers() -> None:
@@ -180,7 +182,7 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds
         kept = found.kept_bytes
         if model.recompute != "none":
             assert kept == block, name
-        else:  # attention in plain operations, on meta tensors: it keeps its scores besides
+        else:  # attention in plain operations on meta tensors also keeps its scores
             assert kept >= block - 2 * activation, name
         if name in PRESETS:
             # Korthikanti et al., table 2, without what attention keeps: s b h (10 + 24 / R), or 34 / R; 2 bytes each.
@@ -216,11 +218,11 @@ def test_groups(worlds: tuple[int, ...]) -> None:
 
 @on_few_and_on_many_ranks
 def test_tensor_parallel_communication(worlds: tuple[int, ...]) -> None:
-    """Of every stage that which the formula says; of a block the papers' numbers of activations."""
+    """The bytes of every stage equal the formula's; a block sends as many activations as the papers state."""
     for name, config, places in measured(worlds):
         model, activation = config.model, activation_bytes(config)
         spans = stage_spans(config, plan_pipeline(config))
-        again = 2 if model.recompute == "full" else 0  # forward once more
+        again = 2 if model.recompute == "full" else 0  # forward once more for recomputation
         for rank in places.values():
             for index, stage in rank.stages.items():
                 assert dict(stage.sent_bytes) == stage_communication(config, spans[index]), name
@@ -228,7 +230,7 @@ def test_tensor_parallel_communication(worlds: tuple[int, ...]) -> None:
             if config.parallel.tensor_parallel_size == 1:
                 assert not block, name
             elif config.parallel.sequence_parallel:
-                # Korthikanti et al., section 4.2.2: as many bytes, and gathered operands once more for the weights'.
+                # Korthikanti et al., section 4.2.2: the same bytes, and operands gathered again for weight gradients.
                 assert block["reduce_scatter"] == (4 + again) * activation, name
                 assert block["all_gather"] == (6 + again) * activation, name
             else:
@@ -245,7 +247,7 @@ def test_data_parallel_communication(worlds: tuple[int, ...]) -> None:
 
 @on_few_and_on_many_ranks
 def test_pipelines(worlds: tuple[int, ...]) -> None:
-    """Narayanan et al. 2021, section 2.2: a bubble of (p - 1) / (v m) of the work, and v times the messages."""
+    """Narayanan et al. 2021, section 2.2: the bubble is (p - 1) / (v m) of the work, with v times the messages."""
     for name, config, _ in measured(worlds):
         parallel, plan, m = config.parallel, plan_pipeline(config), num_microbatches(config)
         p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1
@@ -268,7 +270,7 @@ def test_pipelines(worlds: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", THREE_D)
 def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
-    """By the FLOPs of our formula at an A100's peak, with the schedule's bubble: nothing published is faster."""
+    """No published speed exceeds our formula's FLOPs at an A100's peak with the bubble of the schedule."""
     _, gpus, tflops = THREE_D[name]
     config = load_config(PRESETS[name])
     parallel, model, training = config.parallel, config.model, config.training
@@ -278,13 +280,13 @@ def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
     p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1
     least_s = hardware / (gpus * 312e12) * (1 + (p - 1) / (v * num_microbatches(config)))
     assert least_s < hardware / (gpus * tflops * 1e12)
-    # Even stages, as there.
+    # Stages of equal size, as in the paper.
     spans = cut_stages(model, p * v, placement=plan_pipeline(config).placement)
     assert {span.stop - span.start for span in spans} == {model.num_layers // (p * v)}
 
 
 def test_presets_differ_from_a_config_of_ones_own_only_where_they_say() -> None:
-    """Their keys are read by the trainer's own parser: a misspelt one would raise in load_config."""
+    """The trainer's own parser reads their keys: load_config would raise for a misspelt one."""
     for path in PRESETS.values():
         config = load_config(path, ["--training.num-steps", "3"])
         assert config.training.num_steps == 3 and path.stem in path.read_text()

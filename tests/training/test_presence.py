@@ -1,4 +1,4 @@
-"""Start here when a rank is called dead that lives, or the other way round."""
+"""Start here when a living rank is reported dead, or a dead one alive."""
 
 import asyncio
 import os
@@ -28,12 +28,12 @@ def test_one_process_has_no_one_to_lose() -> None:
 def told(rank: int, world_size: int) -> None:
     presence = Presence()
     if rank == 1:
-        os._exit(3)  # lost: it says nothing
+        os._exit(3)  # lost: it tells the others nothing
     error = RuntimeError("connection  closed\nby peer")
     if rank == 2:
         explained = presence.explain(error)
         os._exit(4 if isinstance(explained, LostRankError) and explained.ranks == (1,) else 5)
-    time.sleep(0.5)  # rank 2 is gone by now, too, but it had said why
+    time.sleep(0.5)  # rank 2 is gone by now, too, but has told why
     raise presence.explain(error)
 
 
@@ -57,7 +57,7 @@ def test_an_error_while_all_live_is_left_alone() -> None:
 
 
 def test_a_rank_that_cuts_a_connection_is_asked_again() -> None:
-    """As one does that is too busy to read the question in time."""
+    """A rank does so if it is too busy to read the question in time."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -83,12 +83,12 @@ def spin() -> None:
 
 
 def let_world_wait(seconds: float) -> None:
-    """The time-out of init_process_group, which run_on_ranks has for itself."""
+    """Set the time-out of the default group, as init_process_group does; run_on_ranks has its own."""
     dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=seconds))
 
 
 def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
-    """Rank 3 of 2 x 2 does not join a collective of one axis; those that waited for it fail the others."""
+    """Rank 3 of 2 x 2 does not join a collective of one axis; the ranks that waited for it fail the others."""
     let_world_wait(2)
     mesh = init_mesh(2, 2)
     presence = Presence()
@@ -102,7 +102,7 @@ def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
     except RuntimeError as error:
         explained = presence.explain(error)
         if rank == 0:
-            time.sleep(1.0)  # the last to go, though the others did not wait for it
+            time.sleep(1.0)  # the last rank to end, though no other waited for it
         raise explained from error
 
 

@@ -1,0 +1,86 @@
+"""One training step of a rank: gradients of its batch, gradient norm, agreement of all ranks, optimizer update."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.collectives import Group
+from fused_megatron.collectives.together import sum_over_ranks_
+from fused_megatron.data.batch import Batch
+from fused_megatron.data_parallel.gradient_division import gradient_divisor
+from fused_megatron.sharding.gradient_norm import clip_coefficient
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over all ranks that are known before the update of a step.
+
+    Attributes:
+        loss: mean over the targets of the global batch.
+        gradient_norm: of the whole model, before clipping.
+        finite: True if the loss and the gradient norm are finite on every rank.
+        flags: the ranks' flags, summed over the ranks.
+    """
+
+    loss: float
+    gradient_norm: float
+    finite: bool
+    flags: list[float]
+
+
+def training_step(
+    assembly: Assembly,
+    read_batch: Callable[[], Batch],
+    *,
+    step: int,
+    lr: float,
+    targets_per_sample: int,
+    group: Group,
+    flags: Callable[[], Sequence[float]],
+    judge: Callable[[StepSums], None],
+) -> StepSums:
+    """Do one optimizer step. Every rank must call this together.
+
+    Args:
+        assembly: of this rank.
+        read_batch: returns this data-parallel rank's rows of the global batch.
+        step: number of the step, from 0.
+        lr: learning rate of the update.
+        targets_per_sample: number of targets of each sample.
+        group: all ranks of the run.
+        flags: called after backward; returns numbers to be summed over the ranks, equally many on every rank.
+        judge: called with the sums before the update; it must raise, the same on every rank, to keep the weights.
+
+    Raises:
+        PipelineError: as PipelineExecutor.step.
+        Any error that judge raises.
+
+    Communication: as Assembly.accumulate_batch, gradient_norm and update; one all-reduce of 8 bytes a number over
+        all ranks.
+    """
+    assembly.gradients.zero_()
+    divisor = gradient_divisor(assembly.config.training.global_batch_size, targets_per_sample)
+    loss_sum = assembly.accumulate_batch(read_batch(), step, divisor)
+    norm = assembly.gradient_norm()
+    sums = sum_over_ranks(assembly, loss_sum, norm, flags(), group)
+    judge(sums)
+    assembly.update(lr, clip_coefficient(norm, assembly.config.optimizer.clip_norm))
+    return sums
+
+
+def sum_over_ranks(
+    assembly: Assembly, loss_sum: torch.Tensor, norm: float, flags: Sequence[float], group: Group
+) -> StepSums:
+    """Sum the loss, the non-finite norms and the flags over all ranks with one all-reduce.
+
+    All ranks must agree on `finite`: a fault of one rank's memory or device does not reach its replicas.
+    """
+    layer_ranks = assembly.mesh.tp_size * assembly.mesh.pp_size  # they all hold the loss of their data-parallel rank
+    numbers = loss_sum.new_tensor([float(not math.isfinite(norm)), *flags])
+    message = torch.cat([(loss_sum / layer_ranks).reshape(1), numbers])
+    sum_over_ranks_(message, group)
+    loss, faults, *summed = message.tolist()
+    return StepSums(loss, norm, faults == 0 and math.isfinite(loss), summed)

@@ -1,0 +1,175 @@
+"""One training step of a rank with a recorder: on real ranks, or on fake tensors with a fake group of all ranks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from fused_megatron.assembly.assemble import Assembly, assemble
+from fused_megatron.assembly.build import DTYPES, build_mesh, build_stages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.training_step import training_step
+from fused_megatron.checks import check
+from fused_megatron.config import TrainConfig
+from fused_megatron.data.batch import Batch
+from fused_megatron.mesh import Mesh
+from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
+from fused_megatron.planning.step_recorder import StepRecorder
+
+MODEL, ASSEMBLY, BATCH, STEP = "model", "assembly", "batch", "step"
+"""Phases of the recorder."""
+
+# What the trainer's ranks tell each other in a step: damaged tokens, and the reasons to stop.
+_NUM_FLAGS = 7
+_STEP = 1  # not the first, in which shapes are told
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A rank, and what was seen of it.
+
+    Attributes:
+        assembly: the rank's parts, after the step.
+        recorder: from the making of its model on.
+        assembled: events of the recorder's storages before the step.
+        assembled_bytes, held_bytes: of all storages before and after the step.
+    """
+
+    assembly: Assembly
+    recorder: StepRecorder
+    assembled: int
+    assembled_bytes: int
+    held_bytes: int
+
+
+@contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
+    """A default process group of ranks that are not there: collectives return at once, and change nothing.
+
+    Raises:
+        InputError: there is a process group already.
+    """
+    check(
+        not dist.is_initialized(),
+        "a dry run needs a process without a process group (destroy_process_group, or a process of its own)",
+    )
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size_of(config: TrainConfig) -> int:
+    """The number of ranks; without parallel.data_parallel_size it is 1."""
+    parallel = config.parallel
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    return ranks * (parallel.data_parallel_size or 1)
+
+
+def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> RecordedStep:
+    """Build one rank of a layout without memory for its tensors, and run a training step.
+
+    The parts and the step are those of the trainer, and so are the actions of the executor. Only what other ranks would
+    send is missing: a message is there at once, a collective changes nothing.
+
+    Args:
+        config: of the run; model.vocab_size must be given.
+        rank: of all ranks.
+        device: of the fake tensors.
+
+    Raises:
+        InputError: as build_mesh, build_stages and assemble; there is a process group already.
+    """
+    with fake_ranks(rank, world_size_of(config)):
+        mesh = build_mesh(config, device.type)
+        recorder = StepRecorder(fake=True)
+        # A backward on a GPU has threads of its own otherwise, in which no mode is.
+        with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(), recorder:
+            return _record(config, mesh, device, recorder, _AbsentPeers(recorder, config, mesh))
+
+
+def record_real_step(config: TrainConfig, device: torch.device) -> RecordedStep:
+    """The same step on a real rank of the default process group; its executor is left open.
+
+    Communication: as build_mesh, assemble and training_step.
+    """
+    mesh = build_mesh(config, device.type)
+    recorder = StepRecorder(fake=False)
+    with torch.autograd.set_multithreading_enabled(False), recorder:
+        return _record(config, mesh, device, recorder, None)
+
+
+def _record(
+    config: TrainConfig, mesh: Mesh, device: torch.device, recorder: StepRecorder, peers: "_AbsentPeers | None"
+) -> RecordedStep:
+    plan = plan_pipeline(config)
+    with recorder.phase(MODEL):
+        model = build_stages(config, mesh, plan, device)
+    with recorder.phase(ASSEMBLY):
+        assembly = assemble(config, mesh, plan, model, transport=peers)
+    for stage in model.stages.values():
+        recorder.watch(stage)
+    storages = recorder.storages
+    assembled, assembled_bytes = storages.num_events, storages.held_bytes()
+
+    def read_batch() -> Batch:
+        with recorder.phase(BATCH):
+            return _batch(config, mesh)
+
+    with recorder.phase(STEP, lambda: assembly.executor.current_action):
+        training_step(
+            assembly,
+            read_batch,
+            step=_STEP,
+            lr=config.optimizer.lr,
+            targets_per_sample=config.model.seq_len,
+            group=dist.group.WORLD if mesh.world_size > 1 else None,
+            flags=lambda: [0.0] * _NUM_FLAGS,
+            judge=lambda sums: None,
+        )
+    return RecordedStep(assembly, recorder, assembled, assembled_bytes, storages.held_bytes())
+
+
+def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Of tokens 0: what they are changes no shape."""
+    rows = config.training.global_batch_size // mesh.dp_size
+    inputs, targets = (torch.zeros(rows, config.model.seq_len, dtype=torch.int64) for _ in range(2))
+    return Batch(inputs, targets)
+
+
+class _Done:
+    """A message that was there at once."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+
+class _AbsentPeers:
+    """The transport of a pipeline whose other ranks are not there.
+
+    What they send has the shapes of what they would: every stage of a transformer hands on the residual stream.
+    """
+
+    def __init__(self, recorder: StepRecorder, config: TrainConfig, mesh: Mesh) -> None:
+        sequence = config.model.seq_len // (mesh.tp_size if config.parallel.sequence_parallel else 1)
+        shape = (sequence, config.training.microbatch_size, config.model.hidden_size)
+        self._recorder = recorder
+        self._header = encode_header([TensorSpec(shape, DTYPES[config.training.dtype], True)])
+
+    def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
+        """As Transport."""
+        return _Done()
+
+    def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
+        """As Transport."""
+        if buffer.dtype == torch.int64 and buffer.numel() == HEADER_NUMBERS:
+            self._recorder.set_values(buffer, self._header)
+        return _Done()

@@ -1,0 +1,184 @@
+"""What a rank does in a step, op by op: memory, products, transfers, reads by the host; on real and on fake tensors."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fused_megatron.models import TransformerStack
+from fused_megatron.observe.record_communication import transfer_of
+from fused_megatron.observe.storages import StorageLog
+from fused_megatron.pipeline.schedule.action import Action
+
+_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+_DEVICE = torch.ops.prim.device.default
+_READ = torch.ops.aten._local_scalar_dense.default
+# What a list of a tensor's numbers is made of, besides the reads.
+_TAKEN_APART = {torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.aten.detach.default}
+_FOUND = torch.ops.aten.nonzero.default
+
+LOSS_LAYER, OWN_LAYER = "loss", "embedding"
+"""Layer of what the loss makes, and of what a stage makes outside of its layers: positions, masks, rotary tables."""
+
+
+class Place(NamedTuple):
+    """Where in a run something happens.
+
+    Attributes:
+        phase: as StepRecorder.phase was told.
+        action: of the schedule; None outside of it.
+        layer: of the model, in a forward (and where a backward computes it again); "" outside of all.
+    """
+
+    phase: str
+    action: Action | None
+    layer: str
+
+
+class Work(NamedTuple):
+    """A thing that is counted.
+
+    Attributes:
+        what: "flops", "host_syncs", or of a transfer "calls" and "bytes".
+        kind: of the transfer, as in record_communication; "" else.
+        group: the global ranks that take part in it.
+    """
+
+    what: str
+    kind: str = ""
+    group: tuple[int, ...] = ()
+
+
+class StepRecorder(TorchDispatchMode):
+    """Dispatch mode that sees all ops of a rank.
+
+    On fake tensors, which have no numbers, it also answers the host, which asks for some: what set_values() said, else
+    0.5, 0 or False, so that a norm is finite and no flag is up; and of a mask it takes every element for True.
+
+    Messages that only tell shapes (int64) are left out: they are sent once, in the first step.
+
+    Args:
+        fake: whether the tensors are fake.
+
+    Attributes:
+        storages: all that were made.
+        work: by (phase, action), what was counted there.
+    """
+
+    def __init__(self, fake: bool) -> None:
+        super().__init__()
+        self.storages: StorageLog[Place] = StorageLog(self.place)
+        self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
+        self._fake = fake
+        self._phase = ""
+        self._at: Callable[[], Action | None] = lambda: None
+        self._layers: list[str] = []
+        self._loss_at: Action | None = None
+        self._values: dict[int, tuple[torch.Tensor, Sequence[int]]] = {}
+        self._last_read = 0
+
+    @contextmanager
+    def phase(self, name: str, at: Callable[[], Action | None] = lambda: None) -> Iterator[None]:
+        """Name what runs inside; `at` tells the action that it is at."""
+        before = self._phase, self._at
+        self._phase, self._at = name, at
+        try:
+            yield
+        finally:
+            self._phase, self._at = before
+
+    def place(self) -> Place:
+        """Of this moment."""
+        action = self._at()
+        if self._layers:
+            return Place(self._phase, action, self._layers[-1])
+        return Place(self._phase, action, LOSS_LAYER if action is not None and action == self._loss_at else "")
+
+    def watch(self, stage: TransformerStack) -> None:
+        """Tell the layers of a stage apart: its blocks and what else it consists of."""
+        self._name(stage, OWN_LAYER)
+        for name, child in stage.named_children():
+            for block, layer in child.named_children() if name == "blocks" else [("", child)]:
+                self._name(layer, f"blocks.{block}" if block else name)
+        if stage.span.last:
+            stage.register_forward_hook(lambda *_: self._expect_loss())
+
+    def set_values(self, tensor: torch.Tensor, values: Sequence[int]) -> None:
+        """What the host reads in a fake tensor."""
+        self._values[tensor.untyped_storage()._cdata] = tensor, values
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args) if not self._fake else args[0].fake_device
+        if func is _READ:
+            return self._read(args[0])
+        if func.namespace == "c10d":
+            self._transfer(func.overloadpacket.__name__, args)
+        if self._fake and func is _FOUND:  # how many there are hangs on the numbers: all, the most that can be
+            result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        else:
+            result = func(*args, **kwargs)
+        if func not in _TAKEN_APART:
+            self._last_read = 0
+        if func is _FOUND:
+            self._count(Work("host_syncs"), 1)
+        formula = _FLOPS.get(func.overloadpacket)
+        if formula is not None:
+            self._count(Work("flops"), formula(*args, **kwargs, out_val=result))
+        self.storages.see(func, (args, kwargs), result)
+        return result
+
+    def _count(self, work: Work, number: int) -> None:
+        self.work[self._phase, self._at()][work] += number
+
+    def _transfer(self, name: str, args: Any) -> None:
+        found = transfer_of(name, args)
+        if found.kind in ("send", "receive") and found.dtype == torch.int64:
+            return
+        self._count(Work("calls", found.kind, found.group), 1)
+        self._count(Work("bytes", found.kind, found.group), found.num_bytes)
+
+    def _read(self, tensor: torch.Tensor) -> Any:
+        key = tensor.untyped_storage()._cdata
+        told = self._values.get(key)
+        if self._last_read != key and told is None:  # a list is read at once
+            self._count(Work("host_syncs"), 1)
+        self._last_read = key
+        if not self._fake:
+            return _READ(tensor)
+        if told is not None:
+            index = int(tensor.storage_offset())
+            if index == len(told[1]) - 1:
+                del self._values[key]
+            return told[1][index]
+        if tensor.dtype == torch.bool:
+            return False
+        return 0.5 if tensor.is_floating_point() else 0
+
+    def _name(self, module: nn.Module, layer: str) -> None:
+        def enter(*_: Any) -> None:
+            self._layers.append(layer)
+
+        def leave(*_: Any) -> None:
+            if self._layers:
+                self._layers.pop()
+
+        module.register_forward_pre_hook(enter)
+        # Also where a recomputation stops inside the layer, with an exception.
+        module.register_forward_hook(leave, always_call=True)
+
+    def _expect_loss(self) -> None:
+        self._loss_at = self._at()
