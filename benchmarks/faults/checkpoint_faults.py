@@ -66,9 +66,14 @@ def die_writing(num_bytes: int) -> None:
 
 
 def load(
-    rank: int, ranks: int, system: str, folder: Path, rows: int = ROWS, dtype: torch.dtype = torch.float32,
+    rank: int,
+    ranks: int,
+    system: str,
+    folder: Path,
+    rows: int = ROWS,
+    dtype: torch.dtype = torch.float32,
     name: str = NAME,
-) -> Answer:  # fmt: skip
+) -> Answer:
     """What this rank gets: the values that there are in it."""
     try:
         got = SAVERS[system].load(folder, torch.zeros(rows, COLUMNS, dtype=dtype), rank, ranks, name)

@@ -50,9 +50,16 @@ checkpoint_interval = {NUM_STEPS}
 
 
 def train_ranks(
-    folder: Path, fault: str, at: str, num_ranks: int, *, words: tuple[str, ...] = (), steps: int = NUM_STEPS,
-    hosts: TwoHosts | None = None, other: tuple[str, ...] = (),
-) -> Ranks:  # fmt: skip
+    folder: Path,
+    fault: str,
+    at: str,
+    num_ranks: int,
+    *,
+    words: tuple[str, ...] = (),
+    steps: int = NUM_STEPS,
+    hosts: TwoHosts | None = None,
+    other: tuple[str, ...] = (),
+) -> Ranks:
     """A run whose ranks `at` have a fault; `other` are words of rank FAULTY only."""
     write(folder / "set")
     (folder / "run.toml").write_text(CONFIG)
@@ -275,9 +282,10 @@ FAULTS: dict[str, dict[str, Outcome]] = {
         theirs_other_sizes, ours_other_sizes
     ),
     "a sync of the disk takes 8 s in a save": {
-        "fused-megatron": ours_slow_disk, "torch.distributed": theirs_slow_disk,
+        "fused-megatron": ours_slow_disk,
+        "torch.distributed": theirs_slow_disk,
     },
-}  # fmt: skip
+}
 
 
 if __name__ == "__main__":
