@@ -16,7 +16,12 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
-from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_all_reduce_
+from fused_megatron.collectives.transfers import (
+    Transfer,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter_blocks,
+)
 from fused_megatron.data_parallel import reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.models import attention, block, stack
@@ -26,7 +31,7 @@ from fused_megatron.overlap import overlapped_linear, overlapped_mlp
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
-from fused_megatron.sharding import gradient_norm, initialization, parameter_parts, parameter_record
+from fused_megatron.sharding import gradient_norm, initialization, parameter_record
 from fused_megatron.sharding.box import TensorBox
 from fused_megatron.tensor_parallel import (
     RowParallelLinear,
@@ -222,13 +227,18 @@ def recomputed_with_other_dropout() -> Planted:
 # ---- Data parallelism and microbatches -------------------------------------------------------------------------------
 
 
-def averaged_over_replicas() -> Planted:
+@contextmanager
+def averaged_over_replicas() -> Iterator[None]:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    def start(x: torch.Tensor, group: Any) -> Transfer:
-        return start_all_reduce_(x.div_(group_size(group)), group)
+    def divided(start: Callable[..., Transfer]) -> Callable[..., Transfer]:
+        return lambda x, *others: start(x.div_(group_size(others[-1])), *others)
 
-    return patch.object(reduction, "start_all_reduce_", start)
+    with (
+        patch.object(reduction, "start_all_reduce_", divided(start_all_reduce_)),
+        patch.object(reduction, "start_reduce_scatter_blocks", divided(start_reduce_scatter_blocks)),
+    ):
+        yield
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -255,9 +265,9 @@ def dropout_by_the_replica() -> Planted:
     """A replica counts its samples from 0, and so drops what the first replica drops."""
     original, first = stack.masks_of_batch, list[int]()
 
-    def masks(states: torch.Tensor, position: Any, batch: int, sequence: Any) -> DropoutMasks:
-        first.append(position.first_sample)
-        moved = replace(position, first_sample=position.first_sample - first[0])
+    def masks(states: torch.Tensor, batch_slice: Any, batch: int, sequence: Any) -> DropoutMasks:
+        first.append(batch_slice.first_sample)
+        moved = replace(batch_slice, first_sample=batch_slice.first_sample - first[0])
         return original(states, moved, batch, sequence)
 
     return patch.object(stack, "masks_of_batch", masks)
@@ -366,19 +376,12 @@ def clipped_on_the_first_rank_only() -> Planted:
     return patch.object(Optimizer, "step", step)
 
 
-def sharded_biases_decayed() -> Planted:
-    """Biases that are shards are decayed like matrices."""
-    original = Optimizer.__init__
+def vectors_decayed() -> Planted:
+    """Where several ranks train, biases and norms are decayed like matrices, as in a flat tensor without shapes."""
+    original = Optimizer._grouped
 
-    def init(self: Optimizer, parameters: Any, *others: Any) -> None:
-        original(self, parameters, *others)
-        sharded = {
-            id(self.main[name])
-            for name, p in parameters.items()
-            if p.dim() == 1 and not all(part.is_full(p.shape) for part in parameter_parts(p))
-        }
-        matrices, vectors = self._adamw.param_groups
-        matrices["params"] += [p for p in vectors["params"] if id(p) in sharded]
-        vectors["params"] = [p for p in vectors["params"] if id(p) not in sharded]
+    def grouped(self: Optimizer) -> Any:
+        several = dist.get_world_size() > 1
+        return [g._replace(weight_decay=self._config.weight_decay) if several else g for g in original(self)]
 
-    return patch.object(Optimizer, "__init__", init)
+    return patch.object(Optimizer, "_grouped", grouped)
