@@ -16,12 +16,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
-from fused_megatron.collectives.transfers import (
-    Transfer,
-    start_all_gather,
-    start_all_reduce_,
-    start_reduce_scatter_blocks,
-)
+from fused_megatron.collectives.transfers import Transfer, start_all_gather
 from fused_megatron.data_parallel import reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.models import attention, block, stack
@@ -31,7 +26,7 @@ from fused_megatron.overlap import overlapped_linear, overlapped_mlp
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.tied_weights import TiedWeight
-from fused_megatron.sharding import gradient_norm, initialization, parameter_record
+from fused_megatron.sharding import gradient_norm, initialization, parameter_parts, parameter_record
 from fused_megatron.sharding.box import TensorBox
 from fused_megatron.tensor_parallel import (
     RowParallelLinear,
@@ -227,18 +222,16 @@ def recomputed_with_other_dropout() -> Planted:
 # ---- Data parallelism and microbatches -------------------------------------------------------------------------------
 
 
-@contextmanager
-def averaged_over_replicas() -> Iterator[None]:
+def averaged_over_replicas() -> Planted:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    def divided(start: Callable[..., Transfer]) -> Callable[..., Transfer]:
-        return lambda x, *others: start(x.div_(group_size(others[-1])), *others)
+    original = reduction._Bucket.start_sum
 
-    with (
-        patch.object(reduction, "start_all_reduce_", divided(start_all_reduce_)),
-        patch.object(reduction, "start_reduce_scatter_blocks", divided(start_reduce_scatter_blocks)),
-    ):
-        yield
+    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], None]:
+        self.flat.div_(group_size(dp_group))
+        return original(self, dp_group)
+
+    return patch.object(reduction._Bucket, "start_sum", start_sum)
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -376,12 +369,30 @@ def clipped_on_the_first_rank_only() -> Planted:
     return patch.object(Optimizer, "step", step)
 
 
-def vectors_decayed() -> Planted:
-    """Where several ranks train, biases and norms are decayed like matrices, as in a flat tensor without shapes."""
-    original = Optimizer._grouped
+@contextmanager
+def sharded_biases_decayed() -> Iterator[None]:
+    """Biases that are shards are decayed like matrices."""
+    by_name, original = reduction.GradientBuckets.by_name, Optimizer._grouped
+    sharded: set[str] = set()
+
+    def remember(self: reduction.GradientBuckets, parameters: Any) -> Any:
+        sharded.update(
+            name
+            for name, p in parameters.items()
+            if p.dim() == 1 and not all(part.is_full(p.shape) for part in parameter_parts(p))
+        )
+        return by_name(self, parameters)
 
     def grouped(self: Optimizer) -> Any:
-        several = dist.get_world_size() > 1
-        return [g._replace(weight_decay=self._config.weight_decay) if several else g for g in original(self)]
+        found = []
+        for group in original(self):
+            decayed = [name for name in group.names if name in sharded]
+            found.append(group._replace(names=[name for name in group.names if name not in sharded]))
+            found.append(group._replace(names=decayed, weight_decay=self._config.weight_decay))
+        return [group for group in found if group.names]
 
-    return patch.object(Optimizer, "_grouped", grouped)
+    with (
+        patch.object(reduction.GradientBuckets, "by_name", remember),
+        patch.object(Optimizer, "_grouped", grouped),
+    ):
+        yield

@@ -132,7 +132,7 @@ FAULTS = (
     _fault(plants.replicated_counted_by_every_rank, TENSOR, "^gradient norm of step 1", _TP),
     _fault(plants.norm_of_one_shard, TENSOR, "^gradient norm of step 1", _TP),
     _fault(plants.clipped_on_the_first_rank_only, TENSOR, "^weight .* after update 1", _TP),
-    _fault(plants.vectors_decayed, TENSOR, r"^weight blocks\.0\.attention_norm\.weight after update 1", _TP),
+    _fault(plants.sharded_biases_decayed, TENSOR, r"^weight blocks\.0\..*\.bias.* after update 1", _TP),
     _fault(plants.norm_gradient_not_summed, SEQUENCE, "^gradient of final_norm", _SP),
     _fault(plants.ranks_swapped_in_a_gather, SEQUENCE, r"^output of blocks\.0\.attention in", _SP),
     _fault(plants.positions_of_the_first_block, SEQUENCE, r"^output of blocks\.0\.attention_norm", _SP),

@@ -64,7 +64,8 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
         return () if work is None else (work,)
     kind, announce, cut = shared
     ring.begin(kind, source)
-    announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
+    if torch._C._len_torch_dispatch_stack():  # nobody else hears an announcement
+        announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
     return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
 
 
