@@ -316,7 +316,7 @@ def _build_text(
             (validation if is_validation else train).add_document(ids)
             tokens[is_validation] += len(ids)
             fingerprint.update(b"%d %d\n" % (is_validation, len(ids)))
-            fingerprint.update(ids)
+            fingerprint.update(ids.data)
     check(tokens[0] > 0, f"{source.description}: there is no text in it")
     manifest = {
         "description": source.description,

@@ -67,7 +67,7 @@ def test_long_texts_are_encoded_a_part_at_a_time(tokenizer, monkeypatch):
     texts = ["ab cd\n" * 50, "", "x" * 99, "é\n" * 30]
     monkeypatch.setattr("fused_megatron.data.tokenizer._PIECE_CHARACTERS", 20)
     whole = tokenizer.encode_batch(texts)
-    monkeypatch.setattr("fused_megatron.data.tokenizer._AT_ONCE_CHARACTERS", 50)
+    monkeypatch.setattr("fused_megatron.data.tokenizer._BATCH_CHARACTERS", 50)
     parts = tokenizer.encode_batch(texts, np.uint16)
     assert [each.dtype for each in parts] == [np.uint16] * 4
     assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
