@@ -258,9 +258,9 @@ def dropout_by_the_replica() -> Planted:
     """A replica counts its samples from 0, and so drops what the first replica drops."""
     original, first = stack.masks_of_batch, list[int]()
 
-    def masks(states: torch.Tensor, position: Any, batch: int, sequence: Any) -> DropoutMasks:
-        first.append(position.first_sample)
-        moved = replace(position, first_sample=position.first_sample - first[0])
+    def masks(states: torch.Tensor, batch_slice: Any, batch: int, sequence: Any) -> DropoutMasks:
+        first.append(batch_slice.first_sample)
+        moved = replace(batch_slice, first_sample=batch_slice.first_sample - first[0])
         return original(states, moved, batch, sequence)
 
     return patch.object(stack, "masks_of_batch", masks)
