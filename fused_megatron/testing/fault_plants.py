@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
-from fused_megatron.collectives.transfers import Transfer, start_all_gather
+from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter_blocks
 from fused_megatron.data_parallel import reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.models import attention, block, stack
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops import LossTerms, cross_entropy_shards
@@ -339,11 +340,11 @@ def replicated_counted_by_every_rank() -> Planted:
 
 
 def _one_group_left_out(which: int) -> Planted:
-    """global_gradient_norm sums over the tensor-parallel ranks, then over the pipeline's."""
+    """global_gradient_norm sums over the tensor-parallel ranks, the pipeline's, then those that own other rows."""
     original, calls = gradient_norm.sum_over_ranks_, itertools.count()
 
     def sum_over_ranks_(x: torch.Tensor, group: Any) -> None:
-        if next(calls) % 2 != which:
+        if next(calls) % 3 != which:
             original(x, group)
 
     return patch.object(gradient_norm, "sum_over_ranks_", sum_over_ranks_)
@@ -357,6 +358,25 @@ def norm_of_one_shard() -> Planted:
 def norm_of_one_stage() -> Planted:
     """The gradient norm of a pipeline rank's stages only."""
     return _one_group_left_out(1)
+
+
+def norm_of_own_rows() -> Planted:
+    """The gradient norm of the rows that a replica updates only."""
+    return _one_group_left_out(2)
+
+
+def weights_not_gathered() -> Planted:
+    """Each replica updates its rows and keeps the old values of the others."""
+    return patch.object(WeightGather, "start", lambda self: None)
+
+
+def rows_of_another_replica() -> Planted:
+    """The reduce-scatter of gradients gives each replica the sums that belong to the next one."""
+
+    def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
+        return start_reduce_scatter_blocks(blocks.roll(-shard.numel()), shard, group)
+
+    return patch.object(reduction, "start_reduce_scatter_blocks", start)
 
 
 def clipped_on_the_first_rank_only() -> Planted:
