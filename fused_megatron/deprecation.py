@@ -1,4 +1,4 @@
-"""Old names of arguments, attributes and classes, which keep working for one release and warn.
+"""Old names of arguments and classes, which keep working for one release and warn.
 
 Every warning is a DeprecationWarning that names the new name and the release that drops the old one. It points at the
 line of the user who wrote the old name, also where torch stands between the user and the function (model(...) calls
@@ -48,16 +48,6 @@ def renamed_argument(
         return accept_old_name
 
     return decorate
-
-
-def renamed_attribute(old: str, new: str, removed_in: str = "0.2") -> Any:
-    """Return a read-only property `old` for a class body, which gives the attribute `new` and warns."""
-
-    def read(owner: Any) -> Any:
-        warn_renamed(f"{type(owner).__name__}.{old}", new, removed_in)
-        return getattr(owner, new)
-
-    return property(read, doc=f"Old name of {new}.")
 
 
 def renamed_names(module: str, names: Mapping[str, str], removed_in: str = "0.2") -> Callable[[str], Any]:

@@ -1,4 +1,4 @@
-"""Start here when the old name of an argument, an attribute or a class no longer works, or works without a warning."""
+"""Start here when the old name of an argument or a class no longer works, or works without a warning."""
 
 import sys
 import types
@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from fused_megatron.deprecation import renamed_argument, renamed_attribute, renamed_names
+from fused_megatron.deprecation import renamed_argument, renamed_names
 
 
 @renamed_argument(old="mask", new="padding", removed_in="9.9")
@@ -34,12 +34,6 @@ def test_both_keywords_are_refused():
 
 
 class Layer(torch.nn.Module):
-    narrow = renamed_attribute("narrow", "down", removed_in="9.9")
-
-    def __init__(self):
-        super().__init__()
-        self.down = torch.nn.Identity()
-
     @renamed_argument(old="mask", new="padding")
     def forward(self, x, padding=0):
         return x + padding
@@ -48,13 +42,6 @@ class Layer(torch.nn.Module):
 def test_the_warning_skips_the_frames_of_torch():
     with pytest.warns(DeprecationWarning, match=r"mask= of Layer\.forward") as warned:
         Layer()(1, mask=2)
-    assert warned[0].filename == __file__
-
-
-def test_the_old_attribute_gives_the_new_one_and_warns():
-    layer = Layer()
-    with pytest.warns(DeprecationWarning, match=r"Layer\.narrow is now called down") as warned:
-        assert layer.narrow is layer.down
     assert warned[0].filename == __file__
 
 

@@ -214,7 +214,7 @@ def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[
         call, library = min(result.call_us), min(result.library_us)
         verdict = MET if result.overhead_us <= bar else MISSED
         rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
-    return markdown(["op", "us a call", "library op alone", "Python", "bar"], rows)
+    return markdown(["op", "us a call", "library op only", "Python", "bar"], rows)
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> list[str]:

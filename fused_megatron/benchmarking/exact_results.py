@@ -82,7 +82,8 @@ class Judge:
         except AssertionError as impossible:
             return f"wrong: {first_line(impossible, name_type=False)[:MESSAGE_CHARACTERS]}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        worst, off = 0.0, []
+        worst = 0.0
+        off = []
         for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
             if got.shape != want.shape:
                 return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None

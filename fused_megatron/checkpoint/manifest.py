@@ -174,7 +174,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
-    """Do as read_manifest, and also return the SHA-256 of the file."""
+    """Read the manifest as read_manifest does; return it and the SHA-256 of the file."""
     location = path / MANIFEST_NAME
     try:
         if not stat.S_ISDIR(path.stat().st_mode):

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from fused_megatron.checks import check_divisible
 from fused_megatron.collectives.groups import group_size
 from fused_megatron.collectives.transport.host_ring import add_in_order
-from fused_megatron.collectives.transport.select import Work, start
+from fused_megatron.collectives.transport.select import Work, is_shared, meet, start
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 
@@ -118,9 +118,10 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
 def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
     """Start to sum blocks [R n, ..] over the ranks, and keep this rank's block in shard [n, ..]; both contiguous."""
     assert group is not None
-    # A fake group on CPU tensors does what gloo would.
-    if blocks.is_cpu and group._get_backend(blocks.device).name() in ("gloo", "fake"):
-        return _start_exchange_and_sum(blocks, shard, group)
+    if blocks.is_cpu and group._get_backend(blocks.device).name() == "gloo":
+        meet(group)
+        if not is_shared(group, blocks):
+            return _start_exchange_and_sum(blocks, shard, group)
     return Transfer(start(dist.reduce_scatter_single, group, shard.view(-1), blocks.view(-1)), (shard, blocks))
 
 

@@ -312,11 +312,11 @@ def _build_text(
         IndexedDatasetWriter(folder / "train", dtype, vocab_size=tokenizer.vocab_size) as train,
         IndexedDatasetWriter(folder / "validation", dtype, vocab_size=tokenizer.vocab_size) as validation,
     ):
-        for is_validation, ids in _encoded(source, tokenizer, validation_fraction, report):
+        for is_validation, ids in _encoded(source, tokenizer, dtype, validation_fraction, report):
             (validation if is_validation else train).add_document(ids)
             tokens[is_validation] += len(ids)
             fingerprint.update(b"%d %d\n" % (is_validation, len(ids)))
-            fingerprint.update(ids.astype(dtype).tobytes())
+            fingerprint.update(ids.data)
     check(tokens[0] > 0, f"{source.description}: there is no text in it")
     manifest = {
         "description": source.description,
@@ -331,19 +331,20 @@ def _build_text(
 
 
 def _encoded(
-    source: TextSource, tokenizer: Tokenizer, validation_fraction: float, report: Progress
+    source: TextSource, tokenizer: Tokenizer, dtype: np.dtype, validation_fraction: float, report: Progress
 ) -> Iterator[tuple[bool, np.ndarray]]:
-    """Yield (held out, tokens with an end of document) of every text that is not empty."""
+    """Yield (held out, tokens of a dtype with an end of document) of every text that is not empty."""
     total_bytes = source.total_bytes()
     done = 0
     waiting: list[tuple[bool, str]] = []
 
     def encode() -> Iterator[tuple[bool, np.ndarray]]:
         nonlocal done
-        batch = tokenizer.encode_batch([text for _, text in waiting])
+        batch = tokenizer.encode_batch([text for _, text in waiting], dtype)
         for (is_validation, _), ids in zip(waiting, batch, strict=True):
-            done += int(tokenizer.token_bytes[ids].sum())
-            yield is_validation, np.append(ids, tokenizer.end_of_document)
+            for start in range(0, len(ids), _SCAN_TOKENS):
+                done += int(tokenizer.token_bytes[ids[start : start + _SCAN_TOKENS]].sum())
+            yield is_validation, np.append(ids, dtype.type(tokenizer.end_of_document))
         waiting.clear()
         report("tokenizing", min(done, total_bytes), total_bytes)
 

@@ -8,11 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.observe.free_memory import memory_bytes
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 MOST_LINE_BYTES = 64 << 20
 """Longest line of a .jsonl file: longer than any document. Parsing takes some 9 times as much memory."""
+
+# Of a document beside its bytes: the text, its two parts (training, held out), its tokens. Python keeps a text that has
+# one character beyond Latin-1 with two or four bytes for each.
+_COPIES, _WIDE_COPIES = 4, 10
 
 
 @dataclass
@@ -59,7 +64,10 @@ class TextSource:
 
     def _read(self, name: str, path: Path) -> str:
         try:
-            return path.read_bytes().removeprefix(_UTF8_BOM).decode()
+            _check_room(path, path.stat().st_size, 1)
+            content = path.read_bytes()
+            _check_room(path, len(content), _COPIES if content.isascii() else _WIDE_COPIES)
+            return content.removeprefix(_UTF8_BOM).decode()
         except UnicodeDecodeError as error:
             if self.skip_undecodable:
                 self.skipped.add(name)
@@ -72,6 +80,16 @@ class TextSource:
                 self.skipped.add(name)
                 return ""
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _check_room(path: Path, num_bytes: int, copies: int) -> None:
+    """A large document must leave memory for what is made of it."""
+    needed, free = num_bytes * copies, memory_bytes()[1] if num_bytes > MOST_LINE_BYTES else 0.0
+    check(
+        needed <= free or not free,
+        f"{path}: a document of {num_bytes / 1e9:.1f} GB, of which {needed / 1e9:.1f} GB are made in memory, and "
+        f"{free / 1e9:.1f} GB are free: divide it into several files, or into lines of a .jsonl file",
+    )
 
 
 def standard_library_source() -> TextSource:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
@@ -19,8 +20,10 @@ _ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]
 MASKED_LM_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 # The 256 bytes and the end of document.
 MIN_VOCAB_SIZE = 257
-# Encoding takes some 100 bytes per token until a piece is done, so long documents are encoded in pieces.
+# Encoding takes some 100 bytes per token until a batch is done, so long documents are encoded in pieces, in batches
+# that are large enough for all cores.
 _PIECE_CHARACTERS = 1 << 20
+_BATCH_CHARACTERS = 1 << 22
 # The largest vocabularies have 250,000 entries in files of 40 MB. Tokenizer keeps a table of all ids.
 _MOST_IDS = 1 << 24
 _MOST_FILE_BYTES = 1 << 30
@@ -66,16 +69,18 @@ class Tokenizer:
         """Encode one text: int64 [num_tokens], without an end of document."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Encode each text as encode() does, on all processor cores."""
-        pieces = [list(text_pieces(text, _PIECE_CHARACTERS)) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
-        results = []
-        for text in pieces:
-            parts = [np.asarray(next(encoded).ids, dtype=np.int64) for _ in text]
-            results.append(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
-        return results
+    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.int64) -> list[np.ndarray]:
+        """Encode each text as encode() does, on all processor cores; dtype must hold all ids.
+
+        Memory: the ids twice, and up to 400 MB for long texts.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        pieces = ((i, piece) for i, text in enumerate(texts) for piece in text_pieces(text, _PIECE_CHARACTERS))
+        for batch in _batches(pieces, _BATCH_CHARACTERS):
+            encoded = self._backend.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (i, _), each in zip(batch, encoded, strict=True):
+                parts[i].append(np.asarray(each.ids, dtype=dtype))
+        return [np.concatenate(each) if each else np.empty(0, dtype=dtype) for each in parts]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
         """Decode token ids to text; bytes that are not UTF-8 (part of a character) become U+FFFD."""
@@ -184,6 +189,20 @@ def text_pieces(text: str, limit: int) -> Iterator[str]:
         start = end
     if start < len(text):
         yield text[start:]
+
+
+def _batches(pieces: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:
+    """Yield the pieces in order, in lists; a list ends with the piece with which it has at least `characters`."""
+    batch: list[tuple[int, str]] = []
+    count = 0
+    for piece in pieces:
+        batch.append(piece)
+        count += len(piece[1])
+        if count >= characters:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
 
 
 def _import_tokenizers() -> Any:

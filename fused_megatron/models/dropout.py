@@ -81,7 +81,7 @@ class DropoutMasks:
     def _add_run(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, start: int
     ) -> torch.Tensor:
-        """Do as add() for rows at consecutive positions from `start` on."""
+        """Compute add() for rows at consecutive positions from `start` on."""
         return ops.bias_dropout_add(
             x,
             bias,

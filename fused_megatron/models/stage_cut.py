@@ -95,7 +95,8 @@ def block_cost(config: TransformerConfig) -> int:
 def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:
     """Choose the number of blocks of each stage; placement holds the rank of each stage."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
-    block, last = block_cost(config), len(placement) - 1
+    block = block_cost(config)
+    last = len(placement) - 1
     counts = [1 if stage == 0 or stage < last else 0 for stage in range(last + 1)]
     costs = [block * count for count in counts]
     costs[0] += config.hidden_size

@@ -1,4 +1,4 @@
-"""AdamW in one pass over the bytes of the optimizer: lists of tensors, one call for a whole parameter group."""
+"""AdamW in one pass over the bytes of the optimizer: one call for the lists of tensors of a parameter group."""
 
 from collections.abc import Sequence
 
@@ -45,20 +45,20 @@ def adamw_(
         exp_avg, exp_avg_sq: float32 moments m and v, one for each weight, in its shape.
         gradient: float32, one for each weight, in its shape.
         step: number of this update, from 1 on.
-        low: bfloat16 or float16 parameters that the main weights are rounded into; empty where there are none.
+        low: bfloat16 or float16 parameters that the main weights are rounded into; empty if there are none.
         gradient_scale: a number, or a float32 tensor of one element on the device of the weights (a clip coefficient
             that the host has not read).
-        skip: a bool tensor of one element on the device of the weights; where it is True nothing is changed.
+        skip: a bool tensor of one element on the device of the weights; if it is True, nothing changes.
         zero_gradient: set the gradients to 0 in the same pass.
 
     Raises:
         InputError: lists of different lengths, shapes, dtypes or devices; step below 1.
 
-    Memory: none beside its arguments. It reads 16 bytes an element and writes 12, 2 more for `low` and 4 more for
+    Memory: none beside its arguments. It reads 16 bytes per element and writes 12, 2 more for `low` and 4 more for
         zero_gradient.
     Numerics: every operation is rounded to float32 by itself, without fused multiply-adds: an element's result does
-        not depend on where in a tensor it stands, nor on the processor. Within 1 ulp of torch's (a few in ten
-        thousand: 2 ulps).
+        not depend on its position in a tensor, nor on the processor. Within 1 ulp of torch's result (a few elements in
+        ten thousand: 2 ulps).
 
     Paper: Decoupled Weight Decay Regularization (Loshchilov and Hutter, arXiv 1711.05101).
     """
@@ -81,5 +81,5 @@ def adamw_(
                 )
     if not isinstance(gradient_scale, torch.Tensor):
         gradient_scale = torch.full((), gradient_scale, dtype=torch.float32, device=main[0].device)
-    tensors = (main, exp_avg, exp_avg_sq, gradient, low)
-    _update(*tensors, gradient_scale, skip, lr, beta1, beta2, eps, weight_decay, step, zero_gradient)
+    inputs = (main, exp_avg, exp_avg_sq, gradient, low)
+    _update(*inputs, gradient_scale, skip, lr, beta1, beta2, eps, weight_decay, step, zero_gradient)

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
-from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_all_reduce_
+from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter_blocks
 from fused_megatron.data_parallel import reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.models import attention, block, stack
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops import LossTerms, cross_entropy_shards
@@ -225,10 +226,13 @@ def recomputed_with_other_dropout() -> Planted:
 def averaged_over_replicas() -> Planted:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    def start(x: torch.Tensor, group: Any) -> Transfer:
-        return start_all_reduce_(x.div_(group_size(group)), group)
+    original = reduction._Bucket.start_sum
 
-    return patch.object(reduction, "start_all_reduce_", start)
+    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], None]:
+        self.flat.div_(group_size(dp_group))
+        return original(self, dp_group)
+
+    return patch.object(reduction._Bucket, "start_sum", start_sum)
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -255,9 +259,9 @@ def dropout_by_the_replica() -> Planted:
     """A replica counts its samples from 0, and so drops what the first replica drops."""
     original, first = stack.masks_of_batch, list[int]()
 
-    def masks(states: torch.Tensor, position: Any, batch: int, sequence: Any) -> DropoutMasks:
-        first.append(position.first_sample)
-        moved = replace(position, first_sample=position.first_sample - first[0])
+    def masks(states: torch.Tensor, batch_slice: Any, batch: int, sequence: Any) -> DropoutMasks:
+        first.append(batch_slice.first_sample)
+        moved = replace(batch_slice, first_sample=batch_slice.first_sample - first[0])
         return original(states, moved, batch, sequence)
 
     return patch.object(stack, "masks_of_batch", masks)
@@ -336,11 +340,11 @@ def replicated_counted_by_every_rank() -> Planted:
 
 
 def _one_group_left_out(which: int) -> Planted:
-    """global_gradient_norm sums over the tensor-parallel ranks, then over the pipeline's."""
+    """global_gradient_norm sums over the tensor-parallel ranks, the pipeline's, then those that own other rows."""
     original, calls = gradient_norm.sum_over_ranks_, itertools.count()
 
     def sum_over_ranks_(x: torch.Tensor, group: Any) -> None:
-        if next(calls) % 2 != which:
+        if next(calls) % 3 != which:
             original(x, group)
 
     return patch.object(gradient_norm, "sum_over_ranks_", sum_over_ranks_)
@@ -356,6 +360,25 @@ def norm_of_one_stage() -> Planted:
     return _one_group_left_out(1)
 
 
+def norm_of_own_rows() -> Planted:
+    """The gradient norm of the rows that a replica updates only."""
+    return _one_group_left_out(2)
+
+
+def weights_not_gathered() -> Planted:
+    """Each replica updates its rows and keeps the old values of the others."""
+    return patch.object(WeightGather, "start", lambda self: None)
+
+
+def rows_of_another_replica() -> Planted:
+    """The reduce-scatter of gradients gives each replica the sums that belong to the next one."""
+
+    def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
+        return start_reduce_scatter_blocks(blocks.roll(-shard.numel()), shard, group)
+
+    return patch.object(reduction, "start_reduce_scatter_blocks", start)
+
+
 def clipped_on_the_first_rank_only() -> Planted:
     """The other ranks update from gradients that are not scaled."""
     original = Optimizer.step
@@ -366,19 +389,30 @@ def clipped_on_the_first_rank_only() -> Planted:
     return patch.object(Optimizer, "step", step)
 
 
-def sharded_biases_decayed() -> Planted:
+@contextmanager
+def sharded_biases_decayed() -> Iterator[None]:
     """Biases that are shards are decayed like matrices."""
-    original = Optimizer.__init__
+    by_name, original = reduction.GradientBuckets.by_name, Optimizer._grouped
+    sharded: set[str] = set()
 
-    def init(self: Optimizer, parameters: Any, *others: Any) -> None:
-        original(self, parameters, *others)
-        sharded = {
-            id(self.main[name])
+    def remember(self: reduction.GradientBuckets, parameters: Any) -> Any:
+        sharded.update(
+            name
             for name, p in parameters.items()
             if p.dim() == 1 and not all(part.is_full(p.shape) for part in parameter_parts(p))
-        }
-        matrices, vectors = self._adamw.param_groups
-        matrices["params"] += [p for p in vectors["params"] if id(p) in sharded]
-        vectors["params"] = [p for p in vectors["params"] if id(p) not in sharded]
+        )
+        return by_name(self, parameters)
 
-    return patch.object(Optimizer, "__init__", init)
+    def grouped(self: Optimizer) -> Any:
+        found = []
+        for group in original(self):
+            decayed = [name for name in group.names if name in sharded]
+            found.append(group._replace(names=[name for name in group.names if name not in sharded]))
+            found.append(group._replace(names=decayed, weight_decay=self._config.weight_decay))
+        return [group for group in found if group.names]
+
+    with (
+        patch.object(reduction.GradientBuckets, "by_name", remember),
+        patch.object(Optimizer, "_grouped", grouped),
+    ):
+        yield

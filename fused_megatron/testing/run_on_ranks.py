@@ -100,6 +100,11 @@ def run_cases_on_ranks(
     return [list(results) for results in zip(*by_rank, strict=True)]
 
 
+def check_sent_to_ranks(value: Any) -> None:
+    """Raise, what depends on the value, if run_on_ranks cannot send it as an argument."""
+    pickle.dumps(value)
+
+
 def _run(
     fn: Callable[..., Any],
     world_size: int,

@@ -1,4 +1,4 @@
-"""The command `fused-megatron generate`: it continues a prompt with a run's newest checkpoint, in any TP size."""
+"""The command `fused-megatron generate`, which continues a prompt at any tensor-parallel size."""
 
 import dataclasses
 from dataclasses import dataclass

@@ -108,7 +108,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], came: list[int], grace_s: fl
     """Pass signals on until every rank has ended; after a failure end the remaining ranks. Return the exit code."""
     running = list(enumerate(ranks))
     failed: int | None = None
-    deadline, next_signal = 0.0, signal.SIGTERM
+    deadline = 0.0
+    next_signal = signal.SIGTERM
     while running:
         while came:
             number = came.pop(0)
@@ -122,11 +123,13 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], came: list[int], grace_s: fl
             if code < 0:
                 print(f"fused-megatron: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
             if code and failed is None:
-                failed, deadline = code, time.monotonic() + grace_s
+                failed = code
+                deadline = time.monotonic() + grace_s
         if failed is not None and running and time.monotonic() > deadline:
             for _, process in running:
                 process.send_signal(next_signal)
-            deadline, next_signal = time.monotonic() + _SIGTERM_S, signal.SIGKILL
+            deadline = time.monotonic() + _SIGTERM_S
+            next_signal = signal.SIGKILL
         time.sleep(_LOOK_S)
     return 0 if failed is None else failed if failed > 0 else 128 - failed
 

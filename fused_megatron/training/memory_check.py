@@ -1,4 +1,4 @@
-"""The memory that a run needs, compared with the free memory before the model is built."""
+"""Check, before the model is built, that the memory a run needs is free."""
 
 import socket
 from collections import defaultdict

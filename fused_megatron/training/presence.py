@@ -285,7 +285,7 @@ def _describe(frame: FrameType) -> tuple[bool, str]:
         path = caller.f_code.co_filename
         waits = waits or any(part in path for part in _WAITS)
         name = caller.f_code.co_name
-        if not does and not name.startswith("<") and not path.startswith(torch_folder):
+        if not does and not name.startswith("<") and not path.startswith(("<", torch_folder)):
             does = f"{name} ({'/'.join(Path(path).parts[-2:])}:{caller.f_lineno})"
         caller = caller.f_back
     return waits, does or frame.f_code.co_name

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint with other settings or another dtype: differing settings, and conversion of weights."""
+"""Resuming from a checkpoint with other settings or in another dtype."""
 
 import dataclasses
 import json

@@ -205,7 +205,8 @@ def _introduce(trainer: Trainer) -> None:
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
-    family, ranks = config.model.family.upper(), f"rank{'s' if mesh.world_size > 1 else ''}"
+    family = config.model.family.upper()
+    ranks = f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
         f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"

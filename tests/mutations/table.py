@@ -119,14 +119,14 @@ MUTATIONS = (
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
-        "the speed of the last step as that of the run",
+        "the speed of the last step, not of the run",
         "fused_megatron/training/train.py",
         "[len(losses) // 2]:,.0f} tokens/s",
         "[-1]:,.0f} tokens/s",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
-        "the time left is that of the whole run",
+        "the time left is the time of the whole run",
         _TRAINER,
         "(self.config.training.num_steps - step) * self._step_times[-1]",
         "self.config.training.num_steps * self._step_times[-1]",

@@ -14,6 +14,7 @@ for _schema in (
     "allreduce_.shared_memory(Tensor[] tensors, int[] ranks) -> ()",
     "_allgather_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
     "alltoall_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
+    "_reduce_scatter_base_.shared_memory(Tensor output, Tensor input, int[] ranks) -> ()",
     "send.pipeline(Tensor[] tensors, int[] ranks) -> ()",
     "recv_.pipeline(Tensor[] tensors, int[] ranks) -> ()",
     "_allgather_base_.pipeline(Tensor output, Tensor input, int[] ranks) -> ()",
@@ -24,6 +25,7 @@ for _schema in (
 ALL_REDUCE = torch.ops.c10d.allreduce_.shared_memory
 ALL_GATHER = torch.ops.c10d._allgather_base_.shared_memory
 ALL_TO_ALL = torch.ops.c10d.alltoall_base_.shared_memory
+REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_.shared_memory
 
 
 def announce_send(tensor: torch.Tensor, source: int, target: int) -> None:

@@ -43,7 +43,7 @@ _ALIGNMENT = 64  # of slots, in bytes: a cache line
 _SPIN_S = 50e-6
 # Number of pieces written so far, number of pieces taken, and the Collective of the last piece written.
 _MESSAGE = struct.Struct("<qqqIBBxx")
-KINDS = ("all_reduce", "all_gather", "all_to_all")
+KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
@@ -349,6 +349,18 @@ def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tens
         _copy_rows(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
 
     parts = zip(sent.split(size, dim=1), received.split(size, dim=1), strict=True)
+    return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
+
+
+def cut_reduce_scatter(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
+    """Cut a reduce-scatter into pieces: the sum over the ranks of block r of source [R n] goes to rank r, [n]."""
+    sent, total = source.view(ring.num_ranks, -1), destination.view(-1)
+    size = max(1, _elements(sent) // ring.num_ranks)
+
+    def take(columns: torch.Tensor, slots: list[torch.Tensor]) -> None:
+        add_in_order(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
+
+    parts = zip(sent.split(size, dim=1), total.split(size), strict=True)
     return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
 
 

@@ -30,6 +30,7 @@ _SHARED = {
     dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
     dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
     dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
+    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, host_ring.cut_reduce_scatter),
 }
 
 
@@ -64,7 +65,8 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
         return () if work is None else (work,)
     kind, announce, cut = shared
     ring.begin(kind, source)
-    announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
+    if torch._C._len_torch_dispatch_stack():  # nobody else hears an announcement
+        announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
     return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
 
 

@@ -1,7 +1,6 @@
 """Verification of a user's own module: built for a mesh and for one process, and compared tensor by tensor."""
 
 import math
-import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from fused_megatron.planning.verify.module_run import FunctionOfFile, ModuleRun,
 from fused_megatron.planning.verify.records import LOSS, OUTPUT, RankRecord
 from fused_megatron.planning.verify.reduced_config import MOST_RANKS
 from fused_megatron.planning.verify.verification import LayoutResult, Verification
-from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
+from fused_megatron.testing.run_on_ranks import RankError, check_sent_to_ranks, run_on_ranks
 
 _SIZES = {
     "tp": "tensor_parallel_size",
@@ -106,7 +105,7 @@ def verify(
         seed,
     )
     try:
-        pickle.dumps(spec)
+        check_sent_to_ranks(spec)
     except Exception as error:
         raise InputError(f"batch or functions cannot be sent to the ranks: {error}") from error
     started = time.monotonic()
@@ -144,7 +143,7 @@ def _result(
     hint = None
     if comparison is not None and first is not None and (first.kind, first.step) == (LOSS, 1):
         count = sum(row.num_tensors for row in comparison.rows if row.kind == OUTPUT)
-        hint = f"none of the {count} submodules that can be compared: what is between or behind them is wrong"
+        hint = f"that of no submodule ({count} compared): what is between or behind them is wrong"
         hint = hint if comparison.first_hint is None else comparison.first_hint.described
     rows = () if comparison is None else tuple(row for row in comparison.rows if row.kind != OUTPUT)
     shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())

@@ -46,7 +46,9 @@ def check_collectives(rank, ranks, size, dtype, seed):
     reduced = started(dist.all_reduce, x.clone())
     gathered = started(dist.all_gather_single, x.new_empty(ranks * x.numel()), x)
     exchanged = started(dist.all_to_all_single, torch.empty_like(x), x)
+    scattered = started(dist.reduce_scatter_single, x.new_empty(size), x)
     # Waits come in another order than starts.
+    assert torch.equal(scattered.wait(), sum_in_order(whole.view(ranks, ranks, size)[:, rank]))
     assert torch.equal(exchanged.wait(), whole.view(ranks, ranks, size)[:, rank].reshape(-1))
     assert torch.equal(gathered.wait(), whole.view(-1))
     assert torch.equal(reduced.wait(), sum_in_order(whole))
