@@ -24,7 +24,12 @@ class Weights:
 
     def __init__(self, blocks: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        of_block = [(3 * hidden, hidden), (hidden, hidden), (4 * hidden, hidden), (hidden, 4 * hidden)]
+        of_block: list[tuple[int, ...]] = [
+            (3 * hidden, hidden),
+            (hidden, hidden),
+            (4 * hidden, hidden),
+            (hidden, 4 * hidden),
+        ]
         of_block += [(hidden,)] * 4 + [(3 * hidden,), (hidden,), (4 * hidden,), (hidden,)]
         shapes = blocks * of_block
 
