@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,11 @@ from fused_megatron.benchmarking.side_by_side import Comparison
 from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.checks import first_line
 from fused_megatron.kept_pages import keep_malloc_pages
+from fused_megatron.observe.waits import OPTIMIZER, observed_by
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.run_on_ranks import RankError
+
+T = TypeVar("T")
 
 Parts = dict[str, float]
 
@@ -229,21 +232,32 @@ def waited_s() -> float:
 
 
 class OptimizerClock:
-    """A clock of the seconds in step() of any torch optimizer, including ours."""
+    """A clock of the seconds in step() of our optimizer and of any torch optimizer."""
 
     def __init__(self) -> None:
         self.seconds, self._start = 0.0, 0.0
 
     def __enter__(self) -> "OptimizerClock":
-        self._hooks = [
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(observed_by(self))
+        for hook in (
             register_optimizer_step_pre_hook(lambda *_: self._begin()),
             register_optimizer_step_post_hook(lambda *_: self._end()),
-        ]
+        ):
+            self._stack.callback(hook.remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._stack.close()
+
+    def wait(self, part: str, function: Callable[[], T]) -> T:
+        """Call function, and count its time if it is the update of our optimizer (as WaitObserver)."""
+        if part != OPTIMIZER:
+            return function()
+        self._begin()
+        result = function()
+        self._end()
+        return result
 
     def _begin(self) -> None:
         self._start = time.perf_counter()
