@@ -26,6 +26,7 @@ commands:
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt from a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
+  dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, with no GPU
   doctor [--json]                               what is here, what is missing, and what mends it
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  what the GPU kernels cost, known without a GPU
@@ -69,6 +70,7 @@ def _run(words: Sequence[str]) -> int:
         "generate": _generate,
         "convert": _convert,
         "schedule": _schedule,
+        "dry-run": _dry_run,
         "doctor": _doctor,
         "report": _report,
         "audit": _audit,
@@ -166,6 +168,12 @@ def _schedule(words: Sequence[str]) -> int:
 
     arguments = _parsed(ScheduleArguments, "schedule", words)
     return 0 if arguments is None else run_schedule(arguments)
+
+
+def _dry_run(words: Sequence[str]) -> int:
+    from fused_megatron.planning.dry_run_command import run_dry_run  # noqa: PLC0415
+
+    return run_dry_run(words)
 
 
 def _doctor(words: Sequence[str]) -> int:

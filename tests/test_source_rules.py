@@ -16,7 +16,7 @@ KERNEL_LINES = 120
 # Of a Python file: a question, not a fault.
 MANY_LINES = 400
 # How many lines of the whole source are kept from the formatter. May only shrink: lower it when one goes.
-FMT_SKIPS = 189
+FMT_SKIPS = 185
 FORBIDDEN_WORDS = {"util", "utils", "helper", "helpers", "misc", "common"}
 
 

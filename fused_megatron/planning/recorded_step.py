@@ -18,7 +18,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
-from fused_megatron.planning.step_recorder import StepRecorder
+from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 
 MODEL, ASSEMBLY, BATCH, STEP = "model", "assembly", "batch", "step"
 """Phases of the recorder."""
@@ -166,10 +166,13 @@ class _AbsentPeers:
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
         """As Transport."""
+        if tensor.dtype == torch.int64:
+            self._recorder.relabel(tensor, HEADER)
         return _Done()
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
         """As Transport."""
-        if buffer.dtype == torch.int64 and buffer.numel() == HEADER_NUMBERS:
-            self._recorder.set_values(buffer, self._header)
+        self._recorder.relabel(buffer, HEADER if buffer.dtype == torch.int64 else RECEIVED)
+        if buffer.dtype == torch.int64:
+            self._recorder.set_values(buffer, self._header if buffer.numel() == HEADER_NUMBERS else [0])
         return _Done()

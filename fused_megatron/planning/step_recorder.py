@@ -31,6 +31,8 @@ _FOUND = torch.ops.aten.nonzero.default
 
 LOSS_LAYER, OWN_LAYER = "loss", "embedding"
 """Layer of what the loss makes, and of what a stage makes outside of its layers: positions, masks, rotary tables."""
+RECEIVED, HEADER = "received", "header"
+"""In place of a layer: of what another stage sends, and of what says its shapes before the first message."""
 
 
 class Place(NamedTuple):
@@ -118,6 +120,12 @@ class StepRecorder(TorchDispatchMode):
     def set_values(self, tensor: torch.Tensor, values: Sequence[int]) -> None:
         """What the host reads in a fake tensor."""
         self._values[tensor.untyped_storage()._cdata] = tensor, values
+
+    def relabel(self, tensor: torch.Tensor, layer: str) -> None:
+        """Say what a tensor is that was made outside of all layers."""
+        storage = self.storages.of(tensor)
+        if storage is not None:
+            storage.made = storage.made._replace(layer=layer)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
