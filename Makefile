@@ -1,6 +1,6 @@
-# Everything runs in .venv, which the first target makes and later ones reuse.
+# Commands of the project. Everything runs in .venv, which the first target makes and later targets reuse.
 #   PYTHON=python3.12           another Python (3.10 or newer)
-#   FUSED_MEGATRON_CUDA=on|off  must the CUDA kernels be built? (auto: when nvcc is found; see setup.py)
+#   FUSED_MEGATRON_CUDA=on|off  require or skip the CUDA kernels (auto: build them if nvcc is found; see setup.py)
 #   ARGS="..."                  further arguments for train, test and bench
 PYTHON ?= python3
 FUSED_MEGATRON_CUDA ?= auto
@@ -10,41 +10,43 @@ export FUSED_MEGATRON_CUDA
 
 BIN := .venv/bin
 BEGUN := $(shell date +%s)
-# No network but for packages, no question asked, nothing said unless it fails.
+# pip uses the network only for packages, asks nothing, and prints nothing unless it fails.
 PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
 	@echo "make test    run the tests (ARGS='-m slow' runs the slow ones)"
-	@echo "make mutants plant the mistakes of tests/mutations, one at a time, and see that a test fails"
-	@echo "make lint    ruff: faults and format        make types   mypy"
-	@echo "make bench   compare speeds on the CPU      make bench-gpu   and on a GPU"
-	@echo "make bench-end-to-end   training steps in every layout beside torch's own means, megatron-core, Hugging Face"
-	@echo "make bench-layers    tensor-parallel layers beside DTensor's"
-	@echo "make bench-node      weak scaling of the papers' GPTs on all GPUs of this machine"
-	@echo "make bench-overlap   what overlap hides on a slow link (root)"
-	@echo "make bench-pipeline  bubbles, measured"
+	@echo "make mutants plant the mistakes of tests/mutations, one at a time, and check that a test fails"
+	@echo "make lint    check faults and format (ruff)    make types   check types (mypy)"
+	@echo "make bench   compare speeds on the CPU         make bench-gpu   compare them on a GPU"
+	@echo "make bench-end-to-end   compare training steps with torch, megatron-core and Hugging Face in every layout"
+	@echo "make bench-layers    compare tensor-parallel layers with DTensor"
+	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
+	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
+	@echo "make bench-pipeline  measure the bubble of every pipeline schedule"
+	@echo "make faults  inject faults into checkpoints, datasets and ranks, of ours and of others (docs/reliability.md)"
 	@echo "make setup   only install and build"
-	@echo "make clean   remove .venv and all that was built (runs/ stays)"
+	@echo "make clean   remove .venv and everything built (runs/ stays)"
 
 setup: .venv/built
 
 train: .venv/built
 	@exec $(BIN)/python -m fused_megatron launch --nproc-per-node $(RANKS) train $(CONFIG) $(ARGS)
 
-# Whole files to each of a few workers: tests start ranks of their own, and share what a file sets up. In the order of
-# the folders: tests/audit, whose few tests are the longest, begins. Set-up (what is built once) is reported apart.
+# Each worker gets whole files: tests start ranks of their own, and the tests of a file share its set-up. Files run in
+# the order of the folders, so that tests/audit, with the longest tests, comes first. The time of one-off builds is
+# reported separately.
 test: .venv/built
 	@$(BIN)/python -m fused_megatron.audit.cuda_emulation
 	@echo "fused-megatron: set-up took $$(( $$(date +%s) - $(BEGUN) )) s; tests:"
 	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	    --durations 10 --durations-min 1 $(ARGS)
 
-# Mistakes planted in a copy of the tree, one at a time: the tests must see each (tests/mutations).
+# Plants mistakes in a copy of the tree, one at a time; the tests must find each (tests/mutations).
 mutants: .venv/built
 	@$(BIN)/python tests/mutations/run.py $(ARGS)
 
@@ -67,7 +69,7 @@ bench-end-to-end: .venv/built
 bench-layers: .venv/built
 	@$(BIN)/python benchmarks/layers.py $(ARGS)
 
-# It counts the GPUs, and starts torchrun with a rank for each.
+# node.py counts the GPUs, and starts torchrun with a rank for each.
 bench-node: .venv/built
 	@$(BIN)/python benchmarks/node.py $(ARGS)
 
@@ -77,12 +79,16 @@ bench-overlap: .venv/built
 bench-pipeline: .venv/built
 	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
 
+# Root sees all of them: one needs a small disk, one two network namespaces.
+faults: .venv/built
+	@$(BIN)/python benchmarks/faults/run_all.py $(ARGS)
+
 clean:
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	rm -f fused_megatron/kernels fused_megatron/*.so
 	find fused_megatron kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# Without build isolation, so that torch is installed once, and is the torch that the library is compiled against.
+# Without build isolation, so that torch is installed once, and the library is compiled against this torch.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
@@ -100,6 +106,6 @@ clean:
 	@grep "^fused-megatron:" .venv/build.log || true
 	@touch $@
 
-# Rewritten only when the choice is another than at the last build.
+# Rewritten only if the choice differs from the last build.
 .venv/cuda-choice: FORCE | .venv/installed
 	@echo $(FUSED_MEGATRON_CUDA) | cmp -s - $@ || echo $(FUSED_MEGATRON_CUDA) > $@

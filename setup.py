@@ -1,11 +1,11 @@
-"""Builds the compiled parts with CMake + Ninja and maps kernels/ to fused_megatron.kernels.
+"""Build script: it compiles with CMake + Ninja and maps kernels/ to fused_megatron.kernels.
 
-What can be said statically is in pyproject.toml. Two environment variables choose what is compiled:
+pyproject.toml has the static settings. Two environment variables choose what is compiled:
 
-    FUSED_MEGATRON_CUDA=auto|on|off     auto: the CUDA kernels too when there is an nvcc and it works.
-                                        on: they must be built; with no nvcc found it is taken from PyPI.
-    FUSED_MEGATRON_COMPILE=auto|on|off  auto: nothing is compiled when there is no C++20 compiler; all ops then run
-                                        on their reference. on: that is an error. off: nothing is compiled at all.
+    FUSED_MEGATRON_CUDA=auto|on|off     auto: build the CUDA kernels too if there is an nvcc that works.
+                                        on: require them; if there is no nvcc, install it from PyPI.
+    FUSED_MEGATRON_COMPILE=auto|on|off  auto: compile nothing if there is no C++20 compiler; all ops then run on their
+                                        reference. on: no compiler is an error. off: compile nothing.
 """
 
 import importlib.util
@@ -25,12 +25,13 @@ from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent.resolve()
 
-# The compiler driver brings crt, nvvm and the runtime's headers along; cccl has <nv/target>, which cuda_fp16.h needs.
-# 13.0 is the toolkit that torch 2.13 is built with: its machine code runs on every driver that torch's does, and a
-# driver reads no PTX that is newer than itself.
-CUDA_REQUIREMENTS = [f"{name}==13.0.*" for name in (
-    "nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl",
-)]  # fmt: skip
+# The compiler driver needs crt, nvvm and the runtime's headers; cccl has <nv/target>, which cuda_fp16.h needs. torch
+# 2.13 is built with toolkit 13.0: our machine code runs on every driver on which torch's code runs. A driver reads no
+# PTX that is newer than the driver.
+CUDA_REQUIREMENTS = [
+    f"{name}==13.0.*"
+    for name in ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
+]
 
 
 class CMakeBuild(build_ext):
@@ -57,22 +58,25 @@ class CMakeBuild(build_ext):
                     "compiling fused-megatron failed (see above); to install without compiled kernels set "
                     "FUSED_MEGATRON_COMPILE=off" + ("; without the CUDA ones, FUSED_MEGATRON_CUDA=off" if nvcc else "")
                 ) from error
-            warn(f"the build with {nvcc} failed (see above); building for the CPU alone")
+            warn(f"the build with {nvcc} failed (see above); building only for the CPU")
             self.compile(compiler, None)
 
     def compile(self, compiler: list[str], nvcc: str | None) -> None:
-        """Configure, build, and copy the libraries to where the package is (in place) or is being put together."""
+        """Configure, build, and copy the libraries into the package (in place) or into its build folder."""
         folder = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{'-cuda' if nvcc else ''}"
         cmake, ninja = find_program("cmake"), find_program("ninja")
         configuration = [
-            "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}",
             *([f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DFUSED_MEGATRON_CUDA=ON"] if nvcc else []),
             f"-DPython_EXECUTABLE={os.path.abspath(sys.executable)}",
             f"-DTORCH_FOLDER={module_folder('torch')}",
             f"-Dpybind11_DIR={module_folder('pybind11') / 'share' / 'cmake' / 'pybind11'}",
-        ]  # fmt: skip
-        # Another compiler, or another (isolated) environment that is gone by now: CMake's cache would hold its paths.
+        ]
+        # CMake's cache holds the paths of an earlier compiler or (isolated) environment, which may be gone.
         record, key = folder / "configuration.txt", "\n".join([cmake, *configuration])
         if folder.exists() and (not record.exists() or record.read_text() != key):
             shutil.rmtree(folder)
@@ -89,7 +93,7 @@ class CMakeBuild(build_ext):
 
 
 class FreshBuild(build):
-    """Forgets an earlier build's Python files: setuptools would put those deleted since into the wheel."""
+    """Removes Python files of an earlier build: setuptools would put deleted files into the wheel."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -116,7 +120,7 @@ class EditableWheel(editable_wheel):
 
 
 def choice(variable: str) -> str:
-    """The value of an auto|on|off environment variable."""
+    """Return the value of an auto|on|off environment variable."""
     value = os.environ.get(variable, "").lower() or "auto"
     if value not in ("auto", "on", "off"):
         raise SystemExit(f"error: {variable}={value} must be one of: auto, on, off")
@@ -128,7 +132,7 @@ def warn(message: str) -> None:
 
 
 def find_compiler() -> list[str] | None:
-    """The C++20 compiler to use, as a command; None for none."""
+    """Return the command of a C++20 compiler, or None."""
     wanted = choice("FUSED_MEGATRON_COMPILE")
     if wanted == "off":
         return None
@@ -136,7 +140,7 @@ def find_compiler() -> list[str] | None:
     candidates = [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]
     reason = "none of c++, g++, clang++ is on PATH"
     for command in candidates:
-        # Tried rather than looked up: macOS has a c++ that only offers to install one.
+        # Compile a file: macOS has a c++ that only offers to install a compiler.
         probe = [*command, "-std=c++20", "-x", "c++", "-c", "-o", os.devnull, "-"]
         try:
             subprocess.run(probe, input="#include <span>\n", text=True, capture_output=True, check=True)
@@ -153,7 +157,7 @@ def find_compiler() -> list[str] | None:
 
 
 def find_nvcc() -> str | None:
-    """nvcc from CUDACXX, PATH, the toolkit's own folder, or the PyPI packages of this environment."""
+    """Find nvcc in CUDACXX, on PATH, in the toolkit's folder, or in the PyPI packages of this environment."""
     chosen = os.environ.get("CUDACXX")
     if chosen and shutil.which(chosen) is None:
         raise SetupError(f"CUDACXX={chosen} was not found")
@@ -164,13 +168,13 @@ def find_nvcc() -> str | None:
 
 
 def library_folders(nvcc: str | None) -> list[str]:
-    """LIBRARY_PATH for the build: nvcc looks for its runtime in lib64, where the PyPI packages have only lib."""
+    """Return LIBRARY_PATH for the build: nvcc looks for its runtime in lib64, but the PyPI packages only have lib."""
     own = [str(Path(nvcc).parent.parent / "lib")] if nvcc else []
     return [*own, *filter(None, [os.environ.get("LIBRARY_PATH")])]
 
 
 def find_program(name: str) -> str:
-    """cmake or ninja: from the build requirement of this name, which needs no PATH; else the system's."""
+    """Find cmake or ninja: from the build requirement of this name, which needs no PATH; else on the system."""
     attribute = {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name]
     path = None
     if importlib.util.find_spec(name) is not None:
@@ -182,7 +186,7 @@ def find_program(name: str) -> str:
 
 
 def module_folder(name: str) -> Path:
-    """Where an installed package lies, without importing it (torch takes seconds)."""
+    """Return the folder of an installed package, without importing it (torch takes seconds)."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise SetupError(f"{name} is needed to compile fused-megatron: pip install {name}, or build with isolation")
@@ -190,7 +194,7 @@ def module_folder(name: str) -> Path:
 
 
 def nvcc_requirements() -> list[str]:
-    """What the build environment needs beyond pyproject.toml: nvcc where it is wanted and missing."""
+    """Return the build requirements besides pyproject.toml: nvcc if it is required and missing."""
     return CUDA_REQUIREMENTS if choice("FUSED_MEGATRON_CUDA") == "on" and find_nvcc() is None else []
 
 
@@ -199,7 +203,7 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["fused_megatron", "fused_megatron.*"]), "fused_megatron.kernels"],
         package_dir={"fused_megatron.kernels": "kernels"},
         ext_modules=[Extension("fused_megatron._dataset_index", sources=[])],
-        # pip asks for it by running egg_info; in any other command setuptools itself would try to install it.
+        # Only for egg_info, by which pip asks: in any other command setuptools itself would try to install it.
         setup_requires=nvcc_requirements() if "egg_info" in sys.argv else [],
         cmdclass={
             "build": FreshBuild,

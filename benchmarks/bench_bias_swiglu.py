@@ -1,5 +1,6 @@
-"""bias_swiglu, with and without a bias. Bytes: x [T, 2F] read and y [T, F] written forward; dy and x read and dx
-written backward.
+"""Speed of bias_swiglu, with and without a bias.
+
+Bytes: forward reads x [T, 2F] and writes y [T, F]; backward reads dy and x and writes dx.
 """
 
 import pytest

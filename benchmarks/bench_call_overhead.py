@@ -1,4 +1,4 @@
-"""The Python of a forward call, with gradients recorded: what it costs beyond the library's own op, on tiny tensors."""
+"""Python overhead of a forward call: its time beyond the library's own op, on tiny tensors, with gradients recorded."""
 
 import pytest
 import torch

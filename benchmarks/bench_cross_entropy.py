@@ -1,4 +1,4 @@
-"""cross_entropy. Bytes: each logit read forward, read again backward, and its gradient written."""
+"""Speed of cross_entropy. Bytes: forward reads each logit; backward reads it again and writes its gradient."""
 
 import pytest
 import torch

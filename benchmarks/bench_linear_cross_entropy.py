@@ -1,5 +1,6 @@
-"""linear_cross_entropy, whose bar is memory: the logits never exist whole. Bytes: hidden and weight read, and their
-gradients written; that is little beside the products' arithmetic.
+"""Speed and memory of linear_cross_entropy. Its bar is memory: the logits never exist whole.
+
+Bytes: it reads hidden and weight and writes their gradients, which is little compared with the products' arithmetic.
 """
 
 import torch

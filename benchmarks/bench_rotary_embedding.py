@@ -1,5 +1,6 @@
-"""rotary_embedding of q and k, half the head's columns with the other half. Bytes: q and k read and written, forward
-and backward.
+"""Speed of rotary_embedding of q and k, in the half form (the first half of a head's columns with the second).
+
+Bytes: forward and backward each read and write q and k.
 """
 
 import torch

@@ -1,5 +1,7 @@
-"""scaled_masked_softmax, causal. Bytes: the lower triangle of x read and all of y written forward; the triangles of y
-and dy read and all of dx written backward.
+"""Speed of scaled_masked_softmax, causal.
+
+Bytes: forward reads the lower triangle of x and writes all of y; backward reads the triangles of y and dy and writes
+all of dx.
 """
 
 import torch

@@ -1,15 +1,15 @@
-"""One protocol for all benchmarks: `make bench` on the CPU, `make bench-gpu` on a GPU.
+"""The protocol of all op benchmarks: `make bench` on the CPU, `make bench-gpu` on a GPU.
 
     pytest benchmarks -k layer_norm      some of them
-    --gpu                                on the first GPU; --fake-gpu NAME runs that path on the CPU
-    --quick                              tiny sizes: does everything run?
-    --results FILE                       where the results go: for a whole run benchmarks/results/<..>.json by itself
+    --gpu                                on the first GPU; --fake-gpu NAME takes this path on the CPU
+    --quick                              tiny sizes, to check that everything runs
+    --results FILE                       the results file; by default benchmarks/results/<..>.json for a whole run
 
 The results file is written after every case, so that Ctrl-C keeps what was measured; `fused-megatron report` reads it.
 
-On the CPU: two threads, and malloc keeps its pages for every provider alike (glibc: the run starts itself again with
-the settings in its environment). What the same costs with malloc's default settings is measured afterwards, in a
-process of its own, and shown beside it.
+On the CPU: two threads, and malloc keeps its pages for every provider (glibc: the run restarts itself with the settings
+in its environment). Times with malloc's default settings are measured afterwards, in a separate process, and shown
+beside it.
 """
 
 import contextlib
@@ -48,10 +48,10 @@ from fused_megatron.observe.processor import processor_name
 
 _THREADS = 2
 _BOUND_BAR_16_BIT = 2.0
-_MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept, default: what this process was started with
-_RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # where the process with the default settings leaves its figures
+_MALLOC = "FUSED_MEGATRON_BENCH_MALLOC"  # kept or default: the setting of this process
+_RESULTS = "FUSED_MEGATRON_BENCH_RESULTS"  # the file for the figures of the process with default settings
 
-# About how long a case takes on two cores, in multiples of the others'.
+# Approximate time of a case on two cores, as a multiple of the time of other cases.
 _WEIGHTS = {"linear_cross_entropy": 6.0, "overhead": 0.05, "cross_entropy[many": 3.0, "softmax": 2.0}
 
 _session: dict[str, Any] = {}
@@ -61,7 +61,7 @@ _durations = RecordedDurations()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fused-megatron")
     group.addoption("--gpu", action="store_true", help="on the first GPU, against other libraries too")
-    group.addoption("--fake-gpu", action="append", default=[], metavar="NAME", help="the same on a GPU that is none")
+    group.addoption("--fake-gpu", action="append", default=[], metavar="NAME", help="take the path of a GPU on the CPU")
     group.addoption("--results", type=Path, metavar="FILE", help="where the results go; see fused-megatron report")
     group.addoption("--quick", action="store_true", help="tiny sizes, two rounds, no code generation")
 
@@ -81,20 +81,20 @@ def pytest_configure(config: pytest.Config) -> None:
     _session["plugins"] = config.pluginmanager
     _session["results"], _session["results_path"] = _results_of(config, device)
     _check_writable(_session["results_path"])
-    config.option.benchmark_quiet = True  # our tables say it
-    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # torch.compile's own
+    config.option.benchmark_quiet = True  # our tables have the figures
+    config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # from torch.compile itself
     config.addinivalue_line("filterwarnings", "ignore:.*KeyboardInterrupt:pytest.PytestUnraisableExceptionWarning")
     signal.signal(signal.SIGINT, _interrupt)
 
 
 def _interrupt(*_: object) -> None:
-    """Ctrl-C is remembered: Python drops the exception where it comes within a finalizer."""
+    """Remember Ctrl-C: Python drops the exception if it comes within a finalizer."""
     _session["interrupted"] = True
     raise KeyboardInterrupt
 
 
 def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, Path | None]:
-    """This run's results, and the file for them; a part of a run has one only where --results says so."""
+    """Return this run's results and their file; a run of some cases has a file only with --results."""
     kept = "keeps its pages for all" if os.environ.get(_MALLOC) == "kept" else "as the system has it"
     results = describe_run("ops", device, malloc=kept)
     path: Path | None = config.option.results
@@ -105,7 +105,7 @@ def _results_of(config: pytest.Config, device: TimingDevice) -> tuple[Results, P
 
 
 def _check_writable(path: Path | None) -> None:
-    """Now, and not after ten minutes of measuring."""
+    """Check now, and not after ten minutes of measurements, that the file can be written."""
     if path is None:
         return
     try:
@@ -123,18 +123,18 @@ def _save_results(complete: bool = False) -> None:
         return
     try:
         write_results(results, path)
-    except OSError as error:  # the tables at the end still say everything
+    except OSError as error:  # the tables at the end still have everything
         _session["results_path"] = None
         _report(f"results={path}: {error.strerror}; what comes now is not kept in a file")
 
 
 def _start_again_with_kept_pages(config: pytest.Config) -> None:
-    """malloc reads its environment once, when a process starts."""
+    """Restart this process with malloc's settings, since malloc reads its environment only at the start."""
     if _MALLOC in os.environ or not uses_glibc() or list(config.invocation_params.args) != sys.argv[1:]:
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture is not None:
-        capture.stop_global_capturing()  # else the new process would print into this one's hidden files
+        capture.stop_global_capturing()  # else the new process would print into hidden files of this one
     environment = {**os.environ, **KEPT_PAGES_ENVIRONMENT, _MALLOC: "kept", "OMP_NUM_THREADS": str(_THREADS)}
     os.execve(sys.executable, sys.orig_argv, environment)
 
@@ -145,20 +145,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """No dots between our lines."""
+    """Print no dots between our lines."""
     return (report.outcome, "", "PASSED") if report.passed and report.when == "call" else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
-    """What the machine can do, before anything is measured on it."""
+    """Measure the limits of the machine before the first case."""
     if session.items and not session.config.option.collectonly:
         _measure_ceilings()
     _session.update(begun=time.monotonic(), total=sum(map(_weight, session.items)), done=0.0)
 
 
 def _measure_ceilings() -> None:
-    """The better of all times: whatever else the machine was doing then made it slower, never faster."""
+    """Measure the limits and keep the best times: other load makes the machine slower, never faster."""
     ceilings = _session["results"].ceilings
     if _RESULTS not in os.environ:
         for name, value in measure_ceilings(_session["device"], quick=_session["quick"]).items():
@@ -166,13 +166,13 @@ def _measure_ceilings() -> None:
 
 
 def _weight(item: pytest.Item) -> float:
-    """How long a case takes, beside the others."""
+    """Return the relative time of a case."""
     return next((weight for part, weight in _WEIGHTS.items() if part in item.nodeid), 1.0)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Says which case it is, and about how long the rest will take."""
+    """Print the name of the case and about how long the rest will take."""
     if _RESULTS not in os.environ:
         done, spent = _session["done"], time.monotonic() - _session["begun"]
         left_s = (_session["total"] - done) * spent / done if done >= 2 else 0.0
@@ -192,7 +192,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 class Bench:
-    """What a benchmark file needs: shapes, inputs, and the call that measures and records."""
+    """The fixture of a benchmark file: shapes, inputs, and the call that measures and records."""
 
     def __init__(self, request: pytest.FixtureRequest, benchmark: Any) -> None:
         self._request = request
@@ -201,26 +201,26 @@ class Bench:
         self.device: TimingDevice = _session["device"]
 
     def shape(self, *, cpu: tuple[int, ...], gpu: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes for this device."""
+        """Return the sizes for this device."""
         return quick if self.quick else gpu if self.device.is_gpu else cpu
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype, *, grad: bool = True) -> torch.Tensor:
-        """Drawn from the normal distribution."""
+        """Return a tensor with values of the normal distribution."""
         return torch.randn(shape, device=self.device.device).to(dtype).requires_grad_(grad)
 
     def op(self, name: str, *, needs: str | None = None) -> Callable[..., Any]:
-        """fm.ops.<name>; skips where there is none, or none that takes the argument `needs`."""
+        """Return fm.ops.<name>; skip if there is none, or if it does not take the argument `needs`."""
         op = getattr(fm.ops, name, None)
         if op is None or (needs is not None and needs not in inspect.signature(op).parameters):
             pytest.skip(f"fm.ops has no {name}" + (f" with {needs}" if op else ""))
         return op
 
     def __call__(self, case: Case) -> Comparison:
-        """Measure a case, say so in one line, and keep it for the tables and for pytest-benchmark."""
+        """Measure a case, print one line, and keep the result for the tables and for pytest-benchmark."""
         default = os.environ.get(_MALLOC) == "default"
         rounds, bars = Rounds(), case.bars
         if self.quick or self.device.is_gpu:
-            bars = Bars()  # what is promised is promised for the CPU's sizes
+            bars = Bars()  # bars are promised only for the sizes on the CPU
         elif bars.bound is not None and self._request.getfixturevalue("dtype") != torch.float32:
             bars = dataclasses.replace(bars, bound=_BOUND_BAR_16_BIT)
         peers = PEERS.get(case.op, {}) if self.device.is_gpu else {}
@@ -247,7 +247,7 @@ class Bench:
         return result
 
     def overhead(self, name: str, call: Callable[[], object], bar_us: float) -> None:
-        """Measure the Python of a call; on the CPU, where the library's op can be called by itself."""
+        """Measure the Python overhead of a call on the CPU, where the library's op can be called directly."""
         if self.device.is_gpu:
             pytest.skip("measured on the CPU")
         if os.environ.get(_MALLOC) == "default":
@@ -282,7 +282,7 @@ def bench(request: pytest.FixtureRequest, benchmark: Any) -> Iterator[Bench]:
     yield Bench(request, benchmark)
     torch._dynamo.reset()
     gc.collect()
-    release_free_pages()  # what one case has needed is of no use to the next, and adds up
+    release_free_pages()  # free the memory of this case: the next cannot use it
 
 
 def _report(line: str) -> None:
@@ -294,7 +294,7 @@ def _report(line: str) -> None:
             reporter.flush()
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, a wrapper too, writes its file
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark, also a wrapper, writes its file
 def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
     comparisons: dict[str, Comparison] = _session["comparisons"]
     if path := os.environ.get(_RESULTS):
@@ -313,13 +313,13 @@ def pytest_sessionfinish(exitstatus: int) -> Iterator[None]:
 
 
 def _measure_with_default_malloc(comparisons: dict[str, Comparison]) -> None:
-    """The same tests in a process without the settings; its medians are added to ours."""
+    """Run the same tests in a process with malloc's default settings, and add its medians to ours."""
     _report("\nthe same in float32 with malloc's default settings ...")
     environment = {k: v for k, v in os.environ.items() if k not in KEPT_PAGES_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "medians.json"
         environment |= {_MALLOC: "default", _RESULTS: str(results)}
-        # float32 alone, and no product, which takes long and allocates little for its time.
+        # Only float32, and no matrix products, which take long and allocate little in that time.
         tests = [node for node, c in comparisons.items() if c.dtype == "float32" and BOUND in c.seconds]
         if _session["quick"]:
             tests = ["--quick", *tests[:1]]

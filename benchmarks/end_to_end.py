@@ -1,26 +1,26 @@
-"""Training steps of one GPT in every layout, ours beside the best that torch does in that layout, in one run.
+"""Training steps of one GPT in every layout: ours beside torch's own parallelism and other libraries, in one run.
 
     make bench-end-to-end                                      # all of it: about half an hour
     python benchmarks/end_to_end.py --short                    # what make bench runs
     python benchmarks/end_to_end.py --sizes medium --layouts tp=2 "dp=2 m=2" --results FILE
 
 A step is forward, backward and AdamW in float32, without dropout, from the same full weights on the same tokens; the
-ranks are gloo processes of this machine. Layouts, and what ours is held against in each:
+ranks are gloo processes of this machine. Layouts, and the providers in each:
 
     tp=2, tp=2 + sp    DTensor's parallelize_module, with and without loss_parallel; megatron-core where installed
     pp=2, 8 microbatches, by schedule
-                       torch.distributed.pipelining, with our trainer's cut and with those that suit it best
+                       torch.distributed.pipelining, with our trainer's cut and with the cuts that suit it best
     dp=2, 2 microbatches
                        DistributedDataParallel (no_sync), FSDP2 (sharded again after use, and gathered once a step)
     one process        Hugging Face's GPT-2; plain torch
     --ranks 4          tp=2 x pp=2 and tp=2 x dp=2
 
-Ours is what `fused-megatron train` runs: stages, buckets of gradients, executor, optimizer. The losses of the first
-steps are held to those of plain torch on one process; a way that differs gets one line and no figure. In every round
-each way makes one step, in an order that moves on by one; ratios are taken within a round. malloc keeps its pages for
-all alike. Afterwards a few more steps say where the time goes: for all ways alike the time for which a rank's thread
-has nothing to do is communication that nothing hides, or the pipeline's bubble. That is what the schedule would idle if
-messages took no time, given the times of its actions.
+Ours is what `fused-megatron train` runs: stages, gradient buckets, executor, optimizer. The losses of the first steps
+are compared with plain torch on one process; a provider that differs gets one line and no figure. In every round each
+provider makes one step, in an order that rotates by one; ratios are taken within a round. malloc keeps its pages for
+all providers. Afterwards a few more steps measure the breakdown of the time. For every provider, the time in which a
+rank's thread has nothing to do is exposed communication or the pipeline's bubble. The bubble is the idle time of the
+schedule with the measured times of its actions and messages that take no time.
 """
 
 import math
@@ -41,13 +41,13 @@ from fused_megatron.pipeline import Costs, simulate
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES
 
 CHECKED_STEPS = 3
-# Sums in another order, through two updates of AdamW, which magnifies what is small.
+# Sums in another order, through two updates of AdamW, which magnifies small differences.
 TOLERANCE = 1e-4
 PIPELINES = ["1f1b", "interleaved_1f1b", "zb_h1"]
 
 
 def layouts_of(world_sizes: list[int], schedules: list[str]) -> list[Layout]:
-    """The grid."""
+    """Return the layouts to measure."""
     grid = [Layout(tp=2), Layout(tp=2, sequence_parallel=True)]
     grid += [
         Layout(pp=2, microbatches=8, schedule=name, stages_per_rank=2 if "interleaved" in name else None)
@@ -61,7 +61,7 @@ def layouts_of(world_sizes: list[int], schedules: list[str]) -> list[Layout]:
 def on_rank(
     rank: int, world_size: int, journal: str, names: list[str], size: Size, layout: Layout, threads: int, rounds: int
 ) -> None:
-    """Build, check and time these ways on every rank."""
+    """Build, check and time these providers on every rank."""
     start_rank(threads)
     batch, weights = batch_of(size, layout), full_weights(size)
     right = [0.0] * CHECKED_STEPS
@@ -76,7 +76,7 @@ def on_rank(
 
 
 def checked(build: Build, size: Size, layout: Layout, weights: Weights, batch: Batch, right: list[float]) -> Candidate:
-    """A way to train whose first losses are right."""
+    """Build a provider and check its first losses."""
     step = build(size, layout, weights)
     losses = [loss_of(step, batch) for _ in range(CHECKED_STEPS)]
     if any(not abs(loss - exact) <= TOLERANCE * abs(exact) for loss, exact in zip(losses, right, strict=True)):
@@ -87,7 +87,7 @@ def checked(build: Build, size: Size, layout: Layout, weights: Weights, batch: B
 
 
 def loss_of(step: TrainingStep, batch: Batch) -> float:
-    """The mean over the ranks that know something of it."""
+    """Return the mean of the loss over the ranks that know a part of it."""
     known = step.run(*batch)
     both = torch.tensor([0.0, 0.0] if known is None else [float(known), 1.0], dtype=torch.float64)
     dist.all_reduce(both)
@@ -95,7 +95,7 @@ def loss_of(step: TrainingStep, batch: Batch) -> float:
 
 
 def bubble_s(step: TrainingStep) -> float:
-    """Of the last step: how long a rank idles, on average, if messages take no time."""
+    """Return the mean idle seconds of a rank in the last step if messages took no time."""
     every: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(every, step.actions)
     schedule = step.schedule
@@ -106,9 +106,10 @@ def bubble_s(step: TrainingStep) -> float:
             times.setdefault((stage, kind), []).append(seconds)
 
     def mean(kinds: str) -> tuple[float, ...]:
-        """By stage; of whole backwards where the engine has no others."""
-        rows = [next((times[stage, k] for k in kinds if (stage, k) in times), [0.0])
-                for stage in range(schedule.num_stages)]  # fmt: skip
+        """Return mean seconds by stage; of whole backwards if the engine does not split them."""
+        rows = [
+            next((times[stage, k] for k in kinds if (stage, k) in times), [0.0]) for stage in range(schedule.num_stages)
+        ]
         return tuple(sum(row) / len(row) for row in rows)
 
     timeline = simulate(schedule, Costs(mean("F"), mean("IB"), mean("W")))
@@ -116,7 +117,7 @@ def bubble_s(step: TrainingStep) -> float:
 
 
 def compared(name: str, size: Size, layout: Layout, rounds: int, limit_s: float) -> tuple[list[Comparison], bool]:
-    """A comparison with each rival; False where Ctrl-C came."""
+    """Return a comparison with each rival, and False after Ctrl-C."""
     print(f"\nGPT {name} ({size}), {layout}", flush=True)
     rivals, ways = rivals_of(size, layout), list(ways_of(size, layout))
     threads = threads_of(layout.ranks)
@@ -127,13 +128,20 @@ def compared(name: str, size: Size, layout: Layout, rounds: int, limit_s: float)
     for rival_name, rival in rivals.items():
         label = f"{layout}, against {rival_name}" if rival_name else str(layout)
         comparison = Comparison(
-            f"GPT {name}", label, "float32", None, bars_of(rival) if measured.seconds else Bars(), ranks=layout.ranks,
-            tokens=tokens, model_flops=model_flops, hardware_flops=hardware_flops,
-        )  # fmt: skip
+            f"GPT {name}",
+            label,
+            "float32",
+            None,
+            bars_of(rival) if measured.seconds else Bars(),
+            ranks=layout.ranks,
+            tokens=tokens,
+            model_flops=model_flops,
+            hardware_flops=hardware_flops,
+        )
         fill(comparison, measured, {name: name for name in (OURS, *rival.ways)})
         if not rival_name or set(comparison.seconds) - {OURS}:
             found.append(comparison)
-        else:  # nobody there: its line stands with the others'
+        else:  # no rival is installed: its line joins the others
             found[0].faults |= {k: v for k, v in comparison.faults.items() if k != OURS}
     return [c for c in found if c.seconds or c.faults], go_on
 

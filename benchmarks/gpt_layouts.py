@@ -1,4 +1,4 @@
-"""What a training step is of: a GPT's sizes, the layout of its ranks, its batch and its first weights."""
+"""Sizes, layouts, batches and initial weights of the GPTs in training benchmarks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ LR, BETAS, EPS, WEIGHT_DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
 
 @dataclass(frozen=True)
 class Size:
-    """Of a GPT with a tied head, and the sequences of a step."""
+    """The sizes of a GPT with a tied head, and the number of sequences of a step."""
 
     num_layers: int
     hidden_size: int
@@ -28,9 +28,12 @@ class Size:
     @property
     def config(self) -> GPTConfig:
         return GPTConfig(
-            num_layers=self.num_layers, hidden_size=self.hidden_size, num_heads=self.num_heads, seq_len=self.seq_len,
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            seq_len=self.seq_len,
             vocab_size=self.vocab_size,
-        )  # fmt: skip
+        )
 
     def __str__(self) -> str:
         return (
@@ -48,12 +51,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the ranks, and how a step runs on them.
+    """The parallel layout of a step.
 
     Attributes:
-        microbatches: of each data-parallel rank, a step.
-        schedule: of the pipeline, as `fused-megatron schedule` names it.
-        stages_per_rank: of the pipeline; as few as the schedule allows when None.
+        microbatches: number for each data-parallel rank and step.
+        schedule: name of the pipeline schedule, as in `fused-megatron schedule`.
+        stages_per_rank: pipeline stages; None: the fewest that the schedule allows.
     """
 
     tp: int = 1
@@ -69,7 +72,7 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     def num_sequences(self, size: Size) -> int:
-        """Of a step: those of the size, or one a microbatch and data-parallel rank where that is more."""
+        """Return the sequences of a step: the size's, but at least one for each microbatch and data-parallel rank."""
         pieces = self.dp * self.microbatches
         return max(size.num_sequences, pieces) // pieces * pieces
 
@@ -83,12 +86,12 @@ class Layout:
 
 @dataclass
 class TrainingStep:
-    """One way to train: what a provider gives for a size and a layout.
+    """A provider's training step for a size and a layout.
 
     Attributes:
-        run: one step on the whole batch, on every rank; returns what this rank knows of the loss (the means over the
-            ranks that know something is the loss), or None.
-        schedule: of the pipeline, where there is one.
+        run: runs one step on the whole batch, on every rank; returns this rank's part of the loss, or None. The loss is
+            the mean over the ranks that return one.
+        schedule: pipeline schedule, or None.
         actions: (stage, kind, seconds) of the schedule's actions in the last step; kinds F, B, I and W.
     """
 
@@ -101,20 +104,20 @@ Build = Callable[[Size, Layout, Weights], TrainingStep]
 
 
 def batch_of(size: Size, layout: Layout) -> Batch:
-    """Tokens and targets [B, S], the same on every rank."""
+    """Return tokens and targets [B, S], the same on every rank."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(size.vocab_size, (layout.num_sequences(size), size.seq_len + 1), generator=generator)
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
 def own_rows(tensors: Batch, layout: Layout, dp_rank: int) -> list[Batch]:
-    """The microbatches of a data-parallel rank."""
+    """Return the microbatches of a data-parallel rank."""
     tokens, target = (t.chunk(layout.dp)[dp_rank].chunk(layout.microbatches) for t in tensors)
     return list(zip(tokens, target, strict=True))
 
 
 def full_weights(size: Size) -> Weights:
-    """By the names of our GPT."""
+    """Return the full weights, by the names of our GPT."""
     generator = torch.Generator().manual_seed(2)
 
     def drawn(*shape: int, around: float = 0.0) -> torch.Tensor:
@@ -141,11 +144,14 @@ def full_weights(size: Size) -> Weights:
 
 
 def adamw(parameters: list[Any]) -> torch.optim.Optimizer:
-    """As ours: matrices alone decay. DTensors and plain tensors cannot share a fused update."""
+    """Return AdamW that decays only matrices, as ours. DTensors and plain tensors need separate fused updates."""
     groups: dict[tuple[bool, type], list[Any]] = {}
     for p in parameters:
         groups.setdefault((p.dim() >= 2, type(p.data)), []).append(p)
     return torch.optim.AdamW(
         [{"params": some, "weight_decay": WEIGHT_DECAY * decayed} for (decayed, _), some in groups.items()],
-        lr=LR, betas=BETAS, eps=EPS, fused=True,
-    )  # fmt: skip
+        lr=LR,
+        betas=BETAS,
+        eps=EPS,
+        fused=True,
+    )

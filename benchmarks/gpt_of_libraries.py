@@ -1,4 +1,4 @@
-"""The same GPT as other libraries train it, and which ways to train are compared in which layout."""
+"""The benchmark GPT in other libraries, and the table of providers for each layout."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,24 +20,30 @@ from fused_megatron.pipeline import build_schedule
 
 @dataclass(frozen=True)
 class Rival:
-    """What ours is held against: the best of these ways, at least `bar` times as fast."""
+    """A comparison: ours must be at least `bar` times as fast as the best of these providers."""
 
     ways: dict[str, Build]
     bar: float | None = None
 
 
 def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
-    """By name; the first is the layout's torch-native equivalent, or for one process Hugging Face."""
+    """Return the rivals by name. The first is torch's own equivalent of the layout; for one process, Hugging Face."""
     bars = layout.ranks <= 2
     if layout.ranks == 1:
-        return {"": Rival({"Hugging Face GPT-2": hugging_face_step}, 1.2),
-                "plain torch": Rival({"plain torch": plain_step})}  # fmt: skip
+        return {
+            "": Rival({"Hugging Face GPT-2": hugging_face_step}, 1.2),
+            "plain torch": Rival({"plain torch": plain_step}),
+        }
     if layout.pp > 1:
         cuts = cuts_for_torch(size, layout)
         name = f"torch.distributed.pipelining{' + DTensor' * (layout.tp > 1)}"
         known = layout.schedule in SCHEDULES
-        return {"": Rival({f"{name}, blocks {'+'.join(map(str, cut))}": pipelined(cut) for cut in cuts * known},
-                          1.05 if bars else None)}  # fmt: skip
+        return {
+            "": Rival(
+                {f"{name}, blocks {'+'.join(map(str, cut))}": pipelined(cut) for cut in cuts * known},
+                1.05 if bars else None,
+            )
+        }
     suffix = " + DTensor" * (layout.tp > 1)
     ways = {
         f"FSDP2{suffix}": torch_step(data="fsdp2"),
@@ -53,7 +59,7 @@ def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
 
 
 def ways_of(size: Size, layout: Layout) -> dict[str, Build]:
-    """Ours and all others."""
+    """Return ours and all other providers, by name."""
     ways: dict[str, Build] = {OURS: our_step}
     for rival in rivals_of(size, layout).values():
         ways |= rival.ways
@@ -65,10 +71,9 @@ def bars_of(rival: Rival) -> Bars:
 
 
 def cuts_for_torch(size: Size, layout: Layout) -> list[tuple[int, ...]]:
-    """Blocks of each stage: as our trainer cuts them, and so that the dearest rank is as cheap as can be.
+    """Return stage cuts (blocks of each stage): our trainer's, and the cuts that minimise the most expensive rank.
 
-    torch's stages may be without blocks. The head is weighed as its product, and with half as much again for a loss
-    that is not fused with it.
+    torch's stages may have no blocks. The head costs its product, or 1.5 times that with a loss that is not fused.
     """
     config = train_config(size, layout).model
     placement = build_schedule(layout.schedule, layout.pp, layout.microbatches, layout.stages_per_rank).placement
@@ -81,7 +86,7 @@ def cuts_for_torch(size: Size, layout: Layout) -> list[tuple[int, ...]]:
 
 
 def cheapest_cut(num_layers: int, placement: tuple[int, ...], head: float) -> tuple[int, ...]:
-    """By the dearest rank, then the dearest stage; costs in blocks. The first stage has a block."""
+    """Minimise the cost of the most expensive rank, then stage; costs in blocks. The first stage has a block."""
     best: tuple[tuple[float, float], tuple[int, ...]] | None = None
     for cut in cuts_of(num_layers, len(placement)):
         costs = [*cut[:-1], cut[-1] + head]
@@ -106,7 +111,7 @@ def cuts_of(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
 
 
 def megatron_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
-    """megatron-core's GPTModel of its local layers, which need neither Apex nor TransformerEngine."""
+    """Build megatron-core's GPTModel from its local layers, which need neither Apex nor TransformerEngine."""
     with on_the_cpu():
         model = megatron_model(size, layout)
         for name, parameter in model.named_parameters():
@@ -127,11 +132,19 @@ def megatron_model(size: Size, layout: Layout) -> nn.Module:
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=layout.tp)
     config = import_module("megatron.core.transformer").TransformerConfig(
-        num_layers=size.num_layers, hidden_size=size.hidden_size, num_attention_heads=size.num_heads,
-        tensor_model_parallel_size=layout.tp, sequence_parallel=layout.sequence_parallel, hidden_dropout=0.0,
-        attention_dropout=0.0, use_cpu_initialization=True, gradient_accumulation_fusion=False,
-        bias_activation_fusion=True, bias_dropout_fusion=True, masked_softmax_fusion=False,
-    )  # fmt: skip
+        num_layers=size.num_layers,
+        hidden_size=size.hidden_size,
+        num_attention_heads=size.num_heads,
+        tensor_model_parallel_size=layout.tp,
+        sequence_parallel=layout.sequence_parallel,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=True,
+        bias_dropout_fusion=True,
+        masked_softmax_fusion=False,
+    )
     spec = specs.get_gpt_layer_local_spec()
     return gpt.GPTModel(config, spec, size.vocab_size, size.seq_len, share_embeddings_and_output_weights=True)
 
@@ -151,7 +164,7 @@ _MEGATRON_NAMES = {
 
 
 def load_megatron(name: str, parameter: nn.Parameter, weights: Weights) -> None:
-    """This rank's shard: a block of the one dim in which the shapes differ."""
+    """Load this rank's shard: a block of the only dim in which the shapes differ."""
     for theirs, ours_name in _MEGATRON_NAMES.items():
         name = name.replace(theirs, ours_name)
     full = weights[name]
@@ -162,7 +175,7 @@ def load_megatron(name: str, parameter: nn.Parameter, weights: Weights) -> None:
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """megatron-core asks CUDA for its device and its generators everywhere: the answers for a CPU, without dropout."""
+    """Answer megatron-core's calls of CUDA (device, generators) for a CPU, without dropout."""
     random = import_module("megatron.core.tensor_parallel.random")
     no_fork = patch.object(random.CudaRNGStatesTracker, "fork", lambda *_: contextlib.nullcontext())
     with patch("torch.cuda.current_device", lambda: torch.device("cpu")), no_fork:
@@ -173,22 +186,31 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def hugging_face_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
-    """GPT-2 of transformers, without torch.compile, with torch's attention kernel."""
+    """Build GPT-2 of transformers, without torch.compile, with torch's attention kernel."""
     library = import_module("transformers")
     config = library.GPT2Config(
-        vocab_size=size.vocab_size, n_positions=size.seq_len, n_embd=size.hidden_size, n_layer=size.num_layers,
-        n_head=size.num_heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
-        attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        vocab_size=size.vocab_size,
+        n_positions=size.seq_len,
+        n_embd=size.hidden_size,
+        n_layer=size.num_layers,
+        n_head=size.num_heads,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+        attn_implementation="sdpa",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     model = library.GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
         for theirs, ours_name in _HUGGING_FACE_NAMES.items():
             name = name.replace(theirs, ours_name)
         full = weights[name]
-        if "query_key_value" in name:  # its rows: all queries, all keys, all values
+        if "query_key_value" in name:  # rows: all queries, all keys, all values
             by_head = full.unflatten(0, (size.num_heads, 3, -1))
             full = by_head.transpose(0, 1).flatten(0, 2)
-        # Its matrices stand the other way round.
+        # Its matrices are transposed.
         parameter.detach().copy_(full.t() if full.dim() == 2 and "embedding" not in name else full)
     return step_of(model, lambda tokens, target: mean_loss(model(tokens).logits, target))
 

@@ -1,4 +1,4 @@
-"""Our GPT in every layout, as the trainer runs it: stages, buckets of gradients, executor, optimizer."""
+"""Our GPT in every layout, as the trainer runs it: stages, gradient buckets, executor, optimizer."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ from fused_megatron.sharding import copy_shard_
 
 
 def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
-    """Ours."""
+    """Build our provider."""
     config = train_config(size, layout)
     mesh, plan = build_mesh(config), plan_pipeline(config)
     model = build_stages(config, mesh, plan, torch.device("cpu"))
@@ -42,12 +42,16 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
 
 
 def train_config(size: Size, layout: Layout) -> TrainConfig:
-    """What a user would write for `fused-megatron train`."""
+    """Return the config that a user would write for `fused-megatron train`."""
     parallel = ParallelConfig(
-        tensor_parallel_size=layout.tp, pipeline_parallel_size=layout.pp, data_parallel_size=layout.dp,
-        sequence_parallel=layout.sequence_parallel, schedule=layout.schedule, stages_per_rank=layout.stages_per_rank,
+        tensor_parallel_size=layout.tp,
+        pipeline_parallel_size=layout.pp,
+        data_parallel_size=layout.dp,
+        sequence_parallel=layout.sequence_parallel,
+        schedule=layout.schedule,
+        stages_per_rank=layout.stages_per_rank,
         timeout_s=1800.0,
-    )  # fmt: skip
+    )
     num_sequences = layout.num_sequences(size)
     training = TrainingConfig(
         global_batch_size=num_sequences, microbatch_size=num_sequences // layout.dp // layout.microbatches
@@ -57,6 +61,6 @@ def train_config(size: Size, layout: Layout) -> TrainConfig:
 
 
 def load(parameters: Mapping[str, nn.Parameter], weights: Weights) -> None:
-    """This rank's shards of the full weights."""
+    """Load this rank's shards of the full weights."""
     for name, parameter in parameters.items():
         copy_shard_(parameter, weights[name])

@@ -1,4 +1,4 @@
-"""The same GPT as a user of torch trains it: plain, and by torch's own means in every layout.
+"""The benchmark GPT in plain torch, and with torch's own parallelism in every layout.
 
 Tensor parallelism: DTensor's parallelize_module. Data parallelism: DistributedDataParallel, FSDP2's fully_shard.
 Pipelines: torch.distributed.pipelining. They are combined as torch's tutorials combine them.
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_megatron.pipeline import build_schedule
 from fused_megatron.pipeline.schedule.action import stages_of
 
-# By our name of the schedule. torch has no zb_h1: its interleaved one with one stage a rank is it.
+# By our name of the schedule. torch has no zb_h1: its interleaved zero-bubble schedule with one stage a rank equals it.
 SCHEDULES = {
     "gpipe": "ScheduleGPipe",
     "1f1b": "Schedule1F1B",
@@ -38,7 +38,7 @@ SCHEDULES = {
 
 
 class PlainEmbedding(nn.Module):
-    """Tokens and positions."""
+    """Token and position embedding."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PlainEmbedding(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Causal; rows of the fused weight are ordered head by head, so that a block of rows is whole heads."""
+    """Causal attention. Rows of the fused weight are ordered head by head, so that a block of rows is whole heads."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -90,9 +90,9 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """As a user of torch writes it, whole or a pipeline stage of it: [B, S] to logits [B, S, V].
+    """A GPT as a user of torch writes it, or a pipeline stage of it: [B, S] to logits [B, S, V].
 
-    The head is the table of the embedding, or on another stage than that a copy of it.
+    The head is the table of the embedding, or a copy of it if the embedding is on another stage.
     """
 
     def __init__(self, size: Size, start: int = 0, stop: int | None = None, last: bool = True) -> None:
@@ -105,12 +105,12 @@ class PlainGPT(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Again after the weights were replaced."""
+        """Tie the head to the embedding; call again after weights were replaced."""
         if self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.token_embedding.weight
 
     def tied_weight(self) -> nn.Parameter | None:
-        """This stage's copy of the table of tokens."""
+        """Return this stage's copy of the token embedding table."""
         return self.embedding.token_embedding.weight if self.embedding else self.head.weight if self.head else None
 
     def load(self, weights: Weights) -> "PlainGPT":
@@ -132,7 +132,7 @@ def mean_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def step_of(model: nn.Module, loss_of: Callable[..., torch.Tensor], context: Any = contextlib.nullcontext) -> Any:
-    """A training step as a user of torch writes it."""
+    """Build a training step as a user of torch writes it."""
     optimizer = adamw(list(model.parameters()))
 
     def run(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -147,7 +147,7 @@ def step_of(model: nn.Module, loss_of: Callable[..., torch.Tensor], context: Any
 
 
 def plain_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
-    """One rank, nothing sharded, the whole batch at once."""
+    """Build the step of one rank: nothing sharded, the whole batch at once."""
     model = PlainGPT(size).load(weights)
     return step_of(model, lambda tokens, target: mean_loss(model(tokens), target))
 
@@ -156,7 +156,7 @@ def plain_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
 
 
 def shard_layers(model: PlainGPT, mesh: DeviceMesh, sequence_parallel: bool, loss_parallel: bool) -> None:
-    """As the tutorial of torch.distributed.tensor.parallel has it."""
+    """Shard the layers as in the tutorial of torch.distributed.tensor.parallel."""
     between = Shard(1) if sequence_parallel else Replicate()
     column, row = tp.ColwiseParallel(input_layouts=between), tp.RowwiseParallel(output_layouts=between)
     embedding = tp.RowwiseParallel(input_layouts=Replicate(), output_layouts=between)
@@ -185,10 +185,10 @@ def shard_layers(model: PlainGPT, mesh: DeviceMesh, sequence_parallel: bool, los
 
 
 def torch_step(*, loss_parallel: bool = False, data: str = "", keep_gathered: bool = False) -> Any:
-    """DTensor, and data parallelism around it.
+    """Return a builder of steps with DTensor, and data parallelism around it.
 
     Args:
-        loss_parallel: the head's logits stay sharded.
+        loss_parallel: keep the head's logits sharded.
         data: "ddp" or "fsdp2".
         keep_gathered: FSDP2 gathers weights once a step, as ZeRO-2 does.
     """
@@ -226,7 +226,7 @@ def torch_step(*, loss_parallel: bool = False, data: str = "", keep_gathered: bo
 
 @contextlib.contextmanager
 def reducing(model: Any, last: bool, keep_gathered: bool) -> Iterator[None]:
-    """Gradients accumulate; the last microbatch's backward sums them over the ranks."""
+    """Accumulate gradients; sum them over the ranks in the last microbatch's backward."""
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
@@ -241,14 +241,16 @@ def reducing(model: Any, last: bool, keep_gathered: bool) -> Iterator[None]:
 
 
 def pipelined(cut: Sequence[int] | None = None) -> Any:
-    """torch.distributed.pipelining, with so many blocks in each stage."""
+    """Return a builder of steps with torch.distributed.pipelining; cut: the number of blocks of each stage."""
 
     def build(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
         mesh = init_device_mesh("cpu", (layout.pp, layout.tp), mesh_dim_names=("pp", "tp"))
         schedule = build_schedule(layout.schedule, layout.pp, layout.microbatches, layout.stages_per_rank)
         assert cut is not None and len(cut) == schedule.num_stages
-        models = {i: PlainGPT(size, sum(cut[:i]), sum(cut[: i + 1]), i == len(cut) - 1).load(weights)
-                  for i in stages_of(schedule.placement, mesh.get_local_rank("pp"))}  # fmt: skip
+        models = {
+            i: PlainGPT(size, sum(cut[:i]), sum(cut[: i + 1]), i == len(cut) - 1).load(weights)
+            for i in stages_of(schedule.placement, mesh.get_local_rank("pp"))
+        }
         if layout.tp > 1:
             for model in models.values():
                 shard_layers(model, mesh["tp"], layout.sequence_parallel, False)
@@ -265,17 +267,19 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
             watch(stage, step.actions)
         kind = getattr(pipelining.schedules, SCHEDULES[layout.schedule])
         single = issubclass(kind, pipelining.schedules.PipelineScheduleSingle)
-        # Divided here, and not by the engine: that would do it once for each stage, twice for a table that two share.
+        # Divided here, since the engine would divide once for each stage: twice for a table that two stages share.
         engine = kind(
-            wrapped[0] if single else wrapped, layout.microbatches, scale_grads=False,
+            wrapped[0] if single else wrapped,
+            layout.microbatches,
+            scale_grads=False,
             loss_fn=lambda logits, target: mean_loss(logits, target) / layout.microbatches,
-        )  # fmt: skip
+        )
 
         def run(tokens: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
             step.actions.clear()
             losses: list[torch.Tensor] = []
             inputs = (tokens,) if 0 in models else ()
-            # torch keeps all logits until the end of the step unless it is told not to.
+            # By default torch keeps all logits until the end of the step.
             options: dict[str, Any] = {"return_outputs": False}
             if len(cut) - 1 in models:
                 options |= {"target": target, "losses": losses}
@@ -292,7 +296,7 @@ def pipelined(cut: Sequence[int] | None = None) -> Any:
 
 
 def tie_ends(models: dict[int, PlainGPT], last: int, mesh: DeviceMesh) -> Callable[[], None]:
-    """The first and the last stage have one table of tokens: how to sum what both have of its gradient."""
+    """Tie the token tables of the first and the last stage; return the function that sums their gradients."""
     ends = [models[i] for i in (0, last) if i in models]
     if len(ends) == 2:  # on one rank
         ends[1].head.weight = ends[0].embedding.token_embedding.weight
@@ -304,7 +308,7 @@ def tie_ends(models: dict[int, PlainGPT], last: int, mesh: DeviceMesh) -> Callab
     def sum_gradients() -> None:
         for model in ends:
             weight: Any = model.tied_weight()
-            if isinstance(weight, DTensor):  # whose gradient may be placed otherwise
+            if isinstance(weight, DTensor):  # its gradient may have another placement
                 weight.grad = weight.grad.redistribute(placements=weight.placements)
             gradient = weight.grad.to_local() if isinstance(weight, DTensor) else weight.grad
             dist.all_reduce(gradient, group=both)
@@ -313,7 +317,7 @@ def tie_ends(models: dict[int, PlainGPT], last: int, mesh: DeviceMesh) -> Callab
 
 
 def watch(stage: Any, actions: list[tuple[int, str, float]]) -> None:
-    """Note when torch's engine runs a stage."""
+    """Record when torch's engine runs a stage."""
 
     def timed(method: Callable[..., Any], kind_of: Callable[..., str]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:

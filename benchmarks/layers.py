@@ -1,12 +1,12 @@
-"""Tensor-parallel layers on two ranks: an MLP and self-attention, ours with and without overlap beside DTensor's.
+"""Speed of tensor-parallel layers on two ranks: MLP and self-attention, ours with and without overlap, and DTensor's.
 
     make bench-layers
     python benchmarks/layers.py --short        # what make bench runs
 
 models.ParallelMLP and models.ParallelSelfAttention against the same layer of torch modules under parallelize_module,
-from the same weights, in float32; two gloo ranks. tp=2: the input and the result are on every rank. tp=2 + sp: they are
-shards of the sequence. Results and gradients, of the input and of every weight, are held to those of the whole layer in
-float64 first; one that differs gets one line and no figure. All ways run in the same rounds.
+from the same weights, in float32, on two gloo ranks. tp=2: the input and the result are whole on every rank. tp=2 + sp:
+they are shards of the sequence. First, the result and the gradients of the input and of every weight are compared with
+the whole layer in float64; a provider that differs gets one line and no figure. All providers run in the same rounds.
 """
 
 import argparse
@@ -20,15 +20,22 @@ from fused_megatron.benchmarking.side_by_side import OURS, Bars, Comparison
 
 
 def compared(layer: Layer, rounds: int, limit_s: float) -> tuple[list[Comparison], bool]:
-    """With overlap and without, against the same DTensor."""
+    """Compare ours with overlap, and without, with the same DTensor layer."""
     print(f"\n{layer.op} {layer.label}", flush=True)
     measured, go_on = run_providers(on_rank, RANKS, WAYS, layer, threads_of(RANKS), rounds, limit_s=limit_s)
     found = []
     for own, suffix in ((OURS, ""), (WITHOUT_OVERLAP, ", overlap off")):
         comparison = Comparison(
-            layer.op, layer.label + suffix, "float32", None, Bars(), ranks=RANKS,
-            tokens=layer.seq_len * layer.batch, model_flops=layer.flops, hardware_flops=layer.flops,
-        )  # fmt: skip
+            layer.op,
+            layer.label + suffix,
+            "float32",
+            None,
+            Bars(),
+            ranks=RANKS,
+            tokens=layer.seq_len * layer.batch,
+            model_flops=layer.flops,
+            hardware_flops=layer.flops,
+        )
         found.append(fill(comparison, measured, {own: OURS, DTENSOR: DTENSOR}))
     return [c for c in found if c.seconds or c.faults], go_on
 

@@ -1,22 +1,23 @@
-"""Training steps of the papers' GPTs on the GPUs of a node: weak scaling over tensor-parallel sizes, and more.
+"""Speed of training steps of the papers' GPTs on the GPUs of a node: weak scaling over tensor-parallel sizes, and more.
 
     make bench-node                                              all GPUs of this machine
     torchrun --nproc-per-node 8 benchmarks/node.py               the same
     make bench-node ARGS="--presets gpt_8.3b_tp8 --steps 50"
     make bench-node ARGS="--ranks 2 --quick"                     without a GPU: gloo, tiny models of the same form
 
-A preset is a file of benchmarks/presets, which `fused-megatron train` takes, too. Each is run on as many ranks as its
-layout has, by the trainer's own parts (model, schedule, gradients, optimizer), on random tokens. A step is all that
-training does between two losses. It is timed from a barrier to the end of the slowest rank's work; the figure is the
-median of the steps [20-80 %] after a warm-up.
+A preset is a file of benchmarks/presets, which `fused-megatron train` takes, too. The trainer's own parts (model,
+schedule, gradients, optimizer) run it on the number of ranks of its layout, on random tokens. A step is all work
+between two losses. It is timed from a barrier to the end of the slowest rank's work; the figure is the median of the
+steps
+[20-80 %] after a warm-up.
 
     TFLOP/s a rank   model FLOPs / seconds / ranks; observe.model_flops has the formula
-    MFU, HFU         model and hardware FLOPs (with what is recomputed) / seconds / ranks / what a large product
-                     reaches on one rank in the same run
-    weak scaling     TFLOP/s a rank over those of the preset of one rank, as in Shoeybi et al. 2019
-    breakdown        observe.step_breakdown says what the parts are; means over the ranks
+    MFU, HFU         model and hardware FLOPs (with recomputation) / seconds / ranks / FLOP/s of a large product on one
+                     rank in the same run
+    weak scaling     TFLOP/s a rank over the TFLOP/s of the preset of one rank, as in Shoeybi et al. 2019
+    breakdown        parts as in observe.step_breakdown; means over the ranks
 
-What a preset needs is known before it starts: too few ranks or too little memory is a line, and so is a rank that
+The needs of a preset are known before it starts: too few ranks or too little memory is one line, and so is a rank that
 fails. The results file is written after every preset, and Ctrl-C keeps it; `fused-megatron report` shows it again.
 """
 
@@ -52,14 +53,14 @@ from fused_megatron.planning.rank_memory import rank_memory
 
 FOLDER = Path(__file__).parent
 PRESETS = FOLDER / "presets"
-# Of a GPU's memory: CUDA's context, NCCL's buffers, what lies between blocks in use.
+# Part of a GPU's memory for CUDA's context, NCCL's buffers and fragmentation.
 RESERVED_SHARE, RESERVED_BYTES = 0.05, 2 << 30
 MOST_RANKS_OF_A_NODE = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A file of presets, or what stands in for it where there is no GPU."""
+    """A preset file, or its small form for machines without a GPU."""
 
     name: str
     config: TrainConfig
@@ -74,7 +75,7 @@ class Preset:
 
     @property
     def layout(self) -> str:
-        """As tables have it."""
+        """The layout as tables print it."""
         parallel = self.config.parallel
         words = [f"tp={parallel.tensor_parallel_size}" + " + sp" * parallel.sequence_parallel]
         if parallel.pipeline_parallel_size > 1:
@@ -85,14 +86,14 @@ class Preset:
 
 
 def load_presets(names: Sequence[str], tiny: bool) -> list[Preset]:
-    """Those of these names, or of files elsewhere; without names all that fit a node. The fewest ranks first.
+    """Load the presets, fewest ranks first; without names, all presets that fit a node.
 
     Args:
-        names: of benchmarks/presets, or paths.
-        tiny: named ones in little. Files are taken as they are.
+        names: names in benchmarks/presets, or paths of other files.
+        tiny: shrink named presets. Other files are taken as they are.
 
     Raises:
-        InputError: no such preset, or a file that is no config.
+        InputError: no such preset, or the file is not a config.
     """
     paths = {path.stem: path for path in PRESETS.glob("*.toml")}
     presets = []
@@ -110,18 +111,22 @@ def load_presets(names: Sequence[str], tiny: bool) -> list[Preset]:
 
 
 def shrunk(config: TrainConfig) -> TrainConfig:
-    """The same layout, form and number of heads in little: an eighth of the layers, heads of 8, short sequences."""
+    """Return a small model of the same layout and form: an eighth of the layers, heads of 8, short sequences."""
     model, parallel = config.model, config.parallel
     stages = parallel.pipeline_parallel_size * (parallel.stages_per_rank or 1)
     small = dataclasses.replace(
-        model, num_layers=max(2, stages, model.num_layers // 8), hidden_size=8 * model.num_heads, seq_len=64,
-        vocab_size=2000, pad_vocab_size_to_multiple_of=128,
-    )  # fmt: skip
+        model,
+        num_layers=max(2, stages, model.num_layers // 8),
+        hidden_size=8 * model.num_heads,
+        seq_len=64,
+        vocab_size=2000,
+        pad_vocab_size_to_multiple_of=128,
+    )
     return dataclasses.replace(config, model=small)
 
 
 def refusal(preset: Preset, num_ranks: int, num_bytes: int) -> str | None:
-    """Why a preset cannot run on so many ranks of so many bytes each; None: it can."""
+    """Return why a preset cannot run on num_ranks ranks with num_bytes each, or None."""
     if preset.num_ranks > num_ranks:
         return f"needs {preset.num_ranks} ranks ({preset.layout}); {num_ranks} are here"
     need = rank_memory(preset.config).total
@@ -134,7 +139,7 @@ def refusal(preset: Preset, num_ranks: int, num_bytes: int) -> str | None:
 
 
 def comparison_of(preset: Preset) -> Comparison:
-    """Its results, with nothing measured yet."""
+    """Return the preset's comparison, without measurements."""
     model, training = preset.config.model, preset.config.training
     tokens = training.global_batch_size * model.seq_len
     model_flops, hardware_flops = gpt_step_flops(model, tokens)
@@ -155,13 +160,13 @@ def fill(result: Comparison, measured: Measured) -> None:
 
 
 def tflops_per_rank(result: Comparison) -> float | None:
-    """Of model FLOPs, in the median step."""
+    """Return model TFLOP/s of a rank in the median step."""
     ms = result.ms(OURS)
     return None if ms is None else (result.model_flops or 0) / ms.median / 1e9 / result.ranks
 
 
 def table(results: Results) -> list[str]:
-    """A line for each preset that has a figure."""
+    """Return a line for each preset that has a figure."""
     found = [(c, tflops) for c in results.comparisons if (tflops := tflops_per_rank(c)) is not None]
     base = next((tflops for c, tflops in found if c.ranks == 1), None)
     rows = []
@@ -173,34 +178,49 @@ def table(results: Results) -> list[str]:
         peak = c.peak_bytes.get(OURS)
         rows.append(
             [
-                f"{c.op} {c.label}", str(c.ranks), f"{ms.median:,.1f} [{ms.low:,.1f}-{ms.high:,.1f}]",
-                f"{1e3 * (c.tokens or 0) / ms.median:,.0f}", f"{tflops:.3g}",
+                f"{c.op} {c.label}",
+                str(c.ranks),
+                f"{ms.median:,.1f} [{ms.low:,.1f}-{ms.high:,.1f}]",
+                f"{1e3 * (c.tokens or 0) / ms.median:,.0f}",
+                f"{tflops:.3g}",
                 *(f"{100 * x / ceiling:.0f} %" if ceiling else "-" for x in (tflops, hfu)),
-                f"{100 * tflops / base:.0f} %" if base else "-", "-" if peak is None else f"{peak / 1e9:.2f}",
+                f"{100 * tflops / base:.0f} %" if base else "-",
+                "-" if peak is None else f"{peak / 1e9:.2f}",
                 ", ".join(f"{part} {100 * s / total:.0f} %" for part, s in c.breakdown[OURS].items()),
             ]
-        )  # fmt: skip
+        )
     header = [
-        "GPT", "ranks", "ms a step", "tokens/s", "TFLOP/s a rank", "MFU", "HFU", "weak scaling", "peak GB a rank",
+        "GPT",
+        "ranks",
+        "ms a step",
+        "tokens/s",
+        "TFLOP/s a rank",
+        "MFU",
+        "HFU",
+        "weak scaling",
+        "peak GB a rank",
         "where the time goes",
-    ]  # fmt: skip
+    ]
     return markdown(header, rows)
 
 
 def device_bytes(device: TimingDevice, num_ranks: int) -> int:
-    """Of a rank."""
+    """Return the memory of a rank in bytes."""
     if device.is_gpu:
         return torch.cuda.get_device_properties(device.device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // num_ranks
 
 
 def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], options: argparse.Namespace) -> Results:
-    """Every preset, one after the other; on every rank. Rank 0 speaks and writes."""
+    """Run every preset, one after the other, on every rank. Rank 0 prints and writes."""
     world = ranks.world_size
     results = describe_run(
-        "node", device, num_gpus=world, threads=f"{world} ranks of {torch.get_num_threads()}",
+        "node",
+        device,
+        num_gpus=world,
+        threads=f"{world} ranks of {torch.get_num_threads()}",
         steps=f"{options.steps} after {options.warm_up}",
-    )  # fmt: skip
+    )
     path = options.results or FOLDER / "results" / results.file_name
 
     def say(text: str) -> None:
@@ -223,14 +243,14 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
     else:
         say(f"{results.hardware}, {world} rank{'s' * (world > 1)}, torch {torch.__version__}")
         if not device.is_gpu:
-            say("no GPU here: gloo, and tiny models of the presets' form, whose figures say nothing of the real ones")
+            say("no GPU here: gloo, and tiny models of the presets' form; their figures do not predict the real models")
     ranks.interrupted = interrupted
     dtypes = sorted({getattr(torch, p.config.training.dtype) for p in presets}, key=str)
     ceilings, _ = ranks.run("ceilings", world, lambda: measure_ceilings(device, dtypes, quick=options.quick))
     results.ceilings = ceilings or results.ceilings
     save()
     for index, preset in enumerate(presets):
-        if index < len(results.comparisons):  # measured before a fault, or refused
+        if index < len(results.comparisons):  # already measured before a fault, or refused
             continue
         result = comparison_of(preset)
         fault = refusal(preset, world, device_bytes(device, preset.num_ranks))
@@ -255,7 +275,7 @@ def run(ranks: NodeRanks, device: TimingDevice, presets: Sequence[Preset], optio
 
 
 def conclusion(results: Results, path: Path) -> list[str]:
-    """The table, and what is said under it."""
+    """Return the table and the lines under it."""
     published = [
         f"{c.op} {c.label}: published {c.notes['published']}"
         for c in results.comparisons
@@ -266,9 +286,9 @@ def conclusion(results: Results, path: Path) -> list[str]:
 
 
 def start_ranks(count: int | None) -> int:
-    """torchrun of this very command, with a rank for each GPU, or for each of up to 8 cores; its exit code.
+    """Run this command under torchrun, with a rank for each GPU, or for each of up to 8 cores; return its exit code.
 
-    Ctrl-C comes here alone and is handed on: torchrun's own word about it, a traceback, is left out.
+    Only this process gets Ctrl-C and passes it on, so that torchrun prints no traceback of its own.
     """
     cores = os.cpu_count() or 1
     count = count or torch.cuda.device_count() or min(MOST_RANKS_OF_A_NODE, cores)
@@ -302,14 +322,19 @@ def start_ranks(count: int | None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", default=[], metavar="NAME",
-                        help="of benchmarks/presets, without .toml; or a config of your own, FILE.toml")  # fmt: skip
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names in benchmarks/presets, without .toml, or your own FILE.toml",
+    )
     parser.add_argument("--steps", type=int, help="timed steps of each preset (20; quick: 2)")
-    parser.add_argument("--warm-up", type=int, help="steps before (5; quick: 1)")
-    parser.add_argument("--quick", action="store_true", help="few steps: does everything run?")
+    parser.add_argument("--warm-up", type=int, help="steps before the timed ones (5; quick: 1)")
+    parser.add_argument("--quick", action="store_true", help="few steps, to check that everything runs")
     parser.add_argument("--results", type=Path, metavar="FILE", help="benchmarks/results/node_<..>.json when not given")
-    parser.add_argument("--ranks", type=int, help="without torchrun: how many to start")
-    parser.add_argument("--timeout-s", type=float, default=600.0, help="of a collective")
+    parser.add_argument("--ranks", type=int, help="number of ranks to start without torchrun")
+    parser.add_argument("--timeout-s", type=float, default=600.0, help="limit of a collective")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (2 if options.quick else 20)
     options.warm_up = options.warm_up or (1 if options.quick else 5)
@@ -317,7 +342,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts a CPU's memory is talkative
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silence the profiler that counts a CPU's memory
     options = parse(sys.argv[1:])
     num_gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,4 +1,4 @@
-"""The ranks of node.py: a process group for each task, whose faults end that task alone; Ctrl-C at any moment."""
+"""Ranks of node.py: a process group for each task, so that a fault ends only its task; Ctrl-C at any moment."""
 
 import gc
 import os
@@ -19,25 +19,25 @@ from fused_megatron.checks import first_line
 T = TypeVar("T")
 INTERRUPTED = 130
 _POLL_S = 0.2
-_MESSAGE_CHARACTERS = 200  # of an error
-_FAILED = "FUSED_MEGATRON_NODE_FAILED"  # the task that a rank failed at, before this process started anew
+_MESSAGE_CHARACTERS = 200  # length of an error message
+_FAILED = "FUSED_MEGATRON_NODE_FAILED"  # the task at which a rank failed, before this process restarted
 
 
 class NodeRanks:
-    """This rank among those that torchrun started.
+    """This rank among the ranks that torchrun started.
 
-    A rank that waits for another one's collective cannot be called back for sure. So when a rank fails, all ranks of
-    the task become new processes in the place of the old ones (exec), which keep torchrun's store and know from it what
-    is done: that cuts every connection and frees all memory, whatever the backend.
+    A rank that waits in a collective cannot be interrupted reliably. So when a rank fails, all ranks of the task
+    replace themselves with new processes (exec). These keep torchrun's store and read from it which tasks are done.
+    This cuts every connection and frees all memory, for any backend.
 
     Args:
-        device: of this rank.
-        timeout_s: of a collective; the last resort where a rank is gone without a word.
+        device: device of this rank.
+        timeout_s: limit of a collective; the last resort if a rank is lost without a message.
 
     Attributes:
-        rank, world_size: of all that were started.
-        resumed: whether this process goes on after a fault.
-        interrupted: what rank 0 does on Ctrl-C, in a thread of its own, before all ends.
+        rank, world_size: this rank and the number of all ranks.
+        resumed: whether this process continues after a fault.
+        interrupted: function that rank 0 calls on Ctrl-C, in a separate thread, before the end.
     """
 
     def __init__(self, device: torch.device, timeout_s: float) -> None:
@@ -50,19 +50,20 @@ class NodeRanks:
         self.interrupted: Callable[[], None] = lambda: None
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        # Python's own handler waits until a collective returns; the byte is there at once.
+        # Python's own handler waits until a collective returns; the byte arrives at once.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.set_wakeup_fd(writer)
-        # A store of its own: a wait of the main thread would hold the other.
+        # A separate store: a wait of the main thread would block a shared one.
         threading.Thread(target=self._watch, args=(reader, self._store.clone()), daemon=True).start()
 
     def run(self, task: str, num_ranks: int, function: Callable[[], T]) -> tuple[T | None, str]:
-        """(function(), "") on the first num_ranks ranks, in a process group of their own; the others wait for them.
+        """Call the function on the first num_ranks ranks, in their own process group; the other ranks wait.
 
-        Where it raises on a rank: (None, the first fault). A task that is done since before a fault: (None, "").
+        Returns (result, ""). If the function raises on a rank: (None, the first fault). If the task was done before a
+        fault: (None, "").
 
         Args:
-            task: a name that no other has.
+            task: a unique name.
         """
         if self.rank >= num_ranks:
             while not self._store.check([self._key(task, "done")]):
@@ -76,8 +77,8 @@ class NodeRanks:
         try:
             self._join(task, num_ranks)
             result = function()
-            dist.barrier()  # all have come so far
-        except Exception as error:  # whatever it is: the others must hear of it, or they wait for ever
+            dist.barrier()  # all ranks have finished
+        except Exception as error:  # any error: the other ranks must learn of it, or they wait forever
             with self._handover:
                 self._store.compare_set(self._key(task, "fault"), "", f"rank {self.rank}: {describe(error)}")
                 _start_anew(task)
@@ -103,7 +104,7 @@ class NodeRanks:
         return f"node/{task}/{what}"
 
     def _watch(self, reader: int, store: dist.Store) -> None:
-        """Until the end: Ctrl-C, and faults of other ranks."""
+        """Watch for Ctrl-C and for faults of other ranks, until the end."""
         while True:
             ready, _, _ = select.select([reader], [], [], _POLL_S)
             if ready and signal.SIGINT in os.read(reader, 64):
@@ -116,12 +117,12 @@ class NodeRanks:
                 try:
                     if store.check([self._key(self._running, "fault")]):
                         _start_anew(self._running)
-                except RuntimeError:  # the store is gone, and torchrun with it: nobody would ever end this rank
+                except RuntimeError:  # the store and torchrun are gone: nothing else would end this rank
                     os._exit(1)
 
 
 def describe(error: Exception) -> str:
-    """One line."""
+    """Return the error as one line."""
     text = first_line(error, name_type=False)[:_MESSAGE_CHARACTERS]
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory ({text})"
@@ -129,7 +130,7 @@ def describe(error: Exception) -> str:
 
 
 def _start_anew(failed: str) -> None:
-    """The same program in a new process of the same number."""
+    """Replace this process with a new one of the same program and process id."""
     os.environ[_FAILED] = failed
     sys.stdout.flush()
     sys.stderr.flush()

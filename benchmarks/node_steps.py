@@ -1,4 +1,4 @@
-"""What node.py runs on the ranks of a preset: the trainer's own step, on random tokens, timed."""
+"""Timing of the trainer's own step on random tokens, on the ranks of a preset of node.py."""
 
 import dataclasses
 import statistics
@@ -22,20 +22,20 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.observe.step_breakdown import StepBreakdown
-from fused_megatron.training.launch import world_group
+from fused_megatron.training.process_group import world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Of all ranks.
+    """Measurements of all ranks.
 
     Attributes:
-        seconds: of every step, of its slowest rank.
+        seconds: time of every step on its slowest rank.
         parts: seconds of each part of the median step, the mean over the ranks.
-        peak_bytes: the most that a rank held at a time, from the model's making on.
-        losses: of all steps, those of the warm-up among them.
+        peak_bytes: largest memory of a rank, since before the model was made.
+        losses: losses of all steps, including the warm-up.
     """
 
     seconds: list[float]
@@ -45,13 +45,13 @@ class Measured:
 
 
 class RandomTokens(TokenDataset):
-    """Rows that hang on (seed, index) alone, of tokens that mean nothing."""
+    """Rows of random tokens, a function of only (seed, index)."""
 
     def __init__(self, seq_len: int, vocab_size: int, seed: int) -> None:
         self.seq_len, self.vocab_size, self._seed = seq_len, vocab_size, seed
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """int64 [count, seq_len + 1]."""
+        """Return int64 [count, seq_len + 1]."""
         return np.stack(
             [
                 np.random.default_rng((self._seed, first + row)).integers(self.vocab_size, size=self.seq_len + 1)
@@ -61,7 +61,7 @@ class RandomTokens(TokenDataset):
 
 
 def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Trainer:
-    """The trainer of `fused-megatron train`, with random tokens for its data; metrics go to the folder."""
+    """Build the trainer of `fused-megatron train` with random tokens as data; metrics go to the folder."""
     plan = plan_pipeline(config)
     mesh = build_mesh(config, device.type)
     model = build_stages(config, mesh, plan, device)
@@ -74,7 +74,7 @@ def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Tr
 
 
 def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: int) -> Measured:
-    """Build, warm up, and time so many steps; on every rank of the default process group, whose size config has."""
+    """Build, warm up and time `steps` steps, on every rank of the default process group, whose size the config has."""
     with tempfile.TemporaryDirectory() as folder:
         made: list[Trainer] = []
 
@@ -100,14 +100,14 @@ def measure(config: TrainConfig, device: TimingDevice, *, warm_up: int, steps: i
 
 
 def _meet(device: torch.device) -> None:
-    """All ranks begin together, with nothing left to do from before."""
+    """Wait until all ranks have finished their earlier work."""
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """To the end of all work of this rank."""
+    """Return the seconds to the end of all work of this rank."""
     start = time.perf_counter()
     step()
     if device.type == "cuda":

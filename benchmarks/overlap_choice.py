@@ -1,10 +1,10 @@
-"""What overlap=True costs where nothing can overlap: the choice of chunks, and a pair of tiny layers on two gloo ranks.
+"""Overhead of overlap=True where nothing can overlap: the choice of chunks, and two tiny layers on two gloo ranks.
 
     python benchmarks/overlap_choice.py
     python benchmarks/overlap_choice.py --rounds 400
 
-A column- and a row-parallel layer, forward and backward, with overlap=True and overlap=False in turns: rounds are
-interleaved, so that whatever else the machine does falls on both.
+A column- and a row-parallel layer run forward and backward, with overlap=True and overlap=False in turns: rounds are
+interleaved, so that other load on the machine slows both.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOKENS, HIDDEN, CALLS = 64, 64, 1000
 
 
 def microseconds_a_call(group: dist.ProcessGroup) -> tuple[float, float]:
-    """(first call of a shape, a later one) of the choice for a reduction, in time of this thread."""
+    """Return (first call of a shape, later call) of the choice for a reduction, in CPU time of this thread."""
     choice, x, weight = chunk_choice(True), torch.ones(4096, 1, HIDDEN), torch.ones(HIDDEN, HIDDEN)
     first = []
     for _ in range(20):

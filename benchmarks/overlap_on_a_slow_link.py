@@ -1,16 +1,16 @@
-"""What overlap hides: a tensor-parallel MLP on two ranks that are joined by a link of a known rate.
+"""Gain from overlap: a tensor-parallel MLP on two ranks that are joined by a link of a known rate.
 
     make bench-overlap                        (root, Linux: two network namespaces and a veth pair limited by tc tbf)
     make bench-overlap ARGS="--rates 300 1000 --chunks 4 8"
 
 The link costs wall time and little CPU: gloo's threads and the kernel's copies take 3 to 10% of a core. For every rate
-and layout, milliseconds (medians) of one forward + backward: compute alone (the shard's products, no group),
-communication alone (the collectives of the path without overlap), no overlap, the two layers with overlap,
+and layout it prints milliseconds (medians) of one forward + backward: only compute (the shard's products, no group),
+only communication (the collectives of the path without overlap), no overlap, the two layers with overlap,
 parallel_mlp, and parallel_mlp with a fixed number of chunks.
 
-The best that any order of work can do is the sum over forward and backward of max(compute, communication), as y is
-needed before dy is known: a third of the compute is in the forward, but half of the communication of TP. Where the two
-are equal that is 7/6 of max(compute, communication); from 4/3 of it on either side it is 1.
+The best that any order of work can reach is the sum over forward and backward of max(compute, communication), since y
+is needed before dy is known. A third of the compute is in the forward, but half of the communication of TP. If the two
+are equal, the sum is 7/6 of max(compute, communication); if one is at least 4/3 of the other, it is 1.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DEVICE = "veth0"
 
 
 class MLP(nn.Module):
-    """As layers or as one function."""
+    """The MLP as two layers or as one function."""
 
     def __init__(self, ffn: int, group: Group, sequence_parallel: bool, overlap: bool | int, fused: bool) -> None:
         super().__init__()
@@ -73,24 +73,24 @@ def step_of(model: nn.Module, rows: int) -> Callable[[], None]:
 
 
 def collectives_of(group: Group, sequence_parallel: bool) -> Callable[[], None]:
-    """What the plain path sends, and nothing else."""
+    """Return a function that runs only the collectives of the plain path."""
     full, shard = torch.zeros(SEQUENCE, 1, HIDDEN), torch.zeros(SEQUENCE // RANKS, 1, HIDDEN)
 
     def step() -> None:
         if not sequence_parallel:
-            for _ in range(2):  # of y forward, of dx backward
+            for _ in range(2):  # y forward, dx backward
                 start_all_reduce_(full, group).wait()
             return
-        for _ in range(3):  # of x forward, and of x and dy backward
+        for _ in range(3):  # x forward; x and dy backward
             start_all_gather(shard, 0, group).wait()
-        for _ in range(2):  # of y forward, of dx backward
+        for _ in range(2):  # y forward, dx backward
             start_reduce_scatter(full, 0, group).wait()
 
     return step
 
 
 def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """By name; one of each in turn, so that a busy moment of the machine hits all alike."""
+    """Return medians by name; steps alternate, so that a busy moment of the machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(rounds + 1):
         for name, step in steps.items():
@@ -106,7 +106,9 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     timeout = datetime.timedelta(seconds=30)
-    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"  # one host it is: nothing would go over the link
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = (
+        "off"  # both ranks are on one host: with it nothing would cross the link
+    )
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
     dist.barrier()  # gloo's threads exist from here on
     give_threads_priority()
@@ -131,7 +133,7 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
 
 
 def give_threads_priority() -> None:
-    """All threads but this one: what gloo's do, a network card does without waiting for a core to be free."""
+    """Give priority to gloo's threads: a network card does their work without waiting for a free core."""
     for thread in map(int, os.listdir("/proc/self/task")):
         if thread != os.getpid():
             with contextlib.suppress(PermissionError):
@@ -139,7 +141,7 @@ def give_threads_priority() -> None:
 
 
 def ways(chunks: list[int]) -> dict[str, tuple[bool | int, bool]]:
-    """By name: overlap, and whether the MLP is one function."""
+    """Return, by name, the overlap setting and whether the MLP is one function."""
     fixed: dict[str, tuple[bool | int, bool]] = {f"{c} chunks": (c, True) for c in chunks}
     return {"no overlap": (False, False), "by layer": (True, False), "parallel_mlp": (True, True), **fixed}
 
@@ -184,7 +186,7 @@ def run_ranks(arguments: list[str], limit_s: float) -> None:
         ranks = []
         try:
             for rank, name in enumerate(NAMESPACES):
-                # One core a rank, as on a machine of its own.
+                # One core for each rank, as on a separate machine.
                 pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
                 own = [sys.executable, __file__, *arguments, "--rank", str(rank), "--folder", folder]
                 ranks.append(subprocess.Popen(["ip", "netns", "exec", name, *pin, *own], env=environment()))
@@ -205,13 +207,13 @@ def run_ranks(arguments: list[str], limit_s: float) -> None:
 
 
 def environment() -> dict[str, str]:
-    # Pages that malloc would give back and take again each step cost as much as a product's tenth.
+    # Pages that malloc returns and takes again in each step cost a tenth of a product.
     pages = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
     return {**os.environ, **pages, "OMP_NUM_THREADS": "1"}
 
 
 def missing() -> str | None:
-    """Why it cannot run here."""
+    """Return why the benchmark cannot run here, or None."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need root on Linux"
     absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
@@ -223,7 +225,9 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="+", default=[200, 300, 450, 700, 1500], help="Mbit/s")
     parser.add_argument("--chunks", type=int, nargs="*", default=[8])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction, help="one layout alone")
+    parser.add_argument(
+        "--sequence-parallel", action=argparse.BooleanOptionalAction, help="run only one of the two layouts"
+    )
     parser.add_argument("--limit-s", type=float, default=900.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

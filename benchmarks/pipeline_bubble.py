@@ -1,14 +1,14 @@
-"""The bubble of every schedule, measured: stages that sleep instead of computing, real messages between real ranks.
+"""Measured bubble of every schedule: stages that sleep instead of computing, real messages between real ranks.
 
     make bench-pipeline
     make bench-pipeline ARGS="--ranks 8 --schedules zb_v v_half --perfetto pipeline.json"
 
-A rank that sleeps needs no core, so that 8 of them fit on 2. A stage sleeps for a rank's share of F, I and W over the
-stages that the rank holds. Predicted: by the simulator, from these times and a message that takes --message-ms (gloo,
-and a rank that wakes up for it). Measured: the whole of executor.step(), of its slowest rank, median of the steps.
+A sleeping rank needs no core, so that 8 of them fit on 2. A stage sleeps for a rank's share of F, I and W, divided by
+the rank's number of stages. The simulator predicts a step from these times and a message that takes --message-ms (gloo,
+and a rank that wakes up for it). Measured: the whole executor.step() of its slowest rank, the median of the steps.
 
-bubble: the step less the time that the busiest rank sleeps, in % of the step. activations: those alive at once, by
-rank, each of one stage and one microbatch: as the schedule says, and as many as existed. Asynchronous schedules run
+bubble: the step minus the time that the busiest rank sleeps, in % of the step. activations: the largest number alive at
+once, by rank, one for a stage and a microbatch; predicted by the schedule, and counted. Asynchronous schedules run
 three steps in one.
 """
 
@@ -32,7 +32,7 @@ def schedules_of(names: list[str], ranks: int, microbatches: int, stages_per_ran
     built = []
     for name in names:
         kind = SCHEDULES[name]
-        # A schedule that takes any number of stages is shown with several: with one it is that of another name.
+        # A schedule that takes any number of stages runs with several: with one stage it equals another schedule.
         per_rank = kind.stages_per_rank or stages_per_rank
         steps = 1 if kind.weights == SYNCHRONOUS else 3
         built.append(build_schedule(name, ranks, microbatches, per_rank, steps))
@@ -58,7 +58,7 @@ def measure_all(
 
 
 def off(result: MeasuredSchedule) -> float:
-    """How much longer than predicted, as a share."""
+    """Return the excess over the prediction, as a share."""
     return statistics.median(result.step_s) / result.predicted.makespan - 1
 
 
@@ -76,11 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
-    parser.add_argument("--stages-per-rank", type=int, default=2, help="of schedules that take any number")
-    parser.add_argument("--microbatches", type=int, help="default: twice the ranks and one")
+    parser.add_argument(
+        "--stages-per-rank", type=int, default=2, help="stages per rank for schedules that take any number"
+    )
+    parser.add_argument("--microbatches", type=int, help="default: twice the number of ranks plus one")
     parser.add_argument("--times-ms", type=float, nargs=3, default=[100, 100, 100], metavar=("F", "I", "W"))
     parser.add_argument("--message-ms", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=1, help="measured, after one that is not")
+    parser.add_argument("--steps", type=int, default=1, help="measured steps, after a warm-up step")
     parser.add_argument("--perfetto", type=Path, help="a trace of predicted and measured timelines (ui.perfetto.dev)")
     options = parser.parse_args()
     columns = ["schedule", "p", "v", "m", "predicted, ms", "measured, ms", "off", "bubble predicted", "measured"]

@@ -1,9 +1,9 @@
-"""What `make bench` runs: the ops, short forms of the layers and of training steps, and one report of it all.
+"""The `make bench` run: ops, short forms of layers and training steps, and one report of all.
 
     python benchmarks/run_all.py                    about ten minutes and 6 GB of memory on two idle cores
     python benchmarks/run_all.py -k layer_norm      some of the ops, with pytest's own options
 
-Each part writes its results as it goes: Ctrl-C ends the part that runs, keeps what was measured, and starts no other.
+Each part writes its results after every case: Ctrl-C ends the current part, keeps its results, and starts no other.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
-# Title, about how many minutes on two cores, and the words of the part.
+# Title, approximate minutes on two cores, and the command of the part.
 PARTS = (
     ("ops", 6, ("pytest", "-q", str(FOLDER))),
     ("layers", 1, (str(FOLDER / "layers.py"), "--short")),
@@ -26,7 +26,7 @@ _PART = "FUSED_MEGATRON_BENCH_PART"
 
 
 def main(words: Sequence[str]) -> int:
-    """Run all parts, or the ops alone with options for pytest; the exit code."""
+    """Run all parts, or only the ops with options for pytest; return the exit code."""
     if _PART in os.environ:
         return run_here(words)
     if words:
@@ -49,7 +49,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_apart(words: Sequence[str]) -> tuple[int, bool]:
-    """Run a part as a process of its own: (exit code, whether Ctrl-C came). It gets the Ctrl-C too, and ends itself."""
+    """Run a part in a separate process, which gets Ctrl-C too; return (exit code, whether Ctrl-C came)."""
     process = subprocess.Popen([sys.executable, __file__, *words], env={**os.environ, _PART: "1"})
     interrupted = False
     while True:
@@ -60,14 +60,14 @@ def run_apart(words: Sequence[str]) -> tuple[int, bool]:
 
 
 def run_here(words: Sequence[str]) -> int:
-    """Be that process. Ctrl-C is a line also where it comes while a library is imported."""
+    """Run a part in this process. Ctrl-C gives one line, also during the import of a library."""
     sys.argv = list(words)
     try:
         if words[0] != "pytest":
             sys.path.insert(0, str(FOLDER))
             runpy.run_path(words[0], run_name="__main__")
             return 0
-        import pytest  # noqa: PLC0415 - not before Ctrl-C is minded
+        import pytest  # noqa: PLC0415 - after Ctrl-C is handled
 
         return int(pytest.main(list(words[1:])))
     except KeyboardInterrupt:
@@ -76,11 +76,11 @@ def run_here(words: Sequence[str]) -> int:
 
 
 def report(since: float) -> None:
-    """Tables of the files that were written since then, and their pictures."""
+    """Print the tables of the files that were written since then, and draw their pictures."""
     from fused_megatron.benchmarking.report.plots import plot_results  # noqa: PLC0415
     from fused_megatron.benchmarking.report.results_file import read_results  # noqa: PLC0415
     from fused_megatron.benchmarking.report.tables import results_lines  # noqa: PLC0415
-    from fused_megatron.checks import InputError  # noqa: PLC0415 - torch takes seconds, and the parts say more
+    from fused_megatron.checks import InputError  # noqa: PLC0415 - torch takes seconds to import
 
     paths = sorted(path for path in RESULTS.glob("*.json") if path.stat().st_mtime >= since)
     try:

@@ -1,4 +1,4 @@
-"""What end_to_end.py and layers.py have in common: options, the ceilings of the machine, and the file of results."""
+"""Shared parts of end_to_end.py and layers.py: options, limits of the machine, and the results file."""
 
 import argparse
 import os
@@ -21,20 +21,28 @@ from fused_megatron.testing import run_on_ranks
 
 RESULTS = Path(__file__).parent / "results"
 GEMM = "gemm_gflop_per_s float32"
-# What a case gives: its comparisons, and False where Ctrl-C ended it.
+# The result of a case: its comparisons, and False if Ctrl-C ended it.
 Case = Callable[[], tuple[list[Comparison], bool]]
 
 
 def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="7, or 3 with --short")
-    parser.add_argument("--limit-s", type=float, default=900.0, help="of one case")
-    parser.add_argument("--short", action="store_true", help="what make bench runs: about a minute")
-    parser.add_argument("--quick", action="store_true", help="tiny, two rounds: does everything run?")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="where the results go; by default to "
-                        "benchmarks/results, for a run of all or with --short")  # fmt: skip
-    parser.add_argument("--add-to", type=Path, metavar="FILE", help="a file of results of this machine, in which what "
-                        "is measured now takes the place of the same")  # fmt: skip
+    parser.add_argument("--limit-s", type=float, default=900.0, help="limit of one case")
+    parser.add_argument("--short", action="store_true", help="the part of make bench: about a minute")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds, to check that everything runs")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="results file; by default in benchmarks/results, for a run of all cases or with --short",
+    )
+    parser.add_argument(
+        "--add-to",
+        type=Path,
+        metavar="FILE",
+        help="results file of this machine, in which the new measurements replace the same cases",
+    )
     return parser
 
 
@@ -43,21 +51,21 @@ def rounds_of(options: argparse.Namespace) -> int:
 
 
 def threads_of(ranks: int) -> int:
-    """Of each rank: all cores together, as far as they go round."""
+    """Return the threads of each rank: its share of the cores, at least one."""
     return max(1, (os.cpu_count() or 1) // ranks)
 
 
 def run_cases(
     theme: str, options: argparse.Namespace, cases: Iterable[Case], worlds: Iterable[int], *, whole: bool
 ) -> None:
-    """Run one case after the other; the file is written after each. Ends the process.
+    """Run the cases one after the other, write the file after each, and end the process.
 
     Args:
-        theme: of the results.
-        options: of parser_of.
-        cases: what to run.
-        worlds: the numbers of ranks that occur.
-        whole: whether this is all that there is to measure.
+        theme: theme of the results file.
+        options: parsed options of parser_of.
+        cases: functions that run a case.
+        worlds: numbers of ranks in the cases.
+        whole: whether these are all cases of the benchmark.
     """
     results, path = begin(theme, options, whole)
     try:
@@ -92,7 +100,7 @@ def begin(theme: str, options: argparse.Namespace, whole: bool) -> tuple[Results
 
 
 def same_machine(now: Results, path: Path) -> Results:
-    """The results of the file, to be added to."""
+    """Read the results file to which new results are added; it must be from the same machine."""
     try:
         before = read_results(path)
     except InputError as error:
@@ -121,7 +129,7 @@ def keep(results: Results, path: Path | None, comparisons: list[Comparison], go_
 
 
 def ceilings(worlds: list[int], quick: bool) -> dict[str, float]:
-    """Of one rank while all compute, by their number; without a number those of two."""
+    """Measure the limits of one rank while all ranks compute, by number of ranks; keys without a number are for two."""
     found: dict[str, float] = {}
     for world in worlds:
         ranks = run_on_ranks(ceilings_of_rank, world, threads_of(world), quick)

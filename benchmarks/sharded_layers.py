@@ -1,4 +1,4 @@
-"""The layers of layers.py: ours and DTensor's from the same weights, and what is right for them."""
+"""The layers of layers.py: ours and DTensor's from the same weights, and their exact results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ WAYS = [OURS, WITHOUT_OVERLAP, DTENSOR]
 
 @dataclass(frozen=True)
 class Layer:
-    """One comparison; activations are [S, B, H], torch's attention alone wants [B, S, H]."""
+    """One comparison. Activations are [S, B, H]; only torch's attention takes [B, S, H]."""
 
     kind: str
     seq_len: int
@@ -52,20 +52,20 @@ class Layer:
 
     @property
     def flops(self) -> int:
-        """Of matrix products, attention's in full; a backward is two forwards."""
+        """Return the FLOPs of matrix products, without savings by the causal mask; a backward is two forwards."""
         hidden, tokens = self.hidden_size, self.seq_len * self.batch
         attention = 8 * hidden**2 + 4 * self.seq_len * hidden
         return tokens * (16 * hidden**2 if self.kind == "MLP" else attention) * (3 if self.backward else 1)
 
     def plain(self) -> nn.Module:
-        """The whole layer; the same weights wherever it is made."""
+        """Build the whole layer, with the same weights on every rank."""
         torch.manual_seed(3)
         if self.kind == "MLP":
             return PlainMLP(self.hidden_size)
         return PlainAttention(self.hidden_size, self.num_heads)
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input and the upstream gradient, whole."""
+        """Return the full input and the full upstream gradient."""
         generator = torch.Generator().manual_seed(4)
         x, dy = torch.randn(2, self.seq_len, self.batch, self.hidden_size, generator=generator)
         return x, dy
@@ -73,7 +73,7 @@ class Layer:
 
 @dataclass
 class Right:
-    """What the whole layer gives in float64, in float32; by the names of the weights, and "x" and "y"."""
+    """Results of the whole layer in float64, rounded to float32, by the names of the weights, "x" and "y"."""
 
     layer: Layer
 
@@ -86,7 +86,7 @@ class Right:
         self.y, self.dx = y.detach().float(), x.grad.float()
 
     def check(self, y: torch.Tensor, dx: torch.Tensor, errors: dict[str, float]) -> None:
-        """Of this rank: the result, the gradient of its input, and the errors of those of the weights."""
+        """Check this rank's result, its input gradient, and the errors of its weight gradients."""
         got = {"the result": (y, self.y), "the gradient of the input": (dx, self.dx)}
         for name, (mine, whole) in got.items():
             wanted = own_block(whole, self.layer)
@@ -97,7 +97,7 @@ class Right:
 
 
 def by_sequence(model: nn.Module, layer: Layer, x: torch.Tensor) -> torch.Tensor:
-    """A torch module on [S, B, H]; attention wants [B, S, H]."""
+    """Call a torch module on [S, B, H]; attention takes [B, S, H]."""
     return model(x) if layer.kind == "MLP" else model(x.transpose(0, 1)).transpose(0, 1)
 
 
@@ -106,7 +106,7 @@ def own_block(whole: torch.Tensor, layer: Layer) -> torch.Tensor:
 
 
 def candidate(model: Callable[[torch.Tensor], torch.Tensor], layer: Layer, right: Right, errors_of: Any) -> Candidate:
-    """What is timed, of a layer that is right."""
+    """Check a layer and return its timed step."""
     x, dy = (own_block(t, layer).clone() for t in layer.tensors())
     x.requires_grad_()
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
@@ -130,7 +130,7 @@ def candidate(model: Callable[[torch.Tensor], torch.Tensor], layer: Layer, right
 
 
 def arrived(x: Any) -> torch.Tensor:
-    """DTensor's collectives may be under way still."""
+    """Wait for DTensor's collectives, which may still be in flight."""
     return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
@@ -147,14 +147,14 @@ def ours(layer: Layer, right: Right, overlap: bool) -> Candidate:
 
 
 class CausalAttention(ParallelSelfAttention):
-    """Called with the input only, as torch's layers are."""
+    """Our attention, called with only the input, like torch's layers."""
 
     def forward(self, x: torch.Tensor, mask: AttentionMask = CAUSAL, **options: Any) -> Any:
         return super().forward(x, mask, **options)
 
 
 class BySequence(nn.Module):
-    """A torch layer that takes and gives what ours does."""
+    """A torch layer with the input and output layout of ours."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Rounds of several providers on real ranks, and a journal of them that outlives an interrupted run.
+"""Rounds of several providers on real ranks, and a journal of them that survives an interrupted run.
 
-On every rank: each provider is built and tried out; those that are right run once in every round, in an order that
-moves on by one from round to round. A step is over when the last rank is done with it. Rank 0 writes down what is
-known as soon as it is, so that Ctrl-C, or a provider that takes its process down, costs nothing that was measured.
+Every rank builds and checks each provider. The correct providers run once in every round, in an order that rotates by
+one. A step is over when the last rank has finished it. Rank 0 writes every result at once, so that Ctrl-C, or a
+provider that kills its process, loses no measurement.
 """
 
 import contextlib
@@ -33,17 +33,17 @@ Parts = dict[str, float]
 
 
 class WrongResult(Exception):
-    """What a provider computes is not right."""
+    """A provider's result differs from the exact one."""
 
 
 @dataclass
 class Candidate:
-    """A provider that is right.
+    """A provider with correct results.
 
     Attributes:
-        step: what is timed.
-        peak_bytes: of this rank, from the making of the model on.
-        bubble: after a step, seconds of it for which the schedule of a pipeline lets a rank idle, or None.
+        step: the timed function.
+        peak_bytes: peak memory of this rank, since before the model was made.
+        bubble: returns the seconds of the last step in which the pipeline schedule lets a rank idle; or None.
     """
 
     step: Callable[[], object]
@@ -56,7 +56,7 @@ Builds = Mapping[str, Callable[[], Candidate]]
 
 @dataclass
 class Journal:
-    """What rank 0 of a group of ranks has to say, a line of JSON each."""
+    """The journal of rank 0: a file with a line of JSON for each result."""
 
     path: Path | None
 
@@ -68,7 +68,7 @@ class Journal:
 
 @dataclass
 class Measured:
-    """What a journal says: by provider seconds of every round, peak bytes, parts of a step, and why one has none."""
+    """Contents of a journal, by provider: seconds of every round, peak bytes, parts of a step, or the fault."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Measured:
 
     def read(self, path: Path) -> None:
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # half a line of a rank that was killed
+            with contextlib.suppress(ValueError):  # a truncated line of a rank that was killed
                 self._take(json.loads(line))
 
     def _take(self, entry: dict[str, Any]) -> None:
@@ -93,9 +93,9 @@ class Measured:
 def run_providers(
     on_rank: Callable[..., None], ranks: int, names: list[str], *args: Any, limit_s: float
 ) -> tuple[Measured, bool]:
-    """Call on_rank(rank, ranks, journal, names, *args) on so many ranks: what was measured, and whether to go on.
+    """Call on_rank(rank, ranks, journal, names, *args) on the ranks; return the measurements, and False after Ctrl-C.
 
-    A provider that takes a rank down is left out, and the others start again. False: Ctrl-C.
+    A provider that kills a rank is left out, and the others start again.
     """
     names, lost = list(names), {}
     while True:
@@ -113,7 +113,7 @@ def run_providers(
                 guilty = measured.at
                 text = f"failed: {last_line(error)}"
                 if guilty in names:
-                    over = bool(measured.seconds)  # else once more without it
+                    over = bool(measured.seconds)  # else again without this provider
                     names.remove(guilty)
                     lost[guilty] = measured.faults[guilty] = text
                 else:
@@ -125,20 +125,20 @@ def run_providers(
 
 
 def last_line(error: BaseException) -> str:
-    """Of an error of ranks: what the first of them raised, or how it died."""
+    """Return the last line of an error of ranks: the exception of the first rank, or how it died."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raised = [line for line in lines if not line.startswith("rank ") or "died" in line or "did not answer" in line]
     return (raised[-1] if raised else type(error).__name__)[:200]
 
 
 def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: int) -> None:
-    """On every rank: build and try out, then time, then take steps to pieces."""
+    """On every rank: build and check the providers, time them, then measure the breakdown of a step."""
     say = Journal(Path(journal) if rank == 0 else None)
     candidates: dict[str, Candidate] = {}
     for name, build in builds.items():
         say(at=name)
         found, fault = try_out(build)
-        # One rank's fault is everyone's: nobody waits for it in a collective.
+        # A fault of one rank counts for all, so that no rank waits for it in a collective.
         every: list[Any] = [None] * world_size
         dist.all_gather_object(every, (fault, found.peak_bytes if found else 0))
         fault = next((f for f, _ in every if f), None)
@@ -169,16 +169,16 @@ def measure(rank: int, world_size: int, journal: str, builds: Builds, rounds: in
 
 
 def start_rank(threads: int) -> None:
-    """As our trainer sets it, for every provider alike; before the first large tensor."""
+    """Set threads and malloc as our trainer does, for every provider, before the first large tensor."""
     keep_malloc_pages()
     torch.set_num_threads(threads)
 
 
 def try_out(build: Callable[[], Candidate]) -> tuple[Candidate | None, str | None]:
-    """What was built, or what is wrong with it."""
+    """Return the provider's candidate, or its fault."""
     found: list[Candidate] = []
     try:
-        with silenced_stderr():  # the profiler's, and other libraries' warnings
+        with silenced_stderr():  # warnings of the profiler and of other libraries
             peak = CpuDevice().peak_bytes(lambda: found.append(build()))
     except ImportError as error:
         return None, f"not installed ({first_line(error, name_type=False)[:MESSAGE_CHARACTERS]})"
@@ -191,8 +191,10 @@ def try_out(build: Callable[[], Candidate]) -> tuple[Candidate | None, str | Non
 
 
 def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
-    """Seconds of a step for which a rank's thread computed (or was ready to), and for which it waited for others: means
-    over the ranks, of the fastest of a few steps. For all providers alike, from the system's own count."""
+    """Return the seconds of a step in which a rank's thread computed (or was ready to), and in which it waited.
+
+    They are means over the ranks in the fastest of a few steps, by the system's own count, the same for all providers.
+    """
     steps = []
     optimizer = OptimizerClock()
     with optimizer:
@@ -210,14 +212,15 @@ def break_down(candidate: Candidate, world_size: int, num_steps: int) -> Parts:
     _, compute, communication, bubble, update = min((everywhere / world_size).tolist())
     found = {"compute": compute, "communication": communication, "bubble": bubble, "optimizer": update}
     absent = {
-        "communication": world_size == 1, "bubble": candidate.bubble is None, "optimizer": optimizer.seconds == 0.0
-    }  # fmt: skip
+        "communication": world_size == 1,
+        "bubble": candidate.bubble is None,
+        "optimizer": optimizer.seconds == 0.0,
+    }
     return {part: seconds for part, seconds in found.items() if not absent.get(part)}
 
 
 def waited_s() -> float:
-    """Seconds for which this thread had nothing to do: neither on a core nor in want of one. Linux; else those off the
-    cores."""
+    """Return seconds in which this thread neither ran nor waited for a core (Linux; elsewhere: did not run)."""
     now = time.perf_counter()
     with contextlib.suppress(OSError):
         on_core, in_want, _ = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
@@ -226,7 +229,7 @@ def waited_s() -> float:
 
 
 class OptimizerClock:
-    """Seconds in the step() of any optimizer of torch, ours included."""
+    """A clock of the seconds in step() of any torch optimizer, including ours."""
 
     def __init__(self) -> None:
         self.seconds, self._start = 0.0, 0.0
@@ -250,7 +253,7 @@ class OptimizerClock:
 
 
 def fill(comparison: Comparison, measured: Measured, names: Mapping[str, str]) -> Comparison:
-    """What a journal says of these providers, by the names that the comparison has for them."""
+    """Fill the comparison with the measurements of its providers; names: from its names to the journal's."""
     for kind in ("seconds", "peak_bytes", "breakdown", "faults"):
         theirs = getattr(measured, kind)
         getattr(comparison, kind).update({mine: theirs[name] for name, mine in names.items() if name in theirs})

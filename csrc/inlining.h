@@ -1,4 +1,4 @@
-// How functions are inlined that the CPU and the GPU share, and those that are compiled once for each level of processor.
+// FM_INLINE: functions that the CPU and the GPU share, or that are compiled for several processor levels.
 #pragma once
 
 #ifdef __CUDACC__

@@ -1,6 +1,6 @@
 // The random numbers of dropout, written once for the CPU and the GPU.
 //
-// fused_megatron/reference/philox.py says it in PyTorch; all give the same bits.
+// fused_megatron/reference/philox.py is the same in PyTorch; all give the same bits.
 //
 // Philox4x32-10 (Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011). The element with
 // global index g has word g % 4 of block g / 4; the 128-bit counter of a block is (block, offset), low words first, and
@@ -17,7 +17,7 @@ inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 =
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 inline constexpr int kPhiloxRounds = 10;
 
-// What rng_state says, in the words that the rounds take.
+// rng_state as the words that the rounds take.
 struct PhiloxStream {
   uint32_t key0, key1, offset0, offset1;
 };
@@ -53,7 +53,7 @@ FM_INLINE void philox_block(const PhiloxStream& stream, uint64_t block, uint32_t
   words[3] = c3;
 }
 
-// An element is kept if its word is not below this: dropped with probability p, to 2^-32.
+// An element is kept if its word is not below this threshold: it is dropped with probability p, to 2^-32.
 inline uint32_t dropout_threshold(double p) { return static_cast<uint32_t>(p * 4294967296.0); }
 
 }  // namespace fm

@@ -1,7 +1,7 @@
-// Checks and allocations that every op does with its tensors, before the kernel sees pointers.
+// Checks and allocations of tensors that every op makes before its kernel sees pointers.
 //
-// User errors are caught in Python, with better words; these checks keep a direct call of torch.ops.fused_megatron from
-// reading what is not there.
+// Python catches user errors, with better messages. These checks keep a direct call of torch.ops.fused_megatron from
+// reading memory out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -57,7 +57,7 @@ struct Sizes {
   operator std::span<const int64_t>() const { return {values.data(), count}; }
 };
 
-// What an op returns in place of a gradient that nobody asked for.
+// The result of an op in place of a gradient that is not wanted.
 inline Tensor nothing(const Tensor& like) {
   const int64_t zero = 0;
   return empty({&zero, 1}, like.scalar_type(), like);
@@ -75,7 +75,7 @@ inline bool on_same_device(const Tensor& a, const Tensor& b) {
   return a.is_cuda() == b.is_cuda() && a.get_device() == b.get_device();
 }
 
-// A parameter over the last dim of x: [width], a dtype of ours, on the device of x; made contiguous.
+// A parameter over the last dim of x: [width], of a kernel dtype, on the device of x; made contiguous.
 inline OptionalTensor checked_parameter(const OptionalTensor& parameter, const Tensor& x, const char* name) {
   if (!parameter) return std::nullopt;
   check_kernel_dtype(*parameter, name);

@@ -1,7 +1,7 @@
-"""plain_loop.py with Hugging Face Accelerate: torchrun --nproc-per-node 2 examples/accelerate_loop.py
+"""The loop of plain_loop.py with Hugging Face Accelerate: torchrun --nproc-per-node 2 examples/accelerate_loop.py
 
-Four lines differ, each marked. prepare_model(evaluation_mode=True) places the model and sets mixed precision up, and
-leaves DistributedDataParallel out: these ranks share the layers, and their gradients are final.
+Four lines differ; numbers mark them. prepare_model(evaluation_mode=True) moves the model to its device and sets up
+mixed precision. It leaves DistributedDataParallel out: these ranks share the layers, and their gradients are final.
 """
 
 import os
@@ -29,8 +29,8 @@ class Model(torch.nn.Module):
 
 
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
-accelerator = Accelerator()  # 2: and the process group
-torch.manual_seed(0)  # alike on every rank: the same weights and the same samples
+accelerator = Accelerator()  # 2, which makes the process group, too
+torch.manual_seed(0)  # the same on every rank: the same weights and the same samples
 model = Model()
 fm.parallelize(model, fm.init_mesh(tensor_parallel_size=world_size), PLAN)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

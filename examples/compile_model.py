@@ -1,6 +1,6 @@
 """torch.compile of a model with fused layers: python examples/compile_model.py [backend]
 
-One process: one graph. Under torchrun the graph is cut where ranks talk, and only there.
+On one process the model is one graph. Under torchrun the graph is cut only at collectives.
 """
 
 import os

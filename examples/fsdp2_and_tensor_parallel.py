@@ -1,6 +1,7 @@
 """FSDP2 around tensor-parallel layers: torchrun --nproc-per-node 4 examples/fsdp2_and_tensor_parallel.py
 
-Two data-parallel copies of a model whose layers two ranks share; each rank keeps a quarter of every sharded weight.
+The model has two data-parallel replicas, and in each two ranks share every layer. So each rank keeps a quarter of every
+sharded weight.
 """
 
 import torch
@@ -24,7 +25,7 @@ class Block(torch.nn.Module):
 
 dist.init_process_group()
 mesh = fm.init_mesh(tensor_parallel_size=2)
-torch.manual_seed(0)  # alike on every rank: the full weights are drawn, each rank keeps its shard
+torch.manual_seed(0)  # the same on every rank: each rank draws the full weights and keeps its shard
 model = torch.nn.Sequential(Block(64, mesh.tp_group), Block(64, mesh.tp_group))
 for block in model:
     fully_shard(block, mesh=mesh.device_mesh["dp"])

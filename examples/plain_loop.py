@@ -1,7 +1,7 @@
-"""A plain PyTorch loop on a model of one's own: python examples/plain_loop.py
+"""A plain PyTorch training loop on your own model: python examples/plain_loop.py
 
-With torchrun --nproc-per-node 2 two ranks share every layer, and the losses are the same. PLAN says which layer is cut
-how.
+Under torchrun --nproc-per-node 2 two ranks share every layer, and the losses are the same. PLAN says how each layer is
+sharded.
 """
 
 import os
@@ -30,7 +30,7 @@ class Model(torch.nn.Module):
 world_size = int(os.environ.get("WORLD_SIZE", "1"))
 if world_size > 1:
     torch.distributed.init_process_group()
-torch.manual_seed(0)  # alike on every rank: the same weights and the same samples
+torch.manual_seed(0)  # the same on every rank: the same weights and the same samples
 model = Model()
 fm.parallelize(model, fm.init_mesh(tensor_parallel_size=world_size), PLAN)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -4,10 +4,10 @@
     mesh = fm.init_mesh(tensor_parallel_size=2)
     layer = fm.tensor_parallel.ColumnParallelLinear(1024, 4096, tp_group=mesh.tp_group)
     y = fm.ops.layer_norm(x, weight, bias)
-    model = fm.parallelize(model, mesh)  # one that you have, of Hugging Face or your own
+    model = fm.parallelize(model, mesh)  # a Hugging Face model, or your own
 
-Parts are imported when they are first used: so commands that touch no tensor start without torch. Training
-(fused_megatron.training) is not among them: it brings the command line's dependencies.
+Each part is imported at its first use, so that commands that need no tensors start without torch. Training is not an
+attribute of this module: `import fused_megatron.training` also imports the dependencies of the command line.
 """
 
 import importlib
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
+    from fused_megatron.planning.verify.user_model import verify
     from fused_megatron.sharding import GradScaler, clip_grad_norm_
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "pipeline",
     "replace_modules",
     "tensor_parallel",
+    "verify",
 ]
 
 _HOME = {
@@ -50,6 +52,7 @@ _HOME = {
     "clip_grad_norm_": "sharding",
     "full_state_dict": "interop",
     "load_full_state_dict": "interop",
+    "verify": "planning.verify.user_model",
     "load_pretrained_shards": "interop",
 }
 

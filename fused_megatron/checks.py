@@ -1,4 +1,4 @@
-"""Checks of what users pass in. All user errors look alike: name=value, what is wanted, the way out."""
+"""Checks of user input. Every message has the same form: name=value, what is wanted, the way out."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:  # commands that touch no tensor start without torch
 
 
 class SharedError(Exception):
-    """Base of the errors that every rank raises with the same text, so that one rank says it for all of them."""
+    """Base class of errors that every rank raises with the same text, so that only one rank needs to print it."""
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave (argument, config, file): one clear line; the CLI ends with exit code 2."""
+    """A mistake in user input (argument, config, file): one clear line; the CLI exits with code 2."""
 
 
 class SharedInputError(SharedError, InputError):
@@ -24,7 +24,7 @@ class SharedInputError(SharedError, InputError):
 
 @contextlib.contextmanager
 def found_on_every_rank() -> Iterator[None]:
-    """Around checks that every rank makes of the same words or the same config: their InputError is shared."""
+    """Context for checks that every rank makes of the same input: an InputError becomes a SharedInputError."""
     try:
         yield
     except InputError as error:
@@ -38,12 +38,12 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_positive(name: str, value: int) -> None:
-    """Raise unless value is 1 or more."""
+    """Raise InputError unless value is 1 or more."""
     check(value >= 1, f"{name}={value} must be 1 or more")
 
 
 def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Raise unless value is a multiple of divisor; the message names the nearest values that are."""
+    """Raise InputError unless value is a multiple of divisor; the message names the nearest multiples."""
     if value % divisor:
         below, above = value // divisor * divisor, -(-value // divisor) * divisor
         nearest = ", ".join(str(v) for v in (below, above) if v > 0)
@@ -51,7 +51,7 @@ def check_divisible(name: str, value: int, divisor_name: str, divisor: int) -> N
 
 
 def check_multiple_or_divisor(name: str, value: int, other_name: str, other: int) -> None:
-    """Raise unless one of the two numbers is a multiple of the other; the message names the nearest values."""
+    """Raise InputError unless one number is a multiple of the other; the message names the nearest valid values."""
     if value % other and other % value:
         fits = [v for v in range(1, 2 * max(value, other) + 1) if v % other == 0 or other % v == 0]
         nearest = f"{max(v for v in fits if v < value)}, {min(v for v in fits if v > value)}"
@@ -59,43 +59,44 @@ def check_multiple_or_divisor(name: str, value: int, other_name: str, other: int
 
 
 def check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise unless value is one of the words allowed."""
+    """Raise InputError unless value is one of the allowed strings."""
     wanted = ", ".join(map(repr, allowed))
     check(value in allowed, f"{name}={value!r:.60} must be one of: {wanted}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as users write it: "float32" of torch.float32."""
+    """Return the dtype as users write it: "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def first_line(error: BaseException, *, name_type: bool = True) -> str:
-    """The first line of an error's message, behind its type; without a message the type only."""
-    kind, lines = type(error).__name__, str(error).strip().splitlines()
+    """Return the error's type and the first line of its message; the type only if there is no message."""
+    kind = type(error).__name__
+    lines = str(error).strip().splitlines()
     if not lines:
         return kind
     return f"{kind}: {lines[0]}" if name_type else lines[0]
 
 
 def has_values(tensor: torch.Tensor) -> bool:
-    """Whether the tensor has numbers: on the meta device, and of a FakeTensorMode, it has only a shape."""
+    """Return whether the tensor has values: a meta tensor or a fake tensor has only a shape."""
     return not tensor.is_meta and getattr(tensor, "fake_mode", None) is None
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int]) -> None:
-    """Raise unless tensor has exactly the expected shape."""
+    """Raise InputError unless tensor has exactly the expected shape."""
     if tuple(tensor.shape) != tuple(expected):
         raise InputError(f"{name}.shape={tuple(tensor.shape)} must be {tuple(expected)}")
 
 
 def check_dtype(name: str, tensor: torch.Tensor, allowed: Sequence[torch.dtype]) -> None:
-    """Raise TypeError unless the dtype of tensor is one of allowed."""
+    """Raise TypeError unless the dtype of tensor is one of the allowed dtypes."""
     if tensor.dtype not in allowed:
         wanted = ", ".join(map(dtype_name, allowed))
         raise TypeError(f"{name}.dtype={dtype_name(tensor.dtype)} must be one of: {wanted}")
 
 
 def check_same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Raise unless both tensors live on one device."""
+    """Raise InputError unless both tensors are on the same device."""
     if tensor.device != other.device:
         raise InputError(f"{name}.device={tensor.device} must equal {other_name}.device={other.device}")

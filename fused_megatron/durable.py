@@ -1,4 +1,4 @@
-"""Files that are on the disk when a call returns: whole writes, fsync of files and of folders."""
+"""Durable file operations: atomic replacement, and fsync of files and folders before a call returns."""
 
 import contextlib
 import errno
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
-    """Write every byte of data; os.write alone may stop early."""
+    """Write every byte of data; a single os.write may write fewer."""
     while len(data):
         data = data[os.write(descriptor, data) :]
 
 
 @contextlib.contextmanager
 def new_durable_file(path: Path) -> Iterator[int]:
-    """Descriptor of a file that must not exist yet; synced to the disk when the block ends without an error."""
+    """Create a file that must not exist yet; yield its descriptor, and fsync it if the block ends without an error."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
         yield descriptor
@@ -27,7 +27,7 @@ def new_durable_file(path: Path) -> Iterator[int]:
 
 
 def replace_file(path: Path, content: bytes) -> bool:
-    """Give the file this content, whole or not at all, whenever the process dies; False where it had it already."""
+    """Replace the file's content atomically, even if the process dies; return False if the content is unchanged."""
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return False
@@ -43,19 +43,19 @@ def replace_file(path: Path, content: bytes) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in folder durable: a rename is only on the disk once its folder is."""
+    """Make the names in folder durable: a rename is on the disk only after an fsync of its folder."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no fsync of a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot fsync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete folder. It loses its name first, so that a kill half-way leaves no broken checkpoint under a good name."""
+    """Rename folder, then delete it: a process killed half-way leaves no broken checkpoint under a valid name."""
     trash = folder.with_name(f"{folder.name.split('.')[0]}.trash-{secrets.token_hex(4)}")
     os.rename(folder, trash)
     shutil.rmtree(trash)

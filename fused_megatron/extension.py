@@ -1,4 +1,4 @@
-"""The compiled library: loaded once, and a word to the user where something is slower than it could be."""
+"""Loading of the compiled library, and the warnings about ops that run without a compiled kernel."""
 
 import functools
 import os
@@ -13,9 +13,10 @@ LIBRARY = Path(__file__).parent / "_torch_ops.so"
 
 @functools.cache
 def load_library() -> bool:
-    """Load the compiled torch library, once; False, with one warning, where there is none that loads.
+    """Load the compiled torch library, once; if there is none that loads, warn once and return False.
 
-    FUSED_MEGATRON_LIBRARY is the path of another one (such as the emulation of the CUDA kernels); empty for none.
+    The environment variable FUSED_MEGATRON_LIBRARY replaces its path (for example by the emulated CUDA kernels); an
+    empty value switches the library off.
     """
     chosen = os.environ.get("FUSED_MEGATRON_LIBRARY")
     library = LIBRARY if chosen is None else Path(chosen)
@@ -34,12 +35,12 @@ def load_library() -> bool:
 
 @functools.cache
 def warn_no_kernel(op: str, device_type: str) -> None:
-    """Warn, once an op and device, that the reference runs although the library is there."""
+    """Warn once per op and device that the reference runs, because the loaded library has no kernel for it."""
     if load_library():
         _warn(f"no {device_type} kernel for {op}; it runs on its slower PyTorch reference.")
 
 
 def _warn(message: str) -> None:
-    # torchrun starts every rank of a machine with the same files: one of them speaks for all.
+    # All ranks of a machine use the same files, so that one warning per machine is enough.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(f"fused_megatron: {message} To build it: {HOW_TO_BUILD}", RuntimeWarning, stacklevel=4)

@@ -1,4 +1,4 @@
-"""The grid of ranks: named axes over torch's DeviceMesh, and the layout that layers take from it. No globals."""
+"""Grid of ranks with named axes over torch's DeviceMesh, and the layout that layers take from it. No globals."""
 
 import os
 import warnings
@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from fused_megatron.checks import check, check_one_of
 
 AXES = ("pp", "dp", "cp", "tp")
-"""Pipeline, data, context and tensor parallelism, from the axis whose ranks lie farthest apart to the nearest."""
+"""Pipeline, data, context and tensor parallelism; the ranks of the first axis lie farthest apart."""
 EXPERT_AXES = ("pp", "edp", "ep", "etp")
-"""The same ranks as experts see them: copies of an expert, groups of experts, shards of an expert."""
+"""Axes of the same ranks for experts: copies of an expert, groups of experts, shards of an expert."""
 TP_NCCL_SMS = 16
 """SMs (NCCL: CTAs) that a collective of the tp axis may take from the products beside it, of an H100's 132."""
 
 
 def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The index of a rank along every axis, in the order of `sizes`: the last axis has neighbouring ranks.
+    """Return the index of a rank along every axis, in the order of `sizes`; the last axis has neighbouring ranks.
 
     With sizes pp, dp, cp, tp:  rank == ((pp_rank * dp + dp_rank) * cp + cp_rank) * tp + tp_rank.
     """
@@ -36,13 +36,13 @@ def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How layers and models are cut over ranks.
+    """Options of layers and models that are sharded over ranks.
 
     Attributes:
-        tp_group: the R ranks that share each layer; None for this rank alone.
+        tp_group: the R ranks that share each layer; None for this rank only.
         sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
-        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says, a number: so many, False: never.
+        overlap: number of chunks of a product, so that products and collectives run side by side: True lets the cost
+            model of the group choose, a number fixes it, False is 1.
     """
 
     tp_group: dist.ProcessGroup | None = None
@@ -52,13 +52,13 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class SubMesh:
-    """Some axes of a mesh: the ranks that differ from this one along these axes only.
+    """Some axes of a mesh, and the ranks that differ from this rank along these axes only.
 
     Attributes:
-        axes: their names, in the order of the mesh.
+        axes: names of the axes, in the order of the mesh.
         size: number of ranks.
-        rank: this rank's index among them, the last axis varying fastest.
-        group: their process group; None for one rank.
+        rank: index of this rank among them; the last axis varies fastest.
+        group: process group of these ranks; None for one rank.
     """
 
     axes: tuple[str, ...]
@@ -69,18 +69,19 @@ class SubMesh:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank stands in the grid of ranks. Made by init_mesh.
+    """Grid of all ranks, seen from this rank. Made by init_mesh.
 
     The ranks of a tensor-parallel group are neighbours, so that the axis with the most traffic stays inside a machine;
     see coordinates. Experts fold their own axes over the ranks of a pipeline stage: edp x ep x etp = dp x cp x tp.
 
     Attributes:
-        rank, world_size: of all ranks.
+        rank: index of this rank among all ranks.
+        world_size: number of all ranks.
         sizes: length of each axis of AXES, by name.
-        expert_sizes: length of each axis of EXPERT_AXES.
-        device_mesh: torch's view of the grid, with the axes pp, dp, tp, and cp where it is longer than 1; None for one
-            process without a process group.
-        groups: of every axis longer than 1, and of ("dp", "cp") where both are.
+        expert_sizes: length of each axis of EXPERT_AXES, by name.
+        device_mesh: torch's DeviceMesh of the grid, with the axes pp, dp, tp, and cp if it is longer than 1; None for
+            one process without a process group.
+        groups: process groups by axes: of every axis longer than 1, and of ("dp", "cp") if both are.
         timeout_s: seconds that a collective of an axis waits for a silent rank; None: as the default process group.
     """
 
@@ -93,13 +94,13 @@ class Mesh:
     timeout_s: float | None = None
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> SubMesh:
-        """The sub-mesh of one axis or several: mesh["tp"], mesh["dp", "cp"].
+        """Return the sub-mesh of one axis or several: mesh["tp"], mesh["dp", "cp"].
 
         Raises:
-            InputError: an axis that there is not, axes of both grids, another order than that of the mesh.
+            InputError: an unknown axis, axes of both grids, or another order than in the mesh.
 
-        Communication: none for one axis and for ("dp", "cp"). Other axes of which two or more are longer than 1 have no
-            group yet: the first request makes it, on all ranks at once.
+        Communication: none for one axis and for ("dp", "cp"). For other axes, if two or more are longer than 1, the
+            first request creates a group; all ranks must make this request at once.
         """
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in axes:
@@ -109,11 +110,11 @@ class Mesh:
             len(axes) > 0 and axes == tuple(axis for axis in grid if axis in axes),
             f"axes={axes} must be some of {tuple(self.sizes)}, or of {tuple(self.expert_sizes)}, in this order",
         )
-        at, size = coordinates(self.rank, grid), prod(grid[axis] for axis in axes)
+        own = coordinates(self.rank, grid)
         rank = 0
         for axis in axes:
-            rank = rank * grid[axis] + at[axis]
-        return SubMesh(axes, size, rank, self._group(axes, grid))
+            rank = rank * grid[axis] + own[axis]
+        return SubMesh(axes, prod(grid[axis] for axis in axes), rank, self._group(axes, grid))
 
     def _group(self, axes: tuple[str, ...], grid: Mapping[str, int]) -> dist.ProcessGroup | None:
         long = tuple(axis for axis in axes if grid[axis] > 1)
@@ -140,36 +141,36 @@ class Mesh:
 
     @property
     def pp_rank(self) -> int:
-        """Position along the pp axis."""
+        """Index of this rank along the pp axis."""
         return coordinates(self.rank, self.sizes)["pp"]
 
     @property
     def dp_rank(self) -> int:
-        """Position along the dp axis."""
+        """Index of this rank along the dp axis."""
         return coordinates(self.rank, self.sizes)["dp"]
 
     @property
     def tp_rank(self) -> int:
-        """Position along the tp axis."""
+        """Index of this rank along the tp axis."""
         return coordinates(self.rank, self.sizes)["tp"]
 
     @property
     def pp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the pp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the pp axis only; None for length 1."""
         return self.groups.get(("pp",))
 
     @property
     def dp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the dp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the dp axis only; None for length 1."""
         return self.groups.get(("dp",))
 
     @property
     def tp_group(self) -> dist.ProcessGroup | None:
-        """The ranks that differ from this one along the tp axis only; None for length 1."""
+        """Group of the ranks that differ from this rank along the tp axis only; None for length 1."""
         return self.groups.get(("tp",))
 
     def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:
-        """What layers and models on this mesh take."""
+        """Return the layout that layers and models on this mesh take."""
         return ParallelLayout(self.tp_group, sequence_parallel, overlap)
 
 
@@ -186,26 +187,26 @@ def init_mesh(
 ) -> Mesh:
     """Arrange all ranks of the default process group in a grid.
 
-    Any sizes will do whose product is the world size. One process needs no process group. Axes of length 1 have no
-    group and cost nothing.
+    The product of the sizes must be the world size. One process needs no process group. Axes of length 1 have no group
+    and cost nothing.
 
     Args:
         tensor_parallel_size: ranks that share each layer.
         pipeline_parallel_size: groups of layers that run one after the other.
-        data_parallel_size: copies of the model; None for what is left of the world.
+        data_parallel_size: copies of the model; None divides the world size by the other sizes.
         context_parallel_size: ranks that share each sequence, attention included.
         expert_parallel_size: ranks that share the experts of a layer; folded over the data-, context- and
             tensor-parallel ranks of a pipeline stage.
         expert_tensor_parallel_size: ranks that share each expert; folded over the same ranks.
-        device_type: of torch's DeviceMesh; None for "cuda" where the process group has NCCL, else "cpu".
-        timeout_s: how long a collective of an axis waits for a silent rank; None: as long as one of the default process
-            group (the timeout of init_process_group).
+        device_type: device type of torch's DeviceMesh; None for "cuda" if the process group has NCCL, else "cpu".
+        timeout_s: seconds that a collective of an axis waits for a silent rank; None: as the default process group
+            (the timeout of init_process_group).
 
     Raises:
-        InputError: sizes whose product is not the world size, or over which experts cannot be folded; several ranks
-            without a process group.
+        InputError: the product of the sizes is not the world size; experts cannot be folded over the ranks of a stage;
+            several ranks have no process group.
 
-    Communication: creates the groups, which every rank must do at once; nothing later.
+    Communication: creates the groups, so that all ranks must call at once; nothing later.
     """
     named = {
         "tensor_parallel_size": tensor_parallel_size,
@@ -253,7 +254,7 @@ def init_mesh(
 
 
 def _make_groups(mesh: Mesh, device_axes: tuple[str, ...]) -> None:
-    """The groups that every step needs: others are made when they are asked for."""
+    """Make the groups that every step needs. Other groups are made at their first request."""
     assert mesh.device_mesh is not None
     for axis in device_axes:
         if mesh.sizes[axis] > 1:
@@ -269,20 +270,21 @@ def _make_groups(mesh: Mesh, device_axes: tuple[str, ...]) -> None:
 def _new_group(
     axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world_size: int, timeout_s: float | None
 ) -> dist.ProcessGroup:
-    """The group of the ranks that differ from this one along these axes only; all ranks make all such groups."""
+    """Make the group of the ranks that differ from this rank along these axes only; all ranks make all such groups."""
     members: dict[tuple[int, ...], list[int]] = {}
     for other in range(world_size):
-        at = coordinates(other, sizes)
-        members.setdefault(tuple(at[axis] for axis in sizes if axis not in axes), []).append(other)
+        index = coordinates(other, sizes)
+        members.setdefault(tuple(index[axis] for axis in sizes if axis not in axes), []).append(other)
     group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
     assert group is not None and rank in dist.get_process_group_ranks(group)
     return _in_time(group, timeout_s)
 
 
 def _in_time(group: dist.ProcessGroup, timeout_s: float | None) -> dist.ProcessGroup:
-    """The group, or one of the same ranks, whose collectives wait so long; torch lets new groups wait 10 or 30 min.
+    """Return the group, or a new group of the same ranks, with this time-out; torch's default is 10 or 30 min.
 
-    The time-out of the default process group, which DeviceMesh takes for an axis of all ranks, is the caller's.
+    The time-out of the default process group belongs to the caller and is not changed. DeviceMesh uses this group for
+    an axis of all ranks; a new group replaces it then.
     """
     world = dist.group.WORLD
     assert world is not None
@@ -300,7 +302,7 @@ def _in_time(group: dist.ProcessGroup, timeout_s: float | None) -> dist.ProcessG
 def _check_product(sizes: Mapping[str, int], world_size: int) -> None:
     total = prod(sizes.values())
     names = {"tp": "tensor", "pp": "pipeline", "cp": "context", "dp": "data"}
-    # An axis that nobody asked for is not named.
+    # Do not name an axis that the user did not ask for.
     shown = [f"{name}_parallel_size={sizes[axis]}" for axis, name in names.items() if axis != "cp" or sizes["cp"] > 1]
     check(
         total == world_size,
@@ -313,7 +315,7 @@ def _rank_and_world_size() -> tuple[int, int]:
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     launched = os.environ.get("WORLD_SIZE", "1")
-    # Without this, every rank would train a copy of its own, and no one would notice.
+    # Without this check every rank would train a copy of its own, unnoticed.
     check(
         launched == "1",
         f"WORLD_SIZE={launched} ranks were launched but torch.distributed has no process group "
@@ -323,10 +325,10 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def _backend_override(device_type: str) -> dict[Any, Any] | None:
-    """For the tp axis: NCCL's kernels before the products that hide them, and on at most TP_NCCL_SMS SMs.
+    """Return the options of NCCL for the tp axis: high priority, and at most TP_NCCL_SMS SMs.
 
-    At equal priority they would wait for a whole product to end; without a bound NCCL may take as many SMs as it has
-    channels, and the product beside it is late by as much.
+    At equal priority NCCL's kernels would wait until a whole product ends. Without a bound NCCL may take one SM for
+    each of its channels, and slows the product beside it down.
     """
     if device_type != "cuda" or not dist.is_nccl_available() or "nccl" not in dist.get_backend_config():
         return None
@@ -336,7 +338,7 @@ def _backend_override(device_type: str) -> dict[Any, Any] | None:
 
 
 def _warn_if_tensor_parallel_leaves_the_host(tensor_parallel_size: int, rank: int) -> None:
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # what torchrun says; without it nothing is known
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # torchrun sets it; else the number is unknown
     if local < 1 or rank != 0 or local % tensor_parallel_size == 0:
         return
     warnings.warn(

@@ -1,4 +1,4 @@
-"""Files that anybody may have made: opened without waiting, bounded before they are read, their JSON checked whole."""
+"""Safe reading of untrusted files: no blocking on pipes, a limit on the size, JSON checked against a schema."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from fused_megatron.checks import InputError
 T = TypeVar("T")
 
 MOST_JSON_BYTES = 64 << 20
-"""Of a JSON file that describes something, which has some kilobytes; parsed it takes up to 20 times as much."""
+"""Limit of a JSON file. Real ones have some kilobytes; the parsed value takes up to 20 times the file's bytes."""
 
-# Far beyond any tensor or dataset; products with the size of an element still fit in 64 bits.
+# More than any tensor or dataset has; multiplied by the size of an element it still fits in 64 bits.
 MOST_ELEMENTS = 1 << 59
 Size = Annotated[int, msgspec.Meta(ge=0, le=MOST_ELEMENTS)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=64)]
 
-# What a terminal shows as it is: no control characters, no change of direction, no halves of surrogate pairs.
+# Text that is safe to print: no control characters, no change of text direction, no halves of surrogate pairs.
 _SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]*\Z"
 ShownText = Annotated[str, msgspec.Meta(max_length=1000, pattern=_SHOWN)]
 
 
 def open_plain_file(path: Path, *, follow_links: bool = True) -> int:
-    """Descriptor for reading.
+    """Open a regular file for reading and return its descriptor.
 
     Raises:
-        OSError: there is none, or it is a pipe, a device, a folder (ENXIO), or a link where these are not followed.
+        OSError: the file does not exist; it is a pipe, a device or a folder (ENXIO); it is a link and follow_links is
+            False.
     """
-    # O_NONBLOCK: a pipe in the place of a file must not hang the reader before it is refused.
+    # O_NONBLOCK: opening a pipe would otherwise block before it can be refused.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -46,10 +47,10 @@ def open_plain_file(path: Path, *, follow_links: bool = True) -> int:
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:
-    """The content of a plain file.
+    """Return the content of a regular file.
 
     Raises:
-        OSError: as of open_plain_file; EFBIG where it is larger than most_bytes, of which nothing was read.
+        OSError: as open_plain_file; EFBIG, before reading, if the file is larger than most_bytes.
     """
     with open(open_plain_file(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -60,13 +61,18 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
 
 
 def parse_json(content: bytes | str, schema: type[T], *, finite: bool = True) -> T:
-    """What a JSON text holds, as a value of the schema: a type that msgspec knows, as a dataclass or a dict.
+    """Parse a JSON text into a value of the schema.
 
-    Python's reader, and not the faster one of msgspec, which refuses names that UTF-8 cannot hold: checkpoints and
-    caches may hold such names of files. Not finite: NaN and Infinity are taken, which configs of transformers have.
+    Python's parser is used although msgspec's is faster: msgspec refuses file names that are not valid UTF-8, which
+    checkpoints and caches may contain.
+
+    Args:
+        content: the JSON text.
+        schema: a type that msgspec can convert to, for example a dataclass or a dict.
+        finite: refuse NaN and Infinity. Configs written by transformers contain them.
 
     Raises:
-        InputError: one line: no JSON, NaN and other numbers that are none, or the place where it is not of the schema.
+        InputError: one line: invalid JSON, a number that is not finite, or the path at which the schema does not match.
     """
     try:
         strict: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite} if finite else {}
@@ -76,15 +82,15 @@ def parse_json(content: bytes | str, schema: type[T], *, finite: bool = True) ->
         raise InputError("JSON nested too deeply") from None
     except msgspec.ValidationError as error:
         raise InputError(_explained(error)) from None
-    except ValueError as error:  # of a JSONDecodeError, a UnicodeError, a number of too many digits
+    except ValueError as error:  # JSONDecodeError, UnicodeError, or a number with too many digits
         raise InputError(f"no JSON, or cut off ({' '.join(str(error).split())})") from None
 
 
 def convert(value: Any, schema: type[T]) -> T:
-    """A value that parse_json gave, as one of a narrower schema.
+    """Convert a value from parse_json to a narrower schema.
 
     Raises:
-        InputError: one line: the place where it is not of the schema.
+        InputError: one line: the path at which the schema does not match.
     """
     try:
         return msgspec.convert(value, schema)
@@ -95,7 +101,7 @@ def convert(value: Any, schema: type[T]) -> T:
 
 
 def _explained(error: Exception) -> str:
-    """The error in one short line; a pattern says nothing to who did not write it."""
+    """Return the error as one short line, without the regular expression, which would not help the user."""
     line = re.sub(r" matching regex '.*'", " of the right form", " ".join(str(error).split()))
     return line if len(line) <= 400 else f"{line[:200]} ... {line[-150:]}"
 

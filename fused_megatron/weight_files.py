@@ -1,6 +1,6 @@
-"""The safetensors files of a folder, one or several with an index, read tensor by tensor; no header is trusted.
+"""Reader of safetensors folders (one file, or several with an index), tensor by tensor; headers are untrusted.
 
-Read by plain reads and not through a memory map, whose pages count as the process's own as long as the file is open.
+Uses plain reads, not a memory map: mapped pages count as memory of the process while the file is open.
 """
 
 import math
@@ -44,23 +44,26 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
-# Bytes in flight: large enough that the calls cost nothing, small enough to be far from any memory limit.
+# Bytes of one read: large enough that the system calls cost nothing, small beside any memory limit.
 BLOCK_BYTES = 4 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
-# What the format itself allows.
+# The limit of the safetensors format.
 _MAX_HEADER_BYTES = 100_000_000
 _COPY_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor in a file, and where its bytes begin there; slicing it reads what is asked for.
+    """A tensor in a file. Slicing it reads only the selected elements.
 
-    weight[2:4, :8] is a tensor on the CPU: of slices with step 1, for the first dims.
+    weight[2:4, :8] returns a tensor on the CPU. Slices select from the first dims and must have step 1.
 
-    Memory: the result, and a block of a few MB where later dims are cut.
+    Attributes:
+        start: offset of the tensor's first byte in the file.
+
+    Memory: the result; if dims after the first are sliced, a block of a few MB as well.
     """
 
     path: Path
@@ -85,7 +88,7 @@ class StoredWeight:
         return result
 
     def _rows(self, first: int, stop: int) -> torch.Tensor:
-        """Of dim 0."""
+        """Read the rows from first to stop along dim 0."""
         tensor = torch.empty((stop - first, *self.shape[1:]), dtype=self.dtype)
         if tensor.numel() == 0:
             return tensor
@@ -103,13 +106,13 @@ class StoredWeight:
 
 
 class WeightFiles:
-    """Every tensor of a folder by name; the headers are read and checked at once, numbers when asked for.
+    """The tensors of a folder by name. All headers are read and checked at once, each tensor only on request.
 
     Args:
-        folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
+        folder: contains model.safetensors, or model.safetensors.index.json and the files that it names.
 
     Raises:
-        InputError: neither is there, or one is damaged: the file and the tensor are named.
+        InputError: neither file exists, or a file is damaged; the message names the file and the tensor.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +147,7 @@ class WeightFiles:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor, on the CPU.
+        """Read the full tensor to the CPU.
 
         Raises:
             InputError: its bytes cannot be read.
@@ -152,7 +155,7 @@ class WeightFiles:
         return self.tensors[name][()]
 
     def same(self, one: str, other: str) -> bool:
-        """Whether two tensors are equal bit for bit; block by block."""
+        """Return whether two tensors are equal bit for bit; they are compared block by block."""
         a, b = self.tensors[one], self.tensors[other]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -172,10 +175,10 @@ class WeightFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        InputError: the file is absent, or holds something else.
+        InputError: the file cannot be read, or does not contain a JSON object.
     """
     try:
         content = read_bounded(path, MOST_JSON_BYTES)
@@ -195,7 +198,7 @@ def _read_index(path: Path) -> dict[str, str]:
     check(isinstance(weight_map, dict) and bool(weight_map), f"{path}: weight_map must name tensors and their files")
     assert isinstance(weight_map, dict)
     for name, file in weight_map.items():
-        # A plain name: nothing outside the folder is ever opened.
+        # A name without a path: a file outside the folder is never opened.
         plain = isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file
         plain = plain and file.isprintable()
         check(plain, f"{path}: tensor {name!r}: {file!r} must be the name of a .safetensors file beside it")
@@ -207,7 +210,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
-    """Every tensor of a file, in the order of its bytes."""
+    """Return the tensors of a file in the order of their bytes."""
     try:
         with open(open_plain_file(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -230,7 +233,8 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     assert isinstance(header, dict)
     header.pop("__metadata__", None)
     found = [(name, _checked_entry(path, name, item)) for name, item in header.items()]
-    end, stored = 0, []
+    end = 0
+    stored = []
     for name, entry in sorted(found, key=lambda one: (one[1].data_offsets, one[0])):
         begin, stop = entry.data_offsets
         check(
@@ -257,16 +261,18 @@ class _Entry(msgspec.Struct):
 
 
 def _checked_entry(path: Path, name: str, item: Any) -> _Entry:
-    """A tensor's entry in the header, whose bytes must be as many as its dtype and shape have."""
+    """Return a tensor's entry in the header; its number of bytes must agree with its dtype and shape."""
     try:
         entry = convert(item, _Entry)
     except InputError as error:
         raise InputError(
             f"{path}: tensor {name!r}: its entry in the header is malformed ({error}): damaged ({_COPY_AGAIN})"
         ) from None
-    dtype, shape, (begin, stop) = entry.dtype, entry.shape, entry.data_offsets
+    dtype = entry.dtype
+    shape = entry.shape
+    begin, stop = entry.data_offsets
     check(dtype in _DTYPES, f"{path}: tensor {name!r}: dtype {dtype!r:.40} is not known (known: {', '.join(_DTYPES)})")
-    # An empty tensor's other sizes count too: torch multiplies them for its strides.
+    # A dim of size 0 counts as 1: torch multiplies the other dims of an empty tensor for its strides.
     check(
         math.prod(n or 1 for n in shape) <= MOST_ELEMENTS,
         f"{path}: tensor {name!r}: shape {shape} is beyond any tensor: damaged ({_COPY_AGAIN})",

@@ -1,21 +1,21 @@
 """Triton kernels for the cross-entropy of vocabulary shards. The math is in fused_megatron/reference/cross_entropy.py.
 
-Each logit is read once forward; read once, and its gradient written once, backward. Tiles are [LANES, VECTOR]: VECTOR
-neighbouring columns (16 bytes) belong to one thread, so that loads and stores take 128 bits, and a lane keeps its own
-running maximum and sum: one extra exp2 per VECTOR logits instead of a reduction over the block per tile.
+Forward reads each logit once; backward reads each logit once and writes its gradient once. A tile is [LANES, VECTOR]:
+one thread handles VECTOR neighbouring columns (16 bytes), so that loads and stores have 128 bits. Each lane keeps its
+own running maximum and sum: that costs one exp2 per VECTOR logits instead of a reduction over the block per tile.
 
-A vocabulary is rarely a multiple of anything. So tiles begin at 16-byte boundaries, wherever the row begins (at `shift`
-in its first tile), and only those at the two ends of a row, which are not full, are masked, which narrows their
-accesses. Tensors that do not begin at a 16-byte boundary are right too, and slower.
+A vocabulary size is rarely a multiple of the tile. So tiles begin at 16-byte boundaries; a row begins at column `shift`
+of its first tile. Only the tiles at the two ends of a row are masked, which makes their accesses narrower. Tensors that
+do not begin at a 16-byte boundary give correct results, more slowly.
 
-No thread block clusters: they could keep a row on chip from its statistics to its gradient, and save the second reading
-of the logits (4 instead of 6 bytes for 16 bits). But the gradient needs the upstream gradient, which forward does not
-know: scaled afterwards, it is rounded twice and moves 4 bytes more, and shards of a vocabulary wait for each other's
-statistics in between. (linear_cross_entropy, whose logits do not outlive forward, makes the gradient there.)
+These kernels use no thread block clusters. A cluster could keep a row on chip from its statistics to its gradient and
+save the second read of the logits (4 instead of 6 bytes per 16-bit logit). But forward does not know the upstream
+gradient: scaling the gradient later rounds it twice and moves 4 bytes more, and shards of a vocabulary must exchange
+their statistics in between. (linear_cross_entropy computes the gradient in forward, since it does not keep its logits.)
 """
 
 # mypy: allow-untyped-defs
-# (What a Triton kernel takes has no Python type.)
+# (The arguments of a Triton kernel have no Python types.)
 
 import contextlib
 import functools
@@ -26,23 +26,23 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LANES = 256  # with 4 warps: two 16-byte loads in flight per thread, in few enough registers for 5 programs a processor
-# Triton 3.10 leaves fused multiply-adds off unless told.
+_LANES = 256  # with 4 warps: two 16-byte loads in flight per thread, and registers for 5 programs per multiprocessor
+# Triton 3.10 uses fused multiply-adds only with this option.
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 _MERGE_BLOCK = 128
-# Rows are split over several programs until there are this many per multiprocessor: fewer leave memory idle.
+# Rows are split until there are this many programs per multiprocessor: fewer do not use the full memory bandwidth.
 _PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @triton.jit
 def _finite_or_zero(maximum):
-    # -inf minus -inf would be NaN: what holds -inf alone is shifted by 0, and its exponentials are 0.
+    # -inf minus -inf would be NaN: values that are all -inf are shifted by 0, and their exponentials are 0.
     return tl.where(maximum == -float("inf"), 0.0, maximum)
 
 
 @triton.jit
 def _capped(x, softcap):
-    """(softcap tanh(x / softcap), its slope): by e = exp(-2 |x| / softcap), so that nothing overflows or cancels."""
+    """Return softcap tanh(x / softcap) and its derivative, from exp(-2 |x| / softcap): no overflow or cancellation."""
     e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2E / softcap))
     reciprocal = 1.0 / (1.0 + e)
     size = softcap * ((1.0 - e) * reciprocal)
@@ -51,9 +51,9 @@ def _capped(x, softcap):
 
 @triton.jit
 def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
-    """(offset of the last 16-byte boundary up to the beginning of a row, elements from there to it)."""
+    """Return the offset of the last 16-byte boundary at or before the row's begin, and the elements between them."""
     begin = row * row_stride
-    # Written so that the compiler sees a multiple of VECTOR.
+    # This form shows the compiler a multiple of VECTOR.
     boundary = begin // VECTOR * VECTOR
     if SHIFTED:
         shift = (begin - boundary).to(tl.int32)
@@ -64,14 +64,29 @@ def _aligned(row, row_stride, SHIFTED: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def _statistics_kernel(
-    logits_ptr, target_ptr, stats_ptr, num_rows, row_stride, num_real, vocab_start, vocab_size, ignore_index,
-    label_smoothing, softcap, tiles_per_split, num_splits,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, SHIFTED: tl.constexpr, LANES: tl.constexpr,
+    logits_ptr,  # [T, V / R] in rows of row_stride, in
+    target_ptr,  # int64 [T], in
+    stats_ptr,  # float32 [num_splits, T, 3], with SPLIT [num_splits, T, 4], out
+    num_rows,  # T
+    row_stride,
+    num_real,  # columns without padding
+    vocab_start,
+    vocab_size,
+    ignore_index,
+    label_smoothing,
+    softcap,
+    tiles_per_split,
+    num_splits,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    LANES: tl.constexpr,
     VECTOR: tl.constexpr,
-):  # fmt: skip
-    """One program: (shift, log_sum, linear) of one split of one row; stats [num_splits, num_rows, 3].
+):
+    """One program: (shift, log_sum, linear) of one split of one row.
 
-    SPLIT: stats [num_splits, num_rows, 4], with share: how much of a common part of all logits is in the linear term.
+    SPLIT adds a fourth number, share: by how much linear falls if all logits of the row grow by 1.
     """
     program = tl.program_id(0).to(tl.int64)
     row = program // num_splits
@@ -90,14 +105,15 @@ def _statistics_kernel(
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     maximum = tl.full([LANES], -float("inf"), tl.float32)
     exp_sum = tl.zeros([LANES], tl.float32)
-    plain_sum = tl.zeros([LANES], tl.float32)  # of x - maximum: a large common part would drown the rest
+    plain_sum = tl.zeros([LANES], tl.float32)  # of x - maximum: a large common offset would cost precision
     count = tl.zeros([LANES], tl.float32)
     first = split * tiles_per_split
     for i in range(first, tl.minimum(first + tiles_per_split, tl.cdiv(end, LANES * VECTOR))):
         start = i * (LANES * VECTOR)
-        places = start + lanes
-        inside = (places >= shift) & (places < end)
-        pointers = logits_ptr + boundary + places
+        # Counted from the boundary, `shift` elements before column 0.
+        positions = start + lanes
+        inside = (positions >= shift) & (positions < end)
+        pointers = logits_ptr + boundary + positions
         if (start >= shift) & (start + LANES * VECTOR <= end):
             x = tl.load(pointers).to(tl.float32)
         else:
@@ -120,9 +136,9 @@ def _statistics_kernel(
     linear = 0.0
     share = 0.0
     if SMOOTHING:
-        per_word = label_smoothing / vocab_size
-        linear -= per_word * tl.sum(plain_sum + count * (_finite_or_zero(maximum) - row_shift), 0)
-        share += per_word * tl.sum(count, 0)
+        per_entry = label_smoothing / vocab_size
+        linear -= per_entry * tl.sum(plain_sum + count * (_finite_or_zero(maximum) - row_shift), 0)
+        share += per_entry * tl.sum(count, 0)
     if split == 0:
         column = target - vocab_start
         if (column >= 0) & (column < num_real):
@@ -140,20 +156,27 @@ def _statistics_kernel(
 
 @triton.jit
 def _merge_kernel(
-    stats_ptr, target_ptr, loss_ptr, out_ptr, num_rows, num_shards, num_columns, vocab_size, ignore_index,
-    label_smoothing, z_loss,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """stats [num_shards, num_rows, 3] to loss and lse, out [num_rows, 2].
-
-    SPLITS: stats [num_splits, num_rows, 4] to the statistics of their union, out [num_rows, 3]; no loss.
-    """
+    stats_ptr,  # float32 [num_shards, T, 3], with SPLITS [num_splits, T, 4], in
+    target_ptr,  # int64 [T], in
+    loss_ptr,  # float32 [T], out; unused with SPLITS
+    out_ptr,  # float32 [T, 2], lse as (shift, log_sum), out; with SPLITS [T, 3], the merged statistics
+    num_rows,  # T
+    num_shards,  # or num_splits
+    num_columns,  # of a shard, with padding
+    vocab_size,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, BLOCK rows: merge shards to loss and lse; with SPLITS, merge the splits of each row."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
     target = tl.load(target_ptr + rows, mask=inside, other=0)
     ignored = target == ignore_index
     NUMBERS: tl.constexpr = 4 if SPLITS else 3
-    # All is taken relative to the shard of the largest sum, so that one shard stays exactly what it is.
+    # Everything is relative to the shard with the largest sum: merging a single shard changes no bit.
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
     top_shift = tl.zeros([BLOCK], tl.float32)
     top_log_sum = tl.zeros([BLOCK], tl.float32)
@@ -192,7 +215,7 @@ def _merge_kernel(
         tl.store(out + 2, tl.where(ignored, 0.0, linear), mask=inside)
     else:
         lse = top_shift + log_sum
-        # lse may be -inf, and 0 times inf NaN.
+        # lse may be -inf, and 0 * inf is NaN.
         loss = log_sum + linear + tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
         tl.store(loss_ptr + rows, tl.where(ignored, 0.0, loss), mask=inside)
         tl.store(out_ptr + rows * 2, top_shift, mask=inside)
@@ -201,25 +224,44 @@ def _merge_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    grad_loss_ptr, logits_ptr, target_ptr, lse_ptr, dlogits_ptr, row_stride, dlogits_stride, num_columns, num_real,
-    vocab_start, vocab_size, ignore_index, label_smoothing, z_loss, softcap, tiles_per_row,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SHIFTED: tl.constexpr, SAME_SHIFT: tl.constexpr,
-    LANES: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """One program: one tile of one row of dlogits, which may be the logits themselves."""
+    grad_loss_ptr,  # float32 [T], in
+    logits_ptr,  # [T, V / R] in rows of row_stride, in
+    target_ptr,  # int64 [T], in
+    lse_ptr,  # float32 [T, 2], (shift, log_sum), in
+    dlogits_ptr,  # [T, V / R] in rows of dlogits_stride, out; may be the logits
+    row_stride,
+    dlogits_stride,
+    num_columns,
+    num_real,  # columns without padding
+    vocab_start,
+    vocab_size,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    tiles_per_row,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    SAME_SHIFT: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """One program: one tile of one row of dlogits."""
     program = tl.program_id(0).to(tl.int64)
     row = program // tiles_per_row
     start = (program % tiles_per_row).to(tl.int32) * (LANES * VECTOR)
-    places = start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # Counted from the boundary, `shift` elements before column 0.
+    positions = start + tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     boundary, shift = _aligned(row, row_stride, SHIFTED, VECTOR)
     end = shift + num_columns
     full = (start >= shift) & (start + LANES * VECTOR <= end)
-    inside = (places >= shift) & (places < end)
-    pointers = logits_ptr + boundary + places
+    inside = (positions >= shift) & (positions < end)
+    pointers = logits_ptr + boundary + positions
     if SAME_SHIFT:
-        out_pointers = dlogits_ptr + _aligned(row, dlogits_stride, SHIFTED, VECTOR)[0] + places
+        out_pointers = dlogits_ptr + _aligned(row, dlogits_stride, SHIFTED, VECTOR)[0] + positions
     else:
-        out_pointers = dlogits_ptr + (row * dlogits_stride - shift) + places
+        out_pointers = dlogits_ptr + (row * dlogits_stride - shift) + positions
     target = tl.load(target_ptr + row)
     gradient = tl.zeros([LANES, VECTOR], tl.float32)
     if target != ignore_index:
@@ -234,18 +276,18 @@ def _gradient_kernel(
             x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
         if SOFTCAP:
             x, slope = _capped(x, softcap)
-        # exp(x - shift - log_sum) as a product: log_sum is no more than the log of the vocabulary.
+        # exp(x - shift - log_sum) as a product: log_sum is at most about log(vocab_size), so exp(-log_sum) is in range.
         scale = tl.exp2(-log_sum * _LOG2E) * (1.0 + 2.0 * z_loss * (lse_shift + log_sum))
         gradient = tl.exp2((x - lse_shift) * _LOG2E) * scale
         if SMOOTHING:
             gradient -= label_smoothing / vocab_size
         column = target - vocab_start
-        # In 32 bits, as the comparison of every element is; no place is negative.
-        place = tl.where((column >= 0) & (column < num_columns), column + shift, -1).to(tl.int32)
-        gradient -= tl.where(places == place, 1.0 - label_smoothing, 0.0)
+        # In 32 bits, since every element is compared with it; -1 equals no position.
+        target_position = tl.where((column >= 0) & (column < num_columns), column + shift, -1).to(tl.int32)
+        gradient -= tl.where(positions == target_position, 1.0 - label_smoothing, 0.0)
         if SOFTCAP:
             gradient *= slope
-        gradient = tl.where(places < shift + num_real, gradient * grad_loss, 0.0)
+        gradient = tl.where(positions < shift + num_real, gradient * grad_loss, 0.0)
     rounded = gradient.to(dlogits_ptr.dtype.element_ty)
     if full:
         tl.store(out_pointers, rounded)
@@ -263,7 +305,7 @@ def cross_entropy_statistics(
     z_loss: float,
     softcap: float,
 ) -> torch.Tensor:
-    """[T, 3] float32: (shift, log_sum, linear) of each row of this shard."""
+    """Return [T, 3] float32: (shift, log_sum, linear) of each row of this shard."""
     num_rows, num_columns = logits.shape
     num_real = max(0, min(num_columns, vocab_size - vocab_start))
     stats = logits.new_empty((num_rows, 3), dtype=torch.float32)
@@ -295,7 +337,7 @@ def cross_entropy_merge(
     z_loss: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss [T], lse [T, 2]) from stats [R, T, 3] of shards of num_columns each."""
+    """Return loss [T] and lse [T, 2] from the statistics [R, T, 3] of shards with num_columns columns each."""
     loss = stats.new_empty(stats.shape[1])
     lse = stats.new_empty((stats.shape[1], 2))
     if stats.shape[1] > 0:
@@ -305,14 +347,14 @@ def cross_entropy_merge(
 
 
 def cross_entropy_gradient(grad_loss: torch.Tensor, logits: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """The gradient of this shard's logits, in their dtype, dense."""
+    """Return the gradient of this shard's logits, in their dtype, contiguous."""
     dlogits = logits.new_empty(logits.shape)
     _launch_gradient(dlogits, grad_loss, logits, *arguments)
     return dlogits
 
 
 def cross_entropy_gradient_(grad_loss: torch.Tensor, logits: torch.Tensor, *arguments: Any) -> None:
-    """The gradient, written over the logits."""
+    """Overwrite the logits with their gradient."""
     _launch_gradient(logits, grad_loss, logits, *arguments)
 
 
@@ -355,7 +397,7 @@ def _launch_merge(
     label_smoothing: float,
     z_loss: float,
 ) -> None:
-    """loss and lse (out) of shards; without loss the statistics (out) of the splits of one shard."""
+    """Merge shards to loss and lse (out); if loss is None, merge the splits of one shard to its statistics (out)."""
     num_shards, num_rows = stats.shape[:2]
     _merge_kernel[(triton.cdiv(num_rows, _MERGE_BLOCK),)](
         stats, target, loss, out, num_rows, num_shards, num_columns, vocab_size, ignore_index, label_smoothing, z_loss,
@@ -364,33 +406,33 @@ def _launch_merge(
 
 
 def _vector(x: torch.Tensor) -> int:
-    """Columns in 16 bytes."""
+    """Return the number of columns in 16 bytes."""
     return 16 // x.element_size()
 
 
 def _shifted(logits: torch.Tensor) -> bool:
-    """Whether rows begin at other places than 16-byte boundaries."""
+    """Return whether some rows do not begin at a 16-byte boundary."""
     return logits.shape[0] > 1 and logits.stride(0) % _vector(logits) != 0
 
 
 def _tiles_per_row(logits: torch.Tensor, num_columns: int) -> int:
-    """Tiles that hold so many columns, wherever in the first one a row begins."""
+    """Return the number of tiles for num_columns columns, for any position of a row's begin in the first tile."""
     vector = _vector(logits)
     return triton.cdiv(num_columns + (vector - 1 if _shifted(logits) else 0), _LANES * vector)
 
 
 def _num_splits(num_rows: int, num_tiles: int, num_multiprocessors: int) -> int:
-    """Programs per row, so that a few long rows still keep the whole device busy."""
+    """Return the programs per row, so that even a few long rows keep the whole device busy."""
     wanted = -(-_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors // num_rows)
     return max(1, min(wanted, num_tiles))
 
 
 @functools.cache
 def _num_multiprocessors(device: torch.device) -> int:
-    # 1 for CPU tensors, which come here in the interpreter alone.
+    # CPU tensors, which get here only in the interpreter, count as 1.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _on(x: torch.Tensor) -> Any:
-    """Triton launches on the current device: make it that of x."""
+    """Make the device of x the current device, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,15 +1,15 @@
 """Triton kernels of scaled_masked_softmax. The math is in fused_megatron/reference/scaled_masked_softmax.py.
 
-A program holds whole rows in registers: each score that may be seen is read once, each result written once. Where the
-causal form hides keys, nothing is read: they are masked off in whole 16-byte pieces. Rows too long for the registers of
-one block are spread over a cluster of blocks (sm_90 and newer, Triton 3.9 and newer), and beyond that read twice.
+A program keeps whole rows in registers: it reads each visible score once and writes each result once. Keys that
+causal or window hide are skipped, in whole 16-byte pieces. A row too long for the registers of one block is spread over
+a cluster of blocks (sm_90 and newer, Triton 3.9 and newer); a still longer row is read twice.
 
-ALIGN is the largest power of two, up to 16 bytes, that divides the number of keys: sizes are handed over in units of
-it, so that the compiler sees the alignment of every row, and of the edge of every mask, and uses wide accesses.
+ALIGN is the largest power of two, up to 16 bytes, that divides the number of keys. Sizes are passed in units of ALIGN,
+so that the compiler sees the alignment of every row and of every mask's edge, and uses wide accesses.
 """
 
 # mypy: allow-untyped-defs
-# (What a Triton kernel takes has no Python type.)
+# (The arguments of a Triton kernel have no Python types.)
 
 import contextlib
 import functools
@@ -22,29 +22,29 @@ import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _ELEMENTS_PER_THREAD = 32
-_ROW_LIMIT = 16384  # keys that one block holds, in 16 warps
-_CLUSTER_LIMIT = 8  # blocks of a cluster that every GPU with clusters can hold
-# Triton 3.6 and 3.7 cannot compile a reduction along the one dim that a cluster divides (TritonGPUPlanCTAPass fails).
+_ROW_LIMIT = 16384  # keys in the registers of one block, with 16 warps
+_CLUSTER_LIMIT = 8  # blocks of a cluster that every GPU with clusters supports
+# Triton 3.6 and 3.7 cannot compile a reduction along a dim that is spread over a cluster (TritonGPUPlanCTAPass fails).
 _CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
-_ELEMENTS = 4096  # of a program with several short rows
-# The tile of rows that are read twice: 16 bytes a thread, two in flight.
+_ELEMENTS = 4096  # elements of a program with several short rows
+# Lanes of the tile for rows that are read twice: 16 bytes per thread, two loads in flight.
 _LANES = 512
 
 
 @triton.jit
 def _rows(num_queries, heads, ROWS: tl.constexpr, SHARED: tl.constexpr):
-    """(row, query, outer, inner) of the ROWS rows of this program; the matrix is outer * heads + inner.
+    """Return (row, query, outer, inner) of the ROWS rows of this program; the matrix is outer * heads + inner.
 
-    SHARED: all heads use one mask, and come one after the other, so that a program, which has ROWS of them for one
-    query, reads the mask once, and its neighbours find it in the cache. ROWS divides heads.
+    SHARED: all heads use one mask. A program has ROWS heads of one query and reads the mask once; neighbouring programs
+    have the other heads and find the mask in the cache. ROWS divides heads.
 
-    64-bit divisions are long: one for each program, 32-bit ones for its rows.
+    64-bit divisions are slow: there is one per program; its rows use 32-bit divisions.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS
     step = tl.arange(0, ROWS)
     if SHARED:
-        place = first // heads
-        query, outer = (place % num_queries).to(tl.int32), place // num_queries
+        head_group = first // heads  # outer * num_queries + query
+        query, outer = (head_group % num_queries).to(tl.int32), head_group // num_queries
         inner = (first % heads).to(tl.int32) + step
         return (outer * heads + inner) * num_queries + query, step * 0 + query, outer + step * 0, inner
     matrix = first // num_queries
@@ -55,7 +55,7 @@ def _rows(num_queries, heads, ROWS: tl.constexpr, SHARED: tl.constexpr):
 
 @triton.jit
 def _seen(query, num_queries, num_keys, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys [begin, end) that the causal form lets a query see."""
+    """Return the range of keys [begin, end) that causal and window let a query see."""
     begin = query * 0
     end = begin + num_keys
     if CAUSAL:
@@ -74,9 +74,9 @@ def _forward_kernel(
     num_queries,
     key_units,  # num_keys / ALIGN
     scale,
-    window,  # keys that a query sees with WINDOW
-    heads,  # matrices of the inner of the two dims before the queries
-    mask_outer,  # this stride of the mask and the next two: in units of MASK_ALIGN
+    window,  # number of keys that a query sees, with WINDOW
+    heads,  # size of the inner of the two matrix dims (batch, heads)
+    mask_outer,  # strides of the mask in units of MASK_ALIGN: outer, inner, query
     mask_inner,
     mask_query,
     mask_key,  # in elements
@@ -89,7 +89,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: ROWS rows, whole."""
+    """One program: ROWS whole rows."""
     num_keys = key_units * ALIGN
     rows, query, outer, inner = _rows(num_queries, heads, ROWS, SHARED)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
@@ -105,8 +105,8 @@ def _forward_kernel(
     if HAS_MASK:
         mask_ptr += columns.to(tl.int64) * mask_key
         if SHARED:
-            place = tl.program_id(0).to(tl.int64) * ROWS // heads
-            units = place // num_queries * mask_outer + place % num_queries * mask_query
+            head_group = tl.program_id(0).to(tl.int64) * ROWS // heads  # outer * num_queries + query
+            units = head_group // num_queries * mask_outer + head_group % num_queries * mask_query
             hidden = tl.load(mask_ptr + units * MASK_ALIGN, mask=columns < num_keys, other=1)
         else:
             units = outer * mask_outer + inner.to(tl.int64) * mask_inner + query.to(tl.int64) * mask_query
@@ -114,12 +114,12 @@ def _forward_kernel(
         seen &= hidden == 0
     score = tl.where(seen, score, -float("inf"))
     maximum = tl.max(score, 1)
-    # -inf minus -inf would be NaN: a row of -inf alone is shifted by 0, and its exponentials are 0.
+    # -inf minus -inf would be NaN: a row of only -inf is shifted by 0, and its exponentials are 0.
     shift = tl.where(maximum == -float("inf"), 0.0, maximum)
     y = tl.exp2((score - shift[:, None]) * _LOG2E)
     total = tl.sum(y, 1)
     y *= tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]
-    y = tl.where(seen, y, 0.0)  # also in a row that a NaN has spoilt
+    y = tl.where(seen, y, 0.0)  # also in a row that contains a NaN
     inside = (columns < num_keys) & (rows < num_rows)[:, None]
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -133,14 +133,14 @@ def _backward_kernel(
     num_queries,
     key_units,  # num_keys / ALIGN
     scale,
-    window,  # keys that a query sees with WINDOW
+    window,  # number of keys that a query sees, with WINDOW
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: ROWS rows, whole."""
+    """One program: ROWS whole rows."""
     num_keys = key_units * ALIGN
     rows, query, _, _ = _rows(num_queries, 1, ROWS, False)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
@@ -169,9 +169,9 @@ def _long_forward_kernel(
     num_queries,
     key_units,  # num_keys / ALIGN
     scale,
-    window,  # keys that a query sees with WINDOW
-    heads,  # matrices of the inner of the two dims before the queries
-    mask_outer,  # this stride of the mask and the next two: in units of MASK_ALIGN
+    window,  # number of keys that a query sees, with WINDOW
+    heads,  # size of the inner of the two matrix dims (batch, heads)
+    mask_outer,  # strides of the mask in units of MASK_ALIGN: outer, inner, query
     mask_inner,
     mask_query,
     mask_key,  # in elements
@@ -183,12 +183,13 @@ def _long_forward_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One program: one row, read twice. A lane, VECTOR neighbouring columns, keeps its own maximum and sum."""
+    """One program: one row, read twice. A lane has VECTOR neighbouring columns and its own maximum and sum."""
     num_keys = key_units * ALIGN
     row = tl.program_id(0).to(tl.int64)
     query = (row % num_queries).to(tl.int32)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
-    readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
+    readable_begin = begin // ALIGN * ALIGN
+    readable_end = (end + (ALIGN - 1)) // ALIGN * ALIGN
     x_ptr += row * num_keys
     y_ptr += row * num_keys
     if HAS_MASK:
@@ -234,7 +235,7 @@ def _long_backward_kernel(
     num_queries,
     key_units,  # num_keys / ALIGN
     scale,
-    window,  # keys that a query sees with WINDOW
+    window,  # number of keys that a query sees, with WINDOW
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -246,7 +247,8 @@ def _long_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     query = (row % num_queries).to(tl.int32)
     begin, end = _seen(query, num_queries, num_keys, window, CAUSAL, WINDOW)
-    readable_begin, readable_end = begin // ALIGN * ALIGN, (end + (ALIGN - 1)) // ALIGN * ALIGN
+    readable_begin = begin // ALIGN * ALIGN
+    readable_end = (end + (ALIGN - 1)) // ALIGN * ALIGN
     dy_ptr += row * num_keys
     y_ptr += row * num_keys
     dx_ptr += row * num_keys
@@ -271,7 +273,7 @@ def _long_backward_kernel(
 def scaled_masked_softmax_forward(
     x: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool, window: int
 ) -> torch.Tensor:
-    """The softmax of the keys that each query sees, in the dtype of x, contiguous."""
+    """Return the softmax over the keys that each query sees, in the dtype of x, contiguous."""
     x = x.contiguous()
     y = torch.empty_like(x)
     if x.numel() > 0:
@@ -287,7 +289,7 @@ def _forward(
     leading: list[tuple[int, int]] = []
     query_stride = key_stride = 0
     if mask is not None:
-        # The expanded mask is a view: strides of 0 and no copy.
+        # The expanded mask is a view with strides of 0, not a copy.
         mask = mask.expand(x.shape).view(torch.uint8)
         leading = _merged(mask)
         query_stride = mask.stride(-2) if mask.dim() > 1 and mask.shape[-2] > 1 else 0
@@ -298,7 +300,7 @@ def _forward(
         return
     (_, outer_stride), (heads, inner_stride) = [(1, 0), (1, 0), *leading][-2:]
     strides = (outer_stride, inner_stride, query_stride)
-    # Wide loads of the mask need keys side by side, and rows that begin at multiples of the width.
+    # Wide loads of the mask need dense keys, and rows that begin at multiples of the width.
     mask_align = math.gcd(16, *strides) if key_stride == 1 else 1
     arguments = (scale, window, heads, *(stride // mask_align for stride in strides), key_stride)
     form: dict[str, Any] = {"CAUSAL": causal, "WINDOW": window > 0, "HAS_MASK": mask is not None}
@@ -325,8 +327,9 @@ def _forward(
 def scaled_masked_softmax_backward(
     dy: torch.Tensor, y: torch.Tensor, scale: float, causal: bool, window: int
 ) -> torch.Tensor:
-    """The gradient of x, in the dtype of y, contiguous."""
-    dy, y = dy.contiguous(), y.contiguous()
+    """Return the gradient of x, in the dtype of y, contiguous."""
+    dy = dy.contiguous()
+    y = y.contiguous()
     dx = torch.empty_like(y)
     if y.numel() == 0:
         return dx
@@ -348,7 +351,7 @@ def scaled_masked_softmax_backward(
 
 
 def _merged(mask: torch.Tensor) -> list[tuple[int, int]]:
-    """(size, stride) of the dims before the last two, neighbours that one stride describes taken together."""
+    """Return (size, stride) of the dims before the last two; neighbours that one stride describes are merged."""
     merged: list[tuple[int, int]] = []
     for size, stride in zip(mask.shape[:-2], mask.stride()[:-2], strict=True):
         if size == 1:
@@ -361,7 +364,7 @@ def _merged(mask: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _vector(x: torch.Tensor) -> int:
-    """Keys in 16 bytes."""
+    """Return the number of keys in 16 bytes."""
     return 16 // x.element_size()
 
 
@@ -370,12 +373,12 @@ def _alignment(x: torch.Tensor) -> int:
 
 
 def _options(elements: int) -> dict[str, Any]:
-    """How to launch a program that holds so many elements."""
+    """Return the launch options of a program with this number of elements."""
     num_ctas = max(1, elements // _ROW_LIMIT)
     num_warps = max(1, elements // num_ctas // (32 * _ELEMENTS_PER_THREAD))
-    # Triton 3.10 leaves fused multiply-adds off unless told.
+    # Triton 3.10 uses fused multiply-adds only with this option.
     options = {"num_warps": min(16, num_warps), "enable_fp_fusion": True}
-    # Only GPUs with clusters know the option.
+    # Only GPUs with clusters accept num_ctas above 1.
     return options | {"num_ctas": num_ctas} if num_ctas > 1 else options
 
 
@@ -385,11 +388,11 @@ def _long_options(x: torch.Tensor) -> dict[str, Any]:
 
 @functools.cache
 def _longest_row(device: torch.device) -> int:
-    """Keys of the longest row that registers hold."""
+    """Return the keys of the longest row that fits in registers."""
     clusters = _CLUSTERS and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return _ROW_LIMIT * (_CLUSTER_LIMIT if clusters else 1)
 
 
 def _on(x: torch.Tensor) -> Any:
-    """Triton launches on the current device: make it that of x."""
+    """Make the device of x the current device, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

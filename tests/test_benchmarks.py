@@ -35,7 +35,7 @@ def test_on_the_cpu(tmp_path):
         kept,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    # Progress: a case before it runs, and what was measured after.
+    # Progress lines: the name of a case before it runs, its measurement after.
     assert re.search(r"^\[\d+/\d+\] \w+\[float32\]\n\w.* ms; eager \d", done.stdout, re.MULTILINE)
     header, *rows = re.findall(r"^\| .*\|$", done.stdout, re.MULTILINE)
     assert "x eager" in header and "over bound" in header
@@ -52,7 +52,7 @@ def test_on_the_cpu(tmp_path):
     assert set(info["seconds"]) == {"ours", "eager", "compile", "bound"} and info["num_bytes"] > 0
     if uses_glibc():
         assert "malloc keeps its pages for all" in done.stdout
-        # In a quick run for the first of them alone.
+        # In a quick run only for the first case.
         assert any(set(info.get("default_malloc_ms", ())) >= {"ours", "eager"} for info in benchmarks.values())
 
 
@@ -70,7 +70,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert done.returncode == pytest.ExitCode.INTERRUPTED
     results = read_results(kept)
     assert not results.complete and len(results.comparisons) == 1 and results.comparisons[0].ratio("eager")
-    # What is not asked for is not kept: part of a run would take the place of a whole one.
+    # Results of a part of the benchmarks are not kept: they would replace the results of a whole run.
     assert not list((ROOT / "benchmarks" / "results").glob(f"{kept.stem}*"))
 
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_measured(tmp_path):
 
 
 def test_all_parts_one_after_the_other(tmp_path, monkeypatch, capfd):
-    """One that fails does not stop the next; Ctrl-C does, and the report is made all the same."""
+    """A failing part does not stop the next one. Ctrl-C does, but the report is still made."""
     spec = importlib.util.spec_from_file_location("run_all", ROOT / "benchmarks" / "run_all.py")
     run_all = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run_all)
@@ -141,7 +141,7 @@ def test_overlap_without_its_tools_is_one_line(tmp_path):
 
 
 def rows_of(name: str, *options: object) -> list[str]:
-    """The table of a benchmark of pipelines; its own exit code is a verdict on the clock, which is not for here."""
+    """Return the table of a pipeline benchmark; its exit code judges the measured times, which no test here checks."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, options)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -15,7 +15,7 @@ from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a config, a text and a finished run of it."""
+    """Make a folder with a config, a text and a finished run."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text("\n\n".join("the quick brown fox jumps over the lazy dog " * 9 for _ in range(40)))
     (folder / "tiny.toml").write_text(f"""
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run it; the one line that it says."""
+    """Run the command, which must fail; return its error line."""
     assert cli.main([str(word) for word in words]) == 2
     output = capsys.readouterr()
     lines = output.err.splitlines()
@@ -153,7 +153,7 @@ def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: py
         file = bad.with_suffix(suffix)
         file.write_bytes(file.read_bytes()[:-5])
         assert file.name in fails(capsys, *train, bad)
-    # An id that nobody counted, since the vocabulary was given: found when it is drawn.
+    # A token id outside the given vocabulary size: found when the sample is read.
     forged = indexed(tmp_path / "forged", 59)
     flipped = indexed(tmp_path / "flipped", 59)
     data = bytearray(flipped.with_suffix(".bin").read_bytes())
@@ -175,7 +175,7 @@ def test_damaged_and_unfitting_datasets(folder: Path, tmp_path: Path, capsys: py
 def test_another_model_in_the_run_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = fails(capsys, "train", folder / "tiny.toml", "--model.hidden-size", "32")
     assert "is of another model: hidden_size=16 there, hidden_size=32 here" in said
-    # The mistake has not touched the run.
+    # The mistake has not changed the run.
     assert cli.main(["generate", str(folder / "run"), "the", "--num-tokens", "3"]) == 0
 
 
@@ -200,7 +200,7 @@ def test_a_broken_checkpoint_is_named_and_passed_over(folder: Path, capsys: pyte
     (line,) = said.err.splitlines()
     assert line.startswith("fused-megatron: warning: checkpoint passed over: ") and file.name in line
     assert "step-000002 (step 2)" in said.out
-    # None is good: the run does not begin anew over them.
+    # No checkpoint is good: the run must not start anew over them.
     for file in (run / "checkpoints").glob("*/manifest.json"):
         file.write_bytes(file.read_bytes()[:-9])
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -229,6 +229,6 @@ def test_a_reader_that_has_read_enough_is_no_fault(words: list[str]) -> None:
     command = [sys.executable, "-m", "fused_megatron", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
-        process.stdout.close()  # before anything is printed: what is buffered meets the closed pipe at the end
+        process.stdout.close()  # closed before anything is printed: buffered output meets the closed pipe at the end
         assert process.stderr.read() == b""
     assert process.returncode == 141

@@ -33,7 +33,7 @@ def run(name: str, *options: object, path: Path | None = None) -> tuple[int, str
     return process.returncode, output
 
 
-# Libraries that are not what they should be: one takes its process down and then fails, one computes something else.
+# Broken libraries: one ends its process and then fails, one computes something else.
 _MEGATRON = """
 import os, pathlib
 marker = pathlib.Path(__file__).parent / "died"
@@ -62,9 +62,10 @@ LAYOUTS = ("tp=2", "tp=2 + sp", "pp=2 interleaved_1f1b m=8", "dp=2 m=2", "one pr
     "layouts", [(LAYOUTS[4],), pytest.param(LAYOUTS, marks=pytest.mark.slow)], ids=["one process", "all"]
 )
 def test_layouts_beside_torch(layouts, tmp_path):
-    """Ours and torch's ways train as plain torch does; tokens, FLOPs, ranks and where the time went are written down.
+    """Ours and torch's layouts train as plain torch does, and the file has tokens, FLOPs, ranks and parts of the time.
 
-    What fails, what is wrong and what takes its process down gets one line each, and the others their figures."""
+    A provider that fails, one with a wrong result and one that ends its process get one line each, the others figures.
+    """
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "__init__.py").write_text(_MEGATRON)
     (tmp_path / "transformers.py").write_text(_TRANSFORMERS)
@@ -125,7 +126,7 @@ def test_layers_beside_dtensor(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    """In the midst of a layout; what was there of the file stays."""
+    """In the middle of a layout; earlier content of the file stays."""
     results = tmp_path / "results.json"
     process = start("end_to_end.py", "--rounds", 100000, "--layouts", "tp=2", "--results", results)
     assert process.stdout is not None
@@ -142,7 +143,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
 
 
 def test_a_file_is_added_to(monkeypatch, tmp_path):
-    """By runs of the same machine alone."""
+    """But only by runs of the same machine."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import run_of_layouts as runs  # noqa: PLC0415 - beside the benchmark's modules
 
@@ -162,7 +163,7 @@ def test_a_file_is_added_to(monkeypatch, tmp_path):
 
 
 def test_flops_are_those_that_torch_counts(monkeypatch):
-    """Of the model that the others train, with attention as plain products."""
+    """For the same model as the others train, with attention as plain matrix products."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: PLC0415 - beside the benchmark's modules
     from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
 

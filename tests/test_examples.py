@@ -1,4 +1,4 @@
-"""Start here when a file in examples/ does not run, or computes something else than it says."""
+"""Start here when a file in examples/ does not run, or computes something else than it states."""
 
 import contextlib
 import difflib
@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run_alone(path: Path, *arguments: str) -> str:
-    """What a file prints that is run by itself, as a user would."""
+    """Run a file by itself, as a user would; return what it prints."""
     command = [sys.executable, str(path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -31,7 +31,7 @@ def run_alone(path: Path, *arguments: str) -> str:
 
 
 def run_as_torchrun_does(rank: int, world_size: int, path: str, arguments: tuple[str, ...], port: int) -> str:
-    """What a file prints on this rank; it makes its process group itself."""
+    """Run a file as torchrun does: it makes its process group itself. Return what it prints on this rank."""
     dist.destroy_process_group()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -43,7 +43,7 @@ def run_as_torchrun_does(rank: int, world_size: int, path: str, arguments: tuple
 
 
 def run_on(world_size: int, path: Path, *arguments: str) -> list[str]:
-    """What each rank prints."""
+    """Run a file on several ranks; return what each rank prints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -56,7 +56,7 @@ def losses(printed: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Of the plain loop with every trace of this package taken out."""
+    """Return the losses of the plain loop, from which every trace of this package is removed."""
     source = (EXAMPLES / "plain_loop.py").read_text()
     source = re.sub(r"^fm\.parallelize.*\n", "", source, flags=re.MULTILINE)
     source = source.replace("fm.ops.cross_entropy", "torch.nn.functional.cross_entropy")
@@ -76,7 +76,7 @@ def plain_losses(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 def test_loops_keep_the_weights_and_the_losses(name: str, world_size: int, plain_losses: list[float]) -> None:
     if name == "accelerate_loop.py":
         pytest.importorskip("accelerate")
-    by_itself = name == "plain_loop.py" and world_size == 1  # as its reader starts it
+    by_itself = name == "plain_loop.py" and world_size == 1  # as a reader would start it
     printed = [run_alone(EXAMPLES / name)] if by_itself else run_on(world_size, EXAMPLES / name)
     torch.testing.assert_close(losses(printed[0]), plain_losses, rtol=1e-4, atol=1e-5)
     assert not any(losses(other) for other in printed[1:])
@@ -92,7 +92,7 @@ def test_accelerate_is_four_lines_away_from_the_plain_loop() -> None:
 
 
 def test_fsdp2_and_tensor_parallel() -> None:
-    """Its numbers are checked in tests/tensor_parallel/test_fsdp2.py."""
+    """tests/tensor_parallel/test_fsdp2.py checks its numbers."""
     printed = run_on(4, EXAMPLES / "fsdp2_and_tensor_parallel.py")
     assert len(losses(printed[0])) == 5 and printed[1:] == [""] * 3
 

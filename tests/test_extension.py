@@ -14,7 +14,7 @@ from fused_megatron import extension
 
 ROOT = Path(__file__).parents[1]
 
-# Runs an op twice and prints whether it is right, so that any number of warnings can be counted.
+# Runs an op twice and prints whether the result is right, so that the number of warnings can be counted.
 USE_AN_OP = """
 import torch
 import fused_megatron as fm
@@ -26,7 +26,7 @@ print(torch.allclose(y, torch.nn.functional.gelu(x + 1, approximate="tanh"), ato
 
 
 def registrations() -> list[tuple[str, str]]:
-    """(op, dispatch key) of every kernel that the C++ and CUDA sources register."""
+    """Return (op, dispatch key) of every kernel that the C++ and CUDA sources register."""
     found = []
     for pattern, key in (("*/*_cpu.cpp", "CPU"), ("*/*_cuda.cu", "CUDA")):
         for path in sorted((ROOT / "csrc").glob(pattern)):
@@ -45,7 +45,7 @@ def test_kernel_is_registered(op, key):
 
 
 def python_files_alone(folder: Path) -> Path:
-    """A copy of the package as an install without a compiler leaves it."""
+    """Copy the package as an install without a compiler leaves it."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "kernels")
     shutil.copytree(ROOT / "fused_megatron", folder / "fused_megatron", ignore=ignore)
     shutil.copytree(ROOT / "kernels", folder / "fused_megatron" / "kernels")

@@ -1,4 +1,4 @@
-"""Start here when training takes page faults, or malloc gives its pages back."""
+"""Start here when training has page faults, or malloc returns its pages to the system."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from fused_megatron import cli, kept_pages
 
-# The module by itself: it needs no torch, and neither does the measurement.
+# The module is loaded by its path: neither it nor the measurement needs torch.
 MEASURE = """
 import importlib.util, resource, sys
 spec = importlib.util.spec_from_file_location("kept_pages", sys.argv[1])
@@ -29,7 +29,7 @@ print(said, faults)
 
 
 def measure(**environment: str) -> tuple[str, int]:
-    """(what keep_malloc_pages() said, page faults of the fourth block of 40 MB)."""
+    """Return (result of keep_malloc_pages(), page faults of the fourth block of 40 MB)."""
     clean = {k: v for k, v in os.environ.items() if k not in kept_pages.KEPT_PAGES_ENVIRONMENT}
     command = [sys.executable, "-c", MEASURE, kept_pages.__file__]
     shown = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True).stdout
@@ -40,11 +40,11 @@ def measure(**environment: str) -> tuple[str, int]:
 @pytest.mark.skipif(not kept_pages.uses_glibc(), reason="another malloc than glibc's")
 def test_blocks_come_from_pages_that_are_there():
     pages = (40 << 20) // os.sysconf("SC_PAGE_SIZE")
-    said, faults = measure(MALLOC_TOP_PAD_="131072")  # the user's own setting stays
+    said, faults = measure(MALLOC_TOP_PAD_="131072")  # a setting of the user is kept
     assert said == "False" and faults > pages // 2
     said, faults = measure()
     assert said == "True" and faults < pages // 10
-    said, faults = measure(**kept_pages.KEPT_PAGES_ENVIRONMENT)  # what the benchmarks start themselves with
+    said, faults = measure(**kept_pages.KEPT_PAGES_ENVIRONMENT)  # as the benchmarks start themselves
     assert said == "False" and faults < pages // 10
 
 

@@ -1,4 +1,4 @@
-"""Start here when an import goes up the picture of the layers (docs/architecture.md)."""
+"""Start here when an import goes up in the picture of the layers (docs/architecture.md)."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From top to bottom. A new folder or top-level file needs its place here.
+# From top to bottom. Add a new folder or top-level file to its row.
 LAYERS = [
     {"__main__"},
     {"cli"},
@@ -25,10 +25,10 @@ LAYERS = [
     {"ops", "observe"},
     {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
     {"untrusted_files"},
-    {"checks"},
+    {"checks", "deprecation"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
-# Rows below that are closed all the same: the engine knows no model and no tensor parallelism.
+# Forbidden imports of rows below: the pipeline knows no model and no tensor parallelism.
 FORBIDDEN = {"pipeline": {"models", "tensor_parallel"}}
 DISTRIBUTED = {
     "observe",
@@ -56,13 +56,13 @@ NO_MODULES = {"ops", "kernels"}
 
 
 def layer_of(path: Path) -> str:
-    """The layer of a source file, by its path relative to the repository."""
+    """Return the layer of a source file, by its path relative to the repository."""
     parts = path.with_suffix("").parts
     return parts[0] if parts[0] == "kernels" else parts[1]
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import and of every use of torch.distributed and nn.Module."""
+    """Find (line, dotted name) of every import and of every use of torch.distributed and nn.Module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -78,7 +78,7 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def fault(layer: str, name: str) -> str | None:
-    """Why a file of the layer must not use the dotted name, or None."""
+    """Return why a file of the layer must not use the dotted name, or None."""
     parts = name.split(".")
     if name.startswith("."):
         return "relative import"
@@ -92,7 +92,7 @@ def fault(layer: str, name: str) -> str | None:
         return "nn.Module has no place in this layer"
     if parts[0] != "fused_megatron":
         return None
-    # What the top package itself offers (fused_megatron.init_mesh) comes from its __init__.
+    # Names of the top package itself (fused_megatron.init_mesh) come from its __init__.
     target = parts[1] if len(parts) > 1 and parts[1] in HEIGHT else "__init__"
     if target == layer:
         return None
@@ -102,7 +102,7 @@ def fault(layer: str, name: str) -> str | None:
 
 
 def faults(layer: str, source: str) -> list[str]:
-    """Every breach of the picture in a source text of the layer, as "line: reason"."""
+    """Return every breach of the picture in a source text of the layer, as "line: reason"."""
     if layer not in HEIGHT:
         return [f"0: no layer {layer!r} in LAYERS"]
     found = {(line, fault(layer, name)) for line, name in imported_names(ast.parse(source))}

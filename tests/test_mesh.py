@@ -1,4 +1,4 @@
-"""Start here when a rank is in the wrong group, or rank order changes."""
+"""Start here when a rank is in the wrong group, or the order of ranks changes."""
 
 import dataclasses
 import itertools

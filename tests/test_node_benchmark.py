@@ -33,7 +33,7 @@ pad_vocab_size_to_multiple_of = 2
 global_batch_size = 4
 microbatch_size = 2
 """
-# What is done to a run from inside.
+# Code that changes a run from inside its processes.
 SCRIPT = """
 import os, signal, sys
 os.environ.setdefault("LAUNCHER", str(os.getpid()))  # of the first process, which starts torchrun
@@ -52,7 +52,7 @@ node.main()
 """
 
 
-# Hidden sizes, by which the script knows them, and the smaller ones come first.
+# The script recognises each run by its hidden size; runs with smaller sizes come first.
 HIDDEN_SIZES = {"out_of_memory": 64, "stop": 96, "later": 128}
 PARALLEL = {
     "one": "",
@@ -90,7 +90,7 @@ def test_figures_faults_and_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "no GPU here: gloo" in done.stdout, done.stderr
     out_of_memory = "rank 1: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
     assert f"out_of_memory: {out_of_memory}" in done.stdout
-    # What was measured before Ctrl-C is there.
+    # Measurements from before Ctrl-C are kept.
     assert f"interrupted: {len(MEASURED) + 1} of {len(PARALLEL)} presets are in node.json" in done.stdout
     assert done.returncode == 130 and "Traceback" not in done.stdout + done.stderr
     path = tmp_path / "node.json"
@@ -116,7 +116,7 @@ def test_figures_faults_and_ctrl_c(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_whole_run(
     node: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What rank 0 says and writes of steps that took 1 s at one rank, and 1.25 s at two, on a GPU of 100 TFLOP/s."""
+    """Output and file of rank 0, for steps of 1 s on one rank and 1.25 s on two, with GPUs of 100 TFLOP/s."""
     presets = node.load_presets(["gpt_1.2b_tp1", "gpt_2.5b_tp2", "gpt_8.3b_tp8"], tiny=False)
     flops = [gpt_step_flops(preset.config.model, 8 * 1024) for preset in presets]
 

@@ -18,7 +18,7 @@ BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, 'build_' + sys
 
 
 def run(command: list[str], cwd: Path, **environment: str | None) -> str:
-    """Run a command in a folder, some variables changed (None removes one); its output, or its output as a failure."""
+    """Run a command in a folder with some variables changed (None removes one); return its output, or fail with it."""
     merged = {k: v for k, v in {**os.environ, "PYTHONPATH": None, **environment}.items() if v is not None}
     ran = subprocess.run(command, cwd=cwd, env=merged, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert ran.returncode == 0, ran.stdout
@@ -26,7 +26,7 @@ def run(command: list[str], cwd: Path, **environment: str | None) -> str:
 
 
 def build(kind: str, source: Path, target: Path, **environment: str | None) -> Path:
-    """Build a "wheel" or "sdist" of the source folder with what is installed here."""
+    """Build a "wheel" or "sdist" of the source folder with the installed tools."""
     output = run([sys.executable, "-c", BUILD, kind, str(target)], cwd=source, **environment)
     return target / output.splitlines()[-1]
 
@@ -42,7 +42,7 @@ def contents(wheel: Path) -> set[str]:
 
 
 def python_files(root: Path) -> set[str]:
-    """The files that an install must hold, compiled ones aside."""
+    """Return the files that an install must hold, without compiled ones."""
     package = (p for p in (root / "fused_megatron").rglob("*.py") if "fused_megatron/kernels" not in p.as_posix())
     names = {p.relative_to(root).as_posix() for p in package}
     return (
@@ -53,19 +53,19 @@ def python_files(root: Path) -> set[str]:
 
 
 def outside_build(root: Path) -> set[Path]:
-    """Every file of the source tree, but for what a build or a Python process may write."""
+    """Return every file of the source tree, without files that a build or a Python process may write."""
     names = (p.relative_to(root) for p in root.rglob("*"))
     return {p for p in names if not {"build", ".git", ".venv", "__pycache__", ".pytest_cache"} & set(p.parts)}
 
 
 def compiled(names: set[str]) -> list[str]:
-    """The compiled files among the names, without what names platform and Python."""
+    """Return the compiled files among the names, without the parts that name platform and Python."""
     return sorted(re.sub(r"\..*", "", Path(name).name) for name in names if name.endswith(".so"))
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built as `pip wheel` does, with this tree's build cache."""
+    """Build a wheel as `pip wheel` does, with this tree's build cache."""
     before = outside_build(ROOT)
     built = build("wheel", ROOT, tmp_path_factory.mktemp("wheel"))
     assert outside_build(ROOT) == before, "a build writes to build/ alone"
@@ -123,7 +123,7 @@ def test_wheel_from_the_sdist(tmp_path):
     assert compiled(names) == ["_dataset_index", "_torch_ops"]
 
 
-# Uses the op, and says where the package and its compiled library were found.
+# Uses the op, and prints where the package and its compiled library were found.
 USE = """
 import torch, fused_megatron as fm
 from fused_megatron import extension
@@ -140,7 +140,7 @@ def test_isolated_install_in_a_new_environment(tmp_path, editable):
     run([sys.executable, "-m", "venv", str(tmp_path / "venv")], cwd=tmp_path)
     python = str(tmp_path / "venv" / "bin" / "python")
     install = [python, *PIP[1:], "install", "-c", "constraints.txt", *(["-e"] if editable else []), "."]
-    # Only the new environment's own programs and the compilers are on PATH.
+    # Only the programs of the new environment and the compilers are on PATH.
     run(install, cwd=source, PATH="/usr/bin:/bin")
     used = run([python, "-c", USE], cwd=tmp_path)
     assert used.startswith(f"0.0 True {source if editable else tmp_path / 'venv'}")
@@ -165,7 +165,7 @@ def test_without_a_compiler_the_install_works(tmp_path):
 @pytest.mark.slow
 def test_nvcc_comes_from_pypi_where_there_is_none(tmp_path):
     source = source_copy(tmp_path / "source")
-    # CUDA_HOME stands for a toolkit: with an empty one, and no nvcc on PATH, there is none.
+    # CUDA_HOME names a toolkit: if it is empty and PATH has no nvcc, there is none.
     environment = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(tmp_path / "none"), "CUDACXX": None}
     if shutil.which("nvcc", path=environment["PATH"]):
         pytest.skip("nvcc is in /usr/bin")
@@ -186,7 +186,7 @@ def test_a_failing_cuda_build_falls_back_to_the_cpu_unless_it_was_asked_for(tmp_
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     output = run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], source, FUSED_MEGATRON_CUDA=None)
-    assert output.count("building for the CPU alone") == 1
+    assert output.count("building only for the CPU") == 1
     assert (source / "fused_megatron" / "_torch_ops.so").exists()
     with pytest.raises(AssertionError, match="compiling fused-megatron failed"):
         run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], source, FUSED_MEGATRON_CUDA="on")

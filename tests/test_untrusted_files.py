@@ -79,7 +79,7 @@ def nested(depth):
 
 
 def places(value, found):
-    """Every (container, key) of a JSON value."""
+    """Find every (container, key) of a JSON value."""
     for key in value if isinstance(value, dict) else range(len(value)):
         found.append((value, key))
         if isinstance(value[key], dict | list):
@@ -88,7 +88,7 @@ def places(value, found):
 
 
 def mutated(text, draw):
-    """A JSON text with one or two things wrong: a value of another type, a key missing, renamed or doubled."""
+    """Return a JSON text with one or two errors: a value of another type, a key missing, renamed or doubled."""
     value = json.loads(text)
     for _ in range(draw.choice([1, 1, 2])):
         spots = places(value, [])
@@ -197,7 +197,7 @@ def digest_kind(folder):
 def tokenizer_kind(folder):
     train_tokenizer(["some words and some more words"] * 20, 270, folder / "t.json")
     whole = json.loads((folder / "t.json").read_text())
-    # Most of the file is the vocabulary: the mutations should meet the rest as well.
+    # Most of the file is the vocabulary: the mutations should also change the rest.
     keep = dict(list(whole["model"]["vocab"].items()))
     whole["model"]["vocab"] = keep
 
@@ -243,7 +243,7 @@ KINDS = {
 
 
 def refusals(kind, folder, count, seed):
-    """How many of the mutated files are refused, each in one line; any other error is raised."""
+    """Return how many of the mutated files are refused, each with one line; raise any other error."""
     good, read = KINDS[kind](folder)
     read(json.loads(good))
     draw, refused = random.Random(seed), 0

@@ -1,4 +1,4 @@
-// bias_gelu, bias_swiglu and bias_geglu on the CPU: the loops over rows, and tensors in, tensors out.
+// bias_gelu, bias_swiglu and bias_geglu on the CPU: the loops over rows, and the functions from tensors to tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,9 +18,9 @@
 
 namespace fm {
 
-// Arithmetic that compilers make vectors of.
+// Arithmetic that compilers vectorise.
 struct CpuActivationMath {
-  // Through integers: the magnitude's order is that of its bits, and compilers see a minimum.
+  // Integers: magnitudes are ordered as their bits are, and compilers recognise a minimum.
   static FM_INLINE float clamp(float u, float limit) {
     const uint32_t bits = std::bit_cast<uint32_t>(u);
     const int32_t magnitude = static_cast<int32_t>(bits & 0x7FFFFFFFu), most = std::bit_cast<int32_t>(limit);
@@ -31,7 +31,7 @@ struct CpuActivationMath {
     constexpr float kRound = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer in the low bits
     const float shifted = w + kRound;
     const float f = w - (shifted - kRound);
-    // The polynomial of least maximal relative error (2^-29) on [-1/2, 1/2] with p(0) = 1.
+    // The polynomial with p(0) = 1 of least maximal relative error (2^-29) on [-1/2, 1/2].
     float p = 0.00015353362f;
     p = p * f + 0.0013398875f;
     p = p * f + 0.00961843692f;
@@ -54,16 +54,16 @@ struct ActivationRow {
   T* out[kMaxHalves];       // y, or dx; null: dx is not wanted
   float* sums[kMaxHalves];  // null: dbias is not wanted
   int64_t n;
-  int64_t ahead_x, ahead_dy;  // bytes from what is read now to what to prefetch
+  int64_t ahead_x, ahead_dy;  // bytes from the current read to the prefetched address
   bool stream;
 };
 
-// So many elements are worked on at a time: their inputs, those of the next row on their way, and the results before
-// they are streamed out fit the first-level cache together.
+// Elements of one chunk: its inputs, the prefetched inputs of the next row, and the results before they are streamed
+// out fit the first-level cache together.
 inline constexpr int64_t kActivationChunk = 256;
 inline constexpr int64_t kActivationColumns = 1024;
 inline constexpr int64_t kForwardAheadBytes = 4096;
-inline constexpr int64_t kActivationGrain = 16384;  // elements a thread should have at least
+inline constexpr int64_t kActivationGrain = 16384;  // least number of elements for a thread
 
 template <typename Activation, bool kGated, typename T>
 FM_INLINE void activation_forward_row(const ActivationRow<T>& a) {
@@ -149,7 +149,7 @@ FM_INLINE void activation_backward_row(const ActivationRow<T>& a) {
     }                                                                                                        \
   };
 
-// Whether to write past the caches: rows must begin at lines, too.
+// Whether to write past the caches. Rows must begin at cache lines, too.
 template <typename T>
 bool streams(void* out, int64_t count, int64_t width) {
   return count * static_cast<int64_t>(sizeof(T)) >= kStreamFromBytes && is_line_aligned(out) &&
@@ -224,7 +224,7 @@ std::tuple<Tensor, Tensor> activation_backward(const Tensor& dy, const Tensor& x
             a.x[half] = x_data + i;
             a.out[half] = t.need_dx ? dx_data + i : nullptr;
           }
-          a.n = std::min(columns, count - row * width - column);  // what is cut anywhere may end early
+          a.n = std::min(columns, count - row * width - column);  // the last row may be short
           Kernels::backward(a);
         }
       }

@@ -1,4 +1,4 @@
-// bias_gelu, bias_swiglu and bias_geglu on the GPU: tensors in, tensors out.
+// bias_gelu, bias_swiglu and bias_geglu on the GPU: the functions from tensors to tensors.
 #pragma once
 
 #include <tuple>

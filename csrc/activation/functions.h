@@ -1,25 +1,26 @@
 // Activation functions and their slopes, written once for the CPU and the GPU.
 //
-// Math has the arithmetic in which they differ: clamp(u, limit) to [-limit, limit] (of NaN: anything), exp2(w) for w in
-// [-126, 126], and reciprocal(x).
+// Math has the arithmetic in which the CPU and the GPU differ: clamp(u, limit) to [-limit, limit] (any value for NaN),
+// exp2(w) for w in [-126, 126], and reciprocal(x).
 #pragma once
 
 #include "inlining.h"
 
 namespace fm {
 
-// Both at once, for gradients of gated activations need both; the compiler drops the half that is not used.
+// Both at once: gradients of gated activations need both. The compiler drops the half that is not used.
 struct ValueAndSlope {
   float value, slope;
 };
 
-// u / (1 + 2^w), where w falls with u. v is u within limits beyond which 2^w would overflow and the slope is 0 or 1 to
-// 1e-36: below them the value is exactly 0 (NaN of -inf, as torch has it). inner_slope is minus the slope of w, times ln 2.
+// u / (1 + 2^w), where w falls with u. v is u, clamped to limits beyond which 2^w would overflow and the slope is 0 or
+// 1 to 1e-36. Below the limits the value is exactly 0 (NaN for -inf, as in torch). inner_slope is minus the slope of w,
+// times ln 2.
 template <typename Math>
 FM_INLINE ValueAndSlope logistic(float u, float v, float w, float inner_slope) {
   const float exp = Math::exp2(w);
   const float gate = Math::reciprocal(1.0f + exp);
-  // exp * gate is 1 - gate without its rounding; u - u makes NaN of NaN and inf, as torch has it.
+  // exp * gate is 1 - gate without its rounding; u - u turns NaN and inf into NaN, as in torch.
   return {u * (exp > 0x1p125f ? 0.0f : gate), gate + v * (exp * gate) * gate * inner_slope + (u - u)};
 }
 
@@ -52,8 +53,8 @@ struct GeluErf {
     constexpr float kNormalDensity = 0.3989422804014327f;  // 1 / sqrt(2 pi)
     const float v = Math::clamp(u, 12.5f);
     const float exp = Math::exp2(-kHalfLog2E * v * v);
-    // erfc(z) / 2 = t P(t) exp(-z^2) with t = 1 / (1 + 0.33 z), z = |v| / sqrt(2): the polynomial of least maximal
-    // relative error, 8e-8 for z in [0, 8.9].
+    // erfc(z) / 2 = t P(t) exp(-z^2) with t = 1 / (1 + 0.33 z), z = |v| / sqrt(2). P has the least maximal relative
+    // error: 8e-8 for z in [0, 8.9].
     const float t = Math::reciprocal(1.0f + 0.33f * 0.7071067811865476f * (v < 0.0f ? -v : v));
     float p = -0.0679640844f;
     p = p * t + 0.231342733f;

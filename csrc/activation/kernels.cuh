@@ -1,4 +1,4 @@
-// The CUDA kernels of bias_gelu, bias_swiglu and bias_geglu and their launches: plain pointers, no torch.
+// CUDA kernels of bias_gelu, bias_swiglu and bias_geglu and their launches, on plain pointers, without torch.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,9 @@ struct DeviceActivationMath {
   static FM_DEVICE float reciprocal(float x) { return fast_reciprocal(x); }
 };
 
-// What the kernels take: plain pointers, no torch. y and dy hold `count` elements as rows of `width`; so do x and dx,
-// or, gated, rows of twice the width, the gate first. A width that is ours to choose may leave the last row short.
+// Arguments of the kernels. y and dy hold `count` elements as rows of `width`. So do x and dx, except in gated
+// activations: their rows have twice the width, the gate first. If the op does not fix the width, the last row may be
+// short.
 struct ActivationArguments {
   DType dtype;
   const void* x;
@@ -35,12 +36,12 @@ struct ActivationArguments {
 inline constexpr int kActivationThreads = 512;
 inline constexpr int64_t kWidthWithoutBias = 4096;
 
-// How a kernel uses a multiprocessor: rows that a thread has in flight at a time, and blocks that must fit. 32 KiB and
-// more under way keep HBM busy on every GPU from the A100 on: threads * blocks * rows * loads a row * 16 bytes.
+// How a kernel uses a multiprocessor: rows that a thread has in flight at a time, and blocks that must fit. 32 KiB or
+// more in flight keep HBM busy on every GPU since the A100: threads * blocks * rows * loads a row * 16 bytes.
 template <bool kGated>
 struct ForwardPlan {
   static constexpr int kRows = kGated ? 2 : 3, kBlocks = 2;  // 64 KiB, 48 KiB
-  static constexpr int kStreams = kGated ? 3 : 2;            // arrays of y's size that are read or written
+  static constexpr int kStreams = kGated ? 3 : 2;            // arrays of the size of y that are read or written
 };
 template <bool kGated>
 struct BackwardPlan {
@@ -62,9 +63,9 @@ struct ActivationTiles {
     blocks_x = static_cast<unsigned>((accesses + threads_x - 1) / threads_x);
   }
 
-  // Blocks along the rows. Each costs `extra` bytes a column (the bias read, partial sums written and read), so one
-  // wave of blocks it is where rows are few, and four, which even out better, where they cost at most 1% of `bytes` a
-  // row and column.
+  // Blocks along the rows. Each costs `extra` bytes a column (the bias read, partial sums written and read). So the
+  // grid has one wave of blocks if rows are few. It has four waves, which balance better, if they cost at most 1% of
+  // `bytes` a row and column.
   int64_t blocks_y(int64_t slots, int64_t rows_in_flight, int64_t bytes, int64_t extra) const {
     const int64_t rows_per_block = threads_y * rows_in_flight;
     const int64_t useful = (rows + rows_per_block - 1) / rows_per_block;
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kActivationThreads, ForwardPlan<kGated>::kBloc
   }
 }
 
-// One row of the backward: x and dy as loaded; dx to out[half], and added to sums.
+// One row of the backward, from x and dy as loaded: stores dx in out[half] and adds it to sums.
 template <typename A, typename Activation, int kParts, typename T>
 FM_DEVICE void activation_gradient(const typename A::Raw (&raw)[kParts + 1], const float (&bias)[kParts][A::kCount],
                                    float (&sums)[kParts][A::kCount], T* dx, int64_t width) {
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(kActivationThreads, BackwardPlan<kGated>::kBlo
   const int64_t row_step = static_cast<int64_t>(gridDim.y) * blockDim.y * a.width;
   int64_t index = (static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y) * a.width + column;
   int64_t x_index = kParts * (index - column) + column;
-  if (!active) index = a.count;  // to the barrier below
+  if (!active) index = a.count;  // go on to the barrier below
   for (; index < a.count; index += kRows * row_step, x_index += kParts * kRows * row_step) {
     typename A::Raw raw[kRows][kParts + 1];
 #pragma unroll
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(kActivationThreads, BackwardPlan<kGated>::kBlo
     }
   }
   if (a.partials == nullptr) return;
-  // Columns of a block: those of each thread side by side, then the second half of x. One thread adds one column, so
-  // that neighbours write neighbouring sums.
+  // Columns of a block: the columns of each thread side by side, then the second half of x. One thread adds one column,
+  // so that neighbouring threads write neighbouring sums.
   const int block_columns = static_cast<int>(blockDim.x) * A::kCount, all_columns = kParts * block_columns;
 #pragma unroll
   for (int i = 0; i < kParts * A::kCount; ++i) {
@@ -223,7 +224,7 @@ inline bool activation_is_wide(const ActivationArguments& a, int64_t elements_pe
          is_aligned(a.bias.data) && is_aligned(a.y) && is_aligned(a.dy) && is_aligned(a.dx);
 }
 
-// Runs f(T{}, wide, tiles) with the types that pick the kernel.
+// Calls f(T{}, wide, tiles) with the type of the dtypes, to pick the kernel.
 template <typename F>
 void for_activation_kernel(const ActivationArguments& a, const F& f) {
   for_device_dtype(a.dtype, [&]<typename T>(T element) {
@@ -248,7 +249,7 @@ void launch_activation_forward(const ActivationArguments& a, int multiprocessors
   });
 }
 
-// How many rows of partial sums (equally: blocks along the rows) the backward wants.
+// Number of rows of partial sums in the backward: the number of blocks along the rows.
 template <bool kGated>
 int64_t activation_parts(const ActivationArguments& a, bool need_dbias, int multiprocessors) {
   using Plan = BackwardPlan<kGated>;

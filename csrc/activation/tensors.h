@@ -1,6 +1,6 @@
-// The tensors of bias_gelu, bias_swiglu and bias_geglu, the same for the CPU and the CUDA kernels.
+// Tensors of bias_gelu, bias_swiglu and bias_geglu: checks, shapes and outputs, for the CPU and the CUDA kernels.
 //
-// A gated activation takes x [..., 2F], the gate first, and gives [..., F].
+// A gated activation takes x [..., 2F], the gate first, and returns [..., F].
 #pragma once
 
 #include <tuple>
@@ -13,7 +13,7 @@ inline constexpr int kMaxHalves = 2;
 template <bool kGated>
 inline constexpr int kHalves = kGated ? 2 : 1;
 
-// The sizes of y for x.
+// The sizes of y, from x.
 template <bool kGated>
 Sizes activation_sizes(const Tensor& x) {
   Sizes sizes(x);
@@ -62,7 +62,7 @@ ActivationBackward activation_backward_tensors(const Tensor& dy, const Tensor& x
           need_dbias};
 }
 
-// x as [rows, kHalves * width]. What has neither bias nor gate may be cut anywhere: `free_width` is taken, and the last
+// x as [rows, kHalves * width]. Without bias and gate rows may be cut anywhere: the width is `free_width`, and the last
 // row may be short.
 struct ActivationLayout {
   int64_t count, width, rows;  // count: elements of y

@@ -1,3 +1,4 @@
+// bias_dropout_add on the CPU: residual + dropout(x + bias), and its gradients.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -16,7 +17,7 @@
 namespace fm {
 namespace {
 
-// What elements are multiplied by: scale where the random word is not below threshold, else 0. Without words: scale.
+// The factors of elements: scale if the random word is not below threshold, else 0. Without words: scale.
 struct Dropout {
   const uint32_t* words;
   uint32_t threshold;
@@ -93,7 +94,7 @@ FM_BIAS_DROPOUT_ADD(BFloat16, float)
 FM_BIAS_DROPOUT_ADD(Float16, float)
 #undef FM_BIAS_DROPOUT_ADD
 
-// Runs f(TX{}, T{}) with the types of x and of residual.
+// Calls f(TX{}, T{}) with the types of x and of residual.
 template <typename F>
 void for_dtypes(ScalarType x, ScalarType residual, const F& f) {
   STD_TORCH_CHECK(x == residual || residual == ScalarType::Float, "residual must have the dtype of x or be float32");
@@ -109,7 +110,7 @@ void for_dtypes(ScalarType x, ScalarType residual, const F& f) {
 constexpr int64_t kColumnBlock = PhiloxBuffer::kElements;
 constexpr int64_t kGrainElements = 16384;
 
-// x as [rows, width]; where neither a bias nor a slice gives rows a meaning, they are kColumnBlock long.
+// x as [rows, width]. Without a bias and a slice the width is free, and rows are kColumnBlock long.
 struct Layout {
   int64_t rows, width;
   Layout(const Tensor& x, bool has_bias, const GlobalRows& global) {
@@ -119,7 +120,7 @@ struct Layout {
   }
 };
 
-// The dropout of one call: hands out what a segment of a row is multiplied by.
+// The dropout of one call: returns the factors of a segment of a row.
 class Mask {
  public:
   Mask(const OptionalTensor& rng_state, double p, const GlobalRows& rows) : rows_(rows) {
@@ -143,8 +144,8 @@ class Mask {
   bool random_;
 };
 
-// Where the results of a segment are written: large tensors' to a buffer first, from which they are streamed past the
-// caches.
+// Destination of the results of a segment. Results of large tensors go to a buffer first, from which they are streamed
+// past the caches.
 template <typename T>
 class SegmentTarget {
  public:
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& dy_any, const
         if (need_dbias) std::fill(sums, sums + columns, 0.0f);
         for (int64_t row = part_begin(part, parts, rows); row < part_begin(part + 1, parts, rows); ++row) {
           const int64_t i = row * width + column;
-          const int64_t n = std::min(columns, count - i);  // where rows are ours to cut the last may be short
+          const int64_t n = std::min(columns, count - i);  // the last row may be short if the width is free
           TX* to = need_dx ? target.begin(dx_data + i, n) : nullptr;
           backward(dy_data + i, to, sums, mask.segment(buffer, row, column, width, n), n);
           if (need_dx) target.end(dx_data + i, n);

@@ -1,3 +1,4 @@
+// bias_dropout_add on the GPU: the functions from tensors to tensors.
 #include <tuple>
 
 #include "bias_dropout_add_launch.cuh"

@@ -1,4 +1,4 @@
-// The CUDA kernels of bias_dropout_add: plain pointers, no torch.
+// CUDA kernels of bias_dropout_add, on plain pointers, without torch.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace fm {
 
-// What the kernels take. All tensors hold `count` elements as rows of `width`; where neither a bias nor a slice gives
-// rows a meaning the width is ours to choose, and the last row may be short.
+// Arguments of the kernels. All tensors hold `count` elements as rows of `width`. Without a bias and a slice the width
+// is free, and the last row may be short.
 struct BiasDropoutAdd {
   DType x_dtype, dtype;  // of x and dx; of residual, y and dy
   int64_t count, width;
@@ -64,8 +64,8 @@ struct Run {
   }
 };
 
-// What the kCount elements from global index `index` on are multiplied by. kAligned: index is a multiple of 4, else a
-// run straddles one Philox block more than it fills.
+// The factors of the kCount elements from global index `index` on. kAligned: index is a multiple of 4. Otherwise a run
+// touches one Philox block more than it fills.
 template <int kCount, bool kAligned>
 FM_DEVICE void dropout_factors(const PhiloxStream& stream, uint32_t threshold, float scale, int64_t index,
                                float (&factors)[kCount]) {
@@ -76,7 +76,7 @@ FM_DEVICE void dropout_factors(const PhiloxStream& stream, uint32_t threshold, f
 #pragma unroll
   for (int i = 0; i < kBlocks; ++i) philox_block(stream, block + i, words + 4 * i);
   if constexpr (!kAligned) {
-    // Shifts by lane with constant indices alone, so that the words stay in registers.
+    // Shifts by lane with constant indices only, so that the words stay in registers.
     constexpr int kWords = kBlocks * 4;
 #pragma unroll
     for (int i = 0; i + 1 < kWords; ++i) words[i] = lane & 1 ? words[i + 1] : words[i];
@@ -87,8 +87,8 @@ FM_DEVICE void dropout_factors(const PhiloxStream& stream, uint32_t threshold, f
   for (int k = 0; k < kCount; ++k) factors[k] = words[k] >= threshold ? scale : 0.0f;
 }
 
-// The elements of one thread: kCount columns that it keeps, in every step-th row. A block is blockDim.x runs of columns
-// (a warp's, so that blocks are many and rows of partial sums few) by blockDim.y rows.
+// The elements of one thread: kCount columns that it keeps, in every step-th row. A block has blockDim.x runs of
+// columns (one warp, so that there are many blocks and few rows of partial sums) and blockDim.y rows.
 template <int kCount>
 struct DropoutTile {
   int64_t column, row, step;
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kDropoutThreads, kDropoutBlocksPerMultiprocess
   const T* dy = static_cast<const T*>(a.dy);
   TX* dx = static_cast<TX*>(a.dx);
   const int64_t skip = tile.step * a.width;
-  int64_t row = tile.row, index = tile.active ? tile.row * a.width + tile.column : a.count;  // to the barrier below
+  int64_t row = tile.row, index = tile.active ? tile.row * a.width + tile.column : a.count;  // go to the barrier below
   for (; index < a.count; row += kDropoutRows * tile.step, index += kDropoutRows * skip) {
     typename A::Raw raw[kDropoutRows];
 #pragma unroll

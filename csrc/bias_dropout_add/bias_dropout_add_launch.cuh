@@ -8,8 +8,8 @@ namespace fm {
 struct DropoutGrid {
   int threads_x, threads_y;
   unsigned blocks_x;
-  int64_t parts;  // blocks along the rows, equally rows of partial sums
-  // Blocks that stay: as many as run at a time, so that the bias is read, and partial sums are written, seldom.
+  int64_t parts;  // blocks along the rows, and rows of partial sums
+  // Persistent blocks, all of which run at the same time: they read the bias and write partial sums only once.
   DropoutGrid(const BiasDropoutAdd& a, int64_t elements_per_run, int multiprocessors) {
     const int64_t runs = (a.width + elements_per_run - 1) / elements_per_run;
     const int64_t rows = a.width > 0 ? (a.count + a.width - 1) / a.width : 0;
@@ -28,7 +28,7 @@ inline bool dropout_is_aligned(const GlobalRows& rows, int64_t width) {
   return begins % 4 == 0;
 }
 
-// Runs f(TX{}, T{}, count, aligned, grid) with the types that pick the kernel.
+// Calls f(TX{}, T{}, count, aligned, grid) with the types of the dtypes, to pick the kernel.
 template <typename F>
 void for_dropout_kernel(const BiasDropoutAdd& a, int multiprocessors, const F& f) {
   const auto with_types = [&]<typename TX, typename T>(TX x_element, T element) {

@@ -1,3 +1,4 @@
+// bias_gelu on the CPU: its registration over the kernels of activation/cpu.h.
 #include "activation/cpu.h"
 
 namespace fm {

@@ -1,3 +1,4 @@
+// bias_swiglu on the GPU: its registration over the kernels of activation/kernels.cuh.
 #include "activation/cuda.cuh"
 
 namespace fm {

@@ -1,6 +1,7 @@
 // Sums over rows (gradients of parameters) that are bitwise the same for any number of threads.
 //
-// Rows are cut into parts by their number alone, every part is summed by one thread, and the parts are added in order.
+// Only the number of rows decides how they are cut into parts. One thread sums a part, and the parts are added in
+// order.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,12 +11,12 @@
 
 namespace fm {
 
-// 32 rows a part keep the partial sums near 1% of the traffic of a backward that moves 12 bytes an element.
+// With 32 rows a part, partial sums are near 1% of the traffic of a backward that moves 12 bytes an element.
 inline int64_t row_parts(int64_t rows) { return std::clamp<int64_t>((rows + 31) / 32, 1, 256); }
 
 inline int64_t part_begin(int64_t part, int64_t parts, int64_t rows) { return rows * part / parts; }
 
-// Adds the parts, which lie `stride` floats apart, and hands every finished column to store(column, sum).
+// Adds the parts, which lie `stride` floats apart, and calls store(column, sum) for every finished column.
 template <typename Store>
 void finish_column_sums(const float* partials, int64_t parts, int64_t width, int64_t stride, const Store& store) {
   constexpr int64_t kBlock = 256;

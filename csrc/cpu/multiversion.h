@@ -1,6 +1,7 @@
 // FM_MULTIVERSION: one binary for several x86-64 levels; the loader picks the clone for the processor that runs it.
 //
-// Put it on plain (non-template) functions; what they call must be FM_INLINE to be compiled with each clone.
+// It marks plain (non-template) functions; the functions that they call must be FM_INLINE to be compiled into each
+// clone.
 #pragma once
 
 #include "inlining.h"

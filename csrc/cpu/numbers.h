@@ -1,9 +1,9 @@
 // 16-bit floats on the CPU: their conversions to and from float32.
 //
-// Exact for every value (subnormals, inf, NaN) and the same, bit for bit, on every processor. Integer and float32
-// operations alone, none of which meets a subnormal float32 (slow): compilers vectorise them for every level, which GCC
-// before 13 does not for the processors' own fp16 instructions. All work is in 32 bits up to one last shift; else GCC
-// does parts of it in 16, with more shuffling than work.
+// Conversions are exact for every value (subnormals, inf, NaN) and the same, bit for bit, on every processor. They use
+// only integer and float32 operations, and never a subnormal float32 (slow). Compilers vectorise them for every level;
+// GCC before 13 does not vectorise the processors' own fp16 instructions. All work is in 32 bits up to one last shift:
+// otherwise GCC does parts of it in 16 bits, with more shuffling than work.
 #pragma once
 
 #include <bit>
@@ -27,8 +27,8 @@ FM_INLINE float to_float(BFloat16 value) { return std::bit_cast<float>(static_ca
 FM_INLINE float to_float(Float16 value) {
   const uint32_t extended = static_cast<uint32_t>(static_cast<int32_t>(static_cast<int16_t>(value.bits)));
   const int32_t magnitude = static_cast<int32_t>((extended << 13) & 0x0FFFE000u);
-  // Normal numbers: the exponent moves by 112. Subnormal ones have no leading 1, and the exponent of the next: with it
-  // they are too large by 2^-14. Taken for all numbers, each of the two is the smaller one where it is right.
+  // Normal numbers: the exponent moves by 112. Subnormal numbers have no leading 1, and the exponent of the next: with
+  // it they are too large by 2^-14. Both results are computed for all numbers; the right one is always the smaller one.
   const int32_t normal = magnitude + (112 << 23);
   const int32_t subnormal = std::bit_cast<int32_t>(std::bit_cast<float>(normal + (1 << 23)) - 0x1p-14f);
   const int32_t finite = normal < subnormal ? normal : subnormal;
@@ -58,8 +58,8 @@ FM_INLINE Float16 from_float<Float16>(float value) {
   const int32_t magnitude = static_cast<int32_t>(bits & 0x7FFFFFFFu);
   const int32_t clamped = magnitude < 0x47800000 ? magnitude : 0x47800000;  // 2^16, which is inf
   int32_t exponent = clamped & 0x7F800000;
-  exponent = exponent > 0x38800000 ? exponent : 0x38800000;  // 2^-14: below, the last bit stays where it is
-  // Added to 2^13 times its own power of two, a number is rounded to 10 bits behind it, and they are the lowest ones.
+  exponent = exponent > 0x38800000 ? exponent : 0x38800000;  // 2^-14: below it, the last bit keeps its value
+  // Adding 2^13 times its own power of two rounds a number to 10 mantissa bits, and leaves them in the lowest bits.
   const float aligned = std::bit_cast<float>(clamped) + std::bit_cast<float>(exponent + (13 << 23));
   const uint32_t mantissa = std::bit_cast<uint32_t>(aligned) - static_cast<uint32_t>(exponent) - (13u << 23);
   const uint32_t finite = mantissa + (static_cast<uint32_t>(exponent) >> 13) - (113u << 10);

@@ -9,7 +9,7 @@
 
 namespace fm {
 
-// Runs f(T{}) with the C++ type of a kernel dtype.
+// Calls f(T{}) with the C++ type of a kernel dtype.
 template <typename F>
 void for_cpu_dtype(ScalarType dtype, const F& f) {
   if (dtype == ScalarType::Float) {
@@ -21,12 +21,12 @@ void for_cpu_dtype(ScalarType dtype, const F& f) {
   }
 }
 
-// Memory for intermediate float32 values, uninitialised.
+// Uninitialised memory for intermediate float32 values.
 using Scratch = std::unique_ptr<float[]>;
 inline Scratch make_scratch(int64_t count) { return Scratch(new float[static_cast<size_t>(count)]); }
 
-// A parameter as float32: the tensor's own memory where it is float32 already, else a copy of it. Copied once a call,
-// it spares the kernels a template argument for the dtype of every parameter.
+// A parameter as float32: the tensor's own memory if it is float32 already, else a copy. One copy a call spares the
+// kernels a template argument for the dtype of every parameter.
 class FloatParameter {
  public:
   FloatParameter(const OptionalTensor& parameter, int64_t width, float absent) {

@@ -1,7 +1,7 @@
 // Random words on the CPU: many Philox blocks at a time, and a buffer of them.
 //
-// Compilers do not see that a 64-bit lane whose upper half is ignored makes a 32 x 32 bit product one instruction, so
-// the instruction is named: one function for each width of vectors.
+// A 32 x 32 bit product is one instruction in a 64-bit lane whose upper half is ignored. Compilers do not see this, so
+// the code names the instruction, in one function for each vector width.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,10 @@ void fill_philox_scalar(const PhiloxStream& stream, uint64_t first, int64_t bloc
 
 #ifdef FM_PHILOX_X86
 
-// Ten rounds of kPhiloxGroup blocks in vectors of 64-bit lanes, one block a lane; upper halves hold rubbish. Several
-// vectors at a time, so that one product need not wait for the one before. `order` puts blocks into lanes such that
-// interleaving the lanes' results leaves them in order. Upper halves are brought down by shuffles, since shifts would
-// compete with the products for one port of the processor.
+// Ten rounds of kPhiloxGroup blocks in vectors of 64-bit lanes, one block a lane; upper halves hold garbage. Several
+// vectors are in work, so that a product need not wait for the previous one. `order` assigns blocks to lanes such that
+// the interleaved results of the lanes are in order. Shuffles move upper halves down, since shifts would compete with
+// the products for one port of the processor.
 #define FM_BRACES(...) {__VA_ARGS__}
 #define FM_PHILOX_FILL(name, features, kBytes, order, product, high_half, xor3, interleave_low, interleave_high)     \
   __attribute__((target(features))) void name(const PhiloxStream& stream, uint64_t first, int64_t blocks,            \
@@ -69,7 +69,7 @@ void fill_philox_scalar(const PhiloxStream& stream, uint64_t first, int64_t bloc
     }                                                                                                                \
   }
 
-// The zero-masked forms, since gcc warns of the undefined vector in its own plain forms.
+// The zero-masked forms: gcc warns about the undefined vector in its own plain forms.
 #define FM_AVX512(intrinsic, a, b) (Lanes) _mm512_maskz_##intrinsic(0xFF, (__m512i)(a), (__m512i)(b))
 #define FM_PRODUCT(a, b) FM_AVX512(mul_epu32, a, b)
 #define FM_HIGH_HALF(a) (Lanes) _mm512_maskz_shuffle_epi32(0xFFFF, (__m512i)(a), (_MM_PERM_ENUM)0xF5)
@@ -101,7 +101,8 @@ FM_PHILOX_FILL(fill_philox_avx2, "avx2", 32, (0, 2, 1, 3), FM_PRODUCT, FM_HIGH_H
 
 #endif  // FM_PHILOX_X86
 
-// The words of `blocks` blocks from block `first` on; `words` holds the next multiple of kPhiloxGroup blocks.
+// Fills the words of `blocks` blocks from block `first` on; `words` has room for the next multiple of kPhiloxGroup
+// blocks.
 inline void fill_philox(const PhiloxStream& stream, uint64_t first, int64_t blocks, uint32_t* words) {
 #ifdef FM_PHILOX_X86
   if (__builtin_cpu_supports("avx512f")) return fill_philox_avx512(stream, first, blocks, words);
@@ -115,7 +116,7 @@ class PhiloxBuffer {
  public:
   static constexpr int64_t kElements = 1024;
 
-  // n <= kElements words for the elements from global index `index` on, which need not be a multiple of 4.
+  // Returns n <= kElements words for the elements from global index `index` on, which need not be a multiple of 4.
   const uint32_t* words(const PhiloxStream& stream, int64_t index, int64_t n) {
     const uint64_t first = static_cast<uint64_t>(index) / 4;
     const int64_t skipped = index % 4;

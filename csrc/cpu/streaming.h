@@ -1,7 +1,7 @@
-// Memory traffic by hand: reading ahead, and writing past the caches.
+// Explicit memory traffic: prefetching, and stores that bypass the caches.
 //
-// An ordinary store first reads the line that it writes; for results that no cache will hold until they are read again,
-// that is a third of a copy's traffic.
+// An ordinary store first reads the line that it writes. For results that leave the caches before they are read again,
+// this is a third of a copy's traffic.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@
 namespace fm {
 
 inline constexpr int64_t kLineBytes = 64;
-// Results smaller than this may well be in the second-level caches when the next op reads them.
+// Smaller results may still be in the second-level caches when the next op reads them.
 inline constexpr int64_t kStreamFromBytes = int64_t{4} << 20;
 
 inline bool is_line_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kLineBytes == 0; }
 
-// Asks for num_bytes that lie ahead_bytes behind `address`, which need not be ours any more.
+// Prefetches num_bytes that begin ahead_bytes after `address`; they may lie outside the tensor.
 FM_INLINE void prefetch_lines(const void* address, int64_t ahead_bytes, int64_t num_bytes) {
 #if defined(__GNUC__)
   const uintptr_t first = reinterpret_cast<uintptr_t>(address) + static_cast<uintptr_t>(ahead_bytes);
@@ -33,7 +33,7 @@ FM_INLINE void prefetch_lines(const void* address, int64_t ahead_bytes, int64_t 
 }
 
 #ifdef FM_CAN_STREAM
-// A whole line in one store is about twice as fast as four stores that the processor has to combine.
+// One store of a whole line is about twice as fast as four stores that the processor has to combine.
 __attribute__((target("avx512f"))) inline void stream_lines_avx512(void* to, const void* from, int64_t num_lines) {
   auto* lines = static_cast<__m512i*>(to);
   for (int64_t i = 0; i < num_lines; ++i) _mm512_stream_si512(lines + i, _mm512_load_si512(static_cast<const __m512i*>(from) + i));
@@ -55,7 +55,7 @@ inline void stream_copy(void* to, const void* from, int64_t num_bytes) {
   std::memcpy(static_cast<char*>(to) + streamed, static_cast<const char*>(from) + streamed, num_bytes - streamed);
 }
 
-// Streamed stores are not ordered with what tells other threads that this one is done; after this they are.
+// Orders streamed stores before the signal to other threads that this thread is done.
 inline void finish_streaming() {
 #ifdef FM_CAN_STREAM
   _mm_sfence();

@@ -8,8 +8,8 @@
 namespace fm {
 
 // The sums over j in [0, n) of the kSums values that add(j, sums, stride) adds to sums[0], sums[stride], ...
-// 64 lanes are summed apart: four independent vectors of the widest kind, so that an addition need not wait for the one
-// before, and an order of additions that is the same for every vector width.
+// 64 lanes are summed separately: four independent vectors of the largest width, so that an addition need not wait for
+// the previous one. The order of additions is the same for every vector width.
 inline constexpr int kSumLanes = 64;
 
 template <int kSums, typename Add>

@@ -16,14 +16,14 @@
 namespace fm {
 namespace {
 
-// Gradients that no cache will hold are written past the caches, which saves reading the lines before writing them.
+// Gradients too large for a cache bypass the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
 
 struct Vocabulary {
-  int64_t start, size, num_real;  // num_real: columns of this shard that are no padding
+  int64_t start, size, num_real;  // num_real: columns of this shard that are not padding
   int64_t ignore_index;
   double label_smoothing;
-  Softcap softcap;  // a cap of 0: none
+  Softcap softcap;  // cap 0: no softcap
 
   Vocabulary(int64_t start, int64_t size, int64_t num_columns, int64_t ignore_index, double label_smoothing,
              double softcap)
@@ -34,13 +34,13 @@ struct Vocabulary {
   bool has_softcap() const { return softcap.cap != 0.0f; }
   bool invalid(int64_t target) const { return target < 0 || target >= size; }
   bool owns(int64_t target) const { return target >= start && target < start + num_real; }
-  // How much of a number that all logits have in common the linear term of this shard has; of all shards: 1.
+  // The factor in the linear term of this shard of a number that all logits have in common; the sum over shards is 1.
   double share(int64_t target) const {
     return (owns(target) ? 1.0 - label_smoothing : 0.0) + label_smoothing * num_real / size;
   }
 };
 
-// lse as (shift, log_sum): what the float32 nearest to a large lse lacks of it is in log_sum.
+// lse as (shift, log_sum): log_sum has what the float32 nearest to a large lse rounds off.
 void write_lse(double lse, float* out) {
   const float shift = lse == -kInfinity ? 0.0f : static_cast<float>(lse);
   out[0] = shift;
@@ -97,7 +97,7 @@ void statistics_of_rows(
   }
 }
 
-// The gradient overwrites the logits where dlogits is logits.
+// If dlogits is logits, the gradient overwrites the logits.
 template <class T>
 void gradient_of_rows(
     const float* grad_loss, const T* logits, int64_t stride, const int64_t* target, const float* lse,
@@ -114,7 +114,7 @@ void gradient_of_rows(
       const float g = vocabulary.invalid(t) ? kNaN : grad_loss[row];
       const float shift = lse[2 * row];
       const double log_sum = lse[2 * row + 1];
-      // exp(x - shift - log_sum) as a product: log_sum is no more than the log of the vocabulary.
+      // exp(x - shift - log_sum) as a product: log_sum is at most the log of the vocabulary size.
       const double scale = (1.0 + 2.0 * z_loss * (shift + log_sum)) * std::exp(-log_sum);
       const GradientRow work{
           g * static_cast<float>(scale), -g * per_word, -g * hard, shift,
@@ -128,16 +128,16 @@ void gradient_of_rows(
     std::memset(static_cast<void*>(dx + num_written), 0, (num_columns - num_written) * sizeof(T));
   }
 #if defined(__SSE2__)
-  _mm_sfence();  // streamed stores are not ordered with what tells the other threads that this one is done
+  _mm_sfence();  // orders streamed stores before the signal that this thread is done
 #endif
 }
 
-// Rows for a thread, so that each has at least some 32 Ki logits: less does not pay for waking it.
+// Rows for a thread, such that each has at least about 32 Ki logits: fewer are not worth waking it.
 int64_t rows_per_thread(int64_t num_columns) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, num_columns)); }
 
 // ---- The ops -------------------------------------------------------------------------------------------------------
 
-// All take the terms of the loss (LossTerms.scalars()), whether they need them or not.
+// Every op takes all terms of the loss (LossTerms.scalars()), even those that it does not need.
 Tensor cross_entropy_statistics(
     const Tensor& logits, const Tensor& target, int64_t vocab_start, int64_t vocab_size, int64_t ignore_index,
     double label_smoothing, double /*z_loss*/, double softcap) {
@@ -219,7 +219,7 @@ Tensor cross_entropy_gradient(
   return dlogits;
 }
 
-// Never streamed: the lines to be written have just been read.
+// Never streamed: the lines that are written have just been read.
 void cross_entropy_gradient_(
     const Tensor& grad_loss, Tensor logits, const Tensor& target, const Tensor& lse, int64_t vocab_start,
     int64_t vocab_size, int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {

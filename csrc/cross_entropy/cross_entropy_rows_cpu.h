@@ -1,4 +1,4 @@
-// One row of a vocabulary shard: its statistics, its gradient. Included by cross_entropy_cpu.cpp alone.
+// One row of a vocabulary shard: its statistics and its gradient. Only cross_entropy_cpu.cpp includes this file.
 #pragma once
 
 #include <algorithm>
@@ -23,11 +23,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Columns worked on at a time: a block that has to be read again is still in the first-level cache.
+// Columns of a block: if it must be read again, it is still in the first-level cache.
 constexpr int64_t kBlock = 1024;
-// A sum of exponentials beyond this is taken again with a larger shift, well before exp_of_normal leaves its range.
+// A larger sum of exponentials is computed again with a larger shift, well before exp_of_normal leaves its range.
 constexpr float kRescaleAbove = 1e30f;
-// How far ahead rows are fetched: the long chains of exp keep the processor from running ahead by itself.
+// Prefetch distance: the long dependency chains of exp keep the processor from running ahead by itself.
 constexpr int64_t kPrefetchBytes = 8192;
 
 // x becomes cap * tanh(x / cap).
@@ -35,14 +35,14 @@ struct Softcap {
   float cap, minus_two_over_cap;
 };
 
-// In double: a large part that all logits have in common must not cost what is left without it.
+// In double: a large part that all logits have in common must not cost the precision of the rest.
 struct Statistics {
   double lse;
   double sum;
 };
 
 struct GradientRow {
-  float scale_p;  // the gradient is scale_p * exp(x - shift) + offset, and at the target + target_term
+  float scale_p;  // the gradient is scale_p * exp(x - shift) + offset; at the target, plus target_term
   float offset;
   float target_term;
   float shift;
@@ -57,8 +57,8 @@ FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
 #endif
 }
 
-// With e = exp(-2 |x| / cap), tanh(|x| / cap) = (1 - e) / (1 + e), and its slope 4 e / (1 + e)^2: neither overflows, and
-// the slope, 1 - tanh^2, does not cancel.
+// With e = exp(-2 |x| / cap), tanh(|x| / cap) = (1 - e) / (1 + e), and its slope is 4 e / (1 + e)^2. Neither overflows,
+// and the slope has no cancellation, unlike 1 - tanh^2.
 FM_INLINE float capped(float x, const Softcap& softcap, float& slope) {
   const float magnitude = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu);
   const float e = exp_of_normal(magnitude * softcap.minus_two_over_cap);
@@ -85,14 +85,14 @@ FM_INLINE float block_maximum(const T* x, int64_t n) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
       const float value = to_float(x[j + lane]);
-      lanes[lane] = value > lanes[lane] ? value : lanes[lane];  // NaN is no maximum
+      lanes[lane] = value > lanes[lane] ? value : lanes[lane];  // NaN is never the maximum
     }
   }
   for (; j < n; ++j) lanes[0] = std::max(lanes[0], to_float(x[j]));
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// sum_j exp(x_j - shift); sum_j x_j in `sum` if asked for, whose float32 part is of x_j - shift.
+// Returns sum_j exp(x_j - shift). kWithSum: also adds sum_j x_j to `sum`; its float32 part sums x_j - shift.
 template <bool kWithSum, bool kSoftcap, class T>
 FM_INLINE float block_exp_sum(const T* x, int64_t n, const Softcap& softcap, float shift, double& sum) {
   float sums[1 + kWithSum];
@@ -105,8 +105,8 @@ FM_INLINE float block_exp_sum(const T* x, int64_t n, const Softcap& softcap, flo
   return sums[0];
 }
 
-// One pass: a block is summed with the shift found so far. Only the first block, and one whose values lie so far above
-// the shift that the sum might overflow, is read again for its maximum.
+// One pass: a block is summed with the current shift. Only two kinds of blocks are read again for their maximum: the
+// first, and a block whose values lie so far above the shift that the sum might overflow.
 template <bool kWithSum, bool kSoftcap, class T>
 FM_INLINE Statistics row_statistics(const T* x, int64_t n, const Softcap& softcap) {
   float shift = -kInfinity;
@@ -114,7 +114,7 @@ FM_INLINE Statistics row_statistics(const T* x, int64_t n, const Softcap& softca
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t length = std::min(kBlock, n - start);
     prefetch(x + start, length * sizeof(T));
-    // -inf minus -inf would be NaN; shifted by 0, -inf gives 0, and NaN, which is no maximum, still gives NaN.
+    // -inf minus -inf would be NaN. With shift 0, -inf gives 0, and NaN, which is never the maximum, still gives NaN.
     const float known = shift == -kInfinity ? 0.0f : shift;
     float block = block_exp_sum<kWithSum, kSoftcap>(x + start, length, softcap, known, block_sum);
     if (shift == -kInfinity || !(std::abs(block) < kRescaleAbove)) {
@@ -131,7 +131,7 @@ FM_INLINE Statistics row_statistics(const T* x, int64_t n, const Softcap& softca
   return {(shift == -kInfinity ? 0.0 : shift) + std::log(exp_sum), sum};
 }
 
-// Copy whole 16-byte pieces past the caches; both ends aligned to 16 bytes.
+// Copies 16-byte pieces past the caches; both addresses are aligned to 16 bytes.
 FM_INLINE void stream_copy(void* destination, const void* source, int64_t num_bytes) {
 #if defined(__SSE2__)
   auto* to = static_cast<__m128i*>(destination);
@@ -164,7 +164,7 @@ FM_INLINE void gradient_block(
   if (here) result[target] = from_float<T>(at_target);
 }
 
-// The row's numbers are taken by value: as references, they might be what is being written.
+// The row's numbers are taken by value: the compiler would assume that references may be overwritten.
 template <bool kSoftcap, class T>
 FM_INLINE void row_gradient(const T* x, int64_t n, const Softcap softcap, const GradientRow row, T* dx) {
   if (!row.stream) return gradient_block<kSoftcap>(x, n, softcap, row, row.target, dx);

@@ -1,6 +1,6 @@
-// Copies of 16 bytes from global to shared memory that go around the registers (cp.async).
+// Copies of 16 bytes from global to shared memory that bypass the registers (cp.async).
 //
-// A thread asks for rows that it needs later, and holds nothing meanwhile. A thread sees its own copies after
+// A thread requests rows that it needs later, and uses no registers for them meanwhile. It sees its own copies after
 // wait_for_copies, without a barrier.
 #pragma once
 
@@ -28,7 +28,7 @@ FM_DEVICE void wait_for_all_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Until at most `pending` (0 to 3) of this thread's committed groups of copies are under way.
+// Waits until at most `pending` (0 to 3) of this thread's committed groups of copies are in flight.
 FM_DEVICE void wait_for_copies(int pending) {
   if (pending == 0) {
     wait_for_all_but<0>();

@@ -1,7 +1,7 @@
 // The second half of a sum over rows: the partial sums of all blocks, added in a fixed order.
 //
-// Every block of the first kernel left one row of float32 partial sums; they are added here without atomics, and
-// rounded once.
+// Every block of the first kernel leaves one row of float32 partial sums; this kernel adds them without atomics, and
+// rounds once.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ struct ColumnSums {
 inline constexpr int kFinishColumns = 32;
 inline constexpr int kFinishSlices = 8;
 
-// Template, so that two translation units may hold it.
+// A template, so that two translation units may contain it.
 template <int kSlices>
 __global__ void __launch_bounds__(kFinishColumns* kSlices) finish_column_sums(ColumnSums a) {
   FM_SHARED(float, sums, kSlices * kFinishColumns);

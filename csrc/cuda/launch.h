@@ -1,12 +1,12 @@
-// How kernels are launched and how they get shared memory, by nvcc and in the emulation.
+// Launches of kernels and their shared memory, for nvcc and for the emulation.
 //
-// The one place that differs between the CUDA compiler and the host emulation (fused_megatron/audit/cuda_emulation.py),
-// so that both run the same kernels and launch code.
+// Only this file differs between the CUDA compiler and the host emulation (fused_megatron/audit/cuda_emulation.py), so
+// that both run the same kernels and launch code.
 //
 //   FM_LAUNCH(kernel, grid, block, stream, arguments...)
 //   FM_LAUNCH_DYNAMIC(kernel, grid, block, dynamic_shared_bytes, stream, arguments...)
 //   FM_SHARED(T, name, count)       an array in shared memory, for the whole block
-//   FM_DYNAMIC_SHARED(T, name)      the array whose size the launch gives; above 48 KiB a launch needs
+//   FM_DYNAMIC_SHARED(T, name)      an array whose size the launch sets; above 48 KiB a launch needs
 //                                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)
 #pragma once
 

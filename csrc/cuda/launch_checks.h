@@ -1,7 +1,7 @@
 // The torch side of a launch: device guard, stream, number of multiprocessors, and the check for errors.
 //
-// STD_CUDA_CHECK of torch is not used: its symbol lives in the CUDA build of torch alone, and this library must load
-// with the CPU build as well.
+// torch's STD_CUDA_CHECK is not used: only the CUDA build of torch has its symbol, and this library must load with the
+// CPU build as well.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,18 +15,18 @@
 
 namespace fm {
 
-// Registers the kernels of a .cu file: for CUDA tensors; the emulated ones for CPU tensors.
+// Registers the kernels of a .cu file for CUDA tensors; in the emulation, for CPU tensors.
 #ifdef FM_EMULATION
 #define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m)
 
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
-  ~DeviceGuard() {}  // not trivial, so that an unused guard is no warning
+  ~DeviceGuard() {}  // not trivial, so that an unused guard gives no warning
 };
 inline void check_launch(const char*) {}  // an emulated launch throws
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 inline int multiprocessors() { return emulation::multiprocessors(); }
-inline int64_t max_shared_bytes() { return 227 * 1024; }  // of Hopper
+inline int64_t max_shared_bytes() { return 227 * 1024; }  // as on Hopper
 
 #else
 #define FM_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CUDA, m)
@@ -42,7 +42,7 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(torch::stable::accelerator::getCurrentStream(tensor.get_device()).nativeHandle());
 }
 
-// The number of multiprocessors of the current device; asked once a device, since the driver takes its time.
+// The number of multiprocessors of the current device; queried once a device, since the driver is slow.
 inline int multiprocessors() {
   constexpr int kDevices = 64;
   static int counts[kDevices] = {};
@@ -52,7 +52,7 @@ inline int multiprocessors() {
   return counts[device];
 }
 
-// The most shared memory that a block of the current device may ask for; asked once a device.
+// The largest shared memory of a block on the current device; queried once a device.
 inline int64_t max_shared_bytes() {
   constexpr int kDevices = 64;
   static int bytes[kDevices] = {};

@@ -1,6 +1,6 @@
-// Numbers in kernels: 16-bit floats as bare bits, their conversions, and the few functions with a fast hardware form.
+// Numbers in kernels: 16-bit floats as bits, their conversions, and the functions that have a fast hardware form.
 //
-// Conversions are hardware instructions on the GPU, and those of the CPU kernels in the emulation.
+// Conversions are hardware instructions on the GPU; the emulation uses the conversions of the CPU kernels.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ namespace fm {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A tensor whose dtype the kernel looks up while it runs: parameters are read so little that a branch, the same for
-// every thread, costs less than a kernel for every combination of dtypes.
+// A tensor whose dtype the kernel looks up at run time. Parameters are read so rarely that this branch, which all
+// threads take the same way, costs less than a kernel for every combination of dtypes.
 struct ConstParameter {
   const void* data;
   DType dtype;

@@ -1,4 +1,4 @@
-// Sums over the threads of one row, in a fixed order, known to every thread of the row afterwards.
+// Sums over the threads of one row, in a fixed order; every thread of the row gets the result.
 #pragma once
 
 #include "cuda/launch.h"
@@ -22,9 +22,9 @@ FM_DEVICE Value warp_sum(Value value) {
   return value;
 }
 
-// kWarps warps share a row. `scratch` holds kWarps values of this row in shared memory; two calls in a row must not
-// use the same scratch, since only one barrier separates its writing from its reading. Every thread of the block must
-// call this when kWarps > 1.
+// kWarps warps share a row. `scratch` holds kWarps values of this row in shared memory. Two consecutive calls must not
+// use the same scratch, since there is only one barrier between write and read. If kWarps > 1, every thread of the
+// block must call this.
 template <int kWarps, typename Value>
 FM_DEVICE Value row_sum(Value value, Value* scratch, int warp_of_row, int lane) {
   value = warp_sum(value);

@@ -1,7 +1,7 @@
-// A matrix as a kernel reads and writes it: neighbouring columns at a time, by way of shared memory.
+// Reads and writes of a matrix by a kernel: neighbouring columns at a time, through shared memory.
 //
-// kCount columns wait in kSlots slots of shared memory between fetching and use. A thread's slots lie `stride` slots
-// apart, so that neighbouring threads' slots are neighbours (no bank conflicts).
+// kCount columns wait in kSlots slots of shared memory between fetch and use. The slots of a thread lie `stride` slots
+// apart, so that the slots of neighbouring threads are neighbours (no bank conflicts).
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace fm {
 
-// Aligned matrices of T: accesses of 16 bytes, fetched without registers.
+// Aligned matrices of T: accesses of 16 bytes, fetched past the registers.
 template <typename T, int kColumns>
 struct WideStream {
   static constexpr int kCount = kColumns;
@@ -65,7 +65,7 @@ struct WideStream {
   }
 };
 
-// Matrices of any dtype and any address, a column at a time: the dtype is looked up as the kernel runs.
+// Matrices of any dtype and any address, a column at a time; the kernel looks up the dtype at run time.
 struct AnyStream {
   static constexpr int kCount = 1, kSlots = 1;
   using Slot = float;

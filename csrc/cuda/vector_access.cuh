@@ -1,4 +1,4 @@
-// Memory accesses of 128 bits where address and width allow it, of one element where they do not.
+// Memory accesses of 128 bits where address and width allow it, and of one element elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ struct Access {
     }
   }
 
-  // The same in one instruction always: between other accesses the compiler stores the words of a uint4 one by one.
+  // The same, always in one instruction: between other accesses the compiler stores the words of a uint4 one by one.
   static FM_DEVICE void store_whole(T* address, const float (&values)[kCount]) {
     if constexpr (!kWide) {
       store(address, values);
@@ -59,8 +59,8 @@ struct Access {
   }
 };
 
-// kCount values of a parameter from `column` on, `absent` where there is no parameter. Wide accesses need an address
-// that is a multiple of 16 bytes and a column that is a multiple of kCount.
+// Returns kCount values of a parameter from `column` on, or `absent` if there is no parameter. Wide accesses need an
+// address that is a multiple of 16 bytes and a column that is a multiple of kCount.
 template <int kCount>
 FM_DEVICE void load_parameter(ConstParameter parameter, int64_t column, float absent, float (&values)[kCount]) {
   if (parameter.data == nullptr) {
@@ -103,7 +103,7 @@ FM_DEVICE void load_parameter(ConstParameter parameter, int64_t column, float ab
 
 inline bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// Runs f(T{}) with the C++ type of a dtype.
+// Calls f(T{}) with the C++ type of a dtype.
 template <typename F>
 void for_device_dtype(DType dtype, const F& f) {
   if (dtype == DType::kFloat32) {

@@ -1,8 +1,8 @@
-// The bytes of global memory that emulated kernels ask for.
+// Counts of the bytes of global memory that emulated kernels access.
 //
-// The unit is an access of a warp: the n-th time that its lanes come to one place in the code. Bytes that several lanes
-// ask for there count once, as on the hardware, which merges them; bytes that another access asks for again count
-// again. Beside them, whole 32-byte sectors, which is what caches and memory move.
+// The unit is an access of a warp: the n-th time that its lanes reach one instruction. Bytes that several lanes request
+// there count once, since the hardware merges them; bytes that another access requests again count again. Whole 32-byte
+// sectors, which caches and memory move, are counted too.
 #pragma once
 
 #include <link.h>
@@ -46,7 +46,7 @@ class Counts {
     dl_iterate_phdr(add_own_image, this);
   }
 
-  // Neither shared memory nor a thread's own, nor a constant.
+  // Whether the address is neither shared memory, nor a thread's own, nor a constant.
   bool is_global(const void* address) const {
     const auto begin = reinterpret_cast<uintptr_t>(address);
     return std::none_of(private_.begin(), private_.end(),
@@ -61,7 +61,7 @@ class Counts {
                          static_cast<uint16_t>(bytes), is_store});
   }
 
-  // `run` of the launch's `blocks` blocks ran, and stand for all.
+  // `run` of the launch's `blocks` blocks ran; their counts are scaled to all blocks.
   void end_launch(uint64_t blocks, uint64_t run) {
     if (!active) return;
     Totals& totals = totals_[kernel_];
@@ -103,9 +103,9 @@ class Counts {
     for (auto& visits : visits_) visits.clear();
   }
 
-  // A line a kernel and direction: the kernel's name and symbol, threads of a block, bytes of dynamic shared memory,
-  // launches, "load" or "store", bytes, bytes in whole sectors, and "width:bytes" for each width of a thread's access;
-  // separated by tabs.
+  // Returns a line for each kernel and direction, separated by tabs: the kernel's name and symbol, threads of a block,
+  // bytes of dynamic shared memory, launches, "load" or "store", bytes, bytes in whole sectors, and "width:bytes" for
+  // each width of a thread's access.
   const char* report() {
     report_.clear();
     for (const auto& [kernel, totals] : totals_) {
@@ -141,7 +141,7 @@ class Counts {
     std::map<uint16_t, uint64_t> by_width[2];
   };
 
-  // Constants and the emulation's own variables, threadIdx among them, are no global memory.
+  // Constants and the emulation's own variables (threadIdx and others) are not global memory.
   static int add_own_image(dl_phdr_info* info, size_t, void* self) {
     static const char own = 0;
     const auto address = reinterpret_cast<uintptr_t>(&own);

@@ -1,7 +1,7 @@
 // CUDA for the host compiler: the types, variables and functions that the kernels and launch code of this project use.
 //
-// The machine behind it is machine.cpp; how it is built and used, fused_megatron/audit/cuda_emulation.py. Not emulated:
-// time, memory spaces, partial warp masks, clusters.
+// machine.cpp implements it; fused_megatron/audit/cuda_emulation.py builds and uses it. Not emulated: time, memory
+// spaces, partial warp masks, clusters.
 #pragma once
 
 #include <bit>
@@ -54,7 +54,7 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 
 namespace fm::emulation {
 
-// Runs a kernel; throws std::runtime_error, with kernel, block and thread, for what a GPU would leave undefined.
+// Runs a kernel; throws std::runtime_error, with kernel, block and thread, for behaviour that is undefined on a GPU.
 void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared_bytes,
             void (*call)(const void* body), const void* body);
 
@@ -65,12 +65,12 @@ void launch(const char* name, const void* kernel, dim3 grid, dim3 block, size_t 
   launch(name, kernel, grid, block, dynamic_shared_bytes, call, &body);
 }
 
-// Each thread declares the same arrays in the same order, so its n-th declaration is everyone's n-th.
+// Each thread declares the same arrays in the same order, so the n-th declaration is the same array for all threads.
 void* shared_array(size_t bytes);
 void* dynamic_shared_memory();
 void allow_dynamic_shared(const void* kernel, size_t bytes);
 void barrier();
-// The value of every lane of this warp, once all 32 have come.
+// Returns the value of every lane of this warp, once all 32 have arrived.
 const uint64_t* exchange(unsigned mask, uint64_t value);
 unsigned lane();
 int multiprocessors();
@@ -80,7 +80,7 @@ T* shared_memory(size_t count) {
   return static_cast<T*>(shared_array(count * sizeof(T)));
 }
 
-// What `lane` gave; its own value where there is no such lane in the group of `width`.
+// Returns the value of `lane`, or this lane's own value if the group of `width` has no such lane.
 template <typename T>
 T shuffle(unsigned mask, T value, int source, int begin, int end) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);

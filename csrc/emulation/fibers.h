@@ -15,7 +15,7 @@ namespace fm::emulation {
 inline constexpr unsigned kMaxThreads = 1024;
 inline constexpr size_t kStackBytes = 128 * 1024, kPageBytes = 4096;
 
-// A stack a thread, each above a page that no one may touch; memory is taken where it is used.
+// One stack for each thread, above a guard page; memory is allocated on first use.
 struct Stacks {
   static constexpr size_t kBytes = kMaxThreads * (kStackBytes + kPageBytes);
   char* memory;
@@ -32,7 +32,7 @@ struct Stacks {
 };
 
 #if defined(__x86_64__)
-using Context = void*;  // the stack pointer; the registers that calls keep lie on the stack
+using Context = void*;  // the stack pointer; callee-saved registers lie on the stack
 
 extern "C" __attribute__((visibility("hidden"))) void fm_emulation_switch(Context* from, Context to);
 asm(R"(
@@ -63,13 +63,13 @@ inline void switch_context(Context& from, Context& to) { fm_emulation_switch(&fr
 
 inline void make_context(Context& context, char* stack, void (*run)(), Context&) {
   auto top = reinterpret_cast<void**>(stack + kStackBytes);
-  top[-1] = nullptr;                       // where `run` would return to; it never does
-  top[-2] = reinterpret_cast<void*>(run);  // returned to: the stack then lies as after a call
+  top[-1] = nullptr;                       // the return address of `run`, which never returns
+  top[-2] = reinterpret_cast<void*>(run);  // the first switch returns here, with the stack as after a call
   for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
   context = top - 8;
 }
 #else
-using Context = ucontext_t;  // slower: it saves the signal mask with a system call
+using Context = ucontext_t;  // slower: a system call saves the signal mask
 inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
 inline void make_context(Context& context, char* stack, void (*run)(), Context& scheduler) {
   getcontext(&context);

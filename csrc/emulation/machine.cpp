@@ -1,9 +1,9 @@
-// The machine behind emulation/cuda.h: a CUDA grid on one host thread. Every thread of a block is a fiber that runs
-// until a barrier or a shuffle. Blocks and threads are taken in an order that changes with every launch: a kernel whose
-// result depends on it has a race. What the hardware would hang on, or leave undefined, is an error.
+// The machine behind emulation/cuda.h: it runs a CUDA grid on one host thread. Every thread of a block is a fiber that
+// runs until a barrier or a shuffle. The order of blocks and threads changes with every launch: a kernel whose result
+// depends on it has a race. Behaviour that hangs the hardware or is undefined there is an error.
 //
-// Kernels are compiled so that they call the functions at the end of this file before each access of memory; those ask
-// AddressSanitizer, where its allocator is loaded, whether the bytes belong to anyone.
+// Kernels are compiled so that they call the functions at the end of this file before each access of memory. These ask
+// AddressSanitizer, if its allocator is loaded, whether the bytes belong to a tensor.
 #include "emulation/cuda.h"
 
 #include <algorithm>
@@ -26,7 +26,7 @@ namespace fm::emulation {
 namespace {
 
 constexpr unsigned kLanes = 32;
-constexpr size_t kSharedBytes = 227 * 1024, kStaticSharedBytes = 48 * 1024;  // of Hopper, and what needs no opt-in
+constexpr size_t kSharedBytes = 227 * 1024, kStaticSharedBytes = 48 * 1024;  // Hopper; without opt-in
 
 enum class State { kRunning, kAtBarrier, kAtShuffle, kDone };
 
@@ -44,14 +44,14 @@ struct Machine {
   unsigned last_blocks = 0, sampled_blocks = 0;  // 0: all
   std::unique_ptr<Stacks> stacks;
   std::vector<Fiber> fibers{kMaxThreads};
-  uint64_t exchanged[2][kMaxThreads] = {};  // a lane may be one exchange ahead of its warp
+  uint64_t exchanged[2][kMaxThreads] = {};  // two: a lane may be one exchange ahead of its warp
   std::unique_ptr<char[]> shared{new char[kSharedBytes + 16]};
   size_t shared_used = 0, dynamic_bytes = 0;
   std::map<const void*, size_t> dynamic_allowed;
   Context scheduler;
   void (*call)(const void*) = nullptr;
   const void* body = nullptr;
-  bool running = false;  // a fiber runs
+  bool running = false;  // whether a fiber runs
   unsigned current = 0, threads = 0;
   const char* name = "";
   const void* kernel = nullptr;
@@ -83,7 +83,7 @@ void to_scheduler(State state) {
   switch_context(fiber.context, machine.scheduler);
 }
 
-// From a fiber: nothing may be thrown over its stack, so the scheduler throws.
+// Called from a fiber: an exception cannot cross its stack, so the scheduler throws.
 void fail_in_fiber(const std::string& what) {
   machine.error = what + here();
   to_scheduler(State::kDone);
@@ -95,7 +95,7 @@ void run_fiber() {
   to_scheduler(State::kDone);
 }
 
-// The i-th of n in an order that visits each once: backwards for odd orders, starting anywhere.
+// The i-th of n in an order that visits each once: from any start, and backwards for odd orders.
 unsigned permuted(unsigned i, unsigned n) {
   const unsigned shifted = (i + machine.order / 2 % n) % n;
   return machine.order % 2 ? n - 1 - shifted : shifted;
@@ -111,8 +111,8 @@ void resume(unsigned thread) {
   if (!machine.error.empty()) fail(machine.error);
 }
 
-// Runs one warp to the next barrier or to its end, before any other warp moves: the most uneven progress that the
-// hardware could make, so that memory reused without a barrier shows.
+// Runs one warp to the next barrier or to its end, before any other warp moves. This is the most uneven progress that
+// the hardware could make, so memory that is reused without a barrier shows.
 void run_warp(unsigned first) {
   Machine& m = machine;
   for (bool again = true; again;) {
@@ -134,7 +134,7 @@ void run_warp(unsigned first) {
 
 void run_block() {
   Machine& m = machine;
-  std::memset(shared_begin(), 0xFF, m.shared_used);  // NaN: reading before writing shows
+  std::memset(shared_begin(), 0xFF, m.shared_used);  // NaN, so that a read before a write shows
   for (unsigned t = 0; t < m.threads; ++t) {
     Fiber& fiber = m.fibers[t];
     fiber.state = State::kRunning;
@@ -162,8 +162,8 @@ void run_block() {
 
 void check_access(const void* address, size_t bytes, bool is_store, const void* site) {
   Machine& m = machine;
-  if (!m.running) return;  // the launch code around kernels
-  // Elsewhere structs of 16 bytes may be aligned to 8.
+  if (!m.running) return;  // the launch code around kernels runs
+  // In other memory structs of 16 bytes may be aligned to 8.
   if (bytes <= 16 && reinterpret_cast<uintptr_t>(address) % bytes != 0 && m.counts.is_global(address)) {
     fail_in_fiber("a misaligned access of " + std::to_string(bytes) + " bytes");
   }
@@ -256,12 +256,12 @@ using fm::emulation::machine;
 
 #define FM_EXPORT extern "C" __attribute__((used, visibility("default")))
 
-// The order of blocks and threads: a function of this and of the number of launches since.
+// The order of blocks and threads is a function of this seed and of the number of launches since.
 FM_EXPORT void fm_emulation_set_seed(uint32_t seed) { machine.seed = seed; }
 FM_EXPORT void fm_emulation_set_multiprocessors(int count) { machine.multiprocessors = count; }
-// Run only the last blocks of each grid (0: all): a tensor of more than 2^31 elements then needs few of its pages.
+// Runs only the last `count` blocks of each grid (0: all), so that a tensor of more than 2^31 elements needs few pages.
 FM_EXPORT void fm_emulation_set_last_blocks(unsigned count) { machine.last_blocks = count; }
-// Run so many blocks of each grid, evenly spread (0: all); counts stand for the whole.
+// Runs `count` blocks of each grid, evenly spread (0: all); counts are scaled to the whole grid.
 FM_EXPORT void fm_emulation_set_sampled_blocks(unsigned count) { machine.sampled_blocks = count; }
 FM_EXPORT void fm_emulation_count(bool active) { machine.counts.start(active); }
 FM_EXPORT const char* fm_emulation_counted() { return machine.counts.report(); }

@@ -1,4 +1,4 @@
-// The symbol of a kernel, and its readable name.
+// Symbols of kernels and their readable names.
 #pragma once
 
 #include <cxxabi.h>
@@ -10,13 +10,13 @@
 
 namespace fm::emulation {
 
-// Its symbol, which nvcc gives it too, where the linker kept it; else what the launch called it.
+// The symbol, the same as nvcc's, if the linker kept it; else the name in the launch.
 inline std::string symbol_of(const void* kernel, const char* launched_as) {
   Dl_info info;
   return dladdr(kernel, &info) != 0 && info.dli_saddr == kernel ? info.dli_sname : launched_as;
 }
 
-// As in the source, without parameters: "fm::kernel<float, true>".
+// The name as in the source, without parameters: "fm::kernel<float, true>".
 inline std::string name_of(const std::string& symbol) {
   int status = 0;
   std::unique_ptr<char, void (*)(void*)> full(abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status), std::free);

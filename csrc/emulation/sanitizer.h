@@ -1,4 +1,4 @@
-// Questions to AddressSanitizer's allocator: whether bytes belong to a tensor.
+// Queries of AddressSanitizer's allocator: whether bytes belong to a tensor.
 #pragma once
 
 #include <cstddef>
@@ -6,18 +6,18 @@
 #include <cstring>
 #include <string>
 
-// Of AddressSanitizer's allocator, null where it is not loaded.
+// A function of AddressSanitizer's allocator; null if that is not loaded.
 extern "C" __attribute__((weak)) void* __asan_region_is_poisoned(void* address, size_t bytes);
 extern "C" __attribute__((weak)) const char* __asan_locate_address(void* address, char* name, size_t name_bytes,
                                                                    void** region, size_t* region_bytes);
 
 namespace fm::emulation {
 
-// What is wrong with accessing these bytes; empty if nothing, or nothing is known.
+// Returns why these bytes must not be accessed; empty if they may, or if nothing is known.
 inline std::string problem_with(const void* address, size_t bytes) {
   if (__asan_region_is_poisoned == nullptr) return {};
 #if defined(__x86_64__) && defined(__linux__)
-  // Nearly always: AddressSanitizer's byte for these 8 bytes (two for 16) says that all are someone's.
+  // The usual case: AddressSanitizer's shadow byte for these 8 bytes (two for 16) says that all are allocated.
   const auto* shadow = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(address) >> 3) + 0x7FFF8000);
   if (bytes <= 16 && shadow[0] == 0 && (bytes <= 8 || shadow[1] == 0)) return {};
 #endif

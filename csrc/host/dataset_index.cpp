@@ -1,5 +1,5 @@
 // Index builders for token datasets: where each training sample starts, and the order of samples and documents.
-// fused_megatron/reference/sample_index.py defines what they compute; both give the same bits.
+// fused_megatron/reference/sample_index.py defines the results; both give the same bits.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -14,7 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
-// Contiguous and of the right type, without a conversion that could silently change values.
+// Contiguous and int64, without a conversion that could silently change values.
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
 
 // The output function of splitmix64: a bijection of 64-bit words.
@@ -43,7 +43,7 @@ Int64Array permutation(int64_t count, uint64_t seed, uint64_t epoch, uint64_t st
         py::gil_scoped_release release;
         const uint64_t base = mix(mix(mix(seed + kGoldenGamma) + epoch + kGoldenGamma) + stream + kGoldenGamma);
         std::vector<KeyedIndex> keyed(static_cast<size_t>(count));
-        // mix is a bijection and the gamma is odd, so that no two keys are equal: any sort gives the same order.
+        // mix is a bijection and gamma is odd, so no two keys are equal: any sort gives the same order.
         for (int64_t i = 0; i < count; ++i) {
             keyed[i] = {mix(base + static_cast<uint64_t>(i + 1) * kGoldenGamma), i};
         }
@@ -53,7 +53,7 @@ Int64Array permutation(int64_t count, uint64_t seed, uint64_t epoch, uint64_t st
     return result;
 }
 
-// The sum of the lengths in the given order, after a check that everything downstream may rely on.
+// Checks lengths and order, on which all code below relies, and returns the sum of the lengths in that order.
 int64_t checked_total(const int64_t* lengths, int64_t num_documents, const int64_t* order, int64_t num_ordered) {
     int64_t total = 0;
     for (int64_t p = 0; p < num_ordered; ++p) {
@@ -89,7 +89,7 @@ Int64Array build_sample_index(const Int64Array& lengths, const Int64Array& order
         py::gil_scoped_release release;
         total = checked_total(length_of, lengths.shape(0), order_of, num_ordered);
     }
-    // A sample needs one token more than seq_len; it shares that token with the next sample.
+    // A sample needs one token more than seq_len; the next sample begins with this token.
     const int64_t num_samples = total > 0 ? (total - 1) / seq_len : 0;
     const int64_t num_rows = total > 0 ? num_samples + 1 : 0;
     Int64Array result({num_rows, static_cast<int64_t>(2)});

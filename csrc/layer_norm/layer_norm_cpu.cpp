@@ -1,3 +1,4 @@
+// layer_norm on the CPU: its registration over the kernels of norm/cpu.h.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

@@ -1,3 +1,4 @@
+// layer_norm on the GPU: its registration over the kernels of norm/cuda.cuh.
 #include <tuple>
 
 #include "norm/cuda.cuh"

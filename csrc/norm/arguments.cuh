@@ -1,7 +1,7 @@
-// Arguments of the CUDA kernels of layer_norm (centred) and rms_norm: plain pointers, no torch.
+// Arguments of the CUDA kernels of layer_norm (centred) and rms_norm: plain pointers, without torch.
 //
-// All matrices are [rows, width]. dtype: of x, y, dy and dx; stream_dtype: of what is normalised, that is of residual,
-// total, dtotal and dresidual.
+// All matrices are [rows, width]. x, y, dy and dx have dtype; residual, total, dtotal and dresidual have stream_dtype,
+// in which the norm is computed from its input.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace fm {
 struct NormForward {
   DType dtype, stream_dtype;
   const void* x;
-  const void* residual;  // null: none; x is normalised itself, and the two dtypes are one
+  const void* residual;  // null: none; then x itself is normalised, and the two dtypes are equal
   ConstParameter weight, bias;
   float weight_offset;  // 1 for a zero-centred weight, else 0
   void* y;
@@ -27,7 +27,7 @@ struct NormForward {
 struct NormBackward {
   DType dtype, stream_dtype;
   const void* dy;
-  const void* x;       // what was normalised, in stream_dtype
+  const void* x;       // the normalised input, in stream_dtype
   const void* dtotal;  // null: none
   ConstParameter weight;
   float weight_offset;

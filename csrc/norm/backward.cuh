@@ -1,4 +1,4 @@
-// The CUDA backward of layer_norm and rms_norm, for rows that fit the registers of a block.
+// CUDA backward of layer_norm and rms_norm, for rows that fit the registers of a block.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace fm {
 
-// The sums of all groups, added in order, as one row of `out`; `shared` holds a row for every group.
+// Adds the sums of all groups in order, and stores them as one row of `out`; `shared` holds a row for every group.
 template <typename Rows>
 FM_DEVICE void write_column_sums(const Rows& rows, const float (&sums)[Rows::kAccesses][Rows::kCount], float* shared,
                                  float* out) {
@@ -39,13 +39,14 @@ FM_DEVICE void write_column_sums(const Rows& rows, const float (&sums)[Rows::kAc
   }
 }
 
-// Beside two sums a column, the registers have room for half of the weight; the shared memory has none for all of it
-// where rows are float32.
+// Besides two sums a column, the registers have room for half of the weight. The shared memory has no room for the
+// whole weight if rows are float32.
 template <typename Rows>
 using BackwardParameter = ColumnValues<Rows, (Rows::kGroups > 1 || Rows::kCount == 8) ? 0 : Rows::kAccesses / 2>;
 
-// dy, x and dtotal are read once: they wait in shared memory for the sums over their row, and are unpacked there twice,
-// since the registers hold the sums over columns. A slot that has been read takes up a later row at once.
+// dy, x and dtotal are read from memory once. They wait in shared memory for the sums over their row, and are unpacked
+// from there twice, since the registers hold the sums over columns. A slot that has been read takes a later row at
+// once.
 template <typename Dy, typename Stream, bool kCentred, int kWarps>
 __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(NormBackward a, int stages) {
   using Rows = NormRows<Dy, Stream, kWarps>;
@@ -147,14 +148,14 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_backward_in_registers(No
     stage = stage + 1 == stages ? 0 : stage + 1;
   }
   if (a.partials == nullptr) return;
-  wait_for_copies(0);  // the ring is now the groups' rows of sums
+  wait_for_copies(0);  // the ring now holds the rows of sums of the groups
   float* partials = a.partials + static_cast<int64_t>(blockIdx.x) * (kCentred ? 2 : 1) * a.width;
   float* shared = reinterpret_cast<float*>(ring);
   write_column_sums(rows, dweight, shared, partials);
   if constexpr (kCentred) write_column_sums(rows, dbias, shared, partials + a.width);
 }
 
-// Returns false where no row fits into shared memory.
+// Returns false if no row fits into shared memory.
 template <typename Dy, typename Stream, bool kCentred, int kWarps>
 bool try_backward_in_registers(const NormBackward& a, NormDevice device, cudaStream_t stream) {
   using Rows = NormRows<Dy, Stream, kWarps>;
@@ -176,7 +177,7 @@ bool try_backward_in_registers(const NormBackward& a, NormDevice device, cudaStr
 template <typename Dy, typename Stream, bool kCentred>
 bool try_backward(const NormBackward& a, NormDevice device, cudaStream_t stream) {
   if (a.width <= 1024) return try_backward_in_registers<Dy, Stream, kCentred, 1>(a, device, stream);
-  if constexpr (Dy::kCount > 1) {  // narrow accesses, the slower path anyhow, need no third kernel
+  if constexpr (Dy::kCount > 1) {  // narrow accesses are slow anyway and need no third kernel
     if (a.width <= 4096) return try_backward_in_registers<Dy, Stream, kCentred, 4>(a, device, stream);
   }
   return try_backward_in_registers<Dy, Stream, kCentred, 16>(a, device, stream);

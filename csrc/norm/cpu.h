@@ -1,4 +1,4 @@
-// layer_norm (kCentred) and rms_norm on the CPU: tensors in, tensors out.
+// layer_norm (kCentred) and rms_norm on the CPU: the functions from tensors to tensors.
 #pragma once
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 
 namespace fm {
 
-// target_clones takes no templates, so every pair of dtypes is a plain function, found by its argument. Static, since
-// layer_norm and rms_norm each have theirs.
+// target_clones takes no templates, so every pair of dtypes is a plain function, found by its argument. The functions
+// are static, since layer_norm and rms_norm each have their own.
 #define FM_NORM_ROWS(T, S, kCentred)                                                                              \
   FM_MULTIVERSION static void run_rows(const NormForwardRows<T, S, kCentred>& a) { normalise_rows(a); }          \
   FM_MULTIVERSION static void run_rows(const NormBackwardRows<T, S, kCentred>& a) { backward_rows(a); }
@@ -24,7 +24,7 @@ namespace fm {
 
 inline constexpr int64_t kNormGrainElements = 16384;
 
-// Runs f(T{}, S{}).
+// Calls f(T{}, S{}) with the types of the dtypes.
 template <typename F>
 void for_norm_dtypes(ScalarType dtype, ScalarType stream, const F& f) {
   for_cpu_dtype(dtype, [&]<typename T>(T value) {
@@ -36,7 +36,7 @@ void for_norm_dtypes(ScalarType dtype, ScalarType stream, const F& f) {
   });
 }
 
-// What a normalised row is multiplied by, as float32.
+// The factors of a normalised row, as float32.
 class NormWeight {
  public:
   NormWeight(const OptionalTensor& weight, int64_t width, bool zero_centered) : weight_(weight, width, 1.0f) {
@@ -112,7 +112,7 @@ NormBackwardOutputs norm_backward_cpu(const NormBackwardInputs& in, bool need_dx
   const float* rstds = static_cast<const float*>(in.rstd.const_data_ptr());
   constexpr int64_t kSums = kCentred ? 2 : 1;
   const int64_t parts = row_parts(rows);
-  // One row of partial sums of dweight, then one of dbias, for every part.
+  // For every part: one row of partial sums of dweight, then one of dbias.
   const Scratch partials = make_scratch(need_sums ? kSums * parts * width : 0);
   for_norm_dtypes(dy.scalar_type(), x.scalar_type(), [&]<typename T, typename S>(T, S) {
     const T* dy_data = static_cast<const T*>(dy.const_data_ptr());

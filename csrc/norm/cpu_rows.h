@@ -1,4 +1,4 @@
-// The rows of layer_norm (kCentred) and rms_norm on the CPU. T: x, y, dy, dx; S: residual, total, dtotal, dresidual.
+// Rows of layer_norm (kCentred) and rms_norm on the CPU. T: x, y, dy, dx; S: residual, total, dtotal, dresidual.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ struct NormForwardRows {
 template <typename T, typename S, bool kCentred>
 struct NormBackwardRows {
   const T* dy;
-  const S* x;       // what was normalised
+  const S* x;       // the normalised input
   const S* dtotal;  // null: none
   const float* weight;
   const float* means;
@@ -46,7 +46,7 @@ FM_INLINE void add_rows(const T* __restrict x, const S* __restrict residual, S* 
   for (int64_t j = 0; j < width; ++j) total[j] = from_float<S>(to_float(x[j]) + to_float(residual[j]));
 }
 
-// A row is read up to three times, from the cache after the first: its mean, its (centred) squares, its result.
+// A row is read up to three times, after the first from the cache: for its mean, its (centred) squares, its result.
 template <typename T, typename S, bool kCentred>
 FM_INLINE void normalise_row(const S* __restrict x, const float* __restrict weight, const float* __restrict bias,
                              float eps, T* __restrict y, float* mean_out, float* rstd_out, int64_t width) {
@@ -87,8 +87,8 @@ FM_INLINE void normalise_rows(const NormForwardRows<T, S, kCentred>& a) {
   }
 }
 
-// dweight and dbias gather in float32 while a row passes through the cache for its sums: of g = dy * weight (where
-// centred) and of g * normalised.
+// The loop that sums g = dy * weight (if centred) and g * normalised over a row also adds to dweight and dbias, in
+// float32, while the row is in the cache.
 template <typename T, typename S, bool kCentred>
 FM_INLINE void backward_sums(const T* __restrict dy, const S* __restrict x, const float* __restrict weight, float mean,
                              float rstd, float* __restrict dweight, float* __restrict dbias, int64_t width,

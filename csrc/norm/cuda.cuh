@@ -1,4 +1,4 @@
-// layer_norm (kCentred) and rms_norm on the GPU: tensors in, tensors out.
+// layer_norm (kCentred) and rms_norm on the GPU: the functions from tensors to tensors.
 #pragma once
 
 #include "cuda/launch_checks.h"
@@ -9,7 +9,7 @@
 
 namespace fm {
 
-// What the kernels declare as shared memory themselves stays below this.
+// An upper bound of the static shared memory of the kernels.
 inline constexpr int64_t kNormStaticShared = 1024;
 
 inline NormDevice norm_device() { return {multiprocessors(), max_shared_bytes() - kNormStaticShared}; }

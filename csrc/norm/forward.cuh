@@ -1,4 +1,4 @@
-// The CUDA forward of layer_norm and rms_norm, for rows that fit the registers of a block.
+// CUDA forward of layer_norm and rms_norm, for rows that fit the registers of a block.
 #pragma once
 
 #include <type_traits>
@@ -7,8 +7,8 @@
 
 namespace fm {
 
-// Where groups share a parameter it lies in shared memory; narrow accesses take more registers, and so does a row that
-// is kept wider than it was read.
+// If groups share a parameter, it lies in shared memory. Narrow accesses take more registers; so does a row that is
+// kept in a wider dtype than it was read.
 template <typename Rows, typename In, typename Stream>
 using ForwardParameter = ColumnValues<
     Rows, (Rows::kGroups > 1                                             ? 0
@@ -16,8 +16,8 @@ using ForwardParameter = ColumnValues<
            : sizeof(typename Stream::Raw) > sizeof(typename In::Raw) ? Rows::kAccesses * 3 / 4
                                                                          : Rows::kAccesses)>;
 
-// One read of x (and residual): the row goes to registers, as it is normalised and without widening, for the mean, then
-// for the squares of the centred values, then for the result.
+// x (and residual) are read once. The row stays in registers in its own dtype, for the mean, then for the squares of
+// the centred values, then for the result.
 template <typename In, typename Stream, bool kCentred, int kWarps>
 __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(NormForward a, int stages) {
   using Rows = NormRows<In, Stream, kWarps>;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
         for (int k = 0; k < kCount; ++k) values[k] += others[k];
         kept[i] = total.pack(values);
         total.store(row * a.width + rows.column(i), kept[i]);
-        total.unpack(kept[i], values);  // what backward will read is what is normalised
+        total.unpack(kept[i], values);  // normalise the values that backward will read
       } else if constexpr (std::is_same_v<In, Stream>) {
         kept[i] = read;
       }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_forward_in_registers(Nor
   }
 }
 
-// Returns false where no row fits into shared memory.
+// Returns false if no row fits into shared memory.
 template <typename In, typename Stream, bool kCentred, int kWarps>
 bool try_forward_in_registers(const NormForward& a, NormDevice device, cudaStream_t stream) {
   using Rows = NormRows<In, Stream, kWarps>;
@@ -140,7 +140,7 @@ bool try_forward_in_registers(const NormForward& a, NormDevice device, cudaStrea
 template <typename In, typename Stream, bool kCentred>
 bool try_forward(const NormForward& a, NormDevice device, cudaStream_t stream) {
   if (a.width <= 1024) return try_forward_in_registers<In, Stream, kCentred, 1>(a, device, stream);
-  if constexpr (In::kCount > 1) {  // narrow accesses, the slower path anyhow, need no third kernel
+  if constexpr (In::kCount > 1) {  // narrow accesses are slow anyway and need no third kernel
     if (a.width <= 4096) return try_forward_in_registers<In, Stream, kCentred, 4>(a, device, stream);
   }
   return try_forward_in_registers<In, Stream, kCentred, 16>(a, device, stream);

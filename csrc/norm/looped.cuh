@@ -1,6 +1,7 @@
-// CUDA norms of rows that are wider than the registers of a block.
+// CUDA norms of rows that do not fit the registers of a block.
 //
-// After the first time rows are read from the caches. Any dtype and address; kCount is 4 for aligned rows, else 1.
+// Rows are read several times, after the first from the caches. Any dtype and address; kCount is 4 for aligned rows,
+// else 1.
 #pragma once
 
 #include "norm/rows.cuh"
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) norm_dx_looped(NormBackward a
   }
 }
 
-// dweight and dbias beside norm_dx_looped: a thread a column, a range of rows a blockIdx.y.
+// dweight and dbias, which norm_dx_looped leaves out: one thread for a column, one blockIdx.y for a range of rows.
 template <bool kCentred>
 __global__ void __launch_bounds__(256) norm_column_partials(NormBackward a) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;

@@ -1,8 +1,8 @@
-// How rows are dealt to the threads of the CUDA norms, forward and backward.
+// Assignment of rows to the threads of the CUDA norms, forward and backward.
 //
-// A block has 16 warps and stays on its multiprocessor; kWarps of them share a row, so kGroups rows are in work at a
-// time, and the next ones are on their way to shared memory. A thread has up to 32 columns; what belongs to columns
-// (weight, bias, sums of gradients) is read or written once a block, not once a row.
+// A block has 16 warps and stays on its multiprocessor. kWarps warps share a row, so kGroups rows are in work at a
+// time, and the next rows are in flight to shared memory. A thread has up to 32 columns. Values of columns (weight,
+// bias, sums of gradients) are read or written once a block, not once a row.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 namespace fm {
 
 inline constexpr int kNormThreads = 512;
-inline constexpr int kNormColumns = 32;  // a thread
+inline constexpr int kNormColumns = 32;  // of a thread
 inline constexpr int kNormMaxWidth = kNormThreads * kNormColumns;
 inline constexpr int kNormMaxStages = 4;
 inline constexpr int kSharedWithoutAsking = 48 * 1024;
@@ -24,7 +24,7 @@ inline constexpr int kSharedWithoutAsking = 48 * 1024;
 template <typename First, typename Second, int kWarps>
 struct NormRows {
   static constexpr int kGroups = kNormThreads / kWarpSize / kWarps;
-  static constexpr int kThreads = kWarps * kWarpSize;  // a row
+  static constexpr int kThreads = kWarps * kWarpSize;  // of a row
   static constexpr int kCount = First::kCount;
   static constexpr int kAccesses = kNormColumns / kCount;
   static constexpr int kStep = kThreads * kCount;
@@ -43,7 +43,8 @@ struct NormRows {
 
   FM_DEVICE bool holds(int access) const { return first + access * kStep < width; }
   FM_DEVICE int column(int access) const { return first + access * kStep; }
-  // Rows of neighbouring blocks are neighbours. Every group makes the same number of rounds: they share barriers.
+  // Neighbouring blocks have neighbouring rows. Every group makes the same number of rounds, since groups share
+  // barriers.
   FM_DEVICE int64_t row(int64_t round) const {
     return blockIdx.x + static_cast<int64_t>(gridDim.x) * (group + kGroups * round);
   }
@@ -53,8 +54,8 @@ struct NormRows {
   }
 };
 
-// A parameter's values for the columns of this thread, read from memory once a block: those of the first kKept accesses
-// in registers, the others in shared memory (all, where several groups use them).
+// A parameter's values for the columns of this thread, read from memory once a block. The values of the first kKept
+// accesses are in registers, the others in shared memory (all of them, if several groups use them).
 template <typename Rows, int kKept>
 struct ColumnValues {
   static_assert(kKept == 0 || Rows::kGroups == 1);
@@ -63,7 +64,7 @@ struct ColumnValues {
   float kept[kKept > 0 ? kKept : 1][kCount];
   const float4* shared;
 
-  // `memory` has shared_bytes(). Where there are several groups a barrier must follow before get().
+  // `memory` has shared_bytes() bytes. With several groups a barrier must come between this and get().
   FM_DEVICE void load(const Rows& rows, ConstParameter parameter, float absent, float offset, float* memory) {
     shared = reinterpret_cast<const float4*>(memory);
 #pragma unroll
@@ -82,7 +83,7 @@ struct ColumnValues {
     }
   }
   FM_DEVICE void get(int access, float (&values)[kCount]) const {
-    if (access < kKept) {  // known at compile time, as is the access
+    if (access < kKept) {  // known at compile time, like the access
 #pragma unroll
       for (int k = 0; k < kCount; ++k) values[k] = kept[access][k];
     } else if constexpr (kCount == 1) {
@@ -98,7 +99,7 @@ struct ColumnValues {
       }
     }
   }
-  // Four values of a thread beside those of its neighbour: no bank conflicts.
+  // Four values of a thread lie beside four values of its neighbour: no bank conflicts.
   static FM_DEVICE int place(int access, int k) {
     constexpr int kTogether = kCount > 1 ? 4 : 1;
     const int thread = threadIdx.x % Rows::kThreads;
@@ -110,36 +111,37 @@ struct ColumnValues {
   }
 };
 
-// Shared memory of one stage of rows: `slots` slots for every access of every thread.
+// Bytes of shared memory for one stage of rows: `slots` slots for every access of every thread.
 template <typename Rows>
 int64_t norm_stage_bytes(int64_t width, int64_t slots) {
   const int64_t accesses = (width + Rows::kStep - 1) / Rows::kStep;
   return accesses * slots * kNormThreads * static_cast<int64_t>(sizeof(typename Rows::Slot));
 }
 
-// Persistent blocks, one a multiprocessor: more would read the parameters that much more often.
+// Persistent blocks, one for each multiprocessor: more blocks would read the parameters more often.
 inline int64_t norm_blocks(int64_t rows, int multiprocessors) {
   return std::clamp<int64_t>(rows, 1, multiprocessors);
 }
 
-// Backward leaves a row of float32 sums a block: `sums` (1 or 2) times 8 bytes a column, written and read, beside
-// `row_bytes` bytes a column and row of main traffic. That is kept at 2% where it costs at most a tenth of the
-// multiprocessors, which memory does not miss: 122 of an H100's 132 for 8192 rows of float32 (layer_norm) or 16 bits
-// (rms_norm). What stays above 2%, with 8192 rows: layer_norm of 16 bits, 3.9% (3.2% with a gradient into the total).
-// Half of the multiprocessors would have to idle for it; from 16000 rows on it is below.
+// In backward each block leaves a row of float32 sums: `sums` (1 or 2) times 8 bytes a column, written and read,
+// besides `row_bytes` bytes a column and row of main traffic. The number of blocks keeps this share at 2% if at most a
+// tenth of the multiprocessors must idle for it, which costs no memory bandwidth: 122 of an H100's 132 work for 8192
+// rows of float32 (layer_norm) or 16 bits (rms_norm). With 8192 rows only layer_norm of 16 bits stays above: 3.9% (3.2%
+// with a gradient into the total). Half of the multiprocessors would have to idle for 2%; from 16000 rows on it is
+// below.
 inline int64_t norm_parts(int64_t rows, int64_t row_bytes, int sums, int multiprocessors) {
   const int64_t affordable = rows * row_bytes / (50 * 8 * sums);
   const int64_t least = multiprocessors - multiprocessors / 10;
   return norm_blocks(rows, static_cast<int>(std::clamp<int64_t>(affordable, least, multiprocessors)));
 }
 
-// How much dynamic shared memory a block may have on this device, less what the kernels declare themselves.
+// The dynamic shared memory that a block may have on this device, without the static shared memory of the kernels.
 struct NormDevice {
   int multiprocessors;
   int64_t shared_bytes;
 };
 
-// Runs f with the two streams' types for aligned rows.
+// Calls f with the types of the two streams, for aligned rows.
 template <typename F>
 void for_norm_streams(DType dtype, DType stream_dtype, const F& f) {
   for_device_dtype(dtype, [&]<typename T>(T) {

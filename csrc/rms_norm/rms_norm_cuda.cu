@@ -1,3 +1,4 @@
+// rms_norm on the GPU: its registration over the kernels of norm/cuda.cuh.
 #include <tuple>
 
 #include "norm/cuda.cuh"

@@ -1,4 +1,4 @@
-// Checks of rotary_embedding's tensors, and what kernels need to know of them, for the CPU and the CUDA op.
+// Checks of rotary_embedding's tensors, and their strides for the kernels, on the CPU and the GPU.
 #pragma once
 
 #include "tensor_checks.h"
@@ -14,7 +14,7 @@ struct Heads {
   int64_t heads, stride0, stride1, stride_head;
 };
 
-// x itself where the elements of a head lie side by side, else a copy.
+// Returns x itself if the elements of a head lie side by side, else a copy.
 inline Tensor with_dense_heads(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 || x.size(x.dim() - 1) <= 1 ? x : torch::stable::contiguous(x);
 }

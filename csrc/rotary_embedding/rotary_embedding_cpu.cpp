@@ -1,3 +1,4 @@
+// rotary_embedding on the CPU: the rotation of the heads of q and k by the angles of their tokens.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -61,7 +62,7 @@ FM_ROTATE(Float16, true)
 constexpr int64_t kGrainElements = 16384;
 constexpr int64_t kBufferBytes = 8192;
 
-// One row of a table as float32, times sign; NaN where there is no row.
+// Loads one row of a table as float32, times sign; NaN if there is no row.
 void load_angles(const Tensor& table, int64_t row, float sign, int64_t half, float* angles) {
   if (row < 0) {
     std::fill(angles, angles + half, std::numeric_limits<float>::quiet_NaN());

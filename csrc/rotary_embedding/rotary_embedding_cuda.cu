@@ -1,3 +1,4 @@
+// rotary_embedding on the GPU: the functions from tensors to tensors.
 #include <tuple>
 
 #include "cuda/launch_checks.h"

@@ -1,4 +1,4 @@
-// The CUDA kernels of rotary_embedding and their launches: plain pointers, no torch.
+// CUDA kernels of rotary_embedding and their launches, on plain pointers, without torch.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 
 namespace fm {
 
-// One tensor of heads as the kernel sees it; see Heads in rotary_checks.h.
+// One tensor of heads for the kernel; see Heads in rotary_checks.h.
 struct DeviceHeads {
   const void* data;
   void* out;
@@ -20,8 +20,8 @@ struct DeviceHeads {
 struct Rotary {
   DType dtype;
   bool interleaved;
-  float sign;  // of the angles: -1 for the rotation back
-  DeviceHeads q, k;  // k without heads: there is none
+  float sign;  // sign of the angles: -1 rotates back
+  DeviceHeads q, k;  // no k: k has 0 heads
   ConstParameter cos, sin;  // [table_rows, half]
   TokenPositions where;
   int64_t tokens, n1, head_dim, half;
@@ -31,7 +31,7 @@ inline constexpr int kRotaryWarps = 8;
 // Heads that a thread has in flight at a time.
 inline constexpr int kRotaryHeads = 2;
 
-// kCount values of a table row, in accesses as wide as a multiple of 4 values allows.
+// Loads kCount values of a table row, with the widest accesses that a multiple of 4 values allows.
 template <int kCount>
 FM_DEVICE void load_angles(const ConstParameter& table, int64_t index, float sign, bool valid, float* angles) {
   constexpr int kStep = kCount % 4 == 0 ? kCount : 1;
@@ -49,9 +49,9 @@ FM_DEVICE void load_angles(const ConstParameter& table, int64_t index, float sig
   }
 }
 
-// A thread's share of a head: two runs of kCount elements, `distance` apart. Runs of neighbouring threads are
-// neighbours too, in both forms, so that a warp's accesses leave no gaps. For kCount = 1, two elements that form a pair;
-// for wide interleaved runs, pairs lie within a run.
+// A thread's share of a head: two runs of kCount elements, `distance` apart. In both forms neighbouring threads have
+// neighbouring runs, so that a warp's accesses leave no gaps. With kCount = 1 the two elements form a pair; in wide
+// interleaved runs, pairs lie within a run.
 template <int kCount, bool kInterleaved>
 struct RotaryRuns {
   static constexpr bool kPairsInside = kInterleaved && kCount > 1;
@@ -97,7 +97,7 @@ struct RotaryRuns {
   }
 };
 
-// One token's heads, q's and then k's: where head h is read and written.
+// The addresses of one token's heads: first the heads of q, then the heads of k.
 template <typename T>
 struct TokenHeads {
   const T *q, *k;
@@ -120,8 +120,8 @@ struct TokenHeads {
   }
 };
 
-// A warp has one token, so that its angles are read once; `chunk_lanes` of its lanes share a head. Where tokens are few,
-// gridDim.y warps share the heads of one.
+// A warp has one token, so that its angles are read once; `chunk_lanes` of its lanes share a head. If tokens are few,
+// gridDim.y warps share the heads of one token.
 template <typename T, int kCount, bool kInterleaved>
 __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int chunk_lanes) {
   using A = Access<T, (kCount > 1)>;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
       }
     }
   }
-  // What is not rotated is copied.
+  // The elements that do not rotate are copied.
   const int64_t rest = (a.head_dim - 2 * a.half) / kCount;
   for (int64_t i = threadIdx.x + 32 * static_cast<int64_t>(blockIdx.y); i < rest * num_heads; i += 32 * gridDim.y) {
     const int64_t head = i / rest, column = 2 * a.half + (i - head * rest) * kCount;

@@ -1,4 +1,4 @@
-// Which row of the cos and sin tables a token takes, for the CPU and the GPU.
+// The row of the cos and sin tables for a token, on the CPU and the GPU.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace fm {
 
-// Tokens have two indices, i0 and i1 (i1 = 0 for packed ones); sequence_dim says which of them counts along a sequence.
+// Tokens have two indices, i0 and i1 (i1 = 0 for packed tokens); sequence_dim says which one runs along a sequence.
 struct TokenPositions {
-  int64_t start;                           // added to every position that is counted
-  const int64_t* positions;                // null: counted
+  int64_t start;                           // added to every counted position
+  const int64_t* positions;                // null: positions are counted
   int64_t positions_stride0, positions_stride1;
   const int64_t* offset;                   // null: 0
-  int64_t offset_stride;                   // 0: one for all; 1: one a sequence
+  int64_t offset_stride;                   // 0: one offset for all; 1: one for each sequence
   const void* cu_seqlens;                  // null: not packed
   bool cu_seqlens_is_64;
   int64_t num_sequences;
@@ -26,13 +26,13 @@ FM_INLINE int64_t sequence_begin(const TokenPositions& p, int64_t sequence) {
                             : static_cast<const int32_t*>(p.cu_seqlens)[sequence];
 }
 
-// The row, or -1 where the tables have none (or no sequence holds a packed token): such tokens become NaN.
+// Returns the row, or -1 if the tables have none or no sequence holds a packed token: such tokens become NaN.
 FM_INLINE int64_t token_position(const TokenPositions& p, int64_t i0, int64_t i1) {
   int64_t position;
   if (p.positions != nullptr) {
     position = p.positions[i0 * p.positions_stride0 + i1 * p.positions_stride1];
   } else if (p.cu_seqlens != nullptr) {
-    // The last sequence that begins at or before the token; an empty one begins where the next one does.
+    // The last sequence that begins at or before the token. An empty sequence begins where the next one does.
     int64_t low = 0, high = p.num_sequences;
     while (low < high) {
       const int64_t middle = (low + high + 1) / 2;

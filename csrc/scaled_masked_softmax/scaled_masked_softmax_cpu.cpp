@@ -12,11 +12,11 @@
 namespace fm {
 namespace {
 
-// Results that no cache will hold are written past the caches, which saves reading the lines before writing them.
+// Results too large for a cache bypass the caches, which saves reading the lines before writing them.
 constexpr int64_t kStreamFromBytes = int64_t{32} << 20;
 constexpr int64_t kGrainElements = 16384;
 
-// Scores as matrices of queries by keys, and what the causal form lets a query see.
+// Scores as matrices of queries by keys, and the keys that the causal form lets a query see.
 struct Scores {
   int64_t keys, queries, rows, window;
   bool causal;
@@ -29,8 +29,8 @@ struct Scores {
     rows = keys > 0 ? x.numel() / keys : 0;
   }
 
-  // The i-th row to work on. Blocks of rows from both ends of a causal matrix in turn, since the last rows are the
-  // longest: any contiguous share of them is as much work as any other.
+  // The i-th row to work on. Blocks of rows come from both ends of a causal matrix in turn, since the last rows are the
+  // longest: so all contiguous shares of rows are the same amount of work.
   int64_t row(int64_t i) const {
     constexpr int64_t kBlock = 16;
     const int64_t place = i % queries, block = place / kBlock, blocks = queries / kBlock;
@@ -39,7 +39,7 @@ struct Scores {
     return i + (from - block) * kBlock;
   }
 
-  // What to do at the i-th row; the thread goes on to `last`.
+  // The work of the i-th row, in a thread whose last row is `last`.
   Row work(int64_t i, int64_t last, double scale, bool stream) const {
     const int64_t here = row(i), to_next = i + 1 < last ? (row(i + 1) - here) * keys : 0;
     const int64_t past_last = causal ? here % queries + keys - queries + 1 : keys;
@@ -51,7 +51,7 @@ struct Scores {
   int64_t grain() const { return std::max<int64_t>(1, kGrainElements / std::max<int64_t>(1, keys)); }
 };
 
-// A mask of any shape that broadcasts to the scores, read where it lies.
+// A mask of any shape that broadcasts to the scores, read in place.
 class MaskRows {
  public:
   MaskRows(const OptionalTensor& mask, const Tensor& x) {
@@ -75,7 +75,7 @@ class MaskRows {
 
   bool needs_copy() const { return data_ != nullptr && key_stride_ != 1; }
 
-  // The mask of a row, one byte a key; copied only where the keys do not lie side by side.
+  // The mask of a row, one byte for each key; copied only if the keys do not lie side by side.
   const uint8_t* row(int64_t row, uint8_t* copy) const {
     if (data_ == nullptr) return nullptr;
     const uint8_t* from = data_;
@@ -93,13 +93,13 @@ class MaskRows {
     int64_t size, stride;
   };
   const uint8_t* data_ = nullptr;
-  std::vector<Dim> dims_;  // all but the keys, the last first
+  std::vector<Dim> dims_;  // all dims except the keys, the last first
   int64_t keys_ = 0, key_stride_ = 1;
 };
 
 bool worth_streaming(const Tensor& x) { return x.numel() * static_cast<int64_t>(x.element_size()) >= kStreamFromBytes; }
 
-// Streamed stores are not ordered with what tells the other threads that this one is done.
+// Orders streamed stores before the signal to other threads that this thread is done.
 void finish_stream() {
 #if defined(__SSE2__)
   _mm_sfence();

@@ -1,4 +1,4 @@
-// One row of scores on the CPU: its softmax, and the gradient. Included by scaled_masked_softmax_cpu.cpp alone.
+// One row of scores on the CPU: its softmax and the gradient. Only scaled_masked_softmax_cpu.cpp includes this file.
 #pragma once
 
 #include <algorithm>
@@ -18,18 +18,18 @@ namespace fm {
 namespace {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Columns are worked on 64 at a time: four vectors of the widest kind, whose sums are kept apart, so that an addition
-// need not wait for the one before; and the order of additions is the same for every vector width. The last, partial
-// block is worked on as a whole one: one element after the other, it would cost as much as the rest of a short row.
+// A block has 64 columns: four vectors of the largest width with separate sums, so that an addition need not wait for
+// the previous one. The order of additions is the same for every vector width. The last, partial block is processed
+// like a whole one: element by element it would cost as much as the rest of a short row.
 inline constexpr int kLanes = 64;
 
 #define FM_LAMBDA __attribute__((always_inline))
 
 struct Row {
-  int64_t begin, end, columns;  // the row has `columns` keys, of which the causal form lets [begin, end) be seen
+  int64_t begin, end, columns;  // the row has `columns` keys; the causal form lets the query see [begin, end)
   float scale;
   bool stream;      // write past the caches
-  int64_t to_next;  // from this row to the one that will be worked on next, in elements
+  int64_t to_next;  // elements from this row to the row that is next in work
 };
 
 // 2^z for z <= 0, to about 2^-22; 0 where the result would be subnormal, so that 2^-inf is 0; NaN stays NaN.
@@ -38,7 +38,7 @@ FM_INLINE float exp2_of_negative(float z) {
   constexpr float kRounder = 12582912.0f;
   const float rounded = z + kRounder;
   const float fraction = z - (rounded - kRounder);
-  // 2^fraction on [-1/2, 1/2]: the Taylor terms ln(2)^k / k! with the last ones moved to spread the error evenly.
+  // 2^fraction on [-1/2, 1/2]: the Taylor terms ln(2)^k / k!; the last ones are changed to spread the error evenly.
   float p = 0.00015353362f;
   p = p * fraction + 0.0013398875f;
   p = p * fraction + 0.00961843692f;
@@ -56,7 +56,7 @@ FM_INLINE void prefetch(const void* from, int64_t num_bytes) {
 #endif
 }
 
-// Whole lines of 64 bytes past the caches; `to` is aligned to 64 bytes.
+// Copies whole lines of 64 bytes past the caches; `to` is aligned to 64 bytes.
 FM_INLINE void stream_lines(void* to, const void* from, int64_t num_bytes) {
 #if defined(__SSE2__)
   auto* destination = static_cast<__m128i*>(to);
@@ -72,15 +72,15 @@ FM_INLINE void copy(T* to, const T* from, int64_t count) {
   std::memcpy(static_cast<void*>(to), from, static_cast<size_t>(count) * sizeof(T));
 }
 
-// Elements from row[begin] to the next line of 64 bytes.
+// Number of elements from row[begin] to the next line of 64 bytes.
 template <typename T>
 FM_INLINE int64_t to_line(const T* row, int64_t begin) {
   const auto misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row + begin) % 64 / sizeof(T));
   return (static_cast<int64_t>(64 / sizeof(T)) - misaligned) % static_cast<int64_t>(64 / sizeof(T));
 }
 
-// Writes columns [begin, end) of a row, past the caches if asked for; block(column, result[kLanes]) gives a whole
-// block of results, of which those beyond `end` are dropped.
+// Writes columns [begin, end) of a row, past the caches if `stream`. block(column, result[kLanes]) computes a whole
+// block of results; results beyond `end` are dropped.
 template <typename T, typename Block>
 FM_INLINE void write_columns(T* row, int64_t begin, int64_t end, bool stream, const Block& block) {
   alignas(64) T result[kLanes];
@@ -133,13 +133,13 @@ FM_INLINE float sum_of(float (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-// mask: one byte a column of the whole row, or null. memory: for a row of floats, and kLanes more.
+// mask: one byte for each column of the whole row, or null. memory: room for a row of floats and kLanes more.
 template <typename T>
 FM_INLINE void softmax_row(const T* x, const uint8_t* mask, const Row& row, float* memory, T* y) {
   const int64_t count = row.end - row.begin;
   const T* seen = x + row.begin;
   const uint8_t* hidden = mask == nullptr ? nullptr : mask + row.begin;
-  // The largest score belongs to the largest x, or to the largest -x where the scale is negative.
+  // The largest score belongs to the largest x, or to the largest -x if the scale is negative.
   const float sign = row.scale < 0.0f ? -1.0f : 1.0f;
   const float factor = row.scale * 1.44269504f;
   float maximum = -kInfinity;
@@ -156,8 +156,8 @@ FM_INLINE void softmax_row(const T* x, const uint8_t* mask, const Row& row, floa
       maximum = maximum < value ? value : maximum;
     }
   }
-  // -inf minus -inf would be NaN: a row of -inf alone is shifted by 0, and its exponentials are 0. (Any shift will
-  // do, so that its rounding is no error.)
+  // -inf minus -inf would be NaN: a row of only -inf is shifted by 0, and its exponentials are 0. (Any shift is
+  // correct, so the rounding of the shift is no error.)
   const float shift = maximum == -kInfinity ? 0.0f : maximum * sign * factor;
   float lanes[kLanes] = {};
   int64_t j = 0;
@@ -207,7 +207,7 @@ FM_INLINE void softmax_row(const T* x, const uint8_t* mask, const Row& row, floa
     for (int lane = 0; lane < kLanes; ++lane) result[lane] = from_float<T>(e[lane] * inverse);
   });
   write_zeros(y, row.end, row.columns, row.stream);
-  // 0 times NaN: in a row that a NaN has spoilt, hidden keys stay 0.
+  // 0 times NaN is NaN: in a row with a NaN, hidden keys must stay 0.
   if (mask != nullptr && inverse != inverse) {
     for (int64_t k = row.begin; k < row.end; ++k) {
       if (mask[k]) y[k] = T{};

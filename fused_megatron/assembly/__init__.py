@@ -1,1 +1,1 @@
-"""A run from its config: the stages of the model and the schedule of the pipeline."""
+"""Parts of a training run, built from its config: mesh, pipeline stages, schedule, executor, optimizer."""

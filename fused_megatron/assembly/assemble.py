@@ -1,4 +1,4 @@
-"""The parts that a rank trains with, made from a run's config: gradient buckets, executor, optimizer."""
+"""Assembly of one rank's training parts: gradient buckets, pipeline executor and optimizer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,26 +10,34 @@ from torch import nn
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.config import TrainConfig
+from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.data_parallel.row_blocks import gather_whole
+from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.mesh import Mesh
+from fused_megatron.models import BatchSlice
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
+from fused_megatron.sharding import RowShards
+from fused_megatron.sharding.gradient_norm import global_gradient_norm
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of one rank. Made by assemble.
+    """Training parts of one rank, built by assemble().
 
     Attributes:
-        config, mesh, plan, model: what the rest was made from.
-        parameters: this rank's, each once, by their names in the whole model.
+        config, mesh, plan, model: arguments of assemble().
+        parameters: this rank's parameters, each once, by their names in the whole model.
         gradients: fp32 gradients of all parameters, summed over the data-parallel ranks.
         executor: runs this rank's stages in the order of the schedule.
-        optimizer: updates the parameters from the gradients.
-        splits_backward: whether the schedule puts weight gradients off.
+        optimizer: updates this rank's rows of the parameters from the gradients.
+        weights: gathers the other rows of the parameters if this rank updates only some of them.
+        splits_backward: True if the schedule computes weight gradients in actions of their own.
     """
 
     config: TrainConfig
@@ -40,12 +48,43 @@ class Assembly:
     gradients: GradientBuckets
     executor: PipelineExecutor
     optimizer: Optimizer
+    weights: WeightGather
     splits_backward: bool
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """Device of the parameters."""
         return next(iter(self.parameters.values())).device
+
+    def accumulate_batch(self, batch: Batch, step: int, loss_divisor: float) -> torch.Tensor:
+        """Cut this data-parallel rank's rows of a global batch into microbatches, and accumulate their gradients.
+
+        Args:
+            batch: all rows of this rank. In the global batch they follow the rows of the previous data-parallel rank.
+            step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
+            loss_divisor: number of targets over all data-parallel ranks.
+
+        Returns, Raises, Communication: as accumulate_gradients.
+
+        The messages of the pipelines and the collectives inside the stages cannot deadlock. All ranks that share a
+        stage (over tp and dp) have the same list of actions, each in its own pipeline, and the lists of one pipeline
+        cannot deadlock (lowering.py): there is an order in which it could run its actions one by one. Follow this
+        order. At each action, all ranks that share its stage have finished their earlier actions, so they all reach it;
+        its messages have been sent, and its collectives have all their ranks.
+        """
+        training = self.config.training
+        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
+        first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
+        slices = [
+            BatchSlice(step, first_sample + i * training.microbatch_size, training.global_batch_size)
+            for i in range(len(inputs))
+        ]
+        return self.accumulate_gradients(
+            inputs,
+            targets,
+            loss_divisor=loss_divisor,
+            stage_kwargs=[{"batch_slice": rows, **keyword} for rows, keyword in zip(slices, keywords, strict=True)],
+        )
 
     def accumulate_gradients(
         self,
@@ -55,13 +94,51 @@ class Assembly:
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of a step; the gradients add up to what the buckets hold, and are summed over dp.
+        """Run forward and backward of all microbatches; add their gradients to the buckets and sum them over dp.
 
-        Arguments, result, errors and communication as PipelineExecutor.step, and that of the buckets.
+        Arguments, result and errors: as PipelineExecutor.step. Communication: of PipelineExecutor.step and of the
+        buckets' reduction.
         """
         if not self.splits_backward:
             self.gradients.reduce_after_backwards(len(inputs))
         return self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
+
+    def gradient_norm(self) -> float:
+        """2-norm of the gradients of the whole model, the same on every rank, rounded to float32.
+
+        Call it after accumulate_gradients.
+
+        Communication: as global_gradient_norm, over every axis that cuts the gradients.
+        """
+        rows = self.gradients.rows
+        dp_group = self.mesh.dp_group if rows.num_shards > 1 else None
+        norm = global_gradient_norm(
+            self.parameters, self.gradients, self.mesh.tp_group, self.mesh.pp_group, dp_group, rows
+        )
+        # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
+        return float(norm.float())
+
+    def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return tensors in the shapes of the parameters, of which each data-parallel rank has the rows that it owns.
+
+        For inspection: gradients (rows of `gradients`) and main weights. Every rank calls it.
+
+        Args:
+            own: this rank's rows, by the names of all its parameters.
+
+        Communication, Memory: as gather_whole, over the data-parallel ranks.
+        """
+        shapes = [self.parameters[name].shape for name in own]
+        found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.mesh.dp_group)
+        return dict(zip(own, found, strict=True))
+
+    def update(self, lr: float, gradient_scale: float) -> None:
+        """Update the weights from the gradients times gradient_scale.
+
+        Where each data-parallel rank updates some rows, the others arrive under the next forward (WeightGather).
+        """
+        self.optimizer.step(lr, gradient_scale)
+        self.weights.start()
 
 
 def assemble(
@@ -72,34 +149,45 @@ def assemble(
     observe: Callable[[Action, float, float], None] | None = None,
     transport: Transport | None = None,
 ) -> Assembly:
-    """Join what a rank trains with. Every rank calls it at once.
+    """Build the training parts of this rank. Every rank must call this together.
 
     Args:
-        config: training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s, optimizer.
+        config: uses training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s, and optimizer.
         mesh: of all ranks.
-        plan: the schedule that the pipeline follows.
-        model: this rank's stages, with the weights to start from.
-        observe, transport: as PipelineExecutor takes them.
+        plan: the schedule of the pipeline.
+        model: this rank's stages, with their initial weights.
+        observe, transport: see PipelineExecutor.
 
     Raises:
         InputError: on every rank, as PipelineExecutor.
 
-    Communication: as GradientBuckets and PipelineExecutor when they are made.
-    Memory: as GradientBuckets and Optimizer.
+    Communication: as the constructors of GradientBuckets, WeightGather and PipelineExecutor.
+    Memory: as GradientBuckets, WeightGather and Optimizer.
     """
     training = config.training
     parameters = model.parameters_by_name()
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
+    rows = RowShards(mesh.dp_size, mesh.dp_rank) if placements.state else RowShards()
     gradients = GradientBuckets(
         {index: list(stage.parameters()) for index, stage in model.stages.items()},
         mesh.dp_group,
         bucket_bytes=1e6 * training.bucket_mb,
+        rows=rows,
     )
+    weights = WeightGather(gradients.in_order_of_forward(), rows, mesh.dp_group)
+    for stage in model.stages.values():
+        weights.watch(stage)
+
+    def loss_sum(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        weights.finish()  # the head reads weights of modules whose forward it does not call
+        return model.loss_sum(hidden, target)
+
     schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
     executor = PipelineExecutor(
         schedule,
         model.stages,
         pp_group=mesh.pp_group,
-        loss_fn=model.loss_sum if plan.num_stages - 1 in model.stages else None,
+        loss_fn=loss_sum if plan.num_stages - 1 in model.stages else None,
         tied=model.tied(),
         hooks=StageFunctions(reduce=gradients.reduce),
         timeout_s=config.parallel.timeout_s,
@@ -107,6 +195,7 @@ def assemble(
         observe=observe,
         transport=transport,
     )
-    optimizer = Optimizer(parameters, gradients.by_name(parameters), config.optimizer)
+    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
+    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
-    return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, splits_backward)
+    return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, weights, splits_backward)

@@ -1,4 +1,4 @@
-"""The mesh, the model and its pipeline stages that a run's config describes."""
+"""Builders of the mesh, the model and the pipeline stages that a run's config describes."""
 
 import torch
 
@@ -9,14 +9,14 @@ from fused_megatron.mesh import Mesh, init_mesh
 from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of weights and activations, by their names in a config."""
+"""Dtypes of weights and activations, by their names in a config."""
 
 
 def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
-    """The grid of all ranks of the default process group.
+    """Build the mesh of all ranks of the default process group.
 
     Raises:
-        InputError: as init_mesh; a global batch that does not split over the data-parallel ranks.
+        InputError: as init_mesh; or the global batch cannot be divided over the data-parallel ranks.
 
     Communication: as init_mesh.
     """
@@ -35,16 +35,16 @@ def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
 def build_model(
     config: TrainConfig, mesh: Mesh, device: torch.device, stage: StageSpan | None = None
 ) -> TransformerStack:
-    """This rank's shard of the model, or of a stage of it.
+    """Build this rank's shard of the model, or of one pipeline stage.
 
     Args:
         config: model.vocab_size must be given.
-        mesh: whose tensor-parallel ranks share each layer.
-        device: of the parameters; "meta" for their shapes only.
-        stage: None for the whole model.
+        mesh: its tensor-parallel ranks share each layer.
+        device: of the parameters; "meta" gives only their shapes.
+        stage: the stage to build; None: the whole model.
 
     Raises:
-        InputError: no vocab_size; sizes that do not divide.
+        InputError: vocab_size is None, or sizes cannot be divided over the ranks.
     """
     parallel = config.parallel
     return new_model(
@@ -58,12 +58,12 @@ def build_model(
 
 
 def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...]:
-    """What each stage of the pipeline holds. Raises InputError as cut_stages."""
+    """Return the span of blocks of each pipeline stage. Raises InputError as cut_stages."""
     return cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
 
 
 def build_stages(config: TrainConfig, mesh: Mesh, plan: PipelinePlan, device: torch.device) -> ModelStages:
-    """This rank's shard of its pipeline stages. Arguments and errors as build_model and stage_spans."""
+    """Build this rank's shard of its pipeline stages. Arguments and errors: as build_model and stage_spans."""
     return ModelStages(
         stage_spans(config, plan), plan.placement, mesh.pp_group, lambda span: build_model(config, mesh, device, span)
     )

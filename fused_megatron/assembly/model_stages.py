@@ -1,4 +1,4 @@
-"""The pipeline stages of a model that a rank holds; with one pipeline rank the whole model."""
+"""Container of the pipeline stages that a rank holds; with one pipeline rank, of the whole model."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,19 +12,19 @@ from fused_megatron.sharding import mark_all_shards
 
 
 class ModelStages(nn.Module):
-    """Stages by index, their parameters by the names of the whole model, and the loss of the last one.
+    """Pipeline stages of this rank, with parameters named as in the whole model, and the loss of the last stage.
 
-    Where the first and the last stage are on one rank, a tied embedding is one parameter of both.
+    If one rank holds both the first and the last stage, they share the parameter of a tied embedding.
 
     Args:
-        spans: what each stage of the pipeline holds.
+        spans: the span of blocks of each pipeline stage.
         placement: the pipeline rank of each stage.
-        pp_group: the pipeline's ranks; None for one.
-        build: makes a stage.
+        pp_group: the pipeline's ranks; None: one rank.
+        build: builds the stage of a span.
 
     Attributes:
-        stages: this rank's, by index.
-        config, vocab_size, tp_group, sequence_parallel: of every stage.
+        stages: this rank's stages, by index.
+        config, vocab_size, tp_group, sequence_parallel: as in every stage.
     """
 
     def __init__(
@@ -47,40 +47,44 @@ class ModelStages(nn.Module):
         self.tp_group, self.sequence_parallel = some.tp_group, some.sequence_parallel
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """This rank's parameters, each once, by their names in the whole model."""
+        """Return this rank's parameters, each once, by their names in the whole model."""
         mark_all_shards(self)
         return {name: p for stage in self.stages.values() for name, p in stage.named_parameters()}
 
     def tied(self) -> list[dict[int, nn.Parameter]]:
-        """As PipelineExecutor wants it: this rank's parameters of the one tied weight, by stage; [] where none is."""
+        """Return the `tied` argument of PipelineExecutor: [{stage: tied weight}] for this rank, [] if none is tied."""
         if len(self.spans) == 1 or not self.config.tied_embeddings:
             return []
         ends = {i: stage for i, stage in self.stages.items() if i in (0, len(self.spans) - 1)}
         return [{i: stage.token_embedding.weight for i, stage in ends.items() if stage.token_embedding is not None}]
 
     def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Sum of the loss over a microbatch, a 0-dim float64 tensor, from the output of the last stage."""
+        """Compute the sum of the loss over a microbatch, 0-dim float64, from the output of the last stage."""
         return self.stages[len(self.spans) - 1].loss(hidden, target, reduction="sum")
 
     def num_parameters(self) -> int:
-        """Of this rank's stages, over all tensor-parallel ranks; over the pipeline they add up to the whole model's."""
+        """Count the parameters of this rank's stages over all tensor-parallel ranks.
+
+        The counts of all pipeline ranks add up to the count of the whole model.
+        """
         return sum(stage.num_parameters() for stage in self.stages.values())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """logits_shard [B, S, V_padded / R] of tokens [B, S], on every rank of the pipeline; for sampling: no gradient.
+        """Compute logits_shard [B, S, V_padded / R] of tokens [B, S] on every pipeline rank, without gradients.
 
-        Communication: two broadcasts over the pipeline's ranks for each stage, of its output's shape and its output.
+        Communication: for each stage two broadcasts over the pipeline ranks: the shape of its output, and the output.
         """
-        x, last = tokens, len(self.spans) - 1
+        x = tokens
+        last = len(self.spans) - 1
         for index, owner in enumerate(self.placement):
             if index in self.stages:
                 x = self.stages[index](x)
                 x = self.stages[index].logits(x) if index == last else x
-            x = self._from(owner, x)
+            x = self._broadcast_from(owner, x)
         return x
 
-    def _from(self, owner: int, x: torch.Tensor) -> torch.Tensor:
-        """The 3-dim x of a pipeline rank, on all of them."""
+    def _broadcast_from(self, owner: int, x: torch.Tensor) -> torch.Tensor:
+        """Return the 3-dim x of pipeline rank `owner` on every pipeline rank."""
         if self.pp_group is None:
             return x
         mine = owner == group_rank(self.pp_group)

@@ -1,4 +1,4 @@
-"""The schedule that a run's pipeline follows: from the config only, before anything is communicated."""
+"""Pipeline schedule of a run, chosen and checked from the config without any communication."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A schedule of any number of microbatches; one rank without stages in between is a pipeline, too.
+    """Schedule of a pipeline for any number of microbatches; a single rank counts as a pipeline of one stage.
 
     Attributes:
-        name: of pipeline.SCHEDULES.
+        name: key of pipeline.SCHEDULES.
         placement: the pipeline rank of each stage.
-        tied: stages that share a weight, as of Schedule.
+        tied: groups of stages that share a weight, as in Schedule.
     """
 
     name: str
@@ -28,17 +28,17 @@ class PipelinePlan:
         return len(self.placement)
 
     def schedule(self, num_microbatches: int) -> Schedule:
-        """Of one step."""
+        """Build the schedule of one step."""
         num_ranks = max(self.placement) + 1
         return build_schedule(self.name, num_ranks, num_microbatches, self.num_stages // num_ranks, tied=self.tied)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
-    """The plan that config asks for.
+    """Choose the schedule that config asks for.
 
     Raises:
-        SharedInputError: an unknown or asynchronous schedule, stages that it does not allow, more of them than blocks,
-            a cut that does not fit.
+        SharedInputError: the schedule is unknown or asynchronous, does not allow this number of stages, or there are
+            more stages than blocks, or pipeline_cut does not fit.
     """
     with found_on_every_rank():
         return _plan(config)
@@ -47,8 +47,8 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
 def _plan(config: TrainConfig) -> PipelinePlan:
     parallel = config.parallel
     name = parallel.schedule or ("1f1b" if (parallel.stages_per_rank or 1) == 1 else "interleaved_1f1b")
-    schedule = build_schedule(name, parallel.pipeline_parallel_size, parallel.pipeline_parallel_size,
-                              parallel.stages_per_rank)  # fmt: skip
+    num_ranks = parallel.pipeline_parallel_size
+    schedule = build_schedule(name, num_ranks, num_ranks, parallel.stages_per_rank)
     if schedule.weights != SYNCHRONOUS:
         others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
         raise InputError(f"schedule={name!r} changes the update rule; the trainer runs those that do not: {others}")

@@ -1,1 +1,1 @@
-"""What the GPU kernels cost, known without a GPU: registers, spills, occupancy, widths of accesses, bytes issued."""
+"""Costs of the GPU kernels, found without a GPU: registers, spills, occupancy, access widths, bytes issued."""

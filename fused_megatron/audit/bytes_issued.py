@@ -1,10 +1,11 @@
-"""The bytes that kernels ask for, counted while the emulation or the interpreter runs them.
+"""Bytes that kernels load and store, counted while the emulation or the interpreter runs them.
 
-A process of its own, since both have to be chosen before anything is imported: count_bytes() starts it.
+The emulation or the interpreter must be chosen before anything is imported. So the count runs in a process of its own,
+which count_bytes() starts:
 
     python -m fused_megatron.audit.bytes_issued OP WIDTH DTYPE [OP WIDTH DTYPE ..]
 
-prints one JSON object: a list of StepCounts for each of the three.
+prints one line of JSON: for each (OP, WIDTH, DTYPE) a list of StepCounts.
 """
 
 import contextlib
@@ -18,14 +19,14 @@ from fused_megatron.audit.cuda_emulation import build_emulation, loaded_emulatio
 from fused_megatron.audit.kernels import DTYPES, MULTIPROCESSORS, OPS
 from fused_megatron.audit.triton_interpreter import interpreter
 
-# Blocks of each grid that run, where all would take long; they stand for all.
+# For wide rows only this many blocks of each grid run, and their count is scaled to the grid: all would take long.
 _SAMPLED_BLOCKS = 6
 _ALL_BLOCKS_TO_WIDTH = 1024
 
 
 @dataclass(frozen=True)
 class KernelCounts:
-    """What one kernel asked for; widths: bytes by the width of a thread's access. Triton's have none, and no symbol."""
+    """Bytes of one kernel. Widths: bytes by the width of a thread's access. Triton kernels have no widths or symbol."""
 
     name: str
     symbol: str
@@ -39,7 +40,7 @@ class KernelCounts:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """One direction of an op: what was asked for, and what had to be."""
+    """Bytes of one direction of an op: issued by its kernels, and the lower bound."""
 
     step: str
     issued_bytes: int
@@ -48,16 +49,16 @@ class StepCounts:
 
 
 def count_bytes(cases: list[tuple[str, int, str]], *, timeout_s: float = 900.0) -> list[list[StepCounts]]:
-    """StepCounts of each (op, width, dtype); the ops all of one language.
+    """Return the StepCounts of each (op, width, dtype); all ops must have the same language.
 
     Raises:
-        AssertionError: the process failed, with what it said.
+        AssertionError: the process failed; with its error output.
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_MEGATRON_LIBRARY": ""}
     if OPS[cases[0][0]].language == "cuda":
         environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": str(build_emulation())}
-    words = [str(word) for case in cases for word in case]
-    command = [sys.executable, "-W", "ignore", "-m", __name__, *words]
+    arguments = [str(value) for case in cases for value in case]
+    command = [sys.executable, "-W", "ignore", "-m", __name__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)
     assert done.returncode == 0, f"counting bytes failed:\n{done.stderr[-4000:]}"
     return [
@@ -97,15 +98,15 @@ def _parsed(report: str) -> list[KernelCounts]:
     kernels = []
     lines = [line.split("\t") for line in report.splitlines()]
     for load, store in zip(lines[::2], lines[1::2], strict=True):
-        widths = [{k: int(v) for k, v in (word.split(":") for word in line[8:])} for line in (load, store)]
+        widths = [{k: int(v) for k, v in (pair.split(":") for pair in line[8:])} for line in (load, store)]
         name, symbol, threads, dynamic = load[:4]
         kernels.append(KernelCounts(name, symbol, int(threads), int(dynamic), int(load[6]), int(store[6]), *widths))
     return kernels
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Entry point of the process."""
-    cases = [(op, int(width), dtype) for op, width, dtype in zip(*[iter(words)] * 3, strict=True)]
+    cases = [(op, int(width), dtype) for op, width, dtype in zip(*[iter(arguments)] * 3, strict=True)]
     with contextlib.redirect_stdout(sys.stderr):
         results = [[asdict(step) for step in _count(*case)] for case in cases]
     print(json.dumps(results))

@@ -1,8 +1,8 @@
-"""The CUDA kernels, torch side included, built for the host: one library whose ops serve CPU tensors.
+"""Emulation of the CUDA kernels on the host: a library, built by GCC, whose ops run the kernels on CPU tensors.
 
-Every csrc/*/*_cuda.cu is compiled by GCC against csrc/emulation/cuda.h. Tests then run on a machine without a GPU as
-they would on one (FUSED_MEGATRON_LIBRARY chooses the library), under AddressSanitizer's allocator: each access of a
-kernel is checked against what is allocated. For a source checkout; the wheel does not hold csrc.
+GCC compiles every csrc/*/*_cuda.cu, with its torch code, against csrc/emulation/cuda.h. Tests then run without a GPU as
+they do on one (FUSED_MEGATRON_LIBRARY selects the library), under AddressSanitizer's allocator: each access of a kernel
+is checked against the allocated memory. Needs a source checkout; the wheel does not contain csrc.
 """
 
 import ctypes
@@ -24,20 +24,29 @@ CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
 
 _FLAGS = (
-    "-std=c++20", "-O1", "-g1", "-fPIC", "-DFM_EMULATION", "-DTORCH_TARGET_VERSION=0x020D000000000000",
-    "-Wno-unknown-pragmas", "-Wno-attributes",
-)  # fmt: skip
-# A call before each access of memory, which csrc/emulation/machine.cpp answers. Aggregates stay whole, so that a load
-# of 16 bytes is one access.
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-DFM_EMULATION",
+    "-DTORCH_TARGET_VERSION=0x020D000000000000",
+    "-Wno-unknown-pragmas",
+    "-Wno-attributes",
+)
+# GCC inserts a call before each memory access, which csrc/emulation/machine.cpp implements. Aggregates are not split:
+# a load of 16 bytes is one access.
 _CHECKED_FLAGS = (
-    "-fsanitize=kernel-address", "-fno-tree-sra", "--param=asan-instrumentation-with-call-threshold=0",
-    "--param=asan-stack=0", "--param=asan-globals=0",
-)  # fmt: skip
+    "-fsanitize=kernel-address",
+    "-fno-tree-sra",
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "--param=asan-stack=0",
+    "--param=asan-globals=0",
+)
 
 
 @functools.cache
 def host_compiler() -> str | None:
-    """GCC for Linux, which alone is known to instrument kernels as they need it; None where there is none."""
+    """Return the command of GCC on Linux, the only compiler known to instrument as needed; None without one."""
     for command in (os.environ.get("CXX"), "g++", "c++"):
         if command and sys.platform == "linux" and shutil.which(command):
             macros = subprocess.run([command, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True)
@@ -47,12 +56,12 @@ def host_compiler() -> str | None:
 
 
 def cuda_sources() -> list[Path]:
-    """The files of the ops that have CUDA kernels."""
+    """Return the source files of the CUDA kernels."""
     return sorted(CSRC.glob("*/*_cuda.cu"))
 
 
 def build_emulation(sources: Iterable[Path] | None = None, cache: Path = CACHE) -> Path:
-    """The library with the kernels of `sources` (default: of all ops), compiled as far as it has changed."""
+    """Build the library with the kernels of `sources` (default: all ops) and return it; unchanged files are reused."""
     compiler = host_compiler()
     assert compiler is not None, "the emulation needs GCC on Linux"
     files = [CSRC / "emulation" / "machine.cpp", *(cuda_sources() if sources is None else sources)]
@@ -73,9 +82,9 @@ def build_emulation(sources: Iterable[Path] | None = None, cache: Path = CACHE) 
 
 
 def sanitizer_libraries() -> list[Path]:
-    """AddressSanitizer's runtime, which has to be loaded before anything else; empty where it is not installed.
+    """Return the runtime of AddressSanitizer, which must be loaded first, and libstdc++; empty if not installed.
 
-    And libstdc++, whose exceptions it looks for when it starts: Python does not load it that early.
+    The runtime looks for the exceptions of libstdc++ when it starts; Python does not load libstdc++ that early.
     """
     compiler = host_compiler()
     paths = []
@@ -86,12 +95,12 @@ def sanitizer_libraries() -> list[Path]:
 
 
 def emulated_environment(library: Path) -> dict[str, str]:
-    """The environment of a Python process whose CPU tensors are served by emulated CUDA kernels."""
+    """Return the environment of a Python process in which emulated CUDA kernels run on CPU tensors."""
     environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": str(library)}
     sanitizer = sanitizer_libraries()
     if sanitizer:
         environment["LD_PRELOAD"] = " ".join([*map(str, sanitizer), os.environ.get("LD_PRELOAD", "")]).strip()
-        # New memory is full of NaN. Python's own allocations outlive everything; they are no leaks.
+        # Fill new memory with NaN. No leak detection: Python keeps allocations until the process ends.
         options = "detect_leaks=0:max_malloc_fill_size=1000000000:malloc_fill_byte=255:quarantine_size_mb=64"
         environment["ASAN_OPTIONS"] = options
     return environment
@@ -99,7 +108,7 @@ def emulated_environment(library: Path) -> dict[str, str]:
 
 @functools.cache
 def loaded_emulation() -> ctypes.CDLL | None:
-    """The emulated library that this process uses (FUSED_MEGATRON_LIBRARY), for its settings; None for another one."""
+    """Return the emulated library that this process uses, for its settings; None if it uses another library."""
     path = os.environ.get("FUSED_MEGATRON_LIBRARY")
     if not path:
         return None
@@ -126,7 +135,7 @@ def _compiled(compiler: str, source: Path, key: "hashlib._Hash", cache: Path) ->
 
 
 def _make(result: Path, command: list[str]) -> None:
-    """Run a compiler unless what it makes is there; moved into place whole, so that several may do so at a time."""
+    """Run a compiler unless its result exists; the result is moved into place, so that processes may run at once."""
     if result.exists():
         return
     part = result.with_suffix(f".{os.getpid()}.part")
@@ -138,4 +147,4 @@ def _make(result: Path, command: list[str]) -> None:
 
 
 if __name__ == "__main__" and host_compiler() is not None:
-    build_emulation()  # make test does it first: a minute, the first time
+    build_emulation()  # `make test` runs this first; the first build takes a minute

@@ -1,4 +1,4 @@
-"""python -m fused_megatron.audit.emulated tests/ops/test_norm.py ..: pytest on emulated CUDA kernels."""
+"""pytest on emulated CUDA kernels: python -m fused_megatron.audit.emulated tests/ops/test_norm.py .."""
 
 import subprocess
 import sys

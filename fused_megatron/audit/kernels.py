@@ -1,4 +1,4 @@
-"""Which kernels the audit looks at: one function an op. To add an op, write its function and name it in OPS."""
+"""Kernels of the audit, with one function per op. To add an op, write its function and list it in OPS."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +13,15 @@ MULTIPROCESSORS = 132  # of an H100
 HIDDEN = (1024, 4096, 8192, 16384)
 VOCAB = (32768, 131072, 262144)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-BAR = 1.02  # bytes issued over the bytes that must move
-PARTIALS_BAR = 0.02  # and beside it, partial sums of parameter gradients
+RATIO_LIMIT = 1.02  # bytes issued / bytes that must move, without partial sums
+PARTIALS_LIMIT = 0.02  # bytes of partial sums of parameter gradients / bytes that must move
 
 Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One direction of an op: `run` it, and it must read `reads` once and write `writes` once."""
+    """One direction of an op. `run` must read each of `reads` and write each of `writes` at least once."""
 
     name: str
     run: Callable[[], Any]
@@ -30,7 +30,7 @@ class Step:
 
     @property
     def bound_bytes(self) -> int:
-        """The bytes that must move."""
+        """Bytes that must move: each tensor once."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (*self.reads, *self.writes))
 
 
@@ -39,11 +39,11 @@ class Op:
     """An op of the audit.
 
     Attributes:
-        steps: (rows, width, dtype) to the directions, forward first; nothing runs before Step.run does.
-        widths: the named shapes.
-        rows: tokens that are counted; Triton kernels, whose rows are alike, are counted over a few.
+        steps: maps (rows, width, dtype) to the directions, forward first; nothing runs before Step.run is called.
+        widths: the widths of the audit.
+        rows: tokens over which bytes are counted; a few for Triton kernels, which treat every row in the same way.
         language: "cuda" or "triton".
-        known: (step, width, dtype) to why a bar is broken there.
+        known: maps (step, width, dtype) to the reason why a limit is exceeded there.
     """
 
     steps: Callable[[int, int, torch.dtype], list[Step]]
@@ -54,15 +54,18 @@ class Op:
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
-    # Never filled: pages that no kernel touches cost nothing, and no count depends on a value.
+    # Not initialised: untouched pages need no memory, and no count depends on a value.
     return torch.empty(shape, dtype=dtype).requires_grad_(grad)
 
 
 def _both(
-    run: Callable[[], Any], leaves: Tensors, forward: tuple[Tensors, Tensors], backward: tuple[Tensors, Tensors],
+    run: Callable[[], Any],
+    leaves: Tensors,
+    forward: tuple[Tensors, Tensors],
+    backward: tuple[Tensors, Tensors],
     dy: torch.Tensor,
-) -> list[Step]:  # fmt: skip
-    """Forward and backward of an op through autograd."""
+) -> list[Step]:
+    """Return forward and backward of an op under autograd."""
     results: list[Any] = []
 
     def run_forward() -> None:
@@ -76,14 +79,17 @@ def _both(
 
 
 def _bias_gelu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, bias, y = _new(rows, width, dtype=dtype), _new(width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
     return _both(lambda: ops.bias_gelu(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
 
 
 def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
     def steps(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
         op = getattr(ops, name)
-        x, bias = _new(rows, 2 * width, dtype=dtype), _new(2 * width, dtype=dtype)
+        x = _new(rows, 2 * width, dtype=dtype)
+        bias = _new(2 * width, dtype=dtype)
         y = _new(rows, width, dtype=dtype, grad=False)
         return _both(lambda: op(x, bias), (x, bias), ((x, bias), (y,)), ((y, x, bias), (x, bias)), y)
 
@@ -91,23 +97,32 @@ def _gated(name: str) -> Callable[[int, int, torch.dtype], list[Step]]:
 
 
 def _layer_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
-    weight, bias, statistic = _new(width, dtype=dtype), _new(width, dtype=dtype), _new(rows)
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    weight = _new(width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    statistic = _new(rows)
     forward = (x, weight, bias), (y, statistic, statistic)
     backward = (y, x, weight, statistic, statistic), (x, weight, bias)
     return _both(lambda: ops.layer_norm(x, weight, bias), (x, weight, bias), forward, backward, y)
 
 
 def _rms_norm(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
-    weight, statistic = _new(width, dtype=dtype), _new(rows)
-    forward, backward = ((x, weight), (y, statistic)), ((y, x, weight, statistic), (x, weight))
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    weight = _new(width, dtype=dtype)
+    statistic = _new(rows)
+    forward = ((x, weight), (y, statistic))
+    backward = ((y, x, weight, statistic), (x, weight))
     return _both(lambda: ops.rms_norm(x, weight), (x, weight), forward, backward, y)
 
 
 def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, residual = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype)
-    weight, statistic, y = _new(width, dtype=dtype), _new(rows), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    residual = _new(rows, width, dtype=dtype)
+    weight = _new(width, dtype=dtype)
+    statistic = _new(rows)
+    y = _new(rows, width, dtype=dtype, grad=False)
     results: list[torch.Tensor] = []
 
     def forward() -> None:
@@ -116,7 +131,7 @@ def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     def backward() -> None:
         torch.autograd.grad(results, [x, weight, residual], [y, y])
 
-    # x and residual have the same gradient in the same dtype, which is written once.
+    # The gradients of x and residual are one tensor here, which is written once.
     return [
         Step("forward", forward, (x, residual, weight), (y, y, statistic)),
         Step("backward", backward, (y, y, x, weight, statistic), (x, weight)),
@@ -124,12 +139,18 @@ def _rms_norm_residual(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 
 def _bias_dropout_add(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, residual, bias = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype), _new(width, dtype=dtype)
-    y, state = _new(rows, width, dtype=dtype, grad=False), torch.tensor([1, 2])
+    x = _new(rows, width, dtype=dtype)
+    residual = _new(rows, width, dtype=dtype)
+    bias = _new(width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    state = torch.tensor([1, 2])
     return _both(
         lambda: ops.bias_dropout_add(x, bias, residual, 0.1, rng_state=state),
-        (x, bias, residual), ((x, bias, residual), (y,)), ((y,), (x, bias)), y,
-    )  # fmt: skip
+        (x, bias, residual),
+        ((x, bias, residual), (y,)),
+        ((y,), (x, bias)),
+        y,
+    )
 
 
 _HEAD_DIM = 128
@@ -151,24 +172,31 @@ def _rotary_embedding(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
 
 
 def _cross_entropy(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    logits, target = _new(rows, width, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    loss, lse, upstream = _new(rows), _new(rows, 2), torch.ones(rows)
+    logits = _new(rows, width, dtype=dtype)
+    target = torch.zeros(rows, dtype=torch.int64)
+    loss = _new(rows)
+    lse = _new(rows, 2)
+    upstream = torch.ones(rows)
     return _both(
         lambda: ops.cross_entropy(logits, target, reduction="none").float(),
-        (logits,), ((logits, target), (loss, lse)), ((logits, target, loss, lse), (logits,)), upstream,
-    )  # fmt: skip
+        (logits,),
+        ((logits, target), (loss, lse)),
+        ((logits, target, loss, lse), (logits,)),
+        upstream,
+    )
 
 
 def _scaled_masked_softmax(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
-    x, y = _new(rows, width, dtype=dtype), _new(rows, width, dtype=dtype, grad=False)
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows, width, dtype=dtype, grad=False)
     return _both(lambda: ops.scaled_masked_softmax(x, scale=0.1), (x,), ((x,), (y,)), ((y, y), (x,)), y)
 
 
 _PARTIALS = (
-    "each of 132 multiprocessors has 62 rows, 372 bytes a column, and leaves two float32 sums, 16 bytes with their "
-    "reading; fewer blocks would leave multiprocessors idle"
+    "each of 132 multiprocessors has 62 rows, 372 bytes per column, and two float32 sums, 16 bytes per column to write "
+    "and read; fewer blocks would leave multiprocessors idle"
 )
-_SPILLS = "ptxas spills two registers of a row that a whole program holds in registers"
+_SPILLS = "a program holds a whole row in registers, and ptxas spills two of them"
 
 OPS: dict[str, Op] = {
     "bias_dropout_add": Op(_bias_dropout_add, HIDDEN),
@@ -187,5 +215,5 @@ OPS: dict[str, Op] = {
 
 
 def source_of(op: str) -> str:
-    """The stem of the op's files."""
+    """Return the stem of the op's files."""
     return op.partition(",")[0]

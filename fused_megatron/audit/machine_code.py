@@ -1,7 +1,7 @@
-"""What nvcc made of the CUDA kernels: registers, spills, shared memory, and the widths of accesses in the machine code.
+"""Machine code of the CUDA kernels: registers, spills, shared memory and access widths after nvcc.
 
-Read from the compiled library where that is newer than the sources and has CUDA code. Elsewhere it is compiled, kept in
-build/audit, and made anew when a source or the compiler has changed.
+The code comes from the compiled library if that is newer than the sources and contains CUDA code. Otherwise nvcc
+compiles it to build/audit, and again whenever a source or the compiler changes.
 """
 
 import functools
@@ -26,7 +26,7 @@ CACHE = ROOT / "build" / "audit"
 
 @dataclass(frozen=True)
 class Code:
-    """What is known of one compiled kernel. The widths, in bits, count instructions that access global memory."""
+    """Resources of one compiled kernel. Widths: instructions that access global memory, by their width in bits."""
 
     registers: int
     spilled_bytes: int
@@ -37,7 +37,7 @@ class Code:
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """cuobjdump, nvdisasm or ptxas: of Triton's wheel, PyPI's nvidia packages, or PATH; None where there is none."""
+    """Return the path of cuobjdump, nvdisasm or ptxas in Triton's wheel, PyPI's nvidia packages or PATH, or None."""
     folders = []
     for package, inside in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin")):
         spec = importlib.util.find_spec(package)
@@ -48,27 +48,27 @@ def tool(name: str) -> str | None:
 
 @functools.cache
 def nvcc_version() -> str | None:
-    """Such as "13.0.88"; None without nvcc."""
+    """Return the version of nvcc, for example "13.0.88"; None without nvcc."""
     if shutil.which("nvcc") is None:
         return None
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"V(\d+\.\d+\.\d+)", said)
+    output = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V(\d+\.\d+\.\d+)", output)
     return found.group(1) if found else None
 
 
 def missing() -> list[str]:
-    """What the audit of CUDA kernels lacks here, and where to get it."""
+    """Return a line for each missing tool: what it is for, and how to install it."""
     lacks = []
     if nvcc_version() is None:
         lacks.append("nvcc, for registers, spills and machine code of the CUDA kernels: install a CUDA 13 toolkit")
     if tool("cuobjdump") is None:
-        lacks.append("cuobjdump, for the same: pip install triton (it brings one) or nvidia-cuda-cuobjdump")
+        lacks.append("cuobjdump, for the same: pip install triton (contains it) or nvidia-cuda-cuobjdump")
     return lacks
 
 
 @functools.cache
 def library() -> Path | None:
-    """The compiled library, if it holds the machine code of these sources."""
+    """Return the compiled library if it contains the machine code of these sources, else None."""
     path = extension.LIBRARY
     if not path.exists() or path.stat().st_mtime < max(file.stat().st_mtime for file in CSRC.rglob("*.cu*")):
         return None
@@ -78,7 +78,7 @@ def library() -> Path | None:
 
 @functools.cache
 def compiled(op: str, arch: str) -> Path:
-    """The machine code of csrc/<op>/<op>_cuda.cu for an architecture such as "sm_90a"."""
+    """Compile csrc/<op>/<op>_cuda.cu for an architecture, for example "sm_90a"; return the file."""
     source = CSRC / op / f"{op}_cuda.cu"
     key = hashlib.sha256(f"{nvcc_version()} {torch.__version__} {arch}".encode())
     others = {file.parent for file in cuda_sources()} - {source.parent}
@@ -91,9 +91,19 @@ def compiled(op: str, arch: str) -> Path:
         part = result.with_suffix(f".{os.getpid()}.part")
         include = Path(torch.__file__).parent / "include"
         command = [
-            "nvcc", "-std=c++20", "-O3", f"-arch={arch}", "-DTORCH_TARGET_VERSION=0x020D000000000000", f"-I{CSRC}",
-            "-isystem", str(include), "-cubin", str(source), "-o", str(part),
-        ]  # fmt: skip
+            "nvcc",
+            "-std=c++20",
+            "-O3",
+            f"-arch={arch}",
+            "-DTORCH_TARGET_VERSION=0x020D000000000000",
+            f"-I{CSRC}",
+            "-isystem",
+            str(include),
+            "-cubin",
+            str(source),
+            "-o",
+            str(part),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"nvcc fails on {source.name}:\n{done.stderr[-4000:]}"
         part.replace(result)
@@ -102,25 +112,26 @@ def compiled(op: str, arch: str) -> Path:
 
 @functools.cache
 def code_of(op: str, arch: str, symbol: str) -> Code:
-    """One kernel of a file."""
+    """Return the resources of one kernel of an op, by its symbol."""
     binary = library() or compiled(op, arch)
     return read_code(binary, symbol, resources_of(binary, arch)[symbol], arch)
 
 
 def read_code(binary: Path, symbol: str, resources: dict[str, int], arch: str) -> Code:
-    """Widths from the disassembly, beside what the resource table says."""
+    """Combine the access widths in the disassembly with the entry of the resource table."""
     sass = _disassembled(binary, arch)[symbol]
-    # LDGSTS copies to shared memory on its way.
-    loads, stores = _widths(sass, "LDG(?:STS)?"), _widths(sass, "STG")
+    # LDGSTS loads from global memory to shared memory.
+    loads = _widths(sass, "LDG(?:STS)?")
+    stores = _widths(sass, "STG")
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    # The stack frame holds what is spilled; a kernel of ours has no other use for one.
+    # Spilled registers are in the stack frame; our kernels use the stack for nothing else.
     spilled = max(resources["STACK"], resources["LOCAL"], 4 * local)
     return Code(resources["REG"], spilled, resources["SHARED"], loads, stores)
 
 
 @functools.cache
 def _disassembled(binary: Path, arch: str) -> dict[str, str]:
-    """By function; the accesses of memory alone, since a library's whole listing takes a gigabyte."""
+    """Return the memory instructions by function; the full listing of a library takes a gigabyte."""
     command = [str(tool("cuobjdump")), "-sass", "-arch", arch, str(binary)]
     functions: dict[str, list[str]] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
@@ -129,7 +140,7 @@ def _disassembled(binary: Path, arch: str) -> dict[str, str]:
         for line in listing.stdout:
             if "Function :" in line:
                 name = line.split()[-1]
-                # What several files use, such as finish_column_sums, is in the library once a file: one of them counts.
+                # A kernel that several files use, such as finish_column_sums, is listed once per file: keep the first.
                 lines = []
                 functions.setdefault(name, lines)
             elif "LDG" in line or "STG" in line or "LDL" in line or "STL" in line:
@@ -138,7 +149,7 @@ def _disassembled(binary: Path, arch: str) -> dict[str, str]:
 
 
 def _widths(sass: str, instruction: str) -> dict[int, int]:
-    """Instructions by width in bits: LDG.E.128.CONSTANT is 128, LDG.E.U16 16, LDG.E 32."""
+    """Count instructions by width in bits: LDG.E.128.CONSTANT is 128, LDG.E.U16 16, LDG.E 32."""
     counts: Counter[int] = Counter()
     for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
         found = re.search(r"\.[US]?(8|16|64|128|256)\b", modifiers)
@@ -148,12 +159,13 @@ def _widths(sass: str, instruction: str) -> dict[int, int]:
 
 @functools.cache
 def resources_of(binary: Path, arch: str) -> dict[str, dict[str, int]]:
+    """Return the resources of every kernel of a file, by symbol."""
     command = [str(tool("cuobjdump")), "-res-usage", "-arch", arch, str(binary)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parsed_resources(said)
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return parsed_resources(output)
 
 
-def parsed_resources(said: str) -> dict[str, dict[str, int]]:
-    """By function, the numbers of cuobjdump's "REG:44 STACK:0 .."."""
-    functions = re.findall(r"Function (\S+):\s*\n\s*(.*)", said)
+def parsed_resources(output: str) -> dict[str, dict[str, int]]:
+    """Parse the lines "REG:44 STACK:0 .." of cuobjdump; return the numbers by function."""
+    functions = re.findall(r"Function (\S+):\s*\n\s*(.*)", output)
     return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", values)} for name, values in functions}

@@ -1,5 +1,4 @@
-"""How many warps a multiprocessor holds, by the limits of each architecture (CUDA programming guide, table of
-technical specifications)."""
+"""Occupancy of a multiprocessor: resident warps by the limits in NVIDIA's CUDA programming guide."""
 
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor."""
+    """Limits of one multiprocessor."""
 
     warps: int
     blocks: int
@@ -21,20 +20,20 @@ LIMITS = {
     "sm_100a": Limits(64, 32, 228 * 1024),
 }
 _REGISTERS = 65536
-_PARTITIONS = 4  # each with a quarter of the registers, and whole warps
-_REGISTER_UNIT = 256  # registers are given to a warp in such portions
-_SHARED_UNIT = 128
-_SHARED_RESERVED = 1024  # for the system, a block
+_PARTITIONS = 4  # of a multiprocessor; each has a quarter of the registers
+_REGISTER_UNIT = 256  # a warp gets registers in multiples of this
+_SHARED_UNIT = 128  # a block gets shared bytes in multiples of this
+_SHARED_RESERVED = 1024  # bytes per block for the system
 
 
 def occupancy(arch: str, threads: int, registers: int, shared_bytes: int) -> float:
-    """Resident warps over the most there can be.
+    """Return resident warps / maximum warps of a multiprocessor.
 
     Args:
         arch: a key of LIMITS.
-        threads: of a block.
-        registers: of a thread.
-        shared_bytes: of a block, static and dynamic.
+        threads: per block.
+        registers: per thread.
+        shared_bytes: per block, static and dynamic.
     """
     limits = LIMITS[arch]
     warps = -(-threads // WARP)

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time for GPUs that are not there, and what the compiler made of them."""
+"""Ahead-of-time compilation of Triton kernels, without a GPU, and the resources of the compiled code."""
 
 import re
 import subprocess
@@ -13,12 +13,12 @@ from fused_megatron.checks import dtype_name
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What ptxas and the PTX say about a kernel."""
+    """Resources of a kernel, from ptxas and the PTX."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
-    global_accesses: tuple[str, ...]  # one entry for each ld/st.global in the PTX: "ld.v4.b32", "st.b32", ...
+    global_accesses: tuple[str, ...]  # one entry per ld/st.global in the PTX: "ld.v4.b32", "st.b32", ...
 
 
 def compile_for(
@@ -35,13 +35,13 @@ def compile_for(
     Args:
         kernel: the triton.jit function.
         arch: 80 (A100), 90 (H100), 100 (B200).
-        signature: Triton type of each argument that is no constexpr: "*bf16", "*i64", "i32", "fp32".
+        signature: Triton type of each argument that is not a constexpr: "*bf16", "*i64", "i32", "fp32".
         constexprs: value of each constexpr.
-        aligned: arguments that are multiples of 16 (pointers: of 16 bytes), as a launch would find.
+        aligned: arguments that are multiples of 16 (pointers: of 16 bytes); a launch would detect them.
         num_warps: as in the launch.
         num_ctas: as in the launch; more than 1 (a cluster of blocks) needs arch 90 or 100.
     """
-    # triton is no dependency of `testing`: only those who audit kernels need it.
+    # Imported here: triton is optional, and only an audit needs it.
     import triton  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
@@ -57,26 +57,26 @@ def compile_for(
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spill_bytes = _resources(compiled.asm["ptx"], arch)
     accesses = re.findall(r"\b(ld|st)\.global(?:\.[\w:]+)*?((?:\.v\d)?\.[bfsu]\d+)\b", compiled.asm["ptx"])
-    # Shared memory is asked for at launch, so that ptxas does not know of it.
+    # Shared memory is requested at launch, so that ptxas does not report it.
     shared_bytes = compiled.metadata.shared
     return CompiledKernel(registers, spill_bytes, shared_bytes, tuple("".join(access) for access in accesses))
 
 
 def _resources(ptx: str, arch: int) -> tuple[int, int]:
-    """(registers, spilled bytes) as ptxas -v tells them."""
+    """Return (registers, spilled bytes), as reported by ptxas -v."""
     import triton  # noqa: PLC0415
 
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = folder / ("ptxas-blackwell" if arch >= 90 else "ptxas")  # the older one does not know PTX this new
+    ptxas = folder / ("ptxas-blackwell" if arch >= 90 else "ptxas")  # the older one does not support this PTX
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "kernel.ptx"
         file.write_text(ptx)
         name = f"sm_{arch}" + ("a" if arch >= 90 else "")
         command = [str(ptxas), "-v", f"-arch={name}", str(file), "-o", str(Path(work) / "kernel.cubin")]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
     def number(pattern: str) -> int:
-        found = re.search(pattern, said)
+        found = re.search(pattern, output)
         return int(found.group(1)) if found else 0
 
     spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
@@ -88,25 +88,25 @@ _POINTEES |= {"bool": "i1", "int8": "i8", "float64": "fp64"}
 
 
 def triton_source(kernel: Any, arguments: Mapping[str, Any]) -> Any:
-    """What a launch with these arguments would compile: types, alignments and ones as Triton specialises them."""
+    """Return the source that a launch with these arguments compiles, specialised as by Triton (types, alignment, 1)."""
     from triton.compiler import ASTSource  # noqa: PLC0415
 
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    for place, parameter in enumerate(kernel.params):
+    for index, parameter in enumerate(kernel.params):
         value = arguments.get(parameter.name, parameter.default if parameter.has_default else None)
         kind, constant, multiple_of_16 = _specialised(value, parameter)
         signature[parameter.name] = kind
         if constant:
-            constexprs[(place,)] = value
+            constexprs[(index,)] = value
         if multiple_of_16:
-            attributes[(place,)] = [["tt.divisibility", 16]]
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
 def _specialised(value: Any, parameter: Any) -> tuple[str, bool, bool]:
-    """(type, whether it is a constant, whether a multiple of 16) of an argument."""
+    """Return (type, whether it is a constant, whether it is a multiple of 16) of an argument."""
     if parameter.is_constexpr or value is None:
         return "constexpr", True, False
     if hasattr(value, "data_ptr"):

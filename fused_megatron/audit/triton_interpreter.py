@@ -1,10 +1,10 @@
-"""Triton's interpreter made trustworthy: kernels run on a machine without a GPU, and what hides there is brought out.
+"""Triton's interpreter with checks that find faults of kernels on a machine without a GPU.
 
-As shipped (3.9) it truncates float32 to bfloat16 where a GPU rounds to nearest, lets a kernel read and write beyond
-its tensors, and runs the programs of a grid in order. Here bfloat16 is rounded, every access is checked against the
-tensors of the launch, and the order is permuted.
+As shipped (3.9) the interpreter truncates float32 to bfloat16 where a GPU rounds to nearest, allows accesses outside of
+the tensors, and runs the programs of a grid in order. With interpreter() bfloat16 is rounded, every access is checked
+against the tensors of the launch, and the order can be permuted.
 
-The interpreter has to be chosen before triton is imported: TRITON_INTERPRET=1 in the environment of the process.
+The environment of the process must contain TRITON_INTERPRET=1 before triton is imported.
 """
 
 import contextlib
@@ -19,21 +19,21 @@ def interpreter(grid_seed: int | None = None, *, last_programs: int | None = Non
     """Run kernels with bfloat16 rounded as on a GPU, every access checked, and the grid in a random order.
 
     Args:
-        grid_seed: None keeps the order of the grid; results must be the same, bit for bit, for any seed. Each launch
-            has an order of its own.
-        last_programs: run only the last programs of each grid: a tensor of more than 2^31 elements then needs few of
-            its pages.
+        grid_seed: seed of the order of programs; results must be the same, bit for bit, for any seed. None: in order.
+        last_programs: run only this many programs at the end of each grid, so that a tensor of more than 2^31 elements
+            needs few of its pages.
 
     Yields:
-        The accesses of the kernels that ran inside.
+        The accesses of the kernels that run inside.
 
     Raises:
-        triton's InterpreterError: a kernel reads or writes beyond the memory of its tensors.
+        triton's InterpreterError: a kernel reads or writes outside of its tensors.
     """
-    from triton.runtime import interpreter as triton_interpreter  # noqa: PLC0415  triton is optional in `testing`
+    from triton.runtime import interpreter as triton_interpreter  # noqa: PLC0415  triton is optional
 
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before triton is imported"
-    builder, executor = triton_interpreter.InterpreterBuilder, triton_interpreter.GridExecutor
+    builder = triton_interpreter.InterpreterBuilder
+    executor = triton_interpreter.GridExecutor
     accesses = Accesses()
     replaced: list[tuple[Any, str, Any]] = []
 
@@ -63,7 +63,7 @@ class Accesses:
     """Checks each access of interpreted kernels, and adds up their bytes.
 
     Attributes:
-        bytes: by (kernel, "load" or "store"), bytes that all programs ask for, masked-out elements left out.
+        bytes: by (kernel, "load" or "store"), bytes of all programs, without masked elements.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class Accesses:
         self._ranges: list[tuple[int, int]] = []
 
     def watch(self, kind: str) -> Callable[[Any], Any]:
-        """A wrapper of the interpreter's masked load or store."""
+        """Return a wrapper for the interpreter's masked load or store."""
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             def access(builder: Any, pointers: Any, *args: Any) -> Any:
@@ -86,7 +86,7 @@ class Accesses:
         return make
 
     def watch_arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """A wrapper of the step that hands a launch its tensors."""
+        """Wrap the step that passes the tensors to a launch."""
 
         def init(executor: Any, args: Any, kwargs: Any) -> Any:
             tensors = [x for x in (*args, *kwargs.values()) if hasattr(x, "untyped_storage")]
@@ -97,7 +97,7 @@ class Accesses:
         return init
 
     def _see(self, kind: str, pointers: Any, mask: Any, width: int) -> None:
-        import numpy as np  # noqa: PLC0415  with triton: what only the interpreter needs
+        import numpy as np  # noqa: PLC0415  imported with triton: only the interpreter needs it
 
         addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
         if addresses.size == 0:
@@ -117,7 +117,7 @@ class Accesses:
 
 
 def _once_a_launch(patch: Callable[..., Any], patched: set[int]) -> Callable[..., Any]:
-    """The interpreter looks through the language for what to replace at every call of a function; once will do."""
+    """Let the interpreter patch the language once per launch instead of at every call of a function."""
 
     def patch_once(function: Any) -> Any:
         key = id(function.__globals__)
@@ -131,7 +131,7 @@ def _once_a_launch(patch: Callable[..., Any], patched: set[int]) -> Callable[...
 
 def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched: set[int]) -> Callable[..., Any]:
     def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        patched.clear()  # the launch before has put everything back
+        patched.clear()  # the previous launch has removed its patches
         accesses.kernel = executor.fn.__name__
         executor.grid = grid.of_launch(executor.grid)
         return call(executor, *args, **kwargs)
@@ -140,7 +140,7 @@ def _launch(call: Callable[..., Any], grid: "_Grid", accesses: Accesses, patched
 
 
 class _Grid:
-    """The programs of one launch, chosen and ordered: the interpreter counts 0, 1, 2, .. and gets these."""
+    """Selection and order of a launch's programs: maps the interpreter's count 0, 1, 2, .. to program ids."""
 
     def __init__(self, seed: int | None, last_programs: int | None) -> None:
         self._rng = None if seed is None else random.Random(seed)
@@ -149,7 +149,7 @@ class _Grid:
         self._order: list[int] = []
 
     def of_launch(self, grid: Any) -> Callable[[Any], tuple[int]]:
-        """What to launch instead of `grid`: as many programs in one row."""
+        """Return a one-dimensional grid with the selected number of programs, to launch instead of `grid`."""
 
         def count(arguments: Any) -> tuple[int]:
             x, y, z = [*(grid(arguments) if callable(grid) else grid), 1, 1][:3]
@@ -166,12 +166,12 @@ class _Grid:
 
     def set_index(self, builder: Any, i: int) -> None:
         x, y, _z = self._sizes
-        place = self._order[i]
-        builder.grid_idx = (place % x, place // x % y, place // (x * y))
+        program = self._order[i]
+        builder.grid_idx = (program % x, program // x % y, program // (x * y))
 
 
 def _with_bounds_of_loops(patch: Callable[..., None]) -> Callable[..., None]:
-    """Triton 3.6 cannot loop up to a computed number with numpy 2.4, to which an array of one is no number."""
+    """Let loops run to a computed bound: with Triton 3.6 and NumPy 2.4 an array of one element is no index."""
 
     def patch_tensor(tensor: Any, scope: Any) -> None:
         patch(tensor, scope)
@@ -181,7 +181,7 @@ def _with_bounds_of_loops(patch: Callable[..., None]) -> Callable[..., None]:
 
 
 def _rounding_cast(cast: Callable[..., Any]) -> Callable[..., Any]:
-    import numpy as np  # noqa: PLC0415  with triton: what only the interpreter needs
+    import numpy as np  # noqa: PLC0415  imported with triton: only the interpreter needs it
     import triton.language as tl  # noqa: PLC0415
     from triton.runtime.interpreter import TensorHandle  # noqa: PLC0415
 

@@ -1,10 +1,10 @@
-"""Triton kernels as their launchers would launch them on a GPU, compiled for GPUs that are not there.
+"""Compilation of Triton kernels exactly as their launchers would launch them on a GPU, without a GPU.
 
-A process of its own, in which the launchers serve CPU tensors; triton_code() starts it.
+It runs in a process of its own, which triton_code() starts and in which the launchers take CPU tensors:
 
     python -m fused_megatron.audit.triton_launches ARCH,ARCH OP WIDTH DTYPE [OP WIDTH DTYPE ..]
 
-prints one JSON object: for each of the three, the steps' launches.
+prints one line of JSON: for each (OP, WIDTH, DTYPE) a list of CompiledLaunch.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch that was caught before it started."""
+    """One launch, recorded instead of being run."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -40,25 +40,25 @@ class Launch:
 
 @dataclass(frozen=True)
 class CompiledLaunch:
-    """What it became."""
+    """A launch, compiled for one architecture."""
 
     step: str
     kernel: str
     arch: str
-    threads: int  # of a block
+    threads: int  # per block
     code: Code
 
 
 def triton_code(cases: list[tuple[str, int, str]], archs: list[str]) -> list[list[CompiledLaunch]]:
-    """The compiled launches of each (op, width, dtype), in the order of their launch.
+    """Return the compiled launches of each (op, width, dtype), in the order of the launches.
 
     Raises:
-        AssertionError: the process failed, with what it said.
+        AssertionError: the process failed; with its error output.
     """
     environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": ""}
     environment.pop("TRITON_INTERPRET", None)
-    words = [",".join(archs), *(str(word) for case in cases for word in case)]
-    command = [sys.executable, "-W", "ignore", "-m", __name__, *words]
+    arguments = [",".join(archs), *(str(value) for case in cases for value in case)]
+    command = [sys.executable, "-W", "ignore", "-m", __name__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"compiling Triton kernels failed:\n{done.stderr[-4000:]}"
     return [[_from_json(launch) for launch in launches] for launches in json.loads(done.stdout.splitlines()[-1])]
@@ -72,19 +72,19 @@ def _from_json(launch: dict[str, Any]) -> CompiledLaunch:
 
 
 def launches_of(op: str, width: int, dtype: str) -> dict[str, list[Launch]]:
-    """The launches of each direction; nothing runs, and the tensors' pages are never touched."""
+    """Return the launches of each direction; no kernel runs, and the tensors' pages are never touched."""
     entry = OPS[op]
     found: dict[str, list[Launch]] = {}
     for step in entry.steps(TOKENS, width, DTYPES[dtype]):
-        with _caught() as launches:
+        with _recorded() as launches:
             step.run()
         found[step.name] = launches
     return found
 
 
 @contextlib.contextmanager
-def _caught() -> Iterator[list[Launch]]:
-    from triton.runtime.jit import JITFunction  # noqa: PLC0415  triton is optional in `testing`
+def _recorded() -> Iterator[list[Launch]]:
+    from triton.runtime.jit import JITFunction  # noqa: PLC0415  triton is optional
 
     launches: list[Launch] = []
     original = JITFunction.run
@@ -102,7 +102,7 @@ def _caught() -> Iterator[list[Launch]]:
 
 
 def compiled_code(launch: Launch, arch: str) -> Code:
-    """Registers, spills and widths of a launch compiled for an architecture such as "sm_90a"."""
+    """Compile a launch for an architecture, for example "sm_90a"; return its registers, spills and widths."""
     import triton  # noqa: PLC0415
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
 
@@ -113,25 +113,25 @@ def compiled_code(launch: Launch, arch: str) -> Code:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         command = [str(tool("cuobjdump")), "-res-usage", str(cubin)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        ((symbol, resources),) = parsed_resources(said).items()
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        ((symbol, resources),) = parsed_resources(output).items()
         code = read_code(cubin, symbol, resources, arch)
-    # Shared memory is asked for at launch, so that the machine code does not know of it.
+    # Shared memory is requested at launch, so that the machine code does not contain its size.
     shared = int(compiled.metadata.shared)
     return Code(code.registers, code.spilled_bytes, shared, code.load_widths, code.store_widths)
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Entry point of the process."""
     for name, launcher in TRITON_LAUNCHERS.items():
         torch.library.impl(f"fused_megatron::{name}", "cpu", launcher)
     results = []
     with contextlib.redirect_stdout(sys.stderr):
-        for op, width, dtype in zip(*[iter(words[1:])] * 3, strict=True):
+        for op, width, dtype in zip(*[iter(arguments[1:])] * 3, strict=True):
             compiled = []
             for step, launches in launches_of(op, int(width), dtype).items():
                 for launch in launches:
-                    for arch in words[0].split(","):
+                    for arch in arguments[0].split(","):
                         code = compiled_code(launch, arch)
                         threads = 32 * int(launch.options.get("num_warps", 4))
                         compiled.append(asdict(CompiledLaunch(step, launch.kernel.__name__, arch, threads, code)))

@@ -1,1 +1,1 @@
-"""Speeds side by side in one run: timing, peers, results, tables."""
+"""Benchmarks that time our ops beside other implementations in one run: timing, peers, results files, tables."""

@@ -1,4 +1,4 @@
-"""What an op costs before its kernel begins: the Python of a call on tiny tensors, beyond the library's own ops."""
+"""Python overhead of an op: the time of a call on tiny tensors beyond the compiled library ops that it makes."""
 
 import time
 from collections.abc import Callable
@@ -14,14 +14,14 @@ _WARM_UP_ROUNDS = 3
 
 @dataclass(frozen=True)
 class CallOverhead:
-    """Microseconds a call, by rounds: of the public function, and of the library ops that it calls by themselves."""
+    """Microseconds per call in each round: of the public function, and of only the library ops that it calls."""
 
     call_us: list[float]
     library_us: list[float]
 
     @property
     def overhead_us(self) -> float:
-        """The difference of the best rounds: what else the machine does can only add to a time as short as this."""
+        """Difference of the fastest rounds: other load on the machine can only add to such a short time."""
         return min(self.call_us) - min(self.library_us)
 
 
@@ -37,11 +37,11 @@ class _LibraryCalls(TorchDispatchMode):
 
 
 def measure_call_overhead(function: Callable[[], object], rounds: int = 30) -> CallOverhead:
-    """Time a forward call with autograd recording, and the torch.ops.fused_megatron ops that it makes by themselves.
+    """Time a forward call with autograd recording, and then only the torch.ops.fused_megatron ops that it makes.
 
     Args:
-        function: calls the public op, on tensors so small that their arithmetic takes no time.
-        rounds: pairs of measurements, the two interleaved.
+        function: calls the public op on tensors so small that the arithmetic takes no time.
+        rounds: number of pairs of measurements; the two measurements alternate.
     """
     with _LibraryCalls() as recorder:
         function()
@@ -54,10 +54,10 @@ def measure_call_overhead(function: Callable[[], object], rounds: int = 30) -> C
     for index in range(_WARM_UP_ROUNDS + rounds):
         call = _us_per_call(function)
         with torch.no_grad():  # as inside autograd.Function
-            alone = _us_per_call(library)
+            library_only = _us_per_call(library)
         if index >= _WARM_UP_ROUNDS:
             result.call_us.append(call)
-            result.library_us.append(alone)
+            result.library_us.append(library_only)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Comparisons as lines and Markdown tables that can be pasted into a README."""
+"""Markdown tables and one-line summaries of benchmark comparisons."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -10,7 +10,7 @@ Row = Sequence[str]
 
 
 def one_line(comparison: Comparison) -> str:
-    """What was measured of one case, as progress."""
+    """Summarise the measurements of one case, as a progress line."""
     ms = comparison.ms(OURS)
     if ms is None:
         return f"{comparison.name}: not timed, {comparison.faults.get(OURS, 'no figure')}"
@@ -23,7 +23,7 @@ def one_line(comparison: Comparison) -> str:
 
 
 def remarks(comparisons: Iterable[Comparison]) -> list[str]:
-    """One line for each provider that has no figure, or one with a remark; those alike for every case are said once."""
+    """Return a line for each provider without a figure or with a remark; equal remarks of several cases are merged."""
     found: dict[tuple[str, str], list[str]] = {}
     for comparison in comparisons:
         for provider, text in (*comparison.faults.items(), *comparison.notes.items()):
@@ -35,7 +35,7 @@ def remarks(comparisons: Iterable[Comparison]) -> list[str]:
 
 
 def speed_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Ratios with their spread, and the bars: met, MISSED, or even with what was measured."""
+    """Tabulate the ratios with their spread, and the bars (performance targets): met, MISSED or even."""
     header = ["op", "dtype", "ms", "x eager", "x compile", "over bound", "bars"]
     return markdown(header, [_speed_row(c) for c in comparisons])
 
@@ -54,12 +54,15 @@ def _speed_row(comparison: Comparison) -> Row:
 
 
 def bar_verdicts(comparison: Comparison) -> list[str]:
-    """What became of each bar: "eager >= 2x met", "bound <= 1.5x MISSED (1.8)"."""
-    return [f"{bar} {said}" + ("" if said == MET else f" ({figure:g})") for bar, figure, said in comparison.verdicts()]
+    """Return the verdict on each bar (target): "eager >= 2x met", "bound <= 1.5x MISSED (1.8)"."""
+    return [
+        f"{bar} {verdict}" + ("" if verdict == MET else f" ({figure:g})")
+        for bar, figure, verdict in comparison.verdicts()
+    ]
 
 
 def ratio_of(comparison: Comparison, provider: str) -> str:
-    """How many times faster ours is, with its spread, and whether that is even; "-" without a figure."""
+    """Format how many times faster ours is than the provider, with the spread, and "even" if so; "-" if unknown."""
     ratio = comparison.ratio(provider)
     if ratio is None:
         return "-"
@@ -67,7 +70,7 @@ def ratio_of(comparison: Comparison, provider: str) -> str:
 
 
 def limits_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[str]:
-    """Ours beside the machine's limits: bytes that must move and arithmetic, each a second; the share of the roof."""
+    """Tabulate our speed beside the machine's limits: GB/s, GFLOP/s, and the share of the roofline."""
     rows = []
     for c in comparisons:
         gb_per_s, gflop_per_s = c.gb_per_s(), c.gflop_per_s()
@@ -87,7 +90,7 @@ def limits_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[
 
 
 def phases_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Forward + backward by themselves, median milliseconds of each provider."""
+    """Tabulate the median milliseconds of each provider, forward and backward apart."""
     names = _providers(comparisons)
     rows = []
     for c in comparisons:
@@ -98,12 +101,12 @@ def phases_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _providers(comparisons: Sequence[Comparison]) -> list[str]:
-    """In the order in which they were measured, but for the bound."""
+    """List the providers in the order of measurement, without the bound."""
     return list(dict.fromkeys(name for c in comparisons for name in c.seconds if name != BOUND))
 
 
 def milliseconds_table(comparisons: Sequence[Comparison], default_malloc: bool) -> list[str]:
-    """Every provider's median; beside them, where measured, those with the default settings of malloc."""
+    """Tabulate every provider's median time, and its median with the default settings of malloc if measured."""
     names = [OURS, EAGER, COMPILE]
     header = ["op", "dtype", *names, BOUND, "bound GB/s"]
     header += [f"{name}, default malloc" for name in names] if default_malloc else []
@@ -119,7 +122,7 @@ def milliseconds_table(comparisons: Sequence[Comparison], default_malloc: bool) 
 
 
 def memory_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """What fusing saves, ours and then the unfused function's: the same on every machine."""
+    """Tabulate bytes moved, bytes kept and peak memory, ours and the unfused function's; the same on every machine."""
     rows = []
     for c in comparisons:
         both = c.traffic.get(OURS), c.traffic.get(EAGER)
@@ -136,11 +139,9 @@ def _megabytes(pair: Sequence[int | None]) -> str:
 
 
 def provider_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[str]:
-    """A row a provider; columns of which nothing is known are left out."""
-    header = [
-        "case", "dtype", "provider", "tokens/s", "ms [20-80 %]", "ours is faster", "GB/s", "GFLOP/s a rank",
-        "% of roof", "MFU", "HFU", "peak MB",
-    ]  # fmt: skip
+    """Tabulate a row for each provider; columns without any figure are left out."""
+    header = ["case", "dtype", "provider", "tokens/s", "ms [20-80 %]", "ours is faster", "GB/s", "GFLOP/s a rank"]
+    header += ["% of roof", "MFU", "HFU", "peak MB"]
     rows = [_provider_row(c, name, ceilings) for c in comparisons for name in c.seconds]
     known = [i for i in range(len(header)) if i < 3 or any(row[i] != "-" for row in rows)]
     return markdown([header[i] for i in known], [[row[i] for i in known] for row in rows])
@@ -170,7 +171,7 @@ def _provider_row(c: Comparison, name: str, ceilings: Ceilings) -> Row:
 
 
 def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Where a step's time went, by provider: milliseconds of each part and their share of all parts."""
+    """Tabulate the parts of each provider's step time: milliseconds, and share of the sum."""
     parts = list(dict.fromkeys(part for c in comparisons for one in c.breakdown.values() for part in one))
     rows = []
     for c in comparisons:
@@ -183,7 +184,7 @@ def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Weak scaling: what a rank does, beside what it does in the smallest case."""
+    """Tabulate weak scaling: the work of a rank, compared with a rank's work in the smallest case."""
     known = sorted((c for c in comparisons if c.seconds.get(OURS)), key=lambda c: c.ranks)
     rows = []
     for c in known:
@@ -203,17 +204,21 @@ def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[str]:
-    """Python's share of a forward call on tiny tensors: (measured, bar in microseconds) by op."""
+    """Tabulate the Python overhead of a forward call on tiny tensors.
+
+    Args:
+        overheads: (measurement, largest allowed overhead in microseconds) by op.
+    """
     rows = []
     for name, (result, bar) in overheads.items():
         call, library = min(result.call_us), min(result.library_us)
         verdict = MET if result.overhead_us <= bar else MISSED
         rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
-    return markdown(["op", "us a call", "library op alone", "Python", "bar"], rows)
+    return markdown(["op", "us a call", "library op only", "Python", "bar"], rows)
 
 
 def markdown(header: Row, rows: Iterable[Row]) -> list[str]:
-    """The lines of a table, its columns padded so that it reads well as plain text too."""
+    """Return the lines of a Markdown table, with padded columns so that it also reads well as plain text."""
     rows = [list(header), *map(list, rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
@@ -239,5 +244,5 @@ def _rate(value: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, and no exponent."""
+    """Format with three digits and no exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"

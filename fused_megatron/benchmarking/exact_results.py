@@ -1,4 +1,4 @@
-"""Whether a provider's outputs and gradients are right: the exact result, and what is wrong with another."""
+"""Check of a provider's outputs and gradients against the exact result."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ import torch
 
 from fused_megatron.checks import first_line
 
-# The norm of the error over the norm of the exact result. float32: sums of 1e5 terms in another order. 16 bit: one or
-# two roundings (half a unit each), and torch's own sums in 16 bit; ours is rounded once.
+# Largest norm of the error over the norm of the exact result. float32: sums of 1e5 terms in another order. 16 bit: one
+# or two roundings (half a unit each), and torch's own sums in 16 bit; ours is rounded once.
 INEXACT = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-# Beyond this no rounding is to blame.
+# No rounding explains a larger error.
 WRONG = 0.25
 _PIECE_ELEMENTS = 1 << 24
 MESSAGE_CHARACTERS = 160
-"""Of an error, so far as a table has room for it."""
+"""Length to which an error message is cut to fit into a table."""
 
 Op = Callable[..., Any]
 Tensors = Sequence[torch.Tensor]
@@ -26,7 +26,7 @@ Exact = Callable[[Sequence[Any], Tensors, Tensors, Tensors], Tensors]
 
 @dataclass(frozen=True)
 class ForwardBackward:
-    """A step: an op on its inputs, and the gradients of every input that requires one."""
+    """One step: run an op on its inputs, and compute the gradient of every input that requires one."""
 
     op: Op
     inputs: Sequence[Any]
@@ -40,18 +40,19 @@ class ForwardBackward:
         return torch.autograd.grad(outputs, wanted, self.upstream)
 
     def __call__(self) -> tuple[Tensors, Tensors]:
-        """(outputs, gradients)"""
+        """Return (outputs, gradients)."""
         outputs = self.forward()
         return outputs, self.backward(outputs)
 
 
 class Judge:
-    """The exact result of a step, and what is wrong with another's.
+    """Exact result of a step, and the judgement on the results of providers.
 
     Args:
-        step: the op as it is written in plain torch, which is exact in exact_dtype.
-        exact: in its place, where there is chance in the result.
-        strict: the provider of which nothing is forgiven.
+        step: the op in plain torch; its result in exact_dtype counts as exact.
+        exact_dtype: dtype of the exact result.
+        exact: computes the exact result instead, for an op with random draws.
+        strict: name of the provider for which an inexact result is an error.
     """
 
     def __init__(self, step: ForwardBackward, exact_dtype: torch.dtype, exact: Exact | None, strict: str) -> None:
@@ -69,10 +70,10 @@ class Judge:
         return [t.detach().sum(dtype=torch.float64).item() for t in (*tensors, *self._step.upstream)]
 
     def fault(self, provider: str, outputs: Tensors, gradients: Tensors) -> tuple[str | None, str | None]:
-        """(why the provider is not to be timed or None, a remark or None).
+        """Judge a provider's result: return (the reason not to time it, or None; a remark, or None).
 
         Raises:
-            RuntimeError: it has written over its inputs.
+            RuntimeError: the provider has written over its inputs.
         """
         if self._fingerprint() != self._before:
             raise RuntimeError("it writes over its inputs, which the other providers need")
@@ -81,7 +82,8 @@ class Judge:
         except AssertionError as impossible:
             return f"wrong: {first_line(impossible, name_type=False)[:MESSAGE_CHARACTERS]}", None
         names = [f"output {i}" for i in range(len(outputs))] + [f"gradient {i}" for i in range(len(gradients))]
-        worst, off = 0.0, []
+        worst = 0.0
+        off = []
         for name, got, want in zip(names, (*outputs, *gradients), exact, strict=True):
             if got.shape != want.shape:
                 return f"wrong: {name} has shape {tuple(got.shape)}, not {tuple(want.shape)}", None
@@ -98,7 +100,7 @@ class Judge:
 
 
 def _relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Norm of the error over the norm of what is right, in pieces: a whole difference could be gigabytes."""
+    """Return the norm of the error over the norm of `want`, in pieces: a whole difference could take gigabytes."""
     error = norm = 0.0
     for some, right in zip(*(t.reshape(-1).split(_PIECE_ELEMENTS) for t in (got, want)), strict=True):
         error += torch.linalg.vector_norm(some.to(want.dtype) - right).item() ** 2
@@ -113,5 +115,5 @@ def _as_exact(value: Any, dtype: torch.dtype) -> Any:
 
 
 def as_tuple(outputs: Any) -> tuple[torch.Tensor, ...]:
-    """What an op has returned, as a tuple."""
+    """Return the outputs of an op as a tuple."""
     return tuple(outputs) if isinstance(outputs, tuple | list) else (outputs,)

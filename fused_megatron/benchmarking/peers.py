@@ -1,8 +1,8 @@
-"""Other libraries' kernels, where installed: Liger-Kernel, Apex, TransformerEngine, quack.
+"""Kernels of other libraries, if installed: Liger-Kernel, Apex, TransformerEngine, quack.
 
-PEERS[op][provider] imports and returns a function of the benchmark's own arguments (benchmarks/bench_<op>.py); the
-import fails where the library is missing. Libraries that write over their input get a copy, since the same input
-serves every round and provider; their name says so.
+PEERS[op][provider] imports the library and returns a function of the benchmark's own arguments
+(benchmarks/bench_<op>.py); it raises ImportError if the library is missing. A library that writes over its input gets a
+copy, since all rounds and providers share the same input; its name says so.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def _apex_layer_norm() -> Op:
 
 
 def _with_parameters(module: Any, **parameters: torch.Tensor) -> Any:
-    """A module that computes with the benchmark's tensors, so that their gradients are what is asked for."""
+    """Replace the module's parameters by the benchmark's tensors, so that these get the gradients."""
     for name, value in parameters.items():
         del module._parameters[name]
         setattr(module, name, value)
@@ -53,7 +53,7 @@ def _te_layer_norm() -> Op:
 
 def _liger_rms_norm() -> Op:
     library = _liger()
-    # In place it would write over the upstream gradient.
+    # With in_place=True it would write over the upstream gradient.
     return lambda x, weight: library.liger_rms_norm(x, weight, torch.finfo(x.dtype).eps, in_place=False)
 
 

@@ -1,4 +1,4 @@
-"""Test files run by pytest in a process of its own, whose environment chooses what serves the ops."""
+"""Runner of test files in a pytest process of its own, whose environment selects the implementation of the ops."""
 
 import re
 import subprocess
@@ -10,26 +10,26 @@ from pathlib import Path
 def run_tests(
     paths: list[Path], environment: Mapping[str, str], *, options: Sequence[str] = (), timeout_s: float = 1200.0
 ) -> int:
-    """Run pytest on files; the number of tests that passed.
+    """Run pytest on files and return the number of tests that passed.
 
     Args:
         paths: test files.
-        environment: of the process, whole.
+        environment: all environment variables of the process.
         options: further arguments of pytest.
-        timeout_s: after which the process is killed.
+        timeout_s: seconds after which the process is killed.
 
     Raises:
-        AssertionError: a test failed, the process died, or nothing ran; with the end of what it said.
+        AssertionError: a test failed, the process died, or nothing ran; the message has the end of the output.
     """
-    # Only Python's output is captured: what a dying process writes (AddressSanitizer) must come through, after the
-    # name of the test that it died in.
+    # Capture only Python's output: the last words of a dying process (AddressSanitizer) must come through, after the
+    # name of the test in which it died.
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "--maxfail=3", "--capture=sys"]
     command += ["-p", "no:cacheprovider", "--disable-warnings", *options, *map(str, paths)]
     try:
         done = subprocess.run(command, env=dict(environment), capture_output=True, text=True, timeout=timeout_s)
     except subprocess.TimeoutExpired as error:
-        said = (error.stdout or b"").decode(errors="replace")
-        raise AssertionError(f"not done after {timeout_s:.0f} s; the end of the output:\n{said[-2000:]}") from None
+        output = (error.stdout or b"").decode(errors="replace")
+        raise AssertionError(f"not done after {timeout_s:.0f} s; the end of the output:\n{output[-2000:]}") from None
     failures = "\n".join(line for line in done.stdout.splitlines() if not re.search(r" (PASSED|SKIPPED) +\[", line))
     reason = f"exit code {done.returncode}" + (f" (signal {-done.returncode})" if done.returncode < 0 else "")
     died_in = "" if done.returncode >= 0 else f"; the last test: {done.stdout.strip().splitlines()[-1:]}"

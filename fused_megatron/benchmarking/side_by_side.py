@@ -1,11 +1,11 @@
-"""One protocol for every comparison of speed: same inputs, checked results, interleaved rounds, ratios pair by pair.
+"""Protocol of every speed comparison: same inputs, checked results, interleaved rounds, ratios within each round.
 
     comparison = compare(Case("bias_gelu", "[4096, 3072]", (x, bias), ours=..., unfused=...), CpuDevice())
     comparison.ratio("eager").median     # how many times faster than the unfused function
 
-A step is forward and backward, each with its time. In every round each provider runs once, in an order that moves on
-by one from round to round, so that whatever else the machine does falls on all alike. A provider whose result is wrong,
-that fails or that is not installed gets one line and no figure.
+A step is forward and backward, timed separately. In every round each provider runs once. The order rotates by one from
+round to round, so that other load on the machine affects all providers the same. A provider with a wrong result, one
+that fails, and one that is not installed get one line and no figure.
 """
 
 import math
@@ -34,7 +34,7 @@ from fused_megatron.observe.traffic import Traffic, measure_traffic
 from fused_megatron.untrusted_files import ShownText as Text
 from fused_megatron.untrusted_files import Size
 
-# What is read back from files of anybody lies within these bounds, so that no ratio of it overflows.
+# Bounds of numbers read from a results file, which may come from anybody, so that no ratio of them overflows.
 Seconds = Annotated[float, msgspec.Meta(ge=1e-12, le=1e12)]
 Part = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Bar = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
@@ -46,7 +46,7 @@ OURS, EAGER, COMPILE, BOUND = "ours", "eager", "compile", "bound"
 _MOST_WARM_UPS = 8
 _FEW_FAULTS = 100  # pages
 
-# Medians of the same code move by so much from one run to the next on a shared machine, more than within a run.
+# On a shared machine medians of the same code differ by this factor between runs, more than within a run.
 BETWEEN_RUNS = 1.1
 MET, EVEN, MISSED = "met", "even", "MISSED"
 FASTER, SLOWER = "faster", "SLOWER"
@@ -54,8 +54,13 @@ FASTER, SLOWER = "faster", "SLOWER"
 
 @dataclass(frozen=True)
 class Bars:
-    """What is promised: at least so many times faster (than eager, compile, or the best of all others), at most so
-    many times the bound, at most so much memory."""
+    """Performance targets of a case; None: no target.
+
+    Attributes:
+        eager, compile, best: least ratio of the time of eager, of torch.compile, or of the best other provider to ours.
+        bound: largest ratio of our time to the bound's.
+        memory: largest ratio of our peak memory to eager's.
+    """
 
     eager: Bar | None = None
     compile: Bar | None = None
@@ -70,17 +75,17 @@ class Case:
 
     Attributes:
         op, label: names for tables: "bias_gelu", "[4096, 3072]".
-        inputs: arguments of every provider; tensors that require grad get their gradient.
+        inputs: arguments of every provider; gradients are computed for tensors that require grad.
         ours: the fused op.
-        unfused: the same in plain torch, as a user would write it: run as it is, and through torch.compile.
-        peers: other libraries: a function that imports and returns theirs; ImportError means not installed.
-        num_bytes: the least that must move, forward and backward.
-        exact: where there is chance in the result: from (inputs, upstream gradients, outputs, gradients) to what the
-            outputs and gradients should be for the draw that they show; AssertionError for a draw that cannot be. None:
-            the unfused function in float64 is exact.
-        large: float64 would take too much of a CPU's time and memory; float32 stands in there.
-        compute_bound: its products take the time: no copy is its bound, and it does not feel the cold.
-        bars: what is promised.
+        unfused: the same in plain torch, as a user would write it; it is timed eagerly and with torch.compile.
+        peers: for each other library a function that imports it and returns its op; ImportError: not installed.
+        num_bytes: least number of bytes that must move, forward and backward.
+        exact: for an op with random draws: computes the right outputs and gradients for the draw that a result shows,
+            from (inputs, upstream gradients, outputs, gradients), and raises AssertionError for an impossible draw.
+            None: the unfused function in float64 is exact.
+        large: use float32 instead of float64 for the exact result on a CPU, to save time and memory.
+        compute_bound: matrix products take most of the time: a copy is no bound, and no warm-up is needed.
+        bars: performance targets.
     """
 
     op: str
@@ -98,17 +103,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long to measure: as many rounds as fit in budget_s, within limits."""
+    """Length of a measurement: the rounds that fit into budget_s, but at least `fewest` and at most `most`."""
 
     budget_s: float = 2.5
     fewest: int = 3
     most: int = 60
-    warm_up: bool = True  # else the check is all that runs before
+    warm_up: bool = True  # False: only the check of the result runs before
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Percentiles of what was measured."""
+    """Percentiles of measured values."""
 
     low: float
     median: float
@@ -116,14 +121,14 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> "Spread":
-        """The 20th, 50th and 80th percentile."""
+        """Return the 20th, 50th and 80th percentile."""
         if len(values) < 2:
             return Spread(values[0], values[0], values[0])
         cuts = statistics.quantiles(values, n=10, method="inclusive")
         return Spread(cuts[1], statistics.median(values), cuts[7])
 
     def beside(self, bar: float, above_and_below: tuple[str, str]) -> str:
-        """The word for a median above the bar or below it; "even" where it is near, or the spread includes the bar."""
+        """Return the text for a median above or below the bar; "even" if it is near or the spread includes the bar."""
         if self.low <= bar <= self.high or bar / BETWEEN_RUNS <= self.median <= bar * BETWEEN_RUNS:
             return EVEN
         return above_and_below[self.median < bar]
@@ -131,14 +136,19 @@ class Spread:
 
 @dataclass
 class Comparison:
-    """What was measured of one case: seconds of every provider in every round; a line for each that has none.
+    """Measurements of one case.
 
-    Of an op also the seconds of its forward pass by itself, and in model_flops all of its arithmetic
-    (arithmetic.count_flops).
-
-    Of a training step also: tokens of all ranks together, what its products cost (model_flops: forward and backward
-    once; hardware_flops: recomputation too), and by provider where the seconds of a step went: parts such as
-    "compute", "communication" (exposed: nothing ran beside it), "bubble", "optimizer".
+    Attributes:
+        seconds: of every provider in every round.
+        faults: for each provider without seconds, the reason.
+        notes: remarks on providers.
+        tokens: of a training step, over all ranks.
+        model_flops: of an op, all arithmetic (arithmetic.count_flops); of a training step, the matrix products of one
+            forward and backward.
+        hardware_flops: of a training step: model_flops and the products of recomputation.
+        breakdown: of a training step: seconds of its parts for each provider, such as "compute", "communication"
+            (exposed: nothing ran beside it), "bubble", "optimizer".
+        forward_seconds: of an op: seconds of its forward pass.
     """
 
     op: Text
@@ -164,11 +174,11 @@ class Comparison:
         return f"{self.op} {self.label} {self.dtype}"
 
     def ms(self, provider: str) -> Spread | None:
-        """Milliseconds of a provider."""
+        """Return the milliseconds of a provider."""
         return Spread.of([s * 1e3 for s in self.seconds[provider]]) if self.seconds.get(provider) else None
 
     def phases_ms(self, provider: str) -> tuple[Spread, Spread] | None:
-        """Milliseconds of the forward and of the backward pass."""
+        """Return the milliseconds of the forward and of the backward pass."""
         forward, both = self.forward_seconds.get(provider), self.seconds.get(provider)
         if not forward or not both:
             return None
@@ -176,47 +186,47 @@ class Comparison:
         return Spread.of([s * 1e3 for s in forward]), Spread.of([s * 1e3 for s in backward])
 
     def ratio(self, provider: str) -> Spread | None:
-        """A provider's time over ours, round by round: how many times faster ours is."""
+        """Return a provider's time over ours, round by round: how many times faster ours is."""
         pairs = list(zip(self.seconds.get(provider, ()), self.seconds.get(OURS, ()), strict=False))
         return Spread.of([theirs / ours for theirs, ours in pairs]) if pairs else None
 
     def best_other(self) -> str | None:
-        """The provider that comes nearest to ours; None where ours stands alone."""
+        """Return the fastest other provider; None if there is none."""
         ratios = {name: self.ratio(name) for name in self.seconds if name not in (OURS, BOUND)}
         known = {name: ratio.median for name, ratio in ratios.items() if ratio is not None}
         return min(known, key=lambda name: known[name]) if known else None
 
     def over_bound(self) -> Spread | None:
-        """Our time over the copy's, round by round."""
+        """Return our time over the time of the copy, round by round."""
         pairs = list(zip(self.seconds.get(OURS, ()), self.seconds.get(BOUND, ()), strict=False))
         return Spread.of([ours / bound for ours, bound in pairs]) if pairs else None
 
     def memory_ratio(self) -> float | None:
-        """Our peak memory over the unfused function's."""
+        """Return our peak memory over the unfused function's."""
         ours, eager = (self.peak_bytes.get(name) for name in (OURS, EAGER))
         return ours / eager if ours is not None and eager else None
 
     def gb_per_s(self, provider: str = OURS) -> float | None:
-        """The bytes that must move over the median time."""
+        """Return the bytes that must move, divided by the median time."""
         ms = self.ms(provider)
         return None if ms is None or self.num_bytes is None else self.num_bytes / ms.median / 1e6
 
     def intensity(self) -> float | None:
-        """FLOPs a byte that must move."""
+        """Return the FLOPs per byte that must move."""
         return self.model_flops / self.num_bytes if self.model_flops and self.num_bytes else None
 
     def gflop_per_s(self, provider: str = OURS) -> float | None:
-        """Of each rank: its share of the arithmetic over the median time."""
+        """Return the speed of each rank: its share of the arithmetic, divided by the median time."""
         ms = self.ms(provider)
         return None if ms is None or self.model_flops is None else self.model_flops / self.ranks / ms.median / 1e6
 
     def tokens_per_s(self, provider: str = OURS) -> float | None:
-        """Of all ranks together."""
+        """Return the tokens per second of all ranks together."""
         ms = self.ms(provider)
         return None if ms is None or self.tokens is None else self.tokens / ms.median * 1e3
 
     def efficiency(self, smallest: "Comparison") -> float | None:
-        """What a rank does here over what one does in the smallest case: FLOPs, or tokens where those are unknown."""
+        """Return a rank's speed over its speed in the smallest case: in FLOPs, or in tokens if FLOPs are unknown."""
         here, there = self.gflop_per_s(), smallest.gflop_per_s()
         if here is None or there is None:
             some = self.tokens_per_s(), smallest.tokens_per_s()
@@ -224,14 +234,14 @@ class Comparison:
         return here / there if here is not None and there else None
 
     def verdict(self, provider: str) -> str | None:
-        """Whether ours is "faster" than a provider, "SLOWER", or "even": no further apart than two runs may be."""
+        """Return "faster" or "SLOWER" for ours beside a provider, or "even" if two runs may differ as much."""
         ratio = self.ratio(provider)
         return None if ratio is None else ratio.beside(1, (FASTER, SLOWER))
 
     def verdicts(self) -> list[tuple[str, float, str]]:
-        """(bar, figure, "met", "MISSED" or "even") for every bar that could be measured, figures as rounded for people.
+        """Return (bar, rounded figure, "met", "MISSED" or "even") for every bar (target) that could be measured.
 
-        Even: the figure and its bar are no further apart than two runs may be.
+        "even": two runs may differ as much as the figure and its bar do.
         """
         best = self.best_other()
         bars = [(EAGER, self.bars.eager), (COMPILE, self.bars.compile)] + ([(best, self.bars.best)] if best else [])
@@ -261,13 +271,13 @@ def compare(
     """Check and time every provider of a case, forward and backward.
 
     Args:
-        case: what to compare.
-        device: where its inputs lie.
-        rounds: how long.
-        compile_backend: torch.compile's.
-        check: compare results with the exact one first, and measure memory and the bound. False: only time.
-        release: gives back memory that malloc holds unused; called between the checks of a large case, whose peaks
-            would add up.
+        case: op, inputs and providers.
+        device: of the inputs.
+        rounds: length of the measurement.
+        compile_backend: backend of torch.compile.
+        check: first compare every result with the exact one, and measure memory and the bound. False: only time.
+        release: returns unused memory of malloc to the system; called between the checks of a large case, since their
+            peaks would add up.
     """
     result = Comparison(case.op, case.label, _dtype_of(case), case.num_bytes, case.bars)
     upstream = _upstream(case)
@@ -310,9 +320,9 @@ def compare(
 def _try_out(
     name: str, step: ForwardBackward, judge: Judge, device: TimingDevice, result: Comparison, compute_bound: bool
 ) -> str | None:
-    """Why a provider is not to be timed, or None; what one step shows besides goes into the result."""
+    """Return the reason not to time a provider, or None; add its notes, peak memory and traffic to the result."""
     if name == COMPILE and not compute_bound:
-        step()  # compiles, which a product's seconds need not be told apart from
+        step()  # compile before memory and traffic are measured
     results: list[tuple[Tensors, Tensors]] = []
     peak = device.peak_bytes(lambda: results.append(step()))
     fault, note = judge.fault(name, *results.pop())
@@ -331,9 +341,16 @@ def side_by_side(
     rounds: Rounds = Rounds(),
     forward: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every step in every round: entry i of two lists is one pair, measured within one round.
+    """Time every step in every round; entries i of all lists were measured within one round.
 
-    forward: filled with the seconds of the forward passes of steps that are a ForwardBackward.
+    Args:
+        steps: by name.
+        device: that the steps run on.
+        rounds: length of the measurement.
+        forward: filled with the seconds of the forward passes, for steps that are a ForwardBackward.
+
+    Returns:
+        Seconds of each step, by name.
     """
     names = list(steps)
     spent = _warm_up(steps, device, rounds.budget_s) if rounds.warm_up else 0.0
@@ -353,13 +370,15 @@ def side_by_side(
 
 
 def _warm_up(steps: Mapping[str, Callable[[], object]], device: TimingDevice, budget_s: float) -> float:
-    """Run rounds until malloc has all the pages that it needs, or the budget is spent; the seconds of the last one."""
-    begun, spent, previous = time.monotonic(), 0.0, math.inf
+    """Run rounds until malloc has all pages that it needs, or the budget is spent; return the last round's seconds."""
+    begun = time.monotonic()
+    spent = 0.0
+    previous = math.inf
     for _ in range(_MOST_WARM_UPS):
         before = page_faults()
         spent = sum(device.seconds(step) for step in steps.values())
         faults = page_faults() - before
-        # Fewer in vain: what is left comes with every round (malloc's default settings, or a library's own buffers).
+        # If the faults hardly decrease, every round has them (malloc's default settings, or a library's own buffers).
         if faults < _FEW_FAULTS or faults > 0.9 * previous or time.monotonic() - begun > budget_s:
             break
         previous = faults
@@ -367,7 +386,7 @@ def _warm_up(steps: Mapping[str, Callable[[], object]], device: TimingDevice, bu
 
 
 def _upstream(case: Case) -> list[torch.Tensor]:
-    """The gradients that come from above: random, and 1 for a scalar loss."""
+    """Return the upstream gradients: random values, or 1 for a scalar loss."""
     with torch.no_grad():
         outputs = as_tuple(case.unfused(*case.inputs))
     return [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in outputs]

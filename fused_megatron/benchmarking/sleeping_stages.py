@@ -1,4 +1,4 @@
-"""Pipeline stages that sleep instead of computing: many ranks on few cores, and times that are known beforehand."""
+"""Pipeline stages that sleep instead of computing, to measure schedules of many ranks on few cores."""
 
 import time
 import weakref
@@ -16,19 +16,19 @@ from fused_megatron.pipeline.schedule.action import Kind, stages_of
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.sharding import parameter_record
 
-# Of what passes between stages: large enough to be data, small enough to be gone at once.
+# Size of a message between stages, small enough to be sent at once.
 _MESSAGE_ELEMENTS = 1024
 
 
 @dataclass
 class HeldActivations:
-    """How many activations of a stage and microbatch a rank holds, and has held at most."""
+    """Number of activations (of one stage and microbatch) that a rank holds now, and at its peak."""
 
     now: int = 0
     peak: int = 0
 
     def hold(self) -> object:
-        """Something that counts until it is freed."""
+        """Return an object that counts as an activation until it is freed."""
         kept = _Activation()
         self.now += 1
         self.peak = max(self.peak, self.now)
@@ -40,15 +40,15 @@ class HeldActivations:
 
 
 class _Activation:
-    """Stands for what a layer keeps for its backward."""
+    """Stand-in for the tensors that a layer keeps for its backward."""
 
 
 class SleepingStage(nn.Module):
-    """The identity, in a given time; its weight gradient can be put off, as that of our linear layers.
+    """Identity that takes a given time; its weight gradient can be deferred, as in our linear layers.
 
     Args:
-        forward_s, input_grad_s, weight_grad_s: how long each takes.
-        held: counts what is kept from the forward to the end of the backward.
+        forward_s, input_grad_s, weight_grad_s: seconds that each part takes.
+        held: counts the activations that are kept from the forward to the end of the backward.
     """
 
     def __init__(self, forward_s: float, input_grad_s: float, weight_grad_s: float, held: HeldActivations) -> None:
@@ -87,12 +87,12 @@ def _sleep_with(seconds: float, kept: object) -> None:
 
 @dataclass(frozen=True)
 class MeasuredSchedule:
-    """One schedule, run and predicted.
+    """Measurement and prediction of one schedule.
 
     Attributes:
         predicted, measured: timelines, in seconds.
-        step_s: of executor.step() as a whole, of the slowest rank, by step.
-        peak_held: per rank, the activations that existed at once.
+        step_s: seconds of executor.step() on the slowest rank, for each step.
+        peak_held: for each rank, the largest number of activations at one time.
     """
 
     predicted: Timeline
@@ -104,13 +104,13 @@ class MeasuredSchedule:
 def measure_schedule(
     schedule: Schedule, costs: Costs, pp_group: dist.ProcessGroup, *, steps: int = 1
 ) -> MeasuredSchedule:
-    """Run a schedule with stages that take the given times (in seconds), and predict it. On all ranks of pp_group.
+    """Run a schedule with stages that take the given times, and simulate it. All ranks of pp_group must call this.
 
     Args:
         schedule: compute actions.
-        costs: of the stages, whose sleep they say; those of links are only for the prediction.
-        pp_group: as many ranks as the schedule has.
-        steps: measured ones; one more goes before them. The timeline is that of the fastest.
+        costs: of the stages, in seconds of sleep; costs of links are used only for the simulation.
+        pp_group: has as many ranks as the schedule.
+        steps: number of measured steps, after one warm-up step. The measured timeline is of the fastest step.
     """
     rank, held = dist.get_rank(pp_group), HeldActivations()
     times = costs.per_stage(schedule.num_stages)

@@ -1,4 +1,4 @@
-"""What a benchmark needs of a device: a clock, a way to start each round alike, its speed limit, its peak memory."""
+"""Devices that benchmarks run on: their clocks, peak memory, and measured speed limits."""
 
 import importlib.util
 import statistics
@@ -16,42 +16,42 @@ T = TypeVar("T")
 _CEILING_BYTES = 1 << 30
 _CEILING_ROUNDS = 10
 _CPU_GEMM_SIZE, _GPU_GEMM_SIZE = 2048, 8192
-_MIN_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any GPU of today
+_MIN_FLUSH_BYTES = 256 << 20  # more than the L2 cache of any current GPU
 
 
 if importlib.util.find_spec("resource"):  # not on every platform
     import resource
 
     def page_faults() -> int:
-        """Pages that the system has given to this process so far."""
+        """Return the number of page faults of this process so far."""
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 else:
 
     def page_faults() -> int:
-        """Not known here: 0."""
+        """Return 0: this platform does not count page faults."""
         return 0
 
 
 class TimingDevice(Protocol):
-    """A device that functions are timed on."""
+    """Device on which functions are timed."""
 
     name: str
     device: torch.device
     is_gpu: bool
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Of one call, all its work done; what it returns is freed within."""
+        """Time one call until all its work is done; freeing its result is included."""
 
     def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
-        """Of two calls in a row, the second of what the first returns; nothing else comes between."""
+        """Time two calls in a row; the second takes the result of the first."""
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
-        """The most memory that one call holds at a time beyond what was held before; None if it cannot be told."""
+        """Return the largest memory that one call holds beyond the memory held before; None if unknown."""
 
 
 class CpuDevice:
-    """The CPU, by the wall clock."""
+    """The CPU, timed by the wall clock."""
 
     is_gpu = False
 
@@ -72,12 +72,12 @@ class CpuDevice:
         return between - start, time.perf_counter() - between
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
-        """Of what torch's allocator gives out; a library's own scratch memory is not seen."""
+        """Return the peak of memory from torch's allocator; scratch memory of libraries is not counted."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             function()
         try:
             events = profiler.profiler.kineto_results.events()
-        except AttributeError:  # no public name for it: another torch may have moved it
+        except AttributeError:  # a private name that another release of torch may move
             return None
         held = peak = 0
         for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -87,7 +87,7 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """A GPU, by its own events; its L2 cache is overwritten before every measured call."""
+    """A GPU, timed by its own events; its L2 cache is overwritten before every measured call."""
 
     is_gpu = True
 
@@ -103,7 +103,7 @@ class CudaDevice:
 
     def seconds_of_two(self, first: Callable[[], T], second: Callable[[T], object]) -> tuple[float, float]:
         begin, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        # The flush also keeps the GPU busy while the CPU queues the call, so that launches are not what is timed.
+        # The flush also keeps the GPU busy while the CPU queues the call, so that launch times are not measured.
         self._flush.zero_()
         begin.record()
         held = [first()]
@@ -123,7 +123,7 @@ class CudaDevice:
 
 
 class FakeGpu(CpuDevice):
-    """The path of a GPU, computed and timed on the CPU: for tests of the harness where there is none."""
+    """Stand-in for a GPU that computes and times on the CPU, for tests of the benchmarks without a GPU."""
 
     is_gpu = True
 
@@ -140,26 +140,26 @@ class FakeGpu(CpuDevice):
 
 
 def find_gpus(fake: Sequence[str] = ()) -> list[TimingDevice]:
-    """The GPUs of this machine, or one FakeGpu a name."""
+    """Return the GPUs of this machine, or a FakeGpu for each name."""
     if fake:
         return [FakeGpu(name) for name in fake]
     return [CudaDevice(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
 
 
 def copy_step(num_bytes: int, device: torch.device) -> Callable[[], Any]:
-    """A copy between two buffers that exist, which moves num_bytes in all: half of them read, half written."""
+    """Return a function that copies between two existing buffers: it reads num_bytes / 2 and writes num_bytes / 2."""
     source = torch.zeros(max(1, num_bytes // 8), dtype=torch.float32, device=device)
     copy = torch.zeros_like(source)
     return lambda: copy.copy_(source)
 
 
 def copy_ceiling_gb_per_s(device: TimingDevice, num_bytes: int = _CEILING_BYTES) -> float:
-    """The bytes a second that a large copy moves, reads and writes counted: the 100 % of a memory-bound kernel."""
+    """Measure the GB/s of a large copy, counting reads and writes: the speed limit of a memory-bound kernel."""
     return num_bytes / _median_seconds(device, copy_step(num_bytes, device.device)) / 1e9
 
 
 def gemm_ceiling_gflop_per_s(device: TimingDevice, dtype: torch.dtype, size: int | None = None) -> float:
-    """The GFLOP/s of a large square product: the 100 % of a compute-bound kernel."""
+    """Measure the GFLOP/s of a large square matrix product: the speed limit of a compute-bound kernel."""
     size = size or (_GPU_GEMM_SIZE if device.device.type == "cuda" else _CPU_GEMM_SIZE)
     a, b = (torch.randn(size, size, device=device.device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
@@ -169,10 +169,14 @@ def gemm_ceiling_gflop_per_s(device: TimingDevice, dtype: torch.dtype, size: int
 def measure_ceilings(
     device: TimingDevice, dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16), *, quick: bool = False
 ) -> dict[str, float]:
-    """What this device does at most with the threads that torch has now, by the names of a results file.
+    """Measure the speed limits of this device with torch's current number of threads, by their names in a results file.
 
-    About three seconds on two cores. On several ranks that share a machine: call it on all of them at the same time.
-    quick: tiny, for tests.
+    Takes about three seconds on two cores. If several ranks share a machine, all must call it at the same time.
+
+    Args:
+        device: to measure.
+        dtypes: of the matrix products.
+        quick: use tiny sizes, for tests.
     """
     ceilings = {"copy_gb_per_s": copy_ceiling_gb_per_s(device, 1 << 20 if quick else _CEILING_BYTES)}
     for dtype in dtypes:
@@ -182,5 +186,5 @@ def measure_ceilings(
 
 
 def _median_seconds(device: TimingDevice, step: Callable[[], object]) -> float:
-    step()  # faults its pages in, chooses its kernel
+    step()  # warm-up: page faults, choice of a kernel
     return statistics.median(device.seconds(step) for _ in range(_CEILING_ROUNDS))

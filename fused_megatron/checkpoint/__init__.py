@@ -1,7 +1,7 @@
-"""Checkpoints: named boxes of full tensors in a folder of safetensors and a JSON manifest.
+"""Checkpoints: named boxes of full tensors, stored in a folder of safetensors files and a JSON manifest.
 
-Knows no model and no optimizer. Reading order: boxes (what a shard is), manifest (what a checkpoint is), shard_file
-(the bytes), save, load, verify, folder (names and rotation).
+This room knows no model and no optimizer. Reading order: sharding/box.py (shards), manifest (content of a checkpoint),
+shard_file (bytes of a file), save, load, verify, folder (names, and deletion of old checkpoints).
 """
 
 from fused_megatron.checkpoint.errors import CheckpointError

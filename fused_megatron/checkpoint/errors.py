@@ -1,4 +1,4 @@
-"""The error of a checkpoint that cannot be written or read, and how the system's errors are put into words."""
+"""Errors of checkpoints that cannot be written or read, with messages for errors of the operating system."""
 
 import errno
 import os
@@ -8,26 +8,26 @@ from fused_megatron.checks import SharedError
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or its files are broken: one line that names the file and the cause.
+    """A checkpoint could not be written, or its files are damaged: one line that names the file and the cause.
 
-    (A checkpoint that is whole but does not fit this run, as one of another model, is a `checks.InputError`.)
+    A good checkpoint that does not fit the run, for example of another model, raises `checks.InputError` instead.
     """
 
 
 class UnreadableError(CheckpointError):
-    """A file that may be whole could not be read: a permission, a network file system, too many open files."""
+    """A file could not be read but may be good: a permission, a network file system, too many open files."""
 
 
 class SharedCheckpointError(SharedError, CheckpointError):
     """A CheckpointError that every rank raises."""
 
 
-# What the content of a folder is to blame for. Whatever else the system says may be over in a moment.
+# Errors caused by the content of a folder. All other errors of the system may be temporary.
 _WRONG_CONTENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
 
 
 def read_error(path: Path, error: OSError) -> CheckpointError:
-    """The error of a file that the system does not open or read: an UnreadableError unless it is damage."""
+    """Return the error for a file that cannot be opened or read: an UnreadableError unless the file is damaged."""
     kind = CheckpointError if error.errno in _WRONG_CONTENT else UnreadableError
     return kind(f"{path}: cannot be read: {error.strerror or error}")
 
@@ -37,13 +37,13 @@ def megabytes(num_bytes: int) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that an unprivileged process may still write in folder."""
+    """Return the number of bytes that an unprivileged process may still write in folder."""
     statistics = os.statvfs(folder)
     return statistics.f_bavail * statistics.f_frsize
 
 
 def disk_full(folder: Path, needed_bytes: int) -> str:
-    """'disk full: needs X MB, Y MB free on FOLDER', and the way out."""
+    """Return the message 'disk full: needs X MB, Y MB free on FOLDER', with the way out."""
     try:
         free = megabytes(free_bytes(folder))
     except OSError:
@@ -55,7 +55,7 @@ def disk_full(folder: Path, needed_bytes: int) -> str:
 
 
 def explain_os_error(error: OSError, folder: Path, needed_bytes: int) -> str:
-    """The cause of a failed write in words that say what to do."""
+    """Describe why a write failed, and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return disk_full(folder, needed_bytes)
     if error.errno == errno.EFBIG:

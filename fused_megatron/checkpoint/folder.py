@@ -1,11 +1,11 @@
-"""The folder of a run's checkpoints: what its names mean, what is newest, what may go.
+"""Folder of a run's checkpoints: names, order by age, and deletion of old ones.
 
-    step-000100               a whole checkpoint
-    step-000100.tmp-<id>      a save at work, or one that died
-    step-000100.old-<id>      the checkpoint that a second save of the step replaces: whole, and good until that is done
-    step-000100.trash-<id>    being deleted
+    step-000100               a complete checkpoint
+    step-000100.tmp-<id>      a save in progress, or one that was killed
+    step-000100.old-<id>      a complete checkpoint that a second save of the same step is replacing
+    step-000100.trash-<id>    a checkpoint that is being deleted
 
-There is no pointer to the latest one: a pointer can be wrong, a scan cannot.
+No file points to the latest checkpoint: a pointer can be wrong, a scan cannot.
 """
 
 import os
@@ -29,7 +29,7 @@ def checkpoint_name(step: int) -> str:
 
 
 def checkpoint_step(path: str | os.PathLike[str]) -> int:
-    """The step that the name of a checkpoint folder states."""
+    """Return the step in the name of a checkpoint folder."""
     match = _CHECKPOINT.fullmatch(Path(path).name)
     if match is None:
         raise CheckpointError(f"{path}: not a checkpoint folder (they are named step-000100)")
@@ -37,15 +37,15 @@ def checkpoint_step(path: str | os.PathLike[str]) -> int:
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The finished checkpoints in folder, newest first, by name only: `verify_checkpoint` tells which are good.
+    """List the finished checkpoints in folder, newest first, by name only; `verify_checkpoint` reads and checks one.
 
     Raises:
-        InputError: the folder is there and cannot be read.
+        InputError: the folder exists and cannot be read.
     """
     folder = Path(folder)
     try:
         with os.scandir(folder) as entries:
-            # A link whose target is away (a disk that is not mounted) names a checkpoint all the same.
+            # A link names a checkpoint even if its target is missing (a disk that is not mounted).
             found = [
                 folder / entry.name
                 for entry in entries
@@ -55,20 +55,20 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
         return []
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror} (it may hold checkpoints)") from error
-    # Of one step, the plain name before one that was set aside.
+    # For the same step, the plain name comes before a name with .old-.
     return sorted(found, key=lambda path: (-checkpoint_step(path), "." in path.name, path.name))
 
 
-def open_whole(path: Path, manifest: Manifest) -> None:
-    """Raise CheckpointError unless every file is there with the right size and header. Reads no data."""
+def check_files(path: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless every file exists with the right size and header. Reads no tensor data."""
     for name in manifest.files:
         ShardFileReader(path / name, manifest.entries(name), manifest.step).close()
 
 
 def _looks_good(path: Path) -> bool | None:
-    """Whether manifest, sizes and headers are right; None where they cannot be read now."""
+    """Return whether manifest, file sizes and headers are right; None if they cannot be read now."""
     try:
-        open_whole(path, read_manifest(path))
+        check_files(path, read_manifest(path))
     except (UnreadableError, OSError):
         return None
     except CheckpointError:
@@ -77,18 +77,18 @@ def _looks_good(path: Path) -> bool | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what saves and deletions that died left behind. Only for a save, of which a run has one at a time."""
+    """Delete the remains of killed saves and deletions. Call it only from a save: a run has one save at a time."""
     for path in folder.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_superseded(folder: Path, saved: Path, keep: int | None) -> None:
-    """After `saved` is in place: delete what it replaced, and all that is older than the newest `keep` good ones.
+    """Delete the checkpoint that `saved` replaced, and every checkpoint older than the newest `keep` good ones.
 
-    Here a checkpoint counts as good by its manifest, sizes and headers: reading all the data at every save would cost
-    more than the save. One that cannot be read now stays, and so does a link. Failing to delete is a warning: the save
-    itself is done.
+    Call it after `saved` is complete. A checkpoint counts as good here by its manifest, file sizes and headers: reading
+    all data at every save would cost more than the save. Links, and checkpoints that cannot be read now, are kept. A
+    failed deletion is a warning, since the save itself has succeeded.
     """
     try:
         for path in list_checkpoints(folder):

@@ -1,4 +1,7 @@
-"""Reading a checkpoint into tensors of any layout: every stored box that meets a wanted box is read and checked."""
+"""Loading of a checkpoint into tensors of any layout.
+
+A rank reads every stored box that overlaps a box that it wants, and verifies its checksum.
+"""
 
 import fnmatch
 import functools
@@ -36,34 +39,34 @@ def load_checkpoint(
     allow_missing: Sequence[str] = (),
     allow_extra: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Fill this rank's boxes, in place, from the checkpoint at path, whatever layout it was saved in.
+    """Fill this rank's tensors, in place, from the checkpoint at path, which may have been saved in any layout.
 
-    Every byte that is used is checked against its checksum first or while it is copied: on an error the tensors hold
+    The checksum of all used data is verified, but some data is copied before. After an error the tensors therefore hold
     undefined values. Nothing in a checkpoint is executed, and no file outside its folder is opened.
 
     Args:
-        path: a checkpoint's folder, as of `newest_checkpoint`.
+        path: a checkpoint's folder, as returned by `newest_checkpoint`.
         tensors: by name, the box of the full tensor that this rank wants; its tensor is written. Shapes and dtypes
-            must be those of the checkpoint.
-        rank_tensors: destinations for what `save_checkpoint` got from the rank of the same number. With another
-            number of ranks there is no such rank: they are left as they are, with a warning.
-        group: all ranks of the run; None when there is one.
+            must equal the checkpoint's.
+        rank_tensors: destinations for the tensors that the rank of the same number gave to `save_checkpoint`. If the
+            number of ranks differs, they are left as they are, with a warning.
+        group: all ranks of the run; None: one rank.
         allow_missing: glob patterns of names that the checkpoint may lack; those tensors are left as they are.
-        allow_extra: glob patterns of names that the checkpoint may have and no rank asks for.
+        allow_extra: glob patterns of names in the checkpoint that no rank needs to ask for.
 
     Returns:
         The state that was given to save_checkpoint.
 
     Raises:
-        InputError: on every rank, where the checkpoint does not fit (names, shapes, dtypes): one of another model.
-        CheckpointError: on every rank, where it is damaged; the file and the tensor are named.
+        InputError: on every rank, if the checkpoint does not fit (names, shapes, dtypes), for example of another model.
+        CheckpointError: on every rank, if the checkpoint is damaged; the message names the file and the tensor.
 
     Communication: two exchanges of JSON. Each rank reads the files itself.
     Memory: one block of 4 MiB, or one row, beside the destinations.
     """
     rank, world_size = group_rank(group), group_size(group)
     path = Path(path)
-    manifests: list[Manifest] = []  # filled on the way: what the ranks exchange is its digest and their wishes
+    manifests: list[Manifest] = []  # filled by open_and_check: ranks exchange only the digest and the names they want
 
     def open_and_check() -> list[Any]:
         manifest, digest = read_manifest_and_digest(path)
@@ -88,10 +91,10 @@ def load_checkpoint(
 
 
 def read_tensor(path: Path, manifest: Manifest, name: str) -> torch.Tensor:
-    """One full tensor of a checkpoint, its checksums checked; for one process that streams through it.
+    """Read one full tensor of a checkpoint and verify its checksums, in one process.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the tensor is damaged.
     """
     stored = manifest.tensors[name]
     tensor = torch.empty(stored.shape, dtype=stored.dtype)
@@ -108,7 +111,7 @@ def _describe(dtype: torch.dtype, shape: Sequence[int]) -> str:
 
 
 def _check_fit(path: Path, manifest: Manifest, tensors: Mapping[str, TensorBox], allow_missing: Sequence[str]) -> None:
-    """Raise InputError for the first tensor that does not fit, counting the others."""
+    """Raise InputError if any tensor does not fit: the message names the first and counts the others."""
     problems = []
     for name, wanted in tensors.items():
         check(
@@ -120,9 +123,9 @@ def _check_fit(path: Path, manifest: Manifest, tensors: Mapping[str, TensorBox],
         stored = manifest.tensors.get(name)
         if stored is None:
             if not _allowed(name, allow_missing):
-                problems.append(f"tensor {name!r} ({ours}) is wanted and not there")
+                problems.append(f"tensor {name!r} ({ours}) is not in the checkpoint")
         elif (stored.dtype, stored.shape) != (wanted.tensor.dtype, tuple(wanted.full_shape)):
-            problems.append(f"tensor {name!r} is {_describe(stored.dtype, stored.shape)}, but {ours} is wanted")
+            problems.append(f"tensor {name!r} is {_describe(stored.dtype, stored.shape)}, but this run needs {ours}")
     _raise_misfit(path, problems)
 
 
@@ -133,10 +136,10 @@ def _check_rank_tensors(
     for name, tensor in wanted.items():
         ours = _describe(tensor.dtype, tensor.shape)
         if name not in stored:
-            problems.append(f"rank tensor {name!r} ({ours}) of rank {rank} is wanted and not there")
+            problems.append(f"rank tensor {name!r} ({ours}) of rank {rank} is not in the checkpoint")
         elif (stored[name].dtype, stored[name].shape) != (tensor.dtype, tuple(tensor.shape)):
             theirs = _describe(stored[name].dtype, stored[name].shape)
-            problems.append(f"rank tensor {name!r} of rank {rank} is {theirs}, but {ours} is wanted")
+            problems.append(f"rank tensor {name!r} of rank {rank} is {theirs}, but this run needs {ours}")
     _raise_misfit(path, problems)
 
 
@@ -145,8 +148,8 @@ def _check_nothing_extra(path: Path, manifest: Manifest, wanted: set[str], allow
     _raise_misfit(
         path,
         [
-            f"tensor {name!r} ({_describe(manifest.tensors[name].dtype, manifest.tensors[name].shape)}) is there, and "
-            "nothing in this run takes it"
+            f"tensor {name!r} ({_describe(manifest.tensors[name].dtype, manifest.tensors[name].shape)}) is in the "
+            "checkpoint, but this run does not use it"
             for name in extra
         ],
     )
@@ -159,7 +162,7 @@ def _raise_misfit(path: Path, problems: list[str]) -> None:
 
 
 def _copy_rows(target: torch.Tensor, wanted: Box, stored: Box, start: int, rows: torch.Tensor) -> None:
-    """Copy what of these rows of the stored box lies in the wanted box, whose tensor target is."""
+    """Copy the part of these rows of the stored box that lies in the wanted box into target, its tensor."""
     if not stored.shape:
         target.copy_(rows[0])
         return
@@ -175,7 +178,7 @@ def _read(
     rank_tensors: Mapping[str, torch.Tensor],
     rank: int,
 ) -> None:
-    """Read, file by file, every stored box that this rank needs something of."""
+    """Read, file by file, every stored box that overlaps a box that this rank wants."""
     work: dict[str, dict[str, ConsumeRows]] = {}
 
     def want(stored: StoredTensor, wanted: TensorBox, prefix: str, name: str) -> None:

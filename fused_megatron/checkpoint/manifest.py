@@ -1,4 +1,7 @@
-"""manifest.json: everything that a checkpoint is, but the numbers. Read as the word of a stranger, so checked whole."""
+"""The file manifest.json of a checkpoint: names, shapes, boxes, checksums and state, without the tensor data.
+
+A checkpoint may come from anybody, so reading checks every field.
+"""
 
 import functools
 import hashlib
@@ -29,11 +32,11 @@ RANK_TENSOR_PREFIX = "rank_tensors/"
 _DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
 _DIGEST_START = b'{"sha256": "'
 _NO_DIGEST = b"0" * 64
-_MAX_BYTES = 1 << 30  # a manifest needs some 300 bytes a shard: this is far beyond any model
+_MAX_BYTES = 1 << 30  # a manifest needs about 300 bytes a shard: this is enough for any model
 
 
 class _BoxRecord(msgspec.Struct):
-    # A plain name, and ours: nothing outside the folder is ever opened.
+    # Only the names that we write are allowed: no file outside the folder is ever opened.
     file: Annotated[str, msgspec.Meta(pattern=r"^rank-[0-9]{5,9}-of-[0-9]{5,9}\.safetensors\Z")]
     offset: Shape
     shape: Shape
@@ -81,7 +84,7 @@ class StoredBox:
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """A tensor in a file, its CRC-32, and what it is called in messages."""
+    """A tensor in a file, its CRC-32, and its name in messages."""
 
     entry: Entry
     crc32: int
@@ -90,7 +93,7 @@ class StoredEntry:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A full tensor and the blocks that cover it exactly once; an empty tensor may have none."""
+    """A full tensor and the boxes that cover it exactly once; an empty tensor may have no box."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -99,12 +102,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """Content of a checkpoint without the tensor data.
 
     Attributes:
-        step, world_size: of the run at the time of the save.
+        step, world_size: of the run when it was saved.
         tensors: full tensors by name.
-        rank_tensors: for each rank, its private tensors by name, each in one block.
+        rank_tensors: for each rank, its private tensors by name, each in one box.
         state: the JSON state that was given to save_checkpoint.
     """
 
@@ -116,7 +119,7 @@ class Manifest:
 
     @functools.cached_property
     def files(self) -> dict[str, dict[str, "StoredEntry"]]:
-        """For each file the tensors in it, by their key there."""
+        """Entries of each file, by their key in that file."""
         files: dict[str, dict[str, StoredEntry]] = {}
 
         def add(stored: StoredBox, entry: Entry, label: str) -> None:
@@ -138,7 +141,7 @@ class Manifest:
         return [stored.entry for stored in self.files[file].values()]
 
     def to_bytes(self) -> bytes:
-        """The file's content: JSON that begins with the SHA-256 of all of it, zeros standing for the digest itself."""
+        """Return the file's content: JSON that begins with its SHA-256, computed with zeros in place of the digest."""
         files = {name: {"bytes": file_bytes(self.entries(name), self.step)} for name in self.files}
         document = {
             "sha256": _NO_DIGEST.decode(),
@@ -161,16 +164,17 @@ class Manifest:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the checkpoint folder at path, its digest and every field of it checked; no data is read.
+    """Read the manifest of the checkpoint folder at path; verify its digest and every field. Reads no tensor data.
 
     Raises:
-        CheckpointError: it is absent, damaged, or of a format that this version does not know.
+        CheckpointError: the manifest is missing, damaged, or of a format that this release does not know.
         UnreadableError: it cannot be read now.
     """
     return read_manifest_and_digest(Path(path))[0]
 
 
 def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
+    """Read the manifest as read_manifest does; return it and the SHA-256 of the file."""
     location = path / MANIFEST_NAME
     try:
         if not stat.S_ISDIR(path.stat().st_mode):
@@ -187,12 +191,12 @@ def read_manifest_and_digest(path: Path) -> tuple[Manifest, str]:
     try:
         return _parse(text), expected
     except ValueError as error:
-        # A good digest around a bad document: made by hand, or by another version of this library.
+        # The digest is right but the document is not: written by hand, or by another release of this library.
         raise CheckpointError(f"{location}: malformed: {error}") from error
 
 
 def _read(location: Path) -> bytes:
-    """The content, of which no more than its beginning is read where that or the size is wrong."""
+    """Return the content of the file; read only its beginning if the beginning or the size is wrong."""
     with open(open_regular_file(location), "rb") as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -205,7 +209,7 @@ def _read(location: Path) -> bytes:
 
 
 def check_json_state(value: Any, where: str = "state") -> None:
-    """Raise InputError, naming the place, unless value comes back from JSON as it is (but a tuple, as a list)."""
+    """Raise InputError, naming the wrong item, unless value survives JSON unchanged (tuples become lists)."""
     if isinstance(value, dict):
         for key, item in value.items():
             if type(key) is not str:
@@ -264,7 +268,7 @@ def _parse(text: bytes) -> Manifest:
 
 def _parse_tensor(name: str, item: _TensorRecord) -> StoredTensor:
     _require(item.dtype in _DTYPES, f"tensor {name!r}: unknown dtype {item.dtype!r:.40}")
-    # An empty tensor's other sizes count too: torch multiplies them for its strides.
+    # Sizes of 0 count as 1: torch multiplies the other sizes of an empty tensor for its strides.
     _require(math.prod(n or 1 for n in item.shape) <= MOST_ELEMENTS, f"tensor {name!r}: shape out of bounds")
     boxes = []
     for stored in item.boxes:

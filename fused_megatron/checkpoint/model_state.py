@@ -1,38 +1,43 @@
-"""A model and its optimizer as named boxes of full tensors: what a checkpoint stores, whatever the layout."""
+"""Names and boxes of a model's and an optimizer's tensors in a checkpoint, the same in every layout."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
-from fused_megatron.sharding import TensorBox, parameter_parts
+from fused_megatron.sharding import WHOLE_ROWS, RowShards, ShardPart, TensorBox, parameter_parts
 
 
 def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorBox]:
-    """Every parameter under `model.<name>`; one that stacks several full ones as `model.<name>.<part>` each.
+    """Return the box of every parameter under `model.<name>`; a stacked parameter has a box `model.<name>.<part>` each.
 
-    The names are those of the whole model in every pipeline stage, so that any cut into stages loads any other.
+    Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut.
     """
     boxes: dict[str, TensorBox] = {}
     for name, parameter in parameters.items():
-        boxes |= _boxes(f"model.{name}", parameter, parameter.detach())
+        boxes |= _boxes(f"model.{name}", parameter_parts(parameter), parameter.detach())
     return boxes
 
 
 def optimizer_boxes(
-    parameters: Mapping[str, nn.Parameter], state: Mapping[str, Mapping[str, torch.Tensor]]
+    parameters: Mapping[str, nn.Parameter],
+    state: Mapping[str, Mapping[str, torch.Tensor]],
+    rows: RowShards = WHOLE_ROWS,
 ) -> dict[str, TensorBox]:
-    """Moments and main weights under `optimizer.<kind>.<name>`, cut as the parameter is.
+    """Return the boxes of moments and main weights under `optimizer.<kind>.<name>`, cut like their parameter.
 
-    state: by parameter name and kind, as data_parallel.Optimizer.state() gives it.
+    Args:
+        parameters: by their names in the whole model.
+        state: tensors by parameter name and kind, as returned by data_parallel.Optimizer.state().
+        rows: the rows of each parameter that the state belongs to.
     """
     boxes: dict[str, TensorBox] = {}
     for name, tensors in state.items():
         for kind, tensor in tensors.items():
-            boxes |= _boxes(f"optimizer.{kind}.{name}", parameters[name], tensor)
+            boxes |= _boxes(f"optimizer.{kind}.{name}", rows.own_parts(parameters[name]), tensor)
     return boxes
 
 
-def _boxes(name: str, parameter: nn.Parameter, tensor: torch.Tensor) -> dict[str, TensorBox]:
-    """What of `tensor` (shaped like the parameter) exists in the full tensors: no vocabulary padding."""
-    return {part.full_name(name): part.held(tensor) for part in parameter_parts(parameter)}
+def _boxes(name: str, parts: Sequence[ShardPart], tensor: torch.Tensor) -> dict[str, TensorBox]:
+    """Return the boxes of the parts of `tensor` in their full tensors, without vocabulary padding."""
+    return {part.full_name(name): part.held(tensor) for part in parts}

@@ -1,4 +1,4 @@
-"""The folder of a run: resolved config, metrics, picture, checkpoints."""
+"""Folder of a run: resolved config, metrics, loss plot, tokenizer and checkpoints."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from fused_megatron.untrusted_files import convert
 
 
 class _Record(msgspec.Struct):
-    """What is read of a line of metrics."""
+    """Fields that are read from a line of metrics."""
 
     step: int
     loss: float = 0.0
@@ -27,10 +27,10 @@ class _Record(msgspec.Struct):
 
 
 class RunFolder:
-    """Paths of a run and its metrics file, one JSON object a line.
+    """Paths of a run, and its metrics file with one JSON object a line.
 
     Args:
-        path: the folder; made by create().
+        path: the folder; create() makes it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,13 +41,13 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
         self.lease = path / "lease.json"
-        # What an imported model had beside its weights, for the way back.
+        # Files of an imported model other than its weights, kept for its export.
         self.hugging_face = path / "hugging_face"
         self._tensorboard: Any = None
         self._metrics_failed = False
 
     def create(self) -> None:
-        """Make the folder, and see that files can be written there."""
+        """Make the folder, and check that files can be written there."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.metrics.open("a").close()
@@ -57,16 +57,16 @@ class RunFolder:
             ) from None
 
     def describe(self, config: TrainConfig, tokenizer_path: str | None) -> None:
-        """Write the resolved config and a copy of the tokenizer, which `generate` reads; equal files are left alone."""
+        """Write the resolved config and a copy of the tokenizer for `generate`; equal files are not written again."""
         replace_file(self.config, config_text(config).encode())
         if tokenizer_path is not None and Path(tokenizer_path).resolve() != self.tokenizer.resolve():
             replace_file(self.tokenizer, Path(tokenizer_path).read_bytes())
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add a line; it is on its way to the disk when this returns.
+        """Append a line; the operating system has it when this returns.
 
-        A run is worth more than its metrics: where they cannot be written (a full disk) that is a warning, once until
-        it works again, and the line is missing.
+        A run is worth more than its metrics. If a line cannot be written (a full disk), it is left out with a warning;
+        the next warning comes only after a line could be written again.
         """
         try:
             self._append_line(json.dumps(record))
@@ -89,14 +89,14 @@ class RunFolder:
 
     def _append_line(self, line: str) -> None:
         with self.metrics.open("a+b") as file:
-            # A line that a full disk or a kill cut short must not swallow this one.
+            # The last line may be cut short by a full disk or a kill: begin a new line.
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 line = line if file.read(1) == b"\n" else f"\n{line}"
             file.write(f"{line}\n".encode())
 
     def open_tensorboard(self, step: int) -> None:
-        """Write metrics to tensorboard/ too, and hide what is there of steps beyond `step`."""
+        """Write metrics to tensorboard/ too, and hide earlier entries there for steps after `step`."""
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
         except ImportError:
@@ -106,18 +106,18 @@ class RunFolder:
         self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; one that a kill cut short is left out."""
+        """Return all complete lines; a line that a kill cut short is left out."""
         if not self.metrics.exists():
             return []
         records = []
         for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):  # cut short, or of another program
+            with contextlib.suppress(ValueError, RecursionError):  # cut short, or from another program
                 record = json.loads(line)
                 convert(record, _Record)
                 records.append(record)
         return records
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop the lines of steps beyond `step`: they will be run again."""
+        """Drop the lines of steps after `step`, which will run again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
         replace_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())

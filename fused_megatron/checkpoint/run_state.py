@@ -1,4 +1,7 @@
-"""The state that a run puts into its checkpoints, checked where it is read: nobody knows who wrote it."""
+"""State of a run in its checkpoints: progress, vocabulary size and config, validated when read.
+
+A checkpoint may come from anybody, so no field is trusted.
+"""
 
 import dataclasses
 import typing
@@ -27,20 +30,22 @@ class _State(msgspec.Struct):
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
-    """The state of a run's checkpoint.
+    """Read the state of a run from a checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or its state is not that of a run.
+        CheckpointError: the checkpoint is damaged, or holds no state of a run.
     """
     return run_state(checkpoint, read_manifest(checkpoint))
 
 
 def run_state(checkpoint: Path, manifest: Manifest) -> dict[str, Any]:
-    """The same of a manifest that was read: "progress", "vocab_size", and "config" with the sections of a TrainConfig,
-    whose fields have the right types as far as this release knows them.
+    """Return the state of a run from a manifest, validated.
+
+    It has the keys "progress", "vocab_size" and "config". The config has the sections of a TrainConfig; all fields that
+    this release knows have the right types.
 
     Raises:
-        CheckpointError: it is another state.
+        CheckpointError: the manifest holds no state of a run.
     """
     try:
         config = convert(manifest.state, _State).config

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: all of it, on disk, under its name; or none of it, and the one before still there."""
+"""Atomic saving of a checkpoint: it is either complete on disk, or absent with all earlier checkpoints intact."""
 
 import os
 import secrets
@@ -36,11 +36,11 @@ from fused_megatron.sharding.box import Box, TensorBox, cover_problem
 from fused_megatron.weight_files import SAFETENSORS_DTYPES
 
 _DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
-# Beside the data: headers, the manifest, and what a file system needs for itself.
+# For headers, the manifest, and the file system's own data.
 _SPACE_MARGIN_BYTES = 1 << 20
 
 Plan = list[dict[str, list[Any]]]
-"""By rank, for each tensor name [dtype, full shape, offset, shape]; rank-private ones under RANK_TENSOR_PREFIX."""
+"""For each rank: [dtype, full shape, offset, shape] by tensor name; private tensors have RANK_TENSOR_PREFIX."""
 
 
 def save_checkpoint(
@@ -53,32 +53,34 @@ def save_checkpoint(
     group: dist.ProcessGroup | None = None,
     keep: int | None = 2,
 ) -> Path:
-    """Save a checkpoint as `folder/step-000100`, from all ranks together.
+    """Save a checkpoint as `folder/step-000100`. All ranks must call this together.
 
-    A kill at any moment leaves either no `step-000100` or a whole one, and never harms an earlier checkpoint: the
-    files go to a temporary folder, each is synced, the manifest comes last, one rename makes it a checkpoint. A box
-    that several ranks hold is written by one of them, chosen so that all write about the same number of bytes.
+    A kill at any moment leaves either no `step-000100` or a complete one, and never harms an earlier checkpoint. The
+    files go to a temporary folder, each file is synced, the manifest is written last, and one rename finishes the
+    checkpoint. If several ranks hold the same box, one of them writes it, chosen so that all ranks write about the same
+    number of bytes.
 
     Args:
-        folder: of the run's checkpoints; made when absent. All ranks must see the same one.
-        step: number of steps done; >= 0. A checkpoint of it that is there already stays until the new one is whole.
-        tensors: this rank's boxes, by name; any dtype of safetensors, device and strides. Over all ranks, the boxes of
-            a name must cover its full tensor exactly once, apart from equal ones (replicas).
-        state: JSON values (data position, layout, config); rank 0's is stored. Floats come back exactly, tuples as
-            lists; NaN and Inf are refused.
-        rank_tensors: what belongs to this rank alone, as RNG states.
-        group: all ranks of the run; None when there is one.
-        keep: number of good checkpoints to keep; older ones are deleted once the new one is in place. None: all.
+        folder: of the run's checkpoints; made if it does not exist. All ranks must see the same folder.
+        step: number of finished steps; >= 0. An existing checkpoint of this step stays until the new one is complete.
+        tensors: this rank's boxes, by name; any dtype of safetensors, any device and strides. Over all ranks, the boxes
+            of a name must cover its full tensor exactly once, but equal boxes (replicas) are allowed.
+        state: JSON values (data position, layout, config); the state of rank 0 is stored. Floats are restored exactly,
+            tuples as lists; NaN and Inf are refused.
+        rank_tensors: tensors that only this rank has, for example RNG states.
+        group: all ranks of the run; None: one rank.
+        keep: number of good checkpoints to keep; older ones are deleted after the new one is complete. None: keep all.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        InputError: on every rank, for boxes that do not fit together or a state that is no JSON.
-        CheckpointError: on every rank, for a failed write on any (as a full disk) or a dead rank; leaves nothing.
+        InputError: on every rank, if the boxes do not fit together or state is not JSON.
+        CheckpointError: on every rank, if a write failed on any rank (as on a full disk) or a rank died. No new files
+            remain.
 
-    Communication: five exchanges of JSON, of which one holds names and shapes of all tensors.
-    Memory: one block of 4 MiB, or one row, at a time; of StreamedBox one whole.
+    Communication: five exchanges of JSON; one of them has the names and shapes of all tensors.
+    Memory: one block of 4 MiB, or one row, at a time; a StreamedBox is held whole while it is written.
     """
     rank, world_size = group_rank(group), group_size(group)
     folder = Path(folder)
@@ -90,8 +92,8 @@ def save_checkpoint(
     check(len(set(steps)) == 1, f"step={steps} by rank: all ranks must save the same step")
     plan: Plan = [answer["held"] for answer in answers]
     writers = _assign_writers(plan)
-    entries = [_entries_of(r, plan, writers) for r in range(world_size)]
-    mine = _Tensors(entries[rank], tensors, rank_tensors or {})
+    entries = [_entries_to_write(r, plan, writers) for r in range(world_size)]
+    mine = _TensorsByEntry(entries[rank], tensors, rank_tensors or {})
     total_bytes = sum(file_bytes(e, step) for e in entries if e)
 
     temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes), SharedCheckpointError)
@@ -104,7 +106,7 @@ def save_checkpoint(
             SharedCheckpointError,
         )
     except BaseException:
-        if rank == 0:  # all ranks are past their writes, or dead
+        if rank == 0:  # the other ranks have finished writing, or are dead
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     run_on_first(group, lambda: remove_superseded(folder, final, keep), SharedCheckpointError)
@@ -118,7 +120,7 @@ def _describe(
     state: dict[str, Any],
     keep: int | None,
 ) -> dict[str, Any]:
-    """Check this rank's arguments; what it holds, for all ranks to know."""
+    """Check this rank's arguments; return the step and the tensors that it holds, to be sent to all ranks."""
     check(type(step) is int and step >= 0, f"step={step} must be an int >= 0")
     check(keep is None or keep >= 1, f"keep={keep} must be at least 1 (or None to keep all)")
     check(isinstance(state, dict), f"state is a {type(state).__name__}: must be a dict")
@@ -147,7 +149,7 @@ def _checked_dtype(name: str, tensor: torch.Tensor) -> str:
 
 
 def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
-    """For each full tensor its boxes (none empty) and the rank that writes each; every rank computes the same."""
+    """Return the boxes (none empty) of each full tensor, and the rank that writes each; the same on every rank."""
     holders: dict[str, dict[Box, list[int]]] = {}
     kinds: dict[str, tuple[int, str, tuple[int, ...]]] = {}
     load = [0] * len(plan)
@@ -172,7 +174,7 @@ def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
     writers: dict[str, dict[Box, int]] = {name: {} for name in holders}
     bytes_of = {name: _DTYPES[kinds[name][1]].itemsize for name in holders}
     pieces = [(box.volume * bytes_of[name], name, box) for name, boxes in holders.items() for box in boxes]
-    # No choice first, then the largest: the usual greedy balance.
+    # Boxes with a single holder first, then by decreasing size (greedy balancing).
     for num_bytes, name, box in sorted(pieces, key=lambda p: (len(holders[p[1]][p[2]]) > 1, -p[0], p[1], p[2])):
         writer = min(holders[name][box], key=lambda r: (load[r], r))
         load[writer] += num_bytes
@@ -180,8 +182,8 @@ def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
     return writers
 
 
-def _entries_of(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> list[Entry]:
-    """What the rank writes."""
+def _entries_to_write(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> list[Entry]:
+    """Return the entries that the rank writes into its file."""
     entries = []
     for name, (dtype, _, offset, shape) in plan[rank].items():
         box = Box(tuple(offset), tuple(shape))
@@ -190,8 +192,8 @@ def _entries_of(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> li
     return entries
 
 
-class _Tensors(Mapping[Entry, torch.Tensor]):
-    """What to write by entry; a streamed one is read anew whenever it is asked for, and not kept."""
+class _TensorsByEntry(Mapping[Entry, torch.Tensor]):
+    """Tensors to write, by entry; a StreamedBox is read anew for each access, and not kept."""
 
     def __init__(
         self, entries: Iterable[Entry], tensors: Mapping[str, TensorBox], rank_tensors: Mapping[str, torch.Tensor]
@@ -212,7 +214,7 @@ class _Tensors(Mapping[Entry, torch.Tensor]):
 
 
 def _begin(final: Path, total_bytes: int) -> str:
-    """Clear away dead saves, see that there is room, make the temporary folder; its name."""
+    """Delete the remains of killed saves, check the free space, make the temporary folder, and return its name."""
     folder = final.parent
     temporary = folder / f"{final.name}.tmp-{secrets.token_hex(4)}"
     needed = total_bytes + _SPACE_MARGIN_BYTES
@@ -256,7 +258,7 @@ def _manifest(
 
 
 def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
-    """Write the manifest and give the folder its name; after this the checkpoint exists."""
+    """Write the manifest and rename the temporary folder; after this the checkpoint exists."""
     content = manifest.to_bytes()
     aside = final.with_name(f"{final.name}.old-{secrets.token_hex(4)}")
     try:

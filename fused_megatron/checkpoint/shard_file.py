@@ -1,13 +1,13 @@
-"""One rank's file: plain safetensors, written and read as a stream, with a checksum a tensor.
+"""Checkpoint file of one rank: plain safetensors, written and read as a stream, with a checksum for each tensor.
 
-Written here and not by the safetensors library, which knows no checksum, no fsync, and reports a full disk as a Rust
-error; its `serialize_file` would also need contiguous CPU copies of all tensors at once. What is written opens in any
-safetensors reader. The reader here trusts no header: the manifest says which tensors a file holds, the one header that
-goes with them is computed from that, and the file must begin with exactly those bytes.
+The safetensors library is not used: it has no checksum and no fsync, reports a full disk as a Rust error, and its
+`serialize_file` needs contiguous CPU copies of all tensors at once. Any safetensors reader can open the files. The
+reader here trusts no header: the manifest says which tensors a file holds, the expected header is computed from it, and
+the file must begin with exactly these bytes.
 
-Checksums are CRC-32, by zlib: 1 to 4 GB/s a core, faster than disks (sha256: 1.4 GB/s at best). It finds every error of
-up to 32 bits in a row and all but 1 in 4e9 of the others. It is no signature: whoever can write the folder can write
-the checksums too, which is why nothing in a checkpoint is ever executed.
+Checksums are CRC-32 by zlib: 1 to 4 GB/s a core, faster than disks (sha256: 1.4 GB/s at best). CRC-32 detects every
+error of up to 32 consecutive bits, and all but 1 in 4e9 of the others. It is no signature: a person who can write the
+folder can also write the checksums. Therefore nothing in a checkpoint is ever executed.
 """
 
 import json
@@ -28,7 +28,7 @@ from fused_megatron.untrusted_files import open_plain_file
 from fused_megatron.weight_files import BLOCK_BYTES, SAFETENSORS_DTYPES
 
 ConsumeRows = Callable[[int, torch.Tensor], None]
-"""Takes (first row, rows [n, ...]) of a stored tensor; the rows' memory is reused after the call."""
+"""Function of (first row, rows [n, ...]) of a stored tensor; the memory of the rows is reused after the call."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,20 @@ class Entry:
 
 
 def in_file_order(entries: Sequence[Entry]) -> list[Entry]:
-    """Widest dtype first: so every tensor is aligned to its own item size, which memory-mapping readers ask for."""
+    """Sort by item size, widest first, so that every tensor is aligned to its item size, as memory mapping needs."""
     return sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.key))
 
 
 def header_bytes(entries: Sequence[Entry], step: int) -> bytes:
-    """The safetensors header of a file with these entries: a pure function of them, byte for byte.
+    """Return the safetensors header of a file with these entries, which determine every byte of it.
 
-    The step is in it, so that a file of another step is told apart even where no value changed.
+    The header holds the step, so that files of two steps differ even if no value has changed.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step)}}
     start = 0
     for entry in in_file_order(entries):
-        dtype, stop = SAFETENSORS_DTYPES[entry.dtype], start + entry.num_bytes
+        dtype = SAFETENSORS_DTYPES[entry.dtype]
+        stop = start + entry.num_bytes
         header[entry.key] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -66,18 +67,19 @@ def header_bytes(entries: Sequence[Entry], step: int) -> bytes:
 
 
 def file_bytes(entries: Sequence[Entry], step: int) -> int:
+    """Return the size in bytes of a file with these entries."""
     return len(header_bytes(entries, step)) + sum(entry.num_bytes for entry in entries)
 
 
 def _as_bytes(rows: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor. (as_strided: a lone element counts as contiguous with any stride, and cannot
-    be viewed as bytes with that.)"""
+    """Return the memory of a contiguous tensor."""
     assert rows.is_contiguous()
+    # as_strided: a tensor of one element counts as contiguous with any stride, but cannot be viewed as bytes then.
     return rows.as_strided((rows.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def write_shard_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: int) -> dict[str, int]:
-    """Write the tensors to path, durably, block by block; the checksum of each key.
+    """Write the tensors to path, durably, block by block; return the checksum of each key.
 
     Memory: one block of at most BLOCK_BYTES or one row is copied at a time, from any device and any strides.
     """
@@ -90,7 +92,7 @@ def write_shard_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: in
 
 
 def _write_tensor(descriptor: int, source: torch.Tensor) -> int:
-    """Write one tensor; its checksum. A function, so that nothing holds the tensor when the next is made."""
+    """Write one tensor and return its checksum. A function of its own, so that no variable keeps the tensor alive."""
     checksum = 0
     source = source.reshape(1) if source.dim() == 0 else source
     staging = torch.empty(0)
@@ -108,7 +110,7 @@ def _write_tensor(descriptor: int, source: torch.Tensor) -> int:
 
 
 class ShardFileReader:
-    """An opened file whose size and header are those of its entries; `read` streams one tensor and checks it."""
+    """Open file whose size and header match its entries; read() streams one tensor and verifies its checksum."""
 
     def __init__(self, path: Path, entries: Sequence[Entry], step: int) -> None:
         self.path = path
@@ -139,12 +141,19 @@ class ShardFileReader:
         self.close()
 
     def read(self, entry: Entry, checksum: int, consume: ConsumeRows | None, label: str) -> None:
-        """Stream a tensor through consume; raise CheckpointError, naming it by label, where its checksum is wrong.
+        """Stream a tensor through consume; raise CheckpointError if its checksum is wrong.
 
-        consume runs before the checksum is known: after an error, what it wrote is void.
+        consume runs before the checksum is known, so after an error its output is invalid.
+
+        Args:
+            entry: the tensor.
+            checksum: its expected CRC-32.
+            consume: called with each block of rows; None: only verify the checksum.
+            label: name of the tensor in messages.
         """
-        position, actual = self._offsets[entry.key], 0
-        # Nobody takes the rows of a mere check: it runs flat, in constant memory whatever the shape.
+        position = self._offsets[entry.key]
+        actual = 0
+        # Without consume the tensor is read as one dim: in constant memory, for any shape.
         shape = (entry.shape or (1,)) if consume is not None else (math.prod(entry.shape),)
         blocks = list(row_blocks(shape, entry.dtype.itemsize, BLOCK_BYTES))
         staging = torch.empty((blocks[0][1], *shape[1:]) if blocks else (0,), dtype=entry.dtype)
@@ -170,14 +179,17 @@ class ShardFileReader:
                 raise read_error(self.path, error) from error
             if count == 0:
                 raise CheckpointError(f"{self.path}: it ends early, at {position} bytes: it was cut while being read")
-            position, data = position + count, data[count:]
+            position += count
+            data = data[count:]
         return position
 
 
 def open_regular_file(path: Path) -> int:
-    """Descriptor for reading; CheckpointError where it is absent, a link, a pipe or anything but a plain file.
+    """Open a plain file for reading and return its descriptor.
 
-    UnreadableError where the system does not open it now, and may later.
+    Raises:
+        CheckpointError: the file is missing, a link, a pipe or anything else that is not a plain file.
+        UnreadableError: the system cannot open it now, but may later.
     """
     try:
         return open_plain_file(path, follow_links=False)

@@ -1,4 +1,4 @@
-"""Which checkpoints are good: every byte is read and checked, and what is broken is named."""
+"""Verification of checkpoints, and the search for the newest good one. Every byte is read and checked."""
 
 import functools
 import os
@@ -19,48 +19,54 @@ from fused_megatron.collectives.together import run_on_first, run_together
 
 
 def verify_checkpoint(path: str | os.PathLike[str]) -> list[str]:
-    """What is wrong with the checkpoint at path, a line each: file, tensor, found, expected. Empty: it is good."""
+    """Return a line for every problem of the checkpoint at path: file, tensor, found, expected. [] if it is good."""
     path = Path(path)
     try:
         manifest = read_manifest(path)
-        problems = _wrong_name(path, manifest) + _verify_files(path, manifest, list(manifest.files))
+        problems = _name_problems(path, manifest) + _file_problems(path, manifest, list(manifest.files))
         return [problem.text for problem in problems]
     except (CheckpointError, OSError) as error:
         return [str(error)]
 
 
 class _Problem(NamedTuple):
-    """What is wrong with a checkpoint; may_be_whole: it could not be read, and nothing says that it is damaged."""
+    """Problem of a checkpoint.
+
+    Attributes:
+        text: one line.
+        may_be_whole: True if a file could not be read, so that the checkpoint may still be good.
+    """
 
     text: str
     may_be_whole: bool = False
 
 
 def newest_checkpoint(folder: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint in folder that verifies, the same on all ranks; None where there is none.
+    """Return the newest good checkpoint in folder, the same on all ranks; None if there is none.
 
-    A broken one is passed over, with a warning that names the file and the tensor. The ranks share the reading.
+    A damaged checkpoint is passed over, with a warning that names the file and the tensor. The ranks share the reading.
 
     Args:
-        folder: of the run's checkpoints; it may be absent.
-        group: all ranks of the run; None when there is one.
+        folder: of the run's checkpoints; it may be missing.
+        group: all ranks of the run; None: one rank.
 
     Raises:
-        InputError: on every rank, where the folder cannot be read.
+        InputError: on every rank, if the folder cannot be read.
 
-    Communication: one exchange of JSON, and one more for each checkpoint that is looked at.
+    Communication: one exchange of JSON, and another for each checkpoint that is read.
     """
     return _search(folder, group)[0]
 
 
 def checkpoint_to_resume(folder: str | os.PathLike[str], group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint in folder that verifies, for a run that goes on from it; None only where none is there.
+    """Return the newest good checkpoint in folder, for a run to resume from; None only if the folder has none at all.
 
-    Arguments and communication as newest_checkpoint. A run that began anew beside checkpoints would replace them, so:
+    Arguments and communication: as newest_checkpoint. Checkpoints that are not good raise an error here, since a run
+    that started anew beside them would replace them.
 
     Raises:
-        SharedInputError: there are checkpoints, and none is good; or one that is newer than the good one cannot be read
-            now, and may be whole. Nothing was changed.
+        SharedInputError: there are checkpoints but none is good; or one that is newer than the good one cannot be read
+            now, and may be good. Nothing was changed.
     """
     found, passed_over = _search(folder, group)
     unreadable = [path for path, problem in passed_over if problem.may_be_whole]
@@ -68,8 +74,8 @@ def checkpoint_to_resume(folder: str | os.PathLike[str], group: dist.ProcessGrou
         problem = dict(passed_over)[unreadable[0]]
         others = f" (and {len(unreadable) - 1} more in {folder})" if unreadable[1:] else ""
         raise SharedInputError(
-            f"{problem.text}{others}: it may be whole, so none is taken in its place: make it readable, or move "
-            f"{unreadable[0]} to another folder to go on without it"
+            f"{problem.text}{others}: it may be good, so the run does not resume from an older one: make "
+            f"it readable, or move {unreadable[0]} to another folder to go on without it"
         )
     if passed_over and found is None:
         names = ", ".join(path.name for path, _ in passed_over)
@@ -83,7 +89,7 @@ def checkpoint_to_resume(folder: str | os.PathLike[str], group: dist.ProcessGrou
 def _search(
     folder: str | os.PathLike[str], group: dist.ProcessGroup | None
 ) -> tuple[Path | None, list[tuple[Path, _Problem]]]:
-    """The newest good checkpoint, and those that are newer, with the first problem of each."""
+    """Return the newest good checkpoint, and all newer ones with the first problem of each."""
     rank, world_size = group_rank(group), group_size(group)
     folder = Path(folder)
     # Rank 0's list: another process may be adding to the folder.
@@ -96,7 +102,7 @@ def _search(
         problems = [_Problem(*problem) for answer in answers for problem in answer]
         if not problems:
             return path, passed_over
-        # What is known to be damaged cannot be whole, whatever else could not be read.
+        # Known damage first: then the checkpoint cannot be good, even if another file could not be read.
         problems.sort(key=lambda problem: problem.may_be_whole)
         passed_over.append((path, problems[0]))
         if rank == 0:
@@ -108,8 +114,8 @@ def _search(
 def _verify_share(path: Path, rank: int, world_size: int) -> list[_Problem]:
     try:
         manifest = read_manifest(path)
-        named_wrong = _wrong_name(path, manifest) if rank == 0 else []
-        return named_wrong + _verify_files(path, manifest, sorted(manifest.files)[rank::world_size])
+        wrong_name = _name_problems(path, manifest) if rank == 0 else []
+        return wrong_name + _file_problems(path, manifest, sorted(manifest.files)[rank::world_size])
     except (CheckpointError, OSError) as error:
         return [_problem(error)]
 
@@ -118,8 +124,8 @@ def _problem(error: CheckpointError | OSError) -> _Problem:
     return _Problem(str(error), isinstance(error, UnreadableError | OSError))
 
 
-def _wrong_name(path: Path, manifest: Manifest) -> list[_Problem]:
-    """A folder that is named as one step and holds another; a name of the user's own (`best`) is no mistake."""
+def _name_problems(path: Path, manifest: Manifest) -> list[_Problem]:
+    """Return a problem if the folder's name states another step than it holds; a user's own name (`best`) is fine."""
     try:
         stated = checkpoint_step(path)
     except CheckpointError:
@@ -127,7 +133,7 @@ def _wrong_name(path: Path, manifest: Manifest) -> list[_Problem]:
     return [] if stated == manifest.step else [_Problem(f"{path}: it holds step {manifest.step}")]
 
 
-def _verify_files(path: Path, manifest: Manifest, files: Sequence[str]) -> list[_Problem]:
+def _file_problems(path: Path, manifest: Manifest, files: Sequence[str]) -> list[_Problem]:
     problems = []
     for file in files:
         try:

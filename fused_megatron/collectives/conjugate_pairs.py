@@ -1,9 +1,9 @@
 """Collectives with gradients, named <forward>_<backward>.
 
-For each, x is this rank's part of some tensor and the loss is one number that all ranks share. The backward is the
-transpose of the forward as a map on the tensors of all ranks together, which is what the gradient then needs.
+x is this rank's part of some tensor, and the loss is one number that all ranks share. The forward is a linear map on
+the tensors of all ranks together, and the backward is its transpose.
 
-No function writes the tensor that it is given. Group None or of size 1: the tensor itself is returned.
+No function writes to its input. For a group of None or of size 1 the input itself is returned.
 """
 
 from typing import Any
@@ -62,14 +62,14 @@ def _apply(x: torch.Tensor, forward: Any, backward: Any, dim: int, group: Group)
 
 
 def identity_all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """Hand a replicated tensor to work that differs by rank.
+    """Pass a replicated tensor to computations that differ by rank.
 
     forward   y  [..] = x              replicated -> replicated, a view
     backward  dx [..] = sum_r dy_r     partial -> replicated
 
     Args:
         x: [..] any dtype, the same on every rank.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         x, as a view.
@@ -88,7 +88,7 @@ def all_reduce_identity(x: torch.Tensor, group: Group) -> torch.Tensor:
 
     Args:
         x: [..] float, this rank's partial sum.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [..] the sum, bitwise the same on every rank.
@@ -100,7 +100,7 @@ def all_reduce_identity(x: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def all_gather_reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """Bring the shards of all ranks together, for work that differs by rank.
+    """Gather the shards of all ranks, for computations that differ by rank.
 
     forward   y  [.., R n, ..] = concatenate_r(x_r)         sharded along dim -> replicated
     backward  dx [.., n, ..]   = own block of sum_r dy_r    partial -> sharded along dim
@@ -108,19 +108,19 @@ def all_gather_reduce_scatter(x: torch.Tensor, dim: int, group: Group) -> torch.
     Args:
         x: [.., n, ..] any dtype, this rank's shard; the same shape on every rank.
         dim: dim along which the tensor is sharded.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., R n, ..], contiguous.
 
-    Communication: one all-gather forward, one reduce-scatter backward; (R - 1) / R of y sent by each rank in both.
-    Memory: nothing saved. A dim with other dims before it costs one more copy of y in each direction.
+    Communication: one all-gather forward, one reduce-scatter backward; each rank sends (R - 1) / R of y in both.
+    Memory: nothing saved. If dim is not the first, one more copy of y in each direction.
     """
     return _apply(x, _all_gather, _reduce_scatter, dim, group)
 
 
 def all_gather_split(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
-    """Bring the shards of all ranks together, for work that every rank does alike.
+    """Gather the shards of all ranks, for computations that are the same on every rank.
 
     forward   y  [.., R n, ..] = concatenate_r(x_r)    sharded along dim -> replicated
     backward  dx [.., n, ..]   = own block of dy       replicated -> sharded along dim
@@ -128,7 +128,7 @@ def all_gather_split(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     Args:
         x: [.., n, ..] any dtype, this rank's shard; the same shape on every rank.
         dim: dim along which the tensor is sharded.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., R n, ..], contiguous.
@@ -148,7 +148,7 @@ def reduce_scatter_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.
     Args:
         x: [.., n, ..] float, this rank's partial sum.
         dim: dim to shard; its length must be divisible by the number of ranks R.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., n / R, ..], contiguous.
@@ -156,8 +156,8 @@ def reduce_scatter_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.
     Raises:
         InputError: n is not divisible by R.
 
-    Communication: one reduce-scatter forward, one all-gather backward; (R - 1) / R of x sent by each rank in both.
-    Memory: nothing saved. A dim with other dims before it costs one more copy of x in each direction.
+    Communication: one reduce-scatter forward, one all-gather backward; each rank sends (R - 1) / R of x in both.
+    Memory: nothing saved. If dim is not the first, one more copy of x in each direction.
     """
     return _apply(x, _reduce_scatter, _all_gather, dim, group)
 
@@ -171,7 +171,7 @@ def split_all_gather(x: torch.Tensor, dim: int, group: Group) -> torch.Tensor:
     Args:
         x: [.., n, ..] any dtype, the same on every rank.
         dim: dim to shard; its length must be divisible by the number of ranks R.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         [.., n / R, ..], contiguous, a copy.
@@ -197,7 +197,7 @@ class _IdentityAllReduceTogether(AutogradFunction):
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         needed = [dy for dy, needs in zip(gradients, ctx.needs_input_grad[1:], strict=True) if needs]
-        # These are small; summed in float32 so that a bfloat16 gradient is rounded once more and not R times.
+        # These tensors are small. They are summed in float32, so that bfloat16 gradients are rounded once, not R times.
         flat = torch.cat([dy.reshape(-1).to(torch.promote_types(dy.dtype, torch.float32)) for dy in needed])
         sums = start_all_reduce_(flat, ctx.group).wait().split([dy.numel() for dy in needed])
         total = iter(s.view(dy.shape).to(dy.dtype) for s, dy in zip(sums, needed, strict=True))
@@ -205,21 +205,21 @@ class _IdentityAllReduceTogether(AutogradFunction):
 
 
 def identity_all_reduce_together(tensors: tuple[torch.Tensor, ...], group: Group) -> tuple[torch.Tensor, ...]:
-    """identity_all_reduce of several small tensors with one collective: for parameters used on sequence shards.
+    """identity_all_reduce of several small tensors with one collective, for parameters used on sequence shards.
 
     forward   y_i  = x_i                replicated -> replicated, views
     backward  dx_i = sum_r dy_i,r       partial -> replicated
 
     Args:
         tensors: [..] float, the same on every rank.
-        group: the ranks; None for this one alone.
+        group: the ranks; None for this rank only.
 
     Returns:
         The tensors, as views.
 
     Communication: none forward; one all-reduce of 4 bytes an element backward.
     Memory: nothing saved; a copy of all gradients backward.
-    Numerics: summed in float32 (float64 for float64), rounded once to the gradient's dtype.
+    Numerics: gradients are summed in float32 (float64 for float64) and rounded once to their dtype.
     """
     if group_size(group) == 1:
         return tensors

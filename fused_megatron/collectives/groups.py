@@ -1,4 +1,4 @@
-"""Size of a group and this rank's place in it; None is the group of this rank alone."""
+"""Size of a process group and this rank's index in it; None is the group of this rank only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +12,11 @@ from fused_megatron.checks import InputError
 from fused_megatron.ops.autograd_function import AutogradFunction, transform_is_active
 
 Group = dist.ProcessGroup | None
-"""Ranks that work together; None is this rank alone."""
+"""Ranks that work together; None is this rank only."""
 
 
 def group_size(group: Group) -> int:
-    """Number of ranks in group; 1 for None.
+    """Return the number of ranks in group; 1 for None.
 
     Raises:
         InputError: this rank is not in the group (torch hands such ranks a placeholder).
@@ -25,29 +25,29 @@ def group_size(group: Group) -> int:
 
 
 def group_rank(group: Group) -> int:
-    """This rank's position in group; 0 for None. Raises as group_size."""
+    """Return the index of this rank in group; 0 for None. Raises as group_size."""
     return 0 if group is None else _member(group).rank()
 
 
 def is_fake(group: Group) -> bool:
-    """Whether the other ranks of the group are not there: torch's "fake" backend, whose collectives do nothing."""
+    """Whether the group has torch's "fake" backend, without other ranks, whose collectives do nothing."""
     return group is not None and dist.get_backend(group) == dist.Backend.FAKE
 
 
 def on_ranks(function: type[AutogradFunction], group: Group) -> Callable[..., Any]:
-    """function.apply, for a function that talks to the ranks of group: on_ranks(Function, group)(*args).
+    """Return function.apply, for a function with collectives over group: on_ranks(Function, group)(*args).
 
-    torch.compile breaks its graph there: it cannot trace a collective that is under way while a product runs, and the
-    order of the two is what these functions are about. Alone, with nobody to talk to, the function is traced.
+    torch.compile breaks its graph at the call: it cannot trace a collective that runs beside a product, and would lose
+    their order. For a group of one rank the function is traced.
     """
     if torch.compiler.is_compiling():
         return function.apply if group_size(group) == 1 else partial(_between_graphs, function)
     if transform_is_active() or forward_ad._current_level >= 0:
-        return function.apply  # which refuses by name
+        return function.apply  # raises the error that names the transform
     return function.apply_untransformed
 
 
-@torch._disable_dynamo  # torch.compiler.disable, but for the seconds that importing torch._dynamo takes
+@torch._disable_dynamo  # torch.compiler.disable, without the seconds that importing torch._dynamo takes
 def _between_graphs(function: type[AutogradFunction], *args: Any) -> Any:
     return function.apply(*args)
 

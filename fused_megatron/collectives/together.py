@@ -1,4 +1,4 @@
-"""Ranks that succeed or fail together: values and errors are exchanged, so that no rank waits for one that gave up."""
+"""Agreement between ranks: they exchange values and errors, and succeed or fail together, so that none hangs."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 
 class SharedFailure(SharedError, RuntimeError):
-    """What some ranks could not do, raised on every rank."""
+    """Failure of some ranks, raised on every rank."""
 
 
 class Outcome(NamedTuple):
-    """What a rank told the others.
+    """Result of one rank, known to all ranks.
 
     Attributes:
-        value: of the rank; None where it failed.
-        error: text of its error; None where it did not fail.
+        value: result of the rank; None if it failed.
+        error: text of the rank's error; None if it did not fail.
         is_input: whether the error is an InputError.
     """
 
@@ -33,12 +33,12 @@ class Outcome(NamedTuple):
 
 
 def gather_json(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, in rank order, on every rank. JSON rather than all_gather_object, which pickles.
+    """Gather a JSON value from every rank, in rank order. JSON instead of all_gather_object, which pickles.
 
-    Ranks of a fake group say what this one says.
+    In a fake group every rank has this rank's value.
 
     Raises:
-        RuntimeError: of torch.distributed, where a rank is gone or silent.
+        RuntimeError: a rank is gone or silent; raised by torch.distributed.
 
     Communication: two all-gathers, of 8 bytes and of the longest text.
     """
@@ -58,11 +58,11 @@ def gather_json(value: Any, group: Group) -> list[Any]:
 
 
 def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
-    """Sum x over the ranks, in place and at once: for a few numbers. The process group itself carries them.
+    """Sum a few numbers over the ranks, in place, and wait. The process group itself carries them.
 
     Args:
-        x: [..], contiguous.
-        group: the ranks; None for this one alone.
+        x: [..] float or int, contiguous.
+        group: the ranks; None for this rank only.
 
     Communication: one all-reduce of x.
     """
@@ -73,12 +73,12 @@ def sum_over_ranks_(x: torch.Tensor, group: Group) -> None:
 def gather_outcomes(
     group: Group, value: Any, error: Exception | None, *, plain: tuple[type[Exception], ...] = (InputError,)
 ) -> list[Outcome]:
-    """What every rank has to tell, in rank order, on every rank: a JSON value, or its error.
+    """Gather a JSON value or an error from every rank, in rank order.
 
     Args:
-        value: of this rank, for the others.
-        error: what went wrong on this rank; its value counts for nothing then.
-        plain: errors whose message is enough; of any other the class is named, too.
+        value: value of this rank; ignored if it has an error.
+        error: error of this rank; None if it succeeded.
+        plain: classes of errors whose text is the message only; for other errors the text begins with the class.
 
     Raises:
         RuntimeError: as gather_json.
@@ -93,14 +93,14 @@ def gather_outcomes(
 
 
 def failed_ranks(outcomes: Sequence[Outcome]) -> list[int]:
-    """The ranks that told of an error."""
+    """Return the ranks with an error."""
     return [rank for rank, outcome in enumerate(outcomes) if outcome.error is not None]
 
 
 def shared_text(outcomes: Sequence[Outcome]) -> tuple[str, int]:
-    """The error of the first rank that failed, and how many ranks failed in another way.
+    """Return the error of the first rank that failed, and the number of other ranks that failed.
 
-    Where every rank told the same it is no rank's own, and none is named.
+    The error names its rank, unless every rank has the same error; the number is 0 then.
     """
     failed = failed_ranks(outcomes)
     text = str(outcomes[failed[0]].error)
@@ -110,29 +110,29 @@ def shared_text(outcomes: Sequence[Outcome]) -> tuple[str, int]:
 
 
 def run_on_first(group: Group, function: Callable[[], Any], failure: type[RuntimeError] = SharedFailure) -> Any:
-    """Run function on rank 0 only; every rank gets its result, or its error. As run_together."""
+    """Run function on rank 0 only, and return its result, or raise its error, on every rank. As run_together."""
     return run_together(group, lambda: function() if group_rank(group) == 0 else None, failure)[0]
 
 
 def build_together(group: Group, build: Callable[[], T], failure: type[RuntimeError] = SharedFailure) -> T:
-    """build() of this rank, which may return anything; if it raises on any rank, all raise. As run_together."""
+    """Return this rank's build(), which may be any object. If it raises on any rank, all raise. As run_together."""
     results: list[T] = []
     run_together(group, lambda: results.append(build()), failure)
     return results[0]
 
 
 def run_together(group: Group, function: Callable[[], Any], failure: type[RuntimeError] = SharedFailure) -> list[Any]:
-    """Run function on every rank; every rank's JSON result, or the same one-line error raised on all ranks.
+    """Run function on every rank; return the JSON results of all ranks, or raise the same one-line error on all.
 
     Without this a rank that fails would leave the others waiting in their next collective.
 
     Args:
-        failure: a SharedError: what is raised for anything but an InputError.
+        failure: class of the error for failures other than an InputError; a SharedError.
 
     Raises:
-        SharedInputError, failure: on every rank, as soon as all are through, where any rank's function raised.
-        RuntimeError: the class that `failure` shares among the ranks (of a SharedCheckpointError: CheckpointError),
-            on the ranks that are left where one is gone.
+        SharedInputError, failure: function raised on some rank; raised on every rank, after all are through.
+        RuntimeError: a rank is gone; raised on the other ranks. The class is the unshared base of `failure`
+            (CheckpointError for SharedCheckpointError).
 
     Communication: as gather_json.
     """
@@ -141,7 +141,7 @@ def run_together(group: Group, function: Callable[[], Any], failure: type[Runtim
     value, cause = None, None
     try:
         value = function()
-    except Exception as error:  # whatever it is: the others must hear of it, or they wait for ever
+    except Exception as error:  # of any class: the other ranks must hear of it, or they wait for ever
         cause = error
     try:
         outcomes = gather_outcomes(group, value, cause, plain=(InputError, of_one_rank))

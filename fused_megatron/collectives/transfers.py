@@ -1,26 +1,25 @@
-"""Collectives without autograd that can run under other work: start one, do the work, then take the result.
+"""Collectives without autograd that run under other work: start one, do the work, then wait for the result.
 
-All of them leave the caller's tensor as it is, except start_all_reduce_, whose name says so.
+No function changes the caller's tensor, except start_all_reduce_, whose name says so.
 
-Two queues run side by side: the current stream with the products, and the group's communication stream, which is the
-backend's own (NCCL: of high priority in the groups that init_mesh makes; gloo: its threads; none among ranks of one
-host with CPU tensors, where host_ring copies at start and sums at wait). Three rules say when a collective may read,
-when others may, and who owns the memory:
+Two queues run side by side: the current stream with the products, and the communication stream of the group. The
+latter belongs to the backend (NCCL: a stream, of high priority in the groups that init_mesh makes; gloo: its threads).
+CPU tensors of ranks on one host need none: host_ring copies at start and sums at wait. Three rules order the accesses:
 
-    start    the collective goes behind all that the current stream holds by now, so that it reads what was computed
-             before it; whatever the current stream is given next runs beside it
-    wait     all that the current stream is given next goes behind the collective; on a GPU the host does not stop
-    memory   in between the Transfer holds every buffer that the collective reads or writes. They were allocated on the
-             current stream and are given back to it behind the collective, so that no record_stream is needed and no
-             memory stays in use for longer
+    start    the collective runs after all work that the current stream holds, and so reads what was computed before;
+             later work of the current stream runs beside it
+    wait     later work of the current stream runs after the collective; on a GPU the host does not stop
+    memory   between start and wait the Transfer holds every buffer that the collective reads or writes. The buffers
+             were allocated on the current stream and return to it after the collective, so that they need no
+             record_stream, and no memory stays in use for longer
 
-c10d keeps the first two when a collective is issued with async_op=True: NCCL's stream waits for an event of the current
-stream at start, the current stream for an event of NCCL's at wait. Streams and events of our own would say the same
-once more, one level higher. Neither rule stops the host or reads a value, so that both can be captured in a CUDA graph;
-a captured step waits for every transfer that it starts, as capture demands.
+c10d keeps the first two rules for a collective with async_op=True: NCCL's stream waits for an event of the current
+stream at start, and the current stream for an event of NCCL's stream at wait. So this module needs no streams or events
+of its own. No rule stops the host or reads a value, so a CUDA graph can capture both; a captured step must wait for
+every transfer that it starts.
 
-Overlapped products use nothing else. testing.RecordedStreams plays both queues and names every two accesses to the same
-memory that no rule orders.
+Overlapped products use only these functions. testing.RecordedStreams simulates both queues and reports every two
+accesses to the same memory that no rule orders.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ import torch.distributed as dist
 from fused_megatron.checks import check_divisible
 from fused_megatron.collectives.groups import group_size
 from fused_megatron.collectives.transport.host_ring import add_in_order
-from fused_megatron.collectives.transport.select import Work, start
+from fused_megatron.collectives.transport.select import Work, is_shared, meet, start
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 
 
@@ -40,9 +39,9 @@ class Transfer:
     """A collective under way, or several that fill one result.
 
     Args:
-        works: what has to be waited for; nothing where the result is there already.
-        buffers: what the works read and write, the one with the result first.
-        result: of the first buffer, once it is filled.
+        works: parts of the collective to wait for; empty if the result is there already.
+        buffers: tensors that the works read and write; the first holds the result.
+        result: makes the result of the filled first buffer.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Transfer:
         self._works, self._buffers, self._result = works, buffers, result
 
     def wait(self) -> torch.Tensor:
-        """The result; call once, on the stream that started it. On a GPU the stream waits, not the host."""
+        """Wait, and return the result. Call once, on the stream that started it; on a GPU only the stream waits."""
         for work in self._works:
             if isinstance(work, Transfer):
                 work.wait()
@@ -66,7 +65,7 @@ class Transfer:
 
 
 def start_all_reduce_(x: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
-    """Sum x over the ranks, in place where it is contiguous: for a tensor that the caller owns."""
+    """Start to sum x over the ranks, in place if x is contiguous; for a tensor that the caller owns."""
     x = x.contiguous()
     if group_size(group) == 1:
         return Transfer((), (x,))
@@ -74,7 +73,7 @@ def start_all_reduce_(x: torch.Tensor, group: dist.ProcessGroup | None) -> Trans
 
 
 def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> Transfer:
-    """[.., n, ..] of each rank to their concatenation [.., R n, ..] along dim."""
+    """Start to concatenate x [.., n, ..] of all ranks along dim, to [.., R n, ..]."""
     ranks = group_size(group)
     if ranks == 1:
         return Transfer((), (x,))
@@ -83,7 +82,7 @@ def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None)
     shape = (ranks, *x.shape)
 
     def result(gathered: torch.Tensor) -> torch.Tensor:
-        # Without dims before it, the gathered blocks already lie one after the other along dim, and this is a view.
+        # If dim is the first, the gathered blocks are already in order along it, and this is a view.
         return gathered.view(shape).movedim(0, dim).reshape(full_shape)
 
     buffers = x.new_empty(prod(shape)), x.contiguous().view(-1)
@@ -91,7 +90,7 @@ def start_all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None)
 
 
 def start_all_gather_blocks(shard: torch.Tensor, blocks: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
-    """shard [n, ..] of each rank, one after the other, into blocks [R n, ..]; both contiguous."""
+    """Start to gather shard [n, ..] of all ranks, in rank order, into blocks [R n, ..]; both contiguous."""
     if group_size(group) == 1:
         return Transfer((), (shard,))
     works = start(dist.all_gather_single, group, blocks.view(-1), shard.view(-1))
@@ -99,7 +98,11 @@ def start_all_gather_blocks(shard: torch.Tensor, blocks: torch.Tensor, group: di
 
 
 def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> Transfer:
-    """Sum x over the ranks and keep this rank's block [.., n / R, ..] of dim."""
+    """Start to sum x over the ranks, and keep this rank's block [.., n / R, ..] of dim.
+
+    Raises:
+        InputError: R does not divide n.
+    """
     ranks = group_size(group)
     if ranks == 1:
         return Transfer((), (x,))
@@ -107,25 +110,27 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
     check_divisible(f"shape[{dim}]", x.shape[dim], "group size", ranks)
     shard_shape = (*x.shape[:dim], x.shape[dim] // ranks, *x.shape[dim + 1 :])
     source = x.contiguous()
-    if prod(x.shape[:dim]) != 1:  # bring the blocks one after the other
+    if prod(x.shape[:dim]) != 1:  # make each block contiguous
         source = source.unflatten(dim, (ranks, shard_shape[dim])).movedim(dim, 0).contiguous()
     return start_reduce_scatter_blocks(source, x.new_empty(shard_shape), group)
 
 
 def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
-    """Sum blocks [R n, ..] over the ranks and keep this rank's in shard [n, ..]; both contiguous."""
+    """Start to sum blocks [R n, ..] over the ranks, and keep this rank's block in shard [n, ..]; both contiguous."""
     assert group is not None
-    # A fake group on CPU tensors does what gloo would.
+    # A fake group of CPU tensors does what gloo would.
     if blocks.is_cpu and group._get_backend(blocks.device).name() in ("gloo", "fake"):
-        return _start_exchange_and_sum(blocks, shard, group)
+        meet(group)
+        if not is_shared(group, blocks):
+            return _start_exchange_and_sum(blocks, shard, group)
     return Transfer(start(dist.reduce_scatter_single, group, shard.view(-1), blocks.view(-1)), (shard, blocks))
 
 
 def _start_exchange_and_sum(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup) -> Transfer:
-    """Every rank sends each other its block and adds up what it receives, in the order of the ranks.
+    """Start a reduce-scatter by an all-to-all: each rank receives its block from all ranks and sums in rank order.
 
-    gloo's own reduce-scatter is an all-reduce of which a part is kept: twice the bytes. This sends no more than a
-    reduce-scatter must, and no sum depends on where in the message an element stands.
+    gloo's own reduce-scatter is an all-reduce whose result is cut, with twice the bytes. This one sends no more than a
+    reduce-scatter must, and the order of a sum does not depend on the index of the element.
     """
 
     def add_up(received: torch.Tensor) -> torch.Tensor:
@@ -139,7 +144,7 @@ def _start_exchange_and_sum(blocks: torch.Tensor, shard: torch.Tensor, group: di
 
 
 def own_block(x: torch.Tensor, dim: int, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """This rank's block [.., n / R, ..] of dim, a view; no communication."""
+    """Return this rank's block [.., n / R, ..] of dim, a view; no communication."""
     ranks = group_size(group)
     if ranks == 1:
         return x

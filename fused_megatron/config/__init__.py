@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen dataclasses that validate themselves, a file for each section."""
+"""The settings of a run: frozen dataclasses that validate themselves, one file per section."""
 
 from fused_megatron.config.data import DataConfig
 from fused_megatron.config.model import (

@@ -1,6 +1,6 @@
-"""Settings of the text that a run reads.
+"""Settings of the training data.
 
-The text under a field is its help on the command line.
+The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from fused_megatron.checks import check, check_positive
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from."""
+    """Training text and tokenizer."""
 
     path: str | None = None
-    """Text, a folder of text, .jsonl (field `text`) or an indexed dataset; the Python standard library's sources when
-    not given."""
+    """Text file, .jsonl file (field `text`), folder of both, or indexed dataset. None: Python's standard library."""
     cache_folder: str | None = None
-    """Where tokenizers and token files are cached; ~/.cache/fused_megatron (or $XDG_CACHE_HOME) when not given."""
+    """Folder of cached tokenizers and token files. None: $XDG_CACHE_HOME/fused_megatron or ~/.cache/fused_megatron."""
     tokenizer_vocab_size: int = 8192
-    """Entries of the byte-level BPE that is trained on the text."""
+    """Vocabulary entries of the byte-level BPE that is trained on the text."""
     tokenizer_path: str | None = None
-    """A tokenizer.json to use instead of training one; for an indexed dataset the one that made it."""
+    """tokenizer.json to use. None: train one on the text. For an indexed dataset: the tokenizer that made it."""
     validation_fraction: float = 0.05
-    """Share of the documents held out."""
+    """Share of the documents that is held out for validation."""
     mask_fraction: float = 0.15
-    """Share of the tokens that a BERT is to predict."""
+    """Share of the text tokens that a BERT predicts."""
 
     def __post_init__(self) -> None:
         check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)

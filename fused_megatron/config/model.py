@@ -1,6 +1,6 @@
 """Settings of the model.
 
-The text under a field is its help on the command line.
+The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -15,74 +15,72 @@ from fused_megatron.untrusted_files import convert
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The settings that every family of models has."""
+    """Settings that all model families have."""
 
     family: str = ""
-    """Of MODEL_FAMILIES; every family has its own default."""
+    """Key of MODEL_FAMILIES; each family's config class sets it."""
     num_layers: int = 4
     """Number of transformer blocks."""
     hidden_size: int = 256
     """Width H of the residual stream."""
     num_heads: int = 4
-    """Attention heads N."""
+    """Number N of attention (query) heads."""
     head_dim: int | None = None
-    """Elements of a head; hidden_size / num_heads when not given."""
+    """Features D of a head. None: hidden_size / num_heads."""
     seq_len: int = 256
-    """Longest sequence S, and the length trained on."""
+    """Sequence length S of training, and the longest sequence of the model."""
     ffn_hidden_size: int | None = None
-    """Width F of the MLP; 4 H when not given."""
+    """Width F of the MLP. None: 4 hidden_size."""
     vocab_size: int | None = None
-    """True vocabulary V; taken from the tokenizer or dataset when not given."""
+    """Vocabulary entries V, without padding. None: the number of the tokenizer or dataset."""
     tied_embeddings: bool = True
-    """The output head shares the weight of the token embedding."""
+    """Use the weight of the token embedding as the weight of the output head."""
     layer_norm_eps: float = 1e-5
-    """Added to the variance in every layer norm, to the mean square in every RMS norm."""
+    """Added to the variance in layer norms and to the mean square in RMS norms."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights; output projections take init_std / sqrt(2 num_layers)."""
+    """Standard deviation of the initial weights; for output projections, init_std / sqrt(2 num_layers)."""
     pad_vocab_size_to_multiple_of: int = 128
-    """The stored vocabulary is padded to a multiple of this and of the tensor-parallel size; the padding takes no part
-    in the loss."""
+    """Pad the stored vocabulary to a multiple of this and of tensor_parallel_size; the loss ignores the padding."""
     activation: str = "gelu"
-    """Of the MLP: gelu (tanh), gelu_exact (erf), or the gated swiglu or geglu, whose gate and up weights are F x H."""
+    """Activation of the MLP: gelu (tanh), gelu_exact (erf), or gated swiglu or geglu (gate and up weights [F, H])."""
     normalization: str = "layer_norm"
     """layer_norm or rms_norm."""
     position: str = "learned"
-    """learned: a table that is added to the embedding; rotary: queries and keys are rotated in every layer."""
+    """learned: a table that is added to the embedding; rotary: rotation of queries and keys in every layer."""
     rotary_base: float = 10000.0
     """Base of the rotary frequencies."""
     rotary_fraction: float = 1.0
-    """Share of every head that is rotated."""
+    """Share of the features of a head that is rotated."""
     rotary_scaling: str = "none"
-    """How a longer context than trained on is rotated: none, linear, dynamic, llama3 or yarn."""
+    """Scaling of the rotary frequencies for a longer context: none, linear, dynamic, llama3 or yarn."""
     rotary_scaling_factor: float = 1.0
-    """How many times longer: what the scaling divides (slow) frequencies by."""
+    """Longer context / original context; the scaling divides (slow) frequencies by it."""
     rotary_original_seq_len: int | None = None
-    """Context trained on before scaling, for dynamic, llama3 and yarn."""
+    """Original context, before scaling; needed for dynamic, llama3 and yarn."""
     rotary_slow_turns: float = 1.0
-    """llama3 and yarn: frequencies that turn less often than this over the original context are scaled wholly."""
+    """llama3, yarn: frequencies with fewer turns over the original context are scaled in full."""
     rotary_fast_turns: float | None = None
-    """llama3 and yarn: frequencies that turn more often are not; 4 for llama3 and 32 for yarn when not given."""
+    """llama3, yarn: frequencies with more turns over the original context are not scaled. None: llama3 4, yarn 32."""
     rotary_attention_factor: float | None = None
-    """yarn: what cos and sin are multiplied by; 0.1 ln(rotary_scaling_factor) + 1 when not given."""
+    """yarn: factor of cos and sin. None: 0.1 ln(rotary_scaling_factor) + 1."""
     num_kv_heads: int | None = None
-    """Heads of keys and values, each shared by num_heads / num_kv_heads query heads; num_heads when not given."""
+    """Key-value heads G, each shared by num_heads / num_kv_heads query heads. None: num_heads."""
     linear_biases: bool = True
-    """Whether the linear layers of attention and MLP have biases."""
+    """Give the linear layers of attention and MLP a bias."""
     qkv_bias: bool | None = None
-    """The same for query, key and value alone (Qwen2); as linear_biases when not given."""
+    """Give query, key and value a bias, as Qwen2 does. None: linear_biases."""
     query_key_norm: bool = False
-    """Every head of queries and keys is RMS-normalized before it is rotated (Qwen3)."""
+    """Apply an RMS norm to each head of queries and keys before rotation, as Qwen3 does."""
     sliding_window: int | None = None
-    """Tokens that a token sees, itself among them; all before it when not given."""
+    """Number of tokens that a token attends to, including itself. None: all earlier tokens and itself."""
     hidden_dropout: float = 0.0
-    """Probability of dropping an element of what attention and MLP add to the residual stream."""
+    """Dropout of the outputs of attention and MLP, before they are added to the residual stream."""
     attention_dropout: float = 0.0
-    """Probability of dropping an attention probability; above 0 training computes them whole, S x S a head."""
+    """Dropout of the attention probabilities. Above 0, training computes them in memory, S x S per head."""
     embedding_dropout: float = 0.0
-    """Probability of dropping an element of the embedded tokens."""
+    """Dropout of the embedded tokens."""
     recompute: str = "none"
-    """What backward computes again instead of keeping it: none, selective (the attention between its projections) or
-    full (every block; its input alone is kept)."""
+    """Recompute in backward: none, selective (attention between its projections), full (a block from its input)."""
 
     def __post_init__(self) -> None:
         check_one_of("family", self.family, list(MODEL_FAMILIES))
@@ -92,15 +90,13 @@ class TransformerConfig:
         )
         for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
             check_positive(name, getattr(self, name))
-        for name in (
-            "ffn_hidden_size", "vocab_size", "num_kv_heads", "head_dim", "sliding_window", "rotary_original_seq_len",
-        ):  # fmt: skip
+        for name in _POSITIVE_OR_NONE:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.head_dim is None:
             check_divisible("hidden_size", self.hidden_size, "num_heads", self.num_heads)
         check_divisible("num_heads", self.num_heads, "num_kv_heads", self.kv_heads)
-        for name, allowed in _WORDS.items():
+        for name, allowed in _ALLOWED.items():
             check_one_of(name, getattr(self, name), allowed)
         for name in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
@@ -142,12 +138,12 @@ class TransformerConfig:
 
     @property
     def traits(self) -> ModelFamily:
-        """What is known of its family."""
+        """The row of MODEL_FAMILIES."""
         return MODEL_FAMILIES[self.family]
 
     @property
     def feed_forward(self) -> str:
-        """What a block's feed-forward is, by its name in models/feed_forward.py."""
+        """Key of the blocks' feed-forward in FEED_FORWARDS of models/feed_forward.py."""
         return "mlp"
 
     @property
@@ -157,73 +153,73 @@ class TransformerConfig:
 
     @property
     def ffn_size(self) -> int:
-        """F, with its default."""
+        """ffn_hidden_size (F), or its default."""
         return 4 * self.hidden_size if self.ffn_hidden_size is None else self.ffn_hidden_size
 
     @property
     def kv_heads(self) -> int:
-        """num_kv_heads, with its default."""
+        """num_kv_heads, or its default."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def head_size(self) -> int:
-        """head_dim, with its default."""
+        """head_dim, or its default."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def output_init_std(self) -> float:
-        """Of the output projections: the residual stream sums 2 num_layers outputs, and so its variance is kept."""
+        """Initial standard deviation of output projections. The residual stream sums 2 num_layers of their outputs."""
         return self.init_std / (2 * self.num_layers) ** 0.5
 
     @property
     def rotary_dim(self) -> int:
-        """Elements of a head that are rotated: rotary_fraction of them, in whole pairs."""
+        """Features of a head that are rotated: rotary_fraction of them, rounded down to an even number."""
         return int(self.head_size * self.rotary_fraction) // 2 * 2
 
     @property
     def fast_turns(self) -> float:
-        """rotary_fast_turns, with its default."""
+        """rotary_fast_turns, or its default."""
         if self.rotary_fast_turns is not None:
             return self.rotary_fast_turns
         return 32.0 if self.rotary_scaling == "yarn" else 4.0
 
     @property
     def has_dropout(self) -> bool:
-        """Whether anything is dropped in training."""
+        """Whether training uses dropout."""
         return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
 
     def trainable(self) -> TransformerConfig:
-        """The same model without what `fused-megatron train` does not train."""
+        """Return the config of this model without the parts that `fused-megatron train` cannot train."""
         return self
 
     def check_trainable(self) -> None:
-        """Raise InputError unless `fused-megatron train` trains all of the model."""
+        """Raise InputError if the model has parts that `fused-megatron train` cannot train."""
 
 
 @dataclass(frozen=True)
 class GPTConfig(TransformerConfig):
-    """A GPT of pre-norm blocks; the defaults are those of GPT-2, and activation, normalization, position, linear_biases
-    and num_kv_heads make a Llama, Mistral or Qwen of it."""
+    """GPT with pre-norm blocks. The defaults are GPT-2's; set activation, normalization, position, linear_biases and
+    num_kv_heads for a Llama, Mistral or Qwen."""
 
     family: str = "gpt"
-    """gpt; or bert, an encoder that learns to predict masked tokens (its keys: train --help --model.family=bert)."""
+    """gpt, a decoder; or bert, an encoder that predicts masked tokens (keys: train --help --model.family=bert)."""
 
 
 @dataclass(frozen=True)
 class BERTConfig(TransformerConfig):
-    """An encoder: every token sees every other. Fields mean what they do in a GPTConfig; the head is tied."""
+    """BERT, an encoder: every token attends to every token. The output head is tied to the embedding."""
 
     family: str = "bert"
-    """bert; or gpt, a decoder."""
+    """bert, an encoder; or gpt, a decoder."""
     num_token_types: int = 2
-    """Kinds of tokens (first and second sentence), each with a learned vector; 0 for none."""
+    """Token types (first and second sentence), each with a learned embedding. 0: none."""
     post_norm: bool = False
-    """Norms behind the residual additions and behind the embedding, as BERT was published; else before attention and
-    MLP and before the head, as Megatron-LM re-arranged them."""
+    """True: norms after residual additions and embedding (as published). False: before attention, MLP and head
+    (as in Megatron-LM)."""
     masked_lm_head: bool = True
-    """Whether there is the head that predicts masked tokens."""
+    """Have the head that predicts masked tokens."""
     next_sentence_head: bool = False
-    """Whether there is the head that tells if the second sentence follows the first."""
+    """Have the head that predicts whether the second sentence follows the first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,28 +229,27 @@ class BERTConfig(TransformerConfig):
         check(self.sliding_window is None, f"sliding_window={self.sliding_window} must be None: it is of causal models")
 
     def trainable(self) -> BERTConfig:
-        """Without the next-sentence head, for which there is no training data."""
+        """Return the config without the next-sentence head, for which there is no training data."""
         return replace(self, next_sentence_head=False)
 
     def check_trainable(self) -> None:
-        """Only the masked-LM head is trained."""
+        """Raise InputError unless the masked-LM head is the only head."""
         for name, wanted in (("masked_lm_head", True), ("next_sentence_head", False)):
             check(
                 getattr(self, name) == wanted,
-                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT to predict masked tokens alone "
-                f"(a BERT with other heads is fused_megatron.models.BERT in a loop of your own)",
+                f"model.{name}={not wanted} must be {wanted}: train teaches a BERT only to predict masked tokens "
+                f"(for other heads use fused_megatron.models.BERT in a loop of your own)",
             )
 
 
 @dataclass(frozen=True)
 class ModelFamily:
-    """What configs, training data and commands must know of a family of models.
+    """Description of a model family for configs, training data and commands.
 
     Attributes:
-        config: its settings.
-        predicts: what it is trained on: the token after each (the text as it is), or the tokens that are masked
-            (data/masked_lm.py).
-        generates: whether it can continue a text.
+        config: its config class.
+        predicts: its training targets: the next token at each position, or masked tokens (data/masked_lm.py).
+        generates: whether `generate` can continue a text with it.
     """
 
     config: type[TransformerConfig]
@@ -270,10 +265,10 @@ MODEL_FAMILIES: dict[str, ModelFamily] = {
 
 
 def model_config(values: Mapping[str, Any]) -> TransformerConfig:
-    """The model of these fields, as dataclasses.asdict gives them; without a family it is a GPT.
+    """Return the model config with these fields (as dataclasses.asdict returns them); the default family is gpt.
 
     Raises:
-        InputError: an unknown field, or a value of another type.
+        InputError: a field is unknown, or a value has the wrong type.
     """
     family = values.get("family", "gpt")
     check_one_of("family", family, list(MODEL_FAMILIES))
@@ -283,8 +278,17 @@ def model_config(values: Mapping[str, Any]) -> TransformerConfig:
     return convert(dict(values), MODEL_FAMILIES[family].config)
 
 
-# The values of the fields that are words.
-_WORDS = {
+# Fields that must be positive if they are not None.
+_POSITIVE_OR_NONE = (
+    "ffn_hidden_size",
+    "vocab_size",
+    "num_kv_heads",
+    "head_dim",
+    "sliding_window",
+    "rotary_original_seq_len",
+)
+# Allowed values of the fields that hold a name.
+_ALLOWED = {
     "activation": ("gelu", "swiglu", "geglu", "gelu_exact"),
     "normalization": ("layer_norm", "rms_norm"),
     "position": ("learned", "rotary"),

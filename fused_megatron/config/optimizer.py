@@ -1,6 +1,6 @@
 """Settings of the optimizer and its learning rate.
 
-The text under a field is its help on the command line.
+The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from fused_megatron.checks import check, check_one_of, check_positive
 
 SCHEDULES = ("cosine", "constant", "wsd", "linear")
-"""Of the learning rate, after its warm-up."""
+"""Schedules of the learning rate after warm-up."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and the schedule of its learning rate."""
+    """AdamW and its learning rate."""
 
     lr: float = 1e-3
     """Highest learning rate."""
@@ -24,21 +24,20 @@ class OptimizerConfig:
     warmup_steps: int = 20
     """Steps of linear warm-up."""
     schedule: str = "cosine"
-    """Of the learning rate after warm-up: cosine or linear, down to min_lr; wsd, at lr until it goes down at the end;
-    constant."""
+    """Learning rate after warm-up: cosine or linear (decay to min_lr), wsd (constant, decay at the end), constant."""
     decay_steps: int | None = None
-    """Steps from lr down to min_lr: after warm-up (cosine, linear; until the last step when not given), or at the end
-    (wsd; a tenth of the steps when not given). With a number of its own a run can be prolonged without a jump."""
+    """Steps of the decay from lr to min_lr. None: all steps after warm-up; for wsd, the last tenth of the steps.
+    Set it if the run may be extended later: the learning rate then does not depend on num_steps."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay of matrices; vectors (biases, norms) have none."""
+    """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this global 2-norm; 0 leaves them alone."""
+    """Largest global 2-norm of the gradients: larger gradients are scaled down to it. 0: no clipping."""
 
     def __post_init__(self) -> None:
         check(self.lr > 0, f"lr={self.lr} must be above 0")

@@ -1,6 +1,6 @@
-"""Settings of the layout over ranks.
+"""Settings of the parallel layout.
 
-The text under a field is its help on the command line.
+The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from fused_megatron.checks import check, check_positive
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The layout over ranks: the product of the three sizes is the world size."""
+    """Parallel layout: the product of the tensor-, pipeline- and data-parallel size is the world size."""
 
     tensor_parallel_size: int = 1
     """Ranks that share each layer."""
     pipeline_parallel_size: int = 1
-    """Ranks that share the depth."""
+    """Ranks that share the layers: each holds some of the stages."""
     stages_per_rank: int | None = None
-    """Pieces of the depth that each pipeline rank holds; as few as the schedule allows when not given."""
+    """Pipeline stages of each rank. None: as few as the schedule allows."""
     schedule: str | None = None
-    """Of the pipeline, as `fused-megatron schedule` names them; 1f1b, or interleaved_1f1b for several stages per rank,
-    when not given."""
+    """Pipeline schedule; `fused-megatron schedule` lists them. None: 1f1b, or interleaved_1f1b with several stages."""
     pipeline_cut: tuple[int, ...] | None = None
-    """Blocks of each stage; ranks of about equal cost when not given."""
+    """Number of blocks in each stage. None: a cut that gives all ranks about the same cost."""
     data_parallel_size: int | None = None
-    """Replicas; what is left of the world when not given."""
+    """Replicas of the model. None: world size / (tensor_parallel_size x pipeline_parallel_size)."""
+    zero_stage: int | None = None
+    """ZeRO stage. 0: each replica holds the whole training state; 1: the replicas share moments and main weights. The
+    numbers are the same. None: 1 with several replicas, else 0."""
     sequence_parallel: bool = False
-    """Split activations between the tensor-parallel layers over the sequence."""
+    """Split the activations between tensor-parallel layers over the sequence."""
     overlap: bool | int = True
-    """Cut the products of tensor-parallel layers into chunks and send one while the next is computed. True: as many as
-    the cost model of the group finds best; a number: so many; False: none."""
+    """Chunks per tensor-parallel product; one is sent while the next is computed. True: by a cost model; False: off."""
     timeout_s: float = 120.0
-    """Seconds without an answer from another rank before the run ends with an error."""
+    """Seconds to wait for another rank before the run ends with an error."""
 
     def __post_init__(self) -> None:
         check_positive("tensor_parallel_size", self.tensor_parallel_size)
@@ -41,6 +42,10 @@ class ParallelConfig:
         for name in ("stages_per_rank", "data_parallel_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        check(
+            self.zero_stage in (None, 0, 1),
+            f"zero_stage={self.zero_stage} must be 0 or 1 (ZeRO; stages 2 and 3 are not built yet)",
+        )
         if not isinstance(self.overlap, bool):
             check_positive("overlap", self.overlap)
         check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")

@@ -1,4 +1,4 @@
-"""All settings of a run, and the checks across its sections."""
+"""TrainConfig: all sections of a run's settings, and the checks across sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_megatron.config.training import TrainingConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that `fused-megatron train` reads: one section of the TOML file per field."""
+    """The settings of `fused-megatron train`. Each field is a section of the TOML file."""
 
     model: TransformerConfig = field(default_factory=GPTConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -38,7 +38,7 @@ class TrainConfig:
         )
 
     def check_data_parallel(self, dp_size: int) -> None:
-        """Raise unless the global batch splits into whole microbatches on dp_size replicas."""
+        """Raise unless each of dp_size replicas gets the same number of full microbatches."""
         check_divisible(
             "global_batch_size",
             self.training.global_batch_size,

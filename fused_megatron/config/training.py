@@ -1,6 +1,6 @@
 """Settings of the training loop.
 
-The text under a field is its help on the command line.
+The text below a field is its help on the command line.
 """
 
 from __future__ import annotations
@@ -9,45 +9,53 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import check, check_positive
 
+_POSITIVE = (
+    "num_steps",
+    "global_batch_size",
+    "microbatch_size",
+    "eval_interval",
+    "eval_batches",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+)
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop."""
+    """Training loop."""
 
     num_steps: int = 300
     """Optimizer steps of the whole run."""
     global_batch_size: int = 16
-    """Sequences a step, over all data-parallel ranks and microbatches."""
+    """Sequences per step, over all data-parallel ranks and microbatches."""
     microbatch_size: int = 16
-    """Sequences a rank works on at once; gradients accumulate over microbatches."""
+    """Sequences in one forward of a rank; gradients accumulate over microbatches."""
     dtype: str = "float32"
     """Weights and activations: float32, or bfloat16 with fp32 main weights and gradients."""
     seed: int = 1234
-    """Seed of the weights and of the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
     run_folder: str | None = None
-    """Where config, metrics, loss.png and checkpoints go; runs/<name of the config file> when not given."""
+    """Folder of config, metrics, loss.png and checkpoints. None: runs/<name of the config file>."""
     eval_interval: int = 100
     """Steps between validations."""
     eval_batches: int = 8
-    """Global batches of held-out text a validation reads (fewer if there are fewer)."""
+    """Global batches of held-out text in a validation; fewer if there is less text."""
     log_interval: int = 10
-    """Steps between lines where the output is no terminal."""
+    """Steps between log lines if the output is not a terminal."""
     replica_check_interval: int = 100
-    """Steps between comparisons of the weights that several ranks hold, by a digest (0: never)."""
+    """Steps between checks that ranks with the same weights still agree, by a digest. 0: never."""
     checkpoint_interval: int = 100
-    """Steps between checkpoints; the last step always makes one."""
+    """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
-    """Good checkpoints kept; older ones are removed."""
+    """Number of valid checkpoints to keep; older ones are removed."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
     bucket_mb: float = 25.0
-    """Size of the gradient buckets that data-parallel ranks reduce while backward goes on, in MB of 10^6 bytes."""
+    """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps", "global_batch_size", "microbatch_size", "eval_interval", "eval_batches", "log_interval",
-            "checkpoint_interval", "keep_checkpoints",
-        ):  # fmt: skip
+        for name in _POSITIVE:
             check_positive(name, getattr(self, name))
         check(
             self.dtype in ("float32", "bfloat16"),

@@ -1,1 +1,1 @@
-"""Text, tokenizers, indexed datasets, samples, and the batches that ranks read."""
+"""Training data: text, tokenizers, indexed token datasets, samples, and the batches of each rank."""

@@ -1,4 +1,4 @@
-"""Folders that several processes need and one of them builds: whole or not at all."""
+"""Cache folders that several processes need: one process builds each, atomically, and the others wait for it."""
 
 import contextlib
 import errno
@@ -17,13 +17,13 @@ _T = TypeVar("_T")
 
 
 def default_cache_folder() -> Path:
-    """$XDG_CACHE_HOME/fused_megatron, or ~/.cache/fused_megatron.
+    """Return $XDG_CACHE_HOME/fused_megatron, or ~/.cache/fused_megatron.
 
     Raises:
         InputError: there is no home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):  # the XDG specification: relative paths are to be ignored
+    if os.path.isabs(base):  # the XDG specification says to ignore relative paths
         return Path(base) / "fused_megatron"
     try:
         return Path.home() / ".cache" / "fused_megatron"
@@ -38,24 +38,23 @@ def build_once(
     load: Callable[[Path], _T | None],
     on_wait: Callable[[], None] | None = None,
 ) -> _T:
-    """Load cache_dir/name, building it first where it is missing or damaged.
+    """Load the folder cache_dir/name; build it first if it is missing or damaged.
 
-    Any number of processes may call this at once: one builds, the others wait for it. The operating system drops the
-    lock with the process, so that nobody waits for the dead; what a killed process left behind is removed by the
-    next that builds.
+    Any number of processes may call this at once: one builds, the others wait. The operating system releases the lock
+    of a process that dies, so nobody waits for it. The next process that builds removes the files that it left.
 
     Args:
-        cache_dir: created where missing.
-        name: of the folder; everything that its content depends on must be part of it.
-        build: fills the empty folder that it is given.
-        load: what is in the folder, or None where that is not usable.
-        on_wait: called once when another process is building.
+        cache_dir: created if it is missing.
+        name: name of the folder; it must differ if anything differs that the content depends on.
+        build: fills an empty folder.
+        load: returns the content of the folder, or None if the folder is missing or damaged.
+        on_wait: called once if another process is building.
 
     Raises:
         InputError: cache_dir cannot be written.
     """
     target = cache_dir / name
-    loaded = load(target)  # without a lock, so that a cache on a read-only disk can be used
+    loaded = load(target)  # without the lock, so that a cache on a read-only disk works
     if loaded is not None:
         return loaded
     try:
@@ -79,15 +78,15 @@ def build_once(
 
 def _build(target: Path, build: Callable[[Path], None]) -> None:
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    temporary.mkdir()  # as the umask has it, and not for one user as mkdtemp's: a cache may be shared
+    temporary.mkdir()  # with the permissions of the umask (mkdtemp's are for one user): a cache may be shared
     try:
         build(temporary)
         sync_folder(temporary)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one; rename wants nothing or an empty folder
+        shutil.rmtree(target, ignore_errors=True)  # target may be damaged, and rename needs none, or an empty one
         try:
             os.rename(temporary, target)
         except OSError as error:
-            # Only where the file system has no locks: another process was faster with the same content.
+            # On a file system without locks, another process may have built the same content first.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         sync_folder(target.parent)
@@ -97,8 +96,8 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, on_wait: Callable[[], None] | None) -> Iterator[bool]:
-    """Hold the file's lock; yields False where the file system has none."""
-    # Never removed: a process could hold the lock of a file that is gone while another makes a new one.
+    """Hold the lock of a file; yield False if the file system has no locks."""
+    # The file is never removed: otherwise a process could lock the old file while another locks a new one.
     descriptor = _open_lock(path)
     try:
         try:
@@ -118,11 +117,11 @@ def _lock(path: Path, on_wait: Callable[[], None] | None) -> Iterator[bool]:
 
 
 def _open_lock(path: Path) -> int:
-    """Descriptor of the lock's file. A link in its place is refused: it would make a file wherever it points."""
+    """Open the lock file. Refuse a symbolic link: opening it could create a file anywhere."""
     try:
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except PermissionError:  # another user's, which may be locked all the same
+        except PermissionError:  # another user owns the file, but it can be locked
             return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:

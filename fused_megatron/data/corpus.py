@@ -1,4 +1,4 @@
-"""From what the user names as data to token datasets: found, divided, tokenized and cached."""
+"""Preparation of training data: text is found, divided, tokenized and cached; indexed datasets are checked."""
 
 import hashlib
 import json
@@ -32,25 +32,25 @@ from fused_megatron.untrusted_files import MOST_JSON_BYTES, Size, open_plain_fil
 Progress = Callable[[str, int, int], None]
 _T = TypeVar("_T")
 
-# A part of every cache key: raise it when prepared data changes for the same input.
+# Part of every cache key: raise it when the same input is prepared differently.
 _FORMAT_VERSION = 1
-# Merges hardly change beyond this much text, and training on all of the default text would take three times as long.
+# More text hardly changes the merges, and training on all of the default text would take three times as long.
 _TOKENIZER_TRAINING_BYTES = 10_000_000
 _TOKENIZER_PIECE_CHARACTERS = 1 << 16
-# Enough texts at once to keep all cores busy, few enough to keep their encodings small.
+# Text to encode at once: enough to keep all cores busy, and few enough to keep the encodings small.
 _ENCODE_CHARACTERS = 1 << 21
 _SCAN_TOKENS = 1 << 24
 _READ_BYTES = 1 << 20
 
 
 class _Ids(msgspec.Struct):
-    """What the cache keeps of an indexed dataset."""
+    """The cached manifest of an indexed dataset."""
 
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 32)]
 
 
 class _Text(_Ids):
-    """What the cache keeps of prepared text, beside its files."""
+    """The cached manifest of prepared text."""
 
     description: str
     train_tokens: Size
@@ -62,21 +62,21 @@ class _Text(_Ids):
 
 @dataclass(frozen=True)
 class PreparedCorpus:
-    """Token datasets ready for training, and where they came from.
+    """Token datasets ready for training, and their origin.
 
     Attributes:
-        description: what the user would call the text.
+        description: name of the text, for messages.
         train_prefix: prefix of the indexed dataset with the training tokens.
-        validation_prefix: the same for validation; equal to train_prefix where the user's own indexed dataset is
-            divided by documents (use train_dataset and validation_dataset, which know).
+        validation_prefix: prefix of the indexed dataset with the held-out tokens. It equals train_prefix for the user's
+            own indexed dataset, whose documents are divided; train_dataset and validation_dataset do that.
         tokenizer_path: the tokenizer's JSON file; None for an indexed dataset without one.
         vocab_size: number of token ids.
-        train_tokens: tokens for training.
-        validation_tokens: tokens held out.
-        validation_fraction: share of the documents held out.
-        vocabulary: where vocab_size comes from.
-        fingerprint: hash of the tokens (of an indexed dataset: of its index): equal means the same data.
-        skipped_files: files of the standard library left out because they are not UTF-8.
+        train_tokens: number of training tokens.
+        validation_tokens: number of held-out tokens.
+        validation_fraction: share of the documents that is held out.
+        fingerprint: hash of the tokens (for an indexed dataset, of its index). Equal hashes mean equal data.
+        skipped_files: files of the standard library that are left out because they are not UTF-8.
+        vocabulary: origin of vocab_size, for messages.
     """
 
     description: str
@@ -92,7 +92,7 @@ class PreparedCorpus:
     vocabulary: str = "the tokenizer"
 
     def train_dataset(self, seq_len: int, seed: int) -> TokenDataset:
-        """Training samples; every batch is checked against vocab_size."""
+        """Return the training samples; every batch is checked against vocab_size."""
         dataset = IndexedDataset(self.train_prefix)
         documents = None
         if self.train_prefix == self.validation_prefix:
@@ -100,7 +100,7 @@ class PreparedCorpus:
         return TokenDataset(dataset, seq_len, seed, documents=documents, vocab_size=self.vocab_size)
 
     def validation_dataset(self, seq_len: int, max_samples: int | None = None) -> ValidationDataset:
-        """Held-out samples; every batch is checked against vocab_size."""
+        """Return the held-out samples; every batch is checked against vocab_size."""
         dataset = IndexedDataset(self.validation_prefix)
         documents = None
         if self.train_prefix == self.validation_prefix:
@@ -110,7 +110,7 @@ class PreparedCorpus:
         )
 
     def content(self) -> dict[str, str]:
-        """What tells two ranks that read other data apart, in hashes: of the tokens, their index and the tokenizer.
+        """Return hashes of the tokens with their index, and of the tokenizer, to find ranks that read other data.
 
         Raises:
             InputError: a file cannot be read.
@@ -120,12 +120,12 @@ class PreparedCorpus:
         return {"tokens": f"{self.fingerprint} {tokens}", "tokenizer": tokenizer}
 
     def large_files(self) -> list[tuple[str, TokenDigest]]:
-        """Prefixes and checksums of the files that were too large to be read when they were opened."""
+        """Return prefix and checksums of each file that is too large to be checked when it is opened."""
         digests = {prefix: read_digest(prefix) for prefix in sorted({self.train_prefix, self.validation_prefix})}
         return [(p, digest) for p, digest in digests.items() if digest is not None and digest.num_bytes > SMALL_BYTES]
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that made the tokens, if it is known."""
+        """Return the tokenizer that made the tokens; None if it is unknown."""
         return None if self.tokenizer_path is None else load_tokenizer(self.tokenizer_path)
 
 
@@ -140,27 +140,27 @@ def prepare_corpus(
     vocab_size: int | None = None,
     on_progress: Progress | None = None,
 ) -> PreparedCorpus:
-    """Prepare text or an indexed dataset for training; quick when it was done before.
+    """Prepare text or an indexed dataset for training. Prepared text is cached.
 
-    Every rank may call this at the same time: one process a machine (or shared disk) does the work, the others wait.
+    Every rank may call this at the same time: one process per machine (or shared disk) works, the others wait.
 
-    Whole documents are held out for validation, evenly spread over the input. Where there are too few (less than
-    1 / validation_fraction), the end of each is, cut between paragraphs or lines if there are any.
+    Validation gets whole documents, evenly spread over the input. If there are too few of them (fewer than
+    1 / validation_fraction), validation gets the end of each document, cut between paragraphs or lines if possible.
 
     Args:
         path: a text file, a .jsonl file (field "text"), a folder of both, or an indexed dataset (its prefix, or one
             of its two files). None takes the Python standard library's sources on this machine.
-        cache_dir: where prepared data is kept; None for $XDG_CACHE_HOME or ~/.cache.
-        tokenizer_vocab_size: entries of the tokenizer that is trained on the text.
-        validation_fraction: share held out, in (0, 0.5].
-        tokenizer_path: a tokenizer to use instead of training one. For an indexed dataset: the one that made it.
-        special_tokens: of a tokenizer that is trained.
-        vocab_size: of an indexed dataset; by default the tokenizer's, or what stands beside it, or its largest id and
-            one.
-        on_progress: called with (what is being done, done, total); total is 0 where it is not known.
+        cache_dir: folder of the cache; None for $XDG_CACHE_HOME/fused_megatron or ~/.cache/fused_megatron.
+        tokenizer_vocab_size: vocabulary entries of the tokenizer that is trained on the text.
+        validation_fraction: share of the documents to hold out, in (0, 0.5].
+        tokenizer_path: tokenizer to use instead of training one; for an indexed dataset, the tokenizer that made it.
+        special_tokens: special tokens of a tokenizer that is trained.
+        vocab_size: vocabulary size of an indexed dataset. None: the tokenizer's; else the one in its digest; else its
+            largest token id plus one.
+        on_progress: called with (description of the work, done, total); total is 0 if it is unknown.
 
     Raises:
-        InputError: there is no such data, it is damaged, or the cache cannot be written; one line each.
+        InputError: the data does not exist or is damaged, or the cache cannot be written; one line each.
     """
     check(0 < validation_fraction <= 0.5, f"validation_fraction={validation_fraction} must be above 0 and at most 0.5")
     cache = default_cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
@@ -197,7 +197,7 @@ def prepare_corpus(
 
 
 def _indexed_prefix(path: str | os.PathLike[str]) -> str | None:
-    """The prefix if path names an indexed dataset."""
+    """Return the prefix if path names an indexed dataset, else None."""
     expanded = Path(path).expanduser()
     if expanded.suffix in (".bin", ".idx"):
         return str(expanded.with_suffix(""))
@@ -220,9 +220,11 @@ def _prepare_indexed(
     train, validation = split_documents(dataset, validation_fraction)
     vocabulary = "vocab_size"
     if vocab_size is None and tokenizer_path is not None:
-        vocab_size, vocabulary = load_tokenizer(tokenizer_path).vocab_size, os.fspath(tokenizer_path)
+        vocab_size = load_tokenizer(tokenizer_path).vocab_size
+        vocabulary = os.fspath(tokenizer_path)
     if vocab_size is None and dataset.digest is not None:
-        vocab_size, vocabulary = dataset.digest.vocab_size, f"{digest_path(prefix)}"
+        vocab_size = dataset.digest.vocab_size
+        vocabulary = f"{digest_path(prefix)}"
     index_path = dataset_files(prefix)[1]
     if vocab_size is None:
         stats = [file.stat() for file in dataset_files(prefix)]
@@ -232,7 +234,8 @@ def _prepare_indexed(
             _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
 
         ids = build_once(cache, f"ids-{key}", build, lambda folder: _read_json(folder / "manifest.json", _Ids))
-        vocab_size, vocabulary = ids.vocab_size, f"the largest token id in {prefix}.bin"
+        vocab_size = ids.vocab_size
+        vocabulary = f"the largest token id in {prefix}.bin"
     return PreparedCorpus(
         description=prefix,
         train_prefix=prefix,
@@ -258,7 +261,7 @@ def _largest_id(dataset: IndexedDataset, report: Progress) -> int:
 
 
 def _divided(source: TextSource, validation_fraction: float) -> Iterator[tuple[bool, str]]:
-    """(held out, text) of every document, or of both parts of it where there are few."""
+    """Yield (held out, text) of every document; of two parts of every document if there are few."""
     few = True
     for index, _ in enumerate(source.documents()):
         if held_out(index, validation_fraction):
@@ -274,7 +277,7 @@ def _divided(source: TextSource, validation_fraction: float) -> Iterator[tuple[b
 
 
 def _cut(text: str, fraction: float) -> int:
-    """Where the last `fraction` of the text begins: after an empty line or a line end nearby, if there is one."""
+    """Return where the last `fraction` of the text begins: near an empty line, line end or space, if possible."""
     target = math.ceil(len(text) * (1 - fraction))
     for separator in ("\n\n", "\n", " "):
         found = text.rfind(separator, max(0, target - math.ceil(len(text) * fraction)), target)
@@ -284,12 +287,12 @@ def _cut(text: str, fraction: float) -> int:
 
 
 def _tokenizer_texts(source: TextSource, validation_fraction: float) -> Iterator[str]:
-    every = math.ceil(source.total_bytes() / _TOKENIZER_TRAINING_BYTES)
+    stride = math.ceil(source.total_bytes() / _TOKENIZER_TRAINING_BYTES)
     count = 0
     for is_validation, text in _divided(source, validation_fraction):
         if not is_validation:
             for piece in text_pieces(text, _TOKENIZER_PIECE_CHARACTERS):
-                if count % every == 0:
+                if count % stride == 0:
                     yield piece
                 count += 1
 
@@ -301,7 +304,7 @@ def _build_text(
     validation_fraction: float,
     report: Progress,
 ) -> None:
-    """Fill the folder: train and validation datasets, and manifest.json last."""
+    """Write the training and validation datasets to the folder, and manifest.json last."""
     fingerprint = hashlib.sha256()
     tokens = [0, 0]
     dtype = token_dtype(tokenizer.vocab_size)
@@ -309,11 +312,11 @@ def _build_text(
         IndexedDatasetWriter(folder / "train", dtype, vocab_size=tokenizer.vocab_size) as train,
         IndexedDatasetWriter(folder / "validation", dtype, vocab_size=tokenizer.vocab_size) as validation,
     ):
-        for is_validation, ids in _encoded(source, tokenizer, validation_fraction, report):
+        for is_validation, ids in _encoded(source, tokenizer, dtype, validation_fraction, report):
             (validation if is_validation else train).add_document(ids)
             tokens[is_validation] += len(ids)
             fingerprint.update(b"%d %d\n" % (is_validation, len(ids)))
-            fingerprint.update(ids.astype(dtype).tobytes())
+            fingerprint.update(ids.data)
     check(tokens[0] > 0, f"{source.description}: there is no text in it")
     manifest = {
         "description": source.description,
@@ -328,18 +331,20 @@ def _build_text(
 
 
 def _encoded(
-    source: TextSource, tokenizer: Tokenizer, validation_fraction: float, report: Progress
+    source: TextSource, tokenizer: Tokenizer, dtype: np.dtype, validation_fraction: float, report: Progress
 ) -> Iterator[tuple[bool, np.ndarray]]:
-    """(held out, tokens with an end of document) of every text that is not empty."""
-    total_bytes, done = source.total_bytes(), 0
+    """Yield (held out, tokens of a dtype with an end of document) of every text that is not empty."""
+    total_bytes = source.total_bytes()
+    done = 0
     waiting: list[tuple[bool, str]] = []
 
     def encode() -> Iterator[tuple[bool, np.ndarray]]:
         nonlocal done
-        batch = tokenizer.encode_batch([text for _, text in waiting])
+        batch = tokenizer.encode_batch([text for _, text in waiting], dtype)
         for (is_validation, _), ids in zip(waiting, batch, strict=True):
-            done += int(tokenizer.token_bytes[ids].sum())
-            yield is_validation, np.append(ids, tokenizer.end_of_document)
+            for start in range(0, len(ids), _SCAN_TOKENS):
+                done += int(tokenizer.token_bytes[ids[start : start + _SCAN_TOKENS]].sum())
+            yield is_validation, np.append(ids, dtype.type(tokenizer.end_of_document))
         waiting.clear()
         report("tokenizing", min(done, total_bytes), total_bytes)
 
@@ -361,7 +366,7 @@ def _load_text(folder: Path) -> PreparedCorpus | None:
             check_small(prefix, IndexedDataset(prefix).digest)
         load_tokenizer(folder / "tokenizer.json")
     except InputError as error:
-        if isinstance(error.__cause__, OSError):  # a permission lost for a moment is no damage
+        if isinstance(error.__cause__, OSError):  # a file that cannot be read now is not damaged
             raise
         warnings.warn(f"fused_megatron: cached data is damaged and built again: {error}", RuntimeWarning, stacklevel=2)
         return None
@@ -389,7 +394,7 @@ def _file_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _read_json(path: Path, schema: type[_T]) -> _T | None:
-    """What is in the file; None where there is none, or a damaged one."""
+    """Read the file; None if it is missing or damaged."""
     try:
         return parse_json(read_bounded(path, MOST_JSON_BYTES), schema)
     except (FileNotFoundError, NotADirectoryError, InputError):

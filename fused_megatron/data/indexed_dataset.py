@@ -1,9 +1,9 @@
-"""Token datasets in Megatron's .bin/.idx format: byte-compatible both ways, validated when opened.
+"""Token datasets in Megatron's .bin/.idx format: a reader that validates them, and a byte-compatible writer.
 
 The .idx file, little-endian: 9 bytes "MMIDIDX\\0\\0", u64 version (1), u8 dtype code, u64 num_sequences,
 u64 num_document_indices, i32 lengths [num_sequences], i64 byte pointers [num_sequences],
 i64 document indices [num_document_indices], and for multimodal data i8 modes [num_sequences].
-Document d is the sequences document_indices[d] ... document_indices[d + 1]. The .bin file: the tokens, nothing else.
+Document d has the sequences document_indices[d] to document_indices[d + 1] - 1. The .bin file holds only the tokens.
 """
 
 import contextlib
@@ -37,21 +37,21 @@ _DTYPE_OF_CODE: dict[int, np.dtype] = {
     8: np.dtype("<u2"),
 }
 _CODE_OF_DTYPE = {dtype: code for code, dtype in _DTYPE_OF_CODE.items() if dtype.kind in "iu"}
-# Megatron's rule for uint16. (Its margin below 65536 leaves room for tokens added later.)
+# Megatron's limit for uint16; the margin below 65536 leaves room for tokens that are added later.
 _UINT16_VOCAB_LIMIT = 65500
-# The bytes read, the arrays made of them, and what the checks compare them with.
+# Copies of the index in memory: the bytes, the arrays made of them, and the arrays that the checks compare.
 _INDEX_COPIES = 3
-# A sequence's length is an int32 in the format.
+# The format stores the length of a sequence as int32.
 _MAX_SEQUENCE_LENGTH = 2**31 - 1
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The dtype in which Megatron stores ids of a vocabulary of this size: uint16 below 65500, else int32."""
+    """Return the dtype in which Megatron stores the ids of a vocabulary: uint16 below 65500 entries, else int32."""
     return np.dtype(np.uint16) if vocab_size < _UINT16_VOCAB_LIMIT else np.dtype(np.int32)
 
 
 def dataset_files(path_prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The .bin and the .idx file of a prefix."""
+    """Return the paths of the .bin and the .idx file of a prefix."""
     prefix = os.fspath(path_prefix)
     return Path(prefix + ".bin"), Path(prefix + ".idx")
 
@@ -59,19 +59,18 @@ def dataset_files(path_prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
 class IndexedDataset:
     """A dataset of token sequences on disk, read through a memory map.
 
-    Everything that can be checked without reading the tokens is checked here, so that a damaged file is found at the
-    start and not days into a run; whoever reads them all has their checksums in `digest`. Arrays handed out are
-    read-only views that keep the map alive: they stay valid after the dataset is gone. Can be pickled (the copy opens
-    the files again).
+    Opening checks everything that can be checked without reading the tokens, so that a run with a damaged file fails
+    at its start and not days later. `digest` has the checksums of the tokens. Returned arrays are read-only views that
+    keep the memory map alive, also after the dataset is gone. A dataset can be pickled; the copy opens the files again.
 
     Args:
         path_prefix: path of the two files without .bin and .idx.
 
     Attributes:
-        digest: checksums and vocabulary beside the files; None where there are none.
+        digest: checksums and vocabulary size of the files; None if there is no digest.
 
     Raises:
-        InputError: a file is missing, truncated or inconsistent; the message names the file and what is wrong.
+        InputError: a file is missing, truncated or inconsistent; names the file and the fault.
     """
 
     def __init__(self, path_prefix: str | os.PathLike[str]) -> None:
@@ -91,11 +90,11 @@ class IndexedDataset:
             check_index(self.path_prefix, self.digest, index)
 
     def __len__(self) -> int:
-        """Number of sequences (of documents too, where each document is one sequence)."""
+        """Number of sequences; if every document is one sequence, also the number of documents."""
         return len(self.sequence_lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens of one sequence: [length] of self.dtype, read-only; a negative index counts from the end."""
+        """Return the tokens of one sequence: [length] of self.dtype, read-only. Negative indices count from the end."""
         length = len(self)
         if not -length <= index < length:
             raise IndexError(f"sequence {index} of {self.path_prefix}, which has {length}")
@@ -104,7 +103,7 @@ class IndexedDataset:
         return self.tokens(end - int(self.sequence_lengths[index]), end)
 
     def tokens(self, start: int, end: int) -> np.ndarray:
-        """Tokens start ... end of all sequences concatenated: [end - start] of self.dtype, read-only."""
+        """Return tokens start to end - 1 of all sequences concatenated: [end - start] of self.dtype, read-only."""
         if not 0 <= start <= end <= self.total_tokens:
             raise IndexError(f"tokens {start} to {end} of {self.path_prefix}, which has {self.total_tokens}")
         return self._tokens[start:end]
@@ -115,7 +114,7 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def document_offsets(self) -> np.ndarray:
-        """int64 [num_documents + 1]: document d is tokens offsets[d] ... offsets[d + 1]."""
+        """Return offsets, int64 [num_documents + 1]: document d is tokens offsets[d] to offsets[d + 1] - 1."""
         return np.concatenate([np.zeros(1, np.int64), self._ends])[self.document_indices]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -123,16 +122,16 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset that IndexedDataset and Megatron read: whole or not at all; and its checksums beside it.
+    """Atomic writer of a dataset for IndexedDataset and Megatron, and of its checksums.
 
-    Tokens go to temporary files beside the target; finalize() syncs them and moves them in place, the .idx behind the
-    .bin. So an .idx never belongs to another .bin, whenever the process dies; the checksums come last. As a context
-    manager it finalizes at the end of the block, and removes the temporary files when the block raises.
+    Tokens go to temporary files. finalize() syncs them and moves them to the target: first the .bin, then the .idx,
+    then the checksums. So an .idx never belongs to another .bin, even if the process dies in between. As a context
+    manager, the writer finalizes at the end of the block; if the block raises, it removes the temporary files.
 
     Args:
         path_prefix: path of the two files without .bin and .idx.
-        dtype: integer type of the stored tokens; token_dtype(vocab_size) says which one Megatron takes.
-        vocab_size: ids that the tokens are of, which is stated beside them; None where it is not known.
+        dtype: integer type of the stored tokens; token_dtype(vocab_size) returns Megatron's choice.
+        vocab_size: size of the vocabulary, which is written with the checksums; None if it is unknown.
 
     Raises:
         InputError: the folder cannot be written, the disk is full, a token does not fit into dtype or vocab_size.
@@ -160,7 +159,7 @@ class IndexedDatasetWriter:
 
         Args:
             tokens: integers [num_tokens]; may be empty.
-            sequence_lengths: how the document divides into sequences; None for one sequence.
+            sequence_lengths: lengths of the document's sequences; None for one sequence.
         """
         array = np.asarray(tokens) if len(tokens) else np.empty(0, self.dtype)
         document = len(self._document_indices) - 1
@@ -200,7 +199,7 @@ class IndexedDatasetWriter:
         self._document_indices.append(len(self._lengths))
 
     def finalize(self) -> None:
-        """Sync both files and move them in place; what was at the target before is replaced."""
+        """Sync both files and move them to the target; existing files there are replaced."""
         bin_path, idx_path = dataset_files(self.path_prefix)
         try:
             with self._bin:
@@ -213,15 +212,15 @@ class IndexedDatasetWriter:
             digest_path(self.path_prefix).unlink(missing_ok=True)
             os.replace(self._temporary[bin_path], bin_path)
             os.replace(self._temporary[idx_path], idx_path)
-            # It syncs the folder, with the names of all three.
+            # write_digest also syncs the folder, and so the names of all three files.
             write_digest(self.path_prefix, self._checksums.digest(index, self._vocab_size))
         except OSError as error:
             self.abort()
             raise _write_error(idx_path, error) from error
 
     def abort(self) -> None:
-        """Give up: remove the temporary files, leave the target as it was."""
-        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk; the file goes anyway
+        """Remove the temporary files; the target stays as it was."""
+        with contextlib.suppress(OSError):  # close() flushes, and that fails on a full disk; the file is removed anyway
             self._bin.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
@@ -246,7 +245,7 @@ class IndexedDatasetWriter:
 
 
 def sync(file: BinaryIO) -> None:
-    """Put everything written to the file on the disk."""
+    """Flush the file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
@@ -258,13 +257,13 @@ def _write_error(path: Path, error: OSError) -> InputError:
 
 
 def _read_index(path: Path) -> bytes:
-    """The .idx file, of which no more than the header is read where that or the size is wrong."""
+    """Read the .idx file; if the header or the size is wrong, raise before reading more than the header."""
     try:
         with open(open_plain_file(path), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(_HEADER.size)
             _parse_header(path, start, size)
-            # A sparse file costs whoever made it nothing.
+            # A sparse file can claim any size for free.
             memory = memory_bytes()[0]
             check(
                 size * _INDEX_COPIES <= memory or not memory,
@@ -312,7 +311,7 @@ def _parse_arrays(
     offset = _HEADER.size
     arrays = []
     for dtype, count in (("<i4", num_sequences), ("<i8", num_sequences), ("<i8", num_indices)):
-        # The header's 34 bytes leave the arrays unaligned; copies are aligned, as compiled code wants them.
+        # After a header of 34 bytes the arrays are unaligned; compiled code needs aligned copies.
         arrays.append(np.frombuffer(index, dtype, count, offset).copy())
         offset += arrays[-1].nbytes
     modes = np.frombuffer(index, np.int8, num_sequences, offset).copy() if len(index) > offset else None
@@ -341,7 +340,7 @@ def _check_index(
 
 def _map_tokens(bin_path: Path, idx_path: Path, dtype: np.dtype, total_tokens: int) -> np.ndarray:
     try:
-        size = bin_path.stat().st_size  # 0 of a pipe
+        size = bin_path.stat().st_size  # a pipe has size 0
         if size != total_tokens * dtype.itemsize:
             what = f"size ({total_tokens} tokens of {dtype} as {idx_path.name} says)"
             raise _damaged(bin_path, what, f"{total_tokens * dtype.itemsize} bytes", size)
@@ -349,7 +348,7 @@ def _map_tokens(bin_path: Path, idx_path: Path, dtype: np.dtype, total_tokens: i
             tokens = np.empty(0, dtype)
             tokens.flags.writeable = False
             return tokens
-        # A plain ndarray over the map: slices keep the map alive, and are not of the subclass memmap.
+        # A view as plain ndarray: its slices keep the map alive, and are not np.memmap themselves.
         return np.memmap(bin_path, dtype, mode="r", shape=(total_tokens,)).view(np.ndarray)
     except FileNotFoundError:
         raise InputError(f"{bin_path}: no such file, but {idx_path.name} is there: copy it beside") from None

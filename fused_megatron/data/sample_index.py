@@ -1,4 +1,4 @@
-"""Which tokens are training sample i: a pure function of the document lengths, seq_len, seed and i."""
+"""The tokens of training sample i: a pure function of the document lengths, seq_len, seed and i."""
 
 import functools
 import warnings
@@ -11,26 +11,27 @@ from fused_megatron import extension
 from fused_megatron.checks import check
 from fused_megatron.reference import sample_index as reference
 
-# Streams of the two permutations of an epoch (fused_megatron.reference.sample_index.permutation).
+# Streams of the two random permutations of an epoch (fused_megatron.reference.sample_index.permutation).
 _DOCUMENT_STREAM = 0
 _SAMPLE_STREAM = 1
-# A batch touches two epochs at most, unless the epochs are tiny; then rebuilding them costs nothing.
+# A batch touches at most two epochs, unless epochs are tiny, and then they cost nothing to rebuild.
 _EPOCHS_KEPT = 2
 
 
 class SampleIndex:
     """An endless order of samples of seq_len + 1 tokens over packed documents.
 
-    Epoch e takes all documents in an order shuffled by (seed, e), concatenates them, and cuts the result into samples
-    of seq_len + 1 tokens that overlap by one: sample i starts at the last token of sample i - 1, so that every token
-    but an epoch's first is a target once. The samples are then shuffled by (seed, e) too. What remains at the end of
-    the concatenation (at most seq_len tokens, others in every epoch) is left out. Sample numbers run on over epochs.
+    Epoch e shuffles the documents by (seed, e), concatenates them, and cuts the result into samples of seq_len + 1
+    tokens. Neighbouring samples overlap by one token: a sample starts at the last token of the one before, so that
+    every token except an epoch's first is a target once. The epoch then shuffles its samples by (seed, e). It leaves
+    out the end of the concatenation (at most seq_len tokens, different ones in every epoch). Sample numbers continue
+    from epoch to epoch.
 
-    Memory: 8 bytes a document and 24 a sample, for each of two epochs.
+    Memory: 8 bytes per document and 24 per sample, for each of two epochs.
 
     Args:
-        lengths: int64 [num_documents], tokens of each document; zeros are fine.
-        seq_len: tokens of a sample, less one.
+        lengths: int64 [num_documents], tokens of each document; zeros are allowed.
+        seq_len: tokens of a sample, minus one.
         seed: any integer in [0, 2^64).
 
     Raises:
@@ -52,7 +53,7 @@ class SampleIndex:
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
-        """The sample as (document, offset in it, number of tokens), in order."""
+        """Yield the pieces of a sample in order, as (document, offset in the document, number of tokens)."""
         epoch, position = divmod(sample, self.samples_per_epoch)
         order, starts, shuffle = self._epoch(epoch)
         return pieces_from(self.lengths, order, starts[shuffle[position]], self.seq_len + 1)
@@ -72,9 +73,9 @@ class SampleIndex:
 def pieces_from(
     lengths: np.ndarray, order: np.ndarray, start: np.ndarray, count: int
 ) -> Iterator[tuple[int, int, int]]:
-    """(document, offset, number of tokens) of the `count` tokens from start = (position in order, offset) on.
+    """Yield (document, offset, number of tokens) of the `count` tokens from start = (position in order, offset) on.
 
-    Stops early where the documents end.
+    It stops early at the end of the documents.
     """
     position, offset = int(start[0]), int(start[1])
     while count > 0 and position < len(order):
@@ -88,7 +89,7 @@ def pieces_from(
 
 @functools.cache
 def index_builders() -> Any:
-    """The compiled index builders; their definition in numpy, with one warning, where there are none."""
+    """Return the compiled index builders; without them, warn once and return their reference in numpy."""
     try:
         import fused_megatron._dataset_index as compiled  # noqa: PLC0415 (compiled, and may be absent)
     except ImportError as error:

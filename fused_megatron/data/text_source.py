@@ -1,4 +1,4 @@
-"""Where text comes from: files of documents in a fixed order, read as often as needed."""
+"""Text files as a source of documents, in a fixed order."""
 
 import json
 import os
@@ -8,25 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.observe.free_memory import memory_bytes
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 MOST_LINE_BYTES = 64 << 20
-"""Of a line of .jsonl: beyond any document, and parsed it takes some 9 times as much memory."""
+"""Longest line of a .jsonl file: longer than any document. Parsing takes some 9 times as much memory."""
+
+# Of a document beside its bytes: the text, its two parts (training, held out), its tokens. Python keeps a text that has
+# one character beyond Latin-1 with two or four bytes for each.
+_COPIES, _WIDE_COPIES = 4, 10
 
 
 @dataclass
 class TextSource:
     """Text files in a fixed order.
 
-    A file is one document, but in a .jsonl file each line is one (its field "text"). A byte order mark at the start of
-    a file is dropped, line ends stay as they are; documents without any text are left out.
+    Each file is one document, except that each line of a .jsonl file is one (its field "text"). A byte order mark at
+    the start of a file is dropped, line ends are kept, and empty documents are left out.
 
     Attributes:
-        description: what the user would call it.
-        files: (name, path) in order; the names tell the files apart on every machine.
-        skip_undecodable: leave out files that are not UTF-8 (for text that the user did not choose) instead of raising.
-        skipped: names of the files left out so far.
+        description: name of the text, for messages.
+        files: (name, path) in order; a name identifies the file on every machine.
+        skip_undecodable: skip files that are not UTF-8 instead of raising, for text that the user did not choose.
+        skipped: names of the files skipped so far.
     """
 
     description: str
@@ -35,10 +40,10 @@ class TextSource:
     skipped: set[str] = field(default_factory=set)
 
     def documents(self) -> Iterator[str]:
-        """The documents in order.
+        """Yield the documents in order.
 
         Raises:
-            InputError: a file cannot be read, is not UTF-8, or has a line that is no JSON object with text.
+            InputError: a file cannot be read or is not UTF-8, or a .jsonl line is no JSON object with a field "text".
         """
         for name, path in self.files:
             if path.suffix == ".jsonl":
@@ -49,17 +54,20 @@ class TextSource:
                 yield text
 
     def fingerprint(self) -> list[tuple[str, int, int]]:
-        """(name, size, time of change in ns) of every file: equal as long as no file was touched."""
+        """Return (name, size, modification time in ns) of every file, which changes when a file is touched."""
         stats = [(name, path.stat()) for name, path in self.files]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def total_bytes(self) -> int:
-        """Size of all files."""
+        """Return the size of all files."""
         return sum(path.stat().st_size for _, path in self.files)
 
     def _read(self, name: str, path: Path) -> str:
         try:
-            return path.read_bytes().removeprefix(_UTF8_BOM).decode()
+            _check_room(path, path.stat().st_size, 1)
+            content = path.read_bytes()
+            _check_room(path, len(content), _COPIES if content.isascii() else _WIDE_COPIES)
+            return content.removeprefix(_UTF8_BOM).decode()
         except UnicodeDecodeError as error:
             if self.skip_undecodable:
                 self.skipped.add(name)
@@ -74,8 +82,18 @@ class TextSource:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def _check_room(path: Path, num_bytes: int, copies: int) -> None:
+    """A large document must leave memory for what is made of it."""
+    needed, free = num_bytes * copies, memory_bytes()[1] if num_bytes > MOST_LINE_BYTES else 0.0
+    check(
+        needed <= free or not free,
+        f"{path}: a document of {num_bytes / 1e9:.1f} GB, of which {needed / 1e9:.1f} GB are made in memory, and "
+        f"{free / 1e9:.1f} GB are free: divide it into several files, or into lines of a .jsonl file",
+    )
+
+
 def standard_library_source() -> TextSource:
-    """The Python standard library's own sources on this machine."""
+    """Return the sources of the Python standard library on this machine."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "dist-packages", "__pycache__"}
     files = [(name, path) for name, path in _walk(root, skip) if path.suffix == ".py"]
@@ -87,10 +105,10 @@ def standard_library_source() -> TextSource:
 
 
 def path_source(path: str | os.PathLike[str]) -> TextSource:
-    """A text file, a .jsonl file, or a folder of both (all files but hidden ones).
+    """Return a text file, a .jsonl file, or a folder of both (all files except hidden ones) as a source.
 
     Raises:
-        InputError: nothing there, or only empty files.
+        InputError: the path does not exist, or all files are empty.
     """
     root = Path(path).expanduser()
     check(root.exists(), f"data.path={path}: no such file, folder or indexed dataset (PATH.bin with PATH.idx)")

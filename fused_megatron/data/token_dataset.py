@@ -1,4 +1,4 @@
-"""Batches of tokens for training and validation, drawn from an indexed dataset."""
+"""Training and validation samples of an indexed dataset, read as batches of tokens."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,16 +10,16 @@ from fused_megatron.checks import InputError, check, check_divisible
 from fused_megatron.data.indexed_dataset import IndexedDataset
 from fused_megatron.data.sample_index import SampleIndex, index_builders, pieces_from
 
-# Marks places without a token; as a target it is cross_entropy's default ignore_index.
+# Marks positions without a token; as a target, it is the default ignore_index of cross_entropy.
 PADDING = -100
 
-# (document, offset in it, number of tokens)
+# (document, offset in the document, number of tokens)
 Piece = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class DocumentRanges:
-    """A selection of a dataset's tokens: document i is tokens starts[i] ... starts[i] + lengths[i].
+    """A selection of a dataset's tokens: document i is tokens starts[i] to starts[i] + lengths[i] - 1.
 
     Attributes:
         starts: int64 [num_documents].
@@ -36,21 +36,21 @@ class DocumentRanges:
 
 
 def all_documents(dataset: IndexedDataset) -> DocumentRanges:
-    """Every document of the dataset."""
+    """Return the ranges of all documents of the dataset."""
     offsets = dataset.document_offsets()
     return DocumentRanges(offsets[:-1], np.diff(offsets))
 
 
 def held_out(index: int, fraction: float) -> bool:
-    """Whether document `index` belongs to the validation part: evenly spread, `fraction` of all."""
+    """Whether document `index` is held out for validation: `fraction` of all documents, evenly spread."""
     return int((index + 1) * fraction) != int(index * fraction)
 
 
 def split_documents(dataset: IndexedDataset, validation_fraction: float) -> tuple[DocumentRanges, DocumentRanges]:
     """Divide the documents into (training, validation); no token belongs to both.
 
-    Whole documents are held out, evenly spread. Where there are too few for one to be (less than 1 / fraction), the
-    last part of each document is.
+    Validation gets whole documents, evenly spread. With fewer than 1 / validation_fraction documents, it gets the last
+    part of each.
     """
     documents = all_documents(dataset)
     count = len(documents.lengths)
@@ -68,19 +68,19 @@ def split_documents(dataset: IndexedDataset, validation_fraction: float) -> tupl
 class TokenDataset:
     """Training samples of seq_len + 1 tokens in an endless, reproducible order.
 
-    What a batch holds depends on seed and on the number of samples consumed before, on nothing else: to resume,
-    remember that one integer. The ranks of the data-parallel group read disjoint rows of one global batch that is the
-    same at every data-parallel size; tensor- and pipeline-parallel ranks of one dp_rank read the same rows.
+    A batch depends only on the seed and on the number of samples consumed before; to resume, store that number. The
+    global batch is the same for every data-parallel size, and data-parallel ranks read disjoint rows of it. Tensor- and
+    pipeline-parallel ranks with the same dp_rank read the same rows.
 
     Args:
         dataset: the tokens.
-        seq_len: tokens that a model sees at once; a sample has one more, for the last target.
-        seed: of the order of documents and samples.
-        documents: which part of the dataset; None for all.
-        vocab_size: checked against every batch that is drawn; None for no check.
+        seq_len: sequence length of the model; a sample has one more token, for the last target.
+        seed: seed of the order of documents and samples.
+        documents: the part of the dataset to read; None for all.
+        vocab_size: upper limit of token ids, checked in every batch; None for no check.
 
     Raises:
-        InputError: too few tokens for one sample.
+        InputError: there are too few tokens for one sample.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class TokenDataset:
         self.samples_per_epoch = self.index.samples_per_epoch
 
     def sample(self, index: int) -> np.ndarray:
-        """int64 [seq_len + 1]: sample `index` of the endless order."""
+        """Return sample `index` of the endless order: int64 [seq_len + 1]."""
         return self.rows(index, 1)[0]
 
     def rows(self, first: int, count: int) -> np.ndarray:
-        """int64 [count, seq_len + 1]: samples first ... first + count of the endless order.
+        """Return samples first to first + count - 1 of the endless order: int64 [count, seq_len + 1].
 
         Raises:
-            InputError: a token id beyond vocab_size.
+            InputError: a token id is not in [0, vocab_size).
         """
         check(first >= 0, f"sample index {first} must not be negative")
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
@@ -121,13 +121,13 @@ class TokenDataset:
         return batch
 
     def batch(self, step: int, global_batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
-        """This rank's rows of a step's global batch.
+        """Return this rank's rows of the global batch of a step.
 
         Args:
-            step: steps before this one, all of global_batch_size samples.
+            step: number of steps before this one, each with global_batch_size samples.
             global_batch_size: samples of one step over all data-parallel ranks.
-            dp_rank: in [0, dp_size).
-            dp_size: divides global_batch_size.
+            dp_rank: data-parallel rank, in [0, dp_size).
+            dp_size: data-parallel size; must divide global_batch_size.
 
         Returns:
             int64 [global_batch_size / dp_size, seq_len + 1].
@@ -136,25 +136,25 @@ class TokenDataset:
         return self.rows(step * global_batch_size + dp_rank * count, count)
 
     def _describe(self, sample: int, column: int) -> str:
-        place = _place(self.dataset, self.documents, self.index.pieces(sample), column)
-        return f"{place}, sample {sample}"
+        location = _location(self.dataset, self.documents, self.index.pieces(sample), column)
+        return f"{location}, sample {sample}"
 
 
 class ValidationDataset:
-    """Validation samples: the documents in order, every token but the first a target exactly once.
+    """Validation samples: the documents in order; every token except the first is a target exactly once.
 
-    The last sample is padded where the tokens end, and the last batch with empty samples, both by -100, so that all
-    ranks see batches of one shape: sum the losses of real targets and divide by their number.
+    The last sample is padded with -100 after the last token, and the last batch with samples of -100, so that all ranks
+    read batches of one shape. To average, sum the losses of the real targets and divide by their number.
 
     Args:
         dataset: the tokens.
-        seq_len: tokens that a model sees at once.
-        documents: which part of the dataset; None for all.
-        vocab_size: checked against every batch that is drawn; None for no check.
-        max_samples: at most so many samples, evenly spread over all; None for all.
+        seq_len: sequence length of the model.
+        documents: the part of the dataset to read; None for all.
+        vocab_size: upper limit of token ids, checked in every batch; None for no check.
+        max_samples: most samples to read, evenly spread over all; None for all.
 
     Raises:
-        InputError: fewer than two tokens.
+        InputError: there are fewer than two tokens.
     """
 
     def __init__(
@@ -181,18 +181,18 @@ class ValidationDataset:
         self._order = np.arange(len(self.documents.lengths), dtype=np.int64)
         lengths = np.ascontiguousarray(self.documents.lengths, dtype=np.int64)
         starts = index_builders().build_sample_index(lengths, self._order, seq_len)
-        # The last row is where a next sample would start: a shorter one, if a target is left for it.
+        # The last row is the start of one more sample, which is shorter; it is used if it has a target.
         self._starts = starts if (total - 1) % seq_len else starts[:-1]
         if max_samples is not None and max_samples < len(self._starts):
             self._starts = self._starts[np.arange(max_samples) * len(self._starts) // max_samples]
         self.num_samples = len(self._starts)
 
     def num_batches(self, batch_size: int) -> int:
-        """Batches that cover every sample, the last one padded."""
+        """Return the number of batches that cover all samples; the last one may be padded."""
         return -(-self.num_samples // batch_size)
 
     def batch(self, index: int, batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
-        """This rank's rows of batch `index`: int64 [batch_size / dp_size, seq_len + 1], -100 where no token is."""
+        """Return this rank's rows of batch `index`: int64 [batch_size / dp_size, seq_len + 1], padded with -100."""
         count = _rows_of_rank(batch_size, dp_rank, dp_size)
         first = index * batch_size + dp_rank * count
         batch = np.full((count, self.seq_len + 1), PADDING, dtype=np.int64)
@@ -206,18 +206,18 @@ class ValidationDataset:
         return batch
 
     def _describe(self, pieces: list[Piece], sample: int, row: int, column: int) -> str:
-        return f"{_place(self.dataset, self.documents, pieces, column)}, validation sample {sample}"
+        return f"{_location(self.dataset, self.documents, pieces, column)}, validation sample {sample}"
 
 
 def inputs_and_targets(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Divide rows of seq_len + 1 tokens into what the model sees and what it is to predict.
+    """Divide rows of seq_len + 1 tokens into the model's inputs and its targets.
 
     Args:
-        batch: int64 [B, seq_len + 1], -100 where no token is.
+        batch: int64 [B, seq_len + 1]; -100 is padding.
 
     Returns:
-        inputs int64 [B, seq_len] with token 0 in place of padding, targets int64 [B, seq_len] with -100 there.
-        Padding stands only at the end of a row, where no real token of a causal model attends to it.
+        inputs int64 [B, seq_len], where padding has token id 0, and targets int64 [B, seq_len], where it has -100.
+        Only the end of a row is padding, so no real token of a causal model attends to it.
     """
     return np.maximum(batch[:, :-1], 0), batch[:, 1:]
 
@@ -227,13 +227,13 @@ def check_tokens(batch: np.ndarray, vocab_size: int, describe: Callable[[int, in
 
     Args:
         batch: int64 [B, S].
-        vocab_size: number of ids that the model knows.
-        describe: (row, column) to where that token came from, for the message.
+        vocab_size: number of token ids of the model.
+        describe: returns the origin of the token at (row, column), for the message.
 
     Raises:
-        InputError: names the first such id and where it came from.
+        InputError: names the first wrong id and its origin.
     """
-    # As unsigned numbers negative ids are huge: one pass finds both ends.
+    # As unsigned numbers, negative ids are huge: one maximum finds ids that are too small or too large.
     if batch.size == 0 or int(np.ascontiguousarray(batch, dtype=np.int64).view(np.uint64).max()) < vocab_size:
         return
     row, column = (int(i) for i in np.argwhere((batch < 0) | (batch >= vocab_size))[0])
@@ -260,12 +260,12 @@ def _fill(out: np.ndarray, dataset: IndexedDataset, documents: DocumentRanges, p
     return filled
 
 
-def _place(dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[Piece], column: int) -> str:
-    """The file and document of a sample's token."""
+def _location(dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[Piece], column: int) -> str:
+    """Return the file and document of a sample's token."""
     for document, offset, taken in pieces:
         if column < taken:
             token = int(documents.starts[document]) + offset + column
-            # side="right" names the last of the documents that begin there: the one that is not empty.
+            # Several documents may begin at a token; side="right" finds the last of them, which is not empty.
             number = int(np.searchsorted(dataset.document_offsets(), token, side="right")) - 1
             return f"{dataset.path_prefix}.bin, document {number}"
         column -= taken

@@ -1,4 +1,4 @@
-"""Checksums and vocabulary beside a token file, in PREFIX.crc32.json: by them a flipped bit is found."""
+"""Checksums of token files, kept with the vocabulary size in PREFIX.crc32.json, and the search for damaged blocks."""
 
 import contextlib
 import hashlib
@@ -18,17 +18,18 @@ from fused_megatron.durable import replace_file
 from fused_megatron.untrusted_files import MOST_JSON_BYTES, Size, parse_json, read_bounded
 
 BLOCK_BYTES = 16 << 20
-"""Of the tokens under one checksum: small enough that a message names a place, and that ranks can share the reading."""
+"""Bytes under one checksum: few enough that a message locates the damage and that ranks can share the reading."""
 
 SMALL_BYTES = 64 << 20
-"""A file up to this size is checked before a run begins (0.1 s or less); a larger one beside the run."""
+"""A file up to this size is checked before a run begins (0.1 s or less); a larger file is checked during the run."""
 
 SUFFIX = ".crc32.json"
 _READ_BYTES = 1 << 20
-# Between two reads beside a run, which needs the disk, too.
+# Pause between two reads during a run, which needs the disk too.
 _PAUSE_S = 0.01
-# What tells two token files of one size apart without reading them: so many pieces, evenly spread.
-_PIECES, _PIECE_BYTES = 16, 64 << 10
+# Evenly spread pieces that spread_digest hashes, instead of the whole file.
+_PIECES = 16
+_PIECE_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class TokenDigest:
     """Checksums of a .bin and an .idx file.
 
     Attributes:
-        num_bytes: of the .bin file.
-        block_bytes: under one checksum.
+        num_bytes: size of the .bin file.
+        block_bytes: size of a block; the last block may be smaller.
         blocks: the CRC-32 of each block of the .bin file.
         index: the CRC-32 of the .idx file.
-        vocab_size: ids that the tokens are of; None where nobody stated it.
+        vocab_size: size of the vocabulary of the tokens; None if it is unknown.
     """
 
     num_bytes: int
@@ -54,7 +55,7 @@ _Crc32 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}\Z")]
 
 
 class _Record(msgspec.Struct):
-    """The JSON of a digest."""
+    """The JSON schema of a digest."""
 
     bin_bytes: Size
     block_bytes: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
@@ -64,7 +65,7 @@ class _Record(msgspec.Struct):
 
 
 class Checksums:
-    """The checksums of a stream of bytes, one a block."""
+    """The checksums of a stream of bytes, one per block."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self.num_bytes = 0
@@ -72,7 +73,7 @@ class Checksums:
         self._blocks: list[int] = []
 
     def update(self, data: bytes | memoryview) -> None:
-        """The next bytes."""
+        """Add the next bytes."""
         view = memoryview(data).cast("B")
         while len(view):
             filled = self.num_bytes % self._block_bytes
@@ -84,17 +85,17 @@ class Checksums:
             view = view[len(piece) :]
 
     def digest(self, index: bytes, vocab_size: int | None) -> TokenDigest:
-        """Of all bytes so far, and of an .idx file."""
+        """Return the digest of all bytes so far and of an .idx file."""
         return TokenDigest(self.num_bytes, self._block_bytes, tuple(self._blocks), zlib.crc32(index), vocab_size)
 
 
 def digest_path(prefix: str | os.PathLike[str]) -> Path:
-    """Of the digest of a prefix."""
+    """Return the path of the digest of a dataset prefix."""
     return Path(os.fspath(prefix) + SUFFIX)
 
 
 def write_digest(prefix: str | os.PathLike[str], digest: TokenDigest) -> None:
-    """Put a digest beside the files, whole or not at all."""
+    """Write a digest beside the files, atomically."""
     content = {
         "vocab_size": digest.vocab_size,
         "bin_bytes": digest.num_bytes,
@@ -106,14 +107,14 @@ def write_digest(prefix: str | os.PathLike[str], digest: TokenDigest) -> None:
 
 
 def add_digest(prefix: str | os.PathLike[str], vocab_size: int | None = None) -> TokenDigest:
-    """Make the digest of files as they are, and put it beside them: of datasets that another program wrote.
+    """Make and write the digest of existing files, for datasets that another program wrote.
 
     Args:
-        prefix: of the .bin and the .idx file.
-        vocab_size: ids that the tokens are of, where it is known.
+        prefix: prefix of the .bin and the .idx file.
+        vocab_size: size of the vocabulary of the tokens; None if it is unknown.
 
     Raises:
-        OSError: the files cannot be read, or the digest not be written.
+        OSError: the files cannot be read, or the digest cannot be written.
     """
     checksums = Checksums()
     with open(os.fspath(prefix) + ".bin", "rb") as file:
@@ -125,10 +126,10 @@ def add_digest(prefix: str | os.PathLike[str], vocab_size: int | None = None) ->
 
 
 def read_digest(prefix: str | os.PathLike[str]) -> TokenDigest | None:
-    """The digest beside the files of a prefix; None where there is none.
+    """Read the digest of a dataset prefix; None if there is none.
 
     Raises:
-        InputError: it cannot be read, or is damaged.
+        InputError: the digest cannot be read, or is damaged.
     """
     path = digest_path(prefix)
     try:
@@ -147,10 +148,16 @@ def read_digest(prefix: str | os.PathLike[str]) -> TokenDigest | None:
 def damaged_blocks(
     prefix: str | os.PathLike[str], digest: TokenDigest, blocks: Sequence[int], go_on: Callable[[], bool] = lambda: True
 ) -> Iterator[str]:
-    """What is wrong with the blocks of a .bin file, a line each; reads until go_on() is False.
+    """Yield a message for each damaged block of a .bin file, or one if its size is wrong.
+
+    Args:
+        prefix: prefix of the .bin file.
+        digest: its checksums.
+        blocks: numbers of the blocks to read.
+        go_on: reading stops when it returns False.
 
     Raises:
-        InputError: it cannot be read, which is no damage: an OSError is the cause.
+        InputError: the file cannot be read. This is no damage: the cause is an OSError.
 
     Memory: 1 MB.
     """
@@ -176,14 +183,14 @@ def damaged_blocks(
 
 
 def check_small(prefix: str | os.PathLike[str], digest: TokenDigest | None) -> None:
-    """Raise InputError where a .bin file that is read in a moment is damaged, or cannot be read."""
+    """Raise InputError if a .bin file of at most SMALL_BYTES is damaged or cannot be read."""
     if digest is not None and digest.num_bytes <= SMALL_BYTES:
         for problem in damaged_blocks(prefix, digest, range(len(digest.blocks))):
             raise InputError(problem)
 
 
 def check_index(prefix: str | os.PathLike[str], digest: TokenDigest, index: bytes) -> None:
-    """Raise InputError unless these are the bytes of the .idx file that the digest was made with."""
+    """Raise InputError if the bytes of an .idx file do not match the digest."""
     if zlib.crc32(index) != digest.index:
         found, wanted = f"{zlib.crc32(index):08x}", f"{digest.index:08x}"
         raise InputError(_wrong(prefix, f"its checksum is {found}, must be {wanted}", ".idx"))
@@ -197,29 +204,31 @@ def _wrong(prefix: str | os.PathLike[str], what: str, suffix: str = ".bin") -> s
 
 
 class TokenCheck:
-    """Reads token files beside the training and compares their checksums: a thread that reads 100 MB/s at most.
+    """A thread that reads token files during training, at most 100 MB/s, and compares them with their checksums.
 
     Args:
-        files: prefixes and their digests; each is read once.
-        share, of: which part of the blocks: the ranks of a machine share them.
+        files: prefixes and their digests; each file is read once.
+        share: read only the blocks number share, share + of, ... : the ranks of a machine share the blocks.
+        of: number of shares.
 
     Attributes:
-        problem: the first thing that was found wrong.
+        problem: message of the first damage; None if there is none so far.
     """
 
     def __init__(self, files: Sequence[tuple[str, TokenDigest]], share: int = 0, of: int = 1) -> None:
         self.problem: str | None = None
         self._files = dict(files)
-        self._share, self._of = share, of
+        self._share = share
+        self._of = of
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="token-check")
 
     def start(self) -> None:
-        """Begin to read."""
+        """Start reading."""
         self._thread.start()
 
     def wait(self) -> str | None:
-        """The problem, when all is read."""
+        """Wait until all is read, and return the problem."""
         self._thread.join()
         return self.problem
 
@@ -232,14 +241,16 @@ class TokenCheck:
     def _run(self) -> None:
         for prefix, digest in self._files.items():
             blocks = range(self._share, len(digest.blocks), self._of)
-            with contextlib.suppress(InputError):  # what cannot be read now is no damage
+            with contextlib.suppress(InputError):  # a file that cannot be read now is not damaged
                 for problem in damaged_blocks(prefix, digest, blocks, lambda: not self._closed.wait(_PAUSE_S)):
                     self.problem = problem
                     return
 
 
 def spread_digest(prefixes: Sequence[str]) -> str:
-    """Hash of the sizes and of 1 MB at most of each .bin file, evenly spread: files of other tokens have another.
+    """Return a hash of the size of each .bin file and of evenly spread pieces of it (1 MB at most).
+
+    It tells files with other tokens apart without reading them.
 
     Raises:
         InputError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer: trained with Hugging Face tokenizers, kept as one JSON file."""
+"""Tokenizers (from the package tokenizers, stored as one JSON file), and training of a byte-level BPE."""
 
 import contextlib
 import os
@@ -7,44 +7,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
 from fused_megatron.untrusted_files import read_bounded
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# What it is called in tokenizers that others made, the first that is there.
+# Names of the end-of-document token in other tokenizers; the first one in the vocabulary is used.
 _ENDS_OF_DOCUMENT = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-# What a masked-LM needs, in BERT's words; [SEP] ends documents.
+# Special tokens of a masked language model, as BERT names them; [SEP] ends documents.
 MASKED_LM_TOKENS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 # The 256 bytes and the end of document.
 MIN_VOCAB_SIZE = 257
-# Encoding keeps some 100 bytes a token until its piece is done, so long documents are encoded in pieces.
+# Encoding takes some 100 bytes per token until a batch is done, so long documents are encoded in pieces, in batches
+# that are large enough for all cores.
 _PIECE_CHARACTERS = 1 << 20
-# The largest vocabularies have a quarter of a million entries, and files of some 40 MB; there is a table of all ids.
+_BATCH_CHARACTERS = 1 << 22
+# The largest vocabularies have 250,000 entries in files of 40 MB. Tokenizer keeps a table of all ids.
 _MOST_IDS = 1 << 24
 _MOST_FILE_BYTES = 1 << 30
 _TRIAL = "Some words, 3 of them: caf\u00e9.\n"
 
 
 class Tokenizer:
-    """Text to token ids and back; byte-level ones exactly: decode(encode(text)) == text for every text of UTF-8.
+    """Encoder of text to token ids, and decoder.
 
-    Text that reads "<|endoftext|>" is encoded as any other text; only end_of_document is the special token.
+    A byte-level tokenizer is exact: decode(encode(text)) == text for every UTF-8 text. The string "<|endoftext|>" in a
+    text is encoded like any other text, never as the special token.
 
     Attributes:
-        vocab_size: number of ids.
-        end_of_document: the id of "<|endoftext|>", or of what others call it.
-        token_bytes: int64 [vocab_size], how many UTF-8 bytes each id stands for (0 for special tokens). Summed over
-            the tokens of a text it gives the length of the text in bytes.
-        special_ids: the tokens that no text gives, and their ids.
+        vocab_size: number of token ids.
+        end_of_document: id of "<|endoftext|>", or of its name in another tokenizer.
+        token_bytes: int64 [vocab_size], number of UTF-8 bytes of each id (0 for special tokens). The sum over the
+            tokens of a text is the length of the text in bytes.
+        special_ids: special tokens, which no text encodes to, and their ids.
     """
 
     def __init__(self, backend: Any) -> None:
         self._backend = backend
-        # Not a part of the JSON file; without it a text could forge an end of document.
+        # The JSON file does not keep this flag. Without it, a text could contain an end of document.
         self._backend.encode_special_tokens = True
-        # Some that come with a model cut or fill every text to the length that it saw.
+        # Some tokenizers of models truncate or pad every text to the length of their training.
         self._backend.no_truncation()
         self._backend.no_padding()
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
@@ -58,26 +62,28 @@ class Tokenizer:
             self.token_bytes[index] = 0 if token in special else _num_bytes(token, byte_level)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Token ids of the beginning of a document: encode(text), behind what the tokenizer puts there (<s>)."""
+        """Encode the beginning of a document: encode(text) after the tokenizer's own start token (<s>), if any."""
         return np.asarray(self._backend.encode(text, add_special_tokens=True).ids, dtype=np.int64)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of one text: int64 [num_tokens], without an end of document."""
+        """Encode one text: int64 [num_tokens], without an end of document."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, as encode() gives them; on all processor cores."""
-        pieces = [list(text_pieces(text, _PIECE_CHARACTERS)) for text in texts]
-        flat = [piece for text in pieces for piece in text]
-        encoded = iter(self._backend.encode_batch_fast(flat, add_special_tokens=False))
-        results = []
-        for text in pieces:
-            parts = [np.asarray(next(encoded).ids, dtype=np.int64) for _ in text]
-            results.append(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64))
-        return results
+    def encode_batch(self, texts: Sequence[str], dtype: DTypeLike = np.int64) -> list[np.ndarray]:
+        """Encode each text as encode() does, on all processor cores; dtype must hold all ids.
+
+        Memory: the ids twice, and up to 400 MB for long texts.
+        """
+        parts: list[list[np.ndarray]] = [[] for _ in texts]
+        pieces = ((i, piece) for i, text in enumerate(texts) for piece in text_pieces(text, _PIECE_CHARACTERS))
+        for batch in _batches(pieces, _BATCH_CHARACTERS):
+            encoded = self._backend.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (i, _), each in zip(batch, encoded, strict=True):
+                parts[i].append(np.asarray(each.ids, dtype=dtype))
+        return [np.concatenate(each) if each else np.empty(0, dtype=dtype) for each in parts]
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """The text of token ids; bytes that are no UTF-8 (of a token cut in the middle) become U+FFFD."""
+        """Decode token ids to text; bytes that are not UTF-8 (part of a character) become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
@@ -87,15 +93,15 @@ def train_tokenizer(
     path: str | os.PathLike[str],
     special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
 ) -> Tokenizer:
-    """Train a byte-level BPE on the texts and write it to path (whole or not at all).
+    """Train a byte-level BPE on the texts and write it to path, atomically.
 
     The same texts in the same order give the same tokenizer.
 
     Args:
-        texts: read once.
-        vocab_size: at least 257; small texts may give fewer entries.
-        path: JSON file.
-        special_tokens: the first ids; one of them ends documents.
+        texts: training texts; read once.
+        vocab_size: vocabulary entries, at least 257. A small text may give fewer.
+        path: JSON file to write.
+        special_tokens: special tokens, which get the first ids; one of them must end documents.
 
     Raises:
         InputError: vocab_size is too small, the package tokenizers is missing, path cannot be written.
@@ -124,10 +130,10 @@ def train_tokenizer(
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer that train_tokenizer wrote, or one that came with a model.
+    """Read a tokenizer that train_tokenizer wrote, or the tokenizer.json of a model.
 
     Raises:
-        InputError: no such file, a damaged one, or a tokenizer without a token that ends documents.
+        InputError: the file is missing or damaged, or the tokenizer has no token that ends documents.
     """
     tokenizers = _import_tokenizers()
     check(Path(path).exists(), f"{path}: no such tokenizer file")
@@ -147,7 +153,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         any(backend.token_to_id(end) is not None for end in _ENDS_OF_DOCUMENT),
         f"{path}: the tokenizer has no token {' or '.join(_ENDS_OF_DOCUMENT)}, which ends documents",
     )
-    # Some faults of a file show when it is used.
+    # Some faults of a file show only in use.
     with _library_errors(f"{path}: {wrong}", "train or copy it again"):
         tokenizer = Tokenizer(backend)
         tokenizer.decode(tokenizer.encode_prompt(_TRIAL))
@@ -156,7 +162,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 @contextlib.contextmanager
 def _library_errors(what: str, way_out: str) -> Iterator[None]:
-    """The errors of the package, plain Exceptions and panics, as an InputError."""
+    """Turn errors of the package (plain Exceptions, and panics of its Rust code) into an InputError."""
     try:
         yield
     except BaseException as error:
@@ -166,16 +172,16 @@ def _library_errors(what: str, way_out: str) -> Iterator[None]:
 
 
 def _num_bytes(token: str, byte_level: bool) -> int:
-    """UTF-8 bytes of text that a token stands for."""
-    if byte_level:  # one character of its name for each
+    """Return the number of UTF-8 bytes of a token's text."""
+    if byte_level:  # a byte-level token has one character per byte
         return len(token)
-    if len(token) == 6 and token.startswith("<0x"):  # a byte that is no part of a whole character
+    if len(token) == 6 and token.startswith("<0x"):  # a token of a single byte, such as <0xE2>
         return 1
     return len(token.replace("\u2581", " ").encode())
 
 
 def text_pieces(text: str, limit: int) -> Iterator[str]:
-    """Cut a text into pieces of at most `limit` characters, after a line end where there is one."""
+    """Cut a text into pieces of at most `limit` characters, after a line end if possible."""
     start = 0
     while len(text) - start > limit:
         end = text.rfind("\n", start, start + limit) + 1 or start + limit
@@ -185,9 +191,23 @@ def text_pieces(text: str, limit: int) -> Iterator[str]:
         yield text[start:]
 
 
+def _batches(pieces: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:
+    """Yield the pieces in order, in lists; a list ends with the piece with which it has at least `characters`."""
+    batch: list[tuple[int, str]] = []
+    count = 0
+    for piece in pieces:
+        batch.append(piece)
+        count += len(piece[1])
+        if count >= characters:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
 def _import_tokenizers() -> Any:
     try:
-        import tokenizers  # noqa: PLC0415 (an extra: only those who bring text need it)
+        import tokenizers  # noqa: PLC0415 (an extra: an indexed dataset does not need it)
     except ImportError:
         raise InputError(
             "text needs the package tokenizers: pip install fused-megatron[text] (an indexed dataset does without)"

@@ -1,4 +1,4 @@
-"""What the loop reads: batches for training, held-out batches, and the tokenizer that made them."""
+"""Training and validation batches of a run, and the tokenizer of its data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,16 +18,19 @@ from fused_megatron.data.tokenizer import END_OF_DOCUMENT, MASKED_LM_TOKENS, Tok
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokens of a run.
+    """The data of a run.
 
     Attributes:
-        description: what the user would call the text.
+        description: name of the text, for messages.
         fingerprint: hash of the tokens.
-        vocab_size: ids that the model must know.
-        tokenizer, tokenizer_path: None for a dataset of ids alone.
-        masking: how tokens are hidden for a masked language model; None: the next token is to be predicted.
-        content: hashes by which two ranks with other data are told apart, and their paths, as of PreparedCorpus.
-        token_check: reads large files beside the run; None where there is none to read.
+        vocab_size: number of token ids that the model needs.
+        tokenizer: the tokenizer of the data; None for an indexed dataset without one.
+        tokenizer_path: its JSON file, or None.
+        training: the training samples.
+        validation: the held-out samples.
+        masking: makes the samples of a masked language model; None: each target is the next token.
+        content: hashes of the data, to find ranks that read other data, and the paths of the files.
+        token_check: checks large files during the run; None if there are none.
     """
 
     description: str
@@ -43,17 +46,17 @@ class TrainingData:
 
     @property
     def targets_per_sample(self) -> int:
-        """Tokens to predict in a training sample: of all the same number."""
+        """Number of targets of a training sample; the same for all."""
         return self.training.seq_len if self.masking is None else self.masking.num_targets(self.training.seq_len)
 
     def training_batch(self, samples_consumed: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
-        """This data-parallel rank's rows of the next global batch."""
+        """Return this data-parallel rank's rows of the next global batch."""
         count = global_batch_size // dp_size
         first = samples_consumed + dp_rank * count
         return self._batch(self.training.rows(first, count), first, TRAINING_STREAM)
 
     def validation_batch(self, index: int, batch_size: int, dp_rank: int, dp_size: int) -> Batch:
-        """This data-parallel rank's rows of held-out batch `index`; targets are -100 where there is no token."""
+        """Return this data-parallel rank's rows of held-out batch `index`; a target is -100 where there is no token."""
         rows = self.validation.batch(index, batch_size, dp_rank, dp_size)
         return self._batch(rows, index * batch_size + dp_rank * len(rows), VALIDATION_STREAM)
 
@@ -67,16 +70,17 @@ class TrainingData:
 def open_training_data(
     config: TrainConfig, on_progress: Callable[[str, int, int], None], share: int = 0, of: int = 1
 ) -> TrainingData:
-    """Prepare the text that config names (quick when it was done before) and open it.
+    """Prepare the text that config names, and open it. Prepared data is cached.
 
     Args:
-        config: of the run.
-        on_progress: as of prepare_corpus.
-        share, of: which part of large files this rank checks, as of TokenCheck.
+        config: config of the run.
+        on_progress: as in prepare_corpus.
+        share: share of the large files that this rank checks, as in TokenCheck.
+        of: number of shares.
 
     Raises:
-        InputError: missing, damaged or too little data; ids beyond model.vocab_size; no [MASK] where masked tokens are
-            predicted.
+        InputError: the data is missing, damaged or too small; a token id is beyond model.vocab_size; a masked language
+            model has no [MASK] token.
     """
     masked = config.model.traits.predicts == "masked_tokens"
     corpus = prepare_corpus(
@@ -94,7 +98,10 @@ def open_training_data(
         f"model.vocab_size={vocab_size} must be at least {corpus.vocab_size}, the token ids of {corpus.description} "
         f"(leave it out to take that; where no such id was meant, the data is damaged)",
     )
-    training, seq_len, tokenizer, masking = config.training, config.model.seq_len, corpus.tokenizer(), None
+    training = config.training
+    seq_len = config.model.seq_len
+    tokenizer = corpus.tokenizer()
+    masking = None
     if masked:
         named = config.data.tokenizer_path or corpus.tokenizer_path
         fraction = config.data.mask_fraction

@@ -1,6 +1,6 @@
 """Data parallelism: gradients in buckets, their division and reduction over ranks, and the optimizer.
 
-bucket_layout.py says which gradient lies where, gradient_division.py by what gradients are divided, reduction.py sums
-them over ranks while backward goes on, optimizer.py updates named weights from named gradients. The last two take what
-they are given: a rank that updates only some rows of each parameter gives those rows, under the same names.
+bucket_layout.py assigns gradients to buckets; gradient_division.py defines the divisor; reduction.py sums the gradients
+over ranks while backward runs; optimizer.py updates weights from gradients of the same names. A rank that updates only
+some rows of each parameter passes these rows to the optimizer, under the name of the parameter.
 """

@@ -1,4 +1,4 @@
-"""Layout of gradients in flat buckets: which parameter lies where. Needs no memory and no communication."""
+"""Layout of gradients in flat buckets, worked out without memory or communication."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ BYTES_PER_ELEMENT = 4
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Parameters of one bucket, whose gradients lie one behind the other in a flat tensor.
+    """Parameters of one bucket, whose gradients are consecutive in a flat tensor.
 
     Attributes:
-        parameters: in the order in which they lie there, which is that in which backward reaches them.
+        parameters: in the order of their gradients, which is the order in which backward reaches them.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -25,7 +25,7 @@ class BucketLayout:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def offsets(self) -> dict[nn.Parameter, int]:
-        """Where each parameter begins, in elements."""
+        """Return the offset of each parameter's gradient, in elements."""
         found, offset = {}, 0
         for parameter in self.parameters:
             found[parameter] = offset
@@ -33,19 +33,23 @@ class BucketLayout:
         return found
 
     def views(self, flat: torch.Tensor) -> dict[nn.Parameter, torch.Tensor]:
-        """The part of a flat tensor [num_elements] that each parameter owns, in the parameter's shape."""
+        """Return views of a flat tensor [num_elements]: the part of each parameter, in the parameter's shape."""
         return {p: flat[begin : begin + p.numel()].view(p.shape) for p, begin in self.offsets().items()}
 
 
 def lay_out_buckets(
     stages: Mapping[int, Sequence[nn.Parameter]], bucket_bytes: float
 ) -> dict[frozenset[int], list[BucketLayout]]:
-    """The buckets of the parameters that the same stages hold, each list in the order in which backward fills it.
+    """Assign parameters to buckets.
 
     Args:
         stages: the parameters of each pipeline stage, in the order of forward. A tied weight is a parameter of several
-            stages; its gradient has one place.
-        bucket_bytes: least size of a bucket; the last of a list may be smaller.
+            stages, and has one gradient.
+        bucket_bytes: least size of a bucket; the last bucket of a list may be smaller.
+
+    Returns:
+        For each set of stages the buckets of the parameters that exactly these stages hold, in the order in which
+        backward fills them.
     """
     holders: dict[nn.Parameter, set[int]] = {}
     for stage, parameters in stages.items():

@@ -1,15 +1,15 @@
-"""Division of gradients: once, by the targets of the whole step, where backward begins."""
+"""Division of gradients by the number of targets of the whole step, once, where backward begins."""
 
 
 def gradient_divisor(global_batch_size: int, targets_per_sample: int) -> int:
-    """What a step divides its loss by, and with it every gradient: the targets of all data-parallel ranks.
+    """Return the divisor of the loss of a step, and so of every gradient: the targets of all data-parallel ranks.
 
-    Microbatches, pipeline stages and data-parallel ranks then only add their gradients up (reduction.py sums and never
-    averages), so a target counts the same on whichever rank it is. The pipeline divides, in the first gradient of each
-    backward (pipeline/run/stage_compute.py: first_gradient), by what PipelineExecutor.step gets as loss_divisor.
+    Microbatches, pipeline stages and data-parallel ranks then only sum their gradients (reduction.py never averages),
+    so that a target counts the same on every rank. The pipeline divides the first gradient of each backward
+    (pipeline/run/stage_compute.py: first_gradient) by the argument loss_divisor of PipelineExecutor.step.
 
     Args:
         global_batch_size: samples of a step, over all data-parallel ranks.
-        targets_per_sample: targets of a sample that count, the same for every sample.
+        targets_per_sample: targets that count in a sample; the same number for every sample.
     """
     return global_batch_size * targets_per_sample

@@ -1,79 +1,103 @@
-"""AdamW over fp32 main weights, by parameter name."""
+"""AdamW over float32 main weights, by parameter name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
+from fused_megatron import ops
 from fused_megatron.config import OptimizerConfig
+from fused_megatron.observe.waits import OPTIMIZER, wait_for
+
+
+class _Group(NamedTuple):
+    """Names of parameters that are updated together: of one dtype, and with one weight decay."""
+
+    names: Sequence[str]
+    weight_decay: float
+    has_main_weights: bool
 
 
 class Optimizer:
-    """torch's fused AdamW; lower-precision parameters get fp32 main weights that are rounded back after a step.
+    """AdamW, with float32 main weights for parameters of lower precision.
+
+    Each step reads and writes the tensors of the optimizer once, and rounds the main weights to the parameters in the
+    same pass.
 
     Args:
         parameters: trainable parameters by name, or the parts of them that this rank updates.
-        gradients: by the same names, their fp32 gradients, in the shapes of `parameters`; read and scaled by step().
-        config: learning rate and the rest.
+        gradients: float32 gradients by the same names, in the shapes of `parameters`; step() reads them.
+        config: learning rate and the other options of AdamW.
 
-    Memory:
-        8 bytes per parameter for the two moments, 4 more for the main weight of a parameter that is not fp32.
+    Memory: 8 bytes an element for the two moments, 4 more for the main weight of a parameter that is not float32.
     """
 
     def __init__(
         self, parameters: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], config: OptimizerConfig
     ) -> None:
-        self._parameters = dict(parameters)
+        self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._gradients = {name: gradients[name] for name in parameters}
-        self.main = {
-            name: p.detach() if p.dtype == torch.float32 else p.detach().float() for name, p in parameters.items()
-        }
-        decayed = [name for name, p in parameters.items() if p.dim() >= 2]
-        plain = [name for name, p in parameters.items() if p.dim() < 2]
-        groups = [
-            {"params": [self.main[name] for name in names], "weight_decay": decay}
-            for names, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if names
-        ]
-        self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
-        # Made here, not by the first step, so that a checkpoint can be loaded into a fresh optimizer.
-        for name, main in self.main.items():
-            main.grad = self._gradients[name]
-            self._adamw.state[main] = {
-                "step": torch.zeros((), dtype=torch.float32, device=main.device),
-                "exp_avg": torch.zeros_like(main),
-                "exp_avg_sq": torch.zeros_like(main),
-            }
+        self._config = config
+        self.main = {name: p if p.dtype == torch.float32 else p.float() for name, p in self._parameters.items()}
+        # Made before the first step, so that a checkpoint can be loaded into a new optimizer.
+        self._exp_avg = {name: torch.zeros_like(main) for name, main in self.main.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(main) for name, main in self.main.items()}
+        self._num_updates = 0
+        self._groups = self._grouped()
 
-    def step(self, lr: float, gradient_scale: float = 1.0) -> None:
-        """One update from the gradients times gradient_scale (they are scaled in place)."""
-        if gradient_scale != 1.0:
-            torch._foreach_mul_(list(self._gradients.values()), gradient_scale)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+    def _grouped(self) -> list[_Group]:
+        groups: dict[tuple[bool, torch.dtype], list[str]] = {}
+        for name, parameter in self._parameters.items():
+            groups.setdefault((parameter.dim() >= 2, parameter.dtype), []).append(name)
+        return [
+            _Group(names, self._config.weight_decay if decayed else 0.0, dtype != torch.float32)
+            for (decayed, dtype), names in groups.items()
+        ]
+
+    def step(self, lr: float, gradient_scale: float | torch.Tensor = 1.0) -> None:
+        """Update the parameters once, from the gradients times gradient_scale (a clip coefficient)."""
+        self._num_updates += 1
+        wait_for(OPTIMIZER, lambda: self._update(lr, gradient_scale))
+
+    def _update(self, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        config = self._config
+        for names, weight_decay, has_main_weights in self._groups:
+            ops.adamw_(
+                [self.main[name] for name in names],
+                [self._exp_avg[name] for name in names],
+                [self._exp_avg_sq[name] for name in names],
+                [self._gradients[name] for name in names],
+                low=[self._parameters[name] for name in names] if has_main_weights else (),
+                step=self._num_updates,
+                lr=lr,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                eps=config.eps,
+                weight_decay=weight_decay,
+                gradient_scale=gradient_scale,
+            )
+
+    def round_main_weights(self) -> None:
+        """Set parameters of lower precision to their main weights (after loading only main weights)."""
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
-                parameter.detach().copy_(self.main[name])
+                parameter.copy_(self.main[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Per parameter name the tensors to keep besides the model's own: moments, and main weights if apart."""
+        """Return the tensors to save besides the model's, by parameter name: the moments, and separate main weights."""
         state = {}
         for name, main in self.main.items():
-            moments = self._adamw.state[main]
-            state[name] = {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
+            state[name] = {"exp_avg": self._exp_avg[name], "exp_avg_sq": self._exp_avg_sq[name]}
             if self._parameters[name].dtype != torch.float32:
                 state[name]["main"] = main
         return state
 
     def reset_main_weights(self) -> None:
-        """Take the parameters as they are (after loading only weights)."""
+        """Set the main weights to the parameters (after loading only weights)."""
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
-                self.main[name].copy_(parameter.detach())
+                self.main[name].copy_(parameter)
 
     def set_step(self, step: int) -> None:
-        """Say how many updates the moments have seen (after loading them)."""
-        for main in self.main.values():
-            self._adamw.state[main]["step"].fill_(float(step))
+        """Set the number of updates that the moments contain (after loading them)."""
+        self._num_updates = step

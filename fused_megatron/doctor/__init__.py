@@ -1,5 +1,6 @@
-"""`fused-megatron doctor`: what is here, what is missing, and the command that mends it. In under 3 seconds.
+"""`fused-megatron doctor`: what is installed, what is missing, and the command that mends it, in under 3 seconds.
 
-facts.py says what is looked at, installation.py, machine.py and ranks.py look, findings.py judges, report.py shows.
-Nothing here imports torch or another dependency at the top of a file: that one is absent or broken is a finding.
+facts.py defines the facts; installation.py, machine.py, network.py and tokens.py gather them; diagnosis.py turns them
+into findings; output_formats.py prints both. No file here imports torch or another dependency at its top: a dependency
+that is missing or broken is a finding.
 """

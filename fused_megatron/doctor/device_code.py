@@ -1,4 +1,4 @@
-"""Which GPUs a compiled library has code for, read from the fat binaries in it; needs no CUDA toolkit."""
+"""GPU architectures of a compiled library, read from its fat binaries without a CUDA toolkit."""
 
 import mmap
 import re
@@ -6,15 +6,15 @@ import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# A fat binary: magic, version, header size, bytes that follow; then entries, each with a header of its own. Neither
-# NVIDIA's documentation nor its headers describe the entries: this is what nvcc 13.0 writes.
+# A fat binary has a header (magic, version, header size, size of the rest) and entries, each with its own header.
+# NVIDIA does not document the entries: this is the layout that nvcc 13.0 writes.
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 _PTX, _MACHINE_CODE = 1, 2
-_SUFFIXES = {1: "a", 2: "f"}  # bits 20 and 21 of the flags: this processor alone, its family alone
+_SUFFIXES = {1: "a", 2: "f"}  # bits 20 and 21 of the flags: code for this architecture only, for its family only
 
 
 def device_code(library: Path) -> tuple[str, ...]:
-    """("sm_80", "sm_90a", "ptx_100") of what every kernel file of a library was compiled for; () for none."""
+    """Return the architectures of a library's GPU code, such as ("sm_80", "sm_90a", "ptx_100"); () for none."""
     if not library.stat().st_size:
         return ()
     found: set[tuple[int, int, str]] = set()
@@ -33,7 +33,7 @@ def _entries(data: mmap.mmap, at: int, end: int) -> Iterable[tuple[int, int, str
     while at + 48 <= end:
         kind, _, header, size = struct.unpack_from("<HHIQ", data, at)
         if kind not in (_PTX, _MACHINE_CODE) or header < 48:
-            return  # the magic stood there by chance
+            return  # these bytes equal the magic number by chance
         (arch,) = struct.unpack_from("<I", data, at + 28)
         (flags,) = struct.unpack_from("<Q", data, at + 40)
         yield kind, arch, _SUFFIXES.get(flags >> 20 & 3, "")
@@ -41,17 +41,17 @@ def _entries(data: mmap.mmap, at: int, end: int) -> Iterable[tuple[int, int, str
 
 
 def runs_on(codes: Sequence[str], capability: str) -> str | None:
-    """Which of the codes a GPU of a compute capability ("9.0") runs: machine code before PTX; None for none."""
+    """Return the code that a GPU of this compute capability ("9.0") runs, machine code before PTX; None for none."""
     major, minor = (int(part) for part in capability.split("."))
     fitting = []
     for code in codes:
         kind, arch, suffix = re.fullmatch(r"(sm|ptx)_(\d+)([af]?)", code).groups()  # type: ignore[union-attr]
         wanted = divmod(int(arch), 10)
-        alike = {
+        runs = {
             "a": wanted == (major, minor),
             "f": wanted[0] == major and wanted[1] <= minor,
             "": wanted[0] == major and wanted[1] <= minor if kind == "sm" else wanted <= (major, minor),
         }[suffix]
-        if alike:
+        if runs:
             fitting.append((kind == "sm", wanted, code))
     return max(fitting)[2] if fitting else None

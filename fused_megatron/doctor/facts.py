@@ -1,16 +1,17 @@
-"""What the doctor looks at, as plain data: gathered once, judged and shown without another look."""
+"""The facts about an installation and its machine, as plain data."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution that we ask for.
+    """A distribution that fused-megatron requires.
 
     Attributes:
-        name, minimum: as our metadata asks: "torch", "2.13".
-        installed: its version; None where it is not.
-        extra: the optional part of ours that asks for it; None where all do.
+        name: name in our metadata, such as "torch".
+        minimum: lowest version, such as "2.13"; "" for any.
+        installed: its version; None if it is not installed.
+        extra: our optional part that requires it; None if it is always required.
     """
 
     name: str
@@ -29,9 +30,14 @@ class Package:
 
 @dataclass(frozen=True)
 class Installation:
-    """Attributes:
-    version: ours; None where neither metadata nor pyproject.toml tells.
-    checkout: the folder of the source checkout that the package lies in, if it does.
+    """The installed package and its requirements.
+
+    Attributes:
+        version: our version; None if neither metadata nor pyproject.toml has it.
+        python: version of Python.
+        platform: system and processor architecture, such as "Linux x86_64".
+        checkout: folder of the source checkout that holds the package; None if there is none.
+        packages: our requirements.
     """
 
     version: str | None
@@ -43,12 +49,14 @@ class Installation:
 
 @dataclass(frozen=True)
 class Torch:
-    """Attributes:
-    error: why it does not import; the rest is empty then.
-    build: "CPU", "CUDA 13.0", "ROCm 7.0".
-    backends: which of torch.distributed's are built in, by name.
-    sees_gpus: how many GPUs it can use.
-    threads: of one op on the CPU.
+    """The installed torch.
+
+    Attributes:
+        error: why it cannot be imported (the other fields are then empty); None if it can.
+        build: "CPU", "CUDA 13.0", "ROCm 7.0".
+        backends: by name, whether a backend of torch.distributed is built in.
+        sees_gpus: number of GPUs that it can use.
+        threads: CPU threads of one op.
     """
 
     error: str | None = None
@@ -60,7 +68,7 @@ class Torch:
 
 @dataclass(frozen=True)
 class OpKernels:
-    """What runs an op: "kernel" or "reference" on the CPU; "CUDA", "Triton" or "reference" on a GPU."""
+    """The implementations of an op: "kernel" or "reference" on CPU; "CUDA", "Triton" or "reference" on GPU."""
 
     op: str
     cpu: str
@@ -72,10 +80,13 @@ class Library:
     """The compiled library.
 
     Attributes:
-        exists, loads: whether the file is there, and torch has loaded it.
+        path: path of the file.
+        exists: whether the file exists.
+        loads: whether torch has loaded it.
         reason: why it is not loaded.
-        device_code: what GPU code it holds: "sm_80", "sm_90a", "ptx_100".
-        changed_since: a source file that is newer than it.
+        device_code: architectures of its GPU code, such as "sm_80", "sm_90a", "ptx_100".
+        changed_since: a source file that is newer than the library; None if there is none.
+        ops: the implementations of every op.
     """
 
     path: str
@@ -89,12 +100,13 @@ class Library:
 
 @dataclass(frozen=True)
 class Tools:
-    """Compilers; None where there is none that works.
+    """Compilers; None for a compiler that is missing or does not work.
 
     Attributes:
-        cxx: the C++20 compiler's own first line.
+        cxx: first line that the C++20 compiler prints about itself.
         cc: path of the C compiler that Triton needs at run time.
-        nvcc, nvcc_release: path, and "13.0".
+        nvcc: path of nvcc.
+        nvcc_release: its release, such as "13.0".
     """
 
     cxx: str | None = None
@@ -105,19 +117,34 @@ class Tools:
 
 @dataclass(frozen=True)
 class Gpu:
+    """A GPU as the driver describes it.
+
+    Attributes:
+        name: its name.
+        capability: compute capability, such as "9.0".
+        memory_gb: memory in GB (10^9 bytes).
+    """
+
     name: str
-    capability: str  # "9.0"
+    capability: str
     memory_gb: float
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes:
-    vector_units: what the processor has of "AVX2", "AVX-512", "AMX", ..
-    cores, usable_cores: of the machine; of this process (affinity and container limit).
-    memory_gb, available_gb, shared_memory_gb: RAM (or the container's limit), free of it, size of /dev/shm.
-    gpus, driver: as the driver tells, whatever torch sees.
-    links: GPU pairs by kind of link, "NV18": NVLink; "SYS", "PHB", ..: PCIe.
+    """Processor, memory and GPUs.
+
+    Attributes:
+        cpu: name of the processor.
+        vector_units: its vector units, such as "AVX2", "AVX-512", "AMX".
+        cores: cores of the machine.
+        usable_cores: cores that this process may use (affinity and container limit).
+        memory_gb: RAM, or the container's limit, in GB.
+        available_gb: free RAM in GB.
+        shared_memory_gb: size of /dev/shm in GB; None if there is none.
+        gpus: the GPUs that the driver sees; torch may see fewer.
+        driver: version of the driver.
+        links: number of GPU pairs by kind of link ("NV18": NVLink; "SYS", "PHB", ..: PCIe).
     """
 
     cpu: str = ""
@@ -134,13 +161,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Network:
-    """Attributes:
-    interfaces: address by name, "" for one without.
-    host_addresses: what the host's own name resolves to; local_addresses: those of them that are this machine's.
-    host_lookup_s, localhost_lookup_s: how long the name server took to tell those, and the name of 127.0.0.1;
-        None: no answer in the time that the doctor waits.
-    loopback_error: why two gloo ranks on this machine could not add up; None where they did.
-    loopback_ms: how long they took; None where it was not tried.
+    """Network names, interfaces, and a trial of gloo.
+
+    Attributes:
+        hostname: name of the host.
+        interfaces: address by name of the interface; "" for an interface without an address.
+        host_addresses: addresses that the host's name resolves to.
+        local_addresses: those host_addresses that belong to this machine.
+        host_lookup_s: seconds to resolve the host's name; None: no answer while the doctor waited.
+        localhost_lookup_s: seconds to find the name of 127.0.0.1; None: no answer while the doctor waited.
+        loopback_error: why two gloo ranks on this machine failed to add numbers; None if they succeeded.
+        loopback_ms: milliseconds that they took; None if it was not tried.
     """
 
     hostname: str = ""
@@ -158,11 +189,12 @@ class TokenFile:
     """A dataset that was compared with its checksums.
 
     Attributes:
-        prefix, num_bytes: of its .bin file.
-        problem: what is wrong with it; None where nothing is known to be.
-        has_digest: whether there are checksums beside it.
-        is_read: all of it; of a cache the doctor reads for some seconds only.
-        in_cache: it was prepared from text, and can be again.
+        prefix: path of its files without .bin and .idx.
+        num_bytes: size of its .bin file.
+        problem: the damage that was found; None if none was found.
+        has_digest: whether it has checksums.
+        is_read: whether all of it was read; the doctor reads a cache for some seconds only.
+        in_cache: whether it is in the cache of prepared text, and so can be prepared again.
     """
 
     prefix: str
@@ -175,6 +207,8 @@ class TokenFile:
 
 @dataclass(frozen=True)
 class Facts:
+    """All facts; `environment` has the environment variables of diagnosis.VARIABLES that are set."""
+
     installation: Installation
     torch: Torch
     library: Library
@@ -186,7 +220,7 @@ class Facts:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu"; for comparisons, trailing zeros dropped."""
+    """Return the numbers of a version for comparisons, without trailing zeros: (2, 13) for "2.13.0+cpu"."""
     found: list[int] = []
     for part in version.split("+")[0].split("."):
         digits = part[: len(part) - len(part.lstrip("0123456789"))]

@@ -1,4 +1,4 @@
-"""What is installed: our requirements, torch, the compiled library and the kernels in it."""
+"""Facts about the installation: requirements, torch, the compiled library and its kernels."""
 
 import importlib
 import importlib.metadata
@@ -15,13 +15,13 @@ from fused_megatron.doctor.device_code import device_code
 from fused_megatron.doctor.facts import Installation, Library, OpKernels, Package, Torch
 
 _PACKAGE = Path(__file__).parents[1]
-_MESSAGE_CHARACTERS = 200  # of an error
-# Made of other ops and of torch's own products: what runs the part runs the whole.
+_MESSAGE_CHARACTERS = 200  # longest error message
+# Ops that are made of another op and of torch's own products; they run where the other op runs.
 _COMPOSED = {"linear_cross_entropy": "cross_entropy"}
 
 
 def find_installation() -> Installation:
-    """Our version, and every distribution that we ask for, with what is there of it."""
+    """Find our version and the installed version of every requirement."""
     root = _PACKAGE.parent
     checkout = root if (root / "csrc").is_dir() and (root / "pyproject.toml").is_file() else None
     version, texts = _declared_in_checkout(checkout) if checkout else _declared_in_metadata()
@@ -35,7 +35,7 @@ def find_installation() -> Installation:
 
 
 def _declared_in_checkout(checkout: Path) -> tuple[str | None, list[str]]:
-    """pyproject.toml rather than metadata, which may be that of an older state, or absent."""
+    """Return version and requirements from pyproject.toml; a checkout's metadata may be old or missing."""
     try:
         toml: Any = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         project = toml.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -55,14 +55,14 @@ def _declared_in_metadata() -> tuple[str | None, list[str]]:
 
 
 def _packages(texts: Iterable[str]) -> Iterable[Package]:
-    """Requirement texts as far as ours go: a name, at most one lower bound, markers of Python, system and extra."""
+    """Parse requirements in the forms that we use: a name, one lower bound, markers of Python, system and extra."""
     for text in texts:
         requirement, _, marker = text.partition(";")
         found = re.match(r"\s*([\w.-]+)\s*(?:>=\s*([\w.]+))?", requirement)
         if found is None or found[1] == "fused-megatron" or not _is_meant(marker):
             continue
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        if extra is not None and extra[1] == "dev":  # who develops has make setup
+        if extra is not None and extra[1] == "dev":  # developers run `make setup`
             continue
         yield Package(found[1], found[2] or "", _installed_version(found[1]), extra[1] if extra else None)
 
@@ -81,7 +81,7 @@ def _installed_version(name: str) -> str | None:
 
 
 def find_torch() -> Torch:
-    """Import it: nothing else tells whether it works."""
+    """Import torch, since only an import shows whether it works."""
     try:
         torch = importlib.import_module("torch")
         dist = importlib.import_module("torch.distributed")
@@ -91,20 +91,20 @@ def find_torch() -> Torch:
         backends = {"gloo": False, "nccl": False}
         if dist.is_available():
             backends = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-        with warnings.catch_warnings():  # of the driver: the findings have it
+        with warnings.catch_warnings():  # torch warns about the driver; the findings report that
             warnings.simplefilter("ignore")
             gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         return Torch(None, build, backends, gpus, torch.get_num_threads())
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return Torch(error=first_line(error)[:_MESSAGE_CHARACTERS])
 
 
 def find_library(torch_works: bool, chosen: str | None) -> Library:
-    """The compiled library: there, loaded, with kernels for which ops and which GPUs.
+    """Find the compiled library, load it, and list its kernels and GPU architectures.
 
     Args:
-        torch_works: else it is only looked at.
-        chosen: FUSED_MEGATRON_LIBRARY, None where it is not set.
+        torch_works: load the library; False: only look at the file.
+        chosen: value of FUSED_MEGATRON_LIBRARY; None if it is not set.
     """
     path = _PACKAGE / "_torch_ops.so" if not chosen else Path(chosen)
     exists = path.is_file() and chosen != ""
@@ -127,11 +127,11 @@ def _loaded() -> tuple[bool, str, tuple[OpKernels, ...]]:
             extension = importlib.import_module("fused_megatron.extension")
             loads = extension.load_library()
             ops = _op_kernels()
-        except Exception as error:  # a torch too old for what we ask of it
+        except Exception as error:  # torch may be too old
             return False, first_line(error)[:_MESSAGE_CHARACTERS], ()
-    said = "".join(str(warning.message) for warning in caught)
-    reason = re.search(r"the compiled library (.*?); all ops", said, re.DOTALL)
-    return loads, "" if loads else reason[1] if reason else said, ops
+    messages = "".join(str(warning.message) for warning in caught)
+    reason = re.search(r"the compiled library (.*?); all ops", messages, re.DOTALL)
+    return loads, "" if loads else reason[1] if reason else messages, ops
 
 
 def _op_kernels() -> tuple[OpKernels, ...]:
@@ -142,7 +142,7 @@ def _op_kernels() -> tuple[OpKernels, ...]:
     kinds: dict[str, OpKernels] = {}
     for op in sorted(ops.__all__):
         if isinstance(getattr(ops, op), type) or any(op.startswith(f"{shorter}_") for shorter in kinds):
-            continue  # an argument's type, or a piece of one that has its line
+            continue  # the type of an argument, or a part of an op that is listed
         names = [name for name in registered if name == op or name.startswith(f"{op}_")]
 
         def has(key: str, names: list[str] = names) -> bool:

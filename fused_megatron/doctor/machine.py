@@ -1,4 +1,4 @@
-"""The machine: processor, memory, GPUs and what connects them, compilers."""
+"""Facts about the machine: processor, memory, GPUs, links between GPUs, compilers."""
 
 import functools
 import os
@@ -18,22 +18,22 @@ _PATIENCE_S = 2.0
 
 
 class Question:
-    """A program that runs while torch is imported; its answer is fetched afterwards."""
+    """A program that runs while torch is imported; its output is read afterwards."""
 
-    def __init__(self, *command: str, asked: str = "") -> None:
+    def __init__(self, *command: str, stdin: str = "") -> None:
         self._process: subprocess.Popen[str] | None = None
         try:
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-            self._process.stdin.write(asked)  # type: ignore[union-attr]
+            self._process.stdin.write(stdin)  # type: ignore[union-attr]
             self._process.stdin.close()  # type: ignore[union-attr]
             self._process.stdin = None
-        except OSError:  # no such program, or it would not read
+        except OSError:  # the program does not exist, or does not read its input
             pass
 
     @functools.cached_property
     def answer(self) -> str | None:
-        """What it has printed; None where there is no such program, it fails or takes too long."""
+        """The output of the program; None if it does not exist, fails or takes too long."""
         if self._process is None:
             return None
         try:
@@ -46,12 +46,12 @@ class Question:
 
 
 class Questions:
-    """All of them, asked at once."""
+    """All programs that the doctor runs, started at once."""
 
     def __init__(self) -> None:
         chosen = os.environ.get("CXX", "").split() or [next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")]
-        # Tried rather than looked up, as setup.py does: macOS has a c++ that only offers to install one.
-        self.cxx20 = Question(*chosen, "-std=c++20", "-fsyntax-only", "-x", "c++", "-", asked="#include <span>\n")
+        # Run the compiler, as setup.py does: macOS has a c++ that only offers to install a compiler.
+        self.cxx20 = Question(*chosen, "-std=c++20", "-fsyntax-only", "-x", "c++", "-", stdin="#include <span>\n")
         self.cxx = Question(*chosen, "--version")
         self.nvcc_path = _nvcc()
         self.nvcc = Question(self.nvcc_path or "nvcc", "--version")
@@ -61,7 +61,7 @@ class Questions:
 
 
 def _nvcc() -> str | None:
-    """Where setup.py looks: CUDACXX, PATH, the toolkit's own folder, the PyPI packages of this environment."""
+    """Return nvcc's path; it looks where setup.py does: CUDACXX, PATH, the toolkit's folder, packages from PyPI."""
     toolkit = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     folders = [toolkit, *(os.path.join(folder, "nvidia", "cu13") for folder in sys.path)]
     path = os.pathsep.join(os.path.join(folder, "bin") for folder in folders)
@@ -69,10 +69,11 @@ def _nvcc() -> str | None:
 
 
 def find_tools(questions: Questions) -> Tools:
-    """The compilers that the build and Triton would use."""
-    said, release = questions.cxx.answer, re.search(r"release ([\d.]+)", questions.nvcc.answer or "")
+    """Find the compilers that the build and Triton would use."""
+    version = questions.cxx.answer
+    release = re.search(r"release ([\d.]+)", questions.nvcc.answer or "")
     return Tools(
-        cxx=said.splitlines()[0] if said and questions.cxx20.answer is not None else None,
+        cxx=version.splitlines()[0] if version and questions.cxx20.answer is not None else None,
         cc=next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))), None),
         nvcc=questions.nvcc_path,
         nvcc_release=release[1] if release else None,
@@ -80,10 +81,10 @@ def find_tools(questions: Questions) -> Tools:
 
 
 def find_machine(questions: Questions) -> Machine:
-    """What the system and the driver say."""
+    """Gather what the system and the driver report."""
     model, flags = processor_name_and_flags()
     total, available = memory_bytes()
-    gpus, driver = parsed_gpus(questions.gpus.answer or "")
+    gpus, driver = parse_gpus(questions.gpus.answer or "")
     return Machine(
         cpu=model,
         vector_units=tuple(name for flag, name in _FLAGS.items() if flag in flags),
@@ -94,29 +95,29 @@ def find_machine(questions: Questions) -> Machine:
         shared_memory_gb=shutil.disk_usage("/dev/shm").total / 1e9 if os.path.isdir("/dev/shm") else None,
         gpus=gpus,
         driver=driver,
-        links=parsed_links(questions.links.answer or ""),
+        links=parse_links(questions.links.answer or ""),
     )
 
 
-def parsed_gpus(said: str) -> tuple[tuple[Gpu, ...], str | None]:
-    """The GPUs and the driver's version from nvidia-smi's lines "name, capability, MiB, driver"."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in said.splitlines()]
+def parse_gpus(output: str) -> tuple[tuple[Gpu, ...], str | None]:
+    """Parse nvidia-smi's lines "name, capability, MiB, driver" into the GPUs and the driver's version."""
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines()]
     rows = [row for row in rows if len(row) == 4 and re.fullmatch(r"\d+\.\d+", row[1])]
     memory = [float(row[2]) * 2**20 / 1e9 if row[2].isdigit() else 0.0 for row in rows]
     gpus = tuple(Gpu(row[0], row[1], size) for row, size in zip(rows, memory, strict=True))
     return gpus, rows[0][3] if rows else None
 
 
-def parsed_links(said: str) -> dict[str, int]:
-    """Pairs of GPUs by the kind of their link, from the matrix of `nvidia-smi topo -m`."""
-    plain = re.sub(r"\x1b\[[\d;]*m", "", said)
+def parse_links(output: str) -> dict[str, int]:
+    """Count the pairs of GPUs by kind of link in the matrix of `nvidia-smi topo -m`."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", output)
     rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
     pairs = Counter(kind for i, row in enumerate(rows) for kind in row[2 + i : 1 + len(rows)])
     return dict(pairs)
 
 
 def _usable_cores() -> float:
-    """What this process may use: its affinity, and the quota of its container."""
+    """Return the cores that this process may use by its affinity and its container's quota."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     quota = _read("/sys/fs/cgroup/cpu.max").split()
     if len(quota) == 2 and quota[0].isdigit():

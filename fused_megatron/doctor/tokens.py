@@ -1,4 +1,4 @@
-"""Token files of this machine, read and compared with their checksums."""
+"""Facts about token files: named datasets and prepared text, read and compared with their checksums."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -9,19 +9,19 @@ from fused_megatron.data.build_once import default_cache_folder
 from fused_megatron.data.token_digest import SUFFIX, damaged_blocks, read_digest
 from fused_megatron.doctor.facts import TokenFile
 
-# What was prepared may be large, and nobody asked for it by name.
+# Time for the cache, which may be large and which the user did not name.
 CACHE_PATIENCE_S = 2.0
 
 
 def find_tokens(named: Sequence[str] = (), patience_s: float = CACHE_PATIENCE_S) -> tuple[TokenFile, ...]:
-    """Read the datasets that are named, and of what was prepared in the default cache as much as the patience allows.
+    """Read the named datasets in full, and the prepared text of the default cache for a limited time.
 
     Args:
-        named: prefixes, or one of the files of a dataset.
-        patience_s: for the cache.
+        named: prefixes of datasets; a file of a dataset will do.
+        patience_s: seconds for the cache.
 
     Raises:
-        InputError: a dataset that is named is not there.
+        InputError: a named dataset does not exist.
     """
     found = [_read(_prefix(name), float("inf")) for name in named]
     deadline = time.monotonic() + patience_s

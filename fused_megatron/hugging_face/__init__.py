@@ -1,8 +1,8 @@
-"""Models as Hugging Face's transformers keeps them (config.json and safetensors), to and from run folders.
+"""Conversion of Hugging Face model folders (config.json and safetensors) to run folders and back, without transformers.
 
-Reading order: family, rules and llama (which configs and names there are, and what they are here), families,
-source (a folder opened; fused_megatron/weight_files.py has the bytes), import_model, leftovers, export_model,
-command. transformers itself is not needed.
+Reading order: family_description (what a model family provides), rules (which tensors correspond), llama (a family),
+known_families, source (an opened folder; fused_megatron/weight_files.py reads its bytes), import_model, leftovers,
+export_model.
 """
 
 from fused_megatron.hugging_face.import_model import load_model

@@ -1,9 +1,9 @@
-"""BERT as published, and as Megatron-LM re-arranged it: config.json and the names of the tensors."""
+"""Hugging Face's BERT and MegatronBert: their config.json and tensor names, translated to BERTConfig and our names."""
 
 from typing import Any
 
 from fused_megatron.config import BERTConfig
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.rules import Rule, linear, query_key_value
 from fused_megatron.hugging_face.settings import GELUS, Settings
 
@@ -23,7 +23,7 @@ def read_bert(settings: Settings) -> dict[str, Any]:
         "vocab_size": settings.size("vocab_size"),
         "num_token_types": settings.size("type_vocab_size", 2),
         "tied_embeddings": settings.flag("tie_word_embeddings", True) or bare,
-        "activation": settings.word("hidden_act", GELUS, "gelu"),
+        "activation": settings.choice("hidden_act", GELUS, "gelu"),
         "layer_norm_eps": settings.number("layer_norm_eps", 1e-12),
         "init_std": settings.number("initializer_range", 0.02),
         "hidden_dropout": dropout,
@@ -57,7 +57,8 @@ def write_bert(config: BERTConfig) -> dict[str, Any]:
 
 
 def bert_rules(config: BERTConfig, prefix: str) -> list[Rule]:
-    embeddings, head = f"{prefix}embeddings", "cls.predictions"
+    embeddings = f"{prefix}embeddings"
+    head = "cls.predictions"
     rules = [
         Rule("token_embedding.weight", (f"{embeddings}.word_embeddings.weight",)),
         Rule("position_embedding", (f"{embeddings}.position_embeddings.weight",)),

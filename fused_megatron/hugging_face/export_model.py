@@ -1,4 +1,4 @@
-"""From a run's newest checkpoint to a folder that transformers loads; one tensor at a time."""
+"""Export of a run's newest checkpoint to a Hugging Face folder, one tensor at a time."""
 
 import functools
 import json
@@ -17,16 +17,17 @@ from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import TransformerConfig, model_config
-from fused_megatron.hugging_face.families import differing_fields, family_for
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.import_model import check_absent, copy_kept_files, new_folder
+from fused_megatron.hugging_face.known_families import differing_fields, family_for
 from fused_megatron.hugging_face.leftovers import Leftovers, StreamedTensors, kept_tensors, read_leftovers
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import CONFIG_FILE
 from fused_megatron.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 
-_Made = Mapping[Entry, Callable[[], torch.Tensor]]
+# How each tensor of a file is made.
+_Makers = Mapping[Entry, Callable[[], torch.Tensor]]
 
 
 def export_model(
@@ -37,23 +38,24 @@ def export_model(
     max_file_bytes: float,
     group: dist.ProcessGroup | None,
 ) -> str:
-    """Write the newest checkpoint of a run as config.json and safetensors (with an index, where they are several).
+    """Write the newest checkpoint of a run as config.json and safetensors files (with an index if there are several).
 
     Args:
-        run_path: a run, saved by any number of ranks.
-        folder: made; must not exist.
-        dtype: convert to it; None keeps that of the run.
-        max_file_bytes: a file holds at most so much, or one tensor.
-        group: all ranks, of which the first works; None when there is one.
+        run_path: run folder, written by any number of ranks.
+        folder: folder to create; it must not exist.
+        dtype: dtype of the tensors; None keeps the dtype of the run.
+        max_file_bytes: most bytes of a file; a larger tensor gets a file of its own.
+        group: all ranks; only the first works. None: there is one rank.
 
     Returns:
-        The class of transformers' that loads it.
+        The transformers class that loads the folder.
 
     Raises:
-        InputError: on every rank, for no run, no good checkpoint, or a model that no family has.
-        CheckpointError: on every rank, for a damaged checkpoint or a failed write. Nothing is left behind.
+        InputError: on every rank: no run folder, no valid checkpoint, or a model that no Hugging Face family has.
+        CheckpointError: on every rank: the checkpoint is damaged, or writing failed. No file is left behind.
 
-    Memory: one full tensor (two of the fused query, key and value).
+    Communication: small exchanges between all ranks; no tensors.
+    Memory: one full tensor (two for a fused query, key and value).
     """
     run = RunFolder(run_path)
 
@@ -69,7 +71,7 @@ def export_model(
         )
 
 
-def _found(checkpoint: Path | None, run: RunFolder) -> Path:
+def _require_checkpoint(checkpoint: Path | None, run: RunFolder) -> Path:
     if checkpoint is None:
         raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
     return checkpoint
@@ -84,7 +86,7 @@ def _model_of(checkpoint: Path, manifest: Manifest) -> TransformerConfig:
 
 
 def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype | None, max_bytes: float) -> str:
-    checkpoint = _found(newest, run)
+    checkpoint = _require_checkpoint(newest, run)
     manifest = read_manifest(checkpoint)
     config = _model_of(checkpoint, manifest)
     original = run.hugging_face / CONFIG_FILE
@@ -94,7 +96,7 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     prefix = family.prefix if left.prefix is None else left.prefix
     rules = [rule.with_names(left.renamed) for rule in family.rules(config, prefix)]
     entries = _entries(checkpoint, manifest, rules, left, dtype)
-    files = _in_files(entries, max_bytes)
+    files = _split_into_files(entries, max_bytes)
     if run.hugging_face.is_dir():
         copy_kept_files(run.hugging_face, folder)
     elif run.tokenizer.is_file():
@@ -106,7 +108,7 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
         if len(files) > 1:
             _write_index(folder, files)
         written = dict(_config_json(settings, family, config))
-        stored = dtype_name(next(iter(entries)).dtype)  # an embedding's
+        stored = dtype_name(next(iter(entries)).dtype)  # the first entry is an embedding
         written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -118,11 +120,11 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
 def _entries(
     checkpoint: Path, manifest: Manifest, rules: Sequence[Rule], left: Leftovers, dtype: torch.dtype | None
 ) -> dict[Entry, Callable[[], torch.Tensor]]:
-    """What to write, and how each is made."""
+    """Return the tensors to write, and how each is made."""
 
-    def made(rule: Rule, source: str) -> torch.Tensor:
+    def make(rule: Rule, source: str) -> torch.Tensor:
         ours = read_tensor(checkpoint, manifest, f"model.{rule.name}")
-        return rule.to_theirs(ours, source).to(dtype or ours.dtype)
+        return rule.to_source(ours, source).to(dtype or ours.dtype)
 
     entries = {}
     for rule in rules:
@@ -130,19 +132,19 @@ def _entries(
         for source in rule.sources:
             for name in (source, *(copy for copy, original in left.copies.items() if original == source)):
                 entry = Entry(name, dtype or stored.dtype, rule.source_shape(stored.shape))
-                entries[entry] = functools.partial(made, rule, source)
+                entries[entry] = functools.partial(make, rule, source)
     return entries | (kept_tensors(left.files, dtype) if left.files else {})
 
 
-def _in_files(entries: _Made, max_bytes: float) -> list[dict[Entry, Callable[[], torch.Tensor]]]:
-    """The entries in their order, cut where a file would grow too large."""
+def _split_into_files(entries: _Makers, max_bytes: float) -> list[dict[Entry, Callable[[], torch.Tensor]]]:
+    """Distribute the entries, in order, to files of at most max_bytes."""
     files: list[dict[Entry, Callable[[], torch.Tensor]]] = [{}]
     size = 0
-    for entry, made in entries.items():
+    for entry, make in entries.items():
         if files[-1] and size + entry.num_bytes > max_bytes:
             files.append({})
             size = 0
-        files[-1][entry] = made
+        files[-1][entry] = make
         size += entry.num_bytes
     return files
 
@@ -157,12 +159,12 @@ def _write_index(folder: Path, files: list[dict[Entry, Callable[[], torch.Tensor
 
 
 def _config_json(original: dict[str, Any], family: Family, config: TransformerConfig) -> dict[str, Any]:
-    """What it was imported with, where the model is still the same; else with the model's own fields."""
+    """Return the config.json of the import if it still fits the model; else one with the model's own fields."""
     if original.get("model_type") == family.model_type:
         before = family.read_config(Settings(original, CONFIG_FILE)).trainable()
         if not differing_fields(before, config) and before.seq_len == config.seq_len:
             return original
-        # With the heads that are kept as they were.
+        # The same class as at the import, since its untrained heads are written too.
         config_json = family.write_config(config) | {"architectures": [family.architecture_in(original)]}
     else:
         config_json = family.write_config(config)

@@ -1,9 +1,9 @@
-"""GPT-2: its config.json and the names of its tensors."""
+"""Hugging Face's GPT-2: its config.json and tensor names, translated to GPTConfig and our names."""
 
 from typing import Any
 
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.family import Family
+from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.rules import Rule, linear, tied_or_own_head
 from fused_megatron.hugging_face.settings import GELUS, Settings
 
@@ -19,7 +19,7 @@ def read_gpt2(settings: Settings) -> dict[str, Any]:
         "ffn_hidden_size": settings.size("n_inner", None),
         "vocab_size": settings.size("vocab_size"),
         "tied_embeddings": settings.flag("tie_word_embeddings", True),
-        "activation": settings.word("activation_function", GELUS, "gelu_new"),
+        "activation": settings.choice("activation_function", GELUS, "gelu_new"),
         "layer_norm_eps": settings.number("layer_norm_epsilon", 1e-5),
         "init_std": settings.number("initializer_range", 0.02),
         "hidden_dropout": settings.number("resid_pdrop", 0.1),
@@ -58,7 +58,7 @@ def gpt2_rules(config: GPTConfig, prefix: str) -> list[Rule]:
             *linear(f"{ours}.mlp_norm", f"{theirs}.ln_2", True),
             *linear(f"{ours}.mlp.expansion", f"{theirs}.mlp.c_fc", True, transposed=True),
             *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.c_proj", True, transposed=True),
-        ]  # fmt: skip
+        ]
     return rules + linear("final_norm", f"{prefix}ln_f", True) + tied_or_own_head(config)
 
 

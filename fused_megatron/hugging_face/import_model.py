@@ -1,4 +1,4 @@
-"""From a folder of transformers' to a run, or straight into a model's shards; one tensor at a time."""
+"""Import of a Hugging Face folder: into a run folder, or into the shards of a model, one tensor at a time."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
 from fused_megatron.weight_files import read_json
 
-# Small files beside the weights, kept so that the way back has them.
+# Small files beside the weights; they are kept in the run, so that an export has them too.
 KEPT_FILES = (
     CONFIG_FILE, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "chat_template.jinja",
@@ -44,22 +44,25 @@ def load_model(
     device: torch.device | None = None,
     skip: Sequence[str] = (),
 ) -> TransformerStack:
-    """A GPT or BERT with the weights of a folder of transformers', at any tensor-parallel size, or a stage of it.
+    """Load a GPT or BERT, or one pipeline stage of it, from a Hugging Face folder, at any tensor-parallel size.
 
     Args:
-        folder: config.json and safetensors, whole or in several files.
+        folder: holds config.json and one or several safetensors files.
         tp_group: tensor-parallel group; None means one rank.
-        sequence_parallel: as GPT.
-        stage: (index, number of stages): that pipeline stage alone, as cut_stages cuts it.
-        dtype: of the model; None keeps that of the files.
-        device: of the model; None is the CPU.
+        sequence_parallel: as in GPT.
+        stage: (index, number of stages) of the only pipeline stage to load, as cut_stages cuts it; None: all layers.
+        dtype: dtype of the model; None keeps the dtype of the files.
+        device: device of the model; None means the CPU.
         skip: glob patterns of tensors to leave out.
 
+    Returns:
+        The model, filled with this rank's shards.
+
     Raises:
-        InputError: on every rank, for what open_source refuses, and sizes that do not divide.
+        InputError: on every rank: open_source refuses the folder, or a size does not divide by the ranks.
 
     Communication: one exchange of JSON.
-    Memory: this rank's shard, and a block of a few MB.
+    Memory: this rank's shards, and a block of a few MB.
     """
     built: list[TransformerStack] = []
 
@@ -84,7 +87,7 @@ def _filled(model: TransformerStack, source: Source, device: torch.device) -> Tr
     model = model.to_empty(device=device)
     model.reset_dropout(seed=0)
     for parameter in model.parameters():
-        parameter.data.zero_()  # rows that pad the vocabulary
+        parameter.data.zero_()  # rows of vocabulary padding stay zero
     for name, box in parameter_boxes(dict(model.named_parameters())).items():
         source.fill(name.removeprefix("model."), box.tensor, box.offset)
     return model
@@ -93,19 +96,23 @@ def _filled(model: TransformerStack, source: Source, device: torch.device) -> Tr
 def import_model(
     folder: Path, run_path: Path, *, dtype: torch.dtype | None, skip: Sequence[str], group: dist.ProcessGroup | None
 ) -> Source:
-    """Make a run of a folder of transformers': a checkpoint of step 0 that holds the weights alone, and a config.
+    """Make a run folder from a Hugging Face folder: a config, and a checkpoint of step 0 that holds only weights.
 
     Args:
-        folder: config.json and safetensors.
-        run_path: made; must not exist.
-        dtype: float32 or bfloat16; None keeps that of the files.
+        folder: holds config.json and safetensors files.
+        run_path: run folder to create; it must not exist.
+        dtype: float32 or bfloat16; None keeps the dtype of the files.
         skip: glob patterns of tensors to leave out.
-        group: all ranks, which share the work; None when there is one.
+        group: all ranks, which share the work; None: there is one rank.
+
+    Returns:
+        The opened Hugging Face folder.
 
     Raises:
-        InputError, CheckpointError: on every rank; nothing is left behind.
+        InputError: on every rank: open_source refuses the folder, or run_path cannot be created.
+        CheckpointError: on every rank: writing failed. In either case no file is left behind.
 
-    Communication: that of save_checkpoint.
+    Communication: as save_checkpoint.
     Memory: one full tensor.
     """
     opened: list[Source] = []
@@ -139,7 +146,7 @@ def import_model(
 
 
 def _run_config(source: Source, folder: Path, run_path: Path) -> TrainConfig:
-    """How training goes on from the weights: gently, and in the run's own folder."""
+    """Return a config that continues training from the weights, with a small learning rate, in the run's folder."""
     tokenizer = run_path.absolute() / RunFolder(run_path).tokenizer.name
     return TrainConfig(
         model=source.config,
@@ -162,7 +169,7 @@ def _describe_run(run: RunFolder, config: TrainConfig, folder: Path, source: Sou
 
 
 def copy_kept_files(source: Path, target: Path) -> None:
-    """Copy the small files that are there."""
+    """Copy those files of KEPT_FILES that exist."""
     target.mkdir(exist_ok=True)
     for name in KEPT_FILES:
         if (source / name).is_file():
@@ -171,7 +178,7 @@ def copy_kept_files(source: Path, target: Path) -> None:
 
 
 def check_absent(target: Path) -> None:
-    """Raise unless nothing is at target, and something can be made there."""
+    """Raise if target exists, or if it cannot be created."""
     check(not target.exists(), f"{target} exists already: choose another name, or remove it first")
     parent = target.absolute().parent
     check(
@@ -182,8 +189,8 @@ def check_absent(target: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
-    """A folder that gets the name `target` once the block is done, and is removed where it fails."""
-    temporary = target.with_name(run_on_first(group, lambda: _begin(target), SharedCheckpointError))
+    """Yield a temporary folder. It is renamed to `target` when the block succeeds, and removed when it fails."""
+    temporary = target.with_name(run_on_first(group, lambda: _make_temporary(target), SharedCheckpointError))
     try:
         yield temporary
         run_on_first(group, lambda: os.rename(temporary, target), SharedCheckpointError)
@@ -192,12 +199,12 @@ def new_folder(target: Path, group: dist.ProcessGroup | None) -> Iterator[Path]:
         raise
 
 
-def _begin(target: Path) -> str:
+def _make_temporary(target: Path) -> str:
     parent = target.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.iterdir():
         if re.fullmatch(re.escape(target.name) + r"\.tmp-[0-9a-f]{8}", left.name):
-            shutil.rmtree(left, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)  # a killed process left it
     temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     temporary.mkdir()
     return temporary.name

@@ -1,10 +1,10 @@
-"""Llama, Mistral, Qwen2 and Qwen3: their config.json and the names of their tensors, which are the same."""
+"""Hugging Face's Llama, Mistral, Qwen2 and Qwen3: their config.json and their common tensor names, translated."""
 
 from typing import Any
 
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.family import Family
-from fused_megatron.hugging_face.rotary import read_rotary, write_rotary
+from fused_megatron.hugging_face.family_description import Family
+from fused_megatron.hugging_face.rope_settings import read_rotary, write_rotary
 from fused_megatron.hugging_face.rules import Rule, linear, query_key_value, tied_or_own_head
 from fused_megatron.hugging_face.settings import Settings
 
@@ -12,7 +12,8 @@ _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "ge
 
 
 def _read_llama_like(settings: Settings) -> dict[str, Any]:
-    heads, hidden = settings.size("num_attention_heads"), settings.size("hidden_size")
+    heads = settings.size("num_attention_heads")
+    hidden = settings.size("hidden_size")
     kv_heads = settings.size("num_key_value_heads", heads)
     return {
         "num_layers": settings.size("num_hidden_layers"),
@@ -23,7 +24,7 @@ def _read_llama_like(settings: Settings) -> dict[str, Any]:
         "ffn_hidden_size": settings.size("intermediate_size"),
         "vocab_size": settings.size("vocab_size"),
         "tied_embeddings": settings.flag("tie_word_embeddings", False),
-        "activation": settings.word("hidden_act", _GATED, "silu"),
+        "activation": settings.choice("hidden_act", _GATED, "silu"),
         "normalization": "rms_norm",
         "layer_norm_eps": settings.number("rms_norm_eps", 1e-6),
         "linear_biases": False,
@@ -40,7 +41,7 @@ def read_llama(settings: Settings) -> dict[str, Any]:
 
 
 def read_mistral(settings: Settings) -> dict[str, Any]:
-    # A window that is absent is the first release's; null says that there is none.
+    # Without the key, the default of Mistral's first release (4096); null means no window.
     window = settings.size("sliding_window", 4096 if "sliding_window" not in settings.values else None)
     return _read_llama_like(settings) | {"sliding_window": window}
 
@@ -56,11 +57,12 @@ def read_qwen3(settings: Settings) -> dict[str, Any]:
 
 
 def _qwen_window(settings: Settings) -> int | None:
-    """The window, where all layers have one; None where none has."""
+    """Return the sliding window if all layers have it, None if no layer has one; raise if layers differ."""
     window = settings.size("sliding_window", 4096)
     if not settings.flag("use_sliding_window", False):
         return None
-    layers, first = settings.size("num_hidden_layers"), settings.get("max_window_layers", 28)
+    layers = settings.size("num_hidden_layers")
+    first = settings.get("max_window_layers", 28)
     kinds = settings.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
     ]
@@ -107,13 +109,16 @@ def llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
         rules += [
             *linear(f"{ours}.attention_norm", f"{theirs}.input_layernorm", False),
             *query_key_value(
-                f"{ours}.attention.query_key_value", attention, qkv_bias, num_heads=config.num_heads,
+                f"{ours}.attention.query_key_value",
+                attention,
+                qkv_bias,
+                num_heads=config.num_heads,
                 grouped=config.kv_heads != config.num_heads,
             ),
             *linear(f"{ours}.attention.projection", f"{theirs}.self_attn.o_proj", config.linear_biases),
             *linear(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", False),
             *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.down_proj", config.linear_biases),
-        ]  # fmt: skip
+        ]
         for part in ("gate", "up"):
             for kind in ("weight", "bias") if config.linear_biases else ("weight",):
                 rules.append(Rule(f"{ours}.mlp.expansion.{kind}.{part}", (f"{theirs}.mlp.{part}_proj.{kind}",)))

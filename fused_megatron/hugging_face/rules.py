@@ -1,4 +1,7 @@
-"""Which of transformers' tensors make a tensor of ours, and back: bit for bit."""
+"""Rules that convert Hugging Face tensors to our tensors and back, bit for bit.
+
+In this file, a source is a Hugging Face tensor; "our tensor" is the full tensor of a parameter of our model.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +15,14 @@ from fused_megatron.weight_files import BLOCK_BYTES, StoredWeight
 
 @dataclass(frozen=True)
 class Rule:
-    """One full tensor of ours.
+    """The sources of one of our tensors.
 
     Attributes:
-        name: ours, as parameter_parts names it.
-        sources: theirs; several stand one below the other.
-        transposed: theirs are [in, out].
-        heads: above 0, theirs are query, key and value, one below the other, and ours has them head by head.
+        name: name of our tensor, as parameter_parts names it.
+        sources: names of the sources; our tensor stacks them along dim 0.
+        transposed: the sources are [in, out]; ours is [out, in].
+        heads: 0, or the number of heads of a fused query, key and value: the sources have all queries, then all keys,
+            then all values; our tensor has query, key and value of head 0, then of head 1, ...
     """
 
     name: str
@@ -27,24 +31,29 @@ class Rule:
     heads: int = 0
 
     def with_names(self, names: Mapping[str, str]) -> "Rule":
-        """The same, with other names for some of theirs."""
+        """Return this rule with other names for some sources."""
         return replace(self, sources=tuple(names.get(source, source) for source in self.sources))
 
     def source_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of each of theirs, given that of ours."""
+        """Return the shape of each source for the shape of our tensor."""
         first, *rest = shape
         stacked = (first // len(self.sources), *rest)
         return stacked[::-1] if self.transposed else stacked
 
     def full_shape(self, source_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of ours, given that of each of theirs."""
+        """Return the shape of our tensor for the shape of each source."""
         first, *rest = source_shape[::-1] if self.transposed else source_shape
         return (first * len(self.sources), *rest)
 
     def fill(self, ours: torch.Tensor, offset: Sequence[int], stored: Mapping[str, StoredWeight]) -> None:
-        """Read what lies at offset of the full tensor, in the shape of `ours`, into it.
+        """Fill `ours` with the block of our full tensor that begins at `offset`.
 
-        Memory: a block of a few MB, however large the tensor is.
+        Args:
+            ours: block to fill; its shape is the shape of the block.
+            offset: first index of the block in each dim.
+            stored: the sources by name.
+
+        Memory: a block of a few MB for any size of tensor.
         """
         weight = stored[self.sources[0]]
         total = self.full_shape(weight.shape)[0]
@@ -65,7 +74,10 @@ class Rule:
                 ours[at + row : at + end] = stored[source][where]
 
     def _runs(self, start: int, stop: int, total: int) -> Iterator[tuple[str, int, int, int]]:
-        """Of our rows start to stop of a total: (source, its first row, place behind start, how many) of each run."""
+        """Yield, for rows start to stop of our `total` rows, runs that are contiguous in a source.
+
+        Each is (source, first row in the source, first row after start, number of rows).
+        """
         if not self.heads:
             yield self.sources[0], start, 0, stop - start
             return
@@ -78,36 +90,36 @@ class Rule:
             yield self.sources[source], (part * self.heads + head) * rows + inside, row - start, count
             row += count
 
-    def to_theirs(self, tensor: torch.Tensor, source: str) -> torch.Tensor:
-        """One of theirs from ours; a view where it can be."""
+    def to_source(self, tensor: torch.Tensor, source: str) -> torch.Tensor:
+        """Convert our tensor to one of its sources; a view if possible."""
         if self.heads:
             rows = tensor.shape[0] // (3 * self.heads)
             parts = 3 // len(self.sources)
             first = self.sources.index(source) * parts
-            apart = tensor.unflatten(0, (self.heads, 3, rows))[:, first : first + parts].transpose(0, 1)
-            tensor = apart.reshape(math.prod(apart.shape[:3]), *apart.shape[3:])
+            by_part = tensor.unflatten(0, (self.heads, 3, rows))[:, first : first + parts].transpose(0, 1)
+            tensor = by_part.reshape(math.prod(by_part.shape[:3]), *by_part.shape[3:])
         return tensor.t() if self.transposed and tensor.dim() == 2 else tensor
 
 
 def linear(name: str, source: str, bias: bool, *, transposed: bool = False, heads: int = 0) -> list[Rule]:
-    """Weight and bias of a layer."""
+    """Return the rules of a linear's or norm's weight, and of its bias if it has one."""
     both = ("weight", "bias") if bias else ("weight",)
     return [Rule(f"{name}.{kind}", (f"{source}.{kind}",), transposed, heads) for kind in both]
 
 
 def query_key_value(name: str, sources: Sequence[str], bias: bool, *, num_heads: int, grouped: bool) -> list[Rule]:
-    """Ours is one tensor, head by head, or (grouped) has query, key and value as parts of their own."""
+    """Return the rules of query, key and value: three tensors of ours if `grouped`, else one fused head by head."""
     rules = []
     for kind in ("weight", "bias") if bias else ("weight",):
-        theirs = tuple(f"{source}.{kind}" for source in sources)
+        names = tuple(f"{source}.{kind}" for source in sources)
         if grouped:
-            parts = zip(("query", "key", "value"), theirs, strict=True)
+            parts = zip(("query", "key", "value"), names, strict=True)
             rules += [Rule(f"{name}.{kind}.{part}", (source,)) for part, source in parts]
         else:
-            rules.append(Rule(f"{name}.{kind}", theirs, heads=num_heads))
+            rules.append(Rule(f"{name}.{kind}", names, heads=num_heads))
     return rules
 
 
 def tied_or_own_head(config: TransformerConfig) -> list[Rule]:
-    """The head's tensor, where it is not the embedding's."""
+    """Return the rule of the head's weight; none if the head is tied to the embedding."""
     return [] if config.tied_embeddings else [Rule("head.weight", ("lm_head.weight",))]

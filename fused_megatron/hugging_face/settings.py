@@ -1,4 +1,4 @@
-"""config.json, read field by field, with one clear line for what is missing, malformed or not supported."""
+"""Validated reading of config.json, field by field: one clear line for a missing, malformed or unsupported field."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,40 +6,41 @@ from typing import Any, TypeVar
 
 from fused_megatron.checks import InputError, check
 
-# What activation functions are called there, and here.
+# Activation functions: transformers' name to ours.
 GELUS = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
 
-# Beyond any model; tensors of such sizes still have a number of bytes.
+# Larger than in any model, and small enough that the bytes of a tensor can be counted.
 _LARGEST_SIZE = 1 << 24
 _REQUIRED = object()
-W = TypeVar("W")
+T = TypeVar("T")
 
 
 class Settings:
-    """The values of a JSON object.
+    """The fields of a JSON object.
 
     Args:
-        values: by field.
-        source: the file that they come from, for messages.
+        values: value by field name.
+        source: name of the file, for messages.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
-        self.values, self.source = values, source
+        self.values = values
+        self.source = source
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value; the default where there is none, or null."""
+        """Return the value; the default if the field is missing or null."""
         value = self.values.get(name)
         return default if value is None else value
 
     def size(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A whole number of at least 1, or the default (None may be one)."""
+        """Return a whole number of at least 1, or the default (which may be None)."""
         value = self._value(name, default)
         good = value is default or (type(value) is int and 1 <= value <= _LARGEST_SIZE)
         check(good, f"{self.source}: {name}={value!r:.60} must be a whole number from 1 to {_LARGEST_SIZE}")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> Any:
-        """A float, or the default (None may be one)."""
+        """Return a finite float, or the default (which may be None)."""
         value = self._value(name, default)
         good = value is default or (isinstance(value, int | float) and not isinstance(value, bool))
         good = good and (value is default or abs(value) < math.inf)
@@ -47,27 +48,27 @@ class Settings:
         return float(value) if value is not default else value
 
     def flag(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Return true or false."""
         value = self._value(name, default)
         check(isinstance(value, bool), f"{self.source}: {name}={value!r:.60} must be true or false")
         return bool(value)
 
-    def word(self, name: str, meanings: Mapping[str, W], default: str) -> W:
-        """What a word means; a word without a meaning is refused by name."""
+    def choice(self, name: str, meanings: Mapping[str, T], default: str) -> T:
+        """Return the meaning of a string; raise if it has none."""
         value = self._value(name, default)
         if not isinstance(value, str) or value not in meanings:
             raise self.unsupported(name, value, list(meanings))
         return meanings[value]
 
     def require(self, name: str, default: Any, allowed: Sequence[Any]) -> None:
-        """Refuse a field whose value would need what our models do not have."""
+        """Raise if the field's value is not allowed, since our models lack the feature."""
         value = self.get(name, default)
         if value not in allowed:
             raise self.unsupported(name, value, allowed)
 
     def unsupported(self, name: str, value: Any, allowed: Sequence[Any]) -> InputError:
-        """The error for a feature that our models do not have."""
-        wanted = ", ".join(repr(one) for one in allowed)
+        """Make the error for a value that needs a feature that our models lack."""
+        wanted = ", ".join(repr(value) for value in allowed)
         return InputError(f"{self.source}: {name}={value!r:.60} is not supported (supported: {wanted})")
 
     def _value(self, name: str, default: Any) -> Any:

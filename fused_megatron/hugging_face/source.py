@@ -1,4 +1,7 @@
-"""A folder of transformers', opened: config.json and its tensors, which must belong together; no numbers are read."""
+"""Opening of a Hugging Face folder: its config.json and tensor headers are checked against each other.
+
+Tensor values are read only to compare tied tensors that are stored twice.
+"""
 
 import fnmatch
 from collections.abc import Mapping, Sequence
@@ -10,15 +13,15 @@ import torch
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.config import TransformerConfig
-from fused_megatron.hugging_face.families import family_of
-from fused_megatron.hugging_face.family import Family, is_buffer
+from fused_megatron.hugging_face.family_description import Family, is_buffer
+from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.models import new_model
 from fused_megatron.weight_files import WeightFiles, read_json
 
 CONFIG_FILE = "config.json"
-# What of a tied head may be stored twice, and what it then equals (None: the embedding).
+# Tensors of a tied head that files may hold, and the tensor that each must equal (None: the embedding).
 _TIED = {
     "lm_head.weight": None,
     "cls.predictions.decoder.weight": None,
@@ -29,18 +32,18 @@ TRAINED_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 @dataclass(frozen=True)
 class Source:
-    """A folder of transformers', checked: its tensors are those of its config, no more and no fewer.
+    """A Hugging Face folder whose tensors match its config.json exactly.
 
     Attributes:
-        config: the model here.
+        config: our config of the model.
         files: the tensors.
-        rules: which of theirs make each of ours, by our name.
-        dtype: of ours.
-        num_parameters: over all ranks.
-        prefix: of the names of theirs.
-        renamed: today's names of theirs, and what they are in these files.
-        copies: what is stored a second time, and the tensor that it equals.
-        kept: what has no place in the model.
+        rules: by name of our tensor, how it is made from the folder's tensors.
+        dtype: dtype of our tensors.
+        num_parameters: number of parameters over all ranks.
+        prefix: prefix of the folder's tensor names.
+        renamed: by today's tensor name, the name in these files.
+        copies: by name of a tensor that is stored twice, the name of the tensor that it equals.
+        kept: names of tensors that our model does not have.
     """
 
     config: TransformerConfig
@@ -54,16 +57,16 @@ class Source:
     kept: tuple[str, ...]
 
     def full_shape(self, name: str) -> tuple[int, ...]:
-        """Of one of our tensors."""
+        """Return the shape of one of our full tensors."""
         rule = self.rules[name]
         return rule.full_shape(self.files.tensors[rule.sources[0]].shape)
 
     def fill(self, name: str, ours: torch.Tensor, offset: Sequence[int]) -> None:
-        """Read what lies at offset of one of our full tensors, in the shape of `ours`, into it."""
+        """Fill `ours` with the block of one of our full tensors that begins at `offset`."""
         self.rules[name].fill(ours, offset, self.files.tensors)
 
     def read(self, name: str) -> torch.Tensor:
-        """One of our full tensors, on the CPU."""
+        """Read one of our full tensors, on the CPU."""
         full = torch.empty(self.full_shape(name), dtype=self.dtype)
         self.fill(name, full, (0,) * full.dim())
         return full
@@ -72,16 +75,16 @@ class Source:
 def open_source(
     folder: Path, dtype: torch.dtype | None = None, skip: Sequence[str] = (), *, for_run: bool = False
 ) -> Source:
-    """Read config.json and the headers of the safetensors files; no numbers.
+    """Open and check a Hugging Face folder: config.json and the headers of the safetensors files.
 
     Args:
-        folder: as transformers' save_pretrained writes it.
-        dtype: convert to it; None keeps that of the files.
+        folder: folder as transformers' save_pretrained writes it.
+        dtype: dtype of our tensors; None keeps the dtype of the files.
         skip: glob patterns of tensors to leave out.
-        for_run: the model that is trained: heads that are not are kept as they are (`Source.kept`).
+        for_run: open the model that `train` trains; untrained heads go to `Source.kept`.
 
     Raises:
-        InputError: something is missing, malformed, damaged, not supported, or does not fit; it is named.
+        InputError: a file, field or tensor is missing, malformed, damaged, not supported, or does not fit; names it.
     """
     check(folder.is_dir(), f"{folder} is no folder")
     check(
@@ -93,7 +96,7 @@ def open_source(
     config = family.read_config(settings)
     config = config.trainable() if for_run else config
     files = WeightFiles(folder)
-    # A layer has several tensors; without this a wrong number would build that many layers first.
+    # A layer has several tensors. Without this check, a wrong num_layers would first build that many layers.
     check(
         config.num_layers <= len(files.tensors),
         f"{folder}: {len(files.tensors)} tensors are too few for num_layers={config.num_layers} of {CONFIG_FILE}: "
@@ -118,7 +121,7 @@ def open_source(
 
 
 def _present_name(name: str) -> str:
-    """What transformers calls a tensor today; the first BERTs have the names of TensorFlow's norms."""
+    """Return today's name of a tensor; the first BERT checkpoints name their norms as TensorFlow does."""
     for old, new in ((".LayerNorm.gamma", ".LayerNorm.weight"), (".LayerNorm.beta", ".LayerNorm.bias")):
         if name.endswith(old):
             return name.removesuffix(old) + new
@@ -126,13 +129,19 @@ def _present_name(name: str) -> str:
 
 
 class _Names:
-    """The names of a folder's tensors beside those that are wanted."""
+    """The folder's tensor names compared with the names that the config wants."""
 
     def __init__(
-        self, files: WeightFiles, family: Family, rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]],
+        self,
+        files: WeightFiles,
+        family: Family,
+        rules: Sequence[Rule],
+        shapes: Mapping[str, tuple[int, ...]],
         skip: Sequence[str],
-    ) -> None:  # fmt: skip
-        self._files, self._family, self._embedding = files, family, rules[0].sources[0]
+    ) -> None:
+        self._files = files
+        self._family = family
+        self._embedding = rules[0].sources[0]
         wanted = {source: rule.source_shape(shapes[rule.name]) for rule in rules for source in rule.sources}
         found = {name for name in files.tensors if not _matches(name, skip)}
         if missing := [name for name in wanted if name not in found]:
@@ -144,7 +153,7 @@ class _Names:
         self._extra = sorted(found - wanted.keys())
 
     def copies(self, config: TransformerConfig) -> dict[str, str]:
-        """What of a tied head is stored too, which it may be where it is the same."""
+        """Return stored copies of tied tensors, and the tensor that each equals; raise if a copy differs."""
         if not config.tied_embeddings:
             return {}
         copies = {name: original or self._embedding for name, original in _TIED.items() if name in self._extra}
@@ -153,7 +162,7 @@ class _Names:
         return copies
 
     def kept(self, copies: Mapping[str, str], for_run: bool) -> tuple[str, ...]:
-        """What is neither wanted nor a copy: buffers, and heads that are not trained; anything else is refused."""
+        """Return the other tensors, which must be buffers or (with for_run) untrained heads; raise for any other."""
         left = [name for name in self._extra if name not in copies]
         kept = [name for name in left if is_buffer(name) or (for_run and _matches(name, self._family.untrained))]
         if extra := [name for name in left if name not in kept]:

@@ -1,1 +1,1 @@
-"""Sampling from a model, in any layout."""
+"""Text generation with a GPT, in any parallel layout."""

@@ -1,4 +1,4 @@
-"""Sampling text from a GPT, the same on every tensor-parallel rank."""
+"""Token sampling from a GPT; every tensor-parallel rank draws the same tokens."""
 
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from fused_megatron.config import TransformerConfig
 
 
 class LanguageModel(Protocol):
-    """A GPT, whole or in the stages of a pipeline: what generate needs of it."""
+    """The interface that generate needs: a GPT, or all pipeline stages of one."""
 
     config: TransformerConfig
     vocab_size: int
@@ -26,7 +26,7 @@ class LanguageModel(Protocol):
         """Switch dropout on."""
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """logits_shard [B, S, V_padded / R] of tokens [B, S]."""
+        """Return logits_shard [B, S, V_padded / R] for tokens [B, S]."""
 
 
 @torch.no_grad()
@@ -39,23 +39,26 @@ def generate(
     top_k: int = 50,
     seed: int = 0,
 ) -> torch.Tensor:
-    """Continue token sequences.
+    """Continue token sequences by sampling.
 
-    Every new token costs a whole forward over at most seq_len tokens: there is no key-value cache.
+    There is no key-value cache: every new token costs a forward over the last seq_len tokens (or fewer).
 
     Args:
-        model: it sees at most its config.seq_len last tokens.
+        model: the model; it reads at most the last config.seq_len tokens.
         tokens: [B, S] int64, S at least 1.
-        num_tokens: how many to add.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: only the likeliest k tokens are drawn from; 0 for all.
-        seed: of the draws.
+        num_tokens: number of tokens to add to each sequence.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only; 0 for all tokens.
+        seed: seed of the sampling.
 
     Returns:
         [B, S + num_tokens] int64, equal on all ranks.
 
+    Raises:
+        InputError: tokens is not [B, S] with S above 0, or temperature is negative.
+
     Communication:
-        Per token the model's forward and one all-gather of the last position's logits, 4 B V / R bytes a rank.
+        Per new token, the model's forward and one all-gather of the last position's logits, 4 B V / R bytes per rank.
     """
     check(
         tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0"
@@ -80,10 +83,10 @@ def generate(
 
 
 def _last_logits(model: LanguageModel, context: torch.Tensor) -> torch.Tensor:
-    """[B, V] float32 logits of the last position, on the CPU, where the draws are made."""
+    """Return float32 logits [B, V] of the last position, on the CPU, where sampling happens."""
     last = context.shape[1] - 1
     if model.sequence_parallel:
-        # Causal attention: what stands behind the last position does not reach it.
+        # The padding after the last position does not affect it: attention is causal.
         context = F.pad(context, (0, -context.shape[1] % group_size(model.tp_group)))
     logits_shard = model(context)[:, last].float()
     return all_gather_split(logits_shard, -1, model.tp_group)[:, : model.vocab_size].cpu()

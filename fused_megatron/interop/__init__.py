@@ -1,9 +1,9 @@
-"""Models that others wrote, made parallel and fused in place."""
+"""Tensor parallelism for existing models: sharding in place, full state dicts, loading of pretrained weights."""
 
 from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
+from fused_megatron.interop.parallel_report import ParallelReport
 from fused_megatron.interop.parallelize import parallelize
 from fused_megatron.interop.pretrained import load_pretrained_shards
-from fused_megatron.interop.report import ParallelReport
 from fused_megatron.sharding import clip_grad_norm_, full_tensor
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Agreement of all ranks before a model is changed: no error anywhere, one model, one set of weights."""
+"""Agreement of all ranks before a model is changed: no rank has an error, and all have the same model and weights."""
 
 import zlib
 from collections.abc import Iterator
@@ -11,19 +11,24 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.collectives.together import failed_ranks, gather_json, gather_outcomes
 
-# Sums of the same numbers on two kinds of hardware differ by rounding; other weights differ by far more.
-_SAME = 1e-6
+# Relative. Sums of the same numbers on two kinds of hardware differ by rounding; other weights differ by far more.
+_SUM_TOLERANCE = 1e-6
 
 
 @contextmanager
-def check_agreement(model: nn.Module, group: Group, same_weights: bool = True) -> Iterator[None]:
-    """Raise on every rank what the block raises on any of them; before that, unless the ranks' models are alike.
+def agreement_of_ranks(model: nn.Module, group: Group, same_weights: bool = True) -> Iterator[None]:
+    """Run the block, then raise on every rank if it failed on any rank, or if the ranks have different models.
+
+    Args:
+        model: the model to compare.
+        group: the tensor-parallel ranks.
+        same_weights: compare the values of the parameters too, not only their names, shapes and dtypes.
 
     Raises:
-        InputError: on the ranks where the block did not fail by itself, with the message of the first where it did; on
-            all, where models or weights differ.
+        InputError: on every rank, if models or weights differ. If the block failed on some ranks: on the other ranks,
+            with the message of the first failed rank; a failed rank raises its own error.
 
-    Communication: one exchange of JSON, and one of two numbers a parameter.
+    Communication: one exchange of JSON, and one of two numbers per parameter.
     """
     if group_size(group) == 1:
         yield
@@ -34,7 +39,7 @@ def check_agreement(model: nn.Module, group: Group, same_weights: bool = True) -
     except Exception as raised:
         error = raised
     shapes = [(name, tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
-    # The shapes in 32 bits: enough to tell an honest mistake.
+    # A checksum of 32 bits is enough to find a mistake that nobody planned.
     outcomes = gather_outcomes(group, zlib.crc32(repr(shapes).encode()), error, plain=())
     if error is not None:
         raise error
@@ -54,7 +59,7 @@ def check_agreement(model: nn.Module, group: Group, same_weights: bool = True) -
 def _check_weights(model: nn.Module, group: Group) -> None:
     names, values = [], []
     for name, parameter in model.named_parameters():
-        # 8 bits are a quantised model's, which torch cannot sum.
+        # torch cannot sum the 8-bit dtypes of quantised models.
         if parameter.is_meta or not parameter.is_floating_point() or parameter.itemsize == 1:
             continue
         plain = parameter.detach()
@@ -63,9 +68,9 @@ def _check_weights(model: nn.Module, group: Group) -> None:
     if not values:
         return
     gathered = torch.tensor(gather_json(values, group), dtype=torch.float64).view(group_size(group), -1, 2)
-    apart = (gathered - gathered[:1]).abs().amax((0, 2)) > _SAME * gathered[0, :, 1]
-    if apart.any():
-        name = names[int(apart.nonzero()[0])]
+    differs = (gathered - gathered[:1]).abs().amax((0, 2)) > _SUM_TOLERANCE * gathered[0, :, 1]
+    if differs.any():
+        name = names[int(differs.nonzero()[0])]
         raise InputError(
             f"{name} has other values on other tensor-parallel ranks (load the same weights on all, or call "
             "torch.manual_seed with one seed before building the model)"

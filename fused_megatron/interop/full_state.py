@@ -1,4 +1,4 @@
-"""Full state dicts of a parallel model: gathered under the names that the model had, and loaded into its shards."""
+"""Full state dicts of a parallel model: gathering them from the shards, and loading them into the shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
-    """Of every parameter, whether the model had it the other way round (GPT-2)."""
+    """Return for every parameter whether the original model stores its transpose (GPT-2: [I, O])."""
     return {
         parameter: bool(getattr(module, "transposed", False))
         for module in model.modules()
@@ -23,21 +23,25 @@ def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
 
 
 def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:
-    """The state_dict that the model would have without parallelize: same names, order, shapes and values, bit for bit.
+    """Gather the state_dict that the model would have without parallelize: same names, order, shapes and bits.
 
-    What Hugging Face saves: model.save_pretrained(folder, state_dict=full_state_dict(model)), on rank 0.
+    To save a Hugging Face model, gather on all ranks, then call save_pretrained on rank 0:
+
+        state = full_state_dict(model, rank0_only=True)
+        model.save_pretrained(folder, state_dict=state)
 
     Args:
-        model: after parallelize; any other gives its own state_dict.
-        rank0_only: only the group's rank 0 keeps the tensors, the others get an empty dict. All ranks must call.
+        model: after parallelize. A model that is not parallel returns its own state_dict.
+        rank0_only: only the group's rank 0 keeps the tensors; the others return an empty dict. All ranks must call.
 
     Returns:
-        Tensors on the CPU; tied ones are the same tensor.
+        Tensors on the CPU. Tied parameters share one tensor.
 
-    Communication: the whole model, one tensor at a time.
-    Memory: one whole tensor where the model is, and the whole model on the CPU.
+    Communication: two all-gathers per sharded tensor (the shards, and their offsets): the whole model in all.
+    Memory: one full tensor on the model's device, and the whole model on the CPU.
     """
-    tp_group, transposed = parallel_group(model), is_transposed(model)
+    tp_group = parallel_group(model)
+    transposed = is_transposed(model)
     mark_all_shards(model)
     keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
     seen: dict[torch.Tensor, torch.Tensor] = {}
@@ -47,24 +51,23 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
             result[name] = value
             continue
         if value not in seen:
-            whole = full_tensor(value, value, tp_group, transposed.get(value, False))
-            seen[value] = whole.cpu() if keeps else whole.new_empty(0)
+            full = full_tensor(value, value, tp_group, transposed.get(value, False))
+            seen[value] = full.cpu() if keeps else full.new_empty(0)
         result[name] = seen[value]
     return result if keeps else {}
 
 
 def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
-    """Load whole tensors, under the names of the original model, into a parallel one; each rank takes its part.
+    """Load full tensors, under the names of the original model, into a parallel model; each rank copies its shards.
 
     Args:
-        model: after parallelize, not on the meta device (model.to_empty(device=..) brings it from there).
-        state: tensors, or what slices like one (weight_files.StoredWeight, safetensors' get_slice), so that no whole
-            tensor is ever read; the same on every rank. Floating dtypes are converted to the model's.
-        strict: refuse names that are missing or left over; else they are passed over. A tied parameter needs one of
-            its names.
+        model: after parallelize, not on the meta device (model.to_empty(device=..) moves it off).
+        state: tensors, or objects that slice like one (weight_files.StoredWeight, safetensors' get_slice); of these
+            only the shards are read. The same on every rank. Floating dtypes are converted to the model's.
+        strict: refuse missing and unexpected names; False ignores them. A tied parameter needs one of its names.
 
     Raises:
-        InputError: naming the tensor; nothing was loaded.
+        InputError: a missing or unexpected name, a wrong shape or dtype; names the tensor. Nothing was loaded.
     """
     check_full_state(model, state, strict)
     transposed = is_transposed(model)
@@ -81,13 +84,14 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
-    """Raise InputError, naming the tensor, unless load_full_state_dict would take these."""
-    targets, transposed = _targets(model), is_transposed(model)
-    given = {targets[name] for name in targets if name in state}
-    missing = [name for name, value in targets.items() if value not in given]
-    left_over = [name for name in state if name not in targets]
-    if strict and (missing or left_over):
-        what, names = ("has no", missing) if missing else ("has, and the model has not,", left_over)
+    """Raise the InputError that load_full_state_dict would raise for this state."""
+    targets = _targets(model)
+    transposed = is_transposed(model)
+    found = {targets[name] for name in targets if name in state}
+    missing = [name for name, value in targets.items() if value not in found]
+    unexpected = [name for name in state if name not in targets]
+    if strict and (missing or unexpected):
+        what, names = ("has no", missing) if missing else ("has, and the model has not,", unexpected)
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise InputError(f"state {what} {names[0]!r}{more} (strict=False passes over them)")
     for name in targets:
@@ -100,12 +104,12 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
             _check_dtype(name, getattr(value, "dtype", targets[name].dtype), targets[name].dtype)
 
 
-def _check_dtype(name: str, given: torch.dtype, wanted: torch.dtype) -> None:
-    """Numbers of another precision are converted; integers, and 8 bits with a scale elsewhere, are other numbers."""
-    if given != wanted and not (wanted.is_floating_point and given in _CONVERTED):
+def _check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:
+    """Allow another floating precision. Refuse integers, and 8-bit values whose scale is stored elsewhere."""
+    if found != wanted and not (wanted.is_floating_point and found in _CONVERTED):
         kinds = ", ".join(map(dtype_name, _CONVERTED)) + ", "
         raise InputError(
-            f"state[{name!r}].dtype={dtype_name(given)} must be "
+            f"state[{name!r}].dtype={dtype_name(found)} must be "
             f"{kinds * wanted.is_floating_point}or {dtype_name(wanted)} "
             "(a quantised one must be dequantised first)"
         )

@@ -1,4 +1,4 @@
-"""Layers of families whose models say nothing of themselves, known by their names, classes and sizes."""
+"""Tensor-parallel plans for models without a tp_plan, found by the names, classes and sizes of their layers."""
 
 import fnmatch
 from collections.abc import Mapping
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
-# What attention modules call the width of a head; a shard holds whole heads.
+# Attributes of attention modules that hold the width of a head. A shard holds whole heads.
 HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 NUM_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
-# What else they may keep that becomes that of one rank.
+# Attributes of attention modules that are divided by the number of ranks.
 _DIVIDED = (*NUM_HEADS, "num_key_value_heads", "inner_dim", "all_head_size")
 
 
 @dataclass(frozen=True)
 class KnownUnit:
-    """Layers that belong together in a family whose models say nothing themselves, by their names and attributes.
+    """Layers of a model family that must be sharded together, found by their names and attributes.
 
     Attributes:
-        styles: by the end of the layers' names; all must be there.
-        owner: which module, by the end of its name, has the numbers in `divided`; they are what its forward counts
-            heads and features by, and become those of one rank.
-        divided: attributes of owner; all must be there.
-        kinds: classes that owner must be of, exactly; any where there are none.
+        styles: style of each layer, by the end of the layer's name; all layers must exist.
+        owner: end of the name of the module that has the attributes `divided`.
+        divided: attributes by which the owner's forward counts heads or features; all must exist. They are divided by
+            the number of ranks.
+        kinds: exact classes that the owner may have; empty allows any class.
     """
 
     styles: Mapping[str, str]
@@ -37,7 +37,7 @@ KNOWN_UNITS = (
     # GPT-2
     KnownUnit({"attn.c_attn": "packed_colwise_3", "attn.c_proj": "rowwise"}, "attn", ("num_heads", "split_size")),
     KnownUnit({"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}),
-    # BERT, RoBERTa, ELECTRA and their kin
+    # BERT, RoBERTa, ELECTRA and similar models
     KnownUnit(
         {
             "attention.self.query": "colwise",
@@ -49,23 +49,23 @@ KNOWN_UNITS = (
         ("num_attention_heads", "all_head_size"),
     ),
     KnownUnit({"intermediate.dense": "colwise", "output.dense": "rowwise"}),
-    # torch's own layers; their attention is one module that cannot be sharded from outside.
+    # torch's own layers; their attention is a single module that cannot be sharded from outside.
     KnownUnit(
         {"linear1": "colwise", "linear2": "rowwise"},
         kinds=(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
     ),
-    # The Llama shape without metadata: the MLP alone, since attention is written in too many ways.
+    # Llama-like models without a tp_plan: only the MLP, since attention is written in too many ways.
     KnownUnit({"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}),
 )
-# In these families, whole on purpose: small, or not followed by a layer that could take shards.
+# Replicated on purpose in these families: small, or not followed by a layer that could take shards.
 KNOWN_WHOLE = (
     "wpe", "position_embeddings", "token_type_embeddings", "pooler.dense", "predictions.transform.dense",
     "seq_relationship", "score", "classifier", "qa_outputs",
 )  # fmt: skip
 
 
-# Attention of which heads know nothing of each other, in classes that were tried: others with the same names of linears
-# mix heads (Autoformer's), and would be wrong in shards without any error.
+# By the names of their linears, attention classes that were tried and whose heads are independent. Other classes with
+# the same names mix heads (Autoformer's): their shards would compute wrong numbers without any error.
 KNOWN_ATTENTION = {
     ("q_proj", "k_proj", "v_proj", "out_proj"): (
         "OPTAttention", "BartAttention", "MBartAttention", "MarianAttention", "PegasusAttention", "XGLMAttention",
@@ -77,7 +77,7 @@ KNOWN_ATTENTION = {
     ("q_lin", "k_lin", "v_lin", "out_lin"): ("DistilBertSelfAttention",),
     ("q", "k", "v", "o"): ("T5Attention", "MT5Attention", "UMT5Attention"),
 }  # fmt: skip
-# Their MLPs: linears with nothing but an activation (and a product) between; only beside attention that is known.
+# Linears of MLPs that have only an activation (and a product) between them. Used in models with known attention only.
 KNOWN_MLPS = (
     ("fc1", "fc2"), ("fc_in", "fc_out"), ("lin1", "lin2"), ("wi", "wo"), ("wi_0", "wi_1", "wo"),
     ("gate_proj", "up_proj", "down_proj"),
@@ -86,7 +86,13 @@ KNOWN_MLPS = (
 
 @dataclass
 class KnownLayers:
-    """What is known of a model: styles and the patterns that gave them by name, (module, attribute) to divide."""
+    """The layers of one model that were recognised.
+
+    Attributes:
+        styles: style by module name.
+        patterns: by module name, the pattern that gave the style.
+        divided: (module name, attribute) of numbers to divide by the number of ranks.
+    """
 
     styles: dict[str, str] = field(default_factory=dict)
     patterns: dict[str, str] = field(default_factory=dict)
@@ -94,13 +100,13 @@ class KnownLayers:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the last parts of a dotted name are those of the pattern; * stands for any one part."""
+    """Whether a dotted name ends with the pattern; * stands for any one part."""
     wanted, parts = pattern.split("."), name.split(".")
     return len(wanted) <= len(parts) and all(map(fnmatch.fnmatchcase, parts[-len(wanted) :], wanted))
 
 
 def known_layers(model: nn.Module, names: list[str]) -> KnownLayers:
-    """All that is known of a model's layers."""
+    """Recognise the layers of a model; `names` are the names of its modules."""
     known = KnownLayers()
     for unit in KNOWN_UNITS:
         _add_unit(known, unit, model, names)
@@ -119,7 +125,8 @@ def known_layers(model: nn.Module, names: list[str]) -> KnownLayers:
 
 
 def _add_unit(known: KnownLayers, unit: KnownUnit, model: nn.Module, names: list[str]) -> None:
-    present, lead = set(names), next(iter(unit.styles))
+    present = set(names)
+    lead = next(iter(unit.styles))
     for name in names:
         prefix = name[: len(name) - len(lead)]
         if not matches(lead, name) or not all(prefix + end in present for end in unit.styles):
@@ -136,14 +143,14 @@ def _add_unit(known: KnownLayers, unit: KnownUnit, model: nn.Module, names: list
 
 
 def _matrices(module: Any, names: tuple[str, ...]) -> list[torch.Tensor] | None:
-    """The weights of a module's linears; None where one has none, or of another kind."""
+    """Return the weights of a module's linears; None if one of them has no matrix."""
     found = (getattr(module._modules[name], "weight", None) for name in names)
     weights = [weight for weight in found if isinstance(weight, torch.Tensor) and weight.dim() == 2]
     return weights if len(weights) == len(names) else None
 
 
 def _heads_of(module: Any) -> tuple[dict[str, str], list[str]] | None:
-    """Styles by the names in an attention module, and what of it is divided; None for what is not known in full."""
+    """Return the styles of an attention module's layers by name, and its attributes to divide; None if not known."""
     names = next((n for n, kinds in KNOWN_ATTENTION.items() if type(module).__name__ in kinds), None)
     head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(module, n, None), int)), None)
     if names is None or head_dim is None or not set(names) <= set(module._modules) or module._parameters:
@@ -179,7 +186,7 @@ def _add_mlps(known: KnownLayers, model: nn.Module) -> None:
             weights = _matrices(module, ends)
             if weights is None or any(path in known.styles for path in paths):
                 continue
-            # Of another width than what comes out: something cuts or joins features in between.
+            # With other widths, something between the linears cuts or joins features.
             if all(weight.shape[0] == weights[-1].shape[1] for weight in weights[:-1]):
                 known.styles |= dict.fromkeys(paths[:-1], "colwise") | {paths[-1]: "rowwise"}
                 known.patterns |= dict(zip(paths, ends, strict=True))

@@ -1,4 +1,4 @@
-"""Parallel layers in the shapes that models have theirs: any module's linear, embedding, head or norm in shards."""
+"""Parallel replacements for the linears, heads and norms of existing models, with any leading dims."""
 
 from typing import Any
 
@@ -26,19 +26,19 @@ from fused_megatron.tensor_parallel import (
     row_parallel_linear,
 )
 
-# torch.compile cuts its graphs here: between two collectives it would find nothing to fuse with them, and it would
-# trace the choice of how they overlap.
+# torch.compile breaks its graphs at these layers: there is nothing to fuse with a collective, and a trace would
+# include the choice of how collectives overlap.
 _REASON = "a collective of fused_megatron"
 
 
 class ColumnLinear(StackedColumnParallelLinear):
-    """A linear layer's output features in shards; several stacked ones (query, key, value) each for itself.
+    """A linear layer sharded over its output features; stacked parts (query, key, value) are sharded one by one.
 
     Attributes:
-        transposed: the model keeps the weight as [I, O] (GPT-2), which is how full_state_dict returns it.
-        shared: with other linears of the same input, so that they have one all-reduce in backward together.
-        region: of the sequence, under sequence parallelism.
-        gathered: a hook hands the module around this layer the whole sequence already.
+        transposed: the model stores the weight as [I, O] (GPT-2), and so does full_state_dict.
+        shared: the input that this layer has in common with other linears; one all-reduce in backward serves all.
+        region: the stack of layers that runs on blocks of the sequence; None without sequence parallelism.
+        gathered: a hook gathers the sequence for the module around this layer, so the layer need not.
     """
 
     transposed = False
@@ -48,25 +48,35 @@ class ColumnLinear(StackedColumnParallelLinear):
 
     @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I], or its block of the sequence, to this rank's features [..., O / R] of all parts."""
+        """Map x [..., I], or this rank's block of the sequence, to this rank's features [..., O / R] of all parts."""
         weight, bias = self.with_whole_gradients()
         x, group, sequence_parallel = entered(self, x)
         return column_parallel_linear(
-            x, weight, bias, tp_group=group, sequence_parallel=sequence_parallel, sequence_dim=SEQUENCE_DIM,
+            x,
+            weight,
+            bias,
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            sequence_dim=SEQUENCE_DIM,
             overlap=self.overlap,
-        )  # fmt: skip
+        )
 
 
 class GatheredLinear(ShardedModule):
-    """A linear layer whose output features are computed in shards and gathered; any number of them: a head.
+    """A linear layer that computes its output features in shards and gathers them: a head. R need not divide O.
 
-        w_shard [ceil(O / R), I]    rows rank * ceil(O / R) and on; what lies beyond O is padding, zeros
+        w_shard [ceil(O / R), I]    from row rank * ceil(O / R); rows from O on are padding (zeros)
         forward     y [..., O] = all_gather(x @ w_shard.T + b_shard)[..., :O]
-        backward    of a loss that every rank computes alike; dx = sum over ranks of dy_shard @ w_shard
+        backward    dx = sum over ranks of dy_shard @ w_shard; every rank must compute the same loss
 
-    A head of a model (with a scope) gives logits that remember their shards, while the model's forward runs.
+    The head of a model (with a `scope`) returns VocabLogits while the model's forward runs: logits that keep their
+    shard.
 
-    Communication: one all-gather of y forward, where it is wanted, and one all-reduce of x backward.
+    Attributes:
+        transposed, shared, region, gathered: as in ColumnLinear.
+        scope: tells whether the model's forward runs; None if the layer is no head.
+
+    Communication: one all-gather of y in forward (none if gather_logits=False), one all-reduce of dx in backward.
     """
 
     transposed = False
@@ -81,9 +91,12 @@ class GatheredLinear(ShardedModule):
         self, in_features: int, out_features: int, bias: bool, *, tp_group: Group, overlap: bool | int, dtype: Any
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.tp_group, self.overlap = tp_group, overlap
-        rows, rank = -(-out_features // group_size(tp_group)), group_rank(tp_group)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.tp_group = tp_group
+        self.overlap = overlap
+        rows = -(-out_features // group_size(tp_group))
+        rank = group_rank(tp_group)
         for name, width in (("weight", (in_features,)), ("bias", ()))[: 1 + bias]:
             shard = ParameterShard((out_features, *width), (rank * rows, *(0 for _ in width)))
             values = nn.Parameter(torch.empty((rows, *width), device="meta", dtype=dtype))
@@ -92,23 +105,28 @@ class GatheredLinear(ShardedModule):
             self.register_parameter("bias", None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] to all features [..., O], the same on every rank."""
-        # A compiled graph knows plain tensors alone.
+        """Map x [..., I] to all features [..., O], the same on every rank."""
+        # A compiled graph knows only plain tensors.
         return self._forward(x, torch.compiler.is_compiling())
 
     @torch.compiler.disable(reason=_REASON)
     def _forward(self, x: torch.Tensor, compiling: bool) -> torch.Tensor:
         x, group, sequence_parallel = entered(self, x)
         y = column_parallel_linear(
-            x, self.weight, self.bias, tp_group=group, sequence_parallel=sequence_parallel, sequence_dim=SEQUENCE_DIM,
+            x,
+            self.weight,
+            self.bias,
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            sequence_dim=SEQUENCE_DIM,
             overlap=self.overlap,
-        )  # fmt: skip
+        )
         if self.scope is None or not self.scope.running or compiling:
             return all_gather_split(y, -1, self.tp_group)[..., : self.out_features]
         return vocab_logits(y, self.out_features, self.tp_group, self.scope.gather or not torch.is_grad_enabled())
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Describe the layer for print(model)."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"tensor_parallel_size={group_size(self.tp_group)}"
@@ -116,7 +134,10 @@ class GatheredLinear(ShardedModule):
 
 
 def entered(layer: ColumnLinear | GatheredLinear, x: torch.Tensor) -> tuple[torch.Tensor, Group, bool]:
-    """(x, group, sequence_parallel) for column_parallel_linear: who sums the gradient of x, and who gathers it."""
+    """Return (x, tp_group, sequence_parallel) for column_parallel_linear.
+
+    tp_group is None if a hook gathers x, or if a SharedInput sums the gradient of x.
+    """
     if layer.region is not None and layer.region.active:
         return (x, None, False) if layer.gathered else (x, layer.tp_group, True)
     if layer.shared is not None:
@@ -125,24 +146,29 @@ def entered(layer: ColumnLinear | GatheredLinear, x: torch.Tensor) -> tuple[torc
 
 
 class RowLinear(RowParallelLinear):
-    """A linear layer's input features in shards; attributes as ColumnLinear."""
+    """A linear layer sharded over its input features; attributes as in ColumnLinear."""
 
     transposed = False
     region: SequenceRegion | None = None
 
     @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I / R] (or whole, with input_is_parallel=False) to y [..., O], or its block of the sequence."""
+        """Map x [..., I / R] (or [..., I] with input_is_parallel=False) to y [..., O], or its block of the sequence."""
         if not self.input_is_parallel:
             x = split_all_gather(x, -1, self.tp_group)
         return row_parallel_linear(
-            x, self.weight, self.bias, tp_group=self.tp_group, overlap=self.overlap, sequence_dim=SEQUENCE_DIM,
+            x,
+            self.weight,
+            self.bias,
+            tp_group=self.tp_group,
+            overlap=self.overlap,
+            sequence_dim=SEQUENCE_DIM,
             sequence_parallel=self.region is not None and self.region.active,
-        )  # fmt: skip
+        )
 
 
 class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
-    """An adopted RMS norm of which a rank sees some rows alone; the gradient of its weight is summed in backward."""
+    """An adopted RMS norm that sees only this rank's rows; its backward sums the gradient of the weight over ranks."""
 
     tp_group: Group
 
@@ -156,8 +182,8 @@ class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
 def make_column(
     in_features: int, features: int, bias: bool, *, parts: int, copies: int, tp_group: Group, overlap: Any, dtype: Any
 ) -> ColumnLinear:
-    """A ColumnLinear on the meta device, of so many equal parts."""
+    """Make a ColumnLinear of `parts` equal parts on the meta device."""
     names = [""] if parts == 1 else [f"part {i}" for i in range(parts)]
     each = [OutputPart(name, features // parts, copies) for name in names]
-    with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
+    with torch.random.fork_rng(devices=[]):  # initial values are dropped: they must not advance the caller's generator
         return ColumnLinear(in_features, each, bias, tp_group=tp_group, device="meta", dtype=dtype, overlap=overlap)

@@ -1,4 +1,4 @@
-"""A forward of a model's twin on the meta device: shapes and the graph of gradients, without numbers or memory."""
+"""A forward of a model's copy on the meta device: shapes and the autograd graph, without values or memory."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class MetaCall:
-    """What to run.
+    """A call of a module on the meta device.
 
     Attributes:
-        root: the name of a part of the model.
-        arguments, keywords: what it takes.
-        avoided: classes of modules to go around.
-        repeated: names of layers that return what another one returned, which is built the same.
+        root: name of the module to call; "" for the whole model.
+        arguments: its positional arguments.
+        keywords: its keyword arguments.
+        avoided: classes of modules that are not run: they return their first tensor.
+        repeated: names of layers that are not run, and of the identical layer whose result they return.
     """
 
     root: str
@@ -29,12 +30,12 @@ class MetaCall:
     repeated: Mapping[str, str] = field(default_factory=dict)
 
 
-# A forward that asks more often loops until the answer is another one.
+# Limit for the questions of a forward: beyond it, the forward is in a loop that only another answer would end.
 _MOST_ANSWERS = 1000
 
 
-class _Affirmed(TorchFunctionMode):
-    """Answers what a forward asks about numbers that are not there: yes, and 1."""
+class _FakeAnswers(TorchFunctionMode):
+    """Answers questions about values that do not exist: True, and 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,13 +61,13 @@ _QUESTIONS: dict[Any, Callable[[int], Any]] = {
 
 
 class MetaRun:
-    """One forward of a part of a model, without numbers.
+    """One forward of a module on the meta device.
 
     Attributes:
-        error: what it raised.
-        inside: names of the modules that were running then, the outermost first.
-        outputs: the nodes of the graph that made what it returned.
-        originals: names of the model's parameters, by those of the twin.
+        error: the exception that the forward raised; None if it succeeded.
+        inside: names of the modules that were running at the error, the outermost first.
+        outputs: autograd nodes of the returned tensors.
+        originals: for each parameter of the copy, its name in the model.
     """
 
     def __init__(self, model: nn.Module, call: MetaCall, change: Callable[[nn.Module], None] | None) -> None:
@@ -87,13 +88,13 @@ class MetaRun:
             if not call.root:
                 _repeat(modules, call.repeated)
             arguments = [a.clone().requires_grad_(a.is_floating_point()) for a in call.arguments]
-            # What draws although it is in evaluation draws from a fork of the caller's generator. The default device
-            # stays what it is: a table that a model keeps for later would have no numbers.
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), _Affirmed():
+            # Some models draw random numbers even in evaluation: the fork keeps the caller's generator as it is. The
+            # default device is not set to meta: a table that the model caches now would have no values later.
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), _FakeAnswers():
                 result = twin(*arguments, **call.keywords)
             tensors = tree_leaves(dict(result) if isinstance(result, dict) else result)
             self.outputs = [t.grad_fn for t in tensors if isinstance(t, torch.Tensor)]
-        except Exception as error:  # whatever a stranger's forward raises
+        except Exception as error:  # the forward is not ours and may raise anything
             self.error = error
 
     def _watch(self, name: str, module: nn.Module) -> None:
@@ -102,13 +103,13 @@ class MetaRun:
 
     @property
     def text(self) -> str:
-        """Its error in a line."""
+        """The error in one line."""
         lines = str(self.error).strip().splitlines()
         return f"{type(self.error).__name__}: {lines[0]}" if lines else type(self.error).__name__
 
 
 def _repeat(modules: dict[str, nn.Module], repeated: Mapping[str, str]) -> None:
-    """Let layers return what the first of their kind returned."""
+    """Let each repeated layer return the result of its first identical layer."""
     returned: dict[str, Any] = {}
     for first in set(repeated.values()):
         modules[first].register_forward_hook(lambda _, __, result, first=first: returned.update({first: result}))
@@ -117,19 +118,19 @@ def _repeat(modules: dict[str, nn.Module], repeated: Mapping[str, str]) -> None:
 
 
 def joined(root: str, name: str) -> str:
-    """The name of what has a name inside of a root."""
+    """Return the full name of a module that is called `name` inside `root`."""
     return f"{root}.{name}".strip(".")
 
 
 def name_inside(root: str, name: str) -> str | None:
-    """The name as seen from a module around it; "" for that module itself, None for what is not in it."""
+    """Return the name relative to root; "" for root itself, None for a module outside of root."""
     if not root or name == root:
         return name.removeprefix(root)
     return name.removeprefix(f"{root}.") if name.startswith(f"{root}.") else None
 
 
 def _meta_twin(model: nn.Module) -> nn.Module:
-    """A deep copy with all tensors on the meta device, and without hooks."""
+    """Return a deep copy with all tensors on the meta device and without hooks."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, value in module.__dict__.items():
@@ -141,14 +142,14 @@ def _meta_twin(model: nn.Module) -> nn.Module:
                 memo[id(tensor)] = on_meta(tensor)
     twin = copy.deepcopy(model, memo)
     for config in {id(c): c for m in twin.modules() if (c := getattr(m, "config", None)) is not None}.values():
-        # Kernels of other libraries run with numbers only; their shapes are those of the plain one.
+        # Attention kernels of other libraries need values; the eager implementation has the same shapes.
         if getattr(config, "_attn_implementation", "sdpa") not in ("sdpa", "eager", None):
             config._attn_implementation = "eager"
     return twin
 
 
 def on_meta(tensor: torch.Tensor) -> Any:
-    """A tensor, or parameter, of the same shape and dtype on the meta device."""
+    """Return a tensor or parameter of the same shape and dtype on the meta device."""
     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.is_floating_point())
@@ -156,6 +157,6 @@ def on_meta(tensor: torch.Tensor) -> Any:
 
 
 def _first_tensor(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """What stands for the result of a module that cannot run."""
+    """Return the first tensor argument, in place of the result of a module that cannot run."""
     tensor: torch.Tensor = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
     return tensor

@@ -1,4 +1,4 @@
-"""parallelize: a model that somebody has, sharded over tensor-parallel ranks in place."""
+"""parallelize: sharding of an existing model over tensor-parallel ranks, in place."""
 
 import warnings
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.agreement import check_agreement
+from fused_megatron.interop.agreement import agreement_of_ranks
+from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.replacements import cut
-from fused_megatron.interop.report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.saving import guard_saving
 from fused_megatron.mesh import Mesh
 
@@ -29,55 +29,57 @@ def parallelize(
     gather_logits: bool = True,
     strict: bool = False,
 ) -> Model:
-    """Shard a model's layers over the tensor-parallel ranks of a mesh, in place, with the weights that it has.
+    """Shard a model's layers over the tensor-parallel ranks of a mesh, in place. The weights stay the model's own.
 
-    Linears, the embedding and the head become parallel ones, norms and activations fused ones. The model returns what
-    it returned before, the same on every rank: logits, loss, generated tokens; gradients are those of the shards.
-    Training loops, generate and gradient checkpointing go on as they are. Parameters stay the same objects, with other
-    shapes: an optimizer may be made before, as long as it has made no step. full_state_dict is the way back.
+    Linears, the embedding and the head become parallel layers; norms and activations become fused ones. The model
+    returns the same as before, on every rank: logits, loss, generated tokens. Each rank's gradients belong to its
+    shards. Training loops, generate and gradient checkpointing need no change. The parameters stay the same objects
+    with other shapes, so an optimizer may exist already, if it has made no step. full_state_dict gathers the original
+    weights.
 
-    Which layer becomes what says the plan: the user's; else the model's own (tp_plan of transformers); else a table of
-    known layers (GPT-2, BERT and their kin). Styles as in transformers: "colwise", "rowwise", "colwise_gather_output",
-    "rowwise_split_input", "packed_colwise" (2 parts), "packed_colwise_3", "embedding_rowwise",
-    "replicated_with_grad_allreduce", "replicate". A layer that no plan names stays whole and is named in the report;
-    so does one that cannot be sharded, together with the layers beside it that its shards would go to.
+    The plan decides how each layer is sharded: the user's plan; else the model's own (tp_plan of transformers); else a
+    table of known layers (GPT-2, BERT and similar models). The styles are those of transformers: "colwise", "rowwise",
+    "colwise_gather_output", "rowwise_split_input", "packed_colwise" (2 parts), "embedding_rowwise",
+    "replicated_with_grad_allreduce", "replicate", and our "packed_colwise_3", "interleaved_colwise" and
+    "embedding_colwise". A layer that no plan names is replicated, and the report names it. A layer that cannot be
+    sharded is replicated together with the layers that exchange shards with it.
 
-    The model's own cross-entropy is computed from shards of the logits, without a copy or a softmax of the whole; under
-    torch.compile, and where something else than scaling or a soft cap happens to them before, from the whole.
+    The model's own cross-entropy is computed from shards of the logits, without a float32 copy or a softmax of the
+    full logits. It uses the full logits under torch.compile, or if the model does more to them than reshaping,
+    conversion, scaling or a soft cap.
 
-    Dropout is the same on every rank where all draw alike (torch.manual_seed with one seed), which replicated
-    activations need.
+    Replicated activations need the same dropout masks on every rank: call torch.manual_seed with one seed on all ranks.
 
     Args:
-        model: a torch.nn.Module with the same weights on every rank; on any device. On the meta device its shards stay
-            there, for load_full_state_dict to fill after to_empty.
-        mesh: of init_mesh; a torch DeviceMesh with an axis "tp", or a process group.
-        plan: {pattern: style}; a pattern is the end of a module's name, * any one part of it: {"mlp.up": "colwise"}.
-        sequence_parallel: between attention and MLP a rank holds its block [B, S / R, H] of the activations, while
-            gradients are recorded; R must then divide the sequence length.
-        overlap: products and their collectives side by side, as ColumnParallelLinear has it.
-        gather_logits: whether the model's logits are whole. False: while gradients are recorded they are this rank's
-            columns [.., ceil(V / R)] (those from V on are padding), which are never gathered; the model's own loss is
-            right, and vocab_parallel_cross_entropy is for losses outside of it.
-        strict: refuse what would otherwise be left whole and named: a layer with a matrix that no plan names, or one
-            that cannot be sharded.
+        model: a torch.nn.Module with the same weights on every rank, on any device. On the meta device the shards stay
+            there; fill them with load_pretrained_shards, or with load_full_state_dict after to_empty.
+        mesh: what init_mesh returns, a torch DeviceMesh with an axis "tp", or a process group.
+        plan: {pattern: style}. A pattern is the end of a module's name, and * is any one part: {"mlp.up": "colwise"}.
+        sequence_parallel: between attention and MLP, a rank holds only its block [B, S / R, H] of the activations
+            while gradients are recorded. R must divide the sequence length.
+        overlap: overlap products with their collectives, as in ColumnParallelLinear.
+        gather_logits: return full logits [.., V]. False: while gradients are recorded, logits are this rank's columns
+            [.., ceil(V / R)] (columns from V on are padding) and never gathered. The model's own loss stays right; for
+            another loss use vocab_parallel_cross_entropy.
+        strict: raise if a layer with a matrix would be replicated without being planned so: no plan names it, or it
+            cannot be sharded.
 
     Returns:
         The model, with model.parallel_report (a ParallelReport; print it).
 
     Raises:
-        InputError: sizes that R does not divide, an unknown style, a pattern that matches nothing, ranks whose models
-            or weights differ, what strict refuses. The model is then as it was, on every rank.
-        TypeError: no module, no mesh.
+        InputError: sizes that R does not divide, an unknown style, a pattern that matches nothing, ranks with different
+            models or weights, a layer that strict refuses. The model is unchanged on every rank.
+        TypeError: model is no module, or mesh is no mesh.
 
-    Communication: small all-gathers here. In the model: one all-reduce an attention, an MLP and the embedding forward,
-        one an attention, an MLP and the head backward, and one all-gather of the logits.
-    Memory: the old weights are held until all new ones are made.
+    Communication: small all-gathers here. In the model: one all-reduce per attention, MLP and embedding in forward,
+        one per attention, MLP and head in backward, and one all-gather of the logits.
+    Memory: old and new weights together, until all shards are made.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
     tp_group = group_of(mesh)
-    with check_agreement(model, tp_group):
+    with agreement_of_ranks(model, tp_group):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
         work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
@@ -86,7 +88,7 @@ def parallelize(
         refuse_blocked(work)
         if strict:
             refuse_left(report, work)
-    with check_agreement(model, tp_group, same_weights=False):
+    with agreement_of_ranks(model, tp_group, same_weights=False):
         shards = cut(work.replacements, tp_group)
     work.commit(shards)
     guard_saving(model)
@@ -101,11 +103,11 @@ def parallelize(
 
 
 def group_of(mesh: Any) -> Group:
-    """The tensor-parallel group of a mesh, ours or torch's, or the group itself.
+    """Return the tensor-parallel group of a mesh (ours or torch's); a process group returns itself.
 
     Raises:
-        InputError: a mesh without an axis tp, a group without this rank.
-        TypeError: something else.
+        InputError: a mesh without an axis "tp", a group without this rank.
+        TypeError: neither a mesh nor a group.
     """
     if isinstance(mesh, Mesh):
         return mesh.tp_group

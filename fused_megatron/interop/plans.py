@@ -1,4 +1,4 @@
-"""Which layer is sharded how: a user's plan, the model's own metadata, or what is known of families without any."""
+"""Sharding plans: the style of every layer, from the user, from the model's tp_plan, or from the known layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,16 +8,16 @@ from torch import nn
 from fused_megatron.checks import InputError
 from fused_megatron.interop.known_layers import KnownLayers, known_layers, matches
 
-# Styles by their meaning here. The first eight are those of transformers' plans, which also has the aliases.
+# Every style and its meaning. The first eight are styles of transformers' plans, and so are the aliases.
 STYLES = {
-    "colwise": "output features in shards, which a following rowwise layer takes",
-    "rowwise": "input features in shards, as a colwise layer before leaves them; the result is whole",
-    "colwise_gather_output": "output features in shards, gathered: for heads, or where all features are needed",
-    "rowwise_split_input": "input features in shards, cut from a whole input",
+    "colwise": "output features sharded, for a following rowwise layer",
+    "rowwise": "input features sharded, after a colwise layer; the output is summed over ranks",
+    "colwise_gather_output": "output features sharded and gathered: for heads, or if all features are needed",
+    "rowwise_split_input": "input features sharded; the layer splits its full input",
     "packed_colwise": "colwise of a layer that stacks 2 equal parts (gate and up)",
-    "embedding_rowwise": "an embedding in shards of its vocabulary",
-    "replicated_with_grad_allreduce": "a norm between colwise and rowwise, whole; its gradient is summed over ranks",
-    "replicate": "whole on every rank, on purpose",
+    "embedding_rowwise": "an embedding sharded over its vocabulary",
+    "replicated_with_grad_allreduce": "a norm between colwise and rowwise: replicated, its gradient summed over ranks",
+    "replicate": "replicated on purpose",
     "packed_colwise_3": "colwise of a layer that stacks 3 equal parts (query, key and value)",
     "interleaved_colwise": "colwise of a layer whose parts alternate head by head (query, key and value of GPT-NeoX)",
     "embedding_colwise": "an embedding with a feature for every head (a bias of relative positions)",
@@ -34,15 +34,15 @@ COLUMN_STYLES = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_c
 
 @dataclass(frozen=True)
 class Plan:
-    """What a plan asks for.
+    """The plan of one model.
 
     Attributes:
-        origin: whose plan it is, for reports and errors.
-        styles: by the name of the module.
-        patterns: by the name of the module, the pattern that named it.
-        unused: patterns that match nothing.
-        divided: by module, attributes that become those of one rank.
-        explicit: the user's own: what it asks for is done or refused, never left out.
+        origin: where the plan comes from, for reports and errors.
+        styles: style by module name.
+        patterns: by module name, the pattern that matched it.
+        unused: patterns that match no module.
+        divided: (module name, attribute) of numbers to divide by the number of ranks.
+        explicit: the user wrote the plan: if a layer of it cannot be sharded, parallelize raises.
     """
 
     origin: str
@@ -54,17 +54,17 @@ class Plan:
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that are a pattern as a whole; where there are none, those that end with it."""
+    """Return the names that equal a pattern; if there are none, the names that end with it."""
     found = [name for name in names if matches(pattern, name)]
-    whole = [name for name in found if name.count(".") == pattern.count(".")]
-    return whole or found
+    equal = [name for name in found if name.count(".") == pattern.count(".")]
+    return equal or found
 
 
 def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
-    """The plan that counts: the user's; else the model's own; else what is known of its layers.
+    """Return the plan to use: the user's; else the model's own tp_plan; else the table of known layers.
 
     Raises:
-        InputError: a user's plan with a style that there is none of, or a pattern that matches nothing.
+        InputError: the user's plan has an unknown style, or a pattern that matches nothing.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     if plan is not None:
@@ -84,7 +84,7 @@ def _apply(origin: str, plan: Mapping[str, str], names: list[str], explicit: boo
     styles: dict[str, str] = {}
     patterns: dict[str, str] = {}
     used = set()
-    # The longest pattern that fits a name counts.
+    # The longest matching pattern wins.
     for pattern in sorted(plan, key=lambda p: -len(p.split("."))):
         for name in matching(pattern, names):
             used.add(pattern)
@@ -111,11 +111,11 @@ def _nearest(pattern: str, names: list[str]) -> str:
 
 
 def _completed(plan: Plan, known: KnownLayers) -> Plan:
-    """Metadata that names layers of no stack (a head alone), with what is known of the stack's."""
+    """Add the known layers to a tp_plan that names no layer of a stack, only the head for example."""
     if any(part.isdigit() for name in plan.styles for part in name.split(".")):
         return plan
-    spoken_for = {name.rpartition(".")[0] for name in plan.styles}
-    added = {name: style for name, style in known.styles.items() if name.rpartition(".")[0] not in spoken_for}
+    planned = {name.rpartition(".")[0] for name in plan.styles}
+    added = {name: style for name, style in known.styles.items() if name.rpartition(".")[0] not in planned}
     if not added:
         return plan
     return replace(
@@ -128,23 +128,23 @@ def _completed(plan: Plan, known: KnownLayers) -> Plan:
 
 
 def _with_ends(model: nn.Module, plan: Plan) -> Plan:
-    """The plan with the model's embedding and head, of which metadata and tables say little or nothing."""
+    """Add the model's embedding and head, which tp_plans and the table of known layers often leave out."""
     if not any(style != "replicate" for style in plan.styles.values()):
         return plan
     ends = (("get_input_embeddings", "embedding_rowwise"), ("get_output_embeddings", "colwise_gather_output"))
     for getter, style in ends:
         try:
             module = getattr(model, getter)()
-        except Exception:  # no such method, or none of that kind: a model without one
+        except Exception:  # the method is missing, or raises for a model without such a module
             continue
         if style == "embedding_rowwise" and not isinstance(module, nn.Embedding):
-            continue  # of pixels or sounds
+            continue  # it embeds images or audio
         weight = getattr(module, "weight", None)
         for name, candidate in model.named_modules(remove_duplicate=False):
-            # Encoder and decoder may have modules of their own around one weight.
-            twin = (
+            # Encoder and decoder may have two modules that share one weight.
+            tied = (
                 weight is not None and type(candidate) is type(module) and candidate._parameters.get("weight") is weight
             )
-            if (candidate is module or twin) and name and name not in plan.styles:
+            if (candidate is module or tied) and name and name not in plan.styles:
                 plan.styles[name], plan.patterns[name] = style, f"{getter}()"
     return plan

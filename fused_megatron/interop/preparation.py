@@ -1,4 +1,4 @@
-"""All that parallelize is going to do to a model, worked out and checked before anything of it is done."""
+"""The changes that parallelize makes to a model: planned and checked in full first, then committed."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from fused_megatron.interop.trial import try_shards
 from fused_megatron.interop.units import (
     Layer,
     Unit,
-    check_unit,
+    divide_unit,
     group_units,
     modules_with_own_parameters,
     planned_layers,
@@ -30,31 +30,36 @@ from fused_megatron.interop.units import (
 )
 from fused_megatron.interop.vocab_logits import LogitsScope
 from fused_megatron.modules import Exchange, exchange_all, find_exchange, named_once
-from fused_megatron.tensor_parallel import LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 _SUMMED: dict[type[nn.Module], type[nn.Module]] = {
-    modules.LayerNorm: LayerNorm,
-    modules.RMSNorm: RMSNorm,
+    modules.LayerNorm: SequenceParallelLayerNorm,
+    modules.RMSNorm: SequenceParallelRMSNorm,
     modules.AdoptedRMSNorm: SummedAdoptedRMSNorm,
 }
 
 
 @dataclass
 class Preparation:
-    """What will happen to a model.
+    """The planned changes of a model.
 
     Attributes:
+        model: the model; unchanged until commit.
+        tp_group: the tensor-parallel ranks.
+        plan: the style of every layer.
+        overlap: overlap products with their collectives.
+        gather_logits: return full logits while gradients are recorded.
         layers: every module that the plan names.
-        reasons: why some of them stay whole, by name.
-        units: which of them belong together.
-        replacements: layers and their parallel ones, on the meta device.
-        exchanges: modules that change their class.
-        attributes: (module, name, value) that forwards count by.
-        retied: (module, parameter name) of a module that keeps a sharded parameter without using it.
-        summed: names of parameters by module whose gradients are summed over the ranks.
-        stacks: of layers that will run on blocks of the sequence.
-        shared: inputs that several layers have in common, and the module around these.
-        scope: where the model's heads have logits in shards.
+        reasons: by layer name, why the layer stays replicated.
+        units: groups of layers that must be sharded together.
+        replacements: layers and their parallel replacements, on the meta device.
+        exchanges: modules that get another class (fused norms and activations).
+        attributes: (module, name, new value) of numbers by which forwards count heads or features.
+        retied: (module, parameter name) where a module keeps, but does not use, a second name of a sharded parameter.
+        summed: by module, names of replicated parameters whose gradients are summed over the ranks.
+        stacks: stacks of layers that will run on blocks of the sequence.
+        shared: (module, input): the input that several linears inside the module have in common.
+        scope: marks the model's forward, in which its heads return VocabLogits; None without sharded heads.
     """
 
     model: nn.Module
@@ -75,7 +80,7 @@ class Preparation:
     scope: LogitsScope | None = None
 
     def prepare(self, sequence_parallel: bool) -> None:
-        """Work everything out. Raises InputError as parallelize."""
+        """Plan all changes. Raises InputError as parallelize does."""
         ranks = group_size(self.tp_group)
         self.layers, self.reasons = planned_layers(self.model, self.plan)
         self.units = group_units(self.layers, self.reasons)
@@ -89,37 +94,37 @@ class Preparation:
         self._connect()
 
     def _divide(self, ranks: int) -> None:
-        """The parallel layers of the units that are left, and the numbers that change with them."""
+        """Make the replacements of the units to shard, and the attributes that change with them."""
         self.attributes = []
         for unit in self.units:
             if not unit.reason:
-                self.attributes += check_unit(unit, self.model, ranks)
+                self.attributes += divide_unit(unit, self.model, ranks)
         self._make_replacements()
         sharded = {unit.parent for unit in self.units if not unit.reason}
         for name, attribute in self.plan.divided:
             if name in sharded:
                 module = self.model.get_submodule(name)
-                # Key-value heads that are fewer than ranks are copied: each rank has one.
+                # With fewer key-value heads than ranks, heads are copied: each rank has one.
                 self.attributes.append((module, attribute, max(1, getattr(module, attribute) // ranks)))
         self._close_fast_paths()
 
     def _fails_in_shards(self) -> bool:
-        """Whether the trial leaves more units whole; else it says whose gradients are summed."""
+        """Try the units in shards; return whether some of them must stay replicated. Also sets `summed`."""
         units = [unit for unit in self.units if not unit.reason]
-        findings = try_shards(self.model, units, self.replacements, self.attributes)
-        for unit, reason in findings.faults:
+        trial = try_shards(self.model, units, self.replacements, self.attributes)
+        for unit, reason in trial.faults:
             unit.reason = unit.reason or reason
-        untried = [unit for unit in units if unit not in findings.tried]
+        untried = [unit for unit in units if unit not in trial.tried]
         for unit in untried:
             unit.reason = unit.reason or undecided_parameter(unit, self.model, {layer.module for layer in self.layers})
-        self.summed = findings.summed
+        self.summed = trial.summed
         for unit in units:
             for layer in unit.of("replicated_with_grad_allreduce"):
                 self.summed[layer.module] = [name for name, _ in layer.module.named_parameters(recurse=False)]
         return any(unit.reason for unit in units)
 
     def _block_units(self) -> None:
-        """Leave units whole that would be wrong in shards."""
+        """Mark units that would compute wrong numbers in shards."""
         bare = [p for p in self.plan.unused if any(matches(p, name) for name, _ in self.model.named_parameters())]
         for unit in self.units:
             owner = self.model.get_submodule(unit.parent)
@@ -128,15 +133,16 @@ class Preparation:
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
             unit.reason = unit.reason or width_fault(unit, self.plan.explicit)
 
-    def _wanted(self) -> list[Layer]:
+    def _layers_to_replace(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
         ends = [layer for layer in self.layers if layer.style == "embedding_rowwise" and layer.name not in self.reasons]
         return [*ends, *(layer for layer in in_units if layer.style != "replicated_with_grad_allreduce")]
 
     def _make_replacements(self) -> None:
-        """The parallel layers; those that share a parameter with a module that stays whole stay whole too."""
+        """Make the parallel layers. A layer that shares a parameter with a replicated module stays replicated too."""
         while True:
-            self.replacements = [make_replacement(layer, self.tp_group, self.overlap) for layer in self._wanted()]
+            layers = self._layers_to_replace()
+            self.replacements = [make_replacement(layer, self.tp_group, self.overlap) for layer in layers]
             fault = self._fault_of_ties()
             if fault is None:
                 return
@@ -147,6 +153,7 @@ class Preparation:
                     unit.reason = reason if len(unit.layers) == 1 else f"{layer.name}: {reason}"
 
     def _fault_of_ties(self) -> tuple[Layer, str] | None:
+        """Return a layer that cannot be sharded because of a tied parameter, and the reason; sets `retied`."""
         users: dict[nn.Parameter, tuple[Replacement, str]] = {}
         replaced = {replacement.layer.module for replacement in self.replacements}
         for replacement in self.replacements:
@@ -168,13 +175,13 @@ class Preparation:
         return None
 
     def _is_declared_tie(self, name: str) -> bool:
-        """A bias that a model keeps a second name for (BERT's head), by its own word."""
+        """Whether the model declares this name as tied (the bias of BERT's head has two names)."""
         ties = getattr(self.model, "_tied_weights_keys", None)
         return isinstance(ties, dict) and name in {*ties, *ties.values()}
 
     def _close_fast_paths(self) -> None:
-        """torch's encoder in evaluation takes the weights of its linears and calls a kernel of its own."""
-        around = {layer.parent for layer in self._wanted()}
+        """Turn off the fast path of torch's encoder: in evaluation it takes the weights and calls its own kernel."""
+        around = {layer.parent for layer in self._layers_to_replace()}
         layers = [m for n, m in self.model.named_modules() if n in around and isinstance(m, nn.TransformerEncoderLayer)]
         encoders = [m for m in self.model.modules() if isinstance(m, nn.TransformerEncoder)] if layers else []
         self.attributes += [(layer, "activation_relu_or_gelu", 0) for layer in layers]
@@ -206,7 +213,7 @@ class Preparation:
                 )
 
     def _connect(self) -> None:
-        """Which inputs are shared, and which layers run in a region of the sequence."""
+        """Give the parallel layers their shared inputs, and their region under sequence parallelism."""
         by_module = {replacement.layer.module: replacement.module for replacement in self.replacements}
         for unit in self.units:
             if unit.reason:
@@ -228,7 +235,7 @@ class Preparation:
         self._connect_heads(by_module)
 
     def _connect_heads(self, by_module: dict[nn.Module, Any]) -> None:
-        """Gathered linears outside of every stack are heads, whose losses need no gathered logits."""
+        """Mark the heads: gathering linears outside of all stacks. Losses of their logits need no gathering."""
         units = [unit for unit in self.units if not unit.reason and not unit.stack_layer]
         heads = [by_module[layer.module] for unit in units for layer in unit.of("colwise_gather_output")]
         if heads and group_size(self.tp_group) > 1:
@@ -242,7 +249,7 @@ class Preparation:
             )
 
     def commit(self, shards: dict[nn.Parameter, nn.Parameter]) -> None:
-        """Do it; none of this can fail for what the user gave."""
+        """Make the planned changes. No user input can make this fail."""
         exchange_all(self.exchanges)
         become_shards(self.replacements, shards)
         for module, name in self.retied:
@@ -271,5 +278,5 @@ class Preparation:
         return parent is not None and any(hasattr(parent, name) for name in (*HEAD_DIMS, *NUM_HEADS))
 
     def kept_whole(self) -> dict[str, str]:
-        """Why planned layers stay whole, by name."""
+        """Return, by layer name, why planned layers stay replicated."""
         return {**self.reasons, **{layer.name: u.reason for u in self.units if u.reason for layer in u.layers}}

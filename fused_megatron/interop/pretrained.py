@@ -1,4 +1,4 @@
-"""A pretrained folder into a parallel model, without any rank ever holding more than its shards and one tensor."""
+"""Loading of a pretrained Hugging Face folder into a parallel model; each rank reads only its shards."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
-from fused_megatron.interop.agreement import check_agreement
+from fused_megatron.interop.agreement import agreement_of_ranks
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
 from fused_megatron.sharding import mark_all_shards, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
@@ -28,42 +28,43 @@ def load_pretrained_shards(
 
     Args:
         model: after parallelize; parameters on the meta device become real ones here, others are overwritten.
-        folder: with model.safetensors, or model.safetensors.index.json and the files that it names.
-        device: of what was on the meta device; the CPU where nothing else of the model says otherwise.
-        strict: refuse tensors that the folder lacks, or has beyond the model's. What is on the meta device must be
-            filled in any case.
+        folder: holds model.safetensors, or model.safetensors.index.json and the files that it names.
+        device: device for the tensors that are on the meta device. None: the device of the model's other parameters,
+            else the CPU.
+        strict: refuse missing and unexpected tensors. A tensor on the meta device must be in the files in any case.
 
     Returns:
-        The model. What its files do not hold (rotary frequencies) its own class computes, as in from_pretrained.
+        The model. Its own class computes buffers that the files lack (rotary frequencies), as in from_pretrained.
 
     Raises:
-        InputError: a file that is missing, truncated or malformed; a tensor that is missing, left over or of another
-            shape; on every rank, and before anything is loaded.
+        InputError: a file that is missing, truncated or malformed; a tensor that is missing, unexpected or of another
+            shape; on every rank, before anything is loaded.
 
     Communication: one small all-gather.
-    Memory: this rank's shards, and of one tensor at a time the part that this rank takes.
+    Memory: this rank's shards, and this rank's part of one tensor at a time.
     """
     folder = Path(folder)
-    group, place = parallel_group(model), _device(model, device)
-    with check_agreement(model, group, same_weights=False):
+    group = parallel_group(model)
+    target_device = _target_device(model, device)
+    with agreement_of_ranks(model, group, same_weights=False):
         state = _names_of(model, WeightFiles(folder).tensors)
         try:
             check_full_state(model, state, strict)
         except InputError as error:
             raise InputError(f"{folder}: {error}{_OTHER_NAMES}") from None
         _check_filled(model, state)
-    buffers = _materialise(model, place)
-    # Before the weights: what initialises a buffer may draw the module's weights too.
+    buffers = _materialise(model, target_device)
+    # Before the weights: _init_weights computes a buffer, but may also draw the weights of its module.
     _compute_buffers(model, [name for name in buffers if name not in state])
     load_full_state_dict(model, state, strict=strict)
     return model
 
 
 def _check_filled(model: nn.Module, state: Mapping[str, StoredWeight]) -> None:
-    """Raise for a parameter on the meta device that nothing would give values to; and for buffers alike."""
-    given = {value for name, value in model.state_dict(keep_vars=True).items() if name in state}
+    """Raise if a parameter or buffer on the meta device would get no values."""
+    filled = {value for name, value in model.state_dict(keep_vars=True).items() if name in state}
     for name, parameter in model.named_parameters():
-        if parameter.is_meta and parameter not in given:
+        if parameter.is_meta and parameter not in filled:
             raise InputError(f"{name} is on the meta device, and no file has it{_OTHER_NAMES}")
     initialise = getattr(model, "_init_weights", None)
     for owner, module in model.named_modules():
@@ -75,7 +76,7 @@ def _check_filled(model: nn.Module, state: Mapping[str, StoredWeight]) -> None:
             )
 
 
-def _device(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _target_device(model: nn.Module, device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
     real = (p.device for p in model.parameters() if not p.is_meta)
@@ -83,7 +84,7 @@ def _device(model: nn.Module, device: torch.device | str | None) -> torch.device
 
 
 def _names_of(model: nn.Module, tensors: Mapping[str, StoredWeight]) -> dict[str, StoredWeight]:
-    """The tensors under the model's names: files may be of the base model, or of one with a head around it."""
+    """Return the tensors under the model's names. The files may hold the base model, or the model with a head."""
     names = model.state_dict(keep_vars=True)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -97,7 +98,7 @@ def _names_of(model: nn.Module, tensors: Mapping[str, StoredWeight]) -> dict[str
 
 
 def _materialise(model: nn.Module, device: torch.device) -> list[str]:
-    """Memory for what is on the meta device, tied parameters once; the names of the buffers among it."""
+    """Allocate all tensors that are on the meta device, tied parameters once; return the names of the buffers."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     buffers = []
     for prefix, module in model.named_modules():
@@ -115,7 +116,7 @@ def _materialise(model: nn.Module, device: torch.device) -> list[str]:
 
 
 def _compute_buffers(model: nn.Module, names: list[str]) -> None:
-    """Values of buffers that no file has, by the model's own initialisation of the module that owns them."""
+    """Compute buffers that no file has, by the model's own initialisation of the modules that own them."""
     initialise = getattr(model, "_init_weights", None)
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
         assert initialise is not None

@@ -1,4 +1,4 @@
-"""Random numbers that all tensor-parallel ranks must draw the same: sampled tokens, masks of whole activations."""
+"""Checks that all tensor-parallel ranks draw the same random numbers, for sampled tokens and dropout masks."""
 
 import zlib
 from typing import Any
@@ -13,14 +13,14 @@ from fused_megatron.sharding import parallel_group
 
 
 def check_same_draws(model: nn.Module, what: str) -> None:
-    """Raise on every rank unless their generators are in the same state.
+    """Raise on every rank if the ranks' random generators differ.
 
     Args:
-        model: on whose device numbers are drawn.
-        what: for which the ranks draw.
+        model: its device decides which generator is compared.
+        what: the use of the random numbers, for the message.
 
     Raises:
-        InputError: they differ.
+        InputError: the generators differ.
 
     Communication: one small all-gather.
     """
@@ -36,14 +36,14 @@ def check_same_draws(model: nn.Module, what: str) -> None:
 
 
 class SameDropout:
-    """A hook that looks once, where a model with dropout first trains, whether the ranks would draw the same masks."""
+    """Forward pre-hook: before the first training step of a model with dropout, check that ranks draw equal masks."""
 
     def __init__(self) -> None:
         self.done = False
 
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Before the model's forward."""
+        """Check, once."""
         if self.done or not (module.training and torch.is_grad_enabled()):
             return
         if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in module.modules()):
@@ -52,13 +52,13 @@ class SameDropout:
 
 
 class Generate:
-    """Stands in for a model's generate: ranks that sample must draw the same tokens, or they part and wait for ever."""
+    """Replacement of a model's generate that checks the generators: ranks that sample other tokens would hang."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """As the model's own."""
+        """Call the model's own generate."""
         config = options.get("generation_config") or (args[1] if len(args) > 1 else None)
         config = config or getattr(self.model, "generation_config", None)
         asked = options.get("do_sample")
@@ -69,7 +69,7 @@ class Generate:
 
 
 def guard_draws(model: nn.Module, tp_group: Group) -> None:
-    """Let ranks say so where they would draw other numbers."""
+    """Install the checks in a model."""
     if group_size(tp_group) == 1:
         return
     model.register_forward_pre_hook(SameDropout())

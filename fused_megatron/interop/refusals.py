@@ -1,4 +1,4 @@
-"""Refusals of questions that a sharded model would answer differently from the whole model."""
+"""Errors for calls that a sharded model would answer wrongly: hidden states, attention weights, resized embeddings."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from fused_megatron.checks import InputError
 
 @torch.compiler.disable
 def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A hook for a model of regions: what its layers return are blocks, which nobody who asks for them expects."""
+    """Pre-hook under sequence parallelism: refuse output_hidden_states, since layers return blocks of the sequence."""
     if _asks_for(module, kwargs, "output_hidden_states") and torch.is_grad_enabled():
         raise InputError(
             "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
@@ -20,7 +20,7 @@ def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
 
 @torch.compiler.disable
 def refuse_attentions(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """A hook for a model with attention in shards, which knows the weights of its own heads only."""
+    """Pre-hook of a model with sharded attention: refuse output_attentions, since a rank has only its own heads."""
     if _asks_for(module, kwargs, "output_attentions"):
         raise InputError(
             "output_attentions=True of a parallel model would return the heads of one rank "
@@ -34,10 +34,10 @@ def _asks_for(module: nn.Module, kwargs: dict[str, Any], name: str) -> bool:
 
 
 class RefusedResizing:
-    """Stands in for a model's resize_token_embeddings."""
+    """Replacement of a model's resize_token_embeddings."""
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Refuse."""
+        """Raise InputError."""
         raise InputError(
             "resize_token_embeddings of a parallel model: its embedding and head are in shards (resize the model "
             "before parallelize; fused_megatron.full_state_dict has the weights for a fresh one)"
@@ -45,12 +45,12 @@ class RefusedResizing:
 
 
 def models_inside(model: nn.Module) -> list[nn.Module]:
-    """The model, and every model of transformers inside it: each can be called by itself."""
+    """Return the model and every transformers model inside it, since users can call each of them directly."""
     return [m for m in model.modules() if m is model or hasattr(type(m), "main_input_name")]
 
 
 def guard_answers(model: nn.Module, attention_is_cut: bool) -> None:
-    """Hook the refusals in."""
+    """Install refuse_attentions (if attention_is_cut) and RefusedResizing in a model."""
     for one in models_inside(model):
         if attention_is_cut:
             one.register_forward_pre_hook(refuse_attentions, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""From a planned layer to the parallel one that takes its place, with this rank's part of the weights."""
+"""Replacement of planned layers by parallel layers that hold this rank's shards of the weights."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
 from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard
 
-# What a module knows besides parameters and modules: whoever hooked into the old layer is heard by the new one.
+# Attributes that a replacement takes over from the old module: its mode and its hooks.
 _KEPT = (
     "training", "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
@@ -23,14 +23,14 @@ _KEPT = (
 
 @dataclass(frozen=True)
 class Replacement:
-    """A layer and what takes its place."""
+    """A planned layer and the parallel module that replaces it."""
 
     layer: Layer
     module: ShardedModule
 
     @property
     def parameters(self) -> Iterable[tuple[nn.Parameter, nn.Parameter, str]]:
-        """(old, new, name) of each."""
+        """Yield (old, new, name) of each parameter."""
         for name, new in self.module._parameters.items():
             old = self.layer.module._parameters.get(name)
             if old is not None and new is not None:
@@ -38,8 +38,9 @@ class Replacement:
 
 
 def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Replacement:
-    """The parallel layer, on the meta device."""
-    module, old = _make(layer, tp_group, overlap), layer.module
+    """Make the parallel layer on the meta device."""
+    module = _make(layer, tp_group, overlap)
+    old = layer.module
     if not isinstance(old, nn.Embedding):
         module.transposed = is_transposed_linear(old)
     for name in _KEPT:
@@ -53,9 +54,13 @@ def _make(layer: Layer, tp_group: Group, overlap: bool | int) -> Any:
     if layer.style == "embedding_rowwise":
         with torch.random.fork_rng(devices=[]):
             embedding = Embedding(
-                old.num_embeddings, old.embedding_dim, tp_group=tp_group, pad_to_multiple_of=1, device="meta",
+                old.num_embeddings,
+                old.embedding_dim,
+                tp_group=tp_group,
+                pad_to_multiple_of=1,
+                device="meta",
                 dtype=dtype,
-            )  # fmt: skip
+            )
         embedding.padding_idx = old.padding_idx
         scale = None if type(old) is nn.Embedding else embedding_scale(old)
         embedding.register_buffer("scale", scale, persistent=False)
@@ -69,24 +74,36 @@ def _make(layer: Layer, tp_group: Group, overlap: bool | int) -> Any:
     if layer.style in ("rowwise", "rowwise_split_input"):
         with torch.random.fork_rng(devices=[]):
             return RowLinear(
-                inputs, outputs, bias, tp_group=tp_group, overlap=overlap, device="meta", dtype=dtype,
+                inputs,
+                outputs,
+                bias,
+                tp_group=tp_group,
+                overlap=overlap,
+                device="meta",
+                dtype=dtype,
                 input_is_parallel=layer.style == "rowwise",
-            )  # fmt: skip
+            )
     return make_column(
-        inputs, outputs, bias, parts=PARTS.get(layer.style, 1), copies=layer.copies, tp_group=tp_group,
-        overlap=overlap, dtype=dtype,
-    )  # fmt: skip
+        inputs,
+        outputs,
+        bias,
+        parts=PARTS.get(layer.style, 1),
+        copies=layer.copies,
+        tp_group=tp_group,
+        overlap=overlap,
+        dtype=dtype,
+    )
 
 
 def layout_of(replacement: Replacement, name: str) -> tuple[Any, ...]:
-    """What two layers must agree in to share a parameter."""
+    """Return (shard, transposed, shape) of a parameter. Two layers may share a parameter only if these are equal."""
     module: Any = replacement.module
     shard: Shard = module.shards[name]
     return shard, getattr(module, "transposed", False), tuple(module._parameters[name].shape)
 
 
 def cut(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Parameter, nn.Parameter]:
-    """This rank's part of every parameter that is sharded, by the whole one; nothing of the model is changed."""
+    """Make this rank's shard of every sharded parameter, by the full parameter; the model is not changed."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for replacement in replacements:
         module: Any = replacement.module
@@ -111,13 +128,13 @@ def _cut(old: nn.Parameter, new: nn.Parameter, shard: Shard, transposed: bool, t
 
 
 def become_shards(replacements: Iterable[Replacement], made: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Turn the model's parameters into their shards, and hand them to the new layers.
+    """Turn the model's parameters into shards, and register them in the parallel layers.
 
-    They stay the same objects, so that an optimizer that was made of them before moves them.
+    Parameters stay the same objects, so an optimizer that was made before still updates them.
     """
     for old, mine in made.items():
         if mine is not old and not old.is_inference():
-            # By way of another dtype: else autograd expects the old shape, where a graph of before is alive.
+            # Another dtype in between: otherwise a graph that is still alive makes autograd expect the old shape.
             other = torch.float16 if old.dtype == torch.bfloat16 else torch.bfloat16
             old.data = torch.empty(0, dtype=other, device=old.device)
             old.data, old.grad = mine.data, None
@@ -128,5 +145,5 @@ def become_shards(replacements: Iterable[Replacement], made: dict[nn.Parameter, 
 
 
 def kept(old: nn.Parameter, made: dict[nn.Parameter, nn.Parameter]) -> nn.Parameter:
-    """The object that the model has from now on: of tensors of inference mode, which cannot change, another."""
+    """Return the parameter object to use from now on: the old one, or a new one for an inference tensor (immutable)."""
     return made[old] if old.is_inference() else old

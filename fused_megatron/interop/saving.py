@@ -1,4 +1,4 @@
-"""save_pretrained of a parallel model: whole tensors or an error, never shards that look like a model."""
+"""save_pretrained of a parallel model: it writes full tensors or raises, and never writes shards."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ _WAY_OUT = "state = full_state_dict(model) on all ranks, then model.save_pretrai
 
 
 class SavePretrained:
-    """Stands in for the method of a model that parallelize changed.
+    """Replacement of save_pretrained in a parallel model.
 
-    One rank has the whole and saves it. On several it is for all of them to give what they hold, which a method that is
-    called on one cannot ask of the others (it would wait forever): there the whole state must be handed over.
+    On one rank it saves the model. On several ranks the caller must pass the full state_dict: gathering needs all
+    ranks, and save_pretrained is usually called on one rank, which would wait for the others forever.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -36,6 +36,6 @@ class SavePretrained:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Let a model of transformers save whole tensors alone."""
+    """Replace the save_pretrained of a transformers model."""
     if callable(getattr(model, "save_pretrained", None)):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Layers of a stack that run on blocks of the sequence, and operands that neighbouring linears share."""
+"""Sequence parallelism of a stack of layers by hooks, and one all-reduce for linears with a common input."""
 
 import inspect
 from typing import Any
@@ -18,15 +18,15 @@ from fused_megatron.collectives import (
 
 # Activations of Hugging Face models and of torch.nn's own with batch_first are [B, S, H].
 SEQUENCE_DIM = 1
-# What layers with cross-attention call it.
+# Argument names of the second sequence in layers with cross-attention.
 _SECOND_SEQUENCES = ("encoder_hidden_states", "key_value_states", "cross_attention_states", "memory")
 
 
 class SequenceRegion:
-    """A stack of layers whose activations are cut along the sequence, [B, S / R, H], while gradients are recorded.
+    """A stack of layers whose activations are blocks of the sequence, [B, S / R, H], while gradients are recorded.
 
-    Without gradients (generate, evaluation) there is nothing to save memory for, and sequences may have any length, as
-    the single tokens of generate: there the layers run without sequence parallelism.
+    Without gradients (generate, evaluation) no activations are saved, and sequences may have any length, such as the
+    single tokens of generate. The layers then run without sequence parallelism.
 
         first layer    x [B, S, H] -> this rank's [B, S / R, H]          backward: all-gather
         attention      [B, S / R, H] -> [B, S, H] before its linears      backward: reduce-scatter
@@ -39,12 +39,15 @@ class SequenceRegion:
 
     @property
     def active(self) -> bool:
-        """Whether the layers now run on blocks. Outside of the stack's own forward it is a recomputation in backward
-        (gradient checkpointing) that asks, and what is computed again was computed with gradients."""
+        """Whether the layers run on blocks of the sequence.
+
+        Also true outside of the stack's forward: only gradient checkpointing runs layers there, and it recomputes what
+        was computed with gradients.
+        """
         return self._running is not False
 
     def install(self, owner: nn.Module, first: nn.Module, last: nn.Module) -> list[Any]:
-        """Hooks on the module whose forward runs the stack, and on the stack's ends; handles to remove them."""
+        """Install hooks on the module whose forward runs the stack, and on the first and last layer; return handles."""
         return [
             owner.register_forward_pre_hook(self._enter),
             owner.register_forward_hook(self._leave, always_call=True),
@@ -53,7 +56,7 @@ class SequenceRegion:
         ]
 
     def install_gather(self, module: nn.Module) -> Any:
-        """A hook that hands the module the whole sequence."""
+        """Install a hook that gathers the sequence for a module; return its handle."""
         return module.register_forward_pre_hook(self._gather, with_kwargs=True)
 
     @torch.compiler.disable
@@ -103,10 +106,10 @@ class SequenceRegion:
 
 
 def _refuse_second_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Cross-attention: what it attends to is whole on every rank, where linears of a region sum gradients of blocks."""
-    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    given = {**given, **given.get("kwargs", {})}
-    name = next((name for name in _SECOND_SEQUENCES if isinstance(given.get(name), torch.Tensor)), None)
+    """Refuse cross-attention: its second sequence is replicated, but linears of a region sum gradients of blocks."""
+    arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    arguments = {**arguments, **arguments.get("kwargs", {})}
+    name = next((name for name in _SECOND_SEQUENCES if isinstance(arguments.get(name), torch.Tensor)), None)
     if name is not None:
         raise InputError(
             f"sequence_parallel=True: {type(module).__name__} attends to a second sequence, {name}, whose gradient "
@@ -115,7 +118,7 @@ def _refuse_second_sequence(module: nn.Module, args: tuple[Any, ...], kwargs: di
 
 
 def _with_activations(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any) -> tuple[Any, Any]:
-    """The arguments with the activations changed: the first of them, or hidden_states."""
+    """Return the arguments with the activations changed: the first positional argument, or hidden_states."""
     if args and isinstance(args[0], torch.Tensor):
         return (change(args[0]), *args[1:]), kwargs
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):
@@ -129,23 +132,28 @@ def _with_activations(args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
 class SharedInput:
     """One all-reduce of the input's gradient for several linears that are called with the same tensor.
 
-    The first of them takes the tensor through identity_all_reduce, the others find what it made. Whoever is called
-    with another tensor has an all-reduce of his own, so that nothing depends on how a model calls its layers.
+    The first linear passes the tensor through identity_all_reduce; the others reuse the result. A linear that is
+    called with another tensor gets an all-reduce of its own, so any order of calls is right.
+
+    Communication: none in forward; one all-reduce of dx in backward.
     """
 
     def __init__(self, tp_group: Group, users: int) -> None:
-        self.tp_group, self.users = tp_group, users
+        self.tp_group = tp_group
+        self.users = users
         self._source: torch.Tensor | None = None
         self._shared: torch.Tensor | None = None
         self._version: int | None = None
         self._left = 0
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        """x, whose gradient will be summed over the ranks."""
-        version = None if x.is_inference() else x._version  # a tensor changed in place is another one
+        """Return x as a tensor whose gradient will be summed over the ranks."""
+        version = None if x.is_inference() else x._version  # a tensor that was changed in place is not the same input
         stale = self._source is not x or self._version != version
         if stale or self._shared is None or self._shared.requires_grad != _records(x):
-            self._source, self._version, self._left = x, version, self.users
+            self._source = x
+            self._version = version
+            self._left = self.users
             self._shared = identity_all_reduce(x, self.tp_group)
         shared = self._shared
         self._left -= 1
@@ -155,7 +163,7 @@ class SharedInput:
 
     @torch.compiler.disable
     def release(self, *_: Any) -> None:
-        """Keep nothing alive longer than the model itself does; a hook for when the module around them is done."""
+        """Drop the tensors; also a forward hook of the module around the linears, so that nothing stays alive."""
         self._source = self._shared = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SharedInput":

@@ -1,4 +1,4 @@
-"""The stacks of layers in a model, and what must hold for them to run on blocks of the sequence."""
+"""Stacks of layers in a model, and checks that they can run on blocks of the sequence."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,11 +19,12 @@ class Stack:
     """Layers that run one after the other.
 
     Attributes:
-        name: of the container.
-        owner: the module whose forward runs them.
-        layers: in their order.
-        units: the sharded units in them.
-        gathering: modules that are handed the whole sequence, by name.
+        name: name of the container of the layers.
+        owner: the module whose forward runs the layers.
+        layers: the layers, in order.
+        region: their sequence parallelism.
+        units: the sharded units inside the layers.
+        gathering: by name, modules for which a hook gathers the sequence.
     """
 
     name: str
@@ -34,17 +35,23 @@ class Stack:
     gathering: dict[str, nn.Module] = field(default_factory=dict)
 
     def install(self) -> None:
-        """Hook the region in."""
+        """Install the hooks of the region."""
         self.region.install(self.owner, self.layers[0], self.layers[-1])
         for module in self.gathering.values():
             self.region.install_gather(module)
 
 
 def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[nn.Module]) -> list[Stack]:
-    """The stacks that sharded units are in, ready for sequence parallelism.
+    """Find the stacks with sharded units, for sequence parallelism.
+
+    Args:
+        model: the model.
+        units: its units; replicated ones are skipped.
+        tp_group: the tensor-parallel ranks.
+        summed: modules whose gradients are summed over the ranks.
 
     Raises:
-        InputError: there are none, or one has a layer that would be wrong on a block of the sequence.
+        InputError: there is no stack, or a layer in it would compute wrong gradients on a block of the sequence.
     """
     stacks: dict[str, Stack] = {}
     for unit in units:
@@ -69,10 +76,10 @@ def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[
 
 
 def _set_gathering(stack: Stack, unit: Unit, model: nn.Module) -> None:
-    """Whether the unit's linears gather the sequence themselves, or the module around them has it gathered.
+    """Decide whether the unit's linears gather the sequence, or a hook gathers it for the module around them.
 
-    Attention counts heads by the shape of what it is given, so that it needs the whole sequence; several linears of
-    one input need one gather.
+    The hook serves attention, which reads the sequence length from its input, and several linears with one input, for
+    which one gather is enough.
     """
     parent = model.get_submodule(unit.parent)
     counts_heads = any(hasattr(parent, name) for name in (*HEAD_DIMS, *NUM_HEADS))

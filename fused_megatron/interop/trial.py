@@ -1,7 +1,9 @@
-"""A trial forward on the meta device: whether a model runs in shards, and which parameters then see a rank's part only.
+"""A trial forward of a sharded model on the meta device, to find layers that cannot be sharded.
 
-Nothing of the model is touched: its twin has tensors without memory, and of the layers that are to be sharded it has
-this rank's shapes. No rank talks to another.
+It also finds replicated parameters between sharded layers: their gradients must be summed over the ranks.
+
+The model is not changed: the trial runs a copy without memory, whose sharded layers have this rank's shapes. Ranks do
+not communicate.
 """
 
 import re
@@ -18,23 +20,23 @@ from fused_megatron.interop.replacements import Replacement
 from fused_megatron.interop.units import Unit, linear_features
 from fused_megatron.ops.product import product
 
-# Tokens of the trial; every model takes so few.
+# Tokens of the trial: few enough for every model.
 _TOKENS = 8
-# How many kinds of modules that cannot run without numbers (experts that count their tokens) the trial goes around.
+# Limit for the classes of modules to skip because they need values (experts that count their tokens).
 _DETOURS = 4
-# Styles of layers whose input or output is this rank's features only.
+# Styles of layers whose input or output holds only this rank's features.
 _ROW = "rowwise"
 _CUT = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_colwise", "embedding_colwise", _ROW)
 
 
 @dataclass
-class Findings:
-    """What the trial found.
+class TrialResult:
+    """Result of a trial.
 
     Attributes:
-        tried: the units that ran; without those of models that could not be run without numbers.
-        faults: units that must stay whole, and why.
-        summed: names of parameters by module that each rank uses with its own features only.
+        tried: units that were tried; the others could not run without values.
+        faults: (unit, reason) of units that must stay replicated.
+        summed: by module, names of parameters that each rank uses with its own features only.
     """
 
     tried: list[Unit] = field(default_factory=list)
@@ -43,7 +45,7 @@ class Findings:
 
 
 class _Edge(NamedTuple):
-    """A sharded layer that ran: its name, and the nodes of the graph that made its input and its output."""
+    """A sharded layer that ran: its name, and the autograd nodes of its input and of its output."""
 
     name: str
     before: Any
@@ -51,7 +53,7 @@ class _Edge(NamedTuple):
 
 
 class _Boundary(torch.autograd.Function):
-    """Identity, with a node of its own in the graph that nothing in place can move."""
+    """Identity with an autograd node of its own, which in-place operations cannot replace."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -63,11 +65,12 @@ class _Boundary(torch.autograd.Function):
 
 
 class _StandIn(nn.Module):
-    """A sharded layer in this rank's shapes, without any communication."""
+    """A sharded layer with this rank's shapes, without communication."""
 
     def __init__(self, replacement: Replacement, edges: list[_Edge]) -> None:
         super().__init__()
-        self._layer, self._edges = replacement.layer, edges
+        self._layer = replacement.layer
+        self._edges = edges
         for name, parameter in replacement.module._parameters.items():
             self.register_parameter(name, None if parameter is None else on_meta(parameter))
         for name in ("in_features", "out_features", "num_embeddings"):
@@ -85,31 +88,33 @@ class _StandIn(nn.Module):
 
 def try_shards(
     model: nn.Module, units: list[Unit], replacements: list[Replacement], attributes: list[tuple[nn.Module, str, int]]
-) -> Findings:
-    """Run the model with this rank's shapes, and whole where that fails: what fails whole too says nothing of shards.
+) -> TrialResult:
+    """Run the model with this rank's shapes. If that fails, run it unsharded: if both fail, shards are not the cause.
 
-    Where the whole model cannot run without numbers, or nobody knows what it takes, the module around each unit is
-    tried. Of layers that are built the same the first runs, and stands for the others.
+    If the model cannot run without values, or its arguments are unknown, the trial runs the module around each unit
+    instead. Only the first of several identical layers runs; its result holds for the others.
 
     Args:
         model: on any device.
-        units: those that are to be sharded.
-        replacements: the parallel layers.
-        attributes: (module, name, value) that change with them.
+        units: the units to shard.
+        replacements: their parallel layers.
+        attributes: (module, name, new value) of the numbers that change with them.
     """
     units = [unit for unit in units if unit.of(*_CUT)]
     trial = _Trial(model, units, [r for r in replacements if r.layer.style in _CUT], attributes)
     if units and not any(trial.attempt(call, trial.groups) for call in _calls_of_model(model, units)):
         for group in trial.groups:
             any(trial.attempt(call, [group]) for call in _calls_of_unit(group[0]))
-    return trial.findings
+    return trial.result
 
 
 class _Trial:
-    """A model and what is to be done to it.
+    """The trial of one model.
 
     Attributes:
-        groups: units at the same place of layers that are built the same.
+        repeated: names of layers, and of the first layer that is identical.
+        groups: corresponding units of identical layers, one list each.
+        result: filled by each attempt.
     """
 
     def __init__(
@@ -119,7 +124,10 @@ class _Trial:
         replacements: list[Replacement],
         attributes: list[tuple[nn.Module, str, int]],
     ) -> None:
-        self.model, self.units, self.replacements, self.findings = model, units, replacements, Findings()
+        self.model = model
+        self.units = units
+        self.replacements = replacements
+        self.result = TrialResult()
         names = {module: name for name, module in model.named_modules()}
         self.attributes = [(names[module], attribute, value) for module, attribute, value in attributes]
         self.repeated = _same_layers(model, units)
@@ -129,7 +137,7 @@ class _Trial:
         self.groups = list(groups.values())
 
     def attempt(self, call: MetaCall, groups: list[list[Unit]]) -> bool:
-        """Whether the call says anything; what it says is among the findings then."""
+        """Try one call; return whether it settled the groups. If so, the result has them."""
         call.repeated = self.repeated
         edges: list[_Edge] = []
         run = MetaRun(self.model, call, self._change(call, edges))
@@ -140,26 +148,26 @@ class _Trial:
             run = MetaRun(self.model, call, self._change(call, edges))
         units = [unit for group in groups for unit in group]
         if run.error is not None:
-            self.findings.tried += units
+            self.result.tried += units
             where = (run.inside or [""])[-1] or type(self.model).__name__
             blamed = _blamed(run.inside, units)
-            self.findings.faults += [(unit, f"in shards {where} fails: {run.text}") for unit in blamed]
+            self.result.faults += [(unit, f"in shards {where} fails: {run.text}") for unit in blamed]
         else:
-            # What did not run may have parameters between the layers.
+            # A unit that did not run, or only in part, may have parameters between its layers.
             ran = {edge.name for edge in edges}
             groups = [group for group in groups if ran.issuperset(layer.name for layer in group[0].of(_ROW))]
-            groups = [group for group in groups if not self._went_around(group[0], call)]
-            self.findings.tried += [unit for group in groups for unit in group]
+            groups = [group for group in groups if not self._skipped_a_module(group[0], call)]
+            self.result.tried += [unit for group in groups for unit in group]
             self._follow_gradients(run, edges, groups)
         return True
 
     def _first_name(self, unit: Unit) -> str:
-        """The name of the unit's parent in the first of the layers that are built the same."""
+        """Return the name of the unit's parent in the first identical layer."""
         first = self.repeated.get(unit.stack_layer)
         return unit.parent if first is None else joined(first, name_inside(unit.stack_layer, unit.parent) or "")
 
     def _change(self, call: MetaCall, edges: list[_Edge]) -> Callable[[nn.Module], None]:
-        """What makes a twin one of this rank's shapes."""
+        """Return a function that gives a copy of the model this rank's shapes."""
 
         def change(twin: nn.Module) -> None:
             for name, attribute, value in self.attributes:
@@ -175,9 +183,9 @@ class _Trial:
         return change
 
     def _runs_whole(self, call: MetaCall) -> bool:
-        """Whether the model itself runs so; settles which modules to go around."""
+        """Whether the unsharded model runs this call; adds classes of modules to skip to `call.avoided`."""
         sharded = [layer.name for unit in self.units for layer in unit.layers]
-        for _ in range(_DETOURS if call.keywords else 1):  # what was guessed must be right as it is
+        for _ in range(_DETOURS if call.keywords else 1):  # guessed positional arguments must fit without skipping
             run = MetaRun(self.model, call, None)
             if run.error is None:
                 return True
@@ -187,12 +195,12 @@ class _Trial:
             call.avoided.add(type(self.model.get_submodule(where)))
         return False
 
-    def _went_around(self, unit: Unit, call: MetaCall) -> bool:
+    def _skipped_a_module(self, unit: Unit, call: MetaCall) -> bool:
         around = self.model.get_submodule(_common_parent(unit))
         return any(type(module) in call.avoided for module in around.modules())
 
     def _follow_gradients(self, run: MetaRun, edges: list[_Edge], groups: list[list[Unit]]) -> None:
-        """Find the parameters between columns and rows: their gradients are of this rank's features only."""
+        """Find parameters between colwise and rowwise layers: their gradients come from this rank's features only."""
         rows = {layer.name for unit in self.units for layer in unit.of(_ROW)}
         into_shards = {edge.after for edge in edges if edge.name not in rows}
         out_of_shards = {edge.after for edge in edges if edge.name in rows}
@@ -212,26 +220,28 @@ class _Trial:
                 fault = f"{mixed[0]} is used between its layers and elsewhere, too"
             for one in group:
                 if fault:
-                    self.findings.faults.append((one, fault))
+                    self.result.faults.append((one, fault))
                 else:
                     self._sum(one, names)
 
     def _sum(self, unit: Unit, names: list[str]) -> None:
-        """Note parameters, by their names in the first layer, as ones whose gradients are summed."""
+        """Add parameters to the summed ones; `names` are their names in the first identical layer."""
         planned = [layer.module for layer in unit.of("replicated_with_grad_allreduce")]
         first = self.repeated.get(unit.stack_layer)
         for name in names:
             owner, _, key = name.rpartition(".")
             inner = None if first is None else name_inside(first, owner)
             module = self.model.get_submodule(owner if inner is None else joined(unit.stack_layer, inner))
-            noted = self.findings.summed.setdefault(module, []) if module not in planned else [key]
-            if key not in noted:  # of a module that several layers share
+            noted = self.result.summed.setdefault(module, []) if module not in planned else [key]
+            if key not in noted:  # several layers may share the module
                 noted.append(key)
 
 
 def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:
-    """Tensors that the nodes of a graph depend on, without what lies beyond the stops."""
-    found, seen, waiting = set(), set(stops), [node for node in roots if node is not None]
+    """Return the leaf tensors that the roots depend on; the walk does not pass the stops."""
+    found = set()
+    seen = set(stops)
+    waiting = [node for node in roots if node is not None]
     while waiting:
         node = waiting.pop()
         if node in seen:
@@ -244,8 +254,9 @@ def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:
 
 
 def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
-    """Guesses at what the model takes."""
-    main, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
+    """Yield guesses at the arguments of the model."""
+    main = getattr(model, "main_input_name", None)
+    config = getattr(model, "config", None)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -257,7 +268,8 @@ def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
         image = torch.empty(1, getattr(config, "num_channels", 3), *edges, dtype=dtype, device="meta")
         yield MetaCall("", keywords={main: image})
     elif main == "input_features":
-        bands, length = getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500)
+        bands = getattr(config, "num_mel_bins", 80)
+        length = 2 * getattr(config, "max_source_positions", 1500)
         sound = torch.empty(1, bands, length, dtype=dtype, device="meta")
         yield MetaCall("", keywords={main: sound, **decoder})
     elif main is None:
@@ -268,7 +280,7 @@ def _calls_of_model(model: nn.Module, units: list[Unit]) -> Iterator[MetaCall]:
 
 
 def _same_layers(model: nn.Module, units: list[Unit]) -> dict[str, str]:
-    """Layers of stacks by name, and the first one that is built the same and sharded the same."""
+    """Return, by layer name, the first layer with the same modules, shapes and styles; first layers are left out."""
     firsts: dict[Any, str] = {}
     same = {}
     for layer in dict.fromkeys(unit.stack_layer for unit in units):
@@ -288,7 +300,7 @@ def _same_layers(model: nn.Module, units: list[Unit]) -> dict[str, str]:
 
 
 def _calls_of_unit(unit: Unit) -> Iterator[MetaCall]:
-    """The module around a unit, on its own: most MLPs take their activations and nothing else."""
+    """Yield calls of the module around a unit: most MLPs take only their activations."""
     if unit.entering and unit.parent and unit.parent == _common_parent(unit):
         first: Any = unit.entering[0].module
         yield from _calls_of_activations(unit.parent, linear_features(first)[1], first.weight.dtype)
@@ -300,15 +312,15 @@ def _calls_of_activations(root: str, width: int, dtype: torch.dtype) -> Iterator
 
 
 def _blamed(inside: list[str], units: list[Unit]) -> list[Unit]:
-    """The units in or around the innermost module that failed, and those at the same place in other layers."""
+    """Return the units in or around the innermost module that failed, and the same units of the other layers."""
     for name in reversed(inside):
         around = [unit for unit in units if name_inside(_common_parent(unit), name) is not None]
         closest = max((len(_common_parent(unit)) for unit in around), default=0)
         found = [unit for unit in around if len(_common_parent(unit)) == closest]
         found = found or [unit for unit in units if name_inside(name, _common_parent(unit)) is not None]
         if found:
-            places = {_numberless(_common_parent(unit)) for unit in found}
-            return [unit for unit in units if _numberless(_common_parent(unit)) in places]
+            parents = {_numberless(_common_parent(unit)) for unit in found}
+            return [unit for unit in units if _numberless(_common_parent(unit)) in parents]
     return units
 
 
@@ -317,7 +329,7 @@ def _numberless(name: str) -> str:
 
 
 def _common_parent(unit: Unit) -> str:
-    """The name of the innermost module with all layers of a unit in it."""
+    """Return the name of the innermost module that holds all layers of a unit."""
     common = unit.parent.split(".")
     while not all(layer.parent.split(".")[: len(common)] == common for layer in unit.layers):
         common.pop()

@@ -1,4 +1,4 @@
-"""Layers that only make sense in shards together, and whether all of them can be."""
+"""Groups of layers that must be sharded together, and the reasons why a group cannot be sharded."""
 
 import re
 from collections.abc import Iterator
@@ -18,8 +18,10 @@ class Layer:
     """A module that the plan names.
 
     Attributes:
-        names: all of them; the first counts.
-        copies: how many ranks hold the same output features (key-value heads that are fewer than ranks).
+        names: all names of the module; reports use the first.
+        module: the module.
+        style: its style in the plan.
+        copies: number of ranks that hold the same output features (with fewer key-value heads than ranks).
     """
 
     names: tuple[str, ...]
@@ -38,11 +40,12 @@ class Layer:
 
 @dataclass
 class Unit:
-    """Layers of which either all are sharded or none: colwise ones, what stands between, and the rowwise ones.
+    """Layers that must be sharded together: colwise layers, the layers in between, and the rowwise layers.
 
     Attributes:
-        parent: the module around the colwise layers.
-        reason: why the unit stays whole; empty where it does not.
+        parent: name of the module around the colwise layers.
+        layers: the layers.
+        reason: why the unit stays replicated; empty if it is sharded.
     """
 
     parent: str
@@ -54,23 +57,23 @@ class Unit:
 
     @property
     def entering(self) -> list[Layer]:
-        """The layers that the unit's input goes to."""
+        """The layers that take the unit's input."""
         return self.of(*COLUMN_STYLES, "colwise_gather_output")
 
     @property
     def is_open(self) -> bool:
-        """A part is missing, which the next modules may bring: what shards, or what takes the shards."""
+        """Whether the colwise or the rowwise layers are missing; the next modules may have them."""
         return bool(self.of(*COLUMN_STYLES)) != bool(self.of("rowwise"))
 
     @property
     def stack_layer(self) -> str:
-        """The name of the layer of a stack that the unit is in: up to the first number; empty where there is none."""
+        """Name of the stack's layer around the unit: the name up to its first number; empty outside of stacks."""
         found = re.match(r"(?:.*?\.)??\d+(?=\.|$)", self.layers[0].name)
         return found.group() if found else ""
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
-    """transformers' Conv1D: a linear layer with its weight as [in, out]; known by its shape, without importing it."""
+    """Whether the module is transformers' Conv1D, a linear with weight [in, out]. Needs no import of transformers."""
     weight = getattr(module, "weight", None)
     return (
         type(module).__name__ == "Conv1D"
@@ -80,7 +83,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def obstacle(module: nn.Module, style: str) -> str:
-    """Why this module cannot take this style; empty where it can."""
+    """Return why this module cannot have this style; empty if it can."""
     kind = type(module).__name__
     if style not in STYLES:
         return f"style {style!r} is not one of: {', '.join(STYLES)}"
@@ -106,27 +109,27 @@ def obstacle(module: nn.Module, style: str) -> str:
 
 
 def planned_layers(model: nn.Module, plan: Plan) -> tuple[list[Layer], dict[str, str]]:
-    """Every module that the plan names, once, in the order of the model; and why some cannot be, by name."""
-    names: dict[nn.Module, list[str]] = {}
+    """Return every module that the plan names, once and in order; and by name, why some cannot have their style."""
+    names_by_module: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        names_by_module.setdefault(module, []).append(name)
     layers, reasons = [], {}
-    for module, alike in names.items():
-        styles = {plan.styles.get(name) for name in alike}
+    for module, names in names_by_module.items():
+        styles = {plan.styles.get(name) for name in names}
         if styles == {None}:
             continue
-        style = next(s for s in (plan.styles.get(name) for name in alike) if s)
+        style = next(s for s in (plan.styles.get(name) for name in names) if s)
         reason = obstacle(module, style)
         if len(styles) > 1:
-            reason = f"it is one module with the names {', '.join(alike)}, to which the plan gives different styles"
+            reason = f"it is one module with the names {', '.join(names)}, to which the plan gives different styles"
         if reason:
-            reasons[alike[0]] = reason
-        layers.append(Layer(tuple(alike), module, style))
+            reasons[names[0]] = reason
+        layers.append(Layer(tuple(names), module, style))
     return layers, reasons
 
 
 def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
-    """Sharded layers in units: those of one parent, and of the next parents while a unit is open."""
+    """Group sharded layers into units: the layers of one parent, and of the next parents while the unit is open."""
     units: list[Unit] = []
     by_parent: dict[str, Unit] = {}
     for layer in layers:
@@ -148,17 +151,18 @@ def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
             if len(unit.layers) > 1:
                 unit.reason = f"{blocked.name}: {unit.reason}"
         elif unit.is_open:
-            alone, wanted = ("colwise", "rowwise") if unit.of(*COLUMN_STYLES) else ("rowwise", "colwise")
-            instead = "colwise_gather_output" if alone == "colwise" else "rowwise_split_input"
-            unit.reason = f"{alone} without a {wanted} layer beside it (plan one, or {instead!r})"
+            present, missing = ("colwise", "rowwise") if unit.of(*COLUMN_STYLES) else ("rowwise", "colwise")
+            instead = "colwise_gather_output" if present == "colwise" else "rowwise_split_input"
+            unit.reason = f"{present} without a {missing} layer beside it (plan one, or {instead!r})"
     return units
 
 
 def width_fault(unit: Unit, explicit: bool) -> str:
-    """Why shards of a colwise layer are not what its rowwise layer takes: features are cut or joined in between.
+    """Return why a rowwise layer cannot take the shards of a colwise layer: widths differ. Empty if it can.
 
-    Were "colwise" taken for a stack of parts, each rank would have other parts: wrong numbers, of the right shapes.
-    Models that say so themselves have parts that alternate by head.
+    A layer that stacks parts needs a packed style: under "colwise" the ranks would get different parts, and compute
+    wrong numbers of the right shapes. A model's own tp_plan may say "colwise" for parts that alternate by head, so
+    only a user's plan (`explicit`) is checked for this.
     """
     columns: list[Layer] = []
     for layer in unit.layers:
@@ -168,9 +172,9 @@ def width_fault(unit: Unit, explicit: bool) -> str:
             continue
         inputs = linear_features(layer.module)[1]
         for column in columns:
-            alone = explicit and len(columns) == 1 and column.style == "colwise"
+            only_column = explicit and len(columns) == 1 and column.style == "colwise"
             outputs = linear_features(column.module)[0]
-            if (alone or column.style in PARTS) and outputs != inputs * PARTS.get(column.style, 1):
+            if (only_column or column.style in PARTS) and outputs != inputs * PARTS.get(column.style, 1):
                 return (
                     f"{column.name} has {outputs} features where {layer.name} takes {inputs} ('packed_colwise' is for "
                     "2 equal parts one after the other, 'packed_colwise_3' for 3, 'interleaved_colwise' for parts "
@@ -181,10 +185,10 @@ def width_fault(unit: Unit, explicit: bool) -> str:
 
 
 def undecided_parameter(unit: Unit, model: nn.Module, planned: set[nn.Module]) -> str:
-    """Why a unit that could not be tried stays whole: a parameter beside it that may stand between its layers.
+    """Return why an untried unit stays replicated: a parameter may be used between its layers. Empty if none may.
 
-    There it would see this rank's features only, and its gradient would be a part. What can stand there has the width
-    that is cut, or divides it: a number, a norm of single heads.
+    Between the layers, a parameter sees this rank's features only, and its gradient is incomplete. A parameter may be
+    used there if its width divides the sharded width: a scalar, a norm of single heads.
     """
     columns = [linear_features(layer.module) for layer in unit.of(*COLUMN_STYLES)]
     for name, module in model.get_submodule(unit.parent).named_modules() if columns else ():
@@ -202,18 +206,18 @@ def undecided_parameter(unit: Unit, model: nn.Module, planned: set[nn.Module]) -
 
 
 def linear_features(module: Any) -> tuple[int, int]:
-    """(output features, input features)."""
+    """Return (out_features, in_features)."""
     rows, columns = module.weight.shape
     return (columns, rows) if is_transposed_linear(module) else (rows, columns)
 
 
-def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
-    """Raise unless the sizes of a unit can be divided; sets copies, returns attributes that must change with them.
+def divide_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+    """Divide the sizes of a unit by the ranks. Set the layers' `copies`; return (module, name, value) to change.
 
     Raises:
-        InputError: naming the weight, the numbers, and what would fit.
+        InputError: a size does not divide; names the weight, the numbers, and sizes that fit.
     """
-    changes = _check_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
+    changes = _divide_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
     for layer in unit.layers:
         outputs, inputs = (0, 0)
         if layer.style != "replicated_with_grad_allreduce":
@@ -225,7 +229,7 @@ def check_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Modul
     return changes
 
 
-def _check_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+def _divide_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
     head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
     if head_dim is None:
         return ()
@@ -255,7 +259,7 @@ def _wrong_size(layer: Layer, what: str, size: int, ranks: int) -> str:
 
 
 def modules_with_own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(first name, module) of everything that holds parameters itself."""
+    """Yield (first name, module) of every module that has parameters of its own."""
     for name, module in model.named_modules():
         if any(parameter is not None for parameter in module._parameters.values()):
             yield name, module

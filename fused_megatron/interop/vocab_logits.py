@@ -1,4 +1,4 @@
-"""Logits that remember this rank's shard of them, so that a model's own loss is computed from shards."""
+"""Logits that keep this rank's vocabulary shard, so that the model's own cross-entropy is computed from shards."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,16 +12,16 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, all_gather_split, group_size
 from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
 
-# What changes rows alone, and keeps every word's column.
-_SHAPED = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
-# What is done to every number by itself, with a number.
+# Functions that reshape rows and keep the vocabulary as the last dim.
+_RESHAPING = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
+# Elementwise functions of a tensor, or of a tensor and a number.
 _ELEMENTWISE = {
     torch.tanh, torch.Tensor.tanh, torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
     torch.div, torch.Tensor.div, torch.Tensor.__truediv__, torch.Tensor.contiguous,
 }  # fmt: skip
 _CONVERTED = {torch.Tensor.float, torch.Tensor.to}
-# What may be asked of logits that are in shards.
-_ASKED = {
+# Names of functions that are allowed on logits that are not gathered.
+_ALLOWED_ON_SHARDS = {
     "__get__", "dim", "ndimension", "is_floating_point", "is_contiguous", "get_device", "is_complex", "register_hook",
     "__hash__", "__repr__",
 }  # fmt: skip
@@ -29,10 +29,11 @@ _SIZES = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-de
 
 
 class LogitsScope:
-    """Whether the model's forward runs, in which alone logits remember their shards: what it returns is plain.
+    """Marks the model's forward: heads return VocabLogits inside of it, and the model returns plain tensors.
 
     Attributes:
-        gather: whether the logits are whole while gradients are recorded; without gradients they always are.
+        gather: gather the logits while gradients are recorded; without gradients they are always gathered.
+        running: whether the model's forward runs now.
     """
 
     def __init__(self, gather: bool) -> None:
@@ -40,7 +41,7 @@ class LogitsScope:
         self.running = False
 
     def install(self, model: nn.Module) -> None:
-        """Hooks around the model's forward."""
+        """Install hooks around the model's forward."""
         model.register_forward_pre_hook(self._enter)
         model.register_forward_hook(self._leave, always_call=True)
 
@@ -49,16 +50,16 @@ class LogitsScope:
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> Any:
         self.running = False
-        if torch.compiler.is_compiling():  # there they were plain all along
+        if torch.compiler.is_compiling():  # a compiled forward has plain tensors throughout
             return None
         return _without_shards(result)
 
 
 def _without_shards(result: Any) -> Any:
-    """The model's result with plain tensors; containers stay the objects that they are, where they can."""
+    """Return the model's result with plain tensors; a dict stays the same object."""
     if isinstance(result, VocabLogits):
         return result.plain
-    if isinstance(result, dict):  # transformers' outputs too, which know their entries by attribute as well
+    if isinstance(result, dict):  # also transformers' ModelOutput, which sets its attributes with its entries
         for key, value in list(result.items()):
             if isinstance(value, VocabLogits):
                 result[key] = value.plain
@@ -69,18 +70,17 @@ def _without_shards(result: Any) -> Any:
 
 
 class VocabLogits(torch.Tensor):
-    """Logits [..., V] that know this rank's columns of them, [..., ceil(V / R)].
+    """Logits [..., V] that also keep this rank's columns [..., ceil(V / R)].
 
-    They are the tensor that they look like, and whatever is done with them is done with that. What keeps the columns
-    (other rows, another dtype, scaling, a soft cap) is done with the shard too, and F.cross_entropy is then computed
-    from it: no float32 copy of the whole, no softmax of it.
+    They behave like the plain tensor. Operations that keep the columns (selecting rows, conversion, scaling, a soft
+    cap) run on the shard too. F.cross_entropy uses the shard: no float32 copy and no softmax of the full logits.
 
     Attributes:
-        plain: the same numbers as a torch.Tensor; where they are not gathered, the shard.
-        shard: this rank's columns; what lies beyond V is padding.
+        plain: the logits as a torch.Tensor [..., V]; if they are not gathered, the shard.
+        shard: this rank's columns; columns from V on are padding.
         vocab_size: V.
-        tp_group: the ranks.
-        loss_dtype: of the loss that torch would compute from these logits.
+        tp_group: the tensor-parallel ranks.
+        loss_dtype: dtype of the loss that torch would compute from these logits.
     """
 
     plain: torch.Tensor
@@ -91,26 +91,26 @@ class VocabLogits(torch.Tensor):
 
     @property
     def gathered(self) -> bool:
-        """Whether the whole is there."""
+        """Whether the full logits are there."""
         return self.plain is not self.shard
 
     @property
-    def like_whole(self) -> torch.Tensor:
-        """A tensor on the meta device in the shape of the whole."""
+    def meta_full(self) -> torch.Tensor:
+        """A tensor on the meta device with the shape of the full logits."""
         return torch.empty((*self.plain.shape[:-1], self.vocab_size), device="meta")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What torch asks before anything is done with these logits."""
+        """Run func on the shard too, if it keeps the columns; else run it on the plain tensor."""
         kwargs = kwargs or {}
-        result = _loss(*args, **kwargs) if func is F.cross_entropy else _followed(func, args, kwargs)
+        result = _loss(*args, **kwargs) if func is F.cross_entropy else _apply_to_shard(func, args, kwargs)
         if result is not None:
             return result
         logits = next((a for a in (*args, *kwargs.values()) if isinstance(a, VocabLogits)), None)
         if logits is not None and not logits.gathered:
             if func in _SIZES:
-                return func(logits.like_whole, *args[1:], **kwargs)
-            if func.__name__ in _ASKED:
+                return func(logits.meta_full, *args[1:], **kwargs)
+            if func.__name__ in _ALLOWED_ON_SHARDS:
                 logits = None
         if logits is not None and not logits.gathered:
             raise InputError(
@@ -122,21 +122,24 @@ class VocabLogits(torch.Tensor):
 
 
 def vocab_logits(shard: torch.Tensor, vocab_size: int, tp_group: Group, gather: bool) -> VocabLogits:
-    """Logits of this rank's columns.
+    """Make VocabLogits from this rank's columns [..., ceil(V / R)].
 
-    Communication: an all-gather of them, where the whole is wanted.
+    Communication: one all-gather of the logits if `gather`, else none.
     """
-    whole = all_gather_split(shard, -1, tp_group)[..., :vocab_size] if gather else shard
-    return _made(whole, shard, vocab_size, tp_group, shard.dtype)
+    plain = all_gather_split(shard, -1, tp_group)[..., :vocab_size] if gather else shard
+    return _make(plain, shard, vocab_size, tp_group, shard.dtype)
 
 
-def _made(
+def _make(
     plain: torch.Tensor, shard: torch.Tensor, vocab_size: int, tp_group: Group, dtype: torch.dtype
 ) -> VocabLogits:
     with torch._C.DisableTorchFunctionSubclass():
         logits = plain.as_subclass(VocabLogits)
-    logits.plain, logits.shard, logits.loss_dtype = plain, shard, dtype
-    logits.vocab_size, logits.tp_group = vocab_size, tp_group
+    logits.plain = plain
+    logits.shard = shard
+    logits.loss_dtype = dtype
+    logits.vocab_size = vocab_size
+    logits.tp_group = tp_group
     return logits
 
 
@@ -144,15 +147,15 @@ def _plain(value: Any) -> Any:
     return value.plain if isinstance(value, VocabLogits) else value
 
 
-def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VocabLogits | None:
-    """What func makes of the logits, where the shard can follow; None where it cannot."""
+def _apply_to_shard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> VocabLogits | None:
+    """Apply func to the logits and to their shard; None if func may not keep the columns."""
     logits = args[0] if args else None
     if not isinstance(logits, VocabLogits):
         return None
     dtype = logits.loss_dtype
     step: Callable[[torch.Tensor], torch.Tensor]
-    if func in _SHAPED:
-        shape = tuple(func(logits.like_whole, *args[1:], **kwargs).shape)
+    if func in _RESHAPING:
+        shape = tuple(func(logits.meta_full, *args[1:], **kwargs).shape)
         if not shape or shape[-1] != logits.vocab_size:
             return None
         step = lambda x: x.reshape(*shape[:-1], x.shape[-1])  # noqa: E731
@@ -162,19 +165,19 @@ def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Vocab
         step = lambda x: func(x, *args[1:])  # noqa: E731
     elif func in _CONVERTED and not kwargs and (len(args) == 1 or isinstance(args[1], torch.dtype)):
         dtype = args[1] if len(args) > 1 else torch.float32
-        # The loss has float32 inside: the shard need not be copied for it.
+        # The loss computes in float32 anyway, so it needs no float32 copy of the shard.
         shard = logits.shard if dtype == torch.float32 else logits.shard.to(dtype)
         plain = logits.plain.to(dtype) if logits.gathered else shard
-        return _made(plain, shard, logits.vocab_size, logits.tp_group, dtype)
+        return _make(plain, shard, logits.vocab_size, logits.tp_group, dtype)
     else:
         return None
     shard = step(logits.shard)
     plain = step(logits.plain) if logits.gathered else shard
-    return _made(plain, shard, logits.vocab_size, logits.tp_group, dtype)
+    return _make(plain, shard, logits.vocab_size, logits.tp_group, dtype)
 
 
 def _keeps_columns(dims: int, index: Any) -> bool:
-    """Whether an index is of rows alone."""
+    """Whether an index selects only rows."""
     parts = index if isinstance(index, tuple) else (index,)
     if parts[-1] is Ellipsis or not all(part is Ellipsis or isinstance(part, int | slice) for part in parts):
         return False
@@ -192,7 +195,7 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:
-    """torch.nn.functional.cross_entropy of logits [T, V]; None for what there are no shards for."""
+    """Compute torch.nn.functional.cross_entropy of logits [T, V] from shards; None for arguments without support."""
     if not isinstance(input, VocabLogits) or isinstance(target, VocabLogits) or input.dim() != 2:
         return None
     if not (weight is size_average is reduce is None) or target.dtype != torch.int64 or target.dim() != 1:
@@ -200,9 +203,14 @@ def _loss(
     if reduction not in ("none", "mean", "sum") or target.shape[0] != input.shape[0]:
         return None
     loss = vocab_parallel_cross_entropy(
-        input.shard, target, tp_group=input.tp_group, vocab_size=input.vocab_size, ignore_index=ignore_index,
-        label_smoothing=label_smoothing, padded_vocab_size=input.shard.shape[-1] * group_size(input.tp_group),
-    )  # fmt: skip
+        input.shard,
+        target,
+        tp_group=input.tp_group,
+        vocab_size=input.vocab_size,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        padded_vocab_size=input.shard.shape[-1] * group_size(input.tp_group),
+    )
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":

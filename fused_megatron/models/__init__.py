@@ -1,9 +1,10 @@
-"""Models built from the tensor-parallel layers."""
+"""GPT and BERT, built from the tensor-parallel layers, and their cut into pipeline stages."""
 
+from fused_megatron.deprecation import renamed_names
 from fused_megatron.models.attention import ParallelSelfAttention
 from fused_megatron.models.bert import BERT
 from fused_megatron.models.block import TransformerBlock
-from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.models.feed_forward import ParallelMLP
 from fused_megatron.models.gpt import GPT
 from fused_megatron.models.registry import new_model
@@ -13,7 +14,7 @@ from fused_megatron.models.stage_cut import StageSpan, cut_stages
 __all__ = [
     "BERT",
     "GPT",
-    "BatchPosition",
+    "BatchSlice",
     "ParallelMLP",
     "ParallelSelfAttention",
     "StageSpan",
@@ -22,3 +23,5 @@ __all__ = [
     "cut_stages",
     "new_model",
 ]
+
+__getattr__ = renamed_names(__name__, {"BatchPosition": "BatchSlice"})

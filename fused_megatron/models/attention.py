@@ -1,4 +1,4 @@
-"""Self-attention, heads split over tensor-parallel ranks."""
+"""Self-attention whose heads are sharded over the tensor-parallel ranks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,8 @@ from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
-    RMSNorm,
     RowParallelLinear,
+    SequenceParallelRMSNorm,
     StackedColumnParallelLinear,
 )
 
@@ -26,34 +26,35 @@ Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class ParallelSelfAttention(nn.Module):
-    """Self-attention through ops.attend.
+    """Self-attention with ops.attend between a query-key-value layer and an output projection.
 
     x [S, B, H] -> query [S, B, N / R, D], key and value [S, B, max(1, G / R), D] -> [S, B, H].
 
-    With as many key-value heads as heads (MHA), the rows of the fused weight are ordered head by head, (query, key,
-    value) within a head. With fewer (GQA, MQA) query, key and value are parts of their own, each sharded by heads;
-    where they are fewer than ranks, R / G neighbouring ranks hold the same head and sum its gradient.
+    With N key-value heads (MHA) the rows of the fused weight are ordered head by head, and (query, key, value) within a
+    head. With fewer (GQA, MQA) query, key and value are three stacked weights, each sharded by heads. With fewer
+    key-value heads than ranks, R / G neighbouring ranks hold the same head and sum its gradient.
 
     Args:
-        config: sizes and forms. num_heads N must be divisible by the size R of the tensor-parallel group, and one of
+        config: sizes and options. num_heads N must be divisible by the size R of the tensor-parallel group, and one of
             num_kv_heads G and R must divide the other.
-        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
+        layout: how the layer is cut over ranks; under sequence parallelism x and the result are sequence shards
+            [S / R, B, H].
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
         dtype, device: of the parameters.
 
     Raises:
-        InputError: heads that the ranks do not divide.
+        InputError: heads that cannot be divided over the ranks.
 
     Communication:
-        One all-reduce of S B H elements forward and one backward (all-gather + reduce-scatter each under
-        sequence_parallel); with fewer key-value heads than ranks one backward of their weights, 2 G D (H + 1) elements;
-        with query_key_norm one backward of 2 D.
+        One all-reduce of S B H elements forward and one backward (each an all-gather and a reduce-scatter under
+        sequence parallelism). With fewer key-value heads than ranks, one all-reduce backward of their weights,
+        2 G D (H + 1) elements. With query_key_norm, one all-reduce backward of 2 D elements.
 
     Memory:
-        As ops.attend, of this rank's heads. With config.recompute "selective" backward computes what lies between the
-        projections again, instead of keeping it.
-        With attention_dropout (torch's attention kernels draw masks that depend on the layout) the probabilities of
-        this rank's heads are computed whole: B N / R S S elements, and as many after dropout.
+        As ops.attend with N / R heads. With config.recompute="selective", attention between the two projections is not
+        kept but computed again in backward.
+        With attention_dropout, B N / R S S probabilities are held, and the same number after dropout: torch's attention
+        kernels cannot be used, since their masks depend on the layout.
     """
 
     def __init__(
@@ -76,9 +77,12 @@ class ParallelSelfAttention(nn.Module):
         self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
         self.query_norm = self.key_norm = None
         if config.query_key_norm:
-            # Their own flags for gradients do not serve: every rank has other heads, whatever the sequence.
+            # tp_group=None: these norms would sum their gradients only under sequence parallelism, but every rank has
+            # other heads in any case. forward() sums the gradients.
             self.query_norm, self.key_norm = (
-                RMSNorm(config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device)
+                SequenceParallelRMSNorm(
+                    config.head_size, config.layer_norm_eps, tp_group=None, dtype=dtype, device=device
+                )
                 for _ in range(2)
             )
         self.projection = RowParallelLinear(
@@ -136,14 +140,13 @@ class ParallelSelfAttention(nn.Module):
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape; (y, bias) with skip_bias_add.
+        """Attend: return y, of the shape of x, or (y, bias) with skip_bias_add.
 
         Args:
-            x: activations.
-            mask: what each query sees.
-            rotary: cos and sin [at least S, Drot / 2] that queries and keys are rotated by; None for positions that
-                are in x already.
-            dropout: masks of attention_dropout, place 0; None drops nothing.
+            x: activations [S, B, H], or [S / R, B, H] under sequence parallelism.
+            mask: which keys each query attends to.
+            rotary: (cos, sin), [at least S, Drot / 2] each, to rotate queries and keys; None: no rotation.
+            dropout: masks whose first row is for attention_dropout; None: drop nothing.
         """
         query, key, value = self._query_key_value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -156,7 +159,7 @@ class ParallelSelfAttention(nn.Module):
             assert rotated is not None
             key = rotated
         if self.recompute and torch.is_grad_enabled():
-            # Nothing in there draws from torch's generators, so their state need not be kept.
+            # _attend never draws from torch's generators, so their state need not be kept.
             context = checkpoint(
                 self._attend, query, key, value, mask, dropout, use_reentrant=False, preserve_rng_state=False
             )
@@ -165,7 +168,7 @@ class ParallelSelfAttention(nn.Module):
         return self.projection(context)
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views [S, B, heads of this rank, D]."""
+        """Return query, key and value as views [S, B, heads of this rank, D]."""
         qkv = self.query_key_value(x)
         seq_len, batch = qkv.shape[:2]
         if self.num_kv_heads == self.num_heads:
@@ -181,7 +184,7 @@ class ParallelSelfAttention(nn.Module):
         mask: AttentionMask,
         dropout: DropoutMasks | None,
     ) -> torch.Tensor:
-        """[S, B, heads of this rank, D] each to [S, B, N D / R]."""
+        """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
         drop: Callable[[torch.Tensor], torch.Tensor] | None = None
         if dropout is not None and self.attention_dropout > 0.0:
             drop = partial(

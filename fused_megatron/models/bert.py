@@ -1,4 +1,4 @@
-"""A BERT from tensor-parallel layers, whole or one pipeline stage: encoder, masked-LM and next-sentence heads."""
+"""BERT, whole or one pipeline stage of it: encoder, masked-LM head and next-sentence head."""
 
 from dataclasses import replace
 
@@ -9,46 +9,47 @@ from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.collectives import all_gather_split, group_rank
 from fused_megatron.config import BERTConfig
+from fused_megatron.deprecation import renamed_argument
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.block import norm_of
-from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import ParameterShard, SequenceLayout
-from fused_megatron.tensor_parallel import ColumnParallelLinear, LayerNorm, RMSNorm
+from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 
 class BERT(TransformerStack):
-    """Bidirectional encoder with a masked-LM head: norm(gelu(linear(x))) times the embedding's weight, plus a bias.
+    """Bidirectional encoder with a masked-LM head: norm(gelu(linear(x))) token_embedding.weight^T + head_bias.
 
-    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
-    have the names that they have in the whole model. The last stage holds a copy of token_embedding.weight for its
-    head, whose gradient the caller adds to the first stage's, and that to it.
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names. A parameter of a stage
+    has its name in the whole model. The last stage holds a copy of token_embedding.weight for its head. The caller sums
+    the gradients of both copies and gives the sum to both stages.
 
     Args:
-        config: sizes and forms; config.vocab_size must be given.
-        layout: how it is cut over R tensor-parallel ranks; None for this rank alone. Under sequence parallelism the
+        config: sizes and options of the whole model; config.vocab_size must be given.
+        layout: how the model is cut over R tensor-parallel ranks; None: not at all. Under sequence parallelism the
             activations between the tensor-parallel layers are sequence shards [S / R, B, H].
         seed: of the initial weights and of dropout.
-        stage: which part of the model this is; None for all of it.
+        stage: the part of the model to build; None: all of it.
         dtype, device: of the parameters.
 
     Communication:
-        Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
-        embedding; for the head one all-gather of S B H elements forward, one all-reduce for each of its two products
+        Each block as TransformerBlock (with recompute="full" backward repeats its forward). One all-reduce for the
+        embedding. For the head one all-gather of S B H elements forward, one all-reduce for each of its two products
         backward, and 12 bytes per token and rank for the loss.
 
     Memory:
-        The loss keeps no logits: a tile of them exists at a time. The input of the head is whole on every rank.
+        The loss keeps no logits: only one tile of them exists at a time. Every rank holds the whole input of the head.
 
     Paper: Devlin et al. 2018 (arXiv:1810.04805); the order of norms: Shoeybi et al. 2019, section 3 (arXiv:1909.08053).
     """
 
     config: BERTConfig
     head_transform: ColumnParallelLinear | None
-    head_norm: LayerNorm | RMSNorm | None
+    head_norm: SequenceParallelLayerNorm | SequenceParallelRMSNorm | None
     pooler: ColumnParallelLinear | None
     next_sentence: ColumnParallelLinear | None
 
@@ -81,7 +82,7 @@ class BERT(TransformerStack):
 
     def _add_masked_lm_head(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         self.head_transform = self._dense(self.layout, dtype, device)
-        # What it gets is whole and the same on every rank, and so are its gradients.
+        # The head norm's input is whole and the same on every rank, and so are its gradients.
         whole = replace(self.layout, sequence_parallel=False)
         self.head_norm = norm_of(self.config, layout=whole, dtype=dtype, device=device)
         assert self.token_embedding is not None
@@ -92,7 +93,7 @@ class BERT(TransformerStack):
 
     def _add_next_sentence_head(self, dtype: torch.dtype | None, device: torch.device | None) -> None:
         self.pooler = self._dense(replace(self.layout, sequence_parallel=False), dtype, device)
-        # Two features are too few to share.
+        # Two output features are too few to shard.
         self.next_sentence = ColumnParallelLinear(
             self.config.hidden_size,
             2,
@@ -106,7 +107,7 @@ class BERT(TransformerStack):
     def _dense(
         self, layout: ParallelLayout, dtype: torch.dtype | None, device: torch.device | None
     ) -> ColumnParallelLinear:
-        """H to H features, whole on every rank."""
+        """Return a linear layer from H to H features whose output is whole on every rank."""
         return ColumnParallelLinear(
             self.config.hidden_size,
             self.config.hidden_size,
@@ -119,61 +120,72 @@ class BERT(TransformerStack):
             device=device,
         )
 
+    @renamed_argument(old="position", new="batch_slice")
+    @renamed_argument(old="is_padding", new="key_padding_mask")
     def forward(
         self,
         x: torch.Tensor,
         target: torch.Tensor | None = None,
         *,
         token_types: torch.Tensor | None = None,
-        is_padding: torch.Tensor | None = None,
-        position: BatchPosition | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """Masked-LM loss per token or their sum, or this rank's logits; of a stage what it hands on.
+        """Compute the masked-LM loss or this rank's logits; in a pipeline stage, the input of the next stage.
 
         Args:
-            x: as encode: [B, S] int64 tokens, some of them masked, or what the stage before gave.
-            target: [B, S] int64, the masked tokens, -100 elsewhere; or None. A stage takes none: see loss().
-            token_types, is_padding, position, sequence: as encode.
-            reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
+            x: as in encode(): [B, S] int64 tokens, some of them masked, or the output of the previous stage.
+            target: [B, S] int64, the original tokens at masked positions, -100 elsewhere. None: return logits. Must be
+                None in a stage: give it to the last stage's loss().
+            token_types, key_padding_mask, batch_slice, sequence: as in encode().
+            reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
 
         Returns:
-            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
-            float64 scalar, the same on every rank; without one logits_shard [B, S, V_padded / R].
-            A stage: as encode; from the last one for loss() and logits().
-            Each with the auxiliary losses of its blocks, where a feed-forward has one.
+            A whole model with a target: the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
+            float64 scalar, the same on every rank. Without a target: logits_shard [B, S, V_padded / R].
+            A stage: as encode(). The last stage's output goes to loss() or logits().
+            If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
         check(
             self.config.masked_lm_head or self.stage is not None,
             "masked_lm_head=False: this model has no masked-LM head (use encode)",
         )
-        encoded = self.encode(x, token_types=token_types, is_padding=is_padding, position=position, sequence=sequence)
+        encoded = self.encode(
+            x, token_types=token_types, key_padding_mask=key_padding_mask, batch_slice=batch_slice, sequence=sequence
+        )
         return self._result(encoded, target, reduction)
 
+    @renamed_argument(old="position", new="batch_slice")
+    @renamed_argument(old="is_padding", new="key_padding_mask")
     def encode(
         self,
         x: torch.Tensor,
         *,
         token_types: torch.Tensor | None = None,
-        is_padding: torch.Tensor | None = None,
-        position: BatchPosition | None = None,
+        key_padding_mask: torch.Tensor | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """What the heads read, or the next stage: [S, B, H], or [S / R, B, H] under sequence parallelism.
+        """Compute the input of the heads or of the next stage: [S, B, H], or [S / R, B, H] under sequence parallelism.
 
         Args:
-            x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
-            token_types: [B, S] int64 below config.num_token_types, read by the first stage; None: all 0.
-            is_padding: [B, S] bool, True for tokens that none sees; at least one a row is False. For every stage.
-            position: where in training this microbatch lies; dropout needs it, in training mode.
-            sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
+            x: [B, S] int64 tokens, S at most config.seq_len. Stages after the first: the output of the previous stage.
+            token_types: [B, S] int64 below config.num_token_types; None: all 0. Only the first stage reads them.
+            key_padding_mask: [B, S] bool, as in torch: True for a token that no token attends to. Each row has at least
+                one False. Every stage needs it.
+            batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
+            sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
         """
-        mask = AttentionMask(padding=is_padding)
-        return self._encode(x, mask, token_types=token_types, position=position, sequence=sequence)
+        mask = AttentionMask(key_padding_mask=key_padding_mask)
+        return self._encode(x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, 2], the same on every rank, from what encode gave: (it follows, it does not).
+        """Compute logits [B, 2], the same on every rank: (the second sentence follows, it does not).
+
+        Args:
+            hidden: the output of encode().
 
         Communication: under sequence parallelism one all-gather of hidden.
         """

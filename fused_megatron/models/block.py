@@ -1,4 +1,4 @@
-"""One transformer block, and what is done with all blocks of a model."""
+"""The transformer block, and a loop that runs all blocks of a model."""
 
 from collections.abc import Iterable
 
@@ -18,35 +18,36 @@ from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxil
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
-    LayerNorm,
-    RMSNorm,
     RowParallelLinear,
+    SequenceParallelLayerNorm,
+    SequenceParallelRMSNorm,
     VocabParallelEmbedding,
 )
 
-# The places of a block that drop something, in the order of its masks.
-DROPOUT_PLACES = ("attention.probabilities", "attention", "mlp")
+# The dropout sites of a block, in the order of its masks.
+DROPOUT_SITES = ("attention.probabilities", "attention", "mlp")
 
 
 class TransformerBlock(nn.Module):
-    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); [S, B, H] to [S, B, H].
+    """Transformer block: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); [S, B, H] to [S, B, H].
 
-    With post_norm norm(x + dropout(attention(x))), then norm(x + dropout(mlp(x))). The output bias, the dropout and
-    the residual addition are one op.
+    With post_norm: norm(x + dropout(attention(x))), then norm(x + dropout(mlp(x))). One op adds the output bias, drops
+    elements and adds the residual.
 
     Args:
-        config: sizes and forms; config.feed_forward names what stands in the place of the MLP.
-        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
-        post_norm: norms behind the additions, not before attention and MLP.
+        config: sizes and options; config.feed_forward names the feed-forward, an MLP by default.
+        layout: how the block is cut over ranks; under sequence parallelism x and the result are sequence shards
+            [S / R, B, H].
+        post_norm: put the norms after the residual additions, not before attention and MLP.
         dtype, device: of the parameters.
 
     Raises:
-        InputError: heads or a width that the ranks do not divide, before anything is communicated.
+        InputError: heads or an ffn_hidden_size that cannot be divided over the ranks; raised before any communication.
 
     Communication:
-        2 all-reduces of S B H elements forward and 2 backward; under sequence parallelism 2 all-gathers and
-        2 reduce-scatters forward, the same backward with 2 more all-gathers that restore what was not kept,
-        and small all-reduces (2 H elements per norm, H per output bias) of replicated parameters' gradients.
+        2 all-reduces of S B H elements forward and 2 backward. Under sequence parallelism 2 all-gathers and
+        2 reduce-scatters forward, the same backward, 2 more all-gathers backward (the gathered inputs are not kept),
+        and small all-reduces (2 H elements per norm, H per output bias) of the gradients of replicated parameters.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class TransformerBlock(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        # Before any layer measures what overlap costs its group: sizes that do not fit start no collective.
+        # First of all, since layers measure the cost of overlap in their group: wrong sizes start no collective.
         check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(layout.tp_group))
         check_one_of("feed_forward", config.feed_forward, list(FEED_FORWARDS))
         self.post_norm = post_norm
@@ -77,15 +78,15 @@ class TransformerBlock(nn.Module):
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape.
+        """Run the block.
 
         Args:
-            x: the residual stream.
-            mask, rotary: as ParallelSelfAttention.forward.
-            dropout: masks of the DROPOUT_PLACES; None drops nothing.
+            x: the residual stream [S, B, H], or [S / R, B, H] under sequence parallelism.
+            mask, rotary: as in ParallelSelfAttention.forward.
+            dropout: masks of the DROPOUT_SITES; None: drop nothing.
 
         Returns:
-            The residual stream, with the auxiliary loss of the feed-forward where it returned one.
+            The residual stream, of the shape of x, with the auxiliary loss of the feed-forward if there is one.
         """
         if self.post_norm:
             attended = self.attention(x, mask, rotary=rotary, dropout=dropout)
@@ -101,7 +102,7 @@ class TransformerBlock(nn.Module):
 
     def _add(
         self,
-        place: int,
+        site: int,
         output: tuple[torch.Tensor, torch.Tensor | None],
         x: torch.Tensor,
         dropout: DropoutMasks | None,
@@ -109,14 +110,14 @@ class TransformerBlock(nn.Module):
         y, bias = output
         if dropout is None or self.hidden_dropout == 0.0:
             return ops.bias_dropout_add(y, bias, x, 0.0)
-        return dropout.add(place, y, bias, x, self.hidden_dropout)
+        return dropout.add(site, y, bias, x, self.hidden_dropout)
 
 
 def norm_of(
     config: TransformerConfig, *, layout: ParallelLayout, dtype: torch.dtype | None, device: torch.device | None
-) -> LayerNorm | RMSNorm:
-    """The norm that the config names, over the hidden dim."""
-    norm = RMSNorm if config.normalization == "rms_norm" else LayerNorm
+) -> SequenceParallelLayerNorm | SequenceParallelRMSNorm:
+    """Return a new norm over the hidden dim, of the kind that config.normalization names."""
+    norm = SequenceParallelRMSNorm if config.normalization == "rms_norm" else SequenceParallelLayerNorm
     return norm(
         config.hidden_size,
         eps=config.layer_norm_eps,
@@ -136,20 +137,21 @@ def run_blocks(
     rotary: Tables | None,
     dropout: DropoutMasks | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x through the blocks, one after the other, and the sum of their auxiliary losses; None where there is none.
+    """Run the blocks in their order; return x and the sum of their auxiliary losses (None if no block has one).
 
     Args:
         blocks: in their order.
         x: the residual stream.
-        mask, rotary: of every block.
-        recompute: keep the input of every block alone, and compute it again in backward.
-        dropout: masks of the DROPOUT_PLACES of all blocks; None drops nothing.
+        mask, rotary: for every block.
+        recompute: keep only the input of each block, and run the block again in backward.
+        dropout: masks of the DROPOUT_SITES of all blocks; None: drop nothing.
     """
-    places, total = len(DROPOUT_PLACES), None
+    sites = len(DROPOUT_SITES)
+    total = None
     for i, block in enumerate(blocks):
-        masks = None if dropout is None else dropout.rows(i * places, (i + 1) * places)
+        masks = None if dropout is None else dropout.rows(i * sites, (i + 1) * sites)
         if recompute and torch.is_grad_enabled():
-            # Nothing in a block draws from torch's generators, so their state need not be kept.
+            # A block never draws from torch's generators, so their state need not be kept.
             returned = checkpoint(
                 block, x, mask, rotary=rotary, dropout=masks, use_reentrant=False, preserve_rng_state=False
             )
@@ -162,9 +164,9 @@ def run_blocks(
 
 
 def reset_layers(model: nn.Module, seed: int) -> None:
-    """Draw the weight of every layer from (seed, its name in the model); norms are 1, biases 0."""
+    """Draw the weight of every layer from (seed, its name in the model); set norms to 1 and biases to 0."""
     for name, module in model.named_modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             module.reset_parameters(seed, f"{name}.weight")
-        elif isinstance(module, LayerNorm | RMSNorm):
+        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
             module.reset_parameters()

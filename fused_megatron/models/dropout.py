@@ -1,4 +1,8 @@
-"""Dropout whose masks do not depend on the layout: every element's fate follows from its place in the whole tensor."""
+"""Dropout masks that are the same in every parallel layout.
+
+The index of an element in the full tensor decides whether it is dropped, not the rank or the shard that holds it. A
+dropout site is a point of the model that drops elements, such as "blocks.0.attention".
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,12 +12,13 @@ import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
+from fused_megatron.deprecation import renamed_names
 from fused_megatron.sharding import SequenceLayout
 
 
 @dataclass(frozen=True)
-class BatchPosition:
-    """Where in training a microbatch lies; with the model's seed it decides what dropout drops.
+class BatchSlice:
+    """The rows of a step's global batch in a microbatch; with the model's seed they decide what dropout drops.
 
     Attributes:
         step: number of the optimizer step.
@@ -34,28 +39,39 @@ class BatchPosition:
         )
 
 
+__getattr__ = renamed_names(__name__, {"BatchPosition": "BatchSlice"})
+
+
 @dataclass(frozen=True)
 class DropoutMasks:
-    """What a part of the model drops from one microbatch.
+    """Dropout masks of one microbatch at n dropout sites.
 
     Attributes:
-        rng_states: [n, 2] int64 (seed of the place in the model, step), on the device of the activations.
-        position: of the microbatch.
-        sequence: the positions of this rank's activations.
+        rng_states: [n, 2] int64, a row (seed of the site, step) for each site, on the device of the activations.
+        batch_slice: rows of the global batch in the microbatch.
+        sequence: positions of this rank's activations.
     """
 
     rng_states: torch.Tensor
-    position: BatchPosition
+    batch_slice: BatchSlice
     sequence: SequenceLayout
 
     def rows(self, start: int, stop: int) -> "DropoutMasks":
-        """Those of the places start to stop."""
-        return DropoutMasks(self.rng_states[start:stop], self.position, self.sequence)
+        """Return the masks of the sites start to stop."""
+        return DropoutMasks(self.rng_states[start:stop], self.batch_slice, self.sequence)
 
     def add(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float
     ) -> torch.Tensor:
-        """residual + dropout(x + bias), x [positions of the rank, B, H]; the mask is that of [S, global batch, H]."""
+        """Compute residual + dropout(x + bias).
+
+        Args:
+            which: index of the dropout site.
+            x: [positions of the rank, B, H], a part of [S, global batch, H], whose mask is used.
+            bias: [H] or None.
+            residual: as x.
+            p: probability that an element is dropped.
+        """
         runs = self.sequence.runs
         if len(runs) == 1:
             return self._add_run(which, x, bias, residual, p, runs[0][1])
@@ -65,73 +81,81 @@ class DropoutMasks:
     def _add_run(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float, start: int
     ) -> torch.Tensor:
-        """As add, of rows whose positions follow each other from `start` on."""
+        """Compute add() for rows at consecutive positions from `start` on."""
         return ops.bias_dropout_add(
             x,
             bias,
             residual,
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.sequence.seq_len, self.position.global_batch_size, x.shape[-1]),
-            offset=(start, self.position.first_sample, 0),
+            full_shape=(self.sequence.seq_len, self.batch_slice.global_batch_size, x.shape[-1]),
+            offset=(start, self.batch_slice.first_sample, 0),
         )
 
     def drop(self, which: int, x: torch.Tensor, p: float) -> torch.Tensor:
-        """dropout(x), x [positions of the rank, B, H]."""
+        """Compute dropout(x); arguments as in add()."""
         return self.add(which, x, None, torch.zeros_like(x), p)
 
     def drop_heads(
         self, which: int, probabilities: torch.Tensor, p: float, first_head: int, heads: int
     ) -> torch.Tensor:
-        """dropout of attention probabilities [B, N / R, Sq, Sk]; the mask is that of [global batch, N, Sq, Sk]."""
+        """Compute the dropout of attention probabilities.
+
+        Args:
+            which: index of the dropout site.
+            probabilities: [B, N / R, Sq, Sk], a part of [global batch, N, Sq, Sk], whose mask is used.
+            p: probability that an element is dropped.
+            first_head: index of this rank's first head.
+            heads: N.
+        """
         return ops.bias_dropout_add(
             probabilities,
             None,
             torch.zeros_like(probabilities),
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.position.global_batch_size, heads, *probabilities.shape[2:]),
-            offset=(self.position.first_sample, first_head, 0, 0),
+            full_shape=(self.batch_slice.global_batch_size, heads, *probabilities.shape[2:]),
+            offset=(self.batch_slice.first_sample, first_head, 0, 0),
         )
 
 
 def dropout_seed(seed: int, name: str) -> int:
-    """63 bits for the place `name` of a model with this seed."""
+    """Return 63 random bits for the dropout site `name` of a model with this seed."""
     digest = hashlib.sha256(f"dropout {seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def fill_dropout_states_(states: torch.Tensor, places: Sequence[str], seed: int) -> None:
-    """Make the places of a model draw from this seed: (seed of the place, 0) for each, [n, 2] int64."""
+def fill_dropout_states_(states: torch.Tensor, sites: Sequence[str], seed: int) -> None:
+    """Write a row (seed of the site, 0) for every dropout site into states, [n, 2] int64."""
     if not states.is_meta:
-        states.copy_(torch.tensor([[dropout_seed(seed, place), 0] for place in places]))
+        states.copy_(torch.tensor([[dropout_seed(seed, site), 0] for site in sites]))
 
 
 def masks_of_batch(
-    states: torch.Tensor, position: BatchPosition | None, batch: int, sequence: SequenceLayout
+    states: torch.Tensor, batch_slice: BatchSlice | None, batch: int, sequence: SequenceLayout
 ) -> DropoutMasks:
-    """What a model drops from a microbatch.
+    """Return the dropout masks of a model for one microbatch.
 
     Args:
-        states: as fill_dropout_states_ filled them.
-        position: of the microbatch.
+        states: [n, 2] int64, filled by fill_dropout_states_.
+        batch_slice: rows of the global batch in the microbatch.
         batch: B.
-        sequence: the positions of this rank's activations.
+        sequence: positions of this rank's activations.
 
     Raises:
-        InputError: no position, or one that leaves the global batch.
+        InputError: batch_slice is None, or ends beyond the global batch.
     """
     check(
-        position is not None,
-        "position=None must be given where the model drops elements in training, "
-        "as position=BatchPosition(step, first_sample, global_batch_size) (or call eval())",
+        batch_slice is not None,
+        "batch_slice=None must be given where the model drops elements in training, "
+        "as batch_slice=BatchSlice(step, first_sample, global_batch_size) (or call eval())",
     )
-    assert position is not None
+    assert batch_slice is not None
     check(
-        position.first_sample + batch <= position.global_batch_size,
-        f"first_sample={position.first_sample} + tokens.shape[0]={batch} must be at most "
-        f"global_batch_size={position.global_batch_size}",
+        batch_slice.first_sample + batch <= batch_slice.global_batch_size,
+        f"first_sample={batch_slice.first_sample} + tokens.shape[0]={batch} must be at most "
+        f"global_batch_size={batch_slice.global_batch_size}",
     )
     states = states.clone()
-    states[:, 1] = position.step
-    return DropoutMasks(states, position, sequence)
+    states[:, 1] = batch_slice.step
+    return DropoutMasks(states, batch_slice, sequence)

@@ -1,4 +1,4 @@
-"""What a block does to every token by itself: the two-layer MLP, and the registry of what may stand in its place."""
+"""Feed-forward layers of a transformer block: the two-layer MLP, and the table of the other kinds."""
 
 from typing import Protocol
 
@@ -22,25 +22,27 @@ ACTIVATIONS = ("gelu", "swiglu", "geglu", "gelu_exact")
 
 
 class ParallelMLP(nn.Module):
-    """projection(activation(expansion(x))), with the bias of the expansion fused into the activation.
+    """Two-layer MLP: projection(activation(expansion(x))); the activation adds the bias of the expansion.
 
     gelu, gelu_exact  x [S, B, H] -> [S, B, F / R] -> [S, B, H]
     swiglu, geglu     x [S, B, H] -> [gate | up] [S, B, 2 F / R] -> act(gate) * up [S, B, F / R] -> [S, B, H]
 
-    Gate and up are the same block of features of two full weights [F, H], multiplied as one (a checkpoint holds them
-    as expansion.weight.gate and expansion.weight.up).
+    `expansion` is the up projection, `projection` the down projection. With a gate, a rank multiplies its rows of two
+    full weights [F, H] as one stacked weight; a checkpoint holds expansion.weight.gate and expansion.weight.up.
 
     Args:
-        config: sizes and forms; ffn_size F must be divisible by the size R of the tensor-parallel group.
-        layout: how it is cut over ranks; under sequence parallelism x and the result are sequence shards [S / R, B, H].
+        config: sizes and options; ffn_size F must be divisible by the size R of the tensor-parallel group.
+        layout: how the layer is cut over ranks; under sequence parallelism x and the result are sequence shards
+            [S / R, B, H].
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
         dtype, device: of the parameters.
 
     Raises:
-        InputError: an activation that is not known, a width that the ranks do not divide.
+        InputError: an unknown activation, or an ffn_size that cannot be divided over the ranks.
 
     Communication:
-        As ParallelSelfAttention.
+        One all-reduce of S B H elements forward and one backward (each an all-gather and a reduce-scatter under
+        sequence parallelism).
     """
 
     def __init__(
@@ -97,23 +99,33 @@ class ParallelMLP(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """x [S, B, H], or [S / R, B, H] under sequence parallelism, to the same shape; (y, bias) with skip_bias_add."""
+        """Return y, of the shape of x, or (y, bias) with skip_bias_add.
+
+        Args:
+            x: activations [S, B, H], or [S / R, B, H] under sequence parallelism.
+        """
         expansion, projection = self.expansion, self.projection
-        # Both layers as one: chunks of rows go through both products, and collectives hide under all of them.
+        # Both layers in one call: each chunk of rows goes through both products, and collectives hide under all of it.
         y = parallel_mlp(
-            x, expansion.weight, expansion.bias, projection.weight, None if self.skip_bias_add else projection.bias,
-            activation=self.activation, tp_group=expansion.tp_group, sequence_parallel=expansion.sequence_parallel,
+            x,
+            expansion.weight,
+            expansion.bias,
+            projection.weight,
+            None if self.skip_bias_add else projection.bias,
+            activation=self.activation,
+            tp_group=expansion.tp_group,
+            sequence_parallel=expansion.sequence_parallel,
             overlap=expansion.overlap,
-        )  # fmt: skip
+        )
         return (y, projection.skipped_bias()) if self.skip_bias_add else y
 
 
 class FeedForwardBuilder(Protocol):
-    """Makes the feed-forward of a block.
+    """Function that makes the feed-forward of a block.
 
-    The module takes x [S, B, H], or its sequence shard, and returns (y, bias): y of the shape of x, bias [H] or None,
-    which the block adds together with dropout and the residual. In training it may return
-    WithAuxiliaryLoss((y, bias), loss).
+    The module takes x [S, B, H], or its sequence shard, and returns (y, bias). y has the shape of x; bias is [H] or
+    None, and the block adds it together with dropout and the residual. In training the module may return
+    WithAuxiliaryLoss((y, bias), loss) instead.
     """
 
     def __call__(
@@ -124,7 +136,7 @@ class FeedForwardBuilder(Protocol):
         dtype: torch.dtype | None,
         device: torch.device | None,
     ) -> nn.Module:
-        """The module, with weights that reset_layers (block.py) will draw."""
+        """Return the module; reset_layers (block.py) draws its weights later."""
 
 
 def _new_mlp(
@@ -133,5 +145,5 @@ def _new_mlp(
     return ParallelMLP(config, layout=layout, skip_bias_add=True, dtype=dtype, device=device)
 
 
-# By config.feed_forward.
+# Keys are values of config.feed_forward.
 FEED_FORWARDS: dict[str, FeedForwardBuilder] = {"mlp": _new_mlp}

@@ -1,11 +1,12 @@
-"""A GPT from tensor-parallel layers, whole or one pipeline stage of it."""
+"""GPT, whole or one pipeline stage of it."""
 
 import torch
 
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig
+from fused_megatron.deprecation import renamed_argument
 from fused_megatron.mesh import ParallelLayout
-from fused_megatron.models.dropout import BatchPosition
+from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
@@ -16,24 +17,24 @@ from fused_megatron.sharding import SequenceLayout
 class GPT(TransformerStack):
     """Decoder-only transformer: learned or rotary positions, pre-norm blocks, tied or untied head.
 
-    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
-    have the names that they have in the whole model. With tied embeddings the last stage holds a copy of
-    token_embedding.weight, whose gradient the caller adds to the first stage's, and that to it.
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names. A parameter of a stage
+    has its name in the whole model. With tied embeddings the last stage holds a copy of token_embedding.weight. The
+    caller sums the gradients of both copies and gives the sum to both stages.
 
     Args:
-        config: sizes of the whole model; config.vocab_size must be given.
-        layout: how it is cut over R tensor-parallel ranks; None for this rank alone. Under sequence parallelism the
+        config: sizes and options of the whole model; config.vocab_size must be given.
+        layout: how the model is cut over R tensor-parallel ranks; None: not at all. Under sequence parallelism the
             activations between the tensor-parallel layers are sequence shards [S / R, B, H].
         seed: of the initial weights and of dropout.
-        stage: which part of the model this is; None for all of it.
+        stage: the part of the model to build; None: all of it.
         dtype, device: of the parameters.
 
     Communication:
-        Per block as TransformerBlock (with recompute="full" its forward once more in backward); one all-reduce for the
-        embedding, one backward for the head, and 12 bytes per token and rank for the loss.
+        Each block as TransformerBlock (with recompute="full" backward repeats its forward). One all-reduce for the
+        embedding, one all-reduce backward for the head, and 12 bytes per token and rank for the loss.
 
     Memory:
-        The loss keeps no logits: a tile of them exists at a time.
+        The loss keeps no logits: only one tile of them exists at a time.
 
     Paper: Shoeybi et al. 2019, Megatron-LM (arXiv:1909.08053); Korthikanti et al. 2022 for sequence parallelism
     (arXiv:2205.05198).
@@ -54,39 +55,42 @@ class GPT(TransformerStack):
         super().__init__(
             config, layout=layout, stage=stage, tied_head=config.tied_embeddings, dtype=dtype, device=device
         )
-        # An untied head has the shape, shards and padding of an embedding; only its forward differs.
+        # An untied head is sharded and padded like an embedding; only its forward differs.
         untied = self.span.last and not config.tied_embeddings
         self.head = self._vocabulary_table(dtype, device) if untied else None
         self.reset_parameters(seed)
 
+    @renamed_argument(old="position", new="batch_slice")
     def forward(
         self,
         x: torch.Tensor,
         target: torch.Tensor | None = None,
         *,
-        position: BatchPosition | None = None,
+        batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
         documents: torch.Tensor | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """Loss per token or their sum, or this rank's logits; of a stage what it hands on.
+        """Compute the loss or this rank's logits; in a pipeline stage, the input of the next stage.
 
         Args:
-            x: [B, S] int64 tokens, S at most config.seq_len. A stage that is not the first: what the one before gave.
-            target: [B, S] int64, or None. A stage takes none: see loss().
-            position: where in training this microbatch lies; dropout needs it, in training mode.
-            sequence: the positions of the S tokens (and targets) in a longer sequence; None: they are all of it.
-            documents: cumulative lengths, as AttentionMask's; None: a token sees all before it.
-            reduction: "none", or "sum" of the losses, whose gradients cost one product of the head less.
+            x: [B, S] int64 tokens, S at most config.seq_len. Stages after the first: the output of the previous stage.
+            target: [B, S] int64; None: return logits. Must be None in a stage: give it to the last stage's loss().
+            batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
+            sequence: positions of the S tokens (and targets) in a longer sequence; None: the S tokens are the whole
+                sequence.
+            documents: cumulative lengths, as in AttentionMask; None: every row is one document.
+            reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
 
         Returns:
-            The whole model: with a target the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
-            float64 scalar, the same on every rank; without one logits_shard [B, S, V_padded / R].
-            A stage: [S, B, H], or [S / R, B, H] under sequence parallelism; from the last one for loss() and logits().
-            Each with the auxiliary losses of its blocks, where a feed-forward has one.
+            A whole model with a target: the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
+            float64 scalar, the same on every rank. Without a target: logits_shard [B, S, V_padded / R].
+            A stage: [S, B, H], or [S / R, B, H] under sequence parallelism. The last stage's output goes to loss() or
+            logits().
+            If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
         mask = AttentionMask(causal=True, window=self.config.sliding_window, documents=documents)
-        return self._result(self._encode(x, mask, position=position, sequence=sequence), target, reduction)
+        return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
 
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
         head = self.token_embedding if self.head is None else self.head

@@ -1,4 +1,4 @@
-"""The class of model of each family."""
+"""Table of the model families, and a function that builds a model from its config."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from fused_megatron.models.gpt import GPT
 from fused_megatron.models.stack import TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 
-# By the names of config.MODEL_FAMILIES.
+# Keys are the names of config.MODEL_FAMILIES.
 MODELS: dict[str, type[Any]] = {"gpt": GPT, "bert": BERT}
 
 
@@ -24,7 +24,7 @@ def new_model(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> TransformerStack:
-    """The model that config.family names; arguments as GPT."""
+    """Build the model of config.family; arguments as GPT."""
     model: TransformerStack = MODELS[config.family](
         config, layout=layout, seed=seed, stage=stage, dtype=dtype, device=device
     )

@@ -1,4 +1,4 @@
-"""The angles of rotary position embedding, and how they are scaled for a longer context than trained on."""
+"""Tables of cosines and sines for rotary position embedding, also scaled for contexts longer than in training."""
 
 import math
 
@@ -11,19 +11,20 @@ from fused_megatron.sharding import SequenceLayout
 def rotary_tables(
     sequence: SequenceLayout, config: TransformerConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position * frequency, [positions of the rank, rotary_dim / 2] each, for ops.rotary_embedding.
+    """Compute cos and sin of position * frequency for ops.rotary_embedding, [positions of the rank, rotary_dim / 2].
 
-    Made anew in every forward: once for all layers it costs nothing, and no buffer of the model can be cast or moved.
-    Angles are float64: in float32 those of position 100,000 are off by 0.004.
+    Every forward computes the tables anew: done once for all layers this costs nothing, and there is no buffer that a
+    cast or move of the model could change. Angles are float64: in float32 they are wrong by 0.004 at position 100,000.
 
-    With f_i = rotary_base^(-2 i / rotary_dim), s the scaling factor and L the original context, by rotary_scaling:
+    The frequency of pair i by rotary_scaling, with f_i = rotary_base^(-2 i / rotary_dim), the scaling factor s and the
+    original context length L:
 
         none      f_i
         linear    f_i / s
-        dynamic   f_i with the base grown to where the slowest frequency turns as often over seq_len as over L
-        llama3    f_i / s below rotary_slow_turns of turns L f_i / 2 pi, f_i above rotary_fast_turns, between them both
-                  weighted by the turns
-        yarn      the same, but weighted by i; cos and sin are scaled, too
+        dynamic   f_i with a larger base: the slowest pair makes as many turns over seq_len as before over L
+        llama3    by the number of turns over the original context, L f_i / 2 pi: f_i / s below rotary_slow_turns, f_i
+                  above rotary_fast_turns, and between them an average of both, weighted by the turns
+        yarn      as llama3, but weighted by i; cos and sin are scaled, too
 
     Papers: Chen et al. 2023 (linear, arXiv:2306.15595); Peng et al. 2023 (dynamic, yarn, arXiv:2309.00071); Grattafiori
     et al. 2024 (llama3, arXiv:2407.21783).
@@ -35,7 +36,7 @@ def rotary_tables(
 
 
 def _frequencies(seq_len: int, config: TransformerConfig) -> torch.Tensor:
-    """Radians a token, [rotary_dim / 2] float64."""
+    """Compute the angle of each pair per token, in radians, [rotary_dim / 2] float64."""
     dim, base, factor = config.rotary_dim, config.rotary_base, config.rotary_scaling_factor
     original = config.rotary_original_seq_len or seq_len
     if config.rotary_scaling == "dynamic":
@@ -50,7 +51,7 @@ def _frequencies(seq_len: int, config: TransformerConfig) -> torch.Tensor:
         slow, fast = config.rotary_slow_turns, config.fast_turns
         return frequencies * _blend(((turns - slow) / (fast - slow)).clamp(0, 1), factor)
     if config.rotary_scaling == "yarn":
-        # The pairs that turn so often, rounded outwards to whole ones.
+        # The pairs that make fast_turns and rotary_slow_turns turns, rounded outwards to whole pairs.
         first = max(0, math.floor(_pair_of_turns(config.fast_turns, config, original)))
         last = min(dim - 1, math.ceil(_pair_of_turns(config.rotary_slow_turns, config, original)))
         slowness = (torch.arange(dim // 2, dtype=torch.float64) - first) / max(last - first, 0.001)
@@ -63,7 +64,7 @@ def _blend(unscaled: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def _pair_of_turns(turns: float, config: TransformerConfig, original: int) -> float:
-    """The (fractional) index of the pair that turns so often over the original context."""
+    """Return the (fractional) index of the pair that makes `turns` turns over the original context."""
     return config.rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rotary_base))
 
 

@@ -1,4 +1,4 @@
-"""What the models share: embedding, blocks and loss of a transformer, whole or one pipeline stage of it."""
+"""Base class of the models: embedding, transformer blocks and loss of a whole model or of one pipeline stage."""
 
 from dataclasses import dataclass, replace
 
@@ -11,8 +11,8 @@ from fused_megatron.collectives import group_rank, group_size, split_all_gather
 from fused_megatron.config import TransformerConfig
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.attention import Tables
-from fused_megatron.models.block import DROPOUT_PLACES, TransformerBlock, norm_of, reset_layers, run_blocks
-from fused_megatron.models.dropout import BatchPosition, DropoutMasks, fill_dropout_states_, masks_of_batch
+from fused_megatron.models.block import DROPOUT_SITES, TransformerBlock, norm_of, reset_layers, run_blocks
+from fused_megatron.models.dropout import BatchSlice, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -34,14 +34,14 @@ from fused_megatron.tensor_parallel import (
 
 @dataclass(frozen=True)
 class HeadProduct:
-    """The last product of a model: x weight_shard^T + bias_shard are the logits.
+    """Operands of the matrix product that ends a model: logits_shard = x weight^T + bias.
 
     Attributes:
-        x: [S, B, H], or [S / R, B, H] where it is a sequence shard.
-        weight: [V_padded / R, H].
+        x: [S, B, H], or the sequence shard [S / R, B, H].
+        weight: [V_padded / R, H], this rank's shard.
         padded_vocab_size: V_padded.
-        bias: [V_padded / R] or None.
-        sequence_parallel: x is a sequence shard.
+        bias: [V_padded / R], this rank's shard, or None.
+        sequence_parallel: True if x is a sequence shard.
     """
 
     x: torch.Tensor
@@ -52,23 +52,23 @@ class HeadProduct:
 
 
 class TransformerStack(ShardedModule):
-    """Token embedding, blocks and loss; a family adds its head, and says what a token sees.
+    """Token embedding, blocks and loss. A model family adds its head and its attention mask.
 
-    Every layout starts from the same full weights, drawn from `seed` and the parameters' names; a stage's parameters
-    have the names that they have in the whole model. Where the head shares the weight of the embedding, the last stage
-    holds a copy of token_embedding.weight, whose gradient the caller adds to the first stage's, and that to it.
+    Every layout starts from the same full weights, drawn from `seed` and the parameters' names. A parameter of a stage
+    has its name in the whole model. If the head shares the weight of the embedding, the last stage holds a copy of
+    token_embedding.weight. The caller sums the gradients of both copies and gives the sum to both stages.
 
     Args:
         config: sizes of the whole model; config.vocab_size must be given.
-        layout: how it is cut over ranks; None for this rank alone.
-        stage: which part of the model this is; None for all of it.
-        tied_head: the head needs token_embedding.weight.
-        num_token_types: rows of a table that is added by the kind of a token; 0 for none.
-        post_norm: norms behind the residual additions and the embedding, none before the head.
+        layout: how the model is cut over ranks; None: not at all.
+        stage: the part of the model to build; None: all of it.
+        tied_head: True if the head needs token_embedding.weight.
+        num_token_types: rows of the token type embedding; 0: the model has none.
+        post_norm: put norms after the residual additions and the embedding, instead of before attention, MLP and head.
         dtype, device: of the parameters.
 
     Attributes:
-        span: the blocks that this is; of the whole model all of them.
+        span: the blocks of this stage; all blocks in a whole model.
     """
 
     position_embedding: nn.Parameter | None
@@ -107,7 +107,7 @@ class TransformerStack(ShardedModule):
         self.embedding_norm = self.final_norm = None
         if first and post_norm:
             self.embedding_norm = norm_of(config, layout=self.layout, dtype=dtype, device=device)
-        # Keyed by the place in the whole model, for the sake of the names.
+        # Keyed by the index in the whole model, so that parameters have the same names in every stage cut.
         self.blocks = nn.ModuleDict(
             {
                 str(i): TransformerBlock(config, layout=self.layout, post_norm=post_norm, dtype=dtype, device=device)
@@ -116,8 +116,8 @@ class TransformerStack(ShardedModule):
         )
         if last and not post_norm:
             self.final_norm = norm_of(config, layout=self.layout, dtype=dtype, device=device)
-        # (seed of the place, 0): the embedding, then every block's places.
-        states = torch.empty(1 + len(DROPOUT_PLACES) * len(self.blocks), 2, dtype=torch.int64, device=device)
+        # A row (seed of the dropout site, 0) for the embedding, then for every dropout site of every block.
+        states = torch.empty(1 + len(DROPOUT_SITES) * len(self.blocks), 2, dtype=torch.int64, device=device)
         self.register_buffer("dropout_states", states, persistent=False)
 
     def _vocabulary_table(self, dtype: torch.dtype | None, device: torch.device | None) -> VocabParallelEmbedding:
@@ -133,7 +133,7 @@ class TransformerStack(ShardedModule):
         )
 
     def reset_parameters(self, seed: int) -> None:
-        """Draw every weight from (seed, its name); norms are 1, biases 0. Dropout draws from this seed, too."""
+        """Draw every weight from (seed, its name), set norms to 1 and biases to 0, and give dropout the same seed."""
         mark_all_shards(self)
         for name, parameter in self.named_parameters(recurse=False):
             if parameter.dim() > 1:
@@ -144,14 +144,14 @@ class TransformerStack(ShardedModule):
         reset_layers(self, seed)
 
     def reset_dropout(self, seed: int) -> None:
-        """Dropout draws from this seed."""
-        places = [f"blocks.{i}.{place}" for i in self.blocks for place in DROPOUT_PLACES]
-        fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *places), seed)
+        """Let dropout draw its masks from this seed."""
+        sites = [f"blocks.{i}.{site}" for i in self.blocks for site in DROPOUT_SITES]
+        fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *sites), seed)
 
     def num_parameters(self) -> int:
-        """Parameters of the full model or stage, over all tensor-parallel ranks, without vocabulary padding.
+        """Count the parameters of the model or stage over all tensor-parallel ranks, without vocabulary padding.
 
-        Over all stages the numbers add up to that of the whole model: a copy of a tied embedding counts nothing.
+        The counts of all stages add up to the count of the whole model: a copy of a tied embedding is not counted.
         """
         mark_all_shards(self)
         copied = None if self.span.first else self.token_embedding
@@ -159,7 +159,11 @@ class TransformerStack(ShardedModule):
         return full_numel(own)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """logits_shard [B, S, V_padded / R] of the last stage's output, or of the whole model's before the head."""
+        """Compute logits_shard [B, S, V_padded / R].
+
+        Args:
+            hidden: the output of the last stage, or of a whole model's last norm.
+        """
         head = self._head(hidden)
         logits_shard = column_parallel_linear(
             head.x,
@@ -172,7 +176,12 @@ class TransformerStack(ShardedModule):
         return logits_shard.transpose(0, 1)
 
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
-        """Loss per token [B, S] of the last stage's output, or their sum; target and reduction as in forward."""
+        """Compute the loss per token [B, S], or the sum of the losses.
+
+        Args:
+            hidden: as in logits().
+            target, reduction: as in forward().
+        """
         head = self._head(hidden)
         loss = vocab_parallel_linear_cross_entropy(
             head.x,
@@ -188,17 +197,17 @@ class TransformerStack(ShardedModule):
         return loss.t()
 
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
-        """The product that makes logits of the last stage's output.
+        """Return the operands of the product that computes logits from the last stage's output.
 
         Raises:
-            InputError: this is no stage with a head.
+            InputError: this stage has no head.
         """
         raise NotImplementedError
 
     def _result(
         self, encoded: torch.Tensor | WithAuxiliaryLoss, target: torch.Tensor | None, reduction: str
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """What forward returns, of what _encode gave."""
+        """Turn the output of _encode into the result of forward: hidden states of a stage, or loss or logits."""
         if self.stage is not None:
             check(target is None, "target must be given to the loss() of the last stage, not to a stage's forward")
             return encoded
@@ -212,22 +221,23 @@ class TransformerStack(ShardedModule):
         mask: AttentionMask,
         *,
         token_types: torch.Tensor | None = None,
-        position: BatchPosition | None,
+        batch_slice: BatchSlice | None,
         sequence: SequenceLayout | None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
-        """Tokens [B, S], or what the stage before gave, through this stage: [S, B, H], or [S / R, B, H].
+        """Run this stage: return [S, B, H], or [S / R, B, H] under sequence parallelism.
 
         Args:
-            token_types: [B, S] int64, the rows of token_type_embedding; None: all 0. Read by the first stage.
-            position: where in training this microbatch lies.
-            sequence: the positions of the S tokens in a longer sequence; None: they are all of it.
+            x: tokens [B, S] for the first stage, the output of the previous stage for the others.
+            token_types: [B, S] int64, rows of token_type_embedding; None: all 0. Only the first stage reads them.
+            batch_slice: the rows of the global batch in this microbatch.
+            sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
         """
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
             check_shape("token_types", token_types, (batch, sequence.num_positions))
-        if mask.padding is not None:
-            check_shape("is_padding", mask.padding, (batch, sequence.num_positions))
-        masks = self._masks(batch, sequence, position)
+        if mask.key_padding_mask is not None:
+            check_shape("key_padding_mask", mask.key_padding_mask, (batch, sequence.num_positions))
+        masks = self._masks(batch, sequence, batch_slice)
         if self.span.first:
             x = self._embed(x, sequence, token_types)
             if masks is not None and self.config.embedding_dropout > 0:
@@ -237,35 +247,38 @@ class TransformerStack(ShardedModule):
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
 
     def _batch_and_sequence(self, x: torch.Tensor, sequence: SequenceLayout | None) -> tuple[int, SequenceLayout]:
-        """B, and the positions that the tensor-parallel ranks have together."""
+        """Return B and the positions of the tokens that the tensor-parallel ranks hold together."""
         if self.span.first:
             batch, rows = x.shape
         else:
-            rows, batch = x.shape[0] * (group_size(self.tp_group) if self.sequence_parallel else 1), x.shape[1]
+            rows, batch = x.shape[:2]
+            if self.sequence_parallel:
+                rows *= group_size(self.tp_group)
         longest = self.config.seq_len
         if sequence is None:
             check(not self.span.first or rows <= longest, f"tokens.shape[1]={rows} must be at most seq_len={longest}")
             return batch, SequenceLayout.whole(rows)
         check(
             sequence.num_positions == rows and sequence.seq_len <= longest,
-            f"sequence={sequence} must have the {rows} positions that are given, of at most seq_len={longest}",
+            f"sequence={sequence} must have {rows} positions, as many as there are tokens, and at most "
+            f"seq_len={longest}",
         )
         return batch, sequence
 
     def _own(self, sequence: SequenceLayout) -> SequenceLayout:
-        """The positions of this rank's activations between the tensor-parallel layers."""
+        """Return the positions of this rank's activations between the tensor-parallel layers."""
         if not self.sequence_parallel:
             return sequence
         return sequence.block(group_rank(self.tp_group), group_size(self.tp_group))
 
-    def _masks(self, batch: int, sequence: SequenceLayout, position: BatchPosition | None) -> DropoutMasks | None:
+    def _masks(self, batch: int, sequence: SequenceLayout, batch_slice: BatchSlice | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        return masks_of_batch(self.get_buffer("dropout_states"), position, batch, self._own(sequence))
+        return masks_of_batch(self.get_buffer("dropout_states"), batch_slice, batch, self._own(sequence))
 
     def _embed(self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None) -> torch.Tensor:
         assert self.token_embedding is not None
-        # First the tokens: it checks that the sequence divides.
+        # Embed the tokens first: token_embedding checks that the ranks divide the sequence.
         x = self.token_embedding(tokens.t())
         added = self._positions_and_types(tokens, sequence, token_types)
         if added is not None:
@@ -277,12 +290,13 @@ class TransformerStack(ShardedModule):
     def _positions_and_types(
         self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """What is added to the embedded tokens, [S, B or 1, H]."""
+        """Sum the position and token type embeddings, [S, B or 1, H]; None if the model has neither."""
         check(
             token_types is None or self.token_type_embedding is not None,
             "token_types must be None where num_token_types=0",
         )
-        positions, types = None, None
+        positions = None
+        types = None
         if self.position_embedding is not None:
             positions = sequence.take(self.position_embedding).unsqueeze(1)
         if self.token_type_embedding is not None:
@@ -301,7 +315,11 @@ class TransformerStack(ShardedModule):
     def _blocks(
         self, x: torch.Tensor, mask: AttentionMask, masks: DropoutMasks | None, rotary: Tables | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x through the blocks, and the sum of their auxiliary losses; masks are those of the embedding, too."""
+        """Run all blocks; return x and the sum of the auxiliary losses.
+
+        Args:
+            masks: dropout masks of the embedding (row 0) and of all blocks.
+        """
         recompute = self.config.recompute == "full"
         dropout = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
         return run_blocks(self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout)

@@ -1,4 +1,4 @@
-"""Cutting a model into pipeline stages of about equal cost."""
+"""Cut of a model into pipeline stages of about equal cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,10 @@ from fused_megatron.observe.model_flops import block_products
 
 @dataclass(frozen=True)
 class StageSpan:
-    """What a stage holds: blocks start to stop; the first also the embedding, the last the final norm and the head."""
+    """Blocks of a pipeline stage: start to stop, without stop.
+
+    The first stage also holds the embedding, the last stage the final norm and the head.
+    """
 
     index: int
     num_stages: int
@@ -33,20 +36,20 @@ def cut_stages(
     *,
     placement: Sequence[int] | None = None,
 ) -> tuple[StageSpan, ...]:
-    """The span of every stage.
+    """Return the span of every stage.
 
-    Without a cut of the user the dearest rank is as cheap as can be, and then its dearest stage. Cost is
-    multiplications per token: of a block those of its four products and of attention, of the head hidden_size x
-    vocab_size, of the embedding hidden_size.
+    If `cut` is None, minimise the cost of the most expensive rank, then of its most expensive stage. Cost counts
+    multiplications per token: block_cost for a block, hidden_size * vocab_size for the head, hidden_size for the
+    embedding.
 
     Args:
-        config: of the whole model; the cost of the head needs its vocab_size.
-        num_stages: how many; each holds a block or more, but that the last may have the head alone.
-        cut: blocks of each stage, instead.
+        config: of the whole model; the cost of the head needs config.vocab_size.
+        num_stages: number of stages. Each holds at least one block; only the last may hold none, just the head.
+        cut: number of blocks of each stage; None: choose by cost.
         placement: the rank of each stage; None: every stage has a rank of its own.
 
     Raises:
-        InputError: as check_cut; no vocab_size.
+        InputError: as check_cut; vocab_size is None.
     """
     check_cut(config.num_layers, num_stages, cut)
     counts = list(cut) if cut is not None else _cheapest_counts(config, placement or range(num_stages))
@@ -58,7 +61,7 @@ def cut_stages(
 
 
 def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None) -> None:
-    """Raise InputError unless so many blocks can be cut into so many stages, and so."""
+    """Raise InputError unless num_layers blocks can be cut into num_stages stages, and by `cut` if it is given."""
     check(num_stages >= 1, f"num_stages={num_stages} must be 1 or more")
     least = max(1, num_stages - 1)
     check(
@@ -84,22 +87,24 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
 
 
 def block_cost(config: TransformerConfig) -> int:
-    """Multiplications of a block per token, forward; of attention half, since a token sees half of the others."""
+    """Count the multiplications of a block per token, forward; attention by half, for its causal mask."""
     products = block_products(config)
     return products.projections + products.attention // 2 + products.mlp
 
 
 def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:
-    """Blocks of each stage, given the rank of each."""
+    """Choose the number of blocks of each stage; placement holds the rank of each stage."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
-    block, last = block_cost(config), len(placement) - 1
+    block = block_cost(config)
+    last = len(placement) - 1
     counts = [1 if stage == 0 or stage < last else 0 for stage in range(last + 1)]
     costs = [block * count for count in counts]
     costs[0] += config.hidden_size
     costs[last] += config.hidden_size * (config.vocab_size or 0)
     for _ in range(config.num_layers - sum(counts)):
         of_rank = {rank: sum(c for c, r in zip(costs, placement, strict=True) if r == rank) for rank in placement}
-        # Blocks cost the same, so handing each to the cheapest is best. Of equals the latest: early stages keep more.
+        # All blocks cost the same, so giving each to the cheapest stage is best. Ties go to the latest stage: early
+        # stages hold the activations of more microbatches.
         cheapest = min(range(last + 1), key=lambda stage: (of_rank[placement[stage]], costs[stage], -stage))
         costs[cheapest] += block
         counts[cheapest] += 1

@@ -1,4 +1,4 @@
-"""Drop-ins for torch.nn: same signature, same defaults, same state_dict; and how to put them into a model."""
+"""Drop-ins for torch.nn (same signature, defaults, state_dict), and replace_modules to put them into a model."""
 
 from fused_megatron.modules.adopted_rms_norm import AdoptedRMSNorm
 from fused_megatron.modules.cross_entropy import CrossEntropyLoss

@@ -1,4 +1,4 @@
-"""AdoptedRMSNorm: the fused forward of an RMS norm that a model brought along with a class of its own."""
+"""AdoptedRMSNorm: the fused forward for RMS norms that a model defines in a class of its own."""
 
 import inspect
 from typing import Any
@@ -8,22 +8,23 @@ from torch import nn
 
 from fused_megatron import ops
 
-# The names under which such classes keep eps.
+# Attribute names for eps in such classes.
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
-# Rows of the input that the check compares on; few, since every norm of a model is checked.
+# Rows of the input for the comparison; few, since every norm of a model is compared.
 _ROWS = 3
 
 
 class AdoptedRMSNorm(nn.Module):
-    """Stands in for LlamaRMSNorm and its like: a parameter `weight` [H], a number eps, y = weight * x / rms(x).
+    """Replacement for norms such as LlamaRMSNorm: a parameter `weight` [H], a number eps, y = weight * x / rms(x).
 
-    Never constructed: `adopt` turns a module into one in place, which keeps its parameter, hooks, name and state_dict.
+    Never constructed: replace_modules changes the class of a module in place, which keeps its parameter, hooks, name
+    and state_dict.
 
     Attributes:
         weight: [H].
         adopted_eps: added to the mean square.
         zero_centered_weight: the factor is 1 + weight (Gemma).
-        promotes: the result has the common dtype of x and weight, as in Llama; else that of x, as in Gemma.
+        promotes: the result has the common dtype of x and weight, as in Llama; else the dtype of x, as in Gemma.
 
     Communication, Memory, Numerics: as fused_megatron.ops.rms_norm.
     """
@@ -34,7 +35,7 @@ class AdoptedRMSNorm(nn.Module):
     promotes: bool
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise [..., H]; returns the same shape."""
+        """Normalise hidden_states [..., H]; returns the same shape."""
         return self._normalise(hidden_states, self.weight)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -43,15 +44,15 @@ class AdoptedRMSNorm(nn.Module):
         return ops.rms_norm(x, weight, self.adopted_eps, zero_centered_weight=self.zero_centered_weight)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Return the text that print(model) shows."""
         return f"{tuple(self.weight.shape)}, eps={self.adopted_eps}, zero_centered_weight={self.zero_centered_weight}"
 
 
 def adoption(module: nn.Module) -> dict[str, Any] | str:
-    """The attributes with which AdoptedRMSNorm computes what the module computes, or why it cannot.
+    """Return the attributes with which AdoptedRMSNorm computes the same as the module, or why there are none.
 
-    The class name decides nothing: a twin of the module with random weights is run, forward and backward, on inputs so
-    small that eps counts and so large that it does not, and compared.
+    The class name does not matter: a copy of the module with random weights runs forward and backward, on inputs small
+    enough that eps matters and on larger ones, and its results are compared with AdoptedRMSNorm's.
     """
     kind = type(module)
     eps = next((v for name in EPS_NAMES if isinstance(v := getattr(module, name, None), float)), None)
@@ -65,13 +66,13 @@ def adoption(module: nn.Module) -> dict[str, Any] | str:
         return f"its forward takes more than x: {', '.join(arguments)}"
     try:
         reason: dict[str, Any] | str = _compare(module, eps)
-    except Exception as error:  # whatever a stranger's forward raises: it is left as it is
+    except Exception as error:  # a foreign forward may raise anything: the module is not replaced
         reason = f"its forward could not be tried: {type(error).__name__}: {error}"
     return reason
 
 
 def _twin(module: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """The module with another weight; without its hooks, which nobody asked to run."""
+    """Return a copy of the module with another weight and without its hooks, which must not run here."""
     twin = type(module).__new__(type(module))
     twin.__dict__ = {**nn.Module().__dict__, **_plain(module), "training": module.training}
     twin.weight = nn.Parameter(weight.clone())
@@ -87,7 +88,8 @@ def _compare(module: nn.Module, eps: float) -> dict[str, Any] | str:
     generator = torch.Generator().manual_seed(0)
     width = module.get_parameter("weight").shape[0]
     draw = torch.randn(4, _ROWS, width, generator=generator, dtype=torch.float32, device="cpu")
-    weight, upstream = draw[3, 0], draw[2]
+    weight = draw[3, 0]
+    upstream = draw[2]
     for zero_centered in (False, True):
         attributes = {"adopted_eps": eps, "zero_centered_weight": zero_centered, "promotes": False}
         scales = (max(eps, 1e-12) ** 0.5, 1.0)
@@ -111,7 +113,7 @@ def _agrees(
             y = norm(leaf)
             y.backward(upstream)
         results.append((y.detach(), leaf.grad, norm.get_parameter("weight").grad))
-    # float32 on both sides, sums of H terms in another order.
+    # Both sides sum H float32 terms, in different orders.
     return all(
         a is not None and b is not None and a.shape == b.shape and bool((a - b).abs().max() <= 1e-4 * b.abs().max())
         for a, b in zip(*results, strict=True)

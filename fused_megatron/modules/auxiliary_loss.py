@@ -1,4 +1,4 @@
-"""A loss beside the output of a layer or of a pipeline stage, such as that of a router that is to balance experts."""
+"""Auxiliary losses that a layer or a pipeline stage returns with its output, such as a router's balancing loss."""
 
 from typing import Any, NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 
 
 class WithAuxiliaryLoss(NamedTuple):
-    """What a layer, a block or a pipeline stage returns in training, where a loss of its own is to be learned from.
+    """Result, in training, of a layer, a block or a pipeline stage that has an auxiliary loss.
 
     Attributes:
-        output: what it would return otherwise.
-        auxiliary_loss: 0-dim float, a sum over the tokens of the microbatch, as the loss is: the step adds both and
-            divides them once. Under tensor parallelism the same on every rank.
+        output: the usual result.
+        auxiliary_loss: 0-dim float; a sum over the tokens of the microbatch, like the main loss: the step adds both and
+            divides the sum once. Under tensor parallelism every rank has the same value.
     """
 
     output: Any
@@ -19,5 +19,5 @@ class WithAuxiliaryLoss(NamedTuple):
 
 
 def split_auxiliary_loss(returned: Any) -> tuple[Any, torch.Tensor | None]:
-    """The output, and the auxiliary loss where there is one."""
+    """Return the output and the auxiliary loss; None if there is no auxiliary loss."""
     return tuple(returned) if isinstance(returned, WithAuxiliaryLoss) else (returned, None)

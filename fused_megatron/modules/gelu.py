@@ -17,33 +17,33 @@ class GELU(torch.nn.GELU):
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """input [..., F] in any floating dtype; returns the same shape and dtype, contiguous."""
+        """Apply GELU to input [..., F] of any floating dtype; returns the same shape and dtype, contiguous."""
         if input.dim() == 0:
             return super().forward(input)
         return ops.bias_gelu(input, approximate=self.approximate)
 
 
 def gelu_of(module: nn.Module) -> str | None:
-    """The approximation with which GELU computes what an activation of a model's own does; None for another one.
+    """Return the `approximate` with which GELU computes the same as a model's own activation; None if there is none.
 
-    Found by trial, values and gradients over the range where GELU is neither 0 nor the identity; the name decides
-    nothing.
+    The class name does not matter: values and gradients are compared over the range where GELU is neither 0 nor the
+    identity.
     """
     x = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     try:
         results = [_with_gradient(module, x)]
-    except Exception:  # whatever a stranger's forward raises: it is left as it is
+    except Exception:  # a foreign forward may raise anything: the module is not replaced
         return None
     for approximate in ("none", "tanh"):
         results.append(_with_gradient(lambda y, a=approximate: F.gelu(y, approximate=a), x))
-        # The two are 5e-4 apart; float32 in another order of operations, 1e-6.
+        # The two approximations differ by 5e-4, two orders of the same float32 operations by 1e-6.
         if results[0].shape == results[-1].shape and bool((results[0] - results[-1]).abs().max() < 1e-5):
             return approximate
     return None
 
 
 def _with_gradient(function: Any, x: torch.Tensor) -> torch.Tensor:
-    """[values, gradients]."""
+    """Return [values, gradients] stacked."""
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         y = function(leaf)

@@ -9,8 +9,8 @@ from fused_megatron.checks import InputError
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm on the fused op: same signature, defaults, initial values and state_dict.
 
-    The arguments are those of torch.nn.LayerNorm: normalized_shape, eps=1e-5, elementwise_affine=True, bias=True,
-    device=None, dtype=None. A normalized_shape of several dims is normalised as one dim of their product.
+    The arguments are the same as for torch.nn.LayerNorm: normalized_shape, eps=1e-5, elementwise_affine=True,
+    bias=True, device=None, dtype=None. A normalized_shape of several dims is normalised as one dim of their product.
 
     Communication, Memory, Numerics: as fused_megatron.ops.layer_norm.
     """

@@ -1,4 +1,4 @@
-"""replace_modules: fused modules in the place of a model's own, in place."""
+"""replace_modules: replacement of a model's norms, losses and activations by fused modules, in place."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -23,7 +23,7 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
 
 @dataclass(frozen=True)
 class Replaced:
-    """A module that was replaced: its name in the model (all of them, where it is shared), what it was, what it is."""
+    """A replaced module: its name in the model (all names if it is shared), its old class and its new class."""
 
     name: str
     was: str
@@ -32,7 +32,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A module that stays as it is, and why."""
+    """A module that was not replaced, and the reason."""
 
     name: str
     kind: str
@@ -41,12 +41,12 @@ class Left:
 
 @dataclass(frozen=True)
 class ReplacementReport:
-    """What replace_modules did; print it.
+    """Result of replace_modules; print it for a summary.
 
     Attributes:
-        replaced: in the order of the model.
-        left: modules that look as if a fused one could stand in for them, and why it does not.
-        without_drop_in: how many modules there are of every other class that computes something.
+        replaced: the replaced modules, in the order of the model.
+        left: modules that resemble a fused module but were not replaced, and the reason.
+        without_drop_in: number of modules of every other class that has no submodules.
     """
 
     replaced: tuple[Replaced, ...]
@@ -64,7 +64,7 @@ class ReplacementReport:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A module that is about to change its class, in place: so its parameters, hooks and names stay what they are."""
+    """A planned change of a module's class in place, which keeps its parameters, hooks and names."""
 
     name: str
     module: nn.Module
@@ -72,8 +72,10 @@ class Exchange:
     attributes: dict[str, Any]
 
     def make(self) -> Callable[[], None]:
-        """Exchange the class; returns how to undo that."""
-        module, was, before = self.module, type(self.module), dict(self.module.__dict__)
+        """Exchange the class; return a function that undoes it."""
+        module = self.module
+        was = type(self.module)
+        before = dict(self.module.__dict__)
 
         def undo() -> None:
             module.__class__ = was
@@ -85,29 +87,29 @@ class Exchange:
         return undo
 
     def described(self) -> Replaced:
-        """For a report; to be asked before the exchange."""
+        """Return the entry for the report; call it before the exchange."""
         return Replaced(self.name, type(self.module).__name__, self.drop_in.__name__)
 
 
 def replace_modules(model: nn.Module) -> ReplacementReport:
-    """Exchange norms, losses and activations of a model for fused ones that compute the same, in place.
+    """Replace norms, losses and activations of a model by fused modules that compute the same, in place.
 
-    Replaced are torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and the RMS norms and GELUs that models bring
-    along (LlamaRMSNorm and its like, Gemma's with a zero-centred weight, GPT-2's NewGELUActivation), which are known by
-    what they compute and not by their name: a twin, with random weights where it has any, is run and compared.
+    This replaces torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and RMS norms and GELUs that a model defines
+    itself (such as LlamaRMSNorm, Gemma's norm with a zero-centred weight, GPT-2's NewGELUActivation). The latter are
+    recognised by their results, not by their name: a copy, with random weights if it has any, runs and is compared.
 
-    A module changes its class and nothing else: parameters are the same objects, so that an optimizer keeps them; so
-    are hooks, names, state_dict, device, dtype, training flag and modules that stand in several places. Subclasses
-    are left: what they do is theirs.
+    Only the class of a module changes. Parameters stay the same objects, so that optimizers keep them; hooks, names,
+    state_dict, device, dtype, training flag and shared modules do not change either. Subclasses are not replaced, since
+    they may override anything.
 
     Args:
-        model: any module, on any device, meta too.
+        model: any module, on any device, also meta.
 
     Returns:
-        What was replaced, what was left and why.
+        The modules that were replaced, and those that were not, with reasons.
 
     Raises:
-        TypeError: model is not a torch.nn.Module. On any error the model is as it was.
+        TypeError: model is not a torch.nn.Module. After any error the model is unchanged.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
@@ -126,15 +128,15 @@ def replace_modules(model: nn.Module) -> ReplacementReport:
 
 
 def named_once(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module once, with all its names."""
+    """Return every module once, with all its names joined by " = "."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name or type(model).__name__)
-    return [(" = ".join(alike), module) for module, alike in names.items()]
+    return [(" = ".join(all_names), module) for module, all_names in names.items()]
 
 
 def exchange_all(exchanges: list[Exchange]) -> None:
-    """All of them, or none."""
+    """Make all exchanges; if one fails, undo the others and raise."""
     undo: list[Callable[[], None]] = []
     try:
         for exchange in exchanges:
@@ -146,7 +148,7 @@ def exchange_all(exchanges: list[Exchange]) -> None:
 
 
 def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
-    """What stands in for the module; why nothing does, although it looks so; None for a module of another kind."""
+    """Return the exchange for a module; the reason if it resembles a fused module but must stay; None for others."""
     kind = type(module)
     if isinstance(module, (*DROP_INS.values(), AdoptedRMSNorm)):
         return None
@@ -156,7 +158,7 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
         return None
     if base is not None and base is not kind:
         return f"a subclass of {base.__name__}, with methods of its own"
-    # Wrappers (hooks of other libraries, module.compile()) keep the old forward in the instance.
+    # Other libraries' wrappers and module.compile() store a forward in the instance, which would call the old class.
     if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None:
         return "its forward was replaced or compiled (replace modules first)"
     if base is not None:
@@ -164,23 +166,23 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
             return "class weights have no fused kernel"
         return Exchange(name, module, DROP_INS[base], {})
     if is_gelu:
-        # Its hooks are not asked: what it computes is its class's.
+        # Without hooks: the comparison is about the class.
         approximate = gelu_of(_bare(module))
-        unlike = "its result is not that of torch.nn.GELU, with either approximation"
+        unlike = "its result differs from torch.nn.GELU with both approximations"
         return unlike if approximate is None else Exchange(name, module, GELU, {"approximate": approximate})
     found = adoption(module)
     return found if isinstance(found, str) else Exchange(name, module, AdoptedRMSNorm, found)
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """A twin without hooks."""
+    """Return a copy of the module without hooks."""
     twin = type(module).__new__(type(module))
     twin.__dict__ = {**module.__dict__, **{k: v for k, v in nn.Module().__dict__.items() if "hook" in k}}
     return twin
 
 
 def _looks_like_a_norm(module: nn.Module) -> bool:
-    """One vector of weights, perhaps a bias, and a number eps."""
+    """Return whether the module has one weight vector, perhaps a bias vector, and a number eps."""
     shapes = {name: p.dim() for name, p in module.named_parameters()}
     has_eps = any(isinstance(getattr(module, name, None), float) for name in EPS_NAMES)
     is_batch_norm = isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)

@@ -9,8 +9,8 @@ from fused_megatron.checks import InputError
 class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm on the fused op: same signature, defaults, initial values and state_dict.
 
-    The arguments are those of torch.nn.RMSNorm: normalized_shape, eps=None, elementwise_affine=True, device=None,
-    dtype=None. A normalized_shape of several dims is normalised as one dim of their product.
+    The arguments are the same as for torch.nn.RMSNorm: normalized_shape, eps=None, elementwise_affine=True,
+    device=None, dtype=None. A normalized_shape of several dims is normalised as one dim of their product.
 
     Communication, Memory, Numerics: as fused_megatron.ops.rms_norm.
     """

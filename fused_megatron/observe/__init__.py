@@ -1,1 +1,1 @@
-"""Ledgers, counters and formulas: communication, FLOPs, bytes, waits; and the processor."""
+"""Measurement: communication ledger, FLOPs, bytes moved, free memory, waits, parts of a step, processor."""

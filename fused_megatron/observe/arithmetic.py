@@ -1,4 +1,4 @@
-"""Floating-point operations of a function in plain torch, counted op by op on the meta device: nothing is computed."""
+"""Count of the floating-point operations of a torch function, op by op on the meta device, without computing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-# They move, make or convert, and compute nothing.
+# Ops that only move, create or convert data count 0.
 _FREE = {
     "_to_copy", "arange", "as_strided", "cat", "clone", "constant_pad_nd", "convert_element_type", "copy",
     "copy_", "detach", "embedding",
@@ -22,11 +22,11 @@ _FREE = {
 
 
 def count_flops(function: Callable[..., Any], inputs: Sequence[Any]) -> int:
-    """Of a forward and a backward pass, as its arithmetic is, whoever fuses it.
+    """Count the floating-point operations of one forward and one backward pass, independent of fusion.
 
-    A product of matrices [m, k] @ [k, n] counts 2 m k n. Whatever else is first taken apart into simple ops, each
-    of which counts one for every element of its largest tensor: a sum of n elements n, an exp of n elements n too.
-    Copies, conversions, look-ups and views count nothing.
+    A product of matrices [m, k] @ [k, n] counts 2 m k n. Every other op is decomposed into simple ops, and each counts
+    the elements of its largest tensor: a sum of n elements counts n, an exp of n elements also n. Copies, conversions,
+    look-ups and views count 0.
     """
     some = [_on_meta(value) for value in inputs]
     with _Counted() as counted:

@@ -1,10 +1,10 @@
-"""Memory of this machine or container: how much there is, and how much of it is free."""
+"""Total and free memory of this machine or container."""
 
 import os
 import re
 from pathlib import Path
 
-# Of the two versions of control groups: limit, usage, and what of that is a cache of files, which is given back.
+# Files of both versions of control groups: limit, usage, and within the usage the file cache, which can be freed.
 _GROUPS = (
     ("memory.max", "memory.current", "memory.stat", "file", "shmem"),
     (
@@ -18,10 +18,10 @@ _GROUPS = (
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[float, float]:
-    """Bytes of RAM, or of the container where that is less, and how many of them are free; Linux, else all of them.
+    """Return total and free bytes of RAM, or of the container if its limit is lower; outside Linux all is free.
 
     Args:
-        root: where /proc and /sys lie.
+        root: the folder that contains proc and sys.
     """
     pages = {name: os.sysconf(name) for name in ("SC_PAGE_SIZE", "SC_PHYS_PAGES") if name in os.sysconf_names}
     total = float(pages.get("SC_PAGE_SIZE", 0) * pages.get("SC_PHYS_PAGES", 0))
@@ -32,8 +32,8 @@ def memory_bytes(root: Path = Path("/")) -> tuple[float, float]:
         limited = _read(folder / limit).strip()
         if limited.isdigit() and int(limited) < total:
             counts = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / details), re.MULTILINE))
-            given_back = max(0, int(counts.get(cache, 0)) - int(counts.get(shared, 0)))
-            taken = max(0, int(_read(folder / used).strip() or 0) - given_back)
+            reclaimable = max(0, int(counts.get(cache, 0)) - int(counts.get(shared, 0)))
+            taken = max(0, int(_read(folder / used).strip() or 0) - reclaimable)
             return float(limited), min(available, float(limited) - taken)
     return total, available
 

@@ -1,16 +1,16 @@
-"""The processor of this machine, as the system describes it."""
+"""Name and instruction sets of this machine's processor."""
 
 import re
 from pathlib import Path
 
 
 def processor_name() -> str:
-    """The processor as its maker calls it; "" where the system does not say."""
+    """Return the processor's product name; "" if the system does not report it."""
     return processor_name_and_flags()[0]
 
 
 def processor_name_and_flags() -> tuple[str, set[str]]:
-    """(as processor_name, its instruction sets by the names of /proc/cpuinfo); Linux only, elsewhere ("", none)."""
+    """Return processor_name and the instruction sets as named in /proc/cpuinfo; outside Linux ("", set())."""
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

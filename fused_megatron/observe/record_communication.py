@@ -1,4 +1,4 @@
-"""The communication ledger: which collectives really run, forward and backward, and what they cost."""
+"""Communication ledger: the collectives that run in forward and backward, and their bytes."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.module_tracker import ModuleTracker
 
-# What torch.distributed dispatches -> the word for it.
+# Name of the c10d op -> kind of communication.
 _NAMES = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
@@ -27,14 +27,14 @@ _PRODUCTS = {getattr(op, kind) for op in (torch.ops.aten.mm, torch.ops.aten.addm
 
 @dataclass(frozen=True)
 class Communication:
-    """One collective, as this rank started it.
+    """One collective or message that this rank started.
 
     Attributes:
         kind: "all_reduce", "all_gather", "reduce_scatter", "broadcast", "send", ..
-        elements, num_bytes: of the whole tensor: what an all-gather gives, and what the others are given.
-        group: the global ranks that take part.
-        layer: name of the innermost module at work, by its place in the outermost one; "" outside of modules.
-        backward: whether autograd's backward started it.
+        elements, num_bytes: of the full tensor: the output of an all-gather, the input of every other collective.
+        group: the global ranks of the group.
+        layer: qualified name of the innermost running module in the outermost one; "" outside of modules.
+        backward: whether it started during autograd's backward.
     """
 
     kind: str
@@ -46,12 +46,12 @@ class Communication:
 
 
 class Transfer(NamedTuple):
-    """What an op of torch.distributed moves.
+    """Kind, size and group of one op of torch.distributed.
 
     Attributes:
-        kind, elements, num_bytes, group: as of Communication.
-        source_elements: numbers that go in (for an all-gather: of this rank's shard).
-        dtype: of what moves; None for a barrier.
+        kind, elements, num_bytes, group: as in Communication.
+        source_elements: number of input elements (for an all-gather, of this rank's shard).
+        dtype: dtype of the elements; None for a barrier.
     """
 
     kind: str
@@ -63,11 +63,11 @@ class Transfer(NamedTuple):
 
 
 def transfer_of(name: str, args: Any) -> Transfer:
-    """The transfer of an op of torch.distributed, by the op's name and arguments."""
-    # An all-gather or reduce-scatter into one tensor has (output, input, ..), an all-reduce ([tensor], ..).
+    """Return the transfer of an op of torch.distributed, by the op's name and arguments."""
+    # args: (output, input, ..) for an all-gather or reduce-scatter of one tensor, ([tensor], ..) for an all-reduce.
     source = _tensors(args[1] if name.endswith("_base_") else args[0])
     kind = _NAMES.get(name, name)
-    for x in source:  # our own reduce-scatter over gloo is an all-to-all and a sum
+    for x in source:  # over gloo our reduce-scatter is an all-to-all and a sum, and its tensor says so
         kind = getattr(x, "stands_for", kind)
     whole = _tensors(args[0]) if kind == "all_gather" else source
     return Transfer(
@@ -81,7 +81,7 @@ def transfer_of(name: str, args: Any) -> Transfer:
 
 
 class record_communication(TorchDispatchMode):
-    """Context manager that sees every collective of this thread where torch dispatches it, on real and fake groups.
+    """Context manager that records every collective that this thread dispatches, on real and fake process groups.
 
     with record_communication() as ledger:
         loss = model(x).sum()
@@ -89,10 +89,10 @@ class record_communication(TorchDispatchMode):
     print(ledger.table())
 
     Attributes:
-        entries: all of them, in the order of their start.
+        entries: all collectives, in the order of their start.
         counts: number of calls by kind ("all_reduce", "all_gather", "reduce_scatter", ..).
-        elements: by kind, numbers that go in (for an all-gather: of this rank's shard).
-        num_bytes: by kind, bytes of the whole tensors.
+        elements: by kind, number of input elements (for an all-gather, of this rank's shard).
+        num_bytes: by kind, bytes of the full tensors.
         order: the kinds in the order of their start, with "mm" for each matrix product between them.
     """
 
@@ -122,7 +122,7 @@ class record_communication(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def at_product(self) -> None:
-        """Called before each matrix product; for tests that override it."""
+        """Do nothing; called before each matrix product, so that tests can override it."""
 
     def _record(self, name: str, args: Any) -> None:
         found = transfer_of(name, args)
@@ -143,7 +143,7 @@ class record_communication(TorchDispatchMode):
         )
 
     def table(self) -> str:
-        """Calls and bytes by kind, group, direction and layer, as a Markdown table."""
+        """Return calls and bytes by kind, group, direction and layer, as a Markdown table."""
         rows: dict[tuple[str, str, str, str], list[int]] = {}
         for entry in self.entries:
             direction = "backward" if entry.backward else "forward"
@@ -157,14 +157,14 @@ class record_communication(TorchDispatchMode):
 
 
 def _ranks(args: Any) -> tuple[int, ...]:
-    """The global ranks of the group among the arguments of a c10d op, or of a transfer through shared memory."""
+    """Return the global ranks of the group in the arguments of a c10d op or of a shared-memory transfer."""
     for value in args:
         if isinstance(value, list) and value and all(isinstance(rank, int) for rank in value):
             return tuple(value)
         if isinstance(value, torch.ScriptObject):
             try:
                 return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(value)))
-            except (RuntimeError, TypeError, ValueError):  # another object, such as the reduction
+            except (RuntimeError, TypeError, ValueError):  # not a process group, for example the reduction
                 continue
     return ()
 

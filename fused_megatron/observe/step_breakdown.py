@@ -1,4 +1,4 @@
-"""Parts of the time of a training step: compute, exposed communication, bubble, optimizer."""
+"""Breakdown of a training step's time: compute, exposed communication, pipeline bubble, optimizer."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,30 +8,30 @@ from typing import Any, TypeVar
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from fused_megatron.observe.waits import observed_by
+from fused_megatron.observe.waits import OPTIMIZER, observed_by
 
-COMPUTE, OPTIMIZER = "compute", "optimizer"
+COMPUTE = "compute"
 
 T = TypeVar("T")
 
 
 class StepBreakdown:
-    """Times the waits and the update of the steps of this rank while record() is open.
+    """Measures, while record() is open, the waits and the optimizer of this rank's steps.
 
         breakdown = StepBreakdown(device)
         with breakdown.record():
             seconds = timed(trainer.train_step)
         print(breakdown.parts(seconds))        # {"compute": 0.9, "communication": 0.1, "optimizer": 0.05}
 
-    "communication" is what is exposed: the time for which this rank waits for a collective, with nothing left to run
-    beside it; a slower rank that it waits for is in it, too. "bubble" is the wait of a pipeline stage for a message of
-    its neighbour, or for the last stage at the end: idle time and exposed transfer in one. "optimizer" is the step of
-    torch's optimizers, "compute" all the rest.
+    "communication" is exposed communication: the time in which this rank waits for a collective and has nothing else to
+    run; it includes waiting for slower ranks. "bubble" is the time in which a pipeline stage waits for a message of its
+    neighbour, or at the end for the last stage: idle time and exposed transfers together. "optimizer" is the update of
+    the weights, by our optimizer or torch's; "compute" is everything else.
 
-    On a GPU two events of the current stream stand around each wait: what lies between them is for how long the stream
-    stood still. Only the waits of our own layers and transport are seen, which say so (waits.py): not those inside
-    DDP's reducer, DTensor or torch's fused symmetric-memory products. While record() is open, backward runs in the
-    thread that calls it, on a GPU, too.
+    On a GPU, two events of the current stream enclose each wait and measure how long the stream stood still. Only this
+    package's layers and transport report their waits (see waits.py): waits inside DDP's reducer, DTensor or torch's
+    fused symmetric-memory products are not measured. While record() is open, backward runs in the calling thread, also
+    on a GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class StepBreakdown:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Forget what was recorded, and time the waits of all that runs inside. Not to be nested."""
+        """Discard earlier measurements, and measure everything that runs inside. Must not be nested."""
         self._spans.clear()
         with ExitStack() as stack:
             for hook in (
@@ -49,13 +49,13 @@ class StepBreakdown:
                 register_optimizer_step_post_hook(lambda *_: self._end_update()),
             ):
                 stack.callback(hook.remove)
-            # Else a GPU's backward has a thread of its own, in which nobody observes.
+            # Otherwise backward on a GPU runs in another thread, which has no observer.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(observed_by(self))
             yield
 
     def parts(self, seconds: float) -> dict[str, float]:
-        """Seconds of each part of a step that took `seconds` in all; those that are absent are left out."""
+        """Return the seconds of each part that occurred in a step of `seconds` seconds."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         found: dict[str, float] = {}
@@ -65,7 +65,7 @@ class StepBreakdown:
         return {COMPUTE: max(0.0, seconds - sum(found.values())), **found}
 
     def wait(self, part: str, function: Callable[[], T]) -> T:
-        """As WaitObserver; a wait inside this one belongs to it."""
+        """Measure function, as a WaitObserver; waits inside it are part of it."""
         begin = self._now()
         try:
             with observed_by(None):

@@ -1,4 +1,4 @@
-"""Storages that ops make: how many bytes each has, where it is made and where it is let go."""
+"""Log of the storages that ops allocate: their bytes, and where each is allocated and freed."""
 
 import weakref
 from collections.abc import Callable, Hashable
@@ -11,12 +11,12 @@ Label = TypeVar("Label", bound=Hashable)
 
 
 class Storage(Generic[Label]):
-    """A storage that was made while somebody looked.
+    """A storage that was allocated while the log was active.
 
     Attributes:
-        num_bytes: of it.
-        made: where its op ran.
-        freed: where the last tensor of it went; None while there is one.
+        num_bytes: size of the storage.
+        made: label of its allocation.
+        freed: label of the moment when its last tensor was freed; None before.
     """
 
     __slots__ = ("alive", "freed", "made", "num_bytes")
@@ -28,7 +28,7 @@ class Storage(Generic[Label]):
 
 
 class Event(NamedTuple):
-    """A storage that comes, or goes, and where that was."""
+    """The allocation (comes=True) or the end of a storage, and its label."""
 
     storage: Storage[Any]
     comes: bool
@@ -36,12 +36,12 @@ class Event(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """The most bytes that were held at once.
+    """The moment with the most allocated bytes.
 
     Attributes:
-        num_bytes: of all storages then.
-        where: the label of the moment.
-        storages: those that were held.
+        num_bytes: bytes of all storages at that moment.
+        where: label of the moment.
+        storages: the storages that were alive.
     """
 
     num_bytes: int
@@ -50,25 +50,25 @@ class Peak(NamedTuple):
 
 
 class StorageLog(Generic[Label]):
-    """Every storage that comes out of an op, once, however many tensors and views share it.
+    """Log of every storage that an op returns, once per storage, for any number of tensors and views that share it.
 
-    For a TorchDispatchMode, which hands each op to see(). Works on real tensors and on those of a FakeTensorMode. What
-    a kernel takes and gives back inside is not seen, nor is memory that no op made.
+    A TorchDispatchMode passes each op to see(). Works on real tensors and on fake tensors. Memory that a kernel uses
+    only internally is not logged, nor memory that no op allocated.
 
     Args:
-        where: the label of this moment, for what is made or let go now.
+        where: returns the label of the current moment, for storages that are allocated or freed now.
     """
 
     def __init__(self, where: Callable[[], Label]) -> None:
         self._where = where
-        # A list, since other threads let storages go, too: a transport's, when a message is through.
+        # Other threads free storages too, for example a transport's after a message: appending to a list is atomic.
         self._events: list[Event] = []
-        # By the address of torch's storage, which has a Python object as long as it lives.
+        # By the address of torch's storage; the storage keeps its Python object while it is alive.
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._by_key: dict[int, Storage[Label]] = {}
 
     def see(self, func: Any, inputs: Any, result: Any) -> None:
-        """An op that has run."""
+        """Log the result of an op."""
         if isinstance(result, torch.Tensor):
             self._see_tensor(func, inputs, result)
         elif isinstance(result, list | tuple):
@@ -81,7 +81,7 @@ class StorageLog(Generic[Label]):
         key = storage._cdata
         if key in self._alive:
             return
-        # A view of, or a result written to, what no op made; but torch.tensor(..) lifts what it has just made.
+        # Skip views of, and writes to, an input. torch.tensor(..) calls lift_fresh on memory that it has just made.
         if func is not torch.ops.aten.lift_fresh.default and any(
             isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == key for leaf in tree_leaves(inputs)
         ):
@@ -99,23 +99,23 @@ class StorageLog(Generic[Label]):
         self._alive[key] = weakref.ref(storage, let_go)
 
     def storages(self) -> list[Storage[Label]]:
-        """All that were made."""
+        """Return all storages that were allocated."""
         return [event.storage for event in list(self._events) if event.comes]
 
     def held(self) -> list[Storage[Label]]:
-        """Those that are there now."""
+        """Return the storages that are alive now."""
         return [storage for storage in self.storages() if storage.alive]
 
     def held_bytes(self) -> int:
-        """Of those that are there now."""
+        """Return the bytes of the storages that are alive now."""
         return sum(storage.num_bytes for storage in self.held())
 
     def of(self, tensor: torch.Tensor) -> Storage[Label] | None:
-        """The storage of a tensor; None for one that no op made while somebody looked."""
+        """Return the storage of a tensor; None if it was not allocated while the log was active."""
         return self._by_key.get(tensor.untyped_storage()._cdata)
 
     def peak(self, begin: int = 0) -> Peak:
-        """The most that was held at once, after so many events."""
+        """Return the peak, not counting moments before event number `begin`."""
         events = list(self._events)
         most, at, held = -1, 0, 0
         for index, event in enumerate(events):
@@ -136,5 +136,5 @@ class StorageLog(Generic[Label]):
 
     @property
     def num_events(self) -> int:
-        """Of all that came and went so far."""
+        """Number of allocations and ends so far."""
         return len(self._events)

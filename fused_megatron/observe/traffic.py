@@ -1,4 +1,4 @@
-"""Bytes that a function moves, counted op by op: what fusing saves, on any machine and without a clock."""
+"""Count of the bytes that a function moves, op by op: the saving of a fusion without measuring time."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Allocate, and touch nothing.
+# Ops that allocate memory without touching it.
 _UNTOUCHED = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 
 
@@ -21,9 +21,9 @@ class Traffic:
 
 
 def measure_traffic(step: Callable[[], object]) -> Traffic:
-    """Run a forward and backward step and count: each op reads its tensors once and writes its results once.
+    """Run a forward and backward step and count its bytes: each op reads its tensors once and writes its results once.
 
-    Views move nothing. An op that is fused counts as one, whatever it does inside.
+    Views move nothing. A fused op counts as one op.
     """
     saved: dict[int, int] = {}
 
@@ -55,5 +55,5 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
 
 
 def _touched_bytes(tensor: torch.Tensor) -> int:
-    """Of an expanded tensor no more than what exists."""
+    """Return the bytes of a tensor; of an expanded tensor, the bytes of its memory."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())

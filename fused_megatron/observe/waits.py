@@ -1,4 +1,4 @@
-"""Waits for other ranks: whatever waits tells an observer, if there is one; else a wait costs nothing more."""
+"""Reports of waits for other ranks to an observer; without an observer they cost nothing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,26 +6,28 @@ from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 COMMUNICATION, BUBBLE = "communication", "bubble"
-"""A wait for a collective, and one of a pipeline stage for another stage."""
+"""Kinds of waits: for a collective, and of a pipeline stage for another stage."""
+OPTIMIZER = "optimizer"
+"""The update of the weights: no wait, but a part of the step that observers time in the same way."""
 
 T = TypeVar("T")
 
 
 class WaitObserver(Protocol):
-    """Who wants to know of the waits."""
+    """Receiver of the reports."""
 
     def wait(self, part: str, function: Callable[[], T]) -> T:
-        """Call function, which waits, and return its result."""
+        """Call function, which waits for other ranks, and return its result."""
 
 
 _observer: ContextVar[WaitObserver | None] = ContextVar("fused_megatron_wait_observer", default=None)
 
 
 def wait_for(part: str, function: Callable[[], T]) -> T:
-    """function(), which waits for other ranks; through the observer of this context, if there is one.
+    """Call function, which waits for other ranks, through the observer of this context if there is one.
 
     Args:
-        part: COMMUNICATION or BUBBLE.
+        part: COMMUNICATION, BUBBLE or OPTIMIZER.
     """
     observer = _observer.get()
     return function() if observer is None else observer.wait(part, function)
@@ -33,7 +35,7 @@ def wait_for(part: str, function: Callable[[], T]) -> T:
 
 @contextmanager
 def observed_by(observer: WaitObserver | None) -> Iterator[None]:
-    """Let the observer see the waits of what runs inside in this thread; None: let nobody see them."""
+    """Report the waits of this thread inside the block to the observer; None: report them to nobody."""
     token = _observer.set(observer)
     try:
         yield

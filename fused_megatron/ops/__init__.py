@@ -1,5 +1,6 @@
-"""Functional fused ops: one device, no collectives."""
+"""Functional fused ops for one device, without collectives."""
 
+from fused_megatron.ops.adamw import adamw_
 from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
@@ -20,6 +21,7 @@ from fused_megatron.reference.cross_entropy import LossTerms
 
 __all__ = [
     "LossTerms",
+    "adamw_",
     "bias_dropout_add",
     "bias_geglu",
     "bias_gelu",

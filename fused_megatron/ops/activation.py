@@ -1,4 +1,4 @@
-"""What bias_gelu, bias_swiglu and bias_geglu share: checks, fake kernels of the raw ops, one autograd Function."""
+"""Parts that bias_gelu, bias_swiglu and bias_geglu share: argument checks, raw ops, one autograd Function."""
 
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
 
 
 class ActivationOps(NamedTuple):
-    """The raw ops: forward(x, bias, *flags) and backward(dy, x, bias, *flags, need_dx, need_dbias)."""
+    """The raw ops of an activation: forward(x, bias, *flags) and backward(dy, x, bias, *flags, need_dx, need_dbias)."""
 
     name: str
     forward: Any
@@ -19,7 +19,7 @@ class ActivationOps(NamedTuple):
 
 
 def define_activation(name: str, flags: str, reference: Any, *, gated: bool) -> ActivationOps:
-    """Define <name>_forward and <name>_backward; flags is their part of the schema, for example "bool tanh, "."""
+    """Define the ops <name>_forward and <name>_backward; `flags` extends their schema, for example ", bool tanh"."""
 
     def fake_forward(x: torch.Tensor, bias: torch.Tensor | None, *flags: bool) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2)) if gated else x.new_empty(x.shape)
@@ -48,7 +48,7 @@ def define_activation(name: str, flags: str, reference: Any, *, gated: bool) -> 
 
 
 class BiasActivation(AutogradFunction):
-    """apply(x, bias, ops, *flags)."""
+    """Activation of x + bias: apply(x, bias, ops, *flags)."""
 
     op = "ops.bias_gelu"
 
@@ -58,10 +58,11 @@ class BiasActivation(AutogradFunction):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, ops: ActivationOps, *flags: bool) -> torch.Tensor:
-        # One copy here serves forward and backward.
+        # Forward and backward use the same contiguous copy.
         x = x.contiguous()
         ctx.save_for_backward(x, bias)
-        ctx.ops, ctx.flags = ops, flags
+        ctx.ops = ops
+        ctx.flags = flags
         return ops.forward(x, bias, *flags)
 
     @staticmethod
@@ -74,7 +75,7 @@ class BiasActivation(AutogradFunction):
 
 
 def check_activation(x: torch.Tensor, bias: torch.Tensor | None, *, gated: bool) -> None:
-    """Raise unless x and bias fit each other, and x has two halves where it is gated."""
+    """Raise unless x and bias fit each other and, if gated, the last dim of x is even."""
     check_dtype("x", x, FLOAT_DTYPES)
     if gated and (x.dim() == 0 or x.shape[-1] % 2):
         raise InputError(f"x.shape={tuple(x.shape)} must have an even last dim: gate and value, each half of it")
@@ -88,11 +89,11 @@ def check_activation(x: torch.Tensor, bias: torch.Tensor | None, *, gated: bool)
 
 
 def check_approximate(approximate: str) -> None:
-    """Raise unless approximate names a form of GELU."""
+    """Raise unless approximate is a form of GELU."""
     if approximate not in ("tanh", "none"):
         raise InputError(f"approximate={approximate!r} must be 'tanh' or 'none'")
 
 
-def is_double(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether plain autograd over the reference is to run: no kernel takes float64."""
+def has_float64(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Return whether an argument is float64, which only the reference takes, under plain autograd."""
     return x.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64)

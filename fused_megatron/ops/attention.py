@@ -1,4 +1,4 @@
-"""Attention under a mask: what a query sees, and the context that it gets."""
+"""Attention over the keys that a causal, windowed, padding or document mask leaves visible."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """What each query may see. A query sees a key that no part of the mask hides.
+    """The keys that each query may see: all keys that no part of the mask hides.
 
     Attributes:
-        causal: no key after the query.
-        window: only the last `window` keys up to the query itself; needs causal. None: no limit.
-        padding: [B, S] bool, True for keys that no query sees (torch's key_padding_mask); at least one a row is False.
-        documents: [n + 1] int32 or int64, cumulative lengths of the n documents that the B S tokens are, row after row:
-            0, .., B S. A query sees only keys of its own document (and row). None: every row is one document.
+        causal: hide the keys after the query.
+        window: number of keys, up to and with the query's own, that a query sees; needs causal. None: no limit.
+        key_padding_mask: [B, S] bool, True for keys that no query sees (as in torch); at least one key a row is False.
+        documents: [n + 1] int32 or int64, from 0 to B S: cumulative lengths of the n documents that the B S tokens, row
+            after row, consist of. A query sees only keys of its own document and row. None: each row is one document.
     """
 
     causal: bool = False
     window: int | None = None
-    padding: torch.Tensor | None = None
+    key_padding_mask: torch.Tensor | None = None
     documents: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -32,8 +32,8 @@ class AttentionMask:
         check(self.window is None or self.window >= 1, f"window={self.window} must be at least 1 (None: no window)")
 
     def hidden(self, batch: int, seq_len: int) -> torch.Tensor | None:
-        """[B, 1, S or 1, S] bool, True for keys that padding or documents hide; None where neither does."""
-        found = None if self.padding is None else self.padding[:, None, None, :]
+        """Return [B, 1, S or 1, S] bool, True for keys hidden by key_padding_mask or documents; None without these."""
+        found = None if self.key_padding_mask is None else self.key_padding_mask[:, None, None, :]
         if self.documents is None:
             return found
         tokens = torch.arange(batch * seq_len, device=self.documents.device)
@@ -42,7 +42,7 @@ class AttentionMask:
         return apart if found is None else apart | found
 
     def seen(self, batch: int, seq_len: int, device: torch.device) -> torch.Tensor | None:
-        """[S, S] or [B, 1, S or 1, S] bool, True where a query sees a key; None where `causal` says it all."""
+        """Return [S, S] or [B, 1, S or 1, S] bool, True where a query sees a key; None if `causal` is enough."""
         hidden = self.hidden(batch, seq_len)
         windowed = self.window is not None and self.window < seq_len
         if not windowed and (hidden is None or not self.causal):
@@ -62,34 +62,35 @@ def attend(
     scale: float | None = None,
     dropout: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """softmax(scale query key^T, over the keys that the mask shows) value, by heads.
+    """Compute softmax(scale query key^T) value for each head, over the keys that the mask leaves visible.
 
-    Equals torch.nn.functional.scaled_dot_product_attention, which it calls where nothing is dropped, in the layout of
-    our activations: the sequence first.
+    Equals torch.nn.functional.scaled_dot_product_attention (which it calls when there is no dropout) with the sequence
+    as the first dim, the layout of the activations of this package.
 
     Args:
         query: [S, B, N, D] float, any strides.
         key: [S, B, G, D]; G divides N, and N / G neighbouring query heads share a key head.
         value: [S, B, G, Dv].
         mask: what each query sees.
-        scale: of the scores; D^-0.5 when None.
-        dropout: the probabilities [B, N, S, S] to those that are kept and scaled up, the same again in backward's
-            recomputation (as models/dropout.py); None drops nothing.
+        scale: factor of the scores; None: D^-0.5.
+        dropout: maps the probabilities [B, N, S, S] to the kept and rescaled ones. It must draw the same mask when the
+            backward recomputes it (as models/dropout.py does). None: no dropout.
 
     Returns:
         [S, B, N, Dv], dtype of query; a view of [B, N, S, Dv].
 
     Raises:
-        InputError: shapes that do not fit, heads that G does not divide, cumulative lengths that are not those of B S
-            tokens (the last one is looked at on the CPU only, where it costs no synchronisation).
-        TypeError: a padding that is not bool, documents that are no integers.
+        InputError: shapes that do not fit, N that G does not divide, or cumulative lengths that do not ascend from 0 to
+            B S (checked only on the CPU: on a GPU it would synchronise).
+        TypeError: a key_padding_mask that is not bool, documents that are not integers.
 
     Communication: none.
-    Memory: as torch's attention; with a window below S, padding or documents it reads a mask of S S or B S S bytes.
-        With dropout the scores and probabilities are held whole: B N S S elements, and as many after dropout.
+    Memory: as torch's attention; a window below S, padding or documents need a mask of S S or B S S bytes. With dropout
+        all scores and probabilities are stored: B N S S elements, and B N S S more after dropout.
     """
     _check_shapes(query, key, value, mask)
-    (seq_len, batch), shared = query.shape[:2], query.shape[2] // key.shape[2]
+    seq_len, batch = query.shape[:2]
+    shared = query.shape[2] // key.shape[2]
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     if dropout is None:
         seen = mask.seen(batch, seq_len, query.device)
@@ -122,9 +123,9 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, m
         raise InputError(
             f"query.shape={tuple(query.shape)} has {heads} heads, not a multiple of the {key.shape[2]} of key"
         )
-    if mask.padding is not None:
-        check_dtype("padding", mask.padding, (torch.bool,))
-        check_shape("padding", mask.padding, (batch, seq_len))
+    if mask.key_padding_mask is not None:
+        check_dtype("key_padding_mask", mask.key_padding_mask, (torch.bool,))
+        check_shape("key_padding_mask", mask.key_padding_mask, (batch, seq_len))
     if mask.documents is not None:
         check_dtype("documents", mask.documents, (torch.int32, torch.int64))
         check(mask.documents.dim() == 1, f"documents.shape={tuple(mask.documents.shape)} must have 1 dim")

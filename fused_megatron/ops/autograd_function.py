@@ -1,4 +1,4 @@
-"""The base of every autograd function of the package, and the transforms of torch that it refuses by name."""
+"""Base class of the package's autograd functions; it refuses torch.func and forward mode with a clear error."""
 
 from typing import Any, ClassVar
 
@@ -6,58 +6,58 @@ import torch
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
-# Private, and what torch.autograd.Function.apply itself asks; 40 ns a call.
+# Private, but torch.autograd.Function.apply uses it too; 40 ns a call.
 transform_is_active = torch._C._are_functorch_transforms_active
-"""Whether the code runs inside a transform of torch.func, where tensors may have no values to look at."""
+"""Whether a transform of torch.func is active, inside which tensors may have no values."""
 
 
 class AutogradFunction(torch.autograd.Function):
-    """A torch.autograd.Function that names its op where a transform of torch.func or forward mode meets it.
+    """A torch.autograd.Function whose error names the op when it is used under torch.func or in forward mode.
 
-    torch would ask the user to write a setup_context, without a word of which function lacks one. To write them is no
-    way out: torch then binds the signature with each call, which costs more than the op.
+    torch's own error asks the user to write a setup_context and does not name the function. Writing setup_context here
+    is no solution: torch then binds the signature at each call, which costs more than the op.
 
     Attributes:
-        op: the public name below fused_megatron, such as "ops.layer_norm".
+        op: the public name below fused_megatron, for example "ops.layer_norm".
     """
 
     op: ClassVar[str]
-    # For callers that have asked for both already: the layers' collectives, whose way to the first byte is short.
+    # Without the checks, for callers that made them already: collectives of layers, where the latency counts.
     apply_untransformed: ClassVar[Any] = torch._C._FunctionBase.__dict__["apply"]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """As torch's.
+        """Run forward and record backward, as torch.autograd.Function.apply.
 
         Raises:
-            RuntimeError: inside torch.func.grad, vmap, jvp or what is made of them, or for a tensor with a tangent.
+            RuntimeError: a transform of torch.func (grad, vmap, jvp, ...) is active, or a tensor has a tangent.
         """
         if transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
             raise _refusal(cls.op_of(*args))
-        # What torch's own apply does from here on, which asks for transforms and setup_context once more.
+        # The rest of torch's apply, without its own checks for transforms and setup_context.
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
     @classmethod
     def op_of(cls, *args: Any) -> str:
-        """The op that such arguments are of, for a class of several ops."""
+        """Return the public name of the op for these arguments, for a class that serves several ops."""
         return cls.op
 
 
 def is_differentiated() -> bool:
-    """Whether an op must go through its AutogradFunction: also in forward mode, which torch.no_grad does not end.
+    """Return whether an op must use its AutogradFunction: with grad enabled, or in forward mode even under no_grad.
 
-    Without it the raw op would run, and torch would take its result for a constant: silently tangents of 0.
+    In forward mode the raw op would return a result that torch treats as a constant: all tangents silently 0.
     """
     return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def is_in_forward_mode() -> bool:
-    """Whether tensors may have tangents."""
+    """Return whether forward-mode differentiation is active, so that tensors may have tangents."""
     return forward_ad._current_level >= 0
 
 
 def check_no_transform(op: str, *args: Any) -> None:
-    """Raise as AutogradFunction.apply, for an op that has no gradient: its result would count as a constant."""
+    """Raise as AutogradFunction.apply does, for an op without a gradient: torch would treat its result as constant."""
     if transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
         raise _refusal(op)
 

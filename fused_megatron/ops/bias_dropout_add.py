@@ -1,4 +1,4 @@
-"""residual + dropout(x + bias), fused, with its gradients; the mask is drawn again in backward, never stored."""
+"""Fused residual + dropout(x + bias) with its gradients; backward draws the mask again instead of storing it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,14 +22,14 @@ def _fake_backward(
     return dx, dy.new_empty(0) if bias is None or not need_dbias else bias.new_empty(bias.shape)
 
 
-# rng_state is None where nothing is random: p is 0 or 1. The four integers are the `rows` of reference/.
+# rng_state is None if nothing is random: p is 0 or 1. The four integers are `rows` of reference/bias_dropout_add.py.
 _forward = define_op(
     "bias_dropout_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? rng_state, float p,"
     " int inner, int start, int stride0, int stride1) -> Tensor",
     reference=reference.bias_dropout_add_forward,
     fake=lambda x, bias, residual, *rest: torch.empty_like(residual, memory_format=torch.contiguous_format),
 )
-# bias is an argument of backward for its dtype alone.
+# backward takes bias only for its dtype.
 _backward = define_op(
     "bias_dropout_add_backward(Tensor dy, Tensor? bias, Tensor? rng_state, ScalarType x_dtype, float p,"
     " int inner, int start, int stride0, int stride1, bool need_dx, bool need_dbias) -> (Tensor dx, Tensor dbias)",
@@ -52,7 +52,9 @@ class _BiasDropoutAdd(AutogradFunction):
         rows: _Rows,
     ) -> torch.Tensor:
         ctx.save_for_backward(bias, rng_state)
-        ctx.x_dtype, ctx.p, ctx.rows = x.dtype, p, rows
+        ctx.x_dtype = x.dtype
+        ctx.p = p
+        ctx.rows = rows
         return _forward(x, bias, residual, rng_state, p, *rows)
 
     @staticmethod
@@ -60,7 +62,7 @@ class _BiasDropoutAdd(AutogradFunction):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         bias, rng_state = ctx.saved_tensors
         need_dx, need_dbias, need_dresidual, *_ = ctx.needs_input_grad
-        # Without dropout the gradient of x is that of y itself.
+        # Without dropout the gradient of x equals dy.
         same = ctx.p == 0.0 and ctx.x_dtype == dy.dtype
         dx, dbias = dy, None
         if need_dbias or (need_dx and not same):
@@ -89,50 +91,49 @@ def bias_dropout_add(
     full_shape: Sequence[int] | None = None,
     offset: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Add the bias, drop elements at random, and add the residual, in one pass; no mask is stored.
+    """Add the bias, apply dropout, and add the residual in one pass over memory; no mask is stored.
 
-    Equals residual + torch.nn.functional.dropout(x + bias, p, training), with another choice of what is dropped:
+    Equals residual + torch.nn.functional.dropout(x + bias, p, training), but draws another mask:
 
         y = residual + (x + bias) * factor,   factor = 1 / (1 - p) where kept, 0 where dropped
 
-    Which elements are kept is a function of rng_state and of the element's index in the WHOLE tensor: every shard of x
-    that is given its place draws exactly its slice of the mask that one device would draw. The element with (row-major)
-    global index g is kept if word(g) >= floor(p * 2^32), where, with (seed, offset) = rng_state,
+    The mask depends only on rng_state and on an element's index in the FULL tensor. So a shard, with its full_shape and
+    offset, draws exactly its slice of the mask that one device would draw. The element with (row-major) global index g
+    is kept if word(g) >= floor(p * 2^32), where, with (seed, offset) = rng_state,
 
         word(g) = philox4x32_10(counter=(g // 4, offset), key=seed)[g % 4]
 
-    the same bits on every device; reference/philox.py spells it out.
+    is a random 32-bit word with the same bits on every device (reference/philox.py defines it).
 
     Args:
-        x: [..., H] float32, bfloat16, float16 or float64, any strides (one that is not contiguous is copied once).
+        x: [..., H] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         bias: [H], any of these dtypes, or None.
-        residual: the shape of x; the dtype of x, or float32 beside a 16-bit x (or float64 beside any).
-        p: the probability of being dropped, in [0, 1]. 0 drops nothing and 1 everything, exactly.
+        residual: the shape of x; the dtype of x, or float32 with a 16-bit x, or float64.
+        p: the probability that an element is dropped, in [0, 1]. 0 drops nothing and 1 everything, exactly.
         training: False is p = 0.
         rng_state: int64 [2], (seed, offset), on the device of x; not written. None: drawn from torch's generator of
-            that device, so that torch.manual_seed and activation checkpointing repeat it. Ranks that hold shards of
-            one tensor need one rng_state: pass it.
-        full_shape: shape of the whole tensor that x is a slice of, as many dims as x; None: x is whole.
-        offset: where the slice begins in each dim; None: at 0.
+            that device, so that torch.manual_seed and activation checkpointing reproduce it. Pass the same rng_state
+            on all ranks that hold shards of one tensor.
+        full_shape: shape of the full tensor that x is a slice of, with the same number of dims; None: x is full.
+        offset: first index of the slice in each dim; None: 0.
 
     Returns:
         y, the shape and dtype of residual, contiguous.
 
     Raises:
-        InputError: wrong shapes, devices or p; a slice that does not lie in full_shape, or is cut along so many dims
-            that, dims which are whole taken together, its rows lie in more than two dims (any slice of [S, B, H] is
-            fine; reshape others).
-        TypeError: a dtype that is not floating point, or narrower in residual than in x.
+        InputError: wrong shapes, devices or p; a slice outside full_shape; or a slice cut along so many dims that its
+            rows need more than two strides (every slice of [S, B, H] is supported; reshape other tensors).
+        TypeError: a dtype that is not floating point, or a residual narrower than x.
 
     Communication: none.
 
-    Memory: bias and the 16 bytes of rng_state are saved for backward; x and residual are not. The gradient of residual
-    is dy itself, no copy. 16-bit: 6 bytes an element forward, 4 backward.
+    Memory: saves bias and the 16 bytes of rng_state for backward, not x and residual. The gradient of residual is dy
+    itself, without a copy. For 16-bit tensors, forward moves 6 bytes per element, backward 4.
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
-    runs agree bit for bit, on the CPU for any number of threads. A dropped element is multiplied by 0, as torch does:
-    a NaN or an infinity in it shows as NaN. float64 runs on the PyTorch reference. No host synchronisation (a CUDA
-    graph may capture it). Backward cannot be differentiated again (except in float64).
+    Numerics: float32 inside, ONE rounding to the output's dtype. dbias is summed in float32 in a fixed order, so that
+    runs agree bit for bit, on the CPU with any number of threads. A dropped element is multiplied by 0, as in torch: if
+    it is NaN or infinite, the result is NaN. float64 runs on the PyTorch reference. No host synchronisation: a CUDA
+    graph can capture the op. Backward cannot be differentiated again (except in float64).
 
     Paper: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
     """
@@ -178,7 +179,7 @@ def _check_tensors(
 
 
 def _rows(shape: tuple[int, ...], full_shape: tuple[int, ...], offset: tuple[int, ...]) -> _Rows:
-    """Where the rows of a slice begin in the whole tensor: the `rows` of reference/bias_dropout_add.py."""
+    """Compute `rows` of reference/bias_dropout_add.py: where the rows of a slice begin in the full tensor."""
     for name, values in (("full_shape", full_shape), ("offset", offset)):
         check(len(values) == len(shape), f"{name}={values} must have {len(shape)} dims, as x has")
     for dim, (size, full, first) in enumerate(zip(shape, full_shape, offset, strict=True)):
@@ -187,7 +188,7 @@ def _rows(shape: tuple[int, ...], full_shape: tuple[int, ...], offset: tuple[int
             f"offset[{dim}]={first} must place x.shape[{dim}]={size} inside full_shape[{dim}]={full}",
         )
     start, stride = 0, 1
-    outer: list[tuple[int, int]] = []  # (size, stride) of the dims before the last that rows lie in, innermost first
+    outer: list[tuple[int, int]] = []  # (size, stride) of the merged dims before the last, innermost first
     for dim in reversed(range(len(shape))):
         start += offset[dim] * stride
         if dim < len(shape) - 1 and shape[dim] != 1:
@@ -198,8 +199,8 @@ def _rows(shape: tuple[int, ...], full_shape: tuple[int, ...], offset: tuple[int
         stride *= full_shape[dim]
     check(
         len(outer) <= 2,
-        f"x.shape={shape} in full_shape={full_shape} must be cut along fewer dims: its rows lie in {len(outer)} dims "
-        "that cannot be taken together, and at most 2 are supported (reshape it, or call once a part)",
+        f"x.shape={shape} in full_shape={full_shape} must be cut along fewer dims: its rows need {len(outer)} strides, "
+        "and at most 2 are supported (reshape it, or call the op once for each part)",
     )
     if not outer:
         return 1, start, 0, 0

@@ -1,4 +1,4 @@
-"""gelu(x1 + b1) * (x2 + b2), fused, with its gradients."""
+"""Fused gelu(x1 + b1) * (x2 + b2) with its gradients."""
 
 import torch
 
@@ -7,7 +7,7 @@ from fused_megatron.ops.activation import (
     check_activation,
     check_approximate,
     define_activation,
-    is_double,
+    has_float64,
 )
 from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_geglu as reference
@@ -23,7 +23,7 @@ def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: s
         y[..., j] = gelu(x[..., j] + bias[j]) * (x[..., F + j] + bias[F + j])
 
     Args:
-        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         bias: [2F], any of these dtypes, or None.
         approximate: "tanh" or "none".
 
@@ -31,23 +31,23 @@ def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: s
         [..., F] in the dtype of x, contiguous.
 
     Raises:
-        InputError: the last dim of x is odd, bias is not [2F] or lies on another device, or approximate has another
+        InputError: the last dim of x is odd, bias is not [2F] or is on another device, or approximate has another
             value.
         TypeError: a dtype that is not floating point.
 
     Communication: none.
 
-    Memory: x and bias are saved for backward; neither x + bias nor gelu(u1) ever exists in memory.
+    Memory: saves x and bias for backward; x + bias and gelu(u1) are never stored.
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
-    runs agree bit for bit, on the CPU for any number of threads. float64 runs on the PyTorch reference. Backward
-    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as torch's gelu.
+    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so that
+    runs agree bit for bit, on the CPU with any number of threads. float64 runs on the PyTorch reference. Backward
+    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as with torch.
 
     Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     check_approximate(approximate)
     check_activation(x, bias, gated=True)
-    if is_double(x, bias):
+    if has_float64(x, bias):
         return reference.bias_geglu(x.contiguous(), bias, approximate)
     if not is_differentiated():
         return _OPS.forward(x, bias, approximate == "tanh")

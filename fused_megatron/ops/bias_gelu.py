@@ -1,4 +1,4 @@
-"""gelu(x + bias), fused, with its gradients."""
+"""Fused gelu(x + bias) with its gradients."""
 
 import torch
 
@@ -7,7 +7,7 @@ from fused_megatron.ops.activation import (
     check_activation,
     check_approximate,
     define_activation,
-    is_double,
+    has_float64,
 )
 from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_gelu as reference
@@ -24,7 +24,7 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
         "none":  y = u / 2 * (1 + erf(u / sqrt(2)))
 
     Args:
-        x: [..., F] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        x: [..., F] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         bias: [F], any of these dtypes, or None.
         approximate: "tanh" or "none".
 
@@ -32,22 +32,22 @@ def bias_gelu(x: torch.Tensor, bias: torch.Tensor | None = None, approximate: st
         [..., F] in the dtype of x, contiguous.
 
     Raises:
-        InputError: bias is not [F] or lies on another device, or approximate has another value.
+        InputError: bias is not [F] or is on another device, or approximate has another value.
         TypeError: a dtype that is not floating point.
 
     Communication: none.
 
-    Memory: x and bias are saved for backward; the sum x + bias never exists in memory.
+    Memory: saves x and bias for backward; x + bias is never stored.
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
-    runs agree bit for bit, on the CPU for any number of threads. float64 runs on the PyTorch reference. Backward
-    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as torch's gelu.
+    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so that
+    runs agree bit for bit, on the CPU with any number of threads. float64 runs on the PyTorch reference. Backward
+    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as with torch.
 
     Paper: Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv:1606.08415.
     """
     check_approximate(approximate)
     check_activation(x, bias, gated=False)
-    if is_double(x, bias):
+    if has_float64(x, bias):
         return reference.bias_gelu(x.contiguous(), bias, approximate)
     if not is_differentiated():
         return _OPS.forward(x, bias, approximate == "tanh")

@@ -1,8 +1,8 @@
-"""silu(x1 + b1) * (x2 + b2), fused, with its gradients."""
+"""Fused silu(x1 + b1) * (x2 + b2) with its gradients."""
 
 import torch
 
-from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, is_double
+from fused_megatron.ops.activation import BiasActivation, check_activation, define_activation, has_float64
 from fused_megatron.ops.autograd_function import is_differentiated
 from fused_megatron.reference import bias_swiglu as reference
 
@@ -17,28 +17,28 @@ def bias_swiglu(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tens
         y[..., j] = silu(x[..., j] + bias[j]) * (x[..., F + j] + bias[F + j])
 
     Args:
-        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        x: [..., 2F] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         bias: [2F], any of these dtypes, or None.
 
     Returns:
         [..., F] in the dtype of x, contiguous.
 
     Raises:
-        InputError: the last dim of x is odd, or bias is not [2F] or lies on another device.
+        InputError: the last dim of x is odd, or bias is not [2F] or is on another device.
         TypeError: a dtype that is not floating point.
 
     Communication: none.
 
-    Memory: x and bias are saved for backward; neither x + bias nor silu(u1) ever exists in memory.
+    Memory: saves x and bias for backward; x + bias and silu(u1) are never stored.
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so two
-    runs agree bit for bit, on the CPU for any number of threads. float64 runs on the PyTorch reference. Backward
-    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as torch's silu.
+    Numerics: float32 inside, ONE rounding to the output's dtype; dbias is summed in float32 in a fixed order, so that
+    runs agree bit for bit, on the CPU with any number of threads. float64 runs on the PyTorch reference. Backward
+    cannot be differentiated again (except in float64). Under autocast the output has the dtype of x, as with torch.
 
     Paper: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
     """
     check_activation(x, bias, gated=True)
-    if is_double(x, bias):
+    if has_float64(x, bias):
         return reference.bias_swiglu(x.contiguous(), bias)
     if not is_differentiated():
         return _OPS.forward(x, bias)

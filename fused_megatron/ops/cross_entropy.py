@@ -1,4 +1,4 @@
-"""Cross-entropy, fused, on one device. The pieces for shards of the vocabulary are in ops/cross_entropy_shards.py."""
+"""Fused cross-entropy on one device. ops/cross_entropy_shards.py has the parts for shards of the vocabulary."""
 
 import torch
 
@@ -36,36 +36,36 @@ def cross_entropy(
 
     Args:
         logits: [Vp], [T, Vp] or [N, Vp, d1, ...] float32, bfloat16, float16 or float64. [T, Vp] with dense rows is read
-            where it lies; the other layouts are brought there by a copy.
+            in place; other layouts are copied to it.
         target: [], [T] or [N, d1, ...] int64; class ids. (Class probabilities are not supported.)
         ignore_index: tokens with this target have loss 0 and gradient 0, and do not count in the mean.
         reduction: "mean" over the tokens that are not ignored (NaN if all are, as in torch), "sum" or "none".
         label_smoothing: s in [0, 1].
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311); 0 as in torch.
-        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
-        vocab_size: V <= Vp, the true number of classes; columns from V on are padding, left out of everything, with
-            gradient 0. None: all columns are classes.
-        inplace_backward: the backward overwrites the logits with their gradient, and so needs no memory for it.
-            Autograd then refuses everything else that needs these logits, a second backward too. Without effect on
-            float64 logits and under torch.compile, which reuses memory by itself.
-        check_target: True raises for a target that is no class, wherever the tensors are: on a GPU that waits for it.
-            None does so where it costs no wait, on the CPU outside torch.compile. False never does.
-        weight: None; class weights, an argument of torch's function, are not supported.
+        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: x is the logits.
+        vocab_size: V <= Vp, the number of classes without padding; the loss ignores columns from V on, and their
+            gradient is 0. None: all columns are classes.
+        inplace_backward: backward overwrites the logits with their gradient, so that the gradient needs no memory.
+            Autograd then refuses any other use of these logits, a second backward too. No effect on float64 logits and
+            under torch.compile, which reuses memory by itself.
+        check_target: True: always check that targets are valid (synchronises on a GPU). None: check only on the CPU and
+            outside torch.compile, where no synchronisation is needed. False: never check.
+        weight: must be None; class weights, an argument of torch's function, are not supported.
 
     Returns:
-        A scalar, or the shape of target for "none"; in the dtype of the logits, as torch (float32 under autocast).
+        A scalar, or the shape of target for "none"; in the dtype of the logits, as in torch (float32 under autocast).
 
     Raises:
-        InputError: wrong shapes or arguments, or a target that is no class (check_target). Where nobody looks, the loss
-            and the gradient of such a token are NaN, and nothing is read out of bounds.
+        InputError: wrong shapes or arguments, or a target that is not a class (see check_target). If it is not checked,
+            the loss and the gradient of such a token are NaN, and nothing is read out of bounds.
         TypeError: wrong dtypes.
-        RuntimeError: by autograd, for a backward that needs logits overwritten by inplace_backward.
+        RuntimeError: raised by autograd if a backward needs logits that inplace_backward has overwritten.
 
     Communication: none.
     Memory: saves the logits (no copy), lse and target; forward reads each logit once, backward reads each logit and
         writes each gradient once.
-    Numerics: float32 inside and one rounding, of the loss after the reduction and of each gradient; deterministic.
-        float64 logits go through plain PyTorch, and can be differentiated twice; the others raise RuntimeError.
+    Numerics: float32 inside; the loss is rounded once after the reduction, each gradient once; deterministic. float64
+        logits run in plain PyTorch and can be differentiated twice; for other dtypes that raises RuntimeError.
     """
     if reduction not in _REDUCTIONS:
         raise InputError(f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
@@ -97,18 +97,18 @@ def cross_entropy(
         loss = loss.sum()
         if reduction == "mean":
             loss = loss / (flat_target != ignore_index).sum()
-    # torch's own op runs in float32 under autocast; ours always does inside, so that only the result differs.
+    # Under autocast torch's op returns float32. This op computes in float32 anyway: only the result's dtype changes.
     return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
 
 
 def _as_rows(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [T, V], target [T]) of any layout that torch.nn.functional.cross_entropy takes."""
+    """Return logits [T, V] and target [T] for any layout that torch.nn.functional.cross_entropy takes."""
     if logits.dim() == 0:
         raise InputError("logits.shape=() must have a dimension of classes")
     if logits.dim() == 1:
         check_shape("target", target, ())
         return logits.unsqueeze(0), target.reshape(1)
-    if logits.dim() == 2:  # of which the target's shape is checked with the rest
+    if logits.dim() == 2:  # check_shard checks the target's shape
         return logits, target.contiguous()
     check_shape("target", target, (logits.shape[0], *logits.shape[2:]))
     rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])

@@ -1,10 +1,10 @@
-"""Cross-entropy of vocabulary shards, in the pieces between which the shards communicate.
+"""Cross-entropy of vocabulary shards, as separate ops between which the shards communicate.
 
-A shard of the vocabulary gives three numbers for each token, (shift, log_sum, linear). The shift is a number near the
-largest logit and is taken from all of them, so that a large common part of the logits costs no precision; the log of
-the sum of their exponentials, lse, is shift + log_sum. The numbers of all shards merge to the loss, and the gradient of
-a shard needs only the merged lse. So a loss over R shards takes one exchange of 12 bytes per token and shard, and label
-smoothing, z-loss, soft-capped logits and ignored tokens come out exactly as on one device.
+Each shard computes three numbers per token: (shift, log_sum, linear). The shift is a number near the largest logit and
+is subtracted from all logits, so that a large offset common to all logits costs no precision; the log of the sum of
+exponentials is lse = shift + log_sum. Merging the numbers of all shards gives the loss, and the gradient of a shard
+needs only the merged lse. So a loss over R shards takes one exchange of 12 bytes per token and shard. Label smoothing,
+z-loss, soft-capped logits and ignored tokens give exactly the result of one device.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,11 @@ from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_tr
 from fused_megatron.reference import cross_entropy as reference
 from fused_megatron.reference.cross_entropy import SCALARS, LossTerms
 
-# ---- The pieces without checks, for tensors that have been checked ---------------------------------------------------
+# ---- The ops without argument checks, for tensors that have been checked --------------------------------------------
 
 
 def _piece(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls an op with its arguments, terms last: the op takes terms as numbers, and no float64."""
+    """Define an op; return a function that takes LossTerms as last argument and runs float64 on the reference."""
     in_plain_torch = getattr(reference, name)
 
     def of_scalars(*arguments: Any) -> Any:
@@ -65,40 +65,40 @@ gradient_of_shard_ = _piece(
 
 
 class Exchange:
-    """What the shards of a vocabulary exchange, started before the work that hides it. This one: a single device.
+    """Communication between vocabulary shards, started before the work that hides it. This base class: one device.
 
     Attributes:
-        num_shards: of the vocabulary.
-        num_blocks: of how many ranks' rows a chunk of tokens consists, one block after the other.
+        num_shards: number of shards of the vocabulary.
+        num_blocks: number of ranks whose rows form a chunk of tokens, one block of rows after the other.
     """
 
     num_shards = 1
     num_blocks = 1
 
     def start_hidden(self, rows: torch.Tensor) -> "Pending":
-        """Rows [n, H] of this rank to those of the chunk [num_blocks n, H]."""
+        """Start gathering the rows [n, H] of each rank to the rows of the chunk [num_blocks n, H]."""
         return lambda: rows
 
     def start_statistics(self, stats: torch.Tensor) -> "Pending":
-        """[t, 3] of this shard to [R, t, 3] of all."""
+        """Start gathering the statistics [t, 3] of each shard to [R, t, 3]."""
         return lambda: stats.unsqueeze(0)
 
     def start_dhidden(self, partial: torch.Tensor) -> "Pending":
-        """This shard's part [num_blocks n, H] of the gradient to the sum, of this rank's rows [n, H]."""
+        """Start summing the shards' gradients [num_blocks n, H]; the result has this rank's rows [n, H]."""
         return lambda: partial
 
 
 Pending = Callable[[], torch.Tensor]
-"""Something under way; calling it, once, gives the result."""
+"""A communication that has started; calling it, once, waits and returns the result."""
 
 
 def public_op(name: str, exchange: Exchange | None) -> str:
-    """The op that a user called: of one device without an exchange, of tensor-parallel ranks with one."""
+    """Return the public name of the op that the user called: with an exchange, the tensor-parallel one."""
     return f"ops.{name}" if exchange is None else f"tensor_parallel.vocab_parallel_{name}"
 
 
 class ShardLoss(AutogradFunction):
-    """Loss of each token of logits [T, V / R]; saves the logits themselves, lse and target, and nothing of size V."""
+    """Loss of each token from logits [T, V / R]; saves the logits without a copy, lse and target."""
 
     op = "ops.cross_entropy"
 
@@ -133,42 +133,42 @@ class ShardLoss(AutogradFunction):
             )
         logits, target, lse = ctx.saved_tensors
         grad_loss = grad_loss.contiguous()
-        # The compiler plans memory by itself, and overwrites the logits where nothing needs them any more.
+        # torch.compile plans memory by itself and overwrites the logits when nothing needs them any more.
         if ctx.inplace and not compiling:
-            dlogits = logits.detach()  # of the same version
+            dlogits = logits.detach()  # shares the version counter of logits
             gradient_of_shard_(grad_loss, dlogits, target, lse, ctx.terms)
         else:
             dlogits = gradient_of_shard(grad_loss, logits, target, lse, ctx.terms)
         return dlogits, None, None, None, None
 
 
-# ---- The pieces as users call them -----------------------------------------------------------------------------------
+# ---- The ops with argument checks, as users call them ---------------------------------------------------------------
 
 
 def cross_entropy_statistics(
     logits_shard: torch.Tensor, target: torch.Tensor, terms: LossTerms, *, check_target: bool | None = None
 ) -> torch.Tensor:
-    """What one vocabulary shard contributes to the cross-entropy of each token.
+    """Compute the contribution of one vocabulary shard to the cross-entropy of each token.
 
     log_sum = log(sum_j exp(x_j - shift))                   over the real columns of this shard
     linear  = -(1 - s) (x_target - shift) [if owned] - (s / V) sum_j (x_j - shift)
 
     Args:
-        logits_shard: [T, V / R] float32, bfloat16, float16 or float64; this shard's columns, contiguous or rows with a
-            stride (anything else is copied).
+        logits_shard: [T, V / R] float32, bfloat16, float16 or float64; this shard's columns, dense within a row (copied
+            if not).
         target: [T] int64; global ids, the same on every shard.
         terms: of the loss, with this shard's vocab_start. A shard of only padding gives (0, -inf, 0). Ignored tokens
             get zeros, and their logits are not read.
-        check_target: True raises for a target that is no word, wherever the tensors are: on a GPU that waits for it.
-            None does so where it costs no wait, on the CPU outside torch.compile. False never does.
+        check_target: True: always check that targets are valid (synchronises on a GPU). None: check only on the CPU and
+            outside torch.compile, where no synchronisation is needed. False: never check.
 
     Returns:
-        [T, 3] float32 (float64 for float64 logits): (shift, log_sum, linear), with a shift near the largest logit. Not
-        differentiable by itself.
+        [T, 3] float32 (float64 for float64 logits): (shift, log_sum, linear), with a shift near the largest logit. The
+        result is not differentiable.
 
     Raises:
-        InputError: wrong shapes, or a target that is no word (check_target). Where nobody looks, such a token's linear,
-            hence its loss, is NaN, and nothing is read out of bounds.
+        InputError: wrong shapes, or a target that is not a vocabulary entry (see check_target). If it is not checked,
+            linear, and so the loss, of such a token is NaN, and nothing is read out of bounds.
         TypeError: wrong dtypes.
 
     Communication: none.
@@ -184,10 +184,10 @@ def cross_entropy_statistics(
 def cross_entropy_merge(
     stats: torch.Tensor, target: torch.Tensor, terms: LossTerms, *, num_columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each token from the statistics of all shards.
+    """Compute the loss of each token from the statistics of all shards.
 
-    With a number M near the largest shift, and w_r = (1 - s) [if shard r owns the target] + (s / V) (words of shard r),
-    which is 1 over all shards:
+    M is a number near the largest shift, and w_r = (1 - s) [if shard r owns the target] + (s / V) (entries of shard r);
+    the w_r of all shards add up to 1:
 
     lse  = M + log_sum,  log_sum = log(sum_r exp(shift_r - M + log_sum_r))
     loss = log_sum + sum_r (linear_r + w_r (M - shift_r)) + z lse^2;  loss = 0 where target == ignore_index
@@ -196,16 +196,16 @@ def cross_entropy_merge(
         stats: [R, T, 3] float32 (or float64); the results of cross_entropy_statistics, one shard after the other.
         target: [T] int64.
         terms: of the loss; vocab_start has no effect.
-        num_columns: of each shard, padding included: shard r begins at word r num_columns.
+        num_columns: columns of each shard with its padding: shard r begins at vocabulary entry r num_columns.
 
     Returns:
-        loss [T], and lse [T, 2] as (M, log_sum); both in the dtype of stats. The order of the sum over shards is fixed.
+        loss [T], and lse [T, 2] as (M, log_sum); both in the dtype of stats. Shards are summed in a fixed order.
 
     Raises:
         InputError: wrong shapes.
         TypeError: wrong dtypes.
 
-    Communication: none; the caller has gathered stats.
+    Communication: none; the caller gathers stats.
     """
     check(stats.dim() == 3 and stats.shape[2] == 3, f"stats.shape={tuple(stats.shape)} must be (shards, tokens, 3)")
     check_shape("target", target, stats.shape[1:2])
@@ -218,21 +218,21 @@ def cross_entropy_merge(
 def cross_entropy_gradient(
     grad_loss: torch.Tensor, logits_shard: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
-    """The gradient of the logits of one vocabulary shard.
+    """Compute the gradient of the logits of one vocabulary shard.
 
     dx_j = grad_loss (exp(x_j - lse) (1 + 2 z lse) - s / V - (1 - s) [j == target]);  0 for padding and ignored tokens
 
-    With a softcap, times the slope of c tanh(logits / c): 1 - (x_j / c)^2.
+    With a softcap, multiplied by the derivative of c tanh(logits / c): 1 - (x_j / c)^2.
 
     Args:
         grad_loss: [T] float; the gradient of each token's loss.
-        logits_shard: [T, V / R]; as given to cross_entropy_statistics.
+        logits_shard: [T, V / R]; the argument of cross_entropy_statistics.
         target: [T] int64; global ids.
-        lse: [T, 2] float32 (float64 for float64 logits); of the whole vocabulary, from cross_entropy_merge.
-        terms: as in the forward.
+        lse: [T, 2] float32 (float64 for float64 logits); the result of cross_entropy_merge.
+        terms: as in cross_entropy_statistics.
 
     Returns:
-        [T, V / R] in the dtype of the logits, contiguous, rounded once. NaN for a token whose target is no word.
+        [T, V / R] in the dtype of the logits, contiguous, rounded once. NaN for a token with an invalid target.
 
     Raises:
         InputError: wrong shapes.
@@ -250,18 +250,18 @@ def cross_entropy_gradient(
 def cross_entropy_gradient_(
     grad_loss: torch.Tensor, logits_shard: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
-    """cross_entropy_gradient in place: the gradient overwrites the logits, and no other memory of their size is needed.
+    """Compute cross_entropy_gradient in place: the gradient overwrites the logits.
 
     Args:
-        logits_shard: [T, V / R], rows dense and apart from each other; holds the gradient afterwards. Its version is
-            counted up, so that autograd refuses a backward that would need the logits.
+        logits_shard: [T, V / R], dense rows that do not overlap; overwritten. Its version counter increases, so that
+            autograd refuses a backward that needs the logits.
         grad_loss, target, lse, terms: as in cross_entropy_gradient.
 
     Returns:
         logits_shard.
 
     Raises:
-        InputError: wrong shapes, or logits whose rows are not dense or overlap.
+        InputError: wrong shapes, or logits with rows that are not dense or that overlap.
         TypeError: wrong dtypes.
 
     Communication: none.
@@ -270,7 +270,7 @@ def cross_entropy_gradient_(
     check_shard(logits_shard, target)
     check(
         has_own_rows(logits_shard),
-        f"logits_shard.stride()={logits_shard.stride()} must be of dense rows that do not overlap, to be overwritten "
+        f"logits_shard.stride()={logits_shard.stride()} must have dense rows that do not overlap, to be overwritten "
         "(use cross_entropy_gradient, or make it contiguous)",
     )
     grad_loss, target, lse = _checked_per_token(grad_loss, logits_shard, target, lse)
@@ -278,16 +278,16 @@ def cross_entropy_gradient_(
     return logits_shard
 
 
-# ---- Shared with the functions over these ------------------------------------------------------------------------
+# ---- Shared with the ops that are built on these -----------------------------------------------------------------
 
 
 def with_dense_rows(logits: torch.Tensor) -> torch.Tensor:
-    """The logits, copied only if the columns do not lie side by side."""
+    """Return the logits, copied only if their rows are not dense."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def has_own_rows(logits: torch.Tensor) -> bool:
-    """Whether columns lie side by side and no row shares memory with another."""
+    """Return whether rows are dense and do not overlap."""
     rows, columns = logits.shape
     return (logits.stride(1) == 1 or columns <= 1) and (rows <= 1 or logits.stride(0) >= columns)
 
@@ -305,7 +305,7 @@ def check_shard(logits: torch.Tensor, target: torch.Tensor) -> None:
 def _checked_per_token(
     grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(grad_loss, target, lse) as the pieces take them."""
+    """Check the tensors that have a value per token and return (grad_loss, target, lse) as the ops take them."""
     check_shape("grad_loss", grad_loss, target.shape)
     check_shape("lse", lse, (*target.shape, 2))
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -314,22 +314,23 @@ def _checked_per_token(
 
 
 def check_targets(target: torch.Tensor, terms: LossTerms, check_target: bool | None = None) -> None:
-    """Raise for a target that is no word; None: where looking costs neither a synchronisation nor a graph break."""
+    """Raise for a target that is not a vocabulary entry; None: only if that needs no synchronisation or graph break."""
     compiling = torch.compiler.is_compiling()
     if check_target is None:
-        # Inside a transform of torch.func a tensor may have no single value to look at.
+        # Inside a transform of torch.func a tensor may have no values.
         on_cpu = not compiling and type(target) is torch.Tensor and target.device.type == "cpu"
         check_target = on_cpu and not transform_is_active()
     if not check_target or target.numel() == 0:
         return
-    vocab_size, ignore_index = terms.vocab_size, terms.ignore_index
+    vocab_size = terms.vocab_size
+    ignore_index = terms.ignore_index
     if not compiling:
-        low, high = torch.aminmax(target)  # one quick look, enough where no token is ignored
+        low, high = torch.aminmax(target)  # fast, and enough if no token is ignored
         if low.item() >= 0 and high.item() < vocab_size:
             return
     invalid = ((target < 0) | (target >= vocab_size)) & (target != ignore_index)
     if compiling:
-        # No graph breaks for it: an assertion inside the graph, which cannot say which target it was.
+        # An assertion inside the graph avoids a graph break; its message cannot name the target.
         torch._assert_async(~invalid.any(), f"target must be in [0, {vocab_size}) or ignore_index={ignore_index}")
     elif invalid.any():
         position = int(invalid.nonzero()[0])

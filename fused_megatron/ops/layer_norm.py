@@ -1,4 +1,4 @@
-"""Layer normalisation over the last dim, with its gradients; optionally after the residual addition."""
+"""Layer normalisation over the last dim, with its gradients; optionally fused with the residual addition."""
 
 from typing import Any, overload
 
@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
+from fused_megatron.ops.norm import empty_or_like, gradient_without_y, needs_reference
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import layer_norm as reference
 
@@ -53,7 +53,7 @@ _forward = define_op(
     reference=reference.layer_norm_forward,
     fake=_fake_forward,
 )
-# bias is an argument of backward for its dtype alone: dbias does not depend on its values.
+# backward takes bias only for its dtype: dbias does not depend on its values.
 _backward = define_op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd,"
     " bool need_dx, bool need_dweight, bool need_dbias, Tensor? dtotal=None, bool need_dresidual=False,"
@@ -64,7 +64,7 @@ _backward = define_op(
 
 
 class _LayerNorm(AutogradFunction):
-    """Returns y, or (y, total) with a residual."""
+    """The op under autograd: returns y, or (y, total) with a residual."""
 
     op = "ops.layer_norm"
 
@@ -78,7 +78,7 @@ class _LayerNorm(AutogradFunction):
         residual: torch.Tensor | None,
         zero_centered_weight: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # One copy here serves forward and backward.
+        # Forward and backward use the same contiguous copy.
         x = x.contiguous()
         y, mean, rstd, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)
         ctx.set_materialize_grads(False)
@@ -97,15 +97,25 @@ class _LayerNorm(AutogradFunction):
         if dy is None:
             if dtotal is None:
                 return None, None, None, None, None, None
-            dx, dresidual = gradient_of_total_alone(dtotal, ctx.dtype, need_dx, need_dresidual)
+            dx, dresidual = gradient_without_y(dtotal, ctx.dtype, need_dx, need_dresidual)
             return dx, None, None, None, dresidual, None
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        # In one dtype the gradients of x and residual are one tensor, as in torch's own addition.
+        # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
         dx, dweight, dbias, dresidual = _backward(
-            dy, x, weight, bias, mean, rstd, need_dx or (need_dresidual and shared), need_dweight, need_dbias,
-            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            bias,
+            mean,
+            rstd,
+            need_dx or (need_dresidual and shared),
+            need_dweight,
+            need_dbias,
+            dtotal,
+            need_dresidual and not shared,
+            ctx.zero_centered_weight,
+        )
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
@@ -145,9 +155,9 @@ def layer_norm(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalise every row of x (of x + residual, where one is given) over the last dim, then scale and shift it.
+    """Normalise every row of x (or of x + residual) over the last dim, then scale and shift it.
 
-    Equals torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps). For every row x of width H:
+    Equals torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps). For every row of width H:
 
         mean = sum(x) / H;  rstd = 1 / sqrt(sum((x - mean)^2) / H + eps);  y = (x - mean) * rstd * weight + bias
 
@@ -155,11 +165,11 @@ def layer_norm(
 
         dx = rstd * (g - mean(g) - n * mean(g * n));  dweight = sum over rows of dy * n;  dbias = sum over rows of dy
 
-    With a residual, total = x + residual takes the place of x, in the same pass over memory; backward adds the gradient
-    into total to dx in the same pass, and dresidual is the same sum.
+    With a residual, total = x + residual replaces x in these formulas, in the same pass over memory. Backward adds the
+    gradient of total to dx in the same pass, and dresidual equals dx.
 
     Args:
-        x: [..., H] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        x: [..., H] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         weight: [H], any of these dtypes, or None for 1.
         bias: [H], any of these dtypes, or None for 0.
         eps: added to the variance.
@@ -170,23 +180,22 @@ def layer_norm(
         y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
 
     Raises:
-        InputError: x has no dim or no column, weight or bias is not [H], residual is not of the shape of x, or one of
-            them lies on another device.
+        InputError: x has no dim or no column, weight or bias is not [H], residual does not have the shape of x, or one
+            of them is on another device.
         TypeError: a dtype that is not floating point, or a residual of another 16-bit dtype than x.
 
     Communication: none.
 
-    Memory: x (with a residual: total, and not x), and mean and rstd of every row (8 bytes a row), are saved for
-    backward.
+    Memory: saves x (with a residual: total instead of x), and mean and rstd of every row (8 bytes per row).
 
-    Numerics: float32 inside (the variance from centred values), ONE rounding to the output's dtype; dweight and dbias
-    are summed in float32 in a fixed order, so two runs agree bit for bit, on the CPU for any number of threads. With a
-    residual y is of the rounded total, which is what backward has, and what layer_norm(x + residual) would see.
-    float64 runs on the PyTorch reference. Backward cannot be differentiated again (except in float64).
+    Numerics: float32 inside (the variance from centred values), ONE rounding to the output's dtype. dweight and dbias
+    are summed in float32 in a fixed order, so that runs agree bit for bit, on the CPU with any number of threads. With
+    a residual, y is computed from the rounded total, as backward and layer_norm(x + residual) do. float64 runs on the
+    PyTorch reference. Backward cannot be differentiated again (except in float64).
 
     Paper: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
-    if check_norm_arguments(x, weight, bias, residual):
+    if needs_reference(x, weight, bias, residual):
         return reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
     if is_differentiated():
         return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight)

@@ -1,4 +1,4 @@
-"""A linear head and its cross-entropy in one op: the logits of a few tokens at a time, never whole."""
+"""A linear head and its cross-entropy in one op, which holds only a tile of the logits in memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 _NO_GRADIENTS = [False, False, False]
 _HEAD = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int? chunk_tokens, {SCALARS}"
 
-# ---- The two passes: ops for torch.compile, which then traces no tiles; else their products are seen one by one ------
+# ---- Forward and backward: ops for torch.compile, which does not trace the tiles; eager mode calls them directly -----
 
 
 def _forward_on_tiles(
@@ -54,13 +54,14 @@ def _tiled_head(
 
 
 def _present(gradients: Sequence[torch.Tensor | None], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """An op returns tensors: an empty one for a gradient that is not needed."""
+    """Replace a gradient that is not needed by an empty tensor: an op must return tensors."""
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _fake_forward(upstream: Any, needs: Sequence[bool], *head: Any) -> tuple[torch.Tensor, ...]:
     num_tokens = head[0].shape[0]
-    loss, lse = _wide_like(head[0], (num_tokens,)), _wide_like(head[0], (num_tokens, 2))
+    loss = _wide_like(head[0], (num_tokens,))
+    lse = _wide_like(head[0], (num_tokens, 2))
     gradients = [_wide_like(x, x.shape) if needed else None for x, needed in zip(head, needs, strict=False)]
     return loss, lse, *_present(gradients, loss)
 
@@ -101,7 +102,7 @@ def _run_backward(exchange: Exchange | None, *arguments: Any) -> Any:
 
 
 class _LossOfEachToken(AutogradFunction):
-    """Loss [T] for any upstream gradient: saves what it was given, and lse; backward makes the logits again."""
+    """Loss [T] of each token, for any upstream gradient: saves inputs and lse; backward recomputes the logits."""
 
     op = "ops.linear_cross_entropy"
 
@@ -121,7 +122,8 @@ class _LossOfEachToken(AutogradFunction):
     ) -> torch.Tensor:
         loss, lse, *_ = _run_forward(exchange, None, _NO_GRADIENTS, hidden, weight, bias, target, *settings)
         ctx.save_for_backward(hidden, weight, bias, target, lse)
-        ctx.settings, ctx.exchange = settings, exchange
+        ctx.settings = settings
+        ctx.exchange = exchange
         return loss
 
     @staticmethod
@@ -134,10 +136,10 @@ class _LossOfEachToken(AutogradFunction):
 
 
 class _SumOverCount(AutogradFunction):
-    """sum of the losses / count: the gradients are made with it, for an upstream gradient of 1, and scaled backward.
+    """Sum of the losses / count. Forward computes the gradients for an upstream gradient of 1; backward scales them.
 
-    They are float32 until then, so that each is rounded once. For float16, 1 / count waits until then, too: it would
-    push small gradients of logits below the range of float16.
+    The gradients are float32 until they are scaled, so that each is rounded once. With float16, backward also divides
+    by count: dividing the logits' gradients earlier would push small ones below the range of float16.
     """
 
     op = "ops.linear_cross_entropy"
@@ -163,26 +165,29 @@ class _SumOverCount(AutogradFunction):
         now = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
         needs = list(ctx.needs_input_grad[:3])
         loss, lse, *gradients = _run_forward(exchange, now, needs, hidden, weight, bias, target, *settings)
-        ctx.settings, ctx.exchange, ctx.dweight_sum = settings, exchange, dweight_sum
+        ctx.settings = settings
+        ctx.exchange = exchange
+        ctx.dweight_sum = dweight_sum
         ctx.gradients = None
         if torch.compiler.is_compiling():
             ctx.save_for_backward(hidden, weight, bias, target, lse, scale, *gradients)
         else:
             ctx.save_for_backward(hidden, weight, bias, target, lse, scale)
-            ctx.gradients = gradients  # for the first backward, which scales them where they lie
+            ctx.gradients = gradients  # for the first backward, which scales them in place
         return loss.sum(dtype=sum_dtype) / count
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         _refuse_second_derivative()
         *inputs, target, lse, scale = ctx.saved_tensors[:6]
-        saved, needs = ctx.saved_tensors[6:], list(ctx.needs_input_grad[:3])
+        saved = ctx.saved_tensors[6:]
+        needs = list(ctx.needs_input_grad[:3])
         grad = grad.to(lse.dtype)
         factor = grad * scale if inputs[0].dtype == torch.float16 else grad
-        by_compiler = len(saved) > 0  # which may still need what it saved
+        by_compiler = len(saved) > 0  # the compiler may need the saved gradients again: do not overwrite them
         gradients = saved if by_compiler else ctx.gradients
         ctx.gradients = None
-        if gradients is None:  # once more, with retain_graph=True
+        if gradients is None:  # a second backward, with retain_graph=True
             every = (grad * scale).expand(len(lse))
             gradients = _run_backward(ctx.exchange, every, lse, needs, *inputs, target, *ctx.settings)
             factor = torch.ones_like(grad)
@@ -197,7 +202,7 @@ class _SumOverCount(AutogradFunction):
 
 
 def _refuse_second_derivative() -> None:
-    """Raise in a backward that is to be differentiated: autograd does not see the products that it makes."""
+    """Raise in a backward with create_graph=True: autograd does not see the products that it computes."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         raise RuntimeError(
             "fused_megatron linear_cross_entropy: the gradient of operands that are not float64 cannot be "
@@ -206,15 +211,15 @@ def _refuse_second_derivative() -> None:
 
 
 def _scaled(gradient: torch.Tensor, factor: torch.Tensor, *, in_place: bool) -> torch.Tensor:
-    """gradient * factor []."""
+    """Return gradient * factor; factor is a scalar tensor []."""
     if not in_place:
         return gradient * factor
-    # Looking at the number costs nothing on a CPU, and often saves the pass.
+    # On a CPU reading the factor costs nothing, and often saves a pass over the gradient.
     return gradient if factor.is_cpu and factor.item() == 1.0 else gradient.mul_(factor)
 
 
 def _add_scaled_(total: torch.Tensor, gradient: torch.Tensor, factor: torch.Tensor) -> None:
-    """total += factor gradient, in one pass; nothing waits for a GPU."""
+    """Add factor * gradient to total in one pass, without a GPU synchronisation."""
     if factor.is_cpu:
         total.add_(gradient, alpha=factor.item())
     else:
@@ -234,24 +239,24 @@ def loss_of_tiles(
     exchange: Exchange | None = None,
     dweight_sum: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss of a head, of checked operands.
+    """Compute the loss of a head from checked arguments.
 
     Args:
         hidden: [n, H], contiguous, in the dtype of the products' operands.
-        weight, bias: of this shard.
+        weight, bias: of this shard of the vocabulary.
         target: [T] int64; of the tokens of all ranks.
         terms, chunk_tokens: as in TiledHead.
-        sum_dtype: None: the loss of each token. Else of their sum.
-        count: what the sum is divided by; None: 1.
-        exchange: between the shards of the vocabulary; None where one device has all of it.
-        dweight_sum: in place of returning the gradient of the weight, the backward of a sum adds it to this.
+        sum_dtype: dtype of the sum of the losses; None: return the loss of each token.
+        count: divisor of the sum; None: 1.
+        exchange: between the shards of the vocabulary; None if one device has the full vocabulary.
+        dweight_sum: the backward of a sum adds the weight's gradient to this tensor instead of returning it.
     """
     settings = (chunk_tokens, *terms.scalars())
     leaves = (hidden, weight, bias)
-    # The same on every rank: shapes and dtypes are, and so is what learns.
+    # Every rank decides the same: shapes, dtypes and requires_grad are equal on all ranks.
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
-    num_words = weight.shape[0]
-    one_pass = learns and tiles_of(hidden, len(target), num_words, chunk_tokens).words >= num_words
+    num_entries = weight.shape[0]
+    one_pass = learns and tiles_of(hidden, len(target), num_entries, chunk_tokens).entries >= num_entries
     if sum_dtype is None or not one_pass:
         losses: torch.Tensor = _LossOfEachToken.apply(*leaves, target, settings, exchange)
         if sum_dtype is None:
@@ -277,49 +282,52 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of a linear head: F.cross_entropy(F.linear(hidden, weight, bias), target) without the logits.
+    """Cross-entropy of a linear head: F.cross_entropy(F.linear(hidden, weight, bias), target) without all logits.
 
-    x = hidden @ weight.T + bias, made for a chunk of tokens at a time;  x = c tanh(x / c) with softcap c
+    x = hidden @ weight.T + bias, for one chunk of tokens at a time;  x = c tanh(x / c) with softcap c
     loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,  lse = log(sum_j exp(x_j))
 
     Args:
-        hidden: [..., H] float32, bfloat16, float16 or float64; copied once if its rows do not lie one after the other.
-        weight: [V, H]; may be of another dtype: the products are made in the wider of both (bfloat16 with float16:
-            float32), under autocast in its dtype, as torch.nn.functional.linear.
-        target: [...] int64; word ids.
+        hidden: [..., H] float32, bfloat16, float16 or float64; copied once if not contiguous.
+        weight: [V, H]; may have another dtype: products are computed in the wider dtype of both (bfloat16 with float16:
+            float32), under autocast in the dtype of autocast, as in torch.nn.functional.linear.
+        target: [...] int64; ids of vocabulary entries.
         bias: [V] or None.
         ignore_index: tokens with this target have loss 0 and gradient 0, and do not count in the mean.
         reduction: "mean" over the tokens that are not ignored (NaN if all are, as in torch), "sum" or "none".
         label_smoothing: s in [0, 1], spread over the vocabulary without padding.
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
-        softcap: c; logits are squashed into (-c, c) (Gemma 2, arXiv:2408.00118). None: they are not.
-        vocab_size: the true number of words; rows of weight from there on are padding: not read, gradient 0.
-        chunk_tokens: tokens of a tile of logits. None: by its bytes (256 MiB on a GPU, 100 MiB on a CPU).
+        softcap: c; limits logits to (-c, c) (Gemma 2, arXiv:2408.00118). None: no limit.
+        vocab_size: number of vocabulary entries without padding; later rows of weight are not read, and their gradient
+            is 0. None: V.
+        chunk_tokens: tokens of a tile of logits. None: as many as fit in 256 MiB on a GPU, 100 MiB on a CPU.
 
     Returns:
-        A scalar, or the shape of target for "none"; in the dtype of the product, as torch (float32 under autocast).
+        A scalar, or the shape of target for "none"; in the dtype of the product, as in torch (float32 under autocast).
 
     Raises:
-        InputError: wrong shapes or arguments or, on the CPU outside torch.compile, a target that is no word. On a GPU
-            and under torch.compile the loss and the gradients of such a token are NaN.
+        InputError: wrong shapes or arguments or, on the CPU outside torch.compile, a target that is not a vocabulary
+            entry. On a GPU and under torch.compile the loss and the gradients of such a token are NaN.
         TypeError: wrong dtypes.
 
     Communication: none; tensor_parallel.vocab_parallel_linear_cross_entropy is this op for shards of the vocabulary.
-    Memory: one tile of logits, and the gradients. With "mean" and "sum" the gradients are made forward (float32, 3
-        products in all) and held until backward; with "none", and for 16-bit operands on a CPU without matrix units,
-        hidden and weight are saved, and the logits made again (4 products). What needs no gradient costs no product.
-    Numerics: float32 inside. Logits and their gradients are rounded to the dtype of the product on a GPU; gradients of
+    Memory: one tile of logits, and the gradients. With "mean" and "sum" the forward computes the gradients (float32, 3
+        products in all) and keeps them until backward. With "none", and for 16-bit operands on a CPU without matrix
+        units, it saves hidden and weight, and backward recomputes the logits (4 products). An input that needs no
+        gradient costs no product.
+    Numerics: float32 inside. On a GPU, logits and their gradients are rounded to the dtype of the product; gradients of
         the parameters are summed in float32 and rounded once. Deterministic. A second backward (retain_graph=True)
-        gives the same; float64 goes through plain PyTorch with whole logits and can be differentiated twice, the
-        others raise RuntimeError.
+        gives the same gradients. float64 runs in plain PyTorch with all logits in memory and can be differentiated
+        twice; for other dtypes that raises RuntimeError.
     """
     check(reduction in _REDUCTIONS, f"reduction={reduction!r} must be one of: {', '.join(_REDUCTIONS)}")
     check_head(hidden, weight, bias, target, chunk_tokens)
-    words = weight.shape[0] if vocab_size is None else vocab_size
-    check(1 <= words <= weight.shape[0], f"vocab_size={words} must be in [1, weight.shape[0]={weight.shape[0]}]")
-    terms = LossTerms(words, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
+    size = weight.shape[0] if vocab_size is None else vocab_size
+    check(1 <= size <= weight.shape[0], f"vocab_size={size} must be in [1, weight.shape[0]={weight.shape[0]}]")
+    terms = LossTerms(size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
     dtype, result_dtype = operand_and_result_dtype(hidden, weight)
-    rows, ids = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous(), target.reshape(-1).contiguous()
+    rows = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous()
+    ids = target.reshape(-1).contiguous()
     check_targets(ids, terms)
     count = (ids != ignore_index).sum().float() if reduction == "mean" else None
     if dtype == torch.float64:
@@ -332,7 +340,7 @@ def linear_cross_entropy(
 
 
 def operand_and_result_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtype that the operands of the product are brought to, and that of the loss; as torch, if it promoted."""
+    """Return the dtype of the product's operands and the dtype of the loss, by torch's rules of type promotion."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type) and dtype != torch.float64:
         return torch.get_autocast_dtype(hidden.device.type), torch.float32
@@ -347,7 +355,7 @@ def check_head(
     chunk_tokens: int | None,
     weight_name: str = "weight",
 ) -> None:
-    """Raise unless the tensors and numbers fit together; the shape of target is that of hidden without its last dim."""
+    """Raise unless the arguments fit together; target must have the shape of hidden without the last dim."""
     check(weight.dim() == 2, f"{weight_name}.shape={tuple(weight.shape)} must be (vocabulary, hidden_size)")
     if hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise InputError(

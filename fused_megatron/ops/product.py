@@ -1,4 +1,4 @@
-"""The matrix product of a layer: one function for every product, forward and backward."""
+"""The matrix product that all layers use, forward and backward."""
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +12,28 @@ def product(
     out: torch.Tensor | None = None,
     add: bool = False,
 ) -> torch.Tensor:
-    """x [.., I] @ weight [O, I].T + bias [O]; equals torch.nn.functional.linear.
+    """Compute x [.., I] @ weight [O, I].T + bias [O]; equals torch.nn.functional.linear.
 
-    Layers call no other matrix product (tests/ops/test_product.py), so that a low-precision recipe has one place to
-    change. The three products of a linear layer:
+    Layers call no other matrix product (tests/ops/test_product.py), so that a low-precision recipe changes only this
+    function. The three products of a linear layer:
 
         y  [.., O] = product(x, weight, bias)
         dx [.., I] = product(dy, weight.t())
         dw [O, I]  = product(dy.t(), x.t())         dy [T, O], x [T, I]
 
     Args:
-        x: [.., I] float, rows of any strides; a matrix [T, I] where `out` is given.
+        x: [.., I] float, any strides; a matrix [T, I] if `out` is given.
         weight: [O, I], dtype of x.
-        bias: [O], dtype of x, or None; not with add or another dtype of out.
-        out: [T, O] memory for the result, dtype of x or float32; None makes it.
-        add: add the product to what `out` holds.
+        bias: [O], dtype of x, or None; not together with `add`, nor with an `out` of another dtype.
+        out: [T, O] memory for the result, dtype of x or float32; None: allocated.
+        add: add the product to `out`.
 
     Returns:
-        [.., O]; `out` where it is given. Without autograd: callers are autograd functions, or give no `out`.
+        [.., O]; `out` if it is given. Autograd does not see a product with `out`: its callers are autograd functions.
 
-    Memory: nothing saved. On a CPU an `out` of another dtype costs a product in the dtype of x beside it.
-    Numerics: a float32 `out` of 16-bit operands is summed in float32 on a GPU; on a CPU the product is rounded to the
-        dtype of x before it goes there (pass operands in float32 where that is not wanted).
+    Memory: saves nothing. On a CPU an `out` of another dtype needs a temporary [T, O] in the dtype of x.
+    Numerics: with 16-bit operands and a float32 `out`, a GPU sums and adds in float32; a CPU first rounds the product
+        to the dtype of x (pass float32 operands to avoid that).
     """
     if out is None:
         assert not add, "there is nothing to add to"

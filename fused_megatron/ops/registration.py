@@ -1,4 +1,4 @@
-"""How an op enters torch's dispatcher: one schema, a fake kernel, and the reference where no kernel is compiled."""
+"""Registration of ops with torch's dispatcher: schema, fake kernel, Triton launchers, and the reference as fallback."""
 
 import importlib
 import importlib.util
@@ -12,21 +12,21 @@ from fused_megatron import extension
 
 _LIBRARY = torch.library.Library("fused_megatron", "FRAGMENT")
 
-# What every op takes; float64 runs on the reference.
+# The dtypes that every op takes; float64 runs on the reference.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TRITON_LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by op
+TRITON_LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by name of the op
 
 
 def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Define torch.ops.fused_megatron.<name> and return its overload.
 
-    The compiled kernels register themselves for CPU and CUDA when the library loads; the reference takes every
-    device for which there is none.
+    The compiled kernels register themselves for CPU and CUDA when the library loads; the reference runs on every other
+    device.
 
     Args:
-        schema: for example "bias_gelu_forward(Tensor x, Tensor? bias) -> Tensor". What it declares as written, as
-            "Tensor(a!) x", counts a version up with each call, so that autograd refuses to use what was overwritten.
-        reference: same arguments and results, in plain PyTorch.
+        schema: for example "bias_gelu_forward(Tensor x, Tensor? bias) -> Tensor". An argument declared as written,
+            "Tensor(a!) x", gets a new version at each call, so that autograd refuses to use the overwritten values.
+        reference: the op in plain PyTorch; same arguments and results.
         fake: same arguments; returns empty tensors of the right shape, dtype and device.
     """
     extension.load_library()
@@ -47,7 +47,7 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
 
 
 def _count_versions(op: Any, written: list[int]) -> None:
-    """What torch generates for its own in-place ops, under the dispatch key of that work."""
+    """Increment the versions of written arguments under the key ADInplaceOrView, as torch's own in-place ops do."""
 
     def count(keys: Any, *args: Any) -> Any:
         for i in written:
@@ -59,10 +59,10 @@ def _count_versions(op: Any, written: list[int]) -> None:
 
 
 def register_triton(name: str, module: str) -> None:
-    """Let the launcher `name` of fused_megatron/kernels/<module>.py serve the CUDA tensors of the op of that name.
+    """Register the function `name` of fused_megatron/kernels/<module>.py as the CUDA kernel of the op `name`.
 
-    With TRITON_INTERPRET=1, CPU tensors as well: Triton's interpreter runs the kernel on the host. The module is
-    imported with the first call, so that it costs nothing where none is made.
+    With TRITON_INTERPRET=1 it serves CPU tensors as well: Triton's interpreter runs the kernel on the host. The module
+    is imported at the first call, so that importing the op does not import Triton.
     """
     if importlib.util.find_spec("triton") is None:
         return
@@ -78,9 +78,9 @@ def register_triton(name: str, module: str) -> None:
 
 
 def define_composed_op(schema: str, *, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op that is made of other ops, the same on every device, and return its overload.
+    """Define an op that is composed of other ops, the same on every device, and return its overload.
 
-    torch.compile takes it as it is: nothing of the implementation, loops over chunks for example, is traced.
+    torch.compile does not trace the implementation, for example its loops over chunks.
 
     Args:
         schema: as for define_op.

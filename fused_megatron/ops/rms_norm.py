@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation over the last dim, with its gradients; optionally after the residual addition."""
+"""Root-mean-square normalisation over the last dim, with its gradients; optionally fused with the residual addition."""
 
 from typing import Any, overload
 
@@ -6,7 +6,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.norm import check_norm_arguments, empty_or_like, gradient_of_total_alone
+from fused_megatron.ops.norm import empty_or_like, gradient_without_y, needs_reference
 from fused_megatron.ops.registration import define_op
 from fused_megatron.reference import rms_norm as reference
 
@@ -56,7 +56,7 @@ _backward = define_op(
 
 
 class _RMSNorm(AutogradFunction):
-    """Returns y, or (y, total) with a residual."""
+    """The op under autograd: returns y, or (y, total) with a residual."""
 
     op = "ops.rms_norm"
 
@@ -69,7 +69,7 @@ class _RMSNorm(AutogradFunction):
         residual: torch.Tensor | None,
         zero_centered_weight: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        # One copy here serves forward and backward.
+        # Forward and backward use the same contiguous copy.
         x = x.contiguous()
         y, rstd, total = _forward(x, weight, eps, residual, zero_centered_weight)
         ctx.set_materialize_grads(False)
@@ -88,15 +88,22 @@ class _RMSNorm(AutogradFunction):
         if dy is None:
             if dtotal is None:
                 return None, None, None, None, None
-            dx, dresidual = gradient_of_total_alone(dtotal, ctx.dtype, need_dx, need_dresidual)
+            dx, dresidual = gradient_without_y(dtotal, ctx.dtype, need_dx, need_dresidual)
             return dx, None, None, dresidual, None
         x, weight, rstd = ctx.saved_tensors
-        # In one dtype the gradients of x and residual are one tensor, as in torch's own addition.
+        # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
         dx, dweight, dresidual = _backward(
-            dy, x, weight, rstd, need_dx or (need_dresidual and shared), need_dweight,
-            dtotal, need_dresidual and not shared, ctx.zero_centered_weight,
-        )  # fmt: skip
+            dy,
+            x,
+            weight,
+            rstd,
+            need_dx or (need_dresidual and shared),
+            need_dweight,
+            dtotal,
+            need_dresidual and not shared,
+            ctx.zero_centered_weight,
+        )
         return (
             dx if need_dx else None,
             dweight if need_dweight else None,
@@ -132,7 +139,7 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Divide every row of x (of x + residual, where one is given) by its root mean square, then scale it.
+    """Divide every row of x (or of x + residual) by its root mean square, then scale it.
 
     Equals torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps). For every row x of width H:
 
@@ -142,14 +149,14 @@ def rms_norm(
 
         dx = rstd * (g - n * mean(g * n));  dweight = sum over rows of dy * n
 
-    With a residual, total = x + residual takes the place of x, in the same pass over memory; backward adds the gradient
-    into total to dx in the same pass, and dresidual is the same sum.
+    With a residual, total = x + residual replaces x in these formulas, in the same pass over memory. Backward adds the
+    gradient of total to dx in the same pass, and dresidual equals dx.
 
     Args:
-        x: [..., H] float32, bfloat16, float16 or float64; any strides (one that is not contiguous is copied once).
+        x: [..., H] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous).
         weight: [H], any of these dtypes, or None for 1.
-        eps: added to the mean square; None for the eps of the precision that computes, as F.rms_norm does it: that of
-            float32 (1.2e-7) for 16-bit x too, that of float64 for float64.
+        eps: added to the mean square. None: the eps of the precision of the computation, as in F.rms_norm: of float32
+            (1.2e-7) also for 16-bit x, of float64 for float64 x.
         residual: [..., H] in the dtype of x, float32 or float64; or None.
         zero_centered_weight: scale by 1 + weight.
 
@@ -157,25 +164,25 @@ def rms_norm(
         y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
 
     Raises:
-        InputError: x has no dim or no column, weight is not [H], residual is not of the shape of x, or one of them lies
-            on another device.
+        InputError: x has no dim or no column, weight is not [H], residual does not have the shape of x, or one of them
+            is on another device.
         TypeError: a dtype that is not floating point, or a residual of another 16-bit dtype than x.
 
     Communication: none.
 
-    Memory: x (with a residual: total, and not x) and rstd of every row (4 bytes a row) are saved for backward.
+    Memory: saves x (with a residual: total instead of x) and rstd of every row (4 bytes per row).
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; dweight is summed in float32 in a fixed order, so two
-    runs agree bit for bit, on the CPU for any number of threads. With a residual y is of the rounded total, which is
-    what backward has, and what rms_norm(x + residual) would see. float64 runs on the PyTorch reference. Backward cannot
-    be differentiated again (except in float64).
+    Numerics: float32 inside, ONE rounding to the output's dtype. dweight is summed in float32 in a fixed order, so that
+    runs agree bit for bit, on the CPU with any number of threads. With a residual, y is computed from the rounded
+    total, as backward and rms_norm(x + residual) do. float64 runs on the PyTorch reference. Backward cannot be
+    differentiated again (except in float64).
 
     Paper: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
     """
-    double = check_norm_arguments(x, weight, None, residual)
+    by_reference = needs_reference(x, weight, None, residual)
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    if double:
+    if by_reference:
         return reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
     if is_differentiated():
         return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight)

@@ -1,4 +1,4 @@
-"""Rotary position embedding of queries and keys, in one launch."""
+"""Rotary position embedding of queries and keys, in one kernel launch."""
 
 import itertools
 from typing import Any
@@ -39,7 +39,7 @@ class _RotaryEmbedding(AutogradFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: torch.Tensor | None, dk: torch.Tensor | None) -> Any:
-        # A rotation's gradient is the rotation back.
+        # The gradient of a rotation is the inverse rotation.
         if dq is not None:
             dq_in, dk_in = _rotary_embedding(dq, dk, *ctx.saved_tensors, *ctx.numbers, True)
             return dq_in, None if dk is None else dk_in, None, None
@@ -60,44 +60,44 @@ def rotary_embedding(
     positions: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rotate the pairs of every head of q and k by the angles of their token's position.
+    """Rotate pairs of elements of every head of q and k by angles that depend on the token's position.
 
-    No function of torch does this; with half = Drot / 2 and (c, s) = (cos, sin)[position of the token], every head is
+    torch has no such function. With half = Drot / 2 and (c, s) = (cos, sin)[position of the token], every head becomes
 
         (a, b) -> (a c - b s, b c + a s)
         interleaved=False (GPT-NeoX, Llama):  a = x[0 : half], b = x[half : 2 half]
         interleaved=True  (GPT-J):            a = x[0 : 2 half : 2], b = x[1 : 2 half : 2]
 
-    and x[Drot :] passes through unchanged.
+    and x[Drot :] stays unchanged.
 
     Args:
         q: [S, B, Nq, D] (sequence_dim 0), [B, S, Nq, D] (sequence_dim 1) or [T, Nq, D] (one sequence, or packed ones);
-            float32, bfloat16, float16 or float64. Read by strides, without a copy, where the elements of a head are
-            dense: views of a fused qkv tensor, or transposed ones, are fine.
+            float32, bfloat16, float16 or float64. If the elements of a head are dense, q is read by its strides without
+            a copy: for example views of a fused qkv tensor, or transposed tensors.
         k: like q, with any number of heads Nk; or None.
         cos: [P, Drot / 2], Drot <= D, any of these dtypes.
         sin: as cos.
-        interleaved: which elements form a pair, see above.
-        sequence_dim: which dim of q counts positions.
-        offset: position of the first token: an int, or (to be read on the device: CUDA graphs, torch.compile) an int64
-            tensor with one element or one for every sequence.
-        positions: int64 [S], or [S, B] / [B, S] as the dims of q: the positions themselves; without offset.
-        cu_seqlens: [n + 1] int32 or int64, from 0 to T: packed sequences, sequence i being tokens cu_seqlens[i] to
-            cu_seqlens[i + 1]; positions begin again with each.
+        interleaved: how elements form pairs, see above.
+        sequence_dim: the dim of q that is the sequence.
+        offset: position of the first token: an int, or (read on the device, for CUDA graphs and torch.compile) an int64
+            tensor with one element, or one per sequence.
+        positions: int64 [S], or [S, B] / [B, S] in the order of q's dims: position of each token; without offset.
+        cu_seqlens: [n + 1] int32 or int64, from 0 to T, for packed sequences: sequence i has tokens cu_seqlens[i] to
+            cu_seqlens[i + 1], and its positions begin again.
 
     Returns:
         (q_out, k_out) in the shapes and dtypes of q and k, contiguous; k_out is None if k is.
 
     Raises:
-        InputError: shapes, devices or arguments that do not fit, cos or sin that want a gradient (q and k alone get
-            one), and a position outside the tables. Positions in tensors are looked at on the CPU alone, outside of
-            torch.compile: on a GPU that would cost a synchronisation. There such a token becomes NaN.
+        InputError: shapes, devices or arguments that do not fit; cos or sin that require a gradient (only q and k get
+            one); a position outside the tables. Positions in tensors are checked only on the CPU, outside
+            torch.compile; on a GPU, where a check would synchronise, such a token becomes NaN.
         TypeError: wrong dtypes.
 
     Communication: none.
 
-    Memory: the tables and positions are saved for backward, q and k are not. Reads and writes q and k once; a token's
-    angles are read once for all heads.
+    Memory: saves the tables and positions for backward, not q and k. Reads and writes q and k once; reads a token's
+    angles once for all heads.
 
     Numerics: float32 inside, ONE rounding to the output's dtype. float64 runs on the PyTorch reference. Backward is the
     rotation by the negative angle, and cannot be differentiated again (except in float64).
@@ -140,7 +140,7 @@ def _check_tensors(
     for name, table in (("cos", cos), ("sin", sin)):
         check_same_device(name, table, "q", q)
         if table.requires_grad:
-            raise InputError(f"{name}.requires_grad=True must be False: q and k alone get a gradient ({name}.detach())")
+            raise InputError(f"{name}.requires_grad=True must be False: only q and k get a gradient ({name}.detach())")
 
 
 def _check_positions(
@@ -151,7 +151,8 @@ def _check_positions(
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    seq_len, table_rows = q.shape[sequence_dim], cos.shape[0]
+    seq_len = q.shape[sequence_dim]
+    table_rows = cos.shape[0]
     if isinstance(offset, int):
         if offset < 0:
             raise InputError(f"offset={offset} must not be negative")
@@ -171,8 +172,8 @@ def _check_positions(
             f"offset.shape={tuple(offset.shape)} must be () or ({sequences},), one a sequence",
         )
     if positions is not None:
-        check(cu_seqlens is None, "positions must not come with cu_seqlens: they say where every token is")
-        check(not isinstance(offset, torch.Tensor) and offset == 0, "offset must not come with positions: add it")
+        check(cu_seqlens is None, "positions must not come with cu_seqlens: give one of them")
+        check(not isinstance(offset, torch.Tensor) and offset == 0, "offset must be 0 with positions: add it to them")
         check_dtype("positions", positions, (torch.int64,))
         check_shape("positions", positions, (seq_len,) if positions.dim() == 1 or q.dim() == 3 else q.shape[:2])
         check_same_device("positions", positions, "q", q)
@@ -195,7 +196,7 @@ def _check_values(
     positions: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> None:
-    """Raise for a position outside the tables, where looking costs no synchronisation and no graph break."""
+    """Raise for a position outside the tables, if the check needs no synchronisation and no graph break."""
     if torch.compiler.is_compiling() or type(q) is not torch.Tensor or q.device.type != "cpu" or q.numel() == 0:
         return
     if positions is not None:
@@ -209,7 +210,7 @@ def _check_values(
             lengths = [end - begin for begin, end in itertools.pairwise(ends)]
             if ends[0] != 0 or ends[-1] != q.shape[0] or min(lengths, default=0) < 0:
                 raise InputError(f"cu_seqlens={ends} must ascend from 0 to the number of tokens, {q.shape[0]}")
-        count = max(len(starts), len(lengths))  # one of the two may stand for all sequences
+        count = max(len(starts), len(lengths))  # one of the two may be a single value for all sequences
         starts, lengths = (values * count if len(values) == 1 else values for values in (starts, lengths))
         spans = [(start, start + length - 1) for start, length in zip(starts, lengths, strict=True) if length]
         lowest, highest = min(span[0] for span in spans), max(span[1] for span in spans)

@@ -1,4 +1,4 @@
-"""softmax(scale * x) over the keys that a query may see, fused, with its gradient."""
+"""Fused softmax(scale * x) over the keys that a query may see, with its gradient."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def _contiguous_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# window 0: no window.
+# window=0 means no window.
 _forward = define_op(
     "scaled_masked_softmax_forward(Tensor x, Tensor? mask, float scale, bool causal, int window) -> Tensor",
     reference=reference.scaled_masked_softmax_forward,
@@ -57,7 +57,7 @@ def scaled_masked_softmax(
 ) -> torch.Tensor:
     """Softmax of attention scores over the keys that each query may see.
 
-    Equals torch.softmax((x * scale).masked_fill(hidden, -inf), dim=-1), and 0 in rows where that has no key. With
+    Equals torch.softmax((x * scale).masked_fill(hidden, -inf), dim=-1), but rows without a visible key are 0. With
     query i, key j, and d = Sk - Sq (the last query sees the last key):
 
         hidden_ij = mask_ij  or, if causal,  j > i + d  or, with a window w,  j <= i + d - w
@@ -65,30 +65,30 @@ def scaled_masked_softmax(
         dx_ij = scale y_ij (dy_ij - sum_k dy_ik y_ik)
 
     Args:
-        x: [..., Sq, Sk] float32, bfloat16, float16 or float64; any strides (not contiguous: copied once). [Sk] is one
+        x: [..., Sq, Sk] float32, bfloat16, float16 or float64; any strides (copied once if not contiguous). [Sk] is one
             query.
-        mask: bool, any shape that broadcasts to that of x, True = hidden (as Tensor.masked_fill); or None. It is read
-            where it lies, never expanded: [B, 1, Sq, Sk] serves all heads.
+        mask: bool, True = hidden (as in Tensor.masked_fill), any shape that broadcasts to x; or None. It is read in
+            place and never expanded: one [B, 1, Sq, Sk] mask serves all heads.
         scale: a finite number, float32 whatever the dtype of x.
-        causal: hide the keys after the query. They are not read, forward or backward.
-        window: the query sees the last `window` keys up to itself; needs causal. None: all of them.
+        causal: hide the keys after the query. Neither forward nor backward reads them.
+        window: number of keys, up to and with the query's own, that a query sees; needs causal. None: no limit.
 
     Returns:
-        The shape and dtype of x, contiguous. Hidden keys are exactly 0, and so is a row without a key, or with no key
-        above -inf; its gradient is 0 too.
+        The shape and dtype of x, contiguous. Hidden keys are exactly 0. A row in which every key is hidden or -inf is
+        0, and its gradient is 0.
 
     Raises:
-        InputError: x has no dimension, mask does not broadcast to x or lies on another device, scale is not finite,
-            window is below 1 or without causal.
+        InputError: x has no dimension, mask does not broadcast to x or is on another device, scale is not finite,
+            window is below 1 or given without causal.
         TypeError: x is not floating point, mask is not bool.
 
     Communication: none.
 
-    Memory: saves y for backward, neither x nor the mask. Forward reads each score that the causal form lets a query
-    see once and writes y once; backward reads y and dy likewise and writes dx once.
+    Memory: saves y for backward, neither x nor the mask. Forward reads each score once, except those that causal and
+    window hide, and writes y once; backward reads y and dy in the same way and writes dx once.
 
-    Numerics: float32 inside, ONE rounding to the output's dtype; every row is summed in a fixed order, so two runs
-    agree bit for bit, on the CPU for any number of threads. A NaN or +inf that a query sees makes NaN of its row.
+    Numerics: float32 inside, ONE rounding to the output's dtype. Every row is summed in a fixed order, so that runs
+    agree bit for bit, on the CPU with any number of threads. A NaN or +inf that a query sees makes its row NaN.
     float64 runs on the PyTorch reference. Backward cannot be differentiated again (except in float64).
 
     Paper: Vaswani et al., Attention Is All You Need, arXiv:1706.03762; the window: Beltagy et al., arXiv:2004.05150.

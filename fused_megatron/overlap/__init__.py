@@ -1,4 +1,4 @@
-"""Products and the collectives that hide under them: chunks, their cost model, overlapped linear layers and MLP."""
+"""Products overlapped with their collectives: chunks, a cost model of chunks, linear layers and the MLP."""
 
 from fused_megatron.overlap.chunk_choice import ChunkChoice, chunk_choice, overlap_costs
 from fused_megatron.overlap.cost_model import OverlapCosts

@@ -1,6 +1,6 @@
-"""How many chunks a layer takes: a fixed number, or what the cost model says of its group, measured once.
+"""Number of chunks of a layer: a fixed number, or the choice of a cost model that measures the group once.
 
-The model is played once for every shape; later calls look the number up.
+The cost model runs once for every shape; later calls look the number up.
 """
 
 import functools
@@ -23,15 +23,15 @@ from fused_megatron.overlap.symmetric_memory import applies, reaches
 
 _LOG = logging.getLogger(__name__)
 BY_SYMMETRIC_MEMORY = 0
-"""In place of a number of chunks: torch's fused op, see symmetric_memory."""
+"""Stands for torch's fused op in place of a number of chunks; see symmetric_memory."""
 
 
 @dataclass(frozen=True)
 class ChunkChoice:
-    """How a linear layer picks its number of chunks.
+    """Rule by which a linear layer chooses its number of chunks.
 
     Attributes:
-        fixed: this many, always; None: what the cost model of the group says.
+        fixed: the number of chunks; None lets the cost model of the group choose.
     """
 
     fixed: int | None = None
@@ -42,9 +42,14 @@ class ChunkChoice:
     def for_reduction(
         self, x: torch.Tensor, weight: torch.Tensor, dim: int | None, group: Group, hidden_products: int = 1
     ) -> int:
-        """Chunks of x [.., I] @ weight [O, I].T whose result is summed over the ranks, or reduce-scattered over dim.
+        """Choose the number of chunks of x [.., I] @ weight [O, I].T, whose result is summed over the ranks.
 
-        hidden_products: 2 where a product of the same size follows that the collective may run under.
+        Args:
+            x: operand, this rank's.
+            weight: operand, this rank's.
+            dim: the dim over which the sum is scattered; None for an all-reduce.
+            group: the ranks.
+            hidden_products: 2 if a product of the same size follows, under which the collective may run; else 1.
         """
         if group_size(group) == 1 or x.numel() == 0:
             return 1
@@ -60,7 +65,7 @@ class ChunkChoice:
         return _num_chunks(costs, (stretch,), rows, elements, group, x.device, fused)
 
     def for_gather(self, x: torch.Tensor, weight: torch.Tensor, dim: int, group: Group) -> int:
-        """Chunks of the product with x [.., I] of all ranks, gathered along dim."""
+        """Choose the number of chunks of x @ weight [O, I].T, where x [.., I] of all ranks is gathered along dim."""
         if group_size(group) == 1 or x.numel() == 0:
             return 1
         costs = self.measured(group, x)
@@ -68,7 +73,7 @@ class ChunkChoice:
             return self.fixed or 1
         ranks, rows, elements = group_size(group), _rows(x), weight.numel()
         own_s = rows * elements * (2 / costs.flops_per_s)
-        # An all-gather is half of an all-reduce, whose speed was measured.
+        # An all-gather moves half the bytes of an all-reduce, whose speed was measured.
         gather_s = ranks * x.numel() * (x.element_size() / costs.bytes_per_s) / 2
         stretch = Stretch((ranks - 1) * own_s, gather_s=gather_s, before_s=own_s)
         assert group is not None
@@ -76,9 +81,10 @@ class ChunkChoice:
         return _num_chunks(costs, (stretch,), rows, (ranks - 1) * elements, group, x.device, fused)
 
     def for_mlp(self, x: torch.Tensor, ranks: int, weight_elements: int, group: Group) -> tuple[int, int]:
-        """Chunks of rows that go through both products of an MLP, forward and backward; x is one of `ranks` shards.
+        """Choose the numbers of chunks of rows that go through both products of an MLP: (forward, backward).
 
-        With shards both numbers are the same: the chunks order the rows of what forward keeps.
+        x is one of `ranks` sequence shards, or replicated (ranks=1). With shards both numbers are the same, since the
+        chunks define the order of the rows that forward saves.
         """
         if group_size(group) == 1 or x.numel() == 0:
             return 1, 1
@@ -87,11 +93,11 @@ class ChunkChoice:
             return self.fixed or 1, self.fixed or 1
         assert group is not None
         rows = ranks * _rows(x)
-        gathered = 0.5 if ranks > 1 else 0.0  # of what a sum over the ranks sends; a reduce-scatter is as much
+        gathered = 0.5 if ranks > 1 else 0.0  # an all-gather, or a reduce-scatter, sends half of an all-reduce
         products_s = rows * weight_elements * (2 / costs.flops_per_s)
         sum_s = rows * x.shape[-1] * (x.element_size() / costs.bytes_per_s)
         forward = Stretch(products_s, (1 - gathered) * sum_s, gathered * sum_s)
-        # x is gathered again, too, before the sums; where in the queue of transfers does not matter.
+        # Backward gathers x again, before the sums. Its order in the queue of transfers does not matter.
         backward = Stretch(products_s, sum_s, gathered * sum_s, after_s=products_s)
         if ranks > 1:
             both = _num_chunks(costs, (forward, backward), rows, weight_elements, group, x.device)
@@ -102,20 +108,23 @@ class ChunkChoice:
         )
 
     def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
-        """Whether the layers of an MLP, each with its fused ops, go before chunks of rows through both."""
+        """Whether an MLP runs faster layer by layer, with torch's fused ops, than in chunks of rows."""
         if x.numel() == 0 or not applies(x, dim):
             return False
         costs = self.measured(group, x)
         return costs is not None and costs.symmetric_memory
 
     def measured(self, group: Group, like: torch.Tensor) -> OverlapCosts | None:
-        """What the group measured for such tensors, now or before; None where nothing is to choose, or to be timed."""
+        """Return the costs of the group for tensors like this, measured now or before.
+
+        None if there is nothing to choose (a fixed number, one rank) or to measure (meta tensors).
+        """
         if self.fixed is not None or group is None or group_size(group) == 1 or like.is_meta:
             return None
         return overlap_costs(group, like.dtype, like.device)
 
     def __str__(self) -> str:
-        """For extra_repr."""
+        """Return the text for extra_repr."""
         return {None: "auto", 1: "off"}.get(self.fixed, f"{self.fixed} chunks")
 
 
@@ -129,7 +138,7 @@ def _num_chunks(
     device: torch.device,
     fused: bool = False,
 ) -> int:
-    """What the model says of these stretches; looked up after the first call. fused: symmetric memory takes them."""
+    """Return the choice of the cost model, cached by arguments. fused: symmetric memory may replace the chunks."""
     num_chunks = costs.num_chunks(stretches, rows, weight_elements)
     how = f"in {num_chunks} chunks"
     if num_chunks > 1 and fused:
@@ -152,7 +161,7 @@ def _rows(x: torch.Tensor) -> int:
 
 
 def _nccl_share(group: dist.ProcessGroup, device: torch.device) -> str:
-    """The most SMs that NCCL takes from the products, as init_mesh set it, for the log line."""
+    """Return the text for the log line on the most SMs that NCCL takes from products, as set by init_mesh."""
     if device.type != "cuda":
         return ""
     config = getattr(getattr(group._get_backend(device), "options", None), "config", None)
@@ -165,7 +174,7 @@ _AUTO = ChunkChoice(None)
 
 
 def chunk_choice(overlap: bool | int) -> ChunkChoice:
-    """What users pass as overlap: True for the cost model, False for whole products, or a number of chunks.
+    """Convert a user's `overlap`: True for the cost model, False for whole products, or a number of chunks.
 
     Raises:
         InputError: a number below 1.
@@ -177,10 +186,9 @@ def chunk_choice(overlap: bool | int) -> ChunkChoice:
 
 @functools.lru_cache(maxsize=64)
 def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.device) -> OverlapCosts:
-    """Measure a group once; all its ranks must call it at the same point, as layers do when they are made.
+    """Measure a group once. All its ranks must call at the same point, as layers do when they are made.
 
-    A tenth of a second of messages and products on a laptop; half a second in a 16-bit type that a CPU has no units
-    for.
+    Takes a tenth of a second on a laptop; half a second in a 16-bit type without CPU units for it.
 
     Communication: 11 all-reduces of 4 bytes, 9 of 2 MiB (4 through shared memory), one of 40 bytes; see
         symmetric_memory.reaches.
@@ -207,16 +215,17 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
         product(x, weight)
         return transfer
 
-    # Through shared memory a transfer is the work of this very thread, half of it when it waits: nothing to measure.
+    # Through shared memory this thread itself does the transfer, half of it when it waits: there is nothing to measure.
     shared = is_shared(group, message)
     beside_s = math.inf if shared else _seconds(beside, many_x, repeats=4)
-    # The slowest rank sets the pace of all; and all must choose alike.
+    # The slowest rank sets the pace, and all ranks must choose the same number.
     slowest = torch.tensor([latency_s, message_s, few_s, many_s, beside_s], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
     latency_s, message_s, few_s, many_s, beside_s = slowest.tolist()
     streaming_s = max(message_s - latency_s, 1e-9)
     slowdown = 1.0 if shared else (beside_s - many_s) / min(message_s, many_s)
-    # many_s = a + b many, few_s = a + b few: a is the weight's. Noise must not make it negative, nor all of the time.
+    # many_s = a + b many, few_s = a + b few, where a is the time to read the weight. Noise must not make it negative,
+    # nor larger than half of few_s.
     weight_s = min(max(0.0, (few_s - many_s * few / many) / (1 - few / many)), 0.5 * few_s)
     return OverlapCosts(
         2 * many * size**2 / (many_s - weight_s),
@@ -231,9 +240,9 @@ def overlap_costs(group: dist.ProcessGroup, dtype: torch.dtype, device: torch.de
 def _seconds(
     work: Callable[[torch.Tensor], object], x: torch.Tensor, repeats: int, enough_s: float = math.inf
 ) -> float:
-    """The least time of some calls; the first warms up. A transfer that a call leaves under way is not counted.
+    """Return the shortest time of several calls, after one to warm up. A transfer that a call starts is not counted.
 
-    enough_s: time after which there are no more repeats. Not for collectives: every rank makes the same ones.
+    enough_s: time after which the repeats end. Not for collectives, which every rank must call equally often.
     """
     best, started = math.inf, time.perf_counter()
     for repeat in range(repeats + 1):

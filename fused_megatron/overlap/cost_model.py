@@ -1,9 +1,9 @@
-"""Into how many chunks a product and its collective are best cut: a small cost model, pure arithmetic.
+"""Cost model that finds the best number of chunks of a product and its collective, by arithmetic only.
 
-The plain path takes product + transfer. In chunks the two run side by side, but for the first chunk of one and the last
-of the other, which are cut short for that; every further message costs its latency, every further product reads its
-weight again, and a transfer may take cores from the product beside it. More chunks hide more and cost more; the model
-plays a step for every number of chunks, from five measured numbers of the group, and takes the best.
+Without chunks the time is product + transfer. In chunks the two run side by side, except the first product and the last
+transfer, whose chunks are short for that reason. Each further message costs its latency, each further product reads its
+weight again, and a transfer may take cores from the product beside it. So more chunks hide more and cost more. The
+model simulates a step for every number of chunks, from five measured numbers of the group, and takes the best.
 """
 
 import itertools
@@ -14,21 +14,21 @@ from typing import NamedTuple
 from fused_megatron.overlap.chunks import chunk_parts
 
 _CHUNK_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
-# Below this predicted gain the plain path is taken: a model this small is not right to more.
+# Below this predicted gain there is one chunk only: a model this small is no more accurate.
 _LEAST_GAIN = 0.03
-# Products thinner than this run at a lower rate than the model believes.
+# Products with fewer rows run at a lower rate than the model assumes.
 _LEAST_ROWS = 64
 
 
 class Stretch(NamedTuple):
-    """A product with its transfers, in one piece; seconds without latency.
+    """Times of a product and its transfers over all chunks, in seconds without latency.
 
     Attributes:
-        product_s: of all chunks.
-        reduce_s: transfers that each wait for the product of their chunk.
-        gather_s: transfers that the product of their chunk waits for.
-        before_s: a product that waits for nothing.
-        after_s: a product that no transfer waits for.
+        product_s: time of the product.
+        reduce_s: time of the transfers that wait for the product of their chunk.
+        gather_s: time of the transfers that the product of their chunk waits for.
+        before_s: time of a product that waits for nothing.
+        after_s: time of a product that no transfer waits for.
     """
 
     product_s: float
@@ -40,15 +40,15 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class OverlapCosts:
-    """What the ranks of a group measured; the same on each of them.
+    """Measured costs of the ranks of a group; the same on every rank.
 
     Attributes:
-        flops_per_s: of a matrix product in the dtype of the activations, of the slowest rank.
-        latency_s: of an all-reduce of nothing.
-        bytes_per_s: bytes of an all-reduced tensor a second, in the limit of large ones.
-        weight_s: of a product, for each element of its weight, however few rows it has.
-        slowdown: seconds that a product takes longer for each second of a transfer beside it: 0 where the two share
-            nothing, 1 where a transfer is all work for the same cores.
+        flops_per_s: rate of a matrix product in the dtype of the activations, on the slowest rank.
+        latency_s: time of an all-reduce of 4 bytes.
+        bytes_per_s: bytes of the tensor that an all-reduce sums in a second, in the limit of large tensors.
+        weight_s: time of a product for each element of its weight, for any number of rows.
+        slowdown: seconds that a product loses for each second of a transfer beside it: 0 if the two share nothing, 1
+            if the transfer takes the same cores.
         symmetric_memory: whether the ranks map each other's memory, for torch's fused products.
     """
 
@@ -60,12 +60,12 @@ class OverlapCosts:
     symmetric_memory: bool = False
 
     def num_chunks(self, stretches: Sequence[Stretch], rows: int, weight_elements: int = 0) -> int:
-        """The best number of chunks for all of these stretches.
+        """Return the number of chunks with the least total time of all stretches.
 
         Args:
-            stretches: what the number is used for, one after the other.
-            rows: of the products; what bounds the number of chunks.
-            weight_elements: that each chunk of a product reads.
+            stretches: products with their transfers, which run one after the other.
+            rows: rows of the products; they bound the number of chunks.
+            weight_elements: elements of the weight that each chunk of a product reads.
         """
 
         def step_s(chunks: int) -> float:
@@ -80,7 +80,7 @@ class OverlapCosts:
         gathered = [0.0] * len(parts)
         if stretch.gather_s:
             gathered = list(itertools.accumulate(self.latency_s + stretch.gather_s * part for part in parts))
-            gathered = [*gathered[1:], gathered[-1]]  # all are issued at once, and gloo sends two of them at a time
+            gathered = [*gathered[1:], gathered[-1]]  # all are issued at once, and gloo sends two at a time
         link_s, product_s = gathered[-1], stretch.before_s + self.slowdown * stretch.gather_s
         for ready_s, part in zip(gathered, parts, strict=True):
             product_s = max(product_s, ready_s) + again_s + stretch.product_s * part

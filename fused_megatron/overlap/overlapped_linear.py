@@ -1,14 +1,14 @@
-"""Linear products overlapped with the collective that goes with them.
+"""Linear products overlapped with their collectives.
 
-The order of work is set by issuing a collective before the product that hides it, and by cutting both into chunks of
-rows: while the collective of a chunk is under way the product of the next is made, or the other way round. One chunk is
-the plain path: the whole product, then (or after) the whole collective.
+A collective is issued before the product that hides it, and both are cut into chunks of rows: while the collective of
+one chunk is under way, the product of the next chunk is computed, or the other way round. With one chunk the whole
+collective follows, or precedes, the whole product.
 
-Rows are independent of each other, so chunks change no sum inside a product. The sum over ranks is made by the backend:
-where its order depends on an element's place in the message (a ring of three ranks or more), chunks may change the last
+Rows are independent of each other, so chunks change no sum inside a product. The backend sums over ranks. If the order
+of its sum depends on the index of an element in the message (a ring of three ranks or more), chunks may change the last
 bit of a float32 sum.
 
-Shapes are those of one rank, for activations [S, B, ..] and sequence dim 0; R ranks.
+Shapes are per rank, for R ranks, activations [S, B, ..] and sequence dim 0.
 """
 
 from math import prod
@@ -47,8 +47,8 @@ class ColumnLinearFunction(AutogradFunction):
     both:
         backward     dw_shard_o [O / R, H] = dy_shard_o.T @ x;  db_shard_o [O / R] = sum over S, B of dy_shard_o
 
-    Inputs are not checked. With chunks there are as many collectives of so much less; the bytes stay the same. x is
-    saved as given: the shard, not the gathered sequence. No collective for an x that needs no gradient.
+    Inputs are not checked. With chunks each chunk has its own collective; the total of bytes stays the same. The saved
+    x is this rank's shard, not the gathered sequence. Without a gradient of x backward has no reduction.
     """
 
     op = "tensor_parallel.column_parallel_linear"
@@ -81,7 +81,7 @@ class ColumnLinearFunction(AutogradFunction):
         dweight = dbias = None
         if needs_dweight and sequence_dim is not None:
             full_x = start_all_gather(x, sequence_dim, group)  # hidden by the product for dx
-        if needs_dx:  # what of its collective the product itself does not hide, the product for dweight does
+        if needs_dx:  # its collective hides under its own product, and the rest under the product for dweight
             products = 2 if needs_dweight and not ctx.destination.later else 1
             num_chunks = choice.for_reduction(dy, weight.t(), sequence_dim, group, hidden_products=products)
             if sequence_dim is None:
@@ -108,8 +108,8 @@ class RowLinearFunction(AutogradFunction):
     both:
         backward     dw_shard_i [O, I / R] = dy.T @ x_shard_i;  dbias [O] = sum over S, B of dy
 
-    Inputs are not checked. The collective works on the product itself; the bias is added once, in the product of the
-    first rank. With chunks there are as many collectives of so much less; the bytes stay the same.
+    Inputs are not checked. The bias is added once, in the product of the first rank, so that the collective needs no
+    pass after it. With chunks each chunk has its own collective; the total of bytes stays the same.
     """
 
     op = "tensor_parallel.row_parallel_linear"
@@ -151,7 +151,7 @@ class RowLinearFunction(AutogradFunction):
         return (
             dx,
             ctx.destination.add(lambda: (rows_of(dy), rows_of(x))) if needs_dweight else None,
-            # Of all positions, since dy is whole by now: the full gradient on every rank with no further collective.
+            # dy has all positions by now, so every rank has the full gradient without a further collective.
             rows_of(dy).sum(0) if needs_dbias else None,
             None,
             None,
@@ -162,7 +162,7 @@ class RowLinearFunction(AutogradFunction):
 def start_product_all_reduce(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, group: Group, num_chunks: int
 ) -> Transfer:
-    """sum over ranks of x [.., I] @ weight [O, I].T, + bias once: [.., O]. Its last transfers are still under way."""
+    """Start y [.., O] = sum over ranks of x [.., I] @ weight [O, I].T, + bias once; the last transfers are pending."""
     bias = of_first_rank(bias, group)
     rows = x.reshape(-1, x.shape[-1])
     y = rows.new_empty(rows.shape[0], weight.shape[0])
@@ -176,10 +176,10 @@ def start_product_all_reduce(
 def start_product_reduce_scatter(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dim: int, group: Group, num_chunks: int
 ) -> Transfer:
-    """This rank's block of dim of the sum over ranks of x @ weight.T, + bias once.
+    """Start the sum over ranks of x @ weight.T, + bias once; this rank keeps its block of dim.
 
-    x [S, .., I] -> [S / R, .., O] for dim 0. Only there is it cut: elsewhere the blocks of a chunk would have to be
-    gathered from all over x first.
+    x [S, .., I] -> [S / R, .., O] for dim 0. Only dim 0 is cut into chunks: for another dim the rows of a chunk are
+    scattered over x, and would need a copy.
     """
     ranks = group_size(group)
     if num_chunks == BY_SYMMETRIC_MEMORY:
@@ -212,10 +212,10 @@ def gather_product(
     *,
     keep_gathered: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(y, gathered): gathered is x of all ranks along dim, y = gathered @ weight.T + bias.
+    """Gather x of all ranks along dim, and return (gathered @ weight.T + bias, gathered).
 
-    x [S / R, .., I] -> y [S, .., O] for dim 0. This rank's own block is multiplied while the first chunks of the others
-    travel. `gathered` is None unless it is asked for.
+    x [S / R, .., I] -> y [S, .., O] for dim 0. This rank's own block is multiplied while the first chunks of the other
+    ranks are under way. `gathered` is None without keep_gathered.
     """
     ranks = group_size(group)
     if num_chunks == BY_SYMMETRIC_MEMORY:
@@ -247,12 +247,12 @@ def gather_product(
 
 
 def of_first_rank(bias: torch.Tensor | None, group: Group) -> torch.Tensor | None:
-    """A bias that rides in the product of one rank alone: no pass over the sum of its own, and one rounding less."""
+    """Return the bias on the first rank, None on others: added in one rank's product, it needs no pass of its own."""
     return bias if group_rank(group) == 0 else None
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x [.., I] as a matrix."""
+    """Return x [.., I] as a matrix [rows, I]."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -262,7 +262,7 @@ def _leads(x: torch.Tensor, dim: int) -> bool:
 
 
 def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None:
-    """What both backwards need: of x and the weight what the gradients that are asked for are made of."""
+    """Save the operands that the needed gradients are made of."""
     needs_dx, needs_dweight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if needs_dweight else None, weight if needs_dx else None)
     ctx.layout = layout
@@ -270,6 +270,9 @@ def _save(ctx: Any, x: torch.Tensor, weight: torch.Tensor, *layout: Any) -> None
 
 
 def _own(y: torch.Tensor) -> torch.Tensor:
-    """y as no view: autograd refuses to change a Function's view in place (an activation with inplace=True, +=)."""
+    """Return y as a tensor that is no view.
+
+    Autograd refuses in-place changes of a view that a Function returns (an activation with inplace=True, +=).
+    """
     own: torch.Tensor = torch.ops.aten._unsafe_view(y, y.shape)
     return own

@@ -1,4 +1,4 @@
-"""`fused-megatron schedule`: show, check or simulate a schedule. Needs no torch, so it answers at once."""
+"""Command `fused-megatron schedule`, which shows, checks or simulates a schedule. It needs no torch, and so is fast."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import tyro
 from fused_megatron.checks import InputError, check
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule, peak_weight_versions
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 from fused_megatron.pipeline.schedule.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
@@ -24,42 +24,45 @@ class ScheduleArguments:
     """Show a pipeline schedule, check it by its rules, or simulate it."""
 
     action: Annotated[Literal["show", "check", "simulate"], tyro.conf.Positional]
-    """show: the timeline; check: every rule, exit code 1 for a breach; simulate: makespan, bubble and memory."""
+    """show: print the timeline; check: check every rule, with exit code 1 for a breach; simulate: print makespan,
+    bubble and memory."""
     name: Annotated[str, tyro.conf.Positional]
     """A schedule (gpipe, 1f1b, interleaved_1f1b, looped_breadth_first, zb_h1, interleaved_zero_bubble, zb_v, v_half,
     dual_pipe_v, pipedream_2bw, pipedream), or a file of one (.csv, .json)."""
     ranks: int = 4
     stages_per_rank: int | None = None
-    """Default: as few as the schedule allows."""
+    """Default: the least number that the schedule allows."""
     microbatches: int = 8
-    """Of one step."""
+    """Microbatches of one step."""
     steps: int | None = None
-    """Steps that run into each other (pipedream_2bw, pipedream alone); default for those: 3."""
+    """Overlapping steps, for pipedream_2bw and pipedream only; default for them: 3."""
     forward: float = 1.0
-    """Time of a rank's whole share of a forward; a stage takes its part."""
+    """Time of a rank's whole share of a forward; each of its stages takes an equal part."""
     input_grad: float = 1.0
+    """Time of a rank's whole share of the input gradients."""
     weight_grad: float = 1.0
+    """Time of a rank's whole share of the weight gradients."""
     link_latency: float = 0.0
-    """From the end of a send to its arrival."""
+    """Time from the end of a send to its arrival."""
     link_occupied: float = 0.0
-    """How long a message keeps its channel from the next one."""
+    """Time for which a message blocks its channel for the next message."""
     format: Formats = "text"
-    """Of show."""
+    """Format of show."""
     lowered: bool = False
-    """csv and json: with sends, receives and reductions."""
+    """csv and json: include sends, receives and reductions."""
     write: Path | None = None
-    """A file for the output."""
+    """File for the output."""
 
 
 def run_schedule(arguments: ScheduleArguments) -> int:
-    """Print or write what was asked for; 1 when `check` finds a breach.
+    """Print or write the output; return the exit code, which is 1 if `check` finds a breach.
 
     Raises:
-        InputError: an unknown name, numbers that do not fit, a file that is no schedule.
+        InputError: an unknown name, numbers that the schedule does not allow, a file that is no schedule.
     """
     schedule = _schedule(arguments)
     if arguments.action == "check":
-        return _check(schedule)
+        return _run_check(schedule)
     output = _shown(schedule, arguments) if arguments.action == "show" else _simulated(schedule, arguments)
     if arguments.write is None:
         print(output, end="")
@@ -86,11 +89,11 @@ def _schedule(arguments: ScheduleArguments) -> Schedule:
     return build_schedule(arguments.name, arguments.ranks, arguments.microbatches, arguments.stages_per_rank, steps)
 
 
-def _check(schedule: Schedule) -> int:
-    findings = check_schedule(schedule)
+def _run_check(schedule: Schedule) -> int:
+    findings = schedule_findings(schedule)
     if not findings and not schedule.lowered:
         schedule = lower(schedule)
-        findings = check_schedule(schedule)
+        findings = schedule_findings(schedule)
     for finding in findings:
         print(finding)
     count = sum(len(actions) for actions in schedule.actions)
@@ -105,15 +108,16 @@ def _timeline(schedule: Schedule, arguments: ScheduleArguments) -> Timeline:
     timeline = simulate(schedule, costs)
     if timeline.stuck:
         rank, position = timeline.stuck[0]
-        waits = f"rank {rank} waits for ever at position {position}, {schedule.actions[rank][position]}"
+        waits = f"rank {rank} waits forever at position {position}, {schedule.actions[rank][position]}"
         raise InputError(f"schedule {schedule.name} deadlocks: {waits} (see: fused-megatron schedule check)")
     return timeline
 
 
 def _shown(schedule: Schedule, arguments: ScheduleArguments) -> str:
     if arguments.format in ("csv", "json", "torch_csv"):
-        given = lower(schedule) if arguments.lowered and not schedule.lowered else schedule
-        return {"csv": to_csv, "json": to_json, "torch_csv": to_torch_csv}[arguments.format](given)
+        if arguments.lowered and not schedule.lowered:
+            schedule = lower(schedule)
+        return {"csv": to_csv, "json": to_json, "torch_csv": to_torch_csv}[arguments.format](schedule)
     timeline = _timeline(schedule, arguments)
     if arguments.format == "perfetto":
         return to_perfetto({"predicted": timeline})

@@ -27,6 +27,7 @@ from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.mesh import coordinates
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
@@ -38,7 +39,6 @@ from fused_megatron.planning.step_profile import (
     StepProfile,
     Transfers,
     axes_of,
-    key_of,
     profile_of,
     transfers_of,
     walk,
@@ -199,15 +199,15 @@ class DryRun:
             for stage in stages
             for span in [self.spans[stage]]
         )
-        kinds = {(stages.index(key.stage), key.kind) for key in self._keys(self.schedule, pp_rank)}
+        kinds = {(stages.index(stage), kind) for stage, kind in self._keys(self.schedule, pp_rank) if stage in stages}
         key = forms, frozenset(kinds), coordinates(rank, self._sizes)["tp"]
         if key not in self._known:
             self._known[key] = self._run(rank, tuple(stages), self._fewest_microbatches(pp_rank))
         known = self._known[key]
-        # Behind a step nothing is left but the losses. Else actions hang on those of other microbatches: who lets go of
+        # A step leaves nothing but its losses. Else actions hang on those of other microbatches: who lets go of
         # a gradient that a B and a W of two stages share, when a schedule has both.
         held = walk(_Names(known.stages, stages, self.spans).renamed(known.profile), self.schedule.actions[pp_rank])
-        if held.held_bytes == known.assembled_bytes + 8 * self.num_microbatches:
+        if held.held_bytes == sum(known.profile.start.values()) + 8 * self.num_microbatches:
             return known
         own = key, pp_rank
         if own not in self._known:
@@ -236,7 +236,10 @@ class DryRun:
     def _fewest_microbatches(self, pp_rank: int) -> int:
         """So many that every kind of action of the whole step is there."""
         wanted = self._keys(self.schedule, pp_rank)
-        for count in range(1, self.num_microbatches):
+        # Weights that data-parallel ranks update in parts are gathered in the first forward of a step, and their
+        # gradients leave in its last backward.
+        zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
+        for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
                 schedule = lower(self.plan.schedule(count))
             except InputError:  # too few for this schedule
@@ -246,8 +249,8 @@ class DryRun:
         return self.num_microbatches
 
     @staticmethod
-    def _keys(schedule: Schedule, pp_rank: int) -> set[ActionKey]:
-        return {key_of(action) for action in schedule.actions[pp_rank]}
+    def _keys(schedule: Schedule, pp_rank: int) -> set[tuple[int, Kind]]:
+        return {(action.stage, action.kind) for action in schedule.actions[pp_rank]}
 
     def _groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         at, found = coordinates(rank, self._sizes), {}
@@ -266,18 +269,22 @@ class DryRun:
     def _sent(self, profile: StepProfile, stage: int) -> dict[str, int]:
         sent: Counter[str] = Counter()
         for key, done in profile.actions.items():
-            for work, number in done.work.items() if key.stage == stage else ():
+            for work, number in done.work.items() if _is_usual(profile, key, stage) else ():
                 if work.what == "bytes" and work.group and axes_of(work.group, self._sizes) == "tp":
                     sent[work.kind] += number
-        recorded = self.num_microbatches if profile.every else 1
-        return {kind: num_bytes // recorded for kind, num_bytes in sent.items() if num_bytes}
+        return {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
+
+
+def _is_usual(profile: StepProfile, key: ActionKey, stage: int) -> bool:
+    """Whether an action of the stage is of the microbatch that stands for most."""
+    return key.stage == stage and key.microbatch == max(0, profile.num_recorded - 2)
 
 
 def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
     """Left behind a forward, but for the copy that is sent."""
     kept: dict[Memory, int] = {}
     for key, done in profile.actions.items():
-        if key.stage == stage and key.kind == Kind.FORWARD:
+        if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:
             kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind != "messages"}
     return kept
 

@@ -1,4 +1,4 @@
-"""Bytes that a rank sends in a step, by formula: before anything is built."""
+"""Formulas for the bytes that a rank sends in a step."""
 
 from collections import Counter
 
@@ -9,26 +9,27 @@ _SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
-    """Bytes of the tensor-parallel collectives of a stage, forward and backward of one microbatch.
+    """Compute the bytes of a stage's tensor-parallel collectives, forward and backward of one microbatch, by kind.
 
-    As record_communication counts them: by kind, and of whole tensors (a ring sends (R - 1) / R of that, an all-reduce
-    twice as much). With A the bytes of an activation [S, B, H], and k = 1 where blocks run forward once more
-    (recompute "full"), else 0, a block sends
+    Bytes are counted as record_communication counts them: of whole tensors. A ring sends (R - 1) / R of them, and twice
+    this for an all-reduce. With A the bytes of an activation [S, B, H], and k = 1 with recompute="full" (backward
+    repeats the forward of a block), else 0, a block sends
 
         all_reduce      (4 + 2 k) A                         Shoeybi et al. 2019 (arXiv:1909.08053), section 3
-      with sequence parallelism
+      instead with sequence parallelism
         reduce_scatter  (4 + 2 k) A                         Korthikanti et al. 2022 (arXiv:2205.05198), section 4.2.2
-        all_gather      (6 + 2 k) A                         two of them make a gathered operand again
+        all_gather      (6 + 2 k) A                         two of them gather an operand again for backward
         all_reduce      4 bytes an element of norms and of biases that every rank holds
-      and in any case, with G key-value heads of D
-        all_reduce      8 G D (H + 1) with fewer of them than ranks (without biases H); 8 D with query_key_norm
+      and in both cases, with G key-value heads of size D
+        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm
 
-    and the ends of the model: an all-reduce of A each (a reduce-scatter and an all-gather), with sequence parallelism
-    the gradient of learned positions and what the head multiplies, and 12 bytes a token and rank for the loss.
+    The first and the last stage also send an all-reduce of A each; with sequence parallelism, a reduce-scatter and an
+    all-gather of A instead. The first stage then all-gathers the gradient of learned positions. The last stage gathers
+    12 bytes a token and rank for the loss.
 
     Args:
         config: of the whole run.
-        span: what the stage holds.
+        span: the blocks of the stage.
     """
     model, parallel = config.model, config.parallel
     ranks, tokens = parallel.tensor_parallel_size, config.training.microbatch_size * model.seq_len
@@ -38,7 +39,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     activation = size * tokens * model.hidden_size
     blocks, ends = span.stop - span.start, span.first + span.last
     again = 2 if model.recompute == "full" else 0
-    # Gradients of parameters that several ranks hold for heads of their own.
+    # Gradients of parameters that several ranks hold, though each uses them for other heads.
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
     copied += 2 * model.head_size * model.query_key_norm
@@ -57,7 +58,10 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
 
 
 def message_bytes(config: TrainConfig) -> int:
-    """Of what a stage hands on for a microbatch, and of the gradient that comes back: [S, B, H], or a block of S."""
+    """Compute the bytes of a message between two stages for a microbatch: [S, B, H] or its sequence shard.
+
+    The activation and its gradient have the same size.
+    """
     model, parallel = config.model, config.parallel
     rows = model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
     return _SIZES[config.training.dtype] * rows * config.training.microbatch_size * model.hidden_size

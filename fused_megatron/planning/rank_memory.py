@@ -1,4 +1,4 @@
-"""Memory that a rank needs to train, by formula: weights, gradients, optimizer, activations."""
+"""Formulas for the memory that a rank needs in training: weights, gradients, optimizer state, activations."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
@@ -17,14 +18,17 @@ _SIZES = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank at the peak of a step.
+    """Bytes that a rank holds at the peak of a step.
 
     Attributes:
-        num_parameters: that it holds.
-        weights, gradients, optimizer: 2 or 4, 4 and 8 or 12 bytes each: gradients and moments are float32, and so are
-            the main weights that bfloat16 has beside it.
-        activations: kept from forward for backward, of all microbatches that are under way at once.
-        working: about what a block or the head needs beside, while it computes.
+        num_parameters: parameters of this rank (a number, not bytes).
+        weights: 4 bytes a parameter in float32, 2 in bfloat16.
+        gradients: 4 bytes a parameter (float32).
+        optimizer: 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main weights. Where
+            replicas share it (ZeRO), a rank's share of the parameters counts, without the rounding up to whole rows.
+        activations: kept from forward for backward, of all microbatches in flight.
+        working: estimate of the temporary tensors of a block or of the head while it computes, or of the reduction of
+            gradients if that needs more than the activations leave.
     """
 
     num_parameters: int
@@ -40,15 +44,15 @@ class RankMemory:
 
 
 def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_size: int | None = None) -> RankMemory:
-    """Of a pipeline rank, or of the fullest one.
+    """Compute the memory of one pipeline rank, or of the rank that needs most.
 
     Args:
         config: model.vocab_size must be given.
-        pp_rank: None for the rank that holds most.
-        data_parallel_size: where config leaves it open; 1 when not given.
+        pp_rank: pipeline rank; None: the rank that needs most.
+        data_parallel_size: used if the config has none; None: 1.
 
     Raises:
-        InputError: as plan_pipeline and cut_stages; no vocab_size.
+        InputError: as plan_pipeline and cut_stages; vocab_size is None.
     """
     parallel, training = config.parallel, config.training
     plan = plan_pipeline(config)
@@ -56,38 +60,52 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
     replicas = parallel.data_parallel_size or data_parallel_size or 1
     schedule = plan.schedule(training.global_batch_size // training.microbatch_size // replicas)
     ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
-    found = [_of_rank(config, schedule, rank, {s: spans[s] for s in stages_of(plan.placement, rank)}) for rank in ranks]
+    found = [
+        _memory_of_rank(config, schedule, replicas, rank, {s: spans[s] for s in stages_of(plan.placement, rank)})
+        for rank in ranks
+    ]
     return max(found, key=lambda memory: memory.total)
 
 
-def _of_rank(config: TrainConfig, schedule: Schedule, rank: int, spans: Mapping[int, StageSpan]) -> RankMemory:
-    size, ranks = _SIZES[config.training.dtype], config.parallel.tensor_parallel_size
+def _memory_of_rank(
+    config: TrainConfig, schedule: Schedule, replicas: int, rank: int, spans: Mapping[int, StageSpan]
+) -> RankMemory:
+    size = _SIZES[config.training.dtype]
+    ranks = config.parallel.tensor_parallel_size
     num_parameters = sum(stage_parameters(config.model, span, ranks) for span in spans.values())
     if config.model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():
-        num_parameters -= _vocabulary(config.model, ranks)  # one table for both ends
+        num_parameters -= _vocabulary(config.model, ranks)  # the first and the last stage share one table
     of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
     held = activations = 0
     for action in schedule.actions[rank]:
         held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
         held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
         activations = max(activations, held)
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
+    shards = replicas if placements.state else 1
+    # A bucket is packed and its sums are received at the end of backward, when few activations are left.
+    bucket = min(4 * num_parameters, round(1e6 * config.training.bucket_mb))
+    sent = 0 if shards == 1 else bucket + bucket // shards
+    working = max(_working(config, span) for span in spans.values())
     return RankMemory(
         num_parameters,
         weights=size * num_parameters,
         gradients=4 * num_parameters,
-        optimizer=(8 if size == 4 else 12) * num_parameters,
+        optimizer=(8 if size == 4 else 12) * -(-num_parameters // shards),
         activations=activations,
-        working=max(_working(config, span) for span in spans.values()),
+        working=max(working, sent - activations),
     )
 
 
 def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel_size: int) -> int:
-    """Parameters of a stage on one of its R tensor-parallel ranks, padding of the vocabulary among them.
+    """Count the parameters of a stage on one of its R tensor-parallel ranks, with the padding of the vocabulary.
 
-    With N heads and G key-value heads of D, F = ffn_hidden_size (twice for a gated MLP's first matrix): of a block
+    A block with N heads and G key-value heads of size D, F = ffn_hidden_size, and F' = F, or 2 F for a gated MLP, has
 
-        H (N D + 2 max(G, R) D + N D + F' + F) / R     weights, and F' + (N + 2 max(G, R)) D over R of biases
-        2 H of biases, 2 norms of 2 H (RMS: H)         whole on every rank
+        H (N D + 2 max(G, R) D + N D + F' + F) / R     weights
+        (F' + (N + 2 max(G, R)) D) / R                 biases that are sharded
+        2 H                                            biases that every rank holds
+        2 * 2 H (RMS norm: 2 * H)                      norms, which every rank holds
     """
     hidden, ranks = config.hidden_size, tensor_parallel_size
     query = config.num_heads * config.head_size // ranks
@@ -110,19 +128,19 @@ def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel
 
 
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
-    """Bytes that a stage keeps of one microbatch from forward for backward.
+    """Compute the bytes that a stage keeps from forward for backward, for one microbatch.
 
-    Of a block (T tokens; T' = T / R under sequence parallelism, else T), elements of 2 or 4 bytes:
+    A block with T tokens (T' = T / R under sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
-        4 T' H                          in and out of both norms; 4 T' bytes of statistics each
-        T (N + 2 G) D / R               query, key, value; rotated or normalized once more those that are
-        T N D / R                       what the projection multiplies
-        T N D / R                       the attention kernel's result, and 4 T N / R bytes; not with "selective"
-        T F' / R                        before the activation; at R = 1 T F after it, too
-        T' H alone                      with "full"
+        4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
+        T (N + 2 G) D / R      query, key, value; query and key again for each of rotation and normalization
+        T N D / R              input of the projection
+        T N D / R              result of the attention kernel, and 4 T N / R bytes; not with recompute="selective"
+        T F' / R               input of the activation; with R = 1 also its output, T F
+        T' H                   instead of all of the above with recompute="full"
 
-    Less than the 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B of Korthikanti et al. 2022 (arXiv:2205.05198), whose
-    attention keeps its scores and whose GELU, dropout and residual additions keep their inputs.
+    Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
+    attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
     """
     model = config.model
     size, tokens, own_tokens = _sizes(config)
@@ -134,13 +152,14 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     if span.first:
         total += 8 * tokens
     if span.last:
-        # The gradients of hidden and, if it has to be made with the loss, of the head wait in float32.
+        # The loss computes the gradient of hidden, and of the head if it is needed, and keeps them in float32.
         total += norm + 12 * tokens + 4 * own_tokens * hidden
         total += 4 * _vocabulary(model, config.parallel.tensor_parallel_size)
     return total
 
 
 def _block_activations(config: TrainConfig) -> int:
+    """Compute the bytes that one block keeps for backward, without recompute="full"."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, own_tokens = _sizes(config)
     heads = model.num_heads // ranks
@@ -159,7 +178,7 @@ def _block_activations(config: TrainConfig) -> int:
 
 
 def _working(config: TrainConfig, span: StageSpan) -> int:
-    """A block's backward holds some tensors of the width of its MLP and its attention at once; the head its tiles."""
+    """Estimate the bytes of temporary tensors: of a block's backward (MLP and attention), or of the head's tiles."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, _ = _sizes(config)
     expansion = (model.ffn_size // ranks) * (1 if _plain(model) else 2)
@@ -171,14 +190,15 @@ def _working(config: TrainConfig, span: StageSpan) -> int:
     head = 0
     if span.last:
         rows = _vocabulary(model, ranks) // model.hidden_size
-        most = 2 * tile_bytes("cuda")  # two tiles where shards exchange
+        most = 2 * tile_bytes("cuda")  # two tiles if vocabulary shards exchange statistics
         head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
     return max(block, head)
 
 
 def _sizes(config: TrainConfig) -> tuple[int, int, int]:
-    """(bytes of an element, tokens of a microbatch, those that this rank holds between the tensor-parallel layers)."""
-    tokens, parallel = config.training.microbatch_size * config.model.seq_len, config.parallel
+    """Return (bytes of an element, tokens of a microbatch, tokens of this rank between tensor-parallel layers)."""
+    parallel = config.parallel
+    tokens = config.training.microbatch_size * config.model.seq_len
     own = tokens // parallel.tensor_parallel_size if parallel.sequence_parallel else tokens
     return _SIZES[config.training.dtype], tokens, own
 
@@ -188,7 +208,7 @@ def _plain(config: TransformerConfig) -> bool:
 
 
 def _vocabulary(config: TransformerConfig, ranks: int) -> int:
-    """Elements of a shard of the table."""
+    """Count the elements of a rank's shard of the vocabulary table."""
     check(config.vocab_size is not None, "vocab_size=None must be given to know what the embedding holds")
     multiple = lcm(config.pad_vocab_size_to_multiple_of, ranks)
     return -(-(config.vocab_size or 0) // multiple) * multiple // ranks * config.hidden_size

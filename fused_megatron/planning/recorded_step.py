@@ -20,7 +20,7 @@ from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
 from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 
-MODEL, ASSEMBLY, BATCH, STEP = "model", "assembly", "batch", "step"
+MODEL, ASSEMBLY, UPDATED, BATCH, STEP = "model", "assembly", "updated", "batch", "step"
 """Phases of the recorder."""
 
 # What the trainer's ranks tell each other in a step: damaged tokens, and the reasons to stop.
@@ -36,7 +36,7 @@ class RecordedStep:
         assembly: the rank's parts, after the step.
         recorder: from the making of its model on.
         assembled: events of the recorder's storages before the step.
-        assembled_bytes, held_bytes: of all storages before and after the step.
+        assembled_bytes, held_bytes: of all storages before the first step and after a step.
     """
 
     assembly: Assembly
@@ -115,13 +115,18 @@ def _record(
     for stage in model.stages.values():
         recorder.watch(stage)
     storages = recorder.storages
-    assembled, assembled_bytes = storages.num_events, storages.held_bytes()
+    assembled_bytes = storages.held_bytes()
+    if mesh.dp_group is not None:
+        recorder.replicas = tuple(dist.get_process_group_ranks(mesh.dp_group))
+    with recorder.phase(UPDATED):  # as behind the update of a step before: weights of other ranks are on their way
+        assembly.weights.start()
+    assembled = storages.num_events
 
     def read_batch() -> Batch:
         with recorder.phase(BATCH):
             return _batch(config, mesh)
 
-    with recorder.phase(STEP, lambda: assembly.executor.at):
+    with recorder.phase(STEP, lambda: assembly.executor.current_action):
         training_step(
             assembly,
             read_batch,

@@ -13,8 +13,8 @@ from fused_megatron.mesh import coordinates
 from fused_megatron.observe.storages import Event, Storage
 from fused_megatron.pipeline.run.action_loop import receives_ahead
 from fused_megatron.pipeline.schedule.action import COMPUTE, OF_MICROBATCH, Action, Kind
-from fused_megatron.planning.recorded_step import ASSEMBLY, BATCH, MODEL, STEP, RecordedStep
-from fused_megatron.planning.step_recorder import HEADER, LOSS_LAYER, RECEIVED, Place, Work
+from fused_megatron.planning.recorded_step import ASSEMBLY, BATCH, MODEL, STEP, UPDATED, RecordedStep
+from fused_megatron.planning.step_recorder import GATHERED_ROWS, HEADER, LOSS_LAYER, RECEIVED, REDUCED_ROWS, Place, Work
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer state"
 ACTIVATIONS, MESSAGES, GATHERED = "activations", "messages", "gathered weights"
@@ -22,7 +22,7 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# Sums over this axis are made once a step, in its last backward.
+# What goes over this axis goes once a step: sums of gradients in the last backward, weights in the first forward.
 DATA = "dp"
 
 DEFERRED = "weight gradients put off"
@@ -57,16 +57,16 @@ class Profile:
 
 
 class ActionKey(NamedTuple):
-    """Actions that do the same, one for each microbatch; or one action only.
+    """Actions that do the same.
 
     Attributes:
         stage, kind: of the actions.
-        only: index of the one action, where every microbatch was run; None for all of them.
+        microbatch: that was run; None for kinds without one.
     """
 
     stage: int
     kind: Kind
-    only: int | None = None
+    microbatch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class StepProfile:
     Attributes:
         start: what is held before the step, by kind.
         before: from the start of the step to the first action.
-        actions: by stage and kind, where all microbatches were run by index, too.
-        every: whether all microbatches were run.
+        actions: by key.
+        num_recorded, num_microbatches: how many microbatches were run, and of how many this is the profile.
         after: behind the last action: the norm, the sums over the ranks, the update.
         received: bytes of a message.
         once: work that is done once a step, however many microbatches it has: the sums of gradients, the norm.
@@ -87,15 +87,20 @@ class StepProfile:
     start: Counter[Memory]
     before: Profile
     actions: Mapping[ActionKey, Profile]
-    every: bool
+    num_recorded: int
+    num_microbatches: int
     after: Profile
     received: int
     once: Counter[Work]
     losses: int
 
+    def key_of(self, action: Action) -> ActionKey:
+        """Of an action of any microbatch."""
+        return key_of(action, self.num_recorded, self.num_microbatches)
+
     def of(self, action: Action) -> Profile:
         """What an action of any microbatch does."""
-        return self.actions.get(_key_of(action, self.every), Profile())
+        return self.actions.get(self.key_of(action), Profile())
 
 
 class StepMemory(NamedTuple):
@@ -117,13 +122,13 @@ class StepMemory(NamedTuple):
         return sum(self.peak.values())
 
 
-def key_of(action: Action) -> ActionKey:
-    """Of an action of any microbatch."""
-    return ActionKey(action.stage, action.kind)
-
-
-def _key_of(action: Action, every: bool) -> ActionKey:
-    return ActionKey(action.stage, action.kind, action.index if every else None)
+def key_of(action: Action, num_recorded: int, num_microbatches: int) -> ActionKey:
+    """Of an action of a step, where fewer microbatches were run: the first and the last stand for themselves."""
+    if action.kind not in OF_MICROBATCH:
+        return ActionKey(action.stage, action.kind)
+    is_last = action.microbatch == num_microbatches - 1
+    usual = min(action.microbatch, max(0, num_recorded - 2))
+    return ActionKey(action.stage, action.kind, num_recorded - 1 if is_last else usual)
 
 
 def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
@@ -135,12 +140,11 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
     """
     kinds = _kinds(step)
     recorded = len(step.assembly.executor.schedule.microbatches)
-    every = recorded == num_microbatches
     for storage in kinds:
         if storage.made.phase == BATCH:
             storage.num_bytes = storage.num_bytes // recorded * num_microbatches
     events = [event for event in step.recorder.storages.events() if event.storage.made.layer != HEADER]
-    assembled = [event for event in events if event.where.phase in (MODEL, ASSEMBLY)]
+    assembled = [event for event in events if event.where.phase in (MODEL, ASSEMBLY, UPDATED)]
     rest = events[len(assembled) :]
     start: Counter[Memory] = Counter()
     for event in assembled:
@@ -155,22 +159,26 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
     for action, group in parts[first : last + 1]:
         assert action is not None, "between two actions nothing is made"
         received = max([received, *(e.storage.num_bytes for e in group if _is_received(e))])
-        actions[_key_of(action, every)] = _profile((event for event in group if not _is_received(event)), kinds)
+        actions[key_of(action, recorded, recorded)] = _profile(
+            (event for event in group if not _is_received(event)), kinds
+        )
     once, sizes = Counter[Work](), step.assembly.mesh.sizes
     for (phase, action), work in step.recorder.work.items():
         if phase != STEP:
             continue
         again = action is not None and action.kind in OF_MICROBATCH
         for done, number in work.items():
-            if action is not None and again and axes_of(done.group, sizes) != DATA:
-                actions.setdefault(_key_of(action, every), Profile()).work.setdefault(done, number)
-            elif done.kind == "broadcast" and done.what == "bytes":  # the losses, 8 bytes each
-                once[done] += number // recorded * num_microbatches
+            if action is not None and again and done.kind != "receive" and axes_of(done.group, sizes) != DATA:
+                actions.setdefault(key_of(action, recorded, recorded), Profile()).work.setdefault(done, number)
             else:
                 once[done] += number
+    for done in once:
+        # Receives are posted in actions of other microbatches; losses have 8 bytes each.
+        if done.kind == "receive" or (done.kind == "broadcast" and done.what == "bytes"):
+            once[done] = once[done] // recorded * num_microbatches
     last_stage = step.assembly.plan.num_stages - 1 in step.assembly.model.stages
     losses = 0 if last_stage else 8 * (num_microbatches - recorded)
-    return StepProfile(+start, before, actions, every, after, received, once, losses)
+    return StepProfile(+start, before, actions, recorded, num_microbatches, after, received, once, losses)
 
 
 class Transfers(NamedTuple):
@@ -230,7 +238,7 @@ def walk(profile: StepProfile, actions: Sequence[Action]) -> StepMemory:
 def work_of(profile: StepProfile, actions: Sequence[Action]) -> Counter[Work]:
     """What a step of so many actions computes and sends; arguments as walk."""
     total = Counter(profile.once)
-    for key, count in Counter(_key_of(action, profile.every) for action in actions).items():
+    for key, count in Counter(profile.key_of(action) for action in actions).items():
         for work, number in profile.actions.get(key, Profile()).work.items():
             total[work] += count * number
     return total
@@ -247,7 +255,7 @@ def _held_at(profile: StepProfile, actions: Sequence[Action], posts: Sequence[in
         return _plus(held, profile.before.at_peak)
     held = _plus(held, profile.before.delta)
     held[Memory(MESSAGES)] += profile.received * sum(posts[: at + 1])
-    for key, count in Counter(_key_of(action, profile.every) for action in actions[:at]).items():
+    for key, count in Counter(profile.key_of(action) for action in actions[:at]).items():
         held = _plus(held, profile.actions.get(key, Profile()).delta, count)
     if at == len(actions):
         return _plus(held, profile.after.at_peak)
@@ -293,6 +301,10 @@ def _parts_of(assembly: Assembly) -> Iterator[tuple[str, list[torch.Tensor]]]:
 
 def _kind(storage: Storage[Place]) -> Memory:
     made = storage.made
+    if made.layer == GATHERED_ROWS:
+        return Memory(GATHERED)
+    if made.layer == REDUCED_ROWS:
+        return Memory(GRADIENTS)
     if made.phase == ASSEMBLY:  # of the assembly only the counts of updates are left
         return Memory(OPTIMIZER)
     if made.phase == BATCH or made.action is None:

@@ -1,1 +1,1 @@
-"""Every op in plain PyTorch, fp32 inside: the definition of right."""
+"""Reference implementation of every op in plain PyTorch, computed in fp32: it defines the correct result."""

@@ -1,4 +1,4 @@
-"""What bias_gelu, bias_swiglu and bias_geglu share, in plain PyTorch: an activation of x + bias, gated or not."""
+"""Activations of x + bias, plain or gated, in plain PyTorch: shared by bias_gelu, bias_swiglu and bias_geglu."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ ActivationBackward = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def forward(x: torch.Tensor, bias: torch.Tensor | None, activation: Activation, *, gated: bool) -> torch.Tensor:
-    """f(x + bias), or f(x1 + b1) * (x2 + b2) for halves of the last dim; in fp32 (fp64 for fp64), rounded once."""
+    """Return f(x + bias); gated: f(x1 + b1) * (x2 + b2) of the halves of the last dim. In fp32 (fp64), rounded once."""
     total = _add(x, bias)
     if not gated:
         return activation(total).to(x.dtype)
@@ -30,8 +30,9 @@ def backward(
     *,
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dx, dbias); what is not needed is empty. activation_backward(dy, u) is dy times the slope at u."""
-    total, dy = _add(x, bias), widen(dy)
+    """Return (dx, dbias), empty where not needed. activation_backward(dy, u) is dy times the derivative at u."""
+    total = _add(x, bias)
+    dy = widen(dy)
     if gated:
         gate, value = total.chunk(2, dim=-1)
         dtotal = torch.cat([activation_backward(dy * value, gate), dy * activation(gate)], dim=-1)

@@ -1,7 +1,7 @@
 """residual + dropout(x + bias) in plain PyTorch.
 
-`rows` says which global indices the elements have: (inner, start, stride0, stride1). Row r of x, viewed as
-[rows, width], begins at start + r // inner * stride0 + r % inner * stride1; inner = 0 stands for the whole tensor.
+`rows` = (inner, start, stride0, stride1) defines the global index of each element: with x viewed as [rows, width], row
+r begins at index start + r // inner * stride0 + r % inner * stride1. inner = 0 means that x is the full tensor.
 """
 
 import torch
@@ -20,7 +20,7 @@ def bias_dropout_add(
     p: float,
     rows: tuple[int, int, int, int] = WHOLE,
 ) -> torch.Tensor:
-    """residual + (x + bias) * factor, in fp32 (fp64 where an input is) and rounded once to residual.dtype."""
+    """Return residual + (x + bias) * factor, in fp32 (fp64 if an input is fp64), rounded once to residual.dtype."""
     total = widen(x) if bias is None else widen(x) + widen(bias)
     return (widen(residual) + total * _factor(x.shape, rng_state, p, rows, x.device)).to(residual.dtype)
 
@@ -33,7 +33,7 @@ def bias_dropout_add_forward(
     p: float,
     *rows: int,
 ) -> torch.Tensor:
-    """What torch.ops.fused_megatron.bias_dropout_add_forward computes."""
+    """Compute torch.ops.fused_megatron.bias_dropout_add_forward."""
     inner, start, stride0, stride1 = rows
     y = bias_dropout_add(x, bias, residual, rng_state, p, (inner, start, stride0, stride1))
     return y.contiguous()
@@ -52,7 +52,7 @@ def bias_dropout_add_backward(
     need_dx: bool,
     need_dbias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.bias_dropout_add_backward computes: (dx, dbias); what is not needed is empty."""
+    """Compute torch.ops.fused_megatron.bias_dropout_add_backward: (dx, dbias), empty where not needed."""
     grad = widen(dy) * _factor(dy.shape, rng_state, p, (inner, start, stride0, stride1), dy.device)
     dx = grad.to(x_dtype).contiguous() if need_dx else dy.new_empty(0, dtype=x_dtype)
     if bias is None or not need_dbias:
@@ -61,7 +61,7 @@ def bias_dropout_add_backward(
 
 
 def global_indices(shape: torch.Size, rows: tuple[int, int, int, int], device: torch.device) -> torch.Tensor:
-    """The global index of every element of a slice of this shape; int64."""
+    """Return the global index of every element of a slice with this shape; int64."""
     inner, start, stride0, stride1 = rows
     if inner == 0:
         return torch.arange(shape.numel(), device=device).reshape(shape)
@@ -78,7 +78,7 @@ def _factor(
     rows: tuple[int, int, int, int],
     device: torch.device,
 ) -> torch.Tensor | float:
-    """What every element is multiplied by: 1 / (1 - p), in fp32, where it is kept, and 0 where it is dropped."""
+    """Return the factor of every element: 1 / (1 - p) in fp32 if it is kept, 0 if it is dropped."""
     if not 0.0 < p < 1.0:
         return 1.0 - p
     assert rng_state is not None

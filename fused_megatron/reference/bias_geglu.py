@@ -9,19 +9,19 @@ from fused_megatron.reference import activation
 
 
 def bias_geglu(x: torch.Tensor, bias: torch.Tensor | None, approximate: str = "tanh") -> torch.Tensor:
-    """gelu(x1 + b1) * (x2 + b2), computed in fp32 (fp64 for fp64) and rounded once to x.dtype."""
+    """Return gelu(x1 + b1) * (x2 + b2), computed in fp32 (fp64 for fp64) and rounded once to x.dtype."""
     return activation.forward(x, bias, functools.partial(F.gelu, approximate=approximate), gated=True)
 
 
 def bias_geglu_forward(x: torch.Tensor, bias: torch.Tensor | None, tanh: bool) -> torch.Tensor:
-    """What torch.ops.fused_megatron.bias_geglu_forward computes."""
+    """Compute torch.ops.fused_megatron.bias_geglu_forward."""
     return bias_geglu(x.contiguous(), bias, _approximate(tanh))
 
 
 def bias_geglu_backward(
     dy: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, tanh: bool, need_dx: bool, need_dbias: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.bias_geglu_backward computes: (dx, dbias); what is not needed is empty."""
+    """Compute torch.ops.fused_megatron.bias_geglu_backward: (dx, dbias), empty where not needed."""
     approximate = _approximate(tanh)
     gelu = functools.partial(F.gelu, approximate=approximate)
     gelu_backward = functools.partial(torch.ops.aten.gelu_backward, approximate=approximate)

@@ -11,21 +11,21 @@ from fused_megatron.checks import InputError
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The loss of a token, and which columns of the vocabulary the logits are.
+    """Parameters of the loss of a token, and the range of vocabulary entries that the logits cover.
 
-        loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,   lse = log(sum_j exp(x_j)),   x over V words
+        loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,   lse = log(sum_j exp(x_j)),   x over V entries
 
     Args:
-        vocab_size: V, the true size of the vocabulary. Columns whose global id is not below it are padding: they are
-            left out of everything, and their gradient is 0.
+        vocab_size: V, the number of vocabulary entries without padding. Columns with a global id of V or more are
+            padding: the loss ignores them, and their gradient is 0.
         vocab_start: global id of the first column of the logits.
         ignore_index: tokens with this target have loss 0 and gradient 0.
-        label_smoothing: s in [0, 1], spread over all V words.
+        label_smoothing: s in [0, 1], spread over all V entries.
         z_loss: z, the weight of lse^2, which keeps the logits from drifting (PaLM, arXiv:2204.02311).
-        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
+        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: x is the logits.
 
     Raises:
-        InputError: a number that is not in its range.
+        InputError: a number is out of its range.
     """
 
     vocab_size: int
@@ -36,7 +36,7 @@ class LossTerms:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        # The texts are made for an error only: a step of a tiny model makes these checks for every loss.
+        # Messages are built only on failure: for a tiny model, formatting them would dominate these checks.
         if self.vocab_start < 0:
             raise InputError(f"vocab_start={self.vocab_start} must not be negative")
         if self.vocab_size < 1:
@@ -47,7 +47,7 @@ class LossTerms:
             raise InputError(f"softcap={self.softcap} must be above 0 and finite, or None for no cap")
 
     def scalars(self) -> tuple[int, int, int, float, float, float]:
-        """The last arguments of every op of the loss, in the order of SCALARS; a softcap of 0 stands for none."""
+        """Return the last arguments of every op of the loss, in the order of SCALARS; softcap 0 means no cap."""
         return (
             self.vocab_start,
             self.vocab_size,
@@ -61,32 +61,32 @@ class LossTerms:
     def of_scalars(
         cls, vocab_start: int, vocab_size: int, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float
     ) -> "LossTerms":
-        """The terms that scalars() gave."""
+        """Build the terms from the result of scalars()."""
         return cls(vocab_size, vocab_start, ignore_index, label_smoothing, z_loss, softcap or None)
 
     def num_real(self, num_columns: int) -> int:
-        """How many of a shard's columns stand for words; the rest is padding."""
+        """Return the number of a shard's columns that are vocabulary entries; the other columns are padding."""
         return max(0, min(num_columns, self.vocab_size - self.vocab_start))
 
     def from_column(self, column: int) -> "LossTerms":
-        """The terms of the block of columns that begins at this column of the shard."""
+        """Return the terms for the block of columns that begins at this column of the shard."""
         return replace(self, vocab_start=self.vocab_start + column)
 
 
 SCALARS = "int vocab_start, int vocab_size, int ignore_index, float label_smoothing, float z_loss, float softcap"
-"""The schema of LossTerms.scalars()."""
+"""Schema of the arguments that LossTerms.scalars() returns."""
 
 
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
-    """Loss of each token for whole logits [T, V], in fp32 (fp64 for fp64); differentiable by plain autograd."""
+    """Return the loss of each token for unsharded logits [T, V], in fp32 (fp64 for fp64); plain autograd works."""
     stats = cross_entropy_statistics(logits, target, terms)
     return cross_entropy_merge(stats.unsqueeze(0), target, logits.shape[1], terms)[0]
 
 
 def cross_entropy_statistics(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
-    """What torch.ops.fused_megatron.cross_entropy_statistics computes: [T, 3], (shift, log_sum, linear) of each token.
+    """Compute torch.ops.fused_megatron.cross_entropy_statistics: [T, 3], (shift, log_sum, linear) of each token.
 
-    The shift, here the maximum, is taken from every logit, so that a large common part of them costs no precision.
+    The shift, here the maximum, is subtracted from every logit: a large offset common to all logits costs no precision.
     """
     x = _capped(_wide(logits)[:, : terms.num_real(logits.shape[1])], terms)
     if x.shape[1] == 0:
@@ -112,16 +112,16 @@ def cross_entropy_statistics(logits: torch.Tensor, target: torch.Tensor, terms: 
 def united_statistics(
     stats: torch.Tensor, target: torch.Tensor, bounds: Sequence[int], terms: LossTerms
 ) -> torch.Tensor:
-    """The statistics [T, 3] of neighbouring blocks of columns from [blocks, T, 3] of each.
+    """Merge the statistics of neighbouring blocks of columns to the statistics [T, 3] of their union.
 
     Args:
-        stats: of each block.
+        stats: [blocks, T, 3].
         target: [T] int64.
-        bounds: blocks + 1 columns of the whole vocabulary; block i has those from bounds[i] to bounds[i + 1].
+        bounds: blocks + 1 columns of the full vocabulary; block i covers columns bounds[i] to bounds[i + 1].
         terms: of the loss; vocab_start has no effect.
     """
     shift, log_sum, linear = stats.unbind(dim=2)
-    # All is taken relative to the block of the largest sum, so that one block stays exactly what it is.
+    # Everything is relative to the block with the largest sum: merging a single block changes no bit.
     top = (shift + log_sum).detach().argmax(dim=0, keepdim=True)
     top_shift, top_log_sum = (x.detach().gather(0, top) for x in (shift, log_sum))
     top_log_sum = top_log_sum.masked_fill(top_log_sum == -torch.inf, 0.0)
@@ -130,7 +130,7 @@ def united_statistics(
     for i, (start, end) in enumerate(pairwise(bounds)):
         owned = ((target >= start) & (target < end)).to(linear.dtype)
         num_real = max(0, min(end, terms.vocab_size) - start)
-        # How much of a number that all logits have in common the linear term of this block has; of all blocks: 1.
+        # If all logits grow by c, the linear term of this block falls by share * c; the shares of all blocks add to 1.
         share = (1.0 - terms.label_smoothing) * owned + terms.label_smoothing * num_real / terms.vocab_size
         total = total + (linear[i] + share * (top_shift[0] - shift[i]))
     return torch.stack((top_shift[0], top_log_sum[0] + exp_sum.log(), total), dim=1)
@@ -139,7 +139,7 @@ def united_statistics(
 def cross_entropy_merge(
     stats: torch.Tensor, target: torch.Tensor, num_columns: int, terms: LossTerms
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.cross_entropy_merge computes: (loss [T], lse [T, 2]) from stats [R, T, 3]."""
+    """Compute torch.ops.fused_megatron.cross_entropy_merge: (loss [T], lse [T, 2]) from stats [R, T, 3]."""
     bounds = [shard * num_columns for shard in range(stats.shape[0] + 1)]
     shift, log_sum, linear = united_statistics(stats, target, bounds, terms).unbind(dim=1)
     loss = log_sum + linear
@@ -151,8 +151,9 @@ def cross_entropy_merge(
 def cross_entropy_gradient(
     grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
-    """What torch.ops.fused_megatron.cross_entropy_gradient computes: the gradient of the logits, in their dtype."""
-    num_real, smoothing = terms.num_real(logits.shape[1]), terms.label_smoothing
+    """Compute torch.ops.fused_megatron.cross_entropy_gradient: the gradient of the logits, in their dtype."""
+    num_real = terms.num_real(logits.shape[1])
+    smoothing = terms.label_smoothing
     x = _capped(_wide(logits)[:, :num_real], terms)
     shift, log_sum = lse.to(x.dtype).split(1, dim=1)
     scale = 1.0 + 2.0 * terms.z_loss * (shift + log_sum)
@@ -161,7 +162,7 @@ def cross_entropy_gradient(
     is_target = torch.arange(num_real, device=logits.device) == column.unsqueeze(1)
     gradient = gradient - (1.0 - smoothing) * is_target.to(x.dtype)
     if terms.softcap:
-        # 1 - tanh^2, in the form that does not cancel where the cap bites.
+        # 1 - tanh^2 = 1 / cosh^2, which does not cancel for logits near the cap.
         gradient = gradient / (_wide(logits)[:, :num_real] / terms.softcap).cosh().square()
     gradient = gradient * grad_loss.to(x.dtype).unsqueeze(1)
     gradient = gradient.masked_fill(_invalid(target, terms).unsqueeze(1), torch.nan)
@@ -173,7 +174,7 @@ def cross_entropy_gradient(
 def cross_entropy_gradient_(
     grad_loss: torch.Tensor, logits: torch.Tensor, target: torch.Tensor, lse: torch.Tensor, terms: LossTerms
 ) -> None:
-    """What torch.ops.fused_megatron.cross_entropy_gradient_ computes: the gradient, written over the logits."""
+    """Compute torch.ops.fused_megatron.cross_entropy_gradient_: the gradient overwrites the logits."""
     logits.copy_(cross_entropy_gradient(grad_loss, logits, target, lse, terms))
 
 

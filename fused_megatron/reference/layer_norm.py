@@ -14,9 +14,9 @@ def layer_norm(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """(x - mean) / sqrt(var + eps) * weight + bias, computed in fp32 (fp64 for fp64) and rounded once to x.dtype.
+    """Return (x - mean) / sqrt(var + eps) * weight + bias, in fp32 (fp64 for fp64), rounded once to x.dtype.
 
-    With a residual: (y, total), where total = x + residual is rounded to residual.dtype, and y is of the rounded total.
+    With a residual, return (y, total): total = x + residual is rounded to residual.dtype, then normalised to y.
     """
     total = add_residual(x, residual)
     y = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)[0].to(x.dtype).contiguous()
@@ -31,7 +31,7 @@ def layer_norm_forward(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.layer_norm_forward computes: (y, mean, rstd, total); no residual: empty total."""
+    """Compute torch.ops.fused_megatron.layer_norm_forward: (y, mean, rstd, total); total is empty without residual."""
     total = add_residual(x, residual)
     y, mean, rstd = normalise(total, weight, bias, eps, zero_centered_weight, centred=True)
     empty_or_total = x.new_empty(0) if residual is None else total
@@ -52,10 +52,13 @@ def layer_norm_backward(
     need_dresidual: bool = False,
     zero_centered_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.layer_norm_backward computes; what is not needed is empty.
+    """Compute torch.ops.fused_megatron.layer_norm_backward.
 
-    x is what was normalised (the total, where there was a residual). Returns (dx in the dtype of dy, dweight, dbias,
-    dresidual: the same gradient in the dtype of x).
+    Args:
+        x: the tensor that was normalised: with a residual, the total.
+
+    Returns:
+        (dx in the dtype of dy, dweight, dbias, dresidual: dx in the dtype of x); empty where not needed.
     """
     gradient, dy_normalised = norm_backward(dy, x, weight, mean, rstd, dtotal, zero_centered_weight)
     return (

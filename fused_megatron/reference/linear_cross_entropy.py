@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in plain PyTorch: the logits whole, in fp32 (fp64 for fp64)."""
+"""Cross-entropy of a linear head in plain PyTorch, with all logits in memory, in fp32 (fp64 for fp64)."""
 
 import torch
 
@@ -8,7 +8,7 @@ from fused_megatron.reference.cross_entropy import LossTerms, cross_entropy
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, terms: LossTerms
 ) -> torch.Tensor:
-    """Loss of each token [T] for hidden [T, H] and weight [V, H]; differentiable by plain autograd."""
+    """Return the loss of each token [T] for hidden [T, H] and weight [V, H]; plain autograd works."""
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
     logits = hidden.to(wide) @ weight[: terms.vocab_size].to(wide).t()
     if bias is not None:

@@ -1,4 +1,4 @@
-"""Normalisation of rows in plain PyTorch: what layer_norm (centred) and rms_norm (not centred) have in common."""
+"""Normalisation of rows in plain PyTorch: shared by layer_norm (centred) and rms_norm (not centred)."""
 
 import torch
 
@@ -6,12 +6,12 @@ from fused_megatron.reference.precision import widen
 
 
 def add_residual(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-    """x + residual, rounded to the dtype of residual; x itself without one."""
+    """Return x + residual, rounded to the dtype of residual; without a residual, return x."""
     return x if residual is None else (widen(x) + widen(residual)).to(residual.dtype).contiguous()
 
 
 def scale_of(weight: torch.Tensor, zero_centered_weight: bool) -> torch.Tensor:
-    """What the normalised row is multiplied by."""
+    """Return the factor of the normalised row: weight, or 1 + weight."""
     return 1 + widen(weight) if zero_centered_weight else widen(weight)
 
 
@@ -23,7 +23,7 @@ def normalise(
     zero_centered_weight: bool,
     centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, rstd) of the rows of total, in fp32 (fp64 for fp64); mean and rstd keep the last dim."""
+    """Return (y, mean, rstd) of the rows of total, in fp32 (fp64 for fp64); mean and rstd keep the last dim."""
     wide = widen(total)
     mean = wide.mean(dim=-1, keepdim=True)
     # Centred before it is squared: E[x^2] - E[x]^2 loses everything when the mean is large.
@@ -46,8 +46,10 @@ def norm_backward(
     dtotal: torch.Tensor | None,
     zero_centered_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gradient of total, dy * normalised), both in fp32 (fp64); mean is None where the rows were not centred."""
-    dy_wide, wide, rstd = widen(dy), widen(total), rstd.unsqueeze(-1)
+    """Return (gradient of total, dy * normalised), in fp32 (fp64); mean is None if the rows were not centred."""
+    dy_wide = widen(dy)
+    wide = widen(total)
+    rstd = rstd.unsqueeze(-1)
     normalised = wide * rstd if mean is None else (wide - mean.unsqueeze(-1)) * rstd
     g = dy_wide if weight is None else dy_wide * scale_of(weight, zero_centered_weight)
     gradient = g - normalised * (g * normalised).mean(dim=-1, keepdim=True)
@@ -58,5 +60,5 @@ def norm_backward(
 
 
 def sum_of_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The gradient of a parameter from what each row adds to it."""
+    """Sum the rows' contributions to the gradient of a parameter; the result has the dtype of `like`."""
     return rows.reshape(-1, rows.shape[-1]).sum(dim=0).to(like.dtype)

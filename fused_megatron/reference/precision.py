@@ -1,8 +1,8 @@
-"""The precision in which the references compute."""
+"""The precision of the reference implementations."""
 
 import torch
 
 
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """x in the precision of the reference: float64 stays, everything narrower becomes float32."""
+    """Return x in the precision of the references: float64 stays, every other dtype becomes float32."""
     return x if x.dtype == torch.float64 else x.float()

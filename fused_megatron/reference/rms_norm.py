@@ -12,9 +12,9 @@ def rms_norm(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (fp64 for fp64) and rounded once to x.dtype.
+    """Return x / sqrt(mean(x^2) + eps) * weight, in fp32 (fp64 for fp64), rounded once to x.dtype.
 
-    With a residual: (y, total), where total = x + residual is rounded to residual.dtype, and y is of the rounded total.
+    With a residual, return (y, total): total = x + residual is rounded to residual.dtype, then normalised to y.
     """
     total = add_residual(x, residual)
     y = normalise(total, weight, None, eps, zero_centered_weight, centred=False)[0].to(x.dtype).contiguous()
@@ -28,7 +28,7 @@ def rms_norm_forward(
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.rms_norm_forward computes: (y, rstd, total); no residual: empty total."""
+    """Compute torch.ops.fused_megatron.rms_norm_forward: (y, rstd, total); total is empty without residual."""
     total = add_residual(x, residual)
     y, _, rstd = normalise(total, weight, None, eps, zero_centered_weight, centred=False)
     return y.to(x.dtype).contiguous(), rstd.squeeze(-1).contiguous(), x.new_empty(0) if residual is None else total
@@ -45,10 +45,13 @@ def rms_norm_backward(
     need_dresidual: bool = False,
     zero_centered_weight: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.rms_norm_backward computes; what is not needed is empty.
+    """Compute torch.ops.fused_megatron.rms_norm_backward.
 
-    x is what was normalised (the total, where there was a residual). Returns (dx in the dtype of dy, dweight,
-    dresidual: the same gradient in the dtype of x).
+    Args:
+        x: the tensor that was normalised: with a residual, the total.
+
+    Returns:
+        (dx in the dtype of dy, dweight, dresidual: dx in the dtype of x); empty where not needed.
     """
     gradient, dy_normalised = norm_backward(dy, x, weight, None, rstd, dtotal, zero_centered_weight)
     return (

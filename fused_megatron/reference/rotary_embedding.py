@@ -18,7 +18,7 @@ def rotary_embedding_forward(
     interleaved: bool,
     inverse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What torch.ops.fused_megatron.rotary_embedding computes: q and k rotated (nothing for a k that is None)."""
+    """Compute torch.ops.fused_megatron.rotary_embedding: rotated q and k; empty for k=None."""
     position = token_positions(q.shape, q.device, positions, offset, cu_seqlens, start, sequence_dim)
     angles = _rows(cos, position), _rows(sin, position)
     if inverse:
@@ -36,7 +36,7 @@ def token_positions(
     start: int,
     sequence_dim: int,
 ) -> torch.Tensor:
-    """The position of every token, [S, B], [B, S] or [T]; -1 for packed tokens that no sequence holds."""
+    """Return the position of every token, [S, B], [B, S] or [T]; -1 for packed tokens outside every sequence."""
     seq_len = shape[sequence_dim]
     if positions is not None:
         if positions.dim() == len(shape) - 2:
@@ -62,7 +62,7 @@ def token_positions(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Rotate the pairs of x [..., N, D] by the angles of its tokens, cos and sin [..., Drot / 2]; the rest passes."""
+    """Rotate the first Drot elements of x [..., N, D], in pairs; cos and sin [..., Drot / 2] are per token."""
     half = cos.shape[-1]
     wide, rest = widen(x[..., : 2 * half]), x[..., 2 * half :]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -73,7 +73,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: b
 
 
 def _rows(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """The table's rows; NaN, as the kernels give, for a position that it does not have."""
+    """Return the table's row of each position; NaN, as in the kernels, for a position outside the table."""
     invalid = (position < 0) | (position >= table.shape[0])
     if table.shape[0] == 0:
         return widen(table).new_full((*position.shape, table.shape[1]), torch.nan)

@@ -1,4 +1,4 @@
-"""How tensors are cut over ranks: boxes, parameter records, initialisation, full tensors, norm, sequence positions."""
+"""Shards of tensors over ranks: boxes, parameter records, initial values, full tensors, norms, sequence positions."""
 
 from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
 from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor
@@ -16,15 +16,18 @@ from fused_megatron.sharding.parameter_record import (
     update_record,
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sequence_layout import SequenceLayout
 from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shards, parallel_group, parts_of_parameters
 
 __all__ = [
+    "WHOLE_ROWS",
     "Box",
     "DeferredWeightGradients",
     "GradScaler",
     "ParameterRecord",
     "ParameterShard",
+    "RowShards",
     "SequenceLayout",
     "Shard",
     "ShardPart",

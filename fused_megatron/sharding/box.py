@@ -1,4 +1,7 @@
-"""Boxes: axis-aligned blocks of a full tensor. Whatever the layout, a shard is a box, and a load intersects boxes."""
+"""Boxes: axis-aligned blocks of a full tensor.
+
+In every layout a shard is a box, so a checkpoint is loaded by intersecting the boxes of two layouts.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,9 @@ class TensorBox:
     """This rank's part of a full tensor: `full[offset : offset + tensor.shape]` in every dim.
 
     Args:
-        tensor: any dtype and strides. The local data that exists in the full tensor, without padding. To leave padding
-            rows out, pass a view without them.
+        tensor: any dtype and strides; the local data without padding. To leave padding rows out, pass a view.
         full_shape: shape of the full tensor.
-        offset: where in the full tensor the first element lies; one int a dim.
+        offset: index in the full tensor of the first element; one int for each dim.
     """
 
     tensor: torch.Tensor
@@ -31,7 +33,7 @@ class TensorBox:
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> TensorBox:
-        """A tensor that is not sharded (held alone, or replicated)."""
+        """Return the box of a tensor that is not sharded (one rank holds it, or every rank holds a copy)."""
         return cls(tensor, tuple(tensor.shape), (0,) * tensor.dim())
 
     @property
@@ -39,23 +41,23 @@ class TensorBox:
         return Box(tuple(self.offset), tuple(self.tensor.shape))
 
     def values(self) -> torch.Tensor:
-        """The numbers to save."""
+        """Return the values to save."""
         return self.tensor
 
 
 @dataclass(frozen=True)
 class StreamedBox(TensorBox):
-    """A box to save whose numbers are read when it is its turn, and dropped after.
+    """A box whose values are read when it is saved, and not kept.
 
     Args:
-        tensor: stands for shape and dtype; on the meta device.
-        read: the numbers.
+        tensor: shape and dtype; on the meta device.
+        read: returns the values.
     """
 
     read: Callable[[], torch.Tensor]
 
     def values(self) -> torch.Tensor:
-        """The numbers to save."""
+        """Read and return the values to save."""
         found = self.read()
         assert (found.shape, found.dtype) == (self.tensor.shape, self.tensor.dtype)
         return found
@@ -63,7 +65,7 @@ class StreamedBox(TensorBox):
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """Offset and shape of a block; a 0-dim tensor is the box of no dims and one element."""
+    """Offset and shape of a block. A 0-dim tensor is a box with no dims and one element."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -73,7 +75,7 @@ class Box:
         return math.prod(self.shape)
 
     def lies_in(self, full_shape: Sequence[int]) -> bool:
-        """Whether all of its elements are in the full tensor; of none this is true, wherever they would begin."""
+        """Whether every element is in the full tensor. A box without elements lies in it at any offset."""
         if (
             not len(self.offset) == len(self.shape) == len(full_shape)
             or min((*self.offset, *self.shape), default=0) < 0
@@ -83,7 +85,7 @@ class Box:
         return 0 in self.shape or all(start + size <= full for start, size, full in ends)
 
     def intersect(self, other: Box) -> Box | None:
-        """What both cover; None where that is nothing."""
+        """Return the block that both boxes cover; None if there is none."""
         starts = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
         ends = (
             min(a + m, b + n) for a, m, b, n in zip(self.offset, self.shape, other.offset, other.shape, strict=True)
@@ -92,28 +94,27 @@ class Box:
         return box if all(s > 0 for s in box.shape) else None
 
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-        """Index of this box in a tensor whose first element lies at origin; None: in the full tensor."""
+        """Return the index of this box in a tensor that starts at origin of the full one; None: the full tensor."""
         origin = (0,) * len(self.shape) if origin is None else origin
         return tuple(slice(o - z, o - z + s) for o, s, z in zip(self.offset, self.shape, origin, strict=True))
 
 
 def cover_problem(full_shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why the boxes (none of them empty) do not cover the full tensor exactly once; None where they do.
+    """Say why the boxes (none of them empty) do not cover the full tensor exactly once; return None if they do.
 
-    In time that grows with the number of boxes and not with its square: thousands of a stranger's must not hold a
-    reader up. Boxes that cover a tensor exactly once fill its volume whatever distance lies between two neighbouring
-    cuts. Others do so only for distances that solve an equation, which random ones do not: of all draws less than
-    dims / 2^61.
+    The time is linear in the number of boxes, so that a file of a stranger with thousands of boxes takes no long time.
+    Boxes that cover a tensor exactly once fill its volume for any distances between neighbouring cuts. Other boxes do
+    so only for distances that solve an equation. Random distances solve it with a probability below dims / 2^61.
     """
     for box in boxes:
         if not box.lies_in(full_shape):
             return f"the box at {box.offset} of shape {box.shape} is not inside the full shape {tuple(full_shape)}"
     draw = random.Random(secrets.randbits(128))
-    places: list[dict[int, int]] = [{} for _ in full_shape]  # of a coordinate in each dim
+    random_edges: list[dict[int, int]] = [{} for _ in full_shape]  # for each dim: coordinate -> random coordinate
 
     def measure(box: Box) -> int:
         volume = 1
-        for known, start, size in zip(places, box.offset, box.shape, strict=True):
+        for known, start, size in zip(random_edges, box.offset, box.shape, strict=True):
             low, high = (known.setdefault(x, draw.randrange(_PRIME)) for x in (start, start + size))
             volume = volume * (high - low) % _PRIME
         return volume
@@ -126,7 +127,7 @@ def cover_problem(full_shape: Sequence[int], boxes: Sequence[Box]) -> str | None
 
 
 def _overlap(boxes: Sequence[Box]) -> str | None:
-    """Two boxes that overlap; the search ends after some thousand pairs, with a word of it where there must be some."""
+    """Describe two boxes that overlap; after some thousand pairs say only that boxes overlap or leave holes."""
     ordered, pairs = sorted(boxes), 0
     for i, box in enumerate(ordered):
         for later in ordered[i + 1 :]:
@@ -134,7 +135,7 @@ def _overlap(boxes: Sequence[Box]) -> str | None:
                 break  # sorted by the first dim: all that follow start beyond this box
             if box.intersect(later):
                 return (
-                    f"the box at {box.offset} of shape {box.shape} and the one at {later.offset} of shape "
+                    f"the box at {box.offset} of shape {box.shape} and the box at {later.offset} of shape "
                     f"{later.shape} overlap"
                 )
             pairs += 1
@@ -144,7 +145,7 @@ def _overlap(boxes: Sequence[Box]) -> str | None:
 
 
 def row_blocks(shape: Sequence[int], itemsize: int, limit_bytes: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) over the first dim, each block of at most limit_bytes (but at least one row)."""
+    """Yield (start, stop) over the first dim: blocks of at most limit_bytes, but of at least one row."""
     num_rows = shape[0] if shape else 1
     row_bytes = math.prod(shape[1:]) * itemsize
     rows_per_block = max(1, limit_bytes // max(1, row_bytes))

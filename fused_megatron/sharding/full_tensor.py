@@ -1,4 +1,4 @@
-"""Full tensors and their shards: gathering the ones, cutting the others."""
+"""Gathering of full tensors from shards, and cutting of shards from full tensors."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -14,10 +14,12 @@ from fused_megatron.sharding.parameter_shard import ShardPart
 
 
 def full_shape(parameter: torch.Tensor, transposed: bool = False) -> tuple[int, ...]:
-    """The shape of a parameter over all ranks; what stacks several full ones has them one below the other.
+    """Return the shape of a parameter over all ranks.
+
+    A parameter that stacks parts of several full parameters has the full ones stacked in dim 0.
 
     Args:
-        parameter: marked, or whole.
+        parameter: marked with its shard, or not sharded.
         transposed: the full tensor is [in, out] where the parameter is [out, in]; vectors stay as they are.
     """
     parts = parameter_parts(parameter)
@@ -28,25 +30,25 @@ def full_shape(parameter: torch.Tensor, transposed: bool = False) -> tuple[int, 
 
 
 def full_numel(parameters: Iterable[torch.Tensor]) -> int:
-    """Elements of the full parameters, over all tensor-parallel ranks and without padding."""
+    """Count the elements of the full parameters, over all tensor-parallel ranks and without padding."""
     return sum(prod(full_shape(parameter)) for parameter in parameters)
 
 
 def full_tensor(
     parameter: torch.Tensor, values: torch.Tensor, tp_group: Group, transposed: bool = False
 ) -> torch.Tensor:
-    """The whole of what is sharded as a parameter: itself, its gradient, an optimizer's moment.
+    """Gather a full tensor that is sharded as a parameter is: the parameter, its gradient, an optimizer's moment.
 
     Args:
-        parameter: of a parallel layer; one that is not sharded gives a copy of values.
-        values: in its shape, this rank's part; any dtype.
-        tp_group: the ranks, all of which must call; None for this one alone.
+        parameter: parameter of a parallel layer. If it is not sharded, the result is a copy of values.
+        values: this rank's part, in the parameter's shape; any dtype.
+        tp_group: the ranks, all of which must call; None for this rank only.
         transposed: as full_shape.
 
     Returns:
         A new tensor of full_shape, the same on every rank.
 
-    Communication: two all-gathers: the shards, and where they belong.
+    Communication: two all-gathers: the shards, and their offsets.
     Memory: all shards, padding included, beside the full tensor.
     """
     values, parts = values.detach(), parameter_parts(parameter)
@@ -62,7 +64,7 @@ def full_tensor(
             for rank_offsets, shard in zip(all_offsets, all_values.unbind(), strict=True)
         ]
     for rank_parts, shard in held:
-        for mine, index in _places(rank_parts, shard):
+        for mine, index in held_values(rank_parts, shard):
             whole[index] = mine
     return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
 
@@ -71,14 +73,15 @@ def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) ->
     """Write this rank's part of a full tensor into a parameter; padding becomes 0.
 
     Args:
-        parameter: marked, or whole; changed in place, no graph sees it.
-        full: of full_shape: a tensor, or what slices like one (weight_files.StoredWeight, safetensors' get_slice).
+        parameter: marked with its shard, or not sharded; changed in place, unseen by autograd.
+        full: full_shape; a tensor, or an object that slices like one (weight_files.StoredWeight, safetensors'
+            get_slice).
         transposed: as full_shape.
     """
-    places = list(_places(parameter_parts(parameter), parameter.data))
-    if sum(mine.numel() for mine, _ in places) != parameter.numel():
+    held = list(held_values(parameter_parts(parameter), parameter.data))
+    if sum(mine.numel() for mine, _ in held) != parameter.numel():
         parameter.data.zero_()
-    for mine, index in places:
+    for mine, index in held:
         if mine.numel():
             turned = transposed and mine.dim() == 2
             (mine.t() if turned else mine).copy_(full[index[::-1] if turned else index])
@@ -88,8 +91,8 @@ def _moved(part: ShardPart, offset: tuple[int, ...]) -> ShardPart:
     return replace(part, shard=replace(part.shard, offset=offset))
 
 
-def _places(parts: tuple[ShardPart, ...], values: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
-    """For each part: its real values, a view, and their index in the full tensors, one below the other."""
+def held_values(parts: tuple[ShardPart, ...], values: torch.Tensor) -> Iterator[tuple[torch.Tensor, tuple[slice, ...]]]:
+    """Yield for each part a view of its values without padding, and their index in the stacked full tensors."""
     start = 0
     for part in parts:
         held = part.held(values)

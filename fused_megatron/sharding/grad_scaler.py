@@ -1,4 +1,4 @@
-"""A gradient scaler whose ranks skip a step together."""
+"""Gradient scaler whose ranks skip a step together."""
 
 from typing import Any
 
@@ -11,10 +11,11 @@ from fused_megatron.mesh import Mesh
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler for models of which every rank holds other gradients.
+    """torch.amp.GradScaler for models whose ranks hold different gradients.
 
-    torch's own looks at this rank's gradients only: where an infinity is in one rank's shard, that rank skips the step
-    and halves its scale, the others take it, and their weights part. Here the ranks exchange what they found.
+    torch's scaler looks at this rank's gradients only. If one rank's shard has an infinity, that rank skips the step
+    and halves its scale, the other ranks step, and the weights drift apart. Here the ranks exchange their findings, and
+    all of them skip or none.
 
         scaler = fm.GradScaler(mesh)
         scaler.scale(loss).backward()
@@ -24,14 +25,14 @@ class GradScaler(torch.amp.GradScaler):
         scaler.update()
 
     Args:
-        mesh: of init_mesh; all of its ranks step or none. Or the process group of those that must; None for this one.
-        device: as torch's, and so are the others: init_scale, growth_factor, backoff_factor, growth_interval, enabled.
+        mesh: the mesh or process group whose ranks step together; None for this rank only.
+        device: as torch's; also init_scale, growth_factor, backoff_factor, growth_interval, enabled.
 
     Raises:
         InputError: a group without this rank.
         TypeError: neither a mesh nor a group.
 
-    Communication: one all-reduce of a number over each group of more than one rank, an optimizer and a step.
+    Communication: for each optimizer and step one all-reduce of one number over each group of several ranks.
     """
 
     def __init__(self, mesh: Mesh | Group, device: str = "cuda", **options: Any) -> None:
@@ -42,13 +43,13 @@ class GradScaler(torch.amp.GradScaler):
         self._groups = [group for group in groups if group_size(group) > 1]
 
     def _unscale_grads_(self, *args: Any, **kwargs: Any) -> dict[torch.device, torch.Tensor]:
-        """Every way to step goes through here: unscale_, and optimizers that unscale by themselves."""
+        """Unscale, and exchange the infinities found. unscale_ and optimizers that unscale by themselves call this."""
         found: dict[torch.device, torch.Tensor] = super()._unscale_grads_(*args, **kwargs)
         if not self._groups:
             return found
         if self._scale is None:
             raise InputError("scale(loss) must be called before gradients are unscaled")
-        # A rank without any gradient takes part, too.
+        # A rank without any gradient joins the collective, too.
         found = found or {self._scale.device: torch.zeros((), device=self._scale.device)}
         anywhere = torch.stack([flag.detach().reshape(()).to(self._scale.device) for flag in found.values()]).amax()
         for group in self._groups:

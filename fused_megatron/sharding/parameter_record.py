@@ -1,4 +1,4 @@
-"""The record on a parameter: its shard, its main gradient, its store of deferred weight gradients."""
+"""Record on a parameter: its shard, its main gradient, and the store of its deferred weight gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from fused_megatron.checks import check
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
 
 Shard = ParameterShard | tuple[ShardPart, ...]
-"""Which part of the full parameter a parameter is, or of which full parameters, one below the other."""
+"""The part of the full parameter that a parameter holds, or the stacked parts of several full parameters."""
 
 _ATTRIBUTE = "_fused_megatron_record"
 
 
 class DeferredWeightGradients:
-    """Products that backward leaves for later, so that a pipeline sends the gradient of its input first.
+    """Store of the weight-gradient products that a backward defers, so that a pipeline sends its input gradient first.
 
-    A parameter that has one in its record hands over its products while `collecting` is entered; outside, everything
-    is as without. No graph is cut, so recomputation, tied weights and main_grad work as ever. A weight that is not the
-    parameter itself (cast by autocast, made by a function) has an empty record and is never put off.
+    Backward appends to the store in a parameter's record while `collecting` is entered, and only then. No graph is cut,
+    so recomputation, tied weights and main_grad work as usual. A weight that is not the parameter itself (cast by
+    autocast, made by a function) has an empty record, and its gradient is never deferred.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class DeferredWeightGradients:
 
     @contextmanager
     def collecting(self, products: list[Callable[[], None]]) -> Iterator[None]:
-        """Append the products of backward passes in this context to a list; the caller runs them, in order."""
+        """Append the products of backward passes in this context to a list; the caller runs them in order."""
         assert self._into is None, "one backward at a time"
         self._into = products
         try:
@@ -39,24 +39,24 @@ class DeferredWeightGradients:
 
     @property
     def open(self) -> bool:
-        """Whether a backward now leaves its products."""
+        """Whether a backward now defers its products."""
         return self._into is not None
 
     def append(self, product: Callable[[], None]) -> None:
-        """One product; only while open."""
+        """Defer one product; only while open."""
         assert self._into is not None
         self._into.append(product)
 
 
 @dataclass(frozen=True)
 class ParameterRecord:
-    """What this package knows of a parameter besides its values.
+    """Facts about a parameter that the package keeps besides the values.
 
     Attributes:
-        shard: which part of the full parameter it is; None for one that was never marked.
-        main_grad: a tensor of its shape, float32 as a rule, that layers of this package add its gradient to, in place
-            of `grad`.
-        deferred: takes the products of its gradient that backward puts off.
+        shard: the part of the full parameter; None for a parameter that was never marked.
+        main_grad: a tensor in the parameter's shape, as a rule float32, to which the layers of this package add the
+            gradient, instead of `grad`.
+        deferred: the store for products of the gradient that backward defers.
     """
 
     shard: Shard | None = None
@@ -68,10 +68,10 @@ _EMPTY = ParameterRecord()
 
 
 def parameter_record(parameter: torch.Tensor) -> ParameterRecord:
-    """The record of a parameter, empty where nothing was recorded.
+    """Return the record of a parameter; an empty one if nothing was recorded.
 
-    torch drops it in deepcopy, to_empty(), fully_shard(), swap_tensors() and some moves between devices; which shard
-    a parameter is, its module knows, and marks again (sharded_module.py).
+    torch drops the record in deepcopy, to_empty(), fully_shard(), swap_tensors() and some moves between devices. The
+    module knows the shard of each parameter, and records it again (sharded_module.py).
     """
     record: ParameterRecord = getattr(parameter, _ATTRIBUTE, _EMPTY)
     return record
@@ -83,7 +83,11 @@ def update_record(parameter: torch.Tensor, **changes: Any) -> None:
 
 
 def mark_shard(parameter: torch.Tensor, shard: Shard) -> None:
-    """Say which part of the full parameter, or of which full parameters, this is."""
+    """Record the part of the full parameter, or the stacked parts of several, that this parameter holds.
+
+    Raises:
+        InputError: the shard has another number of dims.
+    """
     for one in (shard,) if isinstance(shard, ParameterShard) else [part.shard for part in shard]:
         dims = (len(one.full_shape), len(one.offset))
         check(
@@ -94,7 +98,7 @@ def mark_shard(parameter: torch.Tensor, shard: Shard) -> None:
 
 
 def parameter_parts(parameter: torch.Tensor) -> tuple[ShardPart, ...]:
-    """The shards that a parameter is made of, one below the other; for most it is one, without a name."""
+    """Return the stacked shards of a parameter. Most parameters have one part, whose name is empty."""
     shard = parameter_record(parameter).shard
     if shard is None:  # whole on every rank
         shape = tuple(parameter.shape)
@@ -103,10 +107,10 @@ def parameter_parts(parameter: torch.Tensor) -> tuple[ShardPart, ...]:
 
 
 def parameter_shard(parameter: torch.Tensor) -> ParameterShard:
-    """Which part of the full parameter this is; one that was never marked is replicated.
+    """Return the part of the full parameter that this is; a parameter that was never marked is replicated.
 
     Raises:
-        InputError: the parameter stacks shards of several full ones (parameter_parts tells them).
+        InputError: the parameter stacks shards of several full parameters (use parameter_parts).
     """
     parts = parameter_parts(parameter)
     check(not parts[0].name, f"the parameter stacks {[part.name for part in parts]}: see parameter_parts")

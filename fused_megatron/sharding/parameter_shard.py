@@ -1,4 +1,4 @@
-"""The part of a full parameter that a rank holds: where it lies, and which elements of it are real."""
+"""Part of a full parameter that a rank holds: its offset, and its elements without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from fused_megatron.sharding.box import Box, TensorBox
 
 @dataclass(frozen=True)
 class ParameterShard:
-    """The box of the full parameter that a rank holds.
+    """Box of the full parameter that a rank holds.
 
     Attributes:
-        full_shape: of the parameter over all ranks; the true one, without rows that pad a vocabulary.
-        offset: where this rank's part begins in each dim. It may lie beyond the end: then all of it is padding.
-        replicated: every tensor-parallel rank holds the whole parameter.
-        copy: which of several copies of this box the rank holds, where some ranks, not all, hold the same (key-value
-            heads that are fewer than ranks); whoever counts every number once counts copy 0.
+        full_shape: shape of the parameter over all ranks, without rows that pad a vocabulary.
+        offset: start of this rank's part in each dim. If it lies beyond the end, the whole part is padding.
+        replicated: every tensor-parallel rank holds the full parameter.
+        copy: index of this rank's copy, if several ranks, but not all, hold the same box (fewer key-value heads than
+            ranks). When each element must count once (norms, parameter counts), count copy 0 only.
     """
 
     full_shape: tuple[int, ...]
@@ -26,26 +26,26 @@ class ParameterShard:
     copy: int = 0
 
     def real_shape(self, local_shape: Sequence[int]) -> tuple[int, ...]:
-        """The leading part of a local tensor that exists in the full parameter: local_shape without padding."""
+        """Return local_shape without padding: the shape of the leading part that exists in the full parameter."""
         return tuple(
             max(0, min(size, full - start))
             for size, full, start in zip(local_shape, self.full_shape, self.offset, strict=True)
         )
 
     def block(self, local_shape: Sequence[int]) -> Box:
-        """The block of the full parameter that a local tensor holds, without padding; empty where all is padding."""
+        """Return the block of the full parameter that a local tensor holds; empty if the tensor is only padding."""
         starts = tuple(min(start, full) for start, full in zip(self.offset, self.full_shape, strict=True))
         return Box(starts, self.real_shape(local_shape))
 
 
 @dataclass(frozen=True)
 class ShardPart:
-    """Some rows of a local parameter that stacks shards of several full ones (gate and up; query, key and value).
+    """Rows of a local parameter that stacks shards of several full ones (gate and up; query, key and value).
 
     Attributes:
-        name: of the full parameter; "" where the local one is a shard of one alone.
-        rows: where the part lies in dim 0 of the local parameter.
-        shard: which part of the full parameter these rows are.
+        name: name of the full parameter; "" if the local parameter is a shard of a single one.
+        rows: range of the part in dim 0 of the local parameter.
+        shard: the part of the full parameter that these rows hold.
     """
 
     name: str
@@ -53,20 +53,20 @@ class ShardPart:
     shard: ParameterShard
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part's rows of a tensor in the shape of the local parameter, a view."""
-        return tensor[self.rows] if self.name else tensor
+        """Return the rows of this part, as a view, from a tensor in the shape of the local parameter."""
+        return tensor if self.rows == slice(None) else tensor[self.rows]
 
     def is_full(self, local_shape: Sequence[int]) -> bool:
-        """Whether a local parameter of this shape holds all of the part's full parameter."""
+        """Whether a local parameter with this shape holds the full parameter of this part."""
         shape = (len(range(local_shape[0])[self.rows]), *local_shape[1:]) if self.name else local_shape
         return self.shard.real_shape(shape) == self.shard.full_shape
 
     def held(self, tensor: torch.Tensor) -> TensorBox:
-        """The part's real elements of a tensor in the shape of the local parameter, as their box of the full one."""
+        """Return the elements of this part without padding, from a tensor in the shape of the local parameter."""
         rows = self.of(tensor)
         block = self.shard.block(rows.shape)
         return TensorBox(rows[block.slices(block.offset)], self.shard.full_shape, block.offset)
 
     def full_name(self, parameter_name: str) -> str:
-        """The name of the full parameter, given that of the local one."""
+        """Return the name of the full parameter, given the name of the local parameter."""
         return f"{parameter_name}.{self.name}" if self.name else parameter_name

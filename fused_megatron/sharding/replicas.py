@@ -1,4 +1,4 @@
-"""Comparison of weights that several ranks hold: a digest of each copy, exchanged instead of the values."""
+"""Comparison of weights that several ranks hold: ranks exchange a digest of each copy instead of its values."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,31 +11,33 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.sharding.parameter_record import parameter_parts
 
-_WORD = 8  # bytes of an int64
+_INT64_BYTES = 8
 
 
 def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: Sequence[Group]) -> str | None:
-    """What differs between ranks that hold the same part of a full parameter; None where nothing does.
+    """Describe a difference between ranks that hold the same part of a full parameter; None if there is none.
 
-    All ranks of the groups call it; all ranks of a group learn what differs in it, other ranks do not.
+    All ranks of the groups must call it. The ranks of a group learn the differences within their group only.
 
     Args:
-        parameters: this rank's, by their names in the whole model.
-        replicas: ranks that hold the same parts of everything (data-parallel ranks).
-        others: groups in which some parts are on several ranks (tensor-parallel ranks, the stages of tied weights).
+        parameters: this rank's parameters, by their names in the full model.
+        replicas: ranks that hold the same parts of every parameter (data-parallel ranks).
+        others: groups in which several ranks hold some of the parts (tensor-parallel ranks, the stages of tied
+            weights).
 
     Returns:
-        The parameter that differs first, the global ranks that hold other values than most, and how many more differ.
+        The first parameter that differs, the global ranks whose values differ from most, and the number of other
+        parameters that differ.
 
-    Communication: over `replicas` one number a rank; over the others a number and a name for each parameter.
-    Memory: read once, 8 bytes a parameter are kept. One wait for the device.
+    Communication: over `replicas` one number from each rank; over the others a number and a name for each parameter.
+    Memory: reads each weight once and keeps 8 bytes for each parameter. One wait for the device.
     """
     digests = parameter_digests(parameters)
     total = sum(digests.values()) & (2**64 - 1)
     found = None
     if len(set(gather_json(total, replicas))) > 1:
         found = _difference(gather_json(digests, replicas), replicas)
-    # Also after a find: the ranks of the other groups did not hear of it, and are on their way here.
+    # Also after a difference was found: the ranks of the other groups do not know of it, and will call this, too.
     for group in others:
         every = gather_json(digests, group)
         found = found or _difference(every, group)
@@ -43,26 +45,27 @@ def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: 
 
 
 def parameter_digests(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """For each part of a full parameter the sum of its bits, as 64-bit numbers: another one after any single change.
+    """Return a digest for each part of a full parameter: the sum of its bits as 64-bit numbers.
 
-    Names are those of the full parameters, with the place of the part where it is not all of it.
+    Any single change of a value changes the digest. The keys are the names of the full parameters, with the offset of
+    the part unless it is the full parameter.
     """
     names, sums = [], []
     for name, parameter in parameters.items():
         for part in parameter_parts(parameter):
             held = part.held(parameter.detach())
-            place = "" if tuple(held.tensor.shape) == held.full_shape else f" at {held.offset}"
-            names.append(part.full_name(name) + place)
+            offset = "" if tuple(held.tensor.shape) == held.full_shape else f" at {held.offset}"
+            names.append(part.full_name(name) + offset)
             sums.append(_sum_of_bits(held.tensor))
     return dict(zip(names, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A 0-dim int64 tensor, in one pass: integers of 8 bytes are summed as fast as memory is read."""
+    """Sum the bits in one pass, as fast as memory is read: as integers of 8 bytes. Returns a 0-dim int64 tensor."""
     flat = tensor.reshape(-1).view(torch.uint8)
-    if flat.storage_offset() % _WORD:
+    if flat.storage_offset() % _INT64_BYTES:
         flat = flat.clone()
-    whole = flat.numel() // _WORD * _WORD
+    whole = flat.numel() // _INT64_BYTES * _INT64_BYTES
     return flat[:whole].view(torch.int64).sum() + flat[whole:].sum(dtype=torch.int64)
 
 

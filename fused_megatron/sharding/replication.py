@@ -1,4 +1,4 @@
-"""Wrappers that take ranks with different shards for copies of one model: found when they are made, and refused."""
+"""Refusal of wrappers (DistributedDataParallel, fully_shard) that take different shards for copies of one model."""
 
 import sys
 from types import FrameType
@@ -9,20 +9,20 @@ import torch.distributed as dist
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
 
-# From the module that is asked for its parameters up to the call that a user makes.
+# Frames from the module that is asked for its parameters up to the user's call.
 _DEPTH = 6
 
 
 def refuse_replication(tp_group: Group) -> None:
-    """Raise where the caller's caller is a wrapper over ranks that hold other shards.
+    """Raise if the caller's caller is a wrapper over ranks that hold different shards.
 
-    DistributedDataParallel starts by copying the parameters of its first rank to the others; fully_shard cuts them over
-    its ranks. Both are right over data-parallel ranks, which hold the same shards. Neither tells a module over which
-    ranks it works, so that the frames of their constructors are read, when they ask the module for its parameters and
-    before they change any.
+    DistributedDataParallel begins by copying the parameters of its first rank to the others; fully_shard cuts them over
+    its ranks. Both are right over data-parallel ranks, which hold the same shards. Neither tells a module its ranks.
+    So this function reads the frames of their constructors, when they ask the module for its parameters and before they
+    change any.
 
     Args:
-        tp_group: of the module; None for one rank.
+        tp_group: the group of the module; None for one rank.
 
     Raises:
         InputError: the wrapper's ranks hold different shards.
@@ -46,7 +46,7 @@ def refuse_replication(tp_group: Group) -> None:
 
 
 def _wrapper_of(frame: FrameType) -> tuple[str, list[int], str] | None:
-    """(name, ranks, the way out) of the wrapper whose code the frame runs."""
+    """Return (name, ranks, way out) of the wrapper whose code the frame runs; None for other code."""
     module = frame.f_globals.get("__name__")
     if module == "torch.nn.parallel.distributed":
         group: Any = getattr(frame.f_locals.get("self"), "process_group", None)

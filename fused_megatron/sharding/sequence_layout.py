@@ -1,4 +1,4 @@
-"""The positions of a sequence that a rank has, as ranges: all of them, one block, or any others."""
+"""Positions of a sequence that a rank holds, as ranges: the whole sequence, one block, or several."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fused_megatron.checks import check, check_divisible
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The positions in the whole sequence of the rows that a rank holds, in the order of the rows.
+    """Positions in the whole sequence of the rows that a rank holds, in the order of the rows.
 
-    With ranges ((0, 2), (6, 8)) of a sequence of 8 a tensor [4, B, H] has the positions 0, 1, 6, 7.
+    Example: with seq_len=8 and ranges=((0, 2), (6, 8)) the rows of a tensor [4, B, H] have the positions 0, 1, 6, 7.
 
     Attributes:
         seq_len: S, the length of the whole sequence.
@@ -34,12 +34,14 @@ class SequenceLayout:
 
     @classmethod
     def whole(cls, seq_len: int) -> SequenceLayout:
-        """All positions."""
+        """Return the layout of a rank that holds all positions."""
         return cls(seq_len, ((0, seq_len),))
 
     @classmethod
     def zigzag(cls, seq_len: int, rank: int, num_ranks: int) -> SequenceLayout:
-        """The rank-th block and the rank-th from the end, of 2 num_ranks: under causal attention equal work for all.
+        """Return the layout with block `rank` from the start and block `rank` from the end, of 2 num_ranks blocks.
+
+        Under causal attention every rank then has the same work.
 
         Raises:
             InputError: 2 num_ranks does not divide seq_len.
@@ -51,12 +53,12 @@ class SequenceLayout:
 
     @property
     def num_positions(self) -> int:
-        """Rows that the rank holds."""
+        """Number of rows that the rank holds."""
         return sum(stop - start for start, stop in self.ranges)
 
     @property
     def runs(self) -> tuple[tuple[slice, int], ...]:
-        """Of each range the rows that it is, and the position of the first of them."""
+        """For each range its rows, and the position of its first row."""
         found, row = [], 0
         for start, stop in self.ranges:
             found.append((slice(row, row + stop - start), start))
@@ -64,7 +66,7 @@ class SequenceLayout:
         return tuple(found)
 
     def block(self, index: int, count: int) -> SequenceLayout:
-        """The index-th of `count` equal blocks of these rows: what a sequence-parallel rank holds of them.
+        """Return the layout of block `index` of `count` equal blocks of these rows: a sequence-parallel rank's shard.
 
         Raises:
             InputError: count does not divide the number of rows.
@@ -78,10 +80,10 @@ class SequenceLayout:
         return SequenceLayout(self.seq_len, tuple((start, stop) for start, stop in cut if start < stop))
 
     def positions(self, device: torch.device | None = None) -> torch.Tensor:
-        """[num_positions] int64, of every row."""
+        """Return the position of every row, [num_positions] int64."""
         return torch.cat([torch.arange(start, stop, device=device) for start, stop in self.ranges])
 
     def take(self, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The rank's rows of a tensor that has the whole sequence (or more) in `dim`; of one range a view."""
+        """Return the rank's rows of a tensor with the whole sequence (or more) in `dim`; for one range a view."""
         parts = [x.narrow(dim, start, stop - start) for start, stop in self.ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,4 +1,4 @@
-"""Modules whose parameters are shards, and what a model of them knows: its group, the parts of its parameters."""
+"""Modules whose parameters are shards, and lookups in a model of such modules: its group, the parts of parameters."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -14,12 +14,12 @@ from fused_megatron.sharding.replication import refuse_replication
 
 
 class ShardedModule(nn.Module):
-    """A module whose own parameters are shards, whichever tensors they are now.
+    """Module whose own parameters are shards, also after torch replaced their tensors.
 
-    The module knows which part of the full parameter each is, and marks it. torch drops the marks of tensors where it
-    makes new ones: in deepcopy, to_empty(), moves between devices, load_state_dict(assign=True), swap_tensors. The
-    module marks what it sees coming; whoever asks about all parameters of a model has them marked before
-    (mark_all_shards).
+    The module knows the shard of each parameter by name, and records it on the parameter. torch loses this record where
+    it makes new tensors: in deepcopy, to_empty(), moves between devices, load_state_dict(assign=True), swap_tensors.
+    The module marks the tensors whose replacement it sees. Code that reads the shards of a whole model calls
+    mark_all_shards first.
     """
 
     tp_group: Any
@@ -36,17 +36,19 @@ class ShardedModule(nn.Module):
         self.mark_shards()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's, which `module.weight = parameter` calls too. What takes the place of a shard is that shard.
+        """Register a parameter, as torch does; `module.weight = parameter` calls this, too.
+
+        A parameter that replaces a shard is marked as this shard.
 
         Raises:
-            InputError: it has another shape than the shard has.
+            InputError: the new parameter has another shape than the shard.
         """
         self._check_whole_names()
         shards, old = self.__dict__.get("shards", {}), self._parameters.get(name)
         if name in shards and param is not None and old is not None and param.shape != old.shape:
             raise InputError(
-                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, that of this "
-                "rank's shard (full tensors: fused_megatron.load_full_state_dict)"
+                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, the shape of "
+                "this rank's shard (full tensors: fused_megatron.load_full_state_dict)"
             )
         super().register_parameter(name, param)
         if name in shards and param is not None:
@@ -54,14 +56,14 @@ class ShardedModule(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("shards", {}):
-            raise InputError(_made_of_others(self, name))
+            raise InputError(_parametrised_shard(self, name))
         super().__delattr__(name)
 
     def mark_shards(self) -> None:
         """Mark the parameters that are registered now.
 
         Raises:
-            InputError: a parametrisation took the place of one.
+            InputError: a parametrisation replaced a parameter.
         """
         self._check_whole_names()
         for name, shard in self.shards.items():
@@ -72,7 +74,7 @@ class ShardedModule(nn.Module):
     def _check_whole_names(self) -> None:
         gone = next((name for name in self.__dict__.get("shards", {}) if name not in self._parameters), None)
         if gone is not None:
-            raise InputError(_made_of_others(self, gone))
+            raise InputError(_parametrised_shard(self, gone))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -84,10 +86,10 @@ class ShardedModule(nn.Module):
         return self
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's.
+        """Yield names and parameters, as torch does.
 
         Raises:
-            InputError: DistributedDataParallel or fully_shard ask, over ranks that hold other shards.
+            InputError: the caller is DistributedDataParallel or fully_shard over ranks that hold different shards.
         """
         refuse_replication(self.tp_group)
         return super().named_parameters(*args, **kwargs)
@@ -107,25 +109,25 @@ class ShardedModule(nn.Module):
 
 
 def parallel_group(model: nn.Module) -> Group:
-    """The group that a model's layers are sharded over; None where nothing is."""
+    """Return the group over which a model's layers are sharded; None if no layer is."""
     groups = (module.tp_group for module in model.modules() if isinstance(module, ShardedModule))
     return next((group for group in groups if group is not None), None)
 
 
 def mark_all_shards(model: nn.Module) -> None:
-    """Mark every shard of a model as its module knows it, whatever was recorded on the tensor that it is now."""
+    """Record on every parameter of a model the shard that its module knows, in place of any other record of it."""
     for module in model.modules():
         if isinstance(module, ShardedModule):
             module.mark_shards()
 
 
 def parts_of_parameters(model: nn.Module) -> dict[nn.Parameter, tuple[ShardPart, ...]]:
-    """parameter_parts of all parameters of a model, as its modules know them."""
+    """Return parameter_parts of all parameters of a model, after marking them (mark_all_shards)."""
     mark_all_shards(model)
     return {parameter: parameter_parts(parameter) for parameter in model.parameters()}
 
 
-def _made_of_others(module: nn.Module, name: str) -> str:
+def _parametrised_shard(module: nn.Module, name: str) -> str:
     return (
         f"{type(module).__name__}.{name} is a shard, which cannot be made of other parameters (weight_norm, "
         "spectral_norm, pruning and parametrizations see one rank's part only: leave this layer whole)"

@@ -1,5 +1,6 @@
-"""Layers and loss sharded over tensor-parallel ranks, with sequence parallelism as a flag."""
+"""Layers and losses sharded over tensor-parallel ranks, with sequence parallelism as an option."""
 
+from fused_megatron.deprecation import renamed_names
 from fused_megatron.sharding import (
     ParameterShard,
     ShardedModule,
@@ -11,7 +12,7 @@ from fused_megatron.sharding import (
 )
 from fused_megatron.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from fused_megatron.tensor_parallel.embedding import VocabParallelEmbedding, vocab_parallel_embedding
-from fused_megatron.tensor_parallel.layer_norm import LayerNorm
+from fused_megatron.tensor_parallel.layer_norm import SequenceParallelLayerNorm
 from fused_megatron.tensor_parallel.linear import (
     ColumnParallelLinear,
     OutputPart,
@@ -21,16 +22,16 @@ from fused_megatron.tensor_parallel.linear import (
 )
 from fused_megatron.tensor_parallel.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from fused_megatron.tensor_parallel.mlp import parallel_mlp
-from fused_megatron.tensor_parallel.rms_norm import RMSNorm
+from fused_megatron.tensor_parallel.rms_norm import SequenceParallelRMSNorm
 from fused_megatron.tensor_parallel.stacked_linear import StackedColumnParallelLinear
 
 __all__ = [
     "ColumnParallelLinear",
-    "LayerNorm",
     "OutputPart",
     "ParameterShard",
-    "RMSNorm",
     "RowParallelLinear",
+    "SequenceParallelLayerNorm",
+    "SequenceParallelRMSNorm",
     "ShardPart",
     "ShardedModule",
     "StackedColumnParallelLinear",
@@ -46,3 +47,5 @@ __all__ = [
     "vocab_parallel_embedding",
     "vocab_parallel_linear_cross_entropy",
 ]
+
+__getattr__ = renamed_names(__name__, {"LayerNorm": "SequenceParallelLayerNorm", "RMSNorm": "SequenceParallelRMSNorm"})

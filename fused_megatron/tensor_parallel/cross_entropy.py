@@ -18,7 +18,7 @@ from fused_megatron.ops.cross_entropy_shards import (
 
 
 class ShardExchange(Exchange):
-    """What R shards of the vocabulary exchange; hidden and its gradient are exchanged for a head, chunk by chunk."""
+    """Exchanges between R shards of the vocabulary: statistics; for a head also hidden and its gradient, by chunks."""
 
     def __init__(self, group: Group, sequence_parallel: bool = False) -> None:
         self.group = group
@@ -54,40 +54,40 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """Cross-entropy of each token from logits sharded over the vocabulary.
 
-    Equals torch.nn.functional.cross_entropy(logits, target, reduction="none", ...) in float32, of the logits of all
-    ranks without padding. With x the logits of a token over the true vocabulary of V words:
+    Equals torch.nn.functional.cross_entropy(logits, target, reduction="none", ...) in float32, for the logits of all
+    ranks without padding. With x the logits of a token over the V entries of the vocabulary:
 
         loss = lse - (1 - s) x_target - (s / V) sum_j x_j + z lse^2,   lse = log(sum_j exp(x_j))
 
-        logits_shard [T, Vp / R]  columns rank * Vp / R and on; Vp >= V with padding
+        logits_shard [T, Vp / R]  columns from rank * Vp / R; Vp >= V with padding
         forward      (shift_r, log_sum_r, linear_r) of this rank's columns, all-gathered to [R, T, 3] and merged
         backward     dlogits_shard [T, Vp / R], from the merged lse; 0 for padding
 
     Args:
         logits_shard: [..., Vp / R] float32, bfloat16, float16 or float64; this rank's columns, not the gathered logits.
-        target: [...] int64; ids in the whole vocabulary, the same on every rank.
-        tp_group: the R ranks; None for this one alone.
-        vocab_size: V, the true size of the vocabulary; columns from V on are left out of everything.
+        target: [...] int64; token ids of the whole vocabulary, the same on every rank.
+        tp_group: the R ranks; None for this rank only.
+        vocab_size: V, the size of the vocabulary without padding; columns from V on are ignored.
         ignore_index: tokens with this target have loss 0 and gradient 0.
-        label_smoothing: s, spread over all V words.
+        label_smoothing: s, spread over all V entries.
         z_loss: z, the weight of lse^2 (PaLM, arXiv:2204.02311).
-        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: the logits themselves.
-        padded_vocab_size: Vp; where it is given, logits of another width are refused, however much is padding.
+        softcap: c > 0: x is c tanh(logits / c) (Gemma 2, arXiv:2408.00118). None: x is the logits.
+        padded_vocab_size: Vp; if given, logits of another width raise, for any amount of padding.
         inplace_backward: the backward overwrites logits_shard with its gradient, and so needs no memory for it.
-            Autograd then refuses everything else that needs these logits, a second backward too. Without effect under
+            Autograd then refuses any other use of these logits in a backward, also a second backward. No effect under
             torch.compile, which reuses memory by itself.
-        check_target: True raises for a target that is no word, wherever the tensors are: on a GPU that waits for it.
-            None does so where it costs no wait, on the CPU outside torch.compile. False never does.
+        check_target: True: always check that targets are in the vocabulary (synchronises on a GPU). None: check only
+            where that needs no synchronisation (CPU, outside torch.compile). False: never check.
 
     Returns:
         [...] float32 (float64 for float64 logits), bitwise the same on every rank.
 
     Raises:
-        InputError: shapes that do not fit, gathered logits, this rank not in tp_group, or a target that is no word
-            (check_target). Where nobody looks, the loss of such a token is NaN.
+        InputError: shapes that do not fit, gathered logits, this rank not in tp_group, or a target outside the
+            vocabulary (see check_target; unchecked, the loss of such a token is NaN).
         TypeError: wrong dtypes.
 
-    Communication: one all-gather of 12 bytes a token and rank forward; none backward.
+    Communication: forward one all-gather of 12 bytes for each token and rank; none backward.
     Memory: logits_shard (no copy), target and lse are saved.
     Numerics: float32 inside; the gradient is rounded once, to the dtype of the logits; deterministic.
     """
@@ -118,9 +118,9 @@ def vocab_parallel_cross_entropy(
 def check_shard_size(
     name: str, size: int, ranks: int, vocab_size: int, padded_vocab_size: int | None, wanted: str
 ) -> None:
-    """Raise unless `size` words are one of R shards: the whole would give a loss that looks right and is not.
+    """Raise unless `size` is the size of one of R shards of the vocabulary.
 
-    It would be log(R) too high, with wrong gradients.
+    The whole vocabulary in place of a shard would give a plausible loss, log(R) too high, and wrong gradients.
     """
     found = f"{name}={size} x tensor_parallel_size={ranks}"
     check(1 <= vocab_size <= size * ranks, f"{found} must be at least vocab_size={vocab_size}")

@@ -26,8 +26,8 @@ class _VocabParallelEmbedding(AutogradFunction):
         rows = weight.shape[0]
         local = ids - group_rank(group) * rows
         owned = (local >= 0) & (local < rows)
-        # What this rank adds for ids that it does not own: 0. NaN for ids that no one owns, so that where looking at
-        # the values would cost a synchronisation (CUDA) the loss still says so.
+        # This rank adds 0 for ids that it does not own, and NaN for ids outside the vocabulary: on CUDA, where a check
+        # of the values would cost a synchronisation, the loss shows the mistake.
         other = torch.zeros((), dtype=weight.dtype, device=weight.device).where(
             (ids >= 0) & (ids < vocab_size), torch.nan
         )
@@ -50,15 +50,15 @@ class _VocabParallelEmbedding(AutogradFunction):
             return None, None, None, None, None
         if sequence_dim is not None:
             dy = start_all_gather(dy, sequence_dim, group).wait()
-        # torch's CPU kernel adds up repeated ids in the dtype of dy; its CUDA kernel does in float32.
+        # torch's CPU kernel sums repeated ids in the dtype of dy; its CUDA kernel sums in float32.
         wide = dy.float() if dy.device.type == "cpu" and dy.dtype in (torch.bfloat16, torch.float16) else dy
         if ctx.main_grad is not None and dy.device.type == "cpu":
-            # Row by row, in the order of the tokens: no gradient of the table's size is made, filled or added.
+            # Row by row, in the order of the tokens, so that no gradient of the size of the table is made.
             owned = (local < rows).flatten().nonzero().squeeze(1)
             values = wide.reshape(-1, wide.shape[-1])[owned].to(ctx.main_grad.dtype)
             ctx.main_grad.index_add_(0, local.flatten()[owned], values)
             return None, None, None, None, None
-        # Ids of other ranks are `rows`, which is declared the padding index: skipped without a mask over dy.
+        # Ids of other ranks are `rows`, the padding index here, so the kernel skips them without a mask over dy.
         dweight = torch.ops.aten.embedding_dense_backward(wide.contiguous(), local, rows, rows, False)
         if ctx.main_grad is not None:
             ctx.main_grad.add_(dweight)
@@ -75,31 +75,32 @@ def vocab_parallel_embedding(
     sequence_parallel: bool = False,
     sequence_dim: int = 0,
 ) -> torch.Tensor:
-    """Rows of a table sharded over the vocabulary. Equals torch.nn.functional.embedding on one rank.
+    """Look up rows of a table sharded over the vocabulary. Equals torch.nn.functional.embedding on one rank.
 
     w_shard_v   [V / R, H]
-    forward     y [S, B, H] = sum over ranks of w_shard_v[ids - start] where owned; or this rank's [S / R, B, H] of it
+    forward     y [S, B, H] = sum over ranks of w_shard_v[ids - start] where owned; under sequence parallelism this
+                rank's block [S / R, B, H] of y
     backward    dw_shard_v[i] = sum of dy where ids == start + i;  dy [S, B, H], gathered under sequence parallelism
 
     Args:
         ids: [...] int64 or int32; the same on every rank.
         weight: [V / R, H] float; V may include padding.
-        vocab_size: the true one; ids must be below it.
-        tp_group: the R ranks; None for this one alone.
+        vocab_size: size of the vocabulary without padding; ids must be below it.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: return this rank's block of sequence_dim.
-        sequence_dim: which dim of ids is the sequence.
+        sequence_dim: the dim of ids that is the sequence.
 
     Returns:
         [..., H], dtype of weight, contiguous.
 
     Raises:
-        InputError: on the CPU an id outside [0, vocab_size); a sequence that R does not divide; this rank not in
-            tp_group. On a GPU, where looking would cost a synchronisation, the row of such an id is NaN.
+        InputError: an id outside [0, vocab_size), on the CPU (on a GPU a check would cost a synchronisation, and the
+            row of such an id is NaN); a sequence that R does not divide; this rank not in tp_group.
         TypeError: ids that are no integers.
 
     Communication: one all-reduce of y forward, none backward; under sequence parallelism one reduce-scatter forward,
         one all-gather backward.
-    Memory: ids are saved. The gradient of a weight with a main_grad is added to it, on a CPU row by row.
+    Memory: ids are saved. If the weight has a main_grad, its gradient is added there, on a CPU row by row.
     Numerics: repeated ids are summed in float32.
     """
     ranks = group_size(tp_group)
@@ -134,21 +135,21 @@ def _check_ids(ids: torch.Tensor, vocab_size: int) -> None:
 class VocabParallelEmbedding(ShardedModule):
     """torch.nn.Embedding with the table [V, H] sharded over its rows.
 
-    The vocabulary is padded with zero rows to a multiple of lcm(pad_to_multiple_of, R). Their gradient stays zero as
-    long as a tied head's logits go through vocab_parallel_cross_entropy, which leaves padding out.
+    The vocabulary is padded with zero rows to a multiple of lcm(pad_to_multiple_of, R). The gradient of these rows is
+    zero if the logits of a tied head go through vocab_parallel_cross_entropy, which ignores padding.
 
     Args:
-        num_embeddings: V, the true size of the vocabulary.
+        num_embeddings: V, the size of the vocabulary without padding.
         embedding_dim: H.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: return this rank's block [S / R, ...] of the sequence.
-        sequence_dim: which dim of the ids is the sequence.
-        pad_to_multiple_of: of the padded vocabulary; 128 suits the matrix units of a tied head.
-        init_std: standard deviation of the initial weight; every R starts from the same full weight.
-        device, dtype: of the table.
+        sequence_dim: the dim of the ids that is the sequence.
+        pad_to_multiple_of: the padded vocabulary is a multiple of this; 128 suits the matrix units of a tied head.
+        init_std: standard deviation of the initial weight; the full weight is the same for every R.
+        device, dtype: as torch.nn.Embedding.
 
     Attributes:
-        padded_num_embeddings: V with padding, over all ranks.
+        padded_num_embeddings: size of the vocabulary with padding, over all ranks.
 
     Raises:
         InputError: sizes below 1, this rank is not in tp_group.
@@ -191,20 +192,24 @@ class VocabParallelEmbedding(ShardedModule):
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the table from (seed, name), or from torch's CPU generator; padding rows become 0.
 
-        Without a seed the ranks of tp_group must have that generator in the same state, as after torch.manual_seed.
+        Without a seed torch's CPU generator must have the same state on all ranks of tp_group (torch.manual_seed).
         """
         self.mark_shards()
         draw_normal_weight_(self.weight, self.init_std, seed, name)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] to their rows [..., H], or this rank's block of the sequence."""
+        """Look up ids [...]; returns rows [..., H], or this rank's block of the sequence."""
         return vocab_parallel_embedding(
-            ids, self.weight, vocab_size=self.num_embeddings, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim,
-        )  # fmt: skip
+            ids,
+            self.weight,
+            vocab_size=self.num_embeddings,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            sequence_dim=self.sequence_dim,
+        )
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Return the text for print(model)."""
         return (
             f"{self.num_embeddings}, {self.embedding_dim}, padded_num_embeddings={self.padded_num_embeddings}, "
             f"tensor_parallel_size={group_size(self.tp_group)}, sequence_parallel={self.sequence_parallel}"

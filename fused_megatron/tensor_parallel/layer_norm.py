@@ -1,4 +1,4 @@
-"""LayerNorm between tensor-parallel layers, with whole gradients under sequence parallelism."""
+"""LayerNorm between tensor-parallel layers; its gradients are complete under sequence parallelism, too."""
 
 import torch
 import torch.distributed as dist
@@ -8,11 +8,11 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size, identity_all_reduce_together
 
 
-class LayerNorm(modules.LayerNorm):
+class SequenceParallelLayerNorm(modules.LayerNorm):
     """torch.nn.LayerNorm over the hidden dim; weight and bias are whole on every rank.
 
-    Without sequence parallelism every rank computes the same. With it a rank normalises its block of the sequence, and
-    the gradients of weight and bias are summed over the ranks in backward: when backward() returns, they are whole.
+    Without sequence parallelism every rank computes the same. With it each rank normalises its own block of the
+    sequence, and backward sums the gradients of weight and bias over the ranks.
 
         x_shard_s   [S / R, B, H] to the same shape
         backward    dweight [H] = sum over ranks and rows of dy * n;  dbias [H] = sum over ranks and rows of dy
@@ -20,10 +20,10 @@ class LayerNorm(modules.LayerNorm):
     Args:
         hidden_size: H.
         eps: added to the variance.
-        bias: whether there is one.
-        tp_group: the R ranks; None for this one alone.
+        bias: whether the layer has a bias.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the input is this rank's block of the sequence.
-        device, dtype: of the parameters.
+        device, dtype: as torch.nn.LayerNorm.
 
     Communication: none forward; under sequence parallelism one all-reduce of 8 H bytes backward.
     Memory: as ops.layer_norm.

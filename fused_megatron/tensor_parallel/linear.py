@@ -1,4 +1,4 @@
-"""Linear layers sharded over tensor-parallel ranks: by output features (column), by input features (row)."""
+"""Linear layers sharded over tensor-parallel ranks, by output features (column) or by input features (row)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ def column_parallel_linear(
     sequence_dim: int = 0,
     overlap: bool | int = True,
 ) -> torch.Tensor:
-    """x @ weight.T + bias with weight and bias sharded over output features; for a head tied to an embedding, too.
+    """Compute x @ weight.T + bias, with weight and bias sharded over output features (also for a tied head).
 
-    Equals torch.nn.functional.linear on one rank. The shapes and their duals, in full: overlap.ColumnLinearFunction.
+    Equals torch.nn.functional.linear on one rank. All shapes and their duals: see overlap.ColumnLinearFunction.
 
         x           [S, B, H], or this rank's [S / R, B, H] under sequence parallelism
         forward     y_shard_o [S, B, O / R] = x @ w_shard_o.T + b_shard_o
@@ -52,11 +52,12 @@ def column_parallel_linear(
         x: [..., H] float; replicated, or under sequence parallelism this rank's block of sequence_dim.
         weight: [O / R, H], dtype of x (under autocast all three are cast, as torch does).
         bias: [O / R] or None.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: x is a sequence shard; y has the whole sequence.
-        sequence_dim: which dim of x is the sequence; not the last.
-        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (overlap.chunk_choice; measured at the first call by all ranks), a number: so many, False: never.
+        sequence_dim: the dim of x that is the sequence; not the last.
+        overlap: number of chunks of the product, so that products and collectives run side by side. True lets the cost
+            model of the group choose (overlap.chunk_choice; all ranks measure at the first call), a number fixes it,
+            False is 1.
 
     Returns:
         [..., O / R], dtype of x, contiguous.
@@ -67,7 +68,7 @@ def column_parallel_linear(
 
     Communication: none forward; one all-reduce of x backward, under the product for dw. Under sequence parallelism
         one all-gather of x forward; backward one all-gather and one reduce-scatter, each under a product.
-    Memory: x as given, and weight, are saved.
+    Memory: x (under sequence parallelism the shard) and weight are saved.
 
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
     """
@@ -88,9 +89,9 @@ def row_parallel_linear(
     sequence_dim: int = 0,
     overlap: bool | int = True,
 ) -> torch.Tensor:
-    """x @ weight.T + bias with x and weight sharded over input features, and bias whole on every rank.
+    """Compute x @ weight.T + bias, with x and weight sharded over input features, and bias replicated.
 
-    Equals torch.nn.functional.linear on one rank. The shapes and their duals, in full: overlap.RowLinearFunction.
+    Equals torch.nn.functional.linear on one rank. All shapes and their duals: see overlap.RowLinearFunction.
 
         x_shard_i   [S, B, I / R]
         forward     y = sum over ranks of x_shard_i @ w_shard_i.T, + bias; [S, B, O], or this rank's [S / R, B, O]
@@ -100,11 +101,12 @@ def row_parallel_linear(
         x: [..., I / R] float; this rank's block of the last dim.
         weight: [O, I / R], dtype of x (under autocast all three are cast, as torch does).
         bias: [O] or None; the same on every rank.
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: y is this rank's block of sequence_dim.
-        sequence_dim: which dim of x is the sequence; not the last.
-        overlap: cut products and their collectives into chunks that run side by side: True as the cost model of the
-            group says (overlap.chunk_choice; measured at the first call by all ranks), a number: so many, False: never.
+        sequence_dim: the dim of x that is the sequence; not the last.
+        overlap: number of chunks of the product, so that products and collectives run side by side. True lets the cost
+            model of the group choose (overlap.chunk_choice; all ranks measure at the first call), a number fixes it,
+            False is 1.
 
     Returns:
         [..., O] bitwise the same on every rank, or its block; dtype of x, contiguous.
@@ -114,7 +116,7 @@ def row_parallel_linear(
         TypeError: dtypes that differ.
 
     Communication: one all-reduce of y forward, none backward; under sequence parallelism one reduce-scatter forward,
-        one all-gather backward. The gradient of bias is whole on every rank and needs none.
+        one all-gather backward. Every rank computes the full gradient of bias, without a collective.
     Memory: x and weight are saved.
 
     Paper: Shoeybi et al. 2019 (arXiv:1909.08053); Korthikanti et al. 2022 (arXiv:2205.05198).
@@ -131,7 +133,7 @@ def row_parallel_linear(
 def autocast_operands(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What torch's autocast would do to torch.nn.functional.linear, before the collective so that it moves less."""
+    """Cast as torch's autocast does for torch.nn.functional.linear; before the collective, so that fewer bytes move."""
     device_type = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
         return x, weight, bias
@@ -140,7 +142,7 @@ def autocast_operands(
 
 
 def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Raise unless they fit each other as those of torch.nn.functional.linear. In every forward: no text unless so."""
+    """Raise unless the operands fit torch.nn.functional.linear. Runs in every forward: texts are built on failure."""
     if weight.dim() != 2:
         raise InputError(f"weight.shape={tuple(weight.shape)} must be (out_features, in_features)")
     features = weight.shape[1]
@@ -162,7 +164,7 @@ def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 
 def sharded_sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim: int, tp_group: Group) -> int | None:
-    """The dim of x that is sharded, as a number from 0; None without sequence parallelism."""
+    """Return the dim of x that is sharded, counted from 0; None without sequence parallelism."""
     if not sequence_parallel or group_size(tp_group) == 1:
         return None
     dims = x.dim()
@@ -173,12 +175,13 @@ def sharded_sequence_dim(x: torch.Tensor, sequence_parallel: bool, sequence_dim:
 
 @dataclass(frozen=True)
 class OutputPart:
-    """Output features with a full weight of their own.
+    """Part of a layer's output features, with a full weight of its own.
 
     Attributes:
-        name: of the full weight, in checkpoints and for its initial values.
-        features: over all ranks, each counted once.
-        copies: how many ranks hold the same features, neighbours: 1, or more where the features are fewer than ranks.
+        name: name of the full weight, in checkpoints and for its initial values.
+        features: number of features over all ranks, each counted once.
+        copies: number of neighbouring ranks that hold the same features; above 1 if there are fewer features than
+            ranks.
     """
 
     name: str
@@ -188,7 +191,7 @@ class OutputPart:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearOptions:
-    """What the constructors of column- and row-parallel layers share, besides sizes; see ColumnParallelLinear."""
+    """Constructor options of column- and row-parallel layers, except sizes; see ColumnParallelLinear."""
 
     layout: ParallelLayout
     sequence_dim: int
@@ -199,7 +202,7 @@ class LinearOptions:
 
 
 class _Shard(NamedTuple):
-    """This rank's part of a layer [O, I]: the shape of its weight, and of which full parameters the two are shards."""
+    """This rank's part of a layer [O, I]: the local shape of the weight, and the shards of weight and bias."""
 
     shape: tuple[int, int]
     weight: ParameterShard | tuple[ShardPart, ...]
@@ -207,7 +210,7 @@ class _Shard(NamedTuple):
 
 
 class _ParallelLinear(ShardedModule):
-    """A linear layer of which every rank has a part: what column- and row-parallel ones share."""
+    """Base of column- and row-parallel linear layers: each rank has a part of the layer."""
 
     by_symmetric_memory = False
     bias: nn.Parameter | None
@@ -233,38 +236,44 @@ class _ParallelLinear(ShardedModule):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, tp_group: Group, **options: Any) -> Self:
-        """A layer with this rank's shard of a linear layer's weights, copied; on one rank the same layer.
+        """Make a layer with a copy of this rank's shard of a linear layer's weights; on one rank of all weights.
 
         Args:
-            linear: whole, the same on every rank of tp_group.
-            tp_group: the R ranks; None for this one alone.
+            linear: the full layer, the same on every rank of tp_group.
+            tp_group: the R ranks; None for this rank only.
             **options: further arguments of the layer (sequence_parallel, skip_bias_add, overlap, ..).
 
         Raises:
-            InputError: as the layer itself; sizes that R does not divide name the nearest that it does.
-            TypeError: not a torch.nn.Linear.
+            InputError: as the constructor; if R does not divide a size, the message names the nearest that it divides.
+            TypeError: linear is not a torch.nn.Linear.
 
-        Communication: none, but what overlap=True measures once a group, and that ranks of one host meet.
+        Communication: once for each group the measurement of overlap=True, and collectives.meet; else none.
         """
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear={type(linear).__name__} must be a torch.nn.Linear")
         weight, bias = linear.weight, linear.bias
-        new: Any = cls  # the base's own constructor takes other arguments
-        with torch.random.fork_rng(devices=[]):  # no draw of the caller's generator, since no value of it is kept
+        new: Any = cls  # the constructor of the base class takes other arguments
+        # The initial values are replaced, so the caller's generator is left as it is.
+        with torch.random.fork_rng(devices=[]):
             layer = new(
-                linear.in_features, linear.out_features, bias is not None, tp_group=tp_group, device="meta",
-                dtype=weight.dtype, **options,
-            )  # fmt: skip
+                linear.in_features,
+                linear.out_features,
+                bias is not None,
+                tp_group=tp_group,
+                device="meta",
+                dtype=weight.dtype,
+                **options,
+            )
         layer._measure_overlap(weight.device, weight.dtype)
         layer.to_empty(device=weight.device)
-        for mine, whole in ((layer.weight, weight), (layer.bias, bias)):
-            if mine is not None and whole is not None:
-                copy_shard_(mine, whole.detach())
-                mine.requires_grad_(whole.requires_grad)
+        for shard, full in ((layer.weight, weight), (layer.bias, bias)):
+            if shard is not None and full is not None:
+                copy_shard_(shard, full.detach())
+                shard.requires_grad_(full.requires_grad)
         return layer
 
     def _measure_overlap(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Measure the group now, where all ranks are known to be, and not in the first forward; let them meet now."""
+        """Let the ranks meet and measure their group now, since all ranks make the layer; not in the first forward."""
         like = torch.empty(0, device=device, dtype=dtype)
         if like.is_cpu:
             meet(self.tp_group)
@@ -274,7 +283,7 @@ class _ParallelLinear(ShardedModule):
     def reset_parameters(self, seed: int | None = None, name: str = "weight") -> None:
         """Draw the weight from (seed, name), or from torch's CPU generator; the bias becomes 0.
 
-        Without a seed the ranks of tp_group must have that generator in the same state, as after torch.manual_seed.
+        Without a seed torch's CPU generator must have the same state on all ranks of tp_group (torch.manual_seed).
         """
         self.mark_shards()
         draw_normal_weight_(self.weight, self.init_std, seed, name)
@@ -282,7 +291,7 @@ class _ParallelLinear(ShardedModule):
             nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """What print(model) shows."""
+        """Return the text for print(model)."""
         fused = self.by_symmetric_memory and self.sequence_parallel
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -296,17 +305,17 @@ class ColumnParallelLinear(_ParallelLinear):
 
     Args:
         in_features: I.
-        out_features: O of all ranks together; must be divisible by R. Or the parts that the output consists of, each
-            sharded for itself; see StackedColumnParallelLinear.
-        bias: whether there is one; sharded as the output.
-        tp_group: the R ranks; None for this one alone.
+        out_features: O over all ranks; must be divisible by R. Or the parts of the output, each of which is sharded
+            separately; see StackedColumnParallelLinear.
+        bias: whether the layer has a bias, sharded as the output.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the input is this rank's block [S / R, ...] of the sequence.
-        sequence_dim: which dim of the input is the sequence.
-        gather_output: return all O features on every rank; what follows must be the same on every rank.
+        sequence_dim: the dim of the input that is the sequence.
+        gather_output: return all O features on every rank; all ranks must compute the same with them.
         skip_bias_add: leave the bias to a following fused op (ops.bias_gelu); forward returns (y, bias).
         overlap: as column_parallel_linear.
-        init_std: standard deviation of the initial weight; every R starts from the same full weight.
-        device, dtype: of the parameters.
+        init_std: standard deviation of the initial weight; the full weight is the same for every R.
+        device, dtype: as torch.nn.Linear.
 
     Raises:
         InputError: O is not divisible by R, this rank is not in tp_group.
@@ -349,11 +358,16 @@ class ColumnParallelLinear(_ParallelLinear):
         self.gather_output = gather_output
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """x [..., I] to y [..., O / R] ([..., O] with gather_output), or (y, bias) with skip_bias_add."""
+        """Apply the layer to x [..., I]; returns y [..., O / R] ([..., O] with gather_output), or (y, bias)."""
         y = column_parallel_linear(
-            x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
-        )  # fmt: skip
+            x,
+            self.weight,
+            None if self.skip_bias_add else self.bias,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            sequence_dim=self.sequence_dim,
+            overlap=self.overlap,
+        )
         if self.skip_bias_add:
             return y, self.bias
         return all_gather_split(y, -1, self.tp_group) if self.gather_output else y
@@ -363,23 +377,23 @@ class RowParallelLinear(_ParallelLinear):
     """torch.nn.Linear with the weight [O, I] sharded over its columns: this rank multiplies I / R input features.
 
     Args:
-        in_features: I of all ranks together; must be divisible by R.
+        in_features: I over all ranks; must be divisible by R.
         out_features: O.
-        bias: whether there is one; whole on every rank.
-        tp_group: the R ranks; None for this one alone.
+        bias: whether the layer has a bias, the same on every rank.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the output is this rank's block [S / R, ...] of the sequence.
-        sequence_dim: which dim of the input is the sequence.
+        sequence_dim: the dim of the input that is the sequence.
         skip_bias_add: leave the bias to a following fused op; forward returns (y, bias).
-        input_is_parallel: the input is this rank's [..., I / R]; False: it is whole and cut here.
+        input_is_parallel: the input is this rank's [..., I / R]; False: it has all I features, and the layer cuts it.
         overlap: as column_parallel_linear.
-        init_std: standard deviation of the initial weight; every R starts from the same full weight.
-        device, dtype: of the parameters.
+        init_std: standard deviation of the initial weight; the full weight is the same for every R.
+        device, dtype: as torch.nn.Linear.
 
     Raises:
         InputError: I is not divisible by R, this rank is not in tp_group.
 
     Shapes, Communication, Memory: as row_parallel_linear; input_is_parallel=False adds one all-gather of x backward,
-    and skip_bias_add under sequence parallelism one all-reduce of the bias's gradient.
+    and skip_bias_add under sequence parallelism adds one all-reduce of the gradient of the bias.
     """
 
     def __init__(
@@ -410,27 +424,32 @@ class RowParallelLinear(_ParallelLinear):
         self.input_is_parallel = input_is_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """x [..., I / R] to y [..., O] or this rank's block of the sequence, or (y, bias) with skip_bias_add."""
+        """Apply the layer to x [..., I / R]; returns y [..., O] or its block of the sequence, or (y, bias)."""
         if not self.input_is_parallel:
             check_shape("x", x, (*x.shape[:-1], self.in_features))
             x = split_all_gather(x, -1, self.tp_group)
         y = row_parallel_linear(
-            x, self.weight, None if self.skip_bias_add else self.bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
-        )  # fmt: skip
+            x,
+            self.weight,
+            None if self.skip_bias_add else self.bias,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            sequence_dim=self.sequence_dim,
+            overlap=self.overlap,
+        )
         return (y, self.skipped_bias()) if self.skip_bias_add else y
 
     def skipped_bias(self) -> torch.Tensor | None:
-        """The bias, for a caller that adds it to y itself; every call makes its gradient whole by itself."""
+        """Return the bias for a caller that adds it to y. Its gradient is summed over the ranks in backward."""
         bias: torch.Tensor | None = self.bias
         if bias is not None and self.sequence_parallel:
-            # The caller adds it to a block of the sequence; its gradient is the sum over all blocks.
+            # The caller adds the bias to a block of the sequence; the gradient is the sum over all blocks.
             (bias,) = identity_all_reduce_together((bias,), self.tp_group)
         return bias
 
 
 def _column_shard(in_features: int, parts: Sequence[OutputPart], tp_group: Group) -> _Shard:
-    """A block of rows of every part, one below the other."""
+    """Return this rank's shard: a block of rows of every part, stacked."""
     ranks, rank = group_size(tp_group), group_rank(tp_group)
     weights, biases, start = [], [], 0
     for part in parts:
@@ -448,7 +467,7 @@ def _column_shard(in_features: int, parts: Sequence[OutputPart], tp_group: Group
 
 
 def _row_shard(in_features: int, out_features: int, tp_group: Group) -> _Shard:
-    """A block of columns of the weight; the bias is whole."""
+    """Return this rank's shard: a block of columns of the weight, and the full bias."""
     ranks, rank = group_size(tp_group), group_rank(tp_group)
     check_divisible("in_features", in_features, "tensor_parallel_size", ranks)
     columns = in_features // ranks
@@ -457,7 +476,7 @@ def _row_shard(in_features: int, out_features: int, tp_group: Group) -> _Shard:
 
 
 def draw_normal_weight_(weight: nn.Parameter, std: float, seed: int | None, name: str) -> None:
-    """fill_normal_shard_; without a seed, with one from torch's CPU generator."""
+    """Call fill_normal_shard_; without a seed draw one from torch's CPU generator."""
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     fill_normal_shard_(weight, std, seed=seed, name=name)

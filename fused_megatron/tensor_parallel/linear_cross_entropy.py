@@ -1,4 +1,4 @@
-"""A linear head sharded over the vocabulary and its cross-entropy in one op: no rank ever holds its logits whole."""
+"""Linear head sharded over the vocabulary, and its cross-entropy, in one op that keeps a tile of the logits only."""
 
 import torch
 
@@ -28,54 +28,56 @@ def vocab_parallel_linear_cross_entropy(
     chunk_tokens: int | None = None,
     reduction: str = "none",
 ) -> torch.Tensor:
-    """Cross-entropy of each token of a linear head sharded over the vocabulary, a chunk of tokens at a time.
+    """Cross-entropy of each token of a linear head sharded over the vocabulary, in chunks of tokens.
 
     Equals vocab_parallel_cross_entropy(column_parallel_linear(hidden, weight_shard, bias_shard), target), without the
-    logits [T, Vp / R]. For a chunk of t tokens, each chunk after the other:
+    logits [T, Vp / R]. For each chunk of t tokens:
 
         x          [t, H]       replicated; under sequence parallelism all_gather of a slice of hidden [S / R, B, H]
-        w_shard_o  [Vp / R, H]  rows rank * Vp / R and on; Vp >= V with padding
+        w_shard_o  [Vp / R, H]  rows from rank * Vp / R; Vp >= V with padding
         forward    logits_shard [t, Vp / R] = x @ w_shard_o.T + b_shard_o
-                   (shift_r, log_sum_r, linear_r) of it, all-gathered to [R, t, 3] and merged to the loss
-        backward   logits_shard once more, and dlogits_shard in its place, from the merged lse
+                   (shift_r, log_sum_r, linear_r) of logits_shard, all-gathered to [R, t, 3] and merged to the loss
+        backward   logits_shard is computed again, and overwritten by dlogits_shard from the merged lse
                    dx = all_reduce(dlogits_shard @ w_shard_o); under sequence parallelism reduce_scatter to this rank's
                    slice;  dw_shard_o += dlogits_shard.T @ x;  db_shard_o += sum over the tokens of dlogits_shard
 
-    The sum of all tokens (reduction "sum", then divided by the caller: what training wants) has one upstream gradient
-    for all, so dlogits_shard and its products are made forward, while the logits are there: 3 products in place of 4.
+    With reduction "sum" (for training; the caller divides the sum) all tokens have the same upstream gradient. So
+    forward computes dlogits_shard and its products while it has the logits: 3 products instead of 4.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64, the same on every rank; under sequence parallelism this
             rank's block [S / R, ..., H].
-        weight_shard: [Vp / R, H]; may be of another dtype: as in ops.linear_cross_entropy.
-        target: [...] or [S, ...] int64; of the whole sequence, ids in the whole vocabulary, the same on every rank.
-        tp_group: the R ranks; None for this one alone.
-        vocab_size: V, the true size of the vocabulary; rows of the whole weight from V on are padding.
+        weight_shard: [Vp / R, H]; may have another dtype, as in ops.linear_cross_entropy.
+        target: [...] or [S, ...] int64 for the whole sequence; token ids of the whole vocabulary, the same on every
+            rank.
+        tp_group: the R ranks; None for this rank only.
+        vocab_size: V, the size of the vocabulary without padding; rows of the full weight from V on are padding.
         bias_shard: [Vp / R] or None.
         ignore_index, label_smoothing, z_loss, softcap: as in ops.linear_cross_entropy.
-        padded_vocab_size: Vp; where it is given, a shard of another size is refused, however much is padding.
-        sequence_parallel: hidden is a sequence shard, dim 0; so is its gradient.
-        chunk_tokens: tokens of a tile of logits, of all ranks together; None: by its bytes.
+        padded_vocab_size: Vp; if given, a shard of another size raises, for any amount of padding.
+        sequence_parallel: hidden and its gradient are sequence shards in dim 0.
+        chunk_tokens: tokens of a tile of logits, over all ranks; None: chosen by the bytes of a tile.
         reduction: "none" or "sum".
 
     Returns:
         The shape of target, float32 (float64 for float64), bitwise the same on every rank. With "sum" a scalar, always
-        float64, so that the sums of microbatches and ranks lose nothing.
+        float64, so that sums over microbatches and ranks lose no precision.
 
     Raises:
-        InputError: shapes that do not fit, a weight that is whole, this rank not in tp_group or, on the CPU, a target
-            that is no word. On a GPU the loss of such a token is NaN.
+        InputError: shapes that do not fit, a full weight, this rank not in tp_group, or, on the CPU, a target outside
+            the vocabulary (on a GPU the loss of such a token is NaN).
         TypeError: wrong dtypes.
 
-    Communication: for each of the C chunks (C = 1 where all logits fit one tile)
-        forward   one all-gather of 12 bytes a token and rank, under the product of the next chunk
-        backward  one all-reduce of dx, under the product for dw
-        under sequence parallelism also one all-gather of a slice of hidden forward and backward, under the products of
-        the chunk before, and a reduce-scatter in place of the all-reduce. None backward for hidden without a gradient.
-        With "sum" all of it forward, hidden gathered once, and nothing backward.
-    Memory: hidden as given, weight_shard, target and lse are saved; one tile of logits exists at a time. With "sum"
-        two half as large, and the gradients, float32, are held until backward, which adds that of weight_shard to its
-        main_grad where it has one. (16-bit operands on a CPU without matrix units: as for "none".)
+    Communication: for each of the C chunks (C = 1 if all logits fit in one tile)
+        forward   one all-gather of 12 bytes for each token and rank, under the product of the next chunk
+        backward  one all-reduce of dx, under the product for dw; none if hidden needs no gradient
+        Under sequence parallelism also one all-gather of a slice of hidden forward and backward, under the products of
+        the chunk before, and a reduce-scatter instead of the all-reduce. With "sum" all of this happens in forward,
+        with one all-gather of hidden, and nothing in backward.
+    Memory: hidden (under sequence parallelism the shard), weight_shard, target and lse are saved; one tile of logits
+        exists at a time. With "sum" there are two tiles of half the size, and the float32 gradients are kept until
+        backward, which adds the gradient of weight_shard to its main_grad if it has one. (16-bit operands on a CPU
+        without matrix units: as for "none".)
     Numerics: as ops.linear_cross_entropy with the same reduction; dx is reduced in the dtype of the operands.
     """
     check_one_of("reduction", reduction, ("none", "sum"))
@@ -100,7 +102,7 @@ def vocab_parallel_linear_cross_entropy(
     )
     ids = target.reshape(-1).contiguous()
     check_targets(ids, terms)
-    # Cast before anything is gathered, so that less moves.
+    # Cast before the gather, so that fewer bytes move.
     rows = hidden.to(operand_and_result_dtype(hidden, weight_shard)[0]).reshape(-1, weight_shard.shape[1])
     loss = loss_of_tiles(
         rows.contiguous(),

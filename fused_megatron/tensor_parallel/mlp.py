@@ -1,4 +1,4 @@
-"""Both linear layers of an MLP and what is between them, as one function that hides its collectives."""
+"""Tensor-parallel MLP as one function: two linear layers, the activation between them, and hidden collectives."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import torch
 from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_size, on_ranks
+from fused_megatron.deprecation import renamed_argument
 from fused_megatron.overlap import Activation, ColumnLinearFunction, MLPFunction, RowLinearFunction, chunk_choice
 from fused_megatron.tensor_parallel.linear import autocast_operands, check_operands, sharded_sequence_dim
 
@@ -44,12 +45,16 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Activation]] = {
 }
 
 
+@renamed_argument(old="up_weight", new="expansion_weight")
+@renamed_argument(old="up_bias", new="expansion_bias")
+@renamed_argument(old="down_weight", new="projection_weight")
+@renamed_argument(old="down_bias", new="projection_bias")
 def parallel_mlp(
     x: torch.Tensor,
-    up_weight: torch.Tensor,
-    up_bias: torch.Tensor | None,
-    down_weight: torch.Tensor,
-    down_bias: torch.Tensor | None,
+    expansion_weight: torch.Tensor,
+    expansion_bias: torch.Tensor | None,
+    projection_weight: torch.Tensor,
+    projection_bias: torch.Tensor | None,
     *,
     activation: str = "gelu",
     tp_group: Group,
@@ -57,30 +62,36 @@ def parallel_mlp(
     sequence_dim: int = 0,
     overlap: bool | int = True,
 ) -> torch.Tensor:
-    """The MLP of a transformer block, with its width sharded, and its collectives under all of its products.
+    """MLP of a transformer block, sharded over its width F, whose collectives hide under the products of both layers.
 
-    Equals, for activation "gelu", F.linear(F.gelu(F.linear(x, up, up_bias), approximate="tanh"), down, down_bias) on
-    one rank, and column_parallel_linear, the activation and row_parallel_linear on several:
+    With activation "gelu" one rank computes
+
+        F.linear(F.gelu(F.linear(x, expansion_weight, expansion_bias), approximate="tanh"),
+                 projection_weight, projection_bias)
+
+    and several ranks compute column_parallel_linear, the activation and row_parallel_linear:
 
         x           [S, B, H], or this rank's [S / R, B, H] under sequence parallelism
-        forward     h_shard_f [S, B, F / R] = x @ up_shard_f.T;  a_shard_f = activation(h_shard_f + up_bias_shard_f)
-                    y [S, B, H] = sum over ranks of a_shard_f @ down_shard_f.T, + down_bias
-        backward    dx = sum over ranks of dh_shard_f @ up_shard_f
+        forward     h_shard_f [S, B, F / R] = x @ expansion_shard_f.T
+                    a_shard_f = activation(h_shard_f + expansion_bias_shard_f)
+                    y [S, B, H] = sum over ranks of a_shard_f @ projection_shard_f.T, + projection_bias
+        backward    dx = sum over ranks of dh_shard_f @ expansion_shard_f
 
-    Layer by layer the forward's collective can hide under one product and the backward's under two; here chunks of
-    rows go through both products, and it is two and four.
+    Layer by layer the forward's collective can hide under one product and the backward's under two. Here chunks of rows
+    go through both layers, so that it hides under two and four.
 
     Args:
         x: [..., H] float; replicated, or under sequence parallelism this rank's block of sequence_dim.
-        up_weight: [F / R, H], for the gated activations [2 F / R, H]: this rank's gate, then its value.
-        up_bias: [F / R] ([2 F / R]) or None.
-        down_weight: [H, F / R].
-        down_bias: [H] or None; the same on every rank.
+        expansion_weight: [F / R, H]; for gated activations [2 F / R, H], this rank's gate above this rank's up part.
+        expansion_bias: [F / R] ([2 F / R]) or None.
+        projection_weight: [H, F / R].
+        projection_bias: [H] or None; the same on every rank.
         activation: "gelu", "swiglu" or "geglu" (tanh in both GELUs), or "gelu_exact" (erf).
-        tp_group: the R ranks; None for this one alone.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: x and y are blocks of the sequence.
-        sequence_dim: which dim of x is the sequence; not the last. The chunks need it first: else layer by layer.
-        overlap: into how many chunks of rows: True as the cost model of the group says, a number: so many, False: one.
+        sequence_dim: the dim of x that is the sequence; not the last. With another dim than 0 the MLP runs layer by
+            layer, without chunks.
+        overlap: number of chunks of rows: True lets the cost model of the group choose, a number fixes it, False is 1.
 
     Returns:
         [..., H] as x, dtype of x.
@@ -91,26 +102,36 @@ def parallel_mlp(
 
     Communication: as column_parallel_linear and row_parallel_linear together.
     Memory: x, h_shard_f and the weights are saved; a_shard_f is computed again in backward.
-    Numerics: bit for bit the layers', where products of some rows are those of all (the CPU's are not always, nor are
-        sums over three ranks or more), except for the gradient of up_bias, summed chunk by chunk in float32, and under
-        sequence parallelism those of the weights and down_bias, summed over the rows in the order of the chunks.
+    Numerics: bitwise the result of the layers, where a product of some rows equals these rows of the whole product (not
+        always on a CPU) and at most two ranks are summed. Two exceptions: the gradient of expansion_bias is summed
+        chunk by chunk in float32; under sequence parallelism the gradients of the weights and of projection_bias are
+        summed over the rows in the order of the chunks.
     """
     check(activation in _ACTIVATIONS, f"activation={activation!r} must be one of {', '.join(map(repr, _ACTIVATIONS))}")
     group_size(tp_group)
     fused_activation, raw_activation = _ACTIVATIONS[activation]
-    _, down_weight, down_bias = autocast_operands(x, down_weight, down_bias)
-    x, up_weight, up_bias = autocast_operands(x, up_weight, up_bias)
-    check_operands(x, up_weight, up_bias)
-    width = up_weight.shape[0] // (1 if activation.startswith("gelu") else 2)
-    check_operands(x.new_empty(0, width), down_weight, down_bias)
+    _, projection_weight, projection_bias = autocast_operands(x, projection_weight, projection_bias)
+    x, expansion_weight, expansion_bias = autocast_operands(x, expansion_weight, expansion_bias)
+    check_operands(x, expansion_weight, expansion_bias)
+    width = expansion_weight.shape[0] // (1 if activation.startswith("gelu") else 2)
+    check_operands(x.new_empty(0, width), projection_weight, projection_bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     choice = chunk_choice(overlap)
     whole = group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64
     if whole or choice.prefers_layers(x, dim, tp_group):
-        h = on_ranks(ColumnLinearFunction, tp_group)(x, up_weight, None, dim, tp_group, choice)
-        a = fused_activation(h, up_bias)
-        y: torch.Tensor = on_ranks(RowLinearFunction, tp_group)(a, down_weight, down_bias, dim, tp_group, choice)
+        h = on_ranks(ColumnLinearFunction, tp_group)(x, expansion_weight, None, dim, tp_group, choice)
+        a = fused_activation(h, expansion_bias)
+        project = on_ranks(RowLinearFunction, tp_group)
+        y: torch.Tensor = project(a, projection_weight, projection_bias, dim, tp_group, choice)
         return y
     return on_ranks(MLPFunction, tp_group)(
-        x, up_weight, up_bias, down_weight, down_bias, raw_activation, dim is not None, tp_group, choice
+        x,
+        expansion_weight,
+        expansion_bias,
+        projection_weight,
+        projection_bias,
+        raw_activation,
+        dim is not None,
+        tp_group,
+        choice,
     )

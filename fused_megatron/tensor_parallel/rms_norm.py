@@ -1,4 +1,4 @@
-"""RMSNorm between tensor-parallel layers, with a whole gradient under sequence parallelism."""
+"""RMSNorm between tensor-parallel layers; its gradient is complete under sequence parallelism, too."""
 
 import torch
 import torch.distributed as dist
@@ -8,21 +8,21 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size, identity_all_reduce_together
 
 
-class RMSNorm(modules.RMSNorm):
+class SequenceParallelRMSNorm(modules.RMSNorm):
     """torch.nn.RMSNorm over the hidden dim; the weight is whole on every rank.
 
-    Without sequence parallelism every rank computes the same. With it a rank normalises its block of the sequence, and
-    the gradient of the weight is summed over the ranks in backward: when backward() returns, it is whole.
+    Without sequence parallelism every rank computes the same. With it each rank normalises its own block of the
+    sequence, and backward sums the gradient of the weight over the ranks.
 
         x_shard_s   [S / R, B, H] to the same shape
         backward    dweight [H] = sum over ranks and rows of dy * n
 
     Args:
         hidden_size: H.
-        eps: added to the mean square; None for that of ops.rms_norm.
-        tp_group: the R ranks; None for this one alone.
+        eps: added to the mean square; None for the default of ops.rms_norm.
+        tp_group: the R ranks; None for this rank only.
         sequence_parallel: the input is this rank's block of the sequence.
-        device, dtype: of the weight.
+        device, dtype: as torch.nn.RMSNorm.
 
     Communication: none forward; under sequence parallelism one all-reduce of 4 H bytes backward.
     Memory: as ops.rms_norm.

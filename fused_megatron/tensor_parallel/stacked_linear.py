@@ -1,4 +1,4 @@
-"""A column-parallel linear layer whose output is several features groups side by side: one product, one collective."""
+"""Column-parallel linear layer with several outputs (query, key and value; gate and up) from one product."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from fused_megatron.tensor_parallel.linear import ColumnParallelLinear, OutputPa
 
 
 class StackedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel linears of one input as one product: gate and up, or query, key and value.
+    """Several column-parallel linear layers of one input as one product: gate and up, or query, key and value.
 
-    Every part is sharded for itself, and a rank's shards stand one below the other, so that its output is
-    [part 0 | part 1 | ..] at every R without a copy, and a checkpoint knows each part by its full weight:
+    Each part is sharded separately, and a rank's shards are stacked. So the output of a rank is [part 0 | part 1 | ..]
+    for every R without a copy, and a checkpoint stores the full weight of each part:
 
         w_shard     [sum_p O_p c_p / R, H]   rows of part p: block (rank // c_p) of its full weight [O_p, H]
         forward     y_shard = x @ w_shard.T + b_shard
@@ -25,16 +25,16 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
 
     Args:
         in_features: H.
-        parts: what the output consists of, in this order.
+        parts: the parts of the output, in this order.
         Others: as ColumnParallelLinear.
 
     Raises:
-        InputError: features times copies of a part are not divisible by R, or R not by copies.
+        InputError: R does not divide features times copies of a part, or copies does not divide R.
 
-    Communication: as ColumnParallelLinear; with copies one all-reduce of their full weights and biases backward, 4
-        bytes an element, so that every copy has the same gradient when backward() returns.
-    Memory: as ColumnParallelLinear; with copies the weight's gradient is made in the weight's dtype before a main_grad
-        takes it, since what the other ranks add must come in between.
+    Communication: as ColumnParallelLinear. Parts with copies add one all-reduce of their full weights and biases in
+        backward, 4 bytes an element, so that all copies have the same gradient.
+    Memory: as ColumnParallelLinear. With copies the weight's gradient is made in the weight's dtype before it is added
+        to a main_grad, since the sum over the copies comes in between.
     """
 
     def __init__(
@@ -72,16 +72,21 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """x [..., H] to y, this rank's features of every part, or (y, bias) with skip_bias_add."""
+        """Apply the layer to x [..., H]; returns y, this rank's features of every part, or (y, bias)."""
         weight, bias = self.with_whole_gradients()
         y = column_parallel_linear(
-            x, weight, None if self.skip_bias_add else bias, tp_group=self.tp_group,
-            sequence_parallel=self.sequence_parallel, sequence_dim=self.sequence_dim, overlap=self.overlap,
-        )  # fmt: skip
+            x,
+            weight,
+            None if self.skip_bias_add else bias,
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+            sequence_dim=self.sequence_dim,
+            overlap=self.overlap,
+        )
         return (y, bias) if self.skip_bias_add else y
 
     def with_whole_gradients(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias, whose gradients in rows that several ranks hold will be summed over these ranks."""
+        """Return weight and bias. In backward the gradients of rows with copies are summed over their ranks."""
         if not self._copied:
             return self.weight, self.bias
         weight, bias = _SumOverCopies.apply(self.weight, self.bias, self._copied, self.tp_group)
@@ -89,10 +94,10 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
 
 
 class _SumOverCopies(AutogradFunction):
-    """Identity; backward sums the gradients of rows that several ranks hold, over these ranks.
+    """Identity, whose backward sums the gradients of rows with copies over the ranks that hold them.
 
-    A rank puts its rows at their place in the full weight, zeros elsewhere, and all ranks of the group add up: no
-    group for every set of copies is needed, and every rank gets the same bits.
+    Each rank writes its rows into a full gradient of zeros, and all ranks of the group sum it. So no process group for
+    each set of copies is needed, and every rank gets the same bits.
     """
 
     op = "tensor_parallel.StackedColumnParallelLinear"
@@ -112,20 +117,20 @@ class _SumOverCopies(AutogradFunction):
     @once_differentiable
     def backward(ctx: Any, dweight: torch.Tensor, dbias: torch.Tensor | None) -> Any:
         copied, group = ctx.layout
-        # The bias as one more column, so that it takes no collective of its own.
+        # The gradient of the bias is one more column, so that it needs no collective of its own.
         columns = dweight if dbias is None else torch.cat([dweight, dbias.unsqueeze(1)], dim=1)
         wide = torch.float64 if columns.dtype == torch.float64 else torch.float32
         full = columns.new_zeros((sum(features for _, features, _ in copied), columns.shape[1]), dtype=wide)
-        places, start = [], 0
+        rows_in_full, start = [], 0
         for rows, features, offset in copied:
-            places.append((rows, slice(start + offset, start + offset + rows.stop - rows.start)))
+            rows_in_full.append((rows, slice(start + offset, start + offset + rows.stop - rows.start)))
             start += features
-        for rows, place in places:
-            full[place] = columns[rows]
+        for rows, full_rows in rows_in_full:
+            full[full_rows] = columns[rows]
         total = start_all_reduce_(full, group).wait()
         columns = columns.clone() if dbias is None else columns
-        for rows, place in places:
-            columns[rows] = total[place].to(columns.dtype)
+        for rows, full_rows in rows_in_full:
+            columns[rows] = total[full_rows].to(columns.dtype)
         if dbias is None:
             return columns, None, None, None
         return columns[:, :-1], columns[:, -1], None, None

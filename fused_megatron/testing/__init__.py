@@ -1,4 +1,4 @@
-"""What checks of parallel code need, shipped: real ranks, counts of real collectives, tolerances with reasons."""
+"""Test tools for parallel code, part of the package: real ranks, counts of collectives, justified tolerances."""
 
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing.run_on_ranks import RankError, run_cases_on_ranks, run_on_ranks

@@ -1,4 +1,4 @@
-"""The contract of an op: what holds for each of them, whatever it computes.
+"""The contract of an op: properties that every op must have, whatever it computes.
 
 A test file describes its op once and checks every clause:
 
@@ -39,7 +39,7 @@ Sample = tuple[Inputs, Upstream]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EACH_DTYPE = tuple(_DTYPES)
 
-# What is checked on every device, by the dtypes that it is checked in. gradients_of_gradients is about float64 too.
+# Clauses for every device, and their dtypes. gradients_of_gradients also uses float64.
 _ANYWHERE = {
     "strides": _EACH_DTYPE,
     "memory": _EACH_DTYPE,
@@ -49,7 +49,7 @@ _ANYWHERE = {
     "single_gradients": ("float32",),
     "gradients_of_gradients": ("float32",),
 }
-# What torch does around an op, and threads: the same for every device, or of the CPU only.
+# Clauses checked only on the CPU: the integration with torch is the same on all devices, and threads are the CPU's.
 _ON_THE_CPU = {
     "opcheck": ("float32",),
     "compile": ("float32",),
@@ -63,18 +63,18 @@ CPU_CLAUSES = [f"{name} {dtype}" for name, dtypes in _ON_THE_CPU.items() for dty
 
 @dataclass(frozen=True)
 class Contract:
-    """An op, the same in plain torch, and inputs for both.
+    """An op, the same function in plain torch, and inputs for both.
 
     Attributes:
-        op: called with the inputs; returns a tensor or several.
-        unfused: the same in plain torch, for any floating-point dtype: in float64 it says what is right.
-        draw: (shape, dtype) to inputs and upstream gradients on the CPU, the same for each call.
-        shape: of most checks: a few rows, of a width that suits accesses of 16 bytes.
-        odd: of the checks that need little: too odd for wide accesses.
-        empty: shapes without an element, for draw.
-        wide: work for several threads.
-        streamed: results of 4 MiB and more, which CPU kernels write past the caches; rows that do not depend on each
-            other. None where no kernel does that.
+        op: called with the inputs; returns one or several tensors.
+        unfused: the same function in plain torch, for any floating-point dtype; in float64 it defines the right result.
+        draw: maps (shape, dtype) to inputs and upstream gradients on the CPU, the same at each call.
+        shape: for most clauses: a few rows of a width that allows accesses of 16 bytes.
+        odd: for clauses that need few elements: a width that does not allow wide accesses.
+        empty: shapes without elements.
+        wide: enough elements for several threads.
+        streamed: a shape with results of 4 MiB or more, which CPU kernels write past the caches, and rows that do not
+            depend on each other. None if no kernel does that.
         yardstick: as in assert_op_matches.
     """
 
@@ -89,28 +89,28 @@ class Contract:
     yardstick: torch.dtype | None = torch.float32
 
     def check(self, clause: str, device: str = "cpu") -> None:
-        """Raise AssertionError unless a clause (of CLAUSES or CPU_CLAUSES) holds."""
+        """Raise AssertionError unless the clause (one of CLAUSES or CPU_CLAUSES) holds."""
         name, dtype = clause.split()
         getattr(self, f"_{name}")(_DTYPES[dtype], device)
 
     def results(self, sample: Sample, op: Op | None = None) -> list[torch.Tensor]:
-        """[every output, every gradient] of the op, or of another one."""
+        """Return [every output, every gradient] of the op, or of another op."""
         return output_and_gradients(op or self.op, *sample)
 
     def sample(self, shape: Shape, dtype: torch.dtype, device: str) -> Sample:
-        """Inputs and upstream gradients on a device."""
+        """Draw inputs and upstream gradients on a device."""
         inputs, dy = self.draw(shape, dtype)
         return [None if t is None else t.to(device) for t in inputs], [t.to(device) for t in as_list(dy)]
 
     def _strides(self, dtype: torch.dtype, device: str) -> None:
-        """Any strides are taken, and give the bits that packed tensors give."""
+        """Inputs of any strides give the same bits as contiguous ones."""
         sample = self.sample(self.shape, dtype, device)
         strided = _each(sample, _strided_copy)
         _assert_same_bits(self.results(strided), self.results(sample))
         assert_op_matches(self.op, self.unfused, *strided, yardstick=self.yardstick)
 
     def _memory(self, dtype: torch.dtype, device: str) -> None:
-        """Nothing beyond the tensors is read or written, no input is written, any alignment is taken."""
+        """The op reads and writes nothing outside its tensors, writes no input, and takes any alignment."""
         for skip in (0, 1):
             memory = PoisonedMemory()
             sample = self.sample(self.shape, dtype, device)
@@ -124,7 +124,7 @@ class Contract:
             _assert_same_bits(self.results(sample), self.results(sample))
 
     def _empty(self, dtype: torch.dtype, device: str) -> None:
-        """Outputs and gradients of tensors without an element; the gradients of parameters are zero."""
+        """Inputs without elements give outputs and gradients of the right shape; gradients of parameters are 0."""
         for shape in self.empty:
             inputs, dy = self.sample(shape, dtype, device)
             actual = self.results((inputs, dy))
@@ -140,7 +140,7 @@ class Contract:
         _assert_same_bits(outputs, self.results(sample)[: len(outputs)])
 
     def _single_gradients(self, dtype: torch.dtype, device: str) -> None:
-        """Where only one input needs a gradient, it is the same one."""
+        """If only one input requires a gradient, its gradient is the same as when all do."""
         inputs, dy = self.sample(self.shape, dtype, device)
         gradients = iter(self.results((inputs, dy))[len(as_list(dy)) :])
         for chosen, tensor in enumerate(inputs):
@@ -156,11 +156,11 @@ class Contract:
             assert leaf.grad is not None
             if leaf.dim() > 1:
                 _assert_same_bits([leaf.grad], [next(gradients)])
-            else:  # a sum over rows may take another order where it is all that is wanted
+            else:  # a sum over rows may have another order if it is the only gradient
                 torch.testing.assert_close(leaf.grad, next(gradients), rtol=1e-5, atol=1e-5)
 
     def _gradients_of_gradients(self, dtype: torch.dtype, device: str) -> None:
-        """float64 takes derivatives of any order; what a kernel computed refuses the second."""
+        """float64 has derivatives of any order; the gradient of a kernel refuses to be differentiated again."""
         inputs, _ = self.sample(self.odd, torch.float64, device)
         wide: list[Any] = [t.double().requires_grad_() if is_leaf(t) else t for t in inputs]
 
@@ -181,26 +181,26 @@ class Contract:
             raise AssertionError("a second derivative was not refused")
 
     def _opcheck(self, dtype: torch.dtype, device: str) -> None:
-        """torch.library.opcheck of every raw op that forward and backward call; what is fake about other strides."""
+        """Every raw op that forward and backward call passes torch.library.opcheck, for several strides."""
         with _RawCalls() as raw:
             self.results(self.sample(self.odd, dtype, device))
         assert raw.calls, "no raw op was called"
         for op, args in raw.calls:
             torch.library.opcheck(op, args)
-            # Places and seeds, of int64, are read as they are kept.
+            # int64 tensors (positions, seeds) keep their strides: raw ops need them contiguous.
             strided = tuple(
                 _strided_copy(a) if isinstance(a, torch.Tensor) and a.dtype != torch.int64 else a for a in args
             )
             torch.library.opcheck(op, strided, test_utils=("test_schema", "test_faketensor"))
 
     def _compile(self, dtype: torch.dtype, device: str) -> None:
-        """torch.compile takes it without a break of the graph, in the midst of others."""
+        """torch.compile compiles the op between other ops without a graph break."""
 
         def step(first: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
             return [y * 3 for y in outputs_of(self.op, (first * 2, *others))]
 
         sample = self.sample(self.odd, dtype, device)
-        torch._dynamo.reset()  # what other ops have compiled counts against torch's limit of compilations
+        torch._dynamo.reset()  # earlier compilations count against torch's limit
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(self.results(sample, compiled), self.results(sample, step))
 
@@ -212,7 +212,7 @@ class Contract:
         assert [(t.shape, t.dtype, t.stride()) for t in fake] == [(t.shape, t.dtype, t.stride()) for t in real]
 
     def _threads(self, dtype: torch.dtype, device: str) -> None:
-        """The same bits for any number of threads."""
+        """Results have the same bits for any number of threads."""
         sample = self.sample(self.wide, dtype, device)
         before = torch.get_num_threads()
         results = []
@@ -226,7 +226,7 @@ class Contract:
             _assert_same_bits(other, results[0])
 
     def _streaming(self, dtype: torch.dtype, device: str) -> None:
-        """Results large enough to be written past the caches have the bits of those that are not."""
+        """Results that are written past the caches, for their size, have the same bits as smaller results."""
         if self.streamed is None:
             return
         sample = self.sample(self.streamed, dtype, device)
@@ -242,7 +242,7 @@ class Contract:
 
 
 class _RawCalls(TorchDispatchMode):
-    """Notes the calls of ops that are not torch's own."""
+    """Records the calls of ops that are not part of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class _RawCalls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace not in ("aten", "prim"):
-            assert not kwargs, "raw ops take their arguments by place"
+            assert not kwargs, "raw ops take positional arguments only"
             self.calls.append((func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
         return func(*args, **(kwargs or {}))
 
@@ -265,7 +265,7 @@ def _part_of_rows(tensor: torch.Tensor, part: slice, rows: int) -> torch.Tensor:
 
 
 def _strided_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values; every second element of the last dim, and the first dims swapped in memory."""
+    """Return a copy with gaps in the last dim and, from 3 dims on, the first two dims swapped in memory."""
     if tensor.dim() == 0:
         return tensor
     sizes = [*tensor.shape[:-1], 2 * tensor.shape[-1]]

@@ -1,4 +1,4 @@
-"""Tensors between redzones: a kernel that reads or writes beyond its tensors shows itself."""
+"""Tensors between redzones, which reveal a kernel that reads or writes outside its tensors."""
 
 import torch
 
@@ -7,9 +7,9 @@ _POISON = 0xFF  # NaN in every float dtype, -1 in every integer
 
 
 class PoisonedMemory:
-    """Places tensors in memory whose surroundings are NaN, and checks afterwards what was written.
+    """Allocates tensors in memory surrounded by NaN, and checks afterwards that nothing else was written.
 
-    A read outside gives NaN in the result; a write outside, or into an input, is found by check().
+    A read outside a tensor makes the result NaN; check() finds a write outside a tensor or into an input.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class PoisonedMemory:
     def empty(
         self, shape: tuple[int, ...], dtype: torch.dtype, *, skip: int = 0, name: str = "output", device: str = "cpu"
     ) -> torch.Tensor:
-        """A contiguous tensor full of NaN (-1 for integers), `skip` elements past an address divisible by 64."""
+        """Return a contiguous tensor of NaN (-1 for integers), `skip` elements past an address divisible by 64."""
         itemsize = dtype.itemsize
         begin = _ZONE_BYTES + skip * itemsize
         size = int(torch.Size(shape).numel()) * itemsize
@@ -29,14 +29,14 @@ class PoisonedMemory:
         return whole[begin : begin + size].view(dtype).view(shape)
 
     def place(self, tensor: torch.Tensor, *, skip: int = 0, name: str = "input") -> torch.Tensor:
-        """A copy of an input between redzones; check() fails when it was written to."""
+        """Return a copy of an input between redzones; check() fails if the copy was written to."""
         placed = self.empty(tuple(tensor.shape), tensor.dtype, skip=skip, name=name, device=str(tensor.device))
         placed.copy_(tensor)
         self._inputs.append((name, placed, tensor.detach().clone()))
         return placed
 
     def check(self) -> None:
-        """Raise AssertionError when a redzone or an input has changed."""
+        """Raise AssertionError if a redzone or an input has changed."""
         for name, whole, begin, end in self._buffers:
             assert (whole[:begin] == _POISON).all(), f"{name}: written before its beginning"
             assert (whole[end:] == _POISON).all(), f"{name}: written past its end"

@@ -1,4 +1,4 @@
-"""A check that no product of 16-bit numbers reads a view whose neighbours were never written."""
+"""A check that no 16-bit matrix product reads a view with uninitialised memory between its rows."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ _PRODUCTS = {_aten.mm, _aten.addmm, _aten.addmm_, _aten.bmm, _aten.baddbmm}
 
 
 class PoisonedProducts(TorchDispatchMode):
-    """Fills new memory with NaN and fails when a 16-bit product reads a view with NaN between its rows.
+    """Fills new memory with NaN and fails if a 16-bit product reads a view with NaN between its rows.
 
-    A CPU's matrix units read whole tiles: past the last column of a view, times zero. Where NaN stands there, the
-    result is NaN. Which CPU runs the test makes no difference: the neighbours are looked at, not the result.
+    A CPU's matrix units read whole tiles, past the last column of a view, and multiply the rest by 0: a NaN there makes
+    the result NaN. This check inspects the memory, not the result, so that it works on every CPU.
 
     Attributes:
-        num_views: operands with memory between their rows that were looked at.
+        num_views: number of checked operands, which have memory between their rows.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,9 @@ class PoisonedProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in _PRODUCTS:
             for operand in args:
-                self._look_at(func, operand)
+                self._check_view(func, operand)
         if func.namespace == "fused_megatron":
-            # The products inside our own op, too: its kernel is called past this mode, which then sees what it calls.
+            # Run our op's kernel with this mode active, so that the products inside it are checked too.
             with self:
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
@@ -37,16 +37,18 @@ class PoisonedProducts(TorchDispatchMode):
             result.fill_(torch.nan)
         return result
 
-    def _look_at(self, func: Any, operand: Any) -> None:
+    def _check_view(self, func: Any, operand: Any) -> None:
         if not isinstance(operand, torch.Tensor) or operand.dim() < 2 or operand.dtype.itemsize != 2:
             return
         matrix = operand if operand.stride(-1) == 1 else operand.transpose(-1, -2)
-        (rows, columns), row_stride = matrix.shape[-2:], matrix.stride(-2)
+        rows, columns = matrix.shape[-2:]
+        row_stride = matrix.stride(-2)
         if rows < 2 or matrix.stride(-1) != 1 or row_stride <= columns:
             return
         self.num_views += 1
-        # The neighbours of the last row may lie beyond the memory.
-        shape, strides = (*matrix.shape[:-2], rows - 1, row_stride - columns), matrix.stride()
+        # The memory after the last row may be outside the storage.
+        shape = (*matrix.shape[:-2], rows - 1, row_stride - columns)
+        strides = matrix.stride()
         between = matrix.as_strided(shape, strides, matrix.storage_offset() + columns)
         assert between.isfinite().all(), (
             f"{func} reads a view {tuple(operand.shape)} with rows of {row_stride} elements, and NaN between them"

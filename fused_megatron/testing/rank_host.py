@@ -1,7 +1,7 @@
-"""The process that run_on_ranks keeps: it imports torch once and forks the ranks of every call from itself.
+"""Host process of run_on_ranks: it imports torch once and forks the ranks of every call from itself.
 
-Importing torch costs seconds a process, forking one that has it costs milliseconds; so each call gets fresh ranks, and
-nothing that one test leaves behind (process groups, RNG state, a dead rank) reaches the next.
+Importing torch takes seconds per process, forking a process with torch takes milliseconds. So each call gets new ranks,
+and nothing that one test leaves behind (process groups, RNG state, a dead rank) reaches the next.
 """
 
 import contextlib
@@ -23,37 +23,41 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch._dynamo  # optimizers and dispatch modes import it on first use, which every rank would pay for anew
+import torch._dynamo  # optimizers and dispatch modes import it on first use, which would cost every rank time
 import torch.distributed as dist
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of run_on_ranks, as the parent sends it."""
+    """One call of run_on_ranks, sent by the parent."""
 
     module_name: str
     module_path: str
     qualified_name: str
-    arguments: bytes  # pickled; unpickled in the ranks alone, once the module that they may name is loaded
+    arguments: bytes  # pickled; only the ranks unpickle them, after loading the module that they may refer to
     world_size: int
     store_path: str
     backend: str
     timeout_s: float
-    in_turn: bool  # the arguments are cases, for one call of the function each
+    in_turn: bool  # whether the arguments are cases, each for one call of the function
+    preload: tuple[tuple[str, str], ...] = ()  # names and paths of further modules that the ranks will need
 
 
 class NotMetError(RuntimeError):
-    """The ranks could not form their process group, so that none of them has called the function."""
+    """The ranks could not form their process group, so that no rank has called the function."""
 
 
 def main() -> None:
     """Entry point; the argument is the descriptor of the control socket."""
-    torch.set_num_threads(1)  # several ranks share the cores, and no thread may live here when the ranks are forked
+    torch.set_num_threads(1)  # several ranks share the cores, and no other thread may run here during a fork
     serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is left to do, and triton's bindings would list at the end what they leaked
 
 
 def serve(control: socket.socket) -> None:
-    """Fork the ranks of one call after another until the parent closes its end or dies."""
+    """Serve one call after another, forking its ranks, until the parent closes its end or dies."""
     channel = Connection(os.dup(control.fileno()))
     ranks: dict[int, int] = {}
     try:
@@ -62,13 +66,14 @@ def serve(control: socket.socket) -> None:
             if not byte:
                 return
             call: Call = channel.recv()
-            with contextlib.suppress(BaseException):  # each rank loads it again and reports what is wrong
-                load_module(call.module_name, call.module_path)
-            gc.freeze()  # a collection in a rank would write to, and so copy, the pages it shares with this process
+            for name, path in ((call.module_name, call.module_path), *call.preload):
+                with contextlib.suppress(BaseException):  # each rank loads the module again and reports errors
+                    load_module(name, path)
+            gc.freeze()  # garbage collection in a rank would write to, and so copy, pages shared with this process
             ranks = {rank: _fork_rank(rank, call, descriptors) for rank in range(call.world_size)}
             for descriptor in descriptors:
                 os.close(descriptor)
-            channel.send(None)  # all are under way
+            channel.send(None)  # all ranks have started
             while (stuck := channel.recv()) is not None:
                 _show_stacks([ranks[rank] for rank in stuck])
                 channel.send(None)
@@ -87,8 +92,8 @@ def _show_stacks(pids: list[int]) -> None:
 
 
 def load_module(name: str, path: str) -> ModuleType:
-    """Import a module by name where that finds this very file, else by path (pytest's importlib mode, scripts)."""
-    name = "__mp_main__" if name == "__main__" else name  # multiprocessing's alias: both sides can pickle by it
+    """Import a module by name if that finds this file, else by path (pytest's importlib mode, scripts)."""
+    name = "__mp_main__" if name == "__main__" else name  # multiprocessing's alias, by which both sides can pickle
     loaded = sys.modules.get(name)
     if loaded is not None and _is_file(getattr(loaded, "__file__", None), path):
         return loaded
@@ -113,9 +118,9 @@ def _is_file(origin: str | None, path: str) -> bool:
 
 
 def _end(ranks: dict[int, int]) -> dict[int, int]:
-    """Kill what is left of the ranks and all that they started; exit codes by rank, negative for a signal."""
+    """Kill the ranks and all processes that they started; return exit codes by rank, negative for a signal."""
     for pid in ranks.values():
-        # Not reaped yet, so the pid cannot belong to anyone else. A rank may not have made its group yet.
+        # The pid still belongs to the rank, since it was not reaped. The rank may not have created its group yet.
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -131,17 +136,17 @@ def _fork_rank(rank: int, call: Call, descriptors: list[int]) -> int:
         try:
             _run_rank(rank, call, descriptors)
         finally:
-            os._exit(70)  # only reached when the parent is gone; never run the host's own clean-up
+            os._exit(70)  # reached only if the parent is gone; the host's own clean-up must not run here
     return pid
 
 
 def _run_rank(rank: int, call: Call, descriptors: list[int]) -> None:
     os.setpgid(0, 0)
     *answers, stdout, stderr = descriptors
-    os.dup2(stdout, 1)  # where the parent writes at this moment: pytest's capture of this test
+    os.dup2(stdout, 1)  # the parent's current output: pytest's capture of this test
     os.dup2(stderr, 2)
     for other in {*answers} - {answers[rank]}:
-        os.close(other)  # else a dead rank's end would stay open here and the parent would not notice
+        os.close(other)  # otherwise a dead rank's end stays open here, and the parent does not notice
     channel = Connection(answers[rank])
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
     doing: list[Any] = []
@@ -152,12 +157,12 @@ def _run_rank(rank: int, call: Call, descriptors: list[int]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     channel.send_bytes(answer)
-    while True:  # leaving would close sockets that other ranks may still read from; the host ends all at once
+    while True:  # an exit would close sockets that other ranks may still read; the host ends all ranks at once
         signal.pause()
 
 
 def _call(rank: int, call: Call, doing: list[Any]) -> Any:
-    """What the function returns; of several cases a list, with each appended to doing before its turn."""
+    """Call the function and return its result; with cases, call it for each, appended to `doing`, and return a list."""
     module = load_module(call.module_name, call.module_path)
     fn: Any = module
     for name in call.qualified_name.split("."):
@@ -183,7 +188,7 @@ def _error_answer(error: BaseException, case: str) -> bytes:
     text = case + traceback.format_exc()
     try:
         answer = pickle.dumps(("error", error, text))
-        pickle.loads(answer)  # some exceptions pickle and do not come back
+        pickle.loads(answer)  # some exceptions can be pickled but not unpickled
         return answer
     except Exception:
         return pickle.dumps(("error", None, text))

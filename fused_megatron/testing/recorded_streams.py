@@ -1,4 +1,4 @@
-"""A fake of streams and events that finds what no order protects: on a CPU, without a race ever happening."""
+"""A model of CUDA streams and events that finds races on a CPU, without a race having to occur."""
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -15,23 +15,23 @@ _ALLOCATIONS = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_
 
 
 class Stream:
-    """A queue of work. `seen` says how far in every queue the work goes that this one's next work comes after."""
+    """A queue of work. `seen` is, for every queue, the time up to which its work is before this queue's next work."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: dict[str, int] = {name: 0}
 
     def next(self) -> int:
-        """The time of one more piece of work."""
+        """Return the time of the next piece of work."""
         self.seen[self.name] += 1
         return self.seen[self.name]
 
     def record_event(self) -> dict[str, int]:
-        """What is done once all that was queued until now is."""
+        """Return an event: the times up to which work is done once everything queued so far is done."""
         return dict(self.seen)
 
     def wait_event(self, event: dict[str, int]) -> None:
-        """All that is queued from now on comes after the event."""
+        """Order everything that is queued from now on after the event."""
         for name, time in event.items():
             self.seen[name] = max(self.seen.get(name, 0), time)
 
@@ -50,44 +50,46 @@ class Access:
 
 @dataclass
 class Memory:
-    """A storage and who used it; `storage` does not keep it alive."""
+    """A storage and its accesses; `storage` is a weak reference."""
 
     storage: StorageWeakRef
     accesses: list[Access] = field(default_factory=list)
 
 
 class RecordedWork:
-    """What an asynchronous collective returns; it owns no buffer, so that its caller has to."""
+    """Result of an asynchronous collective. It holds no buffer: the caller must keep the buffers alive."""
 
     def __init__(self, streams: "RecordedStreams", index: int, done: dict[str, int]) -> None:
-        self._streams, self._index, self._done = streams, index, done
+        self._streams = streams
+        self._index = index
+        self._done = done
 
     def wait(self) -> bool:
-        """The current stream goes on after the collective."""
+        """Order the current stream's next work after the collective."""
         self._streams.wait(self._index, self._done)
         return True
 
 
 class RecordedStreams(TorchDispatchMode):
-    """Context manager: every op is queued on the current stream, every collective on a stream of its own.
+    """Context manager that queues every op on the current stream and every collective on a stream of its own.
 
-    Which order the backend gives two collectives is not relied upon, as gloo gives none. A collective waits for an
-    event of the current stream when it is issued, the current stream for the collective's in Work.wait(); nothing else
-    orders the two. Two accesses to the same bytes, of which one writes, without an order between them are a race; so
-    is memory that is given back while a collective may still use it.
+    Two collectives have no order, as with gloo. A collective waits, when it is issued, for an event of the current
+    stream; in Work.wait() the current stream waits for an event of the collective. Nothing else orders the two. A race
+    is: two accesses to the same bytes without an order, one of which writes; or memory that is freed while a collective
+    may still use it.
 
     with RecordedStreams() as streams:
         step()
     assert streams.races == [] and streams.under_way == set()
 
     Args:
-        without_wait: numbers of collectives whose Work.wait() does nothing, to see that a test bites.
+        without_wait: numbers of collectives whose Work.wait() does nothing, to show that a test finds the fault.
         without_start: numbers of collectives that do not wait for the current stream.
 
     Attributes:
-        races: each as a line of text.
-        under_way: numbers of collectives that nobody waited for.
-        num_collectives: issued with async_op=True.
+        races: a line of text for each race.
+        under_way: numbers of collectives that nothing has waited for.
+        num_collectives: number of collectives issued with async_op=True.
     """
 
     def __init__(self, without_wait: Collection[int] = (), without_start: Collection[int] = ()) -> None:
@@ -95,7 +97,8 @@ class RecordedStreams(TorchDispatchMode):
         self.races: list[str] = []
         self.under_way: set[int] = set()
         self.num_collectives = 0
-        self._without_wait, self._without_start = without_wait, without_start
+        self._without_wait = without_wait
+        self._without_start = without_start
         self._current = Stream("current")
         self._memory: dict[int, Memory] = {}
         self._originals: dict[str, Callable[..., Any]] = {}
@@ -113,7 +116,7 @@ class RecordedStreams(TorchDispatchMode):
         self._find_freed()
 
     def wait(self, index: int, done: dict[str, int]) -> None:
-        """For RecordedWork."""
+        """Wait for a collective; called by RecordedWork."""
         self._find_freed()
         self.under_way.discard(index)
         if index not in self._without_wait:
@@ -175,7 +178,7 @@ class RecordedStreams(TorchDispatchMode):
         memory.accesses.append(mine)
 
     def _find_freed(self) -> None:
-        """Memory that went back to the current stream before that had waited for its users."""
+        """Record as a race all memory that was freed before the current stream waited for its accesses."""
         for key in [key for key, memory in self._memory.items() if memory.storage.expired()]:
             for access in self._memory.pop(key).accesses:
                 if self._current.seen.get(access.stream, 0) < access.time:

@@ -1,4 +1,4 @@
-"""Run a function on several real ranks (gloo processes on this machine) and collect what each returns."""
+"""run_on_ranks: runs a function on several real ranks (gloo processes on this machine) and collects the results."""
 
 import atexit
 import inspect
@@ -11,33 +11,33 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from fused_megatron.checks import check
 from fused_megatron.testing import rank_host
 
-# After one rank has failed the others usually wait for it in a collective: long enough for their own errors to arrive.
+# Time for errors of other ranks to arrive after the first failure: the others usually hang in a collective.
 GRACE_S = 3.0
 
-# Of the ranks of a call, before it fails.
-_MEETINGS = 3
+# Attempts to form the process group of a call.
+_ATTEMPTS = 3
 
-# The host imports torch and the module of the function before the clock of the call runs.
+# Time for the host to import torch and the function's module; it does not count as part of the call's timeout.
 START_S = 180.0
 
-# The parent's import path before anything of ours is imported: the ranks must run the same code as the parent.
+# Sets the parent's import path before importing the package: the ranks must run the same code as the parent.
 _START = "import sys; sys.path[:] = sys.argv[2:]; from fused_megatron.testing import rank_host; rank_host.main()"
 _LOCK = threading.Lock()
 
 
 class RankError(RuntimeError):
-    """What went wrong on which ranks.
+    """Failure of one or more ranks.
 
     Attributes:
-        errors: by rank, the exception raised there (None where it could not be pickled).
-        silent: the ranks that gave no answer.
+        errors: by rank, the exception that it raised (None if it could not be pickled).
+        silent: the ranks that did not answer.
     """
 
     def __init__(self, message: str, errors: dict[int, BaseException | None], silent: tuple[int, ...]) -> None:
@@ -47,55 +47,72 @@ class RankError(RuntimeError):
 
 
 def run_on_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180.0, backend: str = "gloo"
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 180.0,
+    backend: str = "gloo",
+    preload: Sequence[tuple[str, str]] = (),
 ) -> list[Any]:
     """Call fn(rank, world_size, *args) on world_size new processes that form the default process group.
 
-    Each process has one thread; their working folder and environment are those of the first call. They are gone when
-    this returns, whatever happened.
+    Each process has one thread, and the working folder and environment of the first call. No process is left when this
+    returns or raises.
 
     Args:
-        fn: a function at the top level of a module (a pytest test module will do: it is loaded by its path).
+        fn: a function at the top level of a module (also of a pytest test module, which is loaded by its path).
         world_size: number of ranks.
         *args: the same for every rank; pickled.
-        timeout_s: for the call, imports not counted. Ranks that have not answered by then print their Python stacks
-            and are killed.
-        backend: of torch.distributed.
+        timeout_s: time for the call without imports. Ranks that have not answered by then print their Python stacks and
+            are killed.
+        backend: backend of torch.distributed.
+        preload: (name, path) of modules to load once for all ranks, beside the module of fn.
 
     Returns:
-        What fn returned, by rank.
+        The results of fn, by rank.
 
     Raises:
-        RankError: naming the ranks that raised (with their tracebacks), died (with their exit code) or did not answer.
+        RankError: ranks raised (with tracebacks), died (with exit codes) or did not answer.
     """
-    return _run(fn, world_size, args, timeout_s, backend, in_turn=False)
+    return _run(fn, world_size, args, timeout_s, backend, in_turn=False, preload=preload)
 
 
 def run_cases_on_ranks(
     fn: Callable[..., Any], world_size: int, cases: Iterable[tuple[Any, ...]], timeout_s: float = 180.0
 ) -> list[list[Any]]:
-    """Call fn(rank, world_size, *case) for one case after another on the same ranks: new ones cost 0.1 s each.
+    """Call fn(rank, world_size, *case) for one case after another on the same ranks; new ranks cost 0.1 s each.
 
-    Whatever a case leaves in its process (the RNG, process groups) the next one finds.
+    State that a case leaves in its process (RNG, process groups) is visible to the next case.
 
     Args:
-        fn: as of run_on_ranks.
+        fn: as in run_on_ranks.
         world_size: number of ranks.
-        cases: the further arguments of each call; pickled.
-        timeout_s: for all cases together.
+        cases: the other arguments of each call; pickled.
+        timeout_s: time for all cases together.
 
     Returns:
-        By case, what fn returned, by rank.
+        For each case the results of fn, by rank.
 
     Raises:
-        RankError: as of run_on_ranks; the case of a rank that raised stands above its traceback.
+        RankError: as in run_on_ranks; the message names the case above each traceback.
     """
     by_rank = _run(fn, world_size, tuple(cases), timeout_s, "gloo", in_turn=True)
     return [list(results) for results in zip(*by_rank, strict=True)]
 
 
+def check_sent_to_ranks(value: Any) -> None:
+    """Raise, what depends on the value, if run_on_ranks cannot send it as an argument."""
+    pickle.dumps(value)
+
+
 def _run(
-    fn: Callable[..., Any], world_size: int, args: tuple[Any, ...], timeout_s: float, backend: str, in_turn: bool
+    fn: Callable[..., Any],
+    world_size: int,
+    args: tuple[Any, ...],
+    timeout_s: float,
+    backend: str,
+    in_turn: bool,
+    preload: Sequence[tuple[str, str]] = (),
 ) -> list[Any]:
     check(world_size >= 1, f"world_size={world_size} must be at least 1")
     name = getattr(fn, "__qualname__", fn)
@@ -104,20 +121,26 @@ def _run(
         f"fn={name} must be a function at the top level of a module (the ranks load it by name)",
     )
     arguments = pickle.dumps(args)
-    for _ in range(_MEETINGS - 1):
+    for _ in range(_ATTEMPTS - 1):
         try:
-            return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn)
+            return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn, preload)
         except RankError as error:
-            # On a busy machine gloo sometimes closes a connection while it connects the ranks.
+            # On a busy machine gloo sometimes closes a connection while the ranks connect: try again.
             if not any(isinstance(each, rank_host.NotMetError) for each in error.errors.values()):
                 raise
-    return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn)
+    return _run_once(fn, world_size, arguments, timeout_s, backend, in_turn, preload)
 
 
 def _run_once(
-    fn: Callable[..., Any], world_size: int, arguments: bytes, timeout_s: float, backend: str, in_turn: bool
+    fn: Callable[..., Any],
+    world_size: int,
+    arguments: bytes,
+    timeout_s: float,
+    backend: str,
+    in_turn: bool,
+    preload: Sequence[tuple[str, str]],
 ) -> list[Any]:
-    # A file to meet at: a TCPStore asks the name server for the name of 127.0.0.1, which may take it 5 s to not know.
+    # A FileStore: a TCPStore looks up the name of 127.0.0.1, which may take 5 s without a result.
     with _LOCK, tempfile.TemporaryDirectory(prefix="run-on-ranks-") as folder:
         host = _running_host()
         call = rank_host.Call(
@@ -130,6 +153,7 @@ def _run_once(
             backend=backend,
             timeout_s=timeout_s,
             in_turn=in_turn,
+            preload=tuple(preload),
         )
         return host.run(call)
 
@@ -147,7 +171,7 @@ class _Host:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the ranks
+            start_new_session=True,  # Ctrl-C reaches only this process, which then ends the ranks
         )
         theirs.close()
         self.channel = Connection(os.dup(self.control.fileno()))
@@ -169,12 +193,12 @@ class _Host:
             answers, died = _collect(channels, call.timeout_s)
             silent = tuple(rank for rank in range(call.world_size) if rank not in answers and rank not in died)
             if silent and not died and all(kind == "result" for kind, *_ in answers.values()):
-                self.channel.send(silent)  # the ranks that hang print where
+                self.channel.send(silent)  # the ranks that hang print their stacks
                 self.channel.recv()
             self.channel.send(None)
             exit_codes = self.channel.recv()
         except BaseException:
-            self.close()  # also Ctrl-C: a call half done leaves nothing to reuse
+            self.close()  # also after Ctrl-C: a host with an unfinished call cannot be reused
             raise
         finally:
             for channel in channels:
@@ -182,7 +206,7 @@ class _Host:
         return _judge(call, answers, {rank: exit_codes[rank] for rank in died}, silent)
 
     def close(self) -> None:
-        """The host ends its ranks and itself when the line is cut."""
+        """Close the connection: the host then ends its ranks and itself."""
         if os.getpid() == self.owner:
             self.channel.close()
             self.control.close()
@@ -194,7 +218,7 @@ class _Host:
 
 
 def _collect(channels: list[Connection], timeout_s: float) -> tuple[dict[int, tuple[Any, ...]], set[int]]:
-    """Answers by rank, and the ranks that died; whoever is in neither was still at work at the end."""
+    """Return the answers by rank and the ranks that died; every other rank was still running at the timeout."""
     pending = {channel: rank for rank, channel in enumerate(channels)}
     answers: dict[int, tuple[Any, ...]] = {}
     died: set[int] = set()

@@ -1,4 +1,4 @@
-"""A model in shards beside the whole one: its small weights made visible, and its gradients compared, part by part."""
+"""Comparison of a sharded model with the full model: perturbed norms and biases, and errors of the gradients."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from fused_megatron.sharding import parts_of_parameters
 
 
 def perturb_vectors_(model: nn.Module) -> None:
-    """Move norms and biases away from 1 and 0, alike at every layout, so that their gradients and effects are seen."""
+    """Add noise, the same for every layout, to norms and biases: at 1 and 0 some errors would have no effect."""
     parts = parts_of_parameters(model)
     for name, parameter in model.named_parameters():
         if parameter.dim() != 1:
@@ -22,7 +22,7 @@ def perturb_vectors_(model: nn.Module) -> None:
 
 
 def full_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Of a model on one rank, by the names of the full parameters."""
+    """Return the gradients of a model on one rank, by the names of the full parameters."""
     parts = parts_of_parameters(model)
     return {
         part.full_name(name): part.of(parameter.grad)
@@ -37,22 +37,25 @@ def gradient_errors(
     full_gradient: Callable[[str], torch.Tensor],
     relative_to: Callable[[str], str] = lambda name: name,
 ) -> dict[str, float]:
-    """By full parameter the largest error of this rank's gradient, relative to the largest value of the whole one.
+    """Return, for each full parameter, the largest error of this rank's gradient / largest value of the full gradient.
 
     Args:
-        model: its parameters have gradients, all of them.
-        full_gradient: the right one of a full parameter, by name.
-        relative_to: the name of the parameter whose gradient is the measure.
+        model: a model whose parameters all have gradients.
+        full_gradient: maps the name of a full parameter to its correct gradient.
+        relative_to: maps the name of a parameter to the parameter whose full gradient is the denominator.
 
     Returns:
-        0 where this rank holds padding alone.
+        Errors by name; 0 if this rank has only padding.
     """
-    errors, parts = {}, parts_of_parameters(model)
+    errors = {}
+    parts = parts_of_parameters(model)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         for part in parts[parameter]:
-            key, held = part.full_name(name), part.held(parameter.grad)
-            full, measure = full_gradient(key), relative_to(key)
+            key = part.full_name(name)
+            held = part.held(parameter.grad)
+            full = full_gradient(key)
+            measure = relative_to(key)
             error = (held.tensor - full[held.box.slices()]).abs()
             scale = (full if measure == key else full_gradient(measure)).abs().max()
             errors[key] = float(error.max() / scale) if error.numel() else 0.0

@@ -1,9 +1,9 @@
-"""Transport of a pipeline over gloo, as strict as NCCL at its strictest: what runs on it cannot hang on NCCL.
+"""Pipeline transport over gloo with the strictest rules of NCCL: a program that runs on it cannot hang on NCCL.
 
-gloo forgives what NCCL need not: it matches messages by tag in any order and lets any number of them travel at once.
-Here a channel is a queue. Both sides start one message at a time, in the order of their calls, and nothing is kept on
-the way: a send ends when the peer has come to the matching receive, reads its tensor only then, and what was queued
-behind it has not begun. Tags decide nothing. What would hang raises within seconds.
+gloo is more tolerant than NCCL: it matches messages by tag in any order, and any number of messages can be in flight.
+Here a channel is a queue. Both sides start one message at a time, in the order of their calls, and nothing is buffered:
+a send reads its tensor and ends only when the peer has reached the matching receive; later messages have not started
+before that. Tags have no effect. A program that would hang raises an error within seconds.
 """
 
 import math
@@ -17,26 +17,26 @@ import torch.distributed as dist
 from fused_megatron.checks import check, check_one_of
 from fused_megatron.pipeline.schedule.routing import DIRECTIONS
 
-# Apart from the tags of anyone else who uses the group.
+# Different from the tags of other users of the group.
 _FIRST_TAG = 1 << 20
 _READY, _HEADER, _DATA = range(3)
 _WAIT_S = 0.1
 
 
 class StrictChannelError(RuntimeError):
-    """What NCCL would have answered with a hang or with another message's data."""
+    """An error for which NCCL would hang or deliver another message's data."""
 
 
 @dataclass(eq=False)
 class Message:
-    """One send or receive on its way: the transport's answer to a call.
+    """One send or receive in flight; the transport returns it to the caller.
 
     Attributes:
-        words: for errors.
-        tensor: kept until the message is there.
+        description: names the message in errors.
+        tensor: kept alive until the message is complete.
     """
 
-    words: str
+    description: str
     tensor: torch.Tensor
     is_send: bool
     tag: int
@@ -46,70 +46,72 @@ class Message:
     error: BaseException | None = None
 
     def is_completed(self) -> bool:
-        """Whether it is there.
+        """Return whether the message is complete.
 
         Raises:
-            StrictChannelError: it failed.
+            StrictChannelError: the message failed.
         """
         if self.error is not None:
-            raise StrictChannelError(f"{self.words}: {self.error}") from self.error
+            raise StrictChannelError(f"{self.description}: {self.error}") from self.error
         return self.done.is_set()
 
     def wait(self) -> None:
-        """Return when it is there.
+        """Wait until the message is complete.
 
         Raises:
-            StrictChannelError: it is not there in time, or its size is not that of the other side.
+            StrictChannelError: the wait took too long, or the two sides have different sizes.
         """
-        # In short waits: of the time that this process was stopped as a whole, only one of them counts.
+        # In short waits: if the whole process is stopped for some time, only one short wait is lost.
         if not any(self.done.wait(_WAIT_S) for _ in range(math.ceil(self.timeout_s / _WAIT_S))):
-            others = [message.words for message in list(self.queue) if message not in (self, None)]
+            others = [message.description for message in list(self.queue) if message not in (self, None)]
             raise StrictChannelError(
-                f"deadlock: {self.words} has not happened in {self.timeout_s:g} s; "
+                f"deadlock: {self.description} has not happened in {self.timeout_s:g} s; "
                 f"queued on its channel: {', '.join(others) or 'nothing else'}"
             )
         self.is_completed()
 
 
 class StrictChannels:
-    """A transport of `fused_megatron.pipeline.run.executor.PipelineExecutor`.
+    """A transport for `fused_megatron.pipeline.run.executor.PipelineExecutor`.
 
     Args:
         pp_group: the ranks of the pipeline; CPU tensors over gloo.
-        timeout_s: how long a wait may take before it is called a deadlock.
-        both_ways: one channel for what two ranks send each other in a direction, as a NCCL communicator of the two is;
-            False: one for each way.
+        timeout_s: duration of a wait after which it counts as a deadlock.
+        both_ways: True: one channel per pair of ranks and direction, like a NCCL communicator of the pair. False: one
+            channel for each sender.
 
     Attributes:
-        crossed: (peer, tag sent, tag received) of every message that this rank received in the place of another.
+        crossed: (peer, tag sent, tag expected) of every message that this rank received instead of another.
 
     Communication:
-        Per message 32 bytes beside its own.
+        32 bytes per message in addition to its own bytes.
     """
 
     def __init__(self, pp_group: dist.ProcessGroup, *, timeout_s: float = 10.0, both_ways: bool = False) -> None:
-        self.group, self.rank = pp_group, dist.get_rank(pp_group)
-        self.timeout_s, self.both_ways = timeout_s, both_ways
+        self.group = pp_group
+        self.rank = dist.get_rank(pp_group)
+        self.timeout_s = timeout_s
+        self.both_ways = both_ways
         self.crossed: list[tuple[int, int, int]] = []
         self._channels: dict[tuple[int, int, str], _Channel] = {}
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Message:
-        """Queue a tensor for a peer; it must stay as it is until the message is completed.
+        """Queue a tensor for a peer; it must not change until the message is complete.
 
         Args:
-            tensor: any dtype, contiguous, as NCCL demands.
+            tensor: any dtype, contiguous, as NCCL requires.
             peer: rank in pp_group.
             direction: "forward" or "backward".
-            tag: of no effect but in `crossed`.
+            tag: only for `crossed`.
         """
         return self._queue(tensor, peer, direction, tag, is_send=True)
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Message:
-        """Queue a buffer for the next message that the peer sends in this direction. Arguments as for `send`."""
+        """Queue a buffer for the peer's next message in this direction; arguments as in `send`."""
         return self._queue(buffer, peer, direction, tag, is_send=False)
 
     def close(self) -> None:
-        """End the threads of the channels, each after what is queued on it; the next call starts new ones."""
+        """End the channels' threads after their queued messages; the next send or receive starts new threads."""
         for channel in self._channels.values():
             channel.put(None)
         self._channels.clear()
@@ -124,17 +126,21 @@ class StrictChannels:
         if key not in self._channels:
             self._channels[key] = _Channel(self, peer, _FIRST_TAG + 3 * DIRECTIONS.index(direction))
         channel = self._channels[key]
-        words = f"rank {self.rank}: {'send to' if is_send else 'receive from'} rank {peer} {direction} (tag {tag})"
-        message = Message(words, tensor.detach(), is_send, tag, self.timeout_s, channel.queue)
+        description = (
+            f"rank {self.rank}: {'send to' if is_send else 'receive from'} rank {peer} {direction} (tag {tag})"
+        )
+        message = Message(description, tensor.detach(), is_send, tag, self.timeout_s, channel.queue)
         channel.put(message)
         return message
 
 
 class _Channel:
-    """A queue and the thread that works on its head, so that a message can end while its rank computes."""
+    """A queue and a thread that processes it, so that a message can complete while its rank computes."""
 
     def __init__(self, transport: StrictChannels, peer: int, first_tag: int) -> None:
-        self.transport, self.peer, self.first_tag = transport, peer, first_tag
+        self.transport = transport
+        self.peer = peer
+        self.first_tag = first_tag
         self.queue: deque[Message | None] = deque()
         self._filled = threading.Semaphore(0)
         self._error: BaseException | None = None
@@ -151,7 +157,7 @@ class _Channel:
             if message is None:
                 return
             try:
-                if self._error is not None:  # what follows a failure is lost, as in a communicator that was aborted
+                if self._error is not None:  # after a failure every message fails, as in an aborted communicator
                     raise self._error
                 self._send(message) if message.is_send else self._receive(message)
             except BaseException as error:

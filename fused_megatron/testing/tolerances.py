@@ -1,10 +1,10 @@
-"""How close is close enough: every tolerance of the tests, with its reason."""
+"""Tolerances of the tests, with their reasons."""
 
 import torch
 
-# Units in the last place of the largest value that a result may be off even where the yardstick is exact. A 16-bit
-# result is rounded once (half a unit, one with a tie broken otherwise). A float32 result is a sum or a quotient whose
-# order of operations is ours to choose: a few roundings.
+# Allowed error if the yardstick is exact, in units in the last place of the largest value. A 16-bit result is rounded
+# once (half a unit; one unit if a tie is broken differently). A float32 result is a sum or a quotient in any order of
+# operations: a few roundings.
 FLOOR_ULPS = {torch.float32: 4.0, torch.bfloat16: 1.0, torch.float16: 1.0, torch.float64: 16.0}
 
 
@@ -17,28 +17,28 @@ def assert_close_to_reference(
     floor_ulps: float | None = None,
     name: str = "result",
 ) -> None:
-    """Assert that the error of actual is at most `factor` times the error that the yardstick makes.
+    """Assert that the error of actual is at most `factor` times the error of the yardstick, plus a floor.
 
-    Errors are the largest absolute difference from `exact`. NaN and inf must stand where exact has them (where exact,
-    being float64, is finite but beyond the range of actual's dtype, inf is right).
+    An error is the largest absolute difference from `exact`. NaN and inf must be at the same indices as in `exact`; inf
+    is also right where `exact` is finite but beyond the range of actual's dtype.
 
     Args:
-        actual: any shape and float dtype: what is tested.
-        exact: the same shape, float64: the right result.
-        yardstick: the same shape: the same op done by torch in the precision of actual. Beware: torch's own bfloat16
-            layer norm backward on the CPU is wrong (weight gradients of 4096 rows of ones come out as 512); take its
-            float32 result, rounded, where a yardstick may be broken. None: the floor alone counts.
-        factor: how many times the yardstick's error is allowed.
-        floor_ulps: what is allowed anyway, in units of eps(actual.dtype) * max|exact|; FLOOR_ULPS by default.
-        name: for the message.
+        actual: any shape and float dtype; the result under test.
+        exact: the same shape, float64; the right result.
+        yardstick: the same shape; torch's result in the precision of actual. Beware: torch's own bfloat16 layer norm
+            backward on the CPU is wrong (weight gradients of 4096 rows of ones become 512): use its float32 result,
+            rounded, if torch's result may be wrong. None: only the floor is allowed.
+        factor: allowed multiple of the yardstick's error.
+        floor_ulps: error that is always allowed, in units of eps(actual.dtype) * max|exact|; default FLOOR_ULPS.
+        name: name of the result, for the message.
 
     Raises:
-        AssertionError: with the error, what was allowed and where.
+        AssertionError: with the error, the allowed error, and the values.
     """
     assert actual.shape == exact.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
     assert exact.dtype == torch.float64, "exact must be float64"
     got = actual.detach().double().cpu()
-    want = exact.detach().cpu().to(actual.dtype).double()  # inf where the dtype cannot hold it
+    want = exact.detach().cpu().to(actual.dtype).double()  # inf beyond the range of the dtype
     finite = want.isfinite()
     assert torch.equal(got[~finite].isnan(), want[~finite].isnan()), f"{name}: NaN in other places"
     infinite = ~finite & ~want.isnan()

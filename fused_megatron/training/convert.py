@@ -1,4 +1,4 @@
-"""`fused-megatron convert`: models of transformers' to runs, and back."""
+"""The command `fused-megatron convert`: models of Hugging Face transformers to run folders, and back."""
 
 import os
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from fused_megatron.config import TransformerConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
 from fused_megatron.hugging_face.source import CONFIG_FILE
-from fused_megatron.training.launch import launched, on_every_rank, world_group
+from fused_megatron.training.process_group import joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
-# Ranks wait for the slowest file of the largest model; one that dies is noticed at once all the same.
+# Long enough for the slowest file of the largest model. The death of a rank is noticed at once, whatever the timeout.
 TIMEOUT_S = 86_400.0
 _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,25 +27,27 @@ class ConvertArguments:
     """Models of Hugging Face transformers to run folders, and back.
 
     convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT
-    or Megatron-BERT; RUN is made, and `train RUN/config.toml` and `generate RUN` (but of BERT) take it, at any layout.
+    or Megatron-BERT. The command makes RUN, which `train RUN/config.toml` and (except BERT) `generate RUN` read in any
+    layout.
 
-    convert to-hf RUN FOLDER: the newest checkpoint of a run, imported or trained here, as transformers loads it.
+    convert to-hf RUN FOLDER: writes the newest checkpoint of a run, imported or trained here, in the format of
+    transformers.
 
-    convert hf SOURCE TARGET: either of them; what SOURCE is decides.
+    convert hf SOURCE TARGET: one of the two, by the kind of SOURCE.
     """
 
     direction: tyro.conf.Positional[Literal["from-hf", "to-hf", "hf"]]
-    """from-hf, to-hf, or hf (what SOURCE is decides)."""
+    """from-hf, to-hf, or hf (by the kind of SOURCE)."""
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """Folder of transformers' (from-hf), or run folder (to-hf)."""
+    """Folder of a transformers model (from-hf), or run folder (to-hf)."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """What is made; it must not exist."""
+    """Folder to make; it must not exist."""
     dtype: str = "keep"
-    """Convert the weights: keep (bit for bit), float32, bfloat16, or (to-hf) float16."""
+    """Dtype of the new weights: keep (bit for bit), float32, bfloat16, or (to-hf) float16."""
     skip: str = ""
-    """from-hf: tensors to leave out, as patterns with commas between (score.*)."""
+    """from-hf: tensors to leave out, as comma-separated patterns (score.*)."""
     max_file_gb: float = 5.0
-    """to-hf: a safetensors file holds at most so many GB of 10^9 bytes."""
+    """to-hf: largest size of a safetensors file, in GB of 10^9 bytes."""
 
     def __post_init__(self) -> None:
         check_one_of("dtype", self.dtype, list(_DTYPES))
@@ -53,13 +55,13 @@ class ConvertArguments:
 
 
 def convert(arguments: ConvertArguments) -> None:
-    """Convert, on every rank that was launched.
+    """Convert a model. Every rank must call this.
 
     Raises:
-        InputError, CheckpointError: on every rank; nothing is left behind.
+        InputError, CheckpointError: on every rank; no partial result is left behind.
     """
-    with launched(TIMEOUT_S) as launch:
-        reporter = Reporter(launch.rank == 0, 1)
+    with joined_ranks(TIMEOUT_S) as this_rank:
+        reporter = Reporter(this_rank.rank == 0, 1)
         if on_every_rank(lambda: _is_import(arguments)):
             _import(arguments, reporter)
         else:
@@ -88,7 +90,7 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
     target, config = arguments.target, source.config
     reporter.say(
         f"{target}: {source.num_parameters:,} parameters in {dtype_name(source.dtype)}"
-        + (f"; kept for the way back, but no part of the run: {', '.join(source.kept)}" if source.kept else "")
+        + (f"; kept for to-hf, but not used by the run: {', '.join(source.kept)}" if source.kept else "")
     )
     commands = [f'fused-megatron generate {target} "..."'] if config.traits.generates else []
     if _is_trainable(config):
@@ -107,7 +109,10 @@ def _is_trainable(config: TransformerConfig) -> bool:
 
 def _export(arguments: ConvertArguments, reporter: Reporter) -> None:
     architecture = export_model(
-        arguments.source, arguments.target, dtype=_DTYPES[arguments.dtype],
-        max_file_bytes=1e9 * arguments.max_file_gb, group=world_group(),
-    )  # fmt: skip
+        arguments.source,
+        arguments.target,
+        dtype=_DTYPES[arguments.dtype],
+        max_file_bytes=1e9 * arguments.max_file_gb,
+        group=world_group(),
+    )
     reporter.say(f'{arguments.target}: transformers.{architecture}.from_pretrained("{arguments.target}") loads it')

@@ -1,4 +1,4 @@
-"""The one line that a process says when it fails."""
+"""The error line that a failing process prints."""
 
 import contextlib
 import os
@@ -6,22 +6,29 @@ import sys
 from typing import NoReturn
 
 
-def say_error(message: str, rank: int | None = None) -> None:
-    """Print the line to standard error; it names the rank, unless that is 0. None: the rank that a launcher gave."""
+def print_error(message: str, rank: int | None = None) -> None:
+    """Print the message to standard error as one line.
+
+    Args:
+        message: of the error.
+        rank: named in the line unless it is 0; None: the rank that the launcher set.
+    """
     named = os.environ.get("RANK", "0") if rank is None else str(rank)
     where = "" if named == "0" else f" (rank {named})"
-    # Names in files of strangers may hold what a terminal obeys.
+    # Names from other people's files may hold control characters, which a terminal would obey.
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
     with contextlib.suppress(OSError):  # a terminal that is gone
-        print(f"fused-megatron: error{where}: {line}", file=sys.stderr, flush=True)
+        # One write, so that the lines of ranks that end together do not mix, even if the output has no buffer.
+        sys.stderr.write(f"fused-megatron: error{where}: {line}\n")
+        sys.stderr.flush()
 
 
 def end_now(message: str, rank: int | None = None) -> NoReturn:
-    """Say the line and end with code 1, without waiting for anything: the normal end would wait for a lost rank."""
-    say_error(message, rank)
+    """Print the error line and end with code 1 at once: the normal end of Python would wait for a lost rank."""
+    print_error(message, rank)
     os._exit(1)
 
 
-def speaks_for_host() -> bool:
-    """Whether this is the rank of its machine that says what all ranks have to say."""
+def prints_for_host() -> bool:
+    """Return whether this rank prints the messages that all ranks of its machine share."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

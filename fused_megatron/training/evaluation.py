@@ -13,18 +13,18 @@ from fused_megatron.pipeline.run.executor import PipelineExecutor
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a validation found."""
+    """Result of a validation."""
 
     validation_loss: float
-    """Nats per token that was predicted."""
+    """Mean loss in nats per predicted token."""
     bits_per_byte: float | None
-    """Bits per UTF-8 byte of the text, comparable between tokenizers; None where no tokenizer is known, and of a
-    masked language model, which predicts few of the tokens."""
+    """Bits per UTF-8 byte of the text, comparable between tokenizers. None if no tokenizer is known, or for a masked
+    language model, which predicts only some tokens."""
     validation_tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
 
     def describe(self) -> str:
-        """One line."""
+        """Return the result as one line of text."""
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
         return f"held-out loss {self.validation_loss:.4f} nats per token{bits} over {self.validation_tokens:,} tokens"
 
@@ -37,19 +37,19 @@ def evaluate(
     microbatch_size: int,
     device: torch.device,
 ) -> Evaluation:
-    """Mean loss over the held-out samples: the same samples, and so the same numbers, at every layout.
+    """Compute the mean loss over the held-out samples, the same in every layout.
 
     Args:
-        executor: runs this rank's stages, in evaluation mode.
-        data: where the held-out samples are.
-        mesh: data-parallel ranks share the samples.
-        global_batch_size: samples of a batch over all data-parallel ranks; those of a training step, so that the
-            pipeline's grid is the same.
-        microbatch_size: samples a rank works on at once.
+        executor: runs this rank's stages, which must be in evaluation mode.
+        data: source of the held-out samples.
+        mesh: its data-parallel ranks share the samples.
+        global_batch_size: samples of a batch over all data-parallel ranks; the size of a training step's batch, so that
+            the schedule fits.
+        microbatch_size: samples that a rank computes at once.
         device: of the stages.
 
     Communication:
-        The pipeline's, and one all-reduce of 24 bytes over the data-parallel group.
+        As PipelineExecutor.evaluate, and one all-reduce of 24 bytes over the data-parallel group.
     """
     token_bytes = None
     if data.tokenizer is not None and data.masking is None:
@@ -58,7 +58,7 @@ def evaluate(
     for index in range(data.validation.num_batches(global_batch_size)):
         batch = data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
         inputs, targets, keywords = batch.microbatches(microbatch_size, device)
-        # The loss is that of every rank of the pipeline; so are the targets that are counted beside it.
+        # Every rank of a pipeline has the same loss and counts the same targets.
         totals[0] += executor.evaluate(inputs, targets, stage_kwargs=keywords)
         predicted = batch.targets[batch.targets >= 0].to(device)
         totals[1] += predicted.numel()

@@ -1,4 +1,4 @@
-"""`fused-megatron generate`: continue a prompt from a run's newest checkpoint, at any tensor-parallel size."""
+"""The command `fused-megatron generate`, which continues a prompt at any tensor-parallel size."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.inference.generation import generate
 from fused_megatron.mesh import init_mesh
-from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
+from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """What `fused-megatron generate` reads."""
+    """Arguments of `fused-megatron generate`."""
 
     run: tyro.conf.Positional[Path]
     """Run folder of `fused-megatron train`."""
@@ -33,11 +33,11 @@ class GenerateArguments:
     num_tokens: int = 100
     """Tokens to add."""
     temperature: float = 0.8
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_k: int = 50
-    """Only the likeliest k tokens are drawn from; 0 for all."""
+    """Draw only from the k likeliest tokens; 0 for all."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
 
     def __post_init__(self) -> None:
         check(self.prompt != "", "prompt='' must hold at least one character")
@@ -47,41 +47,45 @@ class GenerateArguments:
 
 
 def generate_text(arguments: GenerateArguments) -> str:
-    """The prompt and its continuation, equal on every rank; every rank that was launched shares the layers.
+    """Return the prompt and its continuation, the same on every rank. All ranks share the layers by tensor parallelism.
 
     Raises:
-        InputError: no run, no good checkpoint, heads that do not divide by the ranks.
+        InputError: no run, no good checkpoint, or heads that cannot be divided over the ranks.
     """
     run = RunFolder(arguments.run)
-    with launched(ParallelConfig().timeout_s) as launch:
-        config, tokenizer = on_every_rank(lambda: _open_run(run, launch))
+    with joined_ranks(ParallelConfig().timeout_s) as this_rank:
+        config, tokenizer = on_every_rank(lambda: _open_run(run, this_rank))
         tokens = tokenizer.encode_prompt(arguments.prompt)
         group = world_group()
         newest = newest_checkpoint(run.checkpoints, group=group)
-        checkpoint = on_every_rank(lambda: _found(newest, run))
+        checkpoint = on_every_rank(lambda: _require(newest, run))
         vocab_size = read_run_state(checkpoint)["vocab_size"]
-        mesh = init_mesh(tensor_parallel_size=launch.world_size, device_type=launch.device.type)
+        mesh = init_mesh(tensor_parallel_size=this_rank.world_size, device_type=this_rank.device.type)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        model = build_model(config, mesh, launch.device)
+        model = build_model(config, mesh, this_rank.device)
         load_checkpoint(
             checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
         )
-        Reporter(launch.rank == 0, 1).say(f"{checkpoint}, {launch.world_size} {launch.device.type} rank(s)")
-        start = torch.tensor([list(tokens)], dtype=torch.int64, device=launch.device)
+        Reporter(this_rank.rank == 0, 1).say(f"{checkpoint}, {this_rank.world_size} {this_rank.device.type} rank(s)")
+        start = torch.tensor([list(tokens)], dtype=torch.int64, device=this_rank.device)
         result = generate(
-            model, start, arguments.num_tokens, temperature=arguments.temperature, top_k=arguments.top_k,
+            model,
+            start,
+            arguments.num_tokens,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
             seed=arguments.seed,
-        )  # fmt: skip
+        )
         return tokenizer.decode(result[0].tolist())
 
 
-def _found(checkpoint: Path | None, run: RunFolder) -> Path:
+def _require(checkpoint: Path | None, run: RunFolder) -> Path:
     if checkpoint is None:
         raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
     return checkpoint
 
 
-def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
+def _open_run(run: RunFolder, this_rank: ThisRank) -> tuple[TrainConfig, Tokenizer]:
     check(run.config.exists(), f"run={run.path} is no run folder: it has no {run.config.name}")
     check(
         run.tokenizer.exists(),
@@ -94,6 +98,6 @@ def _open_run(run: RunFolder, launch: Launch) -> tuple[TrainConfig, Tokenizer]:
         f"run={run.path} holds a {family.upper()}, which predicts masked tokens and cannot continue a text: only a run "
         f"of model.family={' or '.join(map(repr, able))} can",
     )
-    # Whatever layout trained it: every rank that is there now shares each layer.
-    layout = ParallelConfig(tensor_parallel_size=launch.world_size, data_parallel_size=1)
+    # The layout of training does not matter: all present ranks share each layer by tensor parallelism.
+    layout = ParallelConfig(tensor_parallel_size=this_rank.world_size, data_parallel_size=1)
     return dataclasses.replace(config, parallel=layout), load_tokenizer(run.tokenizer)

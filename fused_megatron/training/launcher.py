@@ -1,4 +1,4 @@
-"""`fused-megatron launch`: the ranks of this machine, started together, told of signals, and ended together."""
+"""The command `fused-megatron launch`, which starts the ranks of this machine and passes signals on to them."""
 
 import os
 import signal
@@ -15,35 +15,37 @@ from fused_megatron.training.stop_request import LAUNCHER_VARIABLE, SIGNALS
 USAGE = """usage: fused-megatron launch --nproc-per-node N COMMAND ...
 
 Start N ranks of a command (train, generate or convert) on this machine, as torchrun does. SIGTERM, Ctrl-C, SIGHUP and
-SIGUSR1 reach every rank once: a training run saves and ends, and so does this command, with exit code 0. Over several
+SIGUSR1 reach every rank once: a training run then saves and ends, and this command ends with exit code 0. On several
 machines: torchrun -m fused_megatron COMMAND ..."""
 
 STORE_VARIABLE = "FUSED_MEGATRON_STORE"
-"""Path of the file by which ranks of one machine find each other."""
+"""Variable with the path of the file by which ranks of one machine find each other."""
 
 _COMMANDS = ("train", "generate", "convert")
 _LOOK_S = 0.05
-# After one rank failed: for the others to find out and say what they know; then for SIGTERM to end them.
+# Time after the failure of one rank for the other ranks to report it and end.
 _GRACE_S = 10.0
+# Time after that for SIGTERM to end them, before SIGKILL.
 _SIGTERM_S = 10.0
 
 
-def launch(words: Sequence[str]) -> int:
-    """Run `--nproc-per-node N COMMAND ...`; the exit code of the command.
+def launch(arguments: Sequence[str]) -> int:
+    """Run `--nproc-per-node N COMMAND ...`; return the exit code of the command.
 
     Raises:
-        InputError: words that are no such command.
+        InputError: the arguments have another form.
     """
-    if any(word in ("-h", "--help") for word in words[:1]):
+    if any(argument in ("-h", "--help") for argument in arguments[:1]):
         print(USAGE)
         return 0
-    num_ranks, command = _parse(list(words))
+    num_ranks, command = _parse(list(arguments))
     return run_ranks(num_ranks, [sys.executable, "-m", "fused_megatron", *command])
 
 
-def _parse(words: list[str]) -> tuple[int, list[str]]:
-    option, _, value = (words or [""])[0].partition("=")
-    rest = words[1:]
+def _parse(arguments: list[str]) -> tuple[int, list[str]]:
+    """Return the number of ranks, and the command with its arguments."""
+    option, _, value = (arguments or [""])[0].partition("=")
+    rest = arguments[1:]
     if option.replace("_", "-") != "--nproc-per-node":
         raise InputError("launch needs the number of ranks first: launch --nproc-per-node 2 train CONFIG.toml")
     if not value:
@@ -56,17 +58,17 @@ def _parse(words: list[str]) -> tuple[int, list[str]]:
 
 
 def run_ranks(num_ranks: int, command: Sequence[str], *, grace_s: float = _GRACE_S) -> int:
-    """Start num_ranks processes of the command, each with its place in the environment, and wait for them.
+    """Start num_ranks processes of the command, each with its rank in the environment, and wait for them.
 
-    Each rank is the leader of a session of its own: what the terminal sends reaches it through this process only.
+    Each rank leads a session of its own, so that signals of the terminal reach it only through this process.
 
     Args:
-        num_ranks: how many.
-        command: the program and its words.
-        grace_s: how long the other ranks have to end by themselves after one failed.
+        num_ranks: number of ranks.
+        command: the program and its arguments.
+        grace_s: seconds that the other ranks have to end by themselves after one failed.
 
     Returns:
-        0 where every rank ended with 0; else the code of the first that did not (128 and the signal that ended it).
+        0 if every rank ended with 0; else the code of the first rank that did not (128 + signal if a signal ended it).
     """
     came: list[int] = []
     previous = {
@@ -82,7 +84,7 @@ def run_ranks(num_ranks: int, command: Sequence[str], *, grace_s: float = _GRACE
                 ranks.append(subprocess.Popen(command, env=environment, start_new_session=True))
             return _wait(ranks, came, grace_s)
         finally:
-            for process in ranks:  # only after a fault of this process
+            for process in ranks:  # still running only after an error in this process
                 process.kill()
                 process.wait()
             for number, handler in previous.items():
@@ -91,22 +93,23 @@ def run_ranks(num_ranks: int, command: Sequence[str], *, grace_s: float = _GRACE
 
 def _environment(rank: int, num_ranks: int, store: Path) -> dict[str, str]:
     threads = max(1, len(os.sched_getaffinity(0)) // num_ranks) if hasattr(os, "sched_getaffinity") else 1
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
     return {
         "OMP_NUM_THREADS": str(threads),
         "MASTER_ADDR": "127.0.0.1",
         **os.environ,
-        **{name: str(value) for name, value in places.items()},
+        **{name: str(value) for name, value in numbers.items()},
         LAUNCHER_VARIABLE: str(os.getpid()),
         STORE_VARIABLE: str(store),
     }
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], came: list[int], grace_s: float) -> int:
-    """Pass on signals as they come until every rank has ended; what is left after a failure is ended."""
+    """Pass signals on until every rank has ended; after a failure end the remaining ranks. Return the exit code."""
     running = list(enumerate(ranks))
     failed: int | None = None
-    deadline, next_signal = 0.0, signal.SIGTERM
+    deadline = 0.0
+    next_signal = signal.SIGTERM
     while running:
         while came:
             number = came.pop(0)
@@ -120,17 +123,19 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], came: list[int], grace_s: fl
             if code < 0:
                 print(f"fused-megatron: rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
             if code and failed is None:
-                failed, deadline = code, time.monotonic() + grace_s
+                failed = code
+                deadline = time.monotonic() + grace_s
         if failed is not None and running and time.monotonic() > deadline:
             for _, process in running:
                 process.send_signal(next_signal)
-            deadline, next_signal = time.monotonic() + _SIGTERM_S, signal.SIGKILL
+            deadline = time.monotonic() + _SIGTERM_S
+            next_signal = signal.SIGKILL
         time.sleep(_LOOK_S)
     return 0 if failed is None else failed if failed > 0 else 128 - failed
 
 
 def store_of_the_launcher() -> str | None:
-    """How ranks that launch() started find each other, as init_process_group takes it; None under other launchers.
+    """Return the init_method of init_process_group for ranks that launch() started; None under other launchers.
 
     Raises:
         SharedInputError: the launcher has ended.

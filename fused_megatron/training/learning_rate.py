@@ -6,11 +6,12 @@ from fused_megatron.config import OptimizerConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up to config.lr, then what config.schedule says.
+    """Return the learning rate of a step: linear warm-up to config.lr, then the curve of config.schedule.
 
-    cosine, linear: down to config.min_lr over config.decay_steps from the end of warm-up on, and config.min_lr after
-        them; without decay_steps the last step of the run is the last of the decay.
-    wsd: config.lr, and over the last config.decay_steps of the run (a tenth of it) linearly down to config.min_lr.
+    cosine, linear: decay to config.min_lr over config.decay_steps steps after the warm-up, then config.min_lr. If
+        decay_steps is None, the decay ends with the last step of the run.
+    wsd: config.lr; a linear decay to config.min_lr over the last config.decay_steps steps of the run (None: a tenth of
+        the run).
     constant: config.lr.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which ranks are gone, silent or late: known within seconds, by whoever waited for them in vain."""
+"""Detection of ranks that are gone, silent or late, within seconds, by the ranks that wait for them."""
 
 import asyncio
 import contextlib
@@ -23,26 +23,28 @@ from fused_megatron.checks import first_line
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.training.error_line import end_now
 
-# For the system to close the ports of a process that was just killed.
+# Time for the system to close the ports of a killed process.
 _SETTLE_S = 1.0
-# A rank that lives answers within this time, on a busy machine too.
+# A living rank answers within this time, even on a busy machine.
 _ANSWER_S = 3.0
+_AGAIN_S = 0.1
 _MOST_BYTES = 4096
 _MOST_CONNECTIONS = 400
 _NAMED = 8
 _WATCH_S = 1.0
-# What a phase of the run may last in which ranks wait for one of them, who lives.
+# Longest phase of a run in which ranks wait for one rank that lives.
 _PHASE_S = 1800.0
 _GONE, _SILENT = "gone", "silent"
 
-# What gloo, NCCL and our own transports say when another rank is gone or silent.
+# Error texts of gloo, NCCL and our own transports when another rank is gone or silent.
 _LOST_CONTACT = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|timed out|timeout|socket|broken pipe|shared memory|"
     "another rank stopped",
     re.IGNORECASE,
 )
+_SOURCE = re.compile(r"\[/\S+:\d+\] ")
 _TIME_OUT = re.compile("timed out|timeout|did not come within", re.IGNORECASE)
-# A rank that has one of these below what it does waits for others.
+# A thread with one of these files on its stack waits for other ranks.
 _WAITS = ("observe/waits.py", "transport/host_ring.py", "torch/distributed/")
 
 
@@ -50,7 +52,7 @@ class LostRankError(RuntimeError):
     """Ranks of the run are gone, silent or late.
 
     Attributes:
-        ranks: which.
+        ranks: numbers of these ranks.
     """
 
     def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
@@ -59,33 +61,39 @@ class LostRankError(RuntimeError):
 
 
 def lost_contact(error: Exception) -> bool:
-    """Whether the error says that another rank did not do its part."""
+    """Return whether the error means that another rank did not do its part."""
     return isinstance(error, LostRankError) or _LOST_CONTACT.search(str(error)) is not None
 
 
+def reason_of(error: Exception) -> str:
+    """Return the error as one line of at most 200 characters, without the source locations that gloo puts first."""
+    return _SOURCE.sub("", " ".join(str(error).split()))[:200]
+
+
 class Presence:
-    """A port of this process, where a thread tells the other ranks that it lives and what it does.
+    """Port of this process, at which a thread tells the other ranks that this rank lives and what it does.
 
-    A killed rank breaks only the connections of its neighbours; what they break by leaving is all that the others see.
-    So a rank that leaves because of an error tells every other rank before it goes. After an error, a rank whose port
-    is closed and that told nothing is gone; one that does not answer is silent (stopped, stuck or cut off); one that
-    answers and waits for nobody, while others waited too long, is late.
+    A killed rank breaks only the connections of its neighbours; the other ranks see only that the neighbours leave.
+    Therefore a rank that leaves with an error tells every other rank before. After an error, a rank is gone if its port
+    is closed and it told nothing. It is silent (stopped, stuck or cut off) if it does not answer. It is late if it
+    answers and waits for no other rank, while others waited too long for it.
 
-    Each rank also watches the next one. So a phase of the run in which ranks rightly wait long for one of them (a slow
-    disk, text that one machine prepares) needs no time-out: the default group waits up to half an hour, and a rank that
-    gives no sign of life for timeout_s ends the run all the same, with one line on every other rank.
+    Each rank also watches the next one. Therefore a phase in which ranks rightly wait long for one rank (a slow disk,
+    text that one machine prepares) needs no short time-out: the default group waits up to half an hour. A rank without
+    a sign of life for timeout_s still ends the run, with one line on every other rank.
 
     Args:
-        timeout_s: how long the next rank may give no sign of life; None: nobody is watched, and the default group waits
-            as before.
+        timeout_s: seconds that the next rank may give no sign of life. None: no rank is watched, and the time-out of
+            the default group does not change.
 
-    Communication: two all-gathers at the start; a short message to the next rank every second; after an error one to
-    every other rank.
+    Communication: two all-gathers at the start; a short message to the next rank every second; after an error one
+    message to every other rank.
     """
 
     def __init__(self, timeout_s: float | None = None) -> None:
         self._others: dict[int, tuple[str, int]] = {}
         self._left: dict[int, str] = {}
+        self._saw: dict[int, str] = {}
         self._leaves: str | None = None
         self._closed = threading.Event()
         if not dist.is_initialized():
@@ -94,30 +102,31 @@ class Presence:
         self._watched = threading.get_ident()
         self._listener = socket.create_server((_own_address(), 0), backlog=4096)
         host, port = self._listener.getsockname()[:2]
-        told = gather_json([host, port, secrets.token_hex(8)], dist.group.WORLD)
-        self._others = {rank: (each[0], each[1]) for rank, each in enumerate(told) if rank != self._rank}
-        self._word = told[0][2]  # strangers who reach the port do not know it
+        ports = gather_json([host, port, secrets.token_hex(8)], dist.group.WORLD)
+        self._others = {rank: (each[0], each[1]) for rank, each in enumerate(ports) if rank != self._rank}
+        self._token = ports[0][2]  # proves that a message comes from a rank of this run
         threading.Thread(target=self._serve, daemon=True, name="presence").start()
         if timeout_s is not None and self._others:
             _let_wait(dist.group.WORLD, max(timeout_s, _PHASE_S))
             threading.Thread(target=self._watch, args=(timeout_s,), daemon=True, name="presence-watch").start()
 
     def close(self) -> None:
-        """This rank ends well: whoever watches it need not any more."""
+        """End the watch: this rank ends without an error, and tells so the rank that watches it."""
         self._closed.set()
         if self._others:
             self._leaves = self._leaves or "done"
             self._ask([(self._rank - 1) % (len(self._others) + 1)])
 
     def explain(self, error: Exception) -> Exception:
-        """A LostRankError where other ranks are to blame, else the error itself; called before a rank ends with it.
+        """Return a LostRankError if other ranks caused the error, else the error itself.
 
-        Takes up to 4 s where all others live, and then no longer than the slowest answer.
+        Call it before a rank ends with the error. It takes up to 4 s if all other ranks live, then only the time of the
+        slowest answer.
         """
         if not self._others:
             return error
         self._leaves = first_line(error)[:200]
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         deadline = time.monotonic() + _SETTLE_S
         while True:
             found = self._ask(self._others)
@@ -127,8 +136,8 @@ class Presence:
             time.sleep(0.3)
         if lost:
             silent = [rank for rank, state in lost.items() if state == _SILENT]
-            more = f"; {_names(silent)} gives no sign of life: stopped, stuck or cut off" if silent else ""
-            return LostRankError(f"lost contact with {_names(lost)} ({reason}{more})", tuple(lost))
+            last = self._last_actions(silent, found)
+            return LostRankError(f"lost contact with {_names(lost)} ({reason}{last})", tuple(lost))
         if not lost_contact(error):
             return error
         late = {rank: state for rank, state in found.items() if not isinstance(state, str) and not state["waits"]}
@@ -136,20 +145,31 @@ class Presence:
         if late and _TIME_OUT.search(str(error)):
             does = "; ".join(f"rank {rank} is in {state['does']}" for rank, state in list(late.items())[:_NAMED])
             return LostRankError(f"{_names(late)} did not come in time: {does} ({reason})", tuple(late))
-        # Those that wait lost contact themselves; whoever left with an error of its own began it.
-        began = {rank: text for rank, text in self._left.items() if not _LOST_CONTACT.search(text)}
-        if began:
-            rank, text = next(iter(sorted(began.items())))
-            return LostRankError(f"rank {rank} ended with an error: {text}", tuple(sorted(began)))
+        # Ranks that wait have lost contact themselves. The cause is a rank that left with an error of another kind.
+        causes = {rank: text for rank, text in self._left.items() if not _LOST_CONTACT.search(text)}
+        if causes:
+            rank, text = next(iter(sorted(causes.items())))
+            return LostRankError(f"rank {rank} ended with an error: {text}", tuple(sorted(causes)))
         return error
 
-    def _ask(self, ranks: Iterable[int], lost: str | None = None) -> dict[int, Any]:
-        """What some ranks answer; _GONE or _SILENT where one does not.
+    def _last_actions(self, silent: list[int], found: dict[int, Any]) -> str:
+        """Describe what each silent rank did last, as seen by the rank that watched it."""
+        if not silent:
+            return ""
+        saw = dict(self._saw)
+        for state in found.values():
+            saw |= {} if isinstance(state, str) else {int(rank): does for rank, does in state["saw"].items()}
+        last = [f"; rank {rank} was last in {saw[rank]}" for rank in silent if rank in saw][:_NAMED]
+        verb = "gives" if len(silent) == 1 else "give"
+        return f"; {_names(silent)} {verb} no sign of life: stopped, stuck or cut off{''.join(last)}"
 
-        They are told why this rank leaves, and which other is lost.
+    def _ask(self, ranks: Iterable[int], lost: str | None = None) -> dict[int, Any]:
+        """Ask ranks for their state; return it by rank, _GONE or _SILENT for a rank that does not answer.
+
+        The message also tells them why this rank leaves, if it does, and that another rank is lost, if `lost` is given.
         """
-        told = {"word": self._word, "rank": self._rank, "left": self._leaves, "lost": lost}
-        message = json.dumps(told).encode() + b"\n"
+        question = {"token": self._token, "rank": self._rank, "left": self._leaves, "lost": lost}
+        message = json.dumps(question).encode() + b"\n"
         ranks = list(ranks)
 
         async def ask_all() -> list[Any]:
@@ -159,7 +179,7 @@ class Presence:
         return dict(zip(ranks, asyncio.run(ask_all()), strict=True))
 
     def _watch(self, timeout_s: float) -> None:
-        """End this rank, and all others, when the next one gives no sign of life."""
+        """End this rank and all others if the next rank gives no sign of life."""
         watched = (self._rank + 1) % (len(self._others) + 1)
         silent_s = 0.0
         while not self._closed.wait(_WATCH_S):
@@ -167,21 +187,22 @@ class Presence:
             (state,) = self._ask([watched]).values()
             if watched in self._left or self._leaves is not None:
                 return
-            # No round counts for more than it may last: this process may have been stopped itself.
+            # A round counts at most its longest duration: this process itself may have been stopped.
             silent_s += min(time.monotonic() - begun, _ANSWER_S) + _WATCH_S
             if not isinstance(state, str):
                 silent_s = 0.0
+                self._saw[watched] = state["does"]
             elif state == _GONE and silent_s > _SETTLE_S:
                 self._end(f"lost contact with rank {watched}", lost=watched)
             elif silent_s > timeout_s:
                 self._end(
                     f"lost contact with rank {watched} (it gave no sign of life for {timeout_s:g} s: stopped, stuck or "
-                    "cut off)",
+                    f"cut off; it was last in {self._saw.get(watched, 'nothing that is known')})",
                     lost=watched,
                 )
 
     def _end(self, text: str, *, lost: int | None = None) -> None:
-        """End this process with a line, unless its own thread finds out and ends it; tell the others who is lost."""
+        """End this process with a line, unless its main thread ends it first; tell the others which rank is lost."""
         deadline = time.monotonic() + _ANSWER_S
         if lost is not None:
             self._ask([rank for rank in self._others if rank != lost], lost=text)
@@ -196,27 +217,27 @@ class Presence:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            # A stranger's bytes, or a rank that is gone meanwhile.
+            # Bytes of another program, or a rank that has gone meanwhile.
             with connection, contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
                 connection.settimeout(1.0)
-                asked = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
-                if asked.get("word") != self._word:
+                question = json.loads(connection.makefile("rb").readline(_MOST_BYTES))
+                if question.get("token") != self._token:
                     continue
-                if asked.get("left") is not None and asked.get("rank") in self._others:
-                    self._left[asked["rank"]] = str(asked["left"])
+                if question.get("left") is not None and question.get("rank") in self._others:
+                    self._left[question["rank"]] = str(question["left"])
                 connection.sendall(json.dumps(self._state()).encode())
-                if asked.get("lost") is not None:
-                    text = str(asked["lost"])[:400]
+                if question.get("lost") is not None:
+                    text = str(question["lost"])[:400]
                     threading.Thread(target=self._end, args=(text,), daemon=True, name="presence-end").start()
 
     def _state(self) -> dict[str, Any]:
         frame = sys._current_frames().get(self._watched)
         waits, does = (False, "nothing") if frame is None else _describe(frame)
-        return {"left": self._leaves, "waits": waits, "does": does}
+        return {"left": self._leaves, "waits": waits, "does": does, "saw": self._saw}
 
 
 def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
-    """Of gloo only: NCCL's collectives are of the axes, which keep their own time-outs."""
+    """Set the time-out of a group, for gloo only: NCCL's collectives belong to the axes, which keep their time-outs."""
     assert group is not None
     for device in group._device_types:
         backend = group._get_backend(device)
@@ -225,6 +246,11 @@ def _let_wait(group: dist.ProcessGroup | None, timeout_s: float) -> None:
 
 
 async def _answer(address: tuple[str, int], message: bytes, at_once: asyncio.Semaphore) -> Any:
+    """Send a message to a rank; return its answer, _GONE if its port is closed, _SILENT if no answer comes.
+
+    If the connection is cut, ask again: a busy rank may accept a connection and give up before it has read the message.
+    """
+
     async def talk() -> bytes:
         reader, writer = await asyncio.open_connection(*address)
         try:
@@ -233,26 +259,36 @@ async def _answer(address: tuple[str, int], message: bytes, at_once: asyncio.Sem
         finally:
             writer.close()
 
+    async def ask() -> Any:
+        while True:
+            with contextlib.suppress(BrokenPipeError, ConnectionAbortedError, ConnectionResetError):
+                answer = await talk()
+                if answer:
+                    return json.loads(answer)
+            await asyncio.sleep(_AGAIN_S)
+
     async with at_once:
         try:
-            answer = await asyncio.wait_for(talk(), _ANSWER_S)
-            return json.loads(answer) if answer else _GONE
-        except ConnectionError:
+            return await asyncio.wait_for(ask(), _ANSWER_S)
+        except ConnectionRefusedError:
             return _GONE
         except (OSError, asyncio.TimeoutError, ValueError):
             return _SILENT
 
 
 def _describe(frame: FrameType) -> tuple[bool, str]:
-    """Whether a thread waits for other ranks, and the innermost function outside of torch that it is in."""
+    """Return whether a thread waits for other ranks, and its innermost named function outside of torch."""
     torch_folder = str(Path(torch.__file__).parent)
-    waits, does, at = False, "", frame
-    while at is not None:
-        path = at.f_code.co_filename
+    waits = False
+    does = ""
+    caller: FrameType | None = frame
+    while caller is not None:
+        path = caller.f_code.co_filename
         waits = waits or any(part in path for part in _WAITS)
-        if not does and not path.startswith(torch_folder):
-            does = f"{at.f_code.co_name} ({'/'.join(Path(path).parts[-2:])}:{at.f_lineno})"
-        at = at.f_back  # type: ignore[assignment]
+        name = caller.f_code.co_name
+        if not does and not name.startswith("<") and not path.startswith(("<", torch_folder)):
+            does = f"{name} ({'/'.join(Path(path).parts[-2:])}:{caller.f_lineno})"
+        caller = caller.f_back
     return waits, does or frame.f_code.co_name
 
 
@@ -263,7 +299,7 @@ def _names(ranks: Any) -> str:
 
 
 def _own_address() -> str:
-    """Of the interface that leads to the others."""
+    """Return the address of the network interface that leads to the other ranks."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))  # sends nothing

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on."""
+"""Progress output of a run: a progress bar or log lines."""
 
 import errno
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ from rich.table import Table
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Instead of ending the process, as rich does."""
+        """Raise BrokenPipeError; rich would end the process."""
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
 
 class Reporter:
-    """A progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0.
+    """Output of a run: a progress bar on a terminal, plain lines elsewhere, nothing on ranks other than 0.
 
     Attributes:
-        is_closed: nobody reads any more (a closed pipe, a terminal that is gone): nothing is shown from then on.
+        is_closed: True once the pipe is closed or the terminal is gone; then nothing more is printed.
     """
 
     def __init__(self, enabled: bool, log_interval: int) -> None:
@@ -32,12 +32,12 @@ class Reporter:
         self._stage = ""
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Print a line above the bar."""
         with self._survives_its_output():
             self.console.print(text, markup=False)
 
     def stage(self, name: str, done: int, total: int) -> None:
-        """A stage of the preparation, said once when it begins."""
+        """Print the name of a preparation stage once, when it begins."""
         if name != self._stage:
             self._stage = name
             self.say(f"{name} ...")
@@ -49,11 +49,14 @@ class Reporter:
         if not self.console.is_terminal:
             yield
             return
-        columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-            TextColumn("{task.fields[status]}  ETA"), TimeRemainingColumn(),
-        )  # fmt: skip
-        progress = Progress(*columns, console=self.console)
+        progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[status]}  ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
         with self._survives_its_output():
             progress.start()
         progress.add_task("train", total=num_steps, completed=first, status="")
@@ -66,7 +69,7 @@ class Reporter:
                 progress.stop()
 
     def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Step `step` (1 for the first) is done."""
+        """Report that step `step` (1 for the first) is done."""
         if self._progress is not None:
             status = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
             self._progress.update(self._progress.task_ids[0], completed=step, status=status)
@@ -74,7 +77,7 @@ class Reporter:
             self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  ETA {eta_s:.0f} s")
 
     def table(self, title: str, rows: dict[str, str]) -> None:
-        """Two columns: what, how much."""
+        """Print a table of names and values."""
         table = Table(title=title, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
@@ -85,7 +88,7 @@ class Reporter:
 
     @contextmanager
     def _survives_its_output(self) -> Iterator[None]:
-        """A run is worth more than its log: on a full disk lines are missing."""
+        """Suppress errors of the output, since a run is worth more than its log; on a full disk lines are missing."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Differences between a checkpoint and the run that goes on from it, and its weights in another dtype."""
+"""Resuming from a checkpoint with other settings or in another dtype."""
 
 import dataclasses
 import json
@@ -13,9 +13,10 @@ from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_box
 from fused_megatron.checks import InputError
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.sharding import RowShards
 from fused_megatron.training.learning_rate import learning_rate
 
-# Where a run writes, what it shows, and how it is laid out change no number that is learnt.
+# Settings that change no trained weight: parallel layout, paths, output and intervals. None: the whole section.
 _WITHOUT_EFFECT = {
     "parallel": None,
     "data": {"cache_folder"},
@@ -28,11 +29,11 @@ _MODEL, _MAIN = "model.", "optimizer.main."
 
 
 def settings_that_differ(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    """Every setting that changes what is learnt and is not what the checkpoint was trained with, a line each.
+    """Return a line for every setting that affects the trained weights and differs from the checkpoint's.
 
     Args:
-        saved: the config in a checkpoint; a setting that it does not know had its default value.
-        config: of the run that goes on from it.
+        saved: the config in a checkpoint; a setting that is missing there had its default value.
+        config: of the run that resumes from the checkpoint.
     """
     lines = []
     for section in dataclasses.fields(config):
@@ -43,7 +44,7 @@ def settings_that_differ(saved: Mapping[str, Any], config: TrainConfig) -> list[
         theirs = dataclasses.asdict(type(ours)()) | saved[section.name]
         for name, value in json.loads(json.dumps(dataclasses.asdict(ours))).items():
             there = json.loads(json.dumps(theirs.get(name)))
-            # What the data gave where the config left it open.
+            # vocab_size=None means that the data decided.
             if name in free or there == value or (name == "vocab_size" and None in (there, value)):
                 continue
             lines.append(f"{section.name}.{name}={_shown(there)} there, {_shown(value)} here")
@@ -51,11 +52,11 @@ def settings_that_differ(saved: Mapping[str, Any], config: TrainConfig) -> list[
 
 
 def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int) -> str | None:
-    """The next step's learning rate, where the checkpoint's settings would give another; None where they would not."""
+    """Describe the next step's learning rate if the checkpoint's settings would give another one; else return None."""
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     try:
         settings = OptimizerConfig(**{k: v for k, v in saved.get("optimizer", {}).items() if k in known})
-    except (InputError, TypeError):  # of another release
+    except (InputError, TypeError):  # settings of another release
         return None
     num_steps = saved.get("training", {}).get("num_steps", config.training.num_steps)
     before = learning_rate(step, num_steps, settings)
@@ -70,26 +71,30 @@ def _shown(value: Any) -> str:
 
 
 class ResumedTensors:
-    """The boxes that a run takes from a checkpoint, also where one of the two is bfloat16 and the other float32.
+    """Tensors of a run to be read from a checkpoint, also if one of the two is bfloat16 and the other float32.
 
-    A bfloat16 run has float32 main weights beside its parameters, and so has its checkpoint. So a float32 run takes
-    those for its parameters, and a bfloat16 run takes a float32 checkpoint's parameters for its main weights.
+    A bfloat16 run and its checkpoints have float32 main weights beside the parameters. Therefore a float32 run reads
+    its parameters from the main weights of a bfloat16 checkpoint, and a bfloat16 run reads its main weights from the
+    parameters of a float32 checkpoint.
 
     Args:
         parameters, optimizer: of the run.
+        rows: the rows of each parameter that the optimizer updates.
         manifest: of the checkpoint.
 
     Attributes:
-        boxes: to be filled.
-        allow_extra: names in the checkpoint that the run has no use for.
+        boxes: tensors to fill, by their names in the checkpoint.
+        allow_extra: patterns of names in the checkpoint that the run does not need.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, manifest: Manifest) -> None:
-        self._parameters, self._optimizer = parameters, optimizer
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rows: RowShards, manifest: Manifest
+    ) -> None:
+        self._optimizer = optimizer
         ours = optimizer.state()
         main = {name: {"main": kinds["main"]} for name, kinds in ours.items() if "main" in kinds}
         moments = {name: {k: v for k, v in kinds.items() if k != "main"} for name, kinds in ours.items()}
-        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours)
+        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours, rows)
         self.allow_extra: Sequence[str] = ()
         self._rounds = False
         stored = {name: tensor.dtype for name, tensor in manifest.tensors.items()}
@@ -97,17 +102,16 @@ class ResumedTensors:
         if has_main and not main:
             weights = parameter_boxes(parameters)
             renamed = {_MAIN + name.removeprefix(_MODEL): box for name, box in weights.items()}
-            self.boxes = renamed | optimizer_boxes(parameters, moments)
+            self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
             self.allow_extra = (f"{_MODEL}*",)
         elif main and not has_main:
-            weights = optimizer_boxes(parameters, main)
+            weights = optimizer_boxes(parameters, main, rows)
             renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in weights.items()}
-            if all(stored.get(name) == torch.float32 for name in renamed):
-                self.boxes = parameter_boxes(parameters) | renamed | optimizer_boxes(parameters, moments)
+            if all(stored.get(name) == torch.float32 for name in parameter_boxes(parameters)):
+                self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
                 self._rounds = True
 
     def finish(self) -> None:
-        """After the boxes are filled: parameters that are rounded from main weights."""
+        """Round this rank's rows of the parameters from the main weights if needed. The boxes must be filled."""
         if self._rounds:
-            for name, main in self._optimizer.main.items():
-                self._parameters[name].detach().copy_(main)
+            self._optimizer.round_main_weights()

@@ -1,4 +1,4 @@
-"""Settings, tokens and tokenizer, compared over all ranks before a run begins."""
+"""Checks before a run that all ranks have the same settings, tokens and tokenizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from fused_megatron.checks import InputError
 
 
 def check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
-    """Raise InputError for the first setting of rank 0 that another rank has otherwise."""
+    """Raise InputError for the first setting that another rank has with another value than rank 0."""
     for rank, other in enumerate(others, 1):
         for section, fields in ours.items():
             for name, value in fields.items():
@@ -19,10 +19,11 @@ def check_same_config(ours: dict[str, Any], *others: dict[str, Any]) -> None:
 
 
 def check_same_data(ours: Mapping[str, str], *others: Mapping[str, str]) -> None:
-    """Raise InputError for the first rank with other tokens, tokenizer or vocabulary than rank 0.
+    """Raise InputError for the first rank whose tokens, tokenizer or vocabulary differ from rank 0's.
 
     Args:
-        ours, others: `TrainingData.content` of each rank.
+        ours: `TrainingData.content` of rank 0.
+        others: `TrainingData.content` of the other ranks.
     """
     for rank, other in enumerate(others, 1):
         for what in ("tokens", "tokenizer", "vocabulary"):

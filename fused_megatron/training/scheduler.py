@@ -1,4 +1,4 @@
-"""Ranks that srun or mpirun started without torchrun: their places, in the variables that torchrun sets."""
+"""Environment variables of torchrun for ranks that srun or mpirun started."""
 
 import os
 import zlib
@@ -8,19 +8,27 @@ from dataclasses import dataclass
 from fused_megatron.checks import SharedInputError
 from fused_megatron.training.launcher import STORE_VARIABLE
 
-PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Names of torchrun."""
 
 
 @dataclass(frozen=True)
 class _Launcher:
-    """What a launcher calls a rank's places (as PLACES), and what names the job on all of its ranks."""
+    """Environment variables of a launcher.
+
+    Attributes:
+        name: command of the launcher.
+        rank_variables: its names for the RANK_VARIABLES.
+        job_variables: variables that together identify the job, with the same values on all its ranks.
+    """
 
     name: str
-    places: tuple[str, str, str, str]
-    job: tuple[str, ...]
+    rank_variables: tuple[str, str, str, str]
+    job_variables: tuple[str, ...]
 
 
-# Of a step, since a batch script has those of the job, too, and is one process. Tasks per node may read "4(x2)".
+# For Slurm the variables of a job step: a batch script, which is one process, also has the variables of its job.
+# The number of tasks per node may look like "4(x2)".
 _LAUNCHERS = (
     _Launcher(
         "srun",
@@ -42,35 +50,36 @@ _LAUNCHERS = (
 _FIRST_PORT, _NUM_PORTS = 20000, 10000
 
 
-def take_places(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Give a rank that srun or mpirun started its places in torchrun's variables; nothing under torchrun, or for one.
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set torchrun's variables in a rank that srun or mpirun started; change nothing under torchrun, or for one rank.
 
-    Without this each of them would be a run of its own, in one run folder.
+    Without this every rank would be a run of its own, all in one run folder.
 
     Raises:
-        SharedInputError: ranks of several machines that do not know where to meet; a RANK that does not fit WORLD_SIZE.
+        SharedInputError: ranks of several machines have no MASTER_ADDR, or RANK does not fit WORLD_SIZE.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         for launcher in _LAUNCHERS:
-            if environment.get(launcher.places[1], "1") != "1" and launcher.places[0] in environment:
-                _take(launcher, environment)
+            rank_name, size_name = launcher.rank_variables[:2]
+            if environment.get(size_name, "1") != "1" and rank_name in environment:
+                _set_variables(launcher, environment)
                 break
     _check(environment)
 
 
-def _take(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
-    found = [environment.get(name, "").partition("(")[0].partition(",")[0] for name in launcher.places]
+def _set_variables(launcher: _Launcher, environment: MutableMapping[str, str]) -> None:
+    found = [environment.get(name, "").partition("(")[0].partition(",")[0] for name in launcher.rank_variables]
     rank, world_size, local_rank, local_world_size = found
     if "MASTER_ADDR" not in environment:
         if local_world_size != world_size:
             raise SharedInputError(
-                f"{launcher.name} started {world_size} ranks on several machines, which do not know where to meet: set "
+                f"{launcher.name} started {world_size} ranks on several machines, which cannot find each other: set "
                 "MASTER_ADDR to the name of rank 0's machine (and MASTER_PORT to a free port), or start torchrun"
             )
         environment["MASTER_ADDR"] = "127.0.0.1"
-    job = " ".join(environment.get(name, "") for name in launcher.job)
+    job = " ".join(environment.get(name, "") for name in launcher.job_variables)
     environment.setdefault("MASTER_PORT", str(_FIRST_PORT + zlib.crc32(job.encode()) % _NUM_PORTS))
-    environment.update(zip(PLACES, (rank, world_size, local_rank or "0", local_world_size or "1"), strict=True))
+    environment.update(zip(RANK_VARIABLES, (rank, world_size, local_rank or "0", local_world_size or "1"), strict=True))
 
 
 def _check(environment: MutableMapping[str, str]) -> None:

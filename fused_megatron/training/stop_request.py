@@ -1,4 +1,4 @@
-"""Requests to save and end a run: a signal, or the end of the launcher that started its ranks."""
+"""Requests to save and end a run: a signal, or the end of the launcher that started the ranks."""
 
 import os
 import select
@@ -7,36 +7,36 @@ import threading
 import time
 from typing import Any
 
-from fused_megatron.training.error_line import say_error, speaks_for_host
+from fused_megatron.training.error_line import print_error, prints_for_host
 
 LAUNCHER_VARIABLE = "FUSED_MEGATRON_LAUNCHER"
-"""Set by our own launcher: its process id."""
+"""Variable in which our own launcher passes its process id."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "a closed output", "the end of its launcher")
-"""What may have asked, in the order in which ranks tell each other."""
+"""Reasons to stop, in the order in which ranks exchange them."""
 
-# A scheduler signals every process, and then the launcher signals its ranks once more.
+# A scheduler signals every process, and then the launcher signals its ranks again.
 _SAME_SIGTERM_S = 10.0
-# The terminal signals every process of the foreground, and so does a launcher.
+# Both the terminal and the launcher signal every process.
 _SAME_SIGINT_S = 1.0
 _LOOK_S = 0.5
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Watch for signals and for the end of the launcher, and remember whether this process was asked to stop.
 
-    From begin() on SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the run to save and end; those that were ignored before (as
-    by nohup) still are. A second SIGTERM within 10 s of the first, and a SIGINT within 1 s of whatever asked first, are
-    the same request; a later one of these ends the process at once. SIGHUP and SIGUSR1 never do.
+    After begin(), SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask the run to save and end. A signal that was ignored before (as
+    by nohup) stays ignored. A second SIGTERM within 10 s of the first, and a SIGINT within 1 s of the first request,
+    count as the same request. A later SIGTERM or SIGINT ends the process at once; SIGHUP and SIGUSR1 never do.
 
-    Ranks that a launcher started end with it: before begin() at once, later as by a signal. The launcher is known by
-    its own variable, or by torchrun's; without these nobody is watched, since a parent may leave before its program.
+    Ranks end with their launcher: at once before begin(), as by a signal after it. The launcher is known from our own
+    variable or from torchrun's. Without these no process is watched, since a parent may end before its child.
 
-    A thread reads when signals came, so that a second SIGINT ends a process that waits within a collective, too.
+    A thread notes when signals came, so that a second SIGINT also ends a process that waits in a collective.
 
     Attributes:
-        asked: one of REASONS; None while nothing has asked.
+        asked: one of REASONS; None if no stop was requested.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class StopRequest:
             self._thread.start()
 
     def begin(self) -> None:
-        """From now on a signal is a request. Only a process's main thread can; elsewhere signals stay as they are."""
+        """Treat signals as requests from now on. Works only in the main thread; elsewhere signals stay as they are."""
         self._began = True
         if threading.current_thread() is not threading.main_thread():
             return
@@ -69,7 +69,7 @@ class StopRequest:
             self._thread.start()
 
     def end(self, *, ignore: bool = False) -> None:
-        """Give the signals back, or ignore them: a process that has saved all and is about to end."""
+        """Restore the signal handlers, or ignore the signals: for a process that has saved everything and ends now."""
         self._ended = True
         for number, previous in self._previous.items():
             signal.signal(number, signal.SIG_IGN if ignore else previous)
@@ -84,7 +84,7 @@ class StopRequest:
         self._pipe = None
 
     def ends_at_once(self, number: int, now: float) -> bool:
-        """Note a signal that came at a time, in seconds; whether it asks for the end of the process."""
+        """Note a signal at time `now` in seconds; return whether it must end the process at once."""
         first = self._times.setdefault(number, now)
         if number == signal.SIGTERM:
             return now - first > _SAME_SIGTERM_S
@@ -109,7 +109,7 @@ class StopRequest:
 
 
 def _end_now(message: str, code: int) -> None:
-    """Without waiting for anything. One rank of a machine says why."""
-    if speaks_for_host():
-        say_error(message)
+    """End without waiting for anything; one rank of each machine prints the message."""
+    if prints_for_host():
+        print_error(message)
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A whole training run: ranks, data, model, newest checkpoint, loop, results."""
+"""A training run from start to end: ranks, data, model, newest checkpoint, training loop, results."""
 
 import dataclasses
 import os
@@ -22,45 +22,49 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
-from fused_megatron.training.launch import Launch, launched, on_every_rank, world_group
-from fused_megatron.training.lease import Lease
-from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.loss_plot import plot_loss
+from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
+from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
-from fused_megatron.training.room import check_room
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
-# What may change between a checkpoint and the run that goes on from it.
+# Fields of the model's config that may change between a checkpoint and the run that resumes from it.
 FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute"}
 
 
 def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) -> bool:
-    """Train as config says in run_path, from the newest good checkpoint there, if there is one.
+    """Train by the config in the folder run_path, and resume from its newest good checkpoint if there is one.
 
-    Every rank calls it. False when a signal or the end of the launcher ended the run early, after a checkpoint.
+    Every rank must call this.
 
     Args:
         config: of the run.
-        run_path: its folder, in which one run at a time may write.
-        stop: the caller's, who ends it; None for one that gives the signals back when this returns.
+        run_path: the run folder; only one run at a time may write there.
+        stop: stop request of the caller, who must end it. None: make one, and restore the signal handlers at the end.
+
+    Returns:
+        True if the run trained to its last step; False if a signal or the end of the launcher stopped it early, after
+        a checkpoint.
 
     Raises:
-        InputError: on every rank, before any training, for sizes, data or a checkpoint that do not fit, where there
-            are checkpoints of which none can be read, and where another run has the folder.
-        TrainingError: on every rank, when the loss or a gradient stops being finite, or weights of ranks drift apart.
-        LostRankError: on every rank that is left, naming those that are gone.
+        InputError: on every rank, before any training: sizes, data or a checkpoint do not fit, none of the existing
+            checkpoints can be read, or another run holds the folder.
+        TrainingError: on every rank: the loss or a gradient is not finite, or weights of ranks drifted apart.
+        LostRankError: on every remaining rank; it names the lost ranks.
     """
     _check_trainable(config.model)
     plan = plan_pipeline(config)
     request = StopRequest() if stop is None else stop
-    with launched(config.parallel.timeout_s) as launch:
+    with joined_ranks(config.parallel.timeout_s) as this_rank:
         presence = Presence(config.parallel.timeout_s)
         try:
-            finished = _train(config, plan, run_path, launch, request)
+            finished = _train(config, plan, run_path, this_rank, request)
         except TrainingError:
             raise
         except RuntimeError as error:
@@ -74,22 +78,22 @@ def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) 
     return finished
 
 
-def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Launch, stop: StopRequest) -> bool:
-    # Every rank for its own process, before its first large tensor.
-    pages_kept = launch.device.type == "cpu" and keep_malloc_pages()
-    reporter = Reporter(launch.rank == 0, config.training.log_interval)
+def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: ThisRank, stop: StopRequest) -> bool:
+    # In every process, before its first large tensor.
+    pages_kept = this_rank.device.type == "cpu" and keep_malloc_pages()
+    reporter = Reporter(this_rank.rank == 0, config.training.log_interval)
     run = RunFolder(run_path)
     configs = gather_json(dataclasses.asdict(config), world_group())
     on_every_rank(lambda: check_same_config(*configs))
     lease = Lease(run.lease)
     try:
-        mesh, data = on_every_rank(lambda: _set_up(config, launch, run, lease, reporter))
+        mesh, data = on_every_rank(lambda: _set_up(config, this_rank, run, lease, reporter))
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
         whole = dataclasses.replace(config, model=model_config)
-        check_room(whole, mesh, launch.device, data.content["vocabulary_source"])
-        model = build_stages(whole, mesh, plan, launch.device)
+        check_memory(whole, mesh, this_rank.device, data.content["vocabulary_source"])
+        model = build_stages(whole, mesh, plan, this_rank.device)
         trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
         _resume(trainer, model_config)
         _introduce(trainer)
@@ -107,23 +111,24 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, launch: Laun
 
 
 def _check_trainable(config: TransformerConfig) -> None:
-    """Raise SharedInputError where the model cannot be trained: every rank finds the same fault."""
+    """Raise SharedInputError if the model cannot be trained; every rank finds the same fault."""
     with found_on_every_rank():
         config.check_trainable()
 
 
 def _set_up(
-    config: TrainConfig, launch: Launch, run: RunFolder, lease: Lease, reporter: Reporter
+    config: TrainConfig, this_rank: ThisRank, run: RunFolder, lease: Lease, reporter: Reporter
 ) -> tuple[Mesh, TrainingData]:
-    mesh = build_mesh(config, launch.device.type)
-    if launch.rank == 0:
+    mesh = build_mesh(config, this_rank.device.type)
+    if this_rank.rank == 0:
         run.create()
         lease.take(reporter.say)
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        # One rank of a machine prepares the text and the others wait: let it be the one whose progress is seen.
+        # One rank of a machine prepares the text while the others wait. Let it be local rank 0, which shows progress.
         time.sleep(HEAD_START_S)
-    share, of = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return mesh, open_training_data(config, reporter.stage, share, of)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return mesh, open_training_data(config, reporter.stage, local_rank, local_world_size)
 
 
 def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
@@ -131,33 +136,36 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
         state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
-        # Another layout has other ranks: their generators start anew.
+        # In another layout the ranks differ, so their random number generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
-        weights_only = state.get("weights_only", False)  # of an imported model
+        weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
             load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
-            taken = ResumedTensors(trainer.parameters, trainer.optimizer, read_manifest(checkpoint))
-            load_checkpoint(
-                checkpoint, taken.boxes, rank_tensors=rank_tensors, group=group, allow_extra=taken.allow_extra
+            resumed = ResumedTensors(
+                trainer.parameters, trainer.optimizer, trainer.gradients.rows, read_manifest(checkpoint)
             )
-            taken.finish()
+            load_checkpoint(
+                checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
+            )
+            resumed.finish()
+            trainer.weights.start()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
         trainer.reporter.say(f"resuming from {checkpoint} (step {trainer.progress.step})")
         if not weights_only:
-            _say_what_differs(trainer, state["config"])
+            _report_differing_settings(trainer, state["config"])
         if not weights_only and state.get("data") != trainer.data.fingerprint:
             trainer.reporter.say(
-                f"warning: {checkpoint} was trained on other data than {trainer.data.description}; its place there "
-                f"({trainer.progress.samples_consumed} samples) is kept"
+                f"warning: {checkpoint} was trained on other data than {trainer.data.description}; the run goes on "
+                f"after the same number of samples ({trainer.progress.samples_consumed})"
             )
     on_every_rank(lambda: _begin_records(trainer) if trainer.mesh.rank == 0 else None)
 
 
-def _say_what_differs(trainer: Trainer, saved: dict[str, Any]) -> None:
+def _report_differing_settings(trainer: Trainer, saved: dict[str, Any]) -> None:
     differing = settings_that_differ(saved, trainer.config)
     if differing:
         trainer.reporter.say(f"not as in the checkpoint: {'; '.join(differing)}")
@@ -167,7 +175,7 @@ def _say_what_differs(trainer: Trainer, saved: dict[str, Any]) -> None:
 
 
 def _begin_records(trainer: Trainer) -> None:
-    # Only now: a config that does not fit the checkpoints must not replace the one that does.
+    # Only after the checkpoint is loaded: a config that does not fit it must not replace the stored config.
     trainer.run_folder.describe(trainer.config, trainer.data.tokenizer_path)
     trainer.run_folder.forget_metrics_after(trainer.progress.step)
     if trainer.config.training.tensorboard:
@@ -175,12 +183,12 @@ def _begin_records(trainer: Trainer) -> None:
 
 
 def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
-    """The state in a checkpoint, whose model must have the sizes of model_config."""
+    """Read the run state of a checkpoint; raise InputError unless its model has the sizes of model_config."""
     state = read_run_state(checkpoint)
-    # A field that the checkpoint does not know had its default value then.
+    # A field that is missing in the checkpoint had its default value when it was written.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
     saved = known | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
-    # Rotary positions have no table whose length must be that of the sequence.
+    # Rotary positions have no table whose length must equal seq_len.
     free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
     for name, value in dataclasses.asdict(model_config).items():
         if name not in free and saved.get(name) != value:
@@ -197,7 +205,8 @@ def _introduce(trainer: Trainer) -> None:
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
-    family, ranks = config.model.family.upper(), f"rank{'s' if mesh.world_size > 1 else ''}"
+    family = config.model.family.upper()
+    ranks = f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
         f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
@@ -216,13 +225,13 @@ def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
     if stopped_by is not None:
         reporter.say(f"stopped by {stopped_by} after step {trainer.progress.step}; the checkpoint is written")
         return
-    lines = _generated_lines(trainer)  # every rank takes part
+    lines = _generated_lines(trainer)  # on every rank: the layers are shared
     if trainer.mesh.rank != 0:
         return
     try:
         records = run.read_metrics()
         drawn = plot_loss(records, run.loss_picture, title=run.path.name)
-    except OSError as error:  # all that the run was for is in its last checkpoint
+    except OSError as error:  # not fatal: the last checkpoint holds the result of the run
         reporter.say(f"{run.path}: no table and no picture: {error.strerror or error}")
         return
     losses = [r for r in records if "loss" in r]
@@ -239,7 +248,7 @@ def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
     picture = run.loss_picture.name if drawn else "no picture: pip install 'fused-megatron[plots]'"
     reporter.say(f"{run.path}: {run.config.name}, {run.metrics.name}, {picture}, {run.checkpoints.name}/")
     if lines:
-        reporter.say("Three beginnings of a document, as the model writes them:")
+        reporter.say("Three document beginnings that the model wrote:")
     for line in lines:
         reporter.say(line)
 

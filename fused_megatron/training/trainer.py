@@ -1,4 +1,4 @@
-"""The training loop."""
+"""Training loop of one rank: steps, evaluation, checks of replicas, checkpoints."""
 
 import dataclasses
 import math
@@ -23,19 +23,19 @@ from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
-from fused_megatron.training.launch import on_every_rank, world_group
 from fused_megatron.training.learning_rate import learning_rate
-from fused_megatron.training.lease import Lease
+from fused_megatron.training.process_group import on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
 class TrainingError(SharedError, RuntimeError):
-    """A run that must not go on; every rank raises it."""
+    """The run must not go on; every rank raises this error."""
 
 
 class NonFiniteError(TrainingError):
-    """The loss or a gradient became NaN or infinite; the weights are those before the step."""
+    """The loss or a gradient became NaN or infinite; the weights have not been updated with it."""
 
 
 class DriftError(TrainingError):
@@ -44,22 +44,22 @@ class DriftError(TrainingError):
 
 @dataclass
 class Progress:
-    """Where a run stands; what a resumed run needs besides tensors."""
+    """Counters of a run that a resumed run needs besides the tensors."""
 
     step: int = 0
     samples_consumed: int = 0
 
 
 class Trainer:
-    """A model, its optimizer and its place in the data; run() trains to the last step.
+    """Training of a model from its data; run() trains to the last step.
 
     Args:
-        assembly: settings, ranks, this rank's stages, executor and optimizer.
+        assembly: config, mesh, and this rank's stages, executor and optimizer.
         data: training and held-out tokens.
-        run: where metrics and checkpoints go (rank 0 writes all but the checkpoints' shards).
-        reporter: what the user sees.
-        stop: what may ask the run to end; None for one of its own.
-        lease: of the run folder, on the rank that has it.
+        run: folder for metrics and checkpoints (rank 0 writes everything but the other ranks' checkpoint shards).
+        reporter: output for the user.
+        stop: request that may end the run early; None: a new one.
+        lease: of the run folder, on the rank that holds it.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Trainer:
         self.gradients = assembly.gradients
         self.executor = assembly.executor
         self.optimizer = assembly.optimizer
+        self.weights = assembly.weights
         self.device = assembly.device
         self.data = data
         self.run_folder = run
@@ -90,19 +91,24 @@ class Trainer:
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> str | None:
-        """Train up to config.training.num_steps; what ended the run early (after a checkpoint), as of StopRequest.
+        """Train up to step config.training.num_steps, or until a stop is requested; write a checkpoint at the end.
 
-        The signals stay requests when this returns or raises, until stop.end(): launchers send SIGTERM to the ranks
-        that are left when a rank is lost, and these must live to say what they saw.
+        Signals still count as requests when this returns or raises, until stop.end(). When a rank is lost, launchers
+        send SIGTERM to the remaining ranks, and these must stay alive to report the failure.
+
+        Returns:
+            The reason of StopRequest that ended the run early; None if the run is complete.
         """
         training = self.config.training
         self._stop.begin()
-        stop, last = None, False
+        stop = None
+        last = False
         with self._checked_tokens(), self.reporter.steps(self.progress.step, training.num_steps):
             while stop is None and self.progress.step < training.num_steps:
                 stop = self.train_step()
-                step, last = self.progress.step, self.progress.step == training.num_steps
-                # Before a checkpoint of the same step is written.
+                step = self.progress.step
+                last = step == training.num_steps
+                # Before the checkpoint of this step: drifted weights must not be saved.
                 if training.replica_check_interval and step % training.replica_check_interval == 0:
                     self.check_replicas()
                 if step % training.eval_interval == 0 or last:
@@ -113,7 +119,7 @@ class Trainer:
 
     @contextmanager
     def _checked_tokens(self) -> Iterator[None]:
-        """Large token files are read meanwhile."""
+        """Verify large token files in the background while the context is open."""
         check = self.data.token_check
         if check is None:
             yield
@@ -125,33 +131,38 @@ class Trainer:
             check.close()
 
     def tensor_boxes(self) -> dict[str, Any]:
-        """Every tensor of a checkpoint by name, as a box of its full tensor."""
+        """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors.
+
+        Communication: waits for the gather of the weights, if one is under way.
+        """
+        self.weights.finish()
         mark_all_shards(self.model)
-        return {**parameter_boxes(self.parameters), **optimizer_boxes(self.parameters, self.optimizer.state())}
+        state = optimizer_boxes(self.parameters, self.optimizer.state(), self.gradients.rows)
+        return {**parameter_boxes(self.parameters), **state}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
-        """What each rank keeps for itself: the states of torch's random number generators."""
+        """Return the tensors that a checkpoint keeps for each rank: states of torch's random number generators."""
         states = {"rng.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             states["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         return states
 
     def set_rank_tensors(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what rank_tensors() gave."""
+        """Restore the states that rank_tensors() returned."""
         if "rng.cpu" in states:
             torch.set_rng_state(states["rng.cpu"])
         if "rng.cuda" in states:
             torch.cuda.set_rng_state(states["rng.cuda"], self.device)
 
     def layout(self) -> dict[str, int]:
-        """Length of each axis of the mesh."""
+        """Return the size of each mesh axis."""
         return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; collective.
+        """Write a checkpoint of the current step. Every rank must call this.
 
         Raises:
-            CheckpointError: on every rank, as save_checkpoint, and where another run has taken the run folder.
+            CheckpointError: on every rank, as save_checkpoint, or if another run has taken the run folder.
         """
         on_every_rank(lambda: None if self._lease is None else self._lease.check())
         save_checkpoint(
@@ -165,13 +176,14 @@ class Trainer:
         )
 
     def check_replicas(self) -> None:
-        """Compare the weights that several ranks hold: over dp, over tp where replicated, over pp where tied.
+        """Compare weights that several ranks hold: all over dp, replicated ones over tp, tied ones over pp.
 
         Raises:
-            DriftError: on every rank, naming ranks and parameter.
+            DriftError: on every rank; it names the ranks and the parameter.
 
-        Communication: as find_drift; every rank tells all others what it found.
+        Communication: as find_drift, and one exchange of JSON.
         """
+        self.weights.finish()
         drift = find_drift(self.parameters, self.mesh.dp_group, (self.mesh.tp_group, self.mesh.pp_group))
         found = next(filter(None, gather_json(drift, world_group())), None)
         if found is not None:
@@ -181,18 +193,18 @@ class Trainer:
             )
 
     def tokens_per_s(self) -> float:
-        """Median speed of the latest steps, over all ranks."""
+        """Return the median speed of the latest steps, in tokens per second over all ranks."""
         if not self._step_times:
             return 0.0
         seconds = sorted(self._step_times)[len(self._step_times) // 2]
         return self.config.training.global_batch_size * self.config.model.seq_len / seconds
 
     def train_step(self) -> str | None:
-        """One optimizer step; what asked any rank to stop, the same on all ranks, as of StopRequest.
+        """Do one optimizer step; return the reason to stop if any rank was asked to, the same on all ranks.
 
         Raises:
-            NonFiniteError: on every rank, which has the weights of before then.
-            SharedInputError: on every rank, where one has found its tokens damaged.
+            NonFiniteError: on every rank; the weights are not updated.
+            SharedInputError: on every rank, if one has found damaged tokens.
         """
         started = time.perf_counter()
         training, step, mesh = self.config.training, self.progress.step, self.mesh
@@ -215,14 +227,14 @@ class Trainer:
         return next((reason for reason, count in zip(REASONS, sums.flags[1:], strict=True) if count), None)
 
     def _flags(self) -> list[float]:
-        """What this rank tells the others in each step: whether its tokens are damaged, and what asked it to stop."""
+        """Return this rank's flags for all ranks: 1 if its tokens are damaged, then 1 for its reason to stop."""
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
         return [damage, *(float(asked == reason) for reason in REASONS)]
 
     def _judge(self, sums: StepSums) -> None:
-        """Every rank raises the same where the weights must stay as they are."""
+        """Raise, the same on every rank, if the weights must not be updated."""
         if sums.flags[0]:
             check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
@@ -232,12 +244,12 @@ class Trainer:
             self._raise_non_finite(sums.loss, sums.gradient_norm)
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
-        # Every rank is here: the loss and whether all is finite were summed over all of them.
-        names = non_finite_parameters(self.parameters, self.gradients)[:1]
-        told = gather_json([norm, *names], world_group())
-        norm = next((norm for norm, *_ in told if not math.isfinite(norm)), norm)
+        # Every rank calls this, since all ranks have the same sums.
+        names = non_finite_parameters(self.parameters, self.gradients, self.gradients.rows)[:1]
+        found = gather_json([norm, *names], world_group())
+        norm = next((norm for norm, *_ in found if not math.isfinite(norm)), norm)
         where = next(
-            (f"; first such gradient: {name[0]} on rank {rank}" for rank, (_, *name) in enumerate(told) if name), ""
+            (f"; first such gradient: {name[0]} on rank {rank}" for rank, (_, *name) in enumerate(found) if name), ""
         )
         raise NonFiniteError(
             f"step {self.progress.step + 1}: loss={loss} gradient_norm={norm}: not finite, the weights were not "

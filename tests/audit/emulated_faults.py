@@ -1,4 +1,4 @@
-"""What the CUDA emulation promises, in a process with AddressSanitizer: run by test_cuda_emulation.py."""
+"""Tests of the CUDA emulation in a process with AddressSanitizer; test_cuda_emulation.py runs them."""
 
 import ctypes
 import os
@@ -47,7 +47,7 @@ def test_a_missing_barrier_shows_in_another_order(kernels):
         assert out.tolist() == expected
         kernels.run_reverse(pointer(out), False)
         different += out.tolist() != expected
-    assert different == 8  # half of the values were not there yet
+    assert different == 8  # half of the values were not written yet
 
 
 def test_dynamic_shared_memory(kernels):
@@ -64,7 +64,7 @@ def test_divergence_is_an_error(kernels, barrier, message):
     said = kernels.run_diverge(barrier)
     assert said.startswith(b"CUDA emulation: fm::diverge: ") and message in said
     assert said.endswith(b"(block (0, 0, 0), thread (7, 0, 0))")
-    assert kernels.run_sum(pointer(torch.empty(6))) == b""  # and the next launch works
+    assert kernels.run_sum(pointer(torch.empty(6))) == b""  # the next launch works
 
 
 def test_lanes_at_different_shuffles(kernels):
@@ -111,7 +111,7 @@ def test_counted_bytes(kernels):
     assert lines[0][1] == "_ZN2fm4copyEPKfPfi"
 
 
-def test_a_sample_of_blocks_stands_for_all(kernels):
+def test_counts_of_a_sample_of_blocks_are_scaled(kernels):
     out = torch.full((1, 300), torch.nan)
     kernels.fm_emulation_set_sampled_blocks(4)
     kernels.fm_emulation_count(True)
@@ -122,7 +122,7 @@ def test_a_sample_of_blocks_stands_for_all(kernels):
     assert kernels.fm_emulation_counted().decode().splitlines()[1].split("\t")[5:7] == ["store", "1200"]
 
 
-def test_the_last_blocks_alone(kernels):
+def test_only_the_last_blocks(kernels):
     source, result = torch.randn(64), torch.empty(64)
     kernels.fm_emulation_set_last_blocks(1)
     kernels.run_copy(pointer(source), pointer(result), 64)

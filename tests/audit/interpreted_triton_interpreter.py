@@ -1,4 +1,4 @@
-"""What fused_megatron.audit.triton_interpreter promises, in a process that interprets: run by its test."""
+"""Tests of audit/triton_interpreter.py in a process with TRITON_INTERPRET=1; test_triton_interpreter.py runs them."""
 
 import pytest
 import torch
@@ -49,13 +49,13 @@ def test_a_read_beyond_a_tensor_is_found() -> None:
         _copy[(1,)](torch.randn(8), torch.empty(10), 10, SHIFT=0, BLOCK=16)
 
 
-def test_bytes_are_counted_without_what_is_masked() -> None:
+def test_bytes_are_counted_without_masked_elements() -> None:
     with interpreter() as accesses:
         _copy[(2,)](torch.randn(20), torch.empty(20, dtype=torch.float16), 20, SHIFT=0, BLOCK=16)
     assert accesses.bytes == {("_copy", "load"): 80, ("_copy", "store"): 40}
 
 
-def test_the_last_programs_alone() -> None:
+def test_only_the_last_programs() -> None:
     with interpreter(grid_seed=3, last_programs=2):
         visited = torch.zeros(5, 7)
         _visit[(5, 7)](visited)
@@ -71,4 +71,4 @@ def test_every_program_runs_once_in_another_order() -> None:
             _last_program[(5, 7)](result)
         assert torch.equal(visited, torch.ones(5, 7))
         last.append(result.item())
-    assert len(set(last)) > 1  # a race, which the usual order hides
+    assert len(set(last)) > 1  # a race that the usual order hides

@@ -1,4 +1,4 @@
-"""Start here when `fused-megatron audit` refuses its arguments, or says nothing of a missing compiler."""
+"""Start here when `fused-megatron audit` refuses its arguments, or does not report a missing compiler."""
 
 from fused_megatron import cli
 from fused_megatron.audit import command

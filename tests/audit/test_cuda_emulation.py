@@ -1,4 +1,4 @@
-"""Start here when the CUDA emulation misses a fault of a kernel, or compiles what has not changed."""
+"""Start here when the CUDA emulation misses a fault of a kernel, or compiles unchanged files again."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(host_compiler() is None, reason="no GCC")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """What is compiled here, beside the machine of the emulation as `make test` has compiled it."""
+    """Return a new cache that has only the emulation's machine.cpp, compiled by `make test`."""
     folder = tmp_path_factory.mktemp("emulation")
     for path in CACHE.glob("machine-*.o"):
         shutil.copy2(path, folder)
@@ -35,14 +35,14 @@ def test_faults_are_found(cache):
     run_tests([HERE / "emulated_faults.py"], {**environment, "FAULTY_KERNELS": str(library)})
 
 
-def test_what_the_compiler_says_is_passed_on(tmp_path, cache):
+def test_errors_of_the_compiler_are_shown(tmp_path, cache):
     source = tmp_path / "wrong_cuda.cu"
     source.write_text('#include "cuda/launch.h"\nint f() { return undeclared_name; }\n')
     with pytest.raises(AssertionError, match=r"wrong_cuda.cu:2.*undeclared_name"):
         build_emulation([source], cache)
 
 
-def test_only_what_has_changed_is_compiled(tmp_path, cache):
+def test_only_changed_files_are_compiled(tmp_path, cache):
     source = tmp_path / "small_cuda.cu"
     source.write_text("int f() { return 1; }\n")
     first = build_emulation([source], cache)

@@ -1,4 +1,4 @@
-"""Start here when a CUDA kernel gives other values than the CPU's, or touches memory that is not its own."""
+"""Start here when a CUDA kernel gives other values than the CPU's, or accesses memory outside its tensors."""
 
 import re
 from pathlib import Path

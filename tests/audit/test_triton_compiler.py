@@ -22,7 +22,7 @@ def _double(source, result, BLOCK: tl.constexpr):
 def _normalised(source, result, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     x = tl.load(source + rows[:, None] * COLUMNS + columns[None, :])
-    tl.debug_barrier()  # all of x is alive here
+    tl.debug_barrier()  # all of x is in registers here
     tl.store(result + rows[:, None] * COLUMNS + columns[None, :], x / tl.sum(x))
 
 

@@ -1,4 +1,4 @@
-"""Start here when Triton's interpreter rounds bfloat16 wrongly, or lets a kernel leave its tensors."""
+"""Start here when Triton's interpreter rounds bfloat16 wrongly, or allows accesses outside of tensors."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Start here when the measured overhead of a call is off."""
+"""Start here when the measured overhead of a call is wrong."""
 
 import torch
 

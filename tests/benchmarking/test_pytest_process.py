@@ -1,4 +1,4 @@
-"""Start here when tests in a process of their own fail without a word, or pass without running."""
+"""Start here when tests in a process of their own fail without a message, or pass without running."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from fused_megatron.benchmarking.pytest_process import run_tests
 
-# Other plugins of pytest take most of its start.
+# Other plugins of pytest take most of its start time.
 ENVIRONMENT = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 

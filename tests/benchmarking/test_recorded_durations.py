@@ -1,4 +1,4 @@
-"""Start here when benchmarks of a GPU report times that nobody measured."""
+"""Start here when benchmarks of a GPU report times that were not measured."""
 
 from fused_megatron.benchmarking.recorded_durations import RecordedDurations
 

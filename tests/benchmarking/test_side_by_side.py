@@ -22,7 +22,7 @@ TWO_ROUNDS = Rounds(budget_s=0, fewest=2, most=2)
 
 
 class Clock(CpuDevice):
-    """A device whose time is what each step says that it took."""
+    """Device on which each step takes the time that it states."""
 
     def seconds(self, function):
         return function()
@@ -124,13 +124,13 @@ def test_rounds_are_interleaved_and_their_order_moves_on():
         return run
 
     seconds = side_by_side({name: step(name) for name in "abc"}, Clock(), Rounds(budget_s=12, fewest=1, most=9))
-    assert {name: len(s) for name, s in seconds.items()} == {"a": 4, "b": 4, "c": 4}  # 12 s, 3 s a round
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 4, "b": 4, "c": 4}  # 12 s, at 3 s a round
     assert "".join(calls[-12:]) == "abcbcacababc"
     assert side_by_side({}, Clock()) == {}
 
 
 def test_ratios_are_taken_pair_by_pair():
-    # The machine was ten times slower in the second round: the ratio does not see it.
+    # In the second round the machine was ten times slower: the ratio does not change.
     result = Comparison("op", "[1]", "float32", 1_000_000, Bars(eager=2, compile=2, bound=1.5, memory=1 / 8))
     result.seconds = {OURS: [1e-3, 1e-2, 1e-3], EAGER: [2e-3, 2e-2, 2e-3], COMPILE: [1e-3, 1e-2, 1e-3]}
     result.seconds[BOUND] = [1e-3, 1e-2, 0.5e-3]
@@ -141,7 +141,7 @@ def test_ratios_are_taken_pair_by_pair():
     assert result.verdicts() == [
         ("eager >= 2x", 2.0, "even"),
         ("compile >= 2x", 1.0, "MISSED"),
-        ("bound <= 1.5x", 1.0, "even"),  # the last round took twice the copy's time
+        ("bound <= 1.5x", 1.0, "even"),  # the last round took twice as long as the copy
         ("memory <= 1/8", 0.25, "MISSED"),
     ]
     result.seconds[EAGER] = [3e-3, 3e-2, 3e-3]
@@ -174,7 +174,7 @@ def test_forward_and_backward_have_their_own_times():
     assert result.phases_ms(OURS) is not None and result.phases_ms(BOUND) is None
     known = Comparison("op", "[1]", "float32", None, Bars(), {OURS: [3e-3]}, forward_seconds={OURS: [1e-3]})
     assert [phase.median for phase in known.phases_ms(OURS)] == pytest.approx([1.0, 2.0])
-    # x * x: one each forward, two products and a sum backward.
+    # x * x: one product forward, two products and a sum backward.
     assert result.model_flops == 4 * 5 * 4 and result.intensity() == pytest.approx(4 * 20 / (5 * 80))
 
 

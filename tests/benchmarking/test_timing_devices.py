@@ -15,11 +15,11 @@ from fused_megatron.benchmarking.timing_devices import (  # fmt: skip
 def test_peak_bytes_counts_what_is_held_at_a_time():
     def step():
         first = torch.zeros(1000)
-        second = first + 1  # both are held
+        second = first + 1  # both tensors are held
         del first, second
         return torch.zeros(500)
 
-    # Beside them a few bytes of scalars.
+    # Besides, a few bytes of scalars.
     assert 8000 <= CpuDevice().peak_bytes(step) < 8100
 
 

@@ -46,7 +46,7 @@ def test_a_broken_one_does_not_count_among_those_kept(tmp_path):
 def test_a_save_behind_the_newest_is_never_its_own_victim(tmp_path):
     for step in (50, 60):
         save(tmp_path, step)
-    save(tmp_path, 7)  # resumed by hand from an older step
+    save(tmp_path, 7)  # resumed by hand from an earlier step
     assert names(tmp_path) == ["step-000007", "step-000050", "step-000060"]
     assert verify_checkpoint(tmp_path / "step-000007") == []
 

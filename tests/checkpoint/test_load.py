@@ -32,7 +32,7 @@ SHAPES = {
     "scalar": ((), torch.int64),
     "empty": ((0, 4), torch.float32),
     "mask": ((9, 3), torch.bool),
-    "short": ((2, 3), torch.float32),  # of more ranks than rows
+    "short": ((2, 3), torch.float32),  # more ranks than rows
 }
 
 
@@ -45,14 +45,14 @@ def full_tensors(seed):
 
 
 def span(size, part, num_parts):
-    """Uneven parts; with more parts than elements some are empty."""
+    """Return a part of uneven parts; with more parts than elements some are empty."""
     weights = [i + 1 for i in range(num_parts)]
     cuts = [size * sum(weights[:i]) // sum(weights) for i in range(num_parts + 1)]
     return cuts[part], cuts[part + 1] - cuts[part]
 
 
 def grid_of(name, world_size):
-    """How many parts each dim is cut into: as data and tensor parallelism would, in all ways that the world allows."""
+    """Return the number of parts of each dim, cut as data and tensor parallelism would, for this world size."""
     dims = len(SHAPES[name][0])
     if name in ("replicated", "scalar", "empty"):
         return (1,) * dims
@@ -74,7 +74,7 @@ def box_of(name, rank, world_size, full):
         shape.append(length)
     index = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
     if 0 in shape:
-        offset[0] += 64  # a box without elements may begin anywhere
+        offset[0] += 64  # an empty box may begin anywhere
     return TensorBox(full[index], tuple(full.shape), tuple(offset))
 
 
@@ -83,7 +83,7 @@ def boxes_of(rank, world_size, fulls):
 
 
 def empty_like(boxes):
-    """Destinations: every second one is not contiguous."""
+    """Return destinations; every second one is not contiguous."""
     result = {}
     for i, (name, box) in enumerate(boxes.items()):
         base = torch.full((*box.tensor.shape, 2), 99).to(box.tensor.dtype)
@@ -93,7 +93,7 @@ def empty_like(boxes):
 
 
 def load_and_save(rank, world_size, folder, step):
-    """Load what the last layout saved, compare, save it in this layout as the next step."""
+    """Load the checkpoint of the last layout, compare it, and save it in this layout as the next step."""
     boxes = boxes_of(rank, world_size, full_tensors(5))
     if step > 1:
         loaded = empty_like(boxes)
@@ -140,11 +140,17 @@ def wanted(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weight": torch.zeros(4, 5)}, r"'weight' is float32 of shape \(4, 3\), but float32 of shape \(4, 5\)"),
-        ({"weight": torch.zeros(4, 3).double()}, r"'weight' is float32 of shape \(4, 3\), but float64"),
-        ({"weight": torch.zeros(12)}, r"'weight' is float32 of shape \(4, 3\), but float32 of shape \(12,\)"),
-        ({"extra": torch.zeros(1)}, r"'extra' \(float32 of shape \(1,\)\) is wanted and not there"),
-        ({"bias": None}, r"'bias' \(float32 of shape \(4,\)\) is there, and nothing in this run takes it"),
+        (
+            {"weight": torch.zeros(4, 5)},
+            r"'weight' is float32 of shape \(4, 3\), but this run needs float32 of shape \(4, 5\)",
+        ),
+        ({"weight": torch.zeros(4, 3).double()}, r"'weight' is float32 of shape \(4, 3\), but this run needs float64"),
+        (
+            {"weight": torch.zeros(12)},
+            r"'weight' is float32 of shape \(4, 3\), but this run needs float32 of shape \(12,\)",
+        ),
+        ({"extra": torch.zeros(1)}, r"'extra' \(float32 of shape \(1,\)\) is not in the checkpoint"),
+        ({"bias": None}, r"'bias' \(float32 of shape \(4,\)\) is in the checkpoint, but this run does not use it"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_named(saved, changes, message):
@@ -160,9 +166,9 @@ def test_all_misfits_are_counted(saved):
 
 def test_missing_and_extra_names_only_where_asked(saved):
     tensors = wanted(bias=None, **{"momentum.bias": torch.full((2,), 7.0)})
-    with pytest.raises(InputError, match="nothing in this run takes it"):
+    with pytest.raises(InputError, match="this run does not use it"):
         load_checkpoint(saved, tensors, allow_missing=["momentum.*"])
-    with pytest.raises(InputError, match="wanted and not there"):
+    with pytest.raises(InputError, match="is not in the checkpoint"):
         load_checkpoint(saved, tensors, allow_extra=["bias"])
     assert load_checkpoint(saved, tensors, allow_missing=["momentum.*"], allow_extra=["b*"]) == {"a": 1}
     assert tensors["momentum.bias"].tensor.tolist() == [7, 7]
@@ -175,9 +181,11 @@ def test_a_box_beyond_its_full_tensor_is_refused(saved):
 
 
 def test_rank_tensors_are_strict(saved):
-    with pytest.raises(InputError, match=r"'dice' .* of rank 0 is wanted and not there"):
+    with pytest.raises(InputError, match=r"'dice' .* of rank 0 is not in the checkpoint"):
         load_checkpoint(saved, wanted(), rank_tensors={"dice": torch.zeros(5)})
-    with pytest.raises(InputError, match=r"'rng' of rank 0 is int64 of shape \(5,\), but int64 of shape \(6,\)"):
+    with pytest.raises(
+        InputError, match=r"'rng' of rank 0 is int64 of shape \(5,\), but this run needs int64 of shape \(6,\)"
+    ):
         load_checkpoint(saved, wanted(), rank_tensors={"rng": torch.zeros(6, dtype=torch.int64)})
     rng = torch.zeros(5, dtype=torch.int64)
     load_checkpoint(saved, wanted(), rank_tensors={"rng": rng})
@@ -213,7 +221,7 @@ def test_a_misfit_on_one_rank_is_the_same_error_on_all(saved):
 
 def peak_growth(rank, world_size, folder):
     first = {"w": TensorBox.whole(torch.ones(64, 2)[:, ::2])}
-    load_checkpoint(save_checkpoint(folder, 1, first, state={}), first)  # the code itself takes memory on first use
+    load_checkpoint(save_checkpoint(folder, 1, first, state={}), first)  # the first use of the code takes memory, too
     wide = torch.ones(2048, 2 * 4096)
     source = {"w": TensorBox.whole(wide[:, ::2])}  # not contiguous, 32 MB
     target = {"w": TensorBox(torch.ones(1024, 4096), (2048, 4096), (512, 0))}
@@ -224,7 +232,7 @@ def peak_growth(rank, world_size, folder):
 
 
 def test_no_copy_of_a_whole_tensor_is_held(tmp_path):
-    # Blocks of 4 MiB, a few at a time with allocator slack; a copy of the tensor would be 32 MB.
+    # Blocks of 4 MiB, a few at a time, and some unused memory of the allocator; a copy of the tensor would take 32 MB.
     assert run_on_ranks(peak_growth, 1, str(tmp_path))[0] < 12e6
 
 
@@ -264,5 +272,5 @@ def save_and_load_with_padding_only(rank, world_size, folder, cases):
     ids=["4 ranks", "3 ranks"],
 )
 def test_ranks_of_which_some_hold_only_padding(tmp_path, ranks, cases):
-    """They save and load, the optimizer too, at the tensor-parallel size that was saved and at another."""
+    """They save and load the model and the optimizer at the saved tensor-parallel size and at another."""
     run_on_ranks(save_and_load_with_padding_only, ranks, tmp_path, cases, timeout_s=100)

@@ -32,7 +32,7 @@ def destinations():
 
 
 def forge(path, document):
-    """What an attacker would write: any content under a right digest."""
+    """Write any content with a right digest, as an attacker would."""
     document = {"sha256": "0" * 64, **{k: v for k, v in document.items() if k != "sha256"}}
     text = json.dumps(document).encode()
     digest = hashlib.sha256(text).hexdigest().encode()
@@ -55,7 +55,7 @@ def test_the_manifest_is_plain_json_with_all_that_the_checkpoint_is(saved):
 
 
 def test_a_forged_manifest_with_the_right_digest_reads_as_before(saved):
-    forge(saved, read(saved))  # the other tests of this file rest on this
+    forge(saved, read(saved))  # the other tests of this file rely on this
     assert verify_checkpoint(saved) == []
 
 

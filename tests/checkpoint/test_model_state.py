@@ -1,4 +1,4 @@
-"""Start here when a checkpoint names a parameter otherwise, or stores another part of it than the rank holds."""
+"""Start here when a checkpoint names a parameter wrongly, or stores another part of it than the rank holds."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ def test_names_and_boxes():
     gate = ShardPart("gate", slice(0, 2), ParameterShard((4, 2), (2, 0)))
     up = ShardPart("up", slice(2, 5), ParameterShard((6, 2), (3, 0)))
     mark_shard(stacked, (gate, up))
-    mark_shard(padding, ParameterShard((3, 2), (4, 0)))  # a rank with nothing of a small vocabulary
+    mark_shard(padding, ParameterShard((3, 2), (4, 0)))  # a rank that holds nothing of a small vocabulary
     parameters = {"mlp": stacked, "embedding": padding}
     boxes = parameter_boxes(parameters)
     assert {name: (box.box, box.full_shape) for name, box in boxes.items()} == {

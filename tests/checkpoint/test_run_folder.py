@@ -10,7 +10,7 @@ from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import config_text, load_config
-from fused_megatron.training.plots import plot_loss
+from fused_megatron.training.loss_plot import plot_loss
 
 
 def test_config_comes_back_equal(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_equal_files_are_left_alone_and_others_replaced_whole(tmp_path: Path) ->
     run.describe(config, str(tokenizer))
     after = [path.stat() for path in (run.config, run.tokenizer)]
     assert [(s.st_ino, s.st_mtime_ns) for s in before] == [(s.st_ino, s.st_mtime_ns) for s in after]
-    with open(run.config, "rb") as reader:  # opened before: it goes on to see the whole old file
+    with open(run.config, "rb") as reader:  # opened before the replacement: it still sees the whole old file
         run.describe(dataclasses.replace(config, training=TrainingConfig(num_steps=7)), str(tokenizer))
         assert reader.read() == config_text(config).encode()
     assert load_config(run.config).training.num_steps == 7

@@ -1,4 +1,4 @@
-"""Start here when saving fails, leaves a folder half written, or deletes what it should keep."""
+"""Start here when saving fails, leaves an incomplete folder, or deletes a checkpoint that it should keep."""
 
 import ast
 import json
@@ -28,8 +28,8 @@ from fused_megatron.checkpoint import (
 from fused_megatron.checks import InputError
 from fused_megatron.testing import RankError, run_on_ranks
 
-# What changes the disk, or its order: a kill right before each of these, and half-way through each write, is every
-# state that a dying save can leave.
+# Calls that change the disk, or the order of changes. A kill right before each of them, and in the middle of each
+# write, produces every state that a killed save can leave.
 DISK_CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
 
@@ -39,7 +39,7 @@ def fulls(version):
 
 
 def boxes(version, rank, world_size):
-    """The weight's rows are cut, the scale is replicated."""
+    """Return boxes: the rows of the weight are sharded, the scale is replicated."""
     weight, scale = fulls(version).values()
     rows = 4 // world_size
     mine = TensorBox(weight[rank * rows : (rank + 1) * rows], (4, 3), (rank * rows, 0))
@@ -60,9 +60,9 @@ def save(folder, version, step, rank, world_size, keep=1):
 
 
 def version_in(folder):
-    """Which version the newest good checkpoint holds; every value of it is compared. None: there is no checkpoint."""
+    """Return the version in the newest good checkpoint, after comparing every value; None: there is no checkpoint."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a dying save leaves nothing broken under a checkpoint's name
+        warnings.simplefilter("error")  # a killed save leaves nothing broken under the name of a checkpoint
         path = newest_checkpoint(folder)
     if path is None:
         return None
@@ -89,7 +89,7 @@ def hook_disk_calls(before):
 
 
 def save_and_die(rank, world_size, folder, step, victim, point):
-    """Save version 2; the victim dies at its point-th call. Returns the number of calls on this rank."""
+    """Save version 2; the victim is killed at its point-th call. Return the number of calls on this rank."""
     calls, write = [], os.write
 
     def before(name, arguments):
@@ -104,7 +104,7 @@ def save_and_die(rank, world_size, folder, step, victim, point):
     return len(calls)
 
 
-# A first save; one that supersedes another, which is deleted; one that replaces a checkpoint of the same step.
+# A first save; one after which an older checkpoint is deleted; one that replaces a checkpoint of the same step.
 SCENES = {"first": (None, 7), "next": (6, 7), "again": (7, 7)}
 
 
@@ -120,7 +120,7 @@ def save_version_1(rank, world_size, folder, step):
 
 
 def sweep(base, scene, stride):
-    """Kill each rank at every stride-th of its disk calls in turn; the number of kills."""
+    """Kill each rank at every stride-th of its disk calls in turn; return the number of kills."""
     prepared = base / "prepared"
     prepared.mkdir()
     step = prepare(prepared, scene)
@@ -139,7 +139,7 @@ def sweep(base, scene, stride):
             found.append(version_in(folder))
             assert found[-1] in (old, 2), (victim, point)
             assert all(verify_checkpoint(path) == [] for path in list_checkpoints(folder)), (victim, point)
-            save(folder, 3, 8, 0, 1)  # the next save works and leaves nothing of the dead one
+            save(folder, 3, 8, 0, 1)  # the next save succeeds and removes the remains of the killed one
             assert version_in(folder) == 3 and [path.name for path in folder.iterdir()] == ["step-000008"]
             shutil.rmtree(folder)
     assert set(found) == {old, 2}, "the sweep must see both outcomes"
@@ -195,7 +195,7 @@ def test_a_second_save_of_a_step_replaces_it(tmp_path):
 
 
 def held_boxes(rank, world_size, folder):
-    """Eight replicated tensors and one that two pairs of ranks hold by halves."""
+    """Return eight replicated tensors and one that two pairs of ranks hold by halves."""
     tensors = {f"r{i}": TensorBox.whole(torch.full((100,), float(i))) for i in range(8)}
     tensors["half"] = TensorBox(torch.full((200,), float(rank % 2)), (400,), (200 * (rank % 2),))
     return str(save_checkpoint(folder, 1, tensors, state={}, group=dist.group.WORLD))
@@ -229,7 +229,7 @@ def uneven_boxes(rank, world_size, folder, kind):
     ("kind", "text"),
     [
         ("hole", "2 of 8 elements are in no box"),
-        ("overlap", r"the box at \(0,\) of shape \(4,\) and the one at \(3,\) of shape \(4,\) overlap"),
+        ("overlap", r"the box at \(0,\) of shape \(4,\) and the box at \(3,\) of shape \(4,\) overlap"),
         ("beyond", "must lie in full_shape"),
         ("shape", r"\(8,\) on rank 0, but float32 of \(9,\) on rank 1"),
         ("dtype", r"float32 of full shape \(8,\) on rank 0, but float64"),
@@ -333,9 +333,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_says_so_on_every_rank_and_the_last_checkpoint_stays(small_disk):
     folder = small_disk / "checkpoints"
     prepare(folder, "next")
-    # Seen before anything is written:
+    # Detected before anything is written:
     assert_failed_alike(folder, save_beyond_the_disk, r"not saved: disk full: needs 13\.\d MB, [56]\.\d MB free on")
-    # And in the middle of a write, when something else takes the room meanwhile:
+    # Detected in the middle of a write, since another process fills the disk meanwhile:
     text = r"rank \d: rank-0000\d-of-00002\.safetensors of .* not written: disk full: needs 1\.0 MB, 0\.0 MB free on"
     assert_failed_alike(folder, save_while_another_fills_the_disk, text)
     (small_disk / "filler").unlink()
@@ -350,7 +350,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_nothing_in_the_package_reads_or_writes_pickles():
-    """No line imports or calls a pickling function; but for testing, which talks to its own live processes."""
+    """No line imports or calls a pickling function, but in testing/, which exchanges pickles with its own processes."""
     modules = {"pickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     torch_functions = {"load", "save"}
     collectives = {"all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"}

@@ -16,7 +16,7 @@ def bits(tensor):
 
 
 def random_bits(shape, dtype):
-    """Any bit pattern, NaN payloads and denormals too."""
+    """Return random bit patterns, with NaN payloads and denormals among them."""
     raw = torch.randint(0, 256, (torch.Size(shape).numel() * dtype.itemsize,), dtype=torch.uint8)
     return ((raw & 1) if dtype == torch.bool else raw).view(dtype).reshape(shape)
 

@@ -1,4 +1,4 @@
-"""Start here when `verify` misses damage of a checkpoint, or sees some where none is."""
+"""Start here when `verify` misses damage of a checkpoint, or reports damage where there is none."""
 
 import os
 import random
@@ -77,7 +77,7 @@ def assert_loads(path, step):
 
 
 def assert_refused(path):
-    """By verify, and by a load whatever it is asked for."""
+    """Check that verify and every kind of load refuse the checkpoint."""
     problems = verify_checkpoint(path)
     assert problems and all(str(path) in p and "\n" not in p for p in problems)
     return problems
@@ -92,7 +92,7 @@ def test_good_ones_verify_and_load(folder):
 
 
 def flip_everywhere(path, stride):
-    """Flip one bit of every stride-th byte of every file in turn; all must be refused, by verify and by load."""
+    """Flip one bit of every stride-th byte of every file in turn; verify and load must refuse all of them."""
     generator = random.Random(stride)
     count = 0
     for file in sorted(path.iterdir()):
@@ -103,7 +103,7 @@ def flip_everywhere(path, stride):
             file.write_bytes(damaged)
             problems = assert_refused(path)
             assert file.name in problems[0]
-            # A rank's private tensors are of no use to a load on another number of ranks: not read there.
+            # A load on another number of ranks does not read the private tensors of a rank.
             if "rank tensor" not in problems[0]:
                 with pytest.raises((CheckpointError, InputError)):
                     load(path)
@@ -125,7 +125,7 @@ def test_a_flipped_bit_in_every_byte_is_found(folder):
 def test_a_flipped_bit_is_named_with_file_tensor_and_checksums(folder):
     path = folder / "step-000002" / FILES[1]
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1  # one-byte dtypes lie last: the mask
+    content[-1] ^= 1  # one-byte dtypes come last in the file: the mask
     path.write_bytes(content)
     (problem,) = verify_checkpoint(path.parent)
     assert problem.startswith(f"{path}: tensor 'mask': its checksum is ") and "damaged" in problem
@@ -143,7 +143,7 @@ def test_a_file_cut_short_or_longer_is_found(folder, name):
 
 
 def pickle_of_code(marker):
-    """os.system("touch marker") to an unpickler, by hand: a protocol-0 pickle."""
+    """Write os.system("touch marker") for an unpickler by hand, as a protocol-0 pickle."""
     return f"cos\nsystem\n(S'touch {marker}'\ntR.".encode()
 
 
@@ -191,7 +191,7 @@ def test_a_whole_checkpoint_under_the_name_of_another_step_is_found(folder):
     assert "holds step 1" in assert_refused(folder / "step-000009")[0]
     with pytest.warns(RuntimeWarning, match="holds step 1"):
         assert newest_checkpoint(folder) == folder / "step-000002"
-    os.rename(folder / "step-000009", folder / "best")  # a name of the user's own
+    os.rename(folder / "step-000009", folder / "best")  # a name that the user chose
     assert verify_checkpoint(folder / "best") == []
 
 
@@ -224,7 +224,7 @@ def test_a_permission_lost_for_a_moment_is_no_damage(folder, what, without_roots
     with without_roots_rights():
         with pytest.warns(RuntimeWarning, match="cannot be read: Permission denied"):
             assert newest_checkpoint(folder) == folder / "step-000001"
-        with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="Permission denied: it may be whole"):
+        with pytest.warns(RuntimeWarning), pytest.raises(InputError, match="Permission denied: it may be good"):
             checkpoint_to_resume(folder)
         for step in (3, 4):
             save_checkpoint(folder, step, {"w": TensorBox.whole(torch.zeros(3))}, state={}, keep=1)

@@ -26,7 +26,7 @@ def block(x, dim, rank, ranks):
 
 
 def expected(kind, parts, dim, rank):
-    """What each one-way collective makes of the parts of all ranks: the definition."""
+    """Return the definition of each one-way collective as a function of the parts of all ranks."""
     if kind == "all_reduce":
         return torch.stack(parts).sum(0)
     if kind == "all_gather":
@@ -47,7 +47,7 @@ def one_pair(rank, world_size, name, shape, dim, dtype, layout):
         forward, backward = PAIRS[name]
 
     def parts(shape, salt):
-        # Small whole numbers: every sum is exact in every dtype, so that the comparison can be too.
+        # Small whole numbers, whose sums are exact in every dtype, so that results must be equal.
         make = [torch.Generator().manual_seed(10 * salt + r) for r in range(world_size)]
         return [torch.randint(-8, 9, shape, generator=g).to(dtype) for g in make]
 
@@ -134,7 +134,7 @@ def test_no_group_is_no_op():
 
 
 def sum_of_bfloat16(rank, world_size):
-    """Over gloo, which rounds after every addition in 16 bits: 256 + 1 is 256 there."""
+    """Sum over gloo, which rounds 16-bit numbers after every addition: 256 + 1 is 256."""
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
     weight = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     (shared,) = collectives.identity_all_reduce_together((weight,), dist.new_group())

@@ -1,4 +1,4 @@
-"""Start here when a group has the wrong size or rank, or None is not taken as a group of one."""
+"""Start here when a group has the wrong size or rank, or None is not the group of one rank."""
 
 import pytest
 import torch.distributed as dist
@@ -20,7 +20,7 @@ def in_a_group_of_two(rank, world_size):
     return group_size(group), group_rank(group)
 
 
-def test_none_is_this_rank_alone():
+def test_none_is_this_rank_only():
     assert (group_size(None), group_rank(None)) == (1, 0)
 
 

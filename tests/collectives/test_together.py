@@ -1,4 +1,4 @@
-"""Start here when one rank fails and the others wait, or raise another error than it."""
+"""Start here when one rank fails and the others wait, or raise a different error."""
 
 import os
 import time
@@ -71,7 +71,7 @@ def first_alone(rank, world_size, broken):
     return run_on_first(dist.group.WORLD, work, SharedCheckpointError)
 
 
-def test_what_rank_0_does_alone_is_known_to_all():
+def test_all_ranks_get_the_result_of_rank_0():
     assert run_on_ranks(first_alone, 3, False) == ["made by 0"] * 3
     with pytest.raises(RankError) as caught:
         run_on_ranks(first_alone, 3, True)
@@ -92,7 +92,7 @@ def every_way(rank, world_size):
     return type(own).__name__, value, outcomes
 
 
-def test_what_is_exchanged_is_the_callers_choice():
+def test_the_caller_chooses_what_is_exchanged():
     answers = run_on_ranks(every_way, 3)
     assert [name for name, _, _ in answers] == ["ValueError", "InputError", "OSError"]
     assert [value for _, value, _ in answers] == [{rank, "no JSON"} for rank in range(3)]
@@ -114,7 +114,7 @@ def leave(rank, world_size):
     start = time.monotonic()
     with pytest.raises(CheckpointError, match=r"^another rank stopped while this one waited for it") as info:
         run_together(dist.group.WORLD, lambda: rank, SharedCheckpointError)
-    # The ranks that are left see different things: each says its own.
+    # The remaining ranks fail in different ways, and each reports its own failure.
     assert not isinstance(info.value, SharedError) and isinstance(info.value.__cause__, RuntimeError)
     return time.monotonic() - start
 

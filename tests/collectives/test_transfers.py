@@ -22,7 +22,7 @@ def reduce_scatters(rank, ranks):
         for other in wanted[1:]:
             total = total + other
         assert torch.equal(mine, total.to(dtype)) and torch.equal(x, all_x[rank])
-        # A part of the rows alone gives the same bits: the order does not depend on the place in the message.
+        # Some of the rows give the same bits: the order of a sum does not depend on the index in the message.
         shard = x.new_empty(1, 3)
         start_reduce_scatter_blocks(x[3::4].contiguous(), shard, dist.group.WORLD).wait()
         assert torch.equal(shard, mine[3:])

@@ -1,4 +1,4 @@
-"""Start here when a key of a config file or of the command line is read as another value, or lost on its way back."""
+"""Start here when a key of a config file or of the command line gets another value, or is lost in a round trip."""
 
 import pytest
 
@@ -7,13 +7,13 @@ from fused_megatron.config import BERTConfig, GPTConfig, ParallelConfig
 from fused_megatron.config.config_file import load_config, save_config
 
 
-def loaded(tmp_path, text, *words):
+def loaded(tmp_path, text, *arguments):
     path = tmp_path / "config.toml"
     path.write_text(text)
-    return load_config(path, words)
+    return load_config(path, arguments)
 
 
-@pytest.mark.parametrize(("text", "words", "overlap"), [
+@pytest.mark.parametrize(("text", "arguments", "overlap"), [
     ("", (), True),
     ("[parallel]\noverlap = true", (), True),
     ("[parallel]\noverlap = false", (), False),
@@ -22,8 +22,8 @@ def loaded(tmp_path, text, *words):
     ("[parallel]\noverlap = 4", ("--parallel.overlap", "False"), False),
     ("[parallel]\noverlap = false", ("--parallel.overlap=3",), 3),
 ])  # fmt: skip
-def test_overlap_is_a_word_or_a_number_of_chunks_and_stays_so(tmp_path, text, words, overlap):
-    config = loaded(tmp_path, text, *words)
+def test_overlap_is_a_bool_or_a_number_of_chunks_and_stays_so(tmp_path, text, arguments, overlap):
+    config = loaded(tmp_path, text, *arguments)
     save_config(config, tmp_path / "saved.toml")
     for found in (config, load_config(tmp_path / "saved.toml")):
         assert found.parallel.overlap == overlap and type(found.parallel.overlap) is type(overlap)
@@ -49,10 +49,10 @@ def test_the_family_decides_which_keys_a_model_has_and_survives_the_file(tmp_pat
         loaded(tmp_path, '[model]\nfamily = "t5"')
 
 
-@pytest.mark.parametrize("words", [(), ("--training.num_stepz=3",)])
-def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, words):
-    """Not skipped: the run would go on with the default."""
+@pytest.mark.parametrize("arguments", [(), ("--training.num_stepz=3",)])
+def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, arguments):
+    """If it were skipped, the run would use the default."""
     path = tmp_path / "run.toml"
-    path.write_text("[training]\n" + ("num_steps = 3\n" if words else "num_stepz = 3\n"))
+    path.write_text("[training]\n" + ("num_steps = 3\n" if arguments else "num_stepz = 3\n"))
     with pytest.raises(InputError, match=r"training\.num_stepz \(did you mean training\.num_steps\?\)"):
-        load_config(path, words)
+        load_config(path, arguments)

@@ -13,7 +13,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
-# A fork starts in milliseconds; the children touch neither torch nor threads.
+# A fork starts in milliseconds; the children use neither torch nor threads.
 processes = multiprocessing.get_context("fork")
 
 

@@ -1,4 +1,4 @@
-"""Start here when `preprocess` writes other documents than it reads."""
+"""Start here when prepared documents differ from the text, or a cache is stale."""
 
 import json
 import multiprocessing
@@ -31,7 +31,7 @@ def prepare(path, cache, **options):
 
 
 def texts(corpus, prefix):
-    """The documents of a part, decoded; each must end with the end of document."""
+    """Return the decoded documents of a part; each must end with the end of document."""
     tokenizer = corpus.tokenizer()
     dataset = IndexedDataset(prefix)
     assert all(dataset[i][-1] == tokenizer.end_of_document for i in range(len(dataset)))
@@ -123,7 +123,7 @@ def test_held_out_text_does_not_reach_the_tokenizer(tmp_path):
         "\n".join(json.dumps({"text": "zqzqzqzq " * 50 if i % 20 == 19 else "hello world " * 5}) for i in range(40))
     )
     corpus = prepare(tmp_path / "a.jsonl", tmp_path / "cache")
-    # Nothing that the tokenizer learnt from: one token a byte.
+    # The tokenizer has not seen this text: one token per byte.
     assert len(corpus.tokenizer().encode("zqzqzqzq")) == 8
 
 

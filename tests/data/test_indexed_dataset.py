@@ -19,7 +19,7 @@ DOCUMENTS = [[1, 2, 3], [], [65535], list(range(100, 110))]
 
 
 def pack(documents, *, code=8, letter="H", modes=False):
-    """(.bin, .idx) of one sequence a document, packed by hand as the format's description says."""
+    """Pack (.bin, .idx) by hand as the format says, with one sequence per document."""
     size = struct.calcsize("<" + letter)
     lengths = [len(d) for d in documents]
     pointers = [sum(lengths[:i]) * size for i in range(len(lengths))]
@@ -121,7 +121,7 @@ def test_access(tmp_path):
 
 
 def test_arrays_outlive_the_dataset(tmp_path):
-    # In a process of its own: what goes wrong here goes wrong as a segmentation fault.
+    # In its own process: a fault here is a segmentation fault.
     write(tmp_path / "data", [list(range(1000))] * 50)
     code = (
         "import gc, sys\nfrom fused_megatron.data.indexed_dataset import IndexedDataset\n"
@@ -164,7 +164,7 @@ def test_every_flipped_bit_of_the_index_is_found_when_opened(tmp_path):
         else:
             harmless.add(bit)
             assert as_lists(dataset) != [] and dataset.total_tokens == 14
-    # Document boundaries 1, 2 and 3 may move between their neighbours; they carry no redundancy in the format.
+    # Document boundaries 1, 2 and 3 may move between their neighbours: the format cannot detect that.
     first_index = 34 + 4 * 4 + 8 * 4
     boundaries = range(8 * (first_index + 8), 8 * (first_index + 32))
     assert all(bit in boundaries for bit in harmless)
@@ -242,7 +242,7 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_disk_full_says_so(tmp_path):
-    # The temporary file is made a link to a device that is always full.
+    # The temporary file is a link to a device that is always full.
     (tmp_path / f"data.bin.tmp-{os.getpid()}").symlink_to("/dev/full")
     writer = IndexedDatasetWriter(tmp_path / "data", np.int64)
     with pytest.raises(InputError, match=r"data\.bin: the disk is full"):
@@ -252,7 +252,7 @@ def test_disk_full_says_so(tmp_path):
 
 
 def test_file_size_limit_is_an_error(tmp_path):
-    # Another way to run out of room; here the write fails only when the file is synced or closed.
+    # With a file size limit, the write fails only when the file is synced or closed.
     code = (
         "import resource, signal, sys\nfrom fused_megatron.checks import InputError\n"
         "from fused_megatron.data.indexed_dataset import IndexedDatasetWriter\n"

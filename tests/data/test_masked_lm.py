@@ -1,4 +1,4 @@
-"""Start here when BERT's samples hide the wrong tokens, or differ from run to run."""
+"""Start here when BERT's samples mask the wrong tokens, or differ from run to run."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ MASKING = MaskedLM(PAD, CLS, SEP, MASK, np.arange(4, 50), seq_len=130, mask_frac
 
 
 def rows(count: int, text_len: int = 128) -> np.ndarray:
-    """Text of random tokens, one more a row than is read."""
+    """Return rows of random tokens, each with one more token than is read."""
     return np.random.default_rng(3).integers(4, 50, (count, text_len + 1))
 
 
-def test_a_sample_is_framed_and_its_targets_are_what_stood_there() -> None:
+def test_a_sample_is_framed_and_its_targets_are_the_original_tokens() -> None:
     text = rows(3)
     batch = MASKING.batch(text, 0, TRAINING_STREAM)
-    assert batch.inputs.shape == batch.targets.shape == (3, 130) and batch.is_padding is None
+    assert batch.inputs.shape == batch.targets.shape == (3, 130) and batch.key_padding_mask is None
     assert (batch.inputs[:, 0] == CLS).all() and (batch.inputs[:, -1] == SEP).all()
     chosen = batch.targets >= 0
     assert not chosen[:, 0].any() and not chosen[:, -1].any()
@@ -34,20 +34,20 @@ def test_a_sample_is_framed_and_its_targets_are_what_stood_there() -> None:
     assert (chosen.sum(dim=1) == round(0.15 * 128)).all()
 
 
-def test_shares_of_what_becomes_of_a_chosen_token() -> None:
+def test_shares_of_masked_replaced_and_kept_tokens() -> None:
     text = rows(2000)
     batch = MASKING.batch(text, 0, TRAINING_STREAM)
     chosen = batch.targets >= 0
     total = int(chosen.sum())
-    hidden = (batch.inputs[chosen] == MASK).sum() / total
+    masked = (batch.inputs[chosen] == MASK).sum() / total
     stays = (batch.inputs[chosen] == batch.targets[chosen]).sum() / total
     replaced = batch.inputs[chosen & (batch.inputs != MASK) & (batch.inputs != batch.targets)]
     # 38,000 draws: the standard deviations of the shares are 0.2 % and 0.15 %; one in 46 is replaced by itself.
-    assert abs(float(hidden) - 0.8) < 0.01 and abs(float(stays) - 0.1 - 0.1 / 46) < 0.01
+    assert abs(float(masked) - 0.8) < 0.01 and abs(float(stays) - 0.1 - 0.1 / 46) < 0.01
     assert int(replaced.min()) == 4 and int(replaced.max()) == 49
-    # Every place of the text is chosen about as often as any other: 2000 x 19 / 128 = 297, of deviation 16.
-    places = chosen[:, 1:-1].sum(dim=0)
-    assert int((places - 297).abs().max()) < 5 * 16
+    # Every position is chosen about equally often: 2000 x 19 / 128 = 297 times, with a standard deviation of 16.
+    counts = chosen[:, 1:-1].sum(dim=0)
+    assert int((counts - 297).abs().max()) < 5 * 16
 
 
 def test_nothing_but_seed_sample_and_stream_decides() -> None:
@@ -63,10 +63,10 @@ def test_nothing_but_seed_sample_and_stream_decides() -> None:
         MASKING.batch(text, 40, VALIDATION_STREAM),
         others.batch(text, 40, TRAINING_STREAM),
     ):
-        # Of two independent choices of 19 of 128, 19 x 19 / 128 = 3 places agree.
+        # Two independent choices of 19 of 128 positions agree in 19 x 19 / 128 = 3 positions.
         same = ((other.targets >= 0) & (whole.targets >= 0)).sum(dim=1)
         assert (same < 12).all()
-    # Golden: other machines and other versions of numpy hide the same places.
+    # Golden values: other machines and numpy versions mask the same positions.
     assert (whole.targets[0] >= 0).nonzero().flatten().tolist()[:6] == [1, 11, 14, 16, 17, 19]
 
 
@@ -74,14 +74,14 @@ def test_short_and_empty_rows_are_padded() -> None:
     text = rows(3)
     text[0, 5:], text[1, 1:], text[2, :] = -100, -100, -100
     batch = MASKING.batch(text, 0, VALIDATION_STREAM)
-    assert batch.is_padding is not None
-    assert (~batch.is_padding).sum(dim=1).tolist() == [7, 3, 2]
+    assert batch.key_padding_mask is not None
+    assert (~batch.key_padding_mask).sum(dim=1).tolist() == [7, 3, 2]
     assert (batch.targets >= 0).sum(dim=1).tolist() == [1, 1, 0]
     assert batch.inputs[0, 6:8].tolist() == [SEP, PAD] and batch.inputs[2, :3].tolist() == [CLS, SEP, PAD]
-    assert (batch.inputs[batch.is_padding] == PAD).all() and (batch.targets[batch.is_padding] == -100).all()
+    assert (batch.inputs[batch.key_padding_mask] == PAD).all() and (batch.targets[batch.key_padding_mask] == -100).all()
     inputs, targets, keywords = batch.microbatches(2, torch.device("cpu"))
     assert [len(part) for part in inputs] == [len(part) for part in targets] == [2, 1]
-    assert torch.equal(keywords[1]["is_padding"], batch.is_padding[2:])
+    assert torch.equal(keywords[1]["key_padding_mask"], batch.key_padding_mask[2:])
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,9 @@ def test_data_parallel_ranks_share_the_rows_of_one_process(text: Path) -> None:
             assert torch.equal(whole.inputs, torch.cat([half.inputs for half in halves]))
             assert torch.equal(whole.targets, torch.cat([half.targets for half in halves]))
     batch = data.training_batch(0, 8, 0, 1)
-    # A text that reads [MASK] is text: only chosen places hold the token.
+    # The string [MASK] in a text is plain text: only chosen positions hold the special token.
     assert ((batch.inputs == ids.mask) <= (batch.targets >= 0)).all()
-    # Every held-out token is read once: each but a few of the last is in a sample.
+    # Every held-out token is read once: all except a few last ones are in a sample.
     last = data.validation.num_batches(8) - 1
     read_tokens = sum(int((~padded).sum()) for padded in paddings(data, last)) - 2 * 8 * (last + 1)
     assert 0 <= data.validation.documents.total_tokens - read_tokens <= 1
@@ -123,10 +123,13 @@ def test_data_parallel_ranks_share_the_rows_of_one_process(text: Path) -> None:
 
 def paddings(data: TrainingData, last: int) -> list[torch.Tensor]:
     batches = [data.validation_batch(i, 8, 0, 1) for i in range(last + 1)]
-    return [torch.zeros_like(b.inputs, dtype=torch.bool) if b.is_padding is None else b.is_padding for b in batches]
+    return [
+        torch.zeros_like(b.inputs, dtype=torch.bool) if b.key_padding_mask is None else b.key_padding_mask
+        for b in batches
+    ]
 
 
-def test_tokenizers_that_others_made(text: Path, tmp_path: Path) -> None:
+def test_tokenizers_of_other_models(text: Path, tmp_path: Path) -> None:
     theirs = train_tokenizer([text.read_text()], 280, tmp_path / "t.json", ("<s>", "<pad>", "</s>", "<mask>"))
     found = masked_lm(theirs, "t.json", seq_len=20, mask_fraction=0.5, seed=0)
     assert [found.pad, found.cls, found.sep, found.mask] == [1, 0, 2, 3] and found.ordinary.tolist()[0] == 4
@@ -140,7 +143,7 @@ def test_tokenizers_that_others_made(text: Path, tmp_path: Path) -> None:
         train_tokenizer(["text"], 259, tmp_path / "small.json", MASKED_LM_TOKENS)
 
 
-def test_a_tokenizer_that_cuts_and_fills_texts_gives_whole_ones(text: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_with_truncation_and_padding_encodes_full_texts(text: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     train_tokenizer([text.read_text()], 280, tmp_path / "t.json", MASKED_LM_TOKENS)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))

@@ -28,11 +28,11 @@ def test_every_epoch_covers_every_token_once():
         for epoch in (0, 1, 7):
             samples = [tokens_of(index, epoch * per_epoch + i) for i in range(per_epoch)]
             assert all(len(s) == seq_len + 1 for s in samples)
-            # As targets (all but a sample's first token) tokens come once; so do they as inputs.
+            # Every token is once a target (not the first token of a sample) and once an input.
             for part in (slice(1, None), slice(None, -1)):
                 seen = [token for s in samples for token in s[part]]
                 assert len(set(seen)) == len(seen) == per_epoch * seq_len
-            # Sorted out, the samples are one walk through whole documents: each begins where another ends.
+            # In order, the samples cover the documents without gaps: each begins where another ends.
             follower = {s[0]: s for s in samples}
             first = next(s for s in samples if s[0] not in {t[-1] for t in samples})
             walk = list(first)
@@ -50,7 +50,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     epoch = [[tokens_of(index, e * n + i) for i in range(n)] for e in range(3)]
     assert epoch[0] != epoch[1] != epoch[2] != epoch[0]
     assert epoch[0] != [tokens_of(other, i) for i in range(n)]
-    # In another order of calls, from another object: the same.
+    # Another object, called in another order, returns the same.
     assert [tokens_of(again, i) for i in reversed(range(3 * n))] == [s for e in epoch for s in e][::-1]
 
 

@@ -14,6 +14,22 @@ def test_a_file_is_one_document(tmp_path):
     assert list(source.documents()) == ["one\r\ntwo é\n"] == list(source.documents())
 
 
+def test_a_document_larger_than_memory_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(1 << 43)  # sparse: it takes no room
+    wanted = r"a.txt: a document of 8796.1 GB, of which 8796.1 GB are made in memory, and .* GB are free: divide"
+    with pytest.raises(InputError, match=wanted):
+        list(path_source(tmp_path / "a.txt").documents())
+
+
+@pytest.mark.parametrize(("character", "made"), [("a", "0.3"), ("é", "0.7")])
+def test_a_document_must_leave_room_for_what_is_made_of_it(tmp_path, monkeypatch, character, made):
+    monkeypatch.setattr("fused_megatron.data.text_source.memory_bytes", lambda: (1e9, 0.2e9))
+    (tmp_path / "a.txt").write_text("x" * ((64 << 20) + 1) + character)
+    with pytest.raises(InputError, match=f"a document of 0.1 GB, of which {made} GB are made in memory, and 0.2 GB"):
+        list(path_source(tmp_path / "a.txt").documents())
+
+
 def test_a_folder_in_a_fixed_order(tmp_path):
     for name in ("b.txt", "a/z.md", "a.txt", "c.jsonl", ".hidden", ".git/x", "empty"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from fused_megatron.data.token_dataset import (
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Tokens that are their own position, in documents of many lengths, some empty, some of two sequences."""
+    """A dataset whose tokens equal their positions; some documents are empty, some have two sequences."""
     lengths = np.random.default_rng(0).integers(0, 40, size=60)
     lengths[[0, 7, 59]] = 0
     return make(tmp_path / "data", lengths)
@@ -55,7 +55,7 @@ def test_data_parallel_ranks_divide_one_global_batch(dataset):
         for dp_size in (2, 3, 4, 12):
             parts = [TokenDataset(dataset, 16, seed=1).batch(step, 12, r, dp_size) for r in range(dp_size)]
             assert np.array_equal(np.concatenate(parts), whole)
-    # Disjoint: over one epoch no rank sees a target that another sees.
+    # Ranks are disjoint: over one epoch, no two ranks see the same target.
     steps = tokens.samples_per_epoch // 4
     seen = [{int(t) for step in range(steps) for t in tokens.batch(step, 4, rank, 2)[:, 1:].flat} for rank in range(2)]
     assert not seen[0] & seen[1] and len(seen[0]) == len(seen[1]) == steps * 2 * 16
@@ -64,7 +64,7 @@ def test_data_parallel_ranks_divide_one_global_batch(dataset):
 def test_batches_are_a_function_of_samples_consumed(dataset):
     tokens = TokenDataset(dataset, 16, seed=1)
     expected = np.concatenate([tokens.batch(step, 4) for step in range(30)])
-    # Batches of another size, resumed in the middle, from a new object.
+    # A new object resumes in the middle with another batch size.
     resumed = TokenDataset(dataset, 16, seed=1)
     assert np.array_equal(np.concatenate([resumed.batch(step, 6) for step in range(10, 20)]), expected[60:])
     assert np.array_equal(resumed.rows(33, 5), expected[33:38])
@@ -96,12 +96,12 @@ def test_validation_covers_every_token_once(dataset, seq_len, dp_size):
     assert rows.shape == (4 * tokens.num_batches(4), seq_len + 1) and rows.dtype == np.int64
     inputs, targets = inputs_and_targets(rows)
     real = targets != -100
-    assert targets[real].tolist() == list(range(1, dataset.total_tokens))  # tokens are their own positions
+    assert targets[real].tolist() == list(range(1, dataset.total_tokens))  # tokens equal their positions
     assert np.array_equal(inputs[real], targets[real] - 1)
     assert (inputs >= 0).all()
     assert tokens.num_samples == -(-(dataset.total_tokens - 1) // seq_len)
     assert (real.any(axis=1)).sum() == tokens.num_samples and real[: tokens.num_samples].any(axis=1).all()
-    # Real targets come first in a row, so that padding is never attended to.
+    # Real targets come first in a row, so no real token attends to padding.
     assert (np.diff(real.astype(int), axis=1) <= 0).all()
 
 
@@ -134,7 +134,7 @@ def test_split_by_documents(dataset, fraction):
     assert len(validation.lengths) == int(60 * fraction)
     both = np.concatenate([train.starts, validation.starts]), np.concatenate([train.lengths, validation.lengths])
     assert sorted(zip(*both, strict=True)) == sorted(zip(every.starts, every.lengths, strict=True))
-    # Spread evenly: gaps of documents between two held out differ by one at most.
+    # Evenly spread: the gaps between held-out documents differ by one at most.
     chosen = np.flatnonzero([held_out(i, fraction) for i in range(60)])
     assert np.array_equal(every.lengths[chosen], validation.lengths)
     assert np.ptp(np.diff(chosen)) <= 1

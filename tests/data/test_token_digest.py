@@ -1,4 +1,4 @@
-"""Start here when a flipped bit in tokens is not found, or one is reported where none is."""
+"""Start here when a flipped bit in a token file is not found, or intact files are called damaged."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_writer_leaves_checksums_and_the_vocabulary(tmp_path):
 
 
 @pytest.mark.parametrize("block_bytes", [7, 64, 100, 1000])
-def test_blocks_do_not_hang_on_how_the_bytes_come(block_bytes):
+def test_checksums_do_not_depend_on_the_sizes_of_the_writes(block_bytes):
     data = bytes(range(256)) * 2
     found = []
     for step in (1, 33, 64, 512):
@@ -90,7 +90,7 @@ def test_ranks_share_the_blocks(tmp_path):
         found.append(check.wait())
     assert [problem is not None for problem in found] == [False, False, True]
     assert "bytes 500 to 600" in found[2]
-    (tmp_path / "data.bin").unlink()  # what cannot be read now is no damage
+    (tmp_path / "data.bin").unlink()  # a file that cannot be read is not damaged
     check = TokenCheck([(prefix, digest)])
     check.start()
     assert check.wait() is None

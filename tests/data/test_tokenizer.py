@@ -63,6 +63,17 @@ def test_random_texts(tokenizer):
     assert [int(tokenizer.token_bytes[ids].sum()) for ids in batch] == [len(text.encode()) for text in texts]
 
 
+def test_long_texts_are_encoded_a_part_at_a_time(tokenizer, monkeypatch):
+    texts = ["ab cd\n" * 50, "", "x" * 99, "é\n" * 30]
+    monkeypatch.setattr("fused_megatron.data.tokenizer._PIECE_CHARACTERS", 20)
+    whole = tokenizer.encode_batch(texts)
+    monkeypatch.setattr("fused_megatron.data.tokenizer._BATCH_CHARACTERS", 50)
+    parts = tokenizer.encode_batch(texts, np.uint16)
+    assert [each.dtype for each in parts] == [np.uint16] * 4
+    assert all(np.array_equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert [tokenizer.decode(ids) for ids in parts] == texts
+
+
 def test_it_compresses_and_has_the_size_asked_for(tokenizer):
     assert tokenizer.vocab_size == 300 == len(tokenizer.token_bytes)
     assert tokenizer.token_bytes[tokenizer.end_of_document] == 0

@@ -1,4 +1,4 @@
-"""Start here when a gradient lies in the wrong bucket, or at the wrong place in it."""
+"""Start here when a gradient is in the wrong bucket, or at the wrong offset in it."""
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def test_views_are_the_flat_tensor_in_the_shapes_of_the_parameters() -> None:
     assert not flat.any()
 
 
-def test_a_tied_weight_has_one_place_apart_from_both_stages() -> None:
+def test_a_tied_weight_has_a_bucket_of_its_own() -> None:
     tied, first, second = parameter(3), parameter(1), parameter(2)
     layouts = lay_out_buckets({0: [tied, first], 4: [second, tied]}, bucket_bytes=1e6)
     assert {tuple(sorted(stages)): [b.parameters for b in buckets] for stages, buckets in layouts.items()} == {

@@ -1,4 +1,4 @@
-"""Start here when an update is not that of torch.optim.AdamW in float64, or a checkpoint loses some of its state."""
+"""Start here when an update differs from torch.optim.AdamW in float64, or a checkpoint loses some of its state."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Start here when gradients over data-parallel ranks are wrong, or buckets leave too late or in different orders."""
+"""Start here when gradients over data-parallel ranks are wrong, or buckets are sent late or in different orders."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 
 class Chain(nn.Module):
-    """Four linears, one used twice, and one that takes no part."""
+    """Model of four linear layers, one of which is used twice, and one that is not used."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def test_low_precision_gradients_accumulate_in_float32() -> None:
 
 
 class ParallelChain(nn.Module):
-    """Layers that add to main_grad: column and row, one used twice, a tied weight, and an MLP as one function."""
+    """Model of layers that add to main_grad: column and row, one used twice, a tied weight, an MLP as one function."""
 
     def __init__(self, dtype: torch.dtype, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class ParallelChain(nn.Module):
         x = self.down(torch.tanh(self.up(x)))
         up, down = self.mlp_up, self.mlp_down
         x = parallel_mlp(x, up.weight, up.bias, down.weight, down.bias, tp_group=self.group, overlap=2)
-        # A use of a weight that autograd knows nothing special about.
+        # An ordinary use of a weight, for autograd.
         return x @ self.mlp_down.weight.sum(1, keepdim=True)
 
 
@@ -109,7 +109,7 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
         for total, p in zip(sums, apart.parameters(), strict=True):
             total += p.grad
     (queue,) = buckets._queues
-    assert len(queue.work) == len(queue.buckets)  # all left during backward
+    assert len(queue.work) == len(queue.buckets)  # all were sent during backward
     buckets.finish()
     for total in sums:
         dist.all_reduce(total, group=mesh.dp_group)
@@ -117,7 +117,7 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
 
 
 def test_linear_layers_add_to_the_buckets() -> None:
-    # bfloat16: apart, each microbatch is rounded to it.
+    # For bfloat16 each microbatch is rounded to it without main_grad.
     tolerances = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
     found = run_cases_on_ranks(into_main_grad, 4, [(dtype,) for dtype in tolerances])
     for tolerance, by_rank in zip(tolerances.values(), found, strict=True):
@@ -162,7 +162,7 @@ def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
     during: list[int] = []
     x = inputs(rank, torch.float32)[0].requires_grad_()
     x.register_hook(lambda _: during.extend(sizes))  # the last thing that backward does
-    # The ranks use the layers in different orders; what they send must not differ.
+    # The ranks use the layers in different orders, and must send the same buckets.
     for layer in [*model.layers][:: 1 if rank == 0 else -1]:
         x = layer(x)
     (x.sum() + model.unused(x[:, :3]).sum()).backward()
@@ -177,7 +177,7 @@ def test_buckets_leave_during_backward_and_in_one_order_on_every_rank() -> None:
 
 
 def stages_apart(rank: int, world_size: int) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Two stages that share a weight: the sizes that each call sent, and the sums."""
+    """Reduce two stages that share a weight; return the sizes that each call sent, and the sums."""
     torch.manual_seed(0)
     first, second, tied = (nn.Parameter(torch.randn(n)) for n in (2, 3, 5))
     buckets = GradientBuckets({0: [tied, first], 4: [second, tied]}, dist.group.WORLD, 1)
@@ -189,7 +189,7 @@ def stages_apart(rank: int, world_size: int) -> tuple[list[list[int]], list[torc
         return original(tensor, *args, **kwargs)  # type: ignore[arg-type]
 
     dist.all_reduce = recording  # type: ignore[assignment]
-    for _ in range(2):  # a second step starts anew
+    for _ in range(2):  # a second step begins again
         buckets.zero_()
         buckets.reduce_after_backwards(2)
         for microbatch in range(2):
@@ -222,7 +222,7 @@ MASKED = GPTConfig(num_layers=1, hidden_size=16, num_heads=2, seq_len=8, vocab_s
 
 
 def masked_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """4 sequences: the first two, of data-parallel rank 0, have one token that counts, the others all."""
+    """Return 4 sequences: in the first two, of data-parallel rank 0, one token counts; in the others all tokens do."""
     ids = torch.randint(40, (4, 9), generator=torch.Generator().manual_seed(3))
     target = ids[:, 1:].clone()
     target[:2] = -100
@@ -243,7 +243,7 @@ def uneven_masks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     return norms | {"table": buckets[model.token_embedding.weight].clone()}
 
 
-def test_uneven_masks_count_every_token_alike() -> None:
+def test_uneven_masks_count_every_token_equally() -> None:
     model = GPT(MASKED)
     tokens, target = masked_batch()
     logits = model(tokens)[..., :40].flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Start here when `fused-megatron doctor` fails, or says nothing of what this machine lacks."""
+"""Start here when `fused-megatron doctor` fails, or does not see what this machine has."""
 
 import json
 import os
@@ -14,20 +14,23 @@ import pytest
 
 from fused_megatron import cli
 from fused_megatron.doctor.device_code import device_code, runs_on
-from fused_megatron.doctor.machine import Question, parsed_gpus, parsed_links
-from fused_megatron.doctor.ranks import Lookup, Lookups, find_network
+from fused_megatron.doctor.machine import Question, parse_gpus, parse_links
+from fused_megatron.doctor.network import Lookup, Lookups, find_network
 from fused_megatron.extension import LIBRARY
 
 ROOT = Path(__file__).parents[2]
 
 
-def doctor(*words: str, timeout: float = 60, path: Path | None = None, **variables: str) -> tuple[int, str]:
-    """Exit code and output of a process of its own, whose import path begins with `path`."""
+def doctor(*arguments: str, timeout: float = 60, path: Path | None = None, **variables: str) -> tuple[int, str]:
+    """Run the doctor in a process whose import path begins with `path`; return its exit code and output."""
     folders = [str(folder) for folder in (path, ROOT) if folder] + [os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
-        [sys.executable, "-m", "fused_megatron", "doctor", *words], capture_output=True, text=True, timeout=timeout,
+        [sys.executable, "-m", "fused_megatron", "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), **variables},
-    )  # fmt: skip
+    )
     assert done.stderr == ""
     return done.returncode, done.stdout
 
@@ -49,7 +52,7 @@ def test_a_real_run() -> None:
     assert facts["environment"].get("OMP_NUM_THREADS") == os.environ.get("OMP_NUM_THREADS")
 
 
-@pytest.mark.slow  # tests/test_extension.py starts without one in the fast part
+@pytest.mark.slow  # in the fast part, tests/test_extension.py starts without a library
 def test_without_the_library() -> None:
     code, said = doctor(FUSED_MEGATRON_LIBRARY="")
     assert code == 0 and "unset FUSED_MEGATRON_LIBRARY" in said and "CPU: reference" in said
@@ -71,16 +74,19 @@ def test_torch_that_does_not_import(tmp_path: Path) -> None:
 
 
 def test_no_dependency_at_all() -> None:
-    """As after `pip install --no-deps`: one interpreter without its site-packages."""
+    """An interpreter without site-packages, as after `pip install --no-deps`."""
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "fused_megatron", "doctor"], capture_output=True, text=True, timeout=600,
+        [sys.executable, "-S", "-m", "fused_megatron", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (1, "")
     assert "broken: torch is missing" in done.stdout and 'pip install --upgrade "torch>=2.13"' in done.stdout
 
 
-def test_bad_words_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_arguments_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--jsn"]) == 2
     assert "unknown option --jsn (options: --json, --data PREFIX)" in capsys.readouterr().err
     assert cli.main(["doctor", "--help"]) == 0
@@ -88,7 +94,7 @@ def test_bad_words_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_megatron.doctor.ranks.LOOKUP_PATIENCE_S", 0.2)
+    monkeypatch.setattr("fused_megatron.doctor.network.LOOKUP_PATIENCE_S", 0.2)
     monkeypatch.setattr(socket, "getnameinfo", lambda *_: time.sleep(120))
     monkeypatch.setattr(socket, "gethostname", lambda: "nowhere.invalid")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: (_ for _ in ()).throw(socket.gaierror("unknown")))
@@ -109,22 +115,22 @@ def test_a_program_that_hangs_or_fails_has_no_answer(monkeypatch: pytest.MonkeyP
     assert Question("sleep", "30").answer is None
     assert Question("no-such-program-anywhere").answer is None
     assert Question("false").answer is None
-    assert Question("cat", asked="text").answer == "text"
+    assert Question("cat", stdin="text").answer == "text"
 
 
-def test_what_nvidia_smi_says() -> None:
-    gpus, driver = parsed_gpus("NVIDIA H100 80GB HBM3, 9.0, 81559, 580.65\nNVIDIA H100 80GB HBM3, 9.0, [N/A], 580.65\n")
+def test_output_of_nvidia_smi() -> None:
+    gpus, driver = parse_gpus("NVIDIA H100 80GB HBM3, 9.0, 81559, 580.65\nNVIDIA H100 80GB HBM3, 9.0, [N/A], 580.65\n")
     assert [gpu.capability for gpu in gpus] == ["9.0", "9.0"] and driver == "580.65"
     assert gpus[0].memory_gb == pytest.approx(85.5, abs=0.1)
-    assert parsed_gpus("NVIDIA-SMI has failed because it couldn't communicate") == ((), None)
+    assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate") == ((), None)
     matrix = """\t\x1b[4mGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
 GPU0\t X \tNV18\tSYS\tPIX\t0-31\t0
 GPU1\tNV18\t X \tSYS\tSYS\t0-31\t0
 GPU2\tSYS\tSYS\t X \tSYS\t32-63\t1
 NIC0\tPIX\tSYS\tSYS\t X
 """
-    assert parsed_links(matrix) == {"NV18": 1, "SYS": 2}
-    assert parsed_links("") == {}
+    assert parse_links(matrix) == {"NV18": 1, "SYS": 2}
+    assert parse_links("") == {}
 
 
 def test_device_code_of_a_fat_binary(tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_device_code_of_a_fat_binary(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_device_code_of_what_nvcc_makes(tmp_path: Path) -> None:
+def test_device_code_of_a_file_from_nvcc(tmp_path: Path) -> None:
     (tmp_path / "kernel.cu").write_text("__global__ void k(int* x) { *x = 1; }")
     kinds = ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_90,code=compute_90"]
     command = ["nvcc", "-fatbin", *(f"-gencode={kind}" for kind in kinds), "kernel.cu", "-o", "kernel.fatbin"]

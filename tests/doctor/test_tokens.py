@@ -1,4 +1,4 @@
-"""Start here when the doctor misses damaged tokens, or reads for longer than it should."""
+"""Start here when the doctor misses a damaged token file, or reads for too long."""
 
 from pathlib import Path
 
@@ -9,9 +9,9 @@ from fused_megatron.checks import InputError
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
 from fused_megatron.doctor.command import _parse
+from fused_megatron.doctor.diagnosis import BROKEN, NOTE, diagnose
 from fused_megatron.doctor.facts import Facts, Installation, Library, Machine, Network, TokenFile, Tools, Torch
-from fused_megatron.doctor.findings import BROKEN, NOTE, find_out
-from fused_megatron.doctor.report import plain
+from fused_megatron.doctor.output_formats import plain
 from fused_megatron.doctor.tokens import find_tokens
 
 
@@ -27,7 +27,7 @@ def write(prefix: Path, flip: int | None = None) -> str:
 
 
 def facts_of(tokens: tuple[TokenFile, ...]) -> Facts:
-    """Of a machine of which only its tokens are known."""
+    """Return the facts of a machine of which only the token files are known."""
     installation, library = Installation("1", "3.12", "linux", None), Library("", False, False)
     return Facts(installation, Torch(), library, Tools(), Machine(), Network(), tokens=tokens)
 
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home" / "fused_megatron"
 
 
-def test_what_is_named_and_what_was_prepared(tmp_path: Path, cache: Path) -> None:
+def test_named_datasets_and_prepared_text(tmp_path: Path, cache: Path) -> None:
     good, bad = write(tmp_path / "good"), write(tmp_path / "bad", flip=7)
     prepared = write(cache / "text-abc" / "train", flip=99)
     found = find_tokens([f"{good}.idx", bad, good])
@@ -52,7 +52,7 @@ def test_what_is_named_and_what_was_prepared(tmp_path: Path, cache: Path) -> Non
     assert problems[0] is problems[2] is None
     assert f"{bad}.bin: the checksum of bytes 0 to 100 is " in str(problems[1])
     facts = facts_of(found)
-    broken = [finding for finding in find_out(facts) if finding.level == BROKEN and ".bin: " in finding.text]
+    broken = [finding for finding in diagnose(facts) if finding.level == BROKEN and ".bin: " in finding.text]
     assert [finding.command for finding in broken] == ["", f"rm -r {cache}/text-abc  # it is prepared again"]
     said = "\n".join(plain(facts, []))
     assert f"{good}.bin: as its checksums say" in said and f"{bad}.bin: damaged" in said
@@ -64,7 +64,7 @@ def test_a_cache_is_read_for_a_while_only(tmp_path: Path, cache: Path) -> None:
     found = find_tokens([named], patience_s=0.0)
     assert [(file.problem, file.is_read) for file in found] == [(None, True), (None, False)]
     facts = facts_of(found)
-    commands = [finding.command for finding in find_out(facts) if finding.level == NOTE]
+    commands = [finding.command for finding in diagnose(facts) if finding.level == NOTE]
     assert f"fused-megatron doctor --data {prepared}" in commands
 
 
@@ -80,8 +80,8 @@ def test_without_checksums_and_without_data(tmp_path: Path, cache: Path) -> None
         find_tokens([str(tmp_path / "absent")])
 
 
-def test_words() -> None:
+def test_arguments() -> None:
     assert _parse(["--data", "a", "--json", "--data", "b"]) == (True, ["a", "b"])
-    for words in (["--data"], ["--help-me"], ["--json", "x"]):
+    for arguments in (["--data"], ["--help-me"], ["--json", "x"]):
         with pytest.raises(InputError, match="fused-megatron doctor: "):
-            _parse(words)
+            _parse(arguments)

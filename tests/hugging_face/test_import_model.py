@@ -16,8 +16,8 @@ from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
-from fused_megatron.hugging_face.families import family_for
 from fused_megatron.hugging_face.import_model import load_model
+from fused_megatron.hugging_face.known_families import family_for
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def written(config: GPTConfig, folder: Path, form: str = "llama") -> Path:
-    """A model of random weights in a folder as transformers writes it: two files and an index."""
+    """Write a model with random weights as transformers does: two files and an index."""
     folder.mkdir(parents=True)
     family = family_for(config)
     assert family.model_type == form
@@ -199,7 +199,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def refusals(rank: int, world_size: int, folders: list[Path], target: Path) -> list[str]:
-    """What every import is refused with on this rank."""
+    """Import each folder; return the error messages on this rank."""
     found = []
     for folder in folders:
         try:
@@ -210,7 +210,7 @@ def refusals(rank: int, world_size: int, folders: list[Path], target: Path) -> l
     return found
 
 
-def test_what_does_not_fit_is_refused_by_name_on_every_rank_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+def test_a_faulty_folder_is_refused_by_name_on_every_rank_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
     folders = []
     for i, (change, _) in enumerate(CASES.values()):
         folders.append(tmp_path / "in" / f"{i}")
@@ -270,7 +270,7 @@ def test_names_that_older_checkpoints_have(source: Path, tmp_path: Path) -> None
     bare.mkdir()
     change_config(tie_word_embeddings=True, architectures=["LlamaModel"])(source)
     shutil.copy(source / "config.json", bare)
-    # Of the bare model, with a buffer, a stray head of another task, and a tied head that is stored all the same.
+    # A model without head, plus a buffer, a head of another task, and a stored copy of the tied head.
     names = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     names["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     names["lm_head.weight"] = names["embed_tokens.weight"].clone()
@@ -297,7 +297,7 @@ def test_a_model_that_no_family_has() -> None:
 
 
 def peak_growth(rank: int, world_size: int, folder: Path, small: Path, run: Path) -> dict[str, int]:
-    """Bytes by which this rank's resident memory grows at its highest, and those of its shard."""
+    """Return the peak growth of this rank's resident memory, and the size of its shards, in bytes."""
     tp_group = init_mesh(world_size).tp_group
     # Load the code that is needed.
     convert(ConvertArguments("from-hf", small, run.with_name("small")))
@@ -312,7 +312,7 @@ def peak_growth(rank: int, world_size: int, folder: Path, small: Path, run: Path
 
 
 def begin_peak() -> int:
-    """What is resident now, from which VmHWM starts anew."""
+    """Reset VmHWM, the peak of the resident memory; return the resident memory now."""
     CLEAR_REFS.write_text("5")
     return resident("VmRSS")
 
@@ -325,7 +325,7 @@ def resident(kind: str) -> int:
 CLEAR_REFS = Path("/proc/self/clear_refs")
 GPT2 = GPTConfig(num_layers=2, hidden_size=16, num_heads=4, vocab_size=30, seq_len=8)
 FORMS = {"llama": (CONFIG, {"ffn_hidden_size": None, "num_kv_heads": None}), "gpt2": (GPT2, {})}
-# Of the format's blocks of 4 MiB a few are in flight, and what was freed is not all given back.
+# A few blocks of 4 MiB are in memory at once, and not all freed memory returns to the system.
 SLACK = 16_000_000
 
 

@@ -1,4 +1,4 @@
-"""Start here when a BERT from Hugging Face gives other values than transformers does."""
+"""Start here when a BERT from a Hugging Face folder computes other values than transformers does."""
 
 import json
 import shutil
@@ -35,18 +35,18 @@ SIZES: dict[str, Any] = {
 
 def batch() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(5)
-    # No token 0: transformers leaves the gradient of its row of the embedding out.
+    # No token 0: it is padding_idx in transformers, so its row of the embedding gets no gradient.
     tokens = torch.randint(1, 101, (3, 20), generator=generator)
     types = torch.randint(2, (3, 20), generator=generator)
-    is_padding = torch.arange(20) >= torch.tensor([[20], [13], [5]])
-    upstream = torch.randn(3, 20, 101, generator=generator) * ~is_padding.unsqueeze(-1)
+    key_padding_mask = torch.arange(20) >= torch.tensor([[20], [13], [5]])
+    upstream = torch.randn(3, 20, 101, generator=generator) * ~key_padding_mask.unsqueeze(-1)
     sentences = torch.randn(3, 2, generator=generator)
-    return {"tokens": tokens, "types": types, "padding": is_padding, "logits": upstream, "sentences": sentences}
+    return {"tokens": tokens, "types": types, "padding": key_padding_mask, "logits": upstream, "sentences": sentences}
 
 
 @pytest.fixture(scope="module", params=["Bert", "MegatronBert"])
 def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT with both heads as transformers writes it, what it gives, and its gradients in the form of a model."""
+    """Write a BERT with both heads, its outputs, and its gradients in the files of a model."""
     folder, given = tmp_path_factory.mktemp("bert"), batch()
     torch.manual_seed(0)
     config = getattr(transformers, f"{request.param}Config")(**SIZES)
@@ -66,13 +66,13 @@ def bert(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def errors_of(rank: int, world_size: int, folder: Path) -> list[dict[str, float]]:
-    """Per layout the largest error of this rank's outputs, and of each gradient relative to its largest value."""
+    """Return, per layout, the largest error of this rank's outputs, and of each gradient relative to its maximum."""
     tp_group, found = init_mesh(world_size).tp_group if world_size > 1 else None, []
     given, expected, gradients = batch(), load_file(folder / "outputs"), open_source(folder / "gradients")
     for sequence_parallel in (False, True):
         model = load_model(folder, tp_group=tp_group, sequence_parallel=sequence_parallel)
         assert isinstance(model, BERT)
-        options = {"token_types": given["types"], "is_padding": given["padding"]}
+        options = {"token_types": given["types"], "key_padding_mask": given["padding"]}
         logits = model(given["tokens"], **options)
         sentences = model.next_sentence_logits(model.encode(given["tokens"], **options))
         width = logits.shape[-1]
@@ -90,17 +90,17 @@ def errors_of(rank: int, world_size: int, folder: Path) -> list[dict[str, float]
 
 
 def stage_errors(rank: int, folder: Path) -> dict[str, float]:
-    """The same for the outputs where each of two ranks holds a pipeline stage; the first has none."""
+    """Return the largest errors of the outputs if each of two ranks holds a pipeline stage; none on the first."""
     model, given, expected = load_model(folder, stage=(rank, 2)), batch(), load_file(folder / "outputs")
     assert isinstance(model, BERT)
     first = torch.empty(20, 3, 32)
     with torch.no_grad():
         if rank == 0:
-            first = model.encode(given["tokens"], token_types=given["types"], is_padding=given["padding"])
+            first = model.encode(given["tokens"], token_types=given["types"], key_padding_mask=given["padding"])
         torch.distributed.broadcast(first, 0)
         if rank == 0:
             return {}
-        hidden = model.encode(first, is_padding=given["padding"])
+        hidden = model.encode(first, key_padding_mask=given["padding"])
         differences = (model.logits(hidden)[..., :101] - expected["logits"]) * ~given["padding"].unsqueeze(-1)
         sentences = model.next_sentence_logits(hidden) - expected["sentences"]
     return {"logits of stages": float(differences.abs().max()), "sentences": float(sentences.abs().max())}
@@ -119,8 +119,8 @@ def test_a_stage_that_is_not_there(bert: Path) -> None:
         load_model(bert, stage=(2, 2))
 
 
-def there_and_back(folder: Path, work: Path) -> None:
-    """To a run and back: the same tensors under the same names, the same config."""
+def check_round_trip(folder: Path, work: Path) -> None:
+    """Import and export a folder; check that tensors, names and config are the same."""
     convert(ConvertArguments("from-hf", folder, work / "run"))
     convert(ConvertArguments("to-hf", work / "run", work / "back"))
     before, after = (load_file(path / "model.safetensors") for path in (folder, work / "back"))
@@ -134,12 +134,13 @@ def there_and_back(folder: Path, work: Path) -> None:
 def test_a_round_trip_keeps_heads_that_are_not_trained(
     bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there_and_back(bert, tmp_path)
-    said = capsys.readouterr().out
-    assert "kept for the way back, but no part of the run: bert.pooler.dense.bias, " in said and "generate" not in said
+    check_round_trip(bert, tmp_path)
+    output = capsys.readouterr().out
+    assert "kept for to-hf, but not used by the run: bert.pooler.dense.bias, " in output
+    assert "generate" not in output
     kept = load_file(tmp_path / "run" / "hugging_face" / "kept" / "model.safetensors")
     assert len(kept) == 4
-    # In 16 bits all of it is, the way back too.
+    # A round trip in 16 bits converts all tensors.
     convert(ConvertArguments("from-hf", bert, tmp_path / "narrow", dtype="bfloat16"))
     convert(ConvertArguments("to-hf", tmp_path / "narrow", tmp_path / "narrow back"))
     before, after = (load_file(path / "model.safetensors") for path in (bert, tmp_path / "narrow back"))
@@ -152,13 +153,13 @@ def test_a_round_trip_keeps_names_copies_and_buffers(tmp_path: Path) -> None:
     folder = tmp_path / "masked"
     transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)).save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    # As transformers wrote it before version 4.31.
+    # The tensors that transformers wrote before version 4.31.
     tensors["bert.embeddings.position_ids"] = torch.arange(24).unsqueeze(0)
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"].clone()
     tensors["cls.predictions.decoder.bias"] = tensors["cls.predictions.bias"].clone()
     save_file(tensors, folder / "model.safetensors")
-    there_and_back(folder, tmp_path)
-    # As its first checkpoints have it: the norms with the names that TensorFlow gave them.
+    check_round_trip(folder, tmp_path)
+    # The first checkpoints name their norms as TensorFlow does.
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     norms = {".LayerNorm.weight": ".LayerNorm.gamma", ".LayerNorm.bias": ".LayerNorm.beta"}
@@ -168,20 +169,20 @@ def test_a_round_trip_keeps_names_copies_and_buffers(tmp_path: Path) -> None:
                 tensors[name.replace(new, before)] = tensors.pop(name)
     save_file(tensors, old / "model.safetensors")
     (tmp_path / "of old").mkdir()
-    there_and_back(old, tmp_path / "of old")
+    check_round_trip(old, tmp_path / "of old")
     one, other = load_model(folder), load_model(old)
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
-    # The bare model of another family, whose names lack the prefix.
+    # A model of another family without a head: its names lack the prefix.
     bare = tmp_path / "bare"
     sizes = {"vocab_size": 101, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
     transformers.GPT2Model(transformers.GPT2Config(**sizes)).save_pretrained(bare)
     assert "wte.weight" in load_file(bare / "model.safetensors")
     (tmp_path / "of bare").mkdir()
-    there_and_back(bare, tmp_path / "of bare")
+    check_round_trip(bare, tmp_path / "of bare")
 
 
 def test_a_bert_trained_here_is_what_transformers_loads(tmp_path: Path) -> None:
-    """Of the re-arranged order of norms: the masked-LM losses of both are the same."""
+    """With Megatron's order of norms, both compute the same masked-LM loss."""
     (tmp_path / "text.txt").write_text("".join(f"line {i} says {'ab' * (i % 5)}.\n" for i in range(300)))
     (tmp_path / "bert.toml").write_text("""
         [model]
@@ -212,12 +213,12 @@ def test_a_bert_trained_here_is_what_transformers_loads(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_published_weights(tmp_path: Path) -> None:
-    """With the tokenizer that came with them, which cuts and fills every text to eight tokens."""
+    """Use the published tokenizer, which truncates and pads every text to eight tokens."""
     folder, vocabulary = tmp_path / "bert", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", "##b", "##c"]
     torch.manual_seed(0)
     sizes = SIZES | {"vocab_size": len(vocabulary)}
     transformers.BertForPreTraining(transformers.BertConfig(**sizes)).save_pretrained(folder)
-    tokenizer = tokenizers.BertWordPieceTokenizer({word: i for i, word in enumerate(vocabulary)})
+    tokenizer = tokenizers.BertWordPieceTokenizer({token: i for i, token in enumerate(vocabulary)})
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -242,7 +243,7 @@ SENTENCES = ["A dog runs over the green field.", "The cat sleeps.", "Wind and ra
 
 
 def sentence_embeddings(hidden: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens seen, [B, H]; hidden is [B, S, H]."""
+    """Return the mean over the tokens that `seen` marks, [B, H]; hidden is [B, S, H]."""
     return (hidden * seen.unsqueeze(-1)).sum(1) / seen.sum(1, keepdim=True)
 
 
@@ -250,7 +251,7 @@ def embedded(rank: int, world_size: int, folder: Path, tokens: torch.Tensor, see
     model = load_model(folder, tp_group=init_mesh(world_size).tp_group, skip=["pooler.*"]).eval()
     assert isinstance(model, BERT)
     with torch.no_grad():
-        return sentence_embeddings(model.encode(tokens, is_padding=seen == 0).transpose(0, 1), seen)
+        return sentence_embeddings(model.encode(tokens, key_padding_mask=seen == 0).transpose(0, 1), seen)
 
 
 def test_pretrained_weights_give_the_same_sentence_embeddings_and_come_back(tmp_path: Path) -> None:
@@ -267,7 +268,7 @@ def test_pretrained_weights_give_the_same_sentence_embeddings_and_come_back(tmp_
         assert bool((cosine > 0.99999).all()) and bool(cosine.max() <= 1 + 1e-6)
     with pytest.raises(InputError, match=r"tensor 'pooler\.dense\.bias' .* --skip 'pooler\.dense\.bias'"):
         load_model(folder)
-    there_and_back(folder, tmp_path)
+    check_round_trip(folder, tmp_path)
     assert (tmp_path / "back" / "1_Pooling" / "config.json").is_file()
     with pytest.raises(InputError, match=r"model\.masked_lm_head=False must be True: train teaches a BERT"):
         train(load_config(tmp_path / "run" / "config.toml"), tmp_path / "run")

@@ -23,7 +23,7 @@ def sampled(rank: int, world_size: int, sequence_parallel: bool, temperature: fl
 def test_every_layout_draws_the_same(temperature: float, top_k: int) -> None:
     (one,) = run_on_ranks(sampled, 1, False, temperature, top_k)
     assert one.shape == (2, 15) and torch.equal(one[:, :3], START)
-    assert int(one.max()) < 21  # never a padded word
+    assert int(one.max()) < 21  # never a padding entry of the vocabulary
     for sequence_parallel in (False, True):
         for other in run_on_ranks(sampled, 2, sequence_parallel, temperature, top_k):
             assert torch.equal(one, other)
@@ -48,7 +48,7 @@ def test_bad_input() -> None:
 
 
 class Fixed(torch.nn.Module):
-    """The same logits behind every token."""
+    """A model with the same logits at every position."""
 
     tp_group, sequence_parallel, vocab_size, config = None, False, 4, CONFIG
 

@@ -22,7 +22,7 @@ def gpt2(seed=0):
     return hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=23, n_positions=8))
 
 
-def way_back(rank, world_size, folder):
+def round_trip(rank, world_size, folder):
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     original = gpt2()
     model = fm.parallelize(gpt2(), mesh)
@@ -34,12 +34,12 @@ def way_back(rank, world_size, folder):
     again = hf.GPT2LMHeadModel.from_pretrained(folder)
     for name, value in original.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
-    # From a file, without ever reading a whole tensor, into a model that was made on the meta device.
+    # Into a model made on the meta device, from slices of a file: no rank reads a full tensor.
     with torch.device("meta"):
         empty = hf.GPT2LMHeadModel(original.config)
     fm.parallelize(empty, mesh)
     assert all(p.is_meta for p in empty.parameters())
-    empty.to_empty(device="cpu").tie_weights()  # torch's to_empty parts what is tied
+    empty.to_empty(device="cpu").tie_weights()  # torch's to_empty unties parameters
     with safe_open(folder / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         fm.load_full_state_dict(empty, slices)
@@ -66,12 +66,12 @@ def refused(model, state):
     assert torch.equal(fm.full_state_dict(model)[name], gpt2(1).state_dict()[name])
 
 
-def test_way_back(tmp_path):
-    run_on_ranks(way_back, 2, tmp_path, timeout_s=240)
+def test_round_trip(tmp_path):
+    run_on_ranks(round_trip, 2, tmp_path, timeout_s=240)
 
 
 def with_other_tensors(model, way):
-    """The model with the same values, in tensors that carry no mark of what they are."""
+    """Return the model with the same values in new tensors, which have no shard record."""
     state = {name: value.clone() for name, value in model.state_dict().items()}
     if way == "assign":
         model.load_state_dict(state, assign=True)
@@ -92,7 +92,7 @@ def with_other_tensors(model, way):
 
 
 def facts(model):
-    """What depends on which shard each tensor is."""
+    """Return results that depend on the shard record of each tensor."""
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()
     norm = float(fm.clip_grad_norm_(model, 1e9))
@@ -105,7 +105,7 @@ def facts(model):
     return found
 
 
-def marks_lost(rank, world_size):
+def lose_records(rank, world_size):
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     sizes = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "seq_len": 8, "vocab_size": 23}
     untied = gpt2().config
@@ -131,11 +131,11 @@ def marks_lost(rank, world_size):
                     refused.save_pretrained("never", state_dict=refused.state_dict())
 
 
-def test_lost_marks_change_nothing():
-    run_on_ranks(marks_lost, 2)
+def test_tensors_without_a_record_change_nothing():
+    run_on_ranks(lose_records, 2)
 
 
-def test_any_other_model_gives_its_own():
+def test_a_model_that_is_not_parallel_returns_its_own_state():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     state = fm.full_state_dict(model)
     assert list(state) == list(model.state_dict())

@@ -14,7 +14,7 @@ from fused_megatron.interop import full_tensor
 from fused_megatron.interop.full_state import is_transposed
 from fused_megatron.testing import run_on_ranks
 
-# What configurations call their sizes; each takes those that it has.
+# Sizes under all names that configurations use; each configuration takes the names that it has.
 SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim"), 32),
     **dict.fromkeys(("n_head", "n_heads", "num_attention_heads", "num_heads", "encoder_attention_heads"), 4),
@@ -32,7 +32,7 @@ SIZES = {
     "num_key_value_heads": 2, "num_experts_per_tok": 2, "decoder_attention_heads": 4, "word_embed_proj_dim": 32,
     "num_decoder_layers": 2, "decoder_start_token_id": 0, "attention_types": [[["global", "local"], 1]],
 }  # fmt: skip
-# (architecture, its configuration, what is not as above)
+# (architecture, its configuration, sizes that differ from SIZES)
 FAMILIES = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {}),
     "gpt_neo": ("GPTNeoForCausalLM", "GPTNeoConfig", {}),
@@ -79,7 +79,7 @@ FAMILIES = {
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", {}),
     "clip": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
 }
-# Parts that a family has in shards, and how blocks of the sequence do.
+# (number of sharded layers, outcome of sequence parallelism) of a family.
 SAMPLE = {
     "gpt_neox": (10, "the same"),
     "opt": (14, "sequence_dim=1 must be a dim of"),  # its layers flatten their activations
@@ -92,7 +92,7 @@ SAMPLE = {
 
 
 def built(family):
-    """With random weights, norms and biases too, and no dropout."""
+    """Return a model with random weights (also of norms and biases) and without dropout."""
     architecture, configuration, more = FAMILIES[family]
     kind = getattr(hf, configuration)
     known = kind().to_dict()
@@ -130,7 +130,7 @@ def batch(model):
 
 
 def trained(model):
-    """(output, loss) after backward."""
+    """Return (output, loss) after backward."""
     result = model(**batch(model))
     output = next(result[k] for k in ("logits", "image_embeds", "last_hidden_state") if k in result)
     loss = result.get("loss")
@@ -148,7 +148,7 @@ def error_of(a, b):
 
 
 def outcome(family, mesh, sequence_parallel):
-    """(layers in shards, "the same"), or (0, what was refused)."""
+    """Return (number of sharded layers, "the same"), or (0, the error message)."""
     original = built(family)
     model = copy.deepcopy(original)
     kinds = [type(module) for module in model.modules()]
@@ -196,7 +196,7 @@ def test_sample():
 
 @pytest.mark.slow
 def test_all():
-    """None is wrong, none fails with anything but a line that says why."""
+    """No family computes wrong numbers, and one that fails says why in a line."""
     first, second = run_on_ranks(outcomes, 2, list(FAMILIES), timeout_s=1500)
     assert first == second
     assert all(plain[1] == "the same" for plain, _ in first.values())

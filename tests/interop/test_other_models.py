@@ -1,4 +1,4 @@
-"""Start here when `fm.parallelize` changes a model that it refuses, or the numbers of one that it takes."""
+"""Start here when `fm.parallelize` changes a model that it refuses, or the numbers of a model that it shards."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ MLP = {"up": "colwise", "gate": "colwise", "down": "rowwise"}
 
 
 class Adapter(nn.Module):
-    """As LoRA's wrappers are."""
+    """A wrapper like LoRA's."""
 
     def __init__(self, base):
         super().__init__()
@@ -29,7 +29,7 @@ class Adapter(nn.Module):
 
 
 class Block(nn.Module):
-    """Flat: the residual beside the linears; one linear that stands in two places."""
+    """A flat block: linears and residual in one module; one linear has two names."""
 
     def __init__(self, width=16, ffn=24):
         super().__init__()
@@ -42,27 +42,27 @@ class Block(nn.Module):
         return x + self.down(self.gate(h).sigmoid() * self.up(h))
 
 
-class Words(nn.Module):
-    """An embedding with a padding word, tied to a head; packed gate and up."""
+class TiedLM(nn.Module):
+    """An embedding with padding_idx, tied to a head; packed gate and up."""
 
     def __init__(self, vocab=13, width=8):
         super().__init__()
-        self.words = nn.Embedding(vocab, width, padding_idx=0)
+        self.tokens = nn.Embedding(vocab, width, padding_idx=0)
         self.gate_up, self.down = nn.Linear(width, 24, bias=False), nn.Linear(12, width)
         self.head = nn.Linear(width, vocab, bias=False)
-        self.head.weight = self.words.weight
+        self.head.weight = self.tokens.weight
 
     def forward(self, ids):
-        x = self.words(ids)
+        x = self.tokens(ids)
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.head(x + self.down(gate.relu() * up))
 
 
-TIED = {"words": "embedding_rowwise", "gate_up": "packed_colwise", "down": "rowwise", "head": "colwise_gather_output"}
+TIED = {"tokens": "embedding_rowwise", "gate_up": "packed_colwise", "down": "rowwise", "head": "colwise_gather_output"}
 
 
 class InPlace(nn.Module):
-    """Changes what its layers return, as activations with inplace=True and += do; one matrix for query, key, value."""
+    """Changes outputs of its layers in place, as inplace=True and += do; one matrix for query, key and value."""
 
     def __init__(self, width=8):
         super().__init__()
@@ -91,12 +91,12 @@ def adapted():
 
 
 def both(make, mesh, x, plan=None, call=lambda model, x: model(x), **options):
-    """The parallel model, after outputs, input gradients and all parameter gradients were held to the original's."""
+    """Compare outputs, input gradients and parameter gradients with the original's; return the parallel model."""
     torch.manual_seed(0)
     original = make()
     model = copy.deepcopy(original)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where nothing can be sharded
+        warnings.simplefilter("ignore")  # some models have nothing to shard
         fm.parallelize(model, mesh, plan, **options)
     results = []
     for one in (model, original):
@@ -134,11 +134,11 @@ def models_not_in_any_table(rank, world_size):
     odd = both(lambda: stack(nn.Linear(16, 33)), mesh, x, {"0": "colwise_gather_output"})
     assert odd[0].weight.shape == (17, 16)
     ids = torch.randint(0, 13, (2, 5), generator=torch.Generator().manual_seed(3))
-    tied = both(Words, mesh, ids, TIED, strict=True)
-    assert tied.words.weight is tied.head.weight
+    tied = both(TiedLM, mesh, ids, TIED, strict=True)
+    assert tied.tokens.weight is tied.head.weight
     state = fm.full_state_dict(tied)
-    assert state["head.weight"] is state["words.weight"] and state["head.weight"].shape == (13, 8)
-    # The unit of an adapter stays whole, and says why.
+    assert state["head.weight"] is state["tokens.weight"] and state["head.weight"].shape == (13, 8)
+    # The unit of an adapter stays replicated, and the report says why.
     own = adapted()
     own._tp_plan = {f"mlp.{name}": style for name, style in MLP.items()}
     report = both(lambda: copy.deepcopy(own), mesh, x, call=lambda model, x: model.mlp(x)).parallel_report
@@ -159,7 +159,7 @@ MISTAKES = [
     (Block, MLP | {"first": "colwise"}, {}, "one module with the names first, again"),
     (lambda: Block(16, 25), MLP, {}, r"gate.weight: out_features=25 must be divisible by tensor_parallel_size=2"),
     (adapted, MLP, {}, r"plan\['up'\]: mlp.up cannot be 'colwise': .*a Adapter is no plain torch.nn.Linear \(merge"),
-    (Words, {"head": "colwise_gather_output"}, {}, "its weight is also that of words, which stays whole"),
+    (TiedLM, {"head": "colwise_gather_output"}, {}, "its weight is also that of tokens, which stays whole"),
     (
         InPlace,
         IN_PLACE | {"qkv": "colwise"},
@@ -217,7 +217,7 @@ def test_mistakes_leave_the_model_as_it_was_on_every_rank():
 
 
 def collectives(rank, world_size):
-    """Two linears of one input: one all-reduce forward, after down, and one backward, of the input."""
+    """Record the collectives of two linears with one input: one all-reduce in forward, after down, one in backward."""
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     torch.manual_seed(0)
     model = fm.parallelize(Block(), mesh, MLP, overlap=False)

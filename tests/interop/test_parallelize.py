@@ -22,7 +22,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def gpt2():
-    """An odd vocabulary, a head tied to the embedding, Conv1D and one matrix for query, key and value."""
+    """Odd vocabulary size, head tied to the embedding, Conv1D, one matrix for query, key and value."""
     small = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 61, "n_positions": 32}
     small |= {"bos_token_id": 1, "eos_token_id": 2}
     return hf.GPT2LMHeadModel(hf.GPT2Config(**small, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))
@@ -78,10 +78,10 @@ def batch(seq_len=8):
 
 
 def gradients(model, tp_group):
-    """Of every parameter, whole."""
-    turned = is_transposed(model)
+    """Return the full gradient of every parameter."""
+    transposed = is_transposed(model)
     return {
-        name: None if p.grad is None else full_tensor(p, p.grad, tp_group, turned.get(p, False))
+        name: None if p.grad is None else full_tensor(p, p.grad, tp_group, transposed.get(p, False))
         for name, p in model.named_parameters()
     }
 
@@ -91,7 +91,7 @@ def train_twice(model, step):
     first, second = model(**batch()), model(**batch(12))
     model.eval()
     with torch.no_grad():
-        model(**batch(5))  # of a length that no number of ranks divides
+        model(**batch(5))  # a length that the ranks do not divide
     model.train()
     (first.loss + 2.5 * second.loss).backward()
     if step:
@@ -103,7 +103,7 @@ def assert_near(name, a, b, tolerance):
     assert (a is None) == (b is None), name
     if a is not None:
         assert a.shape == b.shape, name
-        # Some gradients are 0 but for rounding (biases of keys): held to the scale that gradients have here.
+        # Some gradients are 0 except for rounding (biases of keys): the tolerance is relative to the largest gradient.
         error = (a - b).abs().max() / b.abs().max().clamp(min=1e-2)
         assert error < tolerance, f"{name}: {error:.1e}"
 
@@ -131,7 +131,7 @@ def check_family(family, mesh, sequence_parallel, checkpointing):
     expected = dict(original.named_parameters())
     for name, gradient in gradients(model, mesh.tp_group).items():
         assert_near(name, gradient, expected[name].grad, 1e-4)
-    for name, value in fm.full_state_dict(model).items():  # tied weights stayed tied in the step
+    for name, value in fm.full_state_dict(model).items():  # tied weights are still tied after the step
         assert_near(name, value.float(), original.state_dict()[name].float(), 1e-4)
     model.eval(), original.eval()
     if hasattr(model, "generate") and family != "bert":
@@ -159,7 +159,7 @@ def test_one_rank():
 
 
 def test_two_ranks():
-    """One rank, and all families in both forms: behind the slow marker."""
+    """One rank, and all families with and without sequence parallelism, are marked slow."""
     run_on_ranks(all_families, 2, [(True, None)], ["gpt2", "llama_tied", "bert"], timeout_s=400)
     run_on_ranks(all_families, 2, [(False, None)], ["gpt2", "qwen3"], timeout_s=400)
 
@@ -190,7 +190,7 @@ def lower_precisions_and_copies(rank, world_size):
     model = fm.parallelize(built("llama"), mesh, sequence_parallel=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (model(**batch()).logits - exact).abs().max() < 0.05
-    twin = copy.deepcopy(model)  # of a model that is parallel, as for an average of weights
+    twin = copy.deepcopy(model)  # a copy of a parallel model, as averages of weights need it
     twin(**batch()).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(twin(**batch()).logits, model(**batch()).logits)
@@ -211,7 +211,7 @@ def hidden_states(rank, world_size):
         model(**batch(7))
 
 
-def test_what_blocks_of_the_sequence_cannot_do():
+def test_hidden_states_are_refused_under_sequence_parallelism():
     run_on_ranks(hidden_states, 2, timeout_s=400)
 
 
@@ -232,13 +232,13 @@ def compiled(rank, world_size):
         assert_near(name, gradient, expected[name].grad, 1e-4)
 
 
-@pytest.mark.slow  # examples/compile_model.py is run in the fast part
-def test_torch_compile_goes_around_the_collectives():
+@pytest.mark.slow  # the fast part runs examples/compile_model.py
+def test_torch_compile_breaks_its_graphs_at_the_collectives():
     run_on_ranks(compiled, 2, timeout_s=400)
 
 
 def freezes(rank, world_size):
-    """Which parameters can be trained, before and after; what a step on the others leaves."""
+    """Compare the trainable parameters before and after, and the frozen ones after a step."""
     mesh, found = fm.init_mesh(tensor_parallel_size=world_size), {}
     for family, build in (("gpt2", gpt2), ("llama", llama)):
         torch.manual_seed(0)

@@ -24,14 +24,14 @@ def test_a_pattern_is_the_end_of_a_name(pattern, name, expected):
     assert matches(pattern, name) == expected
 
 
-def test_a_whole_name_counts_before_ends():
+def test_an_equal_name_wins_over_names_that_end_with_the_pattern():
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
     assert find_plan(model, {"0": "replicate"}).styles == {"0": "replicate"}
     assert find_plan(model, {"1.0": "replicate"}).styles == {"1.0": "replicate"}
     assert find_plan(model, {"0": "replicate", "1.0": "colwise"}).styles == {"0": "replicate", "1.0": "colwise"}
 
 
-def test_users_mistakes():
+def test_faults_of_a_users_plan_are_named():
     model = nn.ModuleDict({"up": nn.Linear(2, 2), "down": nn.Linear(2, 2)})
     with pytest.raises(InputError, match=r"plan\['up'\]='columnwise' must be one of: 'colwise', 'rowwise'"):
         find_plan(model, {"up": "columnwise"})
@@ -58,22 +58,22 @@ def test_embedding_and_head_join_a_models_own_plan():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.words, self.up, self.down = nn.Embedding(5, 2), nn.Linear(2, 4), nn.Linear(4, 2)
+            self.tokens, self.up, self.down = nn.Embedding(5, 2), nn.Linear(2, 4), nn.Linear(4, 2)
             self.head = nn.Linear(2, 5)
             self._tp_plan = {"up": "colwise", "down": "rowwise"}
 
         def get_input_embeddings(self):
-            return self.words
+            return self.tokens
 
         def get_output_embeddings(self):
             return self.head
 
     styles = find_plan(Model(), None).styles
-    assert styles["words"] == "embedding_rowwise" and styles["head"] == "colwise_gather_output"
+    assert styles["tokens"] == "embedding_rowwise" and styles["head"] == "colwise_gather_output"
 
 
-def test_the_table_asks_for_the_attributes_that_it_changes():
-    """nanoGPT's attention has GPT-2's names, and counts its heads in another way."""
+def test_a_known_layer_must_have_the_attributes_to_divide():
+    """nanoGPT's attention has GPT-2's layer names, but other attributes."""
 
     class Attention(nn.Module):
         def __init__(self, **attributes):

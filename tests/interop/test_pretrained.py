@@ -19,7 +19,7 @@ SMALL = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "v
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}
 GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8}
 MODELS = {
-    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GEMMA),  # its embedding has a buffer that no file has
+    "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, GEMMA),  # no file has the buffer of its embedding
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "bert": (hf.BertForMaskedLM, hf.BertConfig, {}),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"n_positions": 16}),
@@ -27,7 +27,7 @@ MODELS = {
 
 
 def saved(folder):
-    """Every model in several files with an index."""
+    """Save every model as several files with an index."""
     for name, (kind, config, more) in MODELS.items():
         small = SMALL if name != "gpt2" else {k: v for k, v in SMALL.items() if k[:3] not in ("max", "int")}
         torch.manual_seed(0)
@@ -74,7 +74,7 @@ def refusals(mesh, folder, rank):
         assert all(p.is_meta for p in model.parameters())
     with pytest.raises(InputError, match=r"model\.norm\.weight is on the meta device, and no file has it \(where"):
         fm.load_pretrained_shards(model, base / "missing", strict=False)
-    here = base / "missing" if rank == 1 else folder / "llama"  # the folder of one rank alone is wrong
+    here = base / "missing" if rank == 1 else folder / "llama"  # only one rank has a wrong folder
     with pytest.raises(InputError, match=("" if rank == 1 else r"ranks \[1\] refused this, .*") + "state has no"):
         fm.load_pretrained_shards(model, here)
     assert all(p.is_meta for p in model.parameters())
@@ -110,7 +110,7 @@ def test_loads_and_refuses(tmp_path):
 
 
 def highest(rank, world_size, folder):
-    """Bytes by which a rank's memory grows at its highest, and what of that are its shards."""
+    """Return the peak growth of a rank's memory, and the size of its shards, in bytes."""
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     fm.load_pretrained_shards(fm.parallelize(on_meta(folder, "gpt2"), mesh), folder / "gpt2")  # the code that it needs
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def test_a_rank_holds_its_shards_and_a_part_of_one_tensor(tmp_path):
     wide = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192, "num_hidden_layers": 6}
     hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL | wide)).save_pretrained(tmp_path / "large", max_shard_size="60MB")
     largest = 8192 * 512 * 4
-    # Blocks in which columns are read, and pages that are not reused yet.
+    # Blocks for reading columns, and pages that are not reused yet.
     slack = 12_000_000
     for grown, shards in run_on_ranks(highest, 2, tmp_path, timeout_s=240):
         assert 0.9 * shards < grown < shards + largest + slack < 2 * shards
@@ -142,25 +142,25 @@ def test_one_rank(tmp_path):
 
 
 def padding_only(rank, world_size, folder):
-    """Of 2 words a rank the last ones hold none that exists."""
+    """Load a vocabulary of 5 over 4 ranks with 2 rows each: the last rank holds only padding."""
     mesh, ids = fm.init_mesh(tensor_parallel_size=world_size), torch.arange(5).view(1, 5)
     for name, (kind, _, _) in MODELS.items():
         original = kind.from_pretrained(folder / name).eval()
         model = fm.load_pretrained_shards(fm.parallelize(on_meta(folder, name), mesh), folder / name)
-        whole = fm.full_state_dict(model)
-        assert all(torch.equal(whole[key], value) for key, value in original.state_dict().items()), name
-        fm.load_full_state_dict(model, {key: value + 1 for key, value in whole.items()})
+        state = fm.full_state_dict(model)
+        assert all(torch.equal(state[key], value) for key, value in original.state_dict().items()), name
+        fm.load_full_state_dict(model, {key: value + 1 for key, value in state.items()})
         again = fm.full_state_dict(model)
-        assert all(torch.equal(again[key], value + 1) for key, value in whole.items()), name
-        fm.load_full_state_dict(model, whole)
+        assert all(torch.equal(again[key], value + 1) for key, value in state.items()), name
+        fm.load_full_state_dict(model, state)
         torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=1e-4, atol=1e-5)
         model(ids, labels=ids).loss.backward()
-    # Ours pads to 128 words: three of four ranks hold none.
+    # Our models pad the vocabulary to 128 entries: three of four ranks hold only padding.
     ours = load_model(folder / "gpt2", tp_group=mesh.tp_group)
-    alone = dict(load_model(folder / "gpt2").named_parameters())
+    on_one_rank = dict(load_model(folder / "gpt2").named_parameters())
     for key, parameter in ours.named_parameters():
         full = full_tensor(parameter, parameter, mesh.tp_group)
-        assert torch.equal(full, full_tensor(alone[key], alone[key], None)), key
+        assert torch.equal(full, full_tensor(on_one_rank[key], on_one_rank[key], None)), key
 
 
 def test_ranks_that_hold_only_padding_of_a_vocabulary(tmp_path):

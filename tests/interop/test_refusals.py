@@ -1,4 +1,4 @@
-"""Start here when a parallel model answers with a rank's part of what was asked, or ranks draw other numbers."""
+"""Start here when a parallel model returns one rank's part, or ranks draw different random numbers."""
 
 import copy
 
@@ -74,6 +74,6 @@ def asked(rank, world_size):
     return greedy.tolist(), drawn.tolist(), y.tolist()
 
 
-def test_what_a_rank_cannot_answer_is_refused():
+def test_calls_that_a_rank_cannot_answer_are_refused():
     first, second = run_on_ranks(asked, 2)
     assert first == second

@@ -27,7 +27,7 @@ def made_before(rank, world_size):
     ids = torch.arange(8).unsqueeze(0)
     model = copy.deepcopy(original)
     model(ids, labels=ids).loss.backward()
-    alive = model(ids).logits  # its graph knows the parameters in their old shapes
+    alive = model(ids).logits  # its graph has the parameters in their old shapes
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
     fm.parallelize(model, mesh)

@@ -47,12 +47,12 @@ def saves(rank, world_size, folder):
     assert twin.save_pretrained.model is twin
 
 
-def test_whole_or_an_error(tmp_path):
+def test_full_tensors_or_an_error(tmp_path):
     run_on_ranks(saves, 2, tmp_path, timeout_s=240)
 
 
-def test_one_rank_has_the_whole(tmp_path):
-    """Its layers too keep weights the other way round than GPT-2."""
+def test_one_rank_saves_by_itself(tmp_path):
+    """Also on one rank, GPT-2's transposed weights are stored as [O, I]."""
     model = fm.parallelize(gpt2(), None)
     model.save_pretrained(tmp_path)
     assert_saved(tmp_path, gpt2())

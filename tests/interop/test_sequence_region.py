@@ -1,4 +1,4 @@
-"""Start here when linears that share an input get another's, or its gradient is summed wrong over ranks."""
+"""Start here when linears with a shared input read a stale one, or its gradient is summed wrongly over ranks."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from fused_megatron.testing import run_on_ranks
 
 
 def shared_inputs(rank, world_size):
-    """The gradient of x behind two linears of which the second sees x + 1, changed in place; and what each saw."""
+    """Let a second linear see x after x += 1; return both inputs and the gradient of x."""
     shared = SharedInput(dist.group.WORLD, users=2)
     leaf = torch.full((2,), 3.0, requires_grad=True)
     x = leaf * 1

@@ -1,4 +1,4 @@
-"""Start here when a parameter between sharded layers drifts apart, or a forward fails in shards and was not refused."""
+"""Start here when a parameter between sharded layers differs between ranks, or a forward fails only in shards."""
 
 import copy
 
@@ -18,7 +18,7 @@ MLP = {"up": "colwise", "down": "rowwise"}
 
 
 class Swish(nn.Module):
-    """With a learned slope."""
+    """Swish with a learned slope."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class Swish(nn.Module):
 
 
 class MLPOf(nn.Module):
-    """up, something, down; and parameters before and after, whose gradients are whole as they are."""
+    """up, something, down; and parameters before and after them, whose gradients need no sum."""
 
     def __init__(self, between, gate=None):
         super().__init__()
@@ -46,7 +46,7 @@ class MLPOf(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks that share what stands between, or not; `strange`: why the trial cannot run it as a whole."""
+    """Blocks, with a module of their own or a shared one in between; `strange`: why the trial cannot run the model."""
 
     def __init__(self, make, shared=None, strange="", after=None):
         super().__init__()
@@ -57,7 +57,7 @@ class Stack(nn.Module):
     def forward(self, x, marks=None):
         if self.strange == "call" and marks != "known":
             raise TypeError("marks")
-        while self.strange == "loop" and (x != x).any():  # without numbers the answer would be yes for ever
+        while self.strange == "loop" and (x != x).any():  # without values, the answer is always True
             pass
         for block in self.blocks:
             x = block(x)
@@ -65,7 +65,7 @@ class Stack(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """Of single heads of 3 features."""
+    """A norm of single heads with 3 features."""
 
     def __init__(self):
         super().__init__()
@@ -79,16 +79,16 @@ def in_place():
     return nn.Sequential(nn.PReLU(), nn.ReLU(inplace=True), nn.PReLU())
 
 
-# What is taken: (model, what the report says of it).
+# Models that are sharded.
 TAKEN = {
     "slope": lambda: Stack(Swish),
     "PReLU of a number, and in place": lambda: Stack(in_place),
     "shared by all layers": lambda: Stack(None, shared=Swish()),
     "single heads": lambda: Stack(HeadNorm),
-    "called in a way that nobody can guess": lambda: Stack(Swish, strange="call"),
-    "loops until numbers say otherwise": lambda: Stack(Swish, strange="loop"),
+    "unknown arguments": lambda: Stack(Swish, strange="call"),
+    "a loop that ends by values": lambda: Stack(Swish, strange="loop"),
 }
-# What would be wrong, or fail in the first forward.
+# Models that would be wrong in shards, or would fail in the first forward.
 REFUSED = {
     "PReLU of all features": (lambda: Stack(lambda: nn.PReLU(FFN)), r"in shards blocks.0.between fails: RuntimeError"),
     "a norm of all features": (lambda: Stack(lambda: nn.LayerNorm(FFN)), "in shards blocks.0.between fails"),
@@ -105,7 +105,7 @@ REFUSED = {
 
 
 def trained(model, tp_group):
-    """Output and gradients, whole, after two steps."""
+    """Return the output and the full gradients after two steps."""
     x = torch.randn(2, 4, WIDTH, generator=torch.Generator().manual_seed(2))
     keywords = {"marks": "known"} if getattr(model, "strange", "") else {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -149,12 +149,12 @@ def refused(rank, world_size):
         assert before == after and torch.equal(state, torch.get_rng_state()), name
 
 
-def test_what_would_fail_or_be_wrong_is_refused_and_nothing_changed():
+def test_a_model_that_fails_or_is_wrong_in_shards_is_refused_and_unchanged():
     run_on_ranks(refused, 2)
 
 
 class CountsItsTokens(Swish):
-    """Cannot run without numbers: as kernels of other libraries."""
+    """Cannot run without values, as some kernels of other libraries."""
 
     def forward(self, x):
         x.tolist()
@@ -179,7 +179,7 @@ def undecided(rank, world_size):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_tried_is_named_and_a_plan_decides():
+def test_a_unit_that_cannot_be_tried_is_named_and_a_plan_decides():
     run_on_ranks(undecided, 2)
 
 

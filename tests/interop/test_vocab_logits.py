@@ -28,26 +28,26 @@ def llama():
 
 
 def gemma2():
-    """A soft cap, and embeddings times a number, tied."""
+    """Soft cap, scaled embeddings, tied head."""
     more = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0}
     return hf.Gemma2ForCausalLM(hf.Gemma2Config(**SMALL, **more))
 
 
 def bert():
-    """A loss module within forward, and a head with a bias."""
+    """Loss module inside forward, head with a bias."""
     return hf.BertForMaskedLM(hf.BertConfig(**SMALL, **NO_DROPOUT))
 
 
-class Words(nn.Module):
-    """A model of one's own; its loss has label smoothing."""
+class SmallLM(nn.Module):
+    """A model that is not from transformers; its loss has label smoothing."""
 
     def __init__(self):
         super().__init__()
-        self.words, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB, bias=False)
+        self.tokens, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB, bias=False)
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.1)
 
     def forward(self, input_ids, labels, reduction="mean"):
-        logits = self.head(self.words(input_ids))
+        logits = self.head(self.tokens(input_ids))
         if reduction == "mean":
             loss = self.loss(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
         else:
@@ -55,8 +55,8 @@ class Words(nn.Module):
         return hf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
 
 
-PLANS = {Words: {"words": "embedding_rowwise", "head": "colwise_gather_output"}}
-MODELS = (llama, gemma2, bert, Words)
+PLANS = {SmallLM: {"tokens": "embedding_rowwise", "head": "colwise_gather_output"}}
+MODELS = (llama, gemma2, bert, SmallLM)
 
 
 def batch():
@@ -89,7 +89,7 @@ def check_loss(make, gather, mesh, **arguments):
     whole = [one for one in ledger.entries if one.kind == "all_gather" and one.elements > TOKENS * 6]
     assert len(whole) == (1 if gather else 0)
     loss, expected = ours.loss, theirs.loss
-    if gather:  # both ways back: through the loss and through the logits
+    if gather:  # two backwards: through the loss and through the logits
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
         upstream = torch.randn(theirs.logits.shape, generator=torch.Generator().manual_seed(2))
         loss, expected = loss + 0.1 * (ours.logits * upstream).sum(), expected + 0.1 * (theirs.logits * upstream).sum()
@@ -102,13 +102,13 @@ def check_loss(make, gather, mesh, **arguments):
     expected.backward()
     compare_gradients(model, original, mesh.tp_group)
     model.eval(), original.eval()
-    with torch.no_grad():  # whole without gradients, whatever was asked for
+    with torch.no_grad():  # without gradients, logits are always gathered
         torch.testing.assert_close(model(**batch()).logits, original(**batch()).logits, rtol=1e-4, atol=1e-5)
     return model
 
 
 def saved_numbers(model, **arguments):
-    """The largest tensors that backward keeps, and how many there are of logits' size."""
+    """Return the size of the largest tensor saved for backward, and the number of tensors as large as the logits."""
     sizes = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         model(**batch(), **arguments).loss.backward()
@@ -121,13 +121,13 @@ def losses(rank, world_size):
     for make in MODELS:
         for gather in (True, False):
             model = check_loss(make, gather, mesh)
-    check_loss(Words, True, mesh, reduction="none")
-    check_loss(Words, False, mesh, reduction="sum")
+    check_loss(SmallLM, True, mesh, reduction="none")
+    check_loss(SmallLM, False, mesh, reduction="sum")
     model = check_loss(llama, False, mesh, num_items_in_batch=7)
     ids = batch()["input_ids"]
     expected = built(llama).eval().generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), expected)
-    assert saved_numbers(built(llama))[1] >= 1  # transformers keeps a softmax of the whole
+    assert saved_numbers(built(llama))[1] >= 1  # transformers saves a softmax of the full logits
     assert saved_numbers(fm.parallelize(built(llama), mesh, gather_logits=False))[1] == 0
     assert saved_numbers(fm.parallelize(built(llama), mesh))[1] == 0
     half = fm.parallelize(built(llama).bfloat16(), mesh)(**batch()).loss
@@ -136,21 +136,21 @@ def losses(rank, world_size):
     refusals(mesh)
 
 
-class Softmax(Words):
+class Softmax(SmallLM):
     def forward(self, input_ids, labels):
-        return self.head(self.words(input_ids)).softmax(-1)[..., 0].log().sum()
+        return self.head(self.tokens(input_ids)).softmax(-1)[..., 0].log().sum()
 
 
 def refusals(mesh):
-    model = fm.parallelize(built(Softmax), mesh, PLANS[Words], gather_logits=False)
+    model = fm.parallelize(built(Softmax), mesh, PLANS[SmallLM], gather_logits=False)
     with pytest.raises(InputError, match="gather_logits=False: the model does softmax with its logits"):
         model(**batch())
-    whole = fm.parallelize(built(Softmax), mesh, PLANS[Words])
-    torch.testing.assert_close(whole(**batch()), built(Softmax)(**batch()), rtol=1e-5, atol=1e-5)
+    gathering = fm.parallelize(built(Softmax), mesh, PLANS[SmallLM])
+    torch.testing.assert_close(gathering(**batch()), built(Softmax)(**batch()), rtol=1e-5, atol=1e-5)
     with pytest.raises(InputError, match="gather_logits=False: the model has no head in shards"):
-        fm.parallelize(built(Words), mesh, {"words": "embedding_rowwise"}, gather_logits=False)
+        fm.parallelize(built(SmallLM), mesh, {"tokens": "embedding_rowwise"}, gather_logits=False)
     with pytest.raises(InputError, match=r"target\[\d\]=\d+ must be in \[0, 61\)"):
-        model = fm.parallelize(built(Words), mesh, PLANS[Words])
+        model = fm.parallelize(built(SmallLM), mesh, PLANS[SmallLM])
         model(batch()["input_ids"], batch()["labels"] + VOCAB)
 
 
@@ -160,8 +160,8 @@ def test_losses_from_shards():
 
 def compiled(rank, world_size):
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
-    original = built(Words)
-    model = fm.parallelize(copy.deepcopy(original), mesh, PLANS[Words], gather_logits=False)
+    original = built(SmallLM)
+    model = fm.parallelize(copy.deepcopy(original), mesh, PLANS[SmallLM], gather_logits=False)
     loss = torch.compile(model, backend="eager")(**batch()).loss
     expected = original(**batch()).loss
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -174,8 +174,8 @@ def test_under_torch_compile():
     run_on_ranks(compiled, 2, timeout_s=300)
 
 
-def more_ranks_than_words(rank, world_size):
-    """A rank whose columns are padding alone."""
+def padding_only(rank, world_size):
+    """Compute a loss over 4 entries on 3 ranks with 2 columns each: the last rank has only padding."""
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     torch.manual_seed(0)
     head = nn.Sequential(nn.Linear(4, 4))
@@ -189,5 +189,5 @@ def more_ranks_than_words(rank, world_size):
     compare_gradients(twin, head, mesh.tp_group)
 
 
-def test_a_rank_without_a_word():
-    run_on_ranks(more_ranks_than_words, 3, timeout_s=300)
+def test_a_rank_with_only_padding():
+    run_on_ranks(padding_only, 3, timeout_s=300)

@@ -1,4 +1,4 @@
-"""More elements than 32 bits count; tests/audit/test_interpreted_kernels.py runs it where Triton interprets."""
+"""scaled_masked_softmax of more than 2^31 elements; tests/audit/test_interpreted_kernels.py runs it interpreted."""
 
 import torch
 
@@ -6,11 +6,11 @@ from fused_megatron.audit.triton_interpreter import interpreter
 from fused_megatron.kernels import scaled_masked_softmax as kernels
 from fused_megatron.reference import scaled_masked_softmax as reference
 
-ROWS = 8  # those at the end that the last programs work on; the pages of the others are never touched
+ROWS = 8  # the elements of the last programs; the pages of all others are never touched
 
 
 def enormous(values: torch.Tensor) -> torch.Tensor:
-    """[2^21 + 8, 1024], all but the end of it uninitialised."""
+    """Return [2^21 + 8, 1024], uninitialised except for the end."""
     x = torch.empty(2**21 + ROWS, values.shape[1], dtype=values.dtype)
     x[-ROWS:] = values
     return x

@@ -1,4 +1,4 @@
-"""Start here when the compiler makes narrow accesses or spills of the cross-entropy kernels."""
+"""Start here when compiled cross-entropy kernels have narrow accesses or spills."""
 
 import itertools
 import os
@@ -24,7 +24,7 @@ def _quiet_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _compiled(kernel: str, dtype: str, arch: int, softcap: bool) -> CompiledKernel:
-    """For rows that begin anywhere: no number is a multiple of anything."""
+    """Compile for rows that begin anywhere: no size is a multiple of 16."""
     constexprs = {"SMOOTHING": True, "SOFTCAP": softcap, "SPLIT": True, "SHIFTED": True, "SAME_SHIFT": True}
     constexprs |= {"LANES": kernels._LANES, "VECTOR": 4 if dtype == "fp32" else 8}
     function = getattr(kernels, kernel)
@@ -39,7 +39,7 @@ def _compiled(kernel: str, dtype: str, arch: int, softcap: bool) -> CompiledKern
     return compile_for(function, arch, signature, constexprs, aligned, kernels._OPTIONS["num_warps"])
 
 
-# The other combinations, behind the slow marker.
+# The other combinations are marked slow.
 QUICK = [("bf16", 90, False), ("fp32", 80, True)]
 FORMS = [
     form if form in QUICK else pytest.param(*form, marks=pytest.mark.slow)
@@ -51,8 +51,8 @@ FORMS = [
 def test_compiled_statistics(dtype: str, arch: int, softcap: bool) -> None:
     compiled = _compiled("_statistics_kernel", dtype, arch, softcap)
     accesses = Counter(compiled.global_accesses)
-    assert accesses["ld.v4.b32"] == 2  # the logits, both loads of a tile
-    # Element by element only in a tile that is not full, and of the target.
+    assert accesses["ld.v4.b32"] == 2  # both loads of a tile of logits
+    # Accesses of single elements: only for a tile that is not full, and for the target.
     narrow = 2 * (4 if dtype == "fp32" else 8)
     assert sum(count for access, count in accesses.items() if access.startswith("ld")) == 2 + narrow + 2
     assert compiled.spill_bytes == 0
@@ -63,7 +63,7 @@ def test_compiled_statistics(dtype: str, arch: int, softcap: bool) -> None:
 def test_compiled_gradient(dtype: str, arch: int, softcap: bool) -> None:
     compiled = _compiled("_gradient_kernel", dtype, arch, softcap)
     accesses = Counter(compiled.global_accesses)
-    narrow = 2 * (4 if dtype == "fp32" else 8)  # of a tile that is not full
+    narrow = 2 * (4 if dtype == "fp32" else 8)  # for a tile that is not full
     assert accesses["ld.v4.b32"] == accesses["st.v4.b32"] == 2
     assert sum(count for access, count in accesses.items() if access.startswith("ld")) == 2 + narrow + 4
     assert sum(count for access, count in accesses.items() if access.startswith("st")) == 2 + narrow

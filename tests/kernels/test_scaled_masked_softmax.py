@@ -1,4 +1,4 @@
-"""Start here when the compiler makes narrow accesses or spills of the softmax kernels."""
+"""Start here when compiled softmax kernels have narrow accesses or spills."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,7 +27,7 @@ def _quiet_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _compiled(
     kernel: str, dtype: str, arch: int, num_keys: int, *, has_mask: bool = False, rows: int = 1
 ) -> CompiledKernel:
-    """As launched for a causal form with a window, or for heads that share a mask; num_keys a multiple of 16 bytes."""
+    """Compile as launched: causal with a window, or heads that share a mask; num_keys a multiple of 16 bytes."""
     function = getattr(kernels, kernel)
     pointers = {name: f"*{dtype}" for name in ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")}
     every = {**pointers, "mask_ptr": "*u8" if has_mask else f"*{dtype}", "scale": "fp32"}
@@ -47,12 +47,12 @@ def _compiled(
 def test_forward(dtype: str, accesses: int, arch: int) -> None:
     compiled = _compiled("_forward_kernel", dtype, arch, 16384, has_mask=True)
     counts = Counter(compiled.global_accesses)
-    # Keys that are no multiple of 16 elements, a window and a diagonal that begin anywhere: wide all the same.
+    # num_keys is not a multiple of 16 elements, window and diagonal begin anywhere: accesses are still wide.
     assert counts["ld.v4.b32"] == counts["st.v4.b32"] == accesses
     assert counts["ld.v2.b32"] + counts["ld.b32"] == accesses  # the mask: a byte for each key of a thread's vector
     assert counts.total() == 3 * accesses
     assert compiled.spill_bytes == 0
-    # Two programs of 512 threads on a multiprocessor; older compilers leave room for one.
+    # Two programs of 512 threads fit on a multiprocessor; with older compilers, one.
     assert compiled.registers <= (64 if kernels._CLUSTERS else 96)
 
 
@@ -61,7 +61,7 @@ def test_heads_that_share_a_mask(arch: int) -> None:
     compiled = _compiled("_forward_kernel", "bf16", arch, 1024, has_mask=True, rows=16)
     counts = Counter(compiled.global_accesses)
     assert counts["ld.v4.b32"] == counts["st.v4.b32"] == 4
-    assert counts["ld.b16"] == 1 and counts.total() == 9  # 512 threads read the 1024 bytes of the mask once
+    assert counts["ld.b16"] == 1 and counts.total() == 9  # 512 threads read the mask's 1024 bytes once
     assert compiled.spill_bytes == 0
 
 
@@ -90,7 +90,7 @@ def test_rows_that_are_read_twice(kernel: str) -> None:
     assert compiled.registers <= 64
 
 
-def test_how_rows_are_held() -> None:
+def test_rows_per_program() -> None:
     assert kernels._options(4096)["num_warps"] == 4
     assert kernels._options(16384) == {"num_warps": 16, "enable_fp_fusion": True}
     assert kernels._options(4 * 16384) == {"num_warps": 16, "num_ctas": 4, "enable_fp_fusion": True}

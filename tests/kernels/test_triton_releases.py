@@ -1,8 +1,7 @@
 """Start here when a kernel fails with an older release of Triton.
 
-The Triton kernels with the oldest release of Triton that pyproject.toml allows and with the one that torch pins.
-
-The newest is what is installed, and what all other tests run with.
+Runs the Triton kernels with the oldest release of Triton that pyproject.toml allows and with the release that torch
+pins. All other tests run with the installed release, the newest.
 """
 
 import os
@@ -19,10 +18,10 @@ from fused_megatron.benchmarking.pytest_process import run_tests
 
 ROOT = Path(__file__).parents[2]
 OLDEST = "3.6.0"
-PINNED = "3.7.1"  # by the CUDA build of torch 2.13.0
+PINNED = "3.7.1"  # pinned by the CUDA build of torch 2.13.0
 
 
-def test_the_oldest_release_is_the_one_that_the_package_asks_for() -> None:
+def test_the_oldest_release_is_the_minimum_of_the_package() -> None:
     asked_for = re.search(r'"triton>=([\d.]+);', (ROOT / "pyproject.toml").read_text())
     assert asked_for is not None and f"{asked_for.group(1)}.0" == OLDEST
 

@@ -1,8 +1,7 @@
 """Start here when BERT gives other losses or gradients at some layout.
 
-BERT against the same encoder in plain float64 torch, at every layout, both orders of norms.
-
-(Against transformers, with real weights, too: tests/hugging_face/test_load_model.py.)
+BERT is compared with the same encoder in plain float64 torch, at every layout, with both orders of norms. (Comparison
+with transformers and real weights: tests/hugging_face/test_load_model.py.)
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import BERT, BatchPosition, cut_stages
+from fused_megatron.models import BERT, BatchSlice, cut_stages
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.testing.sharded_models import full_gradients, gradient_errors, perturb_vectors_
 
@@ -35,22 +34,26 @@ LAYOUTS: dict[int, list[tuple[dict[str, Any], bool]]] = {  # by number of ranks:
 
 
 def inputs(config: BERTConfig) -> dict[str, torch.Tensor]:
-    """Tokens, masked-LM targets, kinds of tokens and padding, each [B, S]; random gradients of both outputs."""
+    """Return tokens, masked-LM targets, token types and padding, each [B, S], and random gradients of both outputs."""
     generator = torch.Generator().manual_seed(5)
     tokens, target = torch.randint(101, (2, 3, 12), generator=generator)
     target[torch.rand(3, 12, generator=generator) < 0.6] = -100
     types = torch.randint(2, (3, 12), generator=generator) if config.num_token_types else None
-    found = {"tokens": tokens, "target": target, "is_padding": torch.arange(12) >= torch.tensor([[12], [7], [10]])}
+    found = {
+        "tokens": tokens,
+        "target": target,
+        "key_padding_mask": torch.arange(12) >= torch.tensor([[12], [7], [10]]),
+    }
     found |= {"losses": torch.randn(3, 12, generator=generator), "sentences": torch.randn(3, 2, generator=generator)}
     return found if types is None else found | {"token_types": types}
 
 
 def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and next-sentence logits, after a backward from random gradients of both."""
+    """Return losses and next-sentence logits, after a backward from random gradients of both."""
     perturb_vectors_(model)
     given = inputs(model.config)
-    options: dict[str, Any] = {k: given[k] for k in ("token_types", "is_padding") if k in given}
-    options["position"] = BatchPosition(3, 0, 3)
+    options: dict[str, Any] = {k: given[k] for k in ("token_types", "key_padding_mask") if k in given}
+    options["batch_slice"] = BatchSlice(3, 0, 3)
     losses = model(given["tokens"], given["target"], **options)
     sentences = model.next_sentence_logits(model.encode(given["tokens"], **options))
     outputs = (losses, sentences)
@@ -59,7 +62,7 @@ def backward_of(model: BERT) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
-    """For each layout the largest error of the outputs and of each gradient, against one process in float64."""
+    """Return for each layout the largest error of the outputs and of each gradient, against one process in float64."""
     mesh, found = init_mesh(world_size), []
     for changes, sequence_parallel in LAYOUTS[world_size]:
         config = BERTConfig(**{**SIZES, **changes})
@@ -69,7 +72,7 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
         model = BERT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=torch.float32)
         outputs = zip(("losses", "sentences"), backward_of(model), expected, strict=True)
         errors = {name: float((ours - theirs).abs().max()) for name, ours, theirs in outputs}
-        # The gradient of a key bias is small: held to that of the query.
+        # The gradient of a key bias is small, so its error is compared with the gradient of the query bias.
         errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
         errors |= errors_of_stages(model)
         found.append(errors)
@@ -77,7 +80,7 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
 
 
 def errors_of_stages(whole: BERT) -> dict[str, float]:
-    """Largest differences of the losses and gradients of two chained stages from those of the whole, bit for bit."""
+    """Return the largest differences of losses and gradients between two chained stages and the whole model (0)."""
     stages = [
         BERT(whole.config, stage=span, layout=whole.layout, seed=3) for span in cut_stages(whole.config, 2, [1, 1])
     ]
@@ -87,8 +90,8 @@ def errors_of_stages(whole: BERT) -> dict[str, float]:
     for name, parameter in [pair for stage in stages for pair in stage.named_parameters()]:
         assert parameter.dim() == 1 or torch.equal(parameter, weights[name])
         parameter.data.copy_(weights[name])
-    given, options = inputs(whole.config), {"position": BatchPosition(3, 0, 3)}
-    options |= {k: given[k] for k in ("token_types", "is_padding") if k in given}
+    given, options = inputs(whole.config), {"batch_slice": BatchSlice(3, 0, 3)}
+    options |= {k: given[k] for k in ("token_types", "key_padding_mask") if k in given}
     losses = whole(given["tokens"], given["target"], **options)
     losses.backward(given["losses"])
     first = stages[0](given["tokens"], **options)
@@ -116,7 +119,7 @@ def test_outputs_and_every_gradient_at_every_layout_are_those_of_one_process(wor
 
 
 def plain_losses(model: BERT, given: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Masked-LM losses [B, S] of the model's weights, with nothing of the package in it."""
+    """Compute masked-LM losses [B, S] from the model's weights with plain torch."""
     w, config = dict(model.named_parameters()), model.config
     exact = "none" if config.activation == "gelu_exact" else "tanh"
     batch, seq_len = given["tokens"].shape
@@ -129,7 +132,7 @@ def plain_losses(model: BERT, given: dict[str, torch.Tensor]) -> torch.Tensor:
 
     def attention(x: torch.Tensor, name: str) -> torch.Tensor:
         q, k, v = linear(x, f"{name}.query_key_value").view(batch, seq_len, 4, 3, 6).permute(3, 0, 2, 1, 4)
-        scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(given["is_padding"][:, None, None], float("-inf"))
+        scores = (q @ k.transpose(-1, -2) / 6**0.5).masked_fill(given["key_padding_mask"][:, None, None], float("-inf"))
         return linear((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, seq_len, 24), f"{name}.projection")
 
     def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -160,11 +163,13 @@ def test_losses_are_those_of_the_plain_encoder(changes: dict[str, Any]) -> None:
 def test_every_token_sees_every_other_but_padding() -> None:
     model = BERT(BERTConfig(**SIZES), seed=1)
     given = inputs(model.config)
-    hidden = model.encode(given["tokens"], is_padding=given["is_padding"])
+    hidden = model.encode(given["tokens"], key_padding_mask=given["key_padding_mask"])
+    with pytest.warns(DeprecationWarning, match=r"is_padding= of BERT.encode\(\) is now called key_padding_mask="):
+        assert torch.equal(model.encode(given["tokens"], is_padding=given["key_padding_mask"]), hidden)
     changed = given["tokens"].clone()
     changed[1, 9] = (changed[1, 9] + 1) % 101  # padding
     changed[2, 9] = (changed[2, 9] + 1) % 101
-    differs = (model.encode(changed, is_padding=given["is_padding"]) != hidden).any(-1).t()
+    differs = (model.encode(changed, key_padding_mask=given["key_padding_mask"]) != hidden).any(-1).t()
     assert not differs[0].any() and differs[1].nonzero().flatten().tolist() == [9] and differs[2].all()
 
 
@@ -177,7 +182,10 @@ def test_heads_that_are_not_there_and_fields_that_do_not_fit() -> None:
         (lambda: model(tokens), "masked_lm_head=False"),
         (lambda: model.next_sentence_logits(hidden), "next_sentence_head=False"),
         (lambda: model.encode(tokens, token_types=tokens), "token_types must be None where num_token_types=0"),
-        (lambda: model.encode(tokens, is_padding=torch.zeros(4, 1).bool()), r"is_padding.shape=\(4, 1\) must be"),
+        (
+            lambda: model.encode(tokens, key_padding_mask=torch.zeros(4, 1).bool()),
+            r"key_padding_mask.shape=\(4, 1\) must be",
+        ),
         (lambda: model.encode(torch.zeros(1, 17, dtype=torch.int64)), r"tokens.shape\[1\]=17 must be at most"),
         (lambda: BERTConfig(activation="swiglu"), "activation='swiglu' must be one of: 'gelu', 'gelu_exact'"),
         (lambda: BERTConfig(tied_embeddings=False), "tied_embeddings=False must be True"),

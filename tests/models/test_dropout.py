@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 
+from fused_megatron import models
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition, TransformerBlock
+from fused_megatron.models import GPT, BatchSlice, TransformerBlock
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.tensor_parallel import parameter_parts
@@ -25,7 +26,7 @@ BATCH, STEP = 8, 3
 
 
 def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, targets and an upstream gradient, each [B, S]."""
+    """Return tokens, targets and an upstream gradient, each [B, S]."""
     generator = torch.Generator().manual_seed(11)
     tokens = torch.randint(101, (BATCH, 9), generator=generator)
     return tokens[:, :-1], tokens[:, 1:], torch.randn(BATCH, 8, generator=generator)
@@ -34,17 +35,17 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def one_step(
     rank: int, world_size: int, tp: int, sequence_parallel: bool, microbatch: int, changes: dict[str, Any]
 ) -> tuple[int, torch.Tensor, dict[str, Any]]:
-    """This rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
+    """Return this rank's losses [B / dp, S], and the shard and gradient of every full parameter."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**LAYERS, **DROPOUT, **changes})
     model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group)
     count = BATCH // mesh.dp_size
-    torch.manual_seed(100 + rank)  # what torch would draw must not matter
+    torch.manual_seed(100 + rank)  # torch's random state must not matter
     losses = []
     for first in range(mesh.dp_rank * count, (mesh.dp_rank + 1) * count, microbatch):
         tokens, target, upstream = (part[first : first + microbatch] for part in batch_of_tokens())
-        loss = model(tokens, target, position=BatchPosition(STEP, first, BATCH))
+        loss = model(tokens, target, batch_slice=BatchSlice(STEP, first, BATCH))
         loss.backward(upstream)
         losses.append(loss.detach())
     buckets.reduce_after_backwards(1)
@@ -59,7 +60,7 @@ def one_step(
 
 @pytest.fixture(scope="module")
 def one_process() -> Any:
-    """By recomputation."""
+    """Return losses and gradients of one process, by kind of recomputation."""
     ways = "none", "selective", "full"
     found = run_cases_on_ranks(one_step, 1, [(1, False, BATCH, {"recompute": way}) for way in ways])
     return {way: rank for way, (rank,) in zip(ways, found, strict=True)}
@@ -102,14 +103,14 @@ def model_of(**changes: Any) -> GPT:
     return GPT(GPTConfig(**{**LAYERS, **changes}), seed=3)
 
 
-def losses_of(model: GPT, position: BatchPosition | None = None) -> torch.Tensor:
+def losses_of(model: GPT, batch_slice: BatchSlice | None = None) -> torch.Tensor:
     tokens, target, _ = batch_of_tokens()
-    return model(tokens, target, position=position).detach()
+    return model(tokens, target, batch_slice=batch_slice).detach()
 
 
 def test_masks_follow_step_and_seed_and_places_differ() -> None:
     model = model_of(**DROPOUT)
-    first, again, later = (losses_of(model, BatchPosition(step, 0, BATCH)) for step in (1, 1, 2))
+    first, again, later = (losses_of(model, BatchSlice(step, 0, BATCH)) for step in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, later)
     states = model.get_buffer("dropout_states")
     assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 3 * 2
@@ -119,11 +120,21 @@ def test_masks_follow_step_and_seed_and_places_differ() -> None:
 @pytest.mark.parametrize("kind", list(DROPOUT))
 def test_each_kind_drops_its_share_and_keeps_the_mean(kind: str) -> None:
     plain, model = model_of(), model_of(**{kind: 0.5})
-    dropped = torch.stack([losses_of(model, BatchPosition(step, 0, BATCH)) for step in range(3)])
+    dropped = torch.stack([losses_of(model, BatchSlice(step, 0, BATCH)) for step in range(3)])
     assert (dropped != losses_of(plain)).float().mean() > 0.9
-    # Nothing drops where the probability is below 2^-32: another path through attention, the same numbers.
+    # Nothing is dropped if the probability is below 2^-32: another path through attention gives the same numbers.
     nothing = model_of(**{kind: 1e-10})
-    torch.testing.assert_close(losses_of(nothing, BatchPosition(0, 0, BATCH)), losses_of(plain), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(losses_of(nothing, BatchSlice(0, 0, BATCH)), losses_of(plain), rtol=1e-6, atol=1e-6)
+
+
+def test_the_old_names_of_a_batch_slice_work_for_a_release_and_warn() -> None:
+    model, (tokens, target, _) = model_of(**DROPOUT), batch_of_tokens()
+    with pytest.warns(DeprecationWarning, match="BatchPosition is now called BatchSlice"):
+        old = models.BatchPosition(1, 0, BATCH)
+    with pytest.warns(DeprecationWarning, match=r"position= of GPT.forward\(\) is now called batch_slice=") as warned:
+        losses = model(tokens, target, position=old)
+    assert warned[0].filename == __file__
+    assert torch.equal(losses, losses_of(model, BatchSlice(1, 0, BATCH)))
 
 
 def test_evaluation_drops_nothing() -> None:
@@ -131,12 +142,12 @@ def test_evaluation_drops_nothing() -> None:
 
 
 def test_dropout_asks_where_it_is() -> None:
-    with pytest.raises(InputError, match="position=None must be given where the model drops elements"):
+    with pytest.raises(InputError, match="batch_slice=None must be given where the model drops elements"):
         losses_of(model_of(**DROPOUT))
     with pytest.raises(InputError, match=r"first_sample=2 \+ tokens.shape\[0\]=8 must be at most global_batch_size=8"):
-        losses_of(model_of(**DROPOUT), BatchPosition(0, 2, BATCH))
+        losses_of(model_of(**DROPOUT), BatchSlice(0, 2, BATCH))
     with pytest.raises(InputError, match=r"first_sample=8 must be in \[0, global_batch_size=8\)"):
-        BatchPosition(0, BATCH, BATCH)
+        BatchSlice(0, BATCH, BATCH)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -151,9 +162,9 @@ def test_recomputation_keeps_less(recompute: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         x = torch.randn(8, BATCH, 24, requires_grad=True)
         sequence = SequenceLayout.whole(8)
-        masks = model._masks(BATCH, sequence, BatchPosition(0, 0, BATCH))
+        masks = model._masks(BATCH, sequence, BatchSlice(0, 0, BATCH))
         model._blocks(x, AttentionMask(causal=True), masks, model._rotary(sequence, x))
-    # [S, B, N, S] of probabilities, four times a layer (scores, softmax, dropped); per block nothing but its input.
+    # Without recomputation four tensors a layer are [S, B, N, S] (scores, softmax, dropped); with full none is.
     probabilities = [n for n in kept if n == BATCH * 4 * 8 * 8]
     assert bool(probabilities) == (recompute == "none")
     if recompute == "full":

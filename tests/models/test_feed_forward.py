@@ -1,4 +1,4 @@
-"""Start here when a block's feed-forward is not what the config says, or its auxiliary loss is lost on its way."""
+"""Start here when a block's feed-forward is not the configured one, or its auxiliary loss gets lost."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ MICROBATCHES, DIVISOR = 4, 4 * 2 * 8
 
 @dataclass(frozen=True)
 class SquaredConfig(GPTConfig):
-    """A GPT whose feed-forward is asked to keep its output small."""
+    """GPT whose feed-forward must keep its output small."""
 
     tied_embeddings: bool = False
 
@@ -52,7 +52,7 @@ def microbatches():
 
 
 def plain_step(config):
-    """Losses with and without the auxiliary ones, and gradients, by autograd of the whole model."""
+    """Return losses with and without the auxiliary ones, and gradients, by autograd of the whole model."""
     model = GPT(config, seed=3, dtype=torch.float64)
     loss = auxiliary = 0.0
     for tokens, target in zip(*microbatches(), strict=True):
@@ -64,7 +64,7 @@ def plain_step(config):
 
 
 def pipeline_step(rank, world_size, schedule_name, stages_per_rank, recompute):
-    """The same on a pipeline: (step's loss, evaluation's loss, gradients of this rank)."""
+    """Return (loss of a step, loss of an evaluation, gradients of this rank) of a pipeline."""
     FEED_FORWARDS["squared"] = new_squared
     config = SquaredConfig(**SIZES, recompute=recompute)
     mesh = init_mesh(pipeline_parallel_size=world_size)
@@ -87,7 +87,7 @@ def pipeline_step(rank, world_size, schedule_name, stages_per_rank, recompute):
     inputs, targets = microbatches()
     loss = float(executor.step(inputs, targets, loss_divisor=DIVISOR))
     gradients = {name: p.grad for name, p in stages.parameters_by_name().items()}
-    # The stages are in training mode still: an evaluation leaves auxiliary losses out by itself.
+    # The stages are still in training mode: evaluation itself leaves auxiliary losses out.
     evaluated = float(executor.evaluate(inputs, targets, loss_divisor=DIVISOR))
     executor.close()
     return loss, evaluated, gradients

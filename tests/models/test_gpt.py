@@ -18,8 +18,8 @@ from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 from fused_megatron.testing.sharded_models import perturb_vectors_
 
-# Weights are large enough for scores that differ: near uniform attention the gradients of queries and keys are small
-# differences of large numbers, in which float32 keeps few digits. Nothing is a power of two, and 101 words leave
+# Large weights, so that attention scores differ: near uniform attention the gradients of queries and keys are small
+# differences of large numbers, which float32 cannot hold. No size is a power of two, and 101 vocabulary entries leave
 # padding on the last ranks (on all of one rank at R = 4).
 SIZES: dict[str, Any] = {
     "num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 12, "ffn_hidden_size": 44, "vocab_size": 101,
@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
 BATCH, SEQ_LEN = 6, 8
 
 
-# Every layer in another form. 2 key-value heads are fewer than 4 ranks.
+# Every kind of layer in another form. 2 key-value heads are fewer than 4 ranks.
 LLAMA: dict[str, Any] = {
     "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 2,
     "tied_embeddings": False,
@@ -39,7 +39,7 @@ MIXED: dict[str, Any] = {
 
 
 def reference_losses(w: dict[str, torch.Tensor], tokens: torch.Tensor, target: torch.Tensor, config: GPTConfig) -> Any:
-    """Loss per token [B, S] of full weights, with nothing of the package in it."""
+    """Compute the loss per token [B, S] from full weights with plain torch."""
     batch, seq_len = tokens.shape
     width, heads, head_dim = config.hidden_size, config.num_heads, config.hidden_size // config.num_heads
 
@@ -94,7 +94,7 @@ def reference_losses(w: dict[str, torch.Tensor], tokens: torch.Tensor, target: t
 
 
 def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, targets (some ignored) and a random upstream gradient, each [B, S]."""
+    """Return tokens, targets (some ignored) and a random upstream gradient, each [B, S]."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(SIZES["vocab_size"], (BATCH, SEQ_LEN + 1), generator=generator)
     target = tokens[:, 1:].clone()
@@ -105,7 +105,7 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def one_backward(
     rank: int, world_size: int, tp: int, sequence_parallel: bool, dtype: torch.dtype, changes: dict[str, Any]
 ) -> tuple[int, torch.Tensor, dict[str, tuple[Any, torch.Tensor, torch.Tensor]]]:
-    """This rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
+    """Return this rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
     mesh = init_mesh(tp)
     config = GPTConfig(**{**SIZES, **changes})
     model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=dtype)
@@ -134,7 +134,7 @@ def one_backward(
 
 
 def assembled(ranks: list[Any], which: int) -> dict[str, torch.Tensor]:
-    """Full tensors from every rank's shards; replicated ones must be bitwise equal on all."""
+    """Assemble full tensors from every rank's shards; replicated ones must be bitwise equal on all ranks."""
     full: dict[str, torch.Tensor] = {}
     for _, _, shards in ranks:
         for name, (shard, *tensors) in shards.items():
@@ -151,7 +151,7 @@ def assembled(ranks: list[Any], which: int) -> dict[str, torch.Tensor]:
 def reference_of(
     weights: dict[str, torch.Tensor], changes: dict[str, Any]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Losses and gradients of the plain model in the dtype of the weights."""
+    """Return losses and gradients of the plain model in the dtype of the weights."""
     tokens, target, upstream = batch_of_tokens()
     leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
     losses = reference_losses(leaves, tokens, target, GPTConfig(**{**SIZES, **changes}))
@@ -172,13 +172,13 @@ def assert_equals_plain_model(ranks: list[Any], tp: int, changes: dict[str, Any]
     torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-6)
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
-        # The gradient of a key bias is 0 in exact arithmetic without rotation: held to that of the query.
+        # Without rotation the gradient of a key bias is 0 in exact arithmetic, so it is compared with the query's.
         scale = expected[name.replace("bias.key", "bias.query")].abs().max()
         error = (gradients[name].double() - gradient).abs().max() / scale
         assert error < 1e-5, f"{changes} on {len(ranks)} ranks: {name}: {error:.1e}"
 
 
-# An untied head takes part at two ranks.
+# At two ranks an untied head is among the forms.
 LAYOUTS: dict[int, list[tuple[int, bool, dict[str, Any]]]] = {  # by number of ranks: tp, sequence_parallel, changes
     1: [(1, False, {}), (1, False, LLAMA)],
     2: [
@@ -226,7 +226,7 @@ def test_every_layout_starts_from_the_same_weights() -> None:
         for name, weight in whole.items():
             assert all(torch.equal(weight, other[name]) for other in others), name
         assert 0.09 < whole["head.weight"].std() < 0.11
-        # 1 / sqrt(2 num_layers) of the others
+        # 1 / sqrt(2 num_layers) times the other weights
         assert 0.045 < whole["blocks.1.mlp.projection.weight"].std() < 0.055
 
 
@@ -242,8 +242,8 @@ def test_bfloat16_errs_at_most_twice_as_much_as_plain_torch(tp: int, changes: di
 
     assert error(ranks[0][1], exact) < 2 * error(plain, exact)
     for name, gradient in exact_gradients.items():
-        # Two ranks' roundings more than one process has, and of small sums of few numbers luck decides: so a floor of
-        # one rounding of the largest.
+        # Two ranks round more often than one process, and the error of a sum of few small numbers is random. So one
+        # rounding of the largest gradient is allowed in addition.
         floor = 2**-8 * gradient.abs().max().item()
         assert error(gradients[name], gradient) < 2 * error(plain_gradients[name], gradient) + floor, name
 
@@ -260,7 +260,7 @@ def counted_collectives(rank: int, world_size: int, num_layers: int) -> tuple[di
         setattr(dist, name, counting)
     model = GPT(GPTConfig(**{**SIZES, "num_layers": num_layers}), layout=init_mesh(world_size).layout())
     tokens, target, upstream = batch_of_tokens()
-    calls.clear()  # what the layers took to measure the group
+    calls.clear()  # collectives with which layers measured the group
     losses = model(tokens, target)
     forward = dict(calls)
     calls.clear()
@@ -270,7 +270,7 @@ def counted_collectives(rank: int, world_size: int, num_layers: int) -> tuple[di
 
 def test_two_all_reduces_forward_and_two_backward_per_layer() -> None:
     for forward, backward in run_on_ranks(counted_collectives, 2, 3):
-        # Besides the layers: the embedding and, once, the loss forward; the head backward.
+        # Besides the layers: the embedding and the loss once forward, the head once backward.
         assert forward == {"all_reduce": 2 * 3 + 1, "all_gather_single": 1}
         assert backward == {"all_reduce": 2 * 3 + 1}
 
@@ -279,7 +279,7 @@ def test_padded_vocabulary_has_no_gradient_and_no_probability() -> None:
     model = GPT(GPTConfig(**SIZES), seed=1)
     tokens, target, upstream = batch_of_tokens()
     with torch.no_grad():
-        model.token_embedding.weight[SIZES["vocab_size"] :] = 50.0  # would take all probability
+        model.token_embedding.weight[SIZES["vocab_size"] :] = 50.0  # would get all probability
     before = model(tokens, target)
     before.backward(upstream)
     assert model.token_embedding.weight.grad is not None
@@ -327,7 +327,7 @@ def refused(rank: int, world_size: int) -> list[str]:
         assert not seen.counts
 
     refuse(lambda: build(group, num_heads=3))
-    refuse(lambda: build(group, ffn_hidden_size=45))  # the first layers that are made measure their group
+    refuse(lambda: build(group, ffn_hidden_size=45))  # the first layers of a group measure it
     refuse(lambda: build(without_me))
     model = build(group)
     refuse(lambda: model(tokens, tokens))

@@ -1,4 +1,4 @@
-"""Start here when a GPT cut into pipeline stages gives other bits than the whole."""
+"""Start here when a GPT cut into pipeline stages is not bit for bit the whole GPT."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition, StageSpan, cut_stages
+from fused_megatron.models import GPT, BatchSlice, StageSpan, cut_stages
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 SIZES: dict[str, Any] = {
@@ -24,7 +24,7 @@ COPY = "token_embedding.weight"
 
 
 def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tokens, targets (some ignored) and a random upstream gradient, each [B, S]."""
+    """Return tokens, targets (some ignored) and a random upstream gradient, each [B, S]."""
     generator = torch.Generator().manual_seed(5)
     tokens = torch.randint(101, (3, 9), generator=generator)
     target = tokens[:, 1:].clone()
@@ -33,7 +33,7 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: dict[str, Any]) -> int:
-    """Compare on every rank; the number of gradients compared."""
+    """Compare chained stages with the whole model on every rank; return the number of gradients compared."""
     config = GPTConfig(**{**SIZES, **changes})
     layout: dict[str, Any] = {"seed": 3}
     if world_size > 1:
@@ -50,14 +50,14 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
     assert sum(stage.num_parameters() for stage in stages) == whole.num_parameters()
 
     tokens, target, upstream = batch_of_tokens()
-    position = BatchPosition(step=7, first_sample=2, global_batch_size=6)
-    expected = whole(tokens, target, position=position)
+    batch_slice = BatchSlice(step=7, first_sample=2, global_batch_size=6)
+    expected = whole(tokens, target, batch_slice=batch_slice)
     expected.backward(upstream)
     inputs, outputs = [], []
     x = tokens
     for stage in stages:
         inputs.append(x)
-        outputs.append(stage(x, position=position))
+        outputs.append(stage(x, batch_slice=batch_slice))
         x = outputs[-1].detach().requires_grad_()
     losses = stages[-1].loss(x, target)
     assert torch.equal(losses, expected)
@@ -108,21 +108,21 @@ def counts(
 
 
 def test_the_head_weighs_as_much_as_its_products() -> None:
-    # A block of these sizes costs 24 x (4 x 24 + 2 x 44 + 12) = 24 x 196 products.
+    # A block of these sizes costs 24 x (4 x 24 + 2 x 44 + 12) = 24 x 196 multiplications.
     assert counts(2, num_layers=8, vocab_size=1) == [4, 4]
     assert counts(2, num_layers=8, vocab_size=2 * 196) == [5, 3]
     assert counts(4, num_layers=10, vocab_size=2 * 196) == [3, 3, 3, 1]
-    # A head that is dearer than all blocks leaves the last stage none, and so does one that is dearer than the others'.
+    # If the head costs more than all blocks, or than all blocks of each other stage, the last stage holds no block.
     assert counts(3, num_layers=7, vocab_size=50 * 196) == [3, 4, 0]
     assert counts(2, num_layers=4, vocab_size=4 * 196) == [4, 0]
     assert counts(1, num_layers=2, vocab_size=50 * 196) == [2]
-    # What is over goes to the middle, and there to late stages, which keep fewer microbatches.
+    # Remaining blocks go to the middle, and there to late stages, which hold fewer microbatches.
     assert counts(5, num_layers=6, vocab_size=1) == [1, 1, 1, 2, 1]
     assert counts(3, [4, 2, 2], num_layers=8) == [4, 2, 2]
 
 
 def test_it_is_ranks_that_are_made_even_and_then_their_stages() -> None:
-    # The head is as dear as 2.7 blocks: rank 1, which has it, has one block beside it in all.
+    # The head costs 2.7 blocks: rank 1, which has it, holds only one block in all.
     assert counts(4, placement=(0, 1, 0, 1), num_layers=4, vocab_size=27 * 196 // 10) == [1, 1, 2, 0]
     assert counts(4, placement=(0, 1, 1, 0), num_layers=4, vocab_size=27 * 196 // 10) == [1, 1, 2, 0]
     assert counts(4, placement=(0, 1, 0, 1), num_layers=8, vocab_size=1) == [2, 2, 2, 2]

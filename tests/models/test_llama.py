@@ -1,8 +1,7 @@
 """Start here when grouped heads, RMS norms, SwiGLU or rotary angles of a model are wrong.
 
-What Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, angles as transformers has them.
-
-(Against transformers' models as a whole: tests/hugging_face/test_families.py.)
+The parts that Llama, Mistral and Qwen add to the GPT: the same numbers at every layout, and angles as in transformers.
+(Comparison with whole models of transformers: tests/hugging_face/test_known_families.py.)
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchPosition
+from fused_megatron.models import GPT, BatchSlice
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -31,7 +30,7 @@ LAYOUTS: dict[int, list[tuple[dict[str, Any], bool]]] = {  # by number of ranks:
         ({"query_key_norm": True, "num_kv_heads": None, "recompute": "full", **YARN}, True),
         ({"activation": "gelu_exact", "tied_embeddings": True, "head_dim": 8, "num_kv_heads": 1}, True),
     ],
-    # 2 key-value heads are fewer than 4 ranks; the last rank's vocabulary is padding alone.
+    # 2 key-value heads are fewer than 4 ranks; the last rank's vocabulary is only padding.
     4: [
         ({}, True),
         ({"head_dim": 10, "query_key_norm": True, "sliding_window": 3, "recompute": "selective"}, False),
@@ -47,16 +46,16 @@ def tokens_and_upstream() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def backward_of(model: GPT) -> torch.Tensor:
-    """Losses, after a backward from a random gradient."""
+    """Return losses, after a backward from a random gradient."""
     perturb_vectors_(model)
     tokens, target, upstream = tokens_and_upstream()
-    losses: torch.Tensor = model(tokens, target, position=BatchPosition(3, 0, 3))
+    losses: torch.Tensor = model(tokens, target, batch_slice=BatchSlice(3, 0, 3))
     losses.backward(upstream.to(losses.dtype))
     return losses.detach()
 
 
 def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
-    """For each layout the largest error of the losses and of each gradient, against one process in float64."""
+    """Return for each layout the largest error of the losses and of each gradient, against one process in float64."""
     mesh, found = init_mesh(world_size), []
     for changes, sequence_parallel in LAYOUTS[world_size]:
         config = GPTConfig(**{**LLAMA, **changes})
@@ -65,7 +64,7 @@ def errors_of(rank: int, world_size: int) -> list[dict[str, float]]:
         gradients = full_gradients(whole)
         model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=torch.float32)
         errors = {"losses": float((backward_of(model) - losses).abs().max())}
-        # The gradient of a key bias is small: held to that of the query.
+        # The gradient of a key bias is small, so its error is compared with the gradient of the query bias.
         errors |= gradient_errors(model, gradients.__getitem__, lambda name: name.replace("bias.key", "bias.query"))
         found.append(errors)
     return found
@@ -102,9 +101,9 @@ def test_a_window_hides_what_lies_before_it_with_and_without_dropout() -> None:
     changed[:, 2] = (changed[:, 2] + 1) % 101
     differs = (GPT(config, seed=1)(changed) != logits).any(-1).any(0)
     assert differs.tolist() == [False] * 2 + [True] * 4 + [False] * 6
-    # The form that keeps the probabilities, with next to nothing dropped.
+    # With dropout attention keeps the probabilities; here it drops almost nothing.
     dropping = GPT(dataclasses.replace(config, attention_dropout=1e-9), seed=1)
-    again = dropping(tokens, position=BatchPosition(0, 0, 3))
+    again = dropping(tokens, batch_slice=BatchSlice(0, 0, 3))
     torch.testing.assert_close(again, logits, rtol=0, atol=1e-5)
 
 
@@ -165,7 +164,7 @@ def test_angles_are_those_of_transformers(kind: str, seq_len: int) -> None:
     pairs = int(64 * partial) // 2
     for table, wanted in zip((cos, sin), expected, strict=True):
         assert table.shape == (seq_len, pairs)
-        # Their angles are float32: off by 1e-7 of 100 radians.
+        # transformers' angles are float32: 100 radians have an error of 1e-7.
         torch.testing.assert_close(table, wanted[0, :, :pairs], rtol=0, atol=3e-5)
 
 

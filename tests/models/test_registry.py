@@ -1,4 +1,4 @@
-"""Start here when a new family of models is known in one place and not in another."""
+"""Start here when a new model family is known in one part of the code and not in another."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from fused_megatron.ops.attention import AttentionMask
 
 @dataclass(frozen=True)
 class PrefixConfig(TransformerConfig):
-    """Tokens of a prefix see each other, and what follows sees all before it."""
+    """Model whose prefix tokens attend to each other, and whose other tokens attend to all tokens before them."""
 
     family: str = "prefix"
     prefix: int = 4
@@ -27,9 +27,9 @@ class Prefix(TransformerStack):
         super().__init__(config, layout=layout, stage=stage, tied_head=True, dtype=dtype, device=device)
         self.reset_parameters(seed)
 
-    def forward(self, x, target=None, *, position=None, sequence=None, reduction="none"):
+    def forward(self, x, target=None, *, batch_slice=None, sequence=None, reduction="none"):
         mask = AttentionMask(causal=True)
-        return self._result(self._encode(x, mask, position=position, sequence=sequence), target, reduction)
+        return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
 
     def _head(self, hidden):
         return HeadProduct(hidden, self.token_embedding.weight, self.token_embedding.padded_num_embeddings)

@@ -10,14 +10,14 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import MODEL_FAMILIES, BERTConfig, GPTConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import ParallelLayout, init_mesh
-from fused_megatron.models import BERT, GPT, BatchPosition, new_model
+from fused_megatron.models import BERT, GPT, BatchSlice, new_model
 from fused_megatron.models.registry import MODELS
 from fused_megatron.sharding import SequenceLayout
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "vocab_size": 101, "init_std": 0.3}
 DROPOUT = {"hidden_dropout": 0.3, "embedding_dropout": 0.3}
-S, B, POSITION = 16, 3, BatchPosition(5, 2, 8)
+S, B, BATCH_SLICE = 16, 3, BatchSlice(5, 2, 8)
 CONFIGS = [
     GPTConfig(**SIZES, **DROPOUT),
     GPTConfig(**SIZES, **DROPOUT, recompute="full", tied_embeddings=False),
@@ -32,7 +32,7 @@ def batch_of_tokens():
 
 
 def without_attention(model):
-    """Of a token's loss nothing comes from other tokens, so that a part of the sequence has its part of the losses."""
+    """Remove attention's output, so that the loss of a token depends on no other token."""
     for name, parameter in model.named_parameters():
         if name.endswith("attention.projection.weight"):
             torch.nn.init.zeros_(parameter)
@@ -40,18 +40,18 @@ def without_attention(model):
 
 
 def losses_of_a_part(rank, world_size, ranges, sequence_parallel):
-    """For each config the largest error of the losses and gradients at these positions, against the whole sequence."""
+    """Return for each config the largest error of losses and gradients at these positions, by the whole sequence."""
     mesh, errors = init_mesh(world_size), []
     sequence = SequenceLayout(S, ranges)
     batch = batch_of_tokens()
     part = batch.take(sequence)
     for config in CONFIGS:
         whole = without_attention(new_model(config, seed=3, dtype=torch.float64))
-        losses = whole(batch.inputs, batch.targets, position=POSITION)[:, sequence.positions()]
+        losses = whole(batch.inputs, batch.targets, batch_slice=BATCH_SLICE)[:, sequence.positions()]
         losses.sum().backward()
         layout = mesh.layout(sequence_parallel=sequence_parallel)
         model = without_attention(new_model(config, layout=layout, seed=3, dtype=torch.float64))
-        found = model(part.inputs, part.targets, position=POSITION, sequence=sequence)
+        found = model(part.inputs, part.targets, batch_slice=BATCH_SLICE, sequence=sequence)
         found.sum().backward()
         errors.append(float((found - losses).detach().abs().max()))
         table, wanted = model.position_embedding.grad, whole.position_embedding.grad
@@ -81,12 +81,12 @@ def test_a_rank_rotates_by_its_positions_in_the_whole_sequence(scaling):
 def test_positions_that_are_not_those_of_the_tokens():
     model, tokens = GPT(GPTConfig(**SIZES)), torch.zeros(1, 8, dtype=torch.int64)
     for sequence in (SequenceLayout.whole(9), SequenceLayout(32, ((0, 8),))):
-        with pytest.raises(InputError, match="must have the 8 positions that are given, of at most seq_len=16"):
+        with pytest.raises(InputError, match="must have 8 positions, as many as there are tokens, and"):
             model(tokens, sequence=sequence)
 
 
 def overlaps(rank, world_size):
-    """What each layer of each model has as overlap."""
+    """Return the overlap setting of each layer of each model."""
     layout = ParallelLayout(init_mesh(world_size).tp_group, sequence_parallel=True, overlap=3)
     forms = [GPTConfig(**SIZES, num_kv_heads=2, activation="swiglu"), BERTConfig(**SIZES, next_sentence_head=True)]
     models = [new_model(config, layout=layout, device=torch.device("meta")) for config in forms]

@@ -1,4 +1,4 @@
-"""Start here when fm.modules.CrossEntropyLoss does not stand in for torch.nn.CrossEntropyLoss."""
+"""Start here when fm.modules.CrossEntropyLoss differs from torch.nn.CrossEntropyLoss."""
 
 import inspect
 
@@ -54,7 +54,7 @@ def test_probabilities_as_targets():
 
 
 def test_fused_where_it_can_be():
-    """The fused op alone saves no tensor of the size of the logits but the logits themselves."""
+    """Only the fused op saves no tensor of the logits' size except the logits."""
     logits, saved = torch.randn(8, 50, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         CrossEntropyLoss()(logits, torch.zeros(8, dtype=torch.long))

@@ -1,4 +1,4 @@
-"""Start here when fm.modules.GELU does not stand in for torch.nn.GELU."""
+"""Start here when fm.modules.GELU differs from torch.nn.GELU."""
 
 import inspect
 
@@ -37,11 +37,11 @@ def quick(x):
         (lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)), "none"),
         (lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))), "tanh"),
         (quick, None),
-        (lambda x: torch.nn.functional.gelu(x).detach().requires_grad_(), None),  # its gradient is another
+        (lambda x: torch.nn.functional.gelu(x).detach().requires_grad_(), None),  # its gradient differs
         (lambda x, y: x, None),
     ],
 )
-def test_activations_of_ones_own_are_known_by_what_they_compute(function, approximate):
+def test_a_models_own_activations_are_recognised_by_their_results(function, approximate):
     class OwnGELU(torch.nn.Module):
         forward = staticmethod(function)
 
@@ -51,7 +51,7 @@ def test_activations_of_ones_own_are_known_by_what_they_compute(function, approx
     report = replace_modules(model)
     assert calls == [], "nobody asked the hook"
     if approximate is None:
-        assert type(model[0]) is OwnGELU and "not that of torch.nn.GELU" in report.left[0].reason
+        assert type(model[0]) is OwnGELU and "differs from torch.nn.GELU" in report.left[0].reason
     else:
         assert type(model[0]) is GELU and model[0].approximate == approximate
         x = torch.randn(3, 5)

@@ -1,4 +1,4 @@
-"""Start here when fm.modules.LayerNorm or RMSNorm does not stand in for torch.nn's."""
+"""Start here when fm.modules.LayerNorm or RMSNorm differs from torch.nn's."""
 
 import inspect
 
@@ -10,7 +10,7 @@ from fused_megatron.modules import LayerNorm
 
 
 def both(*args, **kwargs):
-    """Our module and torch's with the same random parameters."""
+    """Return our module and torch's with the same random parameters."""
     ours, theirs = LayerNorm(*args, **kwargs), torch.nn.LayerNorm(*args, **kwargs)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter)

@@ -1,4 +1,4 @@
-"""Start here when `fm.replace_modules` changes what a model computes, or leaves a module without a reason."""
+"""Start here when `fm.replace_modules` changes what a model computes, or leaves a module and gives no reason."""
 
 import copy
 
@@ -11,7 +11,7 @@ from fused_megatron.modules import replace_modules, replacement
 
 
 class LikeLlama(nn.Module):
-    """An RMS norm as Llama's models have it; the name says nothing."""
+    """An RMS norm as in Llama's models, under another name."""
 
     def __init__(self, width, eps=1e-3):
         super().__init__()
@@ -25,7 +25,7 @@ class LikeLlama(nn.Module):
 
 
 class ZeroCentred(nn.Module):
-    """As Gemma's; of fresh weights, zeros, that alone could not be told from Llama's with ones."""
+    """An RMS norm as in Gemma. With its initial weights, zeros, it equals Llama's with ones."""
 
     def __init__(self, width, eps=1e-3):
         super().__init__()
@@ -38,21 +38,21 @@ class ZeroCentred(nn.Module):
 
 
 class EpsOutside(LikeLlama):
-    """Almost one: eps is added to the root."""
+    """Almost an RMS norm: eps is added to the root."""
 
     def forward(self, x):
         return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
 
 
 class MeanTaken(LikeLlama):
-    """A layer norm without bias, as Cohere's."""
+    """A layer norm without bias, as in Cohere's models."""
 
     def forward(self, x):
         return super().forward(x - x.mean(-1, keepdim=True))
 
 
 class GatedRMSNorm(LikeLlama):
-    """As Mamba's: equal as long as no gate comes."""
+    """An RMS norm as in Mamba: equal if no gate is given."""
 
     def forward(self, x, gate=None):
         return super().forward(x if gate is None else x * gate)
@@ -98,7 +98,7 @@ def test_replaced_model_computes_the_same(make, dtype):
 
 @pytest.mark.parametrize("make", [LikeLlama, ZeroCentred])
 def test_dtype_of_the_result_is_kept(make):
-    """Llama's norm gives the common dtype of x and weight, Gemma's that of x."""
+    """Llama's norm returns the common dtype of x and weight, Gemma's the dtype of x."""
     norm = make(6)
     x = torch.randn(3, 6, dtype=torch.bfloat16)
     before = norm(x)
@@ -108,7 +108,7 @@ def test_dtype_of_the_result_is_kept(make):
     torch.testing.assert_close(after, before, rtol=0.02, atol=0.02)
 
 
-def test_all_but_the_class_is_kept():
+def test_everything_but_the_class_is_kept():
     shared = nn.LayerNorm(4)
     model = model_of(nn.Linear(4, 4), shared, nn.Linear(4, 4), shared).eval()
     called = []

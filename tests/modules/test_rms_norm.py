@@ -1,4 +1,4 @@
-"""Start here when fm.modules.RMSNorm does not stand in for torch.nn.RMSNorm."""
+"""Start here when fm.modules.RMSNorm differs from torch.nn.RMSNorm."""
 
 import inspect
 

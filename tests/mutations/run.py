@@ -1,7 +1,7 @@
-"""Runner of the mutations: each edit in a copy of the tree, its tests, and a report of those that nobody saw.
+"""Runner of the mutations: it makes each edit in a copy of the tree, runs its tests, and reports unseen edits.
 
 make mutants                        all of them
-make mutants ARGS="dropout eps"     those whose name has one of the words
+make mutants ARGS="dropout eps"     mutations whose name contains one of the words
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ _LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "__
 
 
 def main(words: list[str]) -> int:
-    """The number of mutations that were not seen."""
+    """Run the mutations; return the number of mutations that no test has seen."""
     chosen = [m for m in mutations() if not words or any(word in m.name for word in words)]
     unseen = []
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
 
 
 def mutations() -> tuple[Any, ...]:
-    """The table, by its path: the tests are no package."""
+    """Return the table, loaded by its path: the tests are no package."""
     specification = importlib.util.spec_from_file_location("table", Path(__file__).with_name("table.py"))
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
@@ -49,13 +49,13 @@ def mutations() -> tuple[Any, ...]:
 
 
 def try_in(tree: Path, mutation: Any) -> str:
-    """seen: a test failed. hang: none ended in time. broken: pytest found no test. unseen: all passed."""
+    """Return "seen" (a test failed), "hang" (not ended in time), "broken" (no test found), or "unseen" (all passed)."""
     path = tree / mutation.file
     before = path.read_text(encoding="utf-8")
     path.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *mutation.tests]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    # A session of its own, so that the ranks of a test that hangs end with it.
+    # A session of its own, so that the ranks of a hanging test end with it.
     process = subprocess.Popen(
         command, cwd=tree, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""Table of mistakes that somebody could make in the code, each with the tests that must see it."""
+"""Table of mistakes in the code, each with the tests that must detect it."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ class Mutation(NamedTuple):
     """One edit that makes the code wrong.
 
     Attributes:
-        name: what goes wrong.
-        file: from the root of the repository.
-        old: text that stands there exactly once.
-        new: what takes its place.
-        tests: node ids of pytest; at least one test of them must fail.
+        name: of the mistake.
+        file: path from the root of the repository.
+        old: text that occurs exactly once in the file.
+        new: its replacement.
+        tests: node ids of pytest; at least one of the tests must fail.
     """
 
     name: str
@@ -31,22 +31,28 @@ _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
-    # A config key that does not reach its place, or a value that is taken a step late.
+    # A config key without effect, or a value that is one step late.
     Mutation(
         "eps is torch's default",
         _OPTIMIZER,
-        ", eps=config.eps, fused=True",
-        ", fused=True",
+        "                eps=config.eps,\n",
+        "",
         (*_PLAIN, f"{_KEYS}[optimizer.eps]"),
     ),
     Mutation(
         "beta2 is torch's default",
         _OPTIMIZER,
-        "betas=(config.beta1, config.beta2)",
-        "betas=(config.beta1, 0.999)",
+        "beta2=config.beta2",
+        "beta2=0.999",
         (*_PLAIN, f"{_KEYS}[optimizer.beta2]"),
     ),
-    Mutation("vectors are decayed", _OPTIMIZER, "(plain, 0.0))", "(plain, config.weight_decay))", _PLAIN),
+    Mutation(
+        "vectors are decayed",
+        _OPTIMIZER,
+        "self._config.weight_decay if decayed else 0.0",
+        "self._config.weight_decay",
+        _PLAIN,
+    ),
     Mutation(
         "the seed does not reach the order of the data",
         "fused_megatron/data/training_data.py",
@@ -97,7 +103,7 @@ MUTATIONS = (
         "first = samples_consumed",
         _PLAIN,
     ),
-    # A figure that is wrong.
+    # Wrong figures.
     Mutation(
         "tokens per second times the replicas",
         _TRAINER,
@@ -113,20 +119,20 @@ MUTATIONS = (
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
-        "the speed of the last step as that of the run",
+        "the speed of the last step, not of the run",
         "fused_megatron/training/train.py",
         "[len(losses) // 2]:,.0f} tokens/s",
         "[-1]:,.0f} tokens/s",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
-        "the time left is that of the whole run",
+        "the time left is the time of the whole run",
         _TRAINER,
         "(self.config.training.num_steps - step) * self._step_times[-1]",
         "self.config.training.num_steps * self._step_times[-1]",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
-    # Ranks that disagree, drift apart, or of which one has a NaN.
+    # Ranks that disagree or drift apart, and a NaN on one rank.
     Mutation(
         "kinds and bytes are not compared",
         _RING,
@@ -155,7 +161,7 @@ MUTATIONS = (
         "if digest == common",
         ("tests/sharding/test_replicas.py",),
     ),
-    # Paths.
+    # Wrong tensors or messages.
     Mutation(
         "what is handed on is not copied",
         "fused_megatron/pipeline/run/action_loop.py",
@@ -203,14 +209,14 @@ MUTATIONS = (
         "fused_megatron/hugging_face/gpt2.py",
         '"attention_dropout": settings.number("attn_pdrop", 0.1)',
         '"attention_dropout": settings.number("embd_pdrop", 0.1)',
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "Llama's dropout is lost",
         "fused_megatron/hugging_face/llama.py",
         '        "attention_dropout": settings.number("attention_dropout", 0.0),\n',
         "",
-        ("tests/hugging_face/test_families.py::test_every_dropout_comes_over_and_goes_back",),
+        ("tests/hugging_face/test_known_families.py::test_every_dropout_comes_over_and_goes_back",),
     ),
     Mutation(
         "top_k is one token short",

@@ -1,4 +1,4 @@
-"""Start here when `make mutants` cannot make a mistake any more: its text moved, or its test has another name."""
+"""Start here when `make mutants` can no longer make a mistake: its text moved, or its test has another name."""
 
 import ast
 import importlib.util
@@ -31,7 +31,7 @@ def test_names_are_unique():
 
 
 def test_verdicts(tmp_path):
-    """Of a mistake that a test sees, one that none sees, and one whose test is gone."""
+    """One mistake that a test sees, one that no test sees, and one whose test does not exist."""
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "code.py").write_text("one = 1\n")
     (tmp_path / "test_code.py").write_text(

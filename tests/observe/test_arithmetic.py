@@ -1,4 +1,4 @@
-"""Start here when FLOPs that are counted on the meta device are off."""
+"""Start here when FLOPs counted on the meta device are wrong."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def test_products_count_two_for_each_multiplication():
     assert count_flops(F.linear, (x.detach(), weight)) == 2 * (2 * 3 * 5 * 7)
 
 
-def test_fused_functions_of_torch_are_taken_apart():
+def test_fused_functions_of_torch_are_decomposed():
     x = torch.randn(4, 100, requires_grad=True)
     # Maximum, difference, exp, sum, quotient; backward product, sum, product, difference.
     assert count_flops(lambda x: torch.softmax(x, -1), (x,)) == pytest.approx(9 * x.numel(), rel=0.01)
@@ -21,7 +21,7 @@ def test_fused_functions_of_torch_are_taken_apart():
     assert 0.5 * written_out < count_flops(lambda x: F.layer_norm(x, x.shape[-1:]), (x,)) < 2 * written_out
 
 
-def test_what_only_moves_counts_nothing():
+def test_ops_that_only_move_data_count_nothing():
     x = torch.randn(4, 6, requires_grad=True)
     assert count_flops(lambda x: x.t().contiguous().view(2, 12).chunk(2, -1), (x,)) == 0
     assert count_flops(lambda x: x.bfloat16(), (x,)) == 0

@@ -15,7 +15,7 @@ S, B, H, LAYERS, RANKS = 64, 2, 256, 2, 64  # no other collective has S B H elem
 
 
 def calls_of_a_step(rank, world_size, sequence_parallel):
-    """Of rank 5 of a group that is not here."""
+    """Return the calls of a step on rank 5 of a fake group."""
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=RANKS)
     config = GPTConfig(num_layers=LAYERS, hidden_size=H, num_heads=RANKS, seq_len=S, vocab_size=512)
@@ -27,7 +27,7 @@ def calls_of_a_step(rank, world_size, sequence_parallel):
 
 
 def calls(sequence_parallel):
-    """(kind, backward) -> number of collectives of S B H elements; bytes of the loss's gather."""
+    """Return the number of collectives of S B H elements by (kind, backward), and the bytes of the loss's gather."""
     (entries,) = run_on_ranks(calls_of_a_step, 1, sequence_parallel)
     assert {entry[-1] for entry in entries} == {RANKS}
     counts = {}
@@ -44,7 +44,7 @@ def calls(sequence_parallel):
 def test_collectives_of_a_step(sequence_parallel):
     counts, others = calls(sequence_parallel)
     if sequence_parallel:
-        # Forward per block 2 gathers and 2 scatters, 1 scatter for the embedding and 1 gather for the head. Backward
+        # Forward: 2 gathers and 2 scatters per block, 1 scatter for the embedding, 1 gather for the head. Backward:
         # the duals, and a gather for each gathered input that was not kept.
         assert counts == {
             ("all_gather", False): 2 * LAYERS + 1,
@@ -54,5 +54,5 @@ def test_collectives_of_a_step(sequence_parallel):
         }
     else:
         assert counts == {("all_reduce", False): 2 * LAYERS + 1, ("all_reduce", True): 2 * LAYERS + 1}
-    # The loss: one gather of 12 bytes a token from every rank, and nothing else.
+    # The loss: one gather of 12 bytes per token from every rank, and nothing else.
     assert others == [("all_gather", 12 * S * B * RANKS)]

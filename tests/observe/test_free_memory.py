@@ -1,4 +1,4 @@
-"""Start here when the memory that is called free is not, above all in a container."""
+"""Start here when the reported free memory is wrong, above all in a container."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def test_this_machine() -> None:
 )
 def test_a_container(tmp_path: Path, group: dict[str, str]) -> None:
     write(tmp_path, {f"sys/fs/cgroup/{name}": content for name, content in group.items()})
-    assert memory_bytes(tmp_path) == (1000, 700)  # the cache of files is given back, shared memory is not
+    assert memory_bytes(tmp_path) == (1000, 700)  # the file cache can be freed, shared memory cannot
     write(tmp_path, {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:       0 kB\n"})
     assert memory_bytes(tmp_path) == (1000, 0)
 

@@ -1,4 +1,4 @@
-"""Start here when the FLOPs of a model (and so its MFU) are off."""
+"""Start here when the FLOPs of a model, and so its MFU, are wrong."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ def config_of(form: dict[str, Any], recompute: str) -> GPTConfig:
 
 
 def counted(config: GPTConfig, backend: SDPBackend = SDPBackend.MATH) -> int:
-    """Of the products of a step, as torch sees them on their way."""
+    """Count the FLOPs of a step's products with torch's own counter."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     mapping = {
         flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        # The scores that the kernel makes again are none of ours: four products of five.
+        # The scores that the kernel recomputes do not count: four products of five.
         flash_backward: lambda dy, *qkv, **_: sdpa_backward_flop_count(dy, *qkv[:3]) * 4 // 5,
     }
     model = GPT(config)
@@ -43,7 +43,7 @@ def counted(config: GPTConfig, backend: SDPBackend = SDPBackend.MATH) -> int:
 
 @pytest.mark.parametrize("form", FORMS, ids=["gpt2", "swiglu_gqa_untied", "geglu_rotary", "mqa_without_biases"])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_hardware_flops_are_those_that_torch_counts(form: dict[str, Any], recompute: str) -> None:
+def test_hardware_flops_equal_the_count_of_torch(form: dict[str, Any], recompute: str) -> None:
     config = config_of(form, recompute)
     model_flops, hardware_flops = gpt_step_flops(config, BATCH * config.seq_len)
     assert hardware_flops == counted(config)
@@ -56,13 +56,13 @@ def test_selective_recomputation_with_a_fused_kernel() -> None:
 
 
 def test_formulas_of_the_papers() -> None:
-    """GPT-3 of Narayanan et al. 2021 and Korthikanti et al. 2022: 175B."""
+    """The 175B GPT-3 of Narayanan et al. 2021 and Korthikanti et al. 2022."""
     b, s, layers, h, v = 1536, 2048, 96, 12288, 51200
     config = GPTConfig(num_layers=layers, hidden_size=h, num_heads=96, seq_len=s, vocab_size=v)
     model, hardware = gpt_step_flops(config, b * s, recompute="full")
     assert model == pytest.approx(72 * b * s * layers * h * h * (1 + s / (6 * h) + v / (12 * layers * h)), rel=1e-12)
     assert hardware == pytest.approx(96 * b * s * layers * h * h * (1 + s / (6 * h) + v / (16 * layers * h)), rel=1e-12)
-    # PaLM, appendix B: 6 N + 12 L H Q T a token, Q of each of its H heads: N D is the width.
+    # PaLM, appendix B: 6 N + 12 L H Q T per token, with H heads of size Q: H Q is the width.
     products = layers * 12 * h * h + v * h
     assert model // (b * s) == 6 * products + 12 * layers * h * s
 

@@ -17,7 +17,7 @@ def all_kinds(rank, world_size):
         dist.all_gather_single(torch.empty(8), x)
         dist.reduce_scatter_single(torch.empty(2), x, async_op=True).wait()
         dist.all_reduce(x)
-    dist.all_reduce(x)  # not seen
+    dist.all_reduce(x)  # not recorded
     return dict(seen.counts), dict(seen.elements), seen.order
 
 
@@ -61,6 +61,6 @@ def of_a_fake_group(rank, world_size):
     return ledger.num_bytes, {len(entry.group) for entry in ledger.entries}
 
 
-def test_a_fake_group_of_a_size_that_is_not_here():
+def test_a_fake_group_of_many_ranks():
     ((num_bytes, sizes),) = run_on_ranks(of_a_fake_group, 1)
     assert num_bytes == {"all_gather": 2 * 512 * 2 * 8 * 4, "reduce_scatter": 512 * 2 * 8 * 4} and sizes == {512}

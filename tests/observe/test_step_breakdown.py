@@ -1,4 +1,4 @@
-"""Start here when a part of a step is too long or too short: waits of known length belong to the part they should."""
+"""Start here when a part of a step is too long or too short."""
 
 import threading
 import time
@@ -18,9 +18,9 @@ LATE_S = 0.2
 
 
 def late_rank(rank: int, world_size: int) -> dict[str, float]:
-    """Rank 1 computes for longer: in front of an all-reduce, of an asynchronous one, and of one in a backward."""
+    """Rank 1 computes longer before an all-reduce, an asynchronous all-reduce, and an all-reduce in backward."""
     group, x = dist.group.WORLD, torch.ones(8)
-    start_all_reduce_(x, group).wait()  # what carries it is found out
+    start_all_reduce_(x, group).wait()  # the first collective sets up the transport
     breakdown = StepBreakdown(torch.device("cpu"))
     with breakdown.record():
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def late_rank(rank: int, world_size: int) -> dict[str, float]:
         time.sleep(LATE_S * rank)
         loss.sum().backward()
         seconds = time.perf_counter() - start
-    sum_over_ranks_(x, group)  # outside: not counted
+    sum_over_ranks_(x, group)  # outside of record(): not measured
     return breakdown.parts(seconds)
 
 
@@ -64,7 +64,7 @@ class Slow(nn.Module):
 
 
 def stages(rank: int, world_size: int) -> dict[str, float]:
-    """Each stage waits for the other one's forward, or sleeps through its own."""
+    """Each stage waits for the other stage's forward, or sleeps during its own."""
     stage = Slow()
     executor = PipelineExecutor(
         build_schedule("1f1b", 2, 1), {rank: stage}, pp_group=dist.group.WORLD, loss_fn=lambda y, _: y.sum()
@@ -101,7 +101,7 @@ def test_a_wait_inside_another_counts_once_and_other_threads_do_not() -> None:
     parts = breakdown.parts(1.0)
     assert set(parts) == {"compute", "bubble"} and parts["bubble"] >= 0.1
     assert abs(sum(parts.values()) - 1.0) < 1e-9
-    wait_for(COMMUNICATION, lambda: None)  # nobody observes
+    wait_for(COMMUNICATION, lambda: None)  # no observer
     assert breakdown.parts(1.0) == parts
     with breakdown.record():
         wait_for(COMMUNICATION, lambda: time.sleep(0.05))

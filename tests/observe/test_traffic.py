@@ -1,4 +1,4 @@
-"""Start here when the bytes that an op reads and writes are counted wrongly."""
+"""Start here when the counted bytes of an op are wrong."""
 
 import torch
 
@@ -26,5 +26,5 @@ def test_a_fused_op_moves_and_keeps_less():
     ours = measure_traffic(step(fm.ops.bias_gelu))
     unfused = measure_traffic(step(lambda x, bias: torch.nn.functional.gelu(x + bias, approximate="tanh")))
     assert ours.moved_bytes == 5 * N + 3 * 32  # bias forward, bias backward, its gradient
-    assert unfused.moved_bytes == 8 * N + 2 * 32  # and x + bias written and read, the sum over dx read again
+    assert unfused.moved_bytes == 8 * N + 2 * 32  # also x + bias written and read, dx read for its sum
     assert ours.saved_bytes == N + 32 and unfused.saved_bytes == N

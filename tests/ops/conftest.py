@@ -1,7 +1,7 @@
-"""The same tests of ops wherever they run: CPU kernels, a GPU, emulated CUDA kernels, interpreted Triton kernels.
+"""Fixtures with which the tests of ops run on CPU kernels, a GPU, emulated CUDA kernels or interpreted Triton kernels.
 
-The last two are started by tests/audit/test_emulated_kernels.py and test_interpreted_kernels.py: there, CPU tensors
-are served by the GPU's kernels.
+tests/audit/test_emulated_kernels.py and test_interpreted_kernels.py start the last two: there, the GPU's kernels run on
+CPU tensors.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if EMULATED or INTERPRETED:
 
 
 def pytest_configure(config):
-    if EMULATED or INTERPRETED:  # what falls back to the reference would be tested against itself
+    if EMULATED or INTERPRETED:  # a fallback to the reference would be tested against itself
         config.addinivalue_line("filterwarnings", "error:fused_megatron. no .* kernel for")
 
 
@@ -32,7 +32,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out tests of what only CPU kernels have (threads, large sizes), and cases beyond --cases-per-test."""
+    """Deselect tests for CPU kernels only (threads, large sizes), and cases beyond --cases-per-test."""
     if not (EMULATED or INTERPRETED):
         return
     left_out = {item for item in items if item.get_closest_marker("cpu_kernel") or item.get_closest_marker("gpu")}
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
             cases.setdefault((item.path, item.originalname), []).append(item)
     if (wanted := config.getoption("cases_per_test", None)) is not None:
         for found in cases.values():
-            # The checksum of the name chooses: neighbours in a list of cases differ in one argument only.
+            # Chosen by the checksum of the name: neighbouring cases differ in only one argument.
             found.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
             left_out.update(found[wanted:])
     config.hook.pytest_deselected(items=list(left_out))
@@ -56,13 +56,13 @@ def devices():
 
 @pytest.fixture(params=devices())
 def device(request):
-    """The device of a test's tensors."""
+    """Return the device for a test's tensors."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def hostile_machine(request):
-    """New memory full of NaN; blocks, threads and programs in an order that only this test has."""
+    """Fill new memory with NaN, and run blocks, threads and programs in an order of this test's own."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # with it torch.empty fills with NaN
     seed = zlib.crc32(request.node.nodeid.encode())
     if EMULATED:
@@ -70,7 +70,7 @@ def hostile_machine(request):
     _fill_new_memory(True)
     with interpreter(seed) if INTERPRETED else contextlib.nullcontext():
         yield
-    _fill_new_memory(False)  # tests of other rooms run in this process: filling would cost them minutes
+    _fill_new_memory(False)  # other tests may run in this process: filling would cost them minutes
     torch.use_deterministic_algorithms(False)
 
 

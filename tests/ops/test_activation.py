@@ -33,7 +33,7 @@ def ours_and_unfused(form):
 
 
 def draw(form, shape, dtype, *, bias_dtype=None, has_bias=True):
-    """x [..., F] or [..., 2F], bias or None, and dy [..., F]: shape is that of dy."""
+    """Return x [..., F] or [..., 2F], bias or None, and dy [..., F]; shape is the shape of dy."""
     generator = torch.Generator().manual_seed(0)
     width = shape[-1] * (1 if form.startswith("gelu") else 2) if shape else None
 
@@ -104,7 +104,7 @@ def test_bias_of_another_dtype(form, dtype, bias_dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_any_alignment_gives_the_same_output(form, dtype, device):
-    """A view that begins in the middle of 16 bytes, with a width that would suit them."""
+    """A view that does not begin at a multiple of 16 bytes, with a width that would allow wide accesses."""
     (x, bias), _ = draw(form, (6, 32), dtype)
     shifted = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].view(x.shape).copy_(x)
     ours, _ = ours_and_unfused(form)
@@ -121,7 +121,7 @@ def test_all_of_the_curve(form, device):
     ours, exact = ours_and_unfused(form)
     y, dx = output_and_gradients(ours, (x,), dy)
     exact_y, exact_dx = output_and_gradients(exact, (x[:4001].double(),), dy[:4001].double())
-    # Here an error per value: the large ones must not hide the small ones.
+    # Compared value by value: the errors of large values must not hide those of small values.
     assert (y[:4001] - exact_y).abs().max() < 2e-6
     assert ((dx[:4001] - exact_dx) / dy[:4001]).abs().max() < 2e-6
     assert torch.equal(y[4001:].cpu(), torch.tensor([1e4, 0.0, 1e20, 0.0, 0.0, 0.0, 5e-31]))
@@ -143,13 +143,13 @@ def test_all_of_the_curve_of_a_gate(form, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf_as_torch(form, dtype, device):
-    # Gates, then values: a NaN or inf in either half.
+    # Gates, then values, with a NaN or inf in either half.
     halves = [[1.0, NAN, INF, -INF, -1.0, 2.0], [1.0, 1.0, 1.0, 1.0, NAN, INF]]
     x = torch.tensor([halves[0] + halves[1]], dtype=dtype, device=device)
     bias, dy = torch.zeros(12, device=device), torch.ones(1, 12, dtype=dtype, device=device)
     dy = dy if form.startswith("gelu") else dy[:, :6]
     ours, exact = ours_and_unfused(form)
-    # What torch gives in float64 (its vectorised float32 differs at inf).
+    # Compared with torch in float64: its vectorised float32 differs at inf.
     expected = output_and_gradients(exact, (x.double(), bias.double()), dy.double())
     if form.startswith("gelu"):
         assert expected[0][0, :5].isnan().tolist() == [False, True, False, True, False]

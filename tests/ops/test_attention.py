@@ -1,4 +1,4 @@
-"""Start here when a query sees a key that it should not, or another than the mask says."""
+"""Start here when a query sees a key that the mask hides, or does not see a key that it shows."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ MASKS = {
     "everything": AttentionMask(),
     "causal": AttentionMask(causal=True),
     "window": AttentionMask(causal=True, window=3),
-    "padding": AttentionMask(padding=PADDING),
-    "causal, padding": AttentionMask(causal=True, padding=PADDING),
+    "padding": AttentionMask(key_padding_mask=PADDING),
+    "causal, padding": AttentionMask(causal=True, key_padding_mask=PADDING),
     "documents": AttentionMask(documents=DOCUMENTS),
     "causal documents": AttentionMask(causal=True, documents=DOCUMENTS.int()),
-    "all": AttentionMask(causal=True, window=4, padding=PADDING, documents=DOCUMENTS),
+    "all": AttentionMask(causal=True, window=4, key_padding_mask=PADDING, documents=DOCUMENTS),
 }
 
 
@@ -30,7 +30,7 @@ def tensors(kv_heads=HEADS, dtype=torch.float64, values=D):
 
 
 def plain(query, key, value, mask, scale=D**-0.5):
-    """Each query on its own, over the keys that the words of AttentionMask leave it."""
+    """Attention of each query by itself, over the keys that the docstring of AttentionMask leaves visible."""
     query, value = query.double(), value.double()
     shared = query.shape[2] // key.shape[2]
     key, value = key.double().repeat_interleave(shared, 2), value.repeat_interleave(shared, 2)
@@ -40,12 +40,13 @@ def plain(query, key, value, mask, scale=D**-0.5):
         for b in range(B):
             document = None if mask.documents is None else int((mask.documents <= b * S + i).sum())
             seen = [
-                j for j in range(S)
+                j
+                for j in range(S)
                 if not (mask.causal and j > i)
                 and not (mask.window is not None and j <= i - mask.window)
-                and not (mask.padding is not None and bool(mask.padding[b, j]))
+                and not (mask.key_padding_mask is not None and bool(mask.key_padding_mask[b, j]))
                 and (document is None or int((mask.documents <= b * S + j).sum()) == document)
-            ]  # fmt: skip
+            ]
             scores = torch.einsum("nd,jnd->nj", query[i, b], key[seen, b]) * scale
             row.append(torch.einsum("nj,jnd->nd", scores.softmax(-1), value[seen, b]))
         rows.append(torch.stack(row))
@@ -54,11 +55,11 @@ def plain(query, key, value, mask, scale=D**-0.5):
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("name", MASKS)
-def test_context_and_gradients_are_those_of_each_query_alone(name, kv_heads):
+def test_context_and_gradients_equal_attention_query_by_query(name, kv_heads):
     mask = MASKS[name]
     (query, key, value), upstream = tensors(kv_heads)
-    # A query of padding may have no key left: what it gets is nobody's business.
-    looked_at = torch.ones(S, B, dtype=torch.bool) if mask.padding is None else ~mask.padding.t()
+    # A padding query may see no key: its context is not compared.
+    looked_at = torch.ones(S, B, dtype=torch.bool) if mask.key_padding_mask is None else ~mask.key_padding_mask.t()
     upstream = upstream * looked_at[..., None, None]
     expected = torch.autograd.grad(plain(query, key, value, mask), (query, key, value), upstream)
     for dropout in (None, lambda probabilities: probabilities * 1.0):
@@ -69,7 +70,7 @@ def test_context_and_gradients_are_those_of_each_query_alone(name, kv_heads):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_documents_are_what_attention_to_each_document_gives(causal):
+def test_documents_equal_attention_document_by_document(causal):
     (query, key, value), upstream = tensors(2)
     context = attend(query, key, value, AttentionMask(causal=causal, documents=DOCUMENTS))
     gradients = torch.autograd.grad(context, (query, key, value), upstream)
@@ -83,7 +84,7 @@ def test_documents_are_what_attention_to_each_document_gives(causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_causal_mask_alone_is_the_kernel_of_torch_bit_for_bit(dtype):
+def test_a_causal_mask_only_equals_the_kernel_of_torch_bit_for_bit(dtype):
     (query, key, value), _ = tensors(dtype=dtype)
     by_heads = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     expected = F.scaled_dot_product_attention(*by_heads, is_causal=True).permute(2, 0, 1, 3)
@@ -98,7 +99,7 @@ def test_scale_and_values_of_another_size():
         torch.testing.assert_close(context, plain(query, key, value, AttentionMask(causal=True), 0.3))
 
 
-def test_a_dropped_probability_counts_nothing():
+def test_a_dropped_probability_has_no_effect():
     (query, key, value), _ = tensors(2)
     context = attend(query, key, value, MASKS["causal documents"], dropout=torch.zeros_like)
     assert context.shape == (S, B, HEADS, D) and not context.any()
@@ -107,7 +108,7 @@ def test_a_dropped_probability_counts_nothing():
 def test_what_does_not_fit():
     (query, key, value), _ = tensors()
     for mask, message in [
-        (AttentionMask(padding=PADDING[:, :-1]), r"padding.shape=\(3, 9\) must be \(3, 10\)"),
+        (AttentionMask(key_padding_mask=PADDING[:, :-1]), r"key_padding_mask.shape=\(3, 9\) must be \(3, 10\)"),
         (AttentionMask(documents=torch.tensor([0, 12])), "must be cumulative lengths from 0 to the 3 x 10 tokens"),
         (AttentionMask(documents=torch.tensor([0, 20, 10, 30])), "must be cumulative lengths"),
         (AttentionMask(documents=DOCUMENTS[None]), "must have 1 dim"),
@@ -118,8 +119,8 @@ def test_what_does_not_fit():
         attend(query, key[:, :, :3], value[:, :, :3], AttentionMask())
     with pytest.raises(InputError, match=r"value\.shape"):
         attend(query, key, value[1:], AttentionMask())
-    with pytest.raises(TypeError, match=r"padding\.dtype=int64"):
-        attend(query, key, value, AttentionMask(padding=PADDING.long()))
+    with pytest.raises(TypeError, match=r"key_padding_mask\.dtype=int64"):
+        attend(query, key, value, AttentionMask(key_padding_mask=PADDING.long()))
     with pytest.raises(InputError, match="window=3 needs causal=True"):
         AttentionMask(window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):

@@ -40,7 +40,7 @@ OPS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def without_recording(f: Callable[..., Any]) -> Callable[..., Any]:
-    """f under no_grad, which does not end forward mode."""
+    """Return f under no_grad, which does not switch forward mode off."""
     return lambda *args: torch.no_grad()(f)(*args)
 
 
@@ -66,15 +66,15 @@ def test_every_op_is_here() -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("op", OPS)
 def test_a_transform_names_the_op_and_the_way_out(op: str, transform: str) -> None:
-    """And the way out is one: float64 gives what the op's own gradients, and its rows one by one, give."""
+    """The way out works: float64 gives the same as the op's own gradients, and as the op row by row."""
     x = torch.rand(4, 8) + 0.5
-    if (op, transform) == ("scaled_masked_softmax", "vmap"):  # nothing asks for gradients: torch runs it row by row
+    if (op, transform) == ("scaled_masked_softmax", "vmap"):  # no gradients are requested: torch runs it row by row
         assert torch.equal(TRANSFORMS[transform](OPS[op], x)[1], OPS[op](2 * x))
         return
     wanted = rf"fused_megatron.ops.{op} does not support torch.func .*; use backward\(\) or torch.autograd.grad \(or f"
     with pytest.raises(RuntimeError, match=wanted):
         TRANSFORMS[transform](OPS[op], x)
-    if op.startswith("cross_entropy_"):  # their gradient is that of cross_entropy
+    if op.startswith("cross_entropy_"):  # their gradient is the gradient of cross_entropy
         return
     result = TRANSFORMS[transform](OPS[op], x.double())
     if transform == "vmap":

@@ -20,7 +20,7 @@ def rng(device, seed=SEED):
 
 
 def inputs(shape, dtype, device="cpu", has_bias=True, bias_dtype=None, residual_dtype=None, seed=0):
-    """x, bias, residual and dy."""
+    """Return x, bias, residual and dy."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*size):
@@ -32,7 +32,7 @@ def inputs(shape, dtype, device="cpu", has_bias=True, bias_dtype=None, residual_
 
 
 def run(fn, x, bias, residual, dy):
-    """y and the gradients of what exists, in the order x, bias, residual."""
+    """Return y and the gradients of x, bias and residual, as far as they exist."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, bias, residual)]
     y = fn(*leaves)
     return [y, *torch.autograd.grad(y, [t for t in leaves if t is not None], dy)]
@@ -46,7 +46,7 @@ def keep_of(shape, device, p, seed=SEED):
 
 
 def torch_bias_dropout_add(keep, p):
-    """What torch computes, once it is told the mask."""
+    """Compute the same in torch, with a given mask."""
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
 
     def call(x, bias, residual):
@@ -123,7 +123,7 @@ def test_nan_and_inf_as_torch(dtype, p, device):
 
 
 def contract(wide=False):
-    """Of a residual of the dtype of x, or of float32."""
+    """Return the contract for a residual of the dtype of x, or of float32."""
 
     def ours(x, bias, residual):
         return bias_dropout_add(x, bias, residual, 0.3, rng_state=rng(x.device))
@@ -198,8 +198,8 @@ def test_opcheck_without_bias_and_state():
 
 
 @pytest.mark.cpu_kernel
-def test_a_state_that_nobody_gave_is_drawn_in_the_graph():
-    """Anew in each call, and again for the same seed."""
+def test_a_missing_state_is_drawn_in_the_graph():
+    """Each call draws a new state, and the same seed draws the same states."""
     x = inputs((6, 9), torch.float32)[0]
     place = {"full_shape": (12, 9), "offset": (6, 0)}
     compiled = torch.compile(lambda x: bias_dropout_add(x, None, x, 0.5, **place), fullgraph=True, backend="aot_eager")

@@ -20,14 +20,14 @@ def rng(device, seed=SEED):
 
 
 def inputs(shape, dtype, device):
-    """x, bias, residual and dy."""
+    """Return x, bias, residual and dy."""
     generator = torch.Generator().manual_seed(0)
     sizes = (shape, shape[-1:], shape, shape)
     return [torch.randn(size, generator=generator).to(dtype).to(device) for size in sizes]
 
 
 def run(fn, x, bias, residual, dy):
-    """y and the gradients of x, bias and residual."""
+    """Return y and the gradients of x, bias and residual."""
     leaves = [t.detach().requires_grad_() for t in (x, bias, residual)]
     y = fn(*leaves)
     return [y, *torch.autograd.grad(y, leaves, dy)]
@@ -60,7 +60,7 @@ def test_every_shard_draws_its_slice_of_the_whole_mask(dtype, device):
             offset = tuple(i * s for i, s in zip(place, size, strict=True))
             box = tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))
             assert torch.equal(slices(size, device, full, offset, dtype=dtype), whole[box]), (parts, place)
-    # Shards of no regular size, with a width that wide accesses take and rows at lanes 1, 2 and 3.
+    # Shards of irregular sizes, with a width that allows wide accesses, and rows that begin at lanes 1, 2 and 3.
     for first in (1, 2, 3, 5):
         shard = slices((2, 3, 24), device, full, (1, 1, first), dtype=dtype)
         assert torch.equal(shard, whole[1:3, 1:4, first : first + 24])
@@ -101,9 +101,9 @@ def test_indices_beyond_32_bits(device):
     mask = slices((2, 40), device, full, (start, 0))
     index = start * 40 + torch.arange(80, device=device).reshape(2, 40)
     assert torch.equal(mask, keep_mask(rng(device), index, 0.4))
-    # The upper half of a block's number counts: elsewhere the same low half draws another mask.
+    # The upper half of a block's number matters: with another upper half the same lower half draws another mask.
     assert not torch.equal(mask, keep_mask(rng(device), index % 2**34, 0.4))
-    # Two dims of rows, and more rows in the inner one than 32 bits hold.
+    # Rows with two strides, and more rows in the inner dim than 32 bits can count.
     rows = (2**40, 2**20, 3, 2**42)
     index = global_indices(torch.Size((3, 4)), rows, torch.device(device))
     ones = torch.ones(3, 4, device=device)
@@ -154,7 +154,7 @@ def test_checkpoint_replays_the_mask(reentrant, device):
 
 
 def _backward(y, leaf, dy):
-    y.backward(dy)  # the reentrant form takes no torch.autograd.grad
+    y.backward(dy)  # the reentrant form does not support torch.autograd.grad
     return leaf.grad
 
 
@@ -168,7 +168,7 @@ def test_backward_uses_the_mask_of_forward(device):
 
 
 def test_mask_statistics(device):
-    """The fraction kept, of all and of every lane, and neighbours are independent: within 4 standard deviations."""
+    """The kept fraction, in total and per lane, and the independence of neighbours, to 4 standard deviations."""
     p, n = 0.1, 2**16
     keep = mask_of((n // 512, 512), device, p=p).flatten().double()
     sigma = (p * (1 - p) / n) ** 0.5

@@ -19,7 +19,7 @@ FORMS: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1}, EVERYTHING]
 
 
 def inputs(num_rows, vocab_size, dtype, device="cpu"):
-    """Logits, targets of which some are ignored, and an upstream gradient of each token."""
+    """Return logits, targets (some ignored), and an upstream gradient for each token."""
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (torch.randn(num_rows, vocab_size, generator=generator) * 3).to(dtype)
     target = torch.randint(0, vocab_size, (num_rows,), generator=generator)
@@ -29,7 +29,7 @@ def inputs(num_rows, vocab_size, dtype, device="cpu"):
 
 
 def torch_loss(logits, target, reduction="none", label_smoothing=0.0, z_loss=0.0, softcap=None, vocab_size=None):
-    """As it is written in plain torch."""
+    """The same loss in plain torch."""
     x = logits[:, :vocab_size]
     x = x if softcap is None else softcap * (x / softcap).tanh()
     loss = F.cross_entropy(x, target, reduction=reduction, label_smoothing=label_smoothing)
@@ -37,7 +37,7 @@ def torch_loss(logits, target, reduction="none", label_smoothing=0.0, z_loss=0.0
 
 
 def run(loss_of, logits, target, upstream, **form):
-    """(loss, gradient)."""
+    """Return (loss, gradient)."""
     x = logits.detach().requires_grad_()
     loss = loss_of(x, target, reduction="none", **form)
     return loss.detach(), torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
@@ -49,7 +49,7 @@ def check_against_float64(logits, target, upstream, **form):
     exact = run(torch_loss, logits.double(), target, upstream.double(), **form)
     for name, ours, right, theirs in zip(("loss", "gradient"), actual, exact, yardstick, strict=True):
         assert ours.dtype == logits.dtype
-        # Two roundings of float32 at the size of the logits more, for what torch gets exactly right by luck.
+        # Two float32 roundings of the largest logit more, for values that torch happens to get exactly right.
         assert_close_to_reference(ours, right, theirs.double() + 1e-6, name=name)
     assert not actual[0][target == -100].any() and not actual[1][target == -100].any()
     return actual
@@ -68,7 +68,7 @@ def test_padded_vocabulary(dtype, vocab_size, device):
     form = EVERYTHING
     logits, target, upstream = inputs(3, 2051, dtype, device)
     target = torch.where(target == -100, target, target % vocab_size)
-    logits[:, vocab_size:] = NAN  # nothing may come of them
+    logits[:, vocab_size:] = NAN  # they must have no effect
     actual = run(fm.ops.cross_entropy, logits, target, upstream, vocab_size=vocab_size, **form)
     alone = run(fm.ops.cross_entropy, logits[:, :vocab_size].contiguous(), target, upstream, **form)
     for name, ours, right in zip(("loss", "gradient"), actual, alone, strict=True):
@@ -122,12 +122,12 @@ def test_not_contiguous(view, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_split_over_programs(dtype, device, monkeypatch):
-    """As a GPU does with few rows."""
+    """A GPU splits rows like this if there are few."""
     kernels = pytest.importorskip("fused_megatron.kernels.cross_entropy")
     assert kernels._num_splits(8192, 64, 132) == 1
     assert kernels._num_splits(1, 64, 132) == 64  # never more programs than tiles
     assert kernels._num_splits(100, 64, 132) == 6
-    assert kernels._num_splits(4, 0, 132) == 1  # padding alone
+    assert kernels._num_splits(4, 0, 132) == 1  # only padding
     monkeypatch.setattr(kernels, "_num_splits", lambda *_: 3)
     check_against_float64(*inputs(3, 7001, dtype, device), **EVERYTHING)
     check_against_float64(*inputs(2, 5, dtype, device), **EVERYTHING)  # splits without a tile
@@ -136,7 +136,7 @@ def test_rows_split_over_programs(dtype, device, monkeypatch):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("num_rows", [0, 3])
 def test_nothing_to_learn(num_rows, reduction, device):
-    """An empty batch, and a batch of ignored tokens whose logits are all NaN."""
+    """An empty batch, and a batch of only ignored tokens, whose logits are all NaN."""
     logits = torch.full((num_rows, 7), NAN, device=device, requires_grad=True)
     target = torch.full((num_rows,), -100, device=device)
     loss = fm.ops.cross_entropy(logits, target, reduction=reduction)
@@ -160,8 +160,8 @@ def test_extreme_logits(value, column, form, device):
         torch.testing.assert_close(our.double(), right, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
-def test_slope_of_the_cap_does_not_cancel(device):
-    """Far out it is 4 exp(-2 |x| / c), which 1 - tanh^2 in float32 has none of."""
+def test_derivative_of_the_cap_does_not_cancel(device):
+    """For large |x| it is 4 exp(-2 |x| / c), where 1 - tanh^2 in float32 is 0."""
     logits = torch.tensor([[0.0, 1.0, 20.0, -20.0, 45.0, -80.0]], device=device)
     target, upstream = torch.tensor([4], device=device), torch.tensor([1.0], device=device)
     (_, ours), (_, exact) = (
@@ -173,7 +173,7 @@ def test_slope_of_the_cap_does_not_cancel(device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_grow_along_the_row(dtype, device):
-    """Every block lies far above all before it, and the last ones are -inf alone."""
+    """Every block of logits is far above all earlier blocks, and the last blocks are only -inf."""
     logits = torch.linspace(-1e4, 1e4, 4500).repeat(2, 1).to(dtype)
     logits[1] = logits[1].flip(0)
     logits[:, -1500:] = -INF
@@ -186,7 +186,7 @@ def test_logits_that_grow_along_the_row(dtype, device):
 
 @pytest.mark.parametrize("form", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "z_loss": 1e-9}], ids=str)
 @pytest.mark.parametrize("common", [0.0, 1e4, 1e5, -1e6])
-def test_what_all_logits_have_in_common_costs_no_precision(common, form, device):
+def test_an_offset_of_all_logits_costs_no_precision(common, form, device):
     logits, target, upstream = inputs(3, 4103, torch.float32, device)
     target[0] = 4102
     logits[0, :4000] = -INF if "label_smoothing" not in form else 0.0  # blocks without a finite logit
@@ -207,7 +207,7 @@ def test_all_logits_minus_infinity(dtype, device):
 @pytest.mark.parametrize("common", [0.0, 2.0**20])
 @pytest.mark.parametrize(("num_shards", "columns"), [(3, 1024), (3, 701), (4, 1025)])
 def test_shards_equal_the_whole(num_shards, columns, common, dtype, device):
-    """Padding within a shard, and shards of only padding, whose logits are NaN to prove the point."""
+    """With padding within a shard, and shards of only padding; the padding is NaN, so that a read would show."""
     vocab_size = 2050
     logits, target, upstream = inputs(3, vocab_size, dtype, device)
     if common and dtype != torch.float16:
@@ -230,21 +230,21 @@ def test_shards_equal_the_whole(num_shards, columns, common, dtype, device):
     before = padded.clone()
     for (x, terms), expected in zip(shards, gradients, strict=True):
         result = fm.ops.cross_entropy_gradient_(upstream, x, target, lse, terms)
-        assert result is x and torch.equal(x, expected)  # and x lies between other shards, still to be read
+        assert result is x and torch.equal(x, expected)  # x lies between other shards, which must not change
     assert torch.equal(padded, gradient) and not torch.equal(padded, before)
 
 
 def test_many_shards_merge(device):
     torch.manual_seed(0)
     stats = torch.randn(5, 200, 3) * 10
-    stats[4] = torch.tensor([0.0, -INF, 0.0])  # a shard of only padding; the one before it has 2 words and 2 of padding
+    stats[4] = torch.tensor([0.0, -INF, 0.0])  # shard 4 is padding; shard 3 has 2 entries and 2 columns of padding
     target = torch.randint(0, 14, (200,))
     target[::7] = -100
     terms = fm.ops.LossTerms(14, label_smoothing=0.3, z_loss=1e-2)
     loss, lse = fm.ops.cross_entropy_merge(stats.to(device), target.to(device), terms, num_columns=4)
     shift, log_sum, linear = stats.double().unbind(2)
-    words = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
-    share = 0.7 * (target // 4 == torch.arange(5)[:, None]) + 0.3 / 14 * words[:, None]
+    entries = torch.tensor([4.0, 4.0, 4.0, 2.0, 0.0], dtype=torch.float64)
+    share = 0.7 * (target // 4 == torch.arange(5)[:, None]) + 0.3 / 14 * entries[:, None]
     exact_lse = (shift + log_sum).logsumexp(0)
     exact = exact_lse + (linear - share * shift).sum(0) + 1e-2 * exact_lse.square()
     assert_close_to_reference(lse.sum(1), exact_lse, name="lse")
@@ -269,7 +269,7 @@ def test_backward_in_place(dtype, device):
 
 
 @pytest.mark.parametrize("view", ["transposed", "expanded", "images"])
-def test_backward_in_place_leaves_alone_what_is_not_its_own(view, device):
+def test_backward_in_place_does_not_change_other_memory(view, device):
     torch.manual_seed(0)
     base = torch.randn(9, 30).to(device)
     logits = {"transposed": base.t(), "expanded": base[:1].expand(7, 30), "images": base.view(3, 30, 3)}[view]
@@ -282,14 +282,14 @@ def test_backward_in_place_leaves_alone_what_is_not_its_own(view, device):
     assert torch.equal(*gradients) and torch.equal(x, logits)
 
 
-def test_target_that_is_no_word_gives_nan_where_nobody_looks(device):
+def test_invalid_target_gives_nan_where_it_is_not_checked(device):
     logits, target, upstream = inputs(4, 40, torch.float32, device)
     target[1], target[2] = 40, -1
     loss, gradient = run(fm.ops.cross_entropy, logits, target, upstream, check_target=False)
     assert loss.isnan().tolist() == [False, True, True, False]
     assert gradient.isnan().all(dim=1).tolist() == gradient.isnan().any(dim=1).tolist() == loss.isnan().tolist()
     stats = fm.ops.cross_entropy_statistics(logits, target, fm.ops.LossTerms(40, 40), check_target=False)
-    assert stats[:, 2].isnan().tolist() == loss.isnan().tolist()  # of a shard of padding too
+    assert stats[:, 2].isnan().tolist() == loss.isnan().tolist()  # also for a shard of only padding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ EVERYTHING: dict[str, Any] = {"label_smoothing": 0.3, "z_loss": 1e-2, "softcap":
 
 
 def inputs(num_rows, vocab_size, dtype):
-    """Logits, targets of which some are ignored, and an upstream gradient of each token."""
+    """Return logits, targets (some ignored), and an upstream gradient for each token."""
     torch.manual_seed(0)
     logits = (torch.randn(num_rows, vocab_size) * 3).to(dtype)
     target = torch.randint(0, vocab_size, (num_rows,))
@@ -24,7 +24,7 @@ def inputs(num_rows, vocab_size, dtype):
 
 
 def run(loss_of, logits, target, upstream, **form):
-    """(loss, gradient)."""
+    """Return (loss, gradient)."""
     x = logits.detach().requires_grad_()
     loss = loss_of(x, target, reduction="none", **form)
     return loss.detach(), torch.autograd.grad(loss, x, upstream.to(loss.dtype))[0]
@@ -33,7 +33,7 @@ def run(loss_of, logits, target, upstream, **form):
 @pytest.mark.parametrize("form", [{"label_smoothing": 0.1}, EVERYTHING], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_too_large_for_caches(dtype, form):
-    """Written past the caches from 32 MiB on; the same bits as of few rows. An odd width: rows aligned in every way."""
+    """Gradients of 32 MiB or more are written past the caches, with the same bits. An odd width: any row alignment."""
     logits, target, upstream = inputs(34 * 2**20 // dtype.itemsize // 8191, 8191, dtype)
     loss, gradient = run(fm.ops.cross_entropy, logits, target, upstream, **form)
     for rows in (slice(0, 19), slice(400, 417), slice(-18, None)):
@@ -43,7 +43,7 @@ def test_gradients_too_large_for_caches(dtype, form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_rounding_of_16_bits(dtype):
-    """Gradients over the whole range of the format, with infinities and NaN, are float32's, rounded to nearest even."""
+    """Gradients over the full range, with infinities and NaN, equal float32 gradients rounded to nearest even."""
     scale = torch.tensor([0.0, 1e-8, 3e-7, 6e-5, 1.0, 3e4, 7e4, 1e20, 3.4e38, torch.inf, torch.nan])
     logits, target, _ = inputs(len(scale), 1027, dtype)
     target.clamp_(min=0)
@@ -57,7 +57,7 @@ def test_every_rounding_of_16_bits(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_16_bits(dtype):
-    """Each one alone in a row of -inf, whose lse it then is."""
+    """Each number is in a row of otherwise -inf, so that lse equals it."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     rows = torch.arange(2**16)
     logits = torch.full((2**16, 64), -torch.inf, dtype=dtype)
@@ -83,7 +83,7 @@ def test_same_bits_with_any_number_of_threads(dtype, form):
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-def test_saves_nothing_but_the_logits_themselves():
+def test_saves_the_logits_without_a_copy():
     logits, target, _ = inputs(11, 1025, torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -152,7 +152,7 @@ def test_autocast_returns_float32_as_torch():
 
 @pytest.mark.parametrize("check_target", [None, True])
 @pytest.mark.parametrize("bad", [-1, 9, -99])
-def test_target_that_is_no_class(bad, check_target):
+def test_invalid_target(bad, check_target):
     logits, target = torch.randn(3, 12), torch.tensor([0, 1, bad])
     with pytest.raises(InputError, match=rf"target\[2\]={bad} must be in \[0, 9\) or ignore_index=-100"):
         fm.ops.cross_entropy(logits, target, vocab_size=9, check_target=check_target)
@@ -160,8 +160,8 @@ def test_target_that_is_no_class(bad, check_target):
         fm.ops.cross_entropy_statistics(logits, target, fm.ops.LossTerms(9), check_target=check_target)
 
 
-def test_nobody_waits_for_a_gpu_to_look_at_targets():
-    """Unless asked to. A fake tensor, like a GPU's, has no values to look at without stopping."""
+def test_targets_on_a_gpu_are_not_checked_by_default():
+    """A fake tensor stands for a GPU's: reading its values is an error."""
     with torch._subclasses.FakeTensorMode():
         logits, target = torch.empty(3, 9, device="cuda"), torch.empty(3, dtype=torch.int64, device="cuda")
         assert fm.ops.cross_entropy(logits, target).device.type == "cuda"
@@ -194,11 +194,11 @@ def test_mistakes(arguments: dict[str, Any], error: type[Exception], message: st
 
 def test_gradient_is_not_written_over_rows_that_overlap():
     logits, target = torch.randn(1, 9).expand(3, 9), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(InputError, match=r"logits_shard.stride\(\)=\(0, 1\) must be of dense rows that do not overlap"):
+    with pytest.raises(InputError, match=r"logits_shard.stride\(\)=\(0, 1\) must have dense rows that do not overlap"):
         fm.ops.cross_entropy_gradient_(torch.ones(3), logits, target, torch.ones(3, 2), fm.ops.LossTerms(9))
 
 
-def test_raw_ops_refuse_what_they_would_read_beyond():
+def test_raw_ops_refuse_tensors_that_are_too_small():
     logits, target, lse = torch.randn(3, 9), torch.zeros(3, dtype=torch.int64), torch.ones(3, 2)
     ops, terms = torch.ops.fused_megatron, fm.ops.LossTerms(9).scalars()
     with pytest.raises(RuntimeError, match="target must be contiguous, one for every token"):

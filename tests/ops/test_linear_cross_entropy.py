@@ -20,14 +20,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def inputs(
-    num_tokens: int, hidden_size: int, num_words: int, dtype: torch.dtype, bias: bool = True, scale: float = 1.0
+    num_tokens: int, hidden_size: int, num_entries: int, dtype: torch.dtype, bias: bool = True, scale: float = 1.0
 ) -> tuple[list[torch.Tensor | None], torch.Tensor]:
-    """[hidden, weight, bias or None] and target with every fifth token ignored."""
-    torch.manual_seed(num_tokens + num_words)
+    """Return [hidden, weight, bias or None], and a target in which every fifth token is ignored."""
+    torch.manual_seed(num_tokens + num_entries)
     hidden = (torch.randn(num_tokens, hidden_size) * scale).to(dtype).requires_grad_()
-    weight = (torch.randn(num_words, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
-    parameters = [hidden, weight, torch.randn(num_words).to(dtype).requires_grad_() if bias else None]
-    target = torch.randint(0, num_words, (num_tokens,))
+    weight = (torch.randn(num_entries, hidden_size) * hidden_size**-0.5).to(dtype).requires_grad_()
+    parameters = [hidden, weight, torch.randn(num_entries).to(dtype).requires_grad_() if bias else None]
+    target = torch.randint(0, num_entries, (num_tokens,))
     target[::5] = -100
     return parameters, target
 
@@ -39,7 +39,7 @@ def by_torch(
     upstream: torch.Tensor,
     **options: Any,
 ) -> list[torch.Tensor]:
-    """[loss, gradients] of whole logits in dtype, by torch's own ops."""
+    """Return [loss, gradients] from all logits in dtype, by torch's own ops."""
     reduction, vocab_size = options.get("reduction", "mean"), options.get("vocab_size")
     hidden, weight, bias = leaves = [None if x is None else x.detach().to(dtype).requires_grad_() for x in operands]
     logits = F.linear(hidden, weight, bias).flatten(0, -2)[:, :vocab_size]
@@ -73,7 +73,7 @@ def check_against_float64(
     exact = by_torch(operands, target, torch.float64, upstream, **options)
     torchs = by_torch(operands, target, dtype, upstream, **options)
     names = ["loss", "dhidden", "dweight", "dbias"]
-    # Sums of some hundred products: a few roundings more than one in float32.
+    # Sums of some hundred products have a few float32 roundings more.
     floor = 32.0 if dtype == torch.float32 else None
     for name, our, right, their in zip(names, ours, exact, torchs, strict=False):
         assert_close_to_reference(our.view(right.shape), right, their, floor_ulps=floor, name=name)
@@ -81,14 +81,14 @@ def check_against_float64(
 
 @pytest.fixture(autouse=True)
 def on_device(device: str) -> Iterator[None]:
-    """Every tensor of a test is made on its device."""
+    """Create every tensor of a test on its device."""
     with torch.device(device) if device != "cpu" else contextlib.nullcontext():
         yield
 
 
 @pytest.fixture(params=["tiles as chosen", "products in 16 bits"])
 def any_product(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the products of a GPU, or of a CPU with matrix units, which are made in the dtype of the operands."""
+    """Also test products in the operands' dtype, as on a GPU or a CPU with matrix units."""
     if request.param == "products in 16 bits":
         monkeypatch.setattr(shapes, "product_dtype", lambda operand: operand.dtype)
 
@@ -126,8 +126,8 @@ def test_options(options: dict[str, Any], dtype: torch.dtype, reduction: str, an
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("num_tokens", [64, 200])  # one chunk and no accumulator; several, the last one smaller
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CPUs without matrix units do for 16-bit operands: blocks of words, cast to float32 as they are used."""
+def test_blocks_of_entries(dtype: torch.dtype, num_tokens: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs without matrix units cast blocks of entries to float32 for 16-bit operands."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     monkeypatch.setattr(shapes, "_CAST_TOKENS", 64)
@@ -135,21 +135,21 @@ def test_blocks_of_words(dtype: torch.dtype, num_tokens: int, bias: bool, monkey
     for reduction, upstream in [("mean", torch.randn(())), ("none", torch.randn(num_tokens))]:
         check_against_float64(
             operands, target.clamp(max=139), upstream, reduction=reduction, label_smoothing=0.1, vocab_size=140
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.cpu_kernel
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("common", [0.0, 1e4, -1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_all_logits_have_in_common_costs_no_precision(
+def test_an_offset_of_all_logits_costs_no_precision(
     dtype: torch.dtype, common: float, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one block of words, and for 16-bit operands in several."""
+    """In one block of entries and, for 16-bit operands, in several."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     torch.manual_seed(0)
-    # Numbers whose products float32 holds exactly, so that only the loss can err.
+    # float32 represents the products exactly, so that only the loss can have errors.
     hidden, weight = (torch.randint(-4, 5, (n, 16)).to(dtype) / 2 for n in (90, 300))
     bias, target = torch.full((300,), common).to(dtype), torch.randint(0, 300, (90,))
     head = TiledHead(hidden, weight, bias, target, fm.ops.LossTerms(300, label_smoothing=smoothing), chunk_tokens=64)
@@ -163,8 +163,8 @@ def test_what_all_logits_have_in_common_costs_no_precision(
 
 
 @pytest.mark.cpu_kernel
-def test_blocks_of_words_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither logits nor partial sums are rounded to 16 bits: better than torch by far."""
+def test_blocks_of_entries_leave_only_the_last_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither logits nor partial sums are rounded to 16 bits: the error is much smaller than torch's."""
     monkeypatch.setattr(shapes, "product_dtype", lambda operand: torch.float32)
     monkeypatch.setattr(shapes, "_CAST_TILE_BYTES", 1)
     operands, target = inputs(90, 24, 300, torch.bfloat16, bias=False)
@@ -195,7 +195,7 @@ def test_mixed_dtypes(
     assert ours[0].dtype == product
     for our, right, operand in zip(ours[1:], exact[1:], operands, strict=True):
         assert our.dtype == operand.dtype
-        # Nothing but the last rounding is of 16 bits.
+        # Only the last rounding is to 16 bits.
         torch.testing.assert_close(our.double(), right, rtol=torch.finfo(our.dtype).eps, atol=2e-6)
     torch.testing.assert_close(ours[0].double(), exact[0], rtol=1e-6, atol=1e-6)
 
@@ -237,7 +237,7 @@ def test_layouts_of_hidden_and_target() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_nothing_to_learn(num_tokens: int, reduction: str, dtype: torch.dtype) -> None:
-    """An empty batch, and a batch of ignored tokens alone."""
+    """An empty batch, and a batch of only ignored tokens."""
     operands, target = inputs(num_tokens, 8, 11, dtype)
     loss, *gradients = by_us(operands, torch.full_like(target, -100), None, reduction=reduction)
     expected = F.cross_entropy(torch.zeros(num_tokens, 11), torch.full_like(target, -100), reduction=reduction)
@@ -271,7 +271,7 @@ def test_extreme_logits(scale: float) -> None:
 
 
 def test_small_gradients_of_float16_do_not_vanish() -> None:
-    """1 / T is below what float16 resolves beside a probability of 1e-5; it is applied in float32."""
+    """1 / T times a probability of 1e-5 is below the range of float16; it is applied in float32."""
     operands, target = inputs(60, 8, 3000, torch.float16, bias=False, scale=0.01)
     ours = by_us(operands, target, torch.tensor(4096.0))  # a scale of the loss
     exact = by_torch(operands, target, torch.float64, torch.tensor(4096.0))
@@ -279,7 +279,7 @@ def test_small_gradients_of_float16_do_not_vanish() -> None:
 
 
 class CountedProducts(TorchDispatchMode):
-    """How many products are made, and the most elements that any tensor has."""
+    """Counts products, and records the elements of the largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -340,14 +340,14 @@ def test_twice_and_backward_again(dtype: torch.dtype, reduction: str, any_produc
         first = torch.autograd.grad(loss, operands, upstream, retain_graph=True)
         again = torch.autograd.grad(loss, operands, upstream)
         for one, two in zip(first, again, strict=True):
-            # The second time the logits are made again and 1 / T is applied to them: not the same roundings.
+            # The second backward recomputes the logits and applies 1 / T to them: other roundings.
             torch.testing.assert_close(one, two, rtol=8 * torch.finfo(dtype).eps, atol=1e-5)
         runs = [by_us(operands, target, upstream, reduction=reduction, chunk_tokens=5) for _ in range(2)]
         for one, two, kept in zip(*(run[1:] for run in runs), first, strict=True):
             assert torch.equal(one, two) and torch.equal(one, kept)
 
 
-def test_no_grad_gives_the_loss_alone() -> None:
+def test_no_grad_gives_only_the_loss() -> None:
     operands, target = inputs(9, 8, 20, torch.float32)
     right = by_us(operands, target, None)[0]
     with torch.no_grad():
@@ -384,9 +384,9 @@ def test_shape_of_tiles() -> None:
     assert shapes.tile_shape(10, 10**9, wide, wide, "cuda", None) == (10, 10**9)
     assert shapes.tile_shape(0, 0, half, wide, "cpu", None) == (1, 1)
     assert shapes.tile_shape(4096, 50304, wide, wide, "cpu", 100) == (100, 50304)
-    for tokens, words in itertools.product([1, 65, 1000, 4097], [3, 70, 5000]):
-        t, v = shapes.tile_shape(tokens, words, half, wide, "cpu", None)
-        assert t >= 1 and v >= 1 and (t % 64 == 0 or t == tokens) and (v % 64 == 0 or v == words)
+    for tokens, entries in itertools.product([1, 65, 1000, 4097], [3, 70, 5000]):
+        t, v = shapes.tile_shape(tokens, entries, half, wide, "cpu", None)
+        assert t >= 1 and v >= 1 and (t % 64 == 0 or t == tokens) and (v % 64 == 0 or v == entries)
 
 
 def test_errors() -> None:

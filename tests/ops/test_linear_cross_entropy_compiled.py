@@ -53,7 +53,7 @@ def test_opcheck(dtype: torch.dtype, bias: bool) -> None:
     head = (*(x if x is None else x.detach() for x in inputs), target, 4, *terms.scalars())
     needs, no_gradients = [True, True, bias], [False, False, False]
     grad_loss, lse = torch.rand(9), torch.stack((torch.rand(9) + 3, torch.zeros(9)), dim=1)
-    # Neither differentiates by itself: the autograd functions around them do.
+    # The raw ops have no gradients: the autograd functions around them do.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     forward, backward = _ops.linear_cross_entropy_forward.default, _ops.linear_cross_entropy_backward.default
     torch.library.opcheck(forward, (None, no_gradients, *head), test_utils=checks)
@@ -67,14 +67,14 @@ def kib(key: str) -> int:
 
 
 def growth(rank: int, world_size: int, dtype: torch.dtype) -> list[int]:
-    """By how many KiB the peak of a new process grows in a step, ours and torch's."""
+    """Return by how many KiB a step increases the peak memory of a new process: ours and torch's."""
 
     def eager(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(F.linear(hidden, weight), target)
 
-    def step(loss_of: Callable[..., torch.Tensor], tokens: int, words: int) -> None:
+    def step(loss_of: Callable[..., torch.Tensor], tokens: int, entries: int) -> None:
         hidden = torch.ones(tokens, 64, dtype=dtype, requires_grad=True)
-        weight = torch.ones(words, 64, dtype=dtype, requires_grad=True)
+        weight = torch.ones(entries, 64, dtype=dtype, requires_grad=True)
         loss_of(hidden, weight, torch.zeros(tokens, dtype=torch.int64)).backward()
 
     sides = (fm.ops.linear_cross_entropy, eager)
@@ -91,6 +91,6 @@ def growth(rank: int, world_size: int, dtype: torch.dtype) -> list[int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
 def test_peak_memory_is_a_fraction_of_eager(dtype: torch.dtype) -> None:
-    """What the process held at most. At 4096 tokens, 768 -> 50304, it is below 1/8; here fixed costs weigh more."""
+    """At 4096 tokens, 768 -> 50304, the peak is below 1/8 of eager; at this size fixed costs weigh more."""
     ((ours, eager),) = run_on_ranks(growth, 1, dtype)
     assert 0 < ours < eager / 6, (ours, eager)

@@ -1,4 +1,4 @@
-"""Start here when bfloat16 gradients are NaN by chance: products that read memory which nobody wrote."""
+"""Start here when bfloat16 gradients are sometimes NaN: products that read uninitialised memory."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def loss_and_gradients(num_tokens, vocab_size, dtype, reduction):
 
 @pytest.fixture
 def matrix_units(monkeypatch):
-    """Products of 16-bit numbers, as on a CPU that has units for them."""
+    """Compute 16-bit products as on a CPU with matrix units."""
     monkeypatch.setattr(shapes, "_CPU_HAS_MATRIX_UNITS", dict.fromkeys(DTYPES, True))
 
 
@@ -51,7 +51,7 @@ def check_tiles(num_tokens, vocab_size, dtype, reduction):
 @pytest.mark.parametrize("vocab_size", [61, 389, 1001])
 @pytest.mark.parametrize("num_tokens", [64, 256])
 def test_values_do_not_depend_on_what_freed_memory_holds(num_tokens, vocab_size, dtype):
-    """On this machine's own units: the tile's memory was NaN before it."""
+    """On this machine's own matrix units: the memory of the tile was NaN before."""
     expected = loss_and_gradients(num_tokens, vocab_size, dtype, "mean")
     for _ in range(4):
         freed = [torch.full((num_tokens, columns), torch.nan, dtype=dtype) for columns in (vocab_size, 448, 1024)]

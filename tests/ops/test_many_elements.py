@@ -1,8 +1,9 @@
 """Start here when an op goes wrong with more than 2^31 elements.
 
-More than 2^31 elements: the last rows of a tensor that 32-bit indices cannot reach equal those rows by themselves.
+The last rows of a tensor of more than 2^31 elements, which 32-bit indices cannot reach, must equal the same rows in a
+small tensor.
 
-About 10 GB of memory: behind the slow marker. (scaled_masked_softmax has its own such test.)
+Needs about 10 GB of memory, so it is marked slow. (scaled_masked_softmax has its own such test.)
 """
 
 import pytest

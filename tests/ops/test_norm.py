@@ -21,7 +21,7 @@ EPS = 1e-5
 
 
 def draw(op, shape, dtype, *, stream=None, parameter=None, form="weight+bias", device="cpu"):
-    """(x, weight, bias, residual), None for what is not there, and the upstream gradients of y and the total."""
+    """Return (x, weight, bias, residual), None where absent, and the upstream gradients of y and the total."""
     generator = torch.Generator().manual_seed(sum(shape))
 
     def random(size, dtype):
@@ -46,7 +46,7 @@ def ours(op, zero_centered_weight=False, eps=EPS):
 
 
 def composite(op, zero_centered_weight=False, stream=None, eps=EPS):
-    """The same by torch, in the dtype of its arguments; the total rounded to the dtype `stream` (not its gradient)."""
+    """The same in torch, in the dtype of the arguments; the total, but not its gradient, is rounded to `stream`."""
 
     def run(x, weight, bias, residual):
         total = x if residual is None else x + residual
@@ -64,7 +64,7 @@ def composite(op, zero_centered_weight=False, stream=None, eps=EPS):
 
 
 def check(op, sample, *, zero_centered_weight=False, eps=EPS):
-    """Against float64; the yardstick is torch in float32 (its own bfloat16 backward is wrong on the CPU)."""
+    """Compare with float64; the yardstick is torch in float32 (its bfloat16 backward is wrong on the CPU)."""
     stream = None if sample[0][3] is None else sample[0][3].dtype
     theirs = composite(op, zero_centered_weight, stream, eps)
     return assert_op_matches(ours(op, zero_centered_weight, eps), theirs, *sample)
@@ -95,7 +95,7 @@ def test_contract_on_the_cpu(op, stream, clause):
 @pytest.mark.cpu_kernel
 @pytest.mark.parametrize("op", OPS)
 def test_contract_of_a_wider_residual_and_of_no_parameters(op):
-    """The gradient of the residual is a tensor of its own then, and empty tensors stand for what is not there."""
+    """Here the gradient of the residual is a separate tensor, and absent gradients are empty tensors."""
     contract(op, FLOAT, form="none").check("opcheck bfloat16")
     contract(op, FLOAT).check("compile bfloat16")
 
@@ -132,7 +132,7 @@ def test_residual(op, dtype, stream, use_total, zero_centered_weight, device):
         check(op, (inputs, dy if use_total else dy[:1]), zero_centered_weight=zero_centered_weight)
 
 
-# For each dtype: a warp a row, four, sixteen; then rows that fit in no block's registers. Odd widths: narrow accesses.
+# For each dtype: 1, 4 and 16 warps per row; then rows too long for a block's registers. Odd widths: narrow accesses.
 @pytest.mark.parametrize("width", [8, 1000, 1032, 4104, 16392, 7, 1023, 1025, 16391])
 @pytest.mark.parametrize("dtype,stream", [(FLOAT, None), (BFLOAT, None), (BFLOAT, FLOAT)])
 @pytest.mark.parametrize("op", OPS)
@@ -141,7 +141,7 @@ def test_every_width(op, dtype, stream, width, device):
     check(op, draw(op, (rows, width), dtype, stream=stream, device=device))
 
 
-# float32 rows of this width with both gradients fill the shared memory of a block; those of 16 bits leave room.
+# float32 rows of this width with both gradients fill the shared memory of a block; 16-bit rows do not.
 @pytest.mark.parametrize("op,dtype,stream", [("layer_norm", FLOAT, FLOAT), ("rms_norm", BFLOAT, FLOAT)])
 def test_widest_in_registers(op, dtype, stream, device):
     check(op, draw(op, (2, 16384), dtype, stream=stream, device=device))
@@ -170,7 +170,7 @@ def test_again_is_bitwise_equal(op, width, device):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_the_total_is_what_is_normalised(op, device):
+def test_the_rounded_total_is_normalised(op, device):
     (x, weight, bias, residual), _ = draw(op, (11, 72), BFLOAT, stream=BFLOAT, device=device)
     y, total = ours(op)(x, weight, bias, residual)
     assert torch.equal(total, x + residual)
@@ -209,7 +209,7 @@ def test_extreme_values_stay_in_their_row(op, stream, value, device):
         return
     actual, usual = (output_and_gradients(f, inputs, dy) for f in (ours(op), composite(op, stream=stream)))
     for index in range(len(actual)):
-        if actual[index].dim() == 2 and not (stream and index == 1):  # the total is a sum, elsewhere finite
+        if actual[index].dim() == 2 and not (stream and index == 1):  # the total is a sum, finite elsewhere
             bad = actual[index].isnan()
             assert torch.equal(bad.any(1).cpu(), torch.tensor([False, True, False, False]))
             assert op == "rms_norm" or bad[1].all()
@@ -243,7 +243,7 @@ def test_rows_of_one_column(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
-def test_eps_none_is_that_of_torch(dtype, device):
+def test_eps_none_is_the_default_of_torch(dtype, device):
     (x, weight, _, _), _ = draw("rms_norm", (6, 32), dtype, device=device)
     x = x * 1e-3  # mean squares near 1e-6: an eps of bfloat16 (8e-3) would show
     torch.testing.assert_close(rms_norm(x, weight), F.rms_norm(x, (32,), weight))
@@ -261,7 +261,7 @@ def test_expanded_upstream_gradient(op, device):
 
 
 def raw(op):
-    """The raw ops: forward(x, *parameters, eps, ...) and backward(dy, x, *parameters, *statistics, *needs, ...)."""
+    """Return the raw ops: forward(x, *parameters, eps, ..), backward(dy, x, *parameters, *statistics, *needs, ..)."""
     return (getattr(torch.ops.fused_megatron, f"{op}_{d}").default for d in ("forward", "backward"))
 
 

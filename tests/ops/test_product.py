@@ -1,4 +1,4 @@
-"""Start here when a layer multiplies matrices: the one function of all products, and a search for others."""
+"""Start here when a layer multiplies matrices by another function than ops/product.py."""
 
 import ast
 from pathlib import Path
@@ -12,7 +12,7 @@ from fused_megatron.ops.product import product
 PACKAGE = Path(__file__).parents[2] / "fused_megatron"
 ROOMS = ("ops", "overlap", "tensor_parallel", "context_parallel", "expert_parallel", "models", "interop")
 PRODUCTS = {"linear", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot", "scaled_mm"}
-# Products that no recipe for linear layers replaces, or that it replaces by another op of the same file.
+# Products that a recipe for linear layers does not replace, or replaces by another op of the same file.
 ALLOWED = {
     "ops/product.py": "the one",
     "ops/attention.py": "scores and context of attention: no weight among the operands",
@@ -21,7 +21,7 @@ ALLOWED = {
 
 
 def direct_products(source: str) -> list[tuple[int, str]]:
-    """(line, text) of every matrix product in a source file."""
+    """Return (line, text) of every matrix product in a source file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult):
@@ -92,6 +92,6 @@ def test_a_wider_sum_of_16_bit_operands():
     assert torch.equal(product(x, weight, out=total.float(), add=True), total.float() + rounded)
 
 
-def test_gradients_are_those_of_linear():
+def test_gradients_equal_linear():
     leaves = [operand.requires_grad_() for operand in list(operands(torch.float64).values())[:3]]
     assert torch.autograd.gradcheck(product, leaves)

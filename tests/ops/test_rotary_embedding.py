@@ -27,7 +27,7 @@ def rotate_half(x, interleaved):
 
 
 def torch_rotary(x, cos, sin, position, interleaved):
-    """The usual implementation. position: as many dims as x but for the last two."""
+    """The usual implementation; position has the dims of x without the last two."""
     twice = (lambda t: t.repeat_interleave(2, -1)) if interleaved else (lambda t: torch.cat((t, t), -1))
     c, s = (twice(t[position]).unsqueeze(-2) for t in (cos, sin))
     turned, rest = x[..., : c.shape[-1]], x[..., c.shape[-1] :]
@@ -41,7 +41,7 @@ def run(fn, inputs, upstream):
 
 
 def check_against_float64(inputs, cos, sin, position, *, interleaved=False, dy=None, **arguments):
-    """inputs: [q] or [q, k]."""
+    """Compare with float64; inputs is [q] or [q, k]."""
     dy = [draw(t.shape, t.dtype, t.device, 5 + i) for i, t in enumerate(inputs)] if dy is None else dy
 
     def usual(dtype):
@@ -63,7 +63,7 @@ def heads(shape, k_heads, dtype, device):
     return [draw(shape, dtype, device), draw((*shape[:-2], k_heads, shape[-1]), dtype, device, 1)]
 
 
-# Wide accesses with one and several chunks a head, more than a warp's, more heads than lanes; and narrow ones.
+# Wide accesses with one, several and more than 32 chunks per head, more heads than lanes; and narrow accesses.
 HEAD_SHAPES = [(4, 4, 16), (8, 2, 64), (3, 1, 48), (1, 1, 544), (2, 1, 6), (5, 3, 34), (40, 3, 32)]
 
 
@@ -136,7 +136,7 @@ def test_packed_sequences(index_dtype, dtype, device):
     each = torch.arange(7, device=device)
     shifted = position + torch.repeat_interleave(each, torch.tensor(lengths, device=device))
     check_against_float64(inputs, *tables(16, device), shifted, cu_seqlens=cu_seqlens, offset=each)
-    # Each sequence alone, and all of them packed: the same.
+    # Packed sequences give the same as each sequence by itself.
     whole, _ = rotary_embedding(*inputs, *tables(16, device), cu_seqlens=cu_seqlens)
     parts = [rotary_embedding(part, None, *tables(16, device))[0] for part in inputs[0].split(lengths)]
     assert torch.equal(whole, torch.cat(parts))
@@ -152,13 +152,13 @@ def test_one_sequence_without_a_batch(device):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_views(dtype, interleaved, device):
-    """Views of a fused qkv tensor, transposed ones, and ones whose last dim is not dense."""
+    """Views of a fused qkv tensor, transposed views, and views whose last dim is not dense."""
     position = torch.arange(5, device=device)[:, None].expand(5, 2)
     fused = draw((5, 2, 3, 4 + 2, 32), dtype, device)  # [S, B, groups, q heads + k + v, D]
     views = [
         [fused[..., 0, :4, :], fused[..., 1, 4:5, :]],
         [fused[..., 0, :4, :].transpose(0, 1).contiguous().transpose(0, 1), fused[..., 2, 5:, :]],
-        [fused[..., 0, :, 1:17], fused[..., 1, :2, 1:17]],  # no address a multiple of 16 bytes
+        [fused[..., 0, :, 1:17], fused[..., 1, :2, 1:17]],  # no address is a multiple of 16 bytes
         [fused[..., 0, :, ::2], fused[..., 1, :2, ::2]],
         [fused[..., 0, :1, :].expand(5, 2, 4, 32), fused[..., 1, :2, :]],
     ]
@@ -223,7 +223,7 @@ def test_twice_is_bitwise_equal_no_grad_equals_grad_and_inputs_stay(device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 6])
 def test_a_position_without_a_row_is_nan(head_dim, dtype, device):
-    """What kernels do where nobody looks at the positions; they never read past the tables."""
+    """Kernels do this where positions are not checked; they never read outside the tables."""
     op = torch.ops.fused_megatron.rotary_embedding
     cos, sin = tables(head_dim // 2 - 1, device, rows=3)
     q = draw((5, 1, 3, head_dim), dtype, device)

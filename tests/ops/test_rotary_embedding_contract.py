@@ -75,7 +75,7 @@ INT = torch.int64
         (r"positions.shape=\(3,\) must be \(4,\)", (Q, K, COS, SIN), {"positions": torch.zeros(3, dtype=INT)}),
         (r"positions.shape=\(2, 4\) must", (Q, K, COS, SIN), {"positions": torch.zeros(2, 4, dtype=INT)}),
         ("positions: position 6 must be", (Q, K, COS, SIN), {"positions": torch.tensor([0, 6, 1, 2])}),
-        ("offset must not come", (Q, K, COS, SIN), {"positions": torch.zeros(4, dtype=INT), "offset": 1}),
+        ("offset must be 0 with positions", (Q, K, COS, SIN), {"positions": torch.zeros(4, dtype=INT), "offset": 1}),
         (r"with cu_seqlens", (Q, K, COS, SIN), {"cu_seqlens": torch.tensor([0, 4])}),
         (r"must be \[n \+ 1\]", (Q[0], None, COS, SIN), {"cu_seqlens": torch.zeros(0, dtype=INT)}),
         ("must ascend from 0 to the number of tokens, 2", (Q[0], None, COS, SIN), {"cu_seqlens": torch.tensor([0, 1])}),

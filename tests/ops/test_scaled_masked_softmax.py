@@ -14,7 +14,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def inputs(shape, dtype, device="cpu", mask_shape=None, seed=0):
-    """x, dy and a mask that hides 3 keys in 10."""
+    """Return x, dy and a mask that hides 3 of 10 keys."""
     generator = torch.Generator().manual_seed(seed)
     x, dy = ((torch.randn(shape, generator=generator) * 3).to(dtype).to(device) for _ in range(2))
     mask = None if mask_shape is None else (torch.rand(mask_shape, generator=generator) < 0.3).to(device)
@@ -22,7 +22,7 @@ def inputs(shape, dtype, device="cpu", mask_shape=None, seed=0):
 
 
 def torch_softmax(x, mask=None, scale=1.0, causal=False, window=None):
-    """As it is written in plain torch; rows without a key mended afterwards."""
+    """The same in plain torch; rows without a key are set to 0 afterwards."""
     num_queries, num_keys = (1, *x.shape)[-2:]
     hidden = torch.zeros(num_queries, num_keys, dtype=torch.bool, device=x.device)
     if causal:
@@ -129,7 +129,7 @@ def test_masks_with_strides(dtype, device):
     check_against_float64(x, dy, wide[..., 1:81:2])
 
 
-def test_masks_that_no_few_strides_describe(device):
+def test_masks_that_need_many_strides(device):
     x, dy, _ = inputs((2, 2, 2, 2, 3, 24), torch.bfloat16, device)
     for shape in [(2, 1, 2, 1, 3, 24), (2, 2, 1, 2, 1, 24), (1, 2, 1, 2, 3, 1)]:
         check_against_float64(x, dy, inputs((1,), torch.bfloat16, device, shape)[2])
@@ -145,7 +145,7 @@ def test_scales(scale, dtype, device):
 
 
 def test_scale_is_not_rounded_to_the_dtype(device):
-    # 0.3 as a bfloat16 is off by 1e-3, which scores of a hundred turn into 10%.
+    # 0.3 rounded to bfloat16 has an error of 1e-3, which becomes 10% at scores of a hundred.
     x = torch.tensor([[300.0, 310.0, 320.0]], dtype=torch.bfloat16, device=device)
     y = scaled_masked_softmax(x, scale=0.3)
     torch.testing.assert_close(y.double(), torch.softmax(x.double() * 0.3, -1), rtol=4e-3, atol=0)
@@ -159,7 +159,7 @@ def test_rows_without_a_key(form, dtype, device):
     y, dx = check_against_float64(x, dy, mask, **form)
     for t in (y, dx):
         assert not t[0, 3].any() and not t[1, 11].any()
-    # More queries than keys: the first ones come before any key.
+    # More queries than keys: the first queries come before every key.
     x, dy, _ = inputs((2, 20, 9), dtype, device)
     y, dx = check_against_float64(x, dy, causal=True)
     assert not y[:, :11].any() and not dx[:, :11].any() and y[:, 11:].any(-1).all()
@@ -187,7 +187,7 @@ def test_extreme_scores_as_torch(value, dtype, device):
 
 
 @pytest.mark.parametrize("value", [NAN, INF])
-def test_what_is_hidden_does_not_count(value, device):
+def test_hidden_keys_have_no_effect(value, device):
     x, dy, mask = inputs((6, 6, 90), torch.float32, device, (6, 1, 90))
     expected = run(scaled_masked_softmax, x, dy, mask)
     y, dx = run(scaled_masked_softmax, x.masked_fill(mask, value), dy, mask)
@@ -237,7 +237,7 @@ def test_unaligned_memory(skip, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_keys", [2048, 2047])
 def test_large_results_that_go_past_the_caches(num_keys, dtype):
-    # Rows alike but for their place: a matrix small enough to stay in the caches says what is right.
+    # All matrices have the same rows: one that is small enough for the caches gives the expected result.
     queries = 8500 if dtype != torch.float32 else 4300
     x, dy, _ = inputs((1, num_keys), dtype)
     large = run(scaled_masked_softmax, x.expand(queries, -1), dy.expand(queries, -1), causal=True, window=1500)

@@ -1,4 +1,4 @@
-"""Start here when layers choose chunks slowly, or ranks choose differently: what users pass, the choice, its memory."""
+"""Start here when layers choose chunks slowly, or ranks choose differently."""
 
 import logging
 import time
@@ -30,7 +30,7 @@ def group():
 
 @pytest.fixture
 def plays(monkeypatch):
-    """The group's costs are given; how often the model is played is counted."""
+    """Fix the costs of the group, and record every run of the cost model."""
     costs = OverlapCosts(1e12, 1e-6, 1e9, 0.0, 0.1)
     monkeypatch.setattr(ChunkChoice, "measured", lambda self, group, like: costs if self.fixed is None else None)
     found, play = [], OverlapCosts.num_chunks
@@ -48,7 +48,7 @@ def all_choices(choice, x, weight, group):
     ]
 
 
-def test_the_model_is_played_once_a_shape(group, plays, caplog):
+def test_the_model_runs_once_for_each_shape(group, plays, caplog):
     caplog.set_level(logging.INFO, "fused_megatron.overlap.chunk_choice")
     x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
     first = all_choices(ChunkChoice(), x, weight, group)
@@ -56,7 +56,7 @@ def test_the_model_is_played_once_a_shape(group, plays, caplog):
     assert "overlap over 4 ranks: 4096 rows in" in caplog.text
     assert all_choices(ChunkChoice(), x, weight, group) == first
     assert len(plays) == len(caplog.records) == 6
-    # Another shape or dtype is another question.
+    # Another shape or dtype needs another run.
     all_choices(ChunkChoice(), x[:2048], weight, group)
     all_choices(ChunkChoice(), x.bfloat16(), weight, group)
     assert len(plays) == 18
@@ -71,7 +71,7 @@ def test_what_needs_no_choice(group, plays):
 
 
 def test_a_later_call_is_a_look_up(group, monkeypatch):
-    """Far faster than the first call; both are the work of one thread, whatever else the machine does."""
+    """Compare a later call with the first one; both run in one thread, so that other work does not count."""
     costs = OverlapCosts(1e12, 1e-6, 1e9, 0.0, 0.1)
     monkeypatch.setattr(ChunkChoice, "measured", lambda self, group, like: costs)
     x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)

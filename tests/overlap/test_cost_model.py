@@ -1,4 +1,4 @@
-"""Start here when products are cut into a wrong number of chunks: the model that plays a step."""
+"""Start here when the cost model cuts products into a wrong number of chunks."""
 
 from fused_megatron.overlap import OverlapCosts
 from fused_megatron.overlap.cost_model import Stretch
@@ -25,10 +25,10 @@ def test_messages_that_cost_bound_the_number_of_chunks():
     assert [choice(1.0, 1.0, latency_s=latency_s) for latency_s in (1 / 64, 1 / 16, 1 / 8, 1.0)] == [12, 6, 3, 1]
 
 
-def test_the_step_that_the_model_plays():
+def test_the_time_of_a_step():
     costs = OverlapCosts(1e12, 0.0, 1e9)
     parts = [1 / 4, 1 / 2, 1 / 4]
-    # The second transfer waits for the second product: 3/4 + 1/2 + 1/4. A gather is there with the next one.
+    # The second transfer waits for the second product: 3/4 + 1/2 + 1/4. A gather arrives with the next one.
     assert costs._stretch_s(Stretch(1.0, 1.0), parts, 0.0) == 1.5
     assert costs._stretch_s(Stretch(1.0, gather_s=1.0), parts, 0.0) == 1.75
     assert costs._stretch_s(Stretch(1.0, 1.0), [1.0], 0.0) == 2.0
@@ -45,7 +45,7 @@ def test_little_gain_is_none():
     assert choice(1.0, 0.1) > 1
 
 
-def test_transfers_that_are_all_work_for_the_same_cores_are_not_cut():
+def test_transfers_that_take_the_same_cores_are_not_cut():
     assert choice(1.0, 1.0, slowdown=1.0) == 1
     assert choice(1.0, 1.0, slowdown=0.5) > 1
 

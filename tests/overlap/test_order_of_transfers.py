@@ -1,7 +1,7 @@
-"""Start here when an overlapped product reads what has not arrived, or gives away what it still needs.
+"""Start here when an overlapped product reads data before it arrives, or frees data that a transfer still reads.
 
-What an overlapped product reads before its transfer has been waited for is NaN here, and what it gives away early
-is changed: a missing wait is a red test, on a CPU, and not a race on a cluster.
+Here data is NaN until its transfer was waited for, and data that is freed early is changed. So a missing wait fails a
+test on a CPU, and is not a race on a cluster.
 """
 
 import os
@@ -20,7 +20,7 @@ H, FFN, S = 8, 12, 12
 
 
 class LateWork:
-    """A collective whose result nobody sees before wait(), and whose source must stay as it is until then."""
+    """Collective that shows its result only after wait(), and checks that its source does not change until then."""
 
     under_way = 0
 
@@ -81,7 +81,7 @@ def late_against_prompt(rank, ranks):
     assert LateWork.under_way == 0, "a transfer that nobody waited for"
     for mine, wanted in zip(late, prompt, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
-    # The test bites: without its waits every case gives NaN.
+    # The test can fail: without its waits every case gives NaN.
     Transfer.wait = lambda self: self._result(self._buffers[0])
     return [any(bool(t.isnan().any()) for t in layers_and_mlp(*case)) for case in cases]
 

@@ -44,7 +44,7 @@ def loss(x, up, down, *, overlap, **options):
 
 
 def step(function, group, sequence_parallel, overlap, streams):
-    """Forward and backward, whose inputs are made and whose results are read on the current stream."""
+    """Run forward and backward; inputs are made, and results are read, on the current stream."""
     with streams:
         x = torch.rand(S // RANKS if sequence_parallel else S, 1, H).requires_grad_()
         up, down = torch.rand(FFN, H).requires_grad_(), torch.rand(H, FFN).requires_grad_()
@@ -69,7 +69,7 @@ def test_every_wait_is_there_and_needed(group, function, sequence_parallel, over
 
 
 def test_transfers_own_their_buffers(group, monkeypatch):
-    """What nobody holds until the wait is given back early: seen."""
+    """Find a buffer that is freed before the wait, since no one holds it."""
 
     def forgetful(self, works, buffers, result=lambda buffer: buffer):
         self._works, self._buffers, self._result = works, buffers[:1], result
@@ -98,7 +98,7 @@ def test_a_race_is_named(group):
 
 
 class OnTheDevice(TorchDispatchMode):
-    """No op of a step may give the host a value or move one off the device: neither can be captured in a CUDA graph."""
+    """Refuse ops that give the host a value or move data off the device: a CUDA graph cannot capture them."""
 
     def __init__(self):
         super().__init__()
@@ -118,8 +118,8 @@ def forbidden(*args, **kwargs):
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_what_a_gpu_is_given_can_be_captured(group, sequence_parallel, monkeypatch):
-    """Forward and backward on a device that has no values to give: no host sync, products of whole tiles."""
+def test_a_cuda_graph_can_capture_a_step(group, sequence_parallel, monkeypatch):
+    """Run forward and backward on a device without values: no host synchronisation, and products of whole tiles."""
     for name in ("synchronize", "current_stream", "Event", "Stream"):
         monkeypatch.setattr(torch.cuda, name, forbidden)
     rows, dim = (512, 0) if sequence_parallel else (2048, None)

@@ -1,4 +1,4 @@
-"""Start here when torch's fused products over symmetric memory give other values, or are used where they may not be."""
+"""Start here when torch's fused products over symmetric memory give other values, or are used in the wrong cases."""
 
 import sys
 
@@ -57,7 +57,7 @@ def layers(rank, ranks):
                 assert ((a - b).norm() / b.norm()).item() < tolerance
             ops = [name for name in calls if name.startswith("fused")]
             assert ops == ["fused_all_gather_matmul", "fused_matmul_reduce_scatter"] * 2, ops
-            # The one collective beside them: the weight gradient of the column layer gathers its input again.
+            # The only other collective: the weight gradient of the column layer gathers its input again.
             assert [name for name in calls if name.endswith("base_")] == ["_allgather_base_"], calls
             assert not any(name.startswith("fused") for name in plain_calls)
             assert "overlap=auto, by symmetric memory" in text

@@ -21,7 +21,7 @@ S, H, FFN = 8, 4, 12
 
 
 class MLP(nn.Module):
-    """The two products as one function (more than one rank), with chunks."""
+    """MLP as one function with chunks, for more than one rank."""
 
     def __init__(self, group, sequence_parallel):
         super().__init__()
@@ -47,7 +47,8 @@ def make_layer(name, group, sequence_parallel):
 
 
 def backwards(name, group, main_grad, defer, frozen=False, autocast=False, sequence_parallel=False):
-    """All gradients of two microbatches; how many products waited; which weights had a gradient before they ran."""
+    """Run two microbatches; return all gradients, the number of deferred products, and the weights with a gradient
+    before these products ran."""
     torch.manual_seed(5)
     layer = make_layer(name, group, sequence_parallel)
     torch.manual_seed(group.rank() if group is not None else 0)
@@ -119,5 +120,5 @@ def test_same_bits_on_two_ranks():
     for found in run_on_ranks(on_two_ranks, 2):
         for (name, _), (count, waiting) in found.items():
             weights = 2 if name == "mlp" else 1
-            # Rows that several ranks hold are summed over them in the backward itself.
+            # The gradient of rows on several ranks is summed over them in the backward itself.
             assert (count, waiting) == ((0, [False]) if name == "copied" else (2 * weights, [True] * weights)), name

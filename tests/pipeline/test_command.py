@@ -43,8 +43,8 @@ def test_a_broken_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     file = tmp_path / "own.csv"
     file.write_text("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n")
     said = run(capsys, "check", file, code=1).splitlines()
-    assert said[0] == "rank 0, position 1, rule deadlock: 0B0 waits for ever"
-    assert "deadlocks: rank 0 waits for ever at position 1, 0B0" in run(capsys, "simulate", file, code=2)
+    assert said[0] == "rank 0, position 1, rule deadlock: 0B0 waits forever"
+    assert "deadlocks: rank 0 waits forever at position 1, 0B0" in run(capsys, "simulate", file, code=2)
     file.write_text("0F0,huh\n")
     assert "own.csv: row 0, cell 1: action='huh'" in run(capsys, "check", file, code=2)
     assert "nowhere.json" in run(capsys, "check", tmp_path / "nowhere.json", code=2)
@@ -69,7 +69,7 @@ def test_it_answers_in_under_a_second_without_torch() -> None:
     command = "schedule show interleaved_1f1b --ranks 4 --stages-per-rank 2 --microbatches 9"
     code = (
         f"import sys, time; from fused_megatron.cli import main; main({command.split()!r}); "
-        # Of the processor: other processes on the machine must not count.
+        # Processor time, so that other processes on the machine do not count.
         "assert 'torch' not in sys.modules; print(time.process_time())"
     )
     outputs = [subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=600).stdout]

@@ -1,4 +1,4 @@
-"""Start here when bias_geglu goes wrong where nothing is compiled."""
+"""Start here when bias_geglu goes wrong without the compiled library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Start here when bias_swiglu goes wrong where nothing is compiled."""
+"""Start here when bias_swiglu goes wrong without the compiled library."""
 
 import pytest
 import torch

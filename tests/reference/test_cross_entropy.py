@@ -1,4 +1,4 @@
-"""Start here when cross_entropy goes wrong where nothing is compiled, or in float64."""
+"""Start here when cross_entropy goes wrong without the compiled library, or in float64."""
 
 import itertools
 
@@ -19,7 +19,7 @@ def _inputs(num_rows: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-def test_loss_is_torch_s(label_smoothing: float) -> None:
+def test_loss_equals_torch(label_smoothing: float) -> None:
     logits, target = _inputs(13, 37)
     loss = reference.cross_entropy(logits, target, LossTerms(37, label_smoothing=label_smoothing))
     torch.testing.assert_close(
@@ -37,7 +37,7 @@ def test_z_loss_adds_the_square_of_lse() -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: float) -> None:
+def test_gradient_equals_autograd_on_every_shard(label_smoothing: float, z_loss: float) -> None:
     vocab_size, bounds = 37, (0, 20, 30, 45)  # the last shard has 7 real columns and 8 padded ones
     logits, target = _inputs(13, 45)
     target[target >= vocab_size] = 36
@@ -56,20 +56,20 @@ def test_gradient_is_autograd_s_on_every_shard(label_smoothing: float, z_loss: f
 
 
 @pytest.mark.parametrize("common", [0.0, 1e6])
-def test_one_shard_stays_exactly_what_it_is(common: float) -> None:
+def test_merging_one_shard_changes_no_bit(common: float) -> None:
     logits, target = torch.randn(13, 37) + common, torch.arange(13)
     terms = LossTerms(37, label_smoothing=0.1)
     stats = reference.cross_entropy_statistics(logits, target, terms)
     assert torch.equal(reference.united_statistics(stats.unsqueeze(0), target, (0, 37), terms), stats)
 
 
-def test_shard_of_padding_alone() -> None:
+def test_shard_of_only_padding() -> None:
     stats = reference.cross_entropy_statistics(
         torch.randn(3, 4), torch.tensor([1, -100, 7]), LossTerms(8, 8, label_smoothing=0.1)
     )
     assert stats.tolist() == [[0.0, -torch.inf, 0.0], [0.0, 0.0, 0.0], [0.0, -torch.inf, 0.0]]
 
 
-def test_target_that_is_no_word_gives_nan() -> None:
+def test_invalid_target_gives_nan() -> None:
     stats = reference.cross_entropy_statistics(torch.randn(3, 4), torch.tensor([1, 4, -1]), LossTerms(4))
     assert stats[:, 2].isnan().tolist() == [False, True, True]

@@ -1,4 +1,4 @@
-"""Start here when layer_norm goes wrong where nothing is compiled."""
+"""Start here when layer_norm goes wrong without the compiled library."""
 
 import pytest
 import torch

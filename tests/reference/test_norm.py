@@ -1,4 +1,4 @@
-"""Start here when layer_norm or rms_norm goes wrong where nothing is compiled, or in float64."""
+"""Start here when layer_norm or rms_norm goes wrong without the compiled library, or in float64."""
 
 import pytest
 import torch

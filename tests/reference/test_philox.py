@@ -26,16 +26,16 @@ def test_known_answers(counter, key, expected):
     assert tuple(int(w) for w in words) == expected
 
 
-def test_words_are_lanes_of_blocks_of_four():
+def test_random_words_are_lanes_of_blocks_of_four():
     seed, offset = 0x299F31D0A4093822, 0x0370734413198A2E
-    block = 0x85A308D3243F6A88  # of the known answer; as an index its top bits would not fit
+    block = 0x85A308D3243F6A88  # the counter of the known answer; its top bits would not fit in an index
     rng_state = torch.tensor([seed, offset])
     index = torch.arange(4) + 4 * (block % 2**60)
     counter = [block % 2**60 % 2**32, block % 2**60 >> 32, offset % 2**32, offset >> 32]
     key = [seed % 2**32, seed >> 32]
     expected = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
     assert philox.random_words(rng_state, index).tolist() == [int(w) for w in expected]
-    # Negative seeds and offsets are taken as their 64 bits.
+    # Negative seeds and offsets are used as 64 unsigned bits.
     zero = torch.zeros(4, dtype=torch.int64)
     all_ones = torch.tensor(ONES)
     expected = philox.philox4x32((zero[0], zero[0], all_ones, all_ones), (all_ones, all_ones))
@@ -43,7 +43,7 @@ def test_words_are_lanes_of_blocks_of_four():
 
 
 @pytest.mark.parametrize("p", [0.0, 1e-3, 0.1, 0.5, 0.999])
-def test_words_are_kept_with_the_right_probability(p):
+def test_elements_are_kept_with_the_right_probability(p):
     n = 200_000
     keep = philox.keep_mask(torch.tensor([1, 2]), torch.arange(n), p)
     sigma = (p * (1 - p) / n) ** 0.5
@@ -51,7 +51,7 @@ def test_words_are_kept_with_the_right_probability(p):
 
 
 def test_the_threshold_is_exact():
-    # The word of element 0 for seed and offset 0, as a probability: at it the element is kept, just above not.
+    # Element 0 has this random word for seed 0 and offset 0: it is kept for p = word / 2^32, dropped just above.
     word = 0x6627E8D5
     rng_state, index = torch.zeros(2, dtype=torch.int64), torch.tensor([0])
     assert philox.keep_mask(rng_state, index, word / 2**32).item()

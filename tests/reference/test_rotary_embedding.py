@@ -1,4 +1,4 @@
-"""Start here when rotary_embedding goes wrong where nothing is compiled."""
+"""Start here when rotary_embedding goes wrong without the compiled library."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ BOTH = pytest.mark.parametrize("builders", [reference, compiled], ids=["numpy", 
 
 
 def splitmix64(state):
-    """The published generator, in Python's integers: the output for a state that was just advanced."""
+    """The published generator in Python integers: returns the output for a state that was just advanced."""
     mask = 2**64 - 1
     z = state & mask
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
@@ -32,7 +32,7 @@ def test_permutation_is_the_sorted_keys(builders, seed, epoch, stream):
 
 
 def test_splitmix64_gives_the_published_numbers():
-    # First outputs of splitmix64 for the seed 1234567, as in its author's reference and Rosetta Code.
+    # First outputs of splitmix64 for the seed 1234567, from its author's reference and Rosetta Code.
     state, outputs = 1234567, []
     for _ in range(3):
         state += 0x9E3779B97F4A7C15
@@ -131,7 +131,7 @@ def test_compiled_takes_no_other_dtype():
 
 
 def test_compiled_releases_the_interpreter_lock():
-    # While one thread sorts, this thread must come to run many times.
+    # While one thread sorts, this thread must run many times.
     done = threading.Event()
 
     def work():

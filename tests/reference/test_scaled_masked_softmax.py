@@ -1,4 +1,4 @@
-"""Start here when scaled_masked_softmax goes wrong where nothing is compiled."""
+"""Start here when scaled_masked_softmax goes wrong without the compiled library."""
 
 import pytest
 import torch

@@ -68,7 +68,7 @@ def test_boxes_of_no_dims_and_outside():
     assert cover_problem((0, 3), []) is None
     assert not Box((-1,), (2,)).lies_in((4,))
     assert not Box((0, 0), (1, 1)).lies_in((4,))
-    # Of a rank that holds nothing.
+    # Box of a rank that holds nothing.
     assert Box((64, 0), (0, 4)).lies_in((33, 4)) and not Box((64, 0), (1, 4)).lies_in((33, 4))
     assert not Box((-1, 0), (0, 4)).lies_in((33, 4)) and Box((), ()).lies_in(())
     assert TensorBox.whole(torch.zeros(2, 3)).box == Box((0, 0), (2, 3))
@@ -86,7 +86,7 @@ def test_row_blocks_cover_the_rows_in_order_within_the_limit(shape, limit):
 
 
 def comparisons(monkeypatch, num_boxes, last):
-    """Pairs of boxes that are compared for a tensor cut into columns, the last of them `last` wide."""
+    """Count the pairs of boxes that are compared for a tensor cut into columns, the last of which has width `last`."""
     pairs, intersect = [], Box.intersect
     monkeypatch.setattr(Box, "intersect", lambda self, other: pairs.append(0) or intersect(self, other))
     columns = [Box((0, i), (num_boxes, 1)) for i in range(num_boxes - 1)] + [Box((0, num_boxes - 1), (num_boxes, last))]

@@ -1,4 +1,4 @@
-"""Start here when a gathered tensor differs from the whole one, or a rank takes the wrong part of it."""
+"""Start here when a gathered tensor differs from the full one, or a rank cuts the wrong shard from it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ H = 3
 
 
 def parameters(rank, ranks):
-    """A padded vocabulary whose last ranks hold padding only, a stack with copies, columns, a vector, a number."""
+    """Make a vocabulary whose last ranks have padding only, a stack with copies, columns, a vector, a number."""
     copies = ranks // 2 or 1
     key = ParameterShard((4, H), (rank // copies * 4 * copies // ranks, 0), copy=rank % copies)
     rows = 8 // ranks

@@ -1,4 +1,4 @@
-"""Start here when ranks disagree over whether a step with GradScaler is taken."""
+"""Start here when some ranks step with GradScaler and others skip."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from fused_megatron.testing import run_on_ranks
 
 
 def steps(rank, world_size):
-    """By kind of step: (the scale after it, whether the weight moved), where rank 1 has an infinity."""
+    """Return for each kind of step (scale after it, whether the weight changed); rank 1 has an infinity."""
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
     found = {}
     for name, fused, bad_rank in (("plain", False, 1), ("fused", True, 1), ("finite", False, None), ("none", False, 1)):
@@ -33,7 +33,7 @@ def test_ranks_skip_a_step_together():
         assert found == {"plain": (2.0, False), "fused": (2.0, False), "finite": (8.0, True), "none": (2.0, False)}
 
 
-def test_one_rank_is_torchs():
+def test_one_rank_equals_torch():
     weight = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     scaler = fm.GradScaler(None, "cpu", init_scale=4.0)

@@ -1,4 +1,4 @@
-"""Start here when the norm depends on the layout, or clipping scales by another norm than the whole model's."""
+"""Start here when the gradient norm depends on the layout, or clipping scales by another norm."""
 
 import copy
 import zlib
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-# By name: transformers imports a model when it is asked for it, which each rank would do anew.
+# Imported here: transformers imports a model at its first use, which each rank would repeat.
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_megatron as fm
@@ -21,7 +21,7 @@ from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradi
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_len": 8, "vocab_size": 50}
-# Of 4 ranks with 32 rows each, 2 hold padding only.
+# With 4 ranks of 32 rows each, 2 ranks have padding only.
 PADDED = {**SIZES, "pad_vocab_size_to_multiple_of": 128}
 CASES = {
     "tied": (GPT, GPTConfig(**SIZES, pad_vocab_size_to_multiple_of=8)),
@@ -39,7 +39,7 @@ def whole_gradient(name, shape):
 
 
 def fill_gradients_(case, model):
-    """The whole model's gradients, cut into this rank's shards; the parameters that have one, by name."""
+    """Set the gradients to this rank's shards of the full gradients; return the parameters with a gradient, by name."""
     frozen = FROZEN if "frozen" in case else ()
     trained = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
     for name, parameter in trained.items():
@@ -51,7 +51,7 @@ def fill_gradients_(case, model):
 
 
 def norms(rank, world_size, tp, pp):
-    """By case: the public function's norm of this rank's stage, the trainer's norm, the stage, what clipping did."""
+    """Return for each case: norm of the public function (this stage), the trainer's norm, stage, clipping is right."""
     mesh, found = fm.init_mesh(tensor_parallel_size=tp, pipeline_parallel_size=pp), {}
     for case, (kind, config) in CASES.items():
         stage = None if pp == 1 else cut_stages(config, pp)[mesh.pp_rank]
@@ -144,7 +144,7 @@ def test_names_of_parameters_that_are_not_finite():
 
 
 def llama():
-    """A key-value head that two ranks hold copies of, a tied head, an odd vocabulary."""
+    """Make a model with a key-value head that two ranks hold, a tied head, and an odd vocabulary."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=13, intermediate_size=24,
@@ -190,7 +190,7 @@ def test_a_model_without_shards():
 
 
 def with_fsdp2(rank, world_size):
-    """Records are lost, and of a stack with copied key-value rows the second rank counts only the query."""
+    """Clip under FSDP2, which loses the records; the second rank counts only the query rows of a stack with copies."""
     mesh = fm.init_mesh(tensor_parallel_size=2)
     pairs = [(llama(), None), (gpt_with_one_key_value_head(), gpt_with_one_key_value_head(mesh.tp_group))]
     for original, model in pairs:

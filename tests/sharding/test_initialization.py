@@ -48,7 +48,7 @@ def test_dtype_rounds_the_same_values():
 
 
 def test_values_stay_what_they_were():
-    """Changed values would make old seeds give other models."""
+    """Other values would change the model of every old seed."""
     torch.testing.assert_close(
         drawn((2, 2), seed=1234, name="blocks.0.attention.projection.weight").flatten(),
         torch.tensor([-0.434817, -0.464131, 0.154257, 0.456436]),

@@ -1,4 +1,4 @@
-"""Start here when a parameter's record says the wrong shard, or has lost what was written into it."""
+"""Start here when a parameter's record names the wrong shard, or has lost an entry."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Start here when a shard lies elsewhere in the full parameter than it should, or padding is taken for values."""
+"""Start here when a shard has the wrong offset in the full parameter, or padding is taken for values."""
 
 import pytest
 import torch

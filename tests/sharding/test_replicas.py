@@ -1,4 +1,4 @@
-"""Start here when weights that several ranks hold drift apart unseen, or equal ones are called different."""
+"""Start here when weights on several ranks drift apart unnoticed, or equal weights are reported as different."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fused_megatron.models import GPT
 from fused_megatron.sharding.replicas import find_drift, parameter_digests
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
-# One key-value head is held by both tensor-parallel ranks; of 4 rows of the last vocabulary shard none is real.
+# Both tensor-parallel ranks hold the key-value head; the last of 4 vocabulary shards has padding only.
 CONFIG = GPTConfig(
     num_layers=1,
     hidden_size=16,
@@ -23,7 +23,7 @@ CONFIG = GPTConfig(
 
 
 def drifts(rank, world_size):
-    """What every rank finds, by the parameter that one rank has changed."""
+    """Return the difference that this rank finds, by the parameter that rank 3 changes."""
     found = {}
     for tp in (1, 2, 4):
         mesh = fm.init_mesh(tensor_parallel_size=tp)
@@ -34,7 +34,7 @@ def drifts(rank, world_size):
         names = ("final_norm.weight", "blocks.0.attention.query_key_value.weight", "token_embedding.weight")
         for name in names:
             with torch.no_grad():
-                row = -1 if "attention" in name else 0  # the last row is of the value
+                row = -1 if "attention" in name else 0  # the last row belongs to the value
                 before = parameters[name][row].clone()
                 parameters[name][row] += 0.5 * (rank == 3)
             found[tp, name.split(".")[-2]] = find_drift(parameters, *groups)
@@ -46,7 +46,7 @@ def test_what_differs_is_named_on_the_ranks_that_hold_it():
     every = run_on_ranks(drifts, 4, timeout_s=100)
     value = "blocks.0.attention.query_key_value.weight.value"
     for rank, found in enumerate(every):
-        # Replicas of everything, and of the parts of tensor-parallel rank 1 only.
+        # At tp=1 all ranks are replicas; at tp=2 only the ranks with the parts of tensor-parallel rank 1 are.
         for name, key in (("final_norm.weight", "final_norm"), ("token_embedding.weight", "token_embedding")):
             assert found[1, key] == f"{name} on rank 3 differs from rank 0, 1, 2"
         assert found[1, "query_key_value"] == f"{value} on rank 3 differs from rank 0, 1, 2"
@@ -60,7 +60,7 @@ def test_what_differs_is_named_on_the_ranks_that_hold_it():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_single_bit_changes_the_digest(dtype):
-    """Anywhere, in a tensor of any number of bytes and at any place in its memory."""
+    """Flip a bit anywhere in tensors of several sizes and memory offsets."""
     memory = torch.randn(64).to(dtype)
     for start, size in ((0, 1), (1, 5), (3, 16), (2, 0), (5, 33)):
         weight = nn.Parameter(memory[start : start + size])

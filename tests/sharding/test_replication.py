@@ -1,4 +1,4 @@
-"""Start here when DistributedDataParallel around shards is not refused, or is where it would be right."""
+"""Start here when DistributedDataParallel is accepted over different shards, or refused over equal ones."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Start here when a rank embeds, rotates or drops at other positions than it has."""
+"""Start here when a rank embeds, rotates or drops at positions that it does not hold."""
 
 import pytest
 import torch

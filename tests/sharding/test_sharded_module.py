@@ -1,4 +1,4 @@
-"""Start here when a module's parameters lose their marks, or a model does not know its group or its parts."""
+"""Start here when a module's parameters lose their shards, or the group or parts of a model are not found."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ def assigned_in_the_dictionary(half):
     half._parameters["weight"] = fresh()  # as FSDP2 does, and Accelerate
 
 
-# Each leaves another tensor in the place of the weight.
+# Each of these replaces the tensor of the weight.
 LOSSES = {
     "attribute": lambda half: setattr(half, "weight", fresh()),
     "assign": lambda half: half.load_state_dict({"weight": torch.ones(3, 4)}, assign=True),
@@ -68,7 +68,9 @@ def test_what_takes_the_place_of_a_shard_is_marked_at_once(lose):
 
 def test_another_shape_or_other_parameters_are_refused():
     half = Half()
-    with pytest.raises(InputError, match=r"Half.weight: shape \(6, 4\) must be \(3, 4\), that of this rank's shard"):
+    with pytest.raises(
+        InputError, match=r"Half.weight: shape \(6, 4\) must be \(3, 4\), the shape of this rank's shard"
+    ):
         half.weight = nn.Parameter(torch.zeros(6, 4))
     for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm):
         with warnings.catch_warnings(), pytest.raises(InputError, match="is a shard, which cannot be made of other"):

@@ -1,4 +1,4 @@
-"""Start here when the vocab-parallel loss differs from the loss of whole logits."""
+"""Start here when the vocab-parallel loss differs from the loss of the full logits."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ S, B = 7, 3
 
 
 def reference(logits, target, smoothing, z_loss, softcap):
-    """torch's own loss of the true columns, plus the z term, with a gradient."""
+    """Return torch's loss of the columns without padding, plus the z term, and its gradient."""
     flat, ids = logits.flatten(0, 1), target.flatten()
     flat = flat if softcap is None else softcap * (flat / softcap).tanh()
     loss = F.cross_entropy(flat, ids, reduction="none", label_smoothing=smoothing)
@@ -64,7 +64,7 @@ def loss_case(rank, ranks, vocab, padded, smoothing, z_loss, softcap, inplace, d
     return loss.detach()
 
 
-# 33 of 64 words on 4 ranks: the last rank has nothing but padding.
+# 33 of 64 vocabulary entries on 4 ranks: the last rank has padding only.
 VOCABULARIES = [(64, 64), (53, 64), (33, 64)]
 FORMS = [  # smoothing, z_loss, softcap, inplace, dtype, scale
     (0.0, 0.0, None, False, torch.float32, 1.0),
@@ -82,7 +82,7 @@ def test_loss_and_gradient(ranks):
 
 
 def common_case(rank, ranks):
-    """Logits with a large common part; 33 of 64 words, so that a shard on 4 ranks has only padding."""
+    """Make logits with a large common part; 33 of 64 vocabulary entries, so that one of 4 shards has padding only."""
     generator = torch.Generator().manual_seed(0)
     logits, target = 3 * torch.randn(12, 64, generator=generator), torch.randint(0, 33, (12,), generator=generator)
     group, mine = dist.group.WORLD if ranks > 1 else None, slice(rank * 64 // ranks, (rank + 1) * 64 // ranks)

@@ -14,7 +14,7 @@ from fused_megatron.sharding import update_record
 from fused_megatron.tensor_parallel import VocabParallelEmbedding, parameter_shard
 from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
-# bfloat16: apart the gradient is rounded to it.
+# For bfloat16 the gradient without a main_grad is rounded to it.
 RTOL = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
 V, H, S, B = 101, 12, 8, 40  # an odd vocabulary; each id comes up several times
 

@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, tp_group: Any, sequence_parallel: bool) -> None:
         super().__init__()
         kwargs: dict[str, Any] = {"tp_group": tp_group, "sequence_parallel": sequence_parallel, "dtype": torch.float64}
-        self.norm = tensor_parallel.LayerNorm(16, **kwargs)
+        self.norm = tensor_parallel.SequenceParallelLayerNorm(16, **kwargs)
         self.up = tensor_parallel.ColumnParallelLinear(16, 64, skip_bias_add=True, **kwargs)
         self.down = tensor_parallel.RowParallelLinear(64, 16, **kwargs)
 
@@ -37,7 +37,7 @@ def sharded(model: nn.Sequential, mesh: Any, **options: Any) -> nn.Sequential:
 
 
 def check_steps(mesh: Any, sequence_parallel: bool) -> None:
-    """Three steps of Adam, each gradient and parameter against a model that is whole over dp."""
+    """Run three steps of Adam, and compare each gradient and parameter with a model that is not sharded over dp."""
     whole, split = model_of(mesh, sequence_parallel), sharded(model_of(mesh, sequence_parallel), mesh)
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in (whole, split)]
     generator = torch.Generator().manual_seed(7 + mesh.dp_rank)
@@ -65,7 +65,7 @@ def check_steps(mesh: Any, sequence_parallel: bool) -> None:
 
 
 def check_bfloat16(mesh: Any) -> None:
-    """Parameters in float32, products in bfloat16: the dtypes that come out, and the values of bfloat16."""
+    """Run float32 parameters with bfloat16 products: check dtypes, and values to bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     whole = model_of(mesh, False).float()
     split = sharded(model_of(mesh, False).float(), mesh, mp_policy=policy)

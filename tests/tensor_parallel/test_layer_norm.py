@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from fused_megatron import tensor_parallel
 from fused_megatron.checks import InputError
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.tensor_parallel import LayerNorm, parameter_shard
+from fused_megatron.tensor_parallel import SequenceParallelLayerNorm, parameter_shard
 from fused_megatron.testing import assert_close, run_cases_on_ranks, run_on_ranks
 
 S, B, H = 12, 3, 17
@@ -19,7 +20,9 @@ def norm_case(rank, ranks, sequence_parallel, bias, dtype):
     generator = torch.Generator().manual_seed(2)
     x, dy = (torch.randn(S, B, H, generator=generator).to(dtype) for _ in range(2))
     w, b = (torch.randn(H, generator=generator).to(dtype) for _ in range(2))
-    layer = LayerNorm(H, 1e-3, bias, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, dtype=dtype)
+    layer = SequenceParallelLayerNorm(
+        H, 1e-3, bias, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, dtype=dtype
+    )
     with torch.no_grad():
         layer.weight.copy_(w)
         if bias:
@@ -56,7 +59,7 @@ def test_gradients_are_whole_when_backward_returns(ranks):
 
 def wrong_size(rank, ranks):
     with pytest.raises(InputError, match="must end in hidden_size=17"):
-        LayerNorm(H, tp_group=dist.group.WORLD, sequence_parallel=True)(torch.zeros(4, 16))
+        SequenceParallelLayerNorm(H, tp_group=dist.group.WORLD, sequence_parallel=True)(torch.zeros(4, 16))
 
 
 def test_wrong_size():
@@ -64,5 +67,12 @@ def test_wrong_size():
 
 
 def test_one_rank_is_the_module_itself():
-    layer, x = LayerNorm(H, tp_group=None, sequence_parallel=True), torch.randn(3, H)
+    layer, x = SequenceParallelLayerNorm(H, tp_group=None, sequence_parallel=True), torch.randn(3, H)
     torch.testing.assert_close(layer(x), F.layer_norm(x, (H,)))
+
+
+def test_the_old_names_of_the_norms_warn():
+    with pytest.warns(DeprecationWarning, match="SequenceParallelLayerNorm"):
+        assert tensor_parallel.LayerNorm is SequenceParallelLayerNorm
+    with pytest.warns(DeprecationWarning, match="SequenceParallelRMSNorm"):
+        assert tensor_parallel.RMSNorm is tensor_parallel.SequenceParallelRMSNorm

@@ -27,7 +27,7 @@ def cut(x, dim, rank, ranks):
 
 
 def truth(dtype, sequence_dim, device_dtype):
-    """x, w, b, dy in dtype, and y, dx, dw, db of torch in device_dtype, from the same rounded inputs."""
+    """Return x, w, b, dy in dtype, and torch's y, dx, dw, db in device_dtype from the same rounded inputs."""
     generator = torch.Generator().manual_seed(5)
     shape = (S, B) if sequence_dim == 0 else (B, S)
     x, w, b, dy = (
@@ -86,7 +86,7 @@ def test_output_and_every_gradient(ranks):
         for sequence_dim, skip_bias_add, overlap in forms
     ]
     for case, results in zip(cases, run_cases_on_ranks(layer_case, ranks, cases), strict=True):
-        for result in results[1:]:  # what is replicated is the same to the last bit
+        for result in results[1:]:  # replicated tensors are bitwise the same
             assert all(torch.equal(mine, first) for mine, first in zip(result, results[0], strict=True)), case
 
 
@@ -113,7 +113,7 @@ def collectives_of(rank, ranks):
 
 def test_number_and_order_of_collectives():
     for seen in run_on_ranks(collectives_of, 2):
-        # One all-reduce forward and one backward for the pair of layers, and that one before the last product.
+        # One all-reduce forward and one backward for the pair of layers; the latter before the last product.
         assert seen[False] == (["mm", "mm", "all_reduce"], ["mm", "mm", "mm", "all_reduce", "mm"])
         assert seen[True] == (
             ["all_gather", "mm", "mm", "reduce_scatter"],
@@ -127,7 +127,7 @@ def test_number_and_order_of_collectives():
 
 
 def chunked(rank, ranks, overlap):
-    """What a pair of layers gives, and the order of its work."""
+    """Run a pair of layers; return the order of its work, and all results."""
     results = {}
     for sequence_parallel in (False, True):
         options = {"tp_group": dist.group.WORLD, "sequence_parallel": sequence_parallel, "overlap": overlap}
@@ -154,14 +154,14 @@ def test_chunks_change_the_order_of_work_and_no_bit():
             ["mm", "mm", "mm", "all_reduce", "mm", "all_reduce", "mm"],
         )
         assert cut_in_two[rank][True][0] == (
-            # Own block under the first chunk; then for each chunk the other rank's. The scatter's chunks: both ranks'.
+            # The own block under the first chunk, then the other rank's. Chunks of the scatter are of both ranks.
             ["all_gather"] * 2 + ["mm"] * 3 + ["mm", "mm", "reduce_scatter"] * 2,
             ["all_gather"] * 2 + ["mm"] * 3 + ["mm", "all_gather"] + ["mm", "mm", "reduce_scatter"] * 2 + ["mm"],
         )
 
 
 def measured(rank, ranks):
-    """The choice is made where the layer is, before any step is counted, and alike on all ranks."""
+    """Count the collectives of a layer's construction, of a second one, and of a step; return the costs, too."""
     with record_communication() as made:
         layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD)
     with record_communication() as again:
@@ -178,7 +178,7 @@ def test_the_group_is_measured_once():
 
 
 class _Signals(record_communication):
-    """Runs steps[i] before the i-th product."""
+    """Recorder that runs steps[i] before the i-th product."""
 
     def __init__(self, steps):
         super().__init__()
@@ -189,7 +189,7 @@ class _Signals(record_communication):
 
 
 def overlap(rank, ranks, sequence_parallel):
-    """Rank 1 joins a collective once rank 0 has begun the product that should hide it: no overlap, no progress."""
+    """Let rank 1 join a collective only after rank 0 has begun the product that hides it: without overlap it hangs."""
     store = dist.distributed_c10d._get_default_store()
     for_dx, for_dw = f"{sequence_parallel}: product for dx", f"{sequence_parallel}: product for dw"
     layer = ColumnParallelLinear(8, 16, tp_group=dist.group.WORLD, sequence_parallel=sequence_parallel, overlap=False)
@@ -213,7 +213,7 @@ def test_backward_hides_its_collectives():
 
 
 def whole_at_both_ends(rank, ranks):
-    """gather_output and input_is_parallel=False: drop-ins for nn.Linear with replicated input and output."""
+    """Use gather_output and input_is_parallel=False: drop-ins for nn.Linear with replicated input and output."""
     group = dist.group.WORLD
     torch.manual_seed(3)
     column = ColumnParallelLinear(IN, OUT, tp_group=group, gather_output=True, init_std=1.0)

@@ -16,7 +16,7 @@ S, B, H = 8, 3, 20
 
 
 def problem(vocab, padded, dtype, bias):
-    """hidden, weight, bias, target, gradient of the losses; the same on every rank."""
+    """Return hidden, weight, bias, target and the gradient of the losses, the same on every rank."""
     generator = torch.Generator().manual_seed(vocab)
     hidden = torch.randn(S, B, H, generator=generator).to(dtype)
     weight = (torch.randn(padded, H, generator=generator) * 0.5).to(dtype)
@@ -28,7 +28,7 @@ def problem(vocab, padded, dtype, bias):
 
 
 def by_torch(hidden, weight, bias, target, d_loss, dtype, vocab, smoothing, z_loss):
-    """Losses and gradients of whole logits, by torch's own ops on one rank."""
+    """Return losses and gradients of the full logits, by torch's own ops on one rank."""
     leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight, bias) if x is not None]
     logits = F.linear(*leaves).flatten(0, 1)[:, :vocab]
     ids = target.flatten()
@@ -39,7 +39,7 @@ def by_torch(hidden, weight, bias, target, d_loss, dtype, vocab, smoothing, z_lo
 
 
 class Recorded(record_communication):
-    """And the products, whose results are written into buffers here."""
+    """record_communication that also records products, which write into buffers here."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
@@ -49,7 +49,7 @@ class Recorded(record_communication):
 
 
 def expected_order(ranks, sequence_parallel, chunks):
-    """Each collective stands before the product that hides it."""
+    """Return the order of work: each collective comes before the product that hides it."""
     gather, reduce = ["all_gather"], ["reduce_scatter" if sequence_parallel else "all_reduce"]
     hidden = gather if sequence_parallel else []  # of the next chunk's tokens
     stats = gather
@@ -64,7 +64,7 @@ def expected_order(ranks, sequence_parallel, chunks):
 
 
 def expected_order_of_sum(ranks, sequence_parallel, chunks):
-    """All in the forward; the statistics of a chunk hide under the product of the next."""
+    """Return the order of work for "sum": all in forward; the statistics of a chunk hide under the next product."""
     if ranks == 1:
         return ["mm"] * 3 * chunks
     hidden, reduction = ["all_gather"] * sequence_parallel, "reduce_scatter" if sequence_parallel else "all_reduce"
@@ -123,7 +123,7 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
         total = vocab_parallel_linear_cross_entropy(*leaves[:2], target, **form, reduction="sum")
     with Recorded() as backward:
         gradients = torch.autograd.grad(total, leaves, upstream[0, 0].double())
-    if dtype == torch.float32:  # products of bfloat16 are cast here, in blocks of words: made again backward
+    if dtype == torch.float32:  # products of bfloat16 are cast in blocks of the vocabulary, and run again in backward
         halves = 6 if chunk_tokens == "by bytes" and ranks > 1 else chunks  # two tiles in the same memory
         assert (forward.order, backward.order) == (expected_order_of_sum(ranks, sequence_parallel, halves), [])
     assert total.dtype == torch.float64 and total.shape == ()
@@ -135,8 +135,8 @@ def head_case(rank, ranks, sequence_parallel, vocab, padded, smoothing, z_loss, 
     return torch.cat([loss.detach().flatten().double(), total.detach().view(1)])
 
 
-# 33 of 64 words on 4 ranks: the last rank has nothing but padding. Chunks of 12 of 24 tokens; of 8 and the last
-# smaller with one row a rank under 4-way sequence parallelism; whole.
+# 33 of 64 vocabulary entries on 4 ranks: the last rank has padding only. Chunks of 12 of 24 tokens; of 8 with a smaller
+# last one, with one row on each rank under 4-way sequence parallelism; one chunk.
 FORMS = [  # vocab, padded, smoothing, z_loss, dtype, bias, chunk_tokens
     (64, 64, 0.0, 0.0, torch.float32, True, 12),
     (53, 64, 0.1, 1e-2, torch.float32, False, 8),
@@ -154,7 +154,7 @@ def test_losses_and_gradients(ranks):
 
 
 def common_case(rank, ranks, sequence_parallel):
-    """Logits with a large common part, of numbers whose products float32 holds exactly: only the loss can err."""
+    """Make logits with a large common part from numbers with exact float32 products, so that only the loss can err."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randint(-4, 5, (S, B, H), generator=generator) / 2
     weight = torch.randint(-4, 5, (64, H), generator=generator) / 2
@@ -218,7 +218,7 @@ def test_frozen_hidden_and_autocast():
 
 
 def sum_case(rank, ranks):
-    """What is held from forward to backward: scaled, added to main_grad by backward alone, made again if asked for."""
+    """Check the gradients kept from forward to backward: scaled, added to main_grad only in backward, made again."""
     hidden, weight, bias, target, _ = problem(53, 64, torch.float32, True)
     leaves = [hidden.requires_grad_(), *(x.chunk(ranks)[rank].clone().requires_grad_() for x in (weight, bias))]
     options = {"tp_group": dist.group.WORLD, "vocab_size": 53, "bias_shard": leaves[2], "chunk_tokens": 12}
@@ -255,7 +255,7 @@ def test_sum_is_held_until_backward():
 
 
 def blocks_case(rank, ranks):
-    """The tiles hold all words for the tokens of one rank, and not for those of all ranks."""
+    """Choose tiles that hold the whole vocabulary for the tokens of one rank, but not for the tokens of all ranks."""
     shapes.product_dtype = lambda operand: torch.float32
     shapes._CAST_TILE_BYTES = S * B // ranks * 128 * 4
     hidden, weight, _, target, _ = problem(256, 256, torch.bfloat16, False)
@@ -272,7 +272,7 @@ def blocks_case(rank, ranks):
     return True
 
 
-def test_blocks_of_words_under_sequence_parallelism():
+def test_blocks_of_the_vocabulary_under_sequence_parallelism():
     assert all(run_on_ranks(blocks_case, 2))
 
 

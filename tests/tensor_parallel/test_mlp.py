@@ -62,7 +62,7 @@ def test_output_and_every_gradient(ranks):
     cases = list(itertools.product(dtypes, activations, (False, True), (False, True, 3)))
     for case, results in zip(cases, run_cases_on_ranks(mlp_case, ranks, cases), strict=True):
         _, _, sequence_parallel, _ = case
-        for other in results[1:]:  # what is replicated is the same to the last bit
+        for other in results[1:]:  # replicated tensors are bitwise the same
             assert torch.equal(other[5], results[0][5]), case
             assert sequence_parallel or all(torch.equal(other[i], results[0][i]) for i in (0, 1)), case
 
@@ -145,3 +145,12 @@ def test_errors():
         parallel_mlp(x, up, None, down, None, activation="swiglu", tp_group=None)
     with pytest.raises(TypeError, match="dtype"):
         parallel_mlp(x, up, None, down.bfloat16(), None, tp_group=None)
+
+
+def test_old_argument_names_warn():
+    x, up, down = torch.randn(4, H), torch.randn(FFN, H), torch.randn(H, FFN)
+    with pytest.warns(DeprecationWarning) as found:
+        y = parallel_mlp(x, up_weight=up, up_bias=None, down_weight=down, down_bias=None, tp_group=None)
+    assert torch.equal(y, parallel_mlp(x, up, None, down, None, tp_group=None))
+    new = ("expansion_weight", "expansion_bias", "projection_weight", "projection_bias")
+    assert all(any(f"{name}=" in str(warning.message) for warning in found) for name in new)

@@ -1,4 +1,4 @@
-"""Start here when a layer takes long to reach its collective: how many files and calls lie on the way."""
+"""Start here when a layer takes long to reach its collective: number of files and calls on the way."""
 
 import os
 import sys
@@ -17,9 +17,9 @@ MOST_FILES, MOST_CALLS = 7, 8
 
 
 class PathToFirstByte:
-    """A profile function: the package's files, and the most calls inside each other, until something is sent.
+    """Profile function that records the package's files and the depth of its calls until the first byte is sent.
 
-    Through shared memory that is the message to the other ranks, over gloo the call of torch.distributed.
+    Through shared memory this is the message to the other ranks, over gloo the call of torch.distributed.
     """
 
     def __init__(self):

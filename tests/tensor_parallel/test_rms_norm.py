@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import InputError
 from fused_megatron.mesh import init_mesh
-from fused_megatron.tensor_parallel import RMSNorm
+from fused_megatron.tensor_parallel import SequenceParallelRMSNorm
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 S, B, H = 6, 3, 20
@@ -19,7 +19,7 @@ def data() -> tuple[torch.Tensor, ...]:
 
 def normalised(rank: int, world_size: int, sequence_parallel: bool) -> tuple[torch.Tensor, ...]:
     x, dy, weight = data()
-    layer = RMSNorm(H, tp_group=init_mesh(world_size).tp_group, sequence_parallel=sequence_parallel)
+    layer = SequenceParallelRMSNorm(H, tp_group=init_mesh(world_size).tp_group, sequence_parallel=sequence_parallel)
     with torch.no_grad():
         layer.weight.copy_(weight)
     if sequence_parallel:

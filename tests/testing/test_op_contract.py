@@ -1,4 +1,4 @@
-"""Start here when the contract of ops passes an op that breaks it."""
+"""Start here when the contract accepts an op that breaks it."""
 
 import functools
 
@@ -34,7 +34,7 @@ def breaks_the_graph(x, bias):
 
 
 def scaled(factor):
-    """bias_gelu times what a fault makes of its inputs: 1 where all is well."""
+    """bias_gelu times a function of its inputs: 1 for a correct op, something else for a fault."""
 
     def op(x, bias):
         return bias_gelu(x, bias) * factor(x, bias)
@@ -49,8 +49,8 @@ FAULTY = {
     "empty": lambda x, bias: bias_gelu(x, bias) if x.numel() else x.new_zeros(1) + bias.sum(),
     "no_grad": scaled(lambda x, bias: 1 if torch.is_grad_enabled() else 2),
     "single_gradients": scaled(lambda x, bias: 1 if bias.requires_grad else 2),
-    "gradients_of_gradients": unfused,  # a second derivative of a kernel must be refused, not be wrong
-    "opcheck": unfused,  # no op of ours in it
+    "gradients_of_gradients": unfused,  # a kernel must refuse a second derivative, not compute a wrong one
+    "opcheck": unfused,  # contains no op of this package
     "compile": breaks_the_graph,
     "fake_tensors": lambda x, bias: bias_gelu(x, bias).float() if isinstance(x, FakeTensor) else bias_gelu(x, bias),
     "threads": scaled(lambda x, bias: torch.get_num_threads()),
@@ -62,10 +62,10 @@ FAULTY = {
 def test_a_broken_clause_is_found(name):
     contract = functools.partial(Contract, unfused=unfused, draw=draw, wide=(8, 8), streamed=(12, 8))
     clause = next(clause for clause in (*CLAUSES, *CPU_CLAUSES) if clause.startswith(f"{name} "))
-    # A wrong shape of an empty result is torch's own error.
+    # torch raises for a wrong shape of an empty result.
     with pytest.raises((AssertionError, RuntimeError, torch._dynamo.exc.Unsupported)):
         contract(FAULTY[name]).check(clause)
-    if name not in ("opcheck", "compile"):  # they take seconds, and tests/ops has good ones
+    if name not in ("opcheck", "compile"):  # correct ops take seconds, and tests/ops tests some
         contract(bias_gelu).check(clause)
 
 

@@ -71,7 +71,7 @@ def test_results_by_rank(world_size):
     assert not any(alive(a.pid) for a in answers)
 
 
-def test_one_thread_a_rank():
+def test_one_thread_per_rank():
     assert run_on_ranks(threads, 2) == [1, 1]
 
 
@@ -81,8 +81,8 @@ def test_error_of_one_rank_is_raised_with_its_traceback():
         run_on_ranks(fail_on_rank_1, 2, timeout_s=600)
     assert "banana=3 must be even" in str(info.value) and "fail_on_rank_1" in str(info.value)
     assert isinstance(info.value.errors[1], InputError)
-    assert time.monotonic() - start < 300  # the other rank sits in a barrier whose own timeout is 600 s
-    assert run_on_ranks(threads, 2) == [1, 1]  # the failure does not reach the next call
+    assert time.monotonic() - start < 300  # the other rank waits in a barrier with a timeout of 600 s
+    assert run_on_ranks(threads, 2) == [1, 1]  # the failure does not affect the next call
 
 
 def test_errors_of_all_ranks():

@@ -1,4 +1,4 @@
-"""Start here when a comparison of gradients in shards misses a wrong element."""
+"""Start here when a comparison of sharded gradients misses a wrong element."""
 
 import torch
 

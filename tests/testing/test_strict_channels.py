@@ -10,7 +10,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.testing import run_on_ranks
 from fused_megatron.testing.strict_channels import StrictChannelError, StrictChannels
 
-# Longer than a message takes that has all it needs, on a machine with much else to do.
+# Longer than a message that can complete takes on a busy machine.
 SOON_S = 0.3
 
 
@@ -19,7 +19,7 @@ def full(value, size=3):
 
 
 def rendezvous(rank, channels):
-    """Nothing is kept on the way: the send is open until the peer receives, and what is read is the data of then."""
+    """Nothing is buffered: a send is incomplete until the peer receives, and reads its data then."""
     mine = full(1)
     if rank == 0:
         sent = channels.send(mine, 1, "forward", 0)
@@ -35,12 +35,12 @@ def rendezvous(rank, channels):
 
 
 def one_at_a_time(rank, channels):
-    """A send does not begin before the one ahead of it has ended, whatever the peer does elsewhere."""
+    """A send does not begin before the previous send of its channel has ended, whatever other channels do."""
     if rank == 0:
         first, second = (channels.send(full(i), 1, "forward", i) for i in range(2))
         first.wait()
         back = full(0)
-        channels.receive(back, 1, "backward", 7).wait()  # another channel is not held up
+        channels.receive(back, 1, "backward", 7).wait()  # another channel does not wait
         time.sleep(SOON_S)
         early = second.is_completed()
         dist.barrier()
@@ -55,7 +55,7 @@ def one_at_a_time(rank, channels):
 
 
 def swapped_receives(rank, channels):
-    """Tags decide nothing: each receive gets what is sent first."""
+    """Tags have no effect: each receive gets the first message sent."""
     if rank == 0:
         for message in [channels.send(full(i), 1, "forward", i) for i in (10, 11)]:
             message.wait()
@@ -67,7 +67,7 @@ def swapped_receives(rank, channels):
 
 
 def all_sorts(rank, channels):
-    """Scalars, empty tensors, 16 bit, parts of a tensor that needs a gradient."""
+    """Scalars, empty tensors, 16-bit tensors, slices of a tensor that requires a gradient."""
     tensors = [torch.tensor(3.5), torch.empty(0, 4), torch.arange(6, dtype=torch.bfloat16).view(2, 3)]
     tensors += [torch.arange(8.0, requires_grad=True)[4:], torch.tensor([True, False])]
     if rank == 0:
@@ -82,8 +82,10 @@ def all_sorts(rank, channels):
 
 def refusals(rank, channels):
     for tensor, peer, direction in (
-        (torch.zeros(2, 3).t(), 1 - rank, "forward"), (full(0), rank, "forward"), (full(0), 1 - rank, "down")
-    ):  # fmt: skip
+        (torch.zeros(2, 3).t(), 1 - rank, "forward"),
+        (full(0), rank, "forward"),
+        (full(0), 1 - rank, "down"),
+    ):
         with pytest.raises(InputError):
             channels.send(tensor, peer, direction, 0)
 
@@ -95,8 +97,8 @@ def properties(rank, world_size):
 
 
 def crossing_sends(rank, world_size, both_ways):
-    """Each sends first. On one channel both wait for a receive that stands behind."""
-    # What is to pass has all the time that a busy machine takes; what is to fail does so after a second.
+    """Each rank sends first. On one channel both wait for a receive that is queued behind the send."""
+    # A case that passes may take long on a busy machine; a case that fails does so after a second.
     channels = StrictChannels(dist.group.WORLD, timeout_s=1.0 if both_ways else 120.0, both_ways=both_ways)
     got = full(0)
     sent = channels.send(full(rank), 1 - rank, "forward", 4)
@@ -140,7 +142,7 @@ def test_crossing_sends_deadlock_on_one_channel_and_pass_on_two():
         assert f"queued on its channel: rank {rank}: send to rank {1 - rank} forward (tag 4)" in text
 
 
-def test_ranks_that_wait_for_each_other_are_told_so():
+def test_ranks_that_wait_for_each_other_get_an_error():
     run_on_ranks(waiting_for_each_other, 2)
 
 

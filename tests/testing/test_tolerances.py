@@ -1,4 +1,4 @@
-"""Start here when a comparison with float64 passes what is wrong."""
+"""Start here when a comparison with float64 accepts a wrong result."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_accepts_one_rounding_without_a_yardstick():
         assert_close_to_reference(exact.bfloat16().float(), exact)
 
 
-def test_nan_and_inf_must_stand_in_the_same_places():
+def test_nan_and_inf_must_be_at_the_same_indices():
     nan = torch.tensor([float("nan"), 1.0], dtype=torch.float64)
     inf = torch.tensor([float("inf"), 1.0], dtype=torch.float64)
     assert_close_to_reference(nan.float(), nan)

@@ -15,13 +15,13 @@ from fused_megatron.config.config_file import load_config
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.train import train
 
-# Each run draws its loss: once imported here, the ranks that are forked have it.
+# Each run draws its loss plot: imported once here, matplotlib is shared by all forked ranks.
 with contextlib.suppress(ImportError):
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
 NUM_STEPS, HALF = 6, 3
-# Both orders of norms; the re-arranged one with dropout.
+# Both orders of norms; the Megatron order with dropout.
 FORMS = {
     "re-arranged": ("--model.hidden_dropout=0.1", "--model.embedding_dropout=0.1"),
     "published": ("--model.post_norm=True", "--model.activation=gelu_exact"),
@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 def run_of(work: Path, name: str, form: str, *options: str) -> list[dict[str, Any]]:
-    """Train work/name, or go on with it; its metrics."""
+    """Train the run work/name, or resume it; return its metrics."""
     run = work / name
     words = (*FORMS[form], f"--training.run_folder={run}", *options)
     train(load_config(work / "bert.toml", words), run)
@@ -48,7 +48,7 @@ def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def on_two_ranks(rank: int, world_size: int, work: Path) -> dict[str, list[dict[str, Any]]]:
-    """The metrics of every layout; then of runs that go on from the middle, in their own and in another layout."""
+    """Return the metrics of every layout, then of runs that resume in the middle, in the same and another layout."""
     found = {name: run_of(work, name, form, *options) for name, (form, *options) in LAYOUTS.items()}
     form, *tp = LAYOUTS["tp"]
     for name, source, options in (("tp again", "tp", tp), ("tp from pp", "pp", tp)):
@@ -60,14 +60,14 @@ def on_two_ranks(rank: int, world_size: int, work: Path) -> dict[str, list[dict[
 
 
 def copy_to_the_middle(run: Path, target: Path) -> None:
-    """As if the process had died after HALF steps."""
+    """Copy a run as if its process had been killed after HALF steps."""
     shutil.copytree(run, target)
     shutil.rmtree(target / "checkpoints" / f"step-{NUM_STEPS:06d}")
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text and a config."""
+    """Make a folder with a text and a config."""
     work = tmp_path_factory.mktemp("bert")
     (work / "text.txt").write_text("".join(f"line {i * i % 97} of a text says {'ab' * (i % 5)}.\n" for i in range(500)))
     (work / "bert.toml").write_text(f"""
@@ -120,7 +120,7 @@ def test_one_curve_at_every_layout_and_resumes(work: Path) -> None:
 
 def test_generate_and_heads_that_are_not_trained(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = work / "re-arranged"
-    run_of(work, run.name, run.name)  # there already, or trained now
+    run_of(work, run.name, run.name)  # an existing run, or a new one
     assert cli.main(["generate", str(run), "line"]) == 2
     assert "holds a BERT, which predicts masked tokens and cannot continue a text" in capsys.readouterr().err
     for option, message in (

@@ -1,4 +1,4 @@
-"""Start here when a key of the config changes nothing, or something else than it says; a new key needs a row here."""
+"""Start here when a config key has no effect, or a wrong effect; a new key needs a row here."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ from fused_megatron.config import (
 )
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import BatchPosition, new_model
+from fused_megatron.models import BatchSlice, new_model
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training import trainer as trainer_module
 from fused_megatron.training.progress import Reporter
@@ -58,7 +58,7 @@ BASE: dict[str, dict[str, Any]] = {
 
 
 def config_of(folder: Path, changes: dict[str, Any]) -> TrainConfig:
-    """BASE with changes by "section.key"; a key of "bert" makes the model one."""
+    """Return BASE with changes by "section.key"; a key of "bert" makes the model a BERT."""
     fields = {name: dict(section) for name, section in BASE.items()}
     kind: Any = GPTConfig
     for name, value in {"data.path": folder / "text", "data.cache_folder": folder / "cache", **changes}.items():
@@ -76,7 +76,7 @@ def config_of(folder: Path, changes: dict[str, Any]) -> TrainConfig:
 
 @dataclasses.dataclass
 class Tried:
-    """A config, and what comes of it, made when it is asked for."""
+    """A config and the results of running it, computed on demand."""
 
     config: TrainConfig
     folder: Path
@@ -90,7 +90,7 @@ class Tried:
         return assemble(self.config, mesh, plan, build_stages(self.config, mesh, plan, torch.device("cpu")))
 
     def trained(self) -> tuple[Trainer, list[dict[str, Any]]]:
-        """After the last step, with the records of its run; trained once."""
+        """Train once; return the trainer after the last step, and the records of the run."""
         if self._result is not None:
             return self._result
         run = RunFolder(self.folder / "run")
@@ -109,16 +109,16 @@ class Tried:
         return new_model(self.config.model, seed=self.config.training.seed)
 
     def loss(self) -> float:
-        """Of the model on fixed tokens, in training mode."""
+        """Compute the loss of the model on fixed tokens, in training mode."""
         tokens = torch.arange(2 * 12).view(2, 12) % 300
         model = self.model()
         with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases, too, must not be what they start as
+            for parameter in model.parameters():  # norms and biases, too, must differ from their initial values
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-        return model(tokens, tokens, position=BatchPosition(0, 0, 2)).detach().double().sum().item()
+        return model(tokens, tokens, batch_slice=BatchSlice(0, 0, 2)).detach().double().sum().item()
 
     def saved_bytes(self) -> int:
-        """What backward keeps."""
+        """Return the bytes that are kept for backward."""
         kept = []
         tokens = torch.arange(2 * 12).view(2, 12)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
@@ -130,13 +130,13 @@ class Tried:
 
 
 class Row(NamedTuple):
-    """What a key does.
+    """Effect of a key.
 
     Attributes:
-        value: another one than in BASE.
-        seen: where that shows.
-        wanted: what is seen then; CHANGED: another thing than with BASE and `also`.
-        also: what else must be set for the key to do anything.
+        value: another value than in BASE.
+        seen: computes the observation in which the key has an effect.
+        wanted: the expected observation; CHANGED: any other than with BASE and `also`.
+        also: further settings without which the key has no effect.
     """
 
     value: Any
@@ -148,8 +148,14 @@ class Row(NamedTuple):
 CHANGED = object()
 
 
-def adamw(name: str) -> Callable[[Tried], Any]:
-    return lambda tried: tried.assembly().optimizer._adamw.param_groups[0][name]
+def updated(tried: Tried) -> list[float]:
+    """Weights after two updates from gradients of different sizes."""
+    assembly = tried.assembly()
+    for size in (0.5, 2e-3):
+        for parameter in assembly.parameters.values():
+            assembly.gradients[parameter].fill_(size)
+        assembly.optimizer.step(1e-2)
+    return [parameter.detach().double().sum().item() for parameter in assembly.parameters.values()]
 
 
 def steps_of(name: str) -> Callable[[Tried], Any]:
@@ -166,7 +172,7 @@ def first_rows(tried: Tried) -> Any:
 
 
 def everything_of_seed(tried: Tried) -> Any:
-    """Weights, order of the data, dropout: each must differ, so each is compared as a whole."""
+    """Return weights, order of the data and dropout states: a seed must change all of them."""
     torch.manual_seed(0)
     weights = [p.sum().item() for p in tried.assembly().parameters.values() if p.dim() > 1]
     dropped = tried.model().dropout_states.tolist()
@@ -174,7 +180,7 @@ def everything_of_seed(tried: Tried) -> Any:
 
 
 def replica_checks(tried: Tried) -> list[int]:
-    """The steps before which replicas were compared."""
+    """Return the steps before which replicas were compared."""
     found: list[int] = []
     original = trainer_module.find_drift
     trainer_module.find_drift = lambda parameters, *groups: found.append(1) or original(parameters, *groups)
@@ -240,10 +246,10 @@ ROWS: dict[str, Row] = {
     "optimizer.lr": Row(2e-2, lambda tried: tried.curve("lr")[0], 2e-2),
     "optimizer.min_lr": Row(1e-3, lambda tried: tried.curve("lr")[-1], 1e-3),
     "optimizer.warmup_steps": Row(2, lambda tried: tried.curve("lr")[0], 5e-3),
-    "optimizer.beta1": Row(0.7, adamw("betas"), (0.7, 0.95)),
-    "optimizer.beta2": Row(0.7, adamw("betas"), (0.9, 0.7)),
-    "optimizer.eps": Row(1e-3, adamw("eps"), 1e-3),
-    "optimizer.weight_decay": Row(0.5, adamw("weight_decay"), 0.5),
+    "optimizer.beta1": Row(0.7, updated, CHANGED),
+    "optimizer.beta2": Row(0.7, updated, CHANGED),
+    "optimizer.eps": Row(1e-3, updated, CHANGED),
+    "optimizer.weight_decay": Row(0.5, updated, CHANGED),
     "optimizer.clip_norm": Row(1e-3, lambda tried: tried.curve("loss")[2], CHANGED),
     "optimizer.schedule": Row("constant", lambda tried: tried.curve("lr")[-1], 1e-2),
     "optimizer.decay_steps": Row(2, lambda tried: tried.curve("lr"), CHANGED),
@@ -263,7 +269,7 @@ ROWS: dict[str, Row] = {
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
-# Where they are tested: keys that show on several ranks, on the terminal or in the files of a command only.
+# Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
 ELSEWHERE = {
     **dict.fromkeys(
         [f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"
@@ -300,7 +306,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unchanged(folder: Path) -> Callable[[dict[str, Any]], Tried]:
-    """BASE with what else must be set, tried once for all keys."""
+    """Return a run of BASE with further settings, shared by all keys."""
     tried: dict[str, Tried] = {}
 
     def get(also: dict[str, Any]) -> Tried:
@@ -321,7 +327,7 @@ def test_key(key: str, folder: Path, tmp_path: Path, unchanged: Callable[[dict[s
     if row.wanted is CHANGED:
         wanted = before if isinstance(before, dict) else {"": before}
         found = after if isinstance(after, dict) else {"": after}
-        # Of a dict of shapes something differs; of what follows from a seed everything.
+        # A seed must change every entry of a dict; any other key at least one.
         differs = [wanted.get(name) != found.get(name) for name in {*wanted, *found}]
         assert all(differs) if key == "training.seed" else any(differs)
     else:
@@ -330,7 +336,7 @@ def test_key(key: str, folder: Path, tmp_path: Path, unchanged: Callable[[dict[s
 
 
 def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """What each key of the layout changes, on four ranks."""
+    """Return the effect of each key of the layout, on four ranks."""
 
     def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
         config = config_of(folder, {f"parallel.{name}": value for name, value in changes.items()})
@@ -350,6 +356,10 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         config, mesh, plan = made(tensor_parallel_size=4, **{key: value})
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
         found[key] = getattr(next(iter(stages.stages.values())).layout, key)
+    config, mesh, plan = made(tensor_parallel_size=2, zero_stage=0)
+    found["zero_stage"] = assemble(
+        config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu"))
+    ).gradients.rows.num_shards
     config, mesh, plan = made(**changes, timeout_s=7.0)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
@@ -366,6 +376,7 @@ def test_keys_of_the_layout(folder: Path) -> None:
         "pipeline_cut": [2, 0],
         "sequence_parallel": True,
         "overlap": 2,
+        "zero_stage": 1,  # shard; 2 with the default
         "timeout_s": 7.0,
     }
     assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}

@@ -43,8 +43,8 @@ keep_checkpoints = 5
 log_interval = 1
 run_folder = "{run}"
 """
-# Kills the process it is imported into, as `kill -9` would: when rank 1 begins step 25, or writes the file that is
-# named, whichever the environment asks for.
+# Kills the process that imports it, as `kill -9` would: when rank 1 begins step 25, or when it writes the named file.
+# The environment chooses which.
 SABOTAGE = """
 import os, signal
 if os.environ.get("RANK") == "1":
@@ -84,7 +84,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(config: Path) -> list[dict[str, Any]]:
-    """The curve of a run that nothing disturbs."""
+    """Return the loss curve of an undisturbed run."""
     result = launch(config)
     assert result.returncode == 0, result.stderr
     return curve(config.parent / "whole")
@@ -137,7 +137,7 @@ def test_sigterm_saves_and_ends_well(config: Path, whole: Any, tmp_path: Path) -
 
 @contextlib.contextmanager
 def started(config: Path, run: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """Our own launcher and the ids of its two ranks, which have done some steps of a long run."""
+    """Start our own launcher; return it and the ids of its two ranks, after some steps of a long run."""
     command = [
         *[sys.executable, "-m", "fused_megatron", "launch", "--nproc-per-node", "2", "train", str(config)],
         *["--training.num_steps", "100000", "--training.run_folder", str(run), *words],
@@ -156,7 +156,7 @@ def started(config: Path, run: Path, *words: str) -> Iterator[tuple[subprocess.P
 
 
 def stopped_after(shown: str, reason: str, run: Path) -> int:
-    """The step that a run says it saved, which is the newest checkpoint."""
+    """Return the step that a stopped run says it saved, which must be the newest checkpoint."""
     (step,) = re.findall(rf"stopped by {reason} after step (\d+); the checkpoint is written", shown)
     found = newest_checkpoint(run / "checkpoints")
     assert found is not None and checkpoint_step(found) == int(step) >= 2
@@ -180,7 +180,7 @@ def test_a_signal_saves_and_the_launcher_ends_well(config: Path, tmp_path: Path,
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 
-@pytest.mark.slow  # test_lease.py and test_stop_request.py have the parts
+@pytest.mark.slow  # test_run_folder_lease.py and test_stop_request.py have the parts
 def test_two_runs_in_one_folder_and_a_killed_launcher(config: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -204,7 +204,7 @@ def test_two_runs_in_one_folder_and_a_killed_launcher(config: Path, tmp_path: Pa
         step = stopped_after(process.communicate(timeout=600)[0], "the end of its launcher", tmp_path)
     assert third.stdout is not None
     shown = [third.stdout.readline()]
-    while not shown[-1].startswith("step "):  # the loop has begun
+    while not shown[-1].startswith("step "):  # the training loop has begun
         assert shown[-1]
         shown.append(third.stdout.readline())
     assert any(line.endswith(f"(step {step})\n") for line in shown)

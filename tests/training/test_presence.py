@@ -1,9 +1,12 @@
-"""Start here when a rank is called dead that lives, or the other way round."""
+"""Start here when a living rank is reported dead, or a dead one alive."""
 
+import asyncio
 import os
 import pickle
 import re
 import signal
+import socket
+import threading
 import time
 from datetime import timedelta
 
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.mesh import init_mesh
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
-from fused_megatron.training.presence import LostRankError, Presence
+from fused_megatron.training.presence import LostRankError, Presence, _answer, reason_of
 
 
 def test_one_process_has_no_one_to_lose() -> None:
@@ -25,12 +28,12 @@ def test_one_process_has_no_one_to_lose() -> None:
 def told(rank: int, world_size: int) -> None:
     presence = Presence()
     if rank == 1:
-        os._exit(3)  # lost: it says nothing
+        os._exit(3)  # lost: it tells the others nothing
     error = RuntimeError("connection  closed\nby peer")
     if rank == 2:
         explained = presence.explain(error)
         os._exit(4 if isinstance(explained, LostRankError) and explained.ranks == (1,) else 5)
-    time.sleep(0.5)  # rank 2 is gone by now, too, but it had said why
+    time.sleep(0.5)  # rank 2 is gone by now, too, but has told why
     raise presence.explain(error)
 
 
@@ -53,18 +56,39 @@ def test_an_error_while_all_live_is_left_alone() -> None:
     assert run_on_ranks(all_alive, 2) == [True, True]
 
 
+def test_a_rank_that_cuts_a_connection_is_asked_again() -> None:
+    """A rank does so if it is too busy to read the question in time."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            listener.accept()[0].close()
+            with listener.accept()[0] as connection:
+                connection.recv(100)
+                connection.sendall(b'"lives"')
+
+        threading.Thread(target=serve, daemon=True).start()
+        address = listener.getsockname()
+        assert asyncio.run(_answer(address, b"?\n", asyncio.Semaphore(1))) == "lives"
+    assert asyncio.run(_answer(address, b"?\n", asyncio.Semaphore(1))) == "gone"
+
+
+def test_a_reason_is_one_line_without_the_places_in_gloo() -> None:
+    error = RuntimeError("[/__w/gloo/tcp/pair.cc:78] Timed out waiting\n5000ms for recv")
+    assert reason_of(error) == "Timed out waiting 5000ms for recv"
+
+
 def spin() -> None:
     while True:
         pass
 
 
 def let_world_wait(seconds: float) -> None:
-    """The time-out of init_process_group, which run_on_ranks has for itself."""
+    """Set the time-out of the default group, as init_process_group does; run_on_ranks has its own."""
     dist.group.WORLD._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=seconds))
 
 
 def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
-    """Rank 3 of 2 x 2 does not join a collective of one axis; those that waited for it fail the others."""
+    """Rank 3 of 2 x 2 does not join a collective of one axis; the ranks that waited for it fail the others."""
     let_world_wait(2)
     mesh = init_mesh(2, 2)
     presence = Presence()
@@ -78,7 +102,7 @@ def one_does_not_come(rank: int, world_size: int, kind: str, axis: str) -> None:
     except RuntimeError as error:
         explained = presence.explain(error)
         if rank == 0:
-            time.sleep(1.0)  # the last to go, though the others did not wait for it
+            time.sleep(1.0)  # the last rank to end, though no other waited for it
         raise explained from error
 
 
@@ -117,7 +141,8 @@ def test_a_rank_that_stops_where_others_wait_long_ends_them(capfd: pytest.Captur
         run_on_ranks(one_works_long, 3, True, timeout_s=60)
     assert "rank 0 died with exit code 1" in str(caught.value) and "rank 2 died with exit code 1" in str(caught.value)
     lines = [line for line in capfd.readouterr().err.splitlines() if "error" in line]
-    assert sorted(line.partition(":")[2].partition(" (it gave")[0] for line in lines) == [
-        " error (rank 2): lost contact with rank 1",
-        " error: lost contact with rank 1",
-    ]
+    wanted = re.compile(r"fused-megatron: error( \(rank 2\))?: lost contact with rank 1 \((.*)\); .*")
+    found = [wanted.fullmatch(line) for line in lines]
+    assert sorted(each[1] or "" for each in found) == ["", " (rank 2)"], lines
+    silent = "it gave no sign of life for 1 s: stopped, stuck or cut off; it was last in "
+    assert all(each[2].startswith(silent) for each in found), lines

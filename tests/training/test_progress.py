@@ -1,4 +1,4 @@
-"""Start here when a run dies because nobody reads what it says."""
+"""Start here when a run dies because its output is closed."""
 
 import os
 import sys

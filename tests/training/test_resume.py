@@ -1,4 +1,4 @@
-"""Start here when a run goes on from a checkpoint with other settings and does not say so, or loses its weights."""
+"""Start here when a run resumes with other settings and does not report them, or loses its weights."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from fused_megatron.training.train import train
 
 
 def config_for(folder: Path, **changes: Any) -> TrainConfig:
-    """A run of a second; `changes` are fields of any section."""
+    """Return the config of a run of a second; `changes` are fields of any section."""
     text = folder / "text.txt"
     if not text.exists():
         text.write_text("\n\n".join("the quick brown fox jumps over the lazy dog " * 9 for _ in range(40)))
@@ -45,7 +45,7 @@ def test_every_setting_that_changes_what_is_learnt_is_named(tmp_path: Path) -> N
         'training.dtype="float32" there, "bfloat16" here',
         "training.seed=1234 there, 7 here",
     ]
-    # Of a release that did not know them, and of an imported model.
+    # A checkpoint of an earlier release that lacked them, and one of an imported model.
     del saved["optimizer"]["decay_steps"], saved["data"]
     assert settings_that_differ(saved, config_for(tmp_path)) == []
 
@@ -79,7 +79,7 @@ def weights(run: Path, step: int, kind: str) -> dict[str, torch.Tensor]:
 
 
 def test_from_float32_into_bfloat16_and_back(tmp_path: Path) -> None:
-    """The weights that go on are the float32 ones, whichever the run has; without a step nothing changes."""
+    """Both directions keep the float32 weights; without a step nothing changes."""
     run, still = tmp_path / "run", {"lr": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
     train(config_for(tmp_path), run)
     first = weights(run, 2, "model.")

@@ -1,4 +1,4 @@
-"""Start here when ranks train on different text, tokenizers or settings without a word."""
+"""Start here when ranks train on different text, tokenizers or settings without an error."""
 
 import dataclasses
 import os
@@ -37,7 +37,7 @@ def test_what_differs_is_named_with_rank_and_path() -> None:
 
 
 def train_in_own_folder(rank: int, world_size: int, folder: str, config: TrainConfig) -> None:
-    os.chdir(os.path.join(folder, f"disk-{rank}"))  # the same paths, on a disk of its own
+    os.chdir(os.path.join(folder, f"disk-{rank}"))  # the same paths, on the rank's own disk
     train(config, Path(folder) / "run")
 
 

@@ -1,9 +1,9 @@
-"""Start here when ranks that srun or mpirun started do not find each other, or each trains for itself."""
+"""Start here when ranks that srun or mpirun started do not find each other, or each trains a run of its own."""
 
 import pytest
 
 from fused_megatron.checks import SharedInputError
-from fused_megatron.training.scheduler import take_places
+from fused_megatron.training.scheduler import set_rank_variables
 
 SLURM = {
     "SLURM_JOB_ID": "77",
@@ -25,7 +25,7 @@ HYDRA = {"PMI_RANK": "2", "PMI_SIZE": "3", "MPI_LOCALRANKID": "2", "MPI_LOCALNRA
 
 def places(environment: dict[str, str]) -> list[str]:
     found = dict(environment)
-    take_places(found)
+    set_rank_variables(found)
     assert found["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(found["MASTER_PORT"]) < 30000
     return [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
 
@@ -39,9 +39,9 @@ def test_places_of_every_launcher() -> None:
 def test_several_machines_need_a_place_to_meet() -> None:
     two_machines = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_PROCID": "7"}
     with pytest.raises(SharedInputError, match=r"srun started 8 ranks on several machines.* set MASTER_ADDR"):
-        take_places(dict(two_machines))
+        set_rank_variables(dict(two_machines))
     found = two_machines | {"MASTER_ADDR": "node1"}
-    take_places(found)
+    set_rank_variables(found)
     assert (found["RANK"], found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) == ("7", "3", "4")
 
 
@@ -56,7 +56,7 @@ def test_several_machines_need_a_place_to_meet() -> None:
 )
 def test_other_processes_stay_as_they_are(environment: dict[str, str]) -> None:
     found = dict(environment)
-    take_places(found)
+    set_rank_variables(found)
     assert found == environment
 
 
@@ -70,4 +70,4 @@ def test_other_processes_stay_as_they_are(environment: dict[str, str]) -> None:
 )
 def test_half_an_environment_is_one_line(environment: dict[str, str], text: str) -> None:
     with pytest.raises(SharedInputError, match=text):
-        take_places(dict(environment))
+        set_rank_variables(dict(environment))

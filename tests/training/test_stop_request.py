@@ -1,4 +1,4 @@
-"""Start here when a signal kills a run that could have saved, or does not end one that was asked twice."""
+"""Start here when a signal kills a run that could have saved, or a second signal does not end it."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def test_what_was_ignored_still_is() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-# A launcher that starts a rank and is killed: the rank says how it ended.
+# A launcher that starts a rank and is killed: the rank prints how it ended.
 RANK = """
 import sys, time
 from fused_megatron.training.stop_request import StopRequest
@@ -92,10 +92,10 @@ def test_ranks_end_with_their_launcher(when: str, said: str) -> None:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "ready\n"
         launcher.kill()
-        assert said in launcher.stdout.read()  # to the end: the rank has closed it, too
+        assert said in launcher.stdout.read()  # read to the end: the rank has closed it, too
 
 
-@pytest.mark.slow  # it waits for a second; test_which_signals_are_one_request has the rule
+@pytest.mark.slow  # the rank waits for a second; test_which_signals_are_one_request tests the rule
 def test_a_process_that_never_looks_ends_at_the_second_interrupt() -> None:
     code = RANK.replace("while stop.asked is None:", "while True:")
     with subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Start here when damaged tokens are trained on, or a run that is beside another one writes."""
+"""Start here when a run trains on damaged tokens, or writes into the folder of another run."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
-from fused_megatron.training.lease import Lease
+from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.train import train
 
 
@@ -34,7 +34,7 @@ def test_tokens_that_are_damaged(config: TrainConfig, tmp_path: Path, monkeypatc
     with pytest.warns(RuntimeWarning, match="cached data is damaged and built again: .*train.bin: the checksum of"):
         train(config, tmp_path / "again")
     assert tokens.read_bytes() == good
-    # As of a file that is too large to be read before the run begins.
+    # As for a file that is too large to be read before the run begins.
     for module in (corpus, token_digest):
         monkeypatch.setattr(module, "SMALL_BYTES", 0)
     tokens.write_bytes(bytes([good[0] ^ 1]) + good[1:])

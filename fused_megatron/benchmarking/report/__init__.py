@@ -1,1 +1,1 @@
-"""`fused-megatron report`: a benchmark's results file as tables and pictures, and two of them compared."""
+"""The command `fused-megatron report`: results files of benchmarks as tables and plots, and comparison of two files."""

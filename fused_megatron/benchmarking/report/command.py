@@ -1,4 +1,4 @@
-"""`fused-megatron report FILE...`: results as Markdown tables and pictures; two files of a theme compared."""
+"""The command `fused-megatron report FILE...`: its arguments, and the text that it prints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ class ReportArguments:
     """Results files of make bench as tables and plots; two of the same theme compared."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark. Of two files of the same
-    theme (and, among more than two, of the same hardware) the later one is compared with the earlier: what has become
-    faster or slower since. Exit code 1 for a regression."""
+    """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark. Two files of the same theme
+    (with more than two files: of the same theme and hardware) are compared: the report says what is faster or slower
+    in the second. Exit code 1 for a regression."""
     plots: Path | None = None
-    """A folder for pictures (needs matplotlib)."""
+    """A folder for plots (needs matplotlib)."""
     write: Path | None = None
-    """A Markdown file for the tables; default: printed."""
+    """A Markdown file for the tables; default: print them."""
 
 
 def run_report(arguments: ReportArguments) -> int:
-    """Print or write what was asked for; 1 where a later file is slower or has lost a figure.
+    """Print or write the report; return 1 if a second file is slower or has lost a figure, else 0.
 
     Raises:
-        InputError: a file that is missing, damaged, of another version, or no results; pictures without matplotlib.
+        InputError: a file is missing, damaged, of another version, or holds no results; or matplotlib is missing.
     """
     if not arguments.files:
         raise InputError("report needs a results file (make bench writes them to benchmarks/results)")
@@ -55,15 +55,15 @@ def run_report(arguments: ReportArguments) -> int:
 
 
 def report_lines(files: Sequence[Results], plots: Path | None = None) -> tuple[list[str], int]:
-    """What is to be said of all files, pictures made; 1 where a later one is slower or has lost a figure.
+    """Draw the plots; return the lines of the report, and 1 if a second file is slower or has lost a figure, else 0.
 
     Raises:
-        InputError: more than two files to compare, no case in common; pictures without matplotlib, or not writable.
+        InputError: more than two files to compare; no case in common; no matplotlib; or plots cannot be written.
     """
     lines: list[str] = []
     worst = 0
     for group in _grouped(files):
-        some, code = (results_lines(group[0]), 0) if len(group) == 1 else _two(*group)
+        some, code = (results_lines(group[0]), 0) if len(group) == 1 else _comparison_lines(*group)
         if plots is not None:
             written = plot_results(group[-1], plots)
             some += ["", *(f"![{path.stem}]({path})" for path in written)] if written else []
@@ -73,7 +73,7 @@ def report_lines(files: Sequence[Results], plots: Path | None = None) -> tuple[l
 
 
 def _grouped(files: Sequence[Results]) -> list[list[Results]]:
-    """Those that belong side by side, in the order of their first."""
+    """Group the files that are compared with each other, in the order of their first file."""
     groups: dict[tuple[str, ...], list[Results]] = {}
     for results in files:
         key = (results.theme, results.hardware) if len(files) > 2 else (results.theme,)
@@ -85,14 +85,14 @@ def _grouped(files: Sequence[Results]) -> list[list[Results]]:
     return list(groups.values())
 
 
-def _two(before: Results, after: Results) -> tuple[list[str], int]:
+def _comparison_lines(before: Results, after: Results) -> tuple[list[str], int]:
     changes = compare_runs(before.comparisons, after.comparisons)
     lost = no_longer_measured(before.comparisons, after.comparisons)
     if not changes and not lost:
         raise InputError(f"the two files of {before.theme} have no case in common")
     lines = [*head_lines(before, "before: "), *head_lines(after, "after: ")]
     if before.hardware != after.hardware:
-        lines.append("not the same hardware: what became slower against the op beside it may be the hardware's doing")
+        lines.append("not the same hardware: a slower ratio may come from the hardware, not from the op")
     lines += ["", *change_table(changes), "", *(f"no longer measured: {line}" for line in lost)]
     lines.append(verdict_line(changes, before.comparisons, after.comparisons))
     return lines, int(bool(lost) or any(one.verdict == SLOWER for one in changes))

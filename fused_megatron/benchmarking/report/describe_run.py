@@ -1,4 +1,4 @@
-"""What the figures of a run hang on: the machine, the day, versions and settings."""
+"""Description of a benchmark run: machine, date, versions and settings."""
 
 import datetime
 import importlib.metadata
@@ -10,21 +10,27 @@ import torch
 from fused_megatron.benchmarking.report.results_file import Results
 from fused_megatron.benchmarking.timing_devices import TimingDevice
 
-# Distributions whose code is timed beside ours, or makes ours: named where they are installed.
+# Packages whose versions affect the figures, listed if they are installed.
 _PACKAGES = (
-    "fused-megatron", "triton", "liger-kernel", "apex", "transformer-engine", "quack-kernels", "megatron-core",
+    "fused-megatron",
+    "triton",
+    "liger-kernel",
+    "apex",
+    "transformer-engine",
+    "quack-kernels",
+    "megatron-core",
     "transformers",
-)  # fmt: skip
+)
 
 
 def describe_run(theme: str, device: TimingDevice, *, num_gpus: int = 1, **settings: str) -> Results:
-    """Results without comparisons yet, that say where, when and how they were measured.
+    """Return Results without comparisons, with the machine, date, versions and settings filled in.
 
     Args:
         theme: "ops", "layers", "end_to_end", "node".
-        device: what is timed on. Of a CPU its name should be the processor's: CpuDevice(processor_name()).
-        num_gpus: of them, as many as the largest comparison uses.
-        settings: further ones, and others in place of those found here: threads="2 ranks of 1", malloc="..".
+        device: that is timed. The name of a CPU should be its processor's: CpuDevice(processor_name()).
+        num_gpus: number of GPUs that the largest comparison uses.
+        settings: further settings, which also replace the ones found here: threads="2 ranks of 1", malloc="..".
     """
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in _PACKAGES:

@@ -1,4 +1,4 @@
-"""Pictures of results: how many times faster, the roofline, where a step's time goes, how it scales."""
+"""Plots of benchmark results: speed-ups, copy speed, roofline, parts of a step's time, scaling."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ _MARKERS = "osD^vP*Xdh<>pHx+1234"
 
 
 def plot_results(results: Results, folder: Path) -> list[Path]:
-    """Write <theme>_speed_up.png, _copy_speed, _roofline, _breakdown and _scaling, those for which there are figures.
+    """Write <theme>_speed_up.png, _copy_speed, _roofline, _breakdown and _scaling, if there are figures for them.
 
     Raises:
-        InputError: without matplotlib; a folder that cannot be written.
+        InputError: matplotlib is missing, or the folder cannot be written.
     """
     try:
         from matplotlib import rc_context  # noqa: PLC0415 - an extra, and slow to import
@@ -45,7 +45,7 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
         if not some:
             continue
         path = folder / f"{results.theme}_{name}.png"
-        # Names in the file are text, whatever dollar signs are in them.
+        # Dollar signs in names are plain text, not formulas.
         with rc_context({"text.parse_math": False}):
             figure = Figure(figsize=(8.5, 5), layout="constrained")
             axes = figure.subplots()
@@ -56,24 +56,25 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
                 figure.savefig(path, dpi=120)
             except OSError as error:
                 raise InputError(f"plots={folder}: {error.strerror or error}") from None
-            except ValueError:  # more pixels than a picture may have
+            except ValueError:  # more pixels than a PNG may have
                 raise InputError(f"plots={folder}: {len(some)} cases are too many for {path.name}") from None
         written.append(path)
     return written
 
 
 def _rows(axes: Any, names: Sequence[str], bars_of_each: Sequence[int]) -> list[list[float]]:
-    """A row a name, the first on top, as high as its bars need; returns the place of every bar."""
-    places, at = [], 0.0
+    """Lay out a row for each name, from top to bottom, high enough for its bars; return the y of every bar."""
+    rows: list[list[float]] = []
+    bottom = 0.0
     for count in bars_of_each:
-        places.append([at + i for i in range(count)])
-        at += count + 0.7
-    axes.figure.set_size_inches(8.5, 1.5 + 0.18 * at)
-    axes.set_yticks([sum(some) / len(some) for some in places], names, fontsize=8)
-    axes.set_ylim(at - 0.7 - 0.2, -0.8)
+        rows.append([bottom + i for i in range(count)])
+        bottom += count + 0.7
+    axes.figure.set_size_inches(8.5, 1.5 + 0.18 * bottom)
+    axes.set_yticks([sum(ys) / len(ys) for ys in rows], names, fontsize=8)
+    axes.set_ylim(bottom - 0.7 - 0.2, -0.8)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    return places
+    return rows
 
 
 def _annotate(axes: Any, text: str, x: float, y: float) -> None:
@@ -81,13 +82,13 @@ def _annotate(axes: Any, text: str, x: float, y: float) -> None:
 
 
 def _names(cases: Sequence[Comparison]) -> list[str]:
-    """With the dtype, where there is more than one."""
+    """Return the names of the cases, with the dtype if there are several."""
     several = len({c.dtype for c in cases}) > 1
     return [c.name if several else f"{c.op} {c.label}" for c in cases]
 
 
 def _legend(axes: Any) -> None:
-    # Below the axis and its label, in as many columns as fit.
+    # Below the axis and its label, with the number of columns that fits.
     handles, labels = axes.get_legend_handles_labels()
     found = dict(zip(labels, handles, strict=True))
     axes.figure.legend(
@@ -96,13 +97,13 @@ def _legend(axes: Any) -> None:
 
 
 def _speed_up(axes: Any, cases: Sequence[Comparison]) -> None:
-    """Few providers have a colour each; the names of many stand beside their bars, whose colour is the verdict."""
+    """Draw speed-ups. Few providers have a colour each; of many, the colour is the verdict and the bar has the name."""
     others = [[name for name in c.seconds if name not in (OURS, BOUND) and c.ratio(name)] for c in cases]
     every = list(dict.fromkeys(name for some in others for name in some))
     few = len(every) <= _FEW_PROVIDERS
-    places = _rows(axes, _names(cases), [len(some) for some in others])
-    for case, some, at in zip(cases, others, places, strict=True):
-        for name, y in zip(some, at, strict=True):
+    rows = _rows(axes, _names(cases), [len(some) for some in others])
+    for case, some, ys in zip(cases, others, rows, strict=True):
+        for name, y in zip(some, ys, strict=True):
             ratio, verdict = case.ratio(name), case.verdict(name)
             if ratio is None or verdict is None:
                 continue
@@ -111,8 +112,8 @@ def _speed_up(axes: Any, cases: Sequence[Comparison]) -> None:
             axes.barh(y, ratio.median, 0.85, color=color, label=label, alpha=0.85)
             spread = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
             axes.errorbar(ratio.median, y, xerr=spread, fmt="none", ecolor="black", elinewidth=1, capsize=2)
-            words = [f"{ratio.median:.2f}x"] + ([EVEN] if verdict == EVEN else []) + ([] if few else [name])
-            _annotate(axes, " ".join(words), ratio.high, y)
+            parts = [f"{ratio.median:.2f}x"] + ([EVEN] if verdict == EVEN else []) + ([] if few else [name])
+            _annotate(axes, " ".join(parts), ratio.high, y)
     axes.axvline(1, color="black", linewidth=1)
     axes.margins(x=0.16 if few else 0.45)
     axes.set_xlabel("how many times faster ours is\n(bar: median of the rounds; line: 20th to 80th percentile)")
@@ -120,23 +121,23 @@ def _speed_up(axes: Any, cases: Sequence[Comparison]) -> None:
 
 
 def _copy_speed(axes: Any, cases: Sequence[Comparison]) -> None:
-    """The memory side by itself: bytes that must move a second, ours and a copy's of as many."""
-    places = _rows(axes, _names(cases), [2] * len(cases))
+    """Draw the GB/s of the bytes that must move, of ours and of a copy of the same bytes."""
+    rows = _rows(axes, _names(cases), [2] * len(cases))
     for which, (name, color, label) in enumerate(
         ((OURS, "tab:green", "ours"), (BOUND, "lightgray", "a copy of the same bytes"))
     ):
         speeds = [case.gb_per_s(name) or 0 for case in cases]
-        axes.barh([at[which] for at in places], speeds, 0.85, color=color, label=label)
+        axes.barh([ys[which] for ys in rows], speeds, 0.85, color=color, label=label)
         if name == OURS:
-            for at, speed, case in zip(places, speeds, cases, strict=True):
-                _annotate(axes, f"{speed / (case.gb_per_s(BOUND) or speed):.0%}", speed, at[0])
+            for ys, speed, case in zip(rows, speeds, cases, strict=True):
+                _annotate(axes, f"{speed / (case.gb_per_s(BOUND) or speed):.0%}", speed, ys[0])
     axes.margins(x=0.08)
     axes.set_xlabel("GB/s of the bytes that must move, forward + backward\n(%: of the copy)")
     _legend(axes)
 
 
 def _roofline(axes: Any, cases: Sequence[Comparison], ceilings: Ceilings) -> None:
-    """Arithmetic intensity against GFLOP/s; below the copy's slope and the products' lines."""
+    """Draw GFLOP/s over arithmetic intensity, with the limits by a copy (slope) and by matrix products (lines)."""
     axes.figure.set_size_inches(8.5, 6)
     intensities = [c.intensity() or 1.0 for c in cases]
     dtypes = list(dict.fromkeys(c.dtype for c in cases))
@@ -164,12 +165,13 @@ def _roofline(axes: Any, cases: Sequence[Comparison], ceilings: Ceilings) -> Non
 
 
 def _breakdown(axes: Any, cases: Sequence[Comparison]) -> None:
+    """Draw the parts of each provider's step time."""
     parts = list(dict.fromkeys(part for case in cases for known in case.breakdown.values() for part in known))
     others = iter(_COLORS[1:])
     colors = {part: _PARTS[part] if part in _PARTS else next(others, "gray") for part in parts}
-    places = _rows(axes, _names(cases), [len(case.breakdown) for case in cases])
-    for case, at in zip(cases, places, strict=True):
-        for (name, known), y in zip(case.breakdown.items(), at, strict=True):
+    rows = _rows(axes, _names(cases), [len(case.breakdown) for case in cases])
+    for case, ys in zip(cases, rows, strict=True):
+        for (name, known), y in zip(case.breakdown.items(), ys, strict=True):
             left = 0.0
             for part, seconds in known.items():
                 axes.barh(y, 1e3 * seconds, 0.9, left=left, color=colors[part], label=part)
@@ -181,7 +183,7 @@ def _breakdown(axes: Any, cases: Sequence[Comparison]) -> None:
 
 
 def _scaling(axes: Any, cases: Sequence[Comparison]) -> None:
-    """Weak scaling: what a rank does over what one does in the smallest case, beside the ideal."""
+    """Draw weak scaling: the speed of a rank over its speed in the smallest case, and the ideal."""
     known = sorted(cases, key=lambda c: c.ranks)
     sizes = sorted({c.ranks for c in known})
     shares = [c.efficiency(known[0]) or 0 for c in known]
@@ -193,14 +195,19 @@ def _scaling(axes: Any, cases: Sequence[Comparison]) -> None:
         text = f"{case.op} {case.label}\n{share:.0%}, {(case.tokens_per_s() or 0) / case.ranks:,.0f} tokens/s a rank"
         below = share in first
         axes.annotate(
-            text, (case.ranks, share), xytext=(0, -8 if below else 8), textcoords="offset points", fontsize=7,
-            ha="center", va="top" if below else "bottom",
-        )  # fmt: skip
+            text,
+            (case.ranks, share),
+            xytext=(0, -8 if below else 8),
+            textcoords="offset points",
+            fontsize=7,
+            ha="center",
+            va="top" if below else "bottom",
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.margins(x=0.18)
     axes.set_ylim(0, 1.15 * max(1, *shares))
     axes.set_xlabel("ranks")
-    axes.set_ylabel("work a second of each rank, of the smallest case's")
+    axes.set_ylabel("speed of a rank over its speed in the smallest case")
     axes.grid(alpha=0.3)
     _legend(axes)

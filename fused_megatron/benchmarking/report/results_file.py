@@ -1,9 +1,9 @@
-"""Results of a benchmark run as a file: written after every case, so that an interrupted run loses nothing.
+"""Results file of a benchmark run. It is written after every case, so that an interrupted run loses nothing.
 
     {"format": "fused-megatron results", "version": 1, "complete": true, "theme": "ops", "hardware": "..", "date": "..",
      "settings": {"torch": "2.13.0", ..}, "comparisons": [..]}
 
-A file of pytest-benchmark (--benchmark-json, --benchmark-autosave) that our benchmarks left is read too.
+A file of pytest-benchmark (--benchmark-json, --benchmark-autosave) that our benchmarks wrote can be read, too.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class _Benchmark(msgspec.Struct):
 
 
 class _PytestBenchmarks(msgspec.Struct):
-    """What is read of a file of pytest-benchmark."""
+    """Fields that are read from a file of pytest-benchmark."""
 
     machine_info: dict[str, Any]
     benchmarks: Annotated[list[_Benchmark], msgspec.Meta(max_length=_MOST_CASES)]
@@ -41,21 +41,20 @@ class _PytestBenchmarks(msgspec.Struct):
 
 @dataclass
 class Results:
-    """A run.
+    """Results of a benchmark run.
 
     Attributes:
-        theme: what was measured: "ops", "layers", "end_to_end", "node", "pipeline".
-        hardware: on what, as people call it.
-        date: when it began, "2026-11-22".
-        settings: versions, threads and whatever else the figures hang on.
-        ceilings: what this machine can do at most, measured in the same run: "copy_gb_per_s",
-            "gemm_gflop_per_s float32".
-        comparisons: a case each.
-        complete: False where the run was interrupted, or goes on.
+        theme: subject of the benchmark: "ops", "layers", "end_to_end", "node", "pipeline".
+        hardware: name of the machine's processor or GPUs.
+        date: first day of the run, "2026-11-22".
+        settings: versions, threads and other settings that affect the figures.
+        ceilings: speed limits of the machine, measured in the same run: "copy_gb_per_s", "gemm_gflop_per_s float32".
+        comparisons: measurements of each case.
+        complete: False if the run was interrupted, or is not finished.
     """
 
     theme: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9_]{0,39}\Z")]
-    """A part of the names of files."""
+    """Part of file names."""
     hardware: Text
     date: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}\Z")]
     settings: dict[Text, Text] = field(default_factory=dict)
@@ -71,10 +70,10 @@ class Results:
 
 
 def write_results(results: Results, path: Path) -> None:
-    """Replace the file by these results; a reader sees the old one or the new one.
+    """Replace the file by these results; a reader sees the old file or the new one.
 
     Raises:
-        OSError: it cannot be written; the old one is as it was.
+        OSError: the file cannot be written; the old one is unchanged.
     """
     whole = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(results)}
     whole["comparisons"] = [_record(comparison) for comparison in results.comparisons]
@@ -84,14 +83,14 @@ def write_results(results: Results, path: Path) -> None:
         replacement.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         replacement.replace(path)
     finally:
-        replacement.unlink(missing_ok=True)  # of a disk that is full, and after Ctrl-C
+        replacement.unlink(missing_ok=True)  # left by a full disk or Ctrl-C
 
 
 def read_results(path: Path) -> Results:
-    """The results in a file.
+    """Read the results in a file.
 
     Raises:
-        InputError: no such file, no JSON, no results, results of another version.
+        InputError: the file is missing, is not JSON, holds no results, or results of another version.
     """
     try:
         content = read_bounded(path, MOST_JSON_BYTES)
@@ -114,7 +113,7 @@ def read_results(path: Path) -> Results:
 
 
 class _DamagedError(ValueError):
-    """What is wrong with the fields of a file."""
+    """Fields of a file are wrong."""
 
 
 def _from_ours(whole: dict[str, Any], path: Path) -> Results:
@@ -135,7 +134,7 @@ def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
     comparisons = []
     for benchmark in file.benchmarks:
         info = benchmark.extra_info
-        if "seconds" not in info:  # the cost of a call has its own table at the end of the run
+        if "seconds" not in info:  # a call overhead, which has its own table at the end of the run
             continue
         op, _, dtype = (benchmark.group or "").rpartition(" ")
         comparisons.append({**info, "op": op, "dtype": dtype, "bars": {}})
@@ -156,7 +155,7 @@ def _from_pytest_benchmark(whole: dict[str, Any], path: Path) -> Results:
 
 
 def _checked(whole: dict[str, Any]) -> Results:
-    """The results of these fields, whose types and bounds the dataclasses give."""
+    """Build Results from these fields; raise _DamagedError if a type or bound of the dataclasses does not hold."""
     try:
         results = convert(whole, Results)
     except InputError as error:

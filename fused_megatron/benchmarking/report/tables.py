@@ -1,8 +1,8 @@
-"""Results of any theme as the lines of a report: a head, tables, remarks."""
+"""Text of a report on one results file: head, tables and remarks."""
 
 from collections.abc import Sequence
 
-from fused_megatron.benchmarking.comparison_table import (  # fmt: skip
+from fused_megatron.benchmarking.comparison_table import (
     bar_verdicts,
     breakdown_table,
     limits_table,
@@ -25,7 +25,7 @@ _KEY = (
 
 
 def head_lines(results: Results, which: str = "") -> list[str]:
-    """What was measured where and when, with which settings; that it was interrupted."""
+    """Return the lines with theme, machine, date and settings, and a line if the run was interrupted."""
     settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
     lines = [f"{which}{results.theme}, {results.hardware}, {results.date}" + (f" ({settings})" if settings else "")]
     if not results.complete:
@@ -34,7 +34,12 @@ def head_lines(results: Results, which: str = "") -> list[str]:
 
 
 def results_lines(results: Results, brief: bool = False) -> list[str]:
-    """The whole report of one file; brief: of ops no more than how much faster ours are."""
+    """Return the whole report on one file.
+
+    Args:
+        results: of the file.
+        brief: for ops, show only the table of speed-ups.
+    """
     cases = results.comparisons
     if not cases:
         return [*head_lines(results), "no case was measured"]
@@ -44,15 +49,15 @@ def results_lines(results: Results, brief: bool = False) -> list[str]:
 
 
 def _ceiling_line(results: Results) -> list[str]:
-    said = []
+    limits = []
     for name, value in results.ceilings.items():
         what, _, dtype = name.partition(" ")
-        said.append(f"copy {value:.1f} GB/s" if what == COPY else f"product of {dtype} {value:.3g} GFLOP/s")
-    return [f"limits, measured in the same run: {', '.join(said)}"] if said else []
+        limits.append(f"copy {value:.1f} GB/s" if what == COPY else f"product of {dtype} {value:.3g} GFLOP/s")
+    return [f"limits, measured in the same run: {', '.join(limits)}"] if limits else []
 
 
 def _plain_ops(cases: Sequence[Comparison]) -> bool:
-    """Whether nothing but plain torch stands beside ours: a row a case then says it all."""
+    """Return whether ours is compared only with plain torch, so that one row for each case is enough."""
     return all(c.tokens is None and {*c.seconds} <= {OURS, EAGER, COMPILE, BOUND} for c in cases)
 
 
@@ -82,7 +87,7 @@ def _provider_lines(results: Results) -> list[str]:
     steps = [c for c in cases if c.tokens is not None]
     if any(ceilings.share_of_gemm(c, OURS, c.model_flops) for c in steps):
         lines += ["", *FORMULAS]
-    bars = [f"{c.name}: {'; '.join(said)}" for c in cases if (said := bar_verdicts(c))]
+    bars = [f"{c.name}: {'; '.join(verdicts)}" for c in cases if (verdicts := bar_verdicts(c))]
     lines += ["", *bars] if bars else []
     if any(c.breakdown for c in cases):
         lines += ["", "Where a step's time goes (communication: exposed, nothing ran beside it):"]
@@ -95,6 +100,6 @@ def _provider_lines(results: Results) -> list[str]:
 
 
 def is_scaling(results: Results) -> bool:
-    """Whether the cases are a curve over the number of ranks."""
+    """Return whether the cases measure scaling over the number of ranks."""
     known = {c.ranks for c in results.comparisons if c.seconds.get(OURS) and c.tokens is not None}
     return results.theme == "node" and len(known) > 1

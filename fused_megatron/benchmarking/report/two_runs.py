@@ -1,7 +1,7 @@
-"""Two runs compared: faster, slower or even, by ratios that were taken pair by pair within each run.
+"""Comparison of two benchmark runs: which cases are faster, slower or even.
 
-What a machine does beside a benchmark, and how fast it is, falls on our op and on the one beside it alike: so it is how
-many times faster than that one ours is which is compared across runs, and not milliseconds.
+Runs are compared by ratios, not by milliseconds: how many times faster our op is than another provider in the same run.
+The speed of the machine and its other load affect both the same.
 """
 
 import math
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fused_megatron.benchmarking.comparison_table import markdown
-from fused_megatron.benchmarking.side_by_side import (  # fmt: skip
+from fused_megatron.benchmarking.side_by_side import (
     BETWEEN_RUNS,
     BOUND,
     EAGER,
@@ -21,9 +21,9 @@ from fused_megatron.benchmarking.side_by_side import (  # fmt: skip
     Spread,
 )
 
-# A run's load comes and goes slowly, so that its median is hardly surer than one of its rounds. Of 54 ratios that were
-# measured twice on two cores which others used too, 48 had moved by less than both spreads together, and 53 by less
-# than so many times that.
+# The load of a machine changes slowly, so that the median of a run is hardly more certain than one of its rounds. 54
+# ratios were measured twice on two shared cores: 48 changed by less than both spreads together, and 53 by less than
+# this factor times that.
 _CERTAIN = 1.5
 
 
@@ -32,10 +32,11 @@ class Change:
     """One case in two runs.
 
     Attributes:
-        beside: the provider whose time over ours was compared, the same in both runs; "" where there is none.
-        before, after: that ratio in each run.
+        name: of the case.
+        beside: provider whose time over ours is compared, the same in both runs; "" if there is none.
+        before, after: this ratio in each run.
         change: after over before; above 1: ours has become faster.
-        noise: a change within [1 / noise, noise] is nothing.
+        noise: a change within [1 / noise, noise] is not significant.
         verdict: "faster", "even" or "SLOWER"; "-" without a figure in one run or both.
     """
 
@@ -49,7 +50,7 @@ class Change:
 
 
 def compare_runs(before: Sequence[Comparison], after: Sequence[Comparison]) -> list[Change]:
-    """A change for every case that both runs have, in the order of the second."""
+    """Return the change of every case that both runs have, in the order of the second run."""
     earlier = {comparison.name: comparison for comparison in before}
     return [_change(earlier[one.name], one) for one in after if one.name in earlier]
 
@@ -70,17 +71,17 @@ def _change(before: Comparison, after: Comparison) -> Change:
 
 
 def noise_of(first: Spread, second: Spread) -> float:
-    """By what factor the ratio of the medians of two runs may differ from 1 by chance.
+    """Return the factor by which the medians of two runs may differ by chance.
 
-    Either run's spread counts as its 20th to 80th percentile does, both together as independent errors do, and that
-    _CERTAIN times; never less than what medians move between runs.
+    It combines the spreads (20th to 80th percentile) of both runs as independent errors, times _CERTAIN. It is never
+    less than BETWEEN_RUNS.
     """
     spreads = [math.log(max(s.high / s.median, s.median / s.low)) for s in (first, second)]
     return max(BETWEEN_RUNS, math.exp(_CERTAIN * math.hypot(*spreads)))
 
 
 def change_table(changes: Iterable[Change]) -> list[str]:
-    """A row a case, slower ones first."""
+    """Tabulate a row for each case, slower cases first."""
     order = [SLOWER, FASTER, EVEN, "-"]
     rows = [
         [
@@ -102,7 +103,7 @@ def _spread(spread: Spread | None) -> str:
 
 
 def verdict_line(changes: Sequence[Change], before: Sequence[Comparison], after: Sequence[Comparison]) -> str:
-    """The whole comparison in a sentence."""
+    """Summarise the comparison in a sentence."""
     counts = {verdict: sum(one.verdict == verdict for one in changes) for verdict in (SLOWER, FASTER, EVEN, "-")}
     names = [{one.name for one in run} for run in (before, after)]
     parts = [f"{counts[SLOWER]} slower, {counts[FASTER]} faster, {counts[EVEN]} even"]
@@ -113,6 +114,6 @@ def verdict_line(changes: Sequence[Change], before: Sequence[Comparison], after:
 
 
 def no_longer_measured(before: Sequence[Comparison], after: Sequence[Comparison]) -> list[str]:
-    """Cases whose figure for our op is gone, as after it has become wrong."""
+    """Return a line for each case that has lost the figure for our op, for example since its result is now wrong."""
     gone = {one.name: one.faults.get(OURS, "no figure") for one in after if not one.seconds.get(OURS)}
     return [f"{one.name}: {gone[one.name]}" for one in before if one.seconds.get(OURS) and one.name in gone]

@@ -1,1 +1,1 @@
-"""What carries a collective: the process group, or memory that the ranks of a host share."""
+"""Transports of collectives: the process group, or memory that the ranks of one host share."""

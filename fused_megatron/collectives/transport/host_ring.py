@@ -1,21 +1,22 @@
-"""Collectives of CPU tensors among ranks of one host: a ring of memory for each rank, written by it, read by all.
+"""Collectives of CPU tensors among ranks of one host: each rank writes to a ring of memory that all ranks read.
 
-gloo sends through the loopback: every byte is copied by the kernel and by threads, on the cores of the products. Here a
-rank copies what it sends into its ring, once, when the collective starts; and sums, or copies, straight from the rings
-of all ranks when it waits. In between nothing runs: what is computed there hides that others come later.
+gloo sends through the loopback: the kernel and gloo's threads copy every byte, on the cores of the products. Here a
+rank copies what it sends into its ring once, when the collective starts. When it waits, it sums or copies directly from
+the rings of all ranks. In between nothing runs; work of the rank in this time hides that other ranks start later.
 
-    begin   says which collective comes next: of which kind, dtype and number of bytes
-    write   a piece goes to a place of this rank's ring, and a message of 32 bytes to every other rank says so
-    take    for a piece that every rank has written: read their places, which are the same as this rank's, since all
+    begin   states the next collective: its kind, dtype and number of bytes
+    write   copies a piece into a slot of this rank's ring, and announces it to every other rank in a message of 32
+            bytes
+    take    reads the slots of a piece that every rank has written. Their offsets are equal in all rings, since all
             ranks write pieces of the same sizes in the same order
 
-Ranks that disagree would read each other's numbers as what they are not. So a message says which collective a piece is
-of, and before a piece is taken every rank compares what it says itself with what the others say.
+Ranks that disagree on a collective would misread each other's data. So each message states the collective, and before a
+rank takes a piece it compares its own statement with the statements of the other ranks.
 
-A place is written again when every rank has taken what was there. The messages go through Unix sockets: the kernel
-orders them behind the writes to memory that come before, and they break when a rank ends.
+A slot is written again after every rank has taken its piece. The messages go through Unix sockets: the kernel orders
+them after earlier writes to memory, and a socket breaks when its rank ends.
 
-Sums are in the order of the ranks, the same bits on all of them; of 16-bit types in float32, rounded once.
+Sums are in rank order, bitwise the same on all ranks; 16-bit types are summed in float32 and rounded once.
 """
 
 import os
@@ -35,27 +36,27 @@ import torch
 from fused_megatron.checks import dtype_name
 
 RING_BYTES = 16 << 20
-# Several pieces fit the ring, so that none waits for the one before it to be taken.
+# Several pieces fit in the ring, so that a piece need not wait until the one before it is taken.
 _PIECE_BYTES = RING_BYTES // 4
-_ALIGNMENT = 64  # of places: a cache line
-# About what it costs to sleep and be woken; for longer, the core belongs to whoever else has work.
+_ALIGNMENT = 64  # of slots, in bytes: a cache line
+# About the time to sleep and be woken. A longer spin would take the core from other work.
 _SPIN_S = 50e-6
-# Pieces written so far, and pieces taken; of the last piece written, what Collective says.
+# Number of pieces written so far, number of pieces taken, and the Collective of the last piece written.
 _MESSAGE = struct.Struct("<qqqIBBxx")
-KINDS = ("all_reduce", "all_gather", "all_to_all")
+KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
 class LostPeerError(RuntimeError):
-    """Another rank is gone, or did not come in time."""
+    """Another rank is gone, or did not answer in time."""
 
 
 class Collective(NamedTuple):
-    """What the ranks of a group must agree on.
+    """Description of a collective, on which the ranks of a group must agree.
 
     Attributes:
-        num_bytes: of what a rank sends.
-        number: how many collectives of the group came before.
+        num_bytes: bytes that a rank sends.
+        number: number of earlier collectives of the group.
         kind: index in KINDS.
         dtype: index in the sorted dtypes of torch.
     """
@@ -66,63 +67,72 @@ class Collective(NamedTuple):
     dtype: int
 
     def describe(self) -> str:
-        """In words."""
+        """Return the description as text."""
         return f"{KINDS[self.kind]} of {self.num_bytes} bytes of {dtype_name(_DTYPES[self.dtype])}"
 
 
 Take = Callable[[list[torch.Tensor]], None]
-"""Given the places of all ranks, by rank, as flat tensors; called once."""
+"""Reads a piece from the slots of all ranks (flat tensors, by rank); called once."""
 Parts = list[tuple[list[torch.Tensor], Take]]
-"""For each piece of a collective: the tensors that this rank writes, and what takes them from all ranks."""
+"""For each piece of a collective: the tensors that this rank writes, and the function that reads all ranks' slots."""
 
 
 @dataclass
 class Piece:
-    """What one message is about: a part of a collective under way."""
+    """A part of a collective under way, which one message announces."""
 
     ring: "HostRing"
     number: int
-    begin: int  # of its place, counted on from the first round of the ring
+    begin: int  # byte offset of its slot, counted on through all rounds of the ring
     take: Take
     slots: list[torch.Tensor]
     taken: bool = False
 
     def wait(self) -> None:
-        """Take it, once every rank has written it."""
+        """Take the piece, once every rank has written it."""
         self.ring.finish(self)
 
 
 class HostRing:
-    """The rings of all ranks, and the sockets that join the ranks.
+    """Rings of all ranks, and the sockets between the ranks.
 
-    For one thread of one process: two threads would start their collectives in another order on every rank. Another
-    thread may go on when the first has ended.
+    One thread of one process may use it: two threads would start their collectives in a different order on each rank.
+    Another thread may continue after the first has ended.
 
     Args:
-        rank: this one's place in the group.
-        global_ranks: of the group, by their place.
-        rings: [RING_BYTES] uint8, of every rank.
-        sockets: to every other rank, by its place.
-        timeout_s: how long to wait for another rank.
+        rank: index of this rank in the group.
+        global_ranks: global rank of each rank of the group.
+        rings: [RING_BYTES] uint8 for every rank of the group.
+        sockets: socket to every other rank, by its index in the group.
+        timeout_s: seconds to wait for another rank.
     """
 
     def __init__(
-        self, rank: int, global_ranks: list[int], rings: Sequence[torch.Tensor], sockets: dict[int, socket.socket],
+        self,
+        rank: int,
+        global_ranks: list[int],
+        rings: Sequence[torch.Tensor],
+        sockets: dict[int, socket.socket],
         timeout_s: float,
-    ) -> None:  # fmt: skip
-        self.rank, self.global_ranks, self.num_ranks = rank, global_ranks, len(rings)
-        self._rings, self._sockets, self._timeout_s = rings, sockets, timeout_s
+    ) -> None:
+        self.rank = rank
+        self.global_ranks = global_ranks
+        self.num_ranks = len(rings)
+        self._rings = rings
+        self._sockets = sockets
+        self._timeout_s = timeout_s
         self._position = 0
+        # Counts of written and of taken pieces: this rank's, as last announced, and as announced by every other rank.
         self._written = self._taken = 0
-        self._said = (0, 0)
+        self._announced = (0, 0)
+        self._their_counts = dict.fromkeys(sockets, (0, 0))
         self._in_ring: deque[Piece] = deque()
         self._untaken: deque[Piece] = deque()
-        self._heard = dict.fromkeys(sockets, (0, 0))
         self._half_read = dict.fromkeys(sockets, b"")
         self._process, self._thread = os.getpid(), threading.current_thread()
         self._num_begun = 0
         self._collective = Collective(0, 0, 0, 0)
-        # Of the pieces that are not compared yet: this rank's, and what each other rank says, by the piece's number.
+        # Collectives of the pieces that are not compared yet, by number of the piece: of this rank, of each other rank.
         self._own_collectives: dict[int, Collective] = {}
         self._their_collectives: dict[int, dict[int, Collective]] = {other: {} for other in sockets}
         self._num_compared = 0
@@ -135,11 +145,11 @@ class HostRing:
             self._poll.register(s, select.POLLIN)
 
     def begin(self, kind: str, source: torch.Tensor) -> None:
-        """Say which collective the next pieces are of; also of one that has none.
+        """Begin a collective, whose pieces are written next (none for an empty tensor).
 
         Args:
-            kind: of KINDS.
-            source: what this rank sends.
+            kind: one of KINDS.
+            source: the tensor that this rank sends.
 
         Raises:
             RuntimeError: in another thread than before, in a forked process, or after ranks disagreed.
@@ -153,23 +163,23 @@ class HostRing:
         self._num_begun += 1
 
     def write(self, parts: Sequence[torch.Tensor], take: Take) -> Piece:
-        """Copy the parts, one after the other, to the next place, and say so.
+        """Copy a piece into the next slot, and announce it.
 
         Args:
-            parts: of one dtype, together at most RING_BYTES / 2.
-            take: called by the wait for this piece, or before.
+            parts: tensors of one dtype that form the piece, together at most RING_BYTES / 2.
+            take: reads the piece from all ranks; called by the wait for this piece, or before.
         """
         sizes = [part.numel() for part in parts]
         num_bytes = sum(sizes) * parts[0].element_size()
         begin = self._position
-        if begin % RING_BYTES + num_bytes > RING_BYTES:  # not around the end
+        if begin % RING_BYTES + num_bytes > RING_BYTES:  # a slot does not wrap around the end of the ring
             begin += -begin % RING_BYTES
         self._position = begin + num_bytes + -num_bytes % _ALIGNMENT
         while self._in_ring and self._in_ring[0].begin < self._position - RING_BYTES:
-            self._await_taken(self._in_ring[0])
+            self._wait_until_taken(self._in_ring[0])
             self._in_ring.popleft()
-        place = begin % RING_BYTES
-        slots = [ring[place : place + num_bytes].view(parts[0].dtype) for ring in self._rings]
+        offset = begin % RING_BYTES
+        slots = [ring[offset : offset + num_bytes].view(parts[0].dtype) for ring in self._rings]
         for slot, part in zip(slots[self.rank].split(sizes), parts, strict=True):
             slot.copy_(part.reshape(-1))
         piece = Piece(self, self._written, begin, take, slots)
@@ -177,22 +187,22 @@ class HostRing:
         self._untaken.append(piece)
         self._own_collectives[piece.number] = self._collective
         self._written += 1
-        self._say()
+        self._announce()
         return piece
 
     def finish(self, piece: Piece) -> None:
-        """Take it, once every rank has written it.
+        """Take a piece, once every rank has written it.
 
         Raises:
-            RuntimeError: as begin; ranks disagree on this piece or one before it.
+            RuntimeError: as begin; also if ranks disagree on this piece or an earlier one.
             LostPeerError: a rank is gone or silent.
         """
         self._check_caller()
         if piece.taken:
             return
         for other in self._sockets:
-            while self._heard[other][0] <= piece.number:
-                self._listen(other)
+            while self._their_counts[other][0] <= piece.number:
+                self._receive(other)
         self._compare(piece.number)
         piece.take(piece.slots)
         piece.taken = True
@@ -212,17 +222,21 @@ class HostRing:
         if self._num_begun and self._thread.is_alive():
             raise RuntimeError(
                 f"thread {thread.name!r} of rank {self.global_ranks[self.rank]} uses a process group that thread "
-                f"{self._thread.name!r} uses: two threads start collectives in another order on every rank (leave them "
+                f"{self._thread.name!r} uses: two threads start collectives in another order on each rank (leave them "
                 "to one thread, or give each a group of its own with torch.distributed.new_group)"
             )
         self._thread = thread
 
     def _compare(self, last: int) -> None:
-        """What all ranks say of the pieces up to one. Of all, since after a difference the places differ, too."""
+        """Compare the collectives of all pieces up to `last`: after a difference the slots of later pieces differ, too.
+
+        Raises:
+            RuntimeError: ranks disagree.
+        """
         for number in range(self._num_compared, last + 1):
             own = self._own_collectives.pop(number)
-            for other, said in sorted(self._their_collectives.items()):
-                theirs = said.pop(number)
+            for other, by_number in sorted(self._their_collectives.items()):
+                theirs = by_number.pop(number)
                 if theirs != own and self._disagreement is None:
                     self._disagreement = self._describe_difference(own, other, theirs)
         self._num_compared = max(self._num_compared, last + 1)
@@ -230,37 +244,45 @@ class HostRing:
             raise RuntimeError(self._disagreement)
 
     def _describe_difference(self, own: Collective, other: int, theirs: Collective) -> str:
-        said = sorted([(self.rank, own), (other, theirs)])
-        texts = [f"rank {self.global_ranks[r]} has {c.describe()} (its number {c.number} there)" for r, c in said]
+        both = sorted([(self.rank, own), (other, theirs)])
+        texts = [f"rank {self.global_ranks[r]} has {c.describe()} (its number {c.number} there)" for r, c in both]
         return (
             f"ranks disagree on a collective of their group: {', '.join(texts)}; all ranks must start the same "
             "collectives in the same order, with tensors of one size and dtype"
         )
 
-    def _await_taken(self, piece: Piece) -> None:
-        """By all. Whoever waits here takes its own pieces first, and says so: no two ranks wait for each other."""
+    def _wait_until_taken(self, piece: Piece) -> None:
+        """Wait until all ranks have taken a piece.
+
+        A rank that waits here first takes its own pieces, and announces so; thus no two ranks wait for each other.
+        """
         while self._taken <= piece.number:
             self.finish(self._untaken[0])
         for other in self._sockets:
-            while self._heard[other][1] <= piece.number:
-                self._say()
-                self._listen(other)
+            while self._their_counts[other][1] <= piece.number:
+                self._announce()
+                self._receive(other)
 
-    def _say(self) -> None:
-        if (self._written, self._taken) == self._said:
+    def _announce(self) -> None:
+        """Send the counts and the current collective to every other rank, if a count has changed."""
+        if (self._written, self._taken) == self._announced:
             return
-        self._said = (self._written, self._taken)
-        message = (*self._said, *self._collective)
+        self._announced = (self._written, self._taken)
+        message = (*self._announced, *self._collective)
         for other, s in self._sockets.items():
             try:
                 s.sendall(_MESSAGE.pack(*message))
-            except OSError as error:  # what it has written may still be read; what it has not, _listen misses
+            except OSError as error:  # the rank ended: its pieces can still be read; _receive reports a missing one
                 if not isinstance(error, BrokenPipeError | ConnectionResetError):
                     raise
                 self._gone.add(other)
 
-    def _listen(self, wanted: int) -> None:
-        """Read messages until there was one, of any rank; `wanted` is whose is missed if there is none."""
+    def _receive(self, wanted: int) -> None:
+        """Wait for at least one message from any rank, and read it.
+
+        Raises:
+            LostPeerError: no message came in time, or rank `wanted` is gone.
+        """
         begin = time.perf_counter()
         while True:
             waited_s = time.perf_counter() - begin
@@ -286,13 +308,13 @@ class HostRing:
         whole = len(received) // _MESSAGE.size * _MESSAGE.size
         self._half_read[other] = received[whole:]
         for written, taken, *collective in _MESSAGE.iter_unpack(received[:whole]):
-            if written > self._heard[other][0]:  # by one: every piece has a message of its own
+            if written > self._their_counts[other][0]:  # by one, since every piece has its own message
                 self._their_collectives[other][written - 1] = Collective(*collective)
-            self._heard[other] = (written, taken)
+            self._their_counts[other] = (written, taken)
 
 
 def add_in_order(total: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    """total = sum of the parts, first to last; of 16-bit types in float32, rounded once."""
+    """Write the sum of the parts, first to last, into total; 16-bit types are summed in float32 and rounded once."""
     if total.dtype in (torch.bfloat16, torch.float16):
         wide = parts[0].float()
         for part in parts[1:]:
@@ -305,13 +327,13 @@ def add_in_order(total: torch.Tensor, parts: list[torch.Tensor]) -> None:
 
 
 def cut_all_reduce(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """The pieces of an all-reduce of one tensor, which is source and destination."""
+    """Cut an all-reduce into pieces; one tensor is source and destination."""
     flat = source.view(-1)
     return [([part], partial(add_in_order, part)) for part in flat.split(_elements(flat)) if part.numel()]
 
 
 def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """The pieces of an all-gather of source [n] into destination [R n]."""
+    """Cut an all-gather of source [n] into destination [R n] into pieces."""
     flat = source.view(-1)
     size = _elements(flat)
     parts = zip(flat.split(size), destination.view(ring.num_ranks, -1).split(size, dim=1), strict=True)
@@ -319,7 +341,7 @@ def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tens
 
 
 def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """The pieces of an all-to-all: of source [R n] block r goes to rank r, whose block stands at this rank's place."""
+    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, where block s comes from rank s."""
     received, sent = (x.view(ring.num_ranks, -1) for x in (destination, source))
     size = max(1, _elements(sent) // ring.num_ranks)
 
@@ -327,6 +349,18 @@ def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tens
         _copy_rows(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
 
     parts = zip(sent.split(size, dim=1), received.split(size, dim=1), strict=True)
+    return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
+
+
+def cut_reduce_scatter(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
+    """Cut a reduce-scatter into pieces: the sum over the ranks of block r of source [R n] goes to rank r, [n]."""
+    sent, total = source.view(ring.num_ranks, -1), destination.view(-1)
+    size = max(1, _elements(sent) // ring.num_ranks)
+
+    def take(columns: torch.Tensor, slots: list[torch.Tensor]) -> None:
+        add_in_order(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
+
+    parts = zip(sent.split(size, dim=1), total.split(size), strict=True)
     return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
 
 

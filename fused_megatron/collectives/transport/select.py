@@ -1,9 +1,9 @@
-"""The choice of what carries a collective: memory that the ranks of one host share, or the backend of the group.
+"""Choice of the transport of a collective: memory that the ranks of one host share, or the backend of the group.
 
-CPU tensors of a gloo group whose ranks are on one host (Linux) go through memory that all of them map (host_ring);
-everything else goes through torch.distributed. The ranks of a group agree once, in meet() or with their first
-collective: gloo, one host, memory that can be mapped. FUSED_MEGATRON_SHARED_MEMORY=off, on any rank, leaves the group
-to gloo.
+CPU tensors of a gloo group whose ranks are on one host (Linux) go through memory that all of these ranks map
+(host_ring). All other tensors go through torch.distributed. The ranks of a group agree once, in meet() or with their
+first collective, on whether gloo is the backend, the host is one, and the memory can be mapped.
+FUSED_MEGATRON_SHARED_MEMORY=off, on any rank, leaves the group to gloo.
 """
 
 import itertools
@@ -25,33 +25,35 @@ _LOG = logging.getLogger(__name__)
 _SWITCH = "FUSED_MEGATRON_SHARED_MEMORY"
 _rings: WeakKeyDictionary[dist.ProcessGroup, HostRing | None] = WeakKeyDictionary()
 
-# The collective -> its kind, what announces it, and how it is cut into the pieces that fit a ring.
+# Collective -> its kind, the op that announces it, and the function that cuts it into pieces that fit in a ring.
 _SHARED = {
     dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
     dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
     dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
+    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, host_ring.cut_reduce_scatter),
 }
 
 
 class Work(Protocol):
-    """A part of a collective under way, as torch.distributed's Work."""
+    """A part of a collective under way, like torch.distributed.Work."""
 
     def wait(self) -> Any:
-        """Wait for it; on a GPU the current stream does, not the host."""
+        """Wait until this part is done; on a GPU the current stream waits, not the host."""
 
 
 def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) -> Sequence[Work]:
-    """collective(*buffers) of torch.distributed with its default options, by what carries it; wait for every Work.
+    """Start collective(*buffers) of torch.distributed with its default options; the caller waits for every Work.
 
     Args:
-        collective: a function of torch.distributed with async_op. Another function in its place (a test's, a tool's)
-            is called: only those of torch.distributed itself go through shared memory.
-        group: its ranks.
-        buffers: contiguous, what it reads and writes, the destination first. The caller keeps them until the wait.
+        collective: a function of torch.distributed with async_op. A function that a test or a tool put in its place is
+            called: only the original goes through shared memory.
+        group: the ranks.
+        buffers: contiguous tensors that the collective reads and writes, the destination first. The caller keeps them
+            until the wait.
 
     Raises:
-        RuntimeError: through shared memory, here or at the wait: another thread or a forked process uses the group;
-            ranks disagree on kind, dtype or bytes.
+        RuntimeError: only through shared memory, here or at the wait: another thread or a forked process uses the
+            group; ranks disagree on kind, dtype or bytes.
     """
     shared, source = _SHARED.get(collective), buffers[-1]
     ring = None
@@ -63,14 +65,15 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
         return () if work is None else (work,)
     kind, announce, cut = shared
     ring.begin(kind, source)
-    announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
+    if torch._C._len_torch_dispatch_stack():  # nobody else hears an announcement
+        announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
     return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
 
 
 def meet(group: Group) -> None:
-    """Find out, together with the other ranks of a group, whether shared memory carries its CPU tensors.
+    """Agree with the other ranks of a group on whether shared memory carries its CPU tensors.
 
-    Without a meeting the first collective of the group is one. A layer meets where it is made, so that no forward or
+    Otherwise the first collective of the group does so. A layer calls this when it is made, so that no forward or
     backward has to. All ranks of the group call it at the same point; a second call does nothing.
 
     Communication: two all-gathers of a few bytes a rank, the first time.
@@ -80,7 +83,10 @@ def meet(group: Group) -> None:
 
 
 def is_shared(group: Group, like: torch.Tensor) -> bool:
-    """Whether collectives of such tensors go through shared memory. No communication; False before the ranks met."""
+    """Whether collectives of tensors like this go through shared memory; False before the ranks met.
+
+    Communication: none.
+    """
     return group is not None and like.is_cpu and _rings.get(group) is not None
 
 
@@ -90,7 +96,7 @@ def _new_ring(group: dist.ProcessGroup) -> HostRing | None:
         global_ranks = dist.get_process_group_ranks(group)
     except (RuntimeError, KeyError, ValueError):
         return None  # no backend for CPU tensors, or a group that torch.distributed does not know
-    # The same on every rank; map_rings agrees upon whatever may differ.
+    # This condition is the same on every rank. map_rings agrees on conditions that may differ.
     if backend.name() != "gloo" or group.size() == 1 or not hasattr(os, "memfd_create"):
         return None
     timeout = getattr(getattr(backend, "options", None), "_timeout", dist.default_pg_timeout)

@@ -1,7 +1,7 @@
-"""Memory that the ranks of one host map from each other, and how they agree on it: set up once a group.
+"""Setup of memory that the ranks of one host map from each other, once for each group.
 
-Every rank makes memory without a name, of which nothing can stay behind, and hands its descriptor to the others over
-Unix sockets; these stay open, for the messages of the rings.
+Every rank makes anonymous memory, which ends with its processes, and sends its descriptor to the other ranks over Unix
+sockets. The sockets stay open for the messages of the rings.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from fused_megatron.collectives.transport.host_ring import HostRing
 
 _MOST_RANKS = 64
 _CONNECT_S = 20.0
-_MOST_TEXT_BYTES = 512  # a host's name, and a path, of which a socket takes 108
+_MOST_TEXT_BYTES = 512  # the name of a host, and a path of a socket (at most 108 bytes)
 
 
 def map_rings(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: float, wanted: bool) -> HostRing | None:
-    """The ring of a group, or None on all of its ranks where one does not want it or cannot map all others.
+    """Return the ring of a group; None on all ranks if some rank does not want it or cannot map another's memory.
 
     Communication: two all-gathers of a few bytes a rank.
     """
@@ -33,27 +33,29 @@ def map_rings(group: dist.ProcessGroup, global_ranks: list[int], timeout_s: floa
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
         path = ""
         try:
-            # Only this user may look in there; it may be gone before this rank is done.
+            # Only this user may read this folder. Another process may delete it before this rank is done.
             folder = tempfile.TemporaryDirectory(prefix="ranks-", ignore_cleanup_errors=True)
             path = os.path.join(stack.enter_context(folder), "s")
             listener.bind(path)
             listener.listen(size)
         except OSError:  # no folder for temporary files, a path too long, a file system without sockets
             wanted = False
-        place = f"{socket.gethostname()}\n{path}" if wanted and size <= _MOST_RANKS else ""
-        places = [line.split("\n") for line in _tell(group, place)]
-        if len({host for host, *_ in places}) == 1 and place:
+        address = f"{socket.gethostname()}\n{path}" if wanted and size <= _MOST_RANKS else ""
+        addresses = [text.split("\n") for text in _gather_texts(group, address)]
+        if len({host for host, *_ in addresses}) == 1 and address:
             try:
-                ring = HostRing(rank, global_ranks, *_connect(rank, [p for _, p in places], listener), timeout_s)
+                ring = HostRing(rank, global_ranks, *_connect(rank, [p for _, p in addresses], listener), timeout_s)
             except OSError:  # another container of this host, a limit, a rank that gave up
                 ring = None
-        agreed = all(_tell(group, "mapped" if ring else ""))
+        agreed = all(_gather_texts(group, "mapped" if ring else ""))
     return ring if agreed else None
 
 
-def _tell(group: dist.ProcessGroup, text: str) -> list[str]:
-    """Every rank's text. By the backend itself: tools watch torch.distributed's function, and in a store the keys of a
-    group that is no more may still lie."""
+def _gather_texts(group: dist.ProcessGroup, text: str) -> list[str]:
+    """Gather a text from every rank, through the backend itself.
+
+    torch.distributed's function is watched by tools, and a store may still hold the keys of an earlier group.
+    """
     own = torch.zeros(_MOST_TEXT_BYTES, dtype=torch.uint8)
     encoded = text.encode()[:_MOST_TEXT_BYTES]
     own[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
@@ -66,8 +68,9 @@ def _tell(group: dist.ProcessGroup, text: str) -> list[str]:
 def _connect(
     rank: int, paths: list[str], listener: socket.socket
 ) -> tuple[list[torch.Tensor], dict[int, socket.socket]]:
-    """(rings, sockets): every rank calls those before it, and both send a descriptor of their memory, which has no name
-    that could stay behind.
+    """Connect to every other rank, and exchange descriptors of memory; return (rings, sockets).
+
+    Each rank connects to the listeners of the ranks before it.
     """
     own = os.memfd_create("fused_megatron")
     os.ftruncate(own, host_ring.RING_BYTES)
@@ -99,5 +102,5 @@ def _connect(
 
 
 def _map(descriptor: int) -> torch.Tensor:
-    with torch.inference_mode(False):  # its tensors could not be written outside of it
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be written outside of it
         return torch.frombuffer(mmap.mmap(descriptor, host_ring.RING_BYTES), dtype=torch.uint8)

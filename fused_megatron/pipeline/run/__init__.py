@@ -1,7 +1,7 @@
-"""The executor and its parts: the only code of the pipeline that touches tensors.
+"""Executor of pipeline schedules and its parts, the only code of the pipeline that touches tensors.
 
-In the order of a run: executor.py (checks, by executor_checks.py), handshake.py (the first bytes that ranks send each
-other), connections.py and channels.py (every connection, made and used once), step_table.py (before each step), then
-action_loop.py with messages.py (tensors between ranks), stage_compute.py, stage_hooks.py (reduce, unshard, reshard,
-update), tied_weights.py, stashed_weights.py; faults.py says what went wrong where.
+In the order of a run: executor.py, which checks its arguments by executor_checks.py; handshake.py, the first bytes
+between ranks; connections.py and channels.py, which make and use every connection once; step_table.py, before each
+step; action_loop.py with messages.py (tensors between ranks), stage_compute.py, stage_hooks.py (reduce, unshard,
+reshard, update), tied_weights.py and stashed_weights.py. faults.py reports the first fault to every rank.
 """

@@ -1,4 +1,4 @@
-"""The loop that runs a rank's actions, whatever the schedule."""
+"""Loop that runs a rank's actions, the same for every schedule."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,11 @@ from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
 
 ShapeIds = Callable[[], Sequence[int]]
 Tensors = Sequence[Any]
-"""Tensors; of gradients some may be None."""
+"""Tensors; a gradient may be None."""
 
 
 class StepInputs(NamedTuple):
-    """What a rank was given for a step, one item a microbatch; empty where the rank needs none."""
+    """Inputs of a step on one rank, one item for each microbatch; empty if the rank needs none."""
 
     inputs: Sequence[tuple[torch.Tensor, ...]]
     targets: Sequence[Any]
@@ -35,8 +35,11 @@ _NO_STEP = StepInputs((), (), (), 1.0)
 
 
 def receives_ahead(actions: Sequence[Action], lookahead: int) -> list[list[Action]]:
-    """For each position the receives to post before it: those up to the computation that is `lookahead` after the
-    position's own, or next, one."""
+    """Return for each position the receives to post before it.
+
+    These are all receives up to the computation that is `lookahead` computations after the one at the position, or the
+    next one.
+    """
     computes = [position for position, action in enumerate(actions) if action.kind in COMPUTE]
     plan: list[list[Action]] = [[] for _ in actions]
     index, done = 0, 0
@@ -51,7 +54,7 @@ def receives_ahead(actions: Sequence[Action], lookahead: int) -> list[list[Actio
 
 
 def forward_only(actions: Sequence[Action]) -> tuple[Action, ...]:
-    """The actions of an evaluation: forwards, their messages, and the UNSHARD and RESHARD around forwards."""
+    """Return the actions of an evaluation: forwards, their messages, and UNSHARD and RESHARD around forwards."""
     unshards: dict[int, int] = {}
     needed: set[int] = set()
     for position, action in enumerate(actions):
@@ -66,16 +69,17 @@ def forward_only(actions: Sequence[Action]) -> tuple[Action, ...]:
 
 
 class ActionLoop:
-    """The parts of one rank, and what is under way in a step.
+    """Loop over the actions of one rank, and the state of a step under way.
 
     Args:
-        schedule: lowered.
-        rank: whose actions.
-        stages, stashed: by stage; `stashed` is empty for synchronous schedules.
-        tied: by group of schedule.tied.
-        messages: to and from other ranks.
-        hooks, observe: of the caller; see PipelineExecutor.
-        lookahead: how many computations ahead of its use a receive is posted.
+        schedule: the lowered schedule.
+        rank: the rank whose actions run.
+        stages: the rank's stages, by index.
+        stashed: versions of the weights, by stage; empty for synchronous schedules.
+        tied: the tied weights, one for each group of schedule.tied.
+        messages: messages to and from other ranks.
+        hooks, observe: see PipelineExecutor.
+        lookahead: number of computations by which a receive is posted before its use.
     """
 
     def __init__(
@@ -101,32 +105,33 @@ class ActionLoop:
         self._observe = observe
         actions = schedule.actions[rank]
         self._plans = {
-            training: (given, receives_ahead(given, lookahead))
-            for training, given in ((True, actions), (False, forward_only(actions)))
+            training: (chosen, receives_ahead(chosen, lookahead))
+            for training, chosen in ((True, actions), (False, forward_only(actions)))
         }
-        # What computations left, by the action that takes it: a send, or what stands in for a receive where the next
-        # stage is on this rank.
+        # Results of computations by the action that takes them: the send, or, if the next stage is on this rank, the
+        # receive that it would have otherwise.
         self._results: dict[Action, Tensors] = {}
-        # Of reductions and unshards that were started, by kind and stage.
+        # Waits for reductions and unshards that were started, by kind and stage.
         self._waits: dict[tuple[Kind, int], Wait] = {}
         self._losses: dict[int, torch.Tensor] = {}
         self._versions: Mapping[int, StashedWeights] = {}
         self._step = _NO_STEP
         self._shape_ids: ShapeIds = tuple
-        self.at: Action | None = None  # where the run is, or failed
+        self.current_action: Action | None = None  # the action that runs, or failed
 
     def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool) -> dict[int, torch.Tensor]:
-        """All actions, or only those of the forward; the loss sums of the microbatches that ended here.
+        """Run all actions, or only the forwards; return the loss sums of the microbatches whose last stage is here.
 
         Args:
-            step: what the rank was given.
-            shape_ids: waits for those of the microbatches (step_table.py); called when a message first needs them.
-            training: with backward.
+            step: the inputs of this rank.
+            shape_ids: waits for the shape ids of the microbatches (step_table.py); called when a message first needs
+                one.
+            training: whether backwards run.
 
         Raises:
-            PeerLost: a message did not come or go. `at` says where.
-            InputError: from shape_ids.
-            Other errors of an action, once the schedule is printed with the action marked.
+            PeerLost: a message failed, in the action current_action.
+            InputError: raised by shape_ids.
+            Any error of an action, after the schedule is printed with the action marked.
         """
         actions, plan = self._plans[training]
         messages, observe = self._messages, self._observe
@@ -135,14 +140,14 @@ class ActionLoop:
         for stashed in self._versions.values():
             stashed.begin()
         for position, action in enumerate(actions):
-            self.at = action
+            self.current_action = action
             try:
                 for receive in plan[position]:
                     messages.post(receive, shape_ids()[receive.microbatch])
-                given = self._given(action)
+                operands = self._operands(action)
                 start = time.perf_counter() if observe else 0.0
-                self._do(action, given)
-                del given  # before the next action waits
+                self._perform(action, operands)
+                del operands  # before the next action waits
                 if observe:
                     observe(action, start, time.perf_counter())
                 messages.retire()
@@ -150,7 +155,7 @@ class ActionLoop:
                 if not isinstance(error, PeerLost | LostPeerError | SharedError):
                     print_fault(self._schedule, self._rank, action, error)
                 raise
-        self.at = None
+        self.current_action = None
         for kind, stage in list(self._waits):
             self._wait_for(kind, stage)
         messages.finish()
@@ -162,7 +167,7 @@ class ActionLoop:
         return losses
 
     def clear(self) -> None:
-        """Forget a step that failed, and let go of what the tied weights' other ranks wait for."""
+        """Forget a step that failed, and close the groups of tied weights, so that their other ranks do not wait."""
         self._messages.clear()
         self._results.clear()
         self._losses.clear()
@@ -175,8 +180,8 @@ class ActionLoop:
         for stashed in self._versions.values():
             stashed.end()
 
-    def _given(self, action: Action) -> Tensors:
-        """What a computation works on: from the caller, this rank, or (waiting for it) another one."""
+    def _operands(self, action: Action) -> Tensors:
+        """Return the operands of a computation: from the caller, from this rank, or received from another rank."""
         if action.kind not in COMPUTE:
             return ()
         self._wait_for(Kind.UNSHARD, action.stage)
@@ -187,24 +192,24 @@ class ActionLoop:
         if action.kind != Kind.FORWARD and action.stage == self._last_stage:
             return (first_gradient(self._losses[action.microbatch], self._step.loss_divisor),)
         receive = input_of(action)
-        handed = self._results.pop(receive, None)
-        return self._messages.take(receive) if handed is None else handed
+        local = self._results.pop(receive, None)
+        return self._messages.take(receive) if local is None else local
 
-    def _do(self, action: Action, given: Tensors) -> None:
+    def _perform(self, action: Action, operands: Tensors) -> None:
         method = self._METHODS.get(action.kind)
         if method is None:
             raise NotImplementedError(f"{action}: there is no method for kind={action.kind!r}")
         if action.kind in COMPUTE and action.stage in self._versions:
             self._versions[action.stage].use(action.microbatch)
-        method(self, action, given)
+        method(self, action, operands)
 
-    def _forward(self, action: Action, given: Tensors) -> None:
+    def _forward(self, action: Action, operands: Tensors) -> None:
         microbatch, is_last = action.microbatch, action.stage == self._last_stage
         kwargs = self._step.kwargs[microbatch] if self._step.kwargs else {}
         target = self._step.targets[microbatch] if is_last else None
-        outputs = self._stages[action.stage].forward(microbatch, tuple(given), kwargs, target)
+        outputs = self._stages[action.stage].forward(microbatch, tuple(operands), kwargs, target)
         if not is_last:
-            self._hand_on(action, outputs)
+            self._pass_on(action, outputs)
             return
         loss = outputs[0]
         check(
@@ -214,13 +219,13 @@ class ActionLoop:
         )
         self._losses[microbatch] = loss.detach().clone()
 
-    def _backward(self, action: Action, given: Tensors) -> None:
+    def _backward(self, action: Action, operands: Tensors) -> None:
         split = action.kind == Kind.INPUT_GRAD
         gradients = self._stages[action.stage].backward(
-            action.microbatch, given, split=split, loss_divisor=self._step.loss_divisor
+            action.microbatch, operands, split=split, loss_divisor=self._step.loss_divisor
         )
         if action.stage > 0:
-            self._hand_on(action, gradients)
+            self._pass_on(action, gradients)
 
     def _weight_grad(self, action: Action, _: Tensors) -> None:
         self._stages[action.stage].weight_grad(action.microbatch)
@@ -229,7 +234,7 @@ class ActionLoop:
         self._messages.send(action, self._results.pop(action), self._shape_ids()[action.microbatch])
 
     def _receive(self, action: Action, _: Tensors) -> None:
-        """Nothing: run() posts receives ahead, and the computation takes what came."""
+        """Do nothing: run() posts receives ahead, and the computation takes the message."""
 
     def _reduce(self, action: Action, _: Tensors) -> None:
         self._start(action, self._hooks.reduce(action.stage))
@@ -266,13 +271,14 @@ class ActionLoop:
         Kind.RESHARD: _reshard,
     }
 
-    def _hand_on(self, made_by: Action, tensors: Tensors) -> None:
-        """To the send behind this computation, or to the neighbour stage where that is on this rank, too."""
+    def _pass_on(self, made_by: Action, tensors: Tensors) -> None:
+        """Pass the result of a computation to its send, or to the next stage if that is on this rank."""
         send = output_of(made_by)
         receive = peer(send)
         if made_by.kind == Kind.FORWARD:
-            # Leaves, since each stage has its own graph; copies, since the stage may return a buffer that its next
-            # microbatch overwrites (a CUDA graph does), before they are read. Autograd copies such gradients itself.
+            # The tensors become leaves, since each stage has its own graph. They are copied, since a stage may return a
+            # buffer that its next microbatch overwrites before it is read (a CUDA graph does). Autograd itself copies
+            # such gradients.
             tensors = [
                 t.detach().clone(memory_format=torch.contiguous_format).requires_grad_(t.requires_grad) for t in tensors
             ]

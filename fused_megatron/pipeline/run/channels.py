@@ -1,6 +1,6 @@
 """Channels between the ranks of a pipeline: a process group for each pair of ranks and direction.
 
-The first bytes of a pipeline are older than its channels: handshake.py sends them.
+The first bytes of a pipeline go through another group, before its channels exist; see handshake.py.
 """
 
 import queue
@@ -20,34 +20,37 @@ class Pending(Protocol):
     """A send or receive under way."""
 
     def is_completed(self) -> bool:
-        """Whether the tensor is free again; raises what went wrong."""
+        """Whether the transfer is over and the tensor is free; raises the error of a transfer that failed."""
 
     def wait(self) -> None:
-        """Until it is done (on a GPU: the stream waits, not the host); raises what went wrong."""
+        """Wait until the transfer is over (on a GPU the stream waits, not the host); raises its error."""
 
 
 class Transport(Protocol):
-    """What the executor needs of a network. Each (from, to, direction) is used in the order of the schedule.
+    """Network of an executor. Each (from, to, direction) is used in the order of the schedule.
 
-    One that has a method close() is closed with the executor: peers that wait for this rank must fail at once then.
+    A transport with a method close() is closed with the executor: peers that wait for this rank must fail at once then.
     """
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
-        """Begin to send a contiguous tensor to a rank of the pipeline, "forward" (activations) or "backward"."""
+        """Start to send a contiguous tensor to a rank of the pipeline.
+
+        direction: "forward" for activations, "backward" for gradients.
+        """
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
-        """Begin to receive into a tensor of the shape that is sent."""
+        """Start to receive into a tensor with the shape that the peer sends."""
 
 
 def make_group(
     store: dist.Store | None, name: str, rank: int, size: int, device: torch.device, timeout: timedelta
 ) -> Any:
-    """A process group of its own, known to no registry: the only call that is made by its members alone.
+    """Make a process group that no registry knows, by a call that only its members make.
 
-    Without a store to meet at the other ranks are not there, and the group is a fake one.
+    Without a store there are no other ranks to meet, and the group is a fake one.
 
-    torch.distributed.new_group is made by all ranks of the world, or names the group after the number of groups that a
-    rank has, which differs along a pipeline.
+    torch.distributed.new_group must be called by all ranks of the world, or else names the group after the number of
+    groups that a rank has, which differs along a pipeline.
     """
     if store is None:
         return FakeProcessGroup._create_internal(rank, size)
@@ -60,19 +63,19 @@ def make_group(
 
 
 class Channels:
-    """The transport over NCCL or gloo: a process group for each (from, to, direction).
+    """Transport over NCCL or gloo, with a process group for each (from, to, direction).
 
-    Activations and gradients of two ranks never share one, so that sends that cross cannot block each other and a
-    posted receive blocks no send. All are made and used once here, in one sorted order on all ranks.
+    Activations and gradients of two ranks never share a group, so that crossing sends cannot block each other, and a
+    posted receive blocks no send. The constructor makes and uses all groups once, in the same order on all ranks.
 
     Args:
         keys: the channels of the whole pipeline, the same on all ranks.
-        rank: of the pipeline.
-        store: where the ranks meet, with a name of this pipeline's own.
-        device: of the tensors.
-        timeout: of a wait.
+        rank: this rank of the pipeline.
+        store: store in which the ranks meet, with a prefix of this pipeline.
+        device: device of the tensors.
+        timeout: time-out of a wait.
 
-    Communication: one message of one byte a channel.
+    Communication: one message of one byte for each channel.
     """
 
     def __init__(
@@ -95,7 +98,7 @@ class Channels:
                 self.receive(byte, source, direction, 0).wait()
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
-        """As Transport."""
+        """Start to send; see Transport."""
         key = Channel(self._rank, peer, direction)
         work = self._groups[key].send([tensor], 1, tag)
         if self._polls:
@@ -105,11 +108,11 @@ class Channels:
         return self._senders[key].watch(work, tensor)
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> Pending:
-        """As Transport."""
+        """Start to receive; see Transport."""
         return _Waited(self._groups[Channel(peer, self._rank, direction)].recv([buffer], 0, tag), buffer)
 
     def close(self) -> None:
-        """Cut all connections. A send that its receiver has not yet asked for goes through first."""
+        """Cut all connections, after sends whose receiver has not asked for them yet."""
         for sender in self._senders.values():
             sender.close()
         if self._polls:
@@ -124,10 +127,10 @@ class Channels:
 
 
 class _Waited:
-    """A receive; also a send of NCCL, which says by itself when it is done."""
+    """A receive, or a send of NCCL, whose work knows when it is done."""
 
     def __init__(self, work: Any, tensor: torch.Tensor) -> None:
-        self._work, self._tensor = work, tensor  # the memory must live until the transfer is over
+        self._work, self._tensor = work, tensor  # a reference to the tensor keeps its memory until the transfer is over
 
     def is_completed(self) -> bool:
         return self._work is None or self._work.is_completed()
@@ -138,7 +141,7 @@ class _Waited:
             if work is not None:
                 work.wait()
         finally:
-            del work  # else the traceback of an error would hold the connection open
+            del work  # otherwise the traceback of an error would keep the connection open
 
 
 class _Sent:
@@ -159,7 +162,7 @@ class _Sent:
 
 
 class _Sender:
-    """Waits for the sends of one channel, in order: gloo only knows that one is done when someone has waited for it."""
+    """Thread that waits for the sends of one channel in order. gloo's work is completed only by a wait for it."""
 
     def __init__(self, name: str) -> None:
         self._queue: queue.SimpleQueue[tuple[Any, torch.Tensor, _Sent] | None] = queue.SimpleQueue()
@@ -179,8 +182,8 @@ class _Sender:
             work, tensor, sent = item
             try:
                 work.wait()
-            except Exception as error:  # is raised where the send is looked at
+            except Exception as error:  # raised by is_completed() and wait() of the send
                 sent.error = error
-            # Before anyone hears of it: the memory is free by then.
+            # Free the memory before the send counts as done.
             del item, work, tensor
             sent.done.set()

@@ -1,4 +1,4 @@
-"""Control plane of a pipeline rank: its process groups, the shared losses, fault reports."""
+"""Control plane of a pipeline rank: process groups, shared losses, fault reports."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,21 @@ from fused_megatron.pipeline.run.step_table import StepTable
 from fused_megatron.pipeline.schedule.action import Schedule
 from fused_megatron.pipeline.schedule.routing import channels_of
 
-# How long a cut connection may take to be noticed, once a collective has failed for it.
+# Seconds until a cut connection is noticed, after a collective has failed because of it.
 _NOTICE_S = 0.3
 _PROBE_TAG = 1
 
 
 class Connections:
-    """The transport of a pipeline, and a group on the CPU for what all its ranks must know.
+    """Transport of a pipeline, and a control group on the CPU for facts that all its ranks must know.
 
     Args:
-        name: of this pipeline alone, the same on all ranks.
-        schedule: lowered.
-        device: of the tensors.
-        transport: in place of Channels; must be given for a fake group.
+        name: unique name of this pipeline, the same on all ranks.
+        schedule: the lowered schedule.
+        pp_group: the ranks of the pipeline; None for one rank.
+        device: device of the tensors.
+        transport: replaces Channels; None for Channels. Required for a fake group.
+        timeout: time-out of a wait.
 
     Communication: makes and uses every connection once, in the same order on all ranks.
     """
@@ -61,8 +63,8 @@ class Connections:
             for index, stages in enumerate(schedule.tied):
                 ranks = sorted({schedule.placement[stage] for stage in stages})
                 if self.rank in ranks and len(ranks) > 1:
-                    place = ranks.index(self.rank)
-                    group = make_group(store, f"tied/{index}", place, len(ranks), device, timeout)
+                    tied_rank = ranks.index(self.rank)
+                    group = make_group(store, f"tied/{index}", tied_rank, len(ranks), device, timeout)
                     self.tied_groups[index] = group, [self.global_ranks[each] for each in ranks]
         if transport is None and store is not None:
             transport = Channels(channels_of(schedule), self.rank, store, device, timeout)
@@ -71,13 +73,13 @@ class Connections:
         self.table = StepTable(self._control, store, self.rank, self.num_ranks)
 
     def share_losses(self, losses: Sequence[torch.Tensor] | None, count: int) -> torch.Tensor:
-        """The losses of the rank of the last stage, [count] float64, on every rank."""
+        """Send the losses from the rank of the last stage to every rank; returns them, [count] float64."""
         values = torch.zeros(count, dtype=torch.float64, device=self.device)
         if losses is not None:
             values = torch.stack([loss.double() for loss in losses])
         if self._control is None:
             return values
-        if self.device.type == "cuda":  # on the stream: the host goes on
+        if self.device.type == "cuda":  # on the stream: the host does not wait
             with lost_peers():
                 wait_for(BUBBLE, lambda: dist.broadcast(values, group_src=self._last, group=self._pp_group))
             return values
@@ -86,21 +88,21 @@ class Connections:
         return values
 
     def _broadcast(self, values: torch.Tensor) -> None:
-        """Over the control group, which no frame of a traceback may hold: it must close where this lets go of it."""
+        """Broadcast over the control group. No frame of a traceback may hold the group, or close() would not cut it."""
         options = dist.BroadcastOptions()
         options.rootRank = self._last
         self._control.broadcast([values], options).wait()
 
     def _add_over_ranks(self, values: torch.Tensor) -> None:
-        """As _broadcast: no frame of a traceback may hold the control group."""
+        """Sum over the control group. As in _broadcast no frame of a traceback may hold the group."""
         self._control.allreduce([values]).wait()
 
     def add_auxiliary_losses(
         self, losses: torch.Tensor, auxiliary: Sequence[Mapping[int, torch.Tensor]]
     ) -> torch.Tensor:
-        """The losses [count] and the auxiliary losses of all stages of all ranks, by microbatch; on every rank.
+        """Return losses [count] plus the auxiliary losses of all stages, by microbatch, on every rank.
 
-        Communication: one all-reduce of 8 bytes a microbatch.
+        Communication: one all-reduce of 8 bytes for each microbatch.
         """
         own = torch.zeros_like(losses)
         for of_stage in auxiliary:
@@ -109,33 +111,34 @@ class Connections:
         if self._control is None:
             return losses + own
         with lost_peers():
-            if self.device.type == "cuda":  # on the stream: the host goes on
+            if self.device.type == "cuda":  # on the stream: the host does not wait
                 wait_for(BUBBLE, lambda: dist.all_reduce(own, group=self._pp_group))
             else:
                 wait_for(BUBBLE, lambda: self._add_over_ranks(own))
         return losses + own
 
     def fault(self, lost: int | None, error: Exception, action: str | None) -> PipelineError:
-        """What to raise where a message did not come: the first fault of the pipeline, or that a rank is gone."""
+        """Return the error to raise after a message failed: the first fault of the pipeline, or a rank that is gone."""
         known = self.faults.read()
         if known is None:
-            # Closed connections that say no more: the first to look decides, before it closes its own. Where the store
-            # is gone, its keeper is, the first rank; a peer that closed has but seen that before.
+            # Connections closed without a reason: the first rank that looks decides, before it closes its own. If the
+            # store is gone, the first rank is, since it keeps the store; other peers closed only for that reason.
             if lost is None or not self.faults.readable:
                 dead = self._dead_peer()
                 lost = dead if lost is None or dead >= 0 else lost
-            reason = str(error).partition(". This is typically")[0]  # what gloo guesses at length
+            reason = str(error).partition(". This is typically")[0]  # without gloo's long guess at the cause
             self.faults.write(lost, None, reason)
             known = self.faults.read() or (lost, None, reason)
-        here = f"rank {self.rank} was {f'at {action}' if action else 'between steps'}"
+        here = f"pipeline rank {self.rank} was {f'at {action}' if action else 'between steps'}"
         rank, where, text = known
         if rank < 0:
             return PipelineError(f"pipeline: another rank is gone or silent ({text}); {here}", -1)
-        what = f"rank {rank} failed at {where}: {text}" if where else f"rank {rank} is gone or silent ({text})"
-        return PipelineError(f"pipeline: {what}; {here}", rank, where)
+        # Not those of the run: each pipeline counts its own ranks.
+        what = f"failed at {where}: {text}" if where else f"is gone or silent ({text})"
+        return PipelineError(f"pipeline rank {rank} {what}; {here}", rank, where)
 
     def _dead_peer(self) -> int:
-        """The first rank whose connection of the control group is cut; -1 for none."""
+        """Return the first rank whose connection in the control group is cut; -1 if there is none."""
         end = time.monotonic() + _NOTICE_S
         while self._control is not None and time.monotonic() < end:
             for peer in range(self.num_ranks):
@@ -148,7 +151,7 @@ class Connections:
         return -1
 
     def close(self) -> None:
-        """Cut everything, so that whoever waits for this rank fails at once."""
+        """Cut all connections, so that every rank that waits for this one fails at once."""
         self.closed = True
         close = getattr(self.transport, "close", None)
         if close is not None:
@@ -159,6 +162,6 @@ class Connections:
 
 
 def default_device(pp_group: Group) -> torch.device:
-    """Where the stages of a rank have no tensor that says it."""
+    """Return the device of a rank whose stages have no tensors."""
     cuda = pp_group is not None and dist.get_backend(pp_group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The executor of pipeline schedules on real tensors, the same for every schedule."""
+"""Executor of pipeline schedules on real tensors, the same for every schedule."""
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -13,11 +13,11 @@ from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
 from fused_megatron.pipeline.run.executor_checks import (
-    check_pipeline,
-    check_step,
+    checked_and_lowered,
     chosen_hooks,
     needs_gradients,
     stage_device,
+    step_inputs,
 )
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
@@ -32,7 +32,7 @@ from fused_megatron.sharding import DeferredWeightGradients, update_record
 
 
 class PipelineExecutor:
-    """Runs one rank's part of a pipeline schedule, for any modules.
+    """Executor of one rank's part of a pipeline schedule, for any modules.
 
         schedule = build_schedule("1f1b", num_ranks=2, num_microbatches=4)
         stage = nn.Linear(8, 8) if rank == 0 else nn.Linear(8, 1)
@@ -44,48 +44,49 @@ class PipelineExecutor:
         for x, target in batches:                          # x [32, 8], target [32, 1]; the same on both ranks
             optimizer.zero_grad()
             loss = executor.step(x.chunk(4), target.chunk(4), loss_divisor=target.numel())
-            optimizer.step()                               # the loss is there on every rank
+            optimizer.step()                               # every rank has the loss
         executor.close()
 
-    Gradients add up in the main_grad of a parameter's record (sharding.parameter_record) where it has one and the
-    layer that uses it knows it, as our linears do, else in `param.grad`. Zeroing, clipping and the optimizer are the
-    caller's. Microbatches may differ in shape.
+    Gradients accumulate in the main_grad of a parameter's record (sharding.parameter_record), if it has one and the
+    layer supports it, as the linear layers of this package do; else in `param.grad`. The caller zeroes and clips the
+    gradients and runs the optimizer. Microbatches may differ in shape.
 
     Args:
-        schedule: of compute actions (it is lowered here), or lowered.
-        stages: this rank's modules by stage, on their device. A stage is called with the tensors that the stage before
-            returned (a tensor or a tuple of tensors), stage 0 with a microbatch's inputs.
-        pp_group: the ranks of the pipeline; rank r of the schedule is its rank r. None for one rank.
+        schedule: a schedule of compute actions (the executor lowers it), or a lowered one.
+        stages: this rank's modules by stage, on their device. A stage is called with the result of the stage before (a
+            tensor or a tuple of tensors), stage 0 with the inputs of a microbatch.
+        pp_group: the ranks of the pipeline; rank r of the group is rank r of the schedule. None for one rank.
         loss_fn: (output of the last stage, target) -> the **sum** of the microbatch's losses, 0-dim. Needed on the rank
             of the last stage.
         tied: for each group of schedule.tied this rank's parameters by stage. Their initial values must be equal. Two
             stages of one rank may share one parameter.
-        hooks: what happens to a stage when the schedule says so: `reduce` its gradients over data-parallel ranks,
-            `unshard` and `reshard` its weights, `update` it (asynchronous schedules must have one). See stage_hooks.py.
-        reduce_gradients, update: in place of `hooks`: its `reduce` and `update` only.
-        transport: another network than NCCL or gloo (tests).
-        lookahead: how many computations ahead of its use a receive is posted.
-        timeout_s: of a wait.
-        auxiliary_losses: stages that are not the last may return modules.auxiliary_loss.WithAuxiliaryLoss in training;
-            the same on all ranks. Such a loss is added to the microbatch's, divided with it, and learned from.
-        observe: called with (action, start, end) in seconds, as time.perf_counter, after each computation.
+        hooks: functions that the schedule calls for a stage: `reduce` its gradients over data-parallel ranks, `unshard`
+            and `reshard` its weights, `update` it (required for asynchronous schedules). See stage_hooks.py.
+        reduce_gradients, update: `reduce` and `update` as single functions, instead of `hooks`.
+        transport: a network other than NCCL or gloo (tests).
+        lookahead: number of computations by which a receive is posted before its use.
+        timeout_s: time-out of a wait, in seconds.
+        auxiliary_losses: whether stages other than the last may return modules.auxiliary_loss.WithAuxiliaryLoss in
+            training; the same on all ranks. Such a loss is added to the loss of the microbatch, divided by the same
+            loss_divisor, and contributes to the gradients.
+        observe: called with (action, start, end) after each computation; times in seconds, as time.perf_counter.
 
     Raises:
-        InputError: on every rank, before any stage runs: a schedule with a fault, other stages than it places here,
-            no loss_fn on the last rank, an asynchronous schedule without update or with sharded weights, schedules or
-            tied weights that differ between ranks.
+        InputError: on every rank, before any stage runs: the schedule breaks a rule; the stages are not the ones that
+            the schedule places on this rank; the last rank has no loss_fn; an asynchronous schedule has no update, or
+            sharded weights; schedules or tied weights differ between ranks.
 
-    Communication: at the start a hash of all that must agree, and one connection for each pair of ranks and direction.
-        A step: the tensors between stages; one all-reduce of 8 bytes a microbatch before it, and one broadcast of as
-        many after it; with auxiliary_losses one more all-reduce of as many. Where a stage sees an input of new shapes,
-        1 KiB a connection forward, and 8 bytes backward, once.
-    Memory: a copy of an output, which is freed when its receiver has taken it, and the buffers of a receive are those
-        of its microbatch only. Live activations as `peak_live_activations`, and one received tensor more.
-    Numerics: synchronous schedules add the gradients of a stage in the order of the microbatches: to the last bit those
-        of one process that does the same. A tied weight's are added up for each stage, and the sums once at the end.
-        A parameter that two stages of a rank share is added to in the order of the schedule.
+    Communication: at the start a hash of all facts that must agree, and one connection for each pair of ranks and
+        direction. In a step: the tensors between stages; before it one all-reduce and after it one broadcast of 8 bytes
+        for each microbatch; with auxiliary_losses one more such all-reduce. For an input with new shapes, once: 1 KiB
+        forward and 8 bytes backward on each connection.
+    Memory: a copy of each output until its receiver has taken it, and receive buffers for one microbatch. Live
+        activations as in `peak_live_activations`, and one received tensor more.
+    Numerics: synchronous schedules add the gradients of a stage in the order of the microbatches, bitwise as one
+        process that does the same. Gradients of a tied weight are summed for each stage, and these sums once at the
+        end. A parameter that two stages of a rank share accumulates in the order of the schedule.
 
-    Papers: docs/schedules.md names that of each schedule; the split of a backward: Qi et al. 2023 (arXiv:2401.10241).
+    Papers: docs/schedules.md names the paper of each schedule. Split backward: Qi et al. 2023 (arXiv:2401.10241).
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class PipelineExecutor:
         lowered, error = None, None
         try:
             hooks = chosen_hooks(hooks, reduce_gradients, update)
-            lowered = check_pipeline(schedule, stages, pp_group, loss_fn, tied, hooks)
+            lowered = checked_and_lowered(schedule, stages, pp_group, loss_fn, tied, hooks)
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
@@ -144,16 +145,16 @@ class PipelineExecutor:
             lookahead,
         )
         self.microbatch_losses = torch.zeros(0, dtype=torch.float64)
-        """Of the last step or evaluation: the loss sum of each microbatch, on every rank."""
+        """Loss sum of each microbatch in the last step or evaluation, on every rank."""
 
     @property
-    def at(self) -> Action | None:
-        """The action that this rank is at; None between steps."""
-        return self._loop.at
+    def current_action(self) -> Action | None:
+        """The action that this rank runs; None between steps."""
+        return self._loop.current_action
 
     @property
     def num_live(self) -> int:
-        """Microbatches of stages whose forward is done and whose backward is not."""
+        """Number of microbatches of stages whose forward is done and whose backward is not."""
         return sum(stage.num_live for stage in self._stages.values())
 
     def step(
@@ -164,22 +165,24 @@ class PipelineExecutor:
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of all microbatches.
+        """Run forward and backward of all microbatches.
+
+        With an asynchronous schedule, whose steps overlap, one call runs all steps: inputs and targets hold the
+        microbatches of all of them, loss_divisor is the divisor of one, and the result is the sum of their losses.
 
         Args:
-            inputs: on the rank of stage 0: for each microbatch a tensor, or a tuple of tensors. Elsewhere ignored.
-            targets: on the rank of the last stage: for each microbatch what loss_fn takes. Elsewhere ignored.
+            inputs: on the rank of stage 0 a tensor, or a tuple of tensors, for each microbatch. Ignored on other ranks.
+            targets: on the rank of the last stage the target of loss_fn for each microbatch. Ignored on other ranks.
             loss_divisor: the loss is the sum over the microbatches, divided by this: the number of tokens that count,
-                of all data-parallel ranks. The gradient is divided with it, once.
+                over all data-parallel ranks. Gradients are divided with the loss, once.
             stage_kwargs: for each microbatch keyword arguments of every stage, the same on all ranks.
 
         Returns:
-            The loss, 0-dim float64, on every rank. Where steps run into each other (asynchronous schedules) inputs and
-            targets are those of all of them, loss_divisor is that of one, and the loss their sum.
+            The loss, 0-dim float64, on every rank.
 
         Raises:
-            InputError: on every rank, before anything is sent: what one of them was given wrong; nothing to train.
-            PipelineError: another rank failed, or is gone; says which, and where. The executor is of no use then.
+            InputError: on every rank, before anything is sent: an argument of some rank is wrong; nothing to train.
+            PipelineError: another rank failed or is gone; names the rank and the action. The executor is closed then.
         """
         with torch.enable_grad():
             return self._run(inputs, targets, loss_divisor, stage_kwargs, training=True)
@@ -192,7 +195,7 @@ class PipelineExecutor:
         loss_divisor: float = 1.0,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Only the loss: the same schedule without its backwards. Arguments, result and errors as step()."""
+        """Compute only the loss, by the same schedule without backwards. Arguments, result and errors as step()."""
         with torch.no_grad():
             return self._run(inputs, targets, loss_divisor, stage_kwargs, training=False)
 
@@ -221,11 +224,11 @@ class PipelineExecutor:
             shared = connections.share_losses([losses[m] for m in range(count)] if losses else None, count)
             if training and self._auxiliary_losses:
                 shared = connections.add_auxiliary_losses(shared, [s.auxiliary_losses for s in self._stages.values()])
-        except SharedInputError:  # before anything was sent: the pipeline stays of use
+        except SharedInputError:  # raised before anything was sent: the pipeline stays open
             loop.clear()
             raise
         except PeerLost as lost:
-            fault = connections.fault(lost.rank, lost, str(loop.at) if loop.at else None)
+            fault = connections.fault(lost.rank, lost, str(loop.current_action) if loop.current_action else None)
             self.close()
             raise fault from lost
         except BaseException as error:
@@ -242,11 +245,11 @@ class PipelineExecutor:
         stage_kwargs: Sequence[Mapping[str, Any]] | None,
         training: bool,
     ) -> StepInputs:
-        """Check what was given, and tell the other ranks; they answer while the first stage computes."""
+        """Check the arguments, and start to exchange the result with the other ranks while the first stage computes."""
         step, error, ids = None, None, None
         try:
             device = self._connections.device
-            step = check_step(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
+            step = step_inputs(self.schedule, self._rank, device, inputs, targets, loss_divisor, stage_kwargs)
         except InputError as wrong:
             error = wrong
         count = len(self.schedule.microbatches)
@@ -261,7 +264,7 @@ class PipelineExecutor:
         return step
 
     def _give_up(self, error: BaseException) -> None:
-        """This rank failed: say so to the others, and wake them."""
-        action = self._loop.at
+        """Report the failure of this rank to the others, and close the connections on which they wait."""
+        action = self._loop.current_action
         self._connections.faults.write(self._rank, str(action) if action else None, first_line(error))
         self.close()

@@ -1,4 +1,4 @@
-"""Checks of what a PipelineExecutor is given, before anything is sent."""
+"""Checks of the arguments of a PipelineExecutor and of its steps, before anything is sent."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,10 +14,10 @@ from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions, StageHooks, Wait, do_nothing
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Kind, Schedule, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 
 
-def check_pipeline(
+def checked_and_lowered(
     schedule: Schedule,
     stages: Mapping[int, nn.Module],
     pp_group: Group,
@@ -25,10 +25,10 @@ def check_pipeline(
     tied: Sequence[Mapping[int, nn.Parameter]],
     hooks: StageHooks,
 ) -> Schedule:
-    """The lowered schedule.
+    """Check the arguments of a PipelineExecutor on this rank, and return the schedule, lowered.
 
     Raises:
-        InputError: a schedule with a fault, or what does not fit it.
+        InputError: the schedule breaks a rule, or another argument does not fit the schedule.
     """
     ranks, rank = group_size(pp_group), group_rank(pp_group)
     check(
@@ -37,12 +37,12 @@ def check_pipeline(
     )
     if not schedule.lowered:
         schedule = lower(schedule)
-    elif findings := check_schedule(schedule):
+    elif findings := schedule_findings(schedule):
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
-    wanted, given = set(stages_of(schedule.placement, rank)), set(stages)
+    wanted = sorted(stages_of(schedule.placement, rank))
     check(
-        given == wanted,
-        f"stages={sorted(given)} must be {sorted(wanted)} on rank {rank}, where {schedule.name} places them",
+        sorted(stages) == wanted,
+        f"stages={sorted(stages)} must be {wanted} on rank {rank}, where {schedule.name} places them",
     )
     for stage, module in stages.items():
         check(isinstance(module, nn.Module), f"stages[{stage}]={type(module).__name__} must be an nn.Module")
@@ -67,10 +67,10 @@ def chosen_hooks(
     reduce_gradients: Callable[[int], Wait | None] | None,
     update: Callable[[int, int], None] | None,
 ) -> StageHooks:
-    """The hooks as given, or made of the two functions.
+    """Return hooks, or hooks made of the two functions.
 
     Raises:
-        InputError: both are given.
+        InputError: hooks and a function are given.
     """
     if hooks is None:
         return StageFunctions(reduce=reduce_gradients or do_nothing, update=update or do_nothing)
@@ -88,10 +88,10 @@ def _check_tied(
         len(tied) == len(schedule.tied),
         f"tied has {len(tied)} groups, and schedule.tied {len(schedule.tied)}: {schedule.tied}",
     )
-    for index, (given, group) in enumerate(zip(tied, schedule.tied, strict=True)):
-        wanted = sorted(set(group) & set(stages))
-        check(sorted(given) == wanted, f"tied[{index}] has stages {sorted(given)}, and must have {wanted} on this rank")
-        for stage, parameter in given.items():
+    for index, (parameters, group) in enumerate(zip(tied, schedule.tied, strict=True)):
+        found, wanted = sorted(parameters), sorted(set(group) & set(stages))
+        check(found == wanted, f"tied[{index}] has stages {found}, and must have {wanted} on this rank")
+        for stage, parameter in parameters.items():
             check(
                 any(parameter is own for own in stages[stage].parameters()),
                 f"tied[{index}][{stage}] must be a parameter of stage {stage}",
@@ -99,13 +99,13 @@ def _check_tied(
 
 
 def stage_device(module: nn.Module) -> torch.device | None:
-    """The device of a stage's parameters or buffers; None where it has none."""
+    """Return the device of a stage's parameters or buffers; None if it has neither."""
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return None
 
 
-def check_step(
+def step_inputs(
     schedule: Schedule,
     rank: int,
     device: torch.device,
@@ -114,17 +114,17 @@ def check_step(
     loss_divisor: float,
     stage_kwargs: Sequence[Mapping[str, Any]] | None,
 ) -> StepInputs:
-    """What the rank needs of it.
+    """Check the arguments of a step, and return the part that this rank needs.
 
     Raises:
-        InputError: missing, of another number than microbatches, of the wrong type or on the wrong device.
+        InputError: an argument is missing, has not one item for each microbatch, or has the wrong type or device.
     """
     check(
         isinstance(loss_divisor, int | float) and math.isfinite(loss_divisor) and loss_divisor > 0,
         f"loss_divisor={loss_divisor!r} must be a number above 0",
     )
     count = len(schedule.microbatches)
-    given_inputs: list[tuple[torch.Tensor, ...]] = []
+    own_inputs: list[tuple[torch.Tensor, ...]] = []
     if schedule.placement[0] == rank:
         items = _items("inputs", inputs, count)
         for index, item in enumerate(items):
@@ -134,32 +134,32 @@ def check_step(
                 check(
                     isinstance(tensor, torch.Tensor), f"{what} is a {type(tensor).__name__}: a tensor or tuple wanted"
                 )
-                check(tensor.device == device, f"{what}.device={tensor.device} must be {device}, that of the stages")
-            given_inputs.append(tensors)
-    given_targets: Sequence[Any] = ()
+                check(tensor.device == device, f"{what}.device={tensor.device} must be {device}, as the stages")
+            own_inputs.append(tensors)
+    own_targets: Sequence[Any] = ()
     if schedule.placement[-1] == rank:
-        given_targets = _items("targets", targets, count)
-        for index, target in enumerate(given_targets):
+        own_targets = _items("targets", targets, count)
+        for index, target in enumerate(own_targets):
             if isinstance(target, torch.Tensor):
                 what = f"targets[{index}].device={target.device}"
-                check(target.device == device, f"{what} must be {device}, that of the stages")
+                check(target.device == device, f"{what} must be {device}, as the stages")
     kwargs = () if stage_kwargs is None else _items("stage_kwargs", stage_kwargs, count)
-    return StepInputs(given_inputs, given_targets, kwargs, loss_divisor)
+    return StepInputs(own_inputs, own_targets, kwargs, loss_divisor)
 
 
 def needs_gradients(stages: Iterable[StageCompute], step: StepInputs) -> bool:
-    """Whether a parameter of this rank's stages requires a gradient, or a tensor that the step was given."""
+    """Whether a parameter of this rank's stages, or an input of the step, requires a gradient."""
     if any(p.requires_grad for stage in stages for p in stage.module.parameters()):
         return True
-    given = [*step.inputs, *(kwargs.values() for kwargs in step.kwargs)]
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for tensors in given for x in tensors)
+    inputs = [*step.inputs, *(kwargs.values() for kwargs in step.kwargs)]
+    return any(isinstance(x, torch.Tensor) and x.requires_grad for values in inputs for x in values)
 
 
-def _items(name: str, given: Any, count: int) -> Sequence[Any]:
-    check(given is not None, f"{name}=None must be given on this rank: one for each of {count} microbatches")
+def _items(name: str, value: Any, count: int) -> Sequence[Any]:
+    check(value is not None, f"{name}=None must be given on this rank: one for each of {count} microbatches")
     check(
-        isinstance(given, Sequence),
-        f"{name} is a {type(given).__name__}: a list wanted, one item for each microbatch (tensor.chunk({count}))",
+        isinstance(value, Sequence),
+        f"{name} is a {type(value).__name__}: a list wanted, one item for each microbatch (tensor.chunk({count}))",
     )
-    check(len(given) == count, f"{name} has {len(given)} items: one for each of {count} microbatches wanted")
-    return given
+    check(len(value) == count, f"{name} has {len(value)} items: one for each of {count} microbatches wanted")
+    return value

@@ -1,4 +1,4 @@
-"""Faults of a pipeline: what went wrong on which rank, so that every rank can say it."""
+"""Faults of a pipeline: a shared record of the first one, and the errors that report it on every rank."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ _PATIENCE_S = 1.0
 
 
 class PipelineError(RuntimeError):
-    """A pipeline that cannot go on, because of another rank.
+    """Error of a pipeline that cannot continue because of another rank.
 
     Attributes:
-        rank: of the pipeline, that failed or is gone.
-        action: where it failed, as text; None where it is gone or was not in an action.
+        rank: the rank of the pipeline that failed or is gone; -1 if unknown.
+        action: text of the action in which it failed; None if it is gone or was in no action.
     """
 
     def __init__(self, message: str, rank: int, action: str | None = None) -> None:
@@ -31,10 +31,10 @@ class PipelineError(RuntimeError):
 
 
 class PeerLost(Exception):
-    """A message or collective that will not come to its end. Caught in the executor, which finds out why.
+    """Failure of a message or collective. The executor catches it and finds the cause.
 
     Attributes:
-        rank: of the peer; None for a collective.
+        rank: rank of the peer; None for a collective.
     """
 
     def __init__(self, rank: int | None, error: Exception) -> None:
@@ -44,7 +44,7 @@ class PeerLost(Exception):
 
 @contextmanager
 def lost_peers(rank: int | None = None) -> Iterator[None]:
-    """Errors of torch.distributed as PeerLost."""
+    """Raise errors of torch.distributed as PeerLost."""
     try:
         yield
     except RuntimeError as error:
@@ -52,7 +52,7 @@ def lost_peers(rank: int | None = None) -> Iterator[None]:
 
 
 class FaultRecord:
-    """The first fault of a pipeline, in the store where its ranks met. Only looked at when a connection broke."""
+    """Record of the first fault of a pipeline, in the store of its ranks. Read only after a connection broke."""
 
     def __init__(self, store: dist.Store | None) -> None:
         self._store = store
@@ -63,11 +63,11 @@ class FaultRecord:
         return self._store is not None
 
     def write(self, rank: int, action: str | None, text: str) -> None:
-        """Unless another rank was first. A store that is gone or silent is no further fault."""
+        """Record a fault, unless there is one already. A store that is gone or silent is no further fault."""
         self._asked(lambda store: store.compare_set(_KEY, "", json.dumps([rank, action, text])))
 
     def read(self) -> tuple[int, str | None, str] | None:
-        """(rank, action, what happened) of the first fault."""
+        """Return (rank, action, text of the error) of the first fault; None if none is known."""
         found = self._asked(lambda store: store.get(_KEY) if store.check([_KEY]) else None)
         if found is None:
             return None
@@ -75,16 +75,16 @@ class FaultRecord:
         return rank, action, text
 
     def _asked(self, ask: Callable[[dist.Store], bytes | None]) -> bytes | None:
-        """What the store answers. None where it is gone or silent, as the rank that kept it may be: never asked again.
+        """Return the answer of the store; None if it is gone or silent, and then it is never asked again.
 
-        A store's calls wait without end for a keeper that is stopped, so a thread makes them.
+        The rank that keeps the store may be stopped. Calls of the store then wait without end, so a thread makes them.
         """
         store, answers = self._store, []
         if store is None:
             return None
 
         def call() -> None:
-            with contextlib.suppress(Exception):  # the first fault is what the user must see
+            with contextlib.suppress(Exception):  # the user must see the first fault, not this one
                 answers.append(ask(store))
 
         thread = threading.Thread(target=call, daemon=True, name="pipeline-fault")
@@ -97,7 +97,7 @@ class FaultRecord:
 
 
 def marked_grid(schedule: Schedule, rank: int, action: Action, around: int = 6) -> str:
-    """The lists of all ranks near an action of one, which is marked."""
+    """Return the actions of all ranks near an action of one rank, as text with this action marked."""
     position = schedule.actions[rank].index(action)
     first = max(0, position - around)
     rows = [[str(each) for each in actions[first : position + around + 1]] for actions in schedule.actions]
@@ -108,6 +108,6 @@ def marked_grid(schedule: Schedule, rank: int, action: Action, around: int = 6) 
 
 
 def print_fault(schedule: Schedule, rank: int, action: Action, error: BaseException) -> None:
-    """On the standard error of the rank that failed."""
+    """Print the fault, with its place in the schedule, to standard error."""
     head = f"pipeline {schedule.name}, rank {rank}: {action} failed: {first_line(error)}\n"
     sys.stderr.write(head + marked_grid(schedule, rank, action))

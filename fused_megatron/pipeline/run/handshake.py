@@ -1,4 +1,4 @@
-"""Agreement of the ranks of a pipeline on what each was given, before anything else is sent."""
+"""Agreement of the ranks of a pipeline on their arguments, before anything else is sent."""
 
 import hashlib
 import secrets
@@ -17,12 +17,12 @@ _HERE = "the pipeline was being set up"
 
 
 def schedule_hash(schedule: Schedule) -> str:
-    """Of all of a schedule."""
+    """Return a hash of the whole schedule."""
     return hashlib.sha256(to_json(schedule).encode()).hexdigest()[:16]
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
-    """Of shape, dtype and every bit that it has."""
+    """Return a hash of shape, dtype and every bit, if the tensor has values."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
     if has_values(tensor):
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -36,16 +36,19 @@ def agree(
     tied: Sequence[Sequence[str]],
     auxiliary_losses: bool,
 ) -> str:
-    """A name that is this pipeline's alone, the same on all ranks.
+    """Compare the arguments of all ranks, and return a unique name of this pipeline, the same on all ranks.
 
     Args:
-        error: what this rank was given wrong.
-        schedule: lowered; None with an error.
-        tied: per tied weight the hashes of this rank's parameters.
-        auxiliary_losses: whether stages may return them.
+        group: the ranks of the pipeline; None for one rank.
+        error: error in the arguments of this rank; None if there is none.
+        schedule: the lowered schedule; None with an error.
+        tied: for each tied weight the hashes of this rank's parameters.
+        auxiliary_losses: whether stages may return auxiliary losses.
 
     Raises:
-        SharedInputError: on every rank, if one has an error, or the schedules or initial tied weights differ.
+        SharedInputError: on every rank: a rank has an error, or schedules, initial tied weights or auxiliary_losses
+            differ.
+        PipelineError: another rank is gone or silent.
     """
     mine = {
         "schedule": None if schedule is None else [_shown(schedule), schedule_hash(schedule)],
@@ -66,21 +69,21 @@ def agree(
 def _fault(everyone: Sequence[Outcome]) -> str | None:
     if failed_ranks(everyone):
         return shared_text(everyone)[0]
-    given = [outcome.value for outcome in everyone]
-    first = given[0]
-    for rank, each in enumerate(given):
+    values = [outcome.value for outcome in everyone]
+    first = values[0]
+    for rank, each in enumerate(values):
         if each["schedule"] != first["schedule"]:
             here, there = (f"{shown} (hash {digest})" for shown, digest in (first["schedule"], each["schedule"]))
             return f"the schedule must be the same on all ranks: rank 0 has {here}, rank {rank} has {there}"
         if each["auxiliary_losses"] != first["auxiliary_losses"]:
             return f"auxiliary_losses={first['auxiliary_losses']} on rank 0 must be the same on rank {rank}"
     for index in range(len(first["tied"])):
-        hashes = [(rank, digest) for rank, each in enumerate(given) for digest in each["tied"][index]]
+        hashes = [(rank, digest) for rank, each in enumerate(values) for digest in each["tied"][index]]
         for rank, digest in hashes:
             if digest != hashes[0][1]:
                 return (
-                    f"tied[{index}]: the weight of rank {rank} differs from that of rank {hashes[0][0]} (start from "
-                    "one value: copy or broadcast it, or draw it from one seed)"
+                    f"tied[{index}]: the weight of rank {rank} differs from the weight of rank {hashes[0][0]} (start "
+                    "from one value: copy or broadcast it, or draw it from one seed)"
                 )
     return None
 

@@ -1,4 +1,4 @@
-"""Messages from stage to stage, tuples of tensors: receives are posted ahead, sends retired, shapes learnt once."""
+"""Messages between stages: tuples of tensors, with receives posted ahead and shapes exchanged once."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
 
 class TensorSpec(NamedTuple):
-    """What a receiver must know of a tensor."""
+    """Facts about a tensor that its receiver needs."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -24,7 +24,7 @@ class TensorSpec(NamedTuple):
 
 
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
-    """The spec of a tensor."""
+    """Return the spec of a tensor."""
     return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
 
 
@@ -34,12 +34,12 @@ _DTYPES = (
 )  # fmt: skip
 HEADER_NUMBERS = 128
 """Length of a header."""
-_TENSORS_PER_MESSAGE = 32  # tags of one message: those of its tensors, and two more
+_TENSORS_PER_MESSAGE = 32  # tags of one message: one for each tensor, and two more
 _FLAGS, _HEADER = 30, 31
 
 
-class _Arrival:
-    """A receive: not yet posted, or with its buffers."""
+class _Receive:
+    """A receive that is announced; with its buffers, once it is posted."""
 
     def __init__(self, action: Action, channel: Channel, key: tuple[int, int]) -> None:
         self.action = action
@@ -52,22 +52,23 @@ class _Arrival:
 
 
 class Messages:
-    """The messages of one rank.
+    """Messages of one rank to and from other ranks.
 
-    What a stage sends depends only on the shapes of its input, so a microbatch carries a number for the shapes that
-    it entered the pipeline with (`shape_ids`, step_table.py). When a stage sees a new number it sends a header of 1 KiB
-    ahead of its tensors; both sides keep it, and all later receives can be posted before they are needed. Gradients
-    have the shapes of what was sent.
+    The shapes of a stage's output depend only on the shapes of its input. So each microbatch has a number for the
+    shapes with which it entered the pipeline (`shape_ids`, step_table.py). For a new number a stage sends a header of
+    1 KiB ahead of its tensors. Both sides keep the header, so that all later receives can be posted before their use.
+    Gradients have the shapes of the activations.
 
-    A tensor that the next stage does not use has no gradient: None, as in one process, so that what only it comes from
-    has none either. The first gradients of new shapes say ahead whether there are all of them. If not, these and later
-    ones come with a flag for each. If so, one that is missing later is sent as zeros, since nobody expects a flag.
+    If the next stage does not use a tensor, its gradient is None, as in one process, so that tensors before it get no
+    gradient either. The first gradients of new shapes are preceded by a note on whether all of them exist. If not,
+    these and all later ones are sent with a flag for each gradient. If so, a gradient that is missing later is sent as
+    zeros, since the receiver expects no flags.
 
     Args:
-        schedule: lowered.
+        schedule: the lowered schedule.
         transport: the network; None for one rank, which sends nothing.
-        device: of what is received.
-        ranks: the global rank of each rank of the pipeline, for those who watch; None: the same numbers.
+        device: device of the received tensors.
+        ranks: the global rank of each rank of the pipeline, for tools that watch messages; None: the same numbers.
     """
 
     def __init__(
@@ -82,32 +83,34 @@ class Messages:
         self._transport = transport
         self._device = device
         self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
-        # By the key of the tensors that they are gradients of: whether flags come with them.
+        # Whether gradients are sent with flags, by the key of the activations.
         self._flagged: dict[tuple[int, int], bool] = {}
-        self._leaving: list[tuple[Pending, int]] = []
-        self._arriving: dict[Action, _Arrival] = {}  # in the order in which they were announced
+        self._sends: list[tuple[Pending, int]] = []
+        self._receives: dict[Action, _Receive] = {}  # in the order in which they were announced
 
     def send(self, action: Action, tensors: Sequence[torch.Tensor | None], shape_id: int) -> None:
-        """Begin to send; the tensors are held until they are through, and must not change until then.
+        """Start to send tensors, which are kept, and must not change, until they are sent.
 
         Args:
-            tensors: activations, or gradients, of which some may be None.
+            action: a SEND_F or SEND_B.
+            tensors: activations, or gradients, which may be None.
+            shape_id: number for the shapes of the microbatch.
 
         Raises:
-            ValueError: other shapes than for the same input before, which the receiver could not know.
+            ValueError: the shapes differ from earlier ones of the same shape_id, so that the receiver would be wrong.
         """
-        given = [tensor for tensor in tensors if tensor is not None]
+        present = [tensor for tensor in tensors if tensor is not None]
         if action.kind == Kind.SEND_F:
-            self._announce(action, tuple(spec_of(tensor) for tensor in given), shape_id)
+            self._record_specs(action, tuple(spec_of(tensor) for tensor in present), shape_id)
         else:
-            given = self._complete(action, tensors, (action.stage - 1, shape_id))
-        for index, tensor in enumerate(given):
+            present = self._complete(action, tensors, (action.stage - 1, shape_id))
+        for index, tensor in enumerate(present):
             self._send(action, tensor.detach(), index)
 
     def _complete(
         self, action: Action, gradients: Sequence[torch.Tensor | None], key: tuple[int, int]
     ) -> list[torch.Tensor]:
-        """Gradients with zeros where there are none; says so ahead, once, and in flags."""
+        """Return gradients with zeros in place of None; before that, send the note and the flags on None if needed."""
         missing = [gradient is None for gradient in gradients]
         if gradients and key not in self._flagged:
             self._flagged[key] = any(missing)
@@ -120,7 +123,7 @@ class Messages:
             for gradient, spec in zip(gradients, specs, strict=True)
         ]
 
-    def _announce(self, action: Action, specs: tuple[TensorSpec, ...], shape_id: int) -> None:
+    def _record_specs(self, action: Action, specs: tuple[TensorSpec, ...], shape_id: int) -> None:
         known = self._specs.setdefault((action.stage, shape_id), specs)
         if known != specs:
             raise ValueError(
@@ -139,7 +142,7 @@ class Messages:
             announce_send(tensor, self._ranks[source], self._ranks[target])
             with lost_peers(target):
                 pending = self._transport.send(tensor.contiguous(), target, direction, self._tag(action, index))
-            self._leaving.append((pending, target))
+            self._sends.append((pending, target))
 
     def _tag(self, action: Action, index: int) -> int:
         sender = action if action.kind in SENDS else peer(action)
@@ -147,95 +150,95 @@ class Messages:
         return (number * _TENSORS_PER_MESSAGE + index) % 2**31
 
     def post(self, action: Action, shape_id: int) -> None:
-        """Announce a receive: its buffers are allocated and handed over now, or when their shapes are known."""
+        """Announce a receive. Its buffers are allocated and posted now, or as soon as their shapes are known."""
         channel = channel_of(self._schedule, action)
-        # Gradients have the shapes of what this stage sent; activations of what the one before it sends.
+        # Gradients have the shapes that this stage sent; activations have the shapes that the stage before it sends.
         key = (action.stage - 1 if action.kind == Kind.RECV_F else action.stage, shape_id)
-        self._arriving[action] = _Arrival(action, channel, key)
+        self._receives[action] = _Receive(action, channel, key)
         self._advance(channel)
 
     def take(self, action: Action) -> list[torch.Tensor] | list[torch.Tensor | None]:
-        """What was received; waits for it. Activations that need a gradient say so; of gradients some may be None."""
-        arrival = self._arriving[action]
-        if arrival.tensors is None:
-            self._advance(arrival.channel, wanted=arrival)
-        assert arrival.tensors is not None, f"{action} is scheduled before the message that determines its shape"
-        del self._arriving[action]
-        for pending in arrival.pending:
-            self._await(pending, arrival.channel.source)
-        if arrival.flags is None:
-            return arrival.tensors
-        missing = arrival.flags.tolist()
-        return [None if absent else tensor for absent, tensor in zip(missing, arrival.tensors, strict=True)]
+        """Wait for a message, and return its tensors. Activations have requires_grad set; gradients may be None."""
+        receive = self._receives[action]
+        if receive.tensors is None:
+            self._advance(receive.channel, wanted=receive)
+        assert receive.tensors is not None, f"{action} is scheduled before the message that determines its shape"
+        del self._receives[action]
+        for pending in receive.pending:
+            self._wait_for_message(pending, receive.channel.source)
+        if receive.flags is None:
+            return receive.tensors
+        missing = receive.flags.tolist()
+        return [None if absent else tensor for absent, tensor in zip(missing, receive.tensors, strict=True)]
 
-    def _advance(self, channel: Channel, wanted: _Arrival | None = None) -> None:
-        """Post what can be, in the order of the channel; up to the wanted one wait for the headers."""
-        for arrival in [each for each in self._arriving.values() if each.channel == channel and each.tensors is None]:
-            forward = arrival.action.kind == Kind.RECV_F
-            if not forward and arrival.key not in self._specs:
-                return  # this stage has yet to send, and learns the shape by that
-            if self._needs_header(arrival, forward):
-                if arrival.header is None:
+    def _advance(self, channel: Channel, wanted: _Receive | None = None) -> None:
+        """Post all receives whose shapes are known, in the order of the channel; wait for headers up to `wanted`."""
+        for receive in [each for each in self._receives.values() if each.channel == channel and each.tensors is None]:
+            forward = receive.action.kind == Kind.RECV_F
+            if not forward and receive.key not in self._specs:
+                return  # this stage has not sent the activations yet, and so does not know their shapes
+            if self._needs_header(receive, forward):
+                if receive.header is None:
                     numbers = HEADER_NUMBERS if forward else 1
                     buffer = torch.empty(numbers, dtype=torch.int64, device=self._device)
-                    arrival.header = (self._receive(arrival, buffer, _HEADER), buffer)
+                    receive.header = (self._receive(receive, buffer, _HEADER), buffer)
                 if wanted is None:
                     return
-                self._await(arrival.header[0], channel.source)
-                found = arrival.header[1].tolist()
+                self._wait_for_message(receive.header[0], channel.source)
+                found = receive.header[1].tolist()
                 if forward:
-                    self._specs[arrival.key] = _decode(found)
+                    self._specs[receive.key] = _decode(found)
                 else:
-                    self._flagged[arrival.key] = bool(found[0])
-            self._post(arrival, self._specs[arrival.key])
-            if arrival is wanted:
+                    self._flagged[receive.key] = bool(found[0])
+            self._post(receive, self._specs[receive.key])
+            if receive is wanted:
                 wanted = None
 
-    def _needs_header(self, arrival: _Arrival, forward: bool) -> bool:
+    def _needs_header(self, receive: _Receive, forward: bool) -> bool:
         if forward:
-            return arrival.key not in self._specs
-        return arrival.key not in self._flagged and any(spec.requires_grad for spec in self._specs[arrival.key])
+            return receive.key not in self._specs
+        return receive.key not in self._flagged and any(spec.requires_grad for spec in self._specs[receive.key])
 
-    def _post(self, arrival: _Arrival, specs: tuple[TensorSpec, ...]) -> None:
-        forward = arrival.action.kind == Kind.RECV_F
-        if not forward and self._flagged.get(arrival.key):
-            arrival.flags = torch.empty(
+    def _post(self, receive: _Receive, specs: tuple[TensorSpec, ...]) -> None:
+        forward = receive.action.kind == Kind.RECV_F
+        if not forward and self._flagged.get(receive.key):
+            receive.flags = torch.empty(
                 sum(spec.requires_grad for spec in specs), dtype=torch.uint8, device=self._device
             )
-            arrival.pending.append(self._receive(arrival, arrival.flags, _FLAGS))
-        arrival.tensors = []
-        # Of a backward message the indices are those of the gradients, as its sender counts them.
+            receive.pending.append(self._receive(receive, receive.flags, _FLAGS))
+        receive.tensors = []
+        # In a backward message the sender numbers the gradients only, without tensors that need none.
         for spec in specs if forward else [spec for spec in specs if spec.requires_grad]:
             buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
             if buffer.numel():
-                arrival.pending.append(self._receive(arrival, buffer, len(arrival.tensors)))
-            arrival.tensors.append(buffer.requires_grad_(spec.requires_grad and forward))
+                receive.pending.append(self._receive(receive, buffer, len(receive.tensors)))
+            receive.tensors.append(buffer.requires_grad_(spec.requires_grad and forward))
 
-    def _receive(self, arrival: _Arrival, buffer: torch.Tensor, index: int) -> Pending:
+    def _receive(self, receive: _Receive, buffer: torch.Tensor, index: int) -> Pending:
         assert self._transport is not None
-        source, target, direction = arrival.channel
+        source, target, direction = receive.channel
         announce_receive(buffer, self._ranks[source], self._ranks[target])
         with lost_peers(source):
-            return self._transport.receive(buffer, source, direction, self._tag(arrival.action, index))
+            return self._transport.receive(buffer, source, direction, self._tag(receive.action, index))
 
     def retire(self) -> None:
-        """Let go of what is through."""
-        self._leaving = [each for each in self._leaving if not self._wait(each[0].is_completed, each[1])]
+        """Free the tensors of sends that are done."""
+        self._sends = [each for each in self._sends if not self._wait(each[0].is_completed, each[1])]
 
     def finish(self) -> None:
-        """Wait until all is through."""
-        while self._leaving:
-            pending, target = self._leaving.pop(0)
+        """Wait until all sends are done."""
+        while self._sends:
+            pending, target = self._sends.pop(0)
             self._wait(pending.wait, target)
-        assert not self._arriving, "every receive has its use"
+        assert not self._receives, "every receive has its use"
 
     def clear(self) -> None:
         """Forget all messages, after a fault."""
-        self._leaving.clear()
-        self._arriving.clear()
+        self._sends.clear()
+        self._receives.clear()
 
-    def _await(self, pending: Pending, rank: int) -> None:
-        """Until a message of another stage is there."""
+    def _wait_for_message(self, pending: Pending, rank: int) -> None:
+        """Wait until a message of another stage is there."""
         self._wait(lambda: wait_for(BUBBLE, pending.wait), rank)
 
     @staticmethod
@@ -249,11 +252,11 @@ def _shown(specs: Sequence[TensorSpec]) -> str:
 
 
 def encode_header(specs: Sequence[TensorSpec]) -> list[int]:
-    """The int64 numbers that say ahead of a message which tensors it has.
+    """Encode the specs of a message's tensors as the HEADER_NUMBERS int64 numbers of its header.
 
     Raises:
-        TypeError: a dtype that cannot be sent.
-        ValueError: more tensors than a header has room for.
+        TypeError: a dtype cannot be sent.
+        ValueError: the tensors do not fit in a header.
     """
     numbers = [len(specs)]
     for spec in specs:

@@ -1,4 +1,4 @@
-"""Forward and backward of one stage, one microbatch at a time. Knows no other rank."""
+"""Forward and backward of one stage, one microbatch at a time, without communication."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -14,34 +14,34 @@ from fused_megatron.sharding import DeferredWeightGradients
 
 
 def first_gradient(loss: torch.Tensor, loss_divisor: float) -> torch.Tensor:
-    """The gradient with which the backward of a microbatch begins.
+    """Return the gradient with which the backward of a microbatch begins.
 
-    Gradients are divided here and nowhere else: microbatches, stages and data-parallel ranks only add theirs up.
+    Gradients are divided here and nowhere else. Microbatches, stages and data-parallel ranks only sum them.
     """
     return torch.ones_like(loss) / loss_divisor
 
 
-class _Kept(NamedTuple):
-    """What is kept of a forward, besides what autograd keeps: no output."""
+class _SavedForward(NamedTuple):
+    """State of a forward that backward needs, besides autograd's. It holds no output."""
 
-    inputs: tuple[torch.Tensor, ...]  # that need a gradient
+    inputs: tuple[torch.Tensor, ...]  # only inputs that need a gradient
     edges: tuple[GradientEdge, ...]  # of the outputs that need a gradient
-    auxiliary: GradientEdge | None  # of the auxiliary loss of a stage that is not the last
+    auxiliary: GradientEdge | None  # of the auxiliary loss, if this is not the last stage
 
 
 class StageCompute:
     """A stage's module and its microbatches under way.
 
     Args:
-        module: what the stage computes.
-        deferred: the store of this rank's weight gradients, which the parameters' records name.
-        loss_fn: of the last stage: (its output, target) -> what it returns.
+        module: the module of the stage.
+        deferred: this rank's store of deferred weight gradients, which the records of the parameters refer to.
+        loss_fn: for the last stage: (output of the module, target) -> loss.
         auxiliary_losses: whether the module may return WithAuxiliaryLoss.
 
     Attributes:
-        auxiliary_losses: of the step, by microbatch; the last stage's are in its loss.
+        auxiliary_losses: auxiliary losses of the step, by microbatch; on the last stage they are part of the loss.
 
-    Memory: of an output only its place in the graph is kept, so that it is freed when all others have let go of it.
+    Memory: for an output only its edge in the graph is kept, so that its memory is free once no one else uses it.
     """
 
     def __init__(
@@ -56,24 +56,24 @@ class StageCompute:
         self._loss_fn = loss_fn
         self._auxiliary = auxiliary_losses
         self.auxiliary_losses: dict[int, torch.Tensor] = {}
-        self._kept: dict[int, _Kept] = {}
+        self._saved: dict[int, _SavedForward] = {}
         self._products: dict[int, list[Callable[[], None]]] = {}
 
     @property
     def num_live(self) -> int:
-        """Microbatches between forward and the end of their backward."""
-        return len({*self._kept, *self._products})
+        """Number of microbatches between forward and the end of their backward."""
+        return len({*self._saved, *self._products})
 
     def forward(
         self, microbatch: int, inputs: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any], target: Any = None
     ) -> tuple[torch.Tensor, ...]:
-        """The outputs; of the last stage only their loss. Under no_grad nothing is kept.
+        """Run the module; return its outputs, on the last stage only the loss. Under no_grad nothing is saved.
 
-        An auxiliary loss is added to the loss, or kept for backward; under no_grad, in an evaluation, it is left out.
+        An auxiliary loss is added to the loss, or saved for backward; under no_grad (evaluation) it is ignored.
 
         Raises:
-            InputError: a stage that changes its input in place.
-            TypeError: outputs that are not tensors.
+            InputError: the stage changes its input in place.
+            TypeError: an output is not a tensor.
         """
         try:
             output, auxiliary = split_auxiliary_loss(self.module(*inputs, **kwargs))
@@ -81,8 +81,8 @@ class StageCompute:
             if "leaf Variable that requires grad" not in str(error):
                 raise
             raise InputError(
-                "a stage changes its input in place, which autograd allows of no leaf, and the input of a stage is one "
-                "(clone it, or make the first op of the stage one that is not in place: inplace=False)"
+                "a stage changes its input in place, which autograd forbids, since the input of a stage is a leaf "
+                "(clone it, or begin the stage with an op that is not in place: inplace=False)"
             ) from error
         if not torch.is_grad_enabled():
             auxiliary = None
@@ -97,12 +97,12 @@ class StageCompute:
         outputs = output if isinstance(output, tuple) else (output,)
         for tensor in outputs:
             if not isinstance(tensor, torch.Tensor):
-                given = type(tensor).__name__
-                raise TypeError(f"a stage returned {given}: it must return a tensor or a tuple of tensors")
+                found = type(tensor).__name__
+                raise TypeError(f"a stage returned {found}: it must return a tensor or a tuple of tensors")
         if torch.is_grad_enabled():
             edges = tuple(get_gradient_edge(tensor) for tensor in outputs if tensor.requires_grad)
             edge = None if auxiliary is None or not auxiliary.requires_grad else get_gradient_edge(auxiliary)
-            self._kept[microbatch] = _Kept(tuple(x for x in inputs if x.requires_grad), edges, edge)
+            self._saved[microbatch] = _SavedForward(tuple(x for x in inputs if x.requires_grad), edges, edge)
             if auxiliary is not None:
                 self.auxiliary_losses[microbatch] = auxiliary.detach().clone()
         return outputs
@@ -110,38 +110,40 @@ class StageCompute:
     def backward(
         self, microbatch: int, gradients: Sequence[torch.Tensor | None], split: bool, loss_divisor: float
     ) -> list[torch.Tensor | None]:
-        """Backward of a microbatch; with split the weights that can wait for weight_grad().
+        """Run the backward of a microbatch; with split, weight gradients that can wait are left to weight_grad().
 
         Args:
-            gradients: of the outputs that need one, in order; None for one that the next stage did not use. That of
-                the loss counts for nothing where the loss is a constant (a microbatch without targets).
-            loss_divisor: of the step, and so of an auxiliary loss.
+            microbatch: its index.
+            gradients: gradients of the outputs that need one, in order; None for outputs that the next stage did not
+                use. Ignored for a loss that is a constant (a microbatch without targets).
+            split: whether weight gradients are deferred.
+            loss_divisor: divisor of the step, also for an auxiliary loss.
 
         Returns:
-            The gradients of the inputs that need one, in order; None for one that was not used.
+            The gradients of the inputs that need one, in order; None for an input that was not used.
         """
-        inputs, edges, auxiliary = self._kept.pop(microbatch)
+        inputs, edges, auxiliary = self._saved.pop(microbatch)
         products: list[Callable[[], None]] = []
         if self._loss_fn is not None and not edges:
             gradients = ()
-        given = [(edge, x) for edge, x in zip(edges, gradients, strict=True) if x is not None]
+        starts = [(edge, x) for edge, x in zip(edges, gradients, strict=True) if x is not None]
         if auxiliary is not None:
-            given.append((auxiliary, first_gradient(self.auxiliary_losses[microbatch], loss_divisor)))
+            starts.append((auxiliary, first_gradient(self.auxiliary_losses[microbatch], loss_divisor)))
         with self._deferred.collecting(products) if split else nullcontext():
-            if given:
-                torch.autograd.backward([edge for edge, _ in given], [x for _, x in given])
+            if starts:
+                torch.autograd.backward([edge for edge, _ in starts], [x for _, x in starts])
         if split:
             self._products[microbatch] = products
         return [x.grad for x in inputs]
 
     def weight_grad(self, microbatch: int) -> None:
-        """What a split backward left."""
+        """Compute the weight gradients that a split backward deferred."""
         products = self._products.pop(microbatch)
-        while products:  # what a product needed is freed before the next one
+        while products:  # the operands of a product are freed before the next one
             products.pop(0)()
 
     def clear(self) -> None:
         """Forget all microbatches, after a fault."""
-        self._kept.clear()
+        self._saved.clear()
         self._products.clear()
         self.auxiliary_losses.clear()

@@ -1,7 +1,6 @@
-"""Hooks of a pipeline: what the caller does for a stage (reduce, unshard, reshard, update) when the schedule says so.
+"""Hooks of a pipeline: functions of the caller that the schedule calls for a stage (reduce, unshard, reshard, update).
 
-What the ranks of a data-parallel group do in these, they do in the same order, since all of them have the same list of
-actions.
+The ranks of a data-parallel group have the same list of actions, so they call the hooks in the same order.
 """
 
 from collections.abc import Callable
@@ -9,41 +8,41 @@ from dataclasses import dataclass
 from typing import Protocol
 
 Wait = Callable[[], None]
-"""Returns when what was started is done."""
+"""Waits until the communication that a hook started is done."""
 
 
 class StageHooks(Protocol):
-    """What a PipelineExecutor calls for its stages, each by its index.
+    """Functions that a PipelineExecutor calls with the index of a stage.
 
-    `reduce` and `unshard` may start a communication and return how to wait for it: what needs the result waits, and the
-    rank's other actions go on meanwhile.
+    `reduce` and `unshard` may start a communication and return a function that waits for it. An action that needs the
+    result calls this function; the rank's other actions continue meanwhile.
     """
 
     def reduce(self, stage: int) -> Wait | None:
-        """REDUCE_GRAD: sum the stage's gradients, which are complete, over data-parallel ranks."""
+        """REDUCE_GRAD: sum the gradients of the stage, which are complete, over data-parallel ranks."""
 
     def unshard(self, stage: int) -> Wait | None:
-        """UNSHARD: make the stage's weights whole; its next computation waits.
+        """UNSHARD: gather the full weights of the stage; its next computation waits for them.
 
-        The parameters must stay the same objects. A backward may come between another UNSHARD and RESHARD than its
-        forward: it finds the weights only if they are in the same memory (free and fill a parameter's storage, do not
-        replace it), and takes a new version for a fault (torch.autograd._unsafe_preserve_version_counter).
+        The parameters must stay the same objects. There may be a RESHARD and another UNSHARD between a forward and its
+        backward. So the full weights must return to the same memory: free and fill a parameter's storage, and do not
+        replace it. Keep the version counter, or autograd raises (torch.autograd._unsafe_preserve_version_counter).
         """
 
     def reshard(self, stage: int) -> None:
         """RESHARD: keep only this rank's shard."""
 
     def update(self, stage: int, index: int) -> None:
-        """UPDATE, of asynchronous schedules: the optimizer step of the stage, and zeroing; index counts them."""
+        """UPDATE, in asynchronous schedules: run optimizer step number `index` of the stage, and zero its gradients."""
 
 
 def do_nothing(*_: int) -> None:
-    """The hook of a caller who has none."""
+    """Default hook, which does nothing."""
 
 
 @dataclass(frozen=True)
 class StageFunctions:
-    """StageHooks made of functions; one that is not given does nothing."""
+    """StageHooks made of functions; the default of each does nothing."""
 
     reduce: Callable[[int], Wait | None] = do_nothing
     unshard: Callable[[int], Wait | None] = do_nothing

@@ -1,4 +1,4 @@
-"""Versions of a stage's weights that microbatches under way still need (asynchronous schedules)."""
+"""Older versions of a stage's weights, which microbatches under way still use (asynchronous schedules)."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from fused_megatron.pipeline.schedule.action import COMPUTE, Schedule, weight_ve
 
 
 class StashedWeights:
-    """The weights of one stage, of which the parameters show one version at a time.
+    """Versions of the weights of one stage. The parameters hold one version at a time.
 
     Args:
-        module: the stage.
-        stage: its index.
-        schedule: says which version each microbatch uses, and so how long one is kept.
+        module: the module of the stage.
+        stage: index of the stage.
+        schedule: defines the version that each microbatch uses, and so how long a version is kept.
 
-    Memory: the newest version and those that are still to be used, `schedule.peak_weight_versions` at most.
+    Memory: the newest version and versions that are used later, at most `schedule.peak_weight_versions`.
     """
 
     def __init__(self, module: nn.Module, stage: int, schedule: Schedule) -> None:
@@ -35,19 +35,19 @@ class StashedWeights:
         self._newest = 0
 
     def begin(self) -> None:
-        """A step's first version is what the parameters hold now."""
+        """Begin a step, whose first version is the present weights."""
         self._newest, self._left = 0, Counter(self._uses)
         self._values = {0: [p.data for p in self._parameters]}
 
     def use(self, microbatch: int) -> None:
-        """Show the version of a microbatch, for one action."""
+        """Set the parameters to the version of a microbatch, for one action."""
         version = self._version_of[microbatch]
         self._show(self._values[version])
         self._left[version] -= 1
         self._drop_unused()
 
     def update(self, update: Callable[[], None]) -> None:
-        """Show the newest version, and make the next one of it by an update of the parameters in place."""
+        """Set the parameters to the newest version, and make the next version by an update in place."""
         values = self._values[self._newest]
         if self._left[self._newest] > 0:
             values = [value.clone() for value in values]
@@ -56,13 +56,13 @@ class StashedWeights:
         self._newest += 1
         self._values[self._newest] = values
         self._show(values)
-        # What backward saved is the parameter, in the version that `use` shows then; autograd, which cannot know that,
-        # would take the update for a fault.
+        # A backward saved the parameter, and `use` sets it to the right version before. Autograd does not know that,
+        # and would raise because of the update.
         with torch.autograd._unsafe_preserve_version_counter(tuple(self._parameters)):
             update()
 
     def end(self) -> None:
-        """Leave the parameters at the newest version, and keep nothing else; nothing if no step is under way."""
+        """End a step: set the parameters to the newest version, and free the others. Does nothing between steps."""
         if self._values:
             self._show(self._values[self._newest])
         self._values = {}

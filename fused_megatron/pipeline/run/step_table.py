@@ -1,4 +1,4 @@
-"""Table that the ranks of a pipeline exchange before a step: the shapes that enter it, and whether all is well."""
+"""Table that the ranks of a pipeline exchange before each step: shapes of its inputs, and errors of ranks."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 from fused_megatron.pipeline.run.faults import lost_peers
 
-_FAILED, _TRAINS = 1, 2  # what a rank says of itself
+_FAILED, _TRAINS = 1, 2  # bits of a rank's status
 
 
 def shape_id(inputs: Sequence[torch.Tensor], kwargs: Mapping[str, Any]) -> int:
-    """A number for all that shapes may follow from: shapes, dtypes, plain values, and whether gradients are made."""
+    """Return a hash of everything that shapes may depend on: shapes, dtypes, plain values, and gradients on or off."""
     text = repr((torch.is_grad_enabled(), _signature(tuple(inputs)), _signature(dict(kwargs))))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -32,12 +32,13 @@ def _signature(value: Any) -> Any:
 
 
 class StepTable:
-    """One small collective at the start of each step, under way while the first stage computes.
+    """Exchange by one small collective at the start of each step, which runs while the first stage computes.
 
     Args:
         control: a group of all ranks of the pipeline on the CPU; None for one rank.
-        store: where the text of an error is left for the others.
-        rank, num_ranks: of the pipeline.
+        store: store for the text of an error, which the other ranks read.
+        rank: this rank of the pipeline.
+        num_ranks: number of ranks of the pipeline.
     """
 
     def __init__(self, control: Any, store: dist.Store | None, rank: int, num_ranks: int) -> None:
@@ -51,12 +52,15 @@ class StepTable:
     def start(
         self, shape_ids: Sequence[int] | None, num_microbatches: int, error: InputError | None, trains: bool = True
     ) -> None:
-        """Give what this rank knows: the one of stage 0 the shape ids, any of them an error.
+        """Start the exchange.
 
         Args:
-            trains: whether a gradient is needed on this rank, or nobody asks for one.
+            shape_ids: shape ids of the microbatches, on the rank of stage 0; None on other ranks.
+            num_microbatches: number of microbatches of the step.
+            error: error in the arguments of this rank; None if there is none.
+            trains: False if a training step needs no gradient on this rank.
 
-        Communication: one all-reduce of 8 bytes a microbatch and rank.
+        Communication: one all-reduce of 8 bytes for each microbatch and each rank.
         """
         self._error, self._shape_ids = error, None
         self._numbers = numbers = np.zeros(num_microbatches + self._num_ranks, dtype=np.int64)
@@ -70,10 +74,10 @@ class StepTable:
                 self._work = self._control.allreduce([torch.from_numpy(numbers)], dist.ReduceOp.SUM)
 
     def shape_ids(self) -> list[int]:
-        """The shape ids, on every rank.
+        """Wait for the exchange, and return the shape ids, on every rank.
 
         Raises:
-            SharedInputError: on every rank: what one of them was given wrong.
+            SharedInputError: on every rank: an argument of some rank is wrong, or no rank needs a gradient.
         """
         if self._shape_ids is None:
             work, self._work = self._work, None
@@ -82,7 +86,7 @@ class StepTable:
                     with lost_peers():
                         wait_for(COMMUNICATION, lambda: work.wait())
             finally:
-                del work  # else the traceback of an error would hold the connections open
+                del work  # otherwise the traceback of an error would keep the connections open
             of_ranks = self._numbers[-self._num_ranks :]
             failed = np.flatnonzero(of_ranks & _FAILED)
             if len(failed):
@@ -104,7 +108,7 @@ class StepTable:
         raise SharedInputError(text) from self._error
 
     def close(self) -> None:
-        """Let go of the group."""
+        """Release the control group."""
         self._control = self._work = None
 
     def _name(self, rank: int) -> str:

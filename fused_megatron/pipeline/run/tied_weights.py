@@ -1,4 +1,4 @@
-"""Gradients of weights that several stages hold: the sum over all copies, on every copy."""
+"""Gradient sums of tied weights, which several stages hold."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,15 +13,15 @@ from fused_megatron.sharding import parameter_record
 
 
 class TiedWeight:
-    """One tied weight on one rank.
+    """A tied weight on one rank.
 
     Args:
-        parameters: this rank's, by stage; one and the same parameter counts once.
-        group: exactly the ranks that hold it; None where that is this rank alone.
+        parameters: this rank's parameters, by stage; a parameter of two stages counts once.
+        group: exactly the ranks that hold the weight; None if only this rank does.
         ranks: the global ranks of the group.
 
-    Communication: one all-gather of the gradient over these ranks; summed in rank order, so that every rank has the
-        same bits (for two ranks as much traffic as an all-reduce).
+    Communication: one all-gather of the gradient over these ranks. Every rank sums in rank order, and so gets the same
+        bits (for two ranks the traffic of an all-reduce).
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class TiedWeight:
         self._group, self._ranks = group, ranks
 
     def reduce(self) -> None:
-        """Sum main_grad, or grad where there is none."""
+        """Sum the gradients over all stages, in place: main_grad, or grad if there is none."""
         gradients = [_gradient(parameter) for parameter in self._parameters]
         total = gradients[0]
         for gradient in gradients[1:]:
@@ -53,7 +53,7 @@ class TiedWeight:
         self._group.allgather([parts], [total.contiguous()]).wait()
 
     def close(self) -> None:
-        """Cut its connections."""
+        """Release the group."""
         self._group = None
 
 
@@ -61,6 +61,6 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
     main_grad = parameter_record(parameter).main_grad
     if main_grad is not None:
         return main_grad
-    if parameter.grad is None:  # no microbatch used it here; the others' gradients count
+    if parameter.grad is None:  # no microbatch used the weight here; other stages have gradients
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

@@ -1,1 +1,1 @@
-"""Schedules as data: actions, the schedules, their checks and their files."""
+"""Schedules as data: actions, all schedules by name, their checks, and their files."""

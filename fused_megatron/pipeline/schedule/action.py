@@ -1,4 +1,4 @@
-"""Schedules as plain data: for every rank the list of its actions, and the rank of every stage. No torch."""
+"""Schedules as plain data: a list of actions for every rank, and the rank of every stage. No torch."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -10,29 +10,31 @@ from fused_megatron.checks import InputError, check
 
 
 class Kind(str, Enum):
-    """What an action does. The values are what texts and files of schedules say."""
+    """Kind of an action. The values are the names in texts and files of schedules."""
 
     FORWARD = "F"
     BACKWARD = "B"
-    """The whole backward of a stage."""
+    """Whole backward of a stage."""
     INPUT_GRAD = "I"
+    """Part of a backward that computes the gradient of the stage's input."""
     WEIGHT_GRAD = "W"
+    """Part of a backward that computes the gradients of the stage's weights."""
     SEND_F = "SEND_F"
     SEND_B = "SEND_B"
     RECV_F = "RECV_F"
     RECV_B = "RECV_B"
     REDUCE_GRAD = "REDUCE_GRAD"
-    """Sum a stage's gradients over its data-parallel ranks."""
+    """Sum of a stage's gradients over its data-parallel ranks."""
     REDUCE_TIED = "REDUCE_TIED"
-    """Sum a tied weight's gradients over its stages."""
+    """Sum of a tied weight's gradients over its stages."""
     UPDATE = "UPDATE"
-    """Asynchronous schedules: make the stage's next weights."""
+    """Update of a stage's weights, in asynchronous schedules."""
     UNSHARD = "UNSHARD"
-    """Make the stage's weights whole, of which each data-parallel rank may keep a shard."""
+    """Gather of a stage's full weights, of which each data-parallel rank may keep a shard."""
     RESHARD = "RESHARD"
-    """Keep only this rank's shard of them."""
+    """Release of a stage's full weights, except this rank's shard."""
 
-    # As enum.StrEnum (Python 3.11): the value, wherever text is made.
+    # The text of a kind is its value, as for enum.StrEnum of Python 3.11.
     def __str__(self) -> str:
         return self.value
 
@@ -43,7 +45,7 @@ class Kind(str, Enum):
 COMPUTE = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD)
 SENDS, RECEIVES = (Kind.SEND_F, Kind.SEND_B), (Kind.RECV_F, Kind.RECV_B)
 ENDS_OF_BACKWARD = (Kind.BACKWARD, Kind.WEIGHT_GRAD)
-"""Behind one of these a microbatch's gradients of the stage are complete, and its activations are free."""
+"""After one of these a microbatch's gradients in the stage are complete, and its activations are free."""
 OF_MICROBATCH = frozenset((*COMPUTE, *SENDS, *RECEIVES))
 WITHOUT_INDEX = frozenset((Kind.REDUCE_GRAD, Kind.UNSHARD, Kind.RESHARD))
 KINDS = frozenset(Kind)
@@ -54,31 +56,31 @@ SYNCHRONOUS, ONE_STEP_DELAY, STASHED = "synchronous", "one_step_delay", "stashed
 
 
 class Action(NamedTuple):
-    """One thing that a rank does; printed `2F0`: stage 2, forward, microbatch 0.
+    """An action of a rank; its text is `2F0` for stage 2, forward, microbatch 0.
 
-    A SEND is named after the stage and microbatch that send, a RECV after those that receive. The index counts what
-    the kind says: `microbatch`, `tied_group` and `update` name it; None for kinds without one.
+    The stage of a SEND is the sender, the stage of a RECV is the receiver. The meaning of the index depends on the
+    kind: see `microbatch`, `tied_group` and `update`. It is None for kinds without an index.
     """
 
     stage: int
     kind: Kind
-    index: int | None = None  # type: ignore[assignment]  # in place of tuple.index, which nobody asks
+    index: int | None = None  # type: ignore[assignment]  # hides tuple.index, which is not used
 
     @property
     def microbatch(self) -> int:
-        """Of computations, sends and receives."""
+        """Index of the microbatch of a computation, send or receive."""
         assert self.kind in OF_MICROBATCH and self.index is not None, f"{self} has no microbatch"
         return self.index
 
     @property
     def tied_group(self) -> int:
-        """Of REDUCE_TIED: the group's place in `Schedule.tied`."""
+        """Index in `Schedule.tied` of the group of a REDUCE_TIED."""
         assert self.kind == Kind.REDUCE_TIED and self.index is not None, f"{self} has no tied group"
         return self.index
 
     @property
     def update(self) -> int:
-        """Of UPDATE: how many updates of the stage came before it."""
+        """Number of updates of the stage before this UPDATE."""
         assert self.kind == Kind.UPDATE and self.index is not None, f"{self} is no update"
         return self.index
 
@@ -90,17 +92,17 @@ _MOST_DIGITS = 7
 
 
 def parse_action(text: str) -> Action:
-    """The action of a text such as `2F0` or `1REDUCE_GRAD`.
+    """Parse the text of an action, such as `2F0` or `1REDUCE_GRAD`.
 
     Raises:
-        InputError: no action.
+        InputError: the text is no action.
     """
     match = _ACTION.fullmatch(text)
     if match is None or (match[2] in WITHOUT_INDEX) != (match[3] == ""):
         raise InputError(
             f"action={text!r:.60} must be a stage, a kind ({', '.join(Kind)}) and a microbatch, such as 2F0"
         )
-    if max(len(match[1]), len(match[3])) > _MOST_DIGITS:  # checks count up to what a file names
+    if max(len(match[1]), len(match[3])) > _MOST_DIGITS:  # checks count up to the numbers in a file
         raise InputError(f"action={text!r:.40} must have numbers of at most {_MOST_DIGITS} digits")
     return Action(int(match[1]), Kind(match[2]), int(match[3]) if match[3] else None)
 
@@ -110,15 +112,17 @@ class Schedule:
     """A pipeline schedule.
 
     Attributes:
-        name: as in `schedules.SCHEDULES`, or any other for a schedule of one's own.
+        name: a name in `schedules.SCHEDULES`, or any other name for a schedule of the user.
         placement: the rank of each stage.
-        num_microbatches: of one step.
-        actions: per rank, in order.
-        lowered: whether sends, receives and reductions are in the lists (`lowering.lower`).
-        num_steps: more than 1 only where steps overlap (asynchronous schedules); microbatches count on through them.
-        weights: which weights a microbatch sees: "synchronous" (one version a step), "one_step_delay" (PipeDream-2BW)
-            or "stashed" (PipeDream); the last two **change the update rule**. See `weight_versions`.
-        max_live: per rank, how many forward activations of a stage may be alive at once; None: no limit.
+        num_microbatches: microbatches of one step.
+        actions: the actions of each rank, in order.
+        lowered: whether the lists contain sends, receives and reductions (`lowering.lower`).
+        num_steps: number of steps; above 1 only if steps overlap (asynchronous schedules). Microbatches are numbered
+            through all steps.
+        weights: the version of the weights that a microbatch uses: "synchronous" (one version in a step),
+            "one_step_delay" (PipeDream-2BW) or "stashed" (PipeDream); the last two **change the update rule**. See
+            `weight_versions`.
+        max_live: for each rank the most forward activations of a stage that may be alive at once; None: no limit.
         tied: groups of stages that share one weight.
     """
 
@@ -142,27 +146,27 @@ class Schedule:
 
     @property
     def microbatches(self) -> range:
-        """All microbatches, of all steps."""
+        """Microbatches of all steps."""
         return range(self.num_microbatches * self.num_steps)
 
 
 def loop_placement(num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """Stage s on rank s % num_ranks."""
+    """Place stage s on rank s % num_ranks."""
     return tuple(range(num_ranks)) * stages_per_rank
 
 
 def v_placement(num_ranks: int) -> tuple[int, ...]:
-    """Two stages a rank, down and up again: the first and the last stage are on rank 0."""
+    """Place two stages on each rank, in a V: up the ranks and back, so that rank 0 has the first and the last stage."""
     return (*range(num_ranks), *reversed(range(num_ranks)))
 
 
 def stages_of(placement: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The stages of a rank, ascending."""
+    """Return the stages of a rank, ascending."""
     return tuple(stage for stage, owner in enumerate(placement) if owner == rank)
 
 
-def check_placement(placement: Sequence[int]) -> int:
-    """The number of ranks of a placement.
+def num_ranks_of(placement: Sequence[int]) -> int:
+    """Return the number of ranks of a placement.
 
     Raises:
         InputError: unless the ranks are 0, 1, ... with the same number of stages each.
@@ -177,7 +181,7 @@ def check_placement(placement: Sequence[int]) -> int:
 
 
 def live_activations(actions: Iterable[Action]) -> list[int]:
-    """After each action of a rank, how many forward activations of a stage it keeps (until B or W)."""
+    """Return for each action of a rank the number of forward activations that are alive after it (until B or W)."""
     live, kept = 0, []
     for action in actions:
         live += (action.kind == Kind.FORWARD) - (action.kind in ENDS_OF_BACKWARD)
@@ -186,15 +190,15 @@ def live_activations(actions: Iterable[Action]) -> list[int]:
 
 
 def peak_live_activations(schedule: Schedule) -> list[int]:
-    """Per rank, the most forward activations alive at once, each of one stage and one microbatch."""
+    """Return for each rank the most forward activations alive at once, each of one stage and one microbatch."""
     return [max(live_activations(actions), default=0) for actions in schedule.actions]
 
 
 def weight_versions(schedule: Schedule) -> dict[tuple[int, int], int]:
-    """(stage, microbatch) -> how many updates made the weights that its forward **and** its backward use.
+    """Return for each (stage, microbatch) the number of updates in the weights of its forward **and** its backward.
 
     synchronous: 0. one_step_delay, step t: max(0, t - 1), so w(t + 1) = w(t) - lr * g(w(t - 1)) on every stage.
-    stashed: the newest at its forward, kept for its backward; older by the stages that follow.
+    stashed: the newest version at the forward, kept for the backward; earlier stages have older versions then.
     """
     versions = {}
     for actions in schedule.actions:
@@ -212,7 +216,7 @@ def weight_versions(schedule: Schedule) -> dict[tuple[int, int], int]:
 
 
 def peak_weight_versions(schedule: Schedule) -> list[int]:
-    """Per rank, the most versions of one stage's weights that must be kept at once: the newest and those in use."""
+    """Return for each rank the most versions of a stage's weights kept at once: the newest and all versions in use."""
     versions, peaks = weight_versions(schedule), []
     for actions in schedule.actions:
         peak, newest = 1, dict.fromkeys((a.stage for a in actions), 0)

@@ -4,22 +4,22 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, RECEIVES, SENDS, Action, Kind, Schedule
-from fused_megatron.pipeline.schedule.findings import Finding, Places
+from fused_megatron.pipeline.schedule.findings import Finding, Positions
 from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
 
-def check_communication(places: Places, sound: bool) -> list[Finding]:
-    """Breaches of paired, fifo and reduction, and of deadlock where the compute actions are sound."""
-    findings = [*_paired(places), *_reductions(places), *_tied(places)]
+def communication_findings(positions: Positions, sound: bool) -> list[Finding]:
+    """Return breaches of the rules paired, fifo and reduction, and of deadlock if the compute actions are sound."""
+    findings = [*_paired(positions), *_reductions(positions), *_tied(positions)]
     if sound and not findings:
-        findings = [*_fifo(places.schedule), *_deadlock(places.schedule)]
+        findings = [*_fifo(positions.schedule), *_deadlock(positions.schedule)]
     return findings
 
 
-def _paired(places: Places) -> Iterator[Finding]:
-    schedule, placement = places.schedule, places.schedule.placement
+def _paired(positions: Positions) -> Iterator[Finding]:
+    schedule, placement = positions.schedule, positions.schedule.placement
     wanted = set()
-    for stage in range(places.last_stage):
+    for stage in range(positions.last_stage):
         if placement[stage] == placement[stage + 1]:
             continue
         for m in schedule.microbatches:
@@ -31,25 +31,25 @@ def _paired(places: Places) -> Iterator[Finding]:
                 wanted |= {send, receive}
                 made = [Action(send.stage, kind, m) for kind in kinds]
                 used = [Action(receive.stage, kind, m) for kind in kinds]
-                yield from _in_place(places, send, made, behind=True)
-                yield from _in_place(places, receive, used, behind=False)
-    for action, found in places.of.items():
+                yield from _message_order(positions, send, made, after=True)
+                yield from _message_order(positions, receive, used, after=False)
+    for action, found in positions.of.items():
         if action.kind in SENDS or action.kind in RECEIVES:
             for rank, position in found[1:] if action in wanted else found:
-                what = "is there twice" if action in wanted else "passes nothing between two ranks"
+                what = "appears twice" if action in wanted else "passes nothing between two ranks"
                 yield Finding(rank, position, "paired", f"{action} {what}")
 
 
-def _in_place(places: Places, action: Action, computes: list[Action], behind: bool) -> Iterator[Finding]:
-    """A send behind what makes it, a receive before what uses it; one of each."""
-    if action not in places.of:
-        yield places.missing("paired", action, *computes)
+def _message_order(positions: Positions, action: Action, computes: list[Action], after: bool) -> Iterator[Finding]:
+    """Check that a send is there, after its computation, or that a receive is there, before its computation."""
+    if action not in positions.of:
+        yield positions.missing("paired", action, *computes)
         return
-    for rank, position in places.of[action]:
+    for rank, position in positions.of[action]:
         for compute in computes:
-            there = places.first(compute)
-            if there and there[0] == rank and (there[1] > position) == behind:
-                yield Finding(rank, position, "paired", f"{action} stands {'before' if behind else 'behind'} {compute}")
+            found = positions.first(compute)
+            if found and found[0] == rank and (found[1] > position) == after:
+                yield Finding(rank, position, "paired", f"{action} comes {'before' if after else 'after'} {compute}")
 
 
 def _fifo(schedule: Schedule) -> Iterator[Finding]:
@@ -66,11 +66,11 @@ def _fifo(schedule: Schedule) -> Iterator[Finding]:
                 send = sent[channel][received[channel]]
                 received[channel] += 1
                 if peer(send) != action:
-                    yield Finding(rank, position, "fifo", f"{action} would get what {send} sends")
+                    yield Finding(rank, position, "fifo", f"{action} would receive the message of {send}")
 
 
 def _deadlock(schedule: Schedule) -> Iterator[Finding]:
-    """Play the lists without tags: each channel one stream in order; a tied reduction needs all its ranks at once."""
+    """Simulate the lists without tags: a channel delivers in order; a tied reduction needs all its ranks at once."""
     position = [0] * schedule.num_ranks
     sent: defaultdict[Channel, int] = defaultdict(int)
     received: defaultdict[Channel, int] = defaultdict(int)
@@ -99,19 +99,19 @@ def _deadlock(schedule: Schedule) -> Iterator[Finding]:
                 moved = True
     for rank, actions in enumerate(schedule.actions):
         if position[rank] < len(actions):
-            yield Finding(rank, position[rank], "deadlock", f"{actions[position[rank]]} waits for ever")
+            yield Finding(rank, position[rank], "deadlock", f"{actions[position[rank]]} waits forever")
 
 
-def _reductions(places: Places) -> Iterator[Finding]:
-    """One REDUCE_GRAD a stage behind its last backward; where steps overlap one before each update."""
-    for stage in range(places.last_stage + 1):
+def _reductions(positions: Positions) -> Iterator[Finding]:
+    """Check that each stage has one REDUCE_GRAD after its last backward, or, if steps overlap, before each update."""
+    for stage in range(positions.last_stage + 1):
         pending, reduced = False, False
-        reduction, where = Action(stage, Kind.REDUCE_GRAD), (places.schedule.placement[stage], -1)
-        for rank, position, action in places.by_stage[stage]:
+        reduction, where = Action(stage, Kind.REDUCE_GRAD), (positions.schedule.placement[stage], -1)
+        for rank, position, action in positions.by_stage[stage]:
             where = (rank, position)
             if action.kind in ENDS_OF_BACKWARD:
                 if reduced:
-                    yield Finding(rank, position, "reduction", f"{action} stands behind {reduction}")
+                    yield Finding(rank, position, "reduction", f"{action} comes after {reduction}")
                 pending = True
             elif action.kind == Kind.REDUCE_GRAD:
                 if not pending:
@@ -119,29 +119,29 @@ def _reductions(places: Places) -> Iterator[Finding]:
                 pending, reduced = False, True
             elif action.kind == Kind.UPDATE:
                 if pending:
-                    yield Finding(rank, position, "reduction", f"{action} stands before {reduction}")
+                    yield Finding(rank, position, "reduction", f"{action} comes before {reduction}")
                 reduced = False
         if pending:
             yield Finding(where[0], where[1], "reduction", f"{reduction} is missing")
 
 
-def _tied(places: Places) -> Iterator[Finding]:
-    schedule = places.schedule
+def _tied(positions: Positions) -> Iterator[Finding]:
+    schedule = positions.schedule
     wanted = set()
     for index, group in enumerate(schedule.tied):
         for rank in sorted({schedule.placement[stage] for stage in group}):
             own = [stage for stage in group if schedule.placement[stage] == rank]
             action = Action(min(own), Kind.REDUCE_TIED, index)
             wanted.add(action)
-            if action not in places.of:
-                yield places.missing("reduction", action)
+            if action not in positions.of:
+                yield positions.missing("reduction", action)
                 continue
-            where = places.of[action][0][1]
+            where = positions.of[action][0][1]
             for stage in own:
-                later = [a for r, p, a in places.by_stage[stage] if p > where and a.kind in ENDS_OF_BACKWARD]
+                later = [a for r, p, a in positions.by_stage[stage] if p > where and a.kind in ENDS_OF_BACKWARD]
                 if later:
-                    yield Finding(rank, where, "reduction", f"{action} stands before {later[0]}")
-    for action, found in places.of.items():
+                    yield Finding(rank, where, "reduction", f"{action} comes before {later[0]}")
+    for action, found in positions.of.items():
         if action.kind == Kind.REDUCE_TIED:
             for rank, position in found[1:] if action in wanted else found:
                 yield Finding(rank, position, "reduction", f"{action} is one too many")

@@ -1,4 +1,4 @@
-"""Lowering of a schedule: from computations to all that a rank does (messages, reductions, gathers of weights)."""
+"""Lowering of a schedule: adding messages, reductions, and gathers of sharded weights to its computations."""
 
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -14,30 +14,30 @@ from fused_megatron.pipeline.schedule.action import (
     Schedule,
 )
 from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
-from fused_megatron.pipeline.schedule.schedule_checks import check_schedule
+from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 
 
 def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
-    """The schedule with sends, receives and reductions, and with gathers of sharded weights where asked.
+    """Return the schedule with sends, receives and reductions, and optionally with gathers of sharded weights.
 
-    - A send stands right behind what makes it. A receive stands right before what uses it, or earlier, so that each
-      channel (from rank, to rank, direction) is received from in the order in which it is sent to. So a rank only ever
-      waits for a message whose sender needs nothing that comes after it, and nothing can deadlock.
-    - A stage's gradients are reduced right behind its last backward (where steps overlap: before each update).
-    - Tied weights come last, in the same order on all ranks.
+    - A send directly follows its computation. A receive directly precedes its use, or comes earlier, so that the
+      receives of each channel (from rank, to rank, direction) have the order of its sends. So a rank waits only for
+      messages whose sender needs nothing that comes later, and there is no deadlock.
+    - The gradients of a stage are reduced directly after its last backward (if steps overlap, before each update).
+    - Reductions of tied weights come last, in the same order on all ranks.
 
     Args:
-        schedule: of compute actions.
-        max_unsharded: of how many stages a rank keeps whole weights at once: an UNSHARD stands before each stretch of a
-            stage's computations and a RESHARD behind it. None: none, every rank always has the whole weights.
+        schedule: a schedule of compute actions.
+        max_unsharded: number of stages whose full weights a rank keeps at once. An UNSHARD comes before each run of a
+            stage's computations, and a RESHARD after it. None: every rank always keeps the full weights.
 
     Raises:
-        InputError: a schedule that is lowered already, or with a fault (the first one is named); max_unsharded below 1,
-            or for a schedule that has UNSHARD or is asynchronous.
+        InputError: the schedule is lowered already, or breaks a rule (the first breach is named); max_unsharded is
+            below 1, or the schedule has UNSHARD or is asynchronous.
     """
     if schedule.lowered:
         raise InputError(f"schedule {schedule.name}: it is lowered already")
-    if findings := check_schedule(schedule):
+    if findings := schedule_findings(schedule):
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
     if max_unsharded is not None:
         schedule = _unsharding(schedule, max_unsharded)
@@ -50,7 +50,7 @@ def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
             if action.kind == Kind.UPDATE:
                 lowered.append(Action(action.stage, Kind.REDUCE_GRAD))
             lowered += [*receives[rank, position], action]
-            if send := _send_behind(schedule, action):
+            if send := _send_after(schedule, action):
                 lowered.append(send)
             if position in reduce_after and not any(other.kind == Kind.UPDATE for other in actions):
                 lowered.append(Action(action.stage, Kind.REDUCE_GRAD))
@@ -61,8 +61,8 @@ def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
     return replace(schedule, actions=tuple(lists), lowered=True)
 
 
-def _send_behind(schedule: Schedule, action: Action) -> Action | None:
-    """The send behind a compute action; None where what it makes stays on the rank."""
+def _send_after(schedule: Schedule, action: Action) -> Action | None:
+    """Return the send after a compute action; None if its result stays on the rank."""
     if action.kind not in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT_GRAD):
         return None
     send = output_of(action)
@@ -73,7 +73,7 @@ def _send_behind(schedule: Schedule, action: Action) -> Action | None:
 
 
 def _receives(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
-    """(rank, position of a compute action) -> the receives that stand before it."""
+    """Return the receives before each compute action, by (rank, position of the compute action)."""
     consumers = {}
     for rank, actions in enumerate(schedule.actions):
         for position, action in enumerate(actions):
@@ -81,10 +81,10 @@ def _receives(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
                 consumers[input_of(action)] = (rank, position)
     placed: defaultdict[tuple[int, int], list[Action]] = defaultdict(list)
     for actions in schedule.actions:
-        # Backwards, so that no receive of a channel stands behind one that is sent after it.
+        # From the last send to the first, so that no receive comes after the receive of a later send.
         earliest: dict[tuple[int, Kind], int] = {}
         for action in reversed(actions):
-            if send := _send_behind(schedule, action):
+            if send := _send_after(schedule, action):
                 receive = peer(send)
                 target, position = consumers[receive]
                 channel = (target, receive.kind)
@@ -94,7 +94,7 @@ def _receives(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
 
 
 def _last_backwards(actions: Sequence[Action]) -> set[int]:
-    """The positions of the last B or W of each stage."""
+    """Return the positions of the last B or W of each stage."""
     return set({a.stage: position for position, a in enumerate(actions) if a.kind in ENDS_OF_BACKWARD}.values())
 
 
@@ -113,7 +113,7 @@ def _unsharding(schedule: Schedule, max_unsharded: int) -> Schedule:
 
 
 def _unsharding_of_rank(actions: Sequence[Action], max_unsharded: int) -> tuple[Action, ...]:
-    """Where a stage must make room, it is the one that computes again last: no choice gathers less often."""
+    """Insert UNSHARD and RESHARD. The stage that is released is the one whose next use is latest: fewest gathers."""
     uses: dict[int, deque[int]] = {}
     for position, action in enumerate(actions):
         if action.kind in COMPUTE:

@@ -1,4 +1,4 @@
-"""Files of schedules: JSON (all of a schedule), and the CSV of torch.distributed.pipelining (the actions alone)."""
+"""Files of schedules: JSON for a whole schedule, and the CSV of torch.distributed.pipelining for its actions."""
 
 import csv
 import io
@@ -17,22 +17,22 @@ from fused_megatron.pipeline.schedule.action import (
     Action,
     Kind,
     Schedule,
-    check_placement,
+    num_ranks_of,
     parse_action,
 )
 from fused_megatron.untrusted_files import convert, parse_json
 
 _ADDED_BY_LOWERING = (*SENDS, *RECEIVES, Kind.REDUCE_GRAD, Kind.REDUCE_TIED)
-# torch knows no such actions.
+# Actions that torch does not have.
 _NOT_IN_TORCH = (Kind.REDUCE_TIED, Kind.UPDATE)
 
-# Beyond any machine: checks count up to what a file names.
+# Bounds beyond any machine, since checks count up to the numbers in a file.
 _Rank = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class _Record(msgspec.Struct):
-    """The JSON of a schedule."""
+    """JSON of a schedule."""
 
     name: str
     placement: list[_Rank]
@@ -46,7 +46,7 @@ class _Record(msgspec.Struct):
 
 
 def to_json(schedule: Schedule) -> str:
-    """All of a schedule, one line a rank."""
+    """Write a whole schedule as JSON, with one line of actions for each rank."""
     values = {field.name: getattr(schedule, field.name) for field in fields(schedule) if field.name != "actions"}
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in values.items()]
     rows = ",\n".join(f"  {json.dumps(' '.join(map(str, actions)))}" for actions in schedule.actions)
@@ -54,15 +54,15 @@ def to_json(schedule: Schedule) -> str:
 
 
 def from_json(text: str) -> Schedule:
-    """The schedule that `to_json` wrote.
+    """Read a schedule that `to_json` wrote.
 
     Raises:
-        InputError: text that is none.
+        InputError: the text is no such JSON.
     """
     try:
         values = parse_json(text, dict[str, Any])
         convert(values, _Record)
-        actions = tuple(tuple(parse_action(word) for word in row.split()) for row in values.pop("actions"))
+        actions = tuple(tuple(parse_action(action) for action in row.split()) for row in values.pop("actions"))
         for name in ("placement", "max_live"):
             if values.get(name) is not None:
                 values[name] = tuple(int(value) for value in values[name])
@@ -72,25 +72,28 @@ def from_json(text: str) -> Schedule:
         raise InputError(f"the JSON of a schedule was expected: {error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"the JSON of a schedule was expected: {type(error).__name__}: {error!s:.200}") from None
-    num_ranks = check_placement(schedule.placement)
+    num_ranks = num_ranks_of(schedule.placement)
     if num_ranks != schedule.num_ranks:
         raise InputError(f"placement names {num_ranks} ranks, and actions has {schedule.num_ranks} rows")
     return schedule
 
 
 def to_csv(schedule: Schedule) -> str:
-    """One row a rank, one action a cell, as torch.distributed.pipelining reads it: "compute_only", or "compute_comms"
-    for a lowered schedule. Tied weights' reductions and updates, which torch does not know, are written too."""
+    """Write the actions as CSV, one row for each rank and one cell for each action.
+
+    torch.distributed.pipelining reads it as "compute_only", or as "compute_comms" for a lowered schedule, except
+    updates and reductions of tied weights, which torch does not have.
+    """
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(schedule.actions)
     return text.getvalue()
 
 
 def to_torch_csv(schedule: Schedule) -> str:
-    """The same, without what torch does not know.
+    """Write the actions as to_csv, without actions that torch does not have.
 
     Raises:
-        InputError: an asynchronous schedule, which would become another one.
+        InputError: the schedule is asynchronous, and would be another schedule without its updates.
     """
     if any(action.kind == Kind.UPDATE for actions in schedule.actions for action in actions):
         raise InputError(f"schedule {schedule.name}: torch.distributed.pipelining has no updates within a schedule")
@@ -101,12 +104,12 @@ def to_torch_csv(schedule: Schedule) -> str:
 
 
 def from_csv(text: str, name: str = "csv", tied: Sequence[Sequence[int]] = ()) -> Schedule:
-    """The schedule of such a table, also of one that torch wrote; the placement follows from the F.
+    """Read a schedule from a CSV that to_csv or torch wrote; the forwards define the placement.
 
-    Empty cells (idle) are left out; an overlapped pair of torch, `(0F3;3B1)OVERLAP_F_B`, becomes its two actions.
+    Empty cells (idle) are skipped; an overlapped pair of torch, `(0F3;3B1)OVERLAP_F_B`, becomes its two actions.
 
     Raises:
-        InputError: a cell that is no action, or a stage without F, or with F on two ranks.
+        InputError: a cell is no action, or a stage has no F, or F on two ranks.
     """
     rows = [row for row in csv.reader(io.StringIO(text)) if row]
     lists = []

@@ -1,4 +1,4 @@
-"""Every schedule by its name. Each is a pure function to per-rank lists of actions; docs/schedules.md shows them."""
+"""All schedules by name, as pure functions to lists of actions for each rank; docs/schedules.md shows them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ def gpipe(num_ranks: int, num_microbatches: int) -> list[Actions]:
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> list[Actions]:
-    """1F1B (PipeDream-Flush): a backward as soon as there is one. Narayanan et al., arXiv 2006.09503."""
+    """1F1B (PipeDream-Flush): each backward as soon as possible. Narayanan et al., arXiv 2006.09503."""
     return interleaved_one_f_one_b(num_ranks, 1, num_microbatches)
 
 
@@ -36,12 +36,12 @@ def interleaved_one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatch
     first_group = _group_sizes(num_ranks, num_microbatches)[0]
     lists = []
     for rank in range(num_ranks):
-        # Two hops, forward and backward, for each rank that follows; a whole group in every stage but the last.
+        # Two hops, forward and backward, for each later rank; a whole group in every stage of the rank but the last.
         warmup = min(2 * (num_ranks - 1 - rank) + (stages_per_rank - 1) * first_group, len(forwards))
         if stages_per_rank == 1:
             warmup = min(num_ranks - 1 - rank, len(forwards))
-        ahead = [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg, m in forwards]
-        back = [Action(leg * num_ranks + rank, Kind.BACKWARD, m) for leg, m in backwards]
+        ahead = [Action(local_stage * num_ranks + rank, Kind.FORWARD, m) for local_stage, m in forwards]
+        back = [Action(local_stage * num_ranks + rank, Kind.BACKWARD, m) for local_stage, m in backwards]
         actions = ahead[:warmup]
         for index, backward in enumerate(back):
             actions += [*ahead[warmup + index : warmup + index + 1], backward]
@@ -50,34 +50,38 @@ def interleaved_one_f_one_b(num_ranks: int, stages_per_rank: int, num_microbatch
 
 
 def looped_breadth_first(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> list[Actions]:
-    """Looped breadth-first: a stage does all microbatches before the rank's next stage. Lamy-Poirier, 2211.05953."""
-    legs, microbatches = range(stages_per_rank), range(num_microbatches)
+    """Looped breadth-first: a stage runs all microbatches before the rank's next stage. Lamy-Poirier, 2211.05953."""
+    local_stages, microbatches = range(stages_per_rank), range(num_microbatches)
     return [
-        [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg in legs for m in microbatches]
-        + [Action(leg * num_ranks + rank, Kind.BACKWARD, m) for leg in reversed(legs) for m in microbatches]
+        [Action(local_stage * num_ranks + rank, Kind.FORWARD, m) for local_stage in local_stages for m in microbatches]
+        + [
+            Action(local_stage * num_ranks + rank, Kind.BACKWARD, m)
+            for local_stage in reversed(local_stages)
+            for m in microbatches
+        ]
         for rank in range(num_ranks)
     ]
 
 
 def zb_h1(num_ranks: int, num_microbatches: int) -> list[Actions]:
-    """ZB-H1: 1F1B whose W fill the bubble at the end. Qi et al., arXiv 2401.10241."""
+    """ZB-H1: 1F1B in which W actions fill the bubble at the end. Qi et al., arXiv 2401.10241."""
     return interleaved_zero_bubble(num_ranks, 1, num_microbatches)
 
 
 def interleaved_zero_bubble(num_ranks: int, stages_per_rank: int, num_microbatches: int) -> list[Actions]:
-    """Interleaved 1F1B with split backward: rank r puts W off by r backwards, to fill the bubble at the end."""
+    """Interleaved 1F1B with split backward: rank r delays W by r backwards, to fill the bubble at the end."""
     forwards, backwards = _interleaved_order(num_ranks, stages_per_rank, num_microbatches)
     first_group = _group_sizes(num_ranks, num_microbatches)[0]
     lists = []
     for rank in range(num_ranks):
-        # Only I is between a rank and the next, so one hop is enough where 1F1B needs two.
+        # Only I lies between a rank and the next, so one hop is enough; 1F1B needs two.
         warmup = min(num_ranks - 1 - rank + (stages_per_rank - 1) * first_group, len(forwards))
-        ahead = [Action(leg * num_ranks + rank, Kind.FORWARD, m) for leg, m in forwards]
+        ahead = [Action(local_stage * num_ranks + rank, Kind.FORWARD, m) for local_stage, m in forwards]
         actions = ahead[:warmup]
-        weight_grads = [Action(leg * num_ranks + rank, Kind.WEIGHT_GRAD, m) for leg, m in backwards]
-        for index, (leg, m) in enumerate(backwards):
+        weight_grads = [Action(local_stage * num_ranks + rank, Kind.WEIGHT_GRAD, m) for local_stage, m in backwards]
+        for index, (local_stage, m) in enumerate(backwards):
             actions += ahead[warmup + index : warmup + index + 1]
-            actions.append(Action(leg * num_ranks + rank, Kind.INPUT_GRAD, m))
+            actions.append(Action(local_stage * num_ranks + rank, Kind.INPUT_GRAD, m))
             if index >= rank:
                 actions.append(weight_grads[index - rank])
         lists.append(actions + weight_grads[max(0, len(weight_grads) - rank) :])
@@ -85,20 +89,24 @@ def interleaved_zero_bubble(num_ranks: int, stages_per_rank: int, num_microbatch
 
 
 def pipedream_2bw(num_ranks: int, num_microbatches: int, num_steps: int) -> list[Actions]:
-    """PipeDream-2BW: 1F1B without a flush; two versions of the weights, gradients one step late everywhere.
-    Narayanan et al., arXiv 2006.09503."""
+    """PipeDream-2BW: 1F1B without a flush, with two versions of the weights and all gradients one step late.
+
+    Narayanan et al., arXiv 2006.09503.
+    """
     lists = one_f_one_b(num_ranks, num_microbatches * num_steps)
     return [_with_updates(actions, every=num_microbatches) for actions in lists]
 
 
 def pipedream(num_ranks: int, num_microbatches: int, num_steps: int) -> list[Actions]:
     """PipeDream: an update after every backward; a microbatch keeps the weights of its forward for its backward.
-    Narayanan et al., SOSP 2019."""
+
+    Narayanan et al., SOSP 2019.
+    """
     return [_with_updates(actions, every=1) for actions in one_f_one_b(num_ranks, num_microbatches * num_steps)]
 
 
 def _with_updates(actions: Actions, every: int) -> Actions:
-    """An update after the last backward of each `every` microbatches."""
+    """Add an update after each `every` backwards."""
     result = []
     for action in actions:
         result.append(action)
@@ -108,7 +116,10 @@ def _with_updates(actions: Actions, every: int) -> Actions:
 
 
 def _group_sizes(num_ranks: int, num_microbatches: int) -> list[int]:
-    """Groups of p microbatches or more, as equal as can be. A small last one costs bubble; a growing one deadlocks."""
+    """Divide the microbatches into groups of num_ranks or more, as equal as possible.
+
+    A small last group would cost bubble; a group larger than an earlier one would deadlock.
+    """
     groups = max(1, num_microbatches // num_ranks)
     smallest, larger = divmod(num_microbatches, groups)
     return [smallest + 1] * larger + [smallest] * (groups - larger)
@@ -117,24 +128,28 @@ def _group_sizes(num_ranks: int, num_microbatches: int) -> list[int]:
 def _interleaved_order(
     num_ranks: int, stages_per_rank: int, num_microbatches: int
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(stage of the rank, microbatch) of the forwards and of the backwards: a group through all stages."""
+    """Return the order of (index of the stage on its rank, microbatch), of forwards and of backwards.
+
+    Each group of microbatches passes all stages of a rank before the next group.
+    """
     forwards, backwards, first = [], [], 0
     for size in _group_sizes(num_ranks, num_microbatches):
         group = range(first, first + size)
-        forwards += [(leg, m) for leg in range(stages_per_rank) for m in group]
-        backwards += [(leg, m) for leg in reversed(range(stages_per_rank)) for m in group]
+        forwards += [(local_stage, m) for local_stage in range(stages_per_rank) for m in group]
+        backwards += [(local_stage, m) for local_stage in reversed(range(stages_per_rank)) for m in group]
         first += size
     return forwards, backwards
 
 
 @dataclass(frozen=True)
 class ScheduleKind:
-    """A row of the table of schedules.
+    """Row of the table of schedules.
 
     Attributes:
-        generate: (num_ranks, stages_per_rank, num_microbatches, num_steps) to per-rank lists.
-        stages_per_rank: the only number that it allows; None: any.
-        weights: see `Schedule`; other than "synchronous": the update rule is not that of one process.
+        generate: (num_ranks, stages_per_rank, num_microbatches, num_steps) -> list of actions for each rank.
+        stages_per_rank: the only number that the schedule allows; None: any number.
+        placement: "loop" or "v"; see loop_placement and v_placement.
+        weights: see `Schedule`; any value but "synchronous" changes the update rule.
     """
 
     generate: Callable[[int, int, int, int], list[Actions]]
@@ -166,16 +181,18 @@ def build_schedule(
     num_steps: int = 1,
     tied: tuple[tuple[int, ...], ...] = (),
 ) -> Schedule:
-    """The schedule of a name, compute actions only (`lowering.lower` adds the rest).
+    """Build a schedule by name, with compute actions only (`lowering.lower` adds the others).
 
     Args:
         name: one of SCHEDULES.
-        stages_per_rank: None: as few as the schedule allows.
-        num_steps: steps that run into each other; asynchronous schedules only.
+        num_ranks: ranks of the pipeline.
+        num_microbatches: microbatches of one step.
+        stages_per_rank: stages on each rank; None: the least number that the schedule allows.
+        num_steps: overlapping steps; above 1 for asynchronous schedules only.
         tied: groups of stages that share one weight.
 
     Raises:
-        InputError: an unknown name, numbers below 1 or that the schedule does not allow.
+        InputError: an unknown name; numbers below 1 or that the schedule does not allow.
     """
     if name not in SCHEDULES:
         raise InputError(f"schedule={name!r} must be one of: {', '.join(SCHEDULES)}")
@@ -190,9 +207,9 @@ def build_schedule(
             f"stages_per_rank={per_rank} must be {kind.stages_per_rank} for {name} (others: {', '.join(others)})"
         )
     if kind.weights == SYNCHRONOUS:
-        check(num_steps == 1, f"num_steps={num_steps} must be 1 for {name}, whose steps do not run into each other")
+        check(num_steps == 1, f"num_steps={num_steps} must be 1 for {name}, whose steps do not overlap")
     if kind.weights == ONE_STEP_DELAY:
-        # Else a stage would begin a step before the weights that are one step old are there.
+        # With fewer microbatches a stage would begin a step before it has the weights of one step ago.
         wanted = f"num_microbatches={num_microbatches} must be at least num_ranks={num_ranks} for {name}"
         check(num_microbatches >= num_ranks, wanted)
     lists = kind.generate(num_ranks, per_rank, num_microbatches, num_steps)

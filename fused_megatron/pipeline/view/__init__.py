@@ -1,1 +1,1 @@
-"""Schedules seen: simulated, recorded, drawn."""
+"""Timelines of schedules: simulated, recorded, and drawn."""

@@ -1,4 +1,4 @@
-"""Recording of what a pipeline really did and when, as a timeline like the simulator's."""
+"""Recording of the actions and times of a real pipeline, as a timeline like the simulator's."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ _TIMED = (*COMPUTE, Kind.REDUCE_GRAD, Kind.REDUCE_TIED, Kind.UPDATE)
 
 
 class Recorder:
-    """Records the actions of a step.
+    """Recorder of the actions of a step.
 
         recorder = Recorder(mesh.pp_group)
         executor = PipelineExecutor(schedule, ..., observe=recorder)
@@ -25,8 +25,8 @@ class Recorder:
         if rank == 0:
             Path("step.json").write_text(to_perfetto(both, microseconds_per_unit=1e6))
 
-    The time of an action is that of this rank's Python: on a GPU it says when the work was queued. The ranks of one
-    machine have one clock; those of several are set alike by a barrier.
+    The times are measured in Python: on a GPU they are the times at which work was queued. The ranks of one machine
+    share a clock; a barrier synchronises the clocks of several machines.
 
     Args:
         pp_group: the ranks of the pipeline; None for one rank.
@@ -38,12 +38,12 @@ class Recorder:
         self._zero = time.perf_counter()
 
     def __call__(self, action: Action, start: float, end: float) -> None:
-        """As the executor's `observe`. Sends and receives are left out, as in a predicted timeline."""
+        """Record an action; the executor's `observe`. Sends and receives are ignored, as in a predicted timeline."""
         if action.kind in _TIMED:
             self._events.append(Event(action, start - self._zero, end - self._zero))
 
     def begin(self) -> None:
-        """Forget what was recorded; time 0 is now. On all ranks.
+        """Delete the recorded actions, and set time 0 to now. All ranks must call.
 
         Communication: one barrier.
         """
@@ -53,13 +53,13 @@ class Recorder:
         self._zero = time.perf_counter()
 
     def timeline(self, name: str) -> Timeline:
-        """What was recorded since `begin`, of all ranks, on all ranks; times in seconds.
+        """Return the recorded timeline of all ranks since `begin`, on all ranks; times in seconds.
 
         Communication: two all-gathers.
         """
         own = [[*event.action, event.start, event.end] for event in self._events]
         machines, zeros, rows = zip(*gather_json([platform.node(), self._zero, own], self._group), strict=True)
-        # Ranks leave a barrier milliseconds apart; the first of each machine sets its time 0.
+        # Ranks leave a barrier milliseconds apart. The first rank of each machine defines the machine's time 0.
         first = {m: min(z for z, machine in zip(zeros, machines, strict=True) if machine == m) for m in machines}
         late = [zero - first[machine] for zero, machine in zip(zeros, machines, strict=True)]
         events = tuple(

@@ -1,4 +1,4 @@
-"""Simulation of a schedule: when each action begins and ends, from the costs of each kind."""
+"""Simulation of a schedule: start and end of each action, from the costs of each kind."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -10,13 +10,14 @@ from fused_megatron.pipeline.schedule.action import COMPUTE, Action, Kind, Sched
 
 @dataclass(frozen=True)
 class Costs:
-    """Times, in any one unit. Those of stages: one number for all, or one a stage.
+    """Times of actions, in any unit.
 
     Attributes:
-        forward, input_grad, weight_grad: of one stage and one microbatch. B takes input_grad + weight_grad.
-        reduce_grad, reduce_tied, update: of one action (reductions: in lowered schedules).
-        link_latency: from the end of a send to its arrival on another rank, nothing being occupied.
-        link_occupied: how long a message keeps its channel (ranks, direction) from the next one.
+        forward, input_grad, weight_grad: time for one microbatch: one number for all stages, or one for each stage. B
+            takes input_grad + weight_grad.
+        reduce_grad, reduce_tied, update: time of one action (only lowered schedules have reductions).
+        link_latency: time from the end of a send to its arrival on another rank; it blocks nothing.
+        link_occupied: time for which a message blocks its channel (ranks, direction) for the next message.
     """
 
     forward: float | tuple[float, ...] = 1.0
@@ -29,10 +30,10 @@ class Costs:
     link_occupied: float = 0.0
 
     def per_stage(self, num_stages: int) -> dict[Kind, tuple[float, ...]]:
-        """The times of each kind, one a stage.
+        """Return the times of each kind, one for each stage.
 
         Raises:
-            InputError: a negative time, or another number of times than of stages.
+            InputError: a time is negative, or there is not one time for each stage.
         """
         times = {}
         for kind in (Kind.FORWARD, Kind.INPUT_GRAD, Kind.WEIGHT_GRAD):
@@ -64,13 +65,15 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What each rank does when. Sends and receives take none of a rank's time and are left out.
+    """Actions of each rank with their times. Sends and receives take no time of a rank, and are not included.
 
     Attributes:
-        makespan: the end of the last action.
-        busy: per rank, the time in actions.
-        peak_live: per rank, the most forward activations alive at once, each of one stage and one microbatch.
-        stuck: (rank, position) of every rank that cannot go on; empty unless the schedule deadlocks.
+        name: name of the schedule.
+        events: the events of each rank, in order.
+        peak_live: for each rank the most forward activations alive at once, each of one stage and one microbatch.
+        stuck: (rank, position) of every rank that waits forever; empty unless the schedule deadlocks.
+        makespan: end of the last action.
+        busy: for each rank the time in actions.
     """
 
     name: str
@@ -88,27 +91,27 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """Makespan less the time of the busiest rank."""
+        """Makespan minus the time in actions of the busiest rank."""
         return self.makespan - max(self.busy, default=0.0)
 
     @property
     def idle_inside(self) -> list[float]:
-        """Per rank, the idle time between its first and its last action."""
+        """For each rank the idle time between its first and its last action."""
         return [
             events[-1].end - events[0].start - busy if events else 0.0
             for events, busy in zip(self.events, self.busy, strict=True)
         ]
 
 
-# What an action waits for, and what an end sets free: (stage, F or I or W, microbatch); for a tied group
-# (rank that has come, REDUCE_TIED, group).
+# Condition that an action waits for, and that the end of an action fulfils: (stage, F or I or W, microbatch); for a
+# tied group (rank that has arrived, REDUCE_TIED, group).
 _Key = tuple[int, Kind, int | None]
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
-    """Play the schedule: each rank in its order, each action as soon as what it needs has arrived.
+    """Simulate a schedule: each rank runs its actions in order, each as soon as its inputs have arrived.
 
-    A schedule that deadlocks ends early, with `stuck` set (`schedule_checks.check_schedule` says why).
+    The timeline of a schedule that deadlocks ends early, and has `stuck` set (`schedule_findings` gives the reason).
 
     Raises:
         InputError: costs that do not fit the schedule.
@@ -137,7 +140,7 @@ class _Simulation:
         return Timeline(self.schedule.name, events, tuple(peak_live_activations(self.schedule)), tuple(stuck))
 
     def _advance(self, rank: int, ready: list[int]) -> None:
-        """Do what the rank can until it must wait."""
+        """Run the actions of a rank until it must wait."""
         actions = self.schedule.actions[rank]
         while self.position[rank] < len(actions):
             action = actions[self.position[rank]]
@@ -166,7 +169,7 @@ class _Simulation:
         return ((stage, Kind.INPUT_GRAD, microbatch),) if kind == Kind.WEIGHT_GRAD else ()
 
     def _tied_needs(self, action: Action, rank: int, ready: list[int]) -> tuple[_Key, ...]:
-        """All ranks of a tied weight begin together: each says that it has come, and waits for the others."""
+        """Record that the rank has arrived at a tied reduction, and return the arrivals of all its ranks."""
         index = action.tied_group
         own = (rank, Kind.REDUCE_TIED, index)
         if own not in self.done:
@@ -182,7 +185,7 @@ class _Simulation:
         return ((stage, kind, microbatch),) if kind in COMPUTE else ()
 
     def _arrival(self, key: _Key, rank: int) -> float:
-        """When what another rank made is here. Each key has one reader on another rank, in the order of the sends."""
+        """Return the arrival time of a result. Each key has one reader on another rank, in the order of the sends."""
         end, source = self.done[key]
         if source == rank or key[1] == Kind.REDUCE_TIED:
             return end

@@ -1,4 +1,4 @@
-"""Timelines as text, as SVG, and as a trace for Perfetto (ui.perfetto.dev)."""
+"""Drawing of timelines as text, as SVG, and as a trace for Perfetto (ui.perfetto.dev)."""
 
 import json
 from collections.abc import Mapping
@@ -26,8 +26,10 @@ _LEGEND = {
 
 
 def to_text(timeline: Timeline) -> str:
-    """One row a rank, one column a unit of time (the shortest action): `2F0` stage, kind, microbatch; `--` goes on;
-    `.` idles. What takes no time stands in no column."""
+    """Draw a timeline as text: a row for each rank, a column for each unit of time (the shortest action).
+
+    `2F0` is stage, kind, microbatch; `--` continues an action; `.` is idle. Actions without duration are not drawn.
+    """
     timed = [event for events in timeline.events for event in events if event.end > event.start]
     unit = min((event.end - event.start for event in timed), default=1.0)
     columns = max((round(event.end / unit) for event in timed), default=0)
@@ -44,7 +46,7 @@ def to_text(timeline: Timeline) -> str:
 
 
 def summary(timeline: Timeline, stages_per_rank: int = 1) -> str:
-    """Makespan, bubble and, per rank, busy time, idle time and peak of live activations."""
+    """Return a table: makespan, bubble, and for each rank busy time, idle time and peak of live activations."""
     share = timeline.bubble / timeline.makespan if timeline.makespan else 0.0
     lines = [f"makespan {timeline.makespan:g}, bubble {timeline.bubble:g} ({share:.1%} of it)", ""]
     lines.append(f"{'rank':>4}  {'busy':>8}  {'idle':>8}  {'live activations':>16}  {'in microbatches':>15}")
@@ -52,13 +54,17 @@ def summary(timeline: Timeline, stages_per_rank: int = 1) -> str:
         idle = timeline.makespan - busy
         lines.append(f"{rank:>4}  {busy:>8g}  {idle:>8g}  {peak:>16}  {peak / stages_per_rank:>15g}")
     legend = (
-        "live activations: of one stage and one microbatch each, at the peak; in microbatches: of all that the rank "
+        "live activations: peak number, each of one stage and one microbatch; in microbatches: divided by the rank's "
+        "stages"
     )
-    return "\n".join([*lines, "", f"{legend}holds"]) + "\n"
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
 def to_svg(timeline: Timeline, width: int = 1000) -> str:
-    """A picture: a row a rank, a box an action with its microbatch; later stages of a rank are darker."""
+    """Draw a timeline as SVG: a row for each rank, a box with the microbatch for each action.
+
+    Later stages of a rank are darker.
+    """
     row, left, top = 26, 54, 8
     scale = (width - left - 10) / (timeline.makespan or 1.0)
     height = top + row * len(timeline.events) + 34
@@ -77,18 +83,18 @@ def to_svg(timeline: Timeline, width: int = 1000) -> str:
     used = {event.action.kind for events in timeline.events for event in events}
     used |= {Kind.BACKWARD} if Kind.INPUT_GRAD in used else set()
     x, y = left, top + row * len(timeline.events) + 10
-    for kind, words in _LEGEND.items():
+    for kind, label in _LEGEND.items():
         if kind in used:
             parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLOURS[kind][0]}" stroke="#555"/>')
-            parts.append(f'<text x="{x + 17}" y="{y + 10}">{words}</text>')
-            x += 36 + 6 * len(words)
+            parts.append(f'<text x="{x + 17}" y="{y + 10}">{label}</text>')
+            x += 36 + 6 * len(label)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _box(event: Event, leg: int, left: int, y: int, height: int, scale: float) -> str:
+def _box(event: Event, local_stage: int, left: int, y: int, height: int, scale: float) -> str:
     colours = _COLOURS[event.action.kind]
     x, width = left + event.start * scale, (event.end - event.start) * scale
-    fill = colours[min(leg, len(colours) - 1)]
+    fill = colours[min(local_stage, len(colours) - 1)]
     box = f'<rect x="{x:.1f}" y="{y}" width="{max(width, 3):.1f}" height="{height}" fill="{fill}" '
     box += 'stroke="#555" stroke-width="0.5">'
     box += f"<title>{event.action}: {event.start:g} to {event.end:g}</title></rect>"
@@ -99,8 +105,10 @@ def _box(event: Event, leg: int, left: int, y: int, height: int, scale: float) -
 
 
 def to_perfetto(timelines: Mapping[str, Timeline], microseconds_per_unit: float = 1000.0) -> str:
-    """A trace in Chrome's JSON format: one process a timeline, so that several (predicted, measured) stand one below
-    the other, and one thread a rank."""
+    """Return a trace in Chrome's JSON format, with a process for each timeline and a thread for each rank.
+
+    Several timelines (predicted, measured) are drawn below each other.
+    """
     events: list[dict[str, object]] = []
     for process, (label, timeline) in enumerate(timelines.items()):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": label}})
@@ -113,7 +121,7 @@ def to_perfetto(timelines: Mapping[str, Timeline], microseconds_per_unit: float 
                 box = {"ph": "X", "name": str(event.action), "cat": kind, "pid": process, "tid": rank}
                 box["ts"] = event.start * microseconds_per_unit
                 box["dur"] = (event.end - event.start) * microseconds_per_unit
-                # Perfetto's column for every kind; of a tied group or an update it is the index.
+                # Every kind uses the field "microbatch" for its index, also a tied group or an update.
                 box["args"] = {"stage": stage, "microbatch": index}
                 events.append(box)
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"

@@ -20,7 +20,7 @@ from fused_megatron.observe.traffic import Traffic
 
 
 def case(op: str, eager: float, *, noise: float = 0.01, seed: int = 0, load: float = 1.0) -> Comparison:
-    """Ours takes 1 ms, the eager one so many times that; each round's load falls on both alike."""
+    """Ours takes 1 ms, the eager function `eager` times that; the load of each round affects both the same."""
     draw = random.Random(seed)
     loads = [load * draw.uniform(1, 3) for _ in range(20)]
     seconds = {"ours": [1e-3 * t for t in loads], "eager": [1e-3 * t * eager * draw.gauss(1, noise) for t in loads]}
@@ -118,7 +118,7 @@ def test_a_regression_and_an_improvement_are_found_and_noise_is_not() -> None:
 
     assert verdict(2.0, 1.5, 0.01) == "SLOWER"
     assert verdict(2.0, 2.6, 0.01) == "faster"
-    assert verdict(2.0, 1.9, 0.01) == "even"  # less than medians move from run to run
+    assert verdict(2.0, 1.9, 0.01) == "even"  # less than medians differ between runs
     assert verdict(2.0, 1.7, 0.2) == "even"  # within the rounds' own spread
     assert verdict(2.0, 1.0, 0.2) == "SLOWER"
 
@@ -130,7 +130,7 @@ def test_without_an_eager_figure_the_copy_stands_beside() -> None:
     first, second = step("tp=2", 2), step("tp=2", 2)
     first.seconds["near"] = [s * 0.9 for s in first.seconds["DTensor"]]
     assert compare_runs([first], [first])[0].beside == "near"
-    assert compare_runs([first], [second])[0].beside == "DTensor"  # the best one is gone
+    assert compare_runs([first], [second])[0].beside == "DTensor"  # the best provider is gone
     del before.seconds["bound"]
     assert compare_runs([before], [after])[0].verdict == "-"
 
@@ -138,7 +138,7 @@ def test_without_an_eager_figure_the_copy_stands_beside() -> None:
 def test_noise_is_that_of_both_runs() -> None:
     assert noise_of(Spread(1, 1, 1), Spread(1, 1, 1)) == pytest.approx(1.1)
     wide = noise_of(Spread(1, 1, 1.5), Spread(0.8, 1, 1))
-    # Half and a quarter more, as logarithms, at right angles, one and a half times.
+    # A half and a quarter more: their logarithms as independent errors, times 1.5.
     assert wide == pytest.approx(math.exp(1.5 * math.hypot(math.log(1.5), math.log(1.25))))
 
 
@@ -194,7 +194,7 @@ def test_themes_with_training_steps(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["report", *map(str, files), "--plots", str(tmp_path / "plots")]) == 0
     said = capsys.readouterr().out
     both, scaling = said.split("node, 8 x H100")
-    # 4 GFLOP/s of each rank: of the 40 that one rank does alone, and of the 20 of one of two.
+    # 4 GFLOP/s of each rank, of the 40 that one rank reaches without others, and of the 20 of each of two ranks.
     assert "| 10.0% |" in both and "| 20.0% |" in both and "| 15.0% |" in both
     assert "MFU: model FLOPs a step" in both and "GPT small tp=2 float32: DTensor >= 1.3x met" in both
     assert "| 400 (80%)" in both and "own part ms" in both and "FSDP2: not installed [3 cases]" in both

@@ -1,4 +1,4 @@
-"""Start here when ranks of one host get wrong numbers, or wait: values and bits, reuse of places, faults."""
+"""Start here when ranks of one host get wrong numbers or hang: values and bits, reuse of slots, faults."""
 
 import os
 import random
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int
 
 
 def of_ranks(ranks, size, dtype, seed):
-    """[ranks, size], the same on every rank."""
+    """Return the inputs of all ranks, [ranks, size], the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     if not dtype.is_floating_point:
         return torch.randint(0, 50, (ranks, size), generator=generator).to(dtype)
@@ -46,7 +46,9 @@ def check_collectives(rank, ranks, size, dtype, seed):
     reduced = started(dist.all_reduce, x.clone())
     gathered = started(dist.all_gather_single, x.new_empty(ranks * x.numel()), x)
     exchanged = started(dist.all_to_all_single, torch.empty_like(x), x)
-    # Waited for in another order than started.
+    scattered = started(dist.reduce_scatter_single, x.new_empty(size), x)
+    # Waits come in another order than starts.
+    assert torch.equal(scattered.wait(), sum_in_order(whole.view(ranks, ranks, size)[:, rank]))
     assert torch.equal(exchanged.wait(), whole.view(ranks, ranks, size)[:, rank].reshape(-1))
     assert torch.equal(gathered.wait(), whole.view(-1))
     assert torch.equal(reduced.wait(), sum_in_order(whole))
@@ -54,25 +56,25 @@ def check_collectives(rank, ranks, size, dtype, seed):
 
 
 def collectives(rank, ranks):
-    host_ring.RING_BYTES, host_ring._PIECE_BYTES = 1 << 16, 1 << 14  # so that little goes around it often
+    host_ring.RING_BYTES, host_ring._PIECE_BYTES = 1 << 16, 1 << 14  # so that little data wraps around the ring often
     group = dist.group.WORLD
-    with torch.inference_mode():  # what is mapped here must be writable outside, too
+    with torch.inference_mode():  # memory that is mapped here must be writable outside, too
         assert not is_shared(group, torch.empty(0))
         meet(group)
         assert is_shared(group, torch.empty(0)) and not is_shared(group, torch.empty(0, device="meta"))
     for seed, (size, dtype) in enumerate((size, dtype) for dtype in DTYPES for size in (0, 1, 67, 5000)):
         check_collectives(rank, ranks, size, dtype, seed)
-    # Larger than a piece, and than the ring.
+    # A tensor larger than a piece, and one larger than the ring.
     check_collectives(rank, ranks, 3000, torch.float64, 1)
     check_collectives(rank, ranks, 50021, torch.uint8, 2)
-    # So many under way that places are needed again before anyone waits.
+    # Enough collectives under way that slots are reused before the first wait.
     whole = of_ranks(ranks, 9 * 2000, torch.float32, 3)
     transfers = [start_all_reduce_(part.clone(), group) for part in whole[rank].split(2000)]
     transfers += [start_all_gather(part, 0, group) for part in whole[rank].split(2000)]
     wanted = [sum_in_order(part) for part in whole.split(2000, dim=1)]
     wanted += [part.reshape(-1) for part in whole.split(2000, dim=1)]
     assert all(torch.equal(t.wait(), w) for t, w in reversed(list(zip(transfers, wanted, strict=True))))
-    # Ranks that are late, each in its turn, and places that come around.
+    # Each rank is late in turn, while slots are reused.
     late, shared = random.Random(rank), random.Random(0)
     for seed in range(40):
         time.sleep(late.choice((0.0, 0.0, 0.002)))
@@ -119,7 +121,7 @@ def test_a_rank_that_dies_is_named():
 
 
 def test_messages_in_parts():
-    """A stream socket may hand over any part of what was sent."""
+    """Read messages in parts, as a stream socket may deliver them."""
     ours, theirs = host_ring.socket.socketpair()
     rings = [torch.zeros(host_ring.RING_BYTES, dtype=torch.uint8) for _ in range(2)]
     ring = host_ring.HostRing(0, [0, 1], rings, {1: ours}, 5.0)
@@ -131,13 +133,13 @@ def test_messages_in_parts():
     rings[1][:12].view(torch.float32).copy_(torch.ones(3))
     message = host_ring._MESSAGE.pack(1, 0, *said) + host_ring._MESSAGE.pack(2, 1, *said)
     theirs.send(message[:5])
-    ring._listen(1)
-    assert ring._heard[1] == (0, 0)
+    ring._receive(1)
+    assert ring._their_counts[1] == (0, 0)
     theirs.send(message[5:])
     piece.wait()
     piece.wait()  # once is enough
     assert [t.tolist() for t in taken] == [[0.0, 1.0, 2.0], [1.0, 1.0, 1.0]]
-    assert ring._heard[1] == (2, 1)
+    assert ring._their_counts[1] == (2, 1)
     theirs.close()
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         for _ in range(3):
@@ -145,7 +147,7 @@ def test_messages_in_parts():
 
 
 def start_each(collectives, group):
-    """Start all, wait for the last one first; the error."""
+    """Start all collectives, wait for them from last to first, and return the text of the error."""
     transfers = []
     try:
         for collective, x in collectives:
@@ -166,19 +168,19 @@ def disagreements(rank, ranks):
         ([(reduce, one)], [(gather, one)]),
         ([(reduce, one), (gather, two)], [(gather, two), (reduce, one)]),
         ([(reduce, one[:0]), (reduce, one)], [(reduce, one)]),
-        # Only the first differs, by so much that the place of the second is another one, and the second is taken first.
+        # Only the first differs, in so many bytes that the slot of the second differs, too; the second is taken first.
         ([(reduce, one), (reduce, two)], [(reduce, torch.ones(400)), (reduce, two)]),
     ]
     groups = [dist.new_group() for _ in cases]
     errors = [start_each(of_rank[rank > 0], group) for of_rank, group in zip(cases, groups, strict=True)]
-    # It says so again, and other groups are as they were.
+    # The group raises again, and other groups work.
     assert "ranks disagree" in start_each([(reduce, one)], groups[0])
     assert start_each([(reduce, torch.ones(4))], dist.group.WORLD) is None
     return errors
 
 
 def test_ranks_that_disagree():
-    """Kind, dtype, bytes and order: every rank says what both have, and nothing is taken."""
+    """Differ in kind, dtype, bytes or order: every rank reports both collectives, and no piece is taken."""
     every = run_on_ranks(disagreements, 3, timeout_s=60)
     of_float = "all_reduce of 16 bytes of float32"
     others = [
@@ -218,7 +220,7 @@ def uses_elsewhere(rank, ranks):
     os.waitpid(child, 0)
     errors.append(os.read(reading, 1000).decode())
     assert use() == [2.0] * 4
-    # A thread takes over from one that has ended.
+    # A thread may continue after another has ended.
     other, sums = dist.new_group(), []
     meet(other)
     for _ in range(2):

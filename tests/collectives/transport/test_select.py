@@ -1,4 +1,4 @@
-"""Start here when collectives go over gloo and should not, or the other way round: who carries them, who is told."""
+"""Start here when collectives use the wrong transport (gloo or shared memory), or tools do not see them."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ def told(rank, ranks):
         start_all_reduce_(x, group).wait()
         start_all_gather(x, 0, group).wait()
     entries = [(entry.kind, entry.elements, entry.num_bytes, entry.group) for entry in ledger.entries]
-    # One rank does not want it: none does. A tool in place of torch's function gets the calls.
+    # If one rank does not want shared memory, no rank uses it. A tool that replaces torch's function gets the calls.
     records, refused = [], dist.new_group()
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off" if rank == 1 else "on"
     logger = logging.getLogger("fused_megatron.collectives.transport.select")
@@ -34,26 +34,26 @@ def told(rank, ranks):
     return entries, records
 
 
-def test_who_is_told():
+def test_tools_and_the_log_see_every_collective():
     for entries, records in run_on_ranks(told, 2):
         assert entries == [("all_reduce", 6, 24, (0, 1)), ("all_gather", 12, 48, (0, 1))]
         assert records == ["2 ranks of one group: collectives over gloo"]
 
 
 def uninvited(rank, ranks):
-    """A predicate is no meeting: one rank may ask."""
+    """Call is_shared on one rank only: it does not communicate."""
     group = dist.new_group()
     asked = is_shared(group, torch.empty(0)) if rank == 0 else None
-    start_all_reduce_(torch.ones(2), group).wait()  # the first collective is a meeting
+    start_all_reduce_(torch.ones(2), group).wait()  # the ranks meet with their first collective
     return asked, is_shared(group, torch.empty(0))
 
 
-def test_to_ask_is_not_to_meet():
+def test_is_shared_does_not_communicate():
     assert run_on_ranks(uninvited, 2) == [(False, True), (None, True)]
 
 
 def without_temporary_folder(rank, ranks):
-    """Of one rank it is gone."""
+    """Take the folder from one rank."""
     tempfile.tempdir = "/nowhere/at/all" if rank == 1 else None
     try:
         group = dist.new_group()
@@ -63,5 +63,5 @@ def without_temporary_folder(rank, ranks):
         tempfile.tempdir = None
 
 
-def test_without_a_folder_for_temporary_files_gloo_carries():
+def test_gloo_is_used_without_a_folder_for_temporary_files():
     assert run_on_ranks(without_temporary_folder, 2) == [(False, [2.0, 2.0])] * 2

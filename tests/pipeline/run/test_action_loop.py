@@ -1,4 +1,4 @@
-"""Start here when a rank does the wrong action, or none: what an evaluation does, and kinds that nobody knows."""
+"""Start here when a rank runs the wrong action or none, an evaluation runs others, or a kind is unknown."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def test_every_kind_has_a_method() -> None:
 def test_an_unknown_kind_raises(capfd: pytest.CaptureFixture[str]) -> None:
     executor = one_rank()
     loop = executor._loop
-    actions = (*executor.schedule.actions[0], Action(0, "DREAM", 1))  # as of a kind that someone adds
+    actions = (*executor.schedule.actions[0], Action(0, "DREAM", 1))  # an action of a new kind
     loop._plans[True] = (actions, [[] for _ in actions])
     loop._schedule = dataclasses.replace(executor.schedule, actions=(actions,))
     data = [torch.ones(4, 3)] * 2, [torch.ones(4, 1)] * 2

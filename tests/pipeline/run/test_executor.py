@@ -1,4 +1,4 @@
-"""Start here when a pipeline's weights differ from those of one process by as much as a bit."""
+"""Start here when the weights of a pipeline differ from the weights of one process by a bit."""
 
 import inspect
 import textwrap
@@ -21,7 +21,7 @@ SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "sync
 
 
 class Cell(nn.Module):
-    """A residual MLP; the first cell looks tokens up, the last gives logits."""
+    """Residual MLP; the first cell looks tokens up, the last returns logits."""
 
     def __init__(self, index, parallel, recompute):
         super().__init__()
@@ -53,7 +53,7 @@ def make_cells(parallel=False, recompute=False):
 
 
 def microbatches(count, step):
-    """Tokens and targets of uneven microbatches of different lengths."""
+    """Return tokens and targets of uneven microbatches with different lengths."""
     generator = torch.Generator().manual_seed(step)
     sizes = [(1 + index % 3, 2 + (index + step) % 4) for index in range(count)]
     draw = [torch.randint(VOCABULARY, (2, *size), generator=generator) for size in sizes]
@@ -71,7 +71,7 @@ def make_optimizer(parameters, name):
 
 
 def one_process(count, optimizer_name, parallel):
-    """Losses and cells of accumulation in one process; both uses of the tied weight are accumulated apart."""
+    """Return losses and cells of one process; gradients of both uses of the tied weight accumulate separately."""
     cells = make_cells(parallel)
     model = nn.Sequential(*cells)
     optimizer = make_optimizer(model.parameters(), optimizer_name)
@@ -94,7 +94,7 @@ def one_process(count, optimizer_name, parallel):
 
 
 def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute, strict):
-    """Losses and this rank's cells by index; strict: over a transport like NCCL's at its strictest."""
+    """Return losses and this rank's cells by index; strict: over a transport as strict as NCCL can be."""
     cells = make_cells(parallel, recompute)
     count, ends = schedule.num_stages, {}
     for stage in stages_of(schedule.placement, rank):
@@ -121,7 +121,7 @@ def piped(pp_group, rank, schedule, optimizer_name, parallel, recompute, strict)
 
 
 def run_cases(rank, world_size, cases, strict):
-    """For each case this rank's result; the first rank adds that of one process."""
+    """Return this rank's result for each case; the first rank adds the result of one process."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     results, expected = [], {}
     for name, count, optimizer_name, parallel, recompute in cases:
@@ -144,9 +144,9 @@ def test_weights_are_those_of_one_process(ranks, count):
 
 @pytest.mark.parametrize("count", [pytest.param(9, marks=pytest.mark.slow), 2])
 def test_weights_are_those_of_one_process_where_messages_keep_their_order(count):
-    """In order, one at a time on a channel, nothing kept on the way, no tags: what deadlocks there could on NCCL.
+    """Send one message at a time on each channel, in order, without buffers or tags: a deadlock here could be NCCL's.
 
-    With fewer microbatches than ranks some ranks have nothing to do while others warm up.
+    With fewer microbatches than ranks some ranks idle while others warm up.
     """
     check_weights(4, count, strict=True)
 
@@ -175,7 +175,7 @@ def run_example(rank, world_size):
     torch.manual_seed(0)
     batches = [(torch.randn(32, 8), torch.randn(32, 1)) for _ in range(2)]
     documented = inspect.cleandoc(PipelineExecutor.__doc__)
-    code = textwrap.dedent(documented.split("any modules.\n")[1].split("\nGradients add up")[0])
+    code = textwrap.dedent(documented.split("any modules.\n")[1].split("\nGradients accumulate")[0])
     names = {"mesh": mesh, "rank": rank, "batches": batches, "torch": torch, "nn": nn}
     exec(code, names | {"build_schedule": build_schedule, "PipelineExecutor": PipelineExecutor}, found := {})
     return found["loss"].item()

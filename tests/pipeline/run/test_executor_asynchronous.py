@@ -1,4 +1,4 @@
-"""Start here when PipeDream or PipeDream-2BW does not follow its update rule, played by one process from formulas."""
+"""Start here when PipeDream or PipeDream-2BW does not follow its update rule."""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ CALLS = 2
 
 
 def layers():
-    """One a stage."""
+    """Make one layer for each stage."""
     torch.manual_seed(0)
     return [nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.Tanh()).double() for _ in range(RANKS)]
 
@@ -58,7 +58,7 @@ def run_case(rank, name, microbatches, steps):
 
 
 def gradients(weights, x, target, divisor):
-    """The loss of a microbatch and the gradient of every stage's weights [(w, b), ..]."""
+    """Return the loss of a microbatch, and the gradient of every stage's weights [(w, b), ..]."""
     leaves = [[t.clone().requires_grad_() for t in stage] for stage in weights]
     y = x
     for weight, bias in leaves:
@@ -69,7 +69,7 @@ def gradients(weights, x, target, divisor):
 
 
 class Weights:
-    """All versions of one stage's weights, by the number of updates that made them; SGD with momentum."""
+    """Versions of one stage's weights, by the number of updates; SGD with momentum."""
 
     def __init__(self, layer):
         self.versions = [[p.detach() for p in layer.parameters()]]
@@ -84,7 +84,7 @@ class Weights:
 
 
 def play_2bw(stages, inputs, targets, microbatches, divisor):
-    """w(t + 1) = w(t) - lr g(w(t - 1)), on all stages alike; the first step has w(0)."""
+    """Play w(t + 1) = w(t) - lr g(w(t - 1)) on all stages; the first step uses w(0)."""
     total = 0.0
     for step in range(len(inputs) // microbatches):
         old = [stage.versions[max(0, step - 1)] for stage in stages]
@@ -99,8 +99,10 @@ def play_2bw(stages, inputs, targets, microbatches, divisor):
 
 
 def play_stashing(stages, inputs, targets, divisor):
-    """w_s(t + 1) = w_s(t) - lr g_s(w_0(t - n + 1), .., w_n-1(t)): microbatch t finds stage s, behind which n - 1 - s
-    follow, as many updates old."""
+    """Play w_s(t + 1) = w_s(t) - lr g_s(w_0(t - n + 1), .., w_n-1(t)).
+
+    Microbatch t uses weights of stage s that are n - 1 - s updates old, the number of later stages.
+    """
     total = 0.0
     for t, (x, target) in enumerate(zip(inputs, targets, strict=True)):
         old = [stage.versions[max(0, t - (RANKS - 1 - s))] for s, stage in enumerate(stages)]
@@ -125,18 +127,18 @@ def test_weights_are_those_of_the_update_rule():
             for losses, _, _ in (answer[index] for answer in answers):
                 torch.testing.assert_close(losses[call], loss, rtol=1e-12, atol=0.0)
             for stage in stages:
-                stage.restart()  # a call ends with all its microbatches done: the next begins with the newest weights
+                stage.restart()  # a call ends after all its microbatches; the next call begins with the newest weights
         for rank, stage in enumerate(stages):
             _, updates, got = answers[rank][index]
             per_call = steps if name == "pipedream_2bw" else steps * microbatches
             assert updates == [*range(per_call)] * CALLS
             for mine, right in zip(got, stage.versions[-1], strict=True):
-                # Not to the bit: SGD rounds once where the formula rounds twice, and one product adds the bias itself.
+                # Not bitwise: SGD rounds once and the formula twice, and one of the products adds the bias itself.
                 torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-14)
 
 
 def test_the_rules_differ_from_plain_sgd():
-    """Else the test above could not tell them apart."""
+    """Check that the test above can tell the rules apart."""
     inputs, targets = data(0, 12)
     delayed, stashed, plain = ([Weights(layer) for layer in layers()] for _ in range(3))
     play_2bw(delayed, inputs, targets, 1, ROWS)

@@ -1,4 +1,4 @@
-"""Start here when a fault on one rank of a pipeline hangs the others, or they name another cause."""
+"""Start here when a fault on one rank of a pipeline hangs the other ranks, or they report another cause."""
 
 import json
 import os
@@ -19,7 +19,7 @@ MICROBATCHES, WIDTH = 6, 4
 
 
 class Stage(nn.Module):
-    """A linear layer that fails when told to."""
+    """Linear layer that fails on request."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def data():
 
 
 def raised(function):
-    """(type, text, rank, action) of the error, and after how many seconds."""
+    """Return (type, text, rank, action) of the error that function raises, and the seconds until then."""
     start = time.monotonic()
     try:
         function()
@@ -62,7 +62,7 @@ def raised(function):
 
 
 def fail_in_actions(rank, world_size, cases):
-    """One stage fails; then a new pipeline is made and works."""
+    """Let one stage fail; then make a new pipeline, which works."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     results = []
     for failing, at, phase, name in cases:
@@ -106,7 +106,7 @@ def test_exception_in_a_stage_reaches_all_ranks(capfd):
 
 
 def kill_one(rank, world_size, folder, victim, at):
-    """The victim kills itself in its third forward, or between two steps; the others write what they saw, and when."""
+    """Let the victim kill itself in its third forward or between two steps; the others write their errors and times."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     executor, stages = make(mesh.pp_group, rank, world_size)
 
@@ -143,7 +143,7 @@ def test_killed_rank_is_named_by_all_others(tmp_path, victim, at):
 
 
 def give_bad_input(rank, world_size):
-    """Errors at construction and before a step, each on one rank; the executor stays of use."""
+    """Make errors at construction and before a step, each on one rank; the executor works afterwards."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     group = mesh.pp_group
     schedule = build_schedule("1f1b", world_size, MICROBATCHES)
@@ -197,7 +197,7 @@ def test_bad_input_is_one_error_on_every_rank():
         "loss_fn": "loss_fn=None must be given on rank 1, of the last stage 1",
         "update": "update=None must be given for pipedream",
         "tied": "tied has 1 groups, and schedule.tied 0",
-        "tied values": "tied[0]: the weight of rank 1 differs from that of rank 0",
+        "tied values": "tied[0]: the weight of rank 1 differs from the weight of rank 0",
         "tied parameter": "must be a parameter of stage",
         "module": "stages[1]=str must be an nn.Module",
         "inputs missing": "inputs=None must be given on this rank: one for each of 6 microbatches",

@@ -1,4 +1,4 @@
-"""Start here when stages get other tensors than were sent (tuples, masks, views, nothing), or keep them too long."""
+"""Start here when stages receive other tensors than were sent (tuples, masks, views, none), or keep them too long."""
 
 import weakref
 
@@ -17,7 +17,7 @@ WIDTH, STAGES = 4, 6
 
 
 class Stage(nn.Module):
-    """One of six that hand on what a pipeline may have to hand on."""
+    """One of six stages that return every kind of result that a pipeline can send."""
 
     def __init__(self, index):
         super().__init__()
@@ -25,11 +25,11 @@ class Stage(nn.Module):
         self.linear = nn.Linear(WIDTH, WIDTH) if index not in (1, 3) else None
 
     def forward(self, x, *rest, scale):
-        if self.index == 0:  # a number for each row, a mask, half precision, and what nobody uses
+        if self.index == 0:  # a number for each row, a mask, half precision, and an unused tensor
             y = self.linear(x)
             ids, mask = torch.arange(len(x)), x[:, 0] > 0
             return y, ids, mask, y.to(torch.bfloat16), y * 2
-        if self.index == 1:  # its inputs as they are: leaves of this stage
+        if self.index == 1:  # its unchanged inputs, which are leaves of this stage
             return (x, *rest)
         y = x if self.linear is None else self.linear(x) * scale
         if self.index == STAGES - 1:
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
 
 class Chain(nn.Module):
-    """The stages in one process."""
+    """Run the stages in one process."""
 
     def __init__(self, stages):
         super().__init__()
@@ -118,7 +118,7 @@ def test_tuples_masks_views_and_empty_microbatches():
 
 
 class Watched(nn.Module):
-    """A layer whose inputs and outputs can be seen to die."""
+    """Layer that keeps weak references to its inputs and outputs."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Watched(nn.Module):
 
 
 def watch_memory(rank, world_size):
-    """Per schedule: what is wrong, and the most live activations."""
+    """Return for each schedule the tensors that live too long, and the most live activations."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size)
     found = {}
     x = [torch.randn(3, WIDTH) for _ in range(8)]
@@ -148,7 +148,7 @@ def watch_memory(rank, world_size):
             weight = watched.linear.weight
             if action.kind in "IW" and m == 0:
                 products.append((action.kind, weight.grad is not None))
-            # Its output is on the way or with its receiver; that of two microbatches ago is gone in any case.
+            # The last output is under way or with its receiver; the output of two microbatches ago must be freed.
             if action.kind in "BI" and m >= 2 and watched.outputs[m - 2]() is not None:
                 wrong.append(f"output {m - 2} of stage {action.stage} lives at {action}")
             if action.kind in "BW" and action.stage and m >= 1 and watched.inputs[m - 1]() is not None:
@@ -173,7 +173,7 @@ def test_outputs_are_freed_once_sent_and_weight_gradients_wait_for_w():
 
 
 class Unsteady(nn.Module):
-    """Its output depends on more than the shape of its input."""
+    """Stage whose output shape depends on more than the shape of its input."""
 
     def __init__(self, fault):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Start here when a stage reuses its memory, leaves tensors unused or has nothing to learn, and goes wrong by it."""
+"""Start here when a stage fails because it reuses memory, ignores tensors, or has nothing to train."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WIDTH, COUNT, STAGES = 4, 5, 4
 
 
 class Static(torch.autograd.Function):
-    """x in memory that every call writes anew, as the outputs of a CUDA graph are; the gradient, too."""
+    """Identity that returns x, and its gradient, in memory that every call overwrites, as a CUDA graph does."""
 
     @staticmethod
     def forward(ctx, x, memory, gradients):
@@ -28,7 +28,7 @@ class Static(torch.autograd.Function):
 
 
 class Stage(nn.Module):
-    """What the case says; the last stage gives one tensor, the others a tuple of two."""
+    """Stage of a case; the last stage returns one tensor, the others a tuple of two."""
 
     def __init__(self, index, case):
         super().__init__()
@@ -52,12 +52,12 @@ def make_stages(case):
 
 
 def loss_fn(y, target):
-    """Constant for a microbatch without targets."""
+    """Return the loss, a constant for a microbatch without targets."""
     return (y - target).square().sum() if len(target) else torch.zeros(())
 
 
 class StaticLoss:
-    """Its result is always in the same memory."""
+    """Loss whose result is always in the same memory."""
 
     def __init__(self):
         self.memory = [torch.zeros(()), torch.zeros(())]
@@ -72,7 +72,7 @@ def data(case):
     targets = list(targets)
     if case == "no targets":
         targets[1] = targets[1][:0]
-    # A tensor: the shapes do not depend on it, and so no rank can know.
+    # Tensors, on which shapes do not depend, so that no rank knows their values.
     used = [torch.tensor(case != "sometimes" or index == 3) for index in range(COUNT)]
     return list(inputs), targets, used
 
@@ -81,7 +81,7 @@ CASES = ("static", "unused", "sometimes", "no targets")
 
 
 def one_process(case):
-    """Losses, gradients and weights behind two steps."""
+    """Return losses, gradients and weights after two steps."""
     stages, losses = make_stages(case), []
     parameters = {f"{i}.{name}": p for i, stage in enumerate(stages) for name, p in stage.named_parameters()}
     adamw = torch.optim.AdamW(parameters.values(), lr=0.1, weight_decay=0.5)
@@ -100,7 +100,7 @@ def one_process(case):
 
 
 class WithoutFlag(nn.Module):
-    """A stage that keyword arguments of the last one do not concern."""
+    """Stage that ignores the keyword arguments of the last stage."""
 
     def __init__(self, stage):
         super().__init__()
@@ -139,8 +139,8 @@ def piped(rank, world_size, schedules):
 
 
 def test_losses_gradients_and_weights_are_those_of_one_process():
-    """Of stages on two ranks, and on one: with static memory, unused tensors, and a microbatch without targets."""
-    # In zb_v the two stages in the middle are neighbours on one rank, and weight gradients are put off.
+    """Run stages on two ranks and on one, with static memory, unused tensors, and a microbatch without targets."""
+    # In zb_v the two middle stages are neighbours on one rank, and weight gradients are deferred.
     every = run_on_ranks(piped, 2, [("interleaved_1f1b", True), ("zb_v", False)], timeout_s=100)
     for case in CASES:
         losses, gradients, weights = one_process(case)
@@ -184,7 +184,7 @@ def test_nothing_to_train_and_an_input_changed_in_place_are_one_line():
     text = "no parameter of any stage requires a gradient, and no input: there is nothing to train"
     assert first[0] == second[0] and first[0].startswith(text)
     assert first[1:3] == second[1:3] == [None, None]
-    text = "a stage changes its input in place, which autograd allows of no leaf"
+    text = "a stage changes its input in place, which autograd forbids"
     assert second[3].startswith(text) and f"rank 1 failed at 1F0: InputError: {text}" in first[3]
 
 

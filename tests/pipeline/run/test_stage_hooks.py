@@ -1,4 +1,4 @@
-"""Start here when a stage computes with weights that are not whole, or a hook is called at the wrong time."""
+"""Start here when a stage computes with a shard of its weights, or a hook is called at the wrong time."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ from fused_megatron.pipeline.schedule.action import stages_of
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
-# An odd width: the ranks' shards differ in size.
+# An odd width, so that the shards of the ranks differ in size.
 WIDTH, STEPS, MICROBATCHES = 7, 2, 3
 
 
 class Block(nn.Module):
-    """A residual MLP of our linears, which put weight gradients off, or of torch's, recomputed in backward."""
+    """Residual MLP of our linear layers, which defer weight gradients, or of torch's, recomputed in backward."""
 
     def __init__(self, ours: bool) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class Block(nn.Module):
 
 
 class GatheredStages:
-    """StageHooks of stages whose weights exist only between UNSHARD and RESHARD; each rank keeps some rows of each.
+    """StageHooks of stages whose full weights exist only between UNSHARD and RESHARD; each rank keeps some rows.
 
-    What is dropped has no memory: a computation at the wrong time reads nothing, or fails.
+    Released weights have no memory, so that a computation at the wrong time fails.
     """
 
     def __init__(self, stages: dict[int, nn.Module], gradients: GradientBuckets, group: dist.ProcessGroup) -> None:
@@ -110,7 +110,7 @@ def microbatches(step: int, dp_rank: int) -> tuple[list[torch.Tensor], list[torc
 
 
 def trained(mesh, name: str, per_rank: int, ours: bool, max_unsharded: int | None) -> tuple[dict, list, list[str]]:
-    """Weights of this rank's stages after two steps of momentum, the losses, and what was asked of the hooks."""
+    """Return the weights of this rank's stages after two steps of momentum, the losses, and the calls of the hooks."""
     schedule = build_schedule(name, mesh.pp_size, MICROBATCHES, per_rank)
     stages = make_stages(stages_of(schedule.placement, mesh.pp_rank), ours)
     gradients = GradientBuckets({i: list(stage.parameters()) for i, stage in stages.items()}, mesh.dp_group, 100)
@@ -147,7 +147,7 @@ def trained(mesh, name: str, per_rank: int, ours: bool, max_unsharded: int | Non
 
 
 def compare(rank: int, world_size: int, cases: list) -> list[str]:
-    """The calls of the last case."""
+    """Compare all cases with and without sharded weights; return the calls of the last case."""
     mesh = fm.init_mesh(pipeline_parallel_size=world_size // 2)
     for name, per_rank, ours, limit in cases:
         weights, losses, _ = trained(mesh, name, per_rank, ours, None)
@@ -168,7 +168,7 @@ CASES = [
 
 def test_weights_that_are_gathered_and_dropped_train_as_whole_ones() -> None:
     calls = run_on_ranks(compare, 2, CASES)[0]
-    # Dropped at first; then a step, and an evaluation without the backwards' gathers.
+    # The weights are released first; then come a step, and an evaluation without the gathers of backwards.
     step = "0UNSHARD 0RESHARD 1UNSHARD 1RESHARD 2UNSHARD 2REDUCE_GRAD 2RESHARD 1UNSHARD 1REDUCE_GRAD 1RESHARD 0UNSHARD"
     evaluation = "0UNSHARD 0RESHARD 1UNSHARD 1RESHARD 2UNSHARD 2RESHARD"
     assert calls[3:22] == f"{step} 0REDUCE_GRAD 0RESHARD {evaluation}".split()

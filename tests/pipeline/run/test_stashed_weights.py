@@ -1,4 +1,4 @@
-"""Start here when an asynchronous schedule computes with the wrong version of weights, or keeps too many."""
+"""Start here when an asynchronous schedule computes with the wrong version of the weights, or keeps too many."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def loss_fn(y, target):
 
 
 def simulate(schedule):
-    """Losses and weights of one process that keeps every version of every stage's weights."""
+    """Return losses and weights of one process that keeps every version of every stage's weights."""
     stages = make_stages(schedule.num_stages)
     optimizers = [make_optimizer(stage) for stage in stages]
     versions = [[[p.detach().clone() for p in stage.parameters()]] for stage in stages]

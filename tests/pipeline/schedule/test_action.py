@@ -1,4 +1,4 @@
-"""Start here when an action prints, parses or counts as what it is not."""
+"""Start here when an action prints, parses or counts as another one."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fused_megatron.pipeline import Action, Kind, Schedule, build_schedule, check_schedule, parse_action
+from fused_megatron.pipeline import Action, Kind, Schedule, build_schedule, parse_action, schedule_findings
 from fused_megatron.pipeline.schedule.action import WITHOUT_INDEX
 
 
@@ -37,7 +37,7 @@ def test_the_index_has_the_name_that_its_kind_says() -> None:
 
 
 @pytest.mark.parametrize(("action", "message"), [
-    (Action(0, "X", 0), "0X0 is of no kind (F, B, I, W, SEND_F"),
+    (Action(0, "X", 0), "0X0 has an unknown kind (F, B, I, W, SEND_F"),
     (Action(0, Kind.UPDATE), "0UPDATE has no index"),
     (Action(0, Kind.FORWARD), "0F has no index"),
     (Action(0, Kind.REDUCE_GRAD, 1), "0REDUCE_GRAD1 must have no index"),
@@ -45,5 +45,5 @@ def test_the_index_has_the_name_that_its_kind_says() -> None:
 def test_an_action_that_is_none_is_a_breach(action: Action, message: str) -> None:
     good = build_schedule("1f1b", 1, 2)
     bad = Schedule("bad", good.placement, 2, ((action, *good.actions[0]),))
-    (finding,) = check_schedule(bad)
+    (finding,) = schedule_findings(bad)
     assert (finding.rank, finding.position, finding.rule) == (0, 0, "complete") and message in finding.message

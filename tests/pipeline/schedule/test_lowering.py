@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, Kind, Schedule, build_schedule, check_schedule, lower
+from fused_megatron.pipeline import SCHEDULES, Kind, Schedule, build_schedule, lower, schedule_findings
 from fused_megatron.pipeline.schedule.action import Action
 
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
@@ -13,7 +13,7 @@ GATHERS = (Kind.UNSHARD, Kind.RESHARD)
 
 
 def most_whole(schedule: Schedule) -> list[int]:
-    """Per rank, of how many stages the weights are whole at once."""
+    """Return for each rank the most stages with full weights at once."""
     peaks = []
     for actions in schedule.actions:
         whole, peak = 0, 0
@@ -26,7 +26,7 @@ def most_whole(schedule: Schedule) -> list[int]:
 
 
 def gathers(schedule: Schedule) -> list[str]:
-    """Per rank the computations, each stretch of one stage as its letter, between UNSHARD `(` and RESHARD `)`."""
+    """Return the computations of each rank as text: a letter for a run of one stage, UNSHARD as `(`, RESHARD as `)`."""
     marks = {Kind.UNSHARD: "(", Kind.RESHARD: ")"}
     rows = []
     for actions in schedule.actions:
@@ -47,9 +47,9 @@ def test_every_schedule_keeps_the_rules_and_the_limit(name: str) -> None:
     plain = lower(schedule)
     for limit in range(1, per_rank + 2):
         sharded = lower(schedule, max_unsharded=limit)
-        assert check_schedule(sharded) == []
+        assert schedule_findings(sharded) == []
         assert most_whole(sharded) == [min(limit, per_rank)] * 3
-        # Nothing else moves.
+        # The other actions stay in order.
         without = tuple(tuple(a for a in actions if a.kind not in GATHERS) for actions in sharded.actions)
         assert without == plain.actions
 
@@ -57,7 +57,7 @@ def test_every_schedule_keeps_the_rules_and_the_limit(name: str) -> None:
 def test_breadth_first_gathers_each_stage_once_a_pass() -> None:
     schedule = build_schedule("looped_breadth_first", 1, 4, 3)
     assert gathers(lower(schedule, max_unsharded=1)) == ["0( 0F 0) 1( 1F 1) 2( 2F 2B 2) 1( 1B 1) 0( 0B 0)"]
-    # What computes again last makes room.
+    # The stage whose next use is latest is released.
     assert gathers(lower(schedule, max_unsharded=2)) == ["0( 0F 1( 1F 0) 2( 2F 2B 2) 1B 1) 0( 0B 0)"]
     assert gathers(lower(schedule, max_unsharded=3)) == ["0( 0F 1( 1F 2( 2F 2B 2) 1B 1) 0B 0)"]
 
@@ -78,16 +78,16 @@ def test_what_cannot_be_sharded_is_refused() -> None:
 
 
 def test_receives_stand_in_the_order_in_which_their_channel_sends() -> None:
-    """Also where the receiver uses what it gets in another order: what is used first is not what comes first."""
+    """Receive in the order of the sends, also if the receiver uses the messages in another order."""
     forwards = [(Action(0, Kind.FORWARD, m) for m in (0, 1, 2)), (Action(1, Kind.FORWARD, m) for m in (2, 0, 1))]
     backwards = [(Action(0, Kind.BACKWARD, m) for m in (0, 1, 2)), (Action(1, Kind.BACKWARD, m) for m in (0, 1, 2))]
     actions = tuple((*f, *b) for f, b in zip(forwards, backwards, strict=True))
     schedule = replace(build_schedule("gpipe", 2, 3), actions=actions)
     lowered = lower(schedule)
-    assert check_schedule(lowered) == []
+    assert schedule_findings(lowered) == []
     rows = [" ".join(str(action) for action in row) for row in lowered.actions]
     received = [[a.microbatch for a in row if a.kind in (Kind.RECV_F, Kind.RECV_B)] for row in lowered.actions]
     assert received == [[0, 1, 2], [0, 1, 2]], rows
-    # All three before the first forward, which needs the last of them.
+    # All three receives come before the first forward, which needs the last message.
     kinds = [action.kind for action in lowered.actions[1]]
     assert kinds[:4] == [Kind.RECV_F] * 3 + [Kind.FORWARD]

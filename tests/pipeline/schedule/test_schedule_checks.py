@@ -1,4 +1,4 @@
-"""Start here when a good schedule is refused, or a bad one is not: mutations, and faults that name their rule."""
+"""Start here when a valid schedule is refused, or an invalid one is accepted."""
 
 import random
 from collections import Counter, defaultdict
@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from fused_megatron.pipeline import RULES, Action, Schedule, build_schedule, check_schedule, lower, parse_action
+from fused_megatron import pipeline
+from fused_megatron.pipeline import RULES, Action, Schedule, build_schedule, lower, parse_action, schedule_findings
 
 GOOD = [
     lower(build_schedule("interleaved_1f1b", 3, 4, 2, tied=((0, 5),))),
@@ -22,7 +23,7 @@ GOOD = [
 ]
 
 
-Places = list[tuple[Schedule, int, int]]  # rank and position of an action
+Positions = list[tuple[Schedule, int, int]]  # rank and position of an action
 
 
 def edited(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
@@ -31,17 +32,17 @@ def edited(schedule: Schedule, rank: int, actions: list[Action]) -> Schedule:
     return replace(schedule, actions=tuple(lists))
 
 
-def names_place(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> bool:
-    """Whether a finding is on the rank and names one of the actions, or what its backward then lacks."""
-    words = {str(action) for action in actions}
-    words |= {str(action._replace(kind=kind)) for action in actions if action.kind in "BIW" for kind in "BIW"}
-    found = check_schedule(schedule)
-    return any(f.rank == rank and words & set(f.message.replace(",", " ").replace(":", " ").split()) for f in found)
+def is_named(schedule: Schedule, rank: int, actions: tuple[Action, ...]) -> bool:
+    """Whether a finding is on the rank and names one of the actions, or the missing part of its backward."""
+    names = {str(action) for action in actions}
+    names |= {str(action._replace(kind=kind)) for action in actions if action.kind in "BIW" for kind in "BIW"}
+    found = schedule_findings(schedule)
+    return any(f.rank == rank and names & set(f.message.replace(",", " ").replace(":", " ").split()) for f in found)
 
 
 @pytest.fixture(params=["some", pytest.param("every", marks=pytest.mark.slow)])
-def places(request: pytest.FixtureRequest) -> Places:
-    """Places in the schedules: all, or of each kind of action on each rank one at the begin, one in the midst."""
+def chosen_positions(request: pytest.FixtureRequest) -> Positions:
+    """Positions in the schedules: all, or for each kind of action on each rank the first and the middle one."""
     found = []
     for schedule in GOOD:
         for rank, actions in enumerate(schedule.actions):
@@ -54,23 +55,23 @@ def places(request: pytest.FixtureRequest) -> Places:
     return found
 
 
-def test_every_dropped_action_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_dropped_action_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions = list(schedule.actions[rank])
         dropped = actions.pop(position)
-        assert names_place(edited(schedule, rank, actions), rank, (dropped,)), (schedule.name, str(dropped))
+        assert is_named(edited(schedule, rank, actions), rank, (dropped,)), (schedule.name, str(dropped))
 
 
-def test_every_duplicated_action_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_duplicated_action_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions = list(schedule.actions[rank])
         actions.insert(position, actions[position])
-        assert names_place(edited(schedule, rank, actions), rank, (actions[position],)), (schedule.name, position)
+        assert is_named(edited(schedule, rank, actions), rank, (actions[position],)), (schedule.name, position)
 
 
-def test_every_retargeted_action_is_found_and_named(places: Places) -> None:
+def test_every_retargeted_action_is_found_and_named(chosen_positions: Positions) -> None:
     random.seed(1)
-    for schedule, rank, position in places:
+    for schedule, rank, position in chosen_positions:
         action = schedule.actions[rank][position]
         others = [
             action._replace(stage=(action.stage + random.randint(1, schedule.num_stages - 1)) % schedule.num_stages)
@@ -83,26 +84,26 @@ def test_every_retargeted_action_is_found_and_named(places: Places) -> None:
         for other in others:
             actions = list(schedule.actions[rank])
             actions[position] = other
-            assert names_place(edited(schedule, rank, actions), rank, (action, other)), (schedule.name, action, other)
+            assert is_named(edited(schedule, rank, actions), rank, (action, other)), (schedule.name, action, other)
 
 
-def test_every_action_on_another_rank_is_found_and_named(places: Places) -> None:
-    for schedule, rank, position in places:
+def test_every_action_on_another_rank_is_found_and_named(chosen_positions: Positions) -> None:
+    for schedule, rank, position in chosen_positions:
         actions, other = list(schedule.actions[rank]), (rank + 1) % schedule.num_ranks
         moved = actions.pop(position)
         mutated = edited(edited(schedule, rank, actions), other, [moved, *schedule.actions[other]])
-        assert names_place(mutated, other, (moved,)), (schedule.name, str(moved))
+        assert is_named(mutated, other, (moved,)), (schedule.name, str(moved))
 
 
 def trains_alike(schedule: Schedule, good: Schedule) -> bool:
-    """Play both as processes would, with values instead of tensors: the same sums in the same order, no rank stuck."""
+    """Run both as processes would, with values instead of tensors: the same sums in the same order, no rank stuck."""
     return play(schedule) == play(good)
 
 
 def play(schedule: Schedule) -> object:
-    """What each stage has summed, in order, with the version of its weights; None where a rank waits for ever.
+    """Return the sums of each stage, in order, with the versions of its weights; None if a rank waits forever.
 
-    Written apart from the checker: messages are values in queues, a compute takes what lies there.
+    This code is independent of the checker: messages are values in queues, and a computation takes the next value.
     """
     queues, position = defaultdict(list), [0] * schedule.num_ranks
     inputs: list[dict] = [{} for _ in range(schedule.num_ranks)]
@@ -152,7 +153,7 @@ def play(schedule: Schedule) -> object:
             moved = True
     over = any(peak[rank] > limit for rank, limit in enumerate(schedule.max_live or ()))
     stuck = over or any(p < len(actions) for p, actions in zip(position, schedule.actions, strict=True))
-    # REDUCE_TIED on another rank is waited for, so all must have their turn in the same order; one group ties no knot.
+    # A REDUCE_TIED waits for the other ranks, so all ranks need the same order of groups; one group cannot deadlock.
     return (
         None
         if stuck
@@ -161,7 +162,7 @@ def play(schedule: Schedule) -> object:
 
 
 def reduced(schedule: Schedule) -> list:
-    """Per stage, how many backwards stand before each reduction."""
+    """Return for each stage the number of backwards before each reduction."""
     counts = defaultdict(list)
     for actions in schedule.actions:
         done = Counter()
@@ -172,10 +173,10 @@ def reduced(schedule: Schedule) -> list:
     return sorted(counts.items())
 
 
-def test_a_swap_is_found_or_changes_nothing(places: Places) -> None:
+def test_a_swap_is_found_or_changes_nothing(chosen_positions: Positions) -> None:
     random.seed(2)
     found = harmless = 0
-    for schedule, rank, position in places:
+    for schedule, rank, position in chosen_positions:
         if not schedule.lowered:
             continue
         size = len(schedule.actions[rank])
@@ -183,26 +184,26 @@ def test_a_swap_is_found_or_changes_nothing(places: Places) -> None:
             actions = list(schedule.actions[rank])
             actions[position], actions[other] = actions[other], actions[position]
             mutated = edited(schedule, rank, actions)
-            findings = check_schedule(mutated)
+            findings = schedule_findings(mutated)
             if findings:
                 found += 1
                 assert min(abs(f.rank - rank) for f in findings) <= schedule.num_ranks
             else:
                 harmless += 1
                 assert trains_alike(mutated, schedule), (schedule.name, rank, position, other)
-    assert found > len(places) // 2 and harmless > 30
+    assert found > len(chosen_positions) // 2 and harmless > 30
 
 
 def rules(lists: str, **changes) -> set[str]:
-    """The rules that a schedule of two stages and microbatches breaks, given as text: a line a rank."""
+    """Return the rules that a schedule of two stages and microbatches breaks; text with a line for each rank."""
     actions = tuple(tuple(parse_action(word) for word in line.split()) for line in lists.strip().splitlines())
     schedule = Schedule("text", (0, 1), 2, actions, **changes)
-    return {finding.rule for finding in check_schedule(schedule)}
+    return {finding.rule for finding in schedule_findings(schedule)}
 
 
 @pytest.mark.parametrize(("rule", "lists"), [
     ("", "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"),
-    # What torch's own validator accepts: duplicates, a microbatch without backward, ranks that wait for each other.
+    # torch's own validator accepts these: duplicates, a microbatch without backward, ranks that wait for each other.
     ("complete", "0F0 0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1"),
     ("complete", "0F0 0F1 0B0\n1F0 1B0 1F1 1B1"),
     ("complete", "0F0 0F1 0B0 0I1\n1F0 1B0 1F1 1B1"),
@@ -252,5 +253,10 @@ def test_every_rule_has_a_test() -> None:
 def test_deadlock_of_crossed_ties_is_found() -> None:
     schedule = lower(build_schedule("gpipe", 2, 1, tied=((0, 1), (0, 1))))
     actions = [*schedule.actions[1][:-2], schedule.actions[1][-1], schedule.actions[1][-2]]
-    (finding,) = check_schedule(edited(schedule, 1, actions))
+    (finding,) = schedule_findings(edited(schedule, 1, actions))
     assert (finding.rank, finding.position, finding.rule) == (1, len(actions) - 1, "reduction")
+
+
+def test_the_old_name_of_schedule_findings_warns():
+    with pytest.warns(DeprecationWarning, match="schedule_findings"):
+        assert pipeline.check_schedule is schedule_findings

@@ -1,10 +1,10 @@
-"""Start here when a schedule in CSV or JSON, ours or torch's, is written or read as another one."""
+"""Start here when a schedule in CSV or JSON, ours or torch's, is written or read as another schedule."""
 
 import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, build_schedule, check_schedule, lower
+from fused_megatron.pipeline import SCHEDULES, build_schedule, lower, schedule_findings
 from fused_megatron.pipeline.schedule.schedule_files import from_csv, from_json, to_csv, to_json, to_torch_csv
 
 SYNCHRONOUS = [name for name, kind in SCHEDULES.items() if kind.weights == "synchronous"]
@@ -24,7 +24,7 @@ def test_round_trips(name: str) -> None:
 
 
 def torch_grid(text: str) -> dict:
-    """The rows as torch reads them."""
+    """Return the rows as torch reads them."""
     return {r: [torch_schedules._Action.from_str(c) for c in row.split(",")] for r, row in enumerate(text.splitlines())}
 
 
@@ -44,7 +44,7 @@ def test_torch_reads_what_we_write(name: str) -> None:
 
 
 class Stage:
-    """What torch's schedules ask of a stage when they are made."""
+    """Stage with the attributes that torch's schedules read when they are made."""
 
     is_first = is_last = has_backward = False
     device = None
@@ -69,10 +69,10 @@ def test_we_read_what_torch_writes(ours: str, theirs: str, per_rank: int) -> Non
     assert imported.placement == schedule.placement and imported.num_microbatches == 8
     assert sorted(imported.actions[0]) == sorted(schedule.actions[0]) or ours == "dual_pipe_v"
     if ours == "looped_breadth_first":
-        # torch's runs its backwards in descending order, so that its sums are not those of the others.
-        assert {finding.rule for finding in check_schedule(imported)} == {"ascending"}
+        # torch's schedule runs its backwards in descending order, so that its sums differ from the other schedules'.
+        assert {finding.rule for finding in schedule_findings(imported)} == {"ascending"}
     else:
-        assert check_schedule(imported) == [] and check_schedule(lower(imported)) == []
+        assert schedule_findings(imported) == [] and schedule_findings(lower(imported)) == []
     if ours in ("zb_v", "interleaved_1f1b"):
         assert imported.actions == schedule.actions
 

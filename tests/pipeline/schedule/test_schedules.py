@@ -3,16 +3,16 @@
 import pytest
 
 from fused_megatron.checks import InputError
-from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule, check_schedule, lower, simulate
+from fused_megatron.pipeline import SCHEDULES, Costs, Schedule, build_schedule, lower, schedule_findings, simulate
 from fused_megatron.pipeline.schedule.action import peak_weight_versions, weight_versions
 
 EQUAL, UNEQUAL = (1.0, 1.0, 1.0), (1.0, 1.3, 0.7)
-# Times of V-schedules that were made for equal times have no short formula at others.
+# V-schedules are made for equal times; for other times there is no short formula.
 TIMES = {name: (EQUAL,) if name in ("v_half", "zb_v", "dual_pipe_v") else (EQUAL, UNEQUAL) for name in SCHEDULES}
 
 
 def cases(ranks, per_rank, microbatches):
-    """(name, ranks, stages per rank, microbatches) of everything that the schedules allow."""
+    """Yield every (name, ranks, stages per rank, microbatches) that the schedules allow."""
     for name, kind in SCHEDULES.items():
         for p in ranks:
             for v in (kind.stages_per_rank,) if kind.stages_per_rank else per_rank:
@@ -28,12 +28,12 @@ def built(name: str, p: int, v: int, m: int) -> Schedule:
 
 
 def expected_bubble(name, p, v, m, forward, input_grad, weight_grad):
-    """The formula, or None where there is none (fewer microbatches than the pattern needs)."""
+    """Return the formula's bubble; None if there is no formula (fewer microbatches than the pattern needs)."""
     whole = forward + input_grad + weight_grad
     if name in ("gpipe", "1f1b", "pipedream", "pipedream_2bw"):
         return (p - 1) * whole
     if name in ("interleaved_1f1b", "looped_breadth_first"):
-        # With m < p a rank waits for the first microbatch to come round, once for each further stage.
+        # With m < p a rank waits for the first microbatch to return, once for each further stage.
         return ((p - 1) + (v - 1) * max(0, p - m)) * whole / v
     if name in ("zb_h1", "interleaved_zero_bubble"):
         return (p - 1) * (forward + input_grad - weight_grad) / v if m >= p else None
@@ -46,7 +46,7 @@ def expected_bubble(name, p, v, m, forward, input_grad, weight_grad):
 
 
 def expected_peak(name, p, v, m, rank):
-    """Activations of one stage and one microbatch at the peak."""
+    """Return the peak number of activations, each of one stage and one microbatch."""
     if name in ("gpipe", "looped_breadth_first"):
         return m * v
     if name in ("1f1b", "pipedream", "pipedream_2bw") or (name == "interleaved_1f1b" and v == 1):
@@ -67,9 +67,9 @@ def expected_peak(name, p, v, m, rank):
 
 def check_case(name: str, p: int, v: int, m: int) -> None:
     schedule = built(name, p, v, m)
-    assert check_schedule(schedule) == []
+    assert schedule_findings(schedule) == []
     lowered = lower(schedule)
-    assert check_schedule(lowered) == []
+    assert schedule_findings(lowered) == []
     for times in TIMES[name]:
         costs = Costs(*(time / v for time in times))
         timeline = simulate(schedule, costs)

@@ -1,4 +1,4 @@
-"""Start here when a recorded timeline is not what a pipeline did."""
+"""Start here when a recorded timeline differs from the actions of the pipeline."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Start here when a schedule is drawn wrong: timelines as reviewed text, SVG, Perfetto."""
+"""Start here when a timeline is drawn wrong as text, SVG or for Perfetto."""
 
 import json
 import xml.etree.ElementTree as ET

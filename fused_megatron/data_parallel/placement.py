@@ -1,0 +1,33 @@
+"""Placements over the data-parallel ranks: what every stage of ZeRO keeps whole on a rank, and what it shards.
+
+Paper: ZeRO (Rajbhandari et al., arXiv 1910.02054).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Placements:
+    """Which tensors a data-parallel rank holds whole (False), and of which only its rows (True).
+
+    Attributes:
+        weights: parameters, in the dtype of the model.
+        gradients: float32 gradients while they accumulate.
+        state: moments, and the float32 main weights of parameters in a lower precision.
+    """
+
+    weights: bool
+    gradients: bool
+    state: bool
+
+
+ZERO_STAGES = {
+    0: Placements(weights=False, gradients=False, state=False),
+    1: Placements(weights=False, gradients=False, state=True),
+}
+"""By parallel.zero_stage."""
+
+
+def zero_stage(configured: int | None, dp_size: int) -> int:
+    """The stage of a run: as configured, else 1 where there are several data-parallel ranks, else 0."""
+    return (1 if dp_size > 1 else 0) if configured is None else configured

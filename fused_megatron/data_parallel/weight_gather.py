@@ -1,0 +1,117 @@
+"""Gathering of weights that data-parallel ranks have updated in parts, under the forward that follows."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.collectives import meet
+from fused_megatron.collectives.transfers import Transfer, start_all_gather_blocks
+from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.sharding import RowShards
+
+
+class WeightGather:
+    """Makes parameters whole again after each rank has updated its rows: one all-gather for each bucket.
+
+    start() sends the first bucket; the forward of a module that watch() knows waits for the buckets of its parameters,
+    and each wait first sends the next bucket, so that it travels under the computation in between.
+
+    Args:
+        buckets: parameters in the order in which forward uses them, the same on every rank of the group. Parameters of
+            several dtypes are sent apart.
+        rows: which rows of each parameter this rank updates.
+        group: the ranks that update the other rows; None for one rank, which has nothing to gather.
+
+    Communication:
+        One all-gather of each bucket after each update, in the dtype of the parameters.
+
+    Memory:
+        Two buckets while a gather is under way.
+    """
+
+    def __init__(
+        self, buckets: Sequence[Sequence[nn.Parameter]], rows: RowShards, group: dist.ProcessGroup | None
+    ) -> None:
+        self._rows, self._group = rows, group if rows.num_shards > 1 else None
+        meet(self._group)  # its ranks meet here, and not in a forward
+        self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
+        self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
+        self._done = self._started = len(self._buckets)
+
+    def watch(self, module: nn.Module) -> None:
+        """Make every forward of a module, of its children and of the members of its lists wait for their parameters."""
+        if self._group is None:
+            return
+        self._hook(module, module.parameters(recurse=False))
+        for child in module.children():
+            units = child.children() if isinstance(child, nn.ModuleDict | nn.ModuleList) else (child,)
+            for unit in units:
+                self._hook(unit, unit.parameters())
+
+    def start(self) -> None:
+        """Begin a gather: this rank's rows are as they shall be on all ranks, other rows are not."""
+        if self._group is None:
+            return
+        self.finish()
+        self._done = self._started = 0
+        self._send(1)
+
+    def finish(self) -> None:
+        """Wait until every parameter is whole."""
+        self._wait(len(self._buckets))
+
+    def _hook(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        end = max((self._index[p] + 1 for p in parameters if p in self._index), default=0)
+        if end:
+            module.register_forward_pre_hook(self._before_forward(end), prepend=True)
+
+    def _before_forward(self, end: int) -> Callable[[nn.Module, Any], None]:
+        def wait(module: nn.Module, arguments: Any) -> None:
+            self._wait(end)
+
+        return wait
+
+    def _wait(self, end: int) -> None:
+        while self._done < end:
+            self._send(self._done + 2)
+            self._buckets[self._done].finish()
+            self._done += 1
+
+    def _send(self, end: int) -> None:
+        while self._started < min(end, len(self._buckets)):
+            assert self._group is not None
+            self._buckets[self._started].start(self._group)
+            self._started += 1
+
+
+class _Bucket:
+    """Parameters that are gathered together."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
+        self.parameters = tuple(parameters)
+        self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
+        self._transfer: Transfer | None = None
+
+    def start(self, group: dist.ProcessGroup) -> None:
+        with torch.no_grad():
+            weights = [p.detach() for p in self.parameters]
+            blocks = self._blocks.new_blocks(weights[0])
+            own = self._blocks.pack_own(weights, weights[0].new_zeros(self._blocks.block_numel))
+        self._transfer = start_all_gather_blocks(own, blocks, group)
+
+    def finish(self) -> None:
+        assert self._transfer is not None
+        blocks = self._transfer.wait()
+        self._transfer = None
+        with torch.no_grad():
+            self._blocks.unpack(blocks, [p.detach() for p in self.parameters])
+
+
+def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.dtype, []).append(parameter)
+    return list(groups.values())

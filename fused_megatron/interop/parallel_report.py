@@ -1,0 +1,101 @@
+"""The report of parallelize: its text, and the errors for layers that stay replicated against the user's wish."""
+
+from dataclasses import dataclass
+
+from fused_megatron.checks import InputError
+from fused_megatron.collectives import group_size
+from fused_megatron.interop.preparation import Preparation
+from fused_megatron.interop.units import modules_with_own_parameters
+from fused_megatron.modules import Left, Replaced
+
+
+@dataclass(frozen=True)
+class ParallelReport:
+    """Report of what parallelize changed in a model; print it. parallelize stores it as model.parallel_report.
+
+    Attributes:
+        plan: origin of the plan, such as "LlamaForCausalLM's tp_plan".
+        tensor_parallel_size: R.
+        sequence_parallel: whether layers run on blocks of the sequence while gradients are recorded.
+        sharded: layers whose weights are sharded now.
+        fused: norms and activations that were replaced by fused ones; replicated.
+        left: modules with parameters that are unchanged and replicated, each with a reason.
+        unused: patterns of the plan that match no module.
+    """
+
+    plan: str
+    tensor_parallel_size: int
+    sequence_parallel: bool
+    sharded: tuple[Replaced, ...]
+    fused: tuple[Replaced, ...]
+    left: tuple[Left, ...]
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        blocks = ", activations in blocks of the sequence" if self.sequence_parallel else ""
+        first = f"{len(self.sharded)} layers sharded over {self.tensor_parallel_size} ranks by {self.plan}{blocks}"
+        lines = [first, *(f"  {one.name}: {one.was} -> {one.now}" for one in self.sharded)]
+        if self.fused:
+            lines += [f"{len(self.fused)} modules fused, whole on every rank"]
+            lines += [f"  {one.name}: {one.was} -> {one.now}" for one in self.fused]
+        if self.left:
+            lines += [f"{len(self.left)} modules left as they are, whole on every rank"]
+            lines += [f"  {one.name} ({one.kind}): {one.reason}" for one in self.left]
+        if self.unused:
+            lines += [f"patterns that match no module: {', '.join(self.unused)}"]
+        return "\n".join(lines)
+
+
+def make_report(work: Preparation) -> ParallelReport:
+    """Make the report, from a preparation that was not committed yet."""
+    reasons = work.kept_whole()
+    taken = {replacement.layer.module for replacement in work.replacements}
+    taken |= {exchange.module for exchange in work.exchanges}
+    planned = {layer.module: layer for layer in work.layers}
+    left = []
+    for name, module in modules_with_own_parameters(work.model):
+        if module not in taken:
+            reason = reasons.get(name, "no pattern of the plan names it")
+            if module in planned and planned[module].style == "replicate":
+                reason = "whole by the plan"
+            if module in work.summed:
+                reason = "whole, its gradient summed over the ranks"
+            left.append(Left(name or type(work.model).__name__, type(module).__name__, reason))
+    named = {one.name for one in left}
+    left += [
+        Left(layer.name, type(layer.module).__name__, reasons[layer.name])
+        for layer in work.layers
+        if layer.name in reasons and layer.name not in named
+    ]
+    return ParallelReport(
+        plan=work.plan.origin,
+        tensor_parallel_size=group_size(work.tp_group),
+        sequence_parallel=bool(work.stacks),
+        sharded=tuple(
+            Replaced(" = ".join(r.layer.names), type(r.layer.module).__name__, type(r.module).__name__)
+            for r in work.replacements
+        ),
+        fused=tuple(exchange.described() for exchange in work.exchanges),
+        left=tuple(left),
+        unused=work.plan.unused,
+    )
+
+
+def refuse_left(report: ParallelReport, work: Preparation) -> None:
+    """Raise what strict=True raises: a planned layer cannot be sharded, or no plan names a module with a matrix."""
+    reasons = work.kept_whole()
+    for one in report.left:
+        module = dict(work.model.named_modules()).get(one.name, work.model)
+        matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+        if one.name in reasons or (matrix and one.reason != "whole by the plan"):
+            raise InputError(
+                f"strict=True: {one.name} ({one.kind}) would stay whole: {one.reason} "
+                "(name it in plan, as 'replicate' where that is meant; or strict=False)"
+            )
+
+
+def refuse_blocked(work: Preparation) -> None:
+    """Raise if the user's own plan asks to shard a layer that cannot be sharded."""
+    for name, reason in work.kept_whole().items() if work.plan.explicit else ():
+        pattern = work.plan.patterns.get(name, name)
+        raise InputError(f"plan[{pattern!r}]: {name} cannot be {work.plan.styles.get(name)!r}: {reason}")

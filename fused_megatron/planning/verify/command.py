@@ -1,0 +1,72 @@
+"""`fused-megatron verify`: the words, the result on the terminal, the exit code."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fused_megatron.checks import InputError
+from fused_megatron.config.config_file import load_config, print_help
+from fused_megatron.planning.verify.config_check import (
+    RunLayout,
+    check_starts_own_ranks,
+    run_layout_on_ranks,
+    verify_config,
+)
+
+USAGE = """usage: fused-megatron verify CONFIG.toml [--section.key value ...] [--all] [--dtype] [--json] [--against one]
+
+Whether the layout of a config computes what one process computes: loss, outputs of modules, every gradient, their norm,
+and the weights after three updates. It starts its own ranks on this machine (eight at most, no GPU) with a reduced
+model of the same structure, and random tokens: the text of the config is not read. docs/verify.md says what it proves.
+
+  --all           every two of the axes in use, one after the other (else three axes at once)
+  --dtype         in the precision of the config (else float32)
+  --json          the result as JSON
+  --against one   what the layout is compared with; one process is the only choice
+
+Exit code 0: the same; 1: it differs, or a rank failed; 2: bad input. Keys of the config:
+"""
+
+
+def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> int:
+    """Verify a config and print the result; 0 where the layout is right, 1 where it is not.
+
+    Args:
+        words: of the command line.
+        run: as of verify_config.
+
+    Raises:
+        InputError: unknown words, a config that is none, ranks that a launcher started.
+    """
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        print_help("fused-megatron verify CONFIG.toml", [word for word in words if word.startswith("--model.family")])
+        return 0
+    check_starts_own_ranks("verify")
+    flags, rest = _flags(words)
+    if not rest or rest[0].startswith("-"):
+        raise InputError("verify needs a config file first (a starting point: examples/gpt_tiny_3d.toml)")
+    config = load_config(Path(rest[0]), rest[1:])
+    result = verify_config(config, rest[0], all_pairs="--all" in flags, own_dtype="--dtype" in flags, run=run)
+    print(result.as_json() if "--json" in flags else result.table())
+    return 0 if result.ok else 1
+
+
+def _flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The options of this command, and the words of the config."""
+    flags: set[str] = set()
+    rest: list[str] = []
+    waiting = list(words)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--against":
+            value = value if equals else (waiting.pop(0) if waiting else "")
+            if value != "one":
+                raise InputError(f"--against={value!r:.40} must be 'one': a layout is compared with one process")
+        elif name in ("--all", "--dtype", "--json"):
+            if equals:
+                raise InputError(f"{word} must be {name}: it takes no value")
+            flags.add(name)
+        else:
+            rest.append(word)
+    return flags, rest

@@ -1,0 +1,87 @@
+"""The parts of a layout that can be switched off: each axis, and what changes how one rank computes."""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from fused_megatron.config import TrainConfig
+
+MICROBATCHES, RECOMPUTE, TENSOR, SEQUENCE = "microbatches", "recomputation", "tensor parallel", "sequence parallel"
+OVERLAP, PIPELINE, DATA = "overlap", "pipeline parallel", "data parallel"
+
+AXES = {"tp": TENSOR, "pp": PIPELINE, "dp": DATA}
+"""Of the mesh, with the names that a report gives them."""
+
+# Each part and what it needs to do anything, before it.
+NEEDS = {
+    MICROBATCHES: (),
+    RECOMPUTE: (),
+    TENSOR: (),
+    SEQUENCE: (TENSOR,),
+    OVERLAP: (TENSOR,),
+    PIPELINE: (),
+    DATA: (),
+}
+
+
+def parts_of(config: TrainConfig) -> tuple[str, ...]:
+    """The parts of a layout in use, in the order of NEEDS."""
+    parallel, training = config.parallel, config.training
+    tensor, replicas = parallel.tensor_parallel_size > 1, parallel.data_parallel_size or 1
+    used = {
+        MICROBATCHES: training.microbatch_size * replicas < training.global_batch_size,
+        RECOMPUTE: config.model.recompute != "none",
+        TENSOR: tensor,
+        SEQUENCE: tensor and parallel.sequence_parallel,
+        OVERLAP: tensor and parallel.overlap is not False,
+        PIPELINE: parallel.pipeline_parallel_size > 1
+        or (parallel.stages_per_rank or 1) > 1
+        or parallel.schedule is not None,
+        DATA: replicas > 1,
+    }
+    return tuple(part for part in NEEDS if used[part])
+
+
+def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
+    """The config with these parts of its layout, and without the others; the same model, batch and updates.
+
+    Without any part it is one process that takes the whole batch at once and keeps all activations.
+    """
+    parallel, training, model = config.parallel, config.training, config.model
+    if TENSOR not in parts:
+        parallel = replace(parallel, tensor_parallel_size=1)
+    if SEQUENCE not in parts:
+        parallel = replace(parallel, sequence_parallel=False)
+    if OVERLAP not in parts:
+        parallel = replace(parallel, overlap=False)
+    if PIPELINE not in parts:
+        parallel = replace(parallel, pipeline_parallel_size=1, stages_per_rank=None, schedule=None, pipeline_cut=None)
+    if DATA not in parts:
+        parallel = replace(parallel, data_parallel_size=1)
+    if MICROBATCHES not in parts:
+        per_replica = training.global_batch_size // (parallel.data_parallel_size or 1)
+        training = replace(training, microbatch_size=per_replica)
+    if RECOMPUTE not in parts:
+        model = replace(model, recompute="none")
+    return replace(config, parallel=parallel, training=training, model=model)
+
+
+def num_ranks(config: TrainConfig) -> int:
+    """Of a config that names the size of every axis."""
+    parallel = config.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (parallel.data_parallel_size or 1)
+
+
+def describe_layout(config: TrainConfig) -> str:
+    """The parts of a layout in words: "tp 2 (sequence parallel) x pp 2 (1f1b) x dp 2"."""
+    parallel, parts = config.parallel, parts_of(config)
+    words = []
+    if TENSOR in parts:
+        with_sequence = " (sequence parallel)" if SEQUENCE in parts else ""
+        words.append(f"tp {parallel.tensor_parallel_size}{with_sequence}")
+    if PIPELINE in parts:
+        stages = f", {parallel.stages_per_rank} stages a rank" if (parallel.stages_per_rank or 1) > 1 else ""
+        words.append(f"pp {parallel.pipeline_parallel_size} ({parallel.schedule}{stages})")
+    if DATA in parts:
+        words.append(f"dp {parallel.data_parallel_size}")
+    rest = [part for part in parts if part in (MICROBATCHES, RECOMPUTE, OVERLAP)]
+    return " x ".join(words or ["one rank"]) + (f", {', '.join(rest)}" if rest else "")

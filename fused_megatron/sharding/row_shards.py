@@ -1,0 +1,82 @@
+"""Shards of parameters along dim 0: the rows of each parameter that one rank of a group owns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fused_megatron.sharding.parameter_record import parameter_parts
+from fused_megatron.sharding.parameter_shard import ShardPart
+
+
+@dataclass(frozen=True)
+class RowShards:
+    """Cuts every parameter into blocks of ceil(rows / num_shards) rows, the last ones shorter or empty.
+
+    A 0-dim parameter is one row. With one shard the rank owns whole parameters.
+
+    Attributes:
+        num_shards: ranks that share each parameter.
+        index: this rank among them.
+    """
+
+    num_shards: int = 1
+    index: int = 0
+
+    def rows_per_shard(self, shape: Sequence[int]) -> int:
+        """Number of rows of a full block of a parameter of this shape."""
+        return -(-num_rows(shape) // self.num_shards)
+
+    def rows(self, shape: Sequence[int], index: int | None = None) -> slice:
+        """The rows that a rank owns of a parameter of this shape.
+
+        Args:
+            index: of the rank among those that share the parameter; None for this rank.
+        """
+        block, total = self.rows_per_shard(shape), num_rows(shape)
+        start = min(total, block * (self.index if index is None else index))
+        return slice(start, min(total, start + block))
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a tensor in the shape of the parameter, a view; a 0-dim tensor where it owns that."""
+        rows = self.rows(tensor.shape)
+        if tensor.dim() == 0:
+            return tensor if rows.stop > rows.start else tensor.view(1)[:0]
+        return tensor[rows]
+
+    def own_parts(self, parameter: torch.Tensor) -> tuple[ShardPart, ...]:
+        """The parts of full parameters that this rank's rows hold, as parts of the tensor that own() returns."""
+        start = self.rows(parameter.shape).start
+        parts = self.cut(parameter_parts(parameter), parameter.shape)
+        return parts if parameter.dim() == 0 else tuple(_moved(part, -start) for part in parts)
+
+    def cut(self, parts: Sequence[ShardPart], shape: Sequence[int]) -> tuple[ShardPart, ...]:
+        """What this rank's rows hold of parts of a parameter, as parts of the whole parameter.
+
+        Args:
+            parts: of a parameter of this shape.
+        """
+        own = self.rows(shape)
+        if len(shape) == 0:
+            return tuple(parts) if own.stop > own.start else ()
+        found = []
+        for part in parts:
+            begin, end, _ = part.rows.indices(shape[0])
+            start, stop = max(begin, own.start), min(end, own.stop)
+            if start < stop:
+                offset = (part.shard.offset[0] + start - begin, *part.shard.offset[1:])
+                found.append(ShardPart(part.name, slice(start, stop), replace(part.shard, offset=offset)))
+        return tuple(found)
+
+
+WHOLE_ROWS = RowShards()
+"""Of a rank that owns every parameter as a whole."""
+
+
+def num_rows(shape: Sequence[int]) -> int:
+    """Rows of a parameter of this shape; 1 for a 0-dim one."""
+    return shape[0] if len(shape) else 1
+
+
+def _moved(part: ShardPart, by: int) -> ShardPart:
+    return replace(part, rows=slice(part.rows.start + by, part.rows.stop + by))

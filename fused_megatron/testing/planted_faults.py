@@ -1,0 +1,173 @@
+"""Table of faults of parallel training: how each is planted, what shows it, and what must be reported of it.
+
+`fused-megatron verify` and `fm.verify` are held to it (tests/testing/test_planted_faults.py): a layout is right
+without the fault, and with it the axis and the tensor are named. A new axis adds its faults here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fused_megatron.config import (
+    BERTConfig,
+    GPTConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
+from fused_megatron.testing import fault_plants as plants
+from fused_megatron.testing import modules_in_shards as modules
+
+TENSOR, SEQUENCE, OVERLAP = "tensor parallel", "sequence parallel", "overlap"
+PIPELINE, DATA, MICROBATCHES, RECOMPUTATION = "pipeline parallel", "data parallel", "microbatches", "recomputation"
+
+_DROPOUT = {"hidden_dropout": 0.1, "embedding_dropout": 0.1}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault.
+
+    Attributes:
+        name: what goes wrong.
+        plant: a context in which it does, in this process.
+        axis: the part of the layout that must be named.
+        tensor: a pattern for the words that name the first tensor that differs.
+        config: a run that shows it; None where a module does.
+        build_model, batch: a module and its batch, as fm.verify takes them, on two tensor-parallel ranks.
+    """
+
+    name: str
+    plant: Callable[[], plants.Planted]
+    axis: str
+    tensor: str
+    config: TrainConfig | None = None
+    build_model: Callable[[Any], Any] | None = None
+    batch: Any = None
+
+    def is_named_by(self, described: str) -> bool:
+        """Whether these words name the tensor."""
+        return re.search(self.tensor, described) is not None
+
+
+def _run(model: TransformerConfig | None = None, **parallel: Any) -> TrainConfig:
+    """A run on two ranks of an axis; `parallel` are fields of ParallelConfig."""
+    parallel.setdefault("data_parallel_size", 1)
+    return TrainConfig(
+        model or _gpt(),
+        ParallelConfig(**parallel),
+        optimizer=OptimizerConfig(lr=3e-3),
+        training=TrainingConfig(global_batch_size=8, microbatch_size=2),
+    )
+
+
+def _gpt(**forms: Any) -> GPTConfig:
+    return GPTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=20, vocab_size=61, **forms)
+
+
+_TP = {"tensor_parallel_size": 2}
+_SP = {**_TP, "sequence_parallel": True}
+_PP = {"pipeline_parallel_size": 2}
+_DP = {"data_parallel_size": 2}
+
+
+def _fault(
+    plant: Callable[[], plants.Planted],
+    axis: str,
+    tensor: str,
+    parallel: Mapping[str, Any],
+    model: TransformerConfig | None = None,
+) -> Fault:
+    """A fault that a run shows; its name is that of the plant."""
+    return Fault(plant.__name__.replace("_", " "), plant, axis, tensor, _run(model, **parallel))
+
+
+def _fault_of_module(
+    plant: Callable[[], plants.Planted], tensor: str, build_model: Callable[[Any], Any], batch: Any
+) -> Fault:
+    return Fault(plant.__name__.replace("_", " "), plant, TENSOR, tensor, None, build_model, batch)
+
+
+FAULTS = (
+    _fault_of_module(
+        plants.smoothing_by_the_local_vocabulary, "^loss of step 1", modules.smoothed_loss, modules.TOKENS
+    ),
+    _fault_of_module(plants.bias_on_every_rank, "^loss of step 1", modules.perceptron, modules.ROWS),
+    _fault(plants.input_gradient_not_summed, TENSOR, r"^gradient of blocks\.1\.mlp_norm", {**_TP, "overlap": False}),
+    _fault(
+        plants.gathered_gradient_summed,
+        TENSOR,
+        r"^gradient of head_transform",
+        _TP,
+        BERTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=20, vocab_size=61),
+    ),
+    _fault(
+        plants.key_value_copies_not_summed,
+        TENSOR,
+        r"^gradient of blocks\.1\.attention\.query_key_value\.\w+\.(key|value)",
+        _TP,
+        _gpt(num_kv_heads=1),
+    ),
+    _fault(
+        plants.head_norms_not_summed,
+        TENSOR,
+        r"^gradient of blocks\.1\.attention\.(query|key)_norm",
+        _TP,
+        _gpt(query_key_norm=True, position="rotary"),
+    ),
+    _fault(plants.padding_in_the_loss, TENSOR, "^loss of step 1", _TP),
+    _fault(plants.embedding_not_summed, TENSOR, "^output of token_embedding", _TP),
+    _fault(plants.head_gradient_not_summed, TENSOR, "^gradient of final_norm", _TP),
+    _fault(plants.weights_drawn_by_the_shard, TENSOR, r"^weight token_embedding\.weight before", _TP),
+    _fault(
+        plants.attention_dropout_by_the_local_head,
+        TENSOR,
+        r"^output of blocks\.0\.attention in",
+        _TP,
+        _gpt(attention_dropout=0.1),
+    ),
+    _fault(plants.replicated_counted_by_every_rank, TENSOR, "^gradient norm of step 1", _TP),
+    _fault(plants.norm_of_one_shard, TENSOR, "^gradient norm of step 1", _TP),
+    _fault(plants.clipped_on_the_first_rank_only, TENSOR, "^weight .* after update 1", _TP),
+    _fault(plants.sharded_biases_decayed, TENSOR, r"^weight blocks\.0\..*\.bias.* after update 1", _TP),
+    _fault(plants.norm_gradient_not_summed, SEQUENCE, "^gradient of final_norm", _SP),
+    _fault(plants.ranks_swapped_in_a_gather, SEQUENCE, r"^output of blocks\.0\.attention in", _SP),
+    _fault(plants.positions_of_the_first_block, SEQUENCE, r"^output of blocks\.0\.attention_norm", _SP),
+    _fault(plants.dropout_of_the_first_block, SEQUENCE, r"^output of blocks\.0\.attention_norm", _SP, _gpt(**_DROPOUT)),
+    _fault(plants.output_bias_not_summed, SEQUENCE, r"^gradient of blocks\.1\.mlp\.projection\.bias", _SP),
+    _fault(plants.last_rows_lost, OVERLAP, r"^output of blocks\.0\.attention in", _TP),
+    _fault(
+        plants.recomputed_with_other_dropout,
+        RECOMPUTATION,
+        r"^gradient of blocks\.1\.",
+        _DP,
+        _gpt(recompute="full", **_DROPOUT),
+    ),
+    _fault(plants.averaged_over_replicas, DATA, "^gradient of final_norm", _DP),
+    _fault(plants.sent_a_microbatch_early, DATA, "^gradient of final_norm", _DP),
+    _fault(plants.last_bucket_not_sent, DATA, r"^gradient of (blocks\.0\.|\w+_embedding)", _DP),
+    _fault(plants.dropout_by_the_replica, DATA, r"^output of blocks\.0\.attention_norm", _DP, _gpt(**_DROPOUT)),
+    _fault(plants.weights_not_gathered, DATA, "^loss of step 2", _DP),
+    _fault(plants.rows_of_another_replica, DATA, "^gradient of final_norm", _DP),
+    _fault(plants.norm_of_own_rows, DATA, "^gradient norm of step 1", _DP),
+    _fault(plants.divided_by_microbatches, MICROBATCHES, "^gradient of final_norm", _DP),
+    _fault(plants.targets_of_another_microbatch, MICROBATCHES, "^loss of step 1", _PP),
+    _fault(plants.tied_gradient_twice, PIPELINE, r"^gradient of token_embedding\.weight", _PP),
+    _fault(plants.tied_gradient_not_summed, PIPELINE, r"^gradient of token_embedding\.weight", _PP),
+    _fault(
+        plants.deferred_product_lost,
+        PIPELINE,
+        r"^gradient of blocks\.1\.mlp\.projection\.weight",
+        {**_PP, "schedule": "zb_h1"},
+    ),
+    _fault(plants.handed_back_twice, PIPELINE, r"^gradient of blocks\.0\.", _PP),
+    _fault(plants.norm_of_one_stage, PIPELINE, "^gradient norm of step 1", _PP),
+)
+
+
+def fault(name: str) -> Fault:
+    """The fault of this name."""
+    return next(each for each in FAULTS if each.name == name)

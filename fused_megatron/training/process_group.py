@@ -1,0 +1,94 @@
+"""Process group of the ranks that a launcher started, and errors of one rank that every rank raises."""
+
+import datetime
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.checkpoint.errors import SharedCheckpointError
+from fused_megatron.checks import InputError, SharedInputError
+from fused_megatron.collectives.together import build_together
+from fused_megatron.training.launcher import store_of_the_launcher
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ThisRank:
+    """Rank, number of ranks and device of this process."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def joined_ranks(timeout_s: float, refused: InputError | None = None) -> Iterator[ThisRank]:
+    """Join the process group that the launcher's environment variables describe; leave it at the end.
+
+    NCCL on GPUs, gloo on CPUs. Without such variables this process is the only rank. An existing process group is used
+    and left open.
+
+    Args:
+        timeout_s: a collective that waits longer for another rank raises an error.
+        refused: the reason why this rank cannot run its command; None: it can.
+
+    Raises:
+        SharedInputError: on every rank, if any rank was given `refused`.
+
+    Communication: two all-gathers of a few bytes.
+    """
+    found = dist.is_initialized()
+    rank = dist.get_rank() if found else int(os.environ.get("RANK", "0"))
+    world_size = dist.get_world_size() if found else int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        _check_enough_gpus()
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if world_size > 1 and not found:
+        # gloo, beside NCCL, carries the few messages of CPUs: ranks agree on errors and on checkpoints.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            init_method=store_of_the_launcher(),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+
+    def accepted() -> None:
+        if refused is not None:
+            raise refused
+
+    on_every_rank(accepted)
+    yield ThisRank(rank, world_size, device)
+    # Only after success: destroying a group after a rank was lost can wait for that rank.
+    if world_size > 1 and not found:
+        dist.destroy_process_group()
+
+
+def _check_enough_gpus() -> None:
+    """Raise SharedInputError if a machine has more ranks than GPUs; all its ranks see the same two numbers."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.cuda.device_count()
+    if ranks > gpus:
+        raise SharedInputError(
+            f"{ranks} ranks were started on a machine with {gpus} GPU(s): start at most {gpus}, or set "
+            f"CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+
+
+def on_every_rank(build: Callable[[], T]) -> T:
+    """Return build(). If it raises on any rank of the run, every rank raises the same one-line error."""
+    return build_together(world_group(), build, SharedCheckpointError)
+
+
+def world_group() -> dist.ProcessGroup | None:
+    """Return the group of all ranks of the run; None if this process is the only rank."""
+    return dist.group.WORLD if dist.is_initialized() else None
