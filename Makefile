@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline faults clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-save faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -28,6 +28,7 @@ help:
 	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
 	@echo "make bench-pipeline  measure the bubble of every pipeline schedule"
+	@echo "make bench-save      measure how long training waits for a checkpoint"
 	@echo "make faults  inject faults into checkpoints, datasets and ranks, of ours and of others (docs/reliability.md)"
 	@echo "make setup   only install and build"
 	@echo "make clean   remove .venv and everything built (runs/ stays)"
@@ -78,6 +79,9 @@ bench-overlap: .venv/built
 
 bench-pipeline: .venv/built
 	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
+
+bench-save: .venv/built
+	@$(BIN)/python benchmarks/background_save.py $(ARGS)
 
 # Root sees all of them: one needs a small disk, one two network namespaces.
 faults: .venv/built

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ from fused_megatron.benchmarking.report.describe_run import describe_run
 from fused_megatron.benchmarking.report.plots import plot_results
 from fused_megatron.benchmarking.report.results_file import Results, write_results
 from fused_megatron.benchmarking.report.tables import results_lines
-from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare
-from fused_megatron.benchmarking.timing_devices import CpuDevice, TimingDevice, find_gpus, measure_ceilings
+from fused_megatron.benchmarking.side_by_side import BOUND, OURS, Bars, Case, Comparison, Rounds, compare, side_by_side
+from fused_megatron.benchmarking.timing_devices import CpuDevice, TimingDevice, copy_step, find_gpus, measure_ceilings
 from fused_megatron.checks import InputError
 from fused_megatron.kept_pages import KEPT_PAGES_ENVIRONMENT, release_free_pages, uses_glibc
 from fused_megatron.observe.processor import processor_name
@@ -237,14 +237,33 @@ class Bench:
             compile_backend="eager" if self.quick else "inductor",
             release=release_free_pages,
         )
+        self._record(result)
+        if OURS in result.faults:
+            pytest.fail(f"{result.name}: {result.faults[OURS]}", pytrace=False)
+        return result
+
+    def in_place(self, result: Comparison, steps: Mapping[str, Callable[[], object]]) -> Comparison:
+        """Measure functions that write over their tensors, whose results the caller has checked, beside the bound.
+
+        Args:
+            result: names, bytes and bars of the case, without figures.
+            steps: by provider; each works on tensors of its own.
+        """
+        small = self.quick or os.environ.get(_MALLOC) == "default"
+        if self.quick or self.device.is_gpu:
+            result.bars = Bars()
+        rounds = Rounds(budget_s=0 if self.quick else 1, fewest=2, most=5) if small else Rounds()
+        bound = {} if result.num_bytes is None else {BOUND: copy_step(result.num_bytes, self.device.device)}
+        result.seconds = side_by_side({**steps, **bound}, self.device, rounds)
+        self._record(result)
+        return result
+
+    def _record(self, result: Comparison) -> None:
         _session["comparisons"][self._request.node.nodeid] = result
         _report(one_line(result))
         _save_results()
         if result.seconds.get(OURS):
             self._store(result)
-        if OURS in result.faults:
-            pytest.fail(f"{result.name}: {result.faults[OURS]}", pytrace=False)
-        return result
 
     def overhead(self, name: str, call: Callable[[], object], bar_us: float) -> None:
         """Measure the Python overhead of a call on the CPU, where the library's op can be called directly."""

@@ -40,6 +40,7 @@ STEMS_OF_ONE_THING = {
     "rotary_embedding",
     "sample_index",
     "scaled_masked_softmax",
+    "sum_of_squares",
 }
 
 

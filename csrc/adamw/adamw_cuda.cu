@@ -23,23 +23,18 @@ void adamw_(std::vector<Tensor> main, std::vector<Tensor> first, std::vector<Ten
   const cudaStream_t stream = current_stream(gradient_scale);
   for (size_t next = 0; next < main.size();) {
     AdamwTensors tensors{};
-    int64_t blocks = 0;
-    for (; next < main.size() && tensors.num_tensors < kAdamwTensors; ++next) {
-      const int64_t count = main[next].numel(), of_tensor = (count + kAdamwChunk - 1) / kAdamwChunk;
-      if (count == 0) continue;
-      if (blocks > 0 && blocks + of_tensor > INT32_MAX) break;
-      const int i = tensors.num_tensors++;
+    for (; next < main.size(); ++next) {
+      if (main[next].numel() == 0) continue;
+      const int i = tensors.blocks.add(main[next].numel());
+      if (i < 0) break;
       tensors.main[i] = floats(main[next]);
       tensors.first[i] = floats(first[next]);
       tensors.second[i] = floats(second[next]);
       tensors.gradient[i] = floats(gradient[next]);
       tensors.low[i] = low.empty() ? nullptr : low[next].mutable_data_ptr();
-      tensors.count[i] = count;
-      tensors.first_block[i] = static_cast<int>(blocks);
-      blocks += of_tensor;
     }
+    const int blocks = tensors.blocks.num_blocks();
     if (blocks == 0) continue;
-    tensors.first_block[tensors.num_tensors] = static_cast<int>(blocks);
     for_device_dtype(device_dtype(low.empty() ? ScalarType::Float : low[0].scalar_type()), [&]<typename T>(T) {
       auto* kernel = adamw_kernel<T>;
       FM_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kAdamwThreads), stream, tensors, factors, scale,

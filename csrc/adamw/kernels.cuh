@@ -1,9 +1,9 @@
 // The CUDA kernel of an AdamW update over many tensors: plain pointers, no torch.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
+#include "cuda/tensor_blocks.cuh"
 #include "cuda/vector_access.cuh"
 
 #include "update.h"
@@ -17,25 +17,13 @@ inline constexpr int64_t kAdamwChunk = 4096;
 inline constexpr int kAdamwTensors = 64;
 
 struct AdamwTensors {
+  TensorBlocks<kAdamwTensors, kAdamwChunk> blocks;
   float* main[kAdamwTensors];
   float* first[kAdamwTensors];
   float* second[kAdamwTensors];
   float* gradient[kAdamwTensors];
   void* low[kAdamwTensors];
-  int64_t count[kAdamwTensors];
-  int first_block[kAdamwTensors + 1];  // of each tensor; the last is the number of blocks
-  int num_tensors;
 };
-
-// The tensor of this block.
-FM_DEVICE int adamw_tensor(const AdamwTensors& tensors) {
-  int low = 0, high = tensors.num_tensors;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (tensors.first_block[middle] <= static_cast<int>(blockIdx.x) ? low : high) = middle;
-  }
-  return low;
-}
 
 // T: dtype of the parameters beside the main weights; float where there are none.
 template <typename T>
@@ -44,10 +32,8 @@ __global__ void __launch_bounds__(kAdamwThreads)
   constexpr bool kLow = sizeof(T) == 2;
   if (skip != nullptr && *skip) return;
   const float scale = *gradient_scale;
-  const int index = adamw_tensor(tensors);
-  const int64_t begin = static_cast<int64_t>(static_cast<int>(blockIdx.x) - tensors.first_block[index]) * kAdamwChunk;
-  const int64_t rest = tensors.count[index] - begin;
-  const int count = static_cast<int>(rest < kAdamwChunk ? rest : kAdamwChunk);
+  const int index = tensors.blocks.tensor(), count = tensors.blocks.elements(index);
+  const int64_t begin = tensors.blocks.begin(index);
   float* main = tensors.main[index] + begin;
   float* first = tensors.first[index] + begin;
   float* second = tensors.second[index] + begin;

@@ -8,13 +8,15 @@ namespace fm {
 inline constexpr int kWarpSize = 32;
 
 FM_DEVICE float added(float a, float b) { return a + b; }
+FM_DEVICE double added(double a, double b) { return a + b; }
 FM_DEVICE float2 added(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
 FM_DEVICE float from_lane(float value, int offset) { return __shfl_xor_sync(0xFFFFFFFFu, value, offset); }
+FM_DEVICE double from_lane(double value, int offset) { return __shfl_xor_sync(0xFFFFFFFFu, value, offset); }
 FM_DEVICE float2 from_lane(float2 value, int offset) {
   return {from_lane(value.x, offset), from_lane(value.y, offset)};
 }
 
-// Value: float or float2.
+// Value: float, double or float2.
 template <typename Value>
 FM_DEVICE Value warp_sum(Value value) {
 #pragma unroll

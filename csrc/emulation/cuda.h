@@ -74,6 +74,9 @@ void barrier();
 const uint64_t* exchange(unsigned mask, uint64_t value);
 unsigned lane();
 int multiprocessors();
+// Does nothing. GCC checks an address once between two calls: without this call it would not see, nor count, a store to
+// an address that was just loaded.
+void forget_checked_addresses();
 
 template <typename T>
 T* shared_memory(size_t count) {
@@ -147,11 +150,20 @@ T __ldcs(const T* address) { return *address; }
 template <typename T>
 T __ldcg(const T* address) { return *address; }
 template <typename T>
-void __stcs(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcs(T* address, std::type_identity_t<T> value) {
+  fm::emulation::forget_checked_addresses();
+  *address = value;
+}
 template <typename T>
-void __stwb(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stwb(T* address, std::type_identity_t<T> value) {
+  fm::emulation::forget_checked_addresses();
+  *address = value;
+}
 template <typename T>
-void __stcg(T* address, std::type_identity_t<T> value) { *address = value; }
+void __stcg(T* address, std::type_identity_t<T> value) {
+  fm::emulation::forget_checked_addresses();
+  *address = value;
+}
 
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>((uint64_t{a} * b) >> 32); }
 inline int32_t __mulhi(int32_t a, int32_t b) { return static_cast<int32_t>((int64_t{a} * b) >> 32); }

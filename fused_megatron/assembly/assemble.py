@@ -23,7 +23,7 @@ from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
 from fused_megatron.sharding import RowShards
-from fused_megatron.sharding.gradient_norm import global_gradient_norm
+from fused_megatron.sharding.gradient_norm import global_gradient_norm, sum_of_counted_squares
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,16 @@ class Assembly:
         )
         # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
         return float(norm.float())
+
+    def share_of_squares(self) -> torch.Tensor:
+        """Return this rank's share of the sum of the squares of all gradients; the shares of all ranks add up to it.
+
+        A 0-dim float64 tensor on the device of the gradients. Call it after accumulate_gradients. Replicas that hold
+        the same gradients have equal shares, so that a NaN of one of them is in the sum.
+        """
+        rows = self.gradients.rows
+        squares = sum_of_counted_squares(self.parameters, self.gradients, self.mesh.tp_rank, rows)
+        return squares / (self.mesh.dp_size // rows.num_shards)
 
     def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors in the shapes of the parameters, of which each data-parallel rank has the rows that it owns.

@@ -58,29 +58,30 @@ def training_step(
         PipelineError: as PipelineExecutor.step.
         Any error that judge raises.
 
-    Communication: as Assembly.accumulate_batch, gradient_norm and update; one all-reduce of 8 bytes a number over
-        all ranks.
+    Communication: as Assembly.accumulate_batch and update; one all-reduce of 8 bytes a number over all ranks.
     """
     assembly.gradients.zero_()
     divisor = gradient_divisor(assembly.config.training.global_batch_size, targets_per_sample)
     loss_sum = assembly.accumulate_batch(read_batch(), step, divisor)
-    norm = assembly.gradient_norm()
-    sums = sum_over_ranks(assembly, loss_sum, norm, flags(), group)
+    sums = sum_over_ranks(assembly, loss_sum, flags(), group)
     judge(sums)
-    assembly.update(lr, clip_coefficient(norm, assembly.config.optimizer.clip_norm))
+    assembly.update(lr, clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm))
     return sums
 
 
-def sum_over_ranks(
-    assembly: Assembly, loss_sum: torch.Tensor, norm: float, flags: Sequence[float], group: Group
-) -> StepSums:
-    """Sum the loss, the non-finite norms and the flags over all ranks with one all-reduce.
+def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], group: Group) -> StepSums:
+    """Sum the loss, the squares of the gradients and the flags over all ranks with one all-reduce.
 
-    All ranks must agree on `finite`: a fault of one rank's memory or device does not reach its replicas.
+    The host reads the sums in one piece: it waits for the device once.
+    All ranks get the same numbers, and so agree on `finite`: a NaN of one rank is in the sum.
     """
     layer_ranks = assembly.mesh.tp_size * assembly.mesh.pp_size  # they all hold the loss of their data-parallel rank
-    numbers = loss_sum.new_tensor([float(not math.isfinite(norm)), *flags])
-    message = torch.cat([(loss_sum / layer_ranks).reshape(1), numbers])
+    squares = assembly.share_of_squares()
+    # Filled on the device: a copy of a list would make the host wait for it.
+    numbers = [squares.new_full((), flag) for flag in flags]
+    message = torch.stack([(loss_sum / layer_ranks).reshape(()), squares, *numbers])
     sum_over_ranks_(message, group)
-    loss, faults, *summed = message.tolist()
-    return StepSums(loss, norm, faults == 0 and math.isfinite(loss), summed)
+    # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
+    message[1] = message[1].sqrt().float()
+    loss, norm, *summed = message.tolist()
+    return StepSums(loss, norm, math.isfinite(norm) and math.isfinite(loss), summed)

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
-from fused_megatron.audit.cuda_emulation import build_emulation, loaded_emulation
-from fused_megatron.audit.kernels import DTYPES, MULTIPROCESSORS, OPS
+from fused_megatron.audit.cuda_emulation import build_emulation, cuda_sources, loaded_emulation
+from fused_megatron.audit.kernels import DTYPES, MULTIPROCESSORS, OPS, source_of
 from fused_megatron.audit.triton_interpreter import interpreter
 
 # For wide rows only this many blocks of each grid run, and their count is scaled to the grid: all would take long.
@@ -56,7 +56,9 @@ def count_bytes(cases: list[tuple[str, int, str]], *, timeout_s: float = 900.0) 
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "FUSED_MEGATRON_LIBRARY": ""}
     if OPS[cases[0][0]].language == "cuda":
-        environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": str(build_emulation())}
+        stems = {source_of(op) for op, *_ in cases}
+        library = build_emulation([source for source in cuda_sources() if source.parent.name in stems])
+        environment = {**os.environ, "FUSED_MEGATRON_LIBRARY": str(library)}
     arguments = [str(value) for case in cases for value in case]
     command = [sys.executable, "-W", "ignore", "-m", __name__, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s)

@@ -79,7 +79,8 @@ Compilers: {versions()}. Architectures: {" / ".join(archs)}; figures that differ
   access of a warp at a time: bytes that several lanes access count once; bytes that a later access repeats count again.
   Triton kernels: elements that programs load and store in the interpreter, without masked elements.
 - **partials**: the part of bytes / bound for partial sums of parameter gradients, which are written and read once more.
-- widths: the hidden size (gated activations read twice as much), or the columns of a vocabulary shard.
+- widths: the hidden size (gated activations read twice as much), or the columns of a vocabulary shard. adamw and
+  sum_of_squares: the columns of a weight with 64 rows.
 
 Limits: nothing spilled; 128-bit loads and stores; at most 1.02 times the bound without partial sums; partial sums at
 most 2% of the bound.

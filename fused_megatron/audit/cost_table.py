@@ -48,8 +48,8 @@ class Row:
 
     @property
     def stores_much(self) -> bool:
-        """Whether the widths of stores matter: a kernel that stores a few numbers per row has no wide stores."""
-        return "statistics" not in self.kernel
+        """Whether the widths of stores matter: a kernel that stores a few numbers a row or block has no wide ones."""
+        return not any(part in self.kernel for part in ("statistics", "sum_of_squares"))
 
     def faults(self) -> list[str]:
         """Return a text for each limit that is exceeded."""

@@ -41,7 +41,8 @@ class Op:
     Attributes:
         steps: maps (rows, width, dtype) to the directions, forward first; nothing runs before Step.run is called.
         widths: the widths of the audit.
-        rows: tokens over which bytes are counted; a few for Triton kernels, which treat every row in the same way.
+        rows: tokens over which bytes are counted; a few for Triton kernels, which treat every row in the same way. For
+            an op over weights: rows of a matrix.
         language: "cuda" or "triton".
         known: maps (step, width, dtype) to the reason why a limit is exceeded there.
     """
@@ -192,6 +193,30 @@ def _scaled_masked_softmax(rows: int, width: int, dtype: torch.dtype) -> list[St
     return _both(lambda: ops.scaled_masked_softmax(x, scale=0.1), (x,), ((x,), (y,)), ((y, y), (x,)), y)
 
 
+_MATRIX_ROWS = 64  # of a weight: enough blocks to count, few enough elements to allocate several times
+
+
+def _adamw(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    main, exp_avg, exp_avg_sq, gradient = (_new(rows, width, grad=False) for _ in range(4))
+    low = [] if dtype == torch.float32 else [_new(rows, width, dtype=dtype, grad=False)]
+    read, written = (main, exp_avg, exp_avg_sq, gradient), (main, exp_avg, exp_avg_sq, *low)
+
+    def update(zero_gradient: bool) -> None:
+        lists = ([tensor] for tensor in read)
+        ops.adamw_(*lists, step=1, lr=1e-3, low=low, zero_gradient=zero_gradient)
+
+    return [
+        Step("update", lambda: update(False), read, written),
+        Step("update, zero", lambda: update(True), read, (*written, gradient)),
+    ]
+
+
+def _sum_of_squares(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    tensors = [_new(rows, width, grad=False), _new(width, grad=False)]
+    total = _new(1, dtype=torch.float64, grad=False)
+    return [Step("sum", lambda: ops.sum_of_squares(tensors), tensors, (total,))]
+
+
 _PARTIALS = (
     "each of 132 multiprocessors has 62 rows, 372 bytes per column, and two float32 sums, 16 bytes per column to write "
     "and read; fewer blocks would leave multiprocessors idle"
@@ -199,6 +224,7 @@ _PARTIALS = (
 _SPILLS = "a program holds a whole row in registers, and ptxas spills two of them"
 
 OPS: dict[str, Op] = {
+    "adamw": Op(_adamw, (1024, 4096), rows=_MATRIX_ROWS),
     "bias_dropout_add": Op(_bias_dropout_add, HIDDEN),
     "bias_geglu": Op(_gated("bias_geglu"), HIDDEN),
     "bias_gelu": Op(_bias_gelu, HIDDEN),
@@ -207,6 +233,7 @@ OPS: dict[str, Op] = {
     "rms_norm": Op(_rms_norm, HIDDEN),
     "rms_norm, residual": Op(_rms_norm_residual, HIDDEN),
     "rotary_embedding": Op(_rotary_embedding, HIDDEN),
+    "sum_of_squares": Op(_sum_of_squares, (1024, 4096), rows=_MATRIX_ROWS),
     "cross_entropy": Op(_cross_entropy, VOCAB, rows=4, language="triton"),
     "scaled_masked_softmax": Op(
         _scaled_masked_softmax, HIDDEN, rows=16, language="triton", known={("backward", 4096, "fp32"): _SPILLS}

@@ -1,9 +1,10 @@
 """Checkpoints: named boxes of full tensors, stored in a folder of safetensors files and a JSON manifest.
 
 This room knows no model and no optimizer. Reading order: sharding/box.py (shards), manifest (content of a checkpoint),
-shard_file (bytes of a file), save, load, verify, folder (names, and deletion of old checkpoints).
+shard_file (bytes of a file), save, background_save, load, verify, folder (names, and deletion of old checkpoints).
 """
 
+from fused_megatron.checkpoint.background_save import BackgroundSave
 from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checkpoint.folder import checkpoint_step, list_checkpoints
 from fused_megatron.checkpoint.load import load_checkpoint, read_tensor
@@ -13,6 +14,7 @@ from fused_megatron.checkpoint.verify import checkpoint_to_resume, newest_checkp
 from fused_megatron.sharding.box import StreamedBox, TensorBox
 
 __all__ = [
+    "BackgroundSave",
     "CheckpointError",
     "Manifest",
     "StreamedBox",

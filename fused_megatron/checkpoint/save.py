@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _DTYPES = {dtype_name(dtype): dtype for dtype in SAFETENSORS_DTYPES}
 # For headers, the manifest, and the file system's own data.
 _SPACE_MARGIN_BYTES = 1 << 20
 
-Plan = list[dict[str, list[Any]]]
+Held = list[dict[str, list[Any]]]
 """For each rank: [dtype, full shape, offset, shape] by tensor name; private tensors have RANK_TENSOR_PREFIX."""
 
 
@@ -82,28 +83,112 @@ def save_checkpoint(
     Communication: five exchanges of JSON; one of them has the names and shapes of all tensors.
     Memory: one block of 4 MiB, or one row, at a time; a StreamedBox is held whole while it is written.
     """
-    rank, world_size = group_rank(group), group_size(group)
-    folder = Path(folder)
-    final = folder / checkpoint_name(step)
-    answers = run_together(
-        group, lambda: _describe(step, tensors, rank_tensors or {}, state, keep), SharedCheckpointError
-    )
+    rank_tensors = rank_tensors or {}
+    plan = agree_on_plan(step, tensors, rank_tensors, state=state, keep=keep, group=group)
+    source = plan.sources(group_rank(group), tensors, rank_tensors)
+    return write_checkpoint(Path(folder), step, plan, source, state=state, keep=keep, group=group)
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """Boxes of a checkpoint and the rank that writes each of them; the same on every rank.
+
+    Attributes:
+        held: the tensors of each rank.
+        writers: the boxes (none empty) of each full tensor, and the rank that writes each.
+        entries: of each rank's file.
+    """
+
+    held: Held
+    writers: dict[str, dict[Box, int]]
+    entries: list[list[Entry]]
+
+    @classmethod
+    def of(cls, held: Held) -> "WritePlan":
+        """Distribute the boxes over the ranks that hold them.
+
+        Raises:
+            InputError: the boxes do not fit together.
+        """
+        writers = _assign_writers(held)
+        return cls(held, writers, [_entries_to_write(rank, held, writers) for rank in range(len(held))])
+
+    def sources(
+        self, rank: int, tensors: Mapping[str, TensorBox], rank_tensors: Mapping[str, torch.Tensor]
+    ) -> Mapping[Entry, torch.Tensor]:
+        """Return the tensors that a rank writes, by entry."""
+        return _TensorsByEntry(self.entries[rank], tensors, rank_tensors)
+
+
+def agree_on_plan(
+    step: int,
+    tensors: Mapping[str, TensorBox],
+    rank_tensors: Mapping[str, torch.Tensor],
+    *,
+    state: dict[str, Any],
+    keep: int | None,
+    group: dist.ProcessGroup | None,
+    known: WritePlan | None = None,
+) -> WritePlan:
+    """Check the arguments of save_checkpoint on every rank; return who writes which box.
+
+    Args:
+        known: plan of an earlier save of the same ranks. A rank whose boxes have not changed does not send them again.
+
+    Raises:
+        InputError: on every rank, as save_checkpoint.
+
+    Communication: one exchange of JSON; without `known` it has the names and shapes of all tensors.
+    """
+    rank = group_rank(group)
+
+    def describe() -> dict[str, Any]:
+        held: dict[str, list[Any]] | None = _describe(step, tensors, rank_tensors, state, keep)
+        return {"step": step, "held": None if known is not None and held == known.held[rank] else held}
+
+    answers = run_together(group, describe, SharedCheckpointError)
     steps = [answer["step"] for answer in answers]
     check(len(set(steps)) == 1, f"step={steps} by rank: all ranks must save the same step")
-    plan: Plan = [answer["held"] for answer in answers]
-    writers = _assign_writers(plan)
-    entries = [_entries_to_write(r, plan, writers) for r in range(world_size)]
-    mine = _TensorsByEntry(entries[rank], tensors, rank_tensors or {})
-    total_bytes = sum(file_bytes(e, step) for e in entries if e)
+    changed = [answer["held"] for answer in answers]
+    if known is None:
+        return WritePlan.of(changed)
+    if all(held is None for held in changed):
+        return known
+    return WritePlan.of([before if now is None else now for before, now in zip(known.held, changed, strict=True)])
+
+
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    plan: WritePlan,
+    source: Mapping[Entry, torch.Tensor],
+    *,
+    state: dict[str, Any],
+    keep: int | None,
+    group: dist.ProcessGroup | None,
+) -> Path:
+    """Write the files of a plan, finish the checkpoint with one rename, and delete old ones.
+
+    Args:
+        source: tensors of this rank's entries, read one after the other.
+        folder, step, state, keep, group: as save_checkpoint.
+
+    Returns, Raises: as save_checkpoint.
+
+    Communication: four exchanges of JSON; nothing else.
+    """
+    rank, world_size = group_rank(group), group_size(group)
+    final = folder / checkpoint_name(step)
+    total_bytes = sum(file_bytes(entries, step) for entries in plan.entries if entries)
 
     temporary = folder / run_on_first(group, lambda: _begin(final, total_bytes), SharedCheckpointError)
     try:
         path = temporary / file_name(rank, world_size)
-        checksums = run_together(group, lambda: _write_file(path, mine, step) if mine else {}, SharedCheckpointError)
+        checksums = run_together(
+            group, lambda: _write_file(path, source, step) if source else {}, SharedCheckpointError
+        )
         run_on_first(
-            group,
-            lambda: _finish(temporary, final, _manifest(step, plan, writers, checksums, state)),
-            SharedCheckpointError,
+            group, lambda: _finish(temporary, final, _manifest(step, plan, checksums, state)), SharedCheckpointError
         )
     except BaseException:
         if rank == 0:  # the other ranks have finished writing, or are dead
@@ -119,8 +204,8 @@ def _describe(
     rank_tensors: Mapping[str, torch.Tensor],
     state: dict[str, Any],
     keep: int | None,
-) -> dict[str, Any]:
-    """Check this rank's arguments; return the step and the tensors that it holds, to be sent to all ranks."""
+) -> dict[str, list[Any]]:
+    """Check this rank's arguments; return the tensors that it holds, to be sent to all ranks."""
     check(type(step) is int and step >= 0, f"step={step} must be an int >= 0")
     check(keep is None or keep >= 1, f"keep={keep} must be at least 1 (or None to keep all)")
     check(isinstance(state, dict), f"state is a {type(state).__name__}: must be a dict")
@@ -140,7 +225,7 @@ def _describe(
     for name, tensor in rank_tensors.items():
         shape = list(tensor.shape)
         held[RANK_TENSOR_PREFIX + name] = [_checked_dtype(name, tensor), shape, [0] * len(shape), shape]
-    return {"step": step, "held": held}
+    return held
 
 
 def _checked_dtype(name: str, tensor: torch.Tensor) -> str:
@@ -148,12 +233,12 @@ def _checked_dtype(name: str, tensor: torch.Tensor) -> str:
     return dtype_name(tensor.dtype)
 
 
-def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
+def _assign_writers(ranks: Held) -> dict[str, dict[Box, int]]:
     """Return the boxes (none empty) of each full tensor, and the rank that writes each; the same on every rank."""
     holders: dict[str, dict[Box, list[int]]] = {}
     kinds: dict[str, tuple[int, str, tuple[int, ...]]] = {}
-    load = [0] * len(plan)
-    for rank, held in enumerate(plan):
+    load = [0] * len(ranks)
+    for rank, held in enumerate(ranks):
         for name, (dtype, full_shape, offset, shape) in held.items():
             box = Box(tuple(offset), tuple(shape))
             if name.startswith(RANK_TENSOR_PREFIX):
@@ -182,10 +267,10 @@ def _assign_writers(plan: Plan) -> dict[str, dict[Box, int]]:
     return writers
 
 
-def _entries_to_write(rank: int, plan: Plan, writers: dict[str, dict[Box, int]]) -> list[Entry]:
+def _entries_to_write(rank: int, ranks: Held, writers: dict[str, dict[Box, int]]) -> list[Entry]:
     """Return the entries that the rank writes into its file."""
     entries = []
-    for name, (dtype, _, offset, shape) in plan[rank].items():
+    for name, (dtype, _, offset, shape) in ranks[rank].items():
         box = Box(tuple(offset), tuple(shape))
         if name.startswith(RANK_TENSOR_PREFIX) or writers[name].get(box) == rank:
             entries.append(Entry(name, _DTYPES[dtype], box.shape))
@@ -237,13 +322,11 @@ def _write_file(path: Path, tensors: Mapping[Entry, torch.Tensor], step: int) ->
         raise CheckpointError(f"{path.name} of {path.parent} not written: {reason}") from error
 
 
-def _manifest(
-    step: int, plan: Plan, writers: dict[str, dict[Box, int]], checksums: list[dict[str, int]], state: dict[str, Any]
-) -> Manifest:
-    files = [file_name(rank, len(plan)) for rank in range(len(plan))]
+def _manifest(step: int, plan: WritePlan, checksums: list[dict[str, int]], state: dict[str, Any]) -> Manifest:
+    files = [file_name(rank, len(plan.held)) for rank in range(len(plan.held))]
     tensors: dict[str, StoredTensor] = {}
     rank_tensors: dict[int, dict[str, StoredTensor]] = {}
-    for rank, held in enumerate(plan):
+    for rank, held in enumerate(plan.held):
         for name, (dtype_text, full_shape, *_) in held.items():
             dtype, shape = _DTYPES[dtype_text], tuple(full_shape)
             if name.startswith(RANK_TENSOR_PREFIX):
@@ -251,10 +334,10 @@ def _manifest(
                 private = rank_tensors.setdefault(rank, {})
                 private[name.removeprefix(RANK_TENSOR_PREFIX)] = StoredTensor(dtype, shape, (block,))
             elif name not in tensors:
-                boxes = sorted(writers[name].items())
+                boxes = sorted(plan.writers[name].items())
                 blocks = tuple(StoredBox(files[r], box, checksums[r][name]) for box, r in boxes)
                 tensors[name] = StoredTensor(dtype, shape, blocks)
-    return Manifest(step, len(plan), tensors, rank_tensors, state)
+    return Manifest(step, len(plan.held), tensors, rank_tensors, state)
 
 
 def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:

@@ -49,6 +49,8 @@ class TrainingConfig:
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = 2
     """Number of valid checkpoints to keep; older ones are removed."""
+    async_checkpoint: bool = True
+    """Copy the tensors of a checkpoint and write them while training goes on; false: training waits for the disk."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
     bucket_mb: float = 25.0

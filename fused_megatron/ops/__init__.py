@@ -17,6 +17,7 @@ from fused_megatron.ops.linear_cross_entropy import linear_cross_entropy
 from fused_megatron.ops.rms_norm import rms_norm
 from fused_megatron.ops.rotary_embedding import rotary_embedding
 from fused_megatron.ops.scaled_masked_softmax import scaled_masked_softmax
+from fused_megatron.ops.sum_of_squares import sum_of_squares
 from fused_megatron.reference.cross_entropy import LossTerms
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "rms_norm",
     "rotary_embedding",
     "scaled_masked_softmax",
+    "sum_of_squares",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fused_megatron import ops
 from fused_megatron.collectives import Group, group_rank
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
@@ -14,8 +15,6 @@ from fused_megatron.sharding.parameter_record import parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
 from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sharded_module import parallel_group, parts_of_parameters
-
-PIECE = 1 << 16
 
 
 class Gradients(Protocol):
@@ -87,15 +86,28 @@ def global_gradient_norm(
     Communication:
         One all-reduce of 8 bytes over each group that is given.
     """
-    tp_rank = group_rank(tp_group)
-    squares = torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
-    for parameter in parameters.values():
-        gradient = gradients[parameter]
-        for part in rows.cut(_counted(parameter_parts(parameter), gradient.shape, tp_rank), gradient.shape):
-            squares += _sum_of_squares(part.of(gradient))
+    squares = sum_of_counted_squares(parameters, gradients, group_rank(tp_group), rows)
     for group in (tp_group, pp_group, dp_group):
         sum_over_ranks_(squares, group)
     return squares.sqrt()
+
+
+def sum_of_counted_squares(
+    parameters: Mapping[str, nn.Parameter], gradients: Gradients, tp_rank: int, rows: RowShards = WHOLE_ROWS
+) -> torch.Tensor:
+    """Return this rank's part of the square of the norm, a 0-dim float64 tensor on the device of the parameters.
+
+    The parts of all ranks that hold other shards, other stages or own other rows add up to the square of
+    global_gradient_norm. Arguments as there; tp_rank: of this rank in tp_group.
+    """
+    counted: list[torch.Tensor] = []
+    for parameter in parameters.values():
+        gradient = gradients[parameter]
+        parts = rows.cut(_counted(parameter_parts(parameter), gradient.shape, tp_rank), gradient.shape)
+        counted += [part.of(gradient) for part in parts]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
+    return ops.sum_of_squares(counted)
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:
@@ -128,19 +140,3 @@ def _counted_gradients(model: nn.Module, tp_rank: int) -> Iterator[torch.Tensor]
         counted = _counted(parts, gradient.shape, tp_rank)
         # A gradient that counts as a whole is not cut, since FSDP2 would gather it for that.
         yield from [gradient] if len(counted) == len(parts) else [part.of(gradient) for part in counted]
-
-
-def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
-    """Sum the squares of all elements in float64; returns a 0-dim tensor.
-
-    torch sums a long float32 vector on the CPU with a relative error of about 3e-5, which differs with the sharding.
-    """
-    flat = gradient.reshape(-1)
-    if not flat.is_cpu:
-        return torch.linalg.vector_norm(flat, dtype=torch.float64).square()
-    # Pieces that stay in the cache as float64: ten times as fast as a float64 copy of the whole.
-    total = flat.new_zeros((), dtype=torch.float64)
-    for piece in flat.split(PIECE):
-        wide = piece.double()
-        total += torch.dot(wide, wide)
-    return total

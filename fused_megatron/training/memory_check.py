@@ -31,7 +31,9 @@ class MemoryNeed(NamedTuple):
 
 
 def check_memory(config: TrainConfig, mesh: Mesh, device: torch.device, vocabulary: str) -> None:
-    """Raise unless weights, gradients and optimizer state of every rank fit; activations are not counted.
+    """Raise unless weights, gradients, optimizer state and the copy of a checkpoint of every rank fit.
+
+    Activations are not counted.
 
     Args:
         config: model.vocab_size must be given.
@@ -51,16 +53,39 @@ def check_memory(config: TrainConfig, mesh: Mesh, device: torch.device, vocabula
         pool = f"{pool} {device}"
         free = float(torch.cuda.mem_get_info(device)[0])
     need = MemoryNeed(pool, memory.weights + memory.gradients + memory.optimizer, free)
-    problem = memory_problem([MemoryNeed(*each) for each in gather_json(need, world_group())])
+    on_host = checkpoint_copy_bytes(config, memory.num_parameters, mesh.dp_size)
+    if device.type == "cpu":
+        on_host += need.needed_bytes
+    with_copy = MemoryNeed(socket.gethostname(), on_host, memory_bytes()[1])
+    found = [[MemoryNeed(*each) for each in of_rank] for of_rank in gather_json([need, with_copy], world_group())]
+    problem = memory_problem([needs[0] for needs in found])
     if problem is not None:
         raise SharedInputError(
             f"{problem}: take a smaller model or more ranks (model.vocab_size={config.model.vocab_size}, from "
             f"{vocabulary})"
         )
+    problem = memory_problem([needs[1] for needs in found], "tensors in host memory and the copies of a checkpoint")
+    if problem is not None:
+        raise SharedInputError(f"{problem}: set training.async_checkpoint=false")
 
 
-def memory_problem(needs: Sequence[MemoryNeed]) -> str | None:
-    """Describe the first pool that is too small for its ranks; None if every pool is large enough."""
+def checkpoint_copy_bytes(config: TrainConfig, num_parameters: int, replicas: int) -> float:
+    """Compute the bytes that a rank copies for a checkpoint that is written behind training.
+
+    Weights and optimizer state, of which each of the replicas writes a part: 12 bytes a parameter in float32 (weight
+    and moments), 14 in bfloat16 (and float32 main weights).
+    """
+    if not config.training.async_checkpoint:
+        return 0.0
+    return num_parameters * (12 if config.training.dtype == "float32" else 14) / replicas
+
+
+def memory_problem(needs: Sequence[MemoryNeed], what: str = "weights, gradients and optimizer") -> str | None:
+    """Describe the first pool that is too small for its ranks; None if every pool is large enough.
+
+    Args:
+        what: needs the memory.
+    """
     needed: dict[str, float] = defaultdict(float)
     for need in needs:
         needed[need.pool] += need.needed_bytes
@@ -68,7 +93,7 @@ def memory_problem(needs: Sequence[MemoryNeed]) -> str | None:
         if needed[need.pool] > need.free_bytes > 0:
             ranks = sum(other.pool == need.pool for other in needs)
             return (
-                f"weights, gradients and optimizer of {ranks} rank{'s' * (ranks > 1)} on {need.pool} need "
+                f"{what} of {ranks} rank{'s' * (ranks > 1)} on {need.pool} need "
                 f"{needed[need.pool] / 1e9:,.1f} GB, there are {need.free_bytes / 1e9:,.1f} GB"
             )
     return None

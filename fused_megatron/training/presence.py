@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fused_megatron.checks import first_line
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.training.error_line import end_now
+from fused_megatron.training.process_group import PHASE_S
 
 # Time for the system to close the ports of a killed process.
 _SETTLE_S = 1.0
@@ -32,8 +33,6 @@ _MOST_BYTES = 4096
 _MOST_CONNECTIONS = 400
 _NAMED = 8
 _WATCH_S = 1.0
-# Longest phase of a run in which ranks wait for one rank that lives.
-_PHASE_S = 1800.0
 _GONE, _SILENT = "gone", "silent"
 
 # Error texts of gloo, NCCL and our own transports when another rank is gone or silent.
@@ -107,7 +106,7 @@ class Presence:
         self._token = ports[0][2]  # proves that a message comes from a rank of this run
         threading.Thread(target=self._serve, daemon=True, name="presence").start()
         if timeout_s is not None and self._others:
-            _let_wait(dist.group.WORLD, max(timeout_s, _PHASE_S))
+            _let_wait(dist.group.WORLD, max(timeout_s, PHASE_S))
             threading.Thread(target=self._watch, args=(timeout_s,), daemon=True, name="presence-watch").start()
 
     def close(self) -> None:

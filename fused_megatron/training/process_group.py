@@ -17,6 +17,9 @@ from fused_megatron.training.launcher import store_of_the_launcher
 
 T = TypeVar("T")
 
+PHASE_S = 1800.0
+"""Longest phase of a run in which ranks wait for one rank that lives, as for a slow disk."""
+
 
 @dataclass(frozen=True)
 class ThisRank:
@@ -87,6 +90,19 @@ def _check_enough_gpus() -> None:
 def on_every_rank(build: Callable[[], T]) -> T:
     """Return build(). If it raises on any rank of the run, every rank raises the same one-line error."""
     return build_together(world_group(), build, SharedCheckpointError)
+
+
+def new_group_for_saves(timeout_s: float) -> dist.ProcessGroup | None:
+    """Make a gloo group of all ranks of the run, for BackgroundSave; None if this process is the only rank.
+
+    Args:
+        timeout_s: of the other groups. A rank may write longer than this: the group waits up to PHASE_S.
+
+    Communication: the ranks connect to each other.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(timeout_s, PHASE_S)))
 
 
 def world_group() -> dist.ProcessGroup | None:

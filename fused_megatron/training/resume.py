@@ -22,7 +22,7 @@ _WITHOUT_EFFECT = {
     "data": {"cache_folder"},
     "training": {
         *{"run_folder", "microbatch_size", "bucket_mb", "eval_interval", "eval_batches", "log_interval"},
-        *{"checkpoint_interval", "keep_checkpoints", "tensorboard", "replica_check_interval"},
+        *{"checkpoint_interval", "keep_checkpoints", "async_checkpoint", "tensorboard", "replica_check_interval"},
     },
 }
 _MODEL, _MAIN = "model.", "optimizer.main."

@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.assembly.training_step import StepSums, training_step
-from fused_megatron.checkpoint import save_checkpoint
+from fused_megatron.checkpoint import BackgroundSave, save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
@@ -24,7 +24,8 @@ from fused_megatron.sharding.gradient_norm import non_finite_parameters
 from fused_megatron.sharding.replicas import find_drift
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.learning_rate import learning_rate
-from fused_megatron.training.process_group import on_every_rank, world_group
+from fused_megatron.training.presence import lost_contact
+from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.stop_request import REASONS, StopRequest
@@ -88,6 +89,7 @@ class Trainer:
         self.progress = Progress()
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
+        self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> str | None:
@@ -103,7 +105,11 @@ class Trainer:
         self._stop.begin()
         stop = None
         last = False
-        with self._checked_tokens(), self.reporter.steps(self.progress.step, training.num_steps):
+        with (
+            self._finished_saves(),
+            self._checked_tokens(),
+            self.reporter.steps(self.progress.step, training.num_steps),
+        ):
             while stop is None and self.progress.step < training.num_steps:
                 stop = self.train_step()
                 step = self.progress.step
@@ -116,6 +122,18 @@ class Trainer:
                 if step % training.checkpoint_interval == 0 or last or stop:
                     self.save()
         return None if last else stop
+
+    @contextmanager
+    def _finished_saves(self) -> Iterator[None]:
+        """Let the save that is under way at the end of the context reach the disk, also after an error."""
+        try:
+            yield
+        except Exception as error:
+            if not lost_contact(error):  # a save needs every rank
+                with suppress(Exception):  # the first error is the one to raise
+                    self._background.finish()
+            raise
+        on_every_rank(self._background.finish)
 
     @contextmanager
     def _checked_tokens(self) -> Iterator[None]:
@@ -159,21 +177,31 @@ class Trainer:
         return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
 
     def save(self) -> None:
-        """Write a checkpoint of the current step. Every rank must call this.
+        """Write a checkpoint of the current step, behind the steps that follow or (async_checkpoint=False) at once.
+
+        Every rank must call this. Only one save is under way: this one waits for the save before.
 
         Raises:
-            CheckpointError: on every rank, as save_checkpoint, or if another run has taken the run folder.
+            CheckpointError: on every rank, as save_checkpoint, or if another run has taken the run folder, or if the
+                save before failed.
         """
-        on_every_rank(lambda: None if self._lease is None else self._lease.check())
-        save_checkpoint(
-            self.run_folder.checkpoints,
-            self.progress.step,
-            self.tensor_boxes(),
-            state=self._checkpoint_state(),
-            rank_tensors=self.rank_tensors(),
-            group=world_group(),
-            keep=self.config.training.keep_checkpoints,
-        )
+        on_every_rank(self._check_before_save)
+        folder, step, tensors = self.run_folder.checkpoints, self.progress.step, self.tensor_boxes()
+        options: dict[str, Any] = {
+            "state": self._checkpoint_state(),
+            "rank_tensors": self.rank_tensors(),
+            "keep": self.config.training.keep_checkpoints,
+        }
+        if self.config.training.async_checkpoint:
+            self._background.start(folder, step, tensors, **options)
+        else:
+            save_checkpoint(folder, step, tensors, **options, group=world_group())
+
+    def _check_before_save(self) -> None:
+        """Wait for the save before; raise its error, or an error if another run has taken the run folder."""
+        self._background.finish()
+        if self._lease is not None:
+            self._lease.check()
 
     def check_replicas(self) -> None:
         """Compare weights that several ranks hold: all over dp, replicated ones over tp, tied ones over pp.
@@ -205,6 +233,7 @@ class Trainer:
         Raises:
             NonFiniteError: on every rank; the weights are not updated.
             SharedInputError: on every rank, if one has found damaged tokens.
+            CheckpointError: on every rank, if the checkpoint that is written behind training has failed on one.
         """
         started = time.perf_counter()
         training, step, mesh = self.config.training, self.progress.step, self.mesh
@@ -224,14 +253,14 @@ class Trainer:
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
         self._report(sums.loss, sums.gradient_norm, lr)
-        return next((reason for reason, count in zip(REASONS, sums.flags[1:], strict=True) if count), None)
+        return next((reason for reason, count in zip(REASONS, sums.flags[2:], strict=True) if count), None)
 
     def _flags(self) -> list[float]:
-        """Return this rank's flags for all ranks: 1 if its tokens are damaged, then 1 for its reason to stop."""
+        """Return this rank's flags for all ranks, 0 or 1: damaged tokens, a failed save, each reason to stop."""
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
-        return [damage, *(float(asked == reason) for reason in REASONS)]
+        return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS)]
 
     def _judge(self, sums: StepSums) -> None:
         """Raise, the same on every rank, if the weights must not be updated."""
@@ -240,8 +269,11 @@ class Trainer:
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
             raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
+        if sums.flags[1]:
+            on_every_rank(self._background.finish)
         if not sums.finite:
             self._raise_non_finite(sums.loss, sums.gradient_norm)
+        self._background.before_update()
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.

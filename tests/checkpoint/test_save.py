@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import fused_megatron
 from fused_megatron.checkpoint import (
+    BackgroundSave,
     CheckpointError,
     TensorBox,
     list_checkpoints,
@@ -46,17 +47,15 @@ def boxes(version, rank, world_size):
     return {"weight": mine, "scale": TensorBox.whole(scale)}
 
 
-def save(folder, version, step, rank, world_size, keep=1):
-    rng = {"rng": torch.full((2,), version)}
-    return save_checkpoint(
-        folder,
-        step,
-        boxes(version, rank, world_size),
-        state={"version": version},
-        rank_tensors=rng,
-        group=dist.group.WORLD if dist.is_initialized() else None,
-        keep=keep,
-    )
+def save(folder, version, step, rank, world_size, keep=1, background=False):
+    tensors, group = boxes(version, rank, world_size), dist.group.WORLD if dist.is_initialized() else None
+    options = {"state": {"version": version}, "rank_tensors": {"rng": torch.full((2,), version)}, "keep": keep}
+    if not background:
+        return save_checkpoint(folder, step, tensors, group=group, **options)
+    saver = BackgroundSave(group)
+    saver.start(folder, step, tensors, **options)
+    saver.finish()
+    return None
 
 
 def version_in(folder):
@@ -88,7 +87,7 @@ def hook_disk_calls(before):
         setattr(os, name, wrapped(name, getattr(os, name)))
 
 
-def save_and_die(rank, world_size, folder, step, victim, point):
+def save_and_die(rank, world_size, folder, step, victim, point, background):
     """Save version 2; the victim is killed at its point-th call. Return the number of calls on this rank."""
     calls, write = [], os.write
 
@@ -100,7 +99,7 @@ def save_and_die(rank, world_size, folder, step, victim, point):
             os.kill(os.getpid(), signal.SIGKILL)
 
     hook_disk_calls(before)
-    save(folder, 2, step, rank, world_size)
+    save(folder, 2, step, rank, world_size, background=background)
     return len(calls)
 
 
@@ -119,21 +118,21 @@ def save_version_1(rank, world_size, folder, step):
     save(folder, 1, step, rank, world_size)
 
 
-def sweep(base, scene, stride):
+def sweep(base, scene, stride, background):
     """Kill each rank at every stride-th of its disk calls in turn; return the number of kills."""
     prepared = base / "prepared"
     prepared.mkdir()
     step = prepare(prepared, scene)
     old = version_in(prepared)
     dry = shutil.copytree(prepared, base / "dry")
-    num_calls = run_on_ranks(save_and_die, 2, str(dry), step, -1, -1)
+    num_calls = run_on_ranks(save_and_die, 2, str(dry), step, -1, -1, background)
     assert version_in(dry) == 2 and len(list_checkpoints(dry)) == 1
     found = []
     for victim in (0, 1):
         for point in range(victim % stride, num_calls[victim], stride):
             folder = shutil.copytree(prepared, base / f"{victim}-{point}")
             with pytest.raises(RankError, match=f"rank {victim} died with exit code -9") as caught:
-                run_on_ranks(save_and_die, 2, str(folder), step, victim, point)
+                run_on_ranks(save_and_die, 2, str(folder), step, victim, point, background)
             error = caught.value.errors.get(1 - victim)
             assert isinstance(error, CheckpointError) and "another rank stopped" in str(error)
             found.append(version_in(folder))
@@ -146,11 +145,13 @@ def sweep(base, scene, stride):
     return len(found)
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["save", "background"])
 @pytest.mark.parametrize(
-    ("scene", "stride"), [("next", 5), *(pytest.param(scene, 1, marks=pytest.mark.slow) for scene in SCENES)]
+    ("scene", "few"), [("next", True), *(pytest.param(scene, False, marks=pytest.mark.slow) for scene in SCENES)]
 )
-def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, scene, stride):
-    assert sweep(tmp_path, scene, stride) * stride >= 15
+def test_a_kill_at_any_moment_of_a_save_leaves_the_old_or_the_new(tmp_path, scene, few, background):
+    stride = (8 if background else 5) if few else 1
+    assert sweep(tmp_path, scene, stride, background) * stride >= 15
 
 
 def test_all_is_on_disk_before_the_rename_and_nothing_goes_before_it_is(tmp_path):

@@ -92,7 +92,7 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         _STEP,
-        "clip_coefficient(norm, assembly.config.optimizer.clip_norm)",
+        "clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm)",
         "1.0",
         (*_PLAIN, f"{_KEYS}[optimizer.clip_norm]"),
     ),
@@ -150,8 +150,8 @@ MUTATIONS = (
     Mutation(
         "a replica's NaN is its own",
         _STEP,
-        "float(not math.isfinite(norm))",
-        "0.0",
+        "squares = assembly.share_of_squares()",
+        "squares = assembly.share_of_squares().nan_to_num()",
         ("tests/training/test_trainer.py::test_a_gradient_that_is_nan_on_one_replica_ends_the_run",),
     ),
     Mutation(

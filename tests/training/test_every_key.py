@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ import torch
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages, stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import (
     BERTConfig,
@@ -191,6 +193,18 @@ def replica_checks(tried: Tried) -> list[int]:
     return found
 
 
+def saving_threads(tried: Tried) -> list[str]:
+    """Return the names of the threads that wrote the files of checkpoints."""
+    found: set[str] = set()
+    original = save_module.write_shard_file
+    save_module.write_shard_file = lambda *arguments: found.add(threading.current_thread().name) or original(*arguments)
+    try:
+        tried.trained()
+    finally:
+        save_module.write_shard_file = original
+    return sorted(found)
+
+
 LOSS = (Tried.loss, CHANGED)
 SHAPES = (Tried.shapes, CHANGED)
 ROTARY = {"model.position": "rotary"}
@@ -265,6 +279,7 @@ ROWS: dict[str, Row] = {
     "training.checkpoint_interval": Row(
         3, checkpoints, ["step-000003", "step-000004"], {"training.keep_checkpoints": 9}
     ),
+    "training.async_checkpoint": Row(False, saving_threads, ["MainThread"]),
     "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),

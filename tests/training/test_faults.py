@@ -116,7 +116,10 @@ def test_kill_9_of_one_rank(config: Path, whole: Any, tmp_path: Path, fault: dic
     assert len(ours) == 1, killed.stderr
     assert "lost contact with rank 1 (" in ours[0]
     found = newest_checkpoint(run / "checkpoints")
-    assert found is not None and found.name == f"step-{newest:06d}"
+    # The checkpoint before `newest` if the kill came while a thread wrote `newest`.
+    resumable = [newest - 10, newest] if "KILL_AT_STEP" in fault else [newest]
+    assert found is not None and checkpoint_step(found) in resumable
+    newest = checkpoint_step(found)
     assert all(verify_checkpoint(p) == [] for p in (run / "checkpoints").glob("step-??????"))
     resumed = launch(config, *words)
     assert resumed.returncode == 0, resumed.stderr

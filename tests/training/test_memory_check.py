@@ -10,7 +10,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.token_digest import digest_path
-from fused_megatron.training.memory_check import MemoryNeed, memory_problem
+from fused_megatron.training.memory_check import MemoryNeed, checkpoint_copy_bytes, memory_problem
 from fused_megatron.training.train import train
 
 GB = 10**9
@@ -23,6 +23,15 @@ def test_ranks_of_one_pool_share_its_memory() -> None:
     small = MemoryNeed("a", 3 * GB, 5 * GB)
     found = memory_problem([other, small, small])
     assert found == "weights, gradients and optimizer of 2 ranks on a need 6.0 GB, there are 5.0 GB"
+
+
+def test_a_checkpoint_behind_training_needs_a_copy_of_what_the_rank_writes() -> None:
+    config = TrainConfig(GPTConfig(), training=TrainingConfig())
+    half = dataclasses.replace(config, training=TrainingConfig(dtype="bfloat16"))
+    waits = dataclasses.replace(config, training=TrainingConfig(async_checkpoint=False))
+    assert [checkpoint_copy_bytes(each, 1000, 2) for each in (config, half, waits)] == [6000, 7000, 0]
+    found = memory_problem([MemoryNeed("a", 3 * GB, 2 * GB)], "copies")
+    assert found == "copies of 1 rank on a need 3.0 GB, there are 2.0 GB"
 
 
 def test_a_flipped_high_bit_asks_for_no_memory(tmp_path: Path) -> None:

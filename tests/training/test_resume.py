@@ -2,14 +2,29 @@
 
 import dataclasses
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from fused_megatron.checkpoint import list_checkpoints, read_manifest, read_tensor
+from fused_megatron.assembly.assemble import assemble
+from fused_megatron.assembly.build import build_mesh, build_stages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.checkpoint import (
+    TensorBox,
+    list_checkpoints,
+    load_checkpoint,
+    read_manifest,
+    read_tensor,
+    save_checkpoint,
+)
+from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.sharding import mark_all_shards
+from fused_megatron.testing import run_on_ranks
 from fused_megatron.training.resume import learning_rate_jump, settings_that_differ
 from fused_megatron.training.train import train
 
@@ -69,6 +84,51 @@ def test_a_prolonged_run_says_what_differs(tmp_path: Path, capsys: pytest.Captur
     assert "not as in the checkpoint: training.num_steps=2 there, 4 here\n" in shown
     jump = "the learning rate of step 3 is 0.00055; with the checkpoint's settings it would be 0.0001"
     assert f"warning: {jump}\n" in shown
+
+
+def boxes_of(config: TrainConfig) -> dict[str, TensorBox]:
+    """Return this rank's boxes of weights, moments and main weights in the layout of a config."""
+    mesh, plan = build_mesh(config), plan_pipeline(config)
+    assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
+    mark_all_shards(assembly.model)
+    state = optimizer_boxes(assembly.parameters, assembly.optimizer.state(), assembly.gradients.rows)
+    return {**parameter_boxes(assembly.parameters), **state}
+
+
+def values_of(name: str, box: TensorBox) -> torch.Tensor:
+    """Return the part of a full tensor of random numbers, which only the name decides."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(box.full_shape, generator=generator)[box.box.slices()].to(box.tensor.dtype)
+
+
+def resharded(rank: int, world_size: int, folder: Path, step: int, *configs: TrainConfig) -> int:
+    """Load the newest checkpoint in each layout and save it as the next step; return the bytes of optimizer state."""
+    group = dist.group.WORLD if world_size > 1 else None
+    for config in configs:
+        boxes = boxes_of(config)
+        if step == 0:
+            for name, box in boxes.items():
+                box.tensor.copy_(values_of(name, box))
+        else:
+            load_checkpoint(folder / f"step-{step:06d}", boxes, group=group)
+        for name, box in boxes.items():
+            assert torch.equal(box.tensor, values_of(name, box)), name
+        step += 1
+        save_checkpoint(folder, step, boxes, state={}, group=group)
+    return sum(box.tensor.nbytes for name, box in boxes.items() if name.startswith("optimizer."))
+
+
+def test_shared_optimizer_state_loads_at_any_other_layout_and_back(tmp_path: Path) -> None:
+    """Two replicas in stage 1 of ZeRO; one process; three replicas with whole states; two tensor-parallel ranks."""
+    sizes = {"vocab_size": 270, "dtype": "bfloat16", "global_batch_size": 6, "microbatch_size": 1}
+    shared = config_for(tmp_path, **sizes)
+    tensor_parallel = config_for(tmp_path, **sizes, tensor_parallel_size=2)
+    folder = tmp_path / "checkpoints"
+    held = run_on_ranks(resharded, 2, folder, 0, shared, timeout_s=100)
+    assert resharded(0, 1, folder, 1, shared) == sum(held)  # stage 1 shares the states out
+    assert run_on_ranks(resharded, 2, folder, 2, shared, tensor_parallel, shared, timeout_s=100) == held
+    run_on_ranks(resharded, 3, folder, 5, config_for(tmp_path, **sizes, zero_stage=0), timeout_s=100)
+    assert run_on_ranks(resharded, 2, folder, 6, shared, timeout_s=100) == held
 
 
 def weights(run: Path, step: int, kind: str) -> dict[str, torch.Tensor]:

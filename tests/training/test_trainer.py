@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch.nn import functional as F
 
 from fused_megatron.assembly import assemble as assemble_module
+from fused_megatron.checkpoint import CheckpointError
+from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
@@ -155,7 +158,7 @@ def test_five_steps_are_those_of_a_plain_loop(tokens: Path, tmp_path: Path, rank
 
 def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) -> None:
     """Train; the last rank has a fault of its own in step 3."""
-    step, norm = Trainer.train_step, assemble_module.global_gradient_norm
+    step, squares = Trainer.train_step, assemble_module.sum_of_counted_squares
     steps = [0]
 
     def train_step(self: Trainer) -> bool:
@@ -165,13 +168,13 @@ def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) ->
             self.parameters["blocks.1.mlp.projection.weight"].data[0, 0] += 0.5
         return stop
 
-    def gradient_norm(parameters: Any, gradients: Any, *groups_and_rows: Any) -> torch.Tensor:
+    def sum_of_counted_squares(parameters: Any, gradients: Any, *rank_and_rows: Any) -> torch.Tensor:
         if fault == "gradient" and steps[0] == 3 and rank == world_size - 1:  # the sums over ranks are done
             gradients[parameters["blocks.1.mlp.projection.weight"]][-1, -1] = math.nan
-        return norm(parameters, gradients, *groups_and_rows)
+        return squares(parameters, gradients, *rank_and_rows)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]
-    assemble_module.global_gradient_norm = gradient_norm
+    assemble_module.sum_of_counted_squares = sum_of_counted_squares
     train(config, Path(str(config.training.run_folder)))
 
 
@@ -198,6 +201,57 @@ def test_a_gradient_that_is_nan_on_one_replica_ends_the_run(tokens: Path, tmp_pa
     assert "gradient_norm=nan" in texts[0]
     assert texts[0].endswith("first such gradient: blocks.1.mlp.projection.weight on rank 1")
     assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
+
+
+def with_a_bad_disk(rank: int, world_size: int, config: TrainConfig, full_at: int | None) -> None:
+    """Train. Files of step 2 are written after step 4; the last rank cannot write its file of step `full_at`."""
+    train_step, write = Trainer.train_step, save_module._write_file
+    at_step_4 = threading.Event()
+
+    def step(self: Trainer) -> str | None:
+        if self.progress.step == full_at and rank == world_size - 1:
+            self._background._thread.join()  # type: ignore[union-attr]
+        stop = train_step(self)
+        if self.progress.step >= 4:
+            at_step_4.set()
+        return stop
+
+    def write_file(path: Path, tensors: Any, step: int) -> dict[str, int]:
+        if step == full_at:
+            if rank == world_size - 1:
+                raise CheckpointError(f"{path.name}: disk full")
+        elif step == 2:
+            assert at_step_4.wait(100)
+        return write(path, tensors, step)
+
+    Trainer.train_step = step  # type: ignore[method-assign]
+    save_module._write_file = write_file
+    train(config, Path(str(config.training.run_folder)))
+
+
+def test_a_checkpoint_behind_training_is_the_checkpoint_that_training_waits_for(tokens: Path, tmp_path: Path) -> None:
+    """The files are the same byte for byte, though the weights changed twice before they were written."""
+    changes = {"checkpoint_interval": 2, "keep_checkpoints": 9}
+    behind, waits = tmp_path / "behind", tmp_path / "waits"
+    run_on_ranks(with_a_bad_disk, 2, config_for(tokens, behind, **changes), None, timeout_s=100)
+    run_on_ranks(trained_weights, 2, config_for(tokens, waits, async_checkpoint=False, **changes), timeout_s=100)
+    files = sorted(path.relative_to(waits) for path in waits.glob("checkpoints/*/*.safetensors"))
+    assert len(files) == 3 * 2  # steps 2, 4, 5
+    for file in files:
+        assert (behind / file).read_bytes() == (waits / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("full_at", [2, 4], ids=["the step after it", "the end"])
+def test_a_failed_save_ends_the_run_on_every_rank(tokens: Path, tmp_path: Path, full_at: int) -> None:
+    """At the step that follows the failure, or at the end if no step follows; the checkpoint before stays."""
+    config = config_for(tokens, tmp_path, checkpoint_interval=2, num_steps=4 if full_at == 4 else 5)
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(with_a_bad_disk, 2, config, full_at, timeout_s=100)
+    texts = [f"{type(error).__name__}: {error}" for error in caught.value.errors.values()]
+    assert texts == ["SharedCheckpointError: rank 1: rank-00001-of-00002.safetensors: disk full"] * 2
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == full_at
+    kept = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert kept == (["step-000002"] if full_at == 4 else [])
 
 
 class Clock:
