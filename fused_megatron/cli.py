@@ -27,6 +27,7 @@ commands:
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
+  dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
@@ -74,6 +75,7 @@ def _run(argv: Sequence[str]) -> int:
         "convert": _convert,
         "verify": _verify,
         "schedule": _schedule,
+        "dry-run": _dry_run,
         "doctor": _doctor,
         "report": _report,
         "audit": _audit,
@@ -177,6 +179,12 @@ def _schedule(argv: Sequence[str]) -> int:
 
     arguments = _parse(ScheduleArguments, "schedule", argv)
     return 0 if arguments is None else run_schedule(arguments)
+
+
+def _dry_run(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.dry_run_command import run_dry_run  # noqa: PLC0415
+
+    return run_dry_run(argv)
 
 
 def _doctor(argv: Sequence[str]) -> int:

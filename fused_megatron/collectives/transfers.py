@@ -118,7 +118,8 @@ def start_reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup | N
 def start_reduce_scatter_blocks(blocks: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None) -> Transfer:
     """Start to sum blocks [R n, ..] over the ranks, and keep this rank's block in shard [n, ..]; both contiguous."""
     assert group is not None
-    if blocks.is_cpu and group._get_backend(blocks.device).name() == "gloo":
+    # A fake group of CPU tensors does what gloo would.
+    if blocks.is_cpu and group._get_backend(blocks.device).name() in ("gloo", "fake"):
         meet(group)
         if not is_shared(group, blocks):
             return _start_exchange_and_sum(blocks, shard, group)

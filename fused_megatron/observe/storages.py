@@ -130,6 +130,10 @@ class StorageLog(Generic[Label]):
                 held_then.pop(event.storage)
         return Peak(max(most, 0), events[at].where if events else None, list(held_then))
 
+    def events(self) -> list[Event]:
+        """All that came and went so far, in order."""
+        return list(self._events)
+
     @property
     def num_events(self) -> int:
         """Number of allocations and ends so far."""

@@ -1,185 +1,312 @@
-"""A dry run: what a rank of any layout holds, keeps and sends, on meta tensors with a fake group of all its ranks."""
+"""A dry run: what a rank of any layout holds, computes and sends in a training step, without memory for its tensors.
+
+What is run: the trainer's own parts (assembly/assemble.py) of a rank, and one training step of them
+(assembly/training_step.py), on fake tensors, with a fake group of all ranks, and as few microbatches as have every kind
+of action of the schedule: one for most, all where actions turn out to hang on other microbatches. Every storage that an
+op makes is seen when it comes and when it goes.
+
+What is counted on: the microbatches of a step all do the same, so the rank's own list of actions for all of them is
+walked with what each action held, gave back, computed and sent (step_profile.py). Ranks of a pipeline whose stages are
+of the same form share one run.
+
+What it does not know: what an allocator wastes in fragments, a CUDA context and NCCL's buffers, what a kernel or a
+transport takes and gives back inside, and into how many chunks overlap=True would cut the products of tensor-parallel
+layers, which the ranks measure: it takes whole ones. Tokens have no values: of those that hang on values it takes the
+most (each rank looks up every token). A message that was sent counts no longer; a slow receiver makes it wait.
+"""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from fused_megatron.assembly.build import build_mesh, build_model, build_stages
-from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.checks import check
+from fused_megatron.assembly.build import stage_spans
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
+from fused_megatron.checks import InputError, check
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.reduction import GradientBuckets
-from fused_megatron.mesh import Mesh
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.mesh import coordinates
 from fused_megatron.models import StageSpan
-from fused_megatron.observe.record_communication import record_communication
-
-_META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class MicrobatchFacts:
-    """Forward and backward of one microbatch.
-
-    Attributes:
-        kept_bytes: of what is kept from forward for backward, weights left out.
-        sent_bytes: of whole tensors, by kind of the tensor-parallel collective ("all_reduce", ..); as in
-            record_communication.
-        output_shape: of what is handed on: hidden states, before the loss.
-    """
-
-    kept_bytes: int
-    sent_bytes: Mapping[str, int]
-    output_shape: tuple[int, ...]
-
-    def plus(self, other: "MicrobatchFacts", times: int = 1) -> "MicrobatchFacts":
-        """With so many of another one beside it; negative: without them."""
-        sent = Counter(self.sent_bytes)
-        sent.update({kind: times * num_bytes for kind, num_bytes in other.sent_bytes.items()})
-        sent_bytes = {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
-        return MicrobatchFacts(self.kept_bytes + times * other.kept_bytes, sent_bytes, self.output_shape)
+from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
+from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step, world_size_of
+from fused_megatron.planning.step_profile import (
+    ActionKey,
+    Memory,
+    StepProfile,
+    Transfers,
+    axes_of,
+    profile_of,
+    transfers_of,
+    walk,
+    work_of,
+)
+from fused_megatron.planning.step_recorder import Work
 
 
 @dataclass(frozen=True)
-class RankFacts:
-    """What one rank has to do with a training step.
+class RankReport:
+    """What one rank does in a training step.
 
     Attributes:
+        rank: of all ranks.
+        pp_rank: of the pipeline.
+        spans: what its stages hold, by index.
         groups: the ranks that it shares an axis with, by axis ("tp", "pp", "dp"); no entry for a length of 1.
-        full_parameters: of its stages, over all tensor-parallel ranks.
         num_parameters: that this rank holds, padding of the vocabulary among them.
-        parameter_bytes: of those.
-        reduced_bytes: gradients that are summed over the data-parallel ranks, once a step.
-        stages: a microbatch in each of its stages, by index.
-        block: a microbatch in one block.
+        full_parameters: of its stages, over all tensor-parallel ranks.
+        assembled_bytes, held_bytes: held before the first step, and behind a step.
+        peak_bytes: the most that is held at once.
+        at: position and action of that moment; None outside of the schedule's actions (the batch, the update).
+        peak: bytes by kind of memory and by layer at that moment.
+        flops: of the products, as torch counts them.
+        transfers: by kind ("all_reduce", "send", ..) and axis ("tp", "pp", "dp", or several joined by "+").
+        host_syncs: times that the host waits for a number.
+        kept: by stage, bytes by layer that a microbatch keeps from forward for backward, its input left out.
+        sent: by stage, bytes of each kind of tensor-parallel transfer, forward and backward of a microbatch.
     """
 
+    rank: int
+    pp_rank: int
+    spans: Mapping[int, StageSpan]
     groups: Mapping[str, tuple[int, ...]]
-    full_parameters: int
     num_parameters: int
-    parameter_bytes: int
-    reduced_bytes: int
-    stages: Mapping[int, MicrobatchFacts]
-    block: MicrobatchFacts
+    full_parameters: int
+    assembled_bytes: int
+    held_bytes: int
+    peak_bytes: int
+    at: tuple[int, Action] | None
+    peak: Mapping[Memory, int]
+    flops: int
+    transfers: Mapping[tuple[str, str], Transfers]
+    host_syncs: int
+    kept: Mapping[int, Mapping[Memory, int]]
+    sent: Mapping[int, Mapping[str, int]]
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of each kind of memory at the peak."""
+        found: Counter[str] = Counter()
+        for memory, num_bytes in self.peak.items():
+            found[memory.kind] += num_bytes
+        return dict(found)
 
 
-@contextmanager
-def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
-    """A default process group of ranks that are not there: collectives return at once, and change nothing.
+class _Known(NamedTuple):
+    """What a run of a rank found, with the rank it was made for."""
 
-    Raises:
-        InputError: there is a process group already.
-    """
-    check(
-        not dist.is_initialized(),
-        "a dry run needs a process without a process group (destroy_process_group, or a process of its own)",
-    )
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    profile: StepProfile
+    stages: tuple[int, ...]
+    num_parameters: int
+    full_parameters: int
+    assembled_bytes: int
 
 
 class DryRun:
-    """Builds ranks of GPT layouts without memory for their tensors, and runs a microbatch through their stages.
+    """Ranks of a layout, each with what it does in a training step.
 
-        facts = DryRun().rank(load_config(Path("gpt_1t.toml")), rank=1234)
-        print(facts.num_parameters, facts.stages[0].kept_bytes, facts.block.sent_bytes)
+        run = DryRun(load_config(Path("gpt_1t.toml")))
+        report = run.rank(1234)
+        print(report.peak_bytes, report.at, report.transfers["all_reduce", "tp"])
 
-    Blocks are all the same: stages of one and of two blocks are run, and what a block adds counts as often as there are
-    blocks. The same object remembers what it has run for other ranks and configs.
+    Args:
+        config: model.vocab_size must be given. Without parallel.data_parallel_size it is 1.
+        device: of the fake tensors. What a CPU keeps may differ from what a GPU does, whose kernels are others; "cuda"
+            needs a torch that is built for it, and no GPU.
+
+    Raises:
+        InputError: sizes that do not fit; no vocab_size; a torch without CUDA.
 
     Memory: of Python objects only.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[Any, MicrobatchFacts] = {}
+    def __init__(self, config: TrainConfig, device: str = "cpu") -> None:
+        check(
+            config.model.vocab_size is not None,
+            "model.vocab_size=None must be given, since a dry run reads no data (--model.vocab-size 50257)",
+        )
+        check(
+            device != "cuda" or torch.backends.cuda.is_built(),
+            f"device='cuda' needs a torch that is built for CUDA, and {torch.__version__} is not (device='cpu')",
+        )
+        config.model.check_trainable()
+        parallel = config.parallel
+        parallel = dataclasses.replace(
+            parallel,
+            data_parallel_size=parallel.data_parallel_size or 1,
+            # The ranks measure how many chunks are best, which no one can here.
+            overlap=False if parallel.overlap is True else parallel.overlap,
+        )
+        self.config, self.device = dataclasses.replace(config, parallel=parallel), torch.device(device)
+        self.world_size = world_size_of(self.config)
+        self.config.check_data_parallel(parallel.data_parallel_size or 1)
+        self.plan: PipelinePlan = plan_pipeline(self.config)
+        self.spans = stage_spans(self.config, self.plan)
+        training = config.training
+        replicas = self.config.parallel.data_parallel_size or 1
+        self.num_microbatches = training.global_batch_size // training.microbatch_size // replicas
+        self.schedule: Schedule = lower(self.plan.schedule(self.num_microbatches))
+        self._sizes = {
+            "pp": parallel.pipeline_parallel_size,
+            "dp": replicas,
+            "cp": 1,
+            "tp": parallel.tensor_parallel_size,
+        }
+        self._known: dict[object, _Known] = {}
 
-    def rank(self, config: TrainConfig, rank: int) -> RankFacts:
-        """What a rank of the layout has to do. Takes a second or so for the largest models.
+    def pipeline_ranks(self) -> list[int]:
+        """One rank of each place of the pipeline: the first over tp and dp."""
+        return [pp_rank * self._sizes["dp"] * self._sizes["tp"] for pp_rank in range(self._sizes["pp"])]
 
-        Args:
-            config: of a GPT; model.vocab_size must be given. Without parallel.data_parallel_size it is 1.
-            rank: below the product of the three sizes.
+    def rank(self, rank: int) -> RankReport:
+        """What a rank does. Takes seconds for the largest models, once for ranks of the same form.
 
         Raises:
-            InputError: sizes that do not fit; another family; no vocab_size; there is a process group already.
+            InputError: no such rank; there is a process group already.
         """
-        check(config.model.family == "gpt", f"model.family={config.model.family!r} must be 'gpt' for a dry run")
-        parallel = config.parallel
-        world_size = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-        world_size *= parallel.data_parallel_size or 1
-        check(0 <= rank < world_size, f"rank={rank} must be in [0, {world_size}), the ranks of the layout")
-        plan = plan_pipeline(config)
-        with fake_ranks(rank, world_size):
-            mesh = build_mesh(config, device_type="cpu")
-            model = build_stages(config, mesh, plan, _META)
-            parameters = model.parameters_by_name().values()
-            of_stages = {index: list(stage.parameters()) for index, stage in model.stages.items()}
-            gradients = GradientBuckets(of_stages, mesh.dp_group)
-            with record_communication() as ledger:
-                gradients.finish()
-            one = self._microbatch(config, mesh, first=False, last=False, num_blocks=1)
-            two = self._microbatch(config, mesh, first=False, last=False, num_blocks=2)
-            block = two.plus(one, -1)
-            stages = {}
-            for index in model.stages:
-                span = model.spans[index]
-                ends = self._microbatch(config, mesh, span.first, span.last, num_blocks=1)
-                stages[index] = ends.plus(block, span.stop - span.start - 1)
-            groups = {"tp": mesh.tp_group, "pp": mesh.pp_group, "dp": mesh.dp_group}
-            return RankFacts(
-                groups={axis: tuple(dist.get_process_group_ranks(g)) for axis, g in groups.items() if g is not None},
-                full_parameters=model.num_parameters(),
-                num_parameters=sum(parameter.numel() for parameter in parameters),
-                parameter_bytes=sum(parameter.nbytes for parameter in parameters),
-                reduced_bytes=ledger.num_bytes["all_reduce"],
-                stages=stages,
-                block=block,
-            )
+        check(0 <= rank < self.world_size, f"rank={rank} must be in [0, {self.world_size}), the ranks of the layout")
+        pp_rank = coordinates(rank, self._sizes)["pp"]
+        stages, actions = stages_of(self.plan.placement, pp_rank), self.schedule.actions[pp_rank]
+        known = self._known_of(rank, pp_rank, stages)
+        profile = _Names(known.stages, stages, self.spans).renamed(known.profile)
+        memory = walk(profile, actions)
+        work = work_of(profile, actions)
+        return RankReport(
+            rank=rank,
+            pp_rank=pp_rank,
+            spans={stage: self.spans[stage] for stage in stages},
+            groups=self._groups(rank),
+            num_parameters=known.num_parameters,
+            full_parameters=known.full_parameters,
+            assembled_bytes=known.assembled_bytes,
+            held_bytes=memory.held_bytes,
+            peak_bytes=memory.peak_bytes,
+            at=memory.at,
+            peak=memory.peak,
+            flops=work[Work("flops")],
+            transfers=transfers_of(work, self._sizes),
+            host_syncs=work[Work("host_syncs")],
+            kept={stage: _kept(profile, stage) for stage in stages},
+            sent={stage: self._sent(profile, stage) for stage in stages},
+        )
 
-    def _microbatch(self, config: TrainConfig, mesh: Mesh, first: bool, last: bool, num_blocks: int) -> MicrobatchFacts:
-        """In a stage with so many blocks, with the embedding (first) and the head (last)."""
-        start = 0 if first else 1
-        span = StageSpan(start, start + (1 if last else 2), start, start + num_blocks)
-        few = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=3))
-        # No other part of the layout is seen from inside a stage.
-        training = few.training.dtype, few.training.microbatch_size
-        key = few.model, training, mesh.tp_size, few.parallel.sequence_parallel, span
+    def _known_of(self, rank: int, pp_rank: int, stages: Sequence[int]) -> _Known:
+        """The run of this rank, or of one with the same stages; where the rank stands over dp makes no difference."""
+        forms = tuple(
+            (span.first, span.last, span.stop - span.start, *self._neighbours(stage))
+            for stage in stages
+            for span in [self.spans[stage]]
+        )
+        kinds = {(stages.index(stage), kind) for stage, kind in self._keys(self.schedule, pp_rank) if stage in stages}
+        key = forms, frozenset(kinds), coordinates(rank, self._sizes)["tp"]
         if key not in self._known:
-            self._known[key] = _run_microbatch(few, mesh, span)
-        return self._known[key]
+            self._known[key] = self._run(rank, tuple(stages), self._fewest_microbatches(pp_rank))
+        known = self._known[key]
+        # A step leaves nothing but its losses. Else actions hang on those of other microbatches: who lets go of
+        # a gradient that a B and a W of two stages share, when a schedule has both.
+        held = walk(_Names(known.stages, stages, self.spans).renamed(known.profile), self.schedule.actions[pp_rank])
+        if held.held_bytes == sum(known.profile.start.values()) + 8 * self.num_microbatches:
+            return known
+        own = key, pp_rank
+        if own not in self._known:
+            self._known[own] = self._run(rank, tuple(stages), self.num_microbatches)
+        return self._known[own]
+
+    def _neighbours(self, stage: int) -> tuple[bool, bool]:
+        """Whether the stages before and behind are on the same rank."""
+        placement, last = self.plan.placement, self.plan.num_stages - 1
+        before, behind = max(0, stage - 1), min(last, stage + 1)
+        return placement[before] == placement[stage], placement[behind] == placement[stage]
+
+    def _run(self, rank: int, stages: tuple[int, ...], num_microbatches: int) -> _Known:
+        training = self.config.training
+        batch = num_microbatches * training.microbatch_size * self._sizes["dp"]
+        few = dataclasses.replace(self.config, training=dataclasses.replace(training, global_batch_size=batch))
+        step: RecordedStep = record_fake_step(few, rank, self.device)
+        return _Known(
+            profile_of(step, self.num_microbatches),
+            stages,
+            sum(parameter.numel() for parameter in step.assembly.parameters.values()),
+            step.assembly.model.num_parameters(),
+            step.assembled_bytes,
+        )
+
+    def _fewest_microbatches(self, pp_rank: int) -> int:
+        """So many that every kind of action of the whole step is there."""
+        wanted = self._keys(self.schedule, pp_rank)
+        # Weights that data-parallel ranks update in parts are gathered in the first forward of a step, and their
+        # gradients leave in its last backward.
+        zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
+        for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
+            try:
+                schedule = lower(self.plan.schedule(count))
+            except InputError:  # too few for this schedule
+                continue
+            if self._keys(schedule, pp_rank) == wanted:
+                return count
+        return self.num_microbatches
+
+    @staticmethod
+    def _keys(schedule: Schedule, pp_rank: int) -> set[tuple[int, Kind]]:
+        return {(action.stage, action.kind) for action in schedule.actions[pp_rank]}
+
+    def _groups(self, rank: int) -> dict[str, tuple[int, ...]]:
+        at, found = coordinates(rank, self._sizes), {}
+        for axis in ("tp", "pp", "dp"):
+            same = {other: at[other] for other in at if other != axis}
+            if self._sizes[axis] > 1:
+                found[axis] = tuple(self._rank_at({**same, axis: index}) for index in range(self._sizes[axis]))
+        return found
+
+    def _rank_at(self, at: Mapping[str, int]) -> int:
+        rank = 0
+        for axis, size in self._sizes.items():
+            rank = rank * size + at[axis]
+        return rank
+
+    def _sent(self, profile: StepProfile, stage: int) -> dict[str, int]:
+        sent: Counter[str] = Counter()
+        for key, done in profile.actions.items():
+            for work, number in done.work.items() if _is_usual(profile, key, stage) else ():
+                if work.what == "bytes" and work.group and axes_of(work.group, self._sizes) == "tp":
+                    sent[work.kind] += number
+        return {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
 
 
-def _run_microbatch(config: TrainConfig, mesh: Mesh, span: StageSpan) -> MicrobatchFacts:
-    stage = build_model(config, mesh, _META, span)
-    size, seq_len = config.training.microbatch_size, config.model.seq_len
-    tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=_META)
-    rows = seq_len // mesh.tp_size if config.parallel.sequence_parallel else seq_len
-    x = torch.zeros(rows, size, config.model.hidden_size, dtype=next(stage.parameters()).dtype, device=_META)
-    x = tokens if span.first else x.requires_grad_()
-    weights = {parameter.untyped_storage()._cdata for parameter in stage.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+def _is_usual(profile: StepProfile, key: ActionKey, stage: int) -> bool:
+    """Whether an action of the stage is of the microbatch that stands for most."""
+    return key.stage == stage and key.microbatch == max(0, profile.num_recorded - 2)
 
-    def pack(saved: torch.Tensor) -> torch.Tensor:
-        kept[saved.untyped_storage()._cdata] = saved
-        return saved
 
-    with record_communication() as ledger:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-            y = stage(x)
-            shape = tuple(y.shape)
-            if span.last:
-                y = stage.loss(y, tokens, reduction="sum")
-        y.backward(torch.empty_like(y))
-    assert all(p.grad is not None and p.grad.shape == p.shape for p in stage.parameters())
-    assert span.first or (x.grad is not None and x.grad.shape == x.shape)
-    kept_bytes = sum(saved.untyped_storage().nbytes() for key, saved in kept.items() if key not in weights)
-    return MicrobatchFacts(kept_bytes, dict(ledger.num_bytes), shape)
+def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
+    """Left behind a forward, but for the copy that is sent."""
+    kept: dict[Memory, int] = {}
+    for key, done in profile.actions.items():
+        if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:
+            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind != "messages"}
+    return kept
+
+
+class _Names:
+    """Stages and blocks of a rank by those of another of the same form."""
+
+    def __init__(self, known: Sequence[int], stages: Sequence[int], spans: Sequence[StageSpan]) -> None:
+        self._stages = dict(zip(known, stages, strict=True))
+        self._layers = {
+            f"blocks.{spans[theirs].start + i}": f"blocks.{spans[ours].start + i}"
+            for theirs, ours in self._stages.items()
+            for i in range(spans[theirs].stop - spans[theirs].start)
+        }
+
+    def renamed(self, profile: StepProfile) -> StepProfile:
+        actions = {}
+        for key, done in profile.actions.items():
+            delta, at_peak = self._memory(done.delta), self._memory(done.at_peak)
+            renamed = dataclasses.replace(done, delta=delta, at_peak=at_peak)
+            actions[key._replace(stage=self._stages.get(key.stage, key.stage))] = renamed
+        return dataclasses.replace(profile, actions=actions)
+
+    def _memory(self, memory: Mapping[Memory, int]) -> Counter[Memory]:
+        return Counter({Memory(m.kind, self._layers.get(m.layer, m.layer)): n for m, n in memory.items()})

@@ -18,9 +18,9 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
-from fused_megatron.planning.step_recorder import StepRecorder
+from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 
-MODEL, ASSEMBLY, BATCH, STEP = "model", "assembly", "batch", "step"
+MODEL, ASSEMBLY, UPDATED, BATCH, STEP = "model", "assembly", "updated", "batch", "step"
 """Phases of the recorder."""
 
 # What the trainer's ranks tell each other in a step: damaged tokens, and the reasons to stop.
@@ -36,7 +36,7 @@ class RecordedStep:
         assembly: the rank's parts, after the step.
         recorder: from the making of its model on.
         assembled: events of the recorder's storages before the step.
-        assembled_bytes, held_bytes: of all storages before and after the step.
+        assembled_bytes, held_bytes: of all storages before the first step and after a step.
     """
 
     assembly: Assembly
@@ -115,7 +115,12 @@ def _record(
     for stage in model.stages.values():
         recorder.watch(stage)
     storages = recorder.storages
-    assembled, assembled_bytes = storages.num_events, storages.held_bytes()
+    assembled_bytes = storages.held_bytes()
+    if mesh.dp_group is not None:
+        recorder.replicas = tuple(dist.get_process_group_ranks(mesh.dp_group))
+    with recorder.phase(UPDATED):  # as behind the update of a step before: weights of other ranks are on their way
+        assembly.weights.start()
+    assembled = storages.num_events
 
     def read_batch() -> Batch:
         with recorder.phase(BATCH):
@@ -166,10 +171,13 @@ class _AbsentPeers:
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
         """As Transport."""
+        if tensor.dtype == torch.int64:
+            self._recorder.relabel(tensor, HEADER)
         return _Done()
 
     def receive(self, buffer: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
         """As Transport."""
-        if buffer.dtype == torch.int64 and buffer.numel() == HEADER_NUMBERS:
-            self._recorder.set_values(buffer, self._header)
+        self._recorder.relabel(buffer, HEADER if buffer.dtype == torch.int64 else RECEIVED)
+        if buffer.dtype == torch.int64:
+            self._recorder.set_values(buffer, self._header if buffer.numel() == HEADER_NUMBERS else [0])
         return _Done()

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
@@ -31,6 +32,9 @@ _FOUND = torch.ops.aten.nonzero.default
 
 LOSS_LAYER, OWN_LAYER = "loss", "embedding"
 """Layer of what the loss makes, and of what a stage makes outside of its layers: positions, masks, rotary tables."""
+RECEIVED, HEADER, GATHERED_ROWS, REDUCED_ROWS = "received", "header", "gathered", "reduced"
+"""In place of a layer: of what another stage sends, of what says its shapes ahead, and of weights and gradients that
+data-parallel ranks send each other."""
 
 
 class Place(NamedTuple):
@@ -75,12 +79,14 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: all that were made.
         work: by (phase, action), what was counted there.
+        replicas: the global ranks of data parallelism, whose transfers are those of weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
         super().__init__()
         self.storages: StorageLog[Place] = StorageLog(self.place)
         self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
+        self.replicas: tuple[int, ...] = ()
         self._fake = fake
         self._phase = ""
         self._at: Callable[[], Action | None] = lambda: None
@@ -119,6 +125,12 @@ class StepRecorder(TorchDispatchMode):
         """What the host reads in a fake tensor."""
         self._values[tensor.untyped_storage()._cdata] = tensor, values
 
+    def relabel(self, tensor: torch.Tensor, layer: str) -> None:
+        """Say what a tensor is that was made outside of all layers."""
+        storage = self.storages.of(tensor)
+        if storage is not None:
+            storage.made = storage.made._replace(layer=layer)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
@@ -148,6 +160,10 @@ class StepRecorder(TorchDispatchMode):
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
+        if found.group and found.group == self.replicas:
+            for tensor in tree_leaves(args[:2]):
+                if isinstance(tensor, torch.Tensor):
+                    self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)
         self._count(Work("calls", found.kind, found.group), 1)
         self._count(Work("bytes", found.kind, found.group), found.num_bytes)
 

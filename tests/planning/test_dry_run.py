@@ -1,70 +1,219 @@
-"""Start here when a dry run differs from the ranks that really run: what they hold, keep and send."""
+"""Start here when a dry run differs from the ranks that really run: what they hold, compute and send."""
 
 import dataclasses
+import os
+import random
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from fused_megatron.assembly.build import build_mesh, build_model, build_stages
-from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import InputError
 from fused_megatron.config import BERTConfig, GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
-from fused_megatron.models import StageSpan
-from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.planning.dry_run import DryRun, fake_ranks
-from fused_megatron.testing import run_on_ranks
+from fused_megatron.planning.dry_run import DryRun, RankReport
+from fused_megatron.planning.recorded_step import STEP, fake_ranks, record_fake_step, record_real_step
+from fused_megatron.planning.step_profile import Transfers, transfers_of
+from fused_megatron.planning.step_recorder import Work
+from fused_megatron.testing import run_cases_on_ranks
 
-MODEL = GPTConfig(num_layers=5, hidden_size=32, num_heads=4, seq_len=16, vocab_size=101, recompute="selective")
-CONFIG = TrainConfig(
-    MODEL,
-    ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, data_parallel_size=1, sequence_parallel=True),
-    training=TrainingConfig(global_batch_size=4, microbatch_size=2),
+LLAMA: dict[str, Any] = {
+    "activation": "swiglu",
+    "normalization": "rms_norm",
+    "position": "rotary",
+    "num_kv_heads": 1,
+    "linear_biases": False,
+    "hidden_dropout": 0.1,
+}
+
+
+def config_of(
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    dp: int = 1,
+    sp: bool = False,
+    schedule: str | None = None,
+    stages: int | None = None,
+    microbatches: int = 3,
+    dtype: str = "float32",
+    **model: Any,
+) -> TrainConfig:
+    """Of a GPT of 2 blocks a stage, wide enough that what gloo's threads hold for longer is little of its peak."""
+    num_layers = 2 * pp * (stages or 1)
+    sizes = {"num_layers": num_layers, "hidden_size": 128, "num_heads": 4, "seq_len": 32, "vocab_size": 501}
+    parallel = ParallelConfig(
+        tensor_parallel_size=tp,
+        pipeline_parallel_size=pp,
+        data_parallel_size=dp,
+        sequence_parallel=sp,
+        schedule=schedule,
+        stages_per_rank=stages,
+        overlap=False,
+    )
+    training = TrainingConfig(global_batch_size=2 * microbatches * dp, microbatch_size=2, dtype=dtype, bucket_mb=0.05)
+    return TrainConfig(GPTConfig(**{**sizes, **model}), parallel, training=training)
+
+
+def random_layouts(count: int) -> list[TrainConfig]:
+    """Of 2 and 4 ranks."""
+    draw = random.Random(17)
+    shapes = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1)]
+    schedules = [("1f1b", None), ("gpipe", None), ("interleaved_1f1b", 2), ("zb_h1", None), ("zb_v", 2)]
+    found = []
+    for index in range(count):
+        tp, pp, dp = shapes[index % len(shapes)]
+        schedule, stages = draw.choice(schedules) if pp > 1 else (None, None)
+        form = draw.choice([{}, LLAMA, {"num_kv_heads": 2, "query_key_norm": True, "attention_dropout": 0.1}])
+        found.append(
+            config_of(
+                tp=tp,
+                pp=pp,
+                dp=dp,
+                sp=tp > 1 and draw.random() < 0.6,
+                schedule=schedule,
+                stages=stages,
+                microbatches=draw.randint(1, 3) + (pp if pp > 1 else 0),
+                dtype=draw.choice(["float32", "bfloat16"]),
+                recompute=draw.choice(["none", "selective", "full"]),
+                tied_embeddings=draw.random() < 0.6,
+                **form,
+            )
+        )
+    return found
+
+
+FAST = [
+    config_of(tp=2, sp=True, recompute="selective", dtype="bfloat16"),
+    config_of(pp=2, schedule="interleaved_1f1b", stages=2, microbatches=5),
+    config_of(dp=2, tied_embeddings=False, **LLAMA),
+]
+
+
+def real_rank(rank: int, world_size: int, config: TrainConfig, shared_memory: bool) -> tuple[Any, ...]:
+    """(held before the step, behind it, peak, transfers, parameters, FLOPs) of a real rank."""
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "on" if shared_memory else "off"
+    step = record_real_step(config, torch.device("cpu"))
+    work: Counter[Work] = Counter()
+    for (phase, _), done in step.recorder.work.items():
+        work.update(done if phase == STEP else {})
+    transfers = transfers_of(work, step.assembly.mesh.sizes)
+    num_parameters = sum(parameter.numel() for parameter in step.assembly.parameters.values())
+    peak = step.recorder.storages.peak(step.assembled).num_bytes
+    for _ in range(4):  # gloo's threads let go of a tensor when they take the next work
+        dist.barrier()
+    held_bytes = step.recorder.storages.held_bytes()
+    step.assembly.executor.close()
+    return step.assembled_bytes, held_bytes, peak, transfers, num_parameters, work[Work("flops")]
+
+
+def assert_same(found: RankReport, real: tuple[Any, ...], name: str) -> None:
+    assembled, held, peak, transfers, num_parameters, flops = real
+    assert (found.assembled_bytes, found.held_bytes) == (assembled, held), name
+    assert abs(found.peak_bytes - peak) <= 0.01 * peak, (name, found.peak_bytes, peak)
+    assert sum(found.peak.values()) == found.peak_bytes
+    assert dict(found.transfers) == transfers, name
+    assert (found.num_parameters, found.flops) == (num_parameters, flops), name
+
+
+def compare(configs: list[TrainConfig]) -> None:
+    by_world: dict[int, list[TrainConfig]] = {}
+    for config in configs:
+        by_world.setdefault(DryRun(config).world_size, []).append(config)
+    for world_size, of_world in by_world.items():
+        cases = run_cases_on_ranks(real_rank, world_size, [(c, False) for c in of_world], timeout_s=900)
+        for config, ranks in zip(of_world, cases, strict=True):
+            dry_run = DryRun(config)
+            for rank, real in enumerate(ranks):
+                assert_same(dry_run.rank(rank), real, f"rank {rank} of {config}")
+
+
+def test_a_dry_rank_holds_computes_and_sends_what_a_real_one_does() -> None:
+    compare(FAST)
+
+
+@pytest.mark.slow
+def test_random_layouts() -> None:
+    compare(random_layouts(20))
+
+
+@pytest.mark.slow
+def test_shared_memory_carries_the_same_transfers() -> None:
+    """It keeps what it carries until its ring comes round, which no dry run knows."""
+    config = FAST[0]
+    (ranks,) = run_cases_on_ranks(real_rank, 2, [(config, True)])
+    for rank, (assembled, _, _, transfers, *_) in enumerate(ranks):
+        found = DryRun(config).rank(rank)
+        assert (found.assembled_bytes, dict(found.transfers)) == (assembled, transfers)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(pp=2, microbatches=4, recompute="full"),
+        pytest.param(config_of(pp=2, schedule="zb_v", stages=2, microbatches=6), marks=pytest.mark.slow),
+        pytest.param(config_of(pp=2, schedule="dual_pipe_v", stages=2, microbatches=6), marks=pytest.mark.slow),
+        pytest.param(
+            config_of(tp=2, pp=2, dp=2, schedule="interleaved_1f1b", stages=2, microbatches=5, dtype="bfloat16"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(config_of(pp=2, schedule="gpipe", microbatches=4), marks=pytest.mark.slow),
+    ],
+    ids=["1f1b", "zb_v", "dual_pipe_v", "interleaved", "gpipe"],
 )
-FLAT = dataclasses.replace(CONFIG, parallel=dataclasses.replace(CONFIG.parallel, pipeline_parallel_size=1))
+def test_what_is_counted_on_is_what_a_run_of_all_microbatches_finds(config: TrainConfig) -> None:
+    dry_run = DryRun(config)
+    for rank in dry_run.pipeline_ranks()[:2]:
+        found, whole = dry_run.rank(rank), record_fake_step(config, rank, torch.device("cpu"))
+        peak, work = whole.recorder.storages.peak(whole.assembled), Counter[Work]()
+        for (phase, _), done in whole.recorder.work.items():
+            work.update(done if phase == STEP else {})
+        assert (found.peak_bytes, found.held_bytes) == (peak.num_bytes, whole.held_bytes)
+        assert found.at is not None and found.at[1] == peak.where.action
+        assert found.flops == work[Work("flops")] and found.host_syncs == work[Work("host_syncs")]
+        assert dict(found.transfers) == transfers_of(work, whole.assembly.mesh.sizes)
 
 
-def held_and_sent(rank: int, world_size: int) -> tuple[int, int, dict[str, int]]:
-    """Parameters, their bytes, and what a microbatch of the whole model sends."""
-    mesh = build_mesh(FLAT)
-    model = build_model(FLAT, mesh, torch.device("cpu"), StageSpan(0, 1, 0, MODEL.num_layers))
-    tokens = torch.zeros(2, MODEL.seq_len, dtype=torch.int64)
-    with record_communication() as ledger:
-        model.loss(model(tokens), tokens, reduction="sum").backward()
-    parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters), dict(ledger.num_bytes)
+def test_ranks_of_one_form_share_a_run_under_their_own_names() -> None:
+    config = config_of(pp=4, microbatches=4)
+    dry_run = DryRun(config)
+    second, third = (dry_run.rank(rank) for rank in dry_run.pipeline_ranks()[1:3])
+    assert len(dry_run._known) == 1
+    layers = [{memory.layer for memory in report.peak if memory.kind == "activations"} for report in (second, third)]
+    assert layers == [{"blocks.2", "blocks.3"}, {"blocks.4", "blocks.5"}]
+    assert third.peak_bytes < second.peak_bytes == DryRun(config).rank(1).peak_bytes
 
 
-def test_a_dry_rank_holds_and_sends_what_a_real_one_does() -> None:
-    dry_run = DryRun()
-    for rank, (num_parameters, parameter_bytes, sent) in enumerate(run_on_ranks(held_and_sent, 2)):
-        facts = dry_run.rank(FLAT, rank)
-        assert (facts.num_parameters, facts.parameter_bytes) == (num_parameters, parameter_bytes)
-        assert facts.stages[0].sent_bytes == sent
-        assert facts.groups == {"tp": (0, 1)} and facts.reduced_bytes == 0
+def test_kinds_of_a_step() -> None:
+    sharded = config_of(tp=2, dp=2, recompute="selective", dtype="bfloat16")
+    config = dataclasses.replace(sharded, parallel=dataclasses.replace(sharded.parallel, zero_stage=0))
+    report = DryRun(config).rank(0)
+    kinds, number = report.by_kind(), report.num_parameters
+    # Main weights and moments are float32.
+    assert (kinds["weights"], kinds["gradients"], kinds["optimizer state"]) == (2 * number, 4 * number, 12 * number)
+    assert kinds["batch and buffers"] >= 2 * 8 * 3 * 2 * 32
+    assert report.groups == {"tp": (0, 1), "dp": (0, 2)}
+    assert report.transfers["all_reduce", "dp"].num_bytes == 4 * number
+    assert report.transfers["all_reduce", "tp+dp"] == Transfers(1, 72)
+    zero = DryRun(sharded).rank(0)
+    assert zero.by_kind()["optimizer state"] == pytest.approx(6 * number, rel=0.01)
+    assert zero.by_kind()["gradients"] > 4 * number  # and what leaves in the last backward, where the peak is
 
 
-def test_blocks_are_all_the_same() -> None:
-    """A stage of many blocks keeps and sends what its ends and so many times one block do."""
-    dry_run = DryRun()
-    facts = dry_run.rank(CONFIG, 3)
-    ((index, stage),) = facts.stages.items()
-    plan = plan_pipeline(CONFIG)
-    with fake_ranks(3, 4):
-        mesh = build_mesh(CONFIG, "cpu")
-        span = build_stages(CONFIG, mesh, plan, torch.device("meta")).spans[index]
-        whole = dry_run._microbatch(CONFIG, mesh, span.first, span.last, span.stop - span.start)
-    assert span.last and span.stop - span.start == 2
-    assert stage == whole
+def test_bert() -> None:
+    model = BERTConfig(num_layers=2, hidden_size=64, num_heads=4, seq_len=32, vocab_size=201)
+    config = dataclasses.replace(config_of(tp=2), model=model)
+    (ranks,) = run_cases_on_ranks(real_rank, 2, [(config, False)])
+    assert_same(DryRun(config).rank(1), ranks[1], "BERT")
 
 
 def test_refused() -> None:
-    dry_run = DryRun()
+    config = config_of(tp=2, pp=2)
     with pytest.raises(InputError, match=r"rank=4 must be in \[0, 4\)"):
-        dry_run.rank(CONFIG, 4)
-    bert = BERTConfig(num_layers=2, hidden_size=32, num_heads=4, seq_len=16, vocab_size=101)
-    with pytest.raises(InputError, match=r"model\.family='bert' must be 'gpt'"):
-        dry_run.rank(dataclasses.replace(CONFIG, model=bert), 0)
+        DryRun(config).rank(4)
+    with pytest.raises(InputError, match=r"model\.vocab_size=None must be given"):
+        DryRun(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=None)))
     with fake_ranks(0, 4), pytest.raises(InputError, match="a dry run needs a process without a process group"):
-        dry_run.rank(CONFIG, 0)
+        DryRun(config).rank(0)
     assert not dist.is_initialized()

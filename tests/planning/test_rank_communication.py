@@ -20,7 +20,6 @@ FORMS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("form", FORMS, ids=["one_kv_head", "query_key_norm", "llama"])
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
-    dry_run = DryRun()
     model = GPTConfig(num_layers=4, hidden_size=32, num_heads=4, seq_len=16, vocab_size=101, **form)
     for tp in (2, 4) if sequence_parallel else (1, 2, 4):
         parallel = ParallelConfig(
@@ -30,8 +29,8 @@ def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
             sequence_parallel=sequence_parallel,
         )
         config = TrainConfig(model, parallel, training=TrainingConfig(global_batch_size=4, microbatch_size=2))
-        spans = stage_spans(config, plan_pipeline(config))
+        spans, dry_run = stage_spans(config, plan_pipeline(config)), DryRun(config)
         for rank in (0, tp):
-            for index, stage in dry_run.rank(config, rank).stages.items():
-                assert stage.sent_bytes == stage_communication(config, spans[index]), (tp, index)
+            for index, sent in dry_run.rank(rank).sent.items():
+                assert sent == stage_communication(config, spans[index]), (tp, index)
         assert message_bytes(config) == 4 * 16 * 2 * 32 // (tp if parallel.sequence_parallel else 1)
