@@ -15,6 +15,9 @@ from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buc
 from fused_megatron.data_parallel.row_blocks import RowBlocks
 from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
 
+# Buckets under way at a time: one travels while the next is packed.
+_COPIES = 2
+
 
 class GradientBuckets:
     """Float32 gradients of all parameters, as views of a few flat buckets.
@@ -37,7 +40,7 @@ class GradientBuckets:
     Communication: one all-reduce (sum) for each bucket and step, 4 bytes an element in total; with several shards one
         reduce-scatter in its place. The loss is divided before backward, by the targets of all ranks
         (gradient_division.py).
-    Memory: 4 bytes for each element of the parameters; with several shards one more bucket while it is sent.
+    Memory: 4 bytes for each element of the parameters; with several shards two more buckets while they are sent.
     """
 
     def __init__(
@@ -158,7 +161,11 @@ class _Queue:
 
     def send(self, end: int, dp_group: dist.ProcessGroup) -> None:
         while self.next_bucket < end:
-            self.work.append(self.buckets[self.next_bucket].start_sum(dp_group))
+            bucket = self.buckets[self.next_bucket]
+            # A reduce-scatter holds a copy of its bucket until it is waited for.
+            if bucket.is_packed and len(self.work) >= _COPIES:
+                self.work.pop(0)()
+            self.work.append(bucket.start_sum(dp_group))
             self.next_bucket += 1
 
 
@@ -172,6 +179,11 @@ class _Bucket:
         self.views = layout.views(self.flat)
         self.missing: dict[nn.Parameter, int] = {}
         """Number of backwards that each parameter still waits for."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the bucket is copied to be sent."""
+        return self._blocks is not None
 
     def start_sum(self, dp_group: dist.ProcessGroup) -> Callable[[], None]:
         """Begin the sum over dp_group of all gradients, or of this rank's rows; the result waits for it."""

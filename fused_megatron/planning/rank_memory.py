@@ -83,9 +83,9 @@ def _memory_of_rank(
         activations = max(activations, held)
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
     shards = replicas if placements.state else 1
-    # A bucket is packed and its sums are received at the end of backward, when few activations are left.
-    bucket = min(4 * num_parameters, round(1e6 * config.training.bucket_mb))
-    sent = 0 if shards == 1 else bucket + bucket // shards
+    # Two buckets are packed and their sums received at the end of backward, when few activations are left.
+    bucket = min(2 * num_parameters, round(1e6 * config.training.bucket_mb))
+    sent = 0 if shards == 1 else 2 * (bucket + bucket // shards)
     working = max(_working(config, span) for span in spans.values())
     return RankMemory(
         num_parameters,
