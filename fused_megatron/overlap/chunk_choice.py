@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fused_megatron.checks import check
+from fused_megatron.checks import check, has_values
 from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.transfers import Transfer, start_all_reduce_
 from fused_megatron.collectives.transport.select import is_shared
@@ -119,7 +119,7 @@ class ChunkChoice:
 
         None if there is nothing to choose (a fixed number, one rank) or to measure (meta tensors).
         """
-        if self.fixed is not None or group is None or group_size(group) == 1 or like.is_meta:
+        if self.fixed is not None or group is None or group_size(group) == 1 or not has_values(like):
             return None
         return overlap_costs(group, like.dtype, like.device)
 

@@ -133,12 +133,7 @@ class DryRun:
         )
         config.model.check_trainable()
         parallel = config.parallel
-        parallel = dataclasses.replace(
-            parallel,
-            data_parallel_size=parallel.data_parallel_size or 1,
-            # The ranks measure how many chunks are best, which no one can here.
-            overlap=False if parallel.overlap is True else parallel.overlap,
-        )
+        parallel = dataclasses.replace(parallel, data_parallel_size=parallel.data_parallel_size or 1)
         self.config, self.device = dataclasses.replace(config, parallel=parallel), torch.device(device)
         self.world_size = world_size_of(self.config)
         self.config.check_data_parallel(parallel.data_parallel_size or 1)
