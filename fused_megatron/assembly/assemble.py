@@ -22,7 +22,7 @@ from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.gradient_norm import global_gradient_norm, sum_of_counted_squares
 
 
@@ -177,7 +177,7 @@ def assemble(
     training = config.training
     parameters = model.parameters_by_name()
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
-    rows = RowShards(mesh.dp_size, mesh.dp_rank) if placements.state else RowShards()
+    rows = RowShards(mesh.dp_size, mesh.dp_rank) if placements.state else WHOLE_ROWS
     gradients = GradientBuckets(
         {index: list(stage.parameters()) for index, stage in model.stages.items()},
         mesh.dp_group,

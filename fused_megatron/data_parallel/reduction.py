@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_size, meet
-from fused_megatron.collectives.transfers import Transfer, start_all_reduce_, start_reduce_scatter_blocks
+from fused_megatron.collectives.transfers import start_all_reduce_, start_reduce_scatter_blocks
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
 from fused_megatron.data_parallel.row_blocks import RowBlocks
 from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
 
-# Buckets under way at a time: one travels while the next is packed.
-_COPIES = 2
+BUCKETS_UNDER_WAY = 2
+"""Most copies of buckets at a time: one travels while the next is packed."""
 
 
 class GradientBuckets:
@@ -151,7 +151,7 @@ class _Queue:
     def __init__(self, stages: frozenset[int], layouts: Sequence[BucketLayout], rows: RowShards) -> None:
         self.stages = stages
         self.buckets = [_Bucket(layout, rows) for layout in layouts]
-        self.work: list[Callable[[], None]] = []
+        self.work: list[Callable[[], object]] = []
         self.begin()
 
     def begin(self) -> None:
@@ -163,7 +163,7 @@ class _Queue:
         while self.next_bucket < end:
             bucket = self.buckets[self.next_bucket]
             # A reduce-scatter holds a copy of its bucket until it is waited for.
-            if bucket.is_packed and len(self.work) >= _COPIES:
+            if bucket.is_packed and len(self.work) >= BUCKETS_UNDER_WAY:
                 self.work.pop(0)()
             self.work.append(bucket.start_sum(dp_group))
             self.next_bucket += 1
@@ -185,17 +185,12 @@ class _Bucket:
         """Whether the bucket is copied to be sent."""
         return self._blocks is not None
 
-    def start_sum(self, dp_group: dist.ProcessGroup) -> Callable[[], None]:
+    def start_sum(self, dp_group: dist.ProcessGroup) -> Callable[[], object]:
         """Begin the sum over dp_group of all gradients, or of this rank's rows; the result waits for it."""
         if self._blocks is None:
-            transfer = start_all_reduce_(self.flat, dp_group)
-            return lambda: _finish(transfer)
+            return start_all_reduce_(self.flat, dp_group).wait
         packing, views = self._blocks, list(self.views.values())
         blocks = packing.pack(views, packing.new_blocks(self.flat))
         block = self.flat.new_empty(packing.block_numel)
         transfer = start_reduce_scatter_blocks(blocks.view(-1), block, dp_group)
         return lambda: packing.unpack_own(transfer.wait(), views)
-
-
-def _finish(transfer: Transfer) -> None:
-    transfer.wait()

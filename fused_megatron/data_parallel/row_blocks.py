@@ -1,6 +1,7 @@
 """Packing of parameters into one block of memory for each rank, which holds the rows that the rank owns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -11,10 +12,10 @@ from fused_megatron.sharding.row_shards import num_rows
 
 
 class RowBlocks:
-    """Where the rows of some parameters lie in blocks [num_shards, block_numel], one block for each rank.
+    """Layout of the rows of some parameters in blocks [num_shards, block_numel], one block for each rank.
 
-    A rank's block has its rows of each parameter, one parameter behind the other. Every parameter takes the same room
-    in each block, that of ceil(rows / num_shards) rows, so that blocks are of one size; what is left over is padding.
+    A rank's block has its rows of each parameter, one parameter behind the other. Every parameter takes the room of
+    ceil(rows / num_shards) rows in each block, so that all blocks have one size; unused room is padding.
 
     Args:
         shapes: of the parameters.
@@ -29,7 +30,7 @@ class RowBlocks:
         self._shards = rows.num_shards
         self._rows = rows
         self._shapes = [tuple(shape) for shape in shapes]
-        self._rooms = [rows.rows_per_shard(shape) * _row_numel(shape) for shape in self._shapes]
+        self._rooms = [rows.rows_per_shard(shape) * prod(shape[1:]) for shape in self._shapes]
         self.block_numel = sum(self._rooms)
         self.padded = any(num_rows(shape) % self._shards for shape in self._shapes)
 
@@ -60,6 +61,18 @@ class RowBlocks:
         """Copy this rank's block [block_numel] into its rows of tensors in the parameters' shapes."""
         for place, rows in self._own_pairs(tensors, block):
             rows.copy_(place)
+
+    def start_gather(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
+        """Begin to send this rank's rows to all ranks; the result waits, and fills the other rows of the tensors.
+
+        Args:
+            tensors: contiguous, of one dtype, in the parameters' shapes.
+            group: the ranks that own the other rows.
+        """
+        # Padding has no values: it is received and never read.
+        own = self.pack_own(tensors, tensors[0].new_empty(self.block_numel))
+        transfer = start_all_gather_blocks(own, tensors[0].new_empty(self._shards, self.block_numel), group)
+        return lambda: self.unpack(transfer.wait(), tensors)
 
     def _pairs(self, tensors: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views of the blocks and of the tensors that hold the same elements."""
@@ -102,20 +115,10 @@ def gather_whole(
     Communication: one all-gather of all tensors together.
     Memory: the whole tensors, and once more while they are gathered.
     """
-    if rows.num_shards == 1 or not own:
+    if group is None or rows.num_shards == 1 or not own:
         return list(own)
-    packing = RowBlocks(shapes, rows)
     whole = [tensor.new_empty(tuple(shape)) for tensor, shape in zip(own, shapes, strict=True)]
     for target, source in zip(whole, own, strict=True):
         rows.own(target).copy_(source)
-    block = packing.pack_own(whole, own[0].new_zeros(packing.block_numel))
-    blocks = start_all_gather_blocks(block, packing.new_blocks(own[0]), group).wait()
-    packing.unpack(blocks, whole)
+    RowBlocks(shapes, rows).start_gather(whole, group)()
     return whole
-
-
-def _row_numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape[1:]:
-        numel *= size
-    return numel

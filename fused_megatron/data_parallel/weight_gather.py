@@ -8,7 +8,6 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import meet
-from fused_megatron.collectives.transfers import Transfer, start_all_gather_blocks
 from fused_megatron.data_parallel.row_blocks import RowBlocks
 from fused_megatron.sharding import RowShards
 
@@ -35,7 +34,7 @@ class WeightGather:
     def __init__(
         self, buckets: Sequence[Sequence[nn.Parameter]], rows: RowShards, group: dist.ProcessGroup | None
     ) -> None:
-        self._rows, self._group = rows, group if rows.num_shards > 1 else None
+        self._group = group if rows.num_shards > 1 else None
         meet(self._group)  # its ranks meet here, and not in a forward
         self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
@@ -93,21 +92,15 @@ class _Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
         self.parameters = tuple(parameters)
         self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
-        self._transfer: Transfer | None = None
+        self._wait: Callable[[], None] | None = None
 
     def start(self, group: dist.ProcessGroup) -> None:
-        with torch.no_grad():
-            weights = [p.detach() for p in self.parameters]
-            blocks = self._blocks.new_blocks(weights[0])
-            own = self._blocks.pack_own(weights, weights[0].new_zeros(self._blocks.block_numel))
-        self._transfer = start_all_gather_blocks(own, blocks, group)
+        self._wait = self._blocks.start_gather([p.detach() for p in self.parameters], group)
 
     def finish(self) -> None:
-        assert self._transfer is not None
-        blocks = self._transfer.wait()
-        self._transfer = None
-        with torch.no_grad():
-            self._blocks.unpack(blocks, [p.detach() for p in self.parameters])
+        assert self._wait is not None
+        self._wait()
+        self._wait = None
 
 
 def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -9,6 +9,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
@@ -83,9 +84,9 @@ def _memory_of_rank(
         activations = max(activations, held)
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
     shards = replicas if placements.state else 1
-    # Two buckets are packed and their sums received at the end of backward, when few activations are left.
-    bucket = min(2 * num_parameters, round(1e6 * config.training.bucket_mb))
-    sent = 0 if shards == 1 else 2 * (bucket + bucket // shards)
+    # Buckets are packed and their sums received at the end of backward, when few activations are left.
+    packed = min(4 * num_parameters, BUCKETS_UNDER_WAY * round(1e6 * config.training.bucket_mb))
+    sent = 0 if shards == 1 else packed + packed // shards
     working = max(_working(config, span) for span in spans.values())
     return RankMemory(
         num_parameters,

@@ -228,7 +228,7 @@ def averaged_over_replicas() -> Planted:
 
     original = reduction._Bucket.start_sum
 
-    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], None]:
+    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], object]:
         self.flat.div_(group_size(dp_group))
         return original(self, dp_group)
 

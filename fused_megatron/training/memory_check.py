@@ -47,16 +47,17 @@ def check_memory(config: TrainConfig, mesh: Mesh, device: torch.device, vocabula
     Communication: one exchange of JSON.
     """
     memory = rank_memory(config, mesh.pp_rank, mesh.dp_size)
-    pool = socket.gethostname()
-    free = memory_bytes()[1]
+    host = socket.gethostname()
+    host_free = memory_bytes()[1]
+    pool, free = host, host_free
     if device.type == "cuda":
-        pool = f"{pool} {device}"
+        pool = f"{host} {device}"
         free = float(torch.cuda.mem_get_info(device)[0])
     need = MemoryNeed(pool, memory.weights + memory.gradients + memory.optimizer, free)
     on_host = checkpoint_copy_bytes(config, memory.num_parameters, mesh.dp_size)
     if device.type == "cpu":
         on_host += need.needed_bytes
-    with_copy = MemoryNeed(socket.gethostname(), on_host, memory_bytes()[1])
+    with_copy = MemoryNeed(host, on_host, host_free)
     found = [[MemoryNeed(*each) for each in of_rank] for of_rank in gather_json([need, with_copy], world_group())]
     problem = memory_problem([needs[0] for needs in found])
     if problem is not None:
