@@ -23,7 +23,7 @@ from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
 from fused_megatron.sharding import WHOLE_ROWS, RowShards
-from fused_megatron.sharding.gradient_norm import global_gradient_norm, sum_of_counted_squares
+from fused_megatron.sharding.gradient_norm import sum_of_counted_squares
 
 
 @dataclass(frozen=True)
@@ -102,21 +102,6 @@ class Assembly:
         if not self.splits_backward:
             self.gradients.reduce_after_backwards(len(inputs))
         return self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
-
-    def gradient_norm(self) -> float:
-        """2-norm of the gradients of the whole model, the same on every rank, rounded to float32.
-
-        Call it after accumulate_gradients.
-
-        Communication: as global_gradient_norm, over every axis that cuts the gradients.
-        """
-        rows = self.gradients.rows
-        dp_group = self.mesh.dp_group if rows.num_shards > 1 else None
-        norm = global_gradient_norm(
-            self.parameters, self.gradients, self.mesh.tp_group, self.mesh.pp_group, dp_group, rows
-        )
-        # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
-        return float(norm.float())
 
     def share_of_squares(self) -> torch.Tensor:
         """Return this rank's share of the sum of the squares of all gradients; the shares of all ranks add up to it.

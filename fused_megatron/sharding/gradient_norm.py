@@ -67,8 +67,6 @@ def global_gradient_norm(
     gradients: Gradients,
     tp_group: Group,
     pp_group: Group = None,
-    dp_group: Group = None,
-    rows: RowShards = WHOLE_ROWS,
 ) -> torch.Tensor:
     """Return the 2-norm over the full parameters, a 0-dim float64 tensor, the same on every rank.
 
@@ -78,16 +76,14 @@ def global_gradient_norm(
 
     Args:
         parameters: of this rank, by name.
-        gradients: in the shapes of the parameters; read in the rows that this rank owns.
+        gradients: in the shapes of the parameters.
         tp_group, pp_group: the ranks that hold the other parts of the model.
-        dp_group: the ranks that own the other rows; None where this rank owns all.
-        rows: the rows that this rank owns.
 
     Communication:
         One all-reduce of 8 bytes over each group that is given.
     """
-    squares = sum_of_counted_squares(parameters, gradients, group_rank(tp_group), rows)
-    for group in (tp_group, pp_group, dp_group):
+    squares = sum_of_counted_squares(parameters, gradients, group_rank(tp_group))
+    for group in (tp_group, pp_group):
         sum_over_ranks_(squares, group)
     return squares.sqrt()
 
@@ -98,7 +94,7 @@ def sum_of_counted_squares(
     """Return this rank's part of the square of the norm, a 0-dim float64 tensor on the device of the parameters.
 
     The parts of all ranks that hold other shards, other stages or own other rows add up to the square of
-    global_gradient_norm. Arguments as there; tp_rank: of this rank in tp_group.
+    global_gradient_norm. Arguments as there; tp_rank: of this rank in tp_group; rows: the rows that this rank owns.
     """
     counted: list[torch.Tensor] = []
     for parameter in parameters.values():

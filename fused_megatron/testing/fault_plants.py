@@ -339,30 +339,25 @@ def replicated_counted_by_every_rank() -> Planted:
     return patch.object(gradient_norm, "_counted", lambda parts, shape, rank: list(parts))
 
 
-def _one_group_left_out(which: int) -> Planted:
-    """global_gradient_norm sums over the tensor-parallel ranks, the pipeline's, then those that own other rows."""
-    original, calls = gradient_norm.sum_over_ranks_, itertools.count()
-
-    def sum_over_ranks_(x: torch.Tensor, group: Any) -> None:
-        if next(calls) % 3 != which:
-            original(x, group)
-
-    return patch.object(gradient_norm, "sum_over_ranks_", sum_over_ranks_)
+def _counted_on_the_first_rank() -> Planted:
+    """Only the first rank has a share in the norm that all ranks sum."""
+    original = gradient_norm._counted
+    return patch.object(gradient_norm, "_counted", lambda *args: original(*args) if dist.get_rank() == 0 else [])
 
 
 def norm_of_one_shard() -> Planted:
-    """The gradient norm of a rank's shards only."""
-    return _one_group_left_out(0)
+    """The gradient norm of the first tensor-parallel rank's shards only."""
+    return _counted_on_the_first_rank()
 
 
 def norm_of_one_stage() -> Planted:
-    """The gradient norm of a pipeline rank's stages only."""
-    return _one_group_left_out(1)
+    """The gradient norm of the first pipeline rank's stages only."""
+    return _counted_on_the_first_rank()
 
 
 def norm_of_own_rows() -> Planted:
-    """The gradient norm of the rows that a replica updates only."""
-    return _one_group_left_out(2)
+    """The gradient norm of the rows that the first replica updates only."""
+    return _counted_on_the_first_rank()
 
 
 def weights_not_gathered() -> Planted:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.training_step import sum_over_ranks
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
@@ -33,12 +35,12 @@ def step(assembly: Assembly, number: int) -> float:
     tokens = torch.randint(int(config.vocab_size or 0), (batch, config.seq_len + 1), generator=generator)
     rows = tokens[mesh.dp_rank * own : (mesh.dp_rank + 1) * own].split(training.microbatch_size)
     assembly.gradients.zero_()
-    assembly.accumulate_gradients(
+    loss_sum = assembly.accumulate_gradients(
         [row[:, :-1].contiguous() for row in rows],
         [row[:, 1:].contiguous() for row in rows],
         loss_divisor=float(batch * config.seq_len),
     )
-    norm = assembly.gradient_norm()
+    norm = sum_over_ranks(assembly, loss_sum, (), dist.group.WORLD).gradient_norm
     assembly.update(1e-2, min(1.0, 0.3 / norm))
     for parameter in assembly.parameters.values() if assembly.gradients.rows.num_shards > 1 else ():
         updated = assembly.gradients.rows.own(parameter.detach())

@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.assembly.assemble import assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.collectives.together import sum_over_ranks_
+from fused_megatron.assembly.training_step import sum_over_ranks
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import Mesh, coordinates
@@ -49,7 +50,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
     Raises:
         InputError: as build_mesh, plan_pipeline and the model.
 
-    Communication: of the run itself, and one sum of a number over dp a step.
+    Communication: of the run itself, with the trainer's message of a step.
     """
     device = torch.device("cpu")
     mesh, plan = build_mesh(config, device.type), plan_pipeline(config)
@@ -61,22 +62,22 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
             parameter.data.copy_(parameter.data.to(rounded_to))
     record = RankRecord(coordinates(mesh.rank, {axis: size for axis, size in mesh.sizes.items() if size > 1}))
     assembly = assemble(config, mesh, plan, model)
+    group = dist.group.WORLD if world_size > 1 else None
     for name, weight in assembly.whole(assembly.optimizer.main).items():
         record.add_parameter(Key(START, 0, name), parameters[name], weight)
     outputs = _OutputHooks(record, model.stages, config, mesh)
     for step in range(NUM_UPDATES):
         assembly.gradients.zero_()
         batch, num_targets = batch_of(config, step, mesh)
-        loss = assembly.accumulate_batch(batch, step, num_targets).reshape(1).clone()
+        loss_sum = assembly.accumulate_batch(batch, step, num_targets)
         outputs.remove()  # those of the first step
-        sum_over_ranks_(loss, mesh.dp_group)
-        record.add_number(Key(LOSS, step + 1), float(loss))
+        sums = sum_over_ranks(assembly, loss_sum, (), group)
+        record.add_number(Key(LOSS, step + 1), sums.loss)
         gradients = assembly.whole(assembly.gradients.by_name(parameters))
         for name, gradient in reversed(gradients.items()):  # as backward reaches them
             record.add_parameter(Key(GRADIENT, step + 1, name), parameters[name], gradient)
-        norm = assembly.gradient_norm()
-        record.add_number(Key(NORM, step + 1), norm)
-        assembly.update(config.optimizer.lr, clip_coefficient(norm, config.optimizer.clip_norm))
+        record.add_number(Key(NORM, step + 1), sums.gradient_norm)
+        assembly.update(config.optimizer.lr, clip_coefficient(sums.gradient_norm, config.optimizer.clip_norm))
         for name, weight in assembly.whole(assembly.optimizer.main).items():
             record.add_parameter(Key(WEIGHT, step + 1, name), parameters[name], weight)
     assembly.executor.close()
