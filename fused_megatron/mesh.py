@@ -34,6 +34,14 @@ def coordinates(rank: int, sizes: Mapping[str, int]) -> dict[str, int]:
     return {axis: found[axis] for axis in sizes}
 
 
+def rank_at(indices: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """Return the rank with these indices along the axes of `sizes`: the inverse of coordinates."""
+    rank = 0
+    for axis, size in sizes.items():
+        rank = rank * size + indices[axis]
+    return rank
+
+
 @dataclass(frozen=True)
 class ParallelLayout:
     """Options of layers and models that are sharded over ranks.
@@ -110,11 +118,9 @@ class Mesh:
             len(axes) > 0 and axes == tuple(axis for axis in grid if axis in axes),
             f"axes={axes} must be some of {tuple(self.sizes)}, or of {tuple(self.expert_sizes)}, in this order",
         )
-        own = coordinates(self.rank, grid)
-        rank = 0
-        for axis in axes:
-            rank = rank * grid[axis] + own[axis]
-        return SubMesh(axes, prod(grid[axis] for axis in axes), rank, self._group(axes, grid))
+        sizes = {axis: grid[axis] for axis in axes}
+        rank = rank_at(coordinates(self.rank, grid), sizes)
+        return SubMesh(axes, prod(sizes.values()), rank, self._group(axes, grid))
 
     def _group(self, axes: tuple[str, ...], grid: Mapping[str, int]) -> dist.ProcessGroup | None:
         long = tuple(axis for axis in axes if grid[axis] > 1)

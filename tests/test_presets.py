@@ -30,7 +30,7 @@ from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.rank_communication import message_bytes, stage_communication
 from fused_megatron.planning.rank_memory import rank_memory
-from fused_megatron.planning.recorded_step import fake_ranks, world_size_of
+from fused_megatron.planning.recorded_step import fake_ranks
 from fused_megatron.planning.step_profile import Transfers
 
 ROOT = Path(__file__).parents[1]
@@ -163,7 +163,7 @@ def test_parameters_of_a_preset(name: str) -> None:
     total = 0
     for place in places:
         own = place * ranks_of_a_stage(config.parallel)
-        with fake_ranks(own, world_size_of(config)):
+        with fake_ranks(own, config.parallel.num_ranks):
             stages = build_stages(config, build_mesh(config, "cpu"), plan_pipeline(config), torch.device("meta"))
             total += stages.num_parameters() * (between if place == 1 < pp - 1 else 1)
             held = sum(parameter.numel() for parameter in stages.parameters())
@@ -308,7 +308,7 @@ def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
     _, gpus, tflops = THREE_D[name]
     config = load_config(PRESETS[name])
     parallel, model, training = config.parallel, config.model, config.training
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (parallel.data_parallel_size or 1)
+    ranks = parallel.num_ranks
     assert ranks == gpus and f"{tflops} TFLOP/s" in PRESETS[name].read_text()
     _, hardware = gpt_step_flops(model, training.global_batch_size * model.seq_len)
     p, v = parallel.pipeline_parallel_size, parallel.stages_per_rank or 1

@@ -36,6 +36,11 @@ class ParallelConfig:
     timeout_s: float = 120.0
     """Seconds to wait for another rank before the run ends with an error."""
 
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks of the layout; data_parallel_size=None counts as 1."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size * (self.data_parallel_size or 1)
+
     def __post_init__(self) -> None:
         check_positive("tensor_parallel_size", self.tensor_parallel_size)
         check_positive("pipeline_parallel_size", self.pipeline_parallel_size)

@@ -28,11 +28,11 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
-from fused_megatron.mesh import coordinates
+from fused_megatron.mesh import coordinates, rank_at
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
-from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step, world_size_of
+from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
     ActionKey,
     Memory,
@@ -135,7 +135,7 @@ class DryRun:
         parallel = config.parallel
         parallel = dataclasses.replace(parallel, data_parallel_size=parallel.data_parallel_size or 1)
         self.config, self.device = dataclasses.replace(config, parallel=parallel), torch.device(device)
-        self.world_size = world_size_of(self.config)
+        self.world_size = parallel.num_ranks
         self.config.check_data_parallel(parallel.data_parallel_size or 1)
         self.plan: PipelinePlan = plan_pipeline(self.config)
         self.spans = stage_spans(self.config, self.plan)
@@ -252,14 +252,8 @@ class DryRun:
         for axis in ("tp", "pp", "dp"):
             same = {other: at[other] for other in at if other != axis}
             if self._sizes[axis] > 1:
-                found[axis] = tuple(self._rank_at({**same, axis: index}) for index in range(self._sizes[axis]))
+                found[axis] = tuple(rank_at({**same, axis: index}, self._sizes) for index in range(self._sizes[axis]))
         return found
-
-    def _rank_at(self, at: Mapping[str, int]) -> int:
-        rank = 0
-        for axis, size in self._sizes.items():
-            rank = rank * size + at[axis]
-        return rank
 
     def _sent(self, profile: StepProfile, stage: int) -> dict[str, int]:
         sent: Counter[str] = Counter()

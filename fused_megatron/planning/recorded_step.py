@@ -64,13 +64,6 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def world_size_of(config: TrainConfig) -> int:
-    """The number of ranks; without parallel.data_parallel_size it is 1."""
-    parallel = config.parallel
-    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    return ranks * (parallel.data_parallel_size or 1)
-
-
 def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> RecordedStep:
     """Build one rank of a layout without memory for its tensors, and run a training step.
 
@@ -85,7 +78,7 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> Re
     Raises:
         InputError: as build_mesh, build_stages and assemble; there is a process group already.
     """
-    with fake_ranks(rank, world_size_of(config)):
+    with fake_ranks(rank, config.parallel.num_ranks):
         mesh = build_mesh(config, device.type)
         recorder = StepRecorder(fake=True)
         # A backward on a GPU has threads of its own otherwise, in which no mode is.

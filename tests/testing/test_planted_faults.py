@@ -6,7 +6,7 @@ import pytest
 
 import fused_megatron as fm
 from fused_megatron.planning.verify.config_check import verify_config
-from fused_megatron.planning.verify.layout_parts import NEEDS, num_ranks
+from fused_megatron.planning.verify.layout_parts import NEEDS
 from fused_megatron.planning.verify.layout_run import run_layout
 from fused_megatron.planning.verify.module_run import run_module
 from fused_megatron.testing.planted_faults import FAULTS, Fault, fault
@@ -30,7 +30,8 @@ def with_fault(planted: Fault) -> Any:
     """What verify says of the layout that has the fault."""
     if planted.config is not None:
         return verify_config(
-            planted.config, run=lambda config: run_on_ranks(planted_layout, num_ranks(config), planted.name, config)
+            planted.config,
+            run=lambda config: run_on_ranks(planted_layout, config.parallel.num_ranks, planted.name, config),
         )
     assert planted.build_model is not None
     return fm.verify(

@@ -12,7 +12,7 @@ from fused_megatron.assembly.build import DTYPES
 from fused_megatron.checks import SharedInputError, first_line
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.verify.comparison import Comparison, Reference, compare
-from fused_megatron.planning.verify.layout_parts import describe_layout, num_ranks, parts_of, with_parts
+from fused_megatron.planning.verify.layout_parts import describe_layout, parts_of, with_parts
 from fused_megatron.planning.verify.layout_run import NUM_UPDATES, run_layout
 from fused_megatron.planning.verify.likely_axis import find_cause
 from fused_megatron.planning.verify.records import RankRecord
@@ -28,7 +28,7 @@ RunLayout = Callable[[TrainConfig], list[RankRecord]]
 
 def run_layout_on_ranks(config: TrainConfig) -> list[RankRecord]:
     """run_layout on new gloo ranks. Raises RankError as run_on_ranks."""
-    return run_on_ranks(run_layout, num_ranks(config), config, timeout_s=TIMEOUT_S)
+    return run_on_ranks(run_layout, config.parallel.num_ranks, config, timeout_s=TIMEOUT_S)
 
 
 def verify_config(
@@ -84,7 +84,7 @@ def _verify_layout(config: TrainConfig, run: RunLayout) -> LayoutResult:
     cause = find_cause(parts_of(config), differs) if wrong and parts_of(config) else None
     return LayoutResult(
         describe_layout(config),
-        num_ranks(config),
+        config.parallel.num_ranks,
         () if comparison is None else comparison.rows,
         None if comparison is None else comparison.first,
         error,

@@ -65,12 +65,6 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
     return replace(config, parallel=parallel, training=training, model=model)
 
 
-def num_ranks(config: TrainConfig) -> int:
-    """Of a config that names the size of every axis."""
-    parallel = config.parallel
-    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * (parallel.data_parallel_size or 1)
-
-
 def describe_layout(config: TrainConfig) -> str:
     """The parts of a layout in words: "tp 2 (sequence parallel) x pp 2 (1f1b) x dp 2"."""
     parallel, parts = config.parallel, parts_of(config)

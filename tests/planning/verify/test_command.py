@@ -9,7 +9,6 @@ import pytest
 from fused_megatron import cli
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.verify.command import run_verify
-from fused_megatron.planning.verify.layout_parts import num_ranks
 from fused_megatron.planning.verify.layout_run import run_layout
 from fused_megatron.testing.planted_faults import fault
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -48,7 +47,7 @@ def test_a_right_layout_ends_with_0_and_a_wrong_one_with_1(config: Path, capsys:
         assert f"\n  {row}" in shown.out
 
     words = [str(config), "--json", "--all", "--against=one"]
-    assert run_verify(words, lambda each: run_on_ranks(planted, num_ranks(each), each)) == 1
+    assert run_verify(words, lambda each: run_on_ranks(planted, each.parallel.num_ranks, each)) == 1
     document = json.loads(capsys.readouterr().out)
     (layout,) = document["layouts"]
     assert document["ok"] is False and layout["ok"] is False

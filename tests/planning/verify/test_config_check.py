@@ -10,7 +10,6 @@ import torch
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.planning.verify.config_check import verify_config
-from fused_megatron.planning.verify.layout_parts import num_ranks
 from fused_megatron.planning.verify.layout_run import batch_of, run_layout
 from fused_megatron.planning.verify.reduced_config import axes_in_use, reduce_config
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -100,7 +99,7 @@ def fails_on_the_last_rank(rank: int, world_size: int, config: TrainConfig) -> A
 
 def test_a_rank_that_raises_is_a_result_and_names_the_axis() -> None:
     config = config_of({"num_kv_heads": 2}, data_parallel_size=2)
-    result = verify_config(config, run=lambda each: run_on_ranks(fails_on_the_last_rank, num_ranks(each), each))
+    result = verify_config(config, run=lambda each: run_on_ranks(fails_on_the_last_rank, each.parallel.num_ranks, each))
     (layout,) = result.layouts
     assert not result and result.first_difference is None and layout.rows == ()
     assert layout.error == "raised on rank 1: ValueError: this rank is out of luck"

@@ -12,7 +12,6 @@ from fused_megatron.planning.verify.layout_parts import (
     RECOMPUTE,
     SEQUENCE,
     TENSOR,
-    num_ranks,
     parts_of,
     with_parts,
 )
@@ -69,11 +68,11 @@ def test_parts_of_a_config_are_switched_off_one_by_one() -> None:
         ),
         training=TrainingConfig(global_batch_size=12, microbatch_size=2),
     )
-    assert parts_of(config) == ALL and num_ranks(config) == 8
+    assert parts_of(config) == ALL and config.parallel.num_ranks == 8
     for part in ALL:
         left = with_parts(config, [part, *NEEDS[part]])
         assert parts_of(left) == tuple(each for each in ALL if each in (part, *NEEDS[part]))
-        assert num_ranks(left) == (2 if {TENSOR, PIPELINE, DATA} & {part, *NEEDS[part]} else 1)
+        assert left.parallel.num_ranks == (2 if {TENSOR, PIPELINE, DATA} & {part, *NEEDS[part]} else 1)
         assert left.training.global_batch_size == 12
     one = with_parts(config, ())
     assert parts_of(one) == () and one.training.microbatch_size == 12 and one.model.recompute == "none"

@@ -11,7 +11,6 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.planning.verify.layout_parts import num_ranks
 from fused_megatron.planning.verify.reduced_config import MOST_RANKS, axes_in_use, reduce_config
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +33,7 @@ KEPT = (
 
 def reduced(config: TrainConfig) -> TrainConfig:
     found = reduce_config(config, axes_in_use(config))
-    assert num_ranks(found) <= MOST_RANKS and found.model.hidden_size <= 128 and found.model.seq_len <= 20
+    assert found.parallel.num_ranks <= MOST_RANKS and found.model.hidden_size <= 128 and found.model.seq_len <= 20
     plan = plan_pipeline(found)
     stage_spans(found, plan)
     found.check_data_parallel(found.parallel.data_parallel_size or 1)
