@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from faults.two_hosts import DEVICE, TwoHosts, missing
 from torch import nn
 
 from fused_megatron import ops
@@ -39,9 +40,7 @@ from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLine
 
 SEQUENCE, HIDDEN, FFN = 2048, 1024, 4096
 RANKS = 2
-NAMESPACES = [f"fm-overlap-{rank}" for rank in range(RANKS)]
-ADDRESSES = [f"10.231.77.{rank + 1}" for rank in range(RANKS)]
-DEVICE = "veth0"
+HOSTS = TwoHosts("fm-overlap")
 
 
 class MLP(nn.Module):
@@ -154,28 +153,8 @@ def print_row(mbit_per_s: int, layout: str, ms: dict[str, float]) -> None:
     sys.stdout.flush()
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True)
-
-
-def remove_link() -> None:
-    for name in NAMESPACES:
-        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def make_link() -> None:
-    remove_link()
-    for name in NAMESPACES:
-        ip("netns", "add", name)
-    ip("link", "add", DEVICE, "netns", NAMESPACES[0], "type", "veth", "peer", "name", DEVICE, "netns", NAMESPACES[1])
-    for name, address in zip(NAMESPACES, ADDRESSES, strict=True):
-        ip("-n", name, "address", "add", f"{address}/24", "dev", DEVICE)
-        ip("-n", name, "link", "set", DEVICE, "up")
-        ip("-n", name, "link", "set", "lo", "up")
-
-
 def set_rate(mbit_per_s: int) -> None:
-    for name in NAMESPACES:
+    for name in HOSTS.names:
         limit = ["rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
         command = ["tc", "-n", name, "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limit]
         subprocess.run(command, check=True, capture_output=True)
@@ -185,11 +164,11 @@ def run_ranks(arguments: list[str], limit_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         try:
-            for rank, name in enumerate(NAMESPACES):
+            for rank in range(RANKS):
                 # One core for each rank, as on a separate machine.
                 pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
                 own = [sys.executable, __file__, *arguments, "--rank", str(rank), "--folder", folder]
-                ranks.append(subprocess.Popen(["ip", "netns", "exec", name, *pin, *own], env=environment()))
+                ranks.append(subprocess.Popen([*HOSTS.on(rank), *pin, *own], env=environment()))
             deadline = time.monotonic() + limit_s
             while any(process.poll() is None for process in ranks):
                 if time.monotonic() > deadline:
@@ -212,14 +191,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, **pages, "OMP_NUM_THREADS": "1"}
 
 
-def missing() -> str | None:
-    """Return why the benchmark cannot run here, or None."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        return "network namespaces need root on Linux"
-    absent = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
-    return f"{' and '.join(absent)} not found (Debian: apt-get install iproute2)" if absent else None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rates", type=int, nargs="+", default=[200, 300, 450, 700, 1500], help="Mbit/s")
@@ -234,7 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rank is not None:
         return run_rank(options.rank, options.folder, options)
-    reason = missing()
+    reason = missing(("ip", "tc"))
     if reason is not None:
         print(f"bench-overlap skipped: {reason}")
         return None
@@ -245,12 +216,9 @@ def main() -> None:
     print("|---" * len(columns) + "|", flush=True)
     # A plain SIGTERM would leave the ranks and the namespaces behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-overlap: ended by SIGTERM"))
-    try:
-        make_link()
+    with HOSTS:
         set_rate(options.rates[0])
         run_ranks(sys.argv[1:], options.limit_s)
-    finally:
-        remove_link()
     return None
 
 

@@ -1,26 +1,32 @@
-"""Two network namespaces and a cable between them: two machines, so far as sockets can tell. Needs root on Linux."""
+"""Two network namespaces joined by a cable: two machines, as far as sockets can tell. Needs root on Linux."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 
 DEVICE = "veth0"
 
 
 class TwoHosts:
-    """A context in which they are there.
+    """A context in which both namespaces exist.
+
+    Args:
+        prefix: of their names; None for one that no other process has. Leftovers of the same names are removed first.
 
     Attributes:
-        addresses: of each.
+        names, addresses: of each namespace.
     """
 
-    def __init__(self) -> None:
-        self.names = [f"fm-{os.getpid()}-{host}" for host in range(2)]
+    def __init__(self, prefix: str | None = None) -> None:
+        prefix = prefix or f"fm-{os.getpid()}"
+        self.names = [f"{prefix}-{host}" for host in range(2)]
         self.addresses = [f"10.231.78.{host + 1}" for host in range(2)]
 
     def __enter__(self) -> "TwoHosts":
+        self._remove()
         try:
             for name in self.names:
                 ip("netns", "add", name)
@@ -45,11 +51,11 @@ class TwoHosts:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
     def on(self, host: int) -> list[str]:
-        """Words before a command that runs on one of them."""
+        """Return the words before a command that runs on one of them."""
         return ["ip", "netns", "exec", self.names[host]]
 
     def pull_the_cable(self) -> None:
-        """No packet gets through from now on, and nobody is told."""
+        """Stop all packets from now on; neither side is told."""
         ip("-n", self.names[0], "link", "set", DEVICE, "down")
 
 
@@ -57,12 +63,13 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
-def missing() -> str | None:
-    """Why there can be none here."""
+def missing(tools: Sequence[str] = ("ip",)) -> str | None:
+    """Return why this machine can have no namespaces, or lacks one of the tools; None if nothing is missing."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need root on Linux"
-    if shutil.which("ip") is None:
-        return "ip is not installed (Debian: apt-get install iproute2)"
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    if absent:
+        return f"{' and '.join(absent)} not found (Debian: apt-get install iproute2)"
     probe = f"fm-{os.getpid()}-probe"
     done = subprocess.run(["ip", "netns", "add", probe], capture_output=True, text=True)
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
