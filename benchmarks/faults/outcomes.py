@@ -1,4 +1,4 @@
-"""What was seen after a fault, in the words of the table."""
+"""Outcomes of injected faults, and the text of their cells in the table."""
 
 import os
 import re
@@ -14,7 +14,7 @@ Outcome = Callable[[Path], str]
 """From an empty folder to what happened; it makes what it needs, and injects the fault."""
 
 Answer = tuple[str, Any]
-"""What a rank tells: ("value", what it loaded) or ("error", its text)."""
+"""Answer of a rank: ("value", the loaded value) or ("error", its text)."""
 
 
 class NotHere(Exception):

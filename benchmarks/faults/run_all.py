@@ -1,4 +1,4 @@
-"""What `make faults` runs: faults injected into checkpoints, datasets and ranks, and what each system does then.
+"""Fault injections of `make faults`: into checkpoints, datasets and ranks, with the outcome in each system.
 
     make faults                               all, some minutes; writes the tables of docs/reliability.md
     make faults ARGS="--only 'flipped bit'"   the faults whose title has this text; writes their rows anew
@@ -126,7 +126,7 @@ def write_page(page: Path, cells: Cells) -> None:
 
 
 def read_page(page: Path, with_versions: str | None = None) -> Cells | None:
-    """The cells that are there; None where they were seen with other versions than these, or than those of now."""
+    """Return the cells of the page; None if they were observed with other versions than the present ones."""
     written = page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     if written.strip() and f"{WITH}{with_versions or versions()};" not in written:
         return None

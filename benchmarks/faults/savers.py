@@ -1,4 +1,4 @@
-"""Ways to save and load one tensor that is shared by ranks: ours and those of others, each as its manual has it."""
+"""Savers and loaders of one tensor that ranks share: ours and other libraries', each used as its manual says."""
 
 import contextlib
 from collections.abc import Callable

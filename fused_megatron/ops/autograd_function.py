@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 # Private, but torch.autograd.Function.apply uses it too; 40 ns a call.
 transform_is_active = torch._C._are_functorch_transforms_active
-"""Whether a transform of torch.func is active, inside which tensors may have no values."""
+"""Whether a transform of torch.func is active; tensors may have no values then."""
 
 
 class AutogradFunction(torch.autograd.Function):

@@ -199,7 +199,7 @@ class DryRun:
         if key not in self._known:
             self._known[key] = self._run(rank, tuple(stages), self._fewest_microbatches(pp_rank))
         known = self._known[key]
-        # A step leaves nothing but its losses. Else actions hang on those of other microbatches: who lets go of
+        # A step leaves nothing but its losses. Else an action depends on actions of other microbatches: who frees
         # a gradient that a B and a W of two stages share, when a schedule has both.
         held = walk(_Names(known.stages, stages, self.spans).renamed(known.profile), self.schedule.actions[pp_rank])
         if held.held_bytes == sum(known.profile.start.values()) + 8 * self.num_microbatches:
@@ -279,7 +279,7 @@ def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
 
 
 class _Names:
-    """Stages and blocks of a rank by those of another of the same form."""
+    """Translation of stages and blocks between two ranks with the same form."""
 
     def __init__(self, known: Sequence[int], stages: Sequence[int], spans: Sequence[StageSpan]) -> None:
         self._stages = dict(zip(known, stages, strict=True))

@@ -67,8 +67,8 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
 def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> RecordedStep:
     """Build one rank of a layout without memory for its tensors, and run a training step.
 
-    The parts and the step are those of the trainer, and so are the actions of the executor. Only what other ranks would
-    send is missing: a message is there at once, a collective changes nothing.
+    It runs the trainer's own parts and step, and the executor's actions. Only messages and values of other ranks are
+    missing: a message arrives at once, a collective changes nothing.
 
     Args:
         config: of the run; model.vocab_size must be given.

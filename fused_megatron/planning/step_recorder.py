@@ -79,7 +79,7 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: all that were made.
         work: by (phase, action), what was counted there.
-        replicas: the global ranks of data parallelism, whose transfers are those of weights and gradients.
+        replicas: the global ranks of data parallelism, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:

@@ -81,7 +81,7 @@ def _fault(
     parallel: Mapping[str, Any],
     model: TransformerConfig | None = None,
 ) -> Fault:
-    """A fault that a run shows; its name is that of the plant."""
+    """A fault that a run shows, with the name of its plant."""
     return Fault(plant.__name__.replace("_", " "), plant, axis, tensor, _run(model, **parallel))
 
 

@@ -17,7 +17,7 @@ from fused_megatron.planning.verify.records import (
     full_arrays,
 )
 
-# How far a float32 result may lie from that of one process, relative to a scale of the tensor (Reference.scale):
+# Allowed distance of a float32 result from the result of one process, relative to a scale of the tensor (Reference.scale):
 # sums of a few thousand products are made in another order, and a model of some blocks adds their roundings up. Right
 # layouts of all forms reach a tenth of it (tests/planning/verify/test_config_check.py prints them), planted faults a
 # hundred times and more.
@@ -33,7 +33,7 @@ LOW_PRECISION_FACTOR = 4.0
 # A number (loss, norm) of one process may be right by luck, errors of both signs in it: at least a sixteenth of what a
 # bfloat16 number may be off by, relative.
 LEAST_NUMBER_ERROR = 2.0**-12
-# Beside the largest gradient of the model a tensor's own may be nothing but rounding (that of the bias of keys is 0).
+# A tensor's gradient may be only rounding beside the largest gradient of the model (the bias of keys has 0).
 SMALLEST_GRADIENT = 1e-2
 
 
@@ -165,7 +165,7 @@ class _Found:
 
 
 def compare(reference: Reference, ranks: Sequence[RankRecord]) -> Comparison:
-    """The records of all ranks beside those of one process."""
+    """Compare the records of all ranks with the record of one process."""
     rows: dict[str, Row] = {}
     first: dict[bool, Difference] = {}  # by whether it is a hint
     for key, full in reference.arrays.items():

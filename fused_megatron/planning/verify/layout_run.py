@@ -70,7 +70,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
         assembly.gradients.zero_()
         batch, num_targets = batch_of(config, step, mesh)
         loss_sum = assembly.accumulate_batch(batch, step, num_targets)
-        outputs.remove()  # those of the first step
+        outputs.remove()  # they record the first step only
         sums = sum_over_ranks(assembly, loss_sum, (), group)
         record.add_number(Key(LOSS, step + 1), sums.loss)
         gradients = assembly.whole(assembly.gradients.by_name(parameters))

@@ -43,7 +43,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
 
     Args:
         parts: in use, in the order of layout_parts.NEEDS.
-        differs: trains with these parts only, and says whether the result differs from that of one process.
+        differs: trains with these parts only, and returns whether the result differs from the result of one process.
     """
     if len(parts) == 1:
         return Cause(tuple(parts), False, ())

@@ -114,7 +114,7 @@ def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelCon
 
 
 def _reduced_cut(cut: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """Two blocks a stage at most; the first and the last stage are those of the whole cut."""
+    """Two blocks a stage at most; the first and the last stage are the first and the last of the whole cut."""
     kept = [*cut[: num_stages - 1], cut[-1]]
     return tuple(min(blocks, 2) for blocks in kept)
 

@@ -24,7 +24,7 @@ class LayoutResult:
         first: the first tensor that differs; None where none does.
         error: what a rank raised, in one line; None where none did.
         cause: the part of the layout at fault; None where nothing is wrong.
-        hint: of a user's module, the first submodule whose output is not that of one process.
+        hint: the first submodule of a user's module whose output differs from one process.
         seconds: that it took, the search for the cause among them.
     """
 
