@@ -38,7 +38,7 @@ def parallelize(
     weights.
 
     The plan decides how each layer is sharded: the user's plan; else the model's own (tp_plan of transformers); else a
-    table of known layers (GPT-2, BERT and similar models). Styles have their names in transformers: "colwise", "rowwise",
+    table of known layers (GPT-2, BERT and similar models). Styles are named as in transformers: "colwise", "rowwise",
     "colwise_gather_output", "rowwise_split_input", "packed_colwise" (2 parts), "embedding_rowwise",
     "replicated_with_grad_allreduce", "replicate", and our "packed_colwise_3", "interleaved_colwise" and
     "embedding_colwise". A layer that no plan names is replicated, and the report names it. A layer that cannot be

@@ -17,7 +17,7 @@ from fused_megatron.planning.verify.records import (
     full_arrays,
 )
 
-# Allowed distance of a float32 result from the result of one process, relative to a scale of the tensor (Reference.scale):
+# Allowed distance of a float32 result from one process, relative to a scale of the tensor (Reference.scale):
 # sums of a few thousand products are made in another order, and a model of some blocks adds their roundings up. Right
 # layouts of all forms reach a tenth of it (tests/planning/verify/test_config_check.py prints them), planted faults a
 # hundred times and more.
