@@ -3,6 +3,7 @@
 Papers: ZeRO (Rajbhandari et al., arXiv 1910.02054), stage 3; PyTorch FSDP (Zhao et al., arXiv 2304.11277).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,8 +25,8 @@ GATHERS_UNDER_WAY = 2
 class ShardedWeights:
     """Keeps this rank's rows of every parameter, and makes parameters whole while the model needs them.
 
-    Parameters stay the same objects with their whole shapes. Between uses their storages have no memory, so that code
-    that reads one at a wrong time gets torch's error about data that is not allocated. `own` has the rows.
+    Parameters stay the same objects with their whole shapes. Between uses they have no memory: who reads one then gets
+    NaN. `own` has the rows, whole() the values.
 
     watch() gathers unit by unit: a unit is whole during its forward, and again during its backward. The next unit is
     gathered meanwhile; the order is that of the last forward or backward. Alternatively gather_stage() and
@@ -275,23 +276,39 @@ class _Part:
         first = parameters[0]
         self._block = torch.zeros(self._blocks.block_numel, dtype=first.dtype, device=first.device)
         self.own = dict(zip(parameters, self._blocks.own_rows(self._block), strict=True))
+        # Whole values return to the same memory, to which graphs refer between a forward and its backward.
+        self._whole = []
         for parameter, own in self.own.items():
             own.copy_(rows.own(parameter.detach()))
-            if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size():
-                parameter.data = parameter.data.clone()  # a storage of its own, which can be freed
+            is_view = parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size()
+            self._whole.append(parameter.data.clone() if is_view else parameter.data)
+        self._absent = first.new_full((), math.nan)
 
     def start(self) -> Callable[[], None]:
         receive = self._blocks.start_receive(self._block, self._group)
 
         def wait() -> None:
             gathered = receive()
-            for parameter in self._parameters:
-                parameter.untyped_storage().resize_(parameter.numel() * parameter.element_size())
+            for whole in self._whole:
+                _resize(whole, whole.numel() * whole.element_size())
             # `data` has a version counter of its own: autograd need not know that a value was away and is back.
-            self._blocks.unpack(gathered, [parameter.data for parameter in self._parameters])
+            self._blocks.unpack(gathered, self._whole)
+            for parameter, whole in zip(self._parameters, self._whole, strict=True):
+                parameter.data = whole
 
         return wait
 
     def release(self) -> None:
-        for parameter in self._parameters:
-            parameter.untyped_storage().resize_(0)
+        for index, parameter in enumerate(self._parameters):
+            whole = self._whole[index]
+            parameter.data = self._absent.expand(whole.shape)
+            if whole.untyped_storage().resizable():
+                _resize(whole, 0)
+            else:  # its memory is used elsewhere, by numpy for example, and lives as long as that
+                self._whole[index] = torch.empty_like(whole)
+                _resize(self._whole[index], 0)
+
+
+def _resize(tensor: torch.Tensor, num_bytes: int) -> None:
+    """Free or allocate the memory of a tensor, by an op that dispatch modes see."""
+    torch.ops.inductor.resize_storage_bytes_(tensor, num_bytes)

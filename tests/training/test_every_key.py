@@ -354,7 +354,8 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Return the effect of each key of the layout, on four ranks."""
 
     def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
-        config = config_of(folder, {f"parallel.{name}": value for name, value in changes.items()})
+        keys = {f"parallel.{name}": value for name, value in changes.items()}
+        config = config_of(folder, {"training.global_batch_size": 8} | keys)
         return config, build_mesh(config), plan_pipeline(config)
 
     found: dict[str, Any] = {}
