@@ -15,6 +15,7 @@ from fused_megatron.interop.random_draws import guard_draws
 from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
 from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.shared_inputs import guard_inputs
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
 from fused_megatron.interop.trial import try_shards
@@ -273,6 +274,7 @@ class Preparation:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         guard_answers(self.model, any(self._is_cut_attention(unit) for unit in self.units))
         guard_draws(self.model, self.tp_group)
+        guard_inputs(self.model, self.tp_group)
         if self.scope is not None:
             self.scope.install(self.model)
         for around, shared in self.shared:
