@@ -34,6 +34,8 @@ from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stag
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
+    ACTIVATIONS,
+    LOSS,
     ActionKey,
     Memory,
     StepProfile,
@@ -274,7 +276,7 @@ def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
     kept: dict[Memory, int] = {}
     for key, done in profile.actions.items():
         if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:
-            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind != "messages"}
+            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind in (ACTIVATIONS, LOSS)}
     return kept
 
 
