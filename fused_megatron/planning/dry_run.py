@@ -130,8 +130,9 @@ class DryRun:
             "model.vocab_size=None must be given, since a dry run reads no data (--model.vocab-size 50257)",
         )
         check(
-            device != "cuda" or torch.backends.cuda.is_built(),
-            f"device='cuda' needs a torch that is built for CUDA, and {torch.__version__} is not (device='cpu')",
+            device != "cuda" or torch.cuda.is_available(),
+            "device='cuda' needs a GPU, though none of its memory: autograd asks for the streams of every tensor's device, "
+            "also of a fake one (device='cpu')",
         )
         config.model.check_trainable()
         parallel = config.parallel
