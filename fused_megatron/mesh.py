@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fused_megatron.checks import check, check_one_of
+from fused_megatron.checks import check, check_divisible, check_one_of
 
 AXES = ("pp", "dp", "cp", "tp")
 """Pipeline, data, context and tensor parallelism; the ranks of the first axis lie farthest apart."""
@@ -174,6 +174,31 @@ class Mesh:
     def tp_group(self) -> dist.ProcessGroup | None:
         """Group of the ranks that differ from this rank along the tp axis only; None for length 1."""
         return self.groups.get(("tp",))
+
+    def split_data_parallel(self, shard_size: int) -> tuple[SubMesh, SubMesh]:
+        """Split the dp axis: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
+
+        Args:
+            shard_size: number of neighbouring data-parallel ranks that share; it divides dp_size.
+
+        Communication: the first call creates the groups; all ranks must make it at once. None if one of the two parts
+            is the whole axis.
+        """
+        check_divisible("data_parallel_size", self.dp_size, "shard_size", shard_size)
+        copies = self.dp_size // shard_size
+        grid = {
+            new: size
+            for axis, length in self.sizes.items()
+            for new, size in (
+                {"dp_copies": copies, "dp_shards": shard_size} if axis == "dp" else {axis: length}
+            ).items()
+        }
+        index = coordinates(self.rank, grid)
+        parts = []
+        for axis in ("dp_shards", "dp_copies"):
+            group = self.dp_group if grid[axis] == self.dp_size else self._group((axis,), grid)
+            parts.append(SubMesh((axis,), grid[axis], index[axis], group))
+        return parts[0], parts[1]
 
     def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:
         """Return the layout that layers and models on this mesh take."""
