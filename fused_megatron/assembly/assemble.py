@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
@@ -190,7 +191,6 @@ def assemble(
         observe=observe,
         transport=transport,
     )
-    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
-    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
+    optimizer = new_optimizer(config, mesh, parameters, gradients)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
     return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, weights, splits_backward)

@@ -1,0 +1,43 @@
+"""The optimizer of a rank: which parameters each update rule takes, and the ranks that share whole matrices."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.muon import Muon
+from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.data_parallel.update_rules import UpdateRule
+from fused_megatron.data_parallel.whole_matrices import WholeMatrices
+from fused_megatron.mesh import Mesh
+
+
+def new_optimizer(
+    config: TrainConfig, mesh: Mesh, parameters: Mapping[str, nn.Parameter], gradients: GradientBuckets
+) -> Optimizer:
+    """Build the optimizer of this rank's rows of the parameters. Every rank must call this together.
+
+    Args:
+        config: uses optimizer.
+        mesh: of all ranks.
+        parameters: this rank's parameters by their names in the whole model.
+        gradients: of these parameters.
+
+    Communication: with Muon, creates the group of the ranks that share the matrices of a stage.
+    Memory: as Optimizer.
+    """
+    rows = gradients.rows
+    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
+    rules: dict[str, UpdateRule] = {}
+    if config.optimizer.kind == "muon":
+        matrices = {name: p for name, p in parameters.items() if is_block_matrix(name, p)}
+        group = mesh["dp", "tp"].group if rows.num_shards > 1 else mesh.tp_group
+        muon = Muon(config.optimizer, WholeMatrices(matrices, rows, group, mesh.tp_size))
+        rules = dict.fromkeys(matrices, muon)
+    return Optimizer(own, gradients.by_name(parameters), config.optimizer, rules)
+
+
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon updates a parameter: a matrix of a transformer block; not embeddings, the head and vectors."""
+    return name.startswith("blocks.") and parameter.dim() == 2
