@@ -8,6 +8,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.muon import Muon
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.data_parallel.stochastic_state import StochasticState
 from fused_megatron.data_parallel.update_rules import UpdateRule
 from fused_megatron.data_parallel.whole_matrices import WholeMatrices
 from fused_megatron.mesh import Mesh
@@ -19,7 +20,7 @@ def new_optimizer(
     """Build the optimizer of this rank's rows of the parameters. Every rank must call this together.
 
     Args:
-        config: uses optimizer.
+        config: uses optimizer, and training.seed for state in bfloat16.
         mesh: of all ranks.
         parameters: this rank's parameters by their names in the whole model.
         gradients: of these parameters.
@@ -35,7 +36,11 @@ def new_optimizer(
         group = mesh["dp", "tp"].group if rows.num_shards > 1 else mesh.tp_group
         muon = Muon(config.optimizer, WholeMatrices(matrices, rows, group, mesh.tp_size))
         rules = dict.fromkeys(matrices, muon)
-    return Optimizer(own, gradients.by_name(parameters), config.optimizer, rules)
+    rounding = None
+    if config.optimizer.state_dtype != "float32":
+        parts = {name: rows.own_parts(parameter) for name, parameter in parameters.items()}
+        rounding = StochasticState(parts, config.training.seed)
+    return Optimizer(own, gradients.by_name(parameters), config.optimizer, rules, rounding)
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -11,6 +11,7 @@ from fused_megatron.checks import check, check_one_of, check_positive
 
 SCHEDULES = ("cosine", "constant", "wsd", "linear")
 """Schedules of the learning rate after warm-up."""
+STATE_DTYPES = ("float32", "bfloat16")
 LR_ADJUSTMENTS = ("match_rms_adamw", "original")
 """Values of adjust_lr_fn, as in torch.optim.Muon."""
 
@@ -71,6 +72,8 @@ class OptimizerConfig:
     AdamW's; original, sqrt(max(1, O / I)). None: match_rms_adamw."""
     weight_decay: float = 0.1
     """Weight decay of matrices; vectors (biases, norms) have none. Decoupled; sgd adds it to the gradient, as torch."""
+    state_dtype: str = "float32"
+    """Dtype in which moments are stored: float32, or bfloat16 with stochastic rounding. Main weights are float32."""
     clip_norm: float = 1.0
     """Largest global 2-norm of the gradients: larger gradients are scaled down to it. 0: no clipping."""
 
@@ -95,6 +98,7 @@ class OptimizerConfig:
 
     def _check_kind(self) -> None:
         check_one_of("optimizer.kind", self.kind, tuple(_KINDS))
+        check_one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         for name in _OWN_KEYS:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             readers = ", ".join(repr(kind) for kind, own in _KINDS.items() if name in own.keys)

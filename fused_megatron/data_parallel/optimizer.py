@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from fused_megatron.config import OptimizerConfig
+from fused_megatron.data_parallel.stochastic_state import StochasticState
 from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, ParameterGroup, UpdateRule
 from fused_megatron.observe.waits import OPTIMIZER, wait_for
 
@@ -32,9 +33,12 @@ class Optimizer:
         gradients: float32 gradients by the same names, in the shapes of `parameters`; step() reads them.
         config: update rule, learning rate and the other options.
         other_rules: rules of single parameters, by name, in place of the rule of config.kind (Muon for matrices).
+        rounding: of state in bfloat16; needed with config.state_dtype="bfloat16".
 
-    Memory: 4 bytes an element for each state tensor (AdamW two, SGD with momentum, Lion and Muon one), 4 more for the
-        main weight of a parameter that is not float32. While SGD and Lion update: 8 bytes for each of BATCH_ELEMENTS.
+    Memory: 4 bytes an element, or 2 in bfloat16, for each state tensor (AdamW two; SGD with momentum, Lion and Muon
+        one); 4 more for the main weight of a parameter that is not float32. While SGD and Lion update: 12 bytes for
+        each of BATCH_ELEMENTS. While state in bfloat16 is updated: 4 bytes for each of BATCH_ELEMENTS and state tensor;
+        with Muon for every element of the rank's matrices.
     """
 
     def __init__(
@@ -43,16 +47,20 @@ class Optimizer:
         gradients: Mapping[str, torch.Tensor],
         config: OptimizerConfig,
         other_rules: Mapping[str, UpdateRule] | None = None,
+        rounding: StochasticState | None = None,
     ) -> None:
+        assert (rounding is None) == (config.state_dtype == "float32")
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._gradients = {name: gradients[name] for name in parameters}
         self.main = {name: p if p.dtype == torch.float32 else p.float() for name, p in self._parameters.items()}
-        self._num_updates = 0
+        self._num_updates, self._rounding = 0, rounding
         own_rule: UpdateRule = ELEMENTWISE_RULES.get(config.kind, ELEMENTWISE_RULES["adamw"])(config)
         rules = {name: (other_rules or {}).get(name, own_rule) for name in parameters}
         # Made before the first step, so that a checkpoint can be loaded into a new optimizer.
+        dtype = getattr(torch, config.state_dtype)
         self._state = {
-            name: {kind: torch.zeros_like(self.main[name]) for kind in rule.state_names} for name, rule in rules.items()
+            name: {kind: torch.zeros_like(self.main[name], dtype=dtype) for kind in rule.state_names}
+            for name, rule in rules.items()
         }
         self._groups = self._grouped(rules, config.weight_decay)
 
@@ -97,11 +105,15 @@ class Optimizer:
             names,
             main=[self.main[name] for name in names],
             gradient=[self._gradients[name] for name in names],
-            state={kind: [self._state[name][kind] for name in names] for kind in group.rule.state_names},
+            # float() returns a float32 tensor itself, and a copy of another.
+            state={kind: [self._state[name][kind].float() for name in names] for kind in group.rule.state_names},
             low=[self._parameters[name] for name in names] if group.has_main_weights else [],
             weight_decay=group.weight_decay,
         )
         group.rule.update(tensors, self._num_updates, lr, gradient_scale)
+        if self._rounding is not None and tensors.state:
+            for name, *wide in zip(names, *tensors.state.values(), strict=True):
+                self._rounding.store(name, self._num_updates, wide, list(self._state[name].values()))
 
     def round_main_weights(self) -> None:
         """Set parameters of lower precision to their main weights (after loading only main weights)."""

@@ -76,7 +76,7 @@ def check_same_state(checkpoint: Path, saved: Mapping[str, Any], config: TrainCo
         config: of the run.
     """
     theirs = dataclasses.asdict(OptimizerConfig()) | saved.get("optimizer", {})
-    for name, ours in (("kind", config.optimizer.kind),):
+    for name, ours in (("kind", config.optimizer.kind), ("state_dtype", config.optimizer.state_dtype)):
         check(
             theirs[name] == ours,
             f"{checkpoint} has the optimizer state of another run: optimizer.{name}={theirs[name]!r} there, {ours!r} "

@@ -10,6 +10,7 @@ from fused_megatron.config import OptimizerConfig
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"kind": "adam"}, "optimizer.kind='adam' must be one of: 'adamw', 'sgd', 'lion', 'muon'"),
+    ({"state_dtype": "float16"}, "state_dtype='float16' must be one of: 'float32', 'bfloat16'"),
     ({"kind": "sgd", "momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\)"),
     ({"kind": "muon", "momentum": -0.1}, r"momentum=-0.1 must lie in \[0, 1\)"),
     ({"momentum": 0.9}, "momentum=0.9 has no effect with optimizer.kind='adamw': .* 'sgd', 'muon'$"),

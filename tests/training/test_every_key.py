@@ -261,6 +261,7 @@ ROWS: dict[str, Row] = {
     "optimizer.momentum": Row(0.5, updated, CHANGED, {"optimizer.kind": "sgd"}),
     "optimizer.nesterov": Row(True, updated, CHANGED, {"optimizer.kind": "sgd"}),
     "optimizer.adjust_lr_fn": Row("original", updated, CHANGED, {"optimizer.kind": "muon"}),
+    "optimizer.state_dtype": Row("bfloat16", updated, CHANGED),
     "optimizer.lr": Row(2e-2, lambda tried: tried.curve("lr")[0], 2e-2),
     "optimizer.min_lr": Row(1e-3, lambda tried: tried.curve("lr")[-1], 1e-3),
     "optimizer.warmup_steps": Row(2, lambda tried: tried.curve("lr")[0], 5e-3),

@@ -99,6 +99,8 @@ def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
         train(config_for(tmp_path, num_steps=3), tmp_path / "run")
     train(dataclasses.replace(sgd, training=dataclasses.replace(sgd.training, num_steps=3)), tmp_path / "run")
     check_same_state(tmp_path, {"optimizer": {"lr": 1.0}}, config_for(tmp_path))  # of an earlier release
+    with pytest.raises(InputError, match=r"optimizer.state_dtype='float32' there, 'bfloat16' here"):
+        check_same_state(tmp_path, {}, config_for(tmp_path, state_dtype="bfloat16"))
 
 
 def boxes_of(config: TrainConfig) -> dict[str, TensorBox]:
