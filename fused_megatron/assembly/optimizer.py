@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from fused_megatron.config import TrainConfig
@@ -15,7 +16,11 @@ from fused_megatron.mesh import Mesh
 
 
 def new_optimizer(
-    config: TrainConfig, mesh: Mesh, parameters: Mapping[str, nn.Parameter], gradients: GradientBuckets
+    config: TrainConfig,
+    mesh: Mesh,
+    parameters: Mapping[str, nn.Parameter],
+    own: Mapping[str, torch.Tensor],
+    gradients: GradientBuckets,
 ) -> Optimizer:
     """Build the optimizer of this rank's rows of the parameters. Every rank must call this together.
 
@@ -23,17 +28,17 @@ def new_optimizer(
         config: uses optimizer, and training.seed for state in bfloat16.
         mesh: of all ranks.
         parameters: this rank's parameters by their names in the whole model.
-        gradients: of these parameters.
+        own: the rows of each parameter that this rank updates, by the same names.
+        gradients: of these parameters; their `rows` are the rows of `own`.
 
     Communication: with Muon, creates the group of the ranks that share the matrices of a stage.
     Memory: as Optimizer.
     """
     rows = gradients.rows
-    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
     rules: dict[str, UpdateRule] = {}
     if config.optimizer.kind == "muon":
         matrices = {name: p for name, p in parameters.items() if is_block_matrix(name, p)}
-        group = mesh["dp", "tp"].group if rows.num_shards > 1 else mesh.tp_group
+        group = mesh.ranks_of_a_state(rows.num_shards).group
         muon = Muon(config.optimizer, WholeMatrices(matrices, rows, group, mesh.tp_size))
         rules = dict.fromkeys(matrices, muon)
     rounding = None

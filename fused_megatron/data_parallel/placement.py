@@ -24,6 +24,8 @@ class Placements:
 ZERO_STAGES = {
     0: Placements(weights=False, gradients=False, state=False),
     1: Placements(weights=False, gradients=False, state=True),
+    2: Placements(weights=False, gradients=True, state=True),
+    3: Placements(weights=True, gradients=True, state=True),
 }
 """By parallel.zero_stage."""
 

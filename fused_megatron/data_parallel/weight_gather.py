@@ -1,6 +1,7 @@
 """Gathering of weights that data-parallel ranks have updated in parts, under the forward that follows."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +35,31 @@ class WeightGather:
     def __init__(
         self, buckets: Sequence[Sequence[nn.Parameter]], rows: RowShards, group: dist.ProcessGroup | None
     ) -> None:
+        self._rows = rows
         self._group = group if rows.num_shards > 1 else None
         meet(self._group)  # its ranks meet here, and not in a forward
         self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
         self._done = self._started = len(self._buckets)
+
+    def own(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the rows of a parameter that this rank updates, a view. Call start() after they have changed."""
+        return self._rows.own(parameter.detach())
+
+    def using(self, parameters: Iterable[nn.Parameter], function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that waits for all parameters before it runs."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.finish()
+            return function(*arguments, **options)
+
+        return call
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Make all parameters whole. Every rank of the group must enter the context."""
+        self.finish()
+        yield
 
     def watch(self, module: nn.Module) -> None:
         """Make every forward of a module, of its children and of the members of its lists wait for their parameters."""

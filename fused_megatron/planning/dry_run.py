@@ -31,7 +31,6 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.mesh import coordinates, rank_at
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
-from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
     ActionKey,
@@ -142,7 +141,7 @@ class DryRun:
         training = config.training
         replicas = self.config.parallel.data_parallel_size or 1
         self.num_microbatches = training.global_batch_size // training.microbatch_size // replicas
-        self.schedule: Schedule = lower(self.plan.schedule(self.num_microbatches))
+        self.schedule: Schedule = self.plan.lowered_schedule(self.num_microbatches)
         self._sizes = {
             "pp": parallel.pipeline_parallel_size,
             "dp": replicas,
@@ -236,7 +235,7 @@ class DryRun:
         zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
-                schedule = lower(self.plan.schedule(count))
+                schedule = self.plan.lowered_schedule(count)
             except InputError:  # too few for this schedule
                 continue
             if self._keys(schedule, pp_rank) == wanted:

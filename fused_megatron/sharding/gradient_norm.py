@@ -82,25 +82,34 @@ def global_gradient_norm(
     Communication:
         One all-reduce of 8 bytes over each group that is given.
     """
-    squares = sum_of_counted_squares(parameters, gradients, group_rank(tp_group))
+    own = {name: gradients[parameter] for name, parameter in parameters.items()}
+    squares = sum_of_counted_squares(parameters, own, group_rank(tp_group))
     for group in (tp_group, pp_group):
         sum_over_ranks_(squares, group)
     return squares.sqrt()
 
 
 def sum_of_counted_squares(
-    parameters: Mapping[str, nn.Parameter], gradients: Gradients, tp_rank: int, rows: RowShards = WHOLE_ROWS
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, torch.Tensor],
+    tp_rank: int,
+    rows: RowShards = WHOLE_ROWS,
 ) -> torch.Tensor:
     """Return this rank's part of the square of the norm, a 0-dim float64 tensor on the device of the parameters.
 
     The parts of all ranks that hold other shards, other stages or own other rows add up to the square of
-    global_gradient_norm. Arguments as there; tp_rank: of this rank in tp_group; rows: the rows that this rank owns.
+    global_gradient_norm.
+
+    Args:
+        parameters: of this rank, by name.
+        gradients: by the same names, in the rows that this rank owns.
+        tp_rank: of this rank in its tensor-parallel group.
+        rows: the rows that this rank owns.
     """
     counted: list[torch.Tensor] = []
-    for parameter in parameters.values():
-        gradient = gradients[parameter]
-        parts = rows.cut(_counted(parameter_parts(parameter), gradient.shape, tp_rank), gradient.shape)
-        counted += [part.of(gradient) for part in parts]
+    for name, parameter in parameters.items():
+        parts = _counted(parameter_parts(parameter), parameter.shape, tp_rank)
+        counted += [part.of(gradients[name]) for part in rows.own_parts(parameter, parts)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
     return ops.sum_of_squares(counted)
@@ -111,11 +120,9 @@ def clip_coefficient(norm: float, clip_norm: float) -> float:
     return min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
 
 
-def non_finite_parameters(
-    parameters: Mapping[str, nn.Parameter], gradients: Gradients, rows: RowShards = WHOLE_ROWS
-) -> list[str]:
-    """Return the names of this rank's parameters whose gradient has a NaN or an infinity."""
-    return [name for name, p in parameters.items() if not bool(torch.isfinite(rows.own(gradients[p])).all())]
+def non_finite_gradients(gradients: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of gradients that have a NaN or an infinity."""
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
 def _counted(parts: tuple[ShardPart, ...], local_shape: Sequence[int], tp_rank: int) -> list[ShardPart]:

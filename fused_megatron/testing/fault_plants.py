@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
 from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter_blocks
-from fused_megatron.data_parallel import reduction
+from fused_megatron.data_parallel import gradient_bucket, reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.models import attention, block, stack
@@ -226,13 +226,13 @@ def recomputed_with_other_dropout() -> Planted:
 def averaged_over_replicas() -> Planted:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    original = reduction._Bucket.start_sum
+    original = gradient_bucket.WholeBucket.start_sum
 
-    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], object]:
-        self.flat.div_(group_size(dp_group))
-        return original(self, dp_group)
+    def start_sum(self: gradient_bucket.WholeBucket) -> Callable[[], object]:
+        self.flat.div_(group_size(self._shards))
+        return original(self)
 
-    return patch.object(reduction._Bucket, "start_sum", start_sum)
+    return patch.object(gradient_bucket.WholeBucket, "start_sum", start_sum)
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -247,12 +247,12 @@ def sent_a_microbatch_early() -> Planted:
 
 def last_bucket_not_sent() -> Planted:
     """The bucket that backward fills last keeps the gradients of a replica."""
-    original = reduction._Queue.send
+    original = reduction._Queue._send
 
-    def send(self: Any, end: int, dp_group: Any) -> None:
-        original(self, min(end, len(self.buckets) - 1), dp_group)
+    def send(self: Any, end: int) -> None:
+        original(self, min(end, len(self.buckets) - 1))
 
-    return patch.object(reduction._Queue, "send", send)
+    return patch.object(reduction._Queue, "_send", send)
 
 
 def dropout_by_the_replica() -> Planted:
@@ -297,9 +297,9 @@ def tied_gradient_twice() -> Planted:
     def reduce(self: TiedWeight) -> None:
         original(self)
         for parameter in self._parameters:
-            main_grad = parameter_record(parameter).main_grad
-            assert main_grad is not None
-            main_grad.mul_(2)
+            summed = parameter_record(parameter).summed_grad
+            assert summed is not None
+            summed.mul_(2)
 
     return patch.object(TiedWeight, "reduce", reduce)
 
@@ -371,7 +371,7 @@ def rows_of_another_replica() -> Planted:
     def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
         return start_reduce_scatter_blocks(blocks.roll(-shard.numel()), shard, group)
 
-    return patch.object(reduction, "start_reduce_scatter_blocks", start)
+    return patch.object(gradient_bucket, "start_reduce_scatter_blocks", start)
 
 
 def clipped_on_the_first_rank_only() -> Planted:

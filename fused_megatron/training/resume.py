@@ -97,7 +97,8 @@ class ResumedTensors:
 
     Args:
         parameters, optimizer: of the run.
-        rows: the rows of each parameter that the optimizer updates.
+        own: the rows of the parameters that the optimizer updates, by name.
+        rows: which these are.
         manifest: of the checkpoint.
 
     Attributes:
@@ -106,26 +107,31 @@ class ResumedTensors:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rows: RowShards, manifest: Manifest
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        own: Mapping[str, torch.Tensor],
+        optimizer: Optimizer,
+        rows: RowShards,
+        manifest: Manifest,
     ) -> None:
         self._optimizer = optimizer
         ours = optimizer.state()
         main = {name: {"main": kinds["main"]} for name, kinds in ours.items() if "main" in kinds}
         moments = {name: {k: v for k, v in kinds.items() if k != "main"} for name, kinds in ours.items()}
-        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours, rows)
+        weights = parameter_boxes(parameters, own, rows)
+        self.boxes: dict[str, TensorBox] = weights | optimizer_boxes(parameters, ours, rows)
         self.allow_extra: Sequence[str] = ()
         self._rounds = False
         stored = {name: tensor.dtype for name, tensor in manifest.tensors.items()}
         has_main = any(name.startswith(_MAIN) for name in stored)
         if has_main and not main:
-            weights = parameter_boxes(parameters)
             renamed = {_MAIN + name.removeprefix(_MODEL): box for name, box in weights.items()}
             self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
             self.allow_extra = (f"{_MODEL}*",)
         elif main and not has_main:
-            weights = optimizer_boxes(parameters, main, rows)
-            renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in weights.items()}
-            if all(stored.get(name) == torch.float32 for name in parameter_boxes(parameters)):
+            main_boxes = optimizer_boxes(parameters, main, rows)
+            renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in main_boxes.items()}
+            if all(stored.get(name) == torch.float32 for name in weights):
                 self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
                 self._rounds = True
 

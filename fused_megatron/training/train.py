@@ -140,17 +140,22 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
-            load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
+            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
+            load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
             resumed = ResumedTensors(
-                trainer.parameters, trainer.optimizer, trainer.gradients.rows, read_manifest(checkpoint)
+                trainer.parameters,
+                trainer.own_weights,
+                trainer.optimizer,
+                trainer.gradients.rows,
+                read_manifest(checkpoint),
             )
             load_checkpoint(
                 checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
             )
             resumed.finish()
-            trainer.weights.start()
+        trainer.weights.start()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)

@@ -75,7 +75,8 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"tensor_parallel_size": 2, "sequence_parallel": True}, LLAMA),
     (2, {"zero_stage": 0}, LLAMA),
     (2, {"pipeline_parallel_size": 2}, {"tied_embeddings": True}),
-    (4, {"tensor_parallel_size": 2, "zero_stage": 1}, LLAMA),
+    (4, {"tensor_parallel_size": 2, "zero_stage": 3}, LLAMA),
+    (4, {"zero_stage": 2, "zero_shard_size": 2}, LLAMA),
 ]
 
 
