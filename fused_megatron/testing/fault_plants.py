@@ -455,12 +455,12 @@ def sharded_biases_decayed() -> Iterator[None]:
         )
         return by_name(self, parameters)
 
-    def grouped(self: Optimizer) -> Any:
+    def grouped(self: Optimizer, rules: Any, weight_decay: float) -> Any:
         found = []
-        for group in original(self):
+        for group in original(self, rules, weight_decay):
             decayed = [name for name in group.names if name in sharded]
             found.append(group._replace(names=[name for name in group.names if name not in sharded]))
-            found.append(group._replace(names=decayed, weight_decay=self._config.weight_decay))
+            found.append(group._replace(names=decayed, weight_decay=weight_decay))
         return [group for group in found if group.names]
 
     with (

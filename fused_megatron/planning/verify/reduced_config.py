@@ -190,4 +190,8 @@ def _reduced_optimizer(config: TrainConfig) -> OptimizerConfig:
     optimizer = config.optimizer
     lr = min(max(optimizer.lr, LEAST_LR), MOST_LR)
     clip = min(optimizer.clip_norm, CLIP_NORM)
-    return replace(optimizer, lr=lr, min_lr=min(optimizer.min_lr, lr), eps=EPS, clip_norm=clip)
+    kind = optimizer.kind
+    if kind == "lion":  # it makes a full update of a gradient of nothing but rounding, whose sign the layout decides
+        kind = "adamw"
+    eps = optimizer.eps if kind == "sgd" else EPS
+    return replace(optimizer, kind=kind, lr=lr, min_lr=min(optimizer.min_lr, lr), eps=eps, clip_norm=clip)
