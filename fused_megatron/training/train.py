@@ -88,6 +88,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
     lease = Lease(run.lease)
     try:
         mesh, data = on_every_rank(lambda: _set_up(config, this_rank, run, lease, reporter))
+        (holder, *_) = gather_json(lease.run, world_group())
+        on_every_rank(lambda: lease.check_seen(holder))
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
