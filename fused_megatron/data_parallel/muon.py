@@ -26,8 +26,8 @@ class Muon:
     stacked parameter (query, key, value; gate and up) is a matrix of its own, as it is in a checkpoint. So the update
     does not depend on the layout.
 
-    torch multiplies matrices in bfloat16. This rule does so for parameters in bfloat16, with torch's bits. It multiplies
-    in float32 for parameters in float32: bfloat16 would make an update differ by a per cent between layouts whose
+    torch multiplies matrices in bfloat16. This rule does so for bfloat16 parameters, with torch's bits. For float32
+    parameters it multiplies in float32: bfloat16 would make an update differ by a per cent between layouts whose
     gradients differ by their last bit.
 
     Args:
