@@ -12,6 +12,7 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
+from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
 
@@ -149,11 +150,13 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     A block with T tokens (T' = T / R under sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
-        T (N + 2 G) D / R      query, key, value; query and key again for each of rotation and normalization
-        T N D / R              input of the projection
-        T N D / R              result of the attention kernel, and 4 T N / R bytes; not with recompute="selective"
-        T F' / R               input of the activation; with R = 1 also its output, T F
+        T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
+        T N D / R              input of the projection, which is the result of the attention kernel
+        T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
         T' H                   instead of all of the above with recompute="full"
+
+    and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective". Attention dropout keeps
+    T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each query head.
 
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
@@ -178,18 +181,20 @@ def _block_activations(config: TrainConfig) -> int:
     """Compute the bytes that one block keeps for backward, without recompute="full"."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, own_tokens = _sizes(config)
-    heads = model.num_heads // ranks
-    query, key = heads * model.head_size, max(1, model.kv_heads // ranks) * model.head_size
+    heads, kv_heads = model.num_heads // ranks, max(1, model.kv_heads // ranks)
+    query, key = heads * model.head_size, kv_heads * model.head_size
     expansion = (model.ffn_size // ranks) * (1 if _plain(model) else 2)
-    elements = 4 * own_tokens * model.hidden_size
-    elements += tokens * (2 * query + 2 * key + expansion + (model.ffn_size if ranks == 1 else 0))
-    elements += tokens * (query + key) * ((model.position == "rotary") + model.query_key_norm)
+    elements = 4 * own_tokens * model.hidden_size + tokens * (query + expansion)
+    if ranks == 1 or chunk_choice(config.parallel.overlap).fixed == 1:  # the MLP runs layer by layer
+        elements += tokens * model.ffn_size // ranks
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
-    if model.recompute == "none":
-        elements += tokens * query
-        statistics += 4 * tokens * heads
-        if model.attention_dropout > 0:
-            elements += 2 * tokens * heads * model.seq_len
+    statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
+    if model.recompute == "none" and model.attention_dropout > 0:
+        elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
+    else:
+        copies = 2 if model.query_key_norm else int(model.position == "rotary")
+        elements += tokens * (query + 2 * key + (query + key) * copies)
+        statistics += 4 * tokens * heads * (model.recompute == "none")
     return size * elements + statistics
 
 
