@@ -97,16 +97,16 @@ class SGD:
         """As UpdateRule.update."""
         change = list(torch._foreach_mul(group.gradient, gradient_scale))
         if group.weight_decay:
-            add_multiple_(change, group.main, group.weight_decay)
+            torch._foreach_add_(change, group.main, alpha=group.weight_decay)
         if self._momentum:
             buffers = group.state["momentum_buffer"]
             torch._foreach_mul_(buffers, self._momentum)
             torch._foreach_add_(buffers, change)
             if self._nesterov:
-                add_multiple_(change, buffers, self._momentum)
+                torch._foreach_add_(change, buffers, alpha=self._momentum)
             else:
                 change = buffers
-        add_multiple_(group.main, change, -lr)
+        torch._foreach_add_(group.main, change, alpha=-lr)
         round_main_weights(group)
 
 
@@ -132,22 +132,13 @@ class Lion:
         gradient = list(torch._foreach_mul(group.gradient, gradient_scale))
         momentum = group.state["exp_avg"]
         change = list(torch._foreach_mul(momentum, self._beta1))
-        add_multiple_(change, gradient, 1 - self._beta1)
+        torch._foreach_add_(change, gradient, alpha=1 - self._beta1)
         torch._foreach_sign_(change)
         torch._foreach_mul_(momentum, self._beta2)
-        add_multiple_(momentum, gradient, 1 - self._beta2)
+        torch._foreach_add_(momentum, gradient, alpha=1 - self._beta2)
         torch._foreach_mul_(group.main, 1 - lr * group.weight_decay)
-        add_multiple_(group.main, change, -lr)
+        torch._foreach_add_(group.main, change, alpha=-lr)
         round_main_weights(group)
-
-
-def add_multiple_(tensors: list[torch.Tensor], others: list[torch.Tensor], factor: float) -> None:
-    """Add factor * other to each tensor; the product is rounded by itself.
-
-    torch's `alpha` fuses both for some positions of an element in its tensor and not for others, so that the result
-    would depend on how parameters are sharded.
-    """
-    torch._foreach_add_(tensors, torch._foreach_mul(others, factor))
 
 
 def round_main_weights(group: ParameterGroup) -> None:

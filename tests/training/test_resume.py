@@ -137,7 +137,9 @@ def resharded(rank: int, world_size: int, folder: Path, step: int, *configs: Tra
 
 def test_shared_optimizer_state_loads_at_any_other_layout_and_back(tmp_path: Path) -> None:
     """Two replicas in stage 1 of ZeRO; one process; three replicas with whole states; two tensor-parallel ranks."""
-    sizes = {"vocab_size": 270, "dtype": "bfloat16", "global_batch_size": 6, "microbatch_size": 1}
+    # Muon: matrices have other state than AdamW's parameters.
+    optimizer = {"kind": "muon", "state_dtype": "bfloat16"}
+    sizes = {"vocab_size": 270, "dtype": "bfloat16", "global_batch_size": 6, "microbatch_size": 1, **optimizer}
     shared = config_for(tmp_path, **sizes)
     tensor_parallel = config_for(tmp_path, **sizes, tensor_parallel_size=2)
     folder = tmp_path / "checkpoints"
