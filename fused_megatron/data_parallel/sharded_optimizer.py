@@ -126,12 +126,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             mine == set(self._replica.main.values()),
             "step() of a ShardedOptimizer after another one was made for the same model (use the last)",
         )
-        thawed = [name for name, p in self._replica.parameters.items() if p.requires_grad and p not in self._trainable]
-        check(not thawed, f"{thawed[:1]} was frozen when shard_data_parallel was called, and cannot be trained")
-
-    @property
-    def _trainable(self) -> set[nn.Parameter]:
-        return set(self._replica.trainable.values())
+        trainable = set(self._replica.trainable.values())
+        for name, parameter in self._replica.parameters.items():
+            check(
+                parameter in trainable or not parameter.requires_grad,
+                f"{name} was frozen when shard_data_parallel was called, and cannot be trained",
+            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

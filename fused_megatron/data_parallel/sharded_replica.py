@@ -84,6 +84,9 @@ class ShardedReplica:
         model.register_forward_pre_hook(self._before_forward, prepend=True)
         model.register_forward_hook(self._after_forward)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(f"a model after shard_data_parallel cannot be copied or pickled ({_FULL})")
+
     # Weights
 
     def own(self, parameter: nn.Parameter) -> torch.Tensor:
