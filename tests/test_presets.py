@@ -29,7 +29,7 @@ from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.rank_communication import message_bytes, stage_communication
-from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 from fused_megatron.planning.recorded_step import fake_ranks
 from fused_megatron.planning.step_profile import Transfers
 
@@ -209,6 +209,28 @@ def test_a_preset_runs_with_all_its_blocks(name: str) -> None:
 def test_presets_fit_the_gpus_of_the_papers() -> None:
     for name, path in PRESETS.items():
         assert rank_memory(load_config(path)).total / 1e9 < (32 if name in WEAK_SCALING else 80), name
+
+
+@on_few_and_on_many_ranks
+def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds: tuple[int, ...]) -> None:
+    for name, config, places in measured(worlds):
+        model, parallel = config.model, config.parallel
+        ranks, activation = parallel.tensor_parallel_size, activation_bytes(config)
+        own = activation // (ranks if parallel.sequence_parallel else 1)
+        for rank in places.values():
+            for index, span in rank.spans.items():
+                more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
+                block = stage_activations(config, more) - stage_activations(config, span)
+                kept = {memory.layer: num_bytes for memory, num_bytes in rank.kept[index].items()}
+                for layer in range(span.start, span.stop):
+                    # What the last block of a stage returns is a message, which the next stage keeps.
+                    is_sent = layer == span.stop - 1 and not span.last
+                    assert kept.get(f"blocks.{layer}", 0) == block - own * is_sent, (name, index, layer)
+                if name in PRESETS:
+                    # Korthikanti et al., table 2, without what attention keeps: s b h (10 + 24 / R), or 34 / R; 2 B.
+                    bound = activation // 2 * (34 / ranks if parallel.sequence_parallel else 10 + 24 / ranks)
+                    assert block <= bound, name
+                assert model.recompute != "full" or block == own, name
 
 
 @on_few_and_on_many_ranks

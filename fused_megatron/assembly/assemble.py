@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
@@ -210,7 +211,7 @@ def assemble(
         transport=transport,
     )
     own = {name: weights.own(parameter) for name, parameter in parameters.items()}
-    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
+    optimizer = new_optimizer(config, mesh, parameters, own, gradients)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
     return Assembly(
         config,

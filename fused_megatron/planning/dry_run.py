@@ -33,6 +33,8 @@ from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
 from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
+    ACTIVATIONS,
+    LOSS,
     ActionKey,
     Memory,
     StepProfile,
@@ -127,8 +129,9 @@ class DryRun:
             "model.vocab_size=None must be given, since a dry run reads no data (--model.vocab-size 50257)",
         )
         check(
-            device != "cuda" or torch.backends.cuda.is_built(),
-            f"device='cuda' needs a torch that is built for CUDA, and {torch.__version__} is not (device='cpu')",
+            device != "cuda" or torch.cuda.is_available(),
+            "device='cuda' needs a GPU, though none of its memory: autograd asks for the streams of every tensor's device, "
+            "also of a fake one (device='cpu')",
         )
         config.model.check_trainable()
         parallel = config.parallel
@@ -273,7 +276,7 @@ def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
     kept: dict[Memory, int] = {}
     for key, done in profile.actions.items():
         if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:
-            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind != "messages"}
+            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind in (ACTIVATIONS, LOSS)}
     return kept
 
 

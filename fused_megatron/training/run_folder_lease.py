@@ -14,6 +14,7 @@ from typing import Any
 
 from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checks import InputError
+from fused_megatron.untrusted_files import open_plain_file
 
 # The holder of a lease touches the file every BEAT_S seconds. After STALE_S without a touch a run on another machine
 # may take the lease. STALE_S is several BEAT_S, since a network file system may not answer for some seconds.
@@ -67,12 +68,18 @@ class Lease:
             say: called with a line of text if this run must wait for another one.
 
         Raises:
-            InputError: another run holds the lease.
+            InputError: another run holds the lease, or the file cannot be opened.
             OSError: the file cannot be written.
         """
         taken = False
         while not taken:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                descriptor = open_plain_file(self.path, follow_links=False, write=True)
+            except OSError as error:
+                raise InputError(
+                    f"{self.path} cannot be written: {error.strerror} (remove it, or choose another "
+                    "training.run_folder)"
+                ) from None
             try:
                 locks = self._lock(descriptor, say)
                 # The last holder may have removed the file meanwhile. Then the lock is of no use: open the new file.
@@ -176,7 +183,9 @@ class Lease:
 
     def _write(self, descriptor: int) -> None:
         # Padded, so that a concurrent reader never finds the end of an older, longer text.
-        os.pwrite(descriptor, json.dumps(self._ours).encode().ljust(_MAX_BYTES // 8) + b"\n", 0)
+        text = json.dumps(self._ours).encode().ljust(_MAX_BYTES // 8) + b"\n"
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
         os.fsync(descriptor)
 
     def _is_taken_over(self) -> bool:

@@ -115,6 +115,7 @@ def assert_same(found: RankReport, real: tuple[Any, ...], name: str) -> None:
     assert sum(found.peak.values()) == found.peak_bytes
     assert dict(found.transfers) == transfers, name
     assert (found.num_parameters, found.flops) == (num_parameters, flops), name
+    assert found.host_syncs == 1, name  # loss, gradient norm and flags at the end of a step, in one piece
 
 
 def compare(configs: list[TrainConfig]) -> None:

@@ -22,10 +22,11 @@ from fused_megatron.checkpoint import (
     save_checkpoint,
 )
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
+from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.testing import run_on_ranks
-from fused_megatron.training.resume import learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import check_same_state, learning_rate_jump, settings_that_differ
 from fused_megatron.training.train import train
 
 
@@ -84,6 +85,22 @@ def test_a_prolonged_run_says_what_differs(tmp_path: Path, capsys: pytest.Captur
     assert "not as in the checkpoint: training.num_steps=2 there, 4 here\n" in shown
     jump = "the learning rate of step 3 is 0.00055; with the checkpoint's settings it would be 0.0001"
     assert f"warning: {jump}\n" in shown
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    sgd = config_for(tmp_path, kind="sgd")
+    train(sgd, tmp_path / "run")
+    assert {
+        name.split(".")[1]
+        for name in read_manifest(tmp_path / "run/checkpoints/step-000002").tensors
+        if name.startswith("optimizer.")
+    } == {"momentum_buffer"}
+    with pytest.raises(InputError, match=r"optimizer.kind='sgd' there, 'adamw' here \(set optimizer.kind='sgd', or"):
+        train(config_for(tmp_path, num_steps=3), tmp_path / "run")
+    train(dataclasses.replace(sgd, training=dataclasses.replace(sgd.training, num_steps=3)), tmp_path / "run")
+    check_same_state(tmp_path, {"optimizer": {"lr": 1.0}}, config_for(tmp_path))  # of an earlier release
+    with pytest.raises(InputError, match=r"optimizer.state_dtype='float32' there, 'bfloat16' here"):
+        check_same_state(tmp_path, {}, config_for(tmp_path, state_dtype="bfloat16"))
 
 
 def boxes_of(config: TrainConfig) -> dict[str, TensorBox]:

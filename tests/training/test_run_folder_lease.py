@@ -131,3 +131,18 @@ def test_a_folder_that_goes_away_under_a_run(tmp_path: Path) -> None:
     assert not run._is_taken_over()
     run.check()
     run.give_back()
+
+
+def test_other_things_at_the_path_of_the_lease(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    for make, why in (
+        (path.mkdir, "Is a directory"),
+        (lambda: os.mkfifo(path), "not a plain file"),
+        (lambda: path.symlink_to(tmp_path / "none" / "lease"), "Too many levels of symbolic links"),
+    ):
+        make()
+        with pytest.raises(InputError, match=rf"lease.json cannot be written: {why} \(remove it, or choose another"):
+            lease(tmp_path).take(print)
+        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(b"\x00\xff" * 3000)  # a damaged file of a run on another machine, which is silent
+    assert len(take(tmp_path)) == 1
