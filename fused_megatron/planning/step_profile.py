@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.mesh import coordinates
 from fused_megatron.observe.storages import Event, Storage
 from fused_megatron.pipeline.run.action_loop import receives_ahead
@@ -22,7 +23,8 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# What goes over this axis goes once a step: sums of gradients in the last backward, weights in the first forward.
+# Below stage 2 of ZeRO these transfers run once a step: sums of gradients in the last backward, weights in the first
+# forward. Above they run in every microbatch.
 DATA = "dp"
 
 DEFERRED = "weight gradients put off"
@@ -163,12 +165,14 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
             (event for event in group if not _is_received(event)), kinds
         )
     once, sizes = Counter[Work](), step.assembly.mesh.sizes
+    stage = zero_stage(step.assembly.config.parallel.zero_stage, sizes["dp"])
+    axes_once = () if ZERO_STAGES[stage].gradients else (DATA,)
     for (phase, action), work in step.recorder.work.items():
         if phase != STEP:
             continue
         again = action is not None and action.kind in OF_MICROBATCH
         for done, number in work.items():
-            if action is not None and again and done.kind != "receive" and axes_of(done.group, sizes) != DATA:
+            if action is not None and again and done.kind != "receive" and axes_of(done.group, sizes) not in axes_once:
                 actions.setdefault(key_of(action, recorded, recorded), Profile()).work.setdefault(done, number)
             else:
                 once[done] += number
