@@ -30,16 +30,21 @@ _SHOWN = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]*\Z"
 ShownText = Annotated[str, msgspec.Meta(max_length=1000, pattern=_SHOWN)]
 
 
-def open_plain_file(path: Path, *, follow_links: bool = True) -> int:
-    """Open a regular file for reading and return its descriptor.
+def open_plain_file(path: Path, *, follow_links: bool = True, write: bool = False) -> int:
+    """Open a regular file for reading, or (write=True) for reading and writing, and return its descriptor.
+
+    Args:
+        path: of the file.
+        follow_links: whether the file may be a link.
+        write: make the file if it does not exist.
 
     Raises:
         OSError: the file does not exist; it is a pipe, a device or a folder (ENXIO); it is a link and follow_links is
             False.
     """
     # O_NONBLOCK: opening a pipe would otherwise block before it can be refused.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags | (os.O_RDWR | os.O_CREAT if write else os.O_RDONLY), 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.ENXIO, "not a plain file", os.fspath(path))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
@@ -43,7 +44,7 @@ class Assembly:
         splits_backward: True if the schedule computes weight gradients in actions of their own.
         own_weights: the rows of the parameters that this rank updates, by the same names.
         shard_group: data-parallel ranks that own the other rows; None if this rank owns all.
-        weight_copies: data-parallel ranks that hold the same weights; None for this rank only.
+        copy_group: data-parallel ranks that own the same rows; None for this rank only.
     """
 
     config: TrainConfig
@@ -58,7 +59,7 @@ class Assembly:
     splits_backward: bool
     own_weights: Mapping[str, torch.Tensor]
     shard_group: Group
-    weight_copies: Group
+    copy_group: Group
 
     @property
     def device(self) -> torch.device:
@@ -146,9 +147,9 @@ class Assembly:
         """
         others = (self.mesh.tp_group, self.mesh.pp_group)
         if isinstance(self.weights, ShardedWeights):
-            return find_drift(self.parameters, self.weight_copies, others, self.own_weights, self.gradients.rows)
+            return find_drift(self.parameters, self.copy_group, others, self.own_weights, self.gradients.rows)
         self.weights.finish()
-        return find_drift(self.parameters, self.weight_copies, others)
+        return find_drift(self.parameters, self.mesh.dp_group, others)
 
     def update(self, lr: float, gradient_scale: float) -> None:
         """Update the weights from the gradients times gradient_scale.
@@ -210,7 +211,7 @@ def assemble(
         transport=transport,
     )
     own = {name: weights.own(parameter) for name, parameter in parameters.items()}
-    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
+    optimizer = new_optimizer(config, mesh, parameters, own, gradients)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
     return Assembly(
         config,
@@ -225,7 +226,7 @@ def assemble(
         splits_backward,
         own_weights=own,
         shard_group=shards.group if placements.state else None,
-        weight_copies=copies.group if placements.weights else mesh.dp_group,
+        copy_group=copies.group if placements.state else mesh.dp_group,
     )
 
 

@@ -13,7 +13,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
 from fused_megatron.durable import replace_file
-from fused_megatron.untrusted_files import convert
+from fused_megatron.untrusted_files import convert, open_plain_file
 
 
 class _Record(msgspec.Struct):
@@ -50,7 +50,7 @@ class RunFolder:
         """Make the folder, and check that files can be written there."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.metrics.open("a").close()
+            os.close(open_plain_file(self.metrics, write=True))
         except OSError as error:
             raise InputError(
                 f"training.run_folder={self.path} cannot be written: {error.strerror or error} (choose another)"

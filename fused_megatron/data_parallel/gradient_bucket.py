@@ -96,8 +96,10 @@ class WholeBucket:
         return lambda: packing.unpack_own(transfer.wait(), views)
 
     def sum_copies(self) -> Callable[[], object]:
-        if self._copies is None or self._blocks is None:
+        if self._copies is None:
             return _nothing
+        if self._blocks is None:
+            return start_all_reduce_(self.flat, self._copies).wait
         packing, views = self._blocks, list(self.views.values())
         block = packing.pack_own(views, self.flat.new_empty(packing.block_numel))
         transfer = start_all_reduce_(block, self._copies)

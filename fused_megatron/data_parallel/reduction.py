@@ -60,7 +60,6 @@ class GradientBuckets:
         sharded: bool = False,
     ) -> None:
         assert rows.num_shards in (1, group_size(dp_group))
-        assert rows.num_shards > 1 or copies is None
         self.rows, self._sharded = rows, sharded
         for group in (dp_group, copies):
             meet(group)  # now, and not in a backward

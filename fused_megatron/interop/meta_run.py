@@ -66,6 +66,7 @@ class MetaRun:
     Attributes:
         error: the exception that the forward raised; None if it succeeded.
         inside: names of the modules that were running at the error, the outermost first.
+        around: by module, the names of the modules that were running when it ran, the outermost first.
         outputs: autograd nodes of the returned tensors.
         originals: for each parameter of the copy, its name in the model.
     """
@@ -73,6 +74,7 @@ class MetaRun:
     def __init__(self, model: nn.Module, call: MetaCall, change: Callable[[nn.Module], None] | None) -> None:
         self.error: Exception | None = None
         self.inside: list[str] = []
+        self.around: dict[str, tuple[str, ...]] = {}
         self.outputs: list[Any] = []
         self.originals: dict[torch.Tensor, str] = {}
         try:
@@ -98,7 +100,11 @@ class MetaRun:
             self.error = error
 
     def _watch(self, name: str, module: nn.Module) -> None:
-        module.register_forward_pre_hook(lambda *_: self.inside.append(name))
+        def enter(*_: Any) -> None:
+            self.around[name] = tuple(self.inside)
+            self.inside.append(name)
+
+        module.register_forward_pre_hook(enter)
         module.register_forward_hook(lambda *_: self.inside.remove(name))
 
     @property

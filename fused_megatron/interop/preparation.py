@@ -15,6 +15,7 @@ from fused_megatron.interop.random_draws import guard_draws
 from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
 from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.shared_inputs import guard_inputs
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
 from fused_megatron.interop.trial import try_shards
@@ -57,6 +58,7 @@ class Preparation:
         attributes: (module, name, new value) of numbers by which forwards count heads or features.
         retied: (module, parameter name) where a module keeps, but does not use, a second name of a sharded parameter.
         summed: by module, names of replicated parameters whose gradients are summed over the ranks.
+        users: by the same modules, the modules whose forwards use these parameters.
         stacks: stacks of layers that will run on blocks of the sequence.
         shared: (module, input): the input that several linears inside the module have in common.
         scope: marks the model's forward, in which its heads return VocabLogits; None without sharded heads.
@@ -75,6 +77,7 @@ class Preparation:
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     retied: list[tuple[nn.Module, str]] = field(default_factory=list)
     summed: dict[nn.Module, list[str]] = field(default_factory=dict)
+    users: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     stacks: list[Stack] = field(default_factory=list)
     shared: list[tuple[nn.Module, SharedInput]] = field(default_factory=list)
     scope: LogitsScope | None = None
@@ -118,9 +121,12 @@ class Preparation:
         for unit in untried:
             unit.reason = unit.reason or undecided_parameter(unit, self.model, {layer.module for layer in self.layers})
         self.summed = trial.summed
+        self.users = trial.users
         for unit in units:
             for layer in unit.of("replicated_with_grad_allreduce"):
                 self.summed[layer.module] = [name for name, _ in layer.module.named_parameters(recurse=False)]
+                if unit in untried:
+                    self.users.setdefault(layer.module, []).append(self.model.get_submodule(unit.parent))
         return any(unit.reason for unit in units)
 
     def _block_units(self) -> None:
@@ -261,13 +267,14 @@ class Preparation:
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
         for module, names in self.summed.items():
-            SummedParameters(names, self.tp_group).install(module)
+            SummedParameters(module, names, self.tp_group).install(self.users.get(module, []))
         for stack in self.stacks:
             stack.install()
         if self.stacks:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         guard_answers(self.model, any(self._is_cut_attention(unit) for unit in self.units))
         guard_draws(self.model, self.tp_group)
+        guard_inputs(self.model, self.tp_group)
         if self.scope is not None:
             self.scope.install(self.model)
         for around, shared in self.shared:

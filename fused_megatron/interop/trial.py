@@ -37,11 +37,13 @@ class TrialResult:
         tried: units that were tried; the others could not run without values.
         faults: (unit, reason) of units that must stay replicated.
         summed: by module, names of parameters that each rank uses with its own features only.
+        users: by the same modules, the modules whose forwards use these parameters.
     """
 
     tried: list[Unit] = field(default_factory=list)
     faults: list[tuple[Unit, str]] = field(default_factory=list)
     summed: dict[nn.Module, list[str]] = field(default_factory=dict)
+    users: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
 
 
 class _Edge(NamedTuple):
@@ -222,19 +224,35 @@ class _Trial:
                 if fault:
                     self.result.faults.append((one, fault))
                 else:
-                    self._sum(one, names)
+                    self._sum(one, names, _runs_all(unit, run))
 
-    def _sum(self, unit: Unit, names: list[str]) -> None:
-        """Add parameters to the summed ones; `names` are their names in the first identical layer."""
+    def _sum(self, unit: Unit, names: list[str], user: str) -> None:
+        """Add parameters to the summed ones.
+
+        Args:
+            names: of the parameters.
+            user: name of the module whose forward uses them. All names are those in the first identical layer.
+        """
         planned = [layer.module for layer in unit.of("replicated_with_grad_allreduce")]
-        first = self.repeated.get(unit.stack_layer)
         for name in names:
             owner, _, key = name.rpartition(".")
-            inner = None if first is None else name_inside(first, owner)
-            module = self.model.get_submodule(owner if inner is None else joined(unit.stack_layer, inner))
+            module = self._in_layer_of(unit, owner)
+            self.result.users.setdefault(module, []).append(self._in_layer_of(unit, user))
             noted = self.result.summed.setdefault(module, []) if module not in planned else [key]
             if key not in noted:  # several layers may share the module
                 noted.append(key)
+
+    def _in_layer_of(self, unit: Unit, name: str) -> nn.Module:
+        """Return the module that corresponds, in the layer of the unit, to a name in the first identical layer."""
+        first = self.repeated.get(unit.stack_layer)
+        inner = None if first is None else name_inside(first, name)
+        return self.model.get_submodule(name if inner is None else joined(unit.stack_layer, inner))
+
+
+def _runs_all(unit: Unit, run: MetaRun) -> str:
+    """Return the name of the innermost module whose forward ran all sharded layers of the unit."""
+    around = [run.around[layer.name] for layer in unit.of(*_CUT) if layer.name in run.around]
+    return max(set.intersection(*map(set, around)), key=lambda name: around[0].index(name))
 
 
 def _leaves(roots: Iterable[Any], stops: set[Any]) -> set[torch.Tensor]:

@@ -53,6 +53,11 @@ def _wrapper_of(frame: FrameType) -> tuple[str, list[int], str] | None:
         if group is not None:
             ranks = dist.get_process_group_ranks(group)
             return "DistributedDataParallel", ranks, "process_group=mesh.dp_group"
+    if module == "torch.distributed._composable.replicate":
+        options = getattr(frame.f_locals.get("self"), "_init_kwargs", None)
+        if options is not None:
+            ranks = dist.get_process_group_ranks(options.get("process_group"))
+            return "replicate", ranks, "process_group=mesh.dp_group"
     if module == "torch.distributed.fsdp._fully_shard._fully_shard" and frame.f_code.co_name == "fully_shard":
         mesh: Any = frame.f_locals.get("mesh")
         if mesh is not None:

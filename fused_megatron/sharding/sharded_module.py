@@ -27,12 +27,14 @@ class ShardedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shards: dict[str, Shard] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def register_shard(self, name: str, parameter: nn.Parameter, shard: Shard) -> None:
         """Register a parameter and mark it."""
         self.shards.pop(name, None)  # it may have another shape than the one before
         self.register_parameter(name, parameter)
         self.shards[name] = shard
+        self._shapes[name] = tuple(parameter.shape)
         self.mark_shards()
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -44,12 +46,9 @@ class ShardedModule(nn.Module):
             InputError: the new parameter has another shape than the shard.
         """
         self._check_whole_names()
-        shards, old = self.__dict__.get("shards", {}), self._parameters.get(name)
-        if name in shards and param is not None and old is not None and param.shape != old.shape:
-            raise InputError(
-                f"{type(self).__name__}.{name}: shape {tuple(param.shape)} must be {tuple(old.shape)}, the shape of "
-                "this rank's shard (full tensors: fused_megatron.load_full_state_dict)"
-            )
+        shards = self.__dict__.get("shards", {})
+        if name in shards and param is not None:
+            self._check_shape(name, param)
         super().register_parameter(name, param)
         if name in shards and param is not None:
             mark_shard(param, shards[name])
@@ -63,13 +62,21 @@ class ShardedModule(nn.Module):
         """Mark the parameters that are registered now.
 
         Raises:
-            InputError: a parametrisation replaced a parameter.
+            InputError: a parametrisation replaced a parameter, or it has another shape than its shard.
         """
         self._check_whole_names()
         for name, shard in self.shards.items():
             parameter = self._parameters[name]
             if parameter is not None:  # a bias that was set to None
+                self._check_shape(name, parameter)
                 mark_shard(parameter, shard)
+
+    def _check_shape(self, name: str, parameter: nn.Parameter) -> None:
+        if tuple(parameter.shape) != self._shapes[name]:
+            raise InputError(
+                f"{type(self).__name__}.{name}: shape {tuple(parameter.shape)} must be {self._shapes[name]}, the shape "
+                "of this rank's shard (full tensors: fused_megatron.load_full_state_dict)"
+            )
 
     def _check_whole_names(self) -> None:
         gone = next((name for name in self.__dict__.get("shards", {}) if name not in self._parameters), None)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from fused_megatron.checkpoint import Manifest, TensorBox
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, check
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.sharding import RowShards
@@ -64,6 +65,23 @@ def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int)
     if before == now:
         return None
     return f"the learning rate of step {step + 1} is {now:.3g}; with the checkpoint's settings it would be {before:.3g}"
+
+
+def check_same_state(checkpoint: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise InputError unless a checkpoint has the optimizer state that a run needs.
+
+    Args:
+        checkpoint: its folder, for the message.
+        saved: the config in the checkpoint; a setting that is missing there had its default value.
+        config: of the run.
+    """
+    theirs = dataclasses.asdict(OptimizerConfig()) | saved.get("optimizer", {})
+    for name, ours in (("kind", config.optimizer.kind), ("state_dtype", config.optimizer.state_dtype)):
+        check(
+            theirs[name] == ours,
+            f"{checkpoint} has the optimizer state of another run: optimizer.{name}={theirs[name]!r} there, {ours!r} "
+            f"here (set optimizer.{name}={theirs[name]!r}, or choose another training.run_folder)",
+        )
 
 
 def _shown(value: Any) -> str:

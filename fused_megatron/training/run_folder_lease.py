@@ -14,6 +14,7 @@ from typing import Any
 
 from fused_megatron.checkpoint.errors import CheckpointError
 from fused_megatron.checks import InputError
+from fused_megatron.untrusted_files import open_plain_file
 
 # The holder of a lease touches the file every BEAT_S seconds. After STALE_S without a touch a run on another machine
 # may take the lease. STALE_S is several BEAT_S, since a network file system may not answer for some seconds.
@@ -22,6 +23,8 @@ STALE_S = 30.0
 # Time for a run whose launcher was killed to write its last checkpoint.
 ENDING_S = 90.0
 _POLL_S = 0.2
+# Network file systems keep what they know of a folder for up to a minute.
+_SEEN_S = 60.0
 _MAX_BYTES = 4096
 
 
@@ -41,6 +44,9 @@ class Lease:
         beat_s: seconds between two touches of the file.
         stale_s: seconds without a touch after which a run on another machine may take the lease.
         ending_s: seconds to wait for a run of this machine whose launcher is gone.
+
+    Attributes:
+        run: name of this run in the file.
     """
 
     def __init__(
@@ -48,8 +54,9 @@ class Lease:
     ) -> None:
         self.path = path
         self._beat_s, self._stale_s, self._ending_s = beat_s, stale_s, ending_s
+        self.run = secrets.token_hex(8)
         self._ours = {
-            "run": secrets.token_hex(8),
+            "run": self.run,
             "host": socket.gethostname(),
             "boot": _boot(),
             "pid": os.getpid(),
@@ -67,12 +74,41 @@ class Lease:
             say: called with a line of text if this run must wait for another one.
 
         Raises:
-            InputError: another run holds the lease.
-            OSError: the file cannot be written.
+            InputError: another run holds the lease, or the file cannot be written.
         """
+        try:
+            self._descriptor = self._locked(say)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror or error} (repair that, or choose another "
+                "training.run_folder)"
+            ) from None
+        self._thread.start()
+
+    def check_seen(self, run: str, wait_s: float = _SEEN_S) -> None:
+        """Raise InputError unless the file names this run, so that every rank writes into one folder.
+
+        Args:
+            run: `Lease.run` of the rank that took the lease.
+            wait_s: time for a network file system to show the file on this machine.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            with contextlib.suppress(OSError), open(open_plain_file(self.path, follow_links=False), "rb") as file:
+                if _holder(file.fileno()).get("run") == run:
+                    return
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"training.run_folder={self.path.parent} on {socket.gethostname()} is not rank 0's folder "
+                    "(all ranks need one shared folder)"
+                )
+            time.sleep(_POLL_S)
+
+    def _locked(self, say: Callable[[str], None]) -> int:
+        """Open, lock and write the file; return its descriptor."""
         taken = False
         while not taken:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_plain_file(self.path, follow_links=False, write=True)
             try:
                 locks = self._lock(descriptor, say)
                 # The last holder may have removed the file meanwhile. Then the lock is of no use: open the new file.
@@ -87,8 +123,7 @@ class Lease:
                 raise
             if not taken:
                 os.close(descriptor)
-        self._descriptor = descriptor
-        self._thread.start()
+        return descriptor
 
     def check(self) -> None:
         """Raise LeaseLostError if another run has taken the lease, since this one did not touch it for too long."""
@@ -176,7 +211,9 @@ class Lease:
 
     def _write(self, descriptor: int) -> None:
         # Padded, so that a concurrent reader never finds the end of an older, longer text.
-        os.pwrite(descriptor, json.dumps(self._ours).encode().ljust(_MAX_BYTES // 8) + b"\n", 0)
+        text = json.dumps(self._ours).encode().ljust(_MAX_BYTES // 8) + b"\n"
+        os.pwrite(descriptor, text, 0)
+        os.ftruncate(descriptor, len(text))
         os.fsync(descriptor)
 
     def _is_taken_over(self) -> bool:

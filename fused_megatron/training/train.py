@@ -27,7 +27,7 @@ from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import ResumedTensors, check_same_state, learning_rate_jump, settings_that_differ
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
@@ -88,6 +88,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
     lease = Lease(run.lease)
     try:
         mesh, data = on_every_rank(lambda: _set_up(config, this_rank, run, lease, reporter))
+        (holder, *_) = gather_json(lease.run, world_group())
+        on_every_rank(lambda: lease.check_seen(holder))
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
@@ -135,7 +137,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
+        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
         # In another layout the ranks differ, so their random number generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         weights_only = state.get("weights_only", False)  # True for an imported model
@@ -187,8 +189,8 @@ def _begin_records(trainer: Trainer) -> None:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
-def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
-    """Read the run state of a checkpoint; raise InputError unless its model has the sizes of model_config."""
+def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config: TrainConfig) -> dict[str, Any]:
+    """Read the run state of a checkpoint; raise InputError unless model and optimizer have the same tensors."""
     state = read_run_state(checkpoint)
     # A field that is missing in the checkpoint had its default value when it was written.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
@@ -201,6 +203,8 @@ def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> d
                 f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
                 f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
             )
+    if not state.get("weights_only", False):
+        check_same_state(checkpoint, state["config"], config)
     return state
 
 

@@ -1,6 +1,7 @@
 """Start here when metrics are lost by a kill or a resume, or a run's config does not come back equal."""
 
 import dataclasses
+import os
 import warnings
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"training.run_folder=.*file/run cannot be written: Not a directory"):
         RunFolder(tmp_path / "file" / "run").create()
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"training.run_folder=.* cannot be written: not a plain file"):
+        RunFolder(tmp_path).create()
 
 
 @pytest.mark.parametrize("records", [

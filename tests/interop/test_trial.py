@@ -75,6 +75,17 @@ class HeadNorm(nn.Module):
         return (nn.functional.normalize(x.unflatten(-1, (-1, 3)), dim=-1) * self.weight).flatten(-2)
 
 
+class SwishOfADict(nn.Module):
+    """Swish with a learned slope that another module holds; the forward of that module never runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.slopes = nn.ParameterDict({"beta": nn.Parameter(torch.tensor(0.7))})
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.slopes["beta"] * x)
+
+
 def in_place():
     return nn.Sequential(nn.PReLU(), nn.ReLU(inplace=True), nn.PReLU())
 
@@ -82,6 +93,8 @@ def in_place():
 # Models that are sharded.
 TAKEN = {
     "slope": lambda: Stack(Swish),
+    "slope in a dict": lambda: Stack(SwishOfADict),
+    "slope in a dict, shared by all layers": lambda: Stack(None, shared=SwishOfADict()),
     "PReLU of a number, and in place": lambda: Stack(in_place),
     "shared by all layers": lambda: Stack(None, shared=Swish()),
     "single heads": lambda: Stack(HeadNorm),
@@ -127,7 +140,7 @@ def taken(rank, world_size):
         assert "its gradient summed over the ranks" in str(model.parallel_report), name
         for a, b in zip(trained(model, mesh.tp_group), trained(original, None), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
-        assert "beta" not in model.blocks[0].between.__dict__
+        assert not any("beta" in module.__dict__ for module in model.modules())
         twin = copy.deepcopy(model)
         assert torch.equal(trained(twin, mesh.tp_group)[0], trained(model, mesh.tp_group)[0])
 

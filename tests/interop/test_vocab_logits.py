@@ -81,6 +81,7 @@ def compare_gradients(model, original, tp_group):
 def check_loss(make, gather, mesh, **arguments):
     original = built(make)
     model = fm.parallelize(copy.deepcopy(original), mesh, PLANS.get(make), gather_logits=gather)
+    model(**batch(), **arguments)  # the first call compares the inputs of the ranks
     with record_communication() as ledger:
         ours = model(**batch(), **arguments)
     theirs = original(**batch(), **arguments)

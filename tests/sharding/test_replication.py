@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,6 +43,9 @@ def around_shards(rank, world_size):
                 DistributedDataParallel(model, **options)
         with pytest.raises(InputError, match=r"fully_shard over ranks \[0, 1\].*mesh=mesh.device_mesh\['dp'\]"):
             fully_shard(copy.deepcopy(model))
+        replicated = replicate(copy.deepcopy(model))
+        with pytest.raises(InputError, match=r"replicate over ranks \[0, 1\].*process_group=mesh.dp_group"):
+            replicated(torch.zeros(1, 8, dtype=torch.int64 if name == "GPT" else torch.float32))
         after = fm.full_state_dict(model)
         assert all(torch.equal(value, after[key]) for key, value in before.items()), name
     alone = fm.parallelize(mlp(), None, PLAN)

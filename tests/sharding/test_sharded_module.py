@@ -72,6 +72,10 @@ def test_another_shape_or_other_parameters_are_refused():
         InputError, match=r"Half.weight: shape \(6, 4\) must be \(3, 4\), the shape of this rank's shard"
     ):
         half.weight = nn.Parameter(torch.zeros(6, 4))
+    half.weight.data = torch.zeros(6, 4)
+    with pytest.raises(InputError, match=r"Half.weight: shape \(6, 4\) must be \(3, 4\)"):
+        parts_of_parameters(half)
+    half = Half()
     for norm in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm):
         with warnings.catch_warnings(), pytest.raises(InputError, match="is a shard, which cannot be made of other"):
             warnings.simplefilter("ignore")  # the last is deprecated
