@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from fused_megatron.checks import has_values
 from fused_megatron.reference.philox import rows_of_random_words
 from fused_megatron.reference.stochastic_rounding import round_to_bfloat16
 from fused_megatron.sharding import ShardPart, TensorBox
@@ -44,6 +45,8 @@ class StochasticState:
         Memory: about 100 bytes for each of 2^16 elements (2^22 on a GPU), or of a row that is longer.
         """
         assert len(wide) <= 2
+        if not has_values(wide[0]):
+            return
         for part in self._parts[name]:
             rng_state = torch.tensor([self._seeds[part.full_name(name)], step], device=wide[0].device)
             sources, targets = ([part.held(tensor) for tensor in tensors] for tensors in (wide, narrow))
