@@ -77,7 +77,7 @@ def take_steps(run: Built, steps: Sequence[int], gradient_scale: Any = 1.0) -> N
         optimizer.step(1e-2 / (step + 1), gradient_scale)
 
 
-@pytest.mark.parametrize(("settings", "make", "kinds"), CASES, ids=lambda case: str(case))
+@pytest.mark.parametrize(("settings", "make", "kinds"), CASES, ids=[str(case[0]) for case in CASES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_steps_equal_torch_on_wide_weights(
     dtype: torch.dtype, settings: dict[str, Any], make: Callable[..., torch.optim.Optimizer], kinds: set[str]
