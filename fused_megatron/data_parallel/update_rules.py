@@ -1,13 +1,17 @@
 """Update rules of the optimizers that update every element by itself: AdamW, SGD with momentum, Lion."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from fused_megatron import ops
+from fused_megatron.checks import has_values
 from fused_megatron.config import OptimizerConfig
+
+_PIECE_ELEMENTS = 1 << 15
+"""Four tensors of this size and two temporaries fit into the second-level cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,11 @@ class SGD:
 
     def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
         """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
         change = list(torch._foreach_mul(group.gradient, gradient_scale))
         if group.weight_decay:
             torch._foreach_add_(change, group.main, alpha=group.weight_decay)
@@ -107,7 +116,6 @@ class SGD:
             else:
                 change = buffers
         torch._foreach_add_(group.main, change, alpha=-lr)
-        round_main_weights(group)
 
 
 class Lion:
@@ -129,6 +137,11 @@ class Lion:
 
     def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
         """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
         gradient = list(torch._foreach_mul(group.gradient, gradient_scale))
         momentum = group.state["exp_avg"]
         change = list(torch._foreach_mul(momentum, self._beta1))
@@ -138,7 +151,23 @@ class Lion:
         torch._foreach_add_(momentum, gradient, alpha=1 - self._beta2)
         torch._foreach_mul_(group.main, 1 - lr * group.weight_decay)
         torch._foreach_add_(group.main, change, alpha=-lr)
-        round_main_weights(group)
+
+
+def _pieces(group: ParameterGroup) -> Iterator[ParameterGroup]:
+    """Cut contiguous tensors on a CPU into pieces that stay in its cache over the passes of an update.
+
+    The pieces have no parameters of lower precision.
+    """
+    if not group.main[0].is_cpu or not has_values(group.main[0]):  # a dry run would take its time for each piece
+        yield group
+        return
+    for i, main in enumerate(group.main):
+        tensors = (main, group.gradient[i], *(state[i] for state in group.state.values()))
+        for weight, gradient, *states in zip(
+            *(tensor.view(-1).split(_PIECE_ELEMENTS) for tensor in tensors), strict=True
+        ):
+            state = {kind: [piece] for kind, piece in zip(group.state, states, strict=True)}
+            yield ParameterGroup((group.names[i],), [weight], [gradient], state, [], group.weight_decay)
 
 
 def round_main_weights(group: ParameterGroup) -> None:

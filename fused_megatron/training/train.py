@@ -267,5 +267,6 @@ def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40)
     if tokenizer is None or trainer.data.masking is not None:
         return []
     start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
-    tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
+    with trainer.weights.whole():
+        tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
     return [f"  {i}. " + repr(tokenizer.decode(row[1:].tolist()))[1:-1] for i, row in enumerate(tokens, 1)]

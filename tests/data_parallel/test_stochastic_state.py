@@ -87,7 +87,7 @@ def test_the_cut_into_runs_changes_no_bit(monkeypatch: pytest.MonkeyPatch, colum
     whole, part = wide.bfloat16(), wide[:, columns].contiguous().bfloat16()
     StochasticState({"w": parameter_parts(wide)}, 0).store("w", 3, [wide], [whole])
     held = ShardPart("", slice(None), ParameterShard((7, 11), (0, columns.start)))
-    monkeypatch.setattr(stochastic_state, "_RUN_ELEMENTS", 9)
+    monkeypatch.setitem(stochastic_state._RUN_ELEMENTS, "cpu", 9)
     StochasticState({"w": (held,)}, 0).store("w", 3, [wide[:, columns].contiguous()], [part])
     assert torch.equal(part, whole[:, columns])
     assert not torch.equal(whole, wide.bfloat16())
