@@ -83,16 +83,14 @@ class WeightGather:
         """Wait until every parameter is whole."""
         self._wait(len(self._buckets))
 
+    def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Wait until these parameters are whole. Every wait for a bucket first sends the next."""
+        self._wait(max((self._index[p] + 1 for p in parameters if p in self._index), default=0))
+
     def _hook(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-        end = max((self._index[p] + 1 for p in parameters if p in self._index), default=0)
-        if end:
-            module.register_forward_pre_hook(self._before_forward(end), prepend=True)
-
-    def _before_forward(self, end: int) -> Callable[[nn.Module, Any], None]:
-        def wait(module: nn.Module, arguments: Any) -> None:
-            self._wait(end)
-
-        return wait
+        waited = [p for p in parameters if p in self._index]
+        if waited:
+            module.register_forward_pre_hook(lambda *_: self.wait_for(waited), prepend=True)
 
     def _wait(self, end: int) -> None:
         while self._done < end:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
 from fused_megatron.observe.record_communication import transfer_of
-from fused_megatron.observe.storages import StorageLog
+from fused_megatron.observe.storages import RESIZE_STORAGE, StorageLog
 from fused_megatron.pipeline.schedule.action import Action
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
@@ -93,14 +93,14 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: all that were made.
         work: by (phase, action), what was counted there.
-        replicas: the global ranks of data parallelism, which send each other weights and gradients.
+        replicas: groups of global ranks of data parallelism, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
         super().__init__()
         self.storages: StorageLog[Place] = StorageLog(self.place)
         self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
-        self.replicas: tuple[int, ...] = ()
+        self.replicas: set[tuple[int, ...]] = set()
         self._fake = fake
         self._phase = ""
         self._at: Callable[[], Action | None] = lambda: None
@@ -170,6 +170,8 @@ class StepRecorder(TorchDispatchMode):
             operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # the formulas know no dtype of a sum
             self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
         self.storages.see(func, (args, kwargs), result)
+        if func is RESIZE_STORAGE:
+            self.relabel(args[0], GATHERED_ROWS)
         return result
 
     def _count(self, work: Work, number: int) -> None:
@@ -185,7 +187,7 @@ class StepRecorder(TorchDispatchMode):
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
-        if found.group and found.group == self.replicas:
+        if found.group in self.replicas:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, torch.Tensor):
                     self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)

@@ -13,6 +13,7 @@ from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.sharding.parameter_record import parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
+from fused_megatron.sharding.replica_shards import replica_shards
 from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sharded_module import parallel_group, parts_of_parameters
 
@@ -32,8 +33,9 @@ def clip_grad_norm_(
     shared parameters differently. This function counts every element of the full model once. All ranks must call it.
 
     Args:
-        model: after parallelize, or with layers of fused_megatron.tensor_parallel; also under FSDP2's fully_shard. For
-            a pipeline stage the result is the norm of the stage (a tied weight counts in the first stage with it).
+        model: after parallelize, or with layers of fused_megatron.tensor_parallel; also after shard_data_parallel or
+            under FSDP2's fully_shard. For a pipeline stage the result is the norm of the stage (a tied weight counts
+            in the first stage with it).
         max_norm: gradients are scaled so that their norm is at most this.
         norm_type: p; inf for the largest absolute value.
         error_if_nonfinite: raise if the norm is nan or inf.
@@ -45,20 +47,30 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite, with error_if_nonfinite; the gradients are unchanged.
 
-    Communication: one all-gather of one number. With FSDP2 also the collectives of its own norms, and an all-gather of
-        each gradient of which a rank counts some rows only (a projection that holds copies of key-value heads).
+    Communication: one all-gather of one number; one more over data-parallel ranks that share rows. With FSDP2 also the
+        collectives of its own norms, and an all-gather of each gradient of which a rank counts some rows only (a
+        projection that holds copies of key-value heads).
     """
-    group = parallel_group(model)
-    counted = list(_counted_gradients(model, group_rank(group)))
+    group, shards = parallel_group(model), replica_shards(model)
+    own = {} if shards is None else shards.gradients()
+    if shards is None:
+        counted = list(_counted_gradients(model, group_rank(group)))
+    else:
+        counted = list(_counted_rows(model, group_rank(group), own, shards.rows))
     norm: Any = torch.nn.utils.get_total_norm(counted, norm_type)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over FSDP2's ranks
     first = next(model.parameters(), torch.empty(0))
     wide = any(p.grad is not None and p.grad.dtype == torch.float64 for p in model.parameters())
     norm = norm.to(first.device, torch.float64 if wide else torch.float32)
-    total = torch.linalg.vector_norm(start_all_gather(norm.view(1), 0, group).wait(), norm_type)
+    total = norm
+    for ranks in (group, None if shards is None else shards.group):
+        total = torch.linalg.vector_norm(start_all_gather(total.view(1), 0, ranks).wait(), norm_type)
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the gradient norm of order {norm_type} is {total.item()}, and cannot be clipped")
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    if shards is None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    elif own:
+        torch._foreach_mul_(list(own.values()), (max_norm / (total + 1e-6)).clamp(max=1.0))  # as torch
     return total
 
 
@@ -143,3 +155,14 @@ def _counted_gradients(model: nn.Module, tp_rank: int) -> Iterator[torch.Tensor]
         counted = _counted(parts, gradient.shape, tp_rank)
         # A gradient that counts as a whole is not cut, since FSDP2 would gather it for that.
         yield from [gradient] if len(counted) == len(parts) else [part.of(gradient) for part in counted]
+
+
+def _counted_rows(
+    model: nn.Module, tp_rank: int, own: Mapping[nn.Parameter, torch.Tensor], rows: RowShards
+) -> Iterator[torch.Tensor]:
+    """Yield the parts that this rank counts of the gradients of its rows. torch takes no norm of an empty tensor."""
+    for parameter, parts in parts_of_parameters(model).items():
+        if parameter in own:
+            counted = _counted(parts, parameter.shape, tp_rank)
+            found = [part.of(own[parameter]) for part in rows.own_parts(parameter, counted)]
+            yield from [part for part in found if part.numel()]

@@ -8,7 +8,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import OptimizerConfig
 
 
-@pytest.mark.parametrize(("settings", "message"), [
+BAD: list[tuple[dict[str, Any], str]] = [
     ({"kind": "adam"}, "optimizer.kind='adam' must be one of: 'adamw', 'sgd', 'lion', 'muon'"),
     ({"state_dtype": "float16"}, "state_dtype='float16' must be one of: 'float32', 'bfloat16'"),
     ({"kind": "sgd", "momentum": 1.0}, r"momentum=1.0 must lie in \[0, 1\)"),
@@ -20,7 +20,10 @@ from fused_megatron.config import OptimizerConfig
     ({"kind": "sgd", "adjust_lr_fn": "original"}, "adjust_lr_fn=original has no effect with optimizer.kind='sgd'"),
     ({"kind": "muon", "adjust_lr_fn": "none"}, "adjust_lr_fn='none' must be one of: 'match_rms_adamw', 'original'"),
     ({"kind": "sgd", "momentum": 0.0, "nesterov": True}, "nesterov=True needs a momentum above 0"),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
 def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as error:
         OptimizerConfig(**settings)
