@@ -7,7 +7,6 @@ import pytest
 from fused_megatron.checks import InputError
 from fused_megatron.config import OptimizerConfig
 
-
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"kind": "adam"}, "optimizer.kind='adam' must be one of: 'adamw', 'sgd', 'lion', 'muon'"),
     ({"state_dtype": "float16"}, "state_dtype='float16' must be one of: 'float32', 'bfloat16'"),
