@@ -47,8 +47,8 @@ def shard_data_parallel(
     they communicate nothing. In stages 2 and 3 each of them still sums its gradients over the ranks, since a rank has
     no room for whole ones. Without no_sync the numbers are the same, with more communication.
 
-    A forward must call the module whose weights it reads, as for fully_shard. In stage 3 a weight that is read
-    elsewhere is NaN.
+    A forward must call the module whose weights it reads, as for fully_shard. A weight that is read elsewhere is NaN:
+    in stage 3 always, in stages 1 and 2 until it has arrived.
 
     Args:
         model: any module on one device, with the same weights on every data-parallel rank; also after

@@ -85,6 +85,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_current()
         self._replica.settle()
+        self._replica.weights.finish()  # what still arrives would undo the update
         self._inner.step()
         self._replica.updated()
         return loss

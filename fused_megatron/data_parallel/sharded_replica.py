@@ -68,7 +68,7 @@ class ShardedReplica:
             self.weights = ShardedWeights({0: model}, self.rows, shards.group)
             self.weights.watch(model)
         else:
-            self.weights = WeightGather(self._buckets.in_order_of_forward(), self.rows, shards.group)
+            self.weights = WeightGather(self._buckets.in_order_of_forward(), self.rows, shards.group, hides=True)
             self._wait_in_forward(model, self.weights)
         self._own = {p: self._buckets[p] for p in self.trainable.values()}
         self.main: dict[nn.Parameter, nn.Parameter] = {}

@@ -1,5 +1,6 @@
 """Gathering of weights that data-parallel ranks have updated in parts, under the forward that follows."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ class WeightGather:
             several dtypes are sent apart.
         rows: which rows of each parameter this rank updates.
         group: the ranks that update the other rows; None for one rank, which has nothing to gather.
+        hides: whether a parameter reads as NaN until it is whole.
 
     Communication:
         One all-gather of each bucket after each update, in the dtype of the parameters.
@@ -33,9 +35,13 @@ class WeightGather:
     """
 
     def __init__(
-        self, buckets: Sequence[Sequence[nn.Parameter]], rows: RowShards, group: dist.ProcessGroup | None
+        self,
+        buckets: Sequence[Sequence[nn.Parameter]],
+        rows: RowShards,
+        group: dist.ProcessGroup | None,
+        hides: bool = False,
     ) -> None:
-        self._rows = rows
+        self._rows, self._hides = rows, hides
         self._group = group if rows.num_shards > 1 else None
         meet(self._group)  # its ranks meet here, and not in a forward
         self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
@@ -78,6 +84,8 @@ class WeightGather:
         self.finish()
         self._done = self._started = 0
         self._send(1)
+        for bucket in self._buckets if self._hides else ():
+            bucket.hide()
 
     def finish(self) -> None:
         """Wait until every parameter is whole."""
@@ -110,16 +118,28 @@ class _Bucket:
 
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
         self.parameters = tuple(parameters)
+        self._whole = [p.detach() for p in parameters]
+        self._absent = parameters[0].detach().new_full((), math.nan)
+        self._is_hidden = False
         self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
         self._wait: Callable[[], None] | None = None
 
     def start(self, group: dist.ProcessGroup) -> None:
-        self._wait = self._blocks.start_gather([p.detach() for p in self.parameters], group)
+        self._wait = self._blocks.start_gather(self._whole, group)
+
+    def hide(self) -> None:
+        """Let the parameters read as NaN until finish()."""
+        self._is_hidden = True
+        for parameter in self.parameters:
+            parameter.data = self._absent.expand(parameter.shape)
 
     def finish(self) -> None:
         assert self._wait is not None
         self._wait()
         self._wait = None
+        for parameter, whole in zip(self.parameters, self._whole, strict=True) if self._is_hidden else ():
+            parameter.data = whole
+        self._is_hidden = False
 
 
 def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

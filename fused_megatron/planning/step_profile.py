@@ -22,7 +22,7 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# What goes over this axis goes once a step: sums of gradients in the last backward, weights in the first forward.
+# Without sharded gradients this axis is used once a step: sums in the last backward, weights in the first forward.
 DATA = "dp"
 
 DEFERRED = "weight gradients put off"

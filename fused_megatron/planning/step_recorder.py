@@ -33,6 +33,7 @@ _TAKEN_APART = {torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.
 _FOUND = torch.ops.aten.nonzero.default
 _COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
 """Ops that copy between devices, with the position of the source among their arguments."""
+_GATHER_OF_TIED_WEIGHT = "c10d._allgather_base_.pipeline"
 _PIN = torch.ops.aten._pin_memory.default
 # Functions that read a number only if it is in host memory: on a GPU they take another branch.
 _READ_HOST_MEMORY = {
@@ -153,6 +154,9 @@ class StepRecorder(TorchDispatchMode):
             return self._read(args[0])
         if func.namespace == "c10d":
             self._transfer(func.overloadpacket.__name__, args)
+            if self._fake and str(func) == _GATHER_OF_TIED_WEIGHT:
+                # gloo and NCCL gather a list of tensors to one buffer first.
+                self.storages.see(func, (), args[0].contiguous())
         if self._fake and func is _FOUND:  # how many there are hangs on the numbers: all, the most that can be
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         elif self._fake and func is _PIN:  # torch has no fake form of it

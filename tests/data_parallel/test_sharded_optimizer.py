@@ -154,6 +154,61 @@ def test_accumulation_sends_what_the_stage_says() -> None:
         assert max(reduced) <= padded
 
 
+class Reader(nn.Module):
+    """Reads the weight of a module whose forward it never calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(x, self.blocks[2].weight)
+        return self.blocks[1](self.blocks[0](x)) + self.blocks[2].bias
+
+
+class EarlyReader(Reader):
+    """Reads the weight of a module before its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.blocks[2]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[1](self.blocks[0](x) * self.blocks[1].weight.sum())
+
+
+def read_elsewhere(rank: int, world_size: int, stage: int) -> list[Any]:
+    """Return the losses of both models in the second step."""
+    mesh, found = fm.init_mesh(), []
+    for kind in (Reader, EarlyReader):
+        model = fm.shard_data_parallel(kind(), mesh, stage, bucket_mb=1e-4)
+        optimizer = fm.ShardedOptimizer(model, torch.optim.SGD, lr=0.1)
+        for _ in range(2):
+            loss = model(samples(0, 0)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.step()  # what arrives later must not undo it
+            optimizer.zero_grad()
+        found.append(float(loss.detach()))
+    return found
+
+
+def test_a_weight_that_is_read_without_its_module_is_right_or_nan() -> None:
+    model = Reader()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model(samples(0, 0)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    for stage, by_rank in zip((1, 2, 3), run_cases_on_ranks(read_elsewhere, 2, [(1,), (2,), (3,)]), strict=True):
+        for right, early in by_rank:
+            assert early != early
+            assert right == pytest.approx(float(loss.detach()), rel=1e-6) if stage < 3 else right != right
+
+
 def float16_steps(rank: int, world_size: int) -> list[float]:
     """One rank's rows overflow in the first step: all ranks skip it."""
     mesh = fm.init_mesh()
@@ -180,15 +235,21 @@ def test_all_ranks_skip_a_step_whose_gradients_overflow() -> None:
     backward(model, samples(1, 0))
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     wanted = model.blocks[0].weight - 0.1 * model.blocks[0].weight.grad  # type: ignore[operator]
-    assert first == second == [512.0, pytest.approx(float(wanted.sum()), rel=1e-5)]
+    assert first == second == [512.0, pytest.approx(float(wanted.detach().sum()), rel=1e-5)]
 
 
 def llama() -> Any:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        hidden_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=23, intermediate_size=24,
-        num_key_value_heads=1, tie_word_embeddings=True, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=23,
+        intermediate_size=24,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
     return hf.LlamaForCausalLM(config)
 
 
