@@ -44,7 +44,7 @@ class Assembly:
         splits_backward: True if the schedule computes weight gradients in actions of their own.
         own_weights: the rows of the parameters that this rank updates, by the same names.
         shard_group: data-parallel ranks that own the other rows; None if this rank owns all.
-        weight_copies: data-parallel ranks that hold the same weights; None for this rank only.
+        copy_group: data-parallel ranks that own the same rows; None for this rank only.
     """
 
     config: TrainConfig
@@ -59,7 +59,7 @@ class Assembly:
     splits_backward: bool
     own_weights: Mapping[str, torch.Tensor]
     shard_group: Group
-    weight_copies: Group
+    copy_group: Group
 
     @property
     def device(self) -> torch.device:
@@ -147,9 +147,9 @@ class Assembly:
         """
         others = (self.mesh.tp_group, self.mesh.pp_group)
         if isinstance(self.weights, ShardedWeights):
-            return find_drift(self.parameters, self.weight_copies, others, self.own_weights, self.gradients.rows)
+            return find_drift(self.parameters, self.copy_group, others, self.own_weights, self.gradients.rows)
         self.weights.finish()
-        return find_drift(self.parameters, self.weight_copies, others)
+        return find_drift(self.parameters, self.mesh.dp_group, others)
 
     def update(self, lr: float, gradient_scale: float) -> None:
         """Update the weights from the gradients times gradient_scale.
@@ -226,7 +226,7 @@ def assemble(
         splits_backward,
         own_weights=own,
         shard_group=shards.group if placements.state else None,
-        weight_copies=copies.group if placements.weights else mesh.dp_group,
+        copy_group=copies.group if placements.state else mesh.dp_group,
     )
 
 

@@ -104,7 +104,7 @@ class OptimizerConfig:
             readers = ", ".join(repr(kind) for kind, own in _KINDS.items() if name in own.keys)
             check(
                 value == default or name in _KINDS[self.kind].keys,
-                f"{name}={value} has no effect with optimizer.kind={self.kind!r}: leave it out, or choose one of: "
+                f"{name}={value} has no effect with optimizer.kind={self.kind!r}: leave it out, or set kind to one of: "
                 f"{readers}",
             )
         if self.momentum is not None:

@@ -26,10 +26,9 @@ class Muon:
     stacked parameter (query, key, value; gate and up) is a matrix of its own, as it is in a checkpoint. So the update
     does not depend on the layout.
 
-    torch multiplies matrices in bfloat16. This rule does so for parameters in bfloat16. For parameters in float32 it
-    multiplies in float32: bfloat16 would make an update differ by a per cent between layouts whose gradients differ by
-    their last bit. Elementwise operations are rounded to float32 one by one, so that an element's result does not
-    depend on its position in a shard.
+    torch multiplies matrices in bfloat16. This rule does so for bfloat16 parameters, with torch's bits. For float32
+    parameters it multiplies in float32: bfloat16 would make an update differ by a per cent between layouts whose
+    gradients differ by their last bit.
 
     Args:
         config: momentum, nesterov and adjust_lr_fn.
@@ -58,17 +57,15 @@ class Muon:
         like = group.low[0] if group.low else group.main[0]
 
         def direction(matrix: Matrix) -> torch.Tensor:
-            # Not by lerp and alpha: torch fuses multiply and add for some positions of an element and not for others.
             g = gradient[matrix.name][matrix.rows] * gradient_scale
-            buffer = buffers[matrix.name][matrix.rows]
-            buffer.add_((g - buffer).mul_(1 - self._momentum))
-            u = g.add_((buffer - g).mul_(self._momentum)) if self._nesterov else buffer
+            buffer = buffers[matrix.name][matrix.rows].lerp_(g, 1 - self._momentum)
+            u = g.lerp_(buffer, self._momentum) if self._nesterov else buffer
             return u.to(like.dtype)
 
         for matrix, update in self._matrices.map(direction, orthogonal, like):
             weight = main[matrix.name][matrix.rows]
             weight.mul_(1 - lr * group.weight_decay)
-            weight.sub_(update.float() * (lr * self._factor(*matrix.shape)))
+            weight.add_(update, alpha=-lr * self._factor(*matrix.shape))
         round_main_weights(group)
 
 

@@ -36,9 +36,9 @@ class Optimizer:
         rounding: of state in bfloat16; needed with config.state_dtype="bfloat16".
 
     Memory: 4 bytes an element, or 2 in bfloat16, for each state tensor (AdamW two; SGD with momentum, Lion and Muon
-        one); 4 more for the main weight of a parameter that is not float32. While SGD and Lion update: 12 bytes for
-        each of BATCH_ELEMENTS. While state in bfloat16 is updated: 4 bytes for each of BATCH_ELEMENTS and state tensor;
-        with Muon for every element of the rank's matrices.
+        one); 4 more for the main weight of a parameter that is not float32. While SGD and Lion update on a GPU: 8 bytes
+        for each of BATCH_ELEMENTS. While state in bfloat16 is updated: 4 bytes for each of BATCH_ELEMENTS and state
+        tensor; with Muon for every element of the rank's matrices.
     """
 
     def __init__(

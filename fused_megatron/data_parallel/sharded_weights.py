@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fused_megatron.collectives import meet
 from fused_megatron.data_parallel.row_blocks import RowBlocks
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
+from fused_megatron.observe.storages import RESIZE_STORAGE
 from fused_megatron.sharding import RowShards
 
 GATHERS_UNDER_WAY = 2
@@ -39,7 +40,7 @@ class ShardedWeights:
 
     Communication: one all-gather, in the dtype of the parameters, for each unit (weight_units.py) and forward, and one
         for each backward. An embedding is not gathered for backward.
-    Memory: this rank's rows; two units that are whole, and one more while it is received.
+    Memory: this rank's rows; one unit that is whole and the next one, which is received.
     """
 
     def __init__(self, stages: Mapping[int, nn.Module], rows: RowShards, group: dist.ProcessGroup | None) -> None:
@@ -141,7 +142,7 @@ class ShardedWeights:
     def _make_whole(self, use: "_Use", backward: bool) -> None:
         """Wait for the units of a use, and send the units that were used after it the last time."""
         for unit in use.units:
-            unit.start()
+            unit.finish()
         if not use.surrounds:
             before = self._latest[backward]
             if before is not None:
@@ -150,8 +151,6 @@ class ShardedWeights:
             following = self._following.get((backward, use))
             for unit in following.units if following is not None else ():
                 unit.start()
-        for unit in use.units:
-            unit.finish()
 
     def _before_forward(self, use: "_Use", *_: Any) -> None:
         if self._backward:  # a block runs again in its backward, which has gathered its weights
@@ -311,4 +310,4 @@ class _Part:
 
 def _resize(tensor: torch.Tensor, num_bytes: int) -> None:
     """Free or allocate the memory of a tensor, by an op that dispatch modes see."""
-    torch.ops.inductor.resize_storage_bytes_(tensor, num_bytes)
+    RESIZE_STORAGE(tensor, num_bytes)

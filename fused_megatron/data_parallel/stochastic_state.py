@@ -6,12 +6,13 @@ from math import prod
 
 import torch
 
+from fused_megatron.checks import has_values
 from fused_megatron.reference.philox import rows_of_random_words
 from fused_megatron.reference.stochastic_rounding import round_to_bfloat16
 from fused_megatron.sharding import ShardPart, TensorBox
 
-_RUN_ELEMENTS = 1 << 16
-"""Elements whose random words exist at a time, if they are not one row: in int64 they fit into a cache."""
+_RUN_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Elements whose random words exist at a time, if they are not one row: they fit into a CPU's cache, and fill a GPU."""
 
 
 class StochasticState:
@@ -41,9 +42,11 @@ class StochasticState:
             wide: at most two float32 tensors in the shape of this rank's tensor.
             narrow: bfloat16 tensors that receive them.
 
-        Memory: about 100 bytes for each of 2^16 elements, or of a row that is longer.
+        Memory: about 100 bytes for each of 2^16 elements (2^22 on a GPU), or of a row that is longer.
         """
         assert len(wide) <= 2
+        if not has_values(wide[0]):
+            return
         for part in self._parts[name]:
             rng_state = torch.tensor([self._seeds[part.full_name(name)], step], device=wide[0].device)
             sources, targets = ([part.held(tensor) for tensor in tensors] for tensors in (wide, narrow))
@@ -69,17 +72,18 @@ def _runs(box: TensorBox, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[tor
     if prod(shape) == 0:
         return
     device = box.tensor.device
+    most = _RUN_ELEMENTS.get(device.type, _RUN_ELEMENTS["cuda"])
     strides = [prod(full[dim + 1 :]) for dim in range(len(full))]
     first = sum(start * stride for start, stride in zip(box.offset, strides, strict=True))
     if shape[1:] == full[1:]:  # one run, also of a 0-dim tensor
         flat = [tensor.view(-1) for tensor in tensors]
-        for start in range(0, flat[0].numel(), _RUN_ELEMENTS):
-            yield torch.tensor([first + start], device=device), [f[start : start + _RUN_ELEMENTS][None] for f in flat]
+        for start in range(0, flat[0].numel(), most):
+            yield torch.tensor([first + start], device=device), [f[start : start + most][None] for f in flat]
         return
     starts = torch.full((1,), first, device=device)
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         starts = (starts[:, None] + stride * torch.arange(size, device=device)).view(-1)
     rows = [tensor.view(-1, shape[-1]) for tensor in tensors]
-    step = max(1, _RUN_ELEMENTS // shape[-1])
+    step = max(1, most // shape[-1])
     for row in range(0, len(starts), step):
         yield starts[row : row + step], [r[row : row + step] for r in rows]

@@ -1,13 +1,17 @@
 """Update rules of the optimizers that update every element by itself: AdamW, SGD with momentum, Lion."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from fused_megatron import ops
+from fused_megatron.checks import has_values
 from fused_megatron.config import OptimizerConfig
+
+_PIECE_ELEMENTS = 1 << 15
+"""Four tensors of this size and two temporaries fit into the second-level cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,23 @@ class SGD:
 
     def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
         """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
         change = list(torch._foreach_mul(group.gradient, gradient_scale))
         if group.weight_decay:
-            add_multiple_(change, group.main, group.weight_decay)
+            torch._foreach_add_(change, group.main, alpha=group.weight_decay)
         if self._momentum:
             buffers = group.state["momentum_buffer"]
             torch._foreach_mul_(buffers, self._momentum)
             torch._foreach_add_(buffers, change)
             if self._nesterov:
-                add_multiple_(change, buffers, self._momentum)
+                torch._foreach_add_(change, buffers, alpha=self._momentum)
             else:
                 change = buffers
-        add_multiple_(group.main, change, -lr)
-        round_main_weights(group)
+        torch._foreach_add_(group.main, change, alpha=-lr)
 
 
 class Lion:
@@ -129,25 +137,37 @@ class Lion:
 
     def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
         """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
         gradient = list(torch._foreach_mul(group.gradient, gradient_scale))
         momentum = group.state["exp_avg"]
         change = list(torch._foreach_mul(momentum, self._beta1))
-        add_multiple_(change, gradient, 1 - self._beta1)
+        torch._foreach_add_(change, gradient, alpha=1 - self._beta1)
         torch._foreach_sign_(change)
         torch._foreach_mul_(momentum, self._beta2)
-        add_multiple_(momentum, gradient, 1 - self._beta2)
+        torch._foreach_add_(momentum, gradient, alpha=1 - self._beta2)
         torch._foreach_mul_(group.main, 1 - lr * group.weight_decay)
-        add_multiple_(group.main, change, -lr)
-        round_main_weights(group)
+        torch._foreach_add_(group.main, change, alpha=-lr)
 
 
-def add_multiple_(tensors: list[torch.Tensor], others: list[torch.Tensor], factor: float) -> None:
-    """Add factor * other to each tensor; the product is rounded by itself.
+def _pieces(group: ParameterGroup) -> Iterator[ParameterGroup]:
+    """Cut contiguous tensors on a CPU into pieces that stay in its cache over the passes of an update.
 
-    torch's `alpha` fuses both for some positions of an element in its tensor and not for others, so that the result
-    would depend on how parameters are sharded.
+    The pieces have no parameters of lower precision.
     """
-    torch._foreach_add_(tensors, torch._foreach_mul(others, factor))
+    if not group.main[0].is_cpu or not has_values(group.main[0]):  # a dry run would take its time for each piece
+        yield group
+        return
+    for i, main in enumerate(group.main):
+        tensors = (main, group.gradient[i], *(state[i] for state in group.state.values()))
+        for weight, gradient, *states in zip(
+            *(tensor.view(-1).split(_PIECE_ELEMENTS) for tensor in tensors), strict=True
+        ):
+            state = {kind: [piece] for kind, piece in zip(group.state, states, strict=True)}
+            yield ParameterGroup((group.names[i],), [weight], [gradient], state, [], group.weight_decay)
 
 
 def round_main_weights(group: ParameterGroup) -> None:

@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 Label = TypeVar("Label", bound=Hashable)
 
+RESIZE_STORAGE = torch.ops.inductor.resize_storage_bytes_.default
+"""Op that frees or allocates the memory of a tensor to which others refer."""
+
 
 class Storage(Generic[Label]):
     """A storage that was allocated while the log was active.
@@ -69,7 +72,7 @@ class StorageLog(Generic[Label]):
 
     def see(self, func: Any, inputs: Any, result: Any) -> None:
         """Log the result of an op."""
-        if func is torch.ops.inductor.resize_storage_bytes_.default:
+        if func is RESIZE_STORAGE:
             self._see_resized(*inputs[0])
             return
         if isinstance(result, torch.Tensor):

@@ -115,10 +115,10 @@ class DryRun:
     Args:
         config: model.vocab_size must be given. Without parallel.data_parallel_size it is 1.
         device: of the fake tensors. What a CPU keeps may differ from what a GPU does, whose kernels are others; "cuda"
-            needs a torch that is built for it, and no GPU.
+            needs a GPU, none of its memory.
 
     Raises:
-        InputError: sizes that do not fit; no vocab_size; a torch without CUDA.
+        InputError: sizes that do not fit; no vocab_size; "cuda" without a GPU.
 
     Memory: of Python objects only.
     """
@@ -130,8 +130,7 @@ class DryRun:
         )
         check(
             device != "cuda" or torch.cuda.is_available(),
-            "device='cuda' needs a GPU, though none of its memory: autograd asks for the streams of every tensor's device, "
-            "also of a fake one (device='cpu')",
+            "device='cuda' needs a GPU, though none of its memory: autograd asks it for its streams (device='cpu')",
         )
         config.model.check_trainable()
         parallel = config.parallel

@@ -29,7 +29,7 @@ def optimizer_bytes(config: OptimizerConfig, dtype: str, num_matrix_elements: in
 def update_bytes(config: OptimizerConfig, dtype: str, model: TransformerConfig, num_elements: int) -> int:
     """Compute the bytes of temporary tensors while num_elements of a model are updated."""
     batch = min(BATCH_ELEMENTS, num_elements)
-    needed = (12 if config.kind in ("sgd", "lion") else 0) * batch
+    needed = (8 if config.kind in ("sgd", "lion") else 0) * batch
     if config.kind == "muon":
         needed = _OF_A_MATRIX * _SIZES[dtype] * _largest_matrix(model)
     if config.state_dtype != "float32":

@@ -25,14 +25,15 @@ class RankMemory:
 
     Attributes:
         num_parameters: parameters of this rank (a number, not bytes).
-        weights: 4 bytes a parameter in float32, 2 in bfloat16.
-        gradients: 4 bytes a parameter (float32).
+        weights: 4 bytes a parameter in float32, 2 in bfloat16; of a rank's share with zero_stage = 3.
+        gradients: 4 bytes a parameter (float32); of a rank's share with zero_stage = 2 or 3.
         optimizer: AdamW has 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main
             weights (other kinds: optimizer_memory.py). Where replicas share it (ZeRO), a rank's share of the parameters
             counts, without the rounding up to whole rows.
         activations: kept from forward for backward, of all microbatches in flight.
         working: estimate of the temporary tensors of a block or of the head while it computes, or of the reduction of
-            gradients or the update if these need more than the activations leave.
+            gradients or the update if these need more than the activations leave. With sharded gradients also those of
+            a bucket, with sharded weights a unit that is whole and one that is received, or all weights.
     """
 
     num_parameters: int
@@ -86,22 +87,36 @@ def _memory_of_rank(
         held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
         activations = max(activations, held)
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
-    shards = replicas if placements.state else 1
+    shards = (config.parallel.zero_shard_size or replicas) if placements.state else 1
     # Buckets are packed and their sums received at the end of backward, when few activations are left.
     packed = min(4 * num_parameters, BUCKETS_UNDER_WAY * round(1e6 * config.training.bucket_mb))
     sent = 0 if shards == 1 else packed + packed // shards
+    largest = max(_largest_unit(config.model, span, ranks) for span in spans.values())
     working = max(_working(config, span) for span in spans.values())
     matrices = sum((span.stop - span.start) * _block_matrices(config.model, ranks) for span in spans.values())
     own = [-(-number // shards) for number in (matrices, num_parameters - matrices)]
+    if placements.gradients and shards > 1:  # a bucket fills while the one before leaves
+        working += sent + packed // BUCKETS_UNDER_WAY
+        sent = 0
+    if placements.weights:
+        working += size * (2 * largest if config.parallel.zero_gather == "block" else num_parameters)
     updating = update_bytes(config.optimizer, config.training.dtype, config.model, sum(own))
     return RankMemory(
         num_parameters,
-        weights=size * num_parameters,
-        gradients=4 * num_parameters,
+        weights=size * (sum(own) if placements.weights else num_parameters),
+        gradients=4 * (sum(own) if placements.gradients else num_parameters),
         optimizer=optimizer_bytes(config.optimizer, config.training.dtype, *own),
         activations=activations,
         working=max(working, sent - activations, updating - activations),
     )
+
+
+def _largest_unit(config: TransformerConfig, span: StageSpan, ranks: int) -> int:
+    """Count the parameters of a block, or of the vocabulary table if the stage has one and it is larger."""
+    one = StageSpan(span.index, span.num_stages, span.start, span.start + 1)
+    none = StageSpan(span.index, span.num_stages, span.start, span.start)
+    block = stage_parameters(config, one, ranks) - stage_parameters(config, none, ranks)
+    return max(block, _vocabulary(config, ranks) if span.first or span.last else 0)
 
 
 def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel_size: int) -> int:

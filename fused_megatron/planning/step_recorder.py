@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
 from fused_megatron.observe.record_communication import transfer_of
-from fused_megatron.observe.storages import StorageLog
+from fused_megatron.observe.storages import RESIZE_STORAGE, StorageLog
 from fused_megatron.pipeline.schedule.action import Action
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
@@ -33,6 +33,7 @@ _TAKEN_APART = {torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.
 _FOUND = torch.ops.aten.nonzero.default
 _COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
 """Ops that copy between devices, with the position of the source among their arguments."""
+_GATHER_OF_TIED_WEIGHT = "c10d._allgather_base_.pipeline"
 _PIN = torch.ops.aten._pin_memory.default
 # Functions that read a number only if it is in host memory: on a GPU they take another branch.
 _READ_HOST_MEMORY = {
@@ -93,14 +94,14 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: all that were made.
         work: by (phase, action), what was counted there.
-        replicas: the global ranks of data parallelism, which send each other weights and gradients.
+        replicas: groups of global ranks of data parallelism, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
         super().__init__()
         self.storages: StorageLog[Place] = StorageLog(self.place)
         self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
-        self.replicas: tuple[int, ...] = ()
+        self.replicas: set[tuple[int, ...]] = set()
         self._fake = fake
         self._phase = ""
         self._at: Callable[[], Action | None] = lambda: None
@@ -153,6 +154,9 @@ class StepRecorder(TorchDispatchMode):
             return self._read(args[0])
         if func.namespace == "c10d":
             self._transfer(func.overloadpacket.__name__, args)
+            if self._fake and str(func) == _GATHER_OF_TIED_WEIGHT:
+                # gloo and NCCL gather a list of tensors to one buffer first.
+                self.storages.see(func, (), args[0].contiguous())
         if self._fake and func is _FOUND:  # how many there are hangs on the numbers: all, the most that can be
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         elif self._fake and func is _PIN:  # torch has no fake form of it
@@ -170,6 +174,8 @@ class StepRecorder(TorchDispatchMode):
             operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # the formulas know no dtype of a sum
             self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
         self.storages.see(func, (args, kwargs), result)
+        if func is RESIZE_STORAGE:
+            self.relabel(args[0], GATHERED_ROWS)
         return result
 
     def _count(self, work: Work, number: int) -> None:
@@ -185,7 +191,7 @@ class StepRecorder(TorchDispatchMode):
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
-        if found.group and found.group == self.replicas:
+        if found.group in self.replicas:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, torch.Tensor):
                     self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)

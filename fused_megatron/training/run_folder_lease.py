@@ -23,6 +23,8 @@ STALE_S = 30.0
 # Time for a run whose launcher was killed to write its last checkpoint.
 ENDING_S = 90.0
 _POLL_S = 0.2
+# Network file systems keep what they know of a folder for up to a minute.
+_SEEN_S = 60.0
 _MAX_BYTES = 4096
 
 
@@ -42,6 +44,9 @@ class Lease:
         beat_s: seconds between two touches of the file.
         stale_s: seconds without a touch after which a run on another machine may take the lease.
         ending_s: seconds to wait for a run of this machine whose launcher is gone.
+
+    Attributes:
+        run: name of this run in the file.
     """
 
     def __init__(
@@ -49,8 +54,9 @@ class Lease:
     ) -> None:
         self.path = path
         self._beat_s, self._stale_s, self._ending_s = beat_s, stale_s, ending_s
+        self.run = secrets.token_hex(8)
         self._ours = {
-            "run": secrets.token_hex(8),
+            "run": self.run,
             "host": socket.gethostname(),
             "boot": _boot(),
             "pid": os.getpid(),
@@ -68,18 +74,41 @@ class Lease:
             say: called with a line of text if this run must wait for another one.
 
         Raises:
-            InputError: another run holds the lease, or the file cannot be opened.
-            OSError: the file cannot be written.
+            InputError: another run holds the lease, or the file cannot be written.
         """
+        try:
+            self._descriptor = self._locked(say)
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be written: {error.strerror or error} (repair that, or choose another "
+                "training.run_folder)"
+            ) from None
+        self._thread.start()
+
+    def check_seen(self, run: str, wait_s: float = _SEEN_S) -> None:
+        """Raise InputError unless the file names this run, so that every rank writes into one folder.
+
+        Args:
+            run: `Lease.run` of the rank that took the lease.
+            wait_s: time for a network file system to show the file on this machine.
+        """
+        deadline = time.monotonic() + wait_s
+        while True:
+            with contextlib.suppress(OSError), open(open_plain_file(self.path, follow_links=False), "rb") as file:
+                if _holder(file.fileno()).get("run") == run:
+                    return
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"training.run_folder={self.path.parent} on {socket.gethostname()} is not rank 0's folder "
+                    "(all ranks need one shared folder)"
+                )
+            time.sleep(_POLL_S)
+
+    def _locked(self, say: Callable[[str], None]) -> int:
+        """Open, lock and write the file; return its descriptor."""
         taken = False
         while not taken:
-            try:
-                descriptor = open_plain_file(self.path, follow_links=False, write=True)
-            except OSError as error:
-                raise InputError(
-                    f"{self.path} cannot be written: {error.strerror} (remove it, or choose another "
-                    "training.run_folder)"
-                ) from None
+            descriptor = open_plain_file(self.path, follow_links=False, write=True)
             try:
                 locks = self._lock(descriptor, say)
                 # The last holder may have removed the file meanwhile. Then the lock is of no use: open the new file.
@@ -94,8 +123,7 @@ class Lease:
                 raise
             if not taken:
                 os.close(descriptor)
-        self._descriptor = descriptor
-        self._thread.start()
+        return descriptor
 
     def check(self) -> None:
         """Raise LeaseLostError if another run has taken the lease, since this one did not touch it for too long."""

@@ -88,6 +88,8 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
     lease = Lease(run.lease)
     try:
         mesh, data = on_every_rank(lambda: _set_up(config, this_rank, run, lease, reporter))
+        (holder, *_) = gather_json(lease.run, world_group())
+        on_every_rank(lambda: lease.check_seen(holder))
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
         model_config = dataclasses.replace(config.model, vocab_size=data.vocab_size)
@@ -265,5 +267,6 @@ def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40)
     if tokenizer is None or trainer.data.masking is not None:
         return []
     start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
-    tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
+    with trainer.weights.whole():
+        tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
     return [f"  {i}. " + repr(tokenizer.decode(row[1:].tolist()))[1:-1] for i, row in enumerate(tokens, 1)]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim import _muon
 
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
@@ -106,7 +105,7 @@ SETTINGS: list[dict[str, Any]] = [{}, {"momentum": 0.8, "nesterov": False, "adju
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_steps_in_bfloat16_follow_torch(settings: dict[str, Any]) -> None:
+def test_bfloat16_parameters_have_the_bits_of_torch(settings: dict[str, Any]) -> None:
     config = config_of({}, LLAMA, "bfloat16")
     assembly = assembled(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **settings)))
     ours = assembly.optimizer
@@ -125,22 +124,12 @@ def test_steps_in_bfloat16_follow_torch(settings: dict[str, Any]) -> None:
             gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * number + i))
             assembly.gradients[parameter].copy_(gradient)
             for part, p in zip(parameter_parts(parameter), theirs.get(name, []), strict=name in theirs):
-                p.grad = part.of(gradient) * 0.5
-        ours.step(1e-2, 0.5)
+                p.grad = part.of(gradient) * 0.5**number
+        ours.step(1e-2, 0.5**number)
         muon.step()
     for name, parts in theirs.items():
-        wanted = torch.cat([p.detach() for p in parts])
-        # The last bit of the momentum may differ from torch's, and then a bit of a product in bfloat16.
-        differs = (ours.main[name] - wanted).norm() / (1e-2 * wanted.numel() ** 0.5)
-        assert differs < 1e-2, (name, differs)
+        assert torch.equal(ours.main[name], torch.cat([p.detach() for p in parts])), name
         assert torch.equal(assembly.parameters[name].detach(), ours.main[name].bfloat16())
-
-
-@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 7), (5, 5)], ids=str)
-def test_bfloat16_products_have_the_bits_of_torch(shape: tuple[int, int]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    wanted = _muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.7750, 2.0315), 5, 1e-7)
-    assert torch.equal(orthogonal(matrix.bfloat16()), wanted)
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (1, 7), (5, 5)], ids=str)

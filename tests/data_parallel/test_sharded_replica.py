@@ -15,9 +15,15 @@ from fused_megatron.testing.run_on_ranks import run_cases_on_ranks
 def llama() -> Any:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
-        hidden_size=16, num_attention_heads=2, num_hidden_layers=2, vocab_size=23, intermediate_size=24,
-        num_key_value_heads=1, tie_word_embeddings=True, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        vocab_size=23,
+        intermediate_size=24,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        attn_implementation="eager",
+    )
     return hf.LlamaForCausalLM(config)
 
 

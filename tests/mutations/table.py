@@ -55,6 +55,27 @@ MUTATIONS = (
         _PLAIN,
     ),
     Mutation(
+        "Muon puts a matrix together from the first shard of every rank",
+        "fused_megatron/data_parallel/whole_matrices.py",
+        "offset.append(tp_rank * blocks // tp_size * size)",
+        "offset.append(0 * size)",
+        ("tests/data_parallel/test_whole_matrices.py",),
+    ),
+    Mutation(
+        "Muon ignores the clip coefficient",
+        "fused_megatron/data_parallel/muon.py",
+        "[matrix.rows] * gradient_scale",
+        "[matrix.rows] * 1.0",
+        ("tests/data_parallel/test_muon.py::test_bfloat16_parameters_have_the_bits_of_torch",),
+    ),
+    Mutation(
+        "the random bits of a shard begin with the first element",
+        "fused_megatron/data_parallel/stochastic_state.py",
+        "    first = sum(start * stride for start, stride in zip(box.offset, strides, strict=True))",
+        "    first = 0",
+        ("tests/data_parallel/test_stochastic_state.py::test_every_layout_has_the_same_bits",),
+    ),
+    Mutation(
         "the seed does not reach the order of the data",
         "fused_megatron/data/training_data.py",
         "training=corpus.train_dataset(seq_len, training.seed)",

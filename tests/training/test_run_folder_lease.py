@@ -141,8 +141,25 @@ def test_other_things_at_the_path_of_the_lease(tmp_path: Path) -> None:
         (lambda: path.symlink_to(tmp_path / "none" / "lease"), "Too many levels of symbolic links"),
     ):
         make()
-        with pytest.raises(InputError, match=rf"lease.json cannot be written: {why} \(remove it, or choose another"):
+        with pytest.raises(InputError, match=rf"lease.json cannot be written: {why} \(repair that, or choose another"):
             lease(tmp_path).take(print)
         path.rmdir() if path.is_dir() else path.unlink()
     path.write_bytes(b"\x00\xff" * 3000)  # a damaged file of a run on another machine, which is silent
     assert len(take(tmp_path)) == 1
+
+
+def test_a_rank_with_another_folder_is_named(tmp_path: Path) -> None:
+    first, other = lease(tmp_path), tmp_path / "other"
+    first.take(print)
+    other.mkdir()
+    lease(tmp_path).check_seen(first.run, wait_s=0.0)
+    for folder, run in ((other, first.run), (tmp_path, "of another run")):
+        with pytest.raises(InputError, match=r"is not rank 0's folder \(all ranks need one shared folder\)"):
+            lease(folder).check_seen(run, wait_s=0.0)
+    first.give_back()
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(InputError, match=r"lease.json cannot be written: No space left on device \(repair that"):
+        lease(tmp_path).take(print)
