@@ -55,13 +55,13 @@ def loss_of(model: nn.Module, ids: torch.Tensor, use_some: bool) -> torch.Tensor
     return F.cross_entropy(logits.flatten(0, 1).float(), (3 * ids + 1).flatten() % 11)
 
 
-def plain(accumulate: int, stages: int = STEPS) -> tuple[dict[str, torch.Tensor], list[float]]:
+def plain() -> tuple[dict[str, torch.Tensor], list[float]]:
     """Return weights and norms of a plain loop in one process on all samples."""
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     norms = []
-    for step in range(stages):
+    for step in range(STEPS):
         loss_of(model, batch(step), step == 1).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         optimizer.step()
@@ -70,55 +70,69 @@ def plain(accumulate: int, stages: int = STEPS) -> tuple[dict[str, torch.Tensor]
     return model.state_dict(), norms
 
 
-def train(
-    model: nn.Module, optimizer: Any, mesh: Any, accumulate: int, announced: bool, steps: range = range(STEPS)
-) -> list[float]:
-    """Run the loop of a user; return the norms before clipping."""
-    norms = []
-    for step in steps:
-        parts = batch(step).chunk(mesh.dp_size)[mesh.dp_rank].chunk(accumulate)
-        for i, ids in enumerate(parts):
-            with model.no_sync() if announced and i + 1 < accumulate else contextlib.nullcontext():  # type: ignore
-                (loss_of(model, ids, step == 1) / accumulate).backward()
-        norms.append(float(fm.clip_grad_norm_(model, CLIP)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms
-
-
 def sharded(
-    rank: int, world_size: int, stage: int, accumulate: int, announced: bool, shard_size: int | None, recompute: Any
+    rank: int,
+    world_size: int,
+    stage: int,
+    accumulate: int,
+    announced: bool,
+    shard_size: int | None,
+    recompute: bool | None,
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Return weights and norms of a user's loop, in which each replica has its part of the samples."""
     mesh = fm.init_mesh()
-    model = Model(recompute=recompute)
+    model: Any = Model(recompute=recompute)
     assert fm.shard_data_parallel(model, mesh, stage, shard_size=shard_size, bucket_mb=1e-4) is model
     optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     norms = []
     for step in range(STEPS):
-        norms += train(model, optimizer, mesh, accumulate, announced, range(step, step + 1))
+        parts = batch(step).chunk(mesh.dp_size)[mesh.dp_rank].chunk(accumulate)
+        for i, ids in enumerate(parts):
+            with model.no_sync() if announced and i + 1 < accumulate else contextlib.nullcontext():
+                (loss_of(model, ids, step == 1) / accumulate).backward()
+        norms.append(float(fm.clip_grad_norm_(model, CLIP)))
+        optimizer.step()
         scheduler.step()
+        model.zero_grad()
     return fm.full_state_dict(model), norms
 
 
-def cases(world_size: int) -> list[tuple[Any, ...]]:
-    found: list[tuple[Any, ...]] = [
-        (stage, accumulate, announced, None, None)
+# Stage, microbatches, whether all but the last are inside no_sync, shard_size, use_reentrant of the checkpoints.
+Case = tuple[int, int, bool, int | None, bool | None]
+CASES: dict[int, list[Case]] = {
+    1: [(1, 2, False, None, None), (3, 2, True, None, None)],
+    2: [
+        (1, 1, True, None, True),
+        (1, 2, True, None, None),
+        (2, 2, True, None, False),
+        (2, 2, False, None, None),
+        (3, 1, True, None, True),
+        (3, 2, True, None, False),
+    ],
+    3: [(1, 2, True, None, None), (2, 1, True, None, None), (3, 2, False, None, None)],
+    4: [(1, 2, False, 2, None), (3, 2, True, 2, None)],
+}
+SLOW_CASES: dict[int, list[Case]] = {
+    ranks: [
+        (stage, accumulate, announced, shard_size, recompute)
         for stage in (1, 2, 3)
-        for accumulate, announced in ((1, True), (2, True), (2, False))
+        for accumulate in (1, 2)
+        for announced in (True, False)
+        for recompute in (None, True, False)
     ]
-    found += [(1, 1, True, None, True), (3, 1, True, None, True), (2, 1, True, None, False), (3, 2, True, None, False)]
-    if world_size == 4:
-        found = [(stage, 2, announced, 2, None) for stage in (1, 2, 3) for announced in (True, False)]
-    return found
+    for ranks, shard_size in ((1, None), (2, None), (3, None), (4, 2))
+}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_loop_of_a_user_trains_as_a_plain_one(world_size: int) -> None:
-    wanted, wanted_norms = plain(1)
-    for case, by_rank in zip(
-        cases(world_size), run_cases_on_ranks(sharded, world_size, cases(world_size)), strict=True
-    ):
+@pytest.mark.parametrize(
+    ("ranks", "cases"),
+    [*CASES.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW_CASES.items())],
+    ids=str,
+)
+def test_the_loop_of_a_user_trains_as_a_plain_one(ranks: int, cases: list[Case]) -> None:
+    wanted, wanted_norms = plain()
+    for case, by_rank in zip(cases, run_cases_on_ranks(sharded, ranks, cases), strict=True):
         for weights, norms in by_rank:
             assert norms == pytest.approx(wanted_norms, rel=1e-5), case
             assert list(weights) == list(wanted), case
