@@ -53,4 +53,4 @@ class ParallelConfig:
         )
         if not isinstance(self.overlap, bool):
             check_positive("overlap", self.overlap)
-        check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")
+        check(0 < self.timeout_s <= 1e6, f"timeout_s={self.timeout_s} must be above 0, and at most 1e6")  # 11 days
