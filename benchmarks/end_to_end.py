@@ -12,6 +12,8 @@ ranks are gloo processes of this machine. Layouts, and the providers in each:
                        torch.distributed.pipelining, with our trainer's cut and with the cuts that suit it best
     dp=2, 2 microbatches
                        DistributedDataParallel (no_sync), FSDP2 (sharded again after use, and gathered once a step)
+    dp=2 ZeRO-2, dp=2 ZeRO-3
+                       FSDP2 that gathers weights once a step, and FSDP2 that shards them again after use
     one process        Hugging Face's GPT-2; plain torch
     --ranks 4          tp=2 x pp=2 and tp=2 x dp=2
 
@@ -53,7 +55,7 @@ def layouts_of(world_sizes: list[int], schedules: list[str]) -> list[Layout]:
         Layout(pp=2, microbatches=8, schedule=name, stages_per_rank=2 if "interleaved" in name else None)
         for name in schedules
     ]
-    grid += [Layout(dp=2, microbatches=2), Layout()]
+    grid += [Layout(dp=2, microbatches=2), Layout(dp=2, zero_stage=2), Layout(dp=2, zero_stage=3), Layout()]
     grid += [Layout(tp=2, pp=2, microbatches=8), Layout(tp=2, dp=2, microbatches=2)]
     return [layout for layout in grid if layout.ranks in world_sizes]
 

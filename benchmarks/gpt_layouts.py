@@ -57,6 +57,7 @@ class Layout:
         microbatches: number for each data-parallel rank and step.
         schedule: name of the pipeline schedule, as in `fused-megatron schedule`.
         stages_per_rank: pipeline stages; None: the fewest that the schedule allows.
+        zero_stage: stage of ZeRO; None: the trainer's default.
     """
 
     tp: int = 1
@@ -66,6 +67,7 @@ class Layout:
     microbatches: int = 1
     schedule: str = "1f1b"
     stages_per_rank: int | None = None
+    zero_stage: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -81,6 +83,7 @@ class Layout:
         text = " x ".join(words) or "one process"
         text += " + sp" if self.sequence_parallel else ""
         text += f" {self.schedule}" if self.pp > 1 else ""
+        text += "" if self.zero_stage is None else f" ZeRO-{self.zero_stage}"
         return text + (f" m={self.microbatches}" if self.microbatches > 1 else "")
 
 

@@ -49,6 +49,10 @@ def rivals_of(size: Size, layout: Layout) -> dict[str, Rival]:
         f"FSDP2{suffix}": torch_step(data="fsdp2"),
         f"FSDP2{suffix}, gathered once a step": torch_step(data="fsdp2", keep_gathered=True),
     }
+    if layout.zero_stage in (2, 3):
+        # FSDP2 in its form with the same memory; one microbatch, since it reduces gradients once a step.
+        name, bar = list(ways)[3 - layout.zero_stage], {2: 1.2, 3: 1.3}[layout.zero_stage]
+        return {"": Rival({name: ways[name]}, bar if bars else None)}
     if layout.dp > 1:
         return {"": Rival(ways if layout.tp > 1 else {"DDP": torch_step(data="ddp"), **ways}, 1.0 if bars else None)}
     dtensor = {"DTensor": torch_step(), "DTensor, loss_parallel": torch_step(loss_parallel=True)}

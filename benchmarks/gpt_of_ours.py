@@ -34,7 +34,7 @@ def our_step(size: Size, layout: Layout, weights: Weights) -> TrainingStep:
         assembly.gradients.zero_()
         inputs, targets = zip(*own_rows((tokens, target), layout, mesh.dp_rank), strict=True)
         loss = assembly.accumulate_gradients(inputs, targets, loss_divisor=target.numel())
-        assembly.optimizer.step(LR)
+        assembly.update(LR, 1.0)
         return loss * layout.dp
 
     step.run = run
@@ -47,6 +47,7 @@ def train_config(size: Size, layout: Layout) -> TrainConfig:
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
         data_parallel_size=layout.dp,
+        zero_stage=layout.zero_stage,
         sequence_parallel=layout.sequence_parallel,
         schedule=layout.schedule,
         stages_per_rank=layout.stages_per_rank,

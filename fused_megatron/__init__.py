@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
+    from fused_megatron.data_parallel.shard_data_parallel import shard_data_parallel
+    from fused_megatron.data_parallel.sharded_optimizer import ShardedOptimizer
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GradScaler",
     "Mesh",
+    "ShardedOptimizer",
     "clip_grad_norm_",
     "collectives",
     "full_state_dict",
@@ -39,6 +42,7 @@ __all__ = [
     "parallelize",
     "pipeline",
     "replace_modules",
+    "shard_data_parallel",
     "tensor_parallel",
     "verify",
 ]
@@ -54,6 +58,8 @@ _HOME = {
     "load_full_state_dict": "interop",
     "verify": "planning.verify.user_model",
     "load_pretrained_shards": "interop",
+    "shard_data_parallel": "data_parallel.shard_data_parallel",
+    "ShardedOptimizer": "data_parallel.sharded_optimizer",
 }
 
 

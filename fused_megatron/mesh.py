@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fused_megatron.checks import check, check_one_of
+from fused_megatron.checks import check, check_divisible, check_one_of
 
 AXES = ("pp", "dp", "cp", "tp")
 """Pipeline, data, context and tensor parallelism; the ranks of the first axis lie farthest apart."""
@@ -174,6 +174,49 @@ class Mesh:
     def tp_group(self) -> dist.ProcessGroup | None:
         """Group of the ranks that differ from this rank along the tp axis only; None for length 1."""
         return self.groups.get(("tp",))
+
+    def split_data_parallel(self, shard_size: int) -> tuple[SubMesh, SubMesh]:
+        """Split the dp axis: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
+
+        Args:
+            shard_size: number of neighbouring data-parallel ranks that share; it divides dp_size.
+
+        Communication: the first call creates the groups; all ranks must make it at once. None if one of the two parts
+            is the whole axis.
+        """
+        check_divisible("data_parallel_size", self.dp_size, "shard_size", shard_size)
+        grid = self._split_grid(shard_size)
+        index = coordinates(self.rank, grid)
+        parts = []
+        for axis in ("dp_shards", "dp_copies"):
+            group = self.dp_group if grid[axis] == self.dp_size else self._group((axis,), grid)
+            parts.append(SubMesh((axis,), grid[axis], index[axis], group))
+        return parts[0], parts[1]
+
+    def ranks_of_a_state(self, shard_size: int) -> SubMesh:
+        """Return the ranks that hold one optimizer state of a pipeline stage together, tensor-parallel ranks fastest.
+
+        Args:
+            shard_size: number of neighbouring data-parallel ranks that share; 1 for the tensor-parallel ranks only.
+
+        Communication: as split_data_parallel; none for 1.
+        """
+        if shard_size in (1, self.dp_size):
+            return self["tp"] if shard_size == 1 else self["dp", "tp"]
+        grid = self._split_grid(shard_size)
+        axes = ("dp_shards", "tp")
+        index = coordinates(self.rank, grid)
+        rank = rank_at({axis: index[axis] for axis in axes}, {axis: grid[axis] for axis in axes})
+        return SubMesh(axes, grid["dp_shards"] * grid["tp"], rank, self._group(axes, grid))
+
+    def _split_grid(self, shard_size: int) -> dict[str, int]:
+        """The grid with the axes dp_copies and dp_shards in place of dp."""
+        split = {"dp_copies": self.dp_size // shard_size, "dp_shards": shard_size}
+        return {
+            new: size
+            for axis, length in self.sizes.items()
+            for new, size in (split if axis == "dp" else {axis: length}).items()
+        }
 
     def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:
         """Return the layout that layers and models on this mesh take."""

@@ -91,6 +91,20 @@ def test_accelerate_is_four_lines_away_from_the_plain_loop() -> None:
     assert len(new) == 4 and [f"# {i}" in line for i, line in enumerate(new, 1)] == [True] * 4
 
 
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_sharded_loop_keeps_the_losses(world_size: int, plain_losses: list[float]) -> None:
+    printed = run_on(world_size, EXAMPLES / "sharded_loop.py")
+    torch.testing.assert_close(losses(printed[0]), plain_losses, rtol=1e-4, atol=1e-5)
+    assert printed[1:] == [""] * (world_size - 1)
+
+
+def test_accelerate_sharded_loop() -> None:
+    pytest.importorskip("accelerate")
+    alone, printed = (run_on(ranks, EXAMPLES / "accelerate_sharded_loop.py")[0] for ranks in (1, 2))
+    assert len(losses(printed)) == 10 and losses(printed)[-1] < 0.9 * losses(printed)[0]
+    assert len(losses(alone)) == 10
+
+
 def test_fsdp2_and_tensor_parallel() -> None:
     """tests/tensor_parallel/test_fsdp2.py checks its numbers."""
     printed = run_on(4, EXAMPLES / "fsdp2_and_tensor_parallel.py")

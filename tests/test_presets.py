@@ -29,7 +29,7 @@ from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.rank_communication import message_bytes, stage_communication
-from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 from fused_megatron.planning.recorded_step import fake_ranks
 from fused_megatron.planning.step_profile import Transfers
 
@@ -45,6 +45,12 @@ THREE_D = {
     "gpt_530b_tp8_pp35_dp9": (529.6, 2520, 163), "gpt_1t_tp8_pp64_dp6": (1008.0, 3072, 163),
 }  # fmt: skip
 BILLIONS = {**WEAK_SCALING, **SEQUENCE_PARALLEL, **{name: figures[0] for name, figures in THREE_D.items()}}
+# Tensor and pipeline parallelism, and replicas that share the optimizer's state: billions of parameters, GPUs.
+HYBRID = {
+    "gpt_530b_tp8_pp35_dp7_zero1": (529.6, 1960),
+    "gpt_175b_tp8_pp16_dp8_zero1": (174.6, 1024),
+    "llama_70b_tp8_pp2_dp4_zero1": (69.0, 64),
+}
 ELEMENT = {"float32": 4, "bfloat16": 2}
 
 FORMS: list[dict[str, Any]] = [
@@ -146,7 +152,7 @@ def num_microbatches(config: TrainConfig) -> int:
 
 
 def test_every_size_of_the_papers_is_there() -> None:
-    assert set(PRESETS) == set(BILLIONS)
+    assert set(PRESETS) == {*BILLIONS, *HYBRID}
     assert len(configs(FEW)) - len(SOME) == 4 + 2
     assert len(configs((8, 64, 512))) == 10 + 6 * 3 + 2 * (16 + 12 * 3)
 
@@ -191,8 +197,77 @@ def test_a_rank_holds_what_the_formula_says(worlds: tuple[int, ...]) -> None:
             assert memory.optimizer == shared * share, name
 
 
+@pytest.mark.parametrize("name", HYBRID)
+def test_a_hybrid_preset(name: str) -> None:
+    """Parameters as published; weights and gradients of every rank's part, and the state of one replica's share."""
+    config, (billions, gpus) = load_config(PRESETS[name]), HYBRID[name]
+    parallel, replicas = config.parallel, config.parallel.data_parallel_size or 1
+    assert (parallel.num_ranks, parallel.zero_stage) == (gpus, 1)
+    ranks = [rank_memory(config, place) for place in range(parallel.pipeline_parallel_size)]
+    # Vectors that all tensor-parallel ranks hold, and rows that fill the vocabulary up, are counted too often.
+    total = 8 * sum(memory.num_parameters for memory in ranks) / 1e9
+    assert total == pytest.approx(billions, rel=0.01)
+    for memory in ranks:
+        assert memory.weights + memory.gradients == 6 * memory.num_parameters
+        assert memory.optimizer == pytest.approx(12 * memory.num_parameters / replicas, rel=1e-6)
+        assert memory.total < 80e9
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name.startswith("llama") else pytest.mark.slow) for name in HYBRID]
+)
+def test_a_hybrid_preset_sends_its_gradients_and_weights_once(name: str) -> None:
+    config = load_config(PRESETS[name])
+    report = DryRun(with_few_blocks(config)).rank(config.parallel.num_ranks // 2)
+    _, reduced = report.transfers["reduce_scatter", "dp"]
+    _, gathered = report.transfers["all_gather", "dp"]
+    # Seven replicas do not divide the rows.
+    assert 4 * report.num_parameters <= reduced <= 4.002 * report.num_parameters
+    assert 2 * gathered == reduced
+
+
+LLAMA = {"activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "linear_biases": False}
+SHARDED = {
+    "70b": ({"num_layers": 80, "hidden_size": 8192, "num_heads": 64, "ffn_hidden_size": 28672}, 32000),
+    "405b": ({"num_layers": 126, "hidden_size": 16384, "num_heads": 128, "ffn_hidden_size": 53248}, 128256),
+}
+
+
+def sharded_over_1024(name: str, stage: int, num_layers: int | None = None) -> TrainConfig:
+    sizes, vocab_size = SHARDED[name]
+    sizes = sizes if num_layers is None else {**sizes, "num_layers": num_layers}
+    return TrainConfig(
+        GPTConfig(**sizes, num_kv_heads=8, seq_len=64, vocab_size=vocab_size, tied_embeddings=False, **LLAMA),
+        ParallelConfig(tensor_parallel_size=8, data_parallel_size=128, zero_stage=stage),
+        training=TrainingConfig(global_batch_size=128, microbatch_size=1, dtype="bfloat16"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "num_layers"),
+    [
+        ("70b", 2, 2),
+        ("405b", 3, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(SHARDED, (1, 2, 3), [None])),
+    ],
+)
+def test_bytes_of_a_rank_of_1024(name: str, stage: int, num_layers: int | None) -> None:
+    """Between two steps: 6 + 12 / d bytes a parameter, 2 + 16 / d, and 18 / d, by rows, and nothing besides."""
+    config = sharded_over_1024(name, stage, num_layers)
+    report = DryRun(config).rank(0)
+    with fake_ranks(0, 1024):
+        stages = build_stages(config, build_mesh(config, "cpu"), plan_pipeline(config), torch.device("meta"))
+        shapes = [parameter.shape for parameter in stages.parameters()]
+    whole = sum(shape.numel() for shape in shapes)
+    share = sum(-(-shape[0] // 128) * (shape.numel() // shape[0]) for shape in shapes)
+    weights, gradients = 2 * (share if stage == 3 else whole), 4 * (share if stage >= 2 else whole)
+    # This rank is the first of its group: its blocks are full.
+    besides = report.assembled_bytes - (weights + gradients + 12 * share)
+    assert 0 <= besides < 1e5  # positions of rotary embeddings, counters, a number in place of each absent weight
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BILLIONS)
+@pytest.mark.parametrize("name", [*BILLIONS, *HYBRID])
 def test_a_preset_runs_with_all_its_blocks(name: str) -> None:
     """Peaks are within what the formula says; of memory that a kernel takes while it computes that has a guess."""
     config = load_config(PRESETS[name])
@@ -209,6 +284,28 @@ def test_a_preset_runs_with_all_its_blocks(name: str) -> None:
 def test_presets_fit_the_gpus_of_the_papers() -> None:
     for name, path in PRESETS.items():
         assert rank_memory(load_config(path)).total / 1e9 < (32 if name in WEAK_SCALING else 80), name
+
+
+@on_few_and_on_many_ranks
+def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds: tuple[int, ...]) -> None:
+    for name, config, places in measured(worlds):
+        model, parallel = config.model, config.parallel
+        ranks, activation = parallel.tensor_parallel_size, activation_bytes(config)
+        own = activation // (ranks if parallel.sequence_parallel else 1)
+        for rank in places.values():
+            for index, span in rank.spans.items():
+                more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
+                block = stage_activations(config, more) - stage_activations(config, span)
+                kept = {memory.layer: num_bytes for memory, num_bytes in rank.kept[index].items()}
+                for layer in range(span.start, span.stop):
+                    # What the last block of a stage returns is a message, which the next stage keeps.
+                    is_sent = layer == span.stop - 1 and not span.last
+                    assert kept.get(f"blocks.{layer}", 0) == block - own * is_sent, (name, index, layer)
+                if name in PRESETS:
+                    # Korthikanti et al., table 2, without what attention keeps: s b h (10 + 24 / R), or 34 / R; 2 B.
+                    bound = activation // 2 * (34 / ranks if parallel.sequence_parallel else 10 + 24 / ranks)
+                    assert block <= bound, name
+                assert model.recompute != "full" or block == own, name
 
 
 @on_few_and_on_many_ranks

@@ -8,15 +8,18 @@ import torch
 from torch import nn
 
 from fused_megatron.assembly.model_stages import ModelStages
+from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
-from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.data_parallel.row_blocks import gather_whole
+from fused_megatron.data_parallel.sharded_weights import ShardedWeights
 from fused_megatron.data_parallel.weight_gather import WeightGather
-from fused_megatron.mesh import Mesh
+from fused_megatron.mesh import Mesh, SubMesh
 from fused_megatron.models import BatchSlice
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
@@ -24,6 +27,7 @@ from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
 from fused_megatron.sharding import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.gradient_norm import sum_of_counted_squares
+from fused_megatron.sharding.replicas import find_drift
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,14 @@ class Assembly:
     Attributes:
         config, mesh, plan, model: arguments of assemble().
         parameters: this rank's parameters, each once, by their names in the whole model.
-        gradients: fp32 gradients of all parameters, summed over the data-parallel ranks.
+        gradients: float32 gradients of this rank's rows of all parameters, summed over the data-parallel ranks.
         executor: runs this rank's stages in the order of the schedule.
         optimizer: updates this rank's rows of the parameters from the gradients.
-        weights: gathers the other rows of the parameters if this rank updates only some of them.
+        weights: gathers the other rows of the parameters if this rank updates or keeps only some of them.
         splits_backward: True if the schedule computes weight gradients in actions of their own.
+        own_weights: the rows of the parameters that this rank updates, by the same names.
+        shard_group: data-parallel ranks that own the other rows; None if this rank owns all.
+        copy_group: data-parallel ranks that own the same rows; None for this rank only.
     """
 
     config: TrainConfig
@@ -48,8 +55,11 @@ class Assembly:
     gradients: GradientBuckets
     executor: PipelineExecutor
     optimizer: Optimizer
-    weights: WeightGather
+    weights: WeightGather | ShardedWeights
     splits_backward: bool
+    own_weights: Mapping[str, torch.Tensor]
+    shard_group: Group
+    copy_group: Group
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +111,9 @@ class Assembly:
         """
         if not self.splits_backward:
             self.gradients.reduce_after_backwards(len(inputs))
-        return self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
+        losses = self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
+        self.gradients.sum_copies()
+        return losses
 
     def share_of_squares(self) -> torch.Tensor:
         """Return this rank's share of the sum of the squares of all gradients; the shares of all ranks add up to it.
@@ -110,7 +122,8 @@ class Assembly:
         the same gradients have equal shares, so that a NaN of one of them is in the sum.
         """
         rows = self.gradients.rows
-        squares = sum_of_counted_squares(self.parameters, self.gradients, self.mesh.tp_rank, rows)
+        gradients = self.gradients.by_name(self.parameters)
+        squares = sum_of_counted_squares(self.parameters, gradients, self.mesh.tp_rank, rows)
         return squares / (self.mesh.dp_size // rows.num_shards)
 
     def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,8 +137,19 @@ class Assembly:
         Communication, Memory: as gather_whole, over the data-parallel ranks.
         """
         shapes = [self.parameters[name].shape for name in own]
-        found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.mesh.dp_group)
+        found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.shard_group)
         return dict(zip(own, found, strict=True))
+
+    def find_drift(self) -> str | None:
+        """Compare weights that several ranks hold: over dp, replicated ones over tp, tied ones over pp.
+
+        Returns and Communication: as sharding.replicas.find_drift.
+        """
+        others = (self.mesh.tp_group, self.mesh.pp_group)
+        if isinstance(self.weights, ShardedWeights):
+            return find_drift(self.parameters, self.copy_group, others, self.own_weights, self.gradients.rows)
+        self.weights.finish()
+        return find_drift(self.parameters, self.mesh.dp_group, others)
 
     def update(self, lr: float, gradient_scale: float) -> None:
         """Update the weights from the gradients times gradient_scale.
@@ -162,35 +186,83 @@ def assemble(
     training = config.training
     parameters = model.parameters_by_name()
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
-    rows = RowShards(mesh.dp_size, mesh.dp_rank) if placements.state else WHOLE_ROWS
-    gradients = GradientBuckets(
-        {index: list(stage.parameters()) for index, stage in model.stages.items()},
-        mesh.dp_group,
-        bucket_bytes=1e6 * training.bucket_mb,
-        rows=rows,
+    shards, copies = mesh.split_data_parallel(config.parallel.zero_shard_size or mesh.dp_size)
+    gradients, weights = _gradients_and_weights(
+        model, placements, mesh.dp_group, shards, copies, 1e6 * training.bucket_mb
     )
-    weights = WeightGather(gradients.in_order_of_forward(), rows, mesh.dp_group)
-    for stage in model.stages.values():
-        weights.watch(stage)
-
-    def loss_sum(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        weights.finish()  # the head reads weights of modules whose forward it does not call
-        return model.loss_sum(hidden, target)
-
-    schedule = plan.schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
-    executor = PipelineExecutor(
+    hooks = _hooks(gradients, weights, plan)
+    if plan.max_unsharded is None:
+        for stage in model.stages.values():
+            weights.watch(stage)
+    schedule = plan.lowered_schedule(training.global_batch_size // mesh.dp_size // training.microbatch_size)
+    tied = model.tied()
+    # The executor compares tied weights between stages.
+    make_executor = weights.using([p for held in tied for p in held.values()], PipelineExecutor)
+    executor = make_executor(
         schedule,
         model.stages,
         pp_group=mesh.pp_group,
-        loss_fn=loss_sum if plan.num_stages - 1 in model.stages else None,
-        tied=model.tied(),
-        hooks=StageFunctions(reduce=gradients.reduce),
+        loss_fn=_loss_sum(model, weights, plan),
+        tied=tied,
+        hooks=hooks,
         timeout_s=config.parallel.timeout_s,
         auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
         transport=transport,
     )
-    own = {name: rows.own(parameter.detach()) for name, parameter in parameters.items()}
-    optimizer = Optimizer(own, gradients.by_name(parameters), config.optimizer)
+    own = {name: weights.own(parameter) for name, parameter in parameters.items()}
+    optimizer = new_optimizer(config, mesh, parameters, own, gradients)
     splits_backward = any(action.kind == Kind.WEIGHT_GRAD for actions in schedule.actions for action in actions)
-    return Assembly(config, mesh, plan, model, parameters, gradients, executor, optimizer, weights, splits_backward)
+    return Assembly(
+        config,
+        mesh,
+        plan,
+        model,
+        parameters,
+        gradients,
+        executor,
+        optimizer,
+        weights,
+        splits_backward,
+        own_weights=own,
+        shard_group=shards.group if placements.state else None,
+        copy_group=copies.group if placements.state else mesh.dp_group,
+    )
+
+
+def _gradients_and_weights(
+    model: ModelStages,
+    placements: Placements,
+    dp_group: Group,
+    shards: SubMesh,
+    copies: SubMesh,
+    bucket_bytes: float,
+) -> tuple[GradientBuckets, WeightGather | ShardedWeights]:
+    rows = RowShards(shards.size, shards.rank) if placements.state else WHOLE_ROWS
+    gradients = GradientBuckets(
+        {index: list(stage.parameters()) for index, stage in model.stages.items()},
+        shards.group if placements.state else dp_group,
+        bucket_bytes=bucket_bytes,
+        rows=rows,
+        copies=copies.group if placements.state else None,
+        sharded=placements.gradients,
+    )
+    if placements.weights:
+        return gradients, ShardedWeights(model.stages, rows, shards.group)
+    return gradients, WeightGather(gradients.in_order_of_forward(), rows, shards.group)
+
+
+def _hooks(gradients: GradientBuckets, weights: WeightGather | ShardedWeights, plan: PipelinePlan) -> StageFunctions:
+    if plan.max_unsharded is None or isinstance(weights, WeightGather):
+        return StageFunctions(reduce=gradients.reduce)
+    return StageFunctions(reduce=gradients.reduce, unshard=weights.gather_stage, reshard=weights.release_stage)
+
+
+def _loss_sum(
+    model: ModelStages, weights: WeightGather | ShardedWeights, plan: PipelinePlan
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """Return the loss of the last stage. It reads weights of modules whose forward it does not call."""
+    last = model.stages.get(plan.num_stages - 1)
+    if last is None:
+        return None
+    return model.loss_sum if plan.max_unsharded is not None else weights.using(last.head_parameters(), model.loss_sum)

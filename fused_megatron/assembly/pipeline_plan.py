@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models.stage_cut import check_cut
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
+from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 
 
@@ -17,20 +19,27 @@ class PipelinePlan:
         name: key of pipeline.SCHEDULES.
         placement: the pipeline rank of each stage.
         tied: groups of stages that share a weight, as in Schedule.
+        reduce_each_microbatch, max_unsharded: as in lower().
     """
 
     name: str
     placement: tuple[int, ...]
     tied: tuple[tuple[int, ...], ...]
+    reduce_each_microbatch: bool = False
+    max_unsharded: int | None = None
 
     @property
     def num_stages(self) -> int:
         return len(self.placement)
 
     def schedule(self, num_microbatches: int) -> Schedule:
-        """Build the schedule of one step."""
+        """Build the schedule of one step, with compute actions only."""
         num_ranks = max(self.placement) + 1
         return build_schedule(self.name, num_ranks, num_microbatches, self.num_stages // num_ranks, tied=self.tied)
+
+    def lowered_schedule(self, num_microbatches: int) -> Schedule:
+        """Build the schedule of one step, with messages, reductions and gathers of sharded weights."""
+        return lower(self.schedule(num_microbatches), self.max_unsharded, self.reduce_each_microbatch)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
@@ -54,4 +63,17 @@ def _plan(config: TrainConfig) -> PipelinePlan:
         raise InputError(f"schedule={name!r} changes the update rule; the trainer runs those that do not: {others}")
     check_cut(config.model.num_layers, schedule.num_stages, parallel.pipeline_cut)
     last = schedule.num_stages - 1
-    return PipelinePlan(name, schedule.placement, ((0, last),) if config.model.tied_embeddings and last > 0 else ())
+    placements = ZERO_STAGES[parallel.zero_stage or 0]
+    return PipelinePlan(
+        name,
+        schedule.placement,
+        ((0, last),) if config.model.tied_embeddings and last > 0 else (),
+        reduce_each_microbatch=placements.gradients,
+        max_unsharded=_max_unsharded(name, schedule, parallel.zero_gather) if placements.weights else None,
+    )
+
+
+def _max_unsharded(name: str, schedule: Schedule, zero_gather: str) -> int | None:
+    if zero_gather == "block":  # the blocks of a stage are gathered one by one
+        return None
+    return 2 if name == "looped_breadth_first" else schedule.num_stages // (max(schedule.placement) + 1)

@@ -5,17 +5,27 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fused_megatron.sharding import WHOLE_ROWS, RowShards, ShardPart, TensorBox, parameter_parts
+from fused_megatron.sharding import WHOLE_ROWS, RowShards, ShardPart, TensorBox
 
 
-def parameter_boxes(parameters: Mapping[str, nn.Parameter]) -> dict[str, TensorBox]:
+def parameter_boxes(
+    parameters: Mapping[str, nn.Parameter],
+    own: Mapping[str, torch.Tensor] | None = None,
+    rows: RowShards = WHOLE_ROWS,
+) -> dict[str, TensorBox]:
     """Return the box of every parameter under `model.<name>`; a stacked parameter has a box `model.<name>.<part>` each.
 
     Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut.
+
+    Args:
+        parameters: by their names in the whole model.
+        own: the rows of each parameter that this rank owns, by the same names; None: whole parameters.
+        rows: which these are.
     """
     boxes: dict[str, TensorBox] = {}
     for name, parameter in parameters.items():
-        boxes |= _boxes(f"model.{name}", parameter_parts(parameter), parameter.detach())
+        tensor = parameter.detach() if own is None else own[name]
+        boxes |= _boxes(f"model.{name}", rows.own_parts(parameter), tensor)
     return boxes
 
 

@@ -38,7 +38,8 @@ class TrainConfig:
         )
 
     def check_data_parallel(self, dp_size: int) -> None:
-        """Raise unless each of dp_size replicas gets the same number of full microbatches."""
+        """Raise unless dp_size replicas get the same number of full microbatches, and can be cut by zero_shard_size."""
+        self.parallel.check_shard_size(dp_size)
         check_divisible(
             "global_batch_size",
             self.training.global_batch_size,

@@ -32,7 +32,13 @@ class Batch:
         self, size: int, device: torch.device
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, Any]]]:
         """Split into microbatches of `size` rows on the device: (inputs, targets, keyword arguments of the model)."""
-        inputs, targets = (list(part.to(device).split(size)) for part in (self.inputs, self.targets))
+        inputs, targets = (list(_on(device, part).split(size)) for part in (self.inputs, self.targets))
         if self.key_padding_mask is None:
             return inputs, targets, [{} for _ in inputs]
-        return inputs, targets, [{"key_padding_mask": part} for part in self.key_padding_mask.to(device).split(size)]
+        padding = _on(device, self.key_padding_mask).split(size)
+        return inputs, targets, [{"key_padding_mask": part} for part in padding]
+
+
+def _on(device: torch.device, part: torch.Tensor) -> torch.Tensor:
+    """Copy to the device. Only from pinned memory does the host not wait for the GPU to finish what it has to do."""
+    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)

@@ -1,57 +1,76 @@
-"""AdamW over float32 main weights, by parameter name."""
+"""Optimizer of a rank: its update rules, with float32 main weights, by parameter name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from fused_megatron import ops
 from fused_megatron.config import OptimizerConfig
+from fused_megatron.data_parallel.stochastic_state import StochasticState
+from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, ParameterGroup, UpdateRule
 from fused_megatron.observe.waits import OPTIMIZER, wait_for
+
+BATCH_ELEMENTS = 1 << 24
+"""Most elements that an elementwise rule gets at once, if they are not one tensor: its temporaries have this size."""
 
 
 class _Group(NamedTuple):
-    """Names of parameters that are updated together: of one dtype, and with one weight decay."""
+    """Names of parameters that are updated together: by one rule, of one dtype, and with one weight decay."""
 
+    rule: UpdateRule
     names: Sequence[str]
     weight_decay: float
     has_main_weights: bool
 
 
 class Optimizer:
-    """AdamW, with float32 main weights for parameters of lower precision.
+    """Update of parameters by the rule of optimizer.kind, with float32 main weights for those of lower precision.
 
-    Each step reads and writes the tensors of the optimizer once, and rounds the main weights to the parameters in the
-    same pass.
+    Each step reads gradients, main weights and state, and rounds the main weights to the parameters.
 
     Args:
         parameters: trainable parameters by name, or the parts of them that this rank updates.
         gradients: float32 gradients by the same names, in the shapes of `parameters`; step() reads them.
-        config: learning rate and the other options of AdamW.
+        config: update rule, learning rate and the other options.
+        other_rules: rules of single parameters, by name, in place of the rule of config.kind (Muon for matrices).
+        rounding: of state in bfloat16; needed with config.state_dtype="bfloat16".
 
-    Memory: 8 bytes an element for the two moments, 4 more for the main weight of a parameter that is not float32.
+    Memory: 4 bytes an element, or 2 in bfloat16, for each state tensor (AdamW two; SGD with momentum, Lion and Muon
+        one); 4 more for the main weight of a parameter that is not float32. While SGD and Lion update on a GPU: 8 bytes
+        for each of BATCH_ELEMENTS. While state in bfloat16 is updated: 4 bytes for each of BATCH_ELEMENTS and state
+        tensor; with Muon for every element of the rank's matrices.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor], config: OptimizerConfig
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        gradients: Mapping[str, torch.Tensor],
+        config: OptimizerConfig,
+        other_rules: Mapping[str, UpdateRule] | None = None,
+        rounding: StochasticState | None = None,
     ) -> None:
+        assert (rounding is None) == (config.state_dtype == "float32")
         self._parameters = {name: parameter.detach() for name, parameter in parameters.items()}
         self._gradients = {name: gradients[name] for name in parameters}
-        self._config = config
         self.main = {name: p if p.dtype == torch.float32 else p.float() for name, p in self._parameters.items()}
+        self._num_updates, self._rounding = 0, rounding
+        own_rule: UpdateRule = ELEMENTWISE_RULES.get(config.kind, ELEMENTWISE_RULES["adamw"])(config)
+        rules = {name: (other_rules or {}).get(name, own_rule) for name in parameters}
         # Made before the first step, so that a checkpoint can be loaded into a new optimizer.
-        self._exp_avg = {name: torch.zeros_like(main) for name, main in self.main.items()}
-        self._exp_avg_sq = {name: torch.zeros_like(main) for name, main in self.main.items()}
-        self._num_updates = 0
-        self._groups = self._grouped()
+        dtype = getattr(torch, config.state_dtype)
+        self._state = {
+            name: {kind: torch.zeros_like(self.main[name], dtype=dtype) for kind in rule.state_names}
+            for name, rule in rules.items()
+        }
+        self._groups = self._grouped(rules, config.weight_decay)
 
-    def _grouped(self) -> list[_Group]:
-        groups: dict[tuple[bool, torch.dtype], list[str]] = {}
+    def _grouped(self, rules: Mapping[str, UpdateRule], weight_decay: float) -> list[_Group]:
+        groups: dict[tuple[UpdateRule, bool, torch.dtype], list[str]] = {}
         for name, parameter in self._parameters.items():
-            groups.setdefault((parameter.dim() >= 2, parameter.dtype), []).append(name)
+            groups.setdefault((rules[name], parameter.dim() >= 2, parameter.dtype), []).append(name)
         return [
-            _Group(names, self._config.weight_decay if decayed else 0.0, dtype != torch.float32)
-            for (decayed, dtype), names in groups.items()
+            _Group(rule, names, weight_decay if decayed else 0.0, dtype != torch.float32)
+            for (rule, decayed, dtype), names in groups.items()
         ]
 
     def step(self, lr: float, gradient_scale: float | torch.Tensor = 1.0) -> None:
@@ -60,22 +79,41 @@ class Optimizer:
         wait_for(OPTIMIZER, lambda: self._update(lr, gradient_scale))
 
     def _update(self, lr: float, gradient_scale: float | torch.Tensor) -> None:
-        config = self._config
-        for names, weight_decay, has_main_weights in self._groups:
-            ops.adamw_(
-                [self.main[name] for name in names],
-                [self._exp_avg[name] for name in names],
-                [self._exp_avg_sq[name] for name in names],
-                [self._gradients[name] for name in names],
-                low=[self._parameters[name] for name in names] if has_main_weights else (),
-                step=self._num_updates,
-                lr=lr,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                eps=config.eps,
-                weight_decay=weight_decay,
-                gradient_scale=gradient_scale,
-            )
+        for group in self._groups:
+            for names in self._batches(group):
+                self._update_batch(group, names, lr, gradient_scale)
+
+    def _batches(self, group: _Group) -> Iterator[Sequence[str]]:
+        """Cut an elementwise group into batches of at most BATCH_ELEMENTS, or of one tensor."""
+        if not group.rule.elementwise:
+            yield group.names
+            return
+        batch: list[str] = []
+        elements = 0
+        for name in group.names:
+            if batch and elements + self.main[name].numel() > BATCH_ELEMENTS:
+                yield batch
+                batch, elements = [], 0
+            batch.append(name)
+            elements += self.main[name].numel()
+        yield batch
+
+    def _update_batch(
+        self, group: _Group, names: Sequence[str], lr: float, gradient_scale: float | torch.Tensor
+    ) -> None:
+        tensors = ParameterGroup(
+            names,
+            main=[self.main[name] for name in names],
+            gradient=[self._gradients[name] for name in names],
+            # float() returns a float32 tensor itself, and a copy of another.
+            state={kind: [self._state[name][kind].float() for name in names] for kind in group.rule.state_names},
+            low=[self._parameters[name] for name in names] if group.has_main_weights else [],
+            weight_decay=group.weight_decay,
+        )
+        group.rule.update(tensors, self._num_updates, lr, gradient_scale)
+        if self._rounding is not None and tensors.state:
+            for name, *wide in zip(names, *tensors.state.values(), strict=True):
+                self._rounding.store(name, self._num_updates, wide, list(self._state[name].values()))
 
     def round_main_weights(self) -> None:
         """Set parameters of lower precision to their main weights (after loading only main weights)."""
@@ -84,10 +122,12 @@ class Optimizer:
                 parameter.copy_(self.main[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the tensors to save besides the model's, by parameter name: the moments, and separate main weights."""
-        state = {}
+        """Return the tensors to save besides the model's, by parameter name: the rules' state, separate main weights.
+
+        State tensors have the names of torch's optimizers; a main weight has the name "main".
+        """
+        state = {name: dict(tensors) for name, tensors in self._state.items()}
         for name, main in self.main.items():
-            state[name] = {"exp_avg": self._exp_avg[name], "exp_avg_sq": self._exp_avg_sq[name]}
             if self._parameters[name].dtype != torch.float32:
                 state[name]["main"] = main
         return state
@@ -99,5 +139,5 @@ class Optimizer:
                 self.main[name].copy_(parameter)
 
     def set_step(self, step: int) -> None:
-        """Set the number of updates that the moments contain (after loading them)."""
+        """Set the number of updates that the state contains (after loading it)."""
         self._num_updates = step

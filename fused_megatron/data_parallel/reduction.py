@@ -4,15 +4,15 @@ Nothing is divided here; see gradient_division.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import group_size, meet
-from fused_megatron.collectives.transfers import start_all_reduce_, start_reduce_scatter_blocks
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
-from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.data_parallel.gradient_bucket import Bucket, ShardedBucket, WholeBucket
 from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
 
 BUCKETS_UNDER_WAY = 2
@@ -20,27 +20,34 @@ BUCKETS_UNDER_WAY = 2
 
 
 class GradientBuckets:
-    """Float32 gradients of all parameters, as views of a few flat buckets.
+    """Float32 gradients of all parameters, in buckets that are summed over data-parallel ranks.
 
-    The view of a parameter is the main_grad of its record: linear layers add their products directly to it, in float32
-    and without a further pass. For float32 parameters `param.grad` is the view, too, so that autograd accumulates other
-    gradients in it. For parameters of lower precision a hook adds other gradients to the view and frees them.
-    A bucket holds parameters of one pipeline stage. It is summed over dp_group once a step: in reduce() of its stage or
-    earlier, when the backwards announced by reduce_after_backwards() have filled it, while they continue with earlier
-    layers. With one shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns,
-    and its other rows have no meaning until zero_().
+    The record of a parameter returns the tensor to add to as its main_grad: linear layers add their products directly
+    to it, in float32 and without a further pass. A hook adds gradients that autograd returns, and frees them. Whole
+    float32 gradients are `param.grad`, so that autograd adds to them itself.
+    A bucket holds parameters of one pipeline stage. It is summed in reduce() of its stage or earlier, when the
+    backwards announced by reduce_after_backwards() have filled it, while they continue with earlier layers. With one
+    row shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns.
+
+    Whole gradients accumulate over a step and are summed once in it. Sharded gradients (sharded=True) are summed after
+    every microbatch and accumulate as sums of this rank's rows, so that a whole gradient exists only until its bucket
+    is sent.
 
     Args:
         parameters: every trainable parameter in the order of forward, or such a list for each pipeline stage. A
             parameter of two stages (a tied weight) has one gradient.
-        dp_group: data-parallel group, whose ranks must make their buckets at once; None for one rank.
+        dp_group: data-parallel ranks that share the rows of each parameter, or have all of them; they must make their
+            buckets at once. None for one rank.
         bucket_bytes: least size of a bucket; the last bucket of a stage may be smaller.
         rows: the rows of each parameter whose sums this rank needs; as many shards as dp_group has ranks, or one.
+        copies: data-parallel ranks that own the same rows; None for one rank.
+        sharded: whether gradients are sharded while they accumulate.
 
-    Communication: one all-reduce (sum) for each bucket and step, 4 bytes an element in total; with several shards one
-        reduce-scatter in its place. The loss is divided before backward, by the targets of all ranks
-        (gradient_division.py).
-    Memory: 4 bytes for each element of the parameters; with several shards two more buckets while they are sent.
+    Communication, in bytes an element: one all-reduce of 4 for each bucket and step; with several shards one
+        reduce-scatter of 4 in its place, a step or (sharded) a microbatch, and one all-reduce a step of a rank's rows
+        over `copies`. The loss is divided before backward, by the targets of all ranks (gradient_division.py).
+    Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
+        each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
 
     def __init__(
@@ -49,148 +56,173 @@ class GradientBuckets:
         dp_group: dist.ProcessGroup | None,
         bucket_bytes: float = 25e6,
         rows: RowShards = WHOLE_ROWS,
+        copies: dist.ProcessGroup | None = None,
+        sharded: bool = False,
     ) -> None:
         assert rows.num_shards in (1, group_size(dp_group))
-        self._dp_group, self.rows = dp_group, rows
-        meet(dp_group)  # now, and not in a backward
+        self.rows, self._sharded = rows, sharded
+        for group in (dp_group, copies):
+            meet(group)  # now, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
-        layouts = lay_out_buckets(stages, bucket_bytes)
-        self._queues = [_Queue(held_by, buckets, rows) for held_by, buckets in layouts.items()]
-        self._views = {
-            p: view for queue in self._queues for bucket in queue.buckets for p, view in bucket.views.items()
-        }
+        kind = ShardedBucket if sharded else WholeBucket
+
+        def bucket(layout: BucketLayout) -> Bucket:
+            return kind(layout, rows, dp_group, copies)
+
+        self._is_sent = dp_group is not None
+        self._queues = [
+            _Queue(held_by, [bucket(layout) for layout in layouts], sharded)
+            for held_by, layouts in lay_out_buckets(stages, bucket_bytes).items()
+        ]
+        self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
         self._accumulators = []  # a reference keeps autograd's nodes alive, and with them their hooks
         for queue in self._queues:
-            for bucket in queue.buckets:
-                for parameter, view in bucket.views.items():
-                    parameter.grad = view if parameter.dtype == torch.float32 else None
-                    update_record(parameter, main_grad=view)
+            for each in queue.buckets:
+                for parameter in each.parameters:
+                    parameter.grad = self._standing_grad(parameter)
+                    update_record(parameter, main_grad=partial(each.total, parameter), summed_grad=each.own(parameter))
                     # A hook of the node: the parameter's own hook is not called if its gradient went to main_grad only.
                     # The node runs once in each backward, after every use of the parameter.
                     node = torch.autograd.graph.get_gradient_edge(parameter).node
-                    node.register_hook(lambda *_, p=parameter, q=queue, b=bucket: self._accumulated(p, q, b))
+                    node.register_hook(lambda *_, p=parameter, q=queue, b=each: self._accumulated(p, q, b))
                     self._accumulators.append(node)
 
     def __getitem__(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the float32 gradient of a parameter, in its shape."""
-        return self._views[parameter]
+        """Return the float32 gradient of a parameter, in the rows that this rank owns."""
+        return self._buckets[parameter].own(parameter)
 
     def by_name(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return the float32 gradients of named parameters, in the rows that this rank owns, for the optimizer."""
-        return {name: self.rows.own(self._views[parameter]) for name, parameter in parameters.items()}
+        return {name: self[parameter] for name, parameter in parameters.items()}
 
     def in_order_of_forward(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each bucket; the buckets that forward reaches first come first."""
         queues = sorted(self._queues, key=lambda queue: min(queue.stages))
-        return [list(bucket.views)[::-1] for queue in queues for bucket in reversed(queue.buckets)]
+        return [list(bucket.parameters)[::-1] for queue in queues for bucket in reversed(queue.buckets)]
 
     def zero_(self) -> None:
         """Begin a step: set all gradients to 0."""
         for queue in self._queues:
             queue.begin()
             for bucket in queue.buckets:
-                bucket.flat.zero_()
+                bucket.zero_()
 
     def reduce_after_backwards(self, count: int) -> None:
         """Announce the number of backwards of each stage that remain in this step; the last one sends full buckets.
 
-        Not for backwards that defer weight gradients.
+        Sharded gradients are sent by each of them. Not for backwards that defer weight gradients.
         """
-        if self._dp_group is None:
+        if not self._is_sent:
             return
         for queue in self._queues:
             # Buckets that two stages fill wait for both, whose backwards may come in different orders on the ranks.
-            queue.overlap = len(queue.stages) == 1
-            for bucket in queue.buckets:
-                bucket.missing = dict.fromkeys(bucket.views, count)
+            queue.announce(0 if len(queue.stages) > 1 else 1 if self._sharded else count)
 
     def reduce(self, stage: int = 0) -> Callable[[], None]:
-        """Start to sum the remaining buckets of a stage, whose gradients are final; call the result to wait for them.
+        """Start to sum the remaining buckets of a stage; call the result to wait for them.
 
+        Called once in a step, when the gradients of the stage are final; with sharded gradients after every microbatch.
         Buckets of several stages are sent with the last of these stages. All ranks of dp_group must reduce their stages
         in the same order.
         """
         touched = [queue for queue in self._queues if stage in queue.stages]
         for queue in touched:
-            queue.overlap = False
-            queue.waiting.discard(stage)
-            if not queue.waiting and self._dp_group is not None:
-                queue.send(len(queue.buckets), self._dp_group)
+            queue.reduce(stage)
 
         def wait() -> None:
             for queue in touched:
-                while queue.work:
-                    queue.work.pop(0)()
+                queue.wait()
 
         return wait
 
     def finish(self) -> None:
-        """Reduce all stages, and wait until every bucket holds the sum over data-parallel ranks."""
+        """Reduce all stages and the copies, and wait until every rank has the sums of its rows."""
         for wait in [self.reduce(stage) for stage in sorted({s for queue in self._queues for s in queue.stages})]:
             wait()
+        self.sum_copies()
 
-    def _accumulated(self, parameter: nn.Parameter, queue: "_Queue", bucket: "_Bucket") -> None:
-        view = bucket.views[parameter]
-        if parameter.grad is not view:
-            if parameter.grad is not None:  # low precision, or a caller that set .grad to None
-                view.add_(parameter.grad)
-            parameter.grad = view if parameter.dtype == torch.float32 else None
-        if queue.overlap:
-            assert self._dp_group is not None
-            bucket.missing[parameter] -= 1
-            ready = queue.next_bucket
-            # Buckets are sent in the same order on every rank, in whatever order their gradients are ready.
-            while ready < len(queue.buckets) and not any(queue.buckets[ready].missing.values()):
-                ready += 1
-            queue.send(ready, self._dp_group)
+    def sum_copies(self) -> None:
+        """Finish a step whose stages are reduced: sum what ranks with the same rows have."""
+        for wait in [bucket.sum_copies() for queue in self._queues for bucket in queue.buckets]:
+            wait()
+
+    def _standing_grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        """Return the tensor to which autograd itself adds gradients of the parameter, if there is one."""
+        if self._sharded or parameter.dtype != torch.float32:
+            return None
+        return self._buckets[parameter].total(parameter)
+
+    def _accumulated(self, parameter: nn.Parameter, queue: "_Queue", bucket: Bucket) -> None:
+        standing = self._standing_grad(parameter)
+        if parameter.grad is not standing or standing is None:
+            if parameter.grad is not None:  # low precision, sharded, or a caller that set .grad to None
+                bucket.add(parameter, parameter.grad)
+            parameter.grad = standing
+        queue.accumulated(parameter, bucket)
 
 
 class _Queue:
-    """Buckets of the parameters that the same stages hold, in the order in which they are sent."""
+    """Buckets of the parameters that the same stages hold, in the order in which they are sent.
 
-    def __init__(self, stages: frozenset[int], layouts: Sequence[BucketLayout], rows: RowShards) -> None:
+    Args:
+        stages: which hold the parameters.
+        buckets: in the order in which backward fills them.
+        repeats: whether they are sent again and again in a step.
+    """
+
+    def __init__(self, stages: frozenset[int], buckets: Sequence[Bucket], repeats: bool) -> None:
         self.stages = stages
-        self.buckets = [_Bucket(layout, rows) for layout in layouts]
-        self.work: list[Callable[[], object]] = []
+        self.buckets = buckets
+        self._repeats = repeats
+        self._under_way: list[Callable[[], object]] = []
         self.begin()
 
     def begin(self) -> None:
-        self.waiting = set(self.stages)
-        self.next_bucket = 0
-        self.overlap = False
+        """Begin a step."""
+        self._reductions = dict.fromkeys(self.stages, 0)  # asked for and not yet made, by stage
+        self._next = 0
+        self.announce(0)
 
-    def send(self, end: int, dp_group: dist.ProcessGroup) -> None:
-        while self.next_bucket < end:
-            bucket = self.buckets[self.next_bucket]
+    def announce(self, backwards: int) -> None:
+        """Send a bucket early, after this number of backwards of each of its parameters; 0: never."""
+        self._backwards = backwards
+        for bucket in self.buckets:
+            bucket.missing = dict.fromkeys(bucket.parameters, backwards)
+
+    def accumulated(self, parameter: nn.Parameter, bucket: Bucket) -> None:
+        """Count a backward of a parameter; send the buckets that are full."""
+        if not self._backwards:
+            return
+        bucket.missing[parameter] -= 1
+        ready = self._next
+        # Buckets are sent in the same order on every rank, in whatever order their gradients are ready.
+        while ready < len(self.buckets) and not any(self.buckets[ready].missing.values()):
+            ready += 1
+        self._send(ready)
+
+    def reduce(self, stage: int) -> None:
+        """Send the remaining buckets when all stages have asked for it."""
+        self._reductions[stage] += 1
+        if not all(self._reductions.values()):
+            return
+        self._reductions = {other: count - 1 for other, count in self._reductions.items()}
+        self._send(len(self.buckets))
+        if self._repeats:
+            self._next = 0
+            self.announce(self._backwards)
+        else:
+            self._backwards = 0
+
+    def wait(self) -> None:
+        """Wait for all buckets that were sent."""
+        while self._under_way:
+            self._under_way.pop(0)()
+
+    def _send(self, end: int) -> None:
+        while self._next < end:
+            bucket = self.buckets[self._next]
             # A reduce-scatter holds a copy of its bucket until it is waited for.
-            if bucket.is_packed and len(self.work) >= BUCKETS_UNDER_WAY:
-                self.work.pop(0)()
-            self.work.append(bucket.start_sum(dp_group))
-            self.next_bucket += 1
-
-
-class _Bucket:
-    """Flat float32 tensor, and the view of each parameter in it."""
-
-    def __init__(self, layout: BucketLayout, rows: RowShards) -> None:
-        device = layout.parameters[0].device
-        self._blocks = RowBlocks([p.shape for p in layout.parameters], rows) if rows.num_shards > 1 else None
-        self.flat = torch.zeros(layout.num_elements, dtype=torch.float32, device=device)
-        self.views = layout.views(self.flat)
-        self.missing: dict[nn.Parameter, int] = {}
-        """Number of backwards that each parameter still waits for."""
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the bucket is copied to be sent."""
-        return self._blocks is not None
-
-    def start_sum(self, dp_group: dist.ProcessGroup) -> Callable[[], object]:
-        """Begin the sum over dp_group of all gradients, or of this rank's rows; the result waits for it."""
-        if self._blocks is None:
-            return start_all_reduce_(self.flat, dp_group).wait
-        packing, views = self._blocks, list(self.views.values())
-        blocks = packing.pack(views, packing.new_blocks(self.flat))
-        block = self.flat.new_empty(packing.block_numel)
-        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, dp_group)
-        return lambda: packing.unpack_own(transfer.wait(), views)
+            if bucket.is_packed and len(self._under_way) >= BUCKETS_UNDER_WAY:
+                self._under_way.pop(0)()
+            self._under_way.append(bucket.start_sum())
+            self._next += 1

@@ -1,6 +1,7 @@
 """Packing of parameters into one block of memory for each rank, which holds the rows that the rank owns."""
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -28,10 +29,11 @@ class RowBlocks:
 
     def __init__(self, shapes: Sequence[Sequence[int]], rows: RowShards) -> None:
         self._shards = rows.num_shards
-        self._rows = rows
         self._shapes = [tuple(shape) for shape in shapes]
+        self._rows = rows
         self._rooms = [rows.rows_per_shard(shape) * prod(shape[1:]) for shape in self._shapes]
-        self.block_numel = sum(self._rooms)
+        self._offsets = list(accumulate(self._rooms, initial=0))
+        self.block_numel = self._offsets[-1]
         self.padded = any(num_rows(shape) % self._shards for shape in self._shapes)
 
     def new_blocks(self, like: torch.Tensor) -> torch.Tensor:
@@ -41,26 +43,43 @@ class RowBlocks:
         return make((self._shards, self.block_numel))
 
     def pack(self, tensors: Sequence[torch.Tensor], blocks: torch.Tensor) -> torch.Tensor:
-        """Copy contiguous tensors in the parameters' shapes into blocks [num_shards, block_numel]; the blocks."""
-        for place, source in self._pairs(tensors, blocks):
-            place.copy_(source)
+        """Copy contiguous tensors in the parameters' shapes into blocks [num_shards, block_numel]; return these."""
+        for index, source in enumerate(tensors):
+            self.pack_one(index, source, blocks)
         return blocks
+
+    def pack_one(self, index: int, tensor: torch.Tensor | None, blocks: torch.Tensor) -> None:
+        """Copy the tensor of the parameter with this index into blocks; None counts as zeros."""
+        if tensor is None:
+            blocks[:, self._offsets[index] : self._offsets[index + 1]].zero_()
+            return
+        for place, source in self._pairs(index, tensor, blocks):
+            place.copy_(source)
 
     def unpack(self, blocks: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Copy blocks [num_shards, block_numel] back into contiguous tensors in the parameters' shapes."""
-        for place, target in self._pairs(tensors, blocks):
-            target.copy_(place)
+        for index, tensor in enumerate(tensors):
+            for place, target in self._pairs(index, tensor, blocks):
+                target.copy_(place)
+
+    def own_rows(self, block: torch.Tensor) -> list[torch.Tensor]:
+        """Return this rank's rows of every parameter as views of its block [block_numel]."""
+        found = []
+        for shape, offset in zip(self._shapes, self._offsets, strict=False):
+            own = self._rows.own_shape(shape)
+            found.append(block[offset : offset + prod(own)].view(own))
+        return found
 
     def pack_own(self, tensors: Sequence[torch.Tensor], block: torch.Tensor) -> torch.Tensor:
-        """Copy this rank's rows of tensors in the parameters' shapes into its block [block_numel]; the block."""
-        for place, rows in self._own_pairs(tensors, block):
-            place.copy_(rows)
+        """Copy this rank's rows of tensors in the parameters' shapes into its block [block_numel]; return the block."""
+        for place, tensor in zip(self.own_rows(block), tensors, strict=True):
+            place.copy_(self._rows.own(tensor))
         return block
 
     def unpack_own(self, block: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
         """Copy this rank's block [block_numel] into its rows of tensors in the parameters' shapes."""
-        for place, rows in self._own_pairs(tensors, block):
-            rows.copy_(place)
+        for place, tensor in zip(self.own_rows(block), tensors, strict=True):
+            self._rows.own(tensor).copy_(place)
 
     def start_gather(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
         """Begin to send this rank's rows to all ranks; the result waits, and fills the other rows of the tensors.
@@ -70,34 +89,31 @@ class RowBlocks:
             group: the ranks that own the other rows.
         """
         # Padding has no values: it is received and never read.
-        own = self.pack_own(tensors, tensors[0].new_empty(self.block_numel))
-        transfer = start_all_gather_blocks(own, tensors[0].new_empty(self._shards, self.block_numel), group)
-        return lambda: self.unpack(transfer.wait(), tensors)
+        receive = self.start_receive(self.pack_own(tensors, tensors[0].new_empty(self.block_numel)), group)
+        return lambda: self.unpack(receive(), tensors)
 
-    def _pairs(self, tensors: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Views of the blocks and of the tensors that hold the same elements."""
-        pairs, offset = [], 0
-        for tensor, shape, room in zip(tensors, self._shapes, self._rooms, strict=True):
-            flat = tensor.view(-1)
-            whole = flat.numel() // room if room else 0  # blocks that this parameter fills
-            end = whole * room
-            if whole:
-                pairs.append((blocks[:whole, offset : offset + room], flat[:end].view(whole, room)))
-            if end < flat.numel():
-                rest = flat[end:]
-                pairs.append((blocks[whole, offset : offset + rest.numel()], rest))
-            assert num_rows(shape) == 0 or whole <= self._shards
-            offset += room
-        return pairs
+    def start_receive(self, block: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], torch.Tensor]:
+        """Begin to gather the blocks of all ranks; the result waits, and returns blocks [num_shards, block_numel].
 
-    def _own_pairs(
-        self, tensors: Sequence[torch.Tensor], block: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        pairs, offset = [], 0
-        for tensor, room in zip(tensors, self._rooms, strict=True):
-            rows = self._rows.own(tensor)
-            pairs.append((block[offset : offset + rows.numel()].view(rows.shape), rows))
-            offset += room
+        Args:
+            block: this rank's block [block_numel].
+            group: the ranks that have the other blocks; None for one rank.
+        """
+        if group is None:
+            return lambda: block.view(1, -1)
+        return start_all_gather_blocks(block, block.new_empty(self._shards, self.block_numel), group).wait
+
+    def _pairs(self, index: int, tensor: torch.Tensor, blocks: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return views of the blocks and of the tensor of a parameter that hold the same elements."""
+        pairs, offset, room = [], self._offsets[index], self._rooms[index]
+        flat = tensor.view(-1)
+        whole = flat.numel() // room if room else 0  # blocks that this parameter fills
+        end = whole * room
+        if whole:
+            pairs.append((blocks[:whole, offset : offset + room], flat[:end].view(whole, room)))
+        if end < flat.numel():
+            rest = flat[end:]
+            pairs.append((blocks[whole, offset : offset + rest.numel()], rest))
         return pairs
 
 

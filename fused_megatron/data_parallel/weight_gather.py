@@ -1,6 +1,8 @@
 """Gathering of weights that data-parallel ranks have updated in parts, under the forward that follows."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ class WeightGather:
             several dtypes are sent apart.
         rows: which rows of each parameter this rank updates.
         group: the ranks that update the other rows; None for one rank, which has nothing to gather.
+        hides: whether a parameter reads as NaN until it is whole.
 
     Communication:
         One all-gather of each bucket after each update, in the dtype of the parameters.
@@ -32,13 +35,37 @@ class WeightGather:
     """
 
     def __init__(
-        self, buckets: Sequence[Sequence[nn.Parameter]], rows: RowShards, group: dist.ProcessGroup | None
+        self,
+        buckets: Sequence[Sequence[nn.Parameter]],
+        rows: RowShards,
+        group: dist.ProcessGroup | None,
+        hides: bool = False,
     ) -> None:
+        self._rows, self._hides = rows, hides
         self._group = group if rows.num_shards > 1 else None
         meet(self._group)  # its ranks meet here, and not in a forward
         self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
         self._done = self._started = len(self._buckets)
+
+    def own(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the rows of a parameter that this rank updates, a view. Call start() after they have changed."""
+        return self._rows.own(parameter.detach())
+
+    def using(self, parameters: Iterable[nn.Parameter], function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that waits for all parameters before it runs."""
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.finish()
+            return function(*arguments, **options)
+
+        return call
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Make all parameters whole. Every rank of the group must enter the context."""
+        self.finish()
+        yield
 
     def watch(self, module: nn.Module) -> None:
         """Make every forward of a module, of its children and of the members of its lists wait for their parameters."""
@@ -57,21 +84,21 @@ class WeightGather:
         self.finish()
         self._done = self._started = 0
         self._send(1)
+        for bucket in self._buckets if self._hides else ():
+            bucket.hide()
 
     def finish(self) -> None:
         """Wait until every parameter is whole."""
         self._wait(len(self._buckets))
 
+    def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Wait until these parameters are whole. Every wait for a bucket first sends the next."""
+        self._wait(max((self._index[p] + 1 for p in parameters if p in self._index), default=0))
+
     def _hook(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-        end = max((self._index[p] + 1 for p in parameters if p in self._index), default=0)
-        if end:
-            module.register_forward_pre_hook(self._before_forward(end), prepend=True)
-
-    def _before_forward(self, end: int) -> Callable[[nn.Module, Any], None]:
-        def wait(module: nn.Module, arguments: Any) -> None:
-            self._wait(end)
-
-        return wait
+        waited = [p for p in parameters if p in self._index]
+        if waited:
+            module.register_forward_pre_hook(lambda *_: self.wait_for(waited), prepend=True)
 
     def _wait(self, end: int) -> None:
         while self._done < end:
@@ -91,16 +118,28 @@ class _Bucket:
 
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
         self.parameters = tuple(parameters)
+        self._whole = [p.detach() for p in parameters]
+        self._absent = parameters[0].detach().new_full((), math.nan)
+        self._is_hidden = False
         self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
         self._wait: Callable[[], None] | None = None
 
     def start(self, group: dist.ProcessGroup) -> None:
-        self._wait = self._blocks.start_gather([p.detach() for p in self.parameters], group)
+        self._wait = self._blocks.start_gather(self._whole, group)
+
+    def hide(self) -> None:
+        """Let the parameters read as NaN until finish()."""
+        self._is_hidden = True
+        for parameter in self.parameters:
+            parameter.data = self._absent.expand(parameter.shape)
 
     def finish(self) -> None:
         assert self._wait is not None
         self._wait()
         self._wait = None
+        for parameter, whole in zip(self.parameters, self._whole, strict=True) if self._is_hidden else ():
+            parameter.data = whole
+        self._is_hidden = False
 
 
 def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

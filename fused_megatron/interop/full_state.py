@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
+from fused_megatron.collectives import group_rank
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
+from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
 
 _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +33,9 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
         model.save_pretrained(folder, state_dict=state)
 
     Args:
-        model: after parallelize. A model that is not parallel returns its own state_dict.
-        rank0_only: only the group's rank 0 keeps the tensors; the others return an empty dict. All ranks must call.
+        model: after parallelize or shard_data_parallel. A model that is not parallel returns its own state_dict.
+        rank0_only: only rank 0 of the ranks that share the weights keeps the tensors; the others return an empty dict.
+            All ranks must call.
 
     Returns:
         Tensors on the CPU. Tied parameters share one tensor.
@@ -43,17 +46,20 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     tp_group = parallel_group(model)
     transposed = is_transposed(model)
     mark_all_shards(model)
-    keeps = not rank0_only or tp_group is None or tp_group.rank() == 0
+    shards = replica_shards(model)
+    is_first = group_rank(tp_group) == 0 and (shards is None or shards.rows.index == 0)
+    keeps = is_first or not rank0_only
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, torch.Tensor):
-            result[name] = value
-            continue
-        if value not in seen:
-            full = full_tensor(value, value, tp_group, transposed.get(value, False))
-            seen[value] = full.cpu() if keeps else full.new_empty(0)
-        result[name] = seen[value]
+    with whole_weights(model):
+        for name, value in model.state_dict(keep_vars=True).items():
+            if not isinstance(value, torch.Tensor):
+                result[name] = value
+                continue
+            if value not in seen:
+                full = full_tensor(value, value, tp_group, transposed.get(value, False))
+                seen[value] = full.cpu() if keeps else full.new_empty(0)
+            result[name] = seen[value]
     return result if keeps else {}
 
 
@@ -61,7 +67,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
     """Load full tensors, under the names of the original model, into a parallel model; each rank copies its shards.
 
     Args:
-        model: after parallelize, not on the meta device (model.to_empty(device=..) moves it off).
+        model: after parallelize or shard_data_parallel, not on the meta device (model.to_empty(device=..) moves it).
         state: tensors, or objects that slice like one (weight_files.StoredWeight, safetensors' get_slice); of these
             only the shards are read. The same on every rank. Floating dtypes are converted to the model's.
         strict: refuse missing and unexpected names; False ignores them. A tied parameter needs one of its names.
@@ -71,7 +77,7 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
     """
     check_full_state(model, state, strict)
     transposed = is_transposed(model)
-    with torch.no_grad():
+    with whole_weights(model, changes=True), torch.no_grad():
         for name, value in _targets(model).items():
             if name in state:
                 copy_shard_(value, state[name], transposed.get(value, False))

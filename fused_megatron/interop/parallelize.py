@@ -15,6 +15,7 @@ from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.replacements import cut
 from fused_megatron.interop.saving import guard_saving
 from fused_megatron.mesh import Mesh
+from fused_megatron.sharding.replica_shards import replica_shards
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -82,6 +83,8 @@ def parallelize(
     with agreement_of_ranks(model, tp_group):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
+        if replica_shards(model) is not None:
+            raise InputError("model has shared rows already (parallelize before shard_data_parallel)")
         work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
         work.prepare(sequence_parallel)
         report = make_report(work)

@@ -22,7 +22,7 @@ _ELEMENTWISE = {
 _CONVERTED = {torch.Tensor.float, torch.Tensor.to}
 # Names of functions that are allowed on logits that are not gathered.
 _ALLOWED_ON_SHARDS = {
-    "__get__", "dim", "ndimension", "is_floating_point", "is_contiguous", "get_device", "is_complex", "register_hook",
+    "__get__", "dim", "ndimension", "is_floating_point", "is_contiguous", "get_device", "is_complex",
     "__hash__", "__repr__",
 }  # fmt: skip
 _SIZES = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-defined]
@@ -73,7 +73,8 @@ class VocabLogits(torch.Tensor):
     """Logits [..., V] that also keep this rank's columns [..., ceil(V / R)].
 
     They behave like the plain tensor. Operations that keep the columns (selecting rows, conversion, scaling, a soft
-    cap) run on the shard too. F.cross_entropy uses the shard: no float32 copy and no softmax of the full logits.
+    cap) run on the shard too. F.cross_entropy uses the shard: no float32 copy and no softmax of the full logits. A hook
+    gets the gradient of the shard.
 
     Attributes:
         plain: the logits as a torch.Tensor [..., V]; if they are not gathered, the shard.
@@ -103,6 +104,9 @@ class VocabLogits(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run func on the shard too, if it keeps the columns; else run it on the plain tensor."""
         kwargs = kwargs or {}
+        if func is torch.Tensor.register_hook:
+            # The full logits are made of the shard, so its gradient is that of the loss, whichever of both it uses.
+            return args[0].shard.register_hook(*args[1:], **kwargs)
         result = _loss(*args, **kwargs) if func is F.cross_entropy else _apply_to_shard(func, args, kwargs)
         if result is not None:
             return result

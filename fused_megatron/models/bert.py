@@ -196,6 +196,11 @@ class BERT(TransformerStack):
         assert isinstance(logits, torch.Tensor)
         return logits
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        if self.head_transform is None or self.token_embedding is None:
+            return []
+        return [self.token_embedding.weight, self.get_parameter("head_bias")]
+
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
         check(self.head_transform is not None, "the masked-LM head belongs to the last stage of a model that has one")
         assert self.head_transform is not None and self.head_norm is not None and self.token_embedding is not None

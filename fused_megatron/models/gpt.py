@@ -1,6 +1,7 @@
 """GPT, whole or one pipeline stage of it."""
 
 import torch
+from torch import nn
 
 from fused_megatron.checks import check
 from fused_megatron.config import GPTConfig
@@ -91,6 +92,10 @@ class GPT(TransformerStack):
         """
         mask = AttentionMask(causal=True, window=self.config.sliding_window, documents=documents)
         return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        head = self.token_embedding if self.head is None else self.head
+        return [] if head is None else [head.weight]
 
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
         head = self.token_embedding if self.head is None else self.head

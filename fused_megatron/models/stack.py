@@ -196,6 +196,10 @@ class TransformerStack(ShardedModule):
         )
         return loss.t()
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that loss() reads itself, and not through a module's forward; [] without a head."""
+        raise NotImplementedError
+
     def _head(self, hidden: torch.Tensor) -> HeadProduct:
         """Return the operands of the product that computes logits from the last stage's output.
 

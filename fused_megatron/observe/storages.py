@@ -9,6 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 Label = TypeVar("Label", bound=Hashable)
 
+RESIZE_STORAGE = torch.ops.inductor.resize_storage_bytes_.default
+"""Op that frees or allocates the memory of a tensor to which others refer."""
+
 
 class Storage(Generic[Label]):
     """A storage that was allocated while the log was active.
@@ -69,6 +72,9 @@ class StorageLog(Generic[Label]):
 
     def see(self, func: Any, inputs: Any, result: Any) -> None:
         """Log the result of an op."""
+        if func is RESIZE_STORAGE:
+            self._see_resized(*inputs[0])
+            return
         if isinstance(result, torch.Tensor):
             self._see_tensor(func, inputs, result)
         elif isinstance(result, list | tuple):
@@ -86,17 +92,31 @@ class StorageLog(Generic[Label]):
             isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == key for leaf in tree_leaves(inputs)
         ):
             return
+        self._add(storage)
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
         made = Storage(storage.nbytes(), self._where())
         self._events.append(Event(made, True, made.made))
 
         def let_go(_: Any) -> None:
+            last = self._by_key.pop(key, None)
             self._alive.pop(key, None)
-            self._by_key.pop(key, None)
-            made.alive, made.freed = False, self._where()
-            self._events.append(Event(made, False, made.freed))
+            if last is not None and last.alive:
+                last.alive, last.freed = False, self._where()
+                self._events.append(Event(last, False, last.freed))
 
         self._by_key[key] = made
         self._alive[key] = weakref.ref(storage, let_go)
+
+    def _see_resized(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        """Log that a storage was freed, or allocated again, while tensors refer to it."""
+        before = self._by_key.get(tensor.untyped_storage()._cdata)
+        if before is not None and before.alive:
+            before.alive, before.freed = False, self._where()
+            self._events.append(Event(before, False, before.freed))
+        if num_bytes:
+            self._add(tensor.untyped_storage())
 
     def storages(self) -> list[Storage[Label]]:
         """Return all storages that were allocated."""

@@ -1,6 +1,6 @@
 """A linear head and its cross-entropy in one op, which holds only a tile of the logits in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ class _SumOverCount(AutogradFunction):
         settings: tuple[Any, ...],
         exchange: Exchange | None,
         sum_dtype: torch.dtype,
-        dweight_sum: torch.Tensor | None,
+        dweight_sum: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         scale = count.clamp(min=1.0).reciprocal()
         now = torch.ones_like(scale) if hidden.dtype == torch.float16 else scale
@@ -192,7 +192,7 @@ class _SumOverCount(AutogradFunction):
             gradients = _run_backward(ctx.exchange, every, lse, needs, *inputs, target, *ctx.settings)
             factor = torch.ones_like(grad)
         if needs[1] and ctx.dweight_sum is not None:
-            _add_scaled_(ctx.dweight_sum, gradients[1], factor)
+            _add_scaled_(ctx.dweight_sum(), gradients[1], factor)
             needs[1] = False
         results = [
             _scaled(gradient, factor, in_place=not by_compiler).to(x.dtype) if needed else None
@@ -237,7 +237,7 @@ def loss_of_tiles(
     sum_dtype: torch.dtype | None,
     count: torch.Tensor | None = None,
     exchange: Exchange | None = None,
-    dweight_sum: torch.Tensor | None = None,
+    dweight_sum: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Compute the loss of a head from checked arguments.
 
@@ -249,7 +249,7 @@ def loss_of_tiles(
         sum_dtype: dtype of the sum of the losses; None: return the loss of each token.
         count: divisor of the sum; None: 1.
         exchange: between the shards of the vocabulary; None if one device has the full vocabulary.
-        dweight_sum: the backward of a sum adds the weight's gradient to this tensor instead of returning it.
+        dweight_sum: the backward of a sum adds the weight's gradient to the tensor that this returns.
     """
     settings = (chunk_tokens, *terms.scalars())
     leaves = (hidden, weight, bias)

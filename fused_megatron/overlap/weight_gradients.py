@@ -42,15 +42,18 @@ class GradientDestination:
             parameter.grad.add_(gradient)
 
 
-def weight_gradient(dy: torch.Tensor, x: torch.Tensor, main_grad: torch.Tensor | None) -> torch.Tensor | None:
+def weight_gradient(
+    dy: torch.Tensor, x: torch.Tensor, main_grad: Callable[[], torch.Tensor] | None
+) -> torch.Tensor | None:
     """Return dy [T, O].T @ x [T, I], [O, I]; with a main_grad add it there and return None.
 
-    A parameter's main_grad is a float32 tensor in its shape (data_parallel.GradientBuckets sets it). The product
-    accumulates into it in float32: no gradient of the parameter's size is made, rounded or added.
+    A parameter's main_grad returns a float32 tensor in its shape (data_parallel.GradientBuckets sets it). The product
+    accumulates into it in float32: no other gradient of the parameter's size is made, rounded or added.
     """
     if main_grad is None:
         return product(dy.t(), x.t())
-    if not dy.is_cuda and dy.dtype != main_grad.dtype:  # on a CPU, products of bfloat16 round to bfloat16
+    total = main_grad()
+    if not dy.is_cuda and dy.dtype != total.dtype:  # on a CPU, products of bfloat16 round to bfloat16
         dy, x = dy.float(), x.float()
-    product(dy.t(), x.t(), out=main_grad, add=True)
+    product(dy.t(), x.t(), out=total, add=True)
     return None

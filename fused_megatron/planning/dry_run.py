@@ -31,9 +31,10 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.mesh import coordinates, rank_at
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
-from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.planning.recorded_step import RecordedStep, record_fake_step
 from fused_megatron.planning.step_profile import (
+    ACTIVATIONS,
+    LOSS,
     ActionKey,
     Memory,
     StepProfile,
@@ -114,10 +115,10 @@ class DryRun:
     Args:
         config: model.vocab_size must be given. Without parallel.data_parallel_size it is 1.
         device: of the fake tensors. What a CPU keeps may differ from what a GPU does, whose kernels are others; "cuda"
-            needs a torch that is built for it, and no GPU.
+            needs a GPU, none of its memory.
 
     Raises:
-        InputError: sizes that do not fit; no vocab_size; a torch without CUDA.
+        InputError: sizes that do not fit; no vocab_size; "cuda" without a GPU.
 
     Memory: of Python objects only.
     """
@@ -128,8 +129,8 @@ class DryRun:
             "model.vocab_size=None must be given, since a dry run reads no data (--model.vocab-size 50257)",
         )
         check(
-            device != "cuda" or torch.backends.cuda.is_built(),
-            f"device='cuda' needs a torch that is built for CUDA, and {torch.__version__} is not (device='cpu')",
+            device != "cuda" or torch.cuda.is_available(),
+            "device='cuda' needs a GPU, though none of its memory: autograd asks it for its streams (device='cpu')",
         )
         config.model.check_trainable()
         parallel = config.parallel
@@ -142,7 +143,7 @@ class DryRun:
         training = config.training
         replicas = self.config.parallel.data_parallel_size or 1
         self.num_microbatches = training.global_batch_size // training.microbatch_size // replicas
-        self.schedule: Schedule = lower(self.plan.schedule(self.num_microbatches))
+        self.schedule: Schedule = self.plan.lowered_schedule(self.num_microbatches)
         self._sizes = {
             "pp": parallel.pipeline_parallel_size,
             "dp": replicas,
@@ -236,7 +237,7 @@ class DryRun:
         zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
-                schedule = lower(self.plan.schedule(count))
+                schedule = self.plan.lowered_schedule(count)
             except InputError:  # too few for this schedule
                 continue
             if self._keys(schedule, pp_rank) == wanted:
@@ -274,7 +275,7 @@ def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
     kept: dict[Memory, int] = {}
     for key, done in profile.actions.items():
         if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:
-            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind != "messages"}
+            kept = {memory: num_bytes for memory, num_bytes in done.delta.items() if memory.kind in (ACTIVATIONS, LOSS)}
     return kept
 
 

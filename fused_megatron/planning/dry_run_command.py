@@ -21,7 +21,7 @@ Runs a training step of the config's layout on fake tensors, with a fake group o
 options:
   --ranks N       number of ranks; the data-parallel size follows (default: the config's, or 1)
   --rank R        only this rank, with its activations by layer (default: one rank of each place of the pipeline)
-  --device TYPE   of the fake tensors, cpu or cuda; cuda needs a torch that is built for it, and no GPU
+  --device TYPE   of the fake tensors, cpu or cuda; cuda needs a GPU, but none of its memory
   --json          print JSON
 
 All keys of a config: fused-megatron train --help"""
@@ -86,7 +86,8 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
     overrides, rest = [], list(words[1:])
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        if name == "--json" and not equals:
+        if name == "--json":
+            check(not equals, f"--json={value:.40} must be --json: it takes no value")
             found[name] = ""
         elif name in ("--ranks", "--rank", "--device"):
             if not equals and not rest:

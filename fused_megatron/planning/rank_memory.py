@@ -12,7 +12,9 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
+from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
+from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
 
 _SIZES = {"float32": 4, "bfloat16": 2}
 
@@ -23,13 +25,15 @@ class RankMemory:
 
     Attributes:
         num_parameters: parameters of this rank (a number, not bytes).
-        weights: 4 bytes a parameter in float32, 2 in bfloat16.
-        gradients: 4 bytes a parameter (float32).
-        optimizer: 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main weights. Where
-            replicas share it (ZeRO), a rank's share of the parameters counts, without the rounding up to whole rows.
+        weights: 4 bytes a parameter in float32, 2 in bfloat16; of a rank's share with zero_stage = 3.
+        gradients: 4 bytes a parameter (float32); of a rank's share with zero_stage = 2 or 3.
+        optimizer: AdamW has 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main
+            weights (other kinds: optimizer_memory.py). Where replicas share it (ZeRO), a rank's share of the parameters
+            counts, without the rounding up to whole rows.
         activations: kept from forward for backward, of all microbatches in flight.
         working: estimate of the temporary tensors of a block or of the head while it computes, or of the reduction of
-            gradients if that needs more than the activations leave.
+            gradients or the update if these need more than the activations leave. With sharded gradients also those of
+            a bucket, with sharded weights a unit that is whole and one that is received, or all weights.
     """
 
     num_parameters: int
@@ -83,19 +87,36 @@ def _memory_of_rank(
         held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
         activations = max(activations, held)
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
-    shards = replicas if placements.state else 1
+    shards = (config.parallel.zero_shard_size or replicas) if placements.state else 1
     # Buckets are packed and their sums received at the end of backward, when few activations are left.
     packed = min(4 * num_parameters, BUCKETS_UNDER_WAY * round(1e6 * config.training.bucket_mb))
     sent = 0 if shards == 1 else packed + packed // shards
+    largest = max(_largest_unit(config.model, span, ranks) for span in spans.values())
     working = max(_working(config, span) for span in spans.values())
+    matrices = sum((span.stop - span.start) * _block_matrices(config.model, ranks) for span in spans.values())
+    own = [-(-number // shards) for number in (matrices, num_parameters - matrices)]
+    if placements.gradients and shards > 1:  # a bucket fills while the one before leaves
+        working += sent + packed // BUCKETS_UNDER_WAY
+        sent = 0
+    if placements.weights:
+        working += size * (2 * largest if config.parallel.zero_gather == "block" else num_parameters)
+    updating = update_bytes(config.optimizer, config.training.dtype, config.model, sum(own))
     return RankMemory(
         num_parameters,
-        weights=size * num_parameters,
-        gradients=4 * num_parameters,
-        optimizer=(8 if size == 4 else 12) * -(-num_parameters // shards),
+        weights=size * (sum(own) if placements.weights else num_parameters),
+        gradients=4 * (sum(own) if placements.gradients else num_parameters),
+        optimizer=optimizer_bytes(config.optimizer, config.training.dtype, *own),
         activations=activations,
-        working=max(working, sent - activations),
+        working=max(working, sent - activations, updating - activations),
     )
+
+
+def _largest_unit(config: TransformerConfig, span: StageSpan, ranks: int) -> int:
+    """Count the parameters of a block, or of the vocabulary table if the stage has one and it is larger."""
+    one = StageSpan(span.index, span.num_stages, span.start, span.start + 1)
+    none = StageSpan(span.index, span.num_stages, span.start, span.start)
+    block = stage_parameters(config, one, ranks) - stage_parameters(config, none, ranks)
+    return max(block, _vocabulary(config, ranks) if span.first or span.last else 0)
 
 
 def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel_size: int) -> int:
@@ -109,14 +130,11 @@ def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel
         2 * 2 H (RMS norm: 2 * H)                      norms, which every rank holds
     """
     hidden, ranks = config.hidden_size, tensor_parallel_size
-    query = config.num_heads * config.head_size // ranks
-    key_value = 2 * max(1, config.kv_heads // ranks) * config.head_size
-    ffn = config.ffn_size // ranks
-    expansion = ffn * (1 if _plain(config) else 2)
+    query_key_value, _, expansion, _ = _outputs_and_inputs(config, ranks)
     norm = hidden * (1 if config.normalization == "rms_norm" else 2)
-    block = hidden * (2 * query + key_value + expansion + ffn) + 2 * norm
+    block = _block_matrices(config, ranks) + 2 * norm
     qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
-    block += qkv_bias * (query + key_value) + config.linear_biases * (expansion + 2 * hidden)
+    block += qkv_bias * query_key_value + config.linear_biases * (expansion + 2 * hidden)
     block += config.query_key_norm * 2 * config.head_size
     total = (span.stop - span.start) * block
     if span.first:
@@ -128,17 +146,32 @@ def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel
     return total
 
 
+def _block_matrices(config: TransformerConfig, ranks: int) -> int:
+    """Count the elements of the matrices of a block on one rank."""
+    return config.hidden_size * sum(_outputs_and_inputs(config, ranks))
+
+
+def _outputs_and_inputs(config: TransformerConfig, ranks: int) -> tuple[int, int, int, int]:
+    """Features besides the residual stream on a rank: query-key-value, projection, expansion, its projection."""
+    query = config.num_heads * config.head_size // ranks
+    key_value = 2 * max(1, config.kv_heads // ranks) * config.head_size
+    ffn = config.ffn_size // ranks
+    return query + key_value, query, ffn * (1 if _plain(config) else 2), ffn
+
+
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     """Compute the bytes that a stage keeps from forward for backward, for one microbatch.
 
     A block with T tokens (T' = T / R under sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
-        T (N + 2 G) D / R      query, key, value; query and key again for each of rotation and normalization
-        T N D / R              input of the projection
-        T N D / R              result of the attention kernel, and 4 T N / R bytes; not with recompute="selective"
-        T F' / R               input of the activation; with R = 1 also its output, T F
+        T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
+        T N D / R              input of the projection, which is the result of the attention kernel
+        T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
         T' H                   instead of all of the above with recompute="full"
+
+    and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective". Attention dropout keeps
+    T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each query head.
 
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
@@ -163,18 +196,20 @@ def _block_activations(config: TrainConfig) -> int:
     """Compute the bytes that one block keeps for backward, without recompute="full"."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, own_tokens = _sizes(config)
-    heads = model.num_heads // ranks
-    query, key = heads * model.head_size, max(1, model.kv_heads // ranks) * model.head_size
+    heads, kv_heads = model.num_heads // ranks, max(1, model.kv_heads // ranks)
+    query, key = heads * model.head_size, kv_heads * model.head_size
     expansion = (model.ffn_size // ranks) * (1 if _plain(model) else 2)
-    elements = 4 * own_tokens * model.hidden_size
-    elements += tokens * (2 * query + 2 * key + expansion + (model.ffn_size if ranks == 1 else 0))
-    elements += tokens * (query + key) * ((model.position == "rotary") + model.query_key_norm)
+    elements = 4 * own_tokens * model.hidden_size + tokens * (query + expansion)
+    if ranks == 1 or chunk_choice(config.parallel.overlap).fixed == 1:  # the MLP runs layer by layer
+        elements += tokens * model.ffn_size // ranks
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
-    if model.recompute == "none":
-        elements += tokens * query
-        statistics += 4 * tokens * heads
-        if model.attention_dropout > 0:
-            elements += 2 * tokens * heads * model.seq_len
+    statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
+    if model.recompute == "none" and model.attention_dropout > 0:
+        elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
+    else:
+        copies = 2 if model.query_key_norm else int(model.position == "rotary")
+        elements += tokens * (query + 2 * key + (query + key) * copies)
+        statistics += 4 * tokens * heads * (model.recompute == "none")
     return size * elements + statistics
 
 

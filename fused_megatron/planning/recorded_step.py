@@ -109,8 +109,8 @@ def _record(
         recorder.watch(stage)
     storages = recorder.storages
     assembled_bytes = storages.held_bytes()
-    if mesh.dp_group is not None:
-        recorder.replicas = tuple(dist.get_process_group_ranks(mesh.dp_group))
+    groups = (mesh.dp_group, assembly.shard_group, assembly.copy_group)
+    recorder.replicas = {tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None}
     with recorder.phase(UPDATED):  # as behind the update of a step before: weights of other ranks are on their way
         assembly.weights.start()
     assembled = storages.num_events

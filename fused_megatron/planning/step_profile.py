@@ -22,7 +22,7 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# What goes over this axis goes once a step: sums of gradients in the last backward, weights in the first forward.
+# Without sharded gradients this axis is used once a step: sums in the last backward, weights in the first forward.
 DATA = "dp"
 
 DEFERRED = "weight gradients put off"
@@ -162,16 +162,23 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
         actions[key_of(action, recorded, recorded)] = _profile(
             (event for event in group if not _is_received(event)), kinds
         )
-    once, sizes = Counter[Work](), step.assembly.mesh.sizes
+    once, reductions, sizes = Counter[Work](), Counter[Work](), step.assembly.mesh.sizes
+    # Sharded gradients are reduced after every microbatch, sharded weights gathered for it.
+    every_microbatch = step.assembly.plan.reduce_each_microbatch
     for (phase, action), work in step.recorder.work.items():
         if phase != STEP:
             continue
         again = action is not None and action.kind in OF_MICROBATCH
         for done, number in work.items():
-            if action is not None and again and done.kind != "receive" and axes_of(done.group, sizes) != DATA:
+            over_replicas = axes_of(done.group, sizes) == DATA
+            if action is not None and again and done.kind != "receive" and (every_microbatch or not over_replicas):
                 actions.setdefault(key_of(action, recorded, recorded), Profile()).work.setdefault(done, number)
+            elif every_microbatch and over_replicas and action is not None:
+                reductions[done] += number
             else:
                 once[done] += number
+    for done, number in reductions.items():
+        once[done] += number // recorded * num_microbatches
     for done in once:
         # Receives are posted in actions of other microbatches; losses have 8 bytes each.
         if done.kind == "receive" or (done.kind == "broadcast" and done.what == "bytes"):
@@ -294,7 +301,7 @@ def _kinds(step: RecordedStep) -> dict[Storage[Any], Memory]:
 
 
 def _parts_of(assembly: Assembly) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    yield WEIGHTS, list(assembly.parameters.values())
+    yield WEIGHTS, [*assembly.own_weights.values(), *assembly.parameters.values()]
     yield GRADIENTS, list(assembly.gradients.by_name(assembly.parameters).values())
     yield OPTIMIZER, [tensor for state in assembly.optimizer.state().values() for tensor in state.values()]
 

@@ -1,8 +1,10 @@
 """What a rank does in a step, op by op: memory, products, transfers, reads by the host; on real and on fake tensors."""
 
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
 from fused_megatron.observe.record_communication import transfer_of
-from fused_megatron.observe.storages import StorageLog
+from fused_megatron.observe.storages import RESIZE_STORAGE, StorageLog
 from fused_megatron.pipeline.schedule.action import Action
 
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
@@ -29,6 +31,19 @@ _READ = torch.ops.aten._local_scalar_dense.default
 # What a list of a tensor's numbers is made of, besides the reads.
 _TAKEN_APART = {torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.aten.detach.default}
 _FOUND = torch.ops.aten.nonzero.default
+_COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
+"""Ops that copy between devices, with the position of the source among their arguments."""
+_GATHER_OF_TIED_WEIGHT = "c10d._allgather_base_.pipeline"
+_PIN = torch.ops.aten._pin_memory.default
+# Functions that read a number only if it is in host memory: on a GPU they take another branch.
+_READ_HOST_MEMORY = {
+    ("tensor_parallel/embedding.py", "_check_ids"),
+    ("tensor_parallel/embedding.py", "backward"),
+    ("ops/linear_cross_entropy.py", "_scaled"),
+    ("ops/linear_cross_entropy.py", "_add_scaled_"),
+}
+# Functions that tell another stage the shapes of a message, ahead of the first one.
+_RUN_IN_THE_FIRST_STEP = {("pipeline/run/messages.py", "_record_specs"), ("pipeline/run/messages.py", "_complete")}
 
 LOSS_LAYER, OWN_LAYER = "loss", "embedding"
 """Layer of what the loss makes, and of what a stage makes outside of its layers: positions, masks, rotary tables."""
@@ -79,14 +94,14 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: all that were made.
         work: by (phase, action), what was counted there.
-        replicas: the global ranks of data parallelism, which send each other weights and gradients.
+        replicas: groups of global ranks of data parallelism, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
         super().__init__()
         self.storages: StorageLog[Place] = StorageLog(self.place)
         self.work: defaultdict[tuple[str, Action | None], Counter[Work]] = defaultdict(Counter)
-        self.replicas: tuple[int, ...] = ()
+        self.replicas: set[tuple[int, ...]] = set()
         self._fake = fake
         self._phase = ""
         self._at: Callable[[], Action | None] = lambda: None
@@ -139,28 +154,44 @@ class StepRecorder(TorchDispatchMode):
             return self._read(args[0])
         if func.namespace == "c10d":
             self._transfer(func.overloadpacket.__name__, args)
+            if self._fake and str(func) == _GATHER_OF_TIED_WEIGHT:
+                # gloo and NCCL gather a list of tensors to one buffer first.
+                self.storages.see(func, (), args[0].contiguous())
         if self._fake and func is _FOUND:  # how many there are hangs on the numbers: all, the most that can be
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        elif self._fake and func is _PIN:  # torch has no fake form of it
+            result = args[0]
         else:
             result = func(*args, **kwargs)
         if func not in _TAKEN_APART:
             self._last_read = 0
         if func is _FOUND:
-            self._count(Work("host_syncs"), 1)
+            self._count_sync(args[0])
+        elif func in _COPIES and _waits_for_copy(args[_COPIES[func]], result, kwargs):
+            self._count_sync(result if result.device.type != "cpu" else args[_COPIES[func]])
         formula = _FLOPS.get(func.overloadpacket)
         if formula is not None:
-            self._count(Work("flops"), formula(*args, **kwargs, out_val=result))
+            operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # the formulas know no dtype of a sum
+            self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
         self.storages.see(func, (args, kwargs), result)
+        if func is RESIZE_STORAGE:
+            self.relabel(args[0], GATHERED_ROWS)
         return result
 
     def _count(self, work: Work, number: int) -> None:
         self.work[self._phase, self._at()][work] += number
 
+    def _count_sync(self, tensor: torch.Tensor) -> None:
+        """Count a wait of the host for the device of a tensor. On a CPU the waits count that a GPU would cause."""
+        caller = _function_of_the_package()
+        if caller not in _RUN_IN_THE_FIRST_STEP and (tensor.device.type != "cpu" or caller not in _READ_HOST_MEMORY):
+            self._count(Work("host_syncs"), 1)
+
     def _transfer(self, name: str, args: Any) -> None:
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
-        if found.group and found.group == self.replicas:
+        if found.group in self.replicas:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, torch.Tensor):
                     self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)
@@ -171,7 +202,7 @@ class StepRecorder(TorchDispatchMode):
         key = tensor.untyped_storage()._cdata
         told = self._values.get(key)
         if self._last_read != key and told is None:  # a list is read at once
-            self._count(Work("host_syncs"), 1)
+            self._count_sync(tensor)
         self._last_read = key
         if not self._fake:
             return _READ(tensor)
@@ -198,3 +229,19 @@ class StepRecorder(TorchDispatchMode):
 
     def _expect_loss(self) -> None:
         self._loss_at = self._at()
+
+
+def _function_of_the_package() -> tuple[str, str]:
+    """Return file and name of the innermost running function of the package, planning left out."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        _, package, path = frame.f_code.co_filename.rpartition("fused_megatron/")
+        if package and not path.startswith("planning/"):
+            return path, frame.f_code.co_name
+        frame = frame.f_back
+    return "", ""
+
+
+def _waits_for_copy(source: torch.Tensor, result: torch.Tensor, keywords: Mapping[str, Any]) -> bool:
+    """Whether the host waits until a copy between two devices is done."""
+    return source.device.type != result.device.type and not keywords.get("non_blocking", False)

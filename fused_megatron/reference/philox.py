@@ -40,6 +40,21 @@ def random_words(rng_state: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.where(lane < 2, torch.where(lane == 0, w0, w1), torch.where(lane == 2, w2, w3))
 
 
+def rows_of_random_words(rng_state: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
+    """Return random_words for n rows of consecutive indices: int64 [n, length]. It draws each block of four once.
+
+    Args:
+        rng_state: as random_words.
+        starts: int64 [n], the first index of each row.
+        length: of every row.
+    """
+    seed, offset = rng_state.unbind()
+    blocks = (starts >> 2)[:, None] + torch.arange((length + 6) // 4, device=starts.device)
+    words = torch.stack(philox4x32((*_halves(blocks), *_halves(offset)), _halves(seed)), dim=-1).flatten(1)
+    index = (starts & 3)[:, None] + torch.arange(length, device=starts.device)
+    return words.gather(1, index)
+
+
 def keep_mask(rng_state: torch.Tensor, index: torch.Tensor, p: float) -> torch.Tensor:
     """Return, for each global index, whether dropout with probability p < 1 keeps the element; bool."""
     return random_words(rng_state, index) >= int(p * 2**32)

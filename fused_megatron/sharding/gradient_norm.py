@@ -13,6 +13,7 @@ from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.sharding.parameter_record import parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
+from fused_megatron.sharding.replica_shards import replica_shards
 from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sharded_module import parallel_group, parts_of_parameters
 
@@ -32,8 +33,9 @@ def clip_grad_norm_(
     shared parameters differently. This function counts every element of the full model once. All ranks must call it.
 
     Args:
-        model: after parallelize, or with layers of fused_megatron.tensor_parallel; also under FSDP2's fully_shard. For
-            a pipeline stage the result is the norm of the stage (a tied weight counts in the first stage with it).
+        model: after parallelize, or with layers of fused_megatron.tensor_parallel; also after shard_data_parallel or
+            under FSDP2's fully_shard. For a pipeline stage the result is the norm of the stage (a tied weight counts
+            in the first stage with it).
         max_norm: gradients are scaled so that their norm is at most this.
         norm_type: p; inf for the largest absolute value.
         error_if_nonfinite: raise if the norm is nan or inf.
@@ -45,20 +47,30 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite, with error_if_nonfinite; the gradients are unchanged.
 
-    Communication: one all-gather of one number. With FSDP2 also the collectives of its own norms, and an all-gather of
-        each gradient of which a rank counts some rows only (a projection that holds copies of key-value heads).
+    Communication: one all-gather of one number; one more over data-parallel ranks that share rows. With FSDP2 also the
+        collectives of its own norms, and an all-gather of each gradient of which a rank counts some rows only (a
+        projection that holds copies of key-value heads).
     """
-    group = parallel_group(model)
-    counted = list(_counted_gradients(model, group_rank(group)))
+    group, shards = parallel_group(model), replica_shards(model)
+    own = {} if shards is None else shards.gradients()
+    if shards is None:
+        counted = list(_counted_gradients(model, group_rank(group)))
+    else:
+        counted = list(_counted_rows(model, group_rank(group), own, shards.rows))
     norm: Any = torch.nn.utils.get_total_norm(counted, norm_type)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over FSDP2's ranks
     first = next(model.parameters(), torch.empty(0))
     wide = any(p.grad is not None and p.grad.dtype == torch.float64 for p in model.parameters())
     norm = norm.to(first.device, torch.float64 if wide else torch.float32)
-    total = torch.linalg.vector_norm(start_all_gather(norm.view(1), 0, group).wait(), norm_type)
+    total = norm
+    for ranks in (group, None if shards is None else shards.group):
+        total = torch.linalg.vector_norm(start_all_gather(total.view(1), 0, ranks).wait(), norm_type)
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the gradient norm of order {norm_type} is {total.item()}, and cannot be clipped")
-    torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    if shards is None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, total)
+    elif own:
+        torch._foreach_mul_(list(own.values()), (max_norm / (total + 1e-6)).clamp(max=1.0))  # as torch
     return total
 
 
@@ -82,25 +94,34 @@ def global_gradient_norm(
     Communication:
         One all-reduce of 8 bytes over each group that is given.
     """
-    squares = sum_of_counted_squares(parameters, gradients, group_rank(tp_group))
+    own = {name: gradients[parameter] for name, parameter in parameters.items()}
+    squares = sum_of_counted_squares(parameters, own, group_rank(tp_group))
     for group in (tp_group, pp_group):
         sum_over_ranks_(squares, group)
     return squares.sqrt()
 
 
 def sum_of_counted_squares(
-    parameters: Mapping[str, nn.Parameter], gradients: Gradients, tp_rank: int, rows: RowShards = WHOLE_ROWS
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, torch.Tensor],
+    tp_rank: int,
+    rows: RowShards = WHOLE_ROWS,
 ) -> torch.Tensor:
     """Return this rank's part of the square of the norm, a 0-dim float64 tensor on the device of the parameters.
 
     The parts of all ranks that hold other shards, other stages or own other rows add up to the square of
-    global_gradient_norm. Arguments as there; tp_rank: of this rank in tp_group; rows: the rows that this rank owns.
+    global_gradient_norm.
+
+    Args:
+        parameters: of this rank, by name.
+        gradients: by the same names, in the rows that this rank owns.
+        tp_rank: of this rank in its tensor-parallel group.
+        rows: the rows that this rank owns.
     """
     counted: list[torch.Tensor] = []
-    for parameter in parameters.values():
-        gradient = gradients[parameter]
-        parts = rows.cut(_counted(parameter_parts(parameter), gradient.shape, tp_rank), gradient.shape)
-        counted += [part.of(gradient) for part in parts]
+    for name, parameter in parameters.items():
+        parts = _counted(parameter_parts(parameter), parameter.shape, tp_rank)
+        counted += [part.of(gradients[name]) for part in rows.own_parts(parameter, parts)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
     return ops.sum_of_squares(counted)
@@ -111,11 +132,9 @@ def clip_coefficient(norm: float, clip_norm: float) -> float:
     return min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
 
 
-def non_finite_parameters(
-    parameters: Mapping[str, nn.Parameter], gradients: Gradients, rows: RowShards = WHOLE_ROWS
-) -> list[str]:
-    """Return the names of this rank's parameters whose gradient has a NaN or an infinity."""
-    return [name for name, p in parameters.items() if not bool(torch.isfinite(rows.own(gradients[p])).all())]
+def non_finite_gradients(gradients: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of gradients that have a NaN or an infinity."""
+    return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
 def _counted(parts: tuple[ShardPart, ...], local_shape: Sequence[int], tp_rank: int) -> list[ShardPart]:
@@ -136,3 +155,14 @@ def _counted_gradients(model: nn.Module, tp_rank: int) -> Iterator[torch.Tensor]
         counted = _counted(parts, gradient.shape, tp_rank)
         # A gradient that counts as a whole is not cut, since FSDP2 would gather it for that.
         yield from [gradient] if len(counted) == len(parts) else [part.of(gradient) for part in counted]
+
+
+def _counted_rows(
+    model: nn.Module, tp_rank: int, own: Mapping[nn.Parameter, torch.Tensor], rows: RowShards
+) -> Iterator[torch.Tensor]:
+    """Yield the parts that this rank counts of the gradients of its rows. torch takes no norm of an empty tensor."""
+    for parameter, parts in parts_of_parameters(model).items():
+        if parameter in own:
+            counted = _counted(parts, parameter.shape, tp_rank)
+            found = [part.of(own[parameter]) for part in rows.own_parts(parameter, counted)]
+            yield from [part for part in found if part.numel()]

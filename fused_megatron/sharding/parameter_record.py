@@ -54,13 +54,17 @@ class ParameterRecord:
 
     Attributes:
         shard: the part of the full parameter; None for a parameter that was never marked.
-        main_grad: a tensor in the parameter's shape, as a rule float32, to which the layers of this package add the
-            gradient, instead of `grad`.
+        main_grad: returns the tensor to which the layers of this package add the gradient, instead of `grad`: in the
+            parameter's shape, as a rule float32. A backward calls it when it has a gradient to add, so that the tensor
+            need not exist before.
+        summed_grad: the gradient after the sum over data-parallel ranks, of the rows that this rank owns. None: the sum
+            is in `grad`.
         deferred: the store for products of the gradient that backward defers.
     """
 
     shard: Shard | None = None
-    main_grad: torch.Tensor | None = None
+    main_grad: Callable[[], torch.Tensor] | None = None
+    summed_grad: torch.Tensor | None = None
     deferred: DeferredWeightGradients | None = None
 
 

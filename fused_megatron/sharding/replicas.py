@@ -9,12 +9,18 @@ from torch import nn
 
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.sharding.parameter_record import parameter_parts
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 
 _INT64_BYTES = 8
 
 
-def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: Sequence[Group]) -> str | None:
+def find_drift(
+    parameters: Mapping[str, nn.Parameter],
+    replicas: Group,
+    others: Sequence[Group],
+    own: Mapping[str, torch.Tensor] | None = None,
+    rows: RowShards = WHOLE_ROWS,
+) -> str | None:
     """Describe a difference between ranks that hold the same part of a full parameter; None if there is none.
 
     All ranks of the groups must call it. The ranks of a group learn the differences within their group only.
@@ -24,6 +30,8 @@ def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: 
         replicas: ranks that hold the same parts of every parameter (data-parallel ranks).
         others: groups in which several ranks hold some of the parts (tensor-parallel ranks, the stages of tied
             weights).
+        own: the rows of each parameter that this rank holds, by the same names; None: whole parameters.
+        rows: which these are.
 
     Returns:
         The first parameter that differs, the global ranks whose values differ from most, and the number of other
@@ -32,7 +40,7 @@ def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: 
     Communication: over `replicas` one number from each rank; over the others a number and a name for each parameter.
     Memory: reads each weight once and keeps 8 bytes for each parameter. One wait for the device.
     """
-    digests = parameter_digests(parameters)
+    digests = parameter_digests(parameters, own, rows)
     total = sum(digests.values()) & (2**64 - 1)
     found = None
     if len(set(gather_json(total, replicas))) > 1:
@@ -44,16 +52,20 @@ def find_drift(parameters: Mapping[str, nn.Parameter], replicas: Group, others: 
     return found
 
 
-def parameter_digests(parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Return a digest for each part of a full parameter: the sum of its bits as 64-bit numbers.
+def parameter_digests(
+    parameters: Mapping[str, nn.Parameter],
+    own: Mapping[str, torch.Tensor] | None = None,
+    rows: RowShards = WHOLE_ROWS,
+) -> dict[str, int]:
+    """Return a digest for each part of a full parameter: the sum of its bits as 64-bit numbers. Arguments: find_drift.
 
     Any single change of a value changes the digest. The keys are the names of the full parameters, with the offset of
     the part unless it is the full parameter.
     """
     names, sums = [], []
     for name, parameter in parameters.items():
-        for part in parameter_parts(parameter):
-            held = part.held(parameter.detach())
+        for part in rows.own_parts(parameter):
+            held = part.held(parameter.detach() if own is None else own[name])
             offset = "" if tuple(held.tensor.shape) == held.full_shape else f" at {held.offset}"
             names.append(part.full_name(name) + offset)
             sums.append(_sum_of_bits(held.tensor))

@@ -37,6 +37,13 @@ class RowShards:
         start = min(total, block * (self.index if index is None else index))
         return slice(start, min(total, start + block))
 
+    def own_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the tensor that own() returns of a tensor of this shape."""
+        rows = self.rows(shape)
+        if len(shape) == 0:
+            return () if rows.stop > rows.start else (0,)
+        return (rows.stop - rows.start, *shape[1:])
+
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a tensor in the shape of the parameter, a view; a 0-dim tensor where it owns that."""
         rows = self.rows(tensor.shape)
@@ -44,11 +51,17 @@ class RowShards:
             return tensor if rows.stop > rows.start else tensor.view(1)[:0]
         return tensor[rows]
 
-    def own_parts(self, parameter: torch.Tensor) -> tuple[ShardPart, ...]:
-        """The parts of full parameters that this rank's rows hold, as parts of the tensor that own() returns."""
+    def own_parts(self, parameter: torch.Tensor, parts: Sequence[ShardPart] | None = None) -> tuple[ShardPart, ...]:
+        """The parts of full parameters that this rank's rows hold, as parts of the tensor that own() returns.
+
+        Args:
+            parts: of the parameter; None: all.
+        """
+        if self.num_shards == 1:
+            return parameter_parts(parameter) if parts is None else tuple(parts)
         start = self.rows(parameter.shape).start
-        parts = self.cut(parameter_parts(parameter), parameter.shape)
-        return parts if parameter.dim() == 0 else tuple(_moved(part, -start) for part in parts)
+        cut = self.cut(parameter_parts(parameter) if parts is None else parts, parameter.shape)
+        return cut if parameter.dim() == 0 else tuple(_moved(part, -start) for part in cut)
 
     def cut(self, parts: Sequence[ShardPart], shape: Sequence[int]) -> tuple[ShardPart, ...]:
         """What this rank's rows hold of parts of a parameter, as parts of the whole parameter.

@@ -55,13 +55,14 @@ class _VocabParallelEmbedding(AutogradFunction):
         if ctx.main_grad is not None and dy.device.type == "cpu":
             # Row by row, in the order of the tokens, so that no gradient of the size of the table is made.
             owned = (local < rows).flatten().nonzero().squeeze(1)
-            values = wide.reshape(-1, wide.shape[-1])[owned].to(ctx.main_grad.dtype)
-            ctx.main_grad.index_add_(0, local.flatten()[owned], values)
+            total = ctx.main_grad()
+            values = wide.reshape(-1, wide.shape[-1])[owned].to(total.dtype)
+            total.index_add_(0, local.flatten()[owned], values)
             return None, None, None, None, None
         # Ids of other ranks are `rows`, the padding index here, so the kernel skips them without a mask over dy.
         dweight = torch.ops.aten.embedding_dense_backward(wide.contiguous(), local, rows, rows, False)
         if ctx.main_grad is not None:
-            ctx.main_grad.add_(dweight)
+            ctx.main_grad().add_(dweight)
             return None, None, None, None, None
         return None, dweight.to(dy.dtype), None, None, None
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from fused_megatron.collectives import all_gather_reduce_scatter, group_size
 from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter_blocks
-from fused_megatron.data_parallel import reduction
+from fused_megatron.data_parallel import gradient_bucket, reduction
 from fused_megatron.data_parallel.optimizer import Optimizer
+from fused_megatron.data_parallel.row_blocks import RowBlocks
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.models import attention, block, stack
 from fused_megatron.models.dropout import DropoutMasks
@@ -226,13 +227,13 @@ def recomputed_with_other_dropout() -> Planted:
 def averaged_over_replicas() -> Planted:
     """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
 
-    original = reduction._Bucket.start_sum
+    original = gradient_bucket.WholeBucket.start_sum
 
-    def start_sum(self: reduction._Bucket, dp_group: Any) -> Callable[[], object]:
-        self.flat.div_(group_size(dp_group))
-        return original(self, dp_group)
+    def start_sum(self: gradient_bucket.WholeBucket) -> Callable[[], object]:
+        self.flat.div_(group_size(self._shards))
+        return original(self)
 
-    return patch.object(reduction._Bucket, "start_sum", start_sum)
+    return patch.object(gradient_bucket.WholeBucket, "start_sum", start_sum)
 
 
 def sent_a_microbatch_early() -> Planted:
@@ -247,12 +248,12 @@ def sent_a_microbatch_early() -> Planted:
 
 def last_bucket_not_sent() -> Planted:
     """The bucket that backward fills last keeps the gradients of a replica."""
-    original = reduction._Queue.send
+    original = reduction._Queue._send
 
-    def send(self: Any, end: int, dp_group: Any) -> None:
-        original(self, min(end, len(self.buckets) - 1), dp_group)
+    def send(self: Any, end: int) -> None:
+        original(self, min(end, len(self.buckets) - 1))
 
-    return patch.object(reduction._Queue, "send", send)
+    return patch.object(reduction._Queue, "_send", send)
 
 
 def dropout_by_the_replica() -> Planted:
@@ -297,9 +298,9 @@ def tied_gradient_twice() -> Planted:
     def reduce(self: TiedWeight) -> None:
         original(self)
         for parameter in self._parameters:
-            main_grad = parameter_record(parameter).main_grad
-            assert main_grad is not None
-            main_grad.mul_(2)
+            summed = parameter_record(parameter).summed_grad
+            assert summed is not None
+            summed.mul_(2)
 
     return patch.object(TiedWeight, "reduce", reduce)
 
@@ -371,7 +372,63 @@ def rows_of_another_replica() -> Planted:
     def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
         return start_reduce_scatter_blocks(blocks.roll(-shard.numel()), shard, group)
 
-    return patch.object(reduction, "start_reduce_scatter_blocks", start)
+    return patch.object(gradient_bucket, "start_reduce_scatter_blocks", start)
+
+
+def summed_in_bfloat16() -> Planted:
+    """Gradients are rounded to bfloat16 before they are summed."""
+
+    def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
+        return start_reduce_scatter_blocks(blocks.bfloat16().float(), shard, group)
+
+    return patch.object(gradient_bucket, "start_reduce_scatter_blocks", start)
+
+
+def sharded_sums_averaged() -> Planted:
+    """The sums of sharded gradients are divided by the shards, though the loss was divided by all targets."""
+
+    def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
+        return start_reduce_scatter_blocks(blocks / group_size(group), shard, group)
+
+    return patch.object(gradient_bucket, "start_reduce_scatter_blocks", start)
+
+
+def last_microbatch_kept() -> Planted:
+    """The sums of a microbatch replace those of the ones before."""
+    original = gradient_bucket.ShardedBucket.start_sum
+
+    def start_sum(self: gradient_bucket.ShardedBucket) -> Callable[[], object]:
+        wait = original(self)
+        return lambda: (self._block.zero_(), wait())
+
+    return patch.object(gradient_bucket.ShardedBucket, "start_sum", start_sum)
+
+
+def copies_not_summed() -> Planted:
+    """Replicas that repeat a state keep the gradients of their own shards."""
+    return patch.object(reduction.GradientBuckets, "sum_copies", lambda self: None)
+
+
+def weights_of_the_start_gathered() -> Planted:
+    """Each forward and backward gathers the rows that a rank had at the start."""
+    original = RowBlocks.start_receive
+    kept: dict[RowBlocks, torch.Tensor] = {}
+
+    def start_receive(self: RowBlocks, block: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
+        return original(self, kept.setdefault(self, block.clone()), group)
+
+    return patch.object(RowBlocks, "start_receive", start_receive)
+
+
+def gathered_in_another_order() -> Planted:
+    """Rows of one replica take the place of another's."""
+    original = RowBlocks.start_receive
+
+    def start_receive(self: RowBlocks, block: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
+        receive = original(self, block, group)
+        return lambda: receive().roll(1, 0)
+
+    return patch.object(RowBlocks, "start_receive", start_receive)
 
 
 def clipped_on_the_first_rank_only() -> Planted:
@@ -398,12 +455,12 @@ def sharded_biases_decayed() -> Iterator[None]:
         )
         return by_name(self, parameters)
 
-    def grouped(self: Optimizer) -> Any:
+    def grouped(self: Optimizer, rules: Any, weight_decay: float) -> Any:
         found = []
-        for group in original(self):
+        for group in original(self, rules, weight_decay):
             decayed = [name for name in group.names if name in sharded]
             found.append(group._replace(names=[name for name in group.names if name not in sharded]))
-            found.append(group._replace(names=decayed, weight_decay=self._config.weight_decay))
+            found.append(group._replace(names=decayed, weight_decay=weight_decay))
         return [group for group in found if group.names]
 
     with (

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from fused_megatron.checkpoint import Manifest, TensorBox
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, check
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.sharding import RowShards
@@ -66,6 +67,23 @@ def learning_rate_jump(saved: Mapping[str, Any], config: TrainConfig, step: int)
     return f"the learning rate of step {step + 1} is {now:.3g}; with the checkpoint's settings it would be {before:.3g}"
 
 
+def check_same_state(checkpoint: Path, saved: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise InputError unless a checkpoint has the optimizer state that a run needs.
+
+    Args:
+        checkpoint: its folder, for the message.
+        saved: the config in the checkpoint; a setting that is missing there had its default value.
+        config: of the run.
+    """
+    theirs = dataclasses.asdict(OptimizerConfig()) | saved.get("optimizer", {})
+    for name, ours in (("kind", config.optimizer.kind), ("state_dtype", config.optimizer.state_dtype)):
+        check(
+            theirs[name] == ours,
+            f"{checkpoint} has the optimizer state of another run: optimizer.{name}={theirs[name]!r} there, {ours!r} "
+            f"here (set optimizer.{name}={theirs[name]!r}, or choose another training.run_folder)",
+        )
+
+
 def _shown(value: Any) -> str:
     return "not given" if value is None else json.dumps(value)
 
@@ -79,7 +97,8 @@ class ResumedTensors:
 
     Args:
         parameters, optimizer: of the run.
-        rows: the rows of each parameter that the optimizer updates.
+        own: the rows of the parameters that the optimizer updates, by name.
+        rows: which these are.
         manifest: of the checkpoint.
 
     Attributes:
@@ -88,26 +107,31 @@ class ResumedTensors:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer, rows: RowShards, manifest: Manifest
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        own: Mapping[str, torch.Tensor],
+        optimizer: Optimizer,
+        rows: RowShards,
+        manifest: Manifest,
     ) -> None:
         self._optimizer = optimizer
         ours = optimizer.state()
         main = {name: {"main": kinds["main"]} for name, kinds in ours.items() if "main" in kinds}
         moments = {name: {k: v for k, v in kinds.items() if k != "main"} for name, kinds in ours.items()}
-        self.boxes: dict[str, TensorBox] = parameter_boxes(parameters) | optimizer_boxes(parameters, ours, rows)
+        weights = parameter_boxes(parameters, own, rows)
+        self.boxes: dict[str, TensorBox] = weights | optimizer_boxes(parameters, ours, rows)
         self.allow_extra: Sequence[str] = ()
         self._rounds = False
         stored = {name: tensor.dtype for name, tensor in manifest.tensors.items()}
         has_main = any(name.startswith(_MAIN) for name in stored)
         if has_main and not main:
-            weights = parameter_boxes(parameters)
             renamed = {_MAIN + name.removeprefix(_MODEL): box for name, box in weights.items()}
             self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
             self.allow_extra = (f"{_MODEL}*",)
         elif main and not has_main:
-            weights = optimizer_boxes(parameters, main, rows)
-            renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in weights.items()}
-            if all(stored.get(name) == torch.float32 for name in parameter_boxes(parameters)):
+            main_boxes = optimizer_boxes(parameters, main, rows)
+            renamed = {_MODEL + name.removeprefix(_MAIN): box for name, box in main_boxes.items()}
+            if all(stored.get(name) == torch.float32 for name in weights):
                 self.boxes = renamed | optimizer_boxes(parameters, moments, rows)
                 self._rounds = True
 

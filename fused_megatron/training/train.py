@@ -27,7 +27,7 @@ from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.resume import ResumedTensors, learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import ResumedTensors, check_same_state, learning_rate_jump, settings_that_differ
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
@@ -137,22 +137,27 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     group = world_group()
     checkpoint = checkpoint_to_resume(trainer.run_folder.checkpoints, group=group)
     if checkpoint is not None:
-        state = on_every_rank(lambda: _state_of_same_model(checkpoint, model_config))
+        state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
         # In another layout the ranks differ, so their random number generators start anew.
         rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
-            load_checkpoint(checkpoint, parameter_boxes(trainer.parameters), rank_tensors=rank_tensors, group=group)
+            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
+            load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
             resumed = ResumedTensors(
-                trainer.parameters, trainer.optimizer, trainer.gradients.rows, read_manifest(checkpoint)
+                trainer.parameters,
+                trainer.own_weights,
+                trainer.optimizer,
+                trainer.gradients.rows,
+                read_manifest(checkpoint),
             )
             load_checkpoint(
                 checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
             )
             resumed.finish()
-            trainer.weights.start()
+        trainer.weights.start()
         trainer.set_rank_tensors(rank_tensors or {})
         trainer.progress = Progress(**state["progress"])
         trainer.optimizer.set_step(trainer.progress.step)
@@ -184,8 +189,8 @@ def _begin_records(trainer: Trainer) -> None:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
 
 
-def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> dict[str, Any]:
-    """Read the run state of a checkpoint; raise InputError unless its model has the sizes of model_config."""
+def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config: TrainConfig) -> dict[str, Any]:
+    """Read the run state of a checkpoint; raise InputError unless model and optimizer have the same tensors."""
     state = read_run_state(checkpoint)
     # A field that is missing in the checkpoint had its default value when it was written.
     known = dataclasses.asdict(type(model_config)()) | {"family": "gpt"}
@@ -198,6 +203,8 @@ def _state_of_same_model(checkpoint: Path, model_config: TransformerConfig) -> d
                 f"{checkpoint} is of another model: {name}={saved.get(name)} there, {name}={value} here "
                 f"(choose another training.run_folder, or set model.{name}={saved.get(name)})"
             )
+    if not state.get("weights_only", False):
+        check_same_state(checkpoint, state["config"], config)
     return state
 
 
@@ -260,5 +267,6 @@ def _generated_lines(trainer: Trainer, num_lines: int = 3, num_tokens: int = 40)
     if tokenizer is None or trainer.data.masking is not None:
         return []
     start = torch.full((num_lines, 1), tokenizer.end_of_document, dtype=torch.int64, device=trainer.device)
-    tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
+    with trainer.weights.whole():
+        tokens = generate(trainer.model, start, num_tokens, seed=trainer.config.training.seed)
     return [f"  {i}. " + repr(tokenizer.decode(row[1:].tolist()))[1:-1] for i, row in enumerate(tokens, 1)]

@@ -20,8 +20,7 @@ from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.sharding import mark_all_shards
-from fused_megatron.sharding.gradient_norm import non_finite_parameters
-from fused_megatron.sharding.replicas import find_drift
+from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.presence import lost_contact
@@ -81,6 +80,7 @@ class Trainer:
         self.executor = assembly.executor
         self.optimizer = assembly.optimizer
         self.weights = assembly.weights
+        self.own_weights = assembly.own_weights
         self.device = assembly.device
         self.data = data
         self.run_folder = run
@@ -149,14 +149,11 @@ class Trainer:
             check.close()
 
     def tensor_boxes(self) -> dict[str, Any]:
-        """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors.
-
-        Communication: waits for the gather of the weights, if one is under way.
-        """
-        self.weights.finish()
+        """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors."""
         mark_all_shards(self.model)
-        state = optimizer_boxes(self.parameters, self.optimizer.state(), self.gradients.rows)
-        return {**parameter_boxes(self.parameters), **state}
+        rows = self.gradients.rows
+        weights = parameter_boxes(self.parameters, self.own_weights, rows)
+        return {**weights, **optimizer_boxes(self.parameters, self.optimizer.state(), rows)}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint keeps for each rank: states of torch's random number generators."""
@@ -204,15 +201,14 @@ class Trainer:
             self._lease.check()
 
     def check_replicas(self) -> None:
-        """Compare weights that several ranks hold: all over dp, replicated ones over tp, tied ones over pp.
+        """Compare weights that several ranks hold; see Assembly.find_drift.
 
         Raises:
             DriftError: on every rank; it names the ranks and the parameter.
 
-        Communication: as find_drift, and one exchange of JSON.
+        Communication: as Assembly.find_drift, and one exchange of JSON.
         """
-        self.weights.finish()
-        drift = find_drift(self.parameters, self.mesh.dp_group, (self.mesh.tp_group, self.mesh.pp_group))
+        drift = self._assembly.find_drift()
         found = next(filter(None, gather_json(drift, world_group())), None)
         if found is not None:
             raise DriftError(
@@ -277,7 +273,7 @@ class Trainer:
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.
-        names = non_finite_parameters(self.parameters, self.gradients, self.gradients.rows)[:1]
+        names = non_finite_gradients(self.gradients.by_name(self.parameters))[:1]
         found = gather_json([norm, *names], world_group())
         norm = next((norm for norm, *_ in found if not math.isfinite(norm)), norm)
         where = next(

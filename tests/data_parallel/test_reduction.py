@@ -109,7 +109,7 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
         for total, p in zip(sums, apart.parameters(), strict=True):
             total += p.grad
     (queue,) = buckets._queues
-    assert len(queue.work) == len(queue.buckets)  # all were sent during backward
+    assert len(queue._under_way) == len(queue.buckets)  # all were sent during backward
     buckets.finish()
     for total in sums:
         dist.all_reduce(total, group=mesh.dp_group)

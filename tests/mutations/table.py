@@ -26,6 +26,7 @@ _KEYS = "tests/training/test_every_key.py::test_key"
 _TRAINER = "fused_megatron/training/trainer.py"
 _STEP = "fused_megatron/assembly/training_step.py"
 _OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
+_RULES = "fused_megatron/data_parallel/update_rules.py"
 _RING = "fused_megatron/collectives/transport/host_ring.py"
 _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
@@ -34,14 +35,14 @@ MUTATIONS = (
     # A config key without effect, or a value that is one step late.
     Mutation(
         "eps is torch's default",
-        _OPTIMIZER,
-        "                eps=config.eps,\n",
+        _RULES,
+        "            eps=config.eps,\n",
         "",
         (*_PLAIN, f"{_KEYS}[optimizer.eps]"),
     ),
     Mutation(
         "beta2 is torch's default",
-        _OPTIMIZER,
+        _RULES,
         "beta2=config.beta2",
         "beta2=0.999",
         (*_PLAIN, f"{_KEYS}[optimizer.beta2]"),
@@ -49,9 +50,30 @@ MUTATIONS = (
     Mutation(
         "vectors are decayed",
         _OPTIMIZER,
-        "self._config.weight_decay if decayed else 0.0",
-        "self._config.weight_decay",
+        "weight_decay if decayed else 0.0",
+        "weight_decay",
         _PLAIN,
+    ),
+    Mutation(
+        "Muon puts a matrix together from the first shard of every rank",
+        "fused_megatron/data_parallel/whole_matrices.py",
+        "offset.append(tp_rank * blocks // tp_size * size)",
+        "offset.append(0 * size)",
+        ("tests/data_parallel/test_whole_matrices.py",),
+    ),
+    Mutation(
+        "Muon ignores the clip coefficient",
+        "fused_megatron/data_parallel/muon.py",
+        "[matrix.rows] * gradient_scale",
+        "[matrix.rows] * 1.0",
+        ("tests/data_parallel/test_muon.py::test_bfloat16_parameters_have_the_bits_of_torch",),
+    ),
+    Mutation(
+        "the random bits of a shard begin with the first element",
+        "fused_megatron/data_parallel/stochastic_state.py",
+        "    first = sum(start * stride for start, stride in zip(box.offset, strides, strict=True))",
+        "    first = 0",
+        ("tests/data_parallel/test_stochastic_state.py::test_every_layout_has_the_same_bits",),
     ),
     Mutation(
         "the seed does not reach the order of the data",

@@ -1,6 +1,7 @@
 """Start here when deferred weight gradients are lost, or have other bits."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def backwards(name, group, main_grad, defer, frozen=False, autocast=False, seque
         parameter.data.normal_()
         parameter.requires_grad_(not (frozen and parameter.ndim == 2))
         if main_grad:
-            update_record(parameter, main_grad=torch.zeros_like(parameter))
+            update_record(parameter, main_grad=functools.partial(torch.Tensor.detach, torch.zeros_like(parameter)))
         if defer:
             update_record(parameter, deferred=store)
     gradients = []
@@ -70,14 +71,19 @@ def backwards(name, group, main_grad, defer, frozen=False, autocast=False, seque
             y.backward(torch.randn_like(y))
         gradients.append(x.grad)
     weights = [p for p in layer.parameters() if p.ndim == 2]
-    totals = [parameter_record(p).main_grad for p in weights]
+    totals = [total_of(p) for p in weights]
     waiting = [p.grad is None and (t is None or not t.any()) for p, t in zip(weights, totals, strict=True)]
     for product in products[0] + products[1]:
         product()
     for parameter in layer.parameters():
-        gradients += [parameter.grad, parameter_record(parameter).main_grad]
+        gradients += [parameter.grad, total_of(parameter)]
         assert parameter.grad is None or not parameter.grad.requires_grad
     return gradients, len(products[0]) + len(products[1]), waiting
+
+
+def total_of(parameter):
+    main_grad = parameter_record(parameter).main_grad
+    return None if main_grad is None else main_grad()
 
 
 def same(first, second):

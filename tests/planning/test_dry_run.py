@@ -37,6 +37,7 @@ def config_of(
     schedule: str | None = None,
     stages: int | None = None,
     microbatches: int = 3,
+    zero: int | None = None,
     dtype: str = "float32",
     **model: Any,
 ) -> TrainConfig:
@@ -50,6 +51,7 @@ def config_of(
         sequence_parallel=sp,
         schedule=schedule,
         stages_per_rank=stages,
+        zero_stage=zero,
         overlap=False,
     )
     training = TrainingConfig(global_batch_size=2 * microbatches * dp, microbatch_size=2, dtype=dtype, bucket_mb=0.05)
@@ -60,11 +62,20 @@ def random_layouts(count: int) -> list[TrainConfig]:
     """Of 2 and 4 ranks."""
     draw = random.Random(17)
     shapes = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1)]
-    schedules = [("1f1b", None), ("gpipe", None), ("interleaved_1f1b", 2), ("zb_h1", None), ("zb_v", 2)]
-    found = []
+    schedules = [
+        ("1f1b", None),
+        ("gpipe", None),
+        ("interleaved_1f1b", 2),
+        ("zb_h1", None),
+        ("zb_v", 2),
+        ("dual_pipe_v", 2),
+    ]
+    found: list[TrainConfig] = []
+    draws = 0
     for index in range(count):
         tp, pp, dp = shapes[index % len(shapes)]
-        schedule, stages = draw.choice(schedules) if pp > 1 else (None, None)
+        schedule, stages = schedules[draws % len(schedules)] if pp > 1 else (None, None)
+        draws += pp > 1
         form = draw.choice([{}, LLAMA, {"num_kv_heads": 2, "query_key_norm": True, "attention_dropout": 0.1}])
         found.append(
             config_of(
@@ -74,7 +85,8 @@ def random_layouts(count: int) -> list[TrainConfig]:
                 sp=tp > 1 and draw.random() < 0.6,
                 schedule=schedule,
                 stages=stages,
-                microbatches=draw.randint(1, 3) + (pp if pp > 1 else 0),
+                microbatches=draw.randint(1, 3) + (2 * pp if schedule == "dual_pipe_v" else pp if pp > 1 else 0),
+                zero=index // len(shapes) % 2 if dp > 1 else None,
                 dtype=draw.choice(["float32", "bfloat16"]),
                 recompute=draw.choice(["none", "selective", "full"]),
                 tied_embeddings=draw.random() < 0.6,
@@ -115,6 +127,7 @@ def assert_same(found: RankReport, real: tuple[Any, ...], name: str) -> None:
     assert sum(found.peak.values()) == found.peak_bytes
     assert dict(found.transfers) == transfers, name
     assert (found.num_parameters, found.flops) == (num_parameters, flops), name
+    assert found.host_syncs == 1, name  # loss, gradient norm and flags at the end of a step, in one piece
 
 
 def compare(configs: list[TrainConfig]) -> None:

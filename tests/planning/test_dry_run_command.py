@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_megatron import cli
 from fused_megatron.planning.dry_run import DryRun
@@ -55,7 +56,13 @@ def test_json_and_tables_say_what_was_found(config: str, capsys: pytest.CaptureF
         (["CONFIG", "--rank", "x"], "--rank='x' must be a whole number"),
         (["CONFIG", "--ranks", "6"], "ranks=6 must be divisible by tensor_parallel_size x pipeline_parallel_size=4"),
         (["CONFIG", "--rank", "4"], "rank=4 must be in [0, 4), the ranks of the layout"),
+        (["CONFIG", "--json=1"], "--json=1 must be --json: it takes no value"),
         (["CONFIG", "--device", "tpu"], "device='tpu' must be one of: 'cpu', 'cuda'"),
+        pytest.param(
+            ["CONFIG", "--device", "cuda"],
+            "device='cuda' needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["CONFIG", "--ranks", "32"], "global_batch_size=8 must be divisible by"),
         (["CONFIG", "--model.vocab-size", "None"], "model.vocab_size=None must be given"),
         (["CONFIG", "--model.vocabsize", "7"], "unknown option --model.vocabsize"),

@@ -14,7 +14,8 @@ import torch
 from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
-from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.dry_run import DryRun
+from fused_megatron.planning.rank_memory import rank_memory, stage_activations
 from fused_megatron.testing import run_on_ranks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -73,6 +74,26 @@ def test_peak_of_a_step() -> None:
             assert 0.85 * memory.total < peak < 1.05 * memory.total + 6e6, (config, peak, memory)
 
 
+@pytest.mark.parametrize(
+    ("tp", "form"),
+    [
+        (1, {}),
+        (2, {"query_key_norm": True, "position": "rotary", "num_kv_heads": 4}),
+        (2, {**LLAMA, "recompute": "selective"}),
+        (1, {"attention_dropout": 0.1, "query_key_norm": True, "num_kv_heads": 4}),
+    ],
+    ids=["gpt", "head norms", "llama", "attention dropout"],
+)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_block_keeps_the_bytes_of_the_formula(tp: int, form: dict[str, Any], overlap: bool) -> None:
+    config = config_of("bfloat16", 4, parallel={"tensor_parallel_size": tp, "overlap": overlap}, **form)
+    (span,) = DryRun(config).spans
+    kept = {memory.layer: num_bytes for memory, num_bytes in DryRun(config).rank(0).kept[0].items()}
+    one_more = dataclasses.replace(span, stop=span.stop + 1)
+    block = stage_activations(config, one_more) - stage_activations(config, span)
+    assert {kept[f"blocks.{index}"] for index in range(4)} == {block}
+
+
 def test_the_fullest_rank_of_a_pipeline() -> None:
     """The first keeps the most microbatches; every part is that of the formula."""
     config = config_of("bfloat16", batch=16, parallel={"pipeline_parallel_size": 4})
@@ -82,9 +103,9 @@ def test_the_fullest_rank_of_a_pipeline() -> None:
     weights = dataclasses.astuple(second)[:4]
     block = 12 * 256**2 + 13 * 256
     assert weights == (block, 2 * block, 4 * block, 12 * block)
-    # 3 of the 4 stages' microbatches are under way on the second: 16 widths, the kernel's result and its statistics.
+    # 3 of the 4 stages' microbatches are under way on the second: 16 widths and the statistics of kernel and norms.
     tokens = 2 * 128
-    assert second.activations == 3 * tokens * (2 * (4 + 4 + 1 + 8) * 256 + 4 * 8 + 16)
+    assert second.activations == 3 * tokens * (2 * (4 + 4 + 8) * 256 + 4 * 8 + 16)
     replicas = rank_memory(dataclasses.replace(config, parallel=ParallelConfig(pipeline_parallel_size=4)), 0, 2)
     assert replicas.activations == first.activations  # 4 microbatches fill a pipeline of 4, as 8 do
     assert replicas.optimizer == -(-first.optimizer // 24) * 12  # each replica has the state of half the parameters

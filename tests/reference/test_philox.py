@@ -26,6 +26,13 @@ def test_known_answers(counter, key, expected):
     assert tuple(int(w) for w in words) == expected
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_rows_are_those_of_single_indices(length):
+    rng_state, starts = torch.tensor([11, 3]), torch.tensor([0, 1, 2, 3, 6, 4 * 2**40 + 3])
+    wanted = philox.random_words(rng_state, starts[:, None] + torch.arange(length))
+    assert torch.equal(philox.rows_of_random_words(rng_state, starts, length), wanted)
+
+
 def test_random_words_are_lanes_of_blocks_of_four():
     seed, offset = 0x299F31D0A4093822, 0x0370734413198A2E
     block = 0x85A308D3243F6A88  # the counter of the known answer; its top bits would not fit in an index

@@ -17,7 +17,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import BERT, GPT, cut_stages
 from fused_megatron.sharding import full_tensor, parameter_parts
-from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_parameters
+from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_gradients
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 16, "num_heads": 4, "seq_len": 8, "vocab_size": 50}
@@ -140,7 +140,7 @@ def test_names_of_parameters_that_are_not_finite():
     gradients = GradientBuckets(list(parameters.values()), None)
     gradients[parameters["b"]][1] = float("nan")
     gradients[parameters["c"]][2] = float("-inf")
-    assert non_finite_parameters(parameters, gradients) == ["b", "c"]
+    assert non_finite_gradients(gradients.by_name(parameters)) == ["b", "c"]
 
 
 def llama():

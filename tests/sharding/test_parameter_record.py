@@ -22,8 +22,8 @@ from fused_megatron.sharding import (
 
 def test_a_record_is_empty_until_something_is_written():
     parameter = nn.Parameter(torch.zeros(3, 4))
-    assert parameter_record(parameter) == ParameterRecord(None, None, None)
-    main_grad, deferred = torch.zeros(3, 4), DeferredWeightGradients()
+    assert parameter_record(parameter) == ParameterRecord(None, None, None, None)
+    main_grad, deferred = lambda: torch.zeros(3, 4), DeferredWeightGradients()
     update_record(parameter, main_grad=main_grad)
     update_record(parameter, deferred=deferred)
     mark_shard(parameter, ParameterShard((6, 4), (3, 0)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fused_megatron.assembly import assemble as assemble_module
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages, stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
@@ -29,7 +30,6 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import BatchSlice, new_model
 from fused_megatron.testing.run_on_ranks import run_on_ranks
-from fused_megatron.training import trainer as trainer_module
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.trainer import Trainer
 
@@ -184,12 +184,12 @@ def everything_of_seed(tried: Tried) -> Any:
 def replica_checks(tried: Tried) -> list[int]:
     """Return the steps before which replicas were compared."""
     found: list[int] = []
-    original = trainer_module.find_drift
-    trainer_module.find_drift = lambda parameters, *groups: found.append(1) or original(parameters, *groups)
+    original = assemble_module.find_drift
+    assemble_module.find_drift = lambda parameters, *groups: found.append(1) or original(parameters, *groups)
     try:
         tried.trained()
     finally:
-        trainer_module.find_drift = original
+        assemble_module.find_drift = original
     return found
 
 
@@ -257,6 +257,11 @@ ROWS: dict[str, Row] = {
     "data.tokenizer_path": Row(Path("tokenizer.json"), lambda tried: tried.data().tokenizer.vocab_size, 270),
     "data.validation_fraction": Row(0.3, lambda tried: tried.data().training.samples_per_epoch, CHANGED),
     "data.mask_fraction": Row(0.5, lambda tried: tried.data().targets_per_sample, 5, {"model.family": "bert"}),
+    "optimizer.kind": Row("lion", updated, CHANGED),
+    "optimizer.momentum": Row(0.5, updated, CHANGED, {"optimizer.kind": "sgd"}),
+    "optimizer.nesterov": Row(True, updated, CHANGED, {"optimizer.kind": "sgd"}),
+    "optimizer.adjust_lr_fn": Row("original", updated, CHANGED, {"optimizer.kind": "muon"}),
+    "optimizer.state_dtype": Row("bfloat16", updated, CHANGED),
     "optimizer.lr": Row(2e-2, lambda tried: tried.curve("lr")[0], 2e-2),
     "optimizer.min_lr": Row(1e-3, lambda tried: tried.curve("lr")[-1], 1e-3),
     "optimizer.warmup_steps": Row(2, lambda tried: tried.curve("lr")[0], 5e-3),
@@ -354,7 +359,8 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Return the effect of each key of the layout, on four ranks."""
 
     def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
-        config = config_of(folder, {f"parallel.{name}": value for name, value in changes.items()})
+        keys = {f"parallel.{name}": value for name, value in changes.items()}
+        config = config_of(folder, {"training.global_batch_size": 8} | keys)
         return config, build_mesh(config), plan_pipeline(config)
 
     found: dict[str, Any] = {}
@@ -371,10 +377,11 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         config, mesh, plan = made(tensor_parallel_size=4, **{key: value})
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
         found[key] = getattr(next(iter(stages.stages.values())).layout, key)
-    config, mesh, plan = made(tensor_parallel_size=2, zero_stage=0)
-    found["zero_stage"] = assemble(
-        config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu"))
-    ).gradients.rows.num_shards
+    for key, value in (("zero_stage", 0), ("zero_shard_size", 2)):
+        config, mesh, plan = made(**{key: value})
+        stages = build_stages(config, mesh, plan, torch.device("cpu"))
+        found[key] = assemble(config, mesh, plan, stages).gradients.rows.num_shards
+    found["zero_gather"] = made(zero_stage=3, zero_gather="step")[2].max_unsharded
     config, mesh, plan = made(**changes, timeout_s=7.0)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
@@ -391,7 +398,9 @@ def test_keys_of_the_layout(folder: Path) -> None:
         "pipeline_cut": [2, 0],
         "sequence_parallel": True,
         "overlap": 2,
-        "zero_stage": 1,  # shard; 2 with the default
+        "zero_stage": 1,  # shard; 4 with the default
+        "zero_shard_size": 2,
+        "zero_gather": 1,  # stage at once; None with the default
         "timeout_s": 7.0,
     }
     assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}

@@ -105,10 +105,17 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
     (2, {"tensor_parallel_size": 2, "sequence_parallel": True}),
     pytest.param(4, {"tensor_parallel_size": 4}, marks=pytest.mark.slow),
     pytest.param(2, {}, marks=pytest.mark.slow),
-    (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}),
+    pytest.param(4, {"tensor_parallel_size": 2, "bucket_mb": 0.02}, marks=pytest.mark.slow),
+    (4, {"tensor_parallel_size": 2, "bucket_mb": 0.02, "zero_stage": 3}),
+    *(
+        pytest.param(
+            8, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "zero_stage": stage}, marks=pytest.mark.slow
+        )
+        for stage in (1, 3)
+    ),
     pytest.param(2, {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
     pytest.param(4, {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, marks=pytest.mark.slow),
-], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2", "pp2", "pp2-tp2"])  # fmt: skip
+], ids=["tp2", "tp2-sp", "tp4", "dp2", "tp2-dp2", "tp2-dp2-zero3", "3d", "3d-zero3", "pp2", "pp2-tp2"])  # fmt: skip
 def test_every_layout_has_the_curve_of_one_process(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
 ) -> None:

@@ -22,10 +22,11 @@ from fused_megatron.checkpoint import (
     save_checkpoint,
 )
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
+from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.testing import run_on_ranks
-from fused_megatron.training.resume import learning_rate_jump, settings_that_differ
+from fused_megatron.training.resume import check_same_state, learning_rate_jump, settings_that_differ
 from fused_megatron.training.train import train
 
 
@@ -86,13 +87,30 @@ def test_a_prolonged_run_says_what_differs(tmp_path: Path, capsys: pytest.Captur
     assert f"warning: {jump}\n" in shown
 
 
+def test_the_state_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    sgd = config_for(tmp_path, kind="sgd")
+    train(sgd, tmp_path / "run")
+    assert {
+        name.split(".")[1]
+        for name in read_manifest(tmp_path / "run/checkpoints/step-000002").tensors
+        if name.startswith("optimizer.")
+    } == {"momentum_buffer"}
+    with pytest.raises(InputError, match=r"optimizer.kind='sgd' there, 'adamw' here \(set optimizer.kind='sgd', or"):
+        train(config_for(tmp_path, num_steps=3), tmp_path / "run")
+    train(dataclasses.replace(sgd, training=dataclasses.replace(sgd.training, num_steps=3)), tmp_path / "run")
+    check_same_state(tmp_path, {"optimizer": {"lr": 1.0}}, config_for(tmp_path))  # of an earlier release
+    with pytest.raises(InputError, match=r"optimizer.state_dtype='float32' there, 'bfloat16' here"):
+        check_same_state(tmp_path, {}, config_for(tmp_path, state_dtype="bfloat16"))
+
+
 def boxes_of(config: TrainConfig) -> dict[str, TensorBox]:
     """Return this rank's boxes of weights, moments and main weights in the layout of a config."""
     mesh, plan = build_mesh(config), plan_pipeline(config)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     mark_all_shards(assembly.model)
-    state = optimizer_boxes(assembly.parameters, assembly.optimizer.state(), assembly.gradients.rows)
-    return {**parameter_boxes(assembly.parameters), **state}
+    rows = assembly.gradients.rows
+    state = optimizer_boxes(assembly.parameters, assembly.optimizer.state(), rows)
+    return {**parameter_boxes(assembly.parameters, assembly.own_weights, rows), **state}
 
 
 def values_of(name: str, box: TensorBox) -> torch.Tensor:
@@ -119,16 +137,19 @@ def resharded(rank: int, world_size: int, folder: Path, step: int, *configs: Tra
 
 
 def test_shared_optimizer_state_loads_at_any_other_layout_and_back(tmp_path: Path) -> None:
-    """Two replicas in stage 1 of ZeRO; one process; three replicas with whole states; two tensor-parallel ranks."""
-    sizes = {"vocab_size": 270, "dtype": "bfloat16", "global_batch_size": 6, "microbatch_size": 1}
+    """Two replicas in stage 1 of ZeRO; one process; two tensor-parallel ranks; two and three replicas in all stages."""
+    # Muon: matrices have other state than AdamW's parameters.
+    optimizer = {"kind": "muon", "state_dtype": "bfloat16"}
+    sizes = {"vocab_size": 270, "dtype": "bfloat16", "global_batch_size": 6, "microbatch_size": 1, **optimizer}
     shared = config_for(tmp_path, **sizes)
     tensor_parallel = config_for(tmp_path, **sizes, tensor_parallel_size=2)
+    whole, *stages = (config_for(tmp_path, **sizes, zero_stage=stage) for stage in (0, 2, 3))
     folder = tmp_path / "checkpoints"
     held = run_on_ranks(resharded, 2, folder, 0, shared, timeout_s=100)
     assert resharded(0, 1, folder, 1, shared) == sum(held)  # stage 1 shares the states out
-    assert run_on_ranks(resharded, 2, folder, 2, shared, tensor_parallel, shared, timeout_s=100) == held
-    run_on_ranks(resharded, 3, folder, 5, config_for(tmp_path, **sizes, zero_stage=0), timeout_s=100)
-    assert run_on_ranks(resharded, 2, folder, 6, shared, timeout_s=100) == held
+    assert run_on_ranks(resharded, 2, folder, 2, tensor_parallel, *stages, shared, timeout_s=100) == held
+    run_on_ranks(resharded, 3, folder, 6, whole, *stages, timeout_s=100)
+    assert run_on_ranks(resharded, 2, folder, 9, stages[1], shared, timeout_s=100) == held
 
 
 def weights(run: Path, step: int, kind: str) -> dict[str, torch.Tensor]:

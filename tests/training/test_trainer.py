@@ -170,7 +170,7 @@ def with_a_fault(rank: int, world_size: int, config: TrainConfig, fault: str) ->
 
     def sum_of_counted_squares(parameters: Any, gradients: Any, *rank_and_rows: Any) -> torch.Tensor:
         if fault == "gradient" and steps[0] == 3 and rank == world_size - 1:  # the sums over ranks are done
-            gradients[parameters["blocks.1.mlp.projection.weight"]][-1, -1] = math.nan
+            gradients["blocks.1.mlp.projection.weight"][-1, -1] = math.nan
         return squares(parameters, gradients, *rank_and_rows)
 
     Trainer.train_step = train_step  # type: ignore[method-assign]

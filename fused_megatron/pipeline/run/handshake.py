@@ -25,7 +25,9 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     """Return a hash of shape, dtype and every bit, if the tensor has values."""
     digest = hashlib.blake2b(f"{tuple(tensor.shape)} {tensor.dtype}".encode(), digest_size=16)
     if has_values(tensor):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        # A copy: memory that numpy has seen cannot be freed and filled again, as sharded weights are.
+        copy = tensor.detach().to("cpu", copy=True).contiguous()
+        digest.update(copy.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

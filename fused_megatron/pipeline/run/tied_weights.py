@@ -31,7 +31,7 @@ class TiedWeight:
         self._group, self._ranks = group, ranks
 
     def reduce(self) -> None:
-        """Sum the gradients over all stages, in place: main_grad, or grad if there is none."""
+        """Sum the gradients over all stages, in place: summed_grad of the record, or grad if there is none."""
         gradients = [_gradient(parameter) for parameter in self._parameters]
         total = gradients[0]
         for gradient in gradients[1:]:
@@ -58,9 +58,9 @@ class TiedWeight:
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
-    main_grad = parameter_record(parameter).main_grad
-    if main_grad is not None:
-        return main_grad
+    summed = parameter_record(parameter).summed_grad
+    if summed is not None:
+        return summed
     if parameter.grad is None:  # no microbatch used the weight here; other stages have gradients
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad

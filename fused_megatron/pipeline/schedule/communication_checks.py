@@ -103,24 +103,23 @@ def _deadlock(schedule: Schedule) -> Iterator[Finding]:
 
 
 def _reductions(positions: Positions) -> Iterator[Finding]:
-    """Check that each stage has one REDUCE_GRAD after its last backward, or, if steps overlap, before each update."""
+    """Check that each stage has a REDUCE_GRAD after its last backward, or, if steps overlap, before each update.
+
+    There may be one after every backward (sharded gradients).
+    """
     for stage in range(positions.last_stage + 1):
-        pending, reduced = False, False
+        pending = False
         reduction, where = Action(stage, Kind.REDUCE_GRAD), (positions.schedule.placement[stage], -1)
         for rank, position, action in positions.by_stage[stage]:
             where = (rank, position)
             if action.kind in ENDS_OF_BACKWARD:
-                if reduced:
-                    yield Finding(rank, position, "reduction", f"{action} comes after {reduction}")
                 pending = True
             elif action.kind == Kind.REDUCE_GRAD:
                 if not pending:
                     yield Finding(rank, position, "reduction", f"{action} has nothing to reduce")
-                pending, reduced = False, True
-            elif action.kind == Kind.UPDATE:
-                if pending:
-                    yield Finding(rank, position, "reduction", f"{action} comes before {reduction}")
-                reduced = False
+                pending = False
+            elif action.kind == Kind.UPDATE and pending:
+                yield Finding(rank, position, "reduction", f"{action} comes before {reduction}")
         if pending:
             yield Finding(where[0], where[1], "reduction", f"{reduction} is missing")
 

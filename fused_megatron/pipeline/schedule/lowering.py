@@ -17,23 +17,26 @@ from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
 from fused_megatron.pipeline.schedule.schedule_checks import schedule_findings
 
 
-def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
+def lower(schedule: Schedule, max_unsharded: int | None = None, reduce_each_microbatch: bool = False) -> Schedule:
     """Return the schedule with sends, receives and reductions, and optionally with gathers of sharded weights.
 
     - A send directly follows its computation. A receive directly precedes its use, or comes earlier, so that the
       receives of each channel (from rank, to rank, direction) have the order of its sends. So a rank waits only for
       messages whose sender needs nothing that comes later, and there is no deadlock.
-    - The gradients of a stage are reduced directly after its last backward (if steps overlap, before each update).
+    - The gradients of a stage are reduced directly after its last backward (if steps overlap, before each update), or
+      after every backward.
     - Reductions of tied weights come last, in the same order on all ranks.
 
     Args:
         schedule: a schedule of compute actions.
         max_unsharded: number of stages whose full weights a rank keeps at once. An UNSHARD comes before each run of a
             stage's computations, and a RESHARD after it. None: every rank always keeps the full weights.
+        reduce_each_microbatch: whether gradients are reduced after every backward, since ranks keep only sums.
 
     Raises:
         InputError: the schedule is lowered already, or breaks a rule (the first breach is named); max_unsharded is
-            below 1, or the schedule has UNSHARD or is asynchronous.
+            below 1, or the schedule has UNSHARD or is asynchronous; reduce_each_microbatch and the schedule is
+            asynchronous.
     """
     if schedule.lowered:
         raise InputError(f"schedule {schedule.name}: it is lowered already")
@@ -41,10 +44,14 @@ def lower(schedule: Schedule, max_unsharded: int | None = None) -> Schedule:
         raise InputError(f"schedule {schedule.name}: {findings[0]}")
     if max_unsharded is not None:
         schedule = _unsharding(schedule, max_unsharded)
+    check(
+        not reduce_each_microbatch or schedule.weights == SYNCHRONOUS,
+        f"reduce_each_microbatch=True needs a synchronous schedule, which {schedule.name} is not",
+    )
     receives = _receives(schedule)
     lists = []
     for rank, actions in enumerate(schedule.actions):
-        reduce_after = _last_backwards(actions)
+        reduce_after = _ends_of_backwards(actions) if reduce_each_microbatch else _last_backwards(actions)
         lowered: list[Action] = []
         for position, action in enumerate(actions):
             if action.kind == Kind.UPDATE:
@@ -96,6 +103,10 @@ def _receives(schedule: Schedule) -> dict[tuple[int, int], list[Action]]:
 def _last_backwards(actions: Sequence[Action]) -> set[int]:
     """Return the positions of the last B or W of each stage."""
     return set({a.stage: position for position, a in enumerate(actions) if a.kind in ENDS_OF_BACKWARD}.values())
+
+
+def _ends_of_backwards(actions: Sequence[Action]) -> set[int]:
+    return {position for position, action in enumerate(actions) if action.kind in ENDS_OF_BACKWARD}
 
 
 def _unsharding(schedule: Schedule, max_unsharded: int) -> Schedule:

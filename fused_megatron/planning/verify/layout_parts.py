@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
-from fused_megatron.config import TrainConfig
+from fused_megatron.config import ParallelConfig, TrainConfig
 
 MICROBATCHES, RECOMPUTE, TENSOR, SEQUENCE = "microbatches", "recomputation", "tensor parallel", "sequence parallel"
 OVERLAP, PIPELINE, DATA = "overlap", "pipeline parallel", "data parallel"
@@ -56,7 +56,7 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
     if PIPELINE not in parts:
         parallel = replace(parallel, pipeline_parallel_size=1, stages_per_rank=None, schedule=None, pipeline_cut=None)
     if DATA not in parts:
-        parallel = replace(parallel, data_parallel_size=1)
+        parallel = replace(parallel, data_parallel_size=1, zero_stage=None, zero_shard_size=None, zero_gather="block")
     if MICROBATCHES not in parts:
         per_replica = training.global_batch_size // (parallel.data_parallel_size or 1)
         training = replace(training, microbatch_size=per_replica)
@@ -76,6 +76,14 @@ def describe_layout(config: TrainConfig) -> str:
         stages = f", {parallel.stages_per_rank} stages a rank" if (parallel.stages_per_rank or 1) > 1 else ""
         words.append(f"pp {parallel.pipeline_parallel_size} ({parallel.schedule}{stages})")
     if DATA in parts:
-        words.append(f"dp {parallel.data_parallel_size}")
+        words.append(f"dp {parallel.data_parallel_size}{_zero(parallel)}")
     rest = [part for part in parts if part in (MICROBATCHES, RECOMPUTE, OVERLAP)]
     return " x ".join(words or ["one rank"]) + (f", {', '.join(rest)}" if rest else "")
+
+
+def _zero(parallel: ParallelConfig) -> str:
+    """The stage of ZeRO in words; nothing for a default."""
+    if parallel.zero_stage is None:
+        return ""
+    shards = "" if parallel.zero_shard_size is None else f" over {parallel.zero_shard_size}"
+    return f" (ZeRO {parallel.zero_stage}{shards})"

@@ -86,7 +86,9 @@ def _axis_sizes(config: TrainConfig, axes: tuple[str, ...]) -> dict[str, int]:
     if "pp" in axes and parallel.pipeline_parallel_size == 1:
         sizes["pp"] = 1  # several stages on one rank
     spare = MOST_RANKS // math.prod(sizes.values())
-    if "tp" in axes and 1 < kv_heads < parallel.tensor_parallel_size and spare >= 2:
+    if "dp" in axes and (parallel.zero_shard_size or 1) > 1 and spare >= 2:
+        sizes["dp"] = 4  # two replicas share, and two repeat it
+    elif "tp" in axes and 1 < kv_heads < parallel.tensor_parallel_size and spare >= 2:
         sizes["tp"] = 4  # some ranks, not all, hold the same key-value head
     elif sizes["pp"] == 2 and parallel.pipeline_parallel_size > 2 and spare >= 2:
         sizes["pp"] = 3  # a rank with neither embedding nor head
@@ -106,6 +108,7 @@ def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelCon
         tensor_parallel_size=sizes["tp"],
         pipeline_parallel_size=sizes["pp"],
         data_parallel_size=sizes["dp"],
+        zero_shard_size=None if parallel.zero_shard_size is None else min(parallel.zero_shard_size, 2, sizes["dp"]),
         sequence_parallel=parallel.sequence_parallel and sizes["tp"] > 1,
         overlap=CHUNKS if parallel.overlap is True else parallel.overlap,
         timeout_s=min(parallel.timeout_s, 60.0),
@@ -187,4 +190,8 @@ def _reduced_optimizer(config: TrainConfig) -> OptimizerConfig:
     optimizer = config.optimizer
     lr = min(max(optimizer.lr, LEAST_LR), MOST_LR)
     clip = min(optimizer.clip_norm, CLIP_NORM)
-    return replace(optimizer, lr=lr, min_lr=min(optimizer.min_lr, lr), eps=EPS, clip_norm=clip)
+    kind = optimizer.kind
+    if kind == "lion":  # it makes a full update of a gradient of nothing but rounding, whose sign the layout decides
+        kind = "adamw"
+    eps = optimizer.eps if kind == "sgd" else EPS
+    return replace(optimizer, kind=kind, lr=lr, min_lr=min(optimizer.min_lr, lr), eps=eps, clip_norm=clip)

@@ -151,6 +151,14 @@ def test_what_would_hide_a_fault_is_changed() -> None:
     assert small.optimizer.clip_norm == 0.0 and small.optimizer.lr == 1e-3
     assert reduce_config(unclipped, (), "bfloat16").training.dtype == "bfloat16"
     assert asdict(small.data) == asdict(unclipped.data)
+    kinds = {
+        kind: reduced(TrainConfig(optimizer=OptimizerConfig(kind=kind))).optimizer for kind in ("sgd", "lion", "muon")
+    }
+    assert {kind: optimizer.kind for kind, optimizer in kinds.items()} == {
+        "sgd": "sgd",
+        "lion": "adamw",
+        "muon": "muon",
+    }
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

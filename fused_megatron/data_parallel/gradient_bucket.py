@@ -1,0 +1,170 @@
+"""Float32 gradients of the parameters that are summed over data-parallel ranks together."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives.transfers import start_all_reduce_, start_reduce_scatter_blocks
+from fused_megatron.data_parallel.bucket_layout import BucketLayout
+from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.sharding import RowShards
+
+
+class Bucket(Protocol):
+    """Gradients of some parameters.
+
+    Attributes:
+        parameters: in the order in which backward reaches them.
+        missing: number of backwards that each parameter still waits for before the bucket may be sent.
+        is_packed: whether the bucket is copied to be sent.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    missing: dict[nn.Parameter, int]
+
+    @property
+    def is_packed(self) -> bool: ...
+
+    def total(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the tensor, in the shape of the parameter, to which a backward adds."""
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Add a gradient that autograd made; the bucket may keep the tensor."""
+
+    def own(self, parameter: nn.Parameter) -> torch.Tensor:
+        """Return the sum over all ranks, of the rows that this rank owns."""
+
+    def zero_(self) -> None:
+        """Set all gradients to 0."""
+
+    def start_sum(self) -> Callable[[], object]:
+        """Begin the sum over the ranks that share parameters; the result waits for it."""
+
+    def sum_copies(self) -> Callable[[], object]:
+        """Begin what is left of the sum over all ranks, once in a step; the result waits for it."""
+
+
+class WholeBucket:
+    """Flat float32 tensor of whole gradients, which accumulate over a step and are summed once.
+
+    With several row shards a rank gets the sums of its own rows only. Its other rows have no meaning until zero_().
+
+    Args:
+        layout: parameters of the bucket.
+        rows: rows of each parameter that this rank owns.
+        shards: ranks that own the other rows, or all ranks if there is one shard.
+        copies: ranks that own the same rows.
+    """
+
+    def __init__(self, layout: BucketLayout, rows: RowShards, shards: Group, copies: Group) -> None:
+        self.parameters = layout.parameters
+        self.missing: dict[nn.Parameter, int] = {}
+        self._rows, self._shards, self._copies = rows, shards, copies
+        self._blocks = RowBlocks([p.shape for p in layout.parameters], rows) if rows.num_shards > 1 else None
+        device = layout.parameters[0].device
+        self.flat = torch.zeros(layout.num_elements, dtype=torch.float32, device=device)
+        self.views = layout.views(self.flat)
+
+    @property
+    def is_packed(self) -> bool:
+        return self._blocks is not None
+
+    def total(self, parameter: nn.Parameter) -> torch.Tensor:
+        return self.views[parameter]
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        self.views[parameter].add_(gradient)
+
+    def own(self, parameter: nn.Parameter) -> torch.Tensor:
+        return self._rows.own(self.views[parameter])
+
+    def zero_(self) -> None:
+        self.flat.zero_()
+
+    def start_sum(self) -> Callable[[], object]:
+        if self._shards is None:
+            return _nothing
+        if self._blocks is None:
+            return start_all_reduce_(self.flat, self._shards).wait
+        packing, views = self._blocks, list(self.views.values())
+        blocks = packing.pack(views, packing.new_blocks(self.flat))
+        block = self.flat.new_empty(packing.block_numel)
+        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, self._shards)
+        return lambda: packing.unpack_own(transfer.wait(), views)
+
+    def sum_copies(self) -> Callable[[], object]:
+        if self._copies is None:
+            return _nothing
+        if self._blocks is None:
+            return start_all_reduce_(self.flat, self._copies).wait
+        packing, views = self._blocks, list(self.views.values())
+        block = packing.pack_own(views, self.flat.new_empty(packing.block_numel))
+        transfer = start_all_reduce_(block, self._copies)
+        return lambda: packing.unpack_own(transfer.wait(), views)
+
+
+class ShardedBucket:
+    """Float32 gradients of this rank's rows, which accumulate over a step; whole gradients exist for one microbatch.
+
+    A backward makes the whole gradient of a parameter when it reaches it. When all parameters of the bucket have
+    theirs, start_sum packs and frees them, and the sums of this rank's rows are added in float32.
+
+    Args: as WholeBucket.
+
+    Memory: 4 bytes for each element of the rank's rows. In a backward also the gradients of the bucket, and once more
+        while they are packed and sent.
+    """
+
+    is_packed = True
+
+    def __init__(self, layout: BucketLayout, rows: RowShards, shards: Group, copies: Group) -> None:
+        assert rows.num_shards == group_size(shards)
+        self.parameters = layout.parameters
+        self.missing: dict[nn.Parameter, int] = {}
+        self._shards, self._copies = shards, copies
+        self._blocks = RowBlocks([p.shape for p in layout.parameters], rows)
+        device = layout.parameters[0].device
+        # The layout of a block, so that it is added in one pass.
+        self._block = torch.zeros(self._blocks.block_numel, dtype=torch.float32, device=device)
+        self._own = dict(zip(layout.parameters, self._blocks.own_rows(self._block), strict=True))
+        self._whole: dict[nn.Parameter, torch.Tensor] = {}
+
+    def total(self, parameter: nn.Parameter) -> torch.Tensor:
+        if self._shards is None:  # the rank's rows are all rows
+            return self._own[parameter]
+        if parameter not in self._whole:
+            self._whole[parameter] = torch.zeros(parameter.shape, dtype=torch.float32, device=self._block.device)
+        return self._whole[parameter]
+
+    def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        if self._shards is None or parameter in self._whole:
+            self.total(parameter).add_(gradient)
+        else:
+            self._whole[parameter] = gradient.float().contiguous()
+
+    def own(self, parameter: nn.Parameter) -> torch.Tensor:
+        return self._own[parameter]
+
+    def zero_(self) -> None:
+        self._block.zero_()
+        self._whole.clear()
+
+    def start_sum(self) -> Callable[[], object]:
+        if self._shards is None:
+            return _nothing
+        blocks = self._blocks.new_blocks(self._block)
+        for index, parameter in enumerate(self.parameters):  # freed one by one, as they are packed
+            self._blocks.pack_one(index, self._whole.pop(parameter, None), blocks)
+        block = self._block.new_empty(self._blocks.block_numel)
+        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, self._shards)
+        return lambda: self._block.add_(transfer.wait())
+
+    def sum_copies(self) -> Callable[[], object]:
+        return _nothing if self._copies is None else start_all_reduce_(self._block, self._copies).wait
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,149 @@
+"""shard_data_parallel: ZeRO for a model in a user's own training loop."""
+
+import zlib
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.checks import InputError, SharedInputError, check, check_divisible, dtype_name
+from fused_megatron.collectives import Group
+from fused_megatron.collectives.together import run_together
+from fused_megatron.data_parallel.guarded_model import guard_model
+from fused_megatron.data_parallel.placement import ZERO_STAGES
+from fused_megatron.data_parallel.sharded_replica import ShardedReplica
+from fused_megatron.mesh import Mesh
+from fused_megatron.sharding import parameter_record
+from fused_megatron.sharding.replica_shards import attach_replica_shards
+from fused_megatron.sharding.replicas import find_drift
+
+Model = TypeVar("Model", bound=nn.Module)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shard_data_parallel(
+    model: Model, mesh: Mesh, zero_stage: int, *, shard_size: int | None = None, bucket_mb: float = 25.0
+) -> Model:
+    """Share a model's training state over the data-parallel ranks of a mesh, in place. Stages of ZeRO:
+
+        1   each rank updates its rows of every parameter, and keeps moments and float32 main weights of these
+        2   gradients, too, accumulate as rows
+        3   weights, too, are kept as rows; a block is whole during its forward and its backward
+
+    When backward() returns, gradients are means over the data-parallel ranks, as with DistributedDataParallel and
+    fully_shard: a loss that is a mean over a rank's samples trains as the mean over all samples. A float32 gradient
+    is kept for every parameter that requires one. ShardedOptimizer reads it; `grad` of the parameters has no meaning.
+
+        model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)
+        optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+        for x in batches:
+            model(x).loss.backward()
+            fm.clip_grad_norm_(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    For gradient accumulation run all backwards of a step except the last inside `with model.no_sync():`. In stage 1
+    they communicate nothing. In stages 2 and 3 each of them still sums its gradients over the ranks, since a rank has
+    no room for whole ones. Without no_sync the numbers are the same, with more communication.
+
+    A forward must call the module whose weights it reads, as for fully_shard. A weight that is read elsewhere is NaN:
+    in stage 3 always, in stages 1 and 2 until it has arrived.
+
+    Args:
+        model: any module on one device, with the same weights on every data-parallel rank; also after
+            fm.parallelize. Freeze parameters before this call.
+        mesh: what init_mesh returns. One data-parallel rank works too.
+        zero_stage: 1, 2 or 3.
+        shard_size: data-parallel ranks that share the rows; they are repeated over the others (HSDP). None: all.
+        bucket_mb: least size of a bucket of gradients, in 10^6 bytes of float32.
+
+    Returns:
+        The same model, with the method no_sync().
+
+    Raises:
+        InputError: on every rank, if the arguments are wrong or do not fit the model on some rank; if the weights
+            differ between data-parallel ranks; if the model is sharded over them already. The model is unchanged.
+        TypeError: model is no module, or mesh is not what init_mesh returns.
+
+    Communication: here a few small exchanges. In training, bytes an element: stage 1, a reduce-scatter of 4 and an
+        all-gather of the weights in each step; stage 2, the same, with a reduce-scatter in each backward; stage 3, the
+        reduce-scatter in each backward and an all-gather before each forward and each backward. Also an all-reduce of
+        4 bytes for each parameter tensor in each step, which says whether some rank used it.
+    Memory: as GradientBuckets, and ShardedWeights in stage 3.
+
+    Paper: ZeRO (Rajbhandari et al., arXiv 1910.02054).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"mesh={type(mesh).__name__} must be what fused_megatron.init_mesh returns, with an axis 'dp'")
+    world = dist.group.WORLD if mesh.world_size > 1 else None
+    size = mesh.dp_size if shard_size is None else shard_size
+    _check_on_all_ranks(model, mesh, zero_stage, size, bucket_mb, world)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    shards, copies = mesh.split_data_parallel(size)
+    replica = ShardedReplica(model, ZERO_STAGES[zero_stage], shards, copies, mesh.dp_group, 1e6 * bucket_mb)
+    attach_replica_shards(model, replica)
+    guard_model(model, replica)
+    return model
+
+
+def _check_on_all_ranks(
+    model: nn.Module, mesh: Mesh, zero_stage: int, shard_size: int, bucket_mb: float, world: Group
+) -> None:
+    def checked() -> tuple[list[int], int]:
+        check(
+            not isinstance(zero_stage, bool) and zero_stage in (1, 2, 3),
+            f"zero_stage={zero_stage!r} must be 1, 2 or 3 (0 shares nothing: DistributedDataParallel does that)",
+        )
+        check(bucket_mb > 0, f"bucket_mb={bucket_mb} must be above 0")
+        check(
+            shard_size > 1 or shard_size == mesh.dp_size == 1,
+            f"shard_size={shard_size} must be 2 or more, or None for all data-parallel ranks",
+        )
+        check_divisible("data_parallel_size", mesh.dp_size, "shard_size", shard_size)
+        _check_model(model, zero_stage)
+        facts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+        group = mesh.dp_group
+        ranks = [0] if group is None else dist.get_process_group_ranks(group)
+        return ranks, zlib.crc32(repr((facts, zero_stage, shard_size, bucket_mb)).encode())
+
+    answers = run_together(world, checked)
+    for ranks, own in answers:
+        different = [rank for rank in ranks if answers[rank][1] != own] if world is not None else []
+        if different:
+            raise SharedInputError(
+                f"ranks {different} have another model, or other arguments, than rank {ranks[0]}: build the same on "
+                "all data-parallel ranks"
+            )
+    drifts = run_together(world, lambda: find_drift(dict(model.named_parameters()), mesh.dp_group, ()))
+    found = next((drift for drift in drifts if drift), None)
+    if found:
+        raise SharedInputError(
+            f"{found} (load the same weights on all data-parallel ranks, or call torch.manual_seed with one seed "
+            "before building the model)"
+        )
+
+
+def _check_model(model: nn.Module, zero_stage: int) -> None:
+    parameters = dict(model.named_parameters())
+    check(any(p.requires_grad for p in parameters.values()), f"{type(model).__name__} has no parameter to train")
+    wrapped = [type(m).__name__ for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    wrapped += [type(p).__name__ for p in parameters.values() if hasattr(p, "device_mesh")]
+    if wrapped:
+        raise InputError(f"the model has a {wrapped[0]} already (pass the module without DDP or FSDP around it)")
+    devices = {p.device for p in parameters.values()}
+    check(len(devices) == 1, f"the parameters are on {len(devices)} devices (move the model to one)")
+    check(devices != {torch.device("meta")}, "the model is on the meta device (fill it before shard_data_parallel)")
+    for name, p in parameters.items():
+        check(
+            parameter_record(p).summed_grad is None,
+            f"{name} is in buckets of data-parallel ranks already (call shard_data_parallel once)",
+        )
+        if p.requires_grad or zero_stage == 3:
+            check(
+                p.dtype in _DTYPES,
+                f"{name}.dtype={dtype_name(p.dtype)} must be one of: {', '.join(map(dtype_name, _DTYPES))}",
+            )

@@ -1,0 +1,197 @@
+"""ShardedOptimizer: a torch optimizer of the rows that this data-parallel rank owns."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.collectives.together import build_together
+from fused_megatron.data_parallel.elementwise import check_elementwise
+from fused_megatron.data_parallel.sharded_replica import ShardedReplica
+from fused_megatron.sharding import GradScaler
+from fused_megatron.sharding.replica_shards import replica_shards
+
+Group = Mapping[str, Any]
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """Any elementwise torch optimizer, over this rank's rows of a model after shard_data_parallel.
+
+    Schedulers, param_groups, step(), zero_grad(), state_dict() and load_state_dict() work as torch's. Parameters of
+    lower precision have float32 main rows, which step() rounds to the weights.
+
+        optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-3)
+        optimizer = fm.ShardedOptimizer(
+            model,
+            torch.optim.AdamW,
+            [{"params": ["head.weight"], "lr": 1e-4}, {"params": model.blocks.parameters()}],
+            lr=1e-3,
+        )
+
+    Args:
+        model: after shard_data_parallel.
+        optimizer: a class of torch optimizers that is elementwise; a class that is not torch's own is tried on a small
+            tensor.
+        groups: parameters, or their names in the model, or groups {"params": .., option: ..} of these; None: all.
+        options: of the optimizer.
+
+    Raises:
+        InputError: an optimizer that is not elementwise; a model that is not sharded; parameters that the model does
+            not have. On every rank.
+
+    Communication: one small exchange. step() sends the weights to the other ranks in stages 1 and 2: they arrive under
+        the next forward.
+    Memory: the state of the optimizer for this rank's rows, and 4 bytes an element for main rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: type[torch.optim.Optimizer],
+        groups: Sequence[Any] | Iterable[Any] | None = None,
+        **options: Any,
+    ) -> None:
+        world = dist.group.WORLD if dist.is_initialized() else None
+        self._replica, rows, self._inner = build_together(world, lambda: _build(model, optimizer, groups, options))
+        super().__init__(_named(rows), dict(self._inner.defaults))
+        self._is_made = True
+        self._share()
+        self._replica.main = {parameter: main for group in rows for _, parameter, main in group["params"]}
+
+    def _share(self) -> None:
+        """Have the state and the groups of the inner optimizer, the same objects."""
+        self.state, self.param_groups = self._inner.state, self._inner.param_groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse: the groups are arguments of the constructor."""
+        if getattr(self, "_is_made", False):
+            raise InputError("add_param_group: pass all groups when the ShardedOptimizer is made")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update this rank's rows. Every rank calls it.
+
+        Args:
+            closure: computes the loss and its gradients, and is called first.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_current()
+        self._replica.settle()
+        self._replica.weights.finish()  # what still arrives would undo the update
+        self._inner.step()
+        self._replica.updated()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Begin a step: no parameter of the model has a gradient. step() leaves those as they are that get none."""
+        self._replica.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of this rank's rows, with their main rows; for load_state_dict on the same layout."""
+        found = self._inner.state_dict()
+        rows = self._replica.rows
+        main = {name: main.detach() for name, p, main in self._names_and_rows() if main.dtype != p.dtype}
+        return {**found, "main": main, "rows": [rows.index, rows.num_shards]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what state_dict() returned on the same rank of the same layout.
+
+        Raises:
+            InputError: the state is of other rows.
+        """
+        own = [self._replica.rows.index, self._replica.rows.num_shards]
+        found = list(state_dict.get("rows", own))
+        check(found == own, f"the state has the rows {found[0]} of {found[1]}, and this rank {own[0]} of {own[1]}")
+        self._inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("main", "rows")})
+        self._share()
+        with torch.no_grad():
+            for name, _, main in self._names_and_rows():
+                if name in state_dict.get("main", {}):
+                    main.copy_(state_dict["main"][name])
+
+    def _names_and_rows(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+        names = {p: name for name, p in self._replica.parameters.items()}
+        return [(names[p], p, main) for p, main in self._replica.main.items()]
+
+    def _check_current(self) -> None:
+        mine = {main for group in self.param_groups for main in group["params"]}
+        check(
+            mine == set(self._replica.main.values()),
+            "step() of a ShardedOptimizer after another one was made for the same model (use the last)",
+        )
+        trainable = set(self._replica.trainable.values())
+        for name, parameter in self._replica.parameters.items():
+            check(
+                parameter in trainable or not parameter.requires_grad,
+                f"{name} was frozen when shard_data_parallel was called, and cannot be trained",
+            )
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether step() unscales; torch's GradScaler asks. That scaler is refused, since it sees one rank's rows."""
+        scaler = sys._getframe(1).f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler) and not isinstance(scaler, GradScaler):
+            raise InputError(
+                "torch.amp.GradScaler looks for infinities in one rank's rows only (fm.GradScaler(mesh) looks in all)"
+            )
+        return False
+
+
+def _build(
+    model: nn.Module, optimizer: type[torch.optim.Optimizer], groups: Iterable[Any] | None, options: dict[str, Any]
+) -> tuple[ShardedReplica, list[dict[str, Any]], torch.optim.Optimizer]:
+    check_elementwise(optimizer, options)
+    replica = replica_shards(model)
+    if not isinstance(replica, ShardedReplica):
+        raise InputError("ShardedOptimizer needs a model after fm.shard_data_parallel(model, mesh, zero_stage=..)")
+    rows = [
+        {**group, "params": [(name, p, _main_rows(replica, p)) for name, p in group["params"]]}
+        for group in _resolved(replica, groups)
+    ]
+    make: Any = optimizer
+    return replica, rows, make(_named(rows), **options)
+
+
+def _named(rows: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return groups of (name, main rows), as torch's optimizers take them."""
+    return [{**group, "params": [(name, main) for name, _, main in group["params"]]} for group in rows]
+
+
+def _main_rows(replica: ShardedReplica, parameter: nn.Parameter) -> nn.Parameter:
+    """Return the float32 rows that are updated: the weights themselves if they are float32."""
+    own = replica.own(parameter)
+    return nn.Parameter(own if own.dtype == torch.float32 else own.float())
+
+
+def _resolved(replica: ShardedReplica, groups: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Return groups of (name, parameter), without frozen parameters."""
+    members: list[Any] = list(replica.trainable) if groups is None else list(groups)
+    listed = members if members and isinstance(members[0], Mapping) else [{"params": members}]
+    found: list[dict[str, Any]] = []
+    for group in listed:
+        params = group["params"]
+        names = [_name_of(replica, each) for each in ([params] if isinstance(params, str | torch.Tensor) else params)]
+        pairs = [(name, replica.trainable[name]) for name in names if name in replica.trainable]
+        found.append({**group, "params": pairs})
+    return found
+
+
+def _name_of(replica: ShardedReplica, member: Any) -> str:
+    """Return the name of a parameter, given it, its name, or both."""
+    member = member[1] if isinstance(member, tuple) else member
+    if isinstance(member, str):
+        name = member if member in replica.parameters else None
+    else:
+        name = next((name for name, p in replica.parameters.items() if p is member), None)
+    if name is None:
+        what = repr(member) if isinstance(member, str) else f"a tensor of shape {tuple(member.shape)}"
+        raise InputError(f"groups: {what} is no parameter of the model")
+    return name

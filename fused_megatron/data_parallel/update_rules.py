@@ -1,0 +1,180 @@
+"""Update rules of the optimizers that update every element by itself: AdamW, SGD with momentum, Lion."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from fused_megatron import ops
+from fused_megatron.checks import has_values
+from fused_megatron.config import OptimizerConfig
+
+_PIECE_ELEMENTS = 1 << 15
+"""Four tensors of this size and two temporaries fit into the second-level cache of a core."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Tensors of parameters that are updated together; every list has one entry for each name, in its shape.
+
+    Attributes:
+        names: of the parameters.
+        main: float32 weights.
+        gradient: float32 gradients.
+        state: float32 state by its name in torch's optimizers, such as "exp_avg".
+        low: parameters of a lower precision that the main weights are rounded into; empty if there are none.
+        weight_decay: of all these parameters.
+    """
+
+    names: Sequence[str]
+    main: list[torch.Tensor]
+    gradient: list[torch.Tensor]
+    state: Mapping[str, list[torch.Tensor]]
+    low: list[torch.Tensor]
+    weight_decay: float
+
+
+class UpdateRule(Protocol):
+    """Computation of new weights and state from gradients.
+
+    Attributes:
+        state_names: names of the float32 state tensors that each parameter has, in its shape.
+        elementwise: the update of an element depends on this element only, so that a group may be cut.
+    """
+
+    state_names: tuple[str, ...]
+    elementwise: bool
+
+    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        """Update weights and state of a group in place; gradients stay as they are.
+
+        Args:
+            group: the tensors.
+            step: number of this update, from 1 on.
+            lr: learning rate.
+            gradient_scale: factor of the gradients.
+        """
+
+
+class AdamW:
+    """torch.optim.AdamW, by ops.adamw_."""
+
+    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    elementwise = True
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._config = config
+
+    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        """As UpdateRule.update."""
+        config = self._config
+        ops.adamw_(
+            group.main,
+            group.state["exp_avg"],
+            group.state["exp_avg_sq"],
+            group.gradient,
+            low=group.low,
+            step=step,
+            lr=lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=group.weight_decay,
+            gradient_scale=gradient_scale,
+        )
+
+
+class SGD:
+    """torch.optim.SGD with momentum, as torch with a weight decay that is added to the gradient.
+
+    Without momentum there is no state.
+    """
+
+    elementwise = True
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._momentum, self._nesterov = config.momentum_used, config.nesterov_used
+        self.state_names: tuple[str, ...] = ("momentum_buffer",) if self._momentum else ()
+
+    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        change = list(torch._foreach_mul(group.gradient, gradient_scale))
+        if group.weight_decay:
+            torch._foreach_add_(change, group.main, alpha=group.weight_decay)
+        if self._momentum:
+            buffers = group.state["momentum_buffer"]
+            torch._foreach_mul_(buffers, self._momentum)
+            torch._foreach_add_(buffers, change)
+            if self._nesterov:
+                torch._foreach_add_(change, buffers, alpha=self._momentum)
+            else:
+                change = buffers
+        torch._foreach_add_(group.main, change, alpha=-lr)
+
+
+class Lion:
+    """Lion: the sign of an interpolation between momentum and gradient, with decoupled weight decay.
+
+        w = w (1 - lr weight_decay) - lr sign(beta1 m + (1 - beta1) g)
+        m = beta2 m + (1 - beta2) g
+
+    The authors use a learning rate 3 to 10 times smaller than AdamW's, and a larger weight decay by the same factor.
+
+    Paper: Symbolic Discovery of Optimization Algorithms (Chen et al., arXiv 2302.06675).
+    """
+
+    state_names: tuple[str, ...] = ("exp_avg",)
+    elementwise = True
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._beta1, self._beta2 = config.beta1, config.beta2
+
+    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        """As UpdateRule.update."""
+        for piece in _pieces(group):
+            self._update(piece, lr, gradient_scale)
+        round_main_weights(group)
+
+    def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
+        gradient = list(torch._foreach_mul(group.gradient, gradient_scale))
+        momentum = group.state["exp_avg"]
+        change = list(torch._foreach_mul(momentum, self._beta1))
+        torch._foreach_add_(change, gradient, alpha=1 - self._beta1)
+        torch._foreach_sign_(change)
+        torch._foreach_mul_(momentum, self._beta2)
+        torch._foreach_add_(momentum, gradient, alpha=1 - self._beta2)
+        torch._foreach_mul_(group.main, 1 - lr * group.weight_decay)
+        torch._foreach_add_(group.main, change, alpha=-lr)
+
+
+def _pieces(group: ParameterGroup) -> Iterator[ParameterGroup]:
+    """Cut contiguous tensors on a CPU into pieces that stay in its cache over the passes of an update.
+
+    The pieces have no parameters of lower precision.
+    """
+    if not group.main[0].is_cpu or not has_values(group.main[0]):  # a dry run would take its time for each piece
+        yield group
+        return
+    for i, main in enumerate(group.main):
+        tensors = (main, group.gradient[i], *(state[i] for state in group.state.values()))
+        for weight, gradient, *states in zip(
+            *(tensor.view(-1).split(_PIECE_ELEMENTS) for tensor in tensors), strict=True
+        ):
+            state = {kind: [piece] for kind, piece in zip(group.state, states, strict=True)}
+            yield ParameterGroup((group.names[i],), [weight], [gradient], state, [], group.weight_decay)
+
+
+def round_main_weights(group: ParameterGroup) -> None:
+    """Set parameters of a lower precision to their main weights."""
+    if group.low:
+        torch._foreach_copy_(group.low, group.main)
+
+
+ELEMENTWISE_RULES: Mapping[str, Callable[[OptimizerConfig], UpdateRule]] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
+"""By optimizer.kind."""

@@ -1,0 +1,47 @@
+"""Formulas for the memory of the optimizer: state, main weights, and temporary tensors of an update."""
+
+from fused_megatron.config import OptimizerConfig, TransformerConfig
+from fused_megatron.data_parallel.muon import Muon
+from fused_megatron.data_parallel.optimizer import BATCH_ELEMENTS
+from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, AdamW
+
+_SIZES = {"float32": 4, "bfloat16": 2}
+_OF_A_MATRIX = 7
+"""Muon: the matrix, its blocks sent and received, and two iterates and two products of Newton-Schulz."""
+
+
+def optimizer_bytes(config: OptimizerConfig, dtype: str, num_matrix_elements: int, num_others: int) -> int:
+    """Compute the bytes of state and main weights.
+
+    Args:
+        config: kind of optimizer and state_dtype.
+        dtype: of the parameters.
+        num_matrix_elements: elements that Muon would update.
+        num_others: all other elements.
+    """
+    main = 4 if dtype != "float32" else 0
+    tensors = _state_tensors(config)
+    of_matrices = len(Muon.state_names) if config.kind == "muon" else tensors
+    state = _SIZES[config.state_dtype] * (of_matrices * num_matrix_elements + tensors * num_others)
+    return state + main * (num_matrix_elements + num_others)
+
+
+def update_bytes(config: OptimizerConfig, dtype: str, model: TransformerConfig, num_elements: int) -> int:
+    """Compute the bytes of temporary tensors while num_elements of a model are updated."""
+    batch = min(BATCH_ELEMENTS, num_elements)
+    needed = (8 if config.kind in ("sgd", "lion") else 0) * batch
+    if config.kind == "muon":
+        needed = _OF_A_MATRIX * _SIZES[dtype] * _largest_matrix(model)
+    if config.state_dtype != "float32":
+        needed += 4 * (num_elements if config.kind == "muon" else _state_tensors(config) * batch)
+    return needed
+
+
+def _state_tensors(config: OptimizerConfig) -> int:
+    return len(ELEMENTWISE_RULES.get(config.kind, AdamW)(config).state_names)
+
+
+def _largest_matrix(model: TransformerConfig) -> int:
+    """Elements of the largest full parameter of a block; queries, keys and values are one if they are equally many."""
+    heads = model.num_heads * (3 if model.kv_heads == model.num_heads else 1)
+    return model.hidden_size * max(model.ffn_size, heads * model.head_size)
