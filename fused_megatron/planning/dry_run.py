@@ -11,8 +11,8 @@ share one run.
 
 Left out: fragments of the allocator; the CUDA context; the buffers of NCCL; temporary memory inside a kernel or a
 transport. The ranks of a real run measure how many chunks overlap=True makes of a tensor-parallel product; a dry run
-takes one chunk. Tokens have no values: where a size depends on values, the largest size counts (each rank looks up every
-token). A message stops counting once it is sent, although a slow receiver would make the rank keep it.
+takes one chunk. Tokens have no values: where a size depends on values, the largest size counts (each rank looks up
+every token). A message stops counting once it is sent, although a slow receiver would make the rank keep it.
 """
 
 import dataclasses

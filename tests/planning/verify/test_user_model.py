@@ -75,7 +75,7 @@ def test_a_hand_written_block_is_right_and_a_wrong_all_reduce_in_it_is_named() -
         result = fm.verify(wrong, {"tensor_parallel_size": 2}, BATCH)
         assert not result and result.first_difference.described == "loss of step 1", result.table()
         assert "likely axis: tensor parallel" in result.table()
-        assert "first output that differs: that of no submodule (1 compared)" in result.table()
+        assert "first output that differs: none (submodules compared: 1" in result.table()
     result = fm.verify(gradient_divided, {"tp": 2}, BATCH)
     assert result.first_difference.described == "gradient of norm.bias in step 1", result.table()
 
