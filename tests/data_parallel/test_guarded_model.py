@@ -118,7 +118,7 @@ def wrong_calls(model: Any, mesh: fm.Mesh) -> dict[str, Callable[[], Any]]:
         r"optimizer=Adafactor needs whole": lambda: optimizer(model, torch.optim.Adafactor),
         r"optimizer=LBFGS needs whole": lambda: optimizer(model, torch.optim.LBFGS),
         r"optimizer=SparseAdam needs whole": lambda: optimizer(model, torch.optim.SparseAdam),
-        r"optimizer=ByNorm makes other updates of two halves": lambda: optimizer(model, ByNorm, lr=0.1),
+        r"optimizer=ByNorm updates two halves of a tensor differently": lambda: optimizer(model, ByNorm, lr=0.1),
         r"optimizer=SignOfMomentum failed in a trial \(TypeError": lambda: optimizer(model, SignOfMomentum),
         r"optimizer=str must be a class of optimizers": lambda: optimizer(model, "adamw"),  # type: ignore[arg-type]
         r"needs a model after fm.shard_data_parallel": lambda: optimizer(made(), sgd),
