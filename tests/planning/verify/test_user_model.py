@@ -1,4 +1,4 @@
-"""Start here when `fm.verify` calls a user's right module wrong, or does not name what is wrong in one."""
+"""Start here when `fm.verify` calls a user's right module wrong, or does not name the fault of a wrong module."""
 
 import re
 from typing import Any
@@ -21,7 +21,7 @@ BATCH = {"x": X, "target": X.flip(0)}
 
 
 class Block(nn.Module):
-    """norm, column-parallel, GELU, row-parallel by hand, residual, and a loss."""
+    """A norm, a column-parallel layer, GELU, a hand-written row-parallel product, a residual, and a loss."""
 
     def __init__(self, mesh: Any, sums: int = 1, passes_gradient: bool = True) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def llama(mesh: Any) -> nn.Module:
 
 
 def wrongly_parallel(mesh: Any) -> nn.Module:
-    """The rank's shards of the loss are right; then somebody scales what the ranks share."""
+    """Return a right sharded model with a hook that wrongly scales the output of the last norm on every rank."""
     model = gpt2(mesh)
     if mesh is not None:
         model.transformer.ln_f.register_forward_hook(lambda module, inputs, output: mesh.tp_size * output)
