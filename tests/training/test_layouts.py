@@ -346,10 +346,11 @@ def test_checkpoint_from_before_a_setting_existed(
     old = {k: v for k, v in manifest.state["config"]["model"].items() if k not in {*LLAMA, "recompute"}}
     state = {**manifest.state, "config": {"model": old}}
     monkeypatch.setattr(training, "read_run_state", lambda checkpoint: state)
-    model = dataclasses.replace(config_for(text, text).model, vocab_size=300)
-    training._state_of_same_model(text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5))
+    config = config_for(text, text)
+    model = dataclasses.replace(config.model, vocab_size=300)
+    training._state_of_same_run(text, dataclasses.replace(model, recompute="full", hidden_dropout=0.5), config)
     with pytest.raises(InputError, match="activation=gelu there, activation=swiglu here"):
-        training._state_of_same_model(text, dataclasses.replace(model, activation="swiglu"))
+        training._state_of_same_run(text, dataclasses.replace(model, activation="swiglu"), config)
 
 
 def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:

@@ -34,16 +34,19 @@ def test_which_signals_are_one_request(came: list[str], ends: list[bool]) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_a_request_until_the_end(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    stop = StopRequest()
-    stop.begin()
-    assert stop.asked is None
-    os.kill(os.getpid(), number)
-    assert stop.asked == number.name
-    os.kill(os.getpid(), number)
-    stop.end()
-    assert signal.getsignal(number) == before
-    assert number.name in REASONS
+    here = signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
+    try:
+        stop = StopRequest()
+        stop.begin()
+        assert stop.asked is None
+        os.kill(os.getpid(), number)
+        assert stop.asked == number.name
+        os.kill(os.getpid(), number)
+        stop.end()
+        assert signal.getsignal(number) is signal.default_int_handler
+        assert number.name in REASONS
+    finally:
+        signal.signal(number, here)
 
 
 def test_what_was_ignored_still_is() -> None:
