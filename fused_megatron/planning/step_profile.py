@@ -28,7 +28,7 @@ DATA = "dp"
 DEFERRED = "weight gradients put off"
 """Layer of the memory that an INPUT_GRAD keeps for its WEIGHT_GRAD."""
 
-# Number of actions ahead for which the executor posts receives; see PipelineExecutor.
+# Number of computations by which a receive is posted before its use, as in PipelineExecutor.
 _LOOKAHEAD = 1
 
 
