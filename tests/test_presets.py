@@ -1,11 +1,11 @@
-"""Start here when a layout of many ranks holds, keeps or sends something else than the papers state.
+"""Start here when memory, activations or transfers of a layout of many ranks differ from the papers.
 
-Layouts of any size, on fake tensors with a fake group of all their ranks: benchmarks/presets, and a grid.
+The layouts are those of benchmarks/presets and a grid. They run on fake tensors with a fake group of all ranks, and
+the memory and the transfers of a rank are compared with the papers' formulas.
 
-What a rank would hold, keep and send is compared with the papers' formulas, before anyone pays for a GPU hour. The
-grid: splits of 4 ranks, and behind the slow marker of 8, 64 and 512, with tensor- and pipeline-parallel sizes of 1, 2,
-4 and 8, each pipeline by two schedules (behind the marker by four); sequence parallelism, recomputation and forms of
-the model take turns.
+The grid has splits of 4 ranks, and with the slow marker of 8, 64 and 512 ranks. Tensor- and pipeline-parallel sizes are
+1 and 2 (slow: 1, 2, 4 and 8), and each pipeline runs by two schedules (slow: four). Sequence parallelism, recomputation
+and forms of the model take turns.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ from fused_megatron.planning.step_profile import Transfers
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {path.stem: path for path in sorted((ROOT / "benchmarks" / "presets").glob("*.toml"))}
-# As published, in billions.
+# Published numbers of parameters, in billions.
 WEAK_SCALING = {"gpt_1.2b_tp1": 1.2, "gpt_2.5b_tp2": 2.5, "gpt_4.2b_tp4": 4.2, "gpt_8.3b_tp8": 8.3}
 SEQUENCE_PARALLEL = {"gpt_22b_tp8_sequence_parallel": 22.0}
-# Parameters, GPUs, TFLOP/s a GPU with recomputation.
+# Billions of parameters, GPUs, TFLOP/s a GPU with recomputation.
 THREE_D = {
     "gpt_39b_tp8_pp2_dp32": (39.1, 512, 138), "gpt_76b_tp8_pp4_dp32": (76.1, 1024, 140),
     "gpt_145b_tp8_pp8_dp24": (145.6, 1536, 148), "gpt_310b_tp8_pp16_dp15": (310.1, 1920, 155),
     "gpt_530b_tp8_pp35_dp9": (529.6, 2520, 163), "gpt_1t_tp8_pp64_dp6": (1008.0, 3072, 163),
 }  # fmt: skip
 BILLIONS = {**WEAK_SCALING, **SEQUENCE_PARALLEL, **{name: figures[0] for name, figures in THREE_D.items()}}
-# Tensor and pipeline parallelism, and replicas that share the optimizer's state: billions of parameters, GPUs.
+# Tensor and pipeline parallelism with replicas that share the optimizer's state: (billions of parameters, GPUs).
 HYBRID = {
     "gpt_530b_tp8_pp35_dp7_zero1": (529.6, 1960),
     "gpt_175b_tp8_pp16_dp8_zero1": (174.6, 1024),
@@ -70,7 +70,7 @@ on_few_and_on_many_ranks = pytest.mark.parametrize(
 
 @cache
 def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
-    """Of the grid for these numbers of ranks, and with the few some of the presets, of few blocks, by name."""
+    """Return the configs of the grid for these numbers of ranks by name; for FEW also small copies of some presets."""
     found = {name: with_few_blocks(load_config(PRESETS[name])) for name in SOME} if worlds == FEW else {}
     sizes = (1, 2) if worlds == FEW else (1, 2, 4, 8)
     for world, tp, pp in itertools.product(worlds, sizes, sizes):
@@ -83,7 +83,7 @@ def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
 
 
 def with_few_blocks(config: TrainConfig) -> TrainConfig:
-    """About two in each stage, and twice as many microbatches as ranks: all of them do the same."""
+    """Return a config with 2 blocks for each stage, and 2 microbatches for each pipeline rank: all do the same."""
     plan, parallel, training = plan_pipeline(config), config.parallel, config.training
     batch = 2 * parallel.pipeline_parallel_size * training.microbatch_size * (parallel.data_parallel_size or 1)
     return dataclasses.replace(
@@ -111,14 +111,14 @@ def small_config(turn: int, tp: int, pp: int, dp: int, schedule: str) -> TrainCo
 
 @cache
 def measured(worlds: tuple[int, ...]) -> list[tuple[str, TrainConfig, dict[int, RankReport]]]:
-    """(name, config, by place of the pipeline (first, last, of presets also second) what a rank there has to do)."""
+    """Return (name, config, report by pipeline rank) for the first and the last pipeline rank; presets also second."""
     found = []
     for name, config in configs(worlds).items():
         parallel = config.parallel
         pp, ranks_of_a_place = parallel.pipeline_parallel_size, ranks_of_a_stage(parallel)
         dry_run = DryRun(config)
         places = {
-            # Not the first of its data- and tensor-parallel group.
+            # A rank in the middle of its data- and tensor-parallel groups.
             place: dry_run.rank(place * ranks_of_a_place + ranks_of_a_place // 2)
             for place in sorted({0, min(1, pp - 1), pp - 1} if name in PRESETS else {0, pp - 1})
         }
@@ -137,7 +137,7 @@ def activation_bytes(config: TrainConfig) -> int:
 
 
 def num_messages(config: TrainConfig, rank: RankReport) -> int:
-    """That a rank sends, and receives: at each border of its stages with another rank one a microbatch."""
+    """Count the messages that a rank sends: one a microbatch at each border of its stages with another rank."""
     placement = plan_pipeline(config).placement
     borders = 0
     for index in rank.spans:
@@ -199,12 +199,12 @@ def test_a_rank_holds_what_the_formula_says(worlds: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", HYBRID)
 def test_a_hybrid_preset(name: str) -> None:
-    """Parameters as published; weights and gradients of every rank's part, and the state of one replica's share."""
+    """Parameters are as published; a rank holds its weights and gradients, and one replica's share of the state."""
     config, (billions, gpus) = load_config(PRESETS[name]), HYBRID[name]
     parallel, replicas = config.parallel, config.parallel.data_parallel_size or 1
     assert (parallel.num_ranks, parallel.zero_stage) == (gpus, 1)
     ranks = [rank_memory(config, place) for place in range(parallel.pipeline_parallel_size)]
-    # Vectors that all tensor-parallel ranks hold, and rows that fill the vocabulary up, are counted too often.
+    # Vectors that all tensor-parallel ranks hold, and padding of the vocabulary, are counted several times.
     total = 8 * sum(memory.num_parameters for memory in ranks) / 1e9
     assert total == pytest.approx(billions, rel=0.01)
     for memory in ranks:
@@ -252,7 +252,7 @@ def sharded_over_1024(name: str, stage: int, num_layers: int | None = None) -> T
     ],
 )
 def test_bytes_of_a_rank_of_1024(name: str, stage: int, num_layers: int | None) -> None:
-    """Between two steps: 6 + 12 / d bytes a parameter, 2 + 16 / d, and 18 / d, by rows, and nothing besides."""
+    """A rank holds only 6 + 12 / d, 2 + 16 / d or 18 / d bytes a parameter (stages 1, 2, 3) between two steps."""
     config = sharded_over_1024(name, stage, num_layers)
     report = DryRun(config).rank(0)
     with fake_ranks(0, 1024):
@@ -269,7 +269,7 @@ def test_bytes_of_a_rank_of_1024(name: str, stage: int, num_layers: int | None) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*BILLIONS, *HYBRID])
 def test_a_preset_runs_with_all_its_blocks(name: str) -> None:
-    """Peaks are within what the formula says; of memory that a kernel takes while it computes that has a guess."""
+    """Peaks are near the formula, which only estimates the memory that a kernel takes while it computes."""
     config = load_config(PRESETS[name])
     dry_run = DryRun(config)
     ranks = dry_run.pipeline_ranks()
@@ -298,7 +298,7 @@ def test_activations_are_those_of_the_formula_and_within_the_papers_bound(worlds
                 block = stage_activations(config, more) - stage_activations(config, span)
                 kept = {memory.layer: num_bytes for memory, num_bytes in rank.kept[index].items()}
                 for layer in range(span.start, span.stop):
-                    # What the last block of a stage returns is a message, which the next stage keeps.
+                    # The output of a stage's last block is a message, which the next stage keeps.
                     is_sent = layer == span.stop - 1 and not span.last
                     assert kept.get(f"blocks.{layer}", 0) == block - own * is_sent, (name, index, layer)
                 if name in PRESETS:
@@ -336,29 +336,29 @@ def test_groups(worlds: tuple[int, ...]) -> None:
 
 @on_few_and_on_many_ranks
 def test_tensor_parallel_communication(worlds: tuple[int, ...]) -> None:
-    """The bytes of every stage equal the formula's; a block sends as many activations as the papers state."""
+    """The bytes of every stage equal the formula; a block sends the number of activations that the papers state."""
     for name, config, places in measured(worlds):
         model, activation = config.model, activation_bytes(config)
         again = 2 if model.recompute == "full" else 0  # forward once more
         for rank in places.values():
             for index, span in rank.spans.items():
-                said = stage_communication(config, span)
+                formula = stage_communication(config, span)
                 sent = Counter(rank.sent[index])
-                if config.parallel.sequence_parallel and span.last and sent["all_gather"] != said["all_gather"]:
+                if config.parallel.sequence_parallel and span.last and sent["all_gather"] != formula["all_gather"]:
                     # On a CPU the logits of 16-bit activations take several tiles: the head gathers its input again.
                     sent["all_gather"] -= activation
-                assert dict(sent) == said, name
+                assert dict(sent) == formula, name
                 more = StageSpan(span.index, span.num_stages, span.start, span.stop + 1)
                 block = Counter(stage_communication(config, more))
-                block.subtract(said)
+                block.subtract(formula)
                 if config.parallel.tensor_parallel_size == 1:
                     assert not block, name
                 elif config.parallel.sequence_parallel:
-                    # Korthikanti et al., section 4.2.2: as many bytes, and gathered operands once more for weights.
+                    # Korthikanti et al., section 4.2.2: the same bytes, and a second gather of operands for weights.
                     assert block["reduce_scatter"] == (4 + again) * activation, name
                     assert block["all_gather"] == (6 + again) * activation, name
                 else:
-                    # Shoeybi et al., section 3: two forward and two backward.
+                    # Shoeybi et al., section 3: two all-reduces in forward and two in backward.
                     assert +block == {"all_reduce": (4 + again) * activation}, name
 
 
@@ -401,7 +401,7 @@ def test_pipelines(worlds: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", THREE_D)
 def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
-    """No published speed exceeds our formula's FLOPs at an A100's peak with the bubble of the schedule."""
+    """No published step is faster than the formula's FLOPs at an A100's peak with the bubble of the schedule."""
     _, gpus, tflops = THREE_D[name]
     config = load_config(PRESETS[name])
     parallel, model, training = config.parallel, config.model, config.training
@@ -417,7 +417,7 @@ def test_published_speeds_are_within_what_the_layout_allows(name: str) -> None:
 
 
 def test_presets_differ_from_a_config_of_ones_own_only_where_they_say() -> None:
-    """The trainer's own parser reads their keys: load_config would raise for a misspelt one."""
+    """The trainer's own parser reads the presets: load_config would raise for a misspelt key."""
     for path in PRESETS.values():
         config = load_config(path, ["--training.num-steps", "3"])
         assert config.training.num_steps == 3 and path.stem in path.read_text()

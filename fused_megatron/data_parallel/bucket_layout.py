@@ -1,4 +1,4 @@
-"""Layout of gradients in flat buckets, worked out without memory or communication."""
+"""Layout of gradients in flat buckets, without memory or communication."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class BucketLayout:
     """Parameters of one bucket, whose gradients are consecutive in a flat tensor.
 
     Attributes:
-        parameters: in the order of their gradients, which is the order in which backward reaches them.
+        parameters: parameters in the order of their gradients, which is the order in which backward reaches them.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -48,8 +48,8 @@ def lay_out_buckets(
         bucket_bytes: least size of a bucket; the last bucket of a list may be smaller.
 
     Returns:
-        For each set of stages the buckets of the parameters that exactly these stages hold, in the order in which
-        backward fills them.
+        For each set of stages: the buckets of parameters that exactly these stages hold, in the order in which backward
+        fills them.
     """
     holders: dict[nn.Parameter, set[int]] = {}
     for stage, parameters in stages.items():

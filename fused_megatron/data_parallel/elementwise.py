@@ -1,4 +1,4 @@
-"""Check that a torch optimizer updates every element of a parameter without its other elements."""
+"""Check that a torch optimizer is elementwise: the update of an element does not depend on other elements."""
 
 from typing import Any
 
@@ -21,20 +21,21 @@ _KNOWN = (
     torch.optim.Rprop,
 )
 _REFUSED = (torch.optim.Muon, torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.SparseAdam)
-_STEPS = 3  # some optimizers begin with a step of another kind
+_STEPS = 3  # the first step of some optimizers differs from the later ones
 
 
 def check_elementwise(optimizer: Any, options: dict[str, Any]) -> None:
-    """Raise unless a rank that has some rows of a parameter updates them as an optimizer of the whole would.
+    """Raise unless the optimizer updates some rows of a parameter in the same way as the whole parameter.
 
-    A class that is not torch's own is tried: two optimizers of one half each must do what one of the whole does.
+    A class that is not torch's own is tried: two optimizers of two halves of a tensor must compute the same as one
+    optimizer of the whole tensor.
 
     Args:
         optimizer: subclass of torch.optim.Optimizer.
-        options: of its constructor.
+        options: options of its constructor.
 
     Raises:
-        InputError: no class of optimizers, or one that is not elementwise, or fails in the trial.
+        InputError: the argument is no optimizer class; the class is not elementwise or fails in the trial.
     """
     if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
         found = getattr(optimizer, "__name__", type(optimizer).__name__)
@@ -54,13 +55,13 @@ def _problem_in_trial(optimizer: type[torch.optim.Optimizer], options: dict[str,
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(4, 6, generator=generator)
     gradients = [torch.randn(4, 6, generator=generator) * (1 + step) for step in range(_STEPS)]
-    # Halves that differ in size, so that their norms differ.
+    # The gradients of the halves differ in magnitude, so that their norms differ.
     gradients = [gradient * torch.tensor([1.0, 1.0, 9.0, 9.0]).unsqueeze(1) for gradient in gradients]
     results = []
     for parts in ([slice(None)], [slice(2), slice(2, None)]):
         try:
             trained = [_trained(optimizer, options, start[rows], [g[rows] for g in gradients]) for rows in parts]
-        except Exception as error:  # of any class: the trial calls code of the user
+        except Exception as error:  # any class of error: the trial calls the user's code
             return f"failed in a trial ({first_line(error)})"
         results.append(torch.cat(trained))
     if torch.allclose(results[0], results[1], rtol=1e-5, atol=1e-7):

@@ -1,4 +1,4 @@
-"""Float32 gradients of the parameters that are summed over data-parallel ranks together."""
+"""Buckets of float32 gradients that are summed over data-parallel ranks together, whole or by rows."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -17,9 +17,9 @@ class Bucket(Protocol):
     """Gradients of some parameters.
 
     Attributes:
-        parameters: in the order in which backward reaches them.
-        missing: number of backwards that each parameter still waits for before the bucket may be sent.
-        is_packed: whether the bucket is copied to be sent.
+        parameters: parameters in the order in which backward reaches them.
+        missing: for each parameter, number of backwards that must still run before the bucket may be sent.
+        is_packed: whether the bucket is sent from a packed copy.
     """
 
     parameters: tuple[nn.Parameter, ...]
@@ -29,28 +29,28 @@ class Bucket(Protocol):
     def is_packed(self) -> bool: ...
 
     def total(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the tensor, in the shape of the parameter, to which a backward adds."""
+        """Return the tensor, in the shape of the parameter, to which backward adds the gradient."""
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Add a gradient that autograd made; the bucket may keep the tensor."""
 
     def own(self, parameter: nn.Parameter) -> torch.Tensor:
-        """Return the sum over all ranks, of the rows that this rank owns."""
+        """Return the sums over all ranks for the rows that this rank owns."""
 
     def zero_(self) -> None:
         """Set all gradients to 0."""
 
     def start_sum(self) -> Callable[[], object]:
-        """Begin the sum over the ranks that share parameters; the result waits for it."""
+        """Start the sum over the ranks that share parameters; the returned function waits for it."""
 
     def sum_copies(self) -> Callable[[], object]:
-        """Begin what is left of the sum over all ranks, once in a step; the result waits for it."""
+        """Start the sum over ranks that own the same rows, once in a step; the returned function waits for it."""
 
 
 class WholeBucket:
     """Flat float32 tensor of whole gradients, which accumulate over a step and are summed once.
 
-    With several row shards a rank gets the sums of its own rows only. Its other rows have no meaning until zero_().
+    With several row shards a rank gets only the sums of its own rows. Its other rows have no meaning until zero_().
 
     Args:
         layout: parameters of the bucket.
@@ -109,12 +109,12 @@ class WholeBucket:
 class ShardedBucket:
     """Float32 gradients of this rank's rows, which accumulate over a step; whole gradients exist for one microbatch.
 
-    A backward makes the whole gradient of a parameter when it reaches it. When all parameters of the bucket have
-    theirs, start_sum packs and frees them, and the sums of this rank's rows are added in float32.
+    Backward makes the whole gradient of each parameter. When all parameters of the bucket have a gradient, start_sum
+    packs and frees these gradients, and adds the sums of this rank's rows in float32.
 
     Args: as WholeBucket.
 
-    Memory: 4 bytes for each element of the rank's rows. In a backward also the gradients of the bucket, and once more
+    Memory: 4 bytes for each element of the rank's rows. During a backward also the whole gradients of the bucket, twice
         while they are packed and sent.
     """
 
@@ -127,13 +127,13 @@ class ShardedBucket:
         self._shards, self._copies = shards, copies
         self._blocks = RowBlocks([p.shape for p in layout.parameters], rows)
         device = layout.parameters[0].device
-        # The layout of a block, so that it is added in one pass.
+        # The layout of a RowBlocks block, so that one pass adds a received block.
         self._block = torch.zeros(self._blocks.block_numel, dtype=torch.float32, device=device)
         self._own = dict(zip(layout.parameters, self._blocks.own_rows(self._block), strict=True))
         self._whole: dict[nn.Parameter, torch.Tensor] = {}
 
     def total(self, parameter: nn.Parameter) -> torch.Tensor:
-        if self._shards is None:  # the rank's rows are all rows
+        if self._shards is None:  # this rank owns all rows
             return self._own[parameter]
         if parameter not in self._whole:
             self._whole[parameter] = torch.zeros(parameter.shape, dtype=torch.float32, device=self._block.device)
@@ -156,7 +156,7 @@ class ShardedBucket:
         if self._shards is None:
             return _nothing
         blocks = self._blocks.new_blocks(self._block)
-        for index, parameter in enumerate(self.parameters):  # freed one by one, as they are packed
+        for index, parameter in enumerate(self.parameters):  # free each whole gradient once it is packed
             self._blocks.pack_one(index, self._whole.pop(parameter, None), blocks)
         block = self._block.new_empty(self._blocks.block_numel)
         transfer = start_reduce_scatter_blocks(blocks.view(-1), block, self._shards)

@@ -1,4 +1,4 @@
-"""Division of gradients by the number of targets of the whole step, once, where backward begins."""
+"""Division of gradients by the number of targets of the whole step, made once at the start of backward."""
 
 
 def gradient_divisor(global_batch_size: int, targets_per_sample: int) -> int:

@@ -1,4 +1,4 @@
-"""Errors for calls that would train or save a model wrongly after its rows were shared over data-parallel ranks."""
+"""Errors for calls that would train or save a model wrongly after shard_data_parallel."""
 
 import sys
 import weakref
@@ -13,7 +13,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.data_parallel.sharded_replica import ShardedReplica
 
 _OPTIMIZER = "fm.ShardedOptimizer(model, torch.optim.AdamW, lr=..) updates this rank's rows"
-# Module and function that ask for the parameters -> its name, and the way out.
+# (Module, function) that asks for the parameters -> (its name in the error, the way out).
 _CALLERS = {
     ("torch.nn.parallel.distributed", "__init__"): (
         "DistributedDataParallel",
@@ -33,7 +33,7 @@ _CALLERS = {
         "fm.clip_grad_norm_(model, max_norm) counts the rows of all ranks",
     ),
 }
-_DEPTH = 8  # frames from the parameters up to these functions
+_DEPTH = 8  # callers of named_parameters() among which these functions are looked for
 
 
 class GuardedParameters:
@@ -46,7 +46,7 @@ class GuardedParameters:
         """Yield names and parameters.
 
         Raises:
-            InputError: the caller is a wrapper, an optimizer or a function that would be wrong for sharded rows.
+            InputError: the caller is a wrapper, an optimizer or a function that would be wrong with sharded rows.
         """
         frame: FrameType | None = sys._getframe(1)
         for _ in range(_DEPTH):
@@ -60,7 +60,7 @@ class GuardedParameters:
 
 
 def guard_model(model: nn.Module, replica: ShardedReplica) -> None:
-    """Install the errors in a model, and make its own zero_grad begin a step of the replica."""
+    """Install the errors in a model, and make its zero_grad() begin a step of the replica."""
 
     def zero_grad(set_to_none: bool = True) -> None:
         replica.zero_()
@@ -90,7 +90,7 @@ def _check_keeps(fn: Any, replica: ShardedReplica) -> None:
 
 
 def _refuse_other_optimizers(replica: ShardedReplica) -> None:
-    """Make the step of an optimizer that has the model's own parameters an error: their gradients are not complete."""
+    """Make an optimizer of the model's own parameters raise in its step, since their gradients are not complete."""
     held = weakref.ref(replica)
 
     def before_step(optimizer: Any, *_: Any) -> None:

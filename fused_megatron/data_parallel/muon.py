@@ -1,4 +1,4 @@
-"""Muon: momentum of whole matrices made orthogonal, for the matrices of the blocks."""
+"""Muon: an update rule that orthogonalizes the momentum of whole matrices, for the matrices of the blocks."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from fused_megatron.data_parallel.update_rules import ParameterGroup, round_main
 from fused_megatron.data_parallel.whole_matrices import Matrix, WholeMatrices
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic polynomial: the largest slope at 0 for which singular values end near 1 (as torch.optim.Muon)."""
+"""Quintic polynomial with the largest slope at 0 for which singular values end near 1 (as torch.optim.Muon)."""
 _ITERATIONS = 5
 _EPS = 1e-7
 """Least norm that a matrix is divided by (as torch.optim.Muon)."""
@@ -22,9 +22,9 @@ class Muon:
         m = m + (g - m) (1 - momentum)              u = g + (m - g) momentum; without nesterov u = m
         w = w (1 - lr weight_decay) - lr factor(O, I) orthogonal(u)
 
-    where u is the whole matrix [O, I] of a full parameter and factor is that of adjust_lr_fn. Each named part of a
-    stacked parameter (query, key, value; gate and up) is a matrix of its own, as it is in a checkpoint. So the update
-    does not depend on the layout.
+    where u is the whole matrix [O, I] of a full parameter, and adjust_lr_fn names the factor. Each named part of a
+    stacked parameter (query, key, value; gate and up) is a matrix of its own, as in a checkpoint. So the update does
+    not depend on the layout.
 
     torch multiplies matrices in bfloat16. This rule does so for bfloat16 parameters, with torch's bits. For float32
     parameters it multiplies in float32: bfloat16 would make an update differ by a per cent between layouts whose
@@ -32,10 +32,10 @@ class Muon:
 
     Args:
         config: momentum, nesterov and adjust_lr_fn.
-        matrices: of all parameters that this rule updates. All ranks of its group update together.
+        matrices: matrices of all parameters that this rule updates. All ranks of its group update together.
 
     Communication: as WholeMatrices.map, in the dtype of the parameters.
-    Memory: as WholeMatrices.map; five matrices more on the rank that computes one.
+    Memory: as WholeMatrices.map, and five more matrices while a rank computes one.
 
     Paper: Muon is Scalable for LLM Training (Liu et al., arXiv 2502.16982);
         https://kellerjordan.github.io/posts/muon
@@ -95,7 +95,7 @@ def _match_rms_adamw(rows: int, columns: int) -> float:
 
 
 _FACTORS = {"original": _original, "match_rms_adamw": _match_rms_adamw}
-"""By optimizer.adjust_lr_fn."""
+"""Factor of the learning rate for each optimizer.adjust_lr_fn."""
 
 
 def _by_name(group: ParameterGroup, tensors: Sequence[torch.Tensor]) -> Mapping[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Optimizer of a rank: its update rules, with float32 main weights, by parameter name."""
+"""Optimizer of one rank: an update rule for each parameter, with float32 main weights."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, Paramet
 from fused_megatron.observe.waits import OPTIMIZER, wait_for
 
 BATCH_ELEMENTS = 1 << 24
-"""Most elements that an elementwise rule gets at once, if they are not one tensor: its temporaries have this size."""
+"""Most elements that an elementwise rule updates at once, unless one tensor has more: the size of its temporaries."""
 
 
 class _Group(NamedTuple):
-    """Names of parameters that are updated together: by one rule, of one dtype, and with one weight decay."""
+    """Names of parameters that are updated together: they have the same rule, dtype and weight decay."""
 
     rule: UpdateRule
     names: Sequence[str]
@@ -24,16 +24,16 @@ class _Group(NamedTuple):
 
 
 class Optimizer:
-    """Update of parameters by the rule of optimizer.kind, with float32 main weights for those of lower precision.
+    """Update of parameters by the rule of optimizer.kind; parameters in lower precision have float32 main weights.
 
-    Each step reads gradients, main weights and state, and rounds the main weights to the parameters.
+    Each step reads gradients, main weights and state, and rounds the main weights into the parameters.
 
     Args:
         parameters: trainable parameters by name, or the parts of them that this rank updates.
         gradients: float32 gradients by the same names, in the shapes of `parameters`; step() reads them.
         config: update rule, learning rate and the other options.
         other_rules: rules of single parameters, by name, in place of the rule of config.kind (Muon for matrices).
-        rounding: of state in bfloat16; needed with config.state_dtype="bfloat16".
+        rounding: stochastic rounding of state to bfloat16; needed with config.state_dtype="bfloat16".
 
     Memory: 4 bytes an element, or 2 in bfloat16, for each state tensor (AdamW two; SGD with momentum, Lion and Muon
         one); 4 more for the main weight of a parameter that is not float32. While SGD and Lion update on a GPU: 8 bytes
@@ -56,7 +56,7 @@ class Optimizer:
         self._num_updates, self._rounding = 0, rounding
         own_rule: UpdateRule = ELEMENTWISE_RULES.get(config.kind, ELEMENTWISE_RULES["adamw"])(config)
         rules = {name: (other_rules or {}).get(name, own_rule) for name in parameters}
-        # Made before the first step, so that a checkpoint can be loaded into a new optimizer.
+        # The state exists before the first step, so that a checkpoint can be loaded into a new optimizer.
         dtype = getattr(torch, config.state_dtype)
         self._state = {
             name: {kind: torch.zeros_like(self.main[name], dtype=dtype) for kind in rule.state_names}
@@ -105,7 +105,7 @@ class Optimizer:
             names,
             main=[self.main[name] for name in names],
             gradient=[self._gradients[name] for name in names],
-            # float() returns a float32 tensor itself, and a copy of another.
+            # float() returns a float32 tensor itself, and copies a bfloat16 tensor.
             state={kind: [self._state[name][kind].float() for name in names] for kind in group.rule.state_names},
             low=[self._parameters[name] for name in names] if group.has_main_weights else [],
             weight_decay=group.weight_decay,
@@ -116,13 +116,13 @@ class Optimizer:
                 self._rounding.store(name, self._num_updates, wide, list(self._state[name].values()))
 
     def round_main_weights(self) -> None:
-        """Set parameters of lower precision to their main weights (after loading only main weights)."""
+        """Round the main weights into the parameters in lower precision (after loading only main weights)."""
         for name, parameter in self._parameters.items():
             if parameter.dtype != torch.float32:
                 parameter.copy_(self.main[name])
 
     def state(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the tensors to save besides the model's, by parameter name: the rules' state, separate main weights.
+        """Return the tensors to save besides the model, by parameter name: state and separate main weights.
 
         State tensors have the names of torch's optimizers; a main weight has the name "main".
         """

@@ -1,4 +1,4 @@
-"""Placements over the data-parallel ranks: what every stage of ZeRO keeps whole on a rank, and what it shards.
+"""Placements of training state over data-parallel ranks: which tensors each ZeRO stage shards.
 
 Paper: ZeRO (Rajbhandari et al., arXiv 1910.02054).
 """
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Placements:
-    """Which tensors a data-parallel rank holds whole (False), and of which only its rows (True).
+    """Tensors that a data-parallel rank holds whole (False), or of which it holds only its rows (True).
 
     Attributes:
         weights: parameters, in the dtype of the model.
         gradients: float32 gradients while they accumulate.
-        state: moments, and the float32 main weights of parameters in a lower precision.
+        state: moments, and float32 main weights of parameters in lower precision.
     """
 
     weights: bool
@@ -27,11 +27,11 @@ ZERO_STAGES = {
     2: Placements(weights=False, gradients=True, state=True),
     3: Placements(weights=True, gradients=True, state=True),
 }
-"""By parallel.zero_stage."""
+"""Placements for each parallel.zero_stage."""
 
 
 def zero_stage(configured: int | None, dp_size: int) -> int:
-    """The stage of a run: as configured, else 1 where there are several data-parallel ranks, else 0."""
+    """Return the configured ZeRO stage; without one, 1 for several data-parallel ranks and 0 for one."""
     return (1 if dp_size > 1 else 0) if configured is None else configured
 
 
@@ -39,9 +39,9 @@ def bytes_per_parameter(stage: int, replicas: int, weight_bytes: int) -> dict[st
     """Return the bytes a parameter that a rank holds between two steps with AdamW: weights, gradients, state.
 
     Args:
-        stage: of ZeRO.
-        replicas: that share.
-        weight_bytes: of a weight: 4 in float32, 2 in bfloat16, which has float32 main weights in the state.
+        stage: ZeRO stage.
+        replicas: number of replicas that share the state.
+        weight_bytes: bytes of a weight: 4 in float32, 2 in bfloat16, whose state has float32 main weights.
     """
     whole = {"weights": weight_bytes, "gradients": 4, "state": 8 if weight_bytes == 4 else 12}
     placements = ZERO_STAGES[stage]

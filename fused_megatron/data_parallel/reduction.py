@@ -1,6 +1,6 @@
-"""Reduction of gradients: float32 buckets accumulate over microbatches and are summed over data-parallel ranks.
+"""Reduction of gradients: float32 buckets that accumulate over microbatches, and sums over data-parallel ranks.
 
-Nothing is divided here; see gradient_division.py.
+This file only sums; gradient_division.py defines the division.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +16,16 @@ from fused_megatron.data_parallel.gradient_bucket import Bucket, ShardedBucket, 
 from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
 
 BUCKETS_UNDER_WAY = 2
-"""Most copies of buckets at a time: one travels while the next is packed."""
+"""Most packed copies of buckets at a time: one is sent while the next is packed."""
 
 
 class GradientBuckets:
     """Float32 gradients of all parameters, in buckets that are summed over data-parallel ranks.
 
-    The record of a parameter returns the tensor to add to as its main_grad: linear layers add their products directly
-    to it, in float32 and without a further pass. A hook adds gradients that autograd returns, and frees them. Whole
-    float32 gradients are `param.grad`, so that autograd adds to them itself.
+    Linear layers add their products directly to the main_grad of a parameter's record, in float32 and without a further
+    pass. A hook adds gradients that autograd returns, and frees them. Whole float32 gradients are `param.grad`, so that
+    autograd adds to them itself.
+
     A bucket holds parameters of one pipeline stage. It is summed in reduce() of its stage or earlier, when the
     backwards announced by reduce_after_backwards() have filled it, while they continue with earlier layers. With one
     row shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns.
@@ -36,16 +37,17 @@ class GradientBuckets:
     Args:
         parameters: every trainable parameter in the order of forward, or such a list for each pipeline stage. A
             parameter of two stages (a tied weight) has one gradient.
-        dp_group: data-parallel ranks that share the rows of each parameter, or have all of them; they must make their
-            buckets at once. None for one rank.
+        dp_group: data-parallel ranks that share the rows of each parameter, or that each own all rows. All of them must
+            construct their buckets at the same time. None for one rank.
         bucket_bytes: least size of a bucket; the last bucket of a stage may be smaller.
-        rows: the rows of each parameter whose sums this rank needs; as many shards as dp_group has ranks, or one.
+        rows: the rows of each parameter whose sums this rank needs: one shard for each rank of dp_group, or one in all.
         copies: data-parallel ranks that own the same rows; None for one rank.
         sharded: whether gradients are sharded while they accumulate.
 
-    Communication, in bytes an element: one all-reduce of 4 for each bucket and step; with several shards one
-        reduce-scatter of 4 in its place, a step or (sharded) a microbatch, and one all-reduce a step of a rank's rows
-        over `copies`. The loss is divided before backward, by the targets of all ranks (gradient_division.py).
+    Communication: one all-reduce of 4 bytes an element for each bucket and step. With several shards a reduce-scatter
+        of 4 bytes an element replaces it, in every step or (sharded) in every microbatch; and one all-reduce a step of
+        a rank's rows over `copies`. The loss is divided before backward, by the targets of all ranks
+        (gradient_division.py).
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
@@ -62,7 +64,7 @@ class GradientBuckets:
         assert rows.num_shards in (1, group_size(dp_group))
         self.rows, self._sharded = rows, sharded
         for group in (dp_group, copies):
-            meet(group)  # now, and not in a backward
+            meet(group)  # the ranks connect now, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         kind = ShardedBucket if sharded else WholeBucket
 
@@ -75,7 +77,7 @@ class GradientBuckets:
             for held_by, layouts in lay_out_buckets(stages, bucket_bytes).items()
         ]
         self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
-        self._accumulators = []  # a reference keeps autograd's nodes alive, and with them their hooks
+        self._accumulators = []  # these references keep autograd's nodes and their hooks alive
         for queue in self._queues:
             for each in queue.buckets:
                 for parameter in each.parameters:
@@ -108,22 +110,23 @@ class GradientBuckets:
                 bucket.zero_()
 
     def reduce_after_backwards(self, count: int) -> None:
-        """Announce the number of backwards of each stage that remain in this step; the last one sends full buckets.
+        """Announce how many backwards of each stage remain in this step; the last one sends buckets as they fill up.
 
-        Sharded gradients are sent by each of them. Not for backwards that defer weight gradients.
+        With sharded gradients every backward sends its full buckets. Do not announce backwards that defer weight
+        gradients.
         """
         if not self._is_sent:
             return
         for queue in self._queues:
-            # Buckets that two stages fill wait for both, whose backwards may come in different orders on the ranks.
+            # Buckets that two stages fill are sent in reduce(): the order of their backwards may differ between ranks.
             queue.announce(0 if len(queue.stages) > 1 else 1 if self._sharded else count)
 
     def reduce(self, stage: int = 0) -> Callable[[], None]:
-        """Start to sum the remaining buckets of a stage; call the result to wait for them.
+        """Start to sum the remaining buckets of a stage; the returned function waits for them.
 
-        Called once in a step, when the gradients of the stage are final; with sharded gradients after every microbatch.
-        Buckets of several stages are sent with the last of these stages. All ranks of dp_group must reduce their stages
-        in the same order.
+        Call it once in a step, when the gradients of the stage are final; with sharded gradients after every
+        microbatch. Buckets of several stages are sent with the last of these stages. All ranks of dp_group must reduce
+        their stages in the same order.
         """
         touched = [queue for queue in self._queues if stage in queue.stages]
         for queue in touched:
@@ -142,7 +145,7 @@ class GradientBuckets:
         self.sum_copies()
 
     def sum_copies(self) -> None:
-        """Finish a step whose stages are reduced: sum what ranks with the same rows have."""
+        """Finish a step whose stages are reduced: sum the gradients over the ranks that own the same rows."""
         for wait in [bucket.sum_copies() for queue in self._queues for bucket in queue.buckets]:
             wait()
 
@@ -162,12 +165,12 @@ class GradientBuckets:
 
 
 class _Queue:
-    """Buckets of the parameters that the same stages hold, in the order in which they are sent.
+    """Buckets of parameters that the same stages hold, in the order in which they are sent.
 
     Args:
-        stages: which hold the parameters.
-        buckets: in the order in which backward fills them.
-        repeats: whether they are sent again and again in a step.
+        stages: the stages that hold the parameters.
+        buckets: buckets in the order in which backward fills them.
+        repeats: whether the buckets are sent several times in a step.
     """
 
     def __init__(self, stages: frozenset[int], buckets: Sequence[Bucket], repeats: bool) -> None:
@@ -179,12 +182,12 @@ class _Queue:
 
     def begin(self) -> None:
         """Begin a step."""
-        self._reductions = dict.fromkeys(self.stages, 0)  # asked for and not yet made, by stage
+        self._reductions = dict.fromkeys(self.stages, 0)  # number of requested reductions that are not yet made
         self._next = 0
         self.announce(0)
 
     def announce(self, backwards: int) -> None:
-        """Send a bucket early, after this number of backwards of each of its parameters; 0: never."""
+        """Send a bucket before reduce(), after this number of backwards of each of its parameters; 0: never."""
         self._backwards = backwards
         for bucket in self.buckets:
             bucket.missing = dict.fromkeys(bucket.parameters, backwards)
@@ -195,13 +198,13 @@ class _Queue:
             return
         bucket.missing[parameter] -= 1
         ready = self._next
-        # Buckets are sent in the same order on every rank, in whatever order their gradients are ready.
+        # Every rank sends buckets in the same order, even if their gradients are ready in another order.
         while ready < len(self.buckets) and not any(self.buckets[ready].missing.values()):
             ready += 1
         self._send(ready)
 
     def reduce(self, stage: int) -> None:
-        """Send the remaining buckets when all stages have asked for it."""
+        """Send the remaining buckets, once every stage has called this."""
         self._reductions[stage] += 1
         if not all(self._reductions.values()):
             return
@@ -221,7 +224,7 @@ class _Queue:
     def _send(self, end: int) -> None:
         while self._next < end:
             bucket = self.buckets[self._next]
-            # A reduce-scatter holds a copy of its bucket until it is waited for.
+            # A reduce-scatter holds a packed copy of its bucket until wait().
             if bucket.is_packed and len(self._under_way) >= BUCKETS_UNDER_WAY:
                 self._under_way.pop(0)()
             self._under_way.append(bucket.start_sum())

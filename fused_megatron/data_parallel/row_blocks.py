@@ -1,4 +1,4 @@
-"""Packing of parameters into one block of memory for each rank, which holds the rows that the rank owns."""
+"""Packing of parameters into one block of memory for each rank: a block holds the rows that its rank owns."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -15,12 +15,12 @@ from fused_megatron.sharding.row_shards import num_rows
 class RowBlocks:
     """Layout of the rows of some parameters in blocks [num_shards, block_numel], one block for each rank.
 
-    A rank's block has its rows of each parameter, one parameter behind the other. Every parameter takes the room of
-    ceil(rows / num_shards) rows in each block, so that all blocks have one size; unused room is padding.
+    A rank's block has its rows of each parameter, one parameter after the other. Every parameter takes the room of
+    ceil(rows / num_shards) rows in each block, so that all blocks have the same size; unused room is padding.
 
     Args:
-        shapes: of the parameters.
-        rows: how each is cut.
+        shapes: shapes of the parameters.
+        rows: the cut of each parameter into rows.
 
     Attributes:
         block_numel: elements of a block.
@@ -37,8 +37,8 @@ class RowBlocks:
         self.padded = any(num_rows(shape) % self._shards for shape in self._shapes)
 
     def new_blocks(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory for the blocks, in the dtype and on the device of a tensor; padding is 0."""
-        # Padding is summed with the rest, and must not make a signalling value of what memory happens to hold.
+        """Allocate the blocks, in the dtype and on the device of a tensor; padding is 0."""
+        # Padding is summed with the rest; uninitialised memory could hold signalling values.
         make = like.new_zeros if self.padded else like.new_empty
         return make((self._shards, self.block_numel))
 
@@ -82,18 +82,18 @@ class RowBlocks:
             self._rows.own(tensor).copy_(place)
 
     def start_gather(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> Callable[[], None]:
-        """Begin to send this rank's rows to all ranks; the result waits, and fills the other rows of the tensors.
+        """Start to send this rank's rows to all ranks; the returned function waits and fills the tensors' other rows.
 
         Args:
-            tensors: contiguous, of one dtype, in the parameters' shapes.
+            tensors: contiguous tensors of one dtype, in the parameters' shapes.
             group: the ranks that own the other rows.
         """
-        # Padding has no values: it is received and never read.
+        # Padding is not initialised: it is received and never read.
         receive = self.start_receive(self.pack_own(tensors, tensors[0].new_empty(self.block_numel)), group)
         return lambda: self.unpack(receive(), tensors)
 
     def start_receive(self, block: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], torch.Tensor]:
-        """Begin to gather the blocks of all ranks; the result waits, and returns blocks [num_shards, block_numel].
+        """Start to gather the blocks of all ranks; the returned function waits and returns [num_shards, block_numel].
 
         Args:
             block: this rank's block [block_numel].
@@ -120,16 +120,16 @@ class RowBlocks:
 def gather_whole(
     own: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]], rows: RowShards, group: dist.ProcessGroup | None
 ) -> list[torch.Tensor]:
-    """Return whole tensors, of which each rank of a group has its rows. Every rank of the group calls it.
+    """Gather whole tensors from their rows on the ranks of a group. Every rank of the group calls it.
 
     Args:
-        own: this rank's rows of each tensor, of one dtype; the tensors themselves where there is one shard.
-        shapes: of the whole tensors.
-        rows: how each is cut.
+        own: this rank's rows of each tensor, of one dtype; the tensors themselves if there is one shard.
+        shapes: shapes of the whole tensors.
+        rows: the cut of each tensor into rows.
         group: the ranks that have the other rows.
 
     Communication: one all-gather of all tensors together.
-    Memory: the whole tensors, and once more while they are gathered.
+    Memory: the whole tensors, twice while they are gathered.
     """
     if group is None or rows.num_shards == 1 or not own:
         return list(own)

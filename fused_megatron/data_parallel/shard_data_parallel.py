@@ -27,13 +27,13 @@ def shard_data_parallel(
 ) -> Model:
     """Share a model's training state over the data-parallel ranks of a mesh, in place. Stages of ZeRO:
 
-        1   each rank updates its rows of every parameter, and keeps moments and float32 main weights of these
-        2   gradients, too, accumulate as rows
-        3   weights, too, are kept as rows; a block is whole during its forward and its backward
+        1   each rank updates its rows of every parameter, and keeps the moments and float32 main weights of these rows
+        2   as 1, and gradients accumulate as rows
+        3   as 2, and weights are kept as rows; a block is whole during its forward and its backward
 
     When backward() returns, gradients are means over the data-parallel ranks, as with DistributedDataParallel and
-    fully_shard: a loss that is a mean over a rank's samples trains as the mean over all samples. A float32 gradient
-    is kept for every parameter that requires one. ShardedOptimizer reads it; `grad` of the parameters has no meaning.
+    fully_shard. So write the loss as a mean over the rank's samples. Every parameter that requires a gradient has one
+    in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
 
         model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)
         optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-3)
@@ -44,18 +44,19 @@ def shard_data_parallel(
             optimizer.zero_grad()
 
     For gradient accumulation run all backwards of a step except the last inside `with model.no_sync():`. In stage 1
-    they communicate nothing. In stages 2 and 3 each of them still sums its gradients over the ranks, since a rank has
-    no room for whole ones. Without no_sync the numbers are the same, with more communication.
+    these backwards communicate nothing. In stages 2 and 3 each of them still sums its gradients over the ranks, since a
+    rank keeps no whole gradients. Without no_sync the numbers are the same, with more communication.
 
-    A forward must call the module whose weights it reads, as for fully_shard. A weight that is read elsewhere is NaN:
-    in stage 3 always, in stages 1 and 2 until it has arrived.
+    A forward must call the module whose weights it reads, as for fully_shard. A weight that is read outside of its
+    module's forward is NaN: in stage 3 always, in stages 1 and 2 until it has arrived.
 
     Args:
         model: any module on one device, with the same weights on every data-parallel rank; also after
             fm.parallelize. Freeze parameters before this call.
-        mesh: what init_mesh returns. One data-parallel rank works too.
+        mesh: a mesh from init_mesh. One data-parallel rank works too.
         zero_stage: 1, 2 or 3.
-        shard_size: data-parallel ranks that share the rows; they are repeated over the others (HSDP). None: all.
+        shard_size: number of data-parallel ranks that share the rows; groups of this size repeat them (HSDP). None: all
+            data-parallel ranks.
         bucket_mb: least size of a bucket of gradients, in 10^6 bytes of float32.
 
     Returns:
@@ -64,12 +65,12 @@ def shard_data_parallel(
     Raises:
         InputError: on every rank, if the arguments are wrong or do not fit the model on some rank; if the weights
             differ between data-parallel ranks; if the model is sharded over them already. The model is unchanged.
-        TypeError: model is no module, or mesh is not what init_mesh returns.
+        TypeError: model is no module, or mesh is not from init_mesh.
 
-    Communication: here a few small exchanges. In training, bytes an element: stage 1, a reduce-scatter of 4 and an
-        all-gather of the weights in each step; stage 2, the same, with a reduce-scatter in each backward; stage 3, the
-        reduce-scatter in each backward and an all-gather before each forward and each backward. Also an all-reduce of
-        4 bytes for each parameter tensor in each step, which says whether some rank used it.
+    Communication: this call makes a few small exchanges. In training stage 1 makes a reduce-scatter of 4 bytes an
+        element and an all-gather of the weights in each step. Stage 2 makes the reduce-scatter in each backward. Stage
+        3 also makes the all-gather before each forward and each backward. Each step makes an all-reduce of 4 bytes for
+        each parameter tensor, by which every rank knows whether some rank used it.
     Memory: as GradientBuckets, and ShardedWeights in stage 3.
 
     Paper: ZeRO (Rajbhandari et al., arXiv 1910.02054).

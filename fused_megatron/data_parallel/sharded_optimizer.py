@@ -33,17 +33,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     Args:
-        model: after shard_data_parallel.
-        optimizer: a class of torch optimizers that is elementwise; a class that is not torch's own is tried on a small
-            tensor.
+        model: a model after shard_data_parallel.
+        optimizer: an elementwise class of torch optimizers; a class that is not torch's own is tried on a small tensor.
         groups: parameters, or their names in the model, or groups {"params": .., option: ..} of these; None: all.
-        options: of the optimizer.
+        options: options of the optimizer.
 
     Raises:
-        InputError: an optimizer that is not elementwise; a model that is not sharded; parameters that the model does
-            not have. On every rank.
+        InputError: on every rank, if the optimizer is not elementwise, the model is not sharded, or the model does not
+            have one of the parameters.
 
-    Communication: one small exchange. step() sends the weights to the other ranks in stages 1 and 2: they arrive under
+    Communication: one small exchange. In stages 1 and 2 step() sends the weights to the other ranks; they arrive during
         the next forward.
     Memory: the state of the optimizer for this rank's rows, and 4 bytes an element for main rows.
     """
@@ -63,11 +62,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._replica.main = {parameter: main for group in rows for _, parameter, main in group["params"]}
 
     def _share(self) -> None:
-        """Have the state and the groups of the inner optimizer, the same objects."""
+        """Use the state and the groups of the inner optimizer: the same objects, not copies."""
         self.state, self.param_groups = self._inner.state, self._inner.param_groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse: the groups are arguments of the constructor."""
+        """Raise: pass all groups to the constructor."""
         if getattr(self, "_is_made", False):
             raise InputError("add_param_group: pass all groups when the ShardedOptimizer is made")
         super().add_param_group(param_group)
@@ -77,7 +76,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Update this rank's rows. Every rank calls it.
 
         Args:
-            closure: computes the loss and its gradients, and is called first.
+            closure: function that computes the loss and its gradients; it is called first.
         """
         loss = None
         if closure is not None:
@@ -85,13 +84,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._check_current()
         self._replica.settle()
-        self._replica.weights.finish()  # what still arrives would undo the update
+        self._replica.weights.finish()  # weights that arrive later would overwrite the update
         self._inner.step()
         self._replica.updated()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Begin a step: no parameter of the model has a gradient. step() leaves those as they are that get none."""
+        """Begin a step: no parameter of the model has a gradient. step() does not change parameters without one."""
         self._replica.zero_()
 
     def state_dict(self) -> dict[str, Any]:
@@ -102,10 +101,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {**found, "main": main, "rows": [rows.index, rows.num_shards]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what state_dict() returned on the same rank of the same layout.
+        """Load a result of state_dict() on the same rank of the same layout.
 
         Raises:
-            InputError: the state is of other rows.
+            InputError: the state belongs to other rows.
         """
         own = [self._replica.rows.index, self._replica.rows.num_shards]
         found = list(state_dict.get("rows", own))
@@ -136,7 +135,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether step() unscales; torch's GradScaler asks. That scaler is refused, since it sees one rank's rows."""
+        """Return whether step() unscales. torch's GradScaler reads it and is refused: it sees only one rank's rows."""
         scaler = sys._getframe(1).f_locals.get("self")
         if isinstance(scaler, torch.amp.GradScaler) and not isinstance(scaler, GradScaler):
             raise InputError(
@@ -166,7 +165,7 @@ def _named(rows: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def _main_rows(replica: ShardedReplica, parameter: nn.Parameter) -> nn.Parameter:
-    """Return the float32 rows that are updated: the weights themselves if they are float32."""
+    """Return the float32 rows that step() updates: the weights themselves if they are float32."""
     own = replica.own(parameter)
     return nn.Parameter(own if own.dtype == torch.float32 else own.float())
 
@@ -185,7 +184,7 @@ def _resolved(replica: ShardedReplica, groups: Iterable[Any] | None) -> list[dic
 
 
 def _name_of(replica: ShardedReplica, member: Any) -> str:
-    """Return the name of a parameter, given it, its name, or both."""
+    """Return the name of a parameter; the argument is the parameter, its name, or (name, parameter)."""
     member = member[1] if isinstance(member, tuple) else member
     if isinstance(member, str):
         name = member if member in replica.parameters else None

@@ -26,16 +26,15 @@ _FULL = "fm.full_state_dict(model) and fm.load_full_state_dict(model, state), on
 class ShardedReplica:
     """Buckets and weights of a model in a user's own training loop.
 
-    A backward fills the buckets; when it ends, they hold this rank's rows of the mean of the gradients over the
-    data-parallel ranks. Inside no_sync() they do not yet. A backward after the mean, without zero_() between them, adds
-    to the mean.
+    A backward fills the buckets. When it ends, they hold this rank's rows of the mean of the gradients over the
+    data-parallel ranks, unless the backward ran inside no_sync(). A further backward without zero_() adds to the mean.
 
     Args:
         model: the module. All its parameters are on one device.
-        placements: what is sharded.
+        placements: which tensors are sharded.
         shards: this rank among the ranks that share the rows of each parameter.
         copies: this rank among the ranks that own the same rows.
-        dp_group: both together.
+        dp_group: all data-parallel ranks: shards times copies.
         bucket_bytes: as GradientBuckets.
     """
 
@@ -72,12 +71,13 @@ class ShardedReplica:
             self._wait_in_forward(model, self.weights)
         self._own = {p: self._buckets[p] for p in self.trainable.values()}
         self.main: dict[nn.Parameter, nn.Parameter] = {}
-        """The float32 rows that an optimizer updates; their `grad` is set when the mean is known."""
+        """The float32 rows that an optimizer updates; their `grad` is set when the mean is complete."""
         self._syncs = True
         self._is_whole = False
-        self._inside = self._has_begun = False  # a backward, and its first gradient
-        self._reached: set[nn.Parameter] = set()  # in this backward
-        self._used: set[nn.Parameter] = set()  # since zero_()
+        self._inside = False  # whether a backward is running
+        self._has_begun = False  # whether its first gradient has arrived
+        self._reached: set[nn.Parameter] = set()  # parameters with a gradient in this backward
+        self._used: set[nn.Parameter] = set()  # parameters with a gradient since zero_()
         self._is_mean = False
         self._carried: list[torch.Tensor] = []
         self._nodes = [self._notice(parameter) for parameter in self._own]
@@ -94,7 +94,7 @@ class ShardedReplica:
         return self.weights.own(parameter)
 
     def updated(self) -> None:
-        """Round changed main rows to the weights, and send them to the other ranks."""
+        """Round changed main rows into the weights, and send them to the other ranks."""
         low = [(self.own(p), main.detach()) for p, main in self.main.items() if p.dtype != main.dtype]
         if low:
             torch._foreach_copy_([own for own, _ in low], [main for _, main in low])
@@ -111,7 +111,7 @@ class ShardedReplica:
                 self._is_whole = False
 
     def take_over(self) -> None:
-        """Take values that were written into whole parameters, inside whole()."""
+        """Copy values that were written into whole parameters to this rank's rows; call it inside whole()."""
         with torch.no_grad():
             for parameter in self.parameters.values():
                 if self.keeps_rows_only:
@@ -120,28 +120,28 @@ class ShardedReplica:
                     self.main[parameter].copy_(self.own(parameter))
 
     def before_state_dict(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
-        """Complete weights that are on their way; refuse weights of which this rank has rows only."""
-        if keep_vars:  # the parameters, not their values
+        """Wait for weights that are being gathered; raise if this rank has only its rows of the weights."""
+        if keep_vars:  # the caller wants the parameters, not their values
             return
         if self.keeps_rows_only and not self._is_whole:
             raise InputError(f"state_dict with zero_stage=3: a rank has only its rows of the weights ({_FULL})")
         self.weights.finish()
 
     def before_load(self, model: nn.Module, state: Any, prefix: str, metadata: Any, *_: Any) -> None:
-        """Refuse what load_state_dict cannot do."""
+        """Raise if load_state_dict would replace parameters; then as before_state_dict."""
         if metadata.get("assign_to_params_buffers"):
             raise InputError(f"load_state_dict(assign=True) would replace parameters that ranks share ({_FULL})")
         self.before_state_dict(model, prefix, keep_vars=False)
 
     def after_load(self, *_: Any) -> None:
-        """Take loaded weights."""
+        """Copy loaded weights to this rank's rows."""
         self.take_over()
 
     def _wait_in_forward(self, model: nn.Module, gather: WeightGather) -> None:
-        """Make the forward of every unit wait for its weights, and the model's forward for units that it does not call.
+        """Make every unit's forward wait for its weights, and the model's forward for units that it does not call.
 
-        A model may read the weights of a module whose forward it never calls (attention of torch reads its output
-        projection).
+        A model may read the weights of a module whose forward it never calls: torch's attention reads the weight of its
+        output projection.
         """
         called: set[nn.Module] = set()
 
@@ -162,7 +162,7 @@ class ShardedReplica:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Do not complete the gradients of the backwards in this context; a backward after it does so."""
+        """Leave gradients incomplete after the backwards in this context; the next backward outside completes them."""
         before, self._syncs = self._syncs, False
         try:
             yield
@@ -179,7 +179,7 @@ class ShardedReplica:
             main.grad = None
 
     def settle(self) -> None:
-        """Complete the mean of the gradients, if it is not complete. Every rank calls it.
+        """Complete the mean of the gradients, unless it is complete. Every rank must call it.
 
         Communication: as GradientBuckets; one all-reduce of 4 bytes a parameter tensor over the data-parallel ranks.
         """
@@ -199,7 +199,7 @@ class ShardedReplica:
             main.grad = self._own[parameter] if parameter in self._used else None
 
     def gradients(self) -> Mapping[nn.Parameter, torch.Tensor]:
-        """Return the mean of the gradients of this rank's rows, of the parameters that the step used on any rank."""
+        """Return this rank's rows of the mean gradient of every parameter that some rank used in the step."""
         self.settle()
         return {p: self._own[p] for p in self._own if p in self._used}
 
@@ -210,12 +210,12 @@ class ShardedReplica:
         device = next(iter(self._own)).device
         used = torch.tensor([p in self._used for p in self._own], dtype=torch.int32, device=device)
         sum_over_ranks_(used, self._dp_group)
-        if len(self._used) == len(self._own):  # so the host need not wait for a device
+        if len(self._used) == len(self._own):  # the sum cannot change the result: do not wait for the device
             return self._used
         return {p for p, count in zip(self._own, used.tolist(), strict=True) if count}
 
     def _notice(self, parameter: nn.Parameter) -> Any:
-        """Install calls of _reach before a gradient of the parameter is added, by autograd or by a layer."""
+        """Install hooks that run before a layer or autograd adds a gradient of the parameter."""
         main_grad = parameter_record(parameter).main_grad
         assert main_grad is not None
         update_record(parameter, main_grad=partial(self._main_grad, main_grad))
@@ -228,7 +228,7 @@ class ShardedReplica:
         return total()
 
     def _reach(self, parameter: nn.Parameter, *_: Any) -> None:
-        """Count a gradient that autograd adds to a parameter."""
+        """Note that autograd adds a gradient to a parameter."""
         self._begin()
         if parameter in self._reached and (self._syncs or self._is_sharded):
             name = next(name for name, p in self.trainable.items() if p is parameter)
@@ -243,7 +243,7 @@ class ShardedReplica:
             self._inside = False
 
     def _after_forward(self, model: nn.Module, arguments: Any, output: Any) -> None:
-        """Begin a backward where it begins: a checkpoint inside it would otherwise seem to be a backward of its own."""
+        """Hook the outputs to notice the start of a backward: without it a checkpoint inside looks like a backward."""
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() < 0:
             for x in tree_leaves(output):
                 if isinstance(x, torch.Tensor) and x.requires_grad:
@@ -271,10 +271,10 @@ class ShardedReplica:
 
     def _end(self) -> None:
         self._inside = False
-        if not self._has_begun:  # torch.autograd.grad adds to no parameter
+        if not self._has_begun:  # torch.autograd.grad adds no gradient to a parameter
             return
         self._used |= self._reached
         if self._syncs:
             self.settle()
         elif self._is_sharded:
-            self._buckets.reduce()  # the sums arrive under the next forward
+            self._buckets.reduce()  # the sums arrive during the next forward

@@ -1,4 +1,4 @@
-"""Weights of which each data-parallel rank keeps its rows only, gathered while a part of the model computes (stage 3).
+"""Weights that data-parallel ranks keep by rows, and gather around the use of each part of the model (ZeRO stage 3).
 
 Papers: ZeRO (Rajbhandari et al., arXiv 1910.02054), stage 3; PyTorch FSDP (Zhao et al., arXiv 2304.11277).
 """
@@ -26,12 +26,12 @@ GATHERS_UNDER_WAY = 2
 class ShardedWeights:
     """Keeps this rank's rows of every parameter, and makes parameters whole while the model needs them.
 
-    Parameters stay the same objects with their whole shapes. Between uses they have no memory: who reads one then gets
-    NaN. `own` has the rows, whole() the values.
+    Parameters stay the same objects with their whole shapes. Between uses they have no memory and read as NaN. own()
+    returns this rank's rows; inside whole() parameters have their values.
 
-    watch() gathers unit by unit: a unit is whole during its forward, and again during its backward. The next unit is
-    gathered meanwhile; the order is that of the last forward or backward. Alternatively gather_stage() and
-    release_stage() gather a whole stage.
+    watch() gathers unit by unit: a unit is whole during its forward, and again during its backward. Meanwhile the next
+    unit is gathered, in the order of the last forward or backward. Alternatively gather_stage() and release_stage()
+    gather a whole stage.
 
     Args:
         stages: modules by index of the pipeline stage.
@@ -40,11 +40,11 @@ class ShardedWeights:
 
     Communication: one all-gather, in the dtype of the parameters, for each unit (weight_units.py) and forward, and one
         for each backward. An embedding is not gathered for backward.
-    Memory: this rank's rows; one unit that is whole and the next one, which is received.
+    Memory: this rank's rows; one unit that is whole, and the next unit, which is being received.
     """
 
     def __init__(self, stages: Mapping[int, nn.Module], rows: RowShards, group: dist.ProcessGroup | None) -> None:
-        meet(group)  # its ranks meet here, and not in a forward
+        meet(group)  # the ranks connect now, and not in a forward
         self._units: dict[nn.Parameter, _Unit] = {}
         self._of_stage: dict[int, list[_Unit]] = {}
         self._watched: list[_Use] = []
@@ -55,7 +55,7 @@ class ShardedWeights:
                     made = _Unit(fresh, rows, group)
                     self._units |= dict.fromkeys(fresh, made)
             self._of_stage[index] = self._units_of(stage.parameters())
-        self._following: dict[tuple[bool, _Use], _Use] = {}  # what was used after a use, by (in backward, use)
+        self._following: dict[tuple[bool, _Use], _Use] = {}  # the next use, by (whether in backward, use)
         self._latest: dict[bool, _Use | None] = {False: None, True: None}
         self._backward: list[_Call] = []  # calls whose backward has begun
 
@@ -64,7 +64,7 @@ class ShardedWeights:
         return self._units[parameter].own[parameter]
 
     def start(self) -> None:
-        """Begin with changed rows: parameters that are whole have old values, and are released."""
+        """Use changed rows: release whole parameters, whose values are old."""
         self._backward.clear()
         self._latest = {False: None, True: None}
         for unit in self._all_units():
@@ -72,7 +72,7 @@ class ShardedWeights:
             unit.release()
 
     def finish(self) -> None:
-        """Do nothing; weights that are gathered after an update need no wait."""
+        """Do nothing: no gather is under way after an update."""
 
     def watch(self, module: nn.Module) -> None:
         """Gather the weights of every unit of a stage around its forward and its backward."""
@@ -84,7 +84,7 @@ class ShardedWeights:
                 unit.module.register_forward_hook(partial(self._after_forward, use))
 
     def using(self, parameters: Iterable[nn.Parameter], function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function during which, and during whose backward, these parameters are whole."""
+        """Return the function with these parameters whole during its call and its backward."""
         use = _Use(self._units_of(parameters), None)
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -107,7 +107,7 @@ class ShardedWeights:
                 unit.leave()
 
     def gather_stage(self, stage: int) -> Callable[[], None]:
-        """Begin to make the parameters of a stage whole; the result waits for them."""
+        """Start to gather the parameters of a stage; the returned function waits for them."""
         return self._gather(self._of_stage[stage])
 
     def release_stage(self, stage: int) -> None:
@@ -140,7 +140,7 @@ class ShardedWeights:
             self._latest[False] = None
 
     def _make_whole(self, use: "_Use", backward: bool) -> None:
-        """Wait for the units of a use, and send the units that were used after it the last time."""
+        """Wait for the units of a use, and start to gather the units that followed it the last time."""
         for unit in use.units:
             unit.finish()
         if not use.surrounds:
@@ -153,7 +153,7 @@ class ShardedWeights:
                 unit.start()
 
     def _before_forward(self, use: "_Use", *_: Any) -> None:
-        if self._backward:  # a block runs again in its backward, which has gathered its weights
+        if self._backward:  # recomputation in the block's backward, which has gathered its weights
             for unit in use.units:
                 unit.finish()
             return
@@ -193,7 +193,7 @@ class ShardedWeights:
     def _end_backward(self) -> None:
         self._retire(list(self._backward))
         for unit in self._all_units():
-            if not unit.users:  # sent ahead and not used
+            if not unit.users:  # gathered ahead and not used
                 unit.release()
 
     def _retire(self, calls: Sequence["_Call"]) -> None:
@@ -204,17 +204,17 @@ class ShardedWeights:
 
 
 class _Use:
-    """A module, or a function, and the units that it needs."""
+    """The units that a module or a function needs at once."""
 
     def __init__(self, units: Sequence["_Unit"], of: WeightUnit | None) -> None:
         self.units = units
         self.surrounds = of is not None and of.surrounds
         self.backward_reads = of is None or of.backward_reads
-        self.is_kept = of is None  # its backward follows at once
+        self.is_kept = of is None  # a function's backward follows at once, so its units stay whole
 
 
 class _Call:
-    """One forward of a use whose backward is to come."""
+    """One forward of a use, until the end of its backward."""
 
     def __init__(self, use: _Use) -> None:
         self.use = use
@@ -239,7 +239,7 @@ class _Unit:
         self.release()
 
     def start(self) -> None:
-        """Begin to gather the parameters, unless they are whole or on their way."""
+        """Start to gather the parameters, unless they are whole or being gathered."""
         if not self._is_whole and self._waits is None:
             self._waits = [part.start() for part in self._parts]
 
@@ -251,7 +251,7 @@ class _Unit:
         self._waits, self._is_whole = None, True
 
     def leave(self) -> None:
-        """End one use; release the parameters after the last."""
+        """End one use; release the parameters after the last use."""
         self.users -= 1
         if self.users <= 0:
             self.users = 0
@@ -267,7 +267,7 @@ class _Unit:
 
 
 class _Part:
-    """Parameters of a unit in one dtype: a block [block_numel] with this rank's rows of each."""
+    """Parameters of a unit in one dtype, with a block [block_numel] of this rank's rows of each."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards, group: dist.ProcessGroup | None) -> None:
         self._parameters, self._group = parameters, group
@@ -275,7 +275,7 @@ class _Part:
         first = parameters[0]
         self._block = torch.zeros(self._blocks.block_numel, dtype=first.dtype, device=first.device)
         self.own = dict(zip(parameters, self._blocks.own_rows(self._block), strict=True))
-        # Whole values return to the same memory, to which graphs refer between a forward and its backward.
+        # Gathered values go to the same memory each time: graphs refer to it between a forward and its backward.
         self._whole = []
         for parameter, own in self.own.items():
             own.copy_(rows.own(parameter.detach()))
@@ -290,7 +290,7 @@ class _Part:
             gathered = receive()
             for whole in self._whole:
                 _resize(whole, whole.numel() * whole.element_size())
-            # `data` has a version counter of its own: autograd need not know that a value was away and is back.
+            # `data` has a version counter of its own, so autograd does not see these writes as changes of a value.
             self._blocks.unpack(gathered, self._whole)
             for parameter, whole in zip(self._parameters, self._whole, strict=True):
                 parameter.data = whole
@@ -303,7 +303,7 @@ class _Part:
             parameter.data = self._absent.expand(whole.shape)
             if whole.untyped_storage().resizable():
                 _resize(whole, 0)
-            else:  # its memory is used elsewhere, by numpy for example, and lives as long as that
+            else:  # another owner, such as numpy, holds this memory and frees it later
                 self._whole[index] = torch.empty_like(whole)
                 _resize(self._whole[index], 0)
 

@@ -1,4 +1,4 @@
-"""Optimizer state in bfloat16: stochastic rounding with random bits that are the same in every layout."""
+"""Stochastic rounding of optimizer state to bfloat16, with random bits that are the same in every layout."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,19 +12,19 @@ from fused_megatron.reference.stochastic_rounding import round_to_bfloat16
 from fused_megatron.sharding import ShardPart, TensorBox
 
 _RUN_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Elements whose random words exist at a time, if they are not one row: they fit into a CPU's cache, and fill a GPU."""
+"""Most elements with random words at a time, unless one row has more: they fit into a CPU's cache, and fill a GPU."""
 
 
 class StochasticState:
     """Rounds new state of parameters to bfloat16.
 
-    The bits of an element follow from the seed of the run, the name of the full parameter, the element's index in the
-    full parameter and the step; so they do not depend on the layout, and a resumed run has them again. Each element has
-    a word of 32 random bits (reference.philox): 16 bits for each of two state tensors.
+    The random bits of an element depend only on the seed of the run, the name of the full parameter, the element's
+    index in it and the step. So every layout and every resumed run has the same bits. Each element has 32 random bits
+    (reference.philox): 16 bits for each of two state tensors.
 
     Args:
-        parts: what this rank's tensor of each parameter holds of full parameters.
-        seed: of the run.
+        parts: for each parameter, the parts of full parameters in this rank's tensor.
+        seed: seed of the run.
     """
 
     def __init__(self, parts: Mapping[str, Sequence[ShardPart]], seed: int) -> None:
@@ -37,12 +37,12 @@ class StochasticState:
         """Round the state tensors of a parameter.
 
         Args:
-            name: of the parameter.
+            name: name of the parameter.
             step: number of the update.
             wide: at most two float32 tensors in the shape of this rank's tensor.
             narrow: bfloat16 tensors that receive them.
 
-        Memory: about 100 bytes for each of 2^16 elements (2^22 on a GPU), or of a row that is longer.
+        Memory: about 100 bytes for each of 2^16 elements (2^22 on a GPU), or for each element of a longer row.
         """
         assert len(wide) <= 2
         if not has_values(wide[0]):
@@ -58,7 +58,7 @@ class StochasticState:
 
 
 def _seed(seed: int, name: str) -> int:
-    """63 random bits for a full parameter of a run with this seed."""
+    """Return 63 random bits for a full parameter of a run with this seed."""
     digest = hashlib.sha256(f"optimizer state {seed} {name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

@@ -1,4 +1,4 @@
-"""Update rules of the optimizers that update every element by itself: AdamW, SGD with momentum, Lion."""
+"""Update rules of elementwise optimizers: AdamW, SGD with momentum, Lion."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ class ParameterGroup:
     """Tensors of parameters that are updated together; every list has one entry for each name, in its shape.
 
     Attributes:
-        names: of the parameters.
+        names: names of the parameters.
         main: float32 weights.
         gradient: float32 gradients.
         state: float32 state by its name in torch's optimizers, such as "exp_avg".
-        low: parameters of a lower precision that the main weights are rounded into; empty if there are none.
-        weight_decay: of all these parameters.
+        low: parameters in lower precision that the main weights are rounded into; empty if there are none.
+        weight_decay: weight decay of all these parameters.
     """
 
     names: Sequence[str]
@@ -40,7 +40,7 @@ class UpdateRule(Protocol):
 
     Attributes:
         state_names: names of the float32 state tensors that each parameter has, in its shape.
-        elementwise: the update of an element depends on this element only, so that a group may be cut.
+        elementwise: whether the update of an element depends only on this element, so that a group may be cut.
     """
 
     state_names: tuple[str, ...]
@@ -86,7 +86,7 @@ class AdamW:
 
 
 class SGD:
-    """torch.optim.SGD with momentum, as torch with a weight decay that is added to the gradient.
+    """torch.optim.SGD with momentum; as in torch, the weight decay is added to the gradient.
 
     Without momentum there is no state.
     """
@@ -156,9 +156,9 @@ class Lion:
 def _pieces(group: ParameterGroup) -> Iterator[ParameterGroup]:
     """Cut contiguous tensors on a CPU into pieces that stay in its cache over the passes of an update.
 
-    The pieces have no parameters of lower precision.
+    The pieces have no parameters in lower precision.
     """
-    if not group.main[0].is_cpu or not has_values(group.main[0]):  # a dry run would take its time for each piece
+    if not group.main[0].is_cpu or not has_values(group.main[0]):  # pieces would only slow a dry run down
         yield group
         return
     for i, main in enumerate(group.main):
@@ -171,10 +171,10 @@ def _pieces(group: ParameterGroup) -> Iterator[ParameterGroup]:
 
 
 def round_main_weights(group: ParameterGroup) -> None:
-    """Set parameters of a lower precision to their main weights."""
+    """Round the main weights into the parameters in lower precision."""
     if group.low:
         torch._foreach_copy_(group.low, group.main)
 
 
 ELEMENTWISE_RULES: Mapping[str, Callable[[OptimizerConfig], UpdateRule]] = {"adamw": AdamW, "sgd": SGD, "lion": Lion}
-"""By optimizer.kind."""
+"""Update rule for each elementwise optimizer.kind."""

@@ -1,4 +1,4 @@
-"""Gathering of weights that data-parallel ranks have updated in parts, under the forward that follows."""
+"""Gathering of weights that data-parallel ranks have updated by rows, during the next forward."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,13 +17,13 @@ from fused_megatron.sharding import RowShards
 class WeightGather:
     """Makes parameters whole again after each rank has updated its rows: one all-gather for each bucket.
 
-    start() sends the first bucket; the forward of a module that watch() knows waits for the buckets of its parameters,
-    and each wait first sends the next bucket, so that it travels under the computation in between.
+    start() starts to gather the first bucket. The forward of a module given to watch() waits for the buckets of its
+    parameters. Each wait first starts the next bucket, which is gathered while the module computes.
 
     Args:
-        buckets: parameters in the order in which forward uses them, the same on every rank of the group. Parameters of
-            several dtypes are sent apart.
-        rows: which rows of each parameter this rank updates.
+        buckets: parameters in the order in which forward uses them, the same on every rank of the group. Each dtype is
+            sent separately.
+        rows: the rows of each parameter that this rank updates.
         group: the ranks that update the other rows; None for one rank, which has nothing to gather.
         hides: whether a parameter reads as NaN until it is whole.
 
@@ -43,7 +43,7 @@ class WeightGather:
     ) -> None:
         self._rows, self._hides = rows, hides
         self._group = group if rows.num_shards > 1 else None
-        meet(self._group)  # its ranks meet here, and not in a forward
+        meet(self._group)  # the ranks connect now, and not in a forward
         self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
         self._done = self._started = len(self._buckets)
@@ -78,7 +78,7 @@ class WeightGather:
                 self._hook(unit, unit.parameters())
 
     def start(self) -> None:
-        """Begin a gather: this rank's rows are as they shall be on all ranks, other rows are not."""
+        """Start a gather. This rank's rows have their new values, the other rows do not."""
         if self._group is None:
             return
         self.finish()
@@ -92,7 +92,7 @@ class WeightGather:
         self._wait(len(self._buckets))
 
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Wait until these parameters are whole. Every wait for a bucket first sends the next."""
+        """Wait until these parameters are whole. Every wait for a bucket first starts the next bucket."""
         self._wait(max((self._index[p] + 1 for p in parameters if p in self._index), default=0))
 
     def _hook(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Parts of a model whose weights data-parallel ranks gather together: blocks, and what surrounds them."""
+"""Parts of a model whose weights data-parallel ranks gather together: blocks, and modules outside of the blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class WeightUnit:
     """A module and the parameters that it needs at once.
 
     Attributes:
-        module: its forward needs the parameters.
-        parameters: of the module and its children; without those of its blocks if it surrounds blocks.
-        surrounds: whether the module has units inside, so that its own parameters may be needed at any time.
-        backward_reads: whether backward needs their values. The gradient of an embedding does not.
+        module: the module whose forward needs the parameters.
+        parameters: parameters of the module and its children; only its own parameters if it surrounds other units.
+        surrounds: whether the module contains other units, so that its own parameters may be needed at any time.
+        backward_reads: whether backward needs the values of the parameters. An embedding's backward does not.
     """
 
     module: nn.Module
@@ -30,8 +30,8 @@ class WeightUnit:
 def weight_units(module: nn.Module) -> Iterator[WeightUnit]:
     """Yield the units of a model, in the order of its modules.
 
-    Each member of a list of modules (ModuleList, ModuleDict, Sequential) is a unit, and each other module that has no
-    such list inside. A module around a list is a unit of its own parameters.
+    Each member of a list of modules (ModuleList, ModuleDict, Sequential) is a unit. So is each other module that
+    contains no such list. A module that contains a list is a unit of its own parameters only.
     """
     if isinstance(module, _LISTS) or not any(isinstance(inner, _LISTS) for inner in module.modules()):
         yield from [_unit(member) for member in module.children()] if isinstance(module, _LISTS) else [_unit(module)]

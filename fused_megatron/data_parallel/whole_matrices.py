@@ -1,4 +1,4 @@
-"""Exchange of whole matrices between the ranks that hold their parts: one rank computes, the others get their parts."""
+"""Computation on whole matrices whose parts are on several ranks: one rank computes, every rank gets its part."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,11 +20,11 @@ class Matrix:
     """A full parameter of two dims, in parts on the ranks of a group.
 
     Attributes:
-        name: name of the parameter that holds it, or that stacks it with others.
-        full_name: its own name in the whole model.
-        shape: of the full matrix.
-        boxes: the part of each rank of the group; empty for a rank that holds none.
-        rows: this rank's part, in dim 0 of the tensor that it holds of the parameter.
+        name: name of the parameter that holds the matrix, or stacks it with others.
+        full_name: name of the full matrix in the whole model.
+        shape: shape of the full matrix.
+        boxes: the part of each rank of the group; an empty box for a rank without a part.
+        rows: rows of this rank's part, in dim 0 of its tensor of the parameter.
     """
 
     name: str
@@ -35,24 +35,25 @@ class Matrix:
 
     @property
     def largest_part(self) -> int:
-        """Elements of the largest part."""
+        """Return the number of elements of the largest part."""
         return max(box.volume for box in self.boxes)
 
 
 class WholeMatrices:
-    """The matrices of some parameters, and the rank that computes each of them.
+    """Matrices of some parameters, each with the rank that computes it.
 
     Matrices are sorted by size and dealt to the ranks in rounds, one to each rank. So all ranks of a round compute
     matrices of about the same size, and a rank holds one whole matrix at a time.
 
     Args:
-        parameters: of two dims, with the records of their shards; a stacked parameter has a matrix for each part.
+        parameters: parameters of two dims, with the records of their shards; a stacked parameter has a matrix for each
+            part.
         rows: the rows of each parameter that this rank holds.
-        group: the R tensor-parallel ranks of each of the row shards, row shard by row shard; None for one rank.
+        group: the R tensor-parallel ranks of each row shard, one row shard after the other; None for one rank.
         tp_size: R. Tensor parallelism cuts every matrix into equal blocks.
 
-    Communication of map(): in each round two all-to-alls, of blocks with room for the largest part of the round.
-    Memory of map(): a matrix, and the blocks of a round twice.
+    Communication of map(): two all-to-alls in each round, of blocks with room for the largest part of the round.
+    Memory of map(): one matrix, and the blocks of a round twice.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class WholeMatrices:
         assert (1 if group is None else group.size()) == self._num_ranks
         meet(group)
         found = [m for name, p in parameters.items() for m in _matrices_of(name, p, rows, tp_size, self._rank)]
-        # Every rank has the same order, whatever it holds.
+        # The order is the same on every rank: full shapes and names decide it.
         self.matrices = sorted(found, key=lambda matrix: (-prod(matrix.shape), matrix.full_name))
 
     def map(
@@ -71,15 +72,15 @@ class WholeMatrices:
         function: Callable[[torch.Tensor], torch.Tensor],
         like: torch.Tensor,
     ) -> Iterator[tuple[Matrix, torch.Tensor]]:
-        """Apply a function to every whole matrix; each rank gets its part of the result. All ranks of the group call.
+        """Apply a function to every whole matrix; each rank gets its part. Every rank of the group must call it.
 
         Args:
             part_of: returns this rank's part of a matrix, in the shape of its box; called once for each matrix.
-            function: of a whole matrix, with a result in the same shape and dtype.
-            like: a tensor of the dtype and on the device of the parts.
+            function: takes a whole matrix and returns a matrix of the same shape and dtype.
+            like: a tensor with the dtype and the device of the parts.
 
         Yields:
-            The matrices and the parts of their results; a part is valid until the next one is asked for.
+            Each matrix with this rank's part of its result; the part is valid until the next iteration.
         """
         for first in range(0, len(self.matrices), self._num_ranks):
             matrices = self.matrices[first : first + self._num_ranks]
@@ -95,7 +96,7 @@ class WholeMatrices:
         function: Callable[[torch.Tensor], torch.Tensor],
         like: torch.Tensor,
     ) -> Iterator[tuple[Matrix, torch.Tensor]]:
-        # Rooms are never read beyond their part, but sent, so that they must hold no signalling values: zeros.
+        # Padding behind a part is sent and never read. Zeros: uninitialised memory could hold signalling values.
         rooms = like.new_zeros(self._num_ranks, max(matrix.largest_part for matrix in matrices))
         for owner, matrix in enumerate(matrices):
             box = matrix.boxes[self._rank]
@@ -140,7 +141,7 @@ def _matrices_of(name: str, parameter: nn.Parameter, rows: RowShards, tp_size: i
 
 
 def _on_rank(part: ShardPart, shape: Sequence[int], tp_rank: int, tp_size: int) -> ShardPart:
-    """Return what another tensor-parallel rank holds of a matrix that is cut into equal blocks.
+    """Return another tensor-parallel rank's part of a matrix that is cut into equal blocks.
 
     With fewer blocks than ranks, neighbouring ranks hold copies of a block.
     """
@@ -153,7 +154,7 @@ def _on_rank(part: ShardPart, shape: Sequence[int], tp_rank: int, tp_size: int) 
 
 
 def _held(part: ShardPart, rows: RowShards, shape: Sequence[int]) -> tuple[Box, slice]:
-    """Return the box that a row shard holds of a part, and its rows in the tensor that the row shard holds."""
+    """Return the box of a part that a row shard holds, and its rows in the row shard's tensor."""
     start = rows.rows(shape).start
     for cut in rows.cut((part,), shape):
         size = (cut.rows.stop - cut.rows.start, *shape[1:])

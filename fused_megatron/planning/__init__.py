@@ -1,1 +1,1 @@
-"""Needs of a run, known before it starts: memory, communication, a dry run."""
+"""Planning of a run before it starts: memory, communication, a dry run, verification of a layout."""

@@ -1,18 +1,18 @@
-"""A dry run: what a rank of any layout holds, computes and sends in a training step, without memory for its tensors.
+"""Dry run of a rank: memory, computation and transfers of one training step, without memory for the tensors.
 
-What is run: the trainer's own parts (assembly/assemble.py) of a rank, and one training step of them
-(assembly/training_step.py), on fake tensors, with a fake group of all ranks, and as few microbatches as have every kind
-of action of the schedule: one for most, all where actions turn out to hang on other microbatches. Every storage that an
-op makes is seen when it comes and when it goes.
+The run: a dry run builds the trainer's own parts of a rank (assembly/assemble.py) and runs one training step
+(assembly/training_step.py) on fake tensors, with a fake group of all ranks. It runs the smallest number of microbatches
+that has every kind of action of the schedule: one for most schedules. It runs all microbatches if an action depends on
+other microbatches. The recorder sees when an op allocates a storage, and when the storage is freed.
 
-What is counted on: the microbatches of a step all do the same, so the rank's own list of actions for all of them is
-walked with what each action held, gave back, computed and sent (step_profile.py). Ranks of a pipeline whose stages are
-of the same form share one run.
+The extrapolation: all microbatches of a step do the same. step_profile.py walks the rank's actions for all microbatches
+and adds up what each kind of action allocated, freed, computed and sent. Pipeline ranks whose stages have the same form
+share one run.
 
-What it does not know: what an allocator wastes in fragments, a CUDA context and NCCL's buffers, what a kernel or a
-transport takes and gives back inside, and into how many chunks overlap=True would cut the products of tensor-parallel
-layers, which the ranks measure: it takes whole ones. Tokens have no values: of those that hang on values it takes the
-most (each rank looks up every token). A message that was sent counts no longer; a slow receiver makes it wait.
+Left out: fragments of the allocator; the CUDA context; the buffers of NCCL; temporary memory inside a kernel or a
+transport. The ranks of a real run measure how many chunks overlap=True makes of a tensor-parallel product; a dry run
+takes one chunk. Tokens have no values: where a size depends on values, the largest size counts (each rank looks up
+every token). A message stops counting once it is sent, although a slow receiver would make the rank keep it.
 """
 
 import dataclasses
@@ -50,24 +50,26 @@ from fused_megatron.planning.step_recorder import Work
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank does in a training step.
+    """Memory, computation and transfers of one rank in a training step.
 
     Attributes:
-        rank: of all ranks.
-        pp_rank: of the pipeline.
-        spans: what its stages hold, by index.
-        groups: the ranks that it shares an axis with, by axis ("tp", "pp", "dp"); no entry for a length of 1.
-        num_parameters: that this rank holds, padding of the vocabulary among them.
-        full_parameters: of its stages, over all tensor-parallel ranks.
-        assembled_bytes, held_bytes: held before the first step, and behind a step.
-        peak_bytes: the most that is held at once.
-        at: position and action of that moment; None outside of the schedule's actions (the batch, the update).
-        peak: bytes by kind of memory and by layer at that moment.
-        flops: of the products, as torch counts them.
-        transfers: by kind ("all_reduce", "send", ..) and axis ("tp", "pp", "dp", or several joined by "+").
-        host_syncs: times that the host waits for a number.
-        kept: by stage, bytes by layer that a microbatch keeps from forward for backward, its input left out.
-        sent: by stage, bytes of each kind of tensor-parallel transfer, forward and backward of a microbatch.
+        rank: global rank.
+        pp_rank: rank in the pipeline.
+        spans: the layers of each stage, by index of the stage.
+        groups: the global ranks of each of its groups, by axis ("tp", "pp", "dp"); no entry for an axis of length 1.
+        num_parameters: parameters of this rank, with the padding of the vocabulary.
+        full_parameters: parameters of its stages, over all tensor-parallel ranks.
+        assembled_bytes: bytes held before the first step.
+        held_bytes: bytes held after a step.
+        peak_bytes: the most bytes held at once.
+        at: position and action of the peak; None if it is outside of the schedule's actions (the batch, the update).
+        peak: bytes at the peak, by kind of memory and layer.
+        flops: floating-point operations of the products, as torch counts them.
+        transfers: calls and bytes by kind ("all_reduce", "send", ..) and axis ("tp", "pp", "dp"; several joined by
+            "+").
+        host_syncs: how many times the host waits for the device.
+        kept: for each stage, bytes that a microbatch keeps from forward for backward, by layer, without its input.
+        sent: for each stage, bytes of each kind of tensor-parallel transfer in forward and backward of a microbatch.
     """
 
     rank: int
@@ -88,7 +90,7 @@ class RankReport:
     sent: Mapping[int, Mapping[str, int]]
 
     def by_kind(self) -> dict[str, int]:
-        """Bytes of each kind of memory at the peak."""
+        """Return the bytes at the peak for each kind of memory."""
         found: Counter[str] = Counter()
         for memory, num_bytes in self.peak.items():
             found[memory.kind] += num_bytes
@@ -96,7 +98,7 @@ class RankReport:
 
 
 class _Known(NamedTuple):
-    """What a run of a rank found, with the rank it was made for."""
+    """Results of the recorded run of one rank; ranks of the same form share them."""
 
     profile: StepProfile
     stages: tuple[int, ...]
@@ -106,21 +108,21 @@ class _Known(NamedTuple):
 
 
 class DryRun:
-    """Ranks of a layout, each with what it does in a training step.
+    """Memory, computation and transfers of each rank of a layout in a training step.
 
         run = DryRun(load_config(Path("gpt_1t.toml")))
         report = run.rank(1234)
         print(report.peak_bytes, report.at, report.transfers["all_reduce", "tp"])
 
     Args:
-        config: model.vocab_size must be given. Without parallel.data_parallel_size it is 1.
-        device: of the fake tensors. What a CPU keeps may differ from what a GPU does, whose kernels are others; "cuda"
-            needs a GPU, none of its memory.
+        config: model.vocab_size must be given. parallel.data_parallel_size=None counts as 1.
+        device: device of the fake tensors. A CPU may keep other tensors for backward than a GPU, because it runs other
+            kernels. "cuda" needs a GPU, but none of its memory.
 
     Raises:
         InputError: sizes that do not fit; no vocab_size; "cuda" without a GPU.
 
-    Memory: of Python objects only.
+    Memory: Python objects only.
     """
 
     def __init__(self, config: TrainConfig, device: str = "cpu") -> None:
@@ -153,11 +155,11 @@ class DryRun:
         self._known: dict[object, _Known] = {}
 
     def pipeline_ranks(self) -> list[int]:
-        """One rank of each place of the pipeline: the first over tp and dp."""
+        """Return one global rank for each pipeline rank: the one with tp and dp rank 0."""
         return [pp_rank * self._sizes["dp"] * self._sizes["tp"] for pp_rank in range(self._sizes["pp"])]
 
     def rank(self, rank: int) -> RankReport:
-        """What a rank does. Takes seconds for the largest models, once for ranks of the same form.
+        """Return the report of a rank. A run takes seconds for the largest models; ranks of the same form share one.
 
         Raises:
             InputError: no such rank; there is a process group already.
@@ -189,7 +191,7 @@ class DryRun:
         )
 
     def _known_of(self, rank: int, pp_rank: int, stages: Sequence[int]) -> _Known:
-        """The run of this rank, or of one with the same stages; where the rank stands over dp makes no difference."""
+        """Return the run of this rank, or of a rank with stages of the same form; its dp rank makes no difference."""
         forms = tuple(
             (span.first, span.last, span.stop - span.start, *self._neighbours(stage))
             for stage in stages
@@ -200,8 +202,8 @@ class DryRun:
         if key not in self._known:
             self._known[key] = self._run(rank, tuple(stages), self._fewest_microbatches(pp_rank))
         known = self._known[key]
-        # A step leaves nothing but its losses. Else an action depends on actions of other microbatches: who frees
-        # a gradient that a B and a W of two stages share, when a schedule has both.
+        # A step leaves only its losses (8 bytes each). If it leaves more, an action depends on other microbatches: a
+        # B and a W of two stages may share a gradient, and the schedule decides which of them frees it.
         held = walk(_Names(known.stages, stages, self.spans).renamed(known.profile), self.schedule.actions[pp_rank])
         if held.held_bytes == sum(known.profile.start.values()) + 8 * self.num_microbatches:
             return known
@@ -211,7 +213,7 @@ class DryRun:
         return self._known[own]
 
     def _neighbours(self, stage: int) -> tuple[bool, bool]:
-        """Whether the stages before and behind are on the same rank."""
+        """Return whether the previous stage and the next stage are on the same rank."""
         placement, last = self.plan.placement, self.plan.num_stages - 1
         before, behind = max(0, stage - 1), min(last, stage + 1)
         return placement[before] == placement[stage], placement[behind] == placement[stage]
@@ -230,10 +232,10 @@ class DryRun:
         )
 
     def _fewest_microbatches(self, pp_rank: int) -> int:
-        """So many that every kind of action of the whole step is there."""
+        """Return the smallest number of microbatches that has every kind of action of the whole step."""
         wanted = self._keys(self.schedule, pp_rank)
-        # Weights that data-parallel ranks update in parts are gathered in the first forward of a step, and their
-        # gradients leave in its last backward.
+        # With ZeRO, the first forward of a step gathers weights and its last backward sends gradients. A third
+        # microbatch, between the two, stands for all others.
         zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
@@ -266,12 +268,12 @@ class DryRun:
 
 
 def _is_usual(profile: StepProfile, key: ActionKey, stage: int) -> bool:
-    """Whether an action of the stage is of the microbatch that stands for most."""
+    """Return whether an action is of this stage, and of the microbatch that stands for most others."""
     return key.stage == stage and key.microbatch == max(0, profile.num_recorded - 2)
 
 
 def _kept(profile: StepProfile, stage: int) -> dict[Memory, int]:
-    """Left behind a forward, but for the copy that is sent."""
+    """Return the bytes that a forward leaves for backward, without the copy that is sent."""
     kept: dict[Memory, int] = {}
     for key, done in profile.actions.items():
         if _is_usual(profile, key, stage) and key.kind == Kind.FORWARD:

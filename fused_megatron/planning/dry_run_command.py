@@ -1,4 +1,4 @@
-"""`fused-megatron dry-run`: what the ranks of a layout hold, compute and send in a step, as tables or JSON."""
+"""The command `fused-megatron dry-run`: memory, computation and transfers of ranks in a step, as tables or JSON."""
 
 import dataclasses
 import json
@@ -34,13 +34,13 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class DryRunOptions:
-    """What the words of the command ask for.
+    """Parsed arguments of the command.
 
     Attributes:
-        config: of the run.
-        rank: the only one that is wanted; None for one of each place of the pipeline.
-        device: of the fake tensors.
-        as_json: print JSON.
+        config: the config of the run.
+        rank: the only rank to report; None: the first rank of each pipeline rank.
+        device: device of the fake tensors.
+        as_json: print JSON instead of tables.
     """
 
     config: TrainConfig
@@ -50,10 +50,10 @@ class DryRunOptions:
 
 
 def run_dry_run(words: Sequence[str]) -> int:
-    """Print the report; the exit code.
+    """Print the report and return the exit code.
 
     Raises:
-        InputError: words, a config or a layout that do not fit.
+        InputError: arguments, a config or a layout that do not fit.
     """
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
@@ -73,7 +73,7 @@ def run_dry_run(words: Sequence[str]) -> int:
 
 
 def parse_options(words: Sequence[str]) -> DryRunOptions:
-    """The words behind `fused-megatron dry-run`.
+    """Parse the arguments of `fused-megatron dry-run`.
 
     Raises:
         InputError: no config, an option without its value, numbers that do not fit.
@@ -119,7 +119,7 @@ def _on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
 
 
 def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False) -> str:
-    """The reports as tables."""
+    """Return the reports as tables."""
     config, parallel = run.config, run.config.parallel
     plan = f" {run.plan.name}" if parallel.pipeline_parallel_size > 1 else ""
     whole = _summary(run, reports)
@@ -141,7 +141,7 @@ def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False)
 
 
 def _summary(run: DryRun, reports: Sequence[RankReport]) -> dict[str, Any]:
-    """Of the whole model, where there is a report of each place of the pipeline."""
+    """Return facts of the whole run; with parameters and flops if there is a report for each pipeline rank."""
     found: dict[str, Any] = {
         "world_size": run.world_size,
         "num_microbatches": run.num_microbatches,
@@ -149,7 +149,7 @@ def _summary(run: DryRun, reports: Sequence[RankReport]) -> dict[str, Any]:
     }
     if [report.rank for report in reports] == run.pipeline_ranks():
         found["parameters"] = sum(report.full_parameters for report in reports)
-        # All ranks of a place do as much.
+        # All ranks with the same pipeline rank compute the same number.
         found["flops"] = sum(report.flops for report in reports) * (run.world_size // len(reports))
     return found
 
@@ -175,12 +175,12 @@ def _memory(reports: Sequence[RankReport]) -> list[str]:
 
 
 def at_text(report: RankReport) -> str:
-    """The moment of the peak: position and name of the action, from 0."""
+    """Return the moment of the peak: position (from 0) and name of the action."""
     return "none (update)" if report.at is None else f"{report.at[0]}: {report.at[1]}"
 
 
 def _work(reports: Sequence[RankReport]) -> list[str]:
-    """Ranks that do the same share a row each."""
+    """Return a table of computation and transfers; ranks that do the same share a row."""
     by_work: dict[str, list[RankReport]] = {}
     for report in reports:
         by_work.setdefault(repr((report.flops, report.host_syncs, sorted(report.transfers.items()))), []).append(report)
@@ -208,7 +208,7 @@ def _order(layer: str) -> tuple[int, str]:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """ "0, 3-5" of 0, 3, 4, 5."""
+    """Return numbers as ranges: [0, 3, 4, 5] is "0, 3-5"."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:

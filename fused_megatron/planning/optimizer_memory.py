@@ -15,7 +15,7 @@ def optimizer_bytes(config: OptimizerConfig, dtype: str, num_matrix_elements: in
 
     Args:
         config: kind of optimizer and state_dtype.
-        dtype: of the parameters.
+        dtype: dtype of the parameters.
         num_matrix_elements: elements that Muon would update.
         num_others: all other elements.
     """
@@ -42,6 +42,6 @@ def _state_tensors(config: OptimizerConfig) -> int:
 
 
 def _largest_matrix(model: TransformerConfig) -> int:
-    """Elements of the largest full parameter of a block; queries, keys and values are one if they are equally many."""
+    """Count the elements of a block's largest full parameter; equal numbers of q, k, v heads make one matrix."""
     heads = model.num_heads * (3 if model.kv_heads == model.num_heads else 1)
     return model.hidden_size * max(model.ffn_size, heads * model.head_size)

@@ -11,9 +11,9 @@ _SIZES = {"float32": 4, "bfloat16": 2}
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     """Compute the bytes of a stage's tensor-parallel collectives, forward and backward of one microbatch, by kind.
 
-    Bytes are counted as record_communication counts them: of whole tensors. A ring sends (R - 1) / R of them, and twice
-    this for an all-reduce. With A the bytes of an activation [S, B, H], and k = 1 with recompute="full" (backward
-    repeats the forward of a block), else 0, a block sends
+    Bytes are those of whole tensors, as record_communication counts them. A ring sends (R - 1) / R of them, and twice
+    as many for an all-reduce. A is the bytes of an activation [S, B, H]. k is 1 with recompute="full", where backward
+    repeats the forward of a block, and otherwise 0. A block sends
 
         all_reduce      (4 + 2 k) A                         Shoeybi et al. 2019 (arXiv:1909.08053), section 3
       instead with sequence parallelism
@@ -28,7 +28,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     12 bytes a token and rank for the loss.
 
     Args:
-        config: of the whole run.
+        config: the config of the whole run.
         span: the blocks of the stage.
     """
     model, parallel = config.model, config.parallel
@@ -39,7 +39,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     activation = size * tokens * model.hidden_size
     blocks, ends = span.stop - span.start, span.first + span.last
     again = 2 if model.recompute == "full" else 0
-    # Gradients of parameters that several ranks hold, though each uses them for other heads.
+    # Gradients of parameters that several ranks hold, while each rank uses them for different heads.
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
     copied += 2 * model.head_size * model.query_key_norm

@@ -25,15 +25,15 @@ class RankMemory:
 
     Attributes:
         num_parameters: parameters of this rank (a number, not bytes).
-        weights: 4 bytes a parameter in float32, 2 in bfloat16; of a rank's share with zero_stage = 3.
-        gradients: 4 bytes a parameter (float32); of a rank's share with zero_stage = 2 or 3.
+        weights: 4 bytes a parameter in float32, 2 in bfloat16; with zero_stage=3 only for this rank's share.
+        gradients: 4 bytes a parameter (float32); with zero_stage=2 or 3 only for this rank's share.
         optimizer: AdamW has 8 bytes a parameter for float32 moments; 12 in bfloat16, which also has float32 main
-            weights (other kinds: optimizer_memory.py). Where replicas share it (ZeRO), a rank's share of the parameters
-            counts, without the rounding up to whole rows.
-        activations: kept from forward for backward, of all microbatches in flight.
-        working: estimate of the temporary tensors of a block or of the head while it computes, or of the reduction of
-            gradients or the update if these need more than the activations leave. With sharded gradients also those of
-            a bucket, with sharded weights a unit that is whole and one that is received, or all weights.
+            weights (other kinds: optimizer_memory.py). With ZeRO only this rank's share of the parameters counts,
+            without the rounding up to whole rows.
+        activations: activations that forward keeps for backward, of all microbatches in flight.
+        working: estimate of temporary tensors: the larger of what a block or the head computes with, and what the
+            reduction of gradients or the update needs beyond the memory of the activations. Sharded gradients add a
+            bucket. Sharded weights add one whole unit and one that is being received, or all weights.
     """
 
     num_parameters: int
@@ -152,7 +152,7 @@ def _block_matrices(config: TransformerConfig, ranks: int) -> int:
 
 
 def _outputs_and_inputs(config: TransformerConfig, ranks: int) -> tuple[int, int, int, int]:
-    """Features besides the residual stream on a rank: query-key-value, projection, expansion, its projection."""
+    """Return a block's features on a rank: outputs of qkv, inputs of the projection, outputs of up, inputs of down."""
     query = config.num_heads * config.head_size // ranks
     key_value = 2 * max(1, config.kv_heads // ranks) * config.head_size
     ffn = config.ffn_size // ranks
@@ -214,7 +214,7 @@ def _block_activations(config: TrainConfig) -> int:
 
 
 def _working(config: TrainConfig, span: StageSpan) -> int:
-    """Estimate the bytes of temporary tensors: of a block's backward (MLP and attention), or of the head's tiles."""
+    """Estimate the bytes of temporary tensors of a block's backward (MLP and attention), or of the head's tiles."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, _ = _sizes(config)
     expansion = (model.ffn_size // ranks) * (1 if _plain(model) else 2)

@@ -1,4 +1,4 @@
-"""One training step of a rank with a recorder: on real ranks, or on fake tensors with a fake group of all ranks."""
+"""A recorded training step of one rank: on real ranks, or on fake tensors with a fake group of all ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,20 +23,21 @@ from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 MODEL, ASSEMBLY, UPDATED, BATCH, STEP = "model", "assembly", "updated", "batch", "step"
 """Phases of the recorder."""
 
-# What the trainer's ranks tell each other in a step: damaged tokens, and the reasons to stop.
+# Number of flags that the trainer's ranks sum in a step: damaged tokens, and the reasons to stop.
 _NUM_FLAGS = 7
-_STEP = 1  # not the first, in which shapes are told
+_STEP = 1  # not step 0, in which stages also send the shapes of their messages
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A rank, and what was seen of it.
+    """A rank after one training step, with its recorder.
 
     Attributes:
         assembly: the rank's parts, after the step.
-        recorder: from the making of its model on.
-        assembled: events of the recorder's storages before the step.
-        assembled_bytes, held_bytes: of all storages before the first step and after a step.
+        recorder: the recorder, which was on from the construction of the model.
+        assembled: number of storage events before the step.
+        assembled_bytes: bytes of all storages before the first step.
+        held_bytes: bytes of all storages after the step.
     """
 
     assembly: Assembly
@@ -48,7 +49,7 @@ class RecordedStep:
 
 @contextmanager
 def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
-    """A default process group of ranks that are not there: collectives return at once, and change nothing.
+    """Make a default process group of absent ranks: collectives return at once and change nothing.
 
     Raises:
         InputError: there is a process group already.
@@ -65,15 +66,15 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
 
 
 def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> RecordedStep:
-    """Build one rank of a layout without memory for its tensors, and run a training step.
+    """Build one rank of a layout on fake tensors, which take no memory, and run a training step.
 
     It runs the trainer's own parts and step, and the executor's actions. Only messages and values of other ranks are
     missing: a message arrives at once, a collective changes nothing.
 
     Args:
-        config: of the run; model.vocab_size must be given.
-        rank: of all ranks.
-        device: of the fake tensors.
+        config: the config of the run; model.vocab_size must be given.
+        rank: global rank.
+        device: device of the fake tensors.
 
     Raises:
         InputError: as build_mesh, build_stages and assemble; there is a process group already.
@@ -81,13 +82,13 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> Re
     with fake_ranks(rank, config.parallel.num_ranks):
         mesh = build_mesh(config, device.type)
         recorder = StepRecorder(fake=True)
-        # A backward on a GPU has threads of its own otherwise, in which no mode is.
+        # Otherwise backward on a GPU runs in threads of its own, where the dispatch modes are off.
         with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(), recorder:
             return _record(config, mesh, device, recorder, _AbsentPeers(recorder, config, mesh))
 
 
 def record_real_step(config: TrainConfig, device: torch.device) -> RecordedStep:
-    """The same step on a real rank of the default process group; its executor is left open.
+    """Build a real rank of the default process group and run the same step; the executor stays open.
 
     Communication: as build_mesh, assemble and training_step.
     """
@@ -111,7 +112,7 @@ def _record(
     assembled_bytes = storages.held_bytes()
     groups = (mesh.dp_group, assembly.shard_group, assembly.copy_group)
     recorder.replicas = {tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None}
-    with recorder.phase(UPDATED):  # as behind the update of a step before: weights of other ranks are on their way
+    with recorder.phase(UPDATED):  # as after the update of a previous step: gathering weights of other ranks has begun
         assembly.weights.start()
     assembled = storages.num_events
 
@@ -134,14 +135,14 @@ def _record(
 
 
 def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Of tokens 0: what they are changes no shape."""
+    """Return a batch of tokens 0: their values change no shape."""
     rows = config.training.global_batch_size // mesh.dp_size
     inputs, targets = (torch.zeros(rows, config.model.seq_len, dtype=torch.int64) for _ in range(2))
     return Batch(inputs, targets)
 
 
 class _Done:
-    """A message that was there at once."""
+    """A handle of a message that is complete at once."""
 
     def is_completed(self) -> bool:
         return True
@@ -151,9 +152,9 @@ class _Done:
 
 
 class _AbsentPeers:
-    """The transport of a pipeline whose other ranks are not there.
+    """A pipeline transport without peers.
 
-    What they send has the shapes of what they would: every stage of a transformer hands on the residual stream.
+    A received tensor has the shape that the peer would send: every stage of a transformer sends the residual stream.
     """
 
     def __init__(self, recorder: StepRecorder, config: TrainConfig, mesh: Mesh) -> None:

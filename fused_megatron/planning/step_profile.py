@@ -1,4 +1,4 @@
-"""Profile of a rank's actions, from a step of few microbatches: what each holds, gives back, computes and sends."""
+"""Profile of a rank's actions: memory, computation and transfers of each, recorded in a step of few microbatches."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +22,18 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# Without sharded gradients this axis is used once a step: sums in the last backward, weights in the first forward.
+# Without sharded gradients a step uses this axis once: sums in the last backward, weights in the first forward.
 DATA = "dp"
 
 DEFERRED = "weight gradients put off"
-"""Layer of what an INPUT_GRAD keeps for its WEIGHT_GRAD."""
+"""Layer of the memory that an INPUT_GRAD keeps for its WEIGHT_GRAD."""
 
-# One of the messages that executor and profile post ahead; see PipelineExecutor.
+# Number of computations by which a receive is posted before its use, as in PipelineExecutor.
 _LOOKAHEAD = 1
 
 
 class Memory(NamedTuple):
-    """A kind of memory, and the layer that it is of ("" for kinds that no layer has)."""
+    """A kind of memory, and its layer ("" for kinds without a layer)."""
 
     kind: str
     layer: str = ""
@@ -41,13 +41,13 @@ class Memory(NamedTuple):
 
 @dataclass
 class Profile:
-    """What one action does, or what happens before or behind all of them.
+    """Memory and work of one action, or of the part of a step before or after all actions.
 
     Attributes:
-        delta: bytes that are held more behind it than before it, what it receives left out.
-        peak: bytes that are held more at its fullest moment than before it.
-        at_peak: the same by kind.
-        work: what it computes and sends.
+        delta: growth of the held bytes from before it to after it, without received messages.
+        peak: largest growth of the held bytes at any moment of it.
+        at_peak: growth by kind of memory at that moment.
+        work: computation and transfers.
     """
 
     delta: Counter[Memory] = field(default_factory=Counter)
@@ -57,11 +57,11 @@ class Profile:
 
 
 class ActionKey(NamedTuple):
-    """Actions that do the same.
+    """Key of all actions that do the same.
 
     Attributes:
-        stage, kind: of the actions.
-        microbatch: that was run; None for kinds without one.
+        stage, kind: stage and kind of the actions.
+        microbatch: the recorded microbatch that stands for them; None for kinds without a microbatch.
     """
 
     stage: int
@@ -71,17 +71,18 @@ class ActionKey(NamedTuple):
 
 @dataclass(frozen=True)
 class StepProfile:
-    """A rank by its actions; every microbatch does what the recorded one did.
+    """Profiles of all actions of a rank in a step; every microbatch does the same as the recorded one.
 
     Attributes:
-        start: what is held before the step, by kind.
-        before: from the start of the step to the first action.
-        actions: by key.
-        num_recorded, num_microbatches: how many microbatches were run, and of how many this is the profile.
-        after: behind the last action: the norm, the sums over the ranks, the update.
+        start: bytes held before the step, by kind of memory.
+        before: profile of the step before its first action.
+        actions: profile of each key.
+        num_recorded: number of microbatches that were run.
+        num_microbatches: number of microbatches of the profiled step.
+        after: profile of the step after its last action: the norm, the sums over the ranks, the update.
         received: bytes of a message.
-        once: work that is done once a step, however many microbatches it has: the sums of gradients, the norm.
-        losses: bytes that the losses of all microbatches take behind the step, more than in the recorded one.
+        once: work that a step does once for any number of microbatches: the sums of gradients, the norm.
+        losses: bytes that the losses of the microbatches that were not run add after the step.
     """
 
     start: Counter[Memory]
@@ -95,11 +96,11 @@ class StepProfile:
     losses: int
 
     def key_of(self, action: Action) -> ActionKey:
-        """Of an action of any microbatch."""
+        """Return the key of an action of any microbatch."""
         return key_of(action, self.num_recorded, self.num_microbatches)
 
     def of(self, action: Action) -> Profile:
-        """What an action of any microbatch does."""
+        """Return the profile of an action of any microbatch."""
         return self.actions.get(self.key_of(action), Profile())
 
 
@@ -107,9 +108,9 @@ class StepMemory(NamedTuple):
     """Memory over a step.
 
     Attributes:
-        peak: bytes by kind when most is held.
-        at: position and action of that moment; None outside of all actions.
-        held_bytes: behind the step.
+        peak: bytes at the peak, by kind of memory.
+        at: position and action of the peak; None if it is outside of all actions.
+        held_bytes: bytes held after the step.
     """
 
     peak: Counter[Memory]
@@ -118,12 +119,12 @@ class StepMemory(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """Of all kinds."""
+        """Return the bytes of all kinds at the peak."""
         return sum(self.peak.values())
 
 
 def key_of(action: Action, num_recorded: int, num_microbatches: int) -> ActionKey:
-    """Of an action of a step, where fewer microbatches were run: the first and the last stand for themselves."""
+    """Return the key of an action, if fewer microbatches were run: the first and the last stand for themselves."""
     if action.kind not in OF_MICROBATCH:
         return ActionKey(action.stage, action.kind)
     is_last = action.microbatch == num_microbatches - 1
@@ -132,11 +133,11 @@ def key_of(action: Action, num_recorded: int, num_microbatches: int) -> ActionKe
 
 
 def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
-    """The profile of a rank from a step of a few microbatches.
+    """Compute the profile of a rank from a step of a few microbatches.
 
     Args:
-        step: of the rank.
-        num_microbatches: for how many its actions are to be counted on; the whole batch is there from the start.
+        step: the recorded step of the rank.
+        num_microbatches: number of microbatches of the profiled step, whose whole batch is in memory from the start.
     """
     kinds = _kinds(step)
     recorded = len(step.assembly.executor.schedule.microbatches)
@@ -163,7 +164,7 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
             (event for event in group if not _is_received(event)), kinds
         )
     once, reductions, sizes = Counter[Work](), Counter[Work](), step.assembly.mesh.sizes
-    # Sharded gradients are reduced after every microbatch, sharded weights gathered for it.
+    # Every microbatch reduces sharded gradients and gathers sharded weights.
     every_microbatch = step.assembly.plan.reduce_each_microbatch
     for (phase, action), work in step.recorder.work.items():
         if phase != STEP:
@@ -189,14 +190,14 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
 
 
 class Transfers(NamedTuple):
-    """Of one kind over one axis: how many, and bytes of their whole tensors, as in record_communication."""
+    """Number of transfers of one kind over one axis, and bytes of their whole tensors, as in record_communication."""
 
     calls: int
     num_bytes: int
 
 
 def transfers_of(work: Mapping[Work, int], sizes: Mapping[str, int]) -> dict[tuple[str, str], Transfers]:
-    """The transfers among what was counted, by kind ("all_reduce", "send", ..) and axes, as axes_of gives them."""
+    """Sum the transfers in a count of work, by kind ("all_reduce", "send", ..) and axes, as axes_of returns them."""
     found: dict[tuple[str, str], Transfers] = {}
     for done, number in work.items():
         if done.group:
@@ -208,9 +209,9 @@ def transfers_of(work: Mapping[Work, int], sizes: Mapping[str, int]) -> dict[tup
 
 
 def axes_of(ranks: Sequence[int], sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh along which the ranks of a group differ: "tp", "pp", "dp", or several joined by "+"."""
-    places = [coordinates(rank, sizes) for rank in ranks]
-    return "+".join(axis for axis in ("tp", "pp", "dp") if len({place[axis] for place in places}) > 1)
+    """Return the mesh axes along which the ranks of a group differ: "tp", "pp", "dp", or several joined by "+"."""
+    found = [coordinates(rank, sizes) for rank in ranks]
+    return "+".join(axis for axis in ("tp", "pp", "dp") if len({each[axis] for each in found}) > 1)
 
 
 def _is_received(event: Event) -> bool:
@@ -218,11 +219,11 @@ def _is_received(event: Event) -> bool:
 
 
 def walk(profile: StepProfile, actions: Sequence[Action]) -> StepMemory:
-    """Memory over a step of so many actions, as the executor takes them one after the other.
+    """Compute the memory over a step in which the executor runs these actions one after the other.
 
     Args:
-        profile: of the rank.
-        actions: its lowered list, of any number of microbatches.
+        profile: the profile of the rank.
+        actions: the rank's lowered actions, for any number of microbatches.
     """
     posts = [len(receives) for receives in receives_ahead(actions, _LOOKAHEAD)]
     held = sum(profile.start.values())
@@ -243,7 +244,7 @@ def walk(profile: StepProfile, actions: Sequence[Action]) -> StepMemory:
 
 
 def work_of(profile: StepProfile, actions: Sequence[Action]) -> Counter[Work]:
-    """What a step of so many actions computes and sends; arguments as walk."""
+    """Count the computation and the transfers of a step of these actions; arguments as walk."""
     total = Counter(profile.once)
     for key, count in Counter(profile.key_of(action) for action in actions).items():
         for work, number in profile.actions.get(key, Profile()).work.items():
@@ -256,7 +257,7 @@ def _total(profile: Profile) -> int:
 
 
 def _held_at(profile: StepProfile, actions: Sequence[Action], posts: Sequence[int], at: int) -> Counter[Memory]:
-    """What is held by kind at the fullest moment of the action at a position: -1 before, len(actions) behind all."""
+    """Return the bytes by kind at the peak of the action at a position: -1 before all, len(actions) after all."""
     held = Counter(profile.start)
     if at < 0:
         return _plus(held, profile.before.at_peak)
@@ -289,7 +290,7 @@ def _profile(events: Iterator[Event], kinds: Mapping[Storage[Any], Memory]) -> P
 
 
 def _kinds(step: RecordedStep) -> dict[Storage[Any], Memory]:
-    """What each storage is: by what it is of, if it is of the assembly, else by where it came and went."""
+    """Return the kind of each storage: by the part of the assembly that owns it, else by where it came and went."""
     storages = step.recorder.storages
     kinds: dict[Storage[Any], Memory] = {}
     for kind, tensors in _parts_of(step.assembly):
@@ -312,7 +313,7 @@ def _kind(storage: Storage[Place]) -> Memory:
         return Memory(GATHERED)
     if made.layer == REDUCED_ROWS:
         return Memory(GRADIENTS)
-    if made.phase == ASSEMBLY:  # of the assembly only the counts of updates are left
+    if made.phase == ASSEMBLY:  # _kinds has found all other tensors of the assembly; this is a count of updates
         return Memory(OPTIMIZER)
     if made.phase == BATCH or made.action is None:
         return Memory(OTHER)

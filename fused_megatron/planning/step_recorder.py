@@ -1,4 +1,4 @@
-"""What a rank does in a step, op by op: memory, products, transfers, reads by the host; on real and on fake tensors."""
+"""Recorder of a rank's ops in a step: memory, products, transfers, host reads; for real and for fake tensors."""
 
 import sys
 from collections import Counter, defaultdict
@@ -28,37 +28,37 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 _DEVICE = torch.ops.prim.device.default
 _READ = torch.ops.aten._local_scalar_dense.default
-# What a list of a tensor's numbers is made of, besides the reads.
+# The ops that tolist() runs besides the reads.
 _TAKEN_APART = {torch.ops.aten.unbind.int, torch.ops.aten.select.int, torch.ops.aten.detach.default}
 _FOUND = torch.ops.aten.nonzero.default
 _COPIES = {torch.ops.aten._to_copy.default: 0, torch.ops.aten.copy_.default: 1}
 """Ops that copy between devices, with the position of the source among their arguments."""
 _GATHER_OF_TIED_WEIGHT = "c10d._allgather_base_.pipeline"
 _PIN = torch.ops.aten._pin_memory.default
-# Functions that read a number only if it is in host memory: on a GPU they take another branch.
+# Functions that read a number only from host memory: on a GPU they take another branch.
 _READ_HOST_MEMORY = {
     ("tensor_parallel/embedding.py", "_check_ids"),
     ("tensor_parallel/embedding.py", "backward"),
     ("ops/linear_cross_entropy.py", "_scaled"),
     ("ops/linear_cross_entropy.py", "_add_scaled_"),
 }
-# Functions that tell another stage the shapes of a message, ahead of the first one.
+# Functions that send the shapes of a message to another stage before the first message.
 _RUN_IN_THE_FIRST_STEP = {("pipeline/run/messages.py", "_record_specs"), ("pipeline/run/messages.py", "_complete")}
 
 LOSS_LAYER, OWN_LAYER = "loss", "embedding"
-"""Layer of what the loss makes, and of what a stage makes outside of its layers: positions, masks, rotary tables."""
+"""Layer of the loss's tensors, and of a stage's tensors outside of its layers: positions, masks, rotary tables."""
 RECEIVED, HEADER, GATHERED_ROWS, REDUCED_ROWS = "received", "header", "gathered", "reduced"
-"""In place of a layer: of what another stage sends, of what says its shapes ahead, and of weights and gradients that
+"""Labels in place of a layer: a message from another stage, the header with its shapes, and weights and gradients that
 data-parallel ranks send each other."""
 
 
 class Place(NamedTuple):
-    """Where in a run something happens.
+    """Point of a run at which an op happens.
 
     Attributes:
-        phase: as StepRecorder.phase was told.
-        action: of the schedule; None outside of it.
-        layer: of the model, in a forward (and where a backward computes it again); "" outside of all.
+        phase: the name that StepRecorder.phase was called with.
+        action: the action of the schedule; None outside of all actions.
+        layer: the layer of the model in a forward, or in its recomputation; "" outside of all layers.
     """
 
     phase: str
@@ -67,12 +67,12 @@ class Place(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A thing that is counted.
+    """Key of a counter.
 
     Attributes:
-        what: "flops", "host_syncs", or of a transfer "calls" and "bytes".
-        kind: of the transfer, as in record_communication; "" else.
-        group: the global ranks that take part in it.
+        what: "flops" or "host_syncs"; "calls" or "bytes" of a transfer.
+        kind: kind of the transfer, as in record_communication; otherwise "".
+        group: global ranks of the transfer; otherwise ().
     """
 
     what: str
@@ -81,20 +81,20 @@ class Work(NamedTuple):
 
 
 class StepRecorder(TorchDispatchMode):
-    """Dispatch mode that sees all ops of a rank.
+    """Dispatch mode that records all ops of a rank.
 
-    On fake tensors, which have no numbers, it also answers the host, which asks for some: what set_values() said, else
-    0.5, 0 or False, so that a norm is finite and no flag is up; and of a mask it takes every element for True.
+    Fake tensors have no values. When the host reads one, the recorder returns the values of set_values(), or else 0.5,
+    0 or False: so a norm is finite and no flag is set. It counts every element of a mask as True.
 
-    Messages that only tell shapes (int64) are left out: they are sent once, in the first step.
+    Messages with shapes (int64) are not counted: stages send them once, in the first step.
 
     Args:
         fake: whether the tensors are fake.
 
     Attributes:
-        storages: all that were made.
-        work: by (phase, action), what was counted there.
-        replicas: groups of global ranks of data parallelism, which send each other weights and gradients.
+        storages: log of all storages.
+        work: counts by (phase, action).
+        replicas: groups of data-parallel global ranks, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
@@ -112,7 +112,7 @@ class StepRecorder(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str, at: Callable[[], Action | None] = lambda: None) -> Iterator[None]:
-        """Name what runs inside; `at` tells the action that it is at."""
+        """Record what runs inside as phase `name`; `at` returns the action that is running."""
         before = self._phase, self._at
         self._phase, self._at = name, at
         try:
@@ -121,14 +121,14 @@ class StepRecorder(TorchDispatchMode):
             self._phase, self._at = before
 
     def place(self) -> Place:
-        """Of this moment."""
+        """Return phase, action and layer that are running now."""
         action = self._at()
         if self._layers:
             return Place(self._phase, action, self._layers[-1])
         return Place(self._phase, action, LOSS_LAYER if action is not None and action == self._loss_at else "")
 
     def watch(self, stage: TransformerStack) -> None:
-        """Tell the layers of a stage apart: its blocks and what else it consists of."""
+        """Register hooks that record the running layer of a stage: a block, or a module outside of the blocks."""
         self._name(stage, OWN_LAYER)
         for name, child in stage.named_children():
             for block, layer in child.named_children() if name == "blocks" else [("", child)]:
@@ -137,11 +137,11 @@ class StepRecorder(TorchDispatchMode):
             stage.register_forward_hook(lambda *_: self._expect_loss())
 
     def set_values(self, tensor: torch.Tensor, values: Sequence[int]) -> None:
-        """What the host reads in a fake tensor."""
+        """Set the values that the host reads from a fake tensor."""
         self._values[tensor.untyped_storage()._cdata] = tensor, values
 
     def relabel(self, tensor: torch.Tensor, layer: str) -> None:
-        """Say what a tensor is that was made outside of all layers."""
+        """Set the layer of a tensor that was made outside of all layers."""
         storage = self.storages.of(tensor)
         if storage is not None:
             storage.made = storage.made._replace(layer=layer)
@@ -157,9 +157,9 @@ class StepRecorder(TorchDispatchMode):
             if self._fake and str(func) == _GATHER_OF_TIED_WEIGHT:
                 # gloo and NCCL gather a list of tensors to one buffer first.
                 self.storages.see(func, (), args[0].contiguous())
-        if self._fake and func is _FOUND:  # how many there are hangs on the numbers: all, the most that can be
+        if self._fake and func is _FOUND:  # the number of nonzero elements depends on values: take the most, all
             result = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
-        elif self._fake and func is _PIN:  # torch has no fake form of it
+        elif self._fake and func is _PIN:  # torch has no fake implementation of it
             result = args[0]
         else:
             result = func(*args, **kwargs)
@@ -171,7 +171,7 @@ class StepRecorder(TorchDispatchMode):
             self._count_sync(result if result.device.type != "cpu" else args[_COPIES[func]])
         formula = _FLOPS.get(func.overloadpacket)
         if formula is not None:
-            operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # the formulas know no dtype of a sum
+            operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's formulas take no out_dtype
             self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
         self.storages.see(func, (args, kwargs), result)
         if func is RESIZE_STORAGE:
@@ -182,7 +182,7 @@ class StepRecorder(TorchDispatchMode):
         self.work[self._phase, self._at()][work] += number
 
     def _count_sync(self, tensor: torch.Tensor) -> None:
-        """Count a wait of the host for the device of a tensor. On a CPU the waits count that a GPU would cause."""
+        """Count one wait of the host for a tensor's device. On a CPU, count the waits that a GPU would cause."""
         caller = _function_of_the_package()
         if caller not in _RUN_IN_THE_FIRST_STEP and (tensor.device.type != "cpu" or caller not in _READ_HOST_MEMORY):
             self._count(Work("host_syncs"), 1)
@@ -201,7 +201,7 @@ class StepRecorder(TorchDispatchMode):
     def _read(self, tensor: torch.Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
         told = self._values.get(key)
-        if self._last_read != key and told is None:  # a list is read at once
+        if self._last_read != key and told is None:  # reading all elements of a tensor in turn counts once
             self._count_sync(tensor)
         self._last_read = key
         if not self._fake:
@@ -224,7 +224,7 @@ class StepRecorder(TorchDispatchMode):
                 self._layers.pop()
 
         module.register_forward_pre_hook(enter)
-        # Also where a recomputation stops inside the layer, with an exception.
+        # always_call: a recomputation leaves the layer by an exception when it has all tensors that it needs.
         module.register_forward_hook(leave, always_call=True)
 
     def _expect_loss(self) -> None:
@@ -232,7 +232,7 @@ class StepRecorder(TorchDispatchMode):
 
 
 def _function_of_the_package() -> tuple[str, str]:
-    """Return file and name of the innermost running function of the package, planning left out."""
+    """Return file and name of the innermost running function of the package outside of planning."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         _, package, path = frame.f_code.co_filename.rpartition("fused_megatron/")
@@ -243,5 +243,5 @@ def _function_of_the_package() -> tuple[str, str]:
 
 
 def _waits_for_copy(source: torch.Tensor, result: torch.Tensor, keywords: Mapping[str, Any]) -> bool:
-    """Whether the host waits until a copy between two devices is done."""
+    """Return whether the host waits until a copy between two devices is done."""
     return source.device.type != result.device.type and not keywords.get("non_blocking", False)

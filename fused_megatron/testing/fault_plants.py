@@ -1,8 +1,8 @@
-"""Faults of parallel training, each planted into this process for as long as a context lasts.
+"""Faults of parallel training, as contexts that plant a fault into this process while they are open.
 
-The mistakes that are easy to make in such code, and that no error tells of: a sum that is missing or made twice, ranks
-in another order, a rank that takes its part for the whole. A context replaces functions of the package and puts them
-back; the package itself has no switch. On one rank, or without the axis that a fault belongs to, most do nothing.
+The faults are mistakes that are easy to make and raise no error: a sum that is missing or made twice, ranks in another
+order, a rank that treats its part as the whole. A context replaces functions of the package and restores them when it
+closes; the package itself has no switch. On one rank, or without the axis of a fault, most faults do nothing.
 """
 
 import itertools
@@ -44,12 +44,12 @@ Planted = AbstractContextManager[Any]
 
 
 def _unsummed(x: torch.Tensor, group: Any) -> Transfer:
-    """An all-reduce that is not made."""
+    """Return x as the result of an all-reduce, without communication."""
     return Transfer((), (x,))
 
 
 def _as_given(tensors: tuple[torch.Tensor, ...], group: Any) -> tuple[torch.Tensor, ...]:
-    """Parameters whose gradients are not summed."""
+    """Return the parameters themselves, so that their gradients are not summed."""
     return tensors
 
 
@@ -57,7 +57,7 @@ def _as_given(tensors: tuple[torch.Tensor, ...], group: Any) -> tuple[torch.Tens
 
 
 def smoothing_by_the_local_vocabulary() -> Planted:
-    """The mass of label smoothing is divided by the words of a shard."""
+    """The mass of label smoothing is divided by the vocabulary size of a shard."""
     original = cross_entropy_shards.statistics_of_shard
 
     def statistics(logits: torch.Tensor, target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
@@ -71,7 +71,7 @@ def smoothing_by_the_local_vocabulary() -> Planted:
 
 
 def input_gradient_not_summed() -> Planted:
-    """identity / all-reduce without its all-reduce: each rank keeps its part of dx."""
+    """The all-reduce of an input gradient is missing: each rank keeps its partial dx."""
     original = overlapped_linear.ColumnLinearFunction.backward
 
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -82,7 +82,7 @@ def input_gradient_not_summed() -> Planted:
 
 
 def gathered_gradient_summed() -> Planted:
-    """all-gather / reduce-scatter where every rank goes on with the same: the gradient counts once a rank."""
+    """A gather for identical computation on all ranks sums its gradient in backward: it counts once for every rank."""
     return patch.object(linear, "all_gather_split", all_gather_reduce_scatter)
 
 
@@ -96,7 +96,7 @@ def key_value_copies_not_summed() -> Planted:
 
 
 def head_norms_not_summed() -> Planted:
-    """The norms of queries and keys, whole on every rank, see a rank's heads only."""
+    """The gradients of the query and key norms, which every rank holds whole, are not summed over the ranks' heads."""
     return patch.object(attention, "identity_all_reduce_together", _as_given)
 
 
@@ -111,12 +111,12 @@ def padding_in_the_loss() -> Planted:
 
 
 def embedding_not_summed() -> Planted:
-    """Words of other ranks stay 0."""
+    """Embeddings of tokens on other ranks stay 0."""
     return patch.object(embedding, "start_all_reduce_", _unsummed)
 
 
 def head_gradient_not_summed() -> Planted:
-    """Each rank hands on what its part of the vocabulary gives."""
+    """Each rank passes on the gradient of its own part of the vocabulary."""
 
     def start(self: ShardExchange, partial: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: partial
@@ -153,7 +153,7 @@ def attention_dropout_by_the_local_head() -> Planted:
 
 
 def norm_gradient_not_summed() -> Planted:
-    """A norm between sequence shards keeps the gradient of its block."""
+    """A norm on sequence shards keeps the gradient of its own block of the sequence."""
     return patch.object(layer_norm, "identity_all_reduce_together", _as_given)
 
 
@@ -173,7 +173,7 @@ def positions_of_the_first_block() -> Planted:
 
 
 def dropout_of_the_first_block() -> Planted:
-    """Every block of the sequence has the masks of the first."""
+    """Every block of the sequence has the dropout masks of the first."""
     original = stack.TransformerStack._own
 
     def own(self: stack.TransformerStack, sequence: Any) -> Any:
@@ -193,7 +193,7 @@ def output_bias_not_summed() -> Planted:
 
 @contextmanager
 def last_rows_lost() -> Iterator[None]:
-    """Chunks of equal size: rows that they do not divide are in none."""
+    """Chunks have equal size, and the rows that remain are in no chunk."""
 
     def edges(length: int, num_chunks: int, multiple: int = 1) -> list[tuple[int, int]]:
         size = length // num_chunks
@@ -225,7 +225,7 @@ def recomputed_with_other_dropout() -> Planted:
 
 
 def averaged_over_replicas() -> Planted:
-    """Gradients are divided by the replicas, though the loss was divided by the targets of all."""
+    """Gradients are divided by the number of replicas, although the loss was divided by the targets of all replicas."""
 
     original = gradient_bucket.WholeBucket.start_sum
 
@@ -237,7 +237,7 @@ def averaged_over_replicas() -> Planted:
 
 
 def sent_a_microbatch_early() -> Planted:
-    """A bucket leaves before the last microbatch has added to it."""
+    """A bucket is sent before the last microbatch has added to it."""
     original = reduction.GradientBuckets.reduce_after_backwards
 
     def announce(self: reduction.GradientBuckets, count: int) -> None:
@@ -247,7 +247,7 @@ def sent_a_microbatch_early() -> Planted:
 
 
 def last_bucket_not_sent() -> Planted:
-    """The bucket that backward fills last keeps the gradients of a replica."""
+    """The bucket that backward fills last is not summed: it keeps this replica's gradients."""
     original = reduction._Queue._send
 
     def send(self: Any, end: int) -> None:
@@ -257,7 +257,7 @@ def last_bucket_not_sent() -> Planted:
 
 
 def dropout_by_the_replica() -> Planted:
-    """A replica counts its samples from 0, and so drops what the first replica drops."""
+    """A replica counts its samples from 0, so that it has the dropout masks of the first replica."""
     original, first = stack.masks_of_batch, list[int]()
 
     def masks(states: torch.Tensor, batch_slice: Any, batch: int, sequence: Any) -> DropoutMasks:
@@ -269,7 +269,7 @@ def dropout_by_the_replica() -> Planted:
 
 
 def divided_by_microbatches() -> Planted:
-    """Gradients are averaged over microbatches, though the loss was divided by the targets of all."""
+    """Gradients are averaged over microbatches, although the loss was divided by the targets of all microbatches."""
     original = PipelineExecutor.step
 
     def step(self: PipelineExecutor, inputs: Any, targets: Any, *, loss_divisor: float, **others: Any) -> Any:
@@ -279,7 +279,7 @@ def divided_by_microbatches() -> Planted:
 
 
 def targets_of_another_microbatch() -> Planted:
-    """The last stage takes the targets one microbatch late."""
+    """The last stage uses the targets of the previous microbatch."""
     original = PipelineExecutor.step
 
     def step(self: PipelineExecutor, inputs: Any, targets: Sequence[Any], **others: Any) -> Any:
@@ -292,7 +292,7 @@ def targets_of_another_microbatch() -> Planted:
 
 
 def tied_gradient_twice() -> Planted:
-    """Both copies of a tied weight hold the sum, and it is added once more."""
+    """The summed gradient of a tied weight counts twice: it is in both copies, which are added once more."""
     original = TiedWeight.reduce
 
     def reduce(self: TiedWeight) -> None:
@@ -311,7 +311,7 @@ def tied_gradient_not_summed() -> Planted:
 
 
 def deferred_product_lost() -> Planted:
-    """The weight gradients that a split backward put off are not made for the first microbatch."""
+    """The deferred weight gradients of a split backward are not computed for the first microbatch."""
     original = StageCompute.weight_grad
 
     def weight_grad(self: StageCompute, microbatch: int) -> None:
@@ -323,7 +323,7 @@ def deferred_product_lost() -> Planted:
 
 
 def handed_back_twice() -> Planted:
-    """The gradient that a stage hands to the one before is counted twice."""
+    """The gradient that a stage sends to the previous stage is doubled."""
     original = StageCompute.backward
 
     def backward(self: StageCompute, *args: Any, **keywords: Any) -> Any:
@@ -336,28 +336,28 @@ def handed_back_twice() -> Planted:
 
 
 def replicated_counted_by_every_rank() -> Planted:
-    """The gradient norm counts what every rank holds once a rank."""
+    """The gradient norm counts replicated parameters once for every rank."""
     return patch.object(gradient_norm, "_counted", lambda parts, shape, rank: list(parts))
 
 
 def _counted_on_the_first_rank() -> Planted:
-    """Only the first rank has a share in the norm that all ranks sum."""
+    """Only the first rank adds to the norm that all ranks sum."""
     original = gradient_norm._counted
     return patch.object(gradient_norm, "_counted", lambda *args: original(*args) if dist.get_rank() == 0 else [])
 
 
 def norm_of_one_shard() -> Planted:
-    """The gradient norm of the first tensor-parallel rank's shards only."""
+    """The gradient norm counts only the shards of the first tensor-parallel rank."""
     return _counted_on_the_first_rank()
 
 
 def norm_of_one_stage() -> Planted:
-    """The gradient norm of the first pipeline rank's stages only."""
+    """The gradient norm counts only the stages of the first pipeline rank."""
     return _counted_on_the_first_rank()
 
 
 def norm_of_own_rows() -> Planted:
-    """The gradient norm of the rows that the first replica updates only."""
+    """The gradient norm counts only the rows that the first replica updates."""
     return _counted_on_the_first_rank()
 
 
@@ -385,7 +385,7 @@ def summed_in_bfloat16() -> Planted:
 
 
 def sharded_sums_averaged() -> Planted:
-    """The sums of sharded gradients are divided by the shards, though the loss was divided by all targets."""
+    """Sums of sharded gradients are divided by the number of shards, although the loss was divided by all targets."""
 
     def start(blocks: torch.Tensor, shard: torch.Tensor, group: Any) -> Transfer:
         return start_reduce_scatter_blocks(blocks / group_size(group), shard, group)
@@ -394,7 +394,7 @@ def sharded_sums_averaged() -> Planted:
 
 
 def last_microbatch_kept() -> Planted:
-    """The sums of a microbatch replace those of the ones before."""
+    """The gradient sums of a microbatch replace the sums of earlier microbatches."""
     original = gradient_bucket.ShardedBucket.start_sum
 
     def start_sum(self: gradient_bucket.ShardedBucket) -> Callable[[], object]:
@@ -410,7 +410,7 @@ def copies_not_summed() -> Planted:
 
 
 def weights_of_the_start_gathered() -> Planted:
-    """Each forward and backward gathers the rows that a rank had at the start."""
+    """Each forward and backward gathers the rows that the ranks had at the start."""
     original = RowBlocks.start_receive
     kept: dict[RowBlocks, torch.Tensor] = {}
 
@@ -421,7 +421,7 @@ def weights_of_the_start_gathered() -> Planted:
 
 
 def gathered_in_another_order() -> Planted:
-    """Rows of one replica take the place of another's."""
+    """Each gathered block of rows is taken for the block of the next replica."""
     original = RowBlocks.start_receive
 
     def start_receive(self: RowBlocks, block: torch.Tensor, group: Any) -> Callable[[], torch.Tensor]:
@@ -432,7 +432,7 @@ def gathered_in_another_order() -> Planted:
 
 
 def clipped_on_the_first_rank_only() -> Planted:
-    """The other ranks update from gradients that are not scaled."""
+    """All ranks but the first update from unclipped gradients."""
     original = Optimizer.step
 
     def step(self: Optimizer, lr: float, gradient_scale: float = 1.0) -> None:
@@ -443,7 +443,7 @@ def clipped_on_the_first_rank_only() -> Planted:
 
 @contextmanager
 def sharded_biases_decayed() -> Iterator[None]:
-    """Biases that are shards are decayed like matrices."""
+    """Sharded biases get weight decay, as matrices do."""
     by_name, original = reduction.GradientBuckets.by_name, Optimizer._grouped
     sharded: set[str] = set()
 

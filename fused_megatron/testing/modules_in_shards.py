@@ -1,4 +1,4 @@
-"""Small modules of tensor-parallel layers, built as a user would build them, with batches for them."""
+"""Small modules of tensor-parallel layers, as a user would write them, with a batch for each."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ TOKENS = {
 
 
 class Perceptron(nn.Module):
-    """A column- and a row-parallel layer, and the mean of the squares of what they make of x."""
+    """A column-parallel and a row-parallel layer; the loss is the mean of the squared outputs."""
 
     def __init__(self, tp_group: Any) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class Perceptron(nn.Module):
         self.down = RowParallelLinear(2 * WIDTH, WIDTH, tp_group=tp_group, init_std=0.3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, WIDTH] to a scalar."""
+        """Return the scalar loss of x [B, WIDTH]."""
         loss: torch.Tensor = self.down(F.gelu(self.up(x))).square().mean()
         return loss
 
 
 class SmoothedLoss(nn.Module):
-    """An embedding tied to its head, and a loss with label smoothing."""
+    """An embedding that is tied to the head, and a loss with label smoothing."""
 
     def __init__(self, tp_group: Any) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class SmoothedLoss(nn.Module):
         self.words = VocabParallelEmbedding(VOCAB_SIZE, WIDTH, tp_group=tp_group, pad_to_multiple_of=4, init_std=0.5)
 
     def forward(self, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """ids, target [B, S] to a scalar."""
+        """Return the scalar loss of ids and target [B, S]."""
         logits = column_parallel_linear(torch.tanh(self.words(ids)), self.words.weight, tp_group=self.tp_group)
         return vocab_parallel_cross_entropy(
             logits, target, tp_group=self.tp_group, vocab_size=VOCAB_SIZE, label_smoothing=0.3
@@ -55,10 +55,10 @@ class SmoothedLoss(nn.Module):
 
 
 def perceptron(mesh: Any) -> Perceptron:
-    """For this mesh; None: for one process."""
+    """Build the module for a mesh, or for one process if mesh is None."""
     return Perceptron(None if mesh is None else mesh.tp_group)
 
 
 def smoothed_loss(mesh: Any) -> SmoothedLoss:
-    """For this mesh; None: for one process."""
+    """Build the module for a mesh, or for one process if mesh is None."""
     return SmoothedLoss(None if mesh is None else mesh.tp_group)

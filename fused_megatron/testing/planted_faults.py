@@ -1,7 +1,7 @@
-"""Table of faults of parallel training: how each is planted, what shows it, and what must be reported of it.
+"""Table of faults of parallel training: the plant of each fault, a run that shows it, and the expected report.
 
-`fused-megatron verify` and `fm.verify` are held to it (tests/testing/test_planted_faults.py): a layout is right
-without the fault, and with it the axis and the tensor are named. A new axis adds its faults here.
+tests/testing/test_planted_faults.py runs `fused-megatron verify` and `fm.verify` on every fault. Without the fault the
+layout must be right; with it the report must name the axis and the tensor. A new axis adds its faults here.
 """
 
 import re
@@ -32,11 +32,11 @@ class Fault:
     """One fault.
 
     Attributes:
-        name: what goes wrong.
-        plant: a context in which it does, in this process.
-        axis: the part of the layout that must be named.
-        tensor: a pattern for the words that name the first tensor that differs.
-        config: a run that shows it; None where a module does.
+        name: name of the fault.
+        plant: returns a context that plants the fault into this process.
+        axis: part of the layout that the report must name.
+        tensor: regular expression for the reported name of the first tensor that differs.
+        config: a run that shows the fault; None if a module shows it.
         build_model, batch: a module and its batch, as fm.verify takes them, on two tensor-parallel ranks.
     """
 
@@ -49,12 +49,12 @@ class Fault:
     batch: Any = None
 
     def is_named_by(self, described: str) -> bool:
-        """Whether these words name the tensor."""
+        """Return whether this text names the expected tensor."""
         return re.search(self.tensor, described) is not None
 
 
 def _run(model: TransformerConfig | None = None, **parallel: Any) -> TrainConfig:
-    """A run on two ranks of an axis; `parallel` are fields of ParallelConfig."""
+    """Return the config of a small run; `parallel` are fields of ParallelConfig."""
     parallel.setdefault("data_parallel_size", 1)
     return TrainConfig(
         model or _gpt(),
@@ -81,7 +81,7 @@ def _fault(
     parallel: Mapping[str, Any],
     model: TransformerConfig | None = None,
 ) -> Fault:
-    """A fault that a run shows, with the name of its plant."""
+    """Return a fault that a run shows; its name is the name of its plant."""
     return Fault(plant.__name__.replace("_", " "), plant, axis, tensor, _run(model, **parallel))
 
 
@@ -180,5 +180,5 @@ FAULTS = (
 
 
 def fault(name: str) -> Fault:
-    """The fault of this name."""
+    """Return the fault with this name."""
     return next(each for each in FAULTS if each.name == name)

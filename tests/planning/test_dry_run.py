@@ -1,4 +1,4 @@
-"""Start here when a dry run differs from the ranks that really run: what they hold, compute and send."""
+"""Start here when a dry run differs from real ranks in memory, computation or transfers."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ def config_of(
     dtype: str = "float32",
     **model: Any,
 ) -> TrainConfig:
-    """Of a GPT of 2 blocks a stage, wide enough that what gloo's threads hold for longer is little of its peak."""
+    """Return the config of a GPT with 2 blocks a stage, so wide that tensors held by gloo's threads hardly count."""
     num_layers = 2 * pp * (stages or 1)
     sizes = {"num_layers": num_layers, "hidden_size": 128, "num_heads": 4, "seq_len": 32, "vocab_size": 501}
     parallel = ParallelConfig(
@@ -59,7 +59,7 @@ def config_of(
 
 
 def random_layouts(count: int) -> list[TrainConfig]:
-    """Of 2 and 4 ranks."""
+    """Return random configs of 2 and 4 ranks."""
     draw = random.Random(17)
     shapes = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2), (4, 1, 1), (1, 4, 1)]
     schedules = [
@@ -104,7 +104,7 @@ FAST = [
 
 
 def real_rank(rank: int, world_size: int, config: TrainConfig, shared_memory: bool) -> tuple[Any, ...]:
-    """(held before the step, behind it, peak, transfers, parameters, FLOPs) of a real rank."""
+    """Return (bytes before the step, bytes after it, peak, transfers, parameters, FLOPs) of a real rank."""
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "on" if shared_memory else "off"
     step = record_real_step(config, torch.device("cpu"))
     work: Counter[Work] = Counter()
@@ -113,7 +113,7 @@ def real_rank(rank: int, world_size: int, config: TrainConfig, shared_memory: bo
     transfers = transfers_of(work, step.assembly.mesh.sizes)
     num_parameters = sum(parameter.numel() for parameter in step.assembly.parameters.values())
     peak = step.recorder.storages.peak(step.assembled).num_bytes
-    for _ in range(4):  # gloo's threads let go of a tensor when they take the next work
+    for _ in range(4):  # a gloo thread releases a tensor when it starts its next operation
         dist.barrier()
     held_bytes = step.recorder.storages.held_bytes()
     step.assembly.executor.close()
@@ -127,7 +127,7 @@ def assert_same(found: RankReport, real: tuple[Any, ...], name: str) -> None:
     assert sum(found.peak.values()) == found.peak_bytes
     assert dict(found.transfers) == transfers, name
     assert (found.num_parameters, found.flops) == (num_parameters, flops), name
-    assert found.host_syncs == 1, name  # loss, gradient norm and flags at the end of a step, in one piece
+    assert found.host_syncs == 1, name  # one read of loss, gradient norm and flags at the end of a step
 
 
 def compare(configs: list[TrainConfig]) -> None:
@@ -153,7 +153,7 @@ def test_random_layouts() -> None:
 
 @pytest.mark.slow
 def test_shared_memory_carries_the_same_transfers() -> None:
-    """It keeps what it carries until its ring comes round, which no dry run knows."""
+    """Memory is not compared: shared memory keeps a message until its ring reuses the slot, unlike a dry run."""
     config = FAST[0]
     (ranks,) = run_cases_on_ranks(real_rank, 2, [(config, True)])
     for rank, (assembled, _, _, transfers, *_) in enumerate(ranks):
@@ -211,7 +211,7 @@ def test_kinds_of_a_step() -> None:
     assert report.transfers["all_reduce", "tp+dp"] == Transfers(1, 72)
     zero = DryRun(sharded).rank(0)
     assert zero.by_kind()["optimizer state"] == pytest.approx(6 * number, rel=0.01)
-    assert zero.by_kind()["gradients"] > 4 * number  # and what leaves in the last backward, where the peak is
+    assert zero.by_kind()["gradients"] > 4 * number  # also packed copies: the peak is in the last backward
 
 
 def test_bert() -> None:

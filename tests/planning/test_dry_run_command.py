@@ -1,4 +1,4 @@
-"""Start here when `fused-megatron dry-run` prints something else than its dry run found, or answers bad input badly."""
+"""Start here when `fused-megatron dry-run` prints other numbers than its dry run, or reports bad input badly."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Start here when the predicted bytes of an optimizer's state are not what its tensors take."""
+"""Start here when the predicted bytes of an optimizer's state differ from the bytes of its tensors."""
 
 import dataclasses
 from typing import Any

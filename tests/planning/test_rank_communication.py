@@ -1,4 +1,4 @@
-"""Start here when a stage sends more or less than planning.rank_communication says, in a form that no preset has."""
+"""Start here when a stage of a model form that no preset has sends other bytes than planning.rank_communication."""
 
 from typing import Any
 

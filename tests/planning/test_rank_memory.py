@@ -1,4 +1,4 @@
-"""Start here when the predicted memory of a rank is not what a training step takes."""
+"""Start here when the predicted memory of a rank differs from the memory of a training step."""
 
 import dataclasses
 import gc
@@ -41,7 +41,7 @@ CONFIGS = [
 
 
 def peaks(rank: int, world_size: int) -> list[tuple[int, int, int]]:
-    """Of each config the peak bytes, parameters and place in the pipeline of this rank."""
+    """Return for each config the peak bytes, number of parameters and pipeline rank of this rank."""
     os.environ["KINETO_LOG_LEVEL"] = "99"
     sys.path.insert(0, str(BENCHMARKS))
     from node_steps import build_trainer  # noqa: PLC0415 - of benchmarks
@@ -55,7 +55,7 @@ def peaks(rank: int, world_size: int) -> list[tuple[int, int, int]]:
                 made.append(build_trainer(config, torch.device("cpu"), Path(folder)))
                 made[0].train_step()
 
-            gc.collect()  # what is freed while it is measured would count against it
+            gc.collect()  # memory that is freed during the measurement would lower the peak
             peak = CpuDevice().peak_bytes(begin)
             assert peak is not None
             trainer = made.pop()
@@ -69,8 +69,8 @@ def test_peak_of_a_step() -> None:
         for config, (peak, num_parameters, pp_rank) in zip(CONFIGS, rank, strict=True):
             memory = rank_memory(config, pp_rank)
             assert memory.num_parameters == num_parameters
-            # What a block or the head needs while it computes is a guess; and there is what does not grow with the
-            # model, such as that with which a group is measured.
+            # The formula estimates temporary tensors. The 6e6 bytes are memory that does not grow with the model, such
+            # as the tensors that measure a group's speed.
             assert 0.85 * memory.total < peak < 1.05 * memory.total + 6e6, (config, peak, memory)
 
 
@@ -95,7 +95,7 @@ def test_a_block_keeps_the_bytes_of_the_formula(tp: int, form: dict[str, Any], o
 
 
 def test_the_fullest_rank_of_a_pipeline() -> None:
-    """The first keeps the most microbatches; every part is that of the formula."""
+    """The first rank keeps the most microbatches; every part equals its formula."""
     config = config_of("bfloat16", batch=16, parallel={"pipeline_parallel_size": 4})
     first, second, *_ = ranks = [rank_memory(config, rank) for rank in range(4)]
     assert rank_memory(config) == max(ranks, key=lambda memory: memory.total)
@@ -103,11 +103,11 @@ def test_the_fullest_rank_of_a_pipeline() -> None:
     weights = dataclasses.astuple(second)[:4]
     block = 12 * 256**2 + 13 * 256
     assert weights == (block, 2 * block, 4 * block, 12 * block)
-    # 3 of the 4 stages' microbatches are under way on the second: 16 widths and the statistics of kernel and norms.
+    # The second of 4 stages keeps 3 microbatches: 16 widths, and the statistics of the kernel and the norms.
     tokens = 2 * 128
     assert second.activations == 3 * tokens * (2 * (4 + 4 + 8) * 256 + 4 * 8 + 16)
     replicas = rank_memory(dataclasses.replace(config, parallel=ParallelConfig(pipeline_parallel_size=4)), 0, 2)
-    assert replicas.activations == first.activations  # 4 microbatches fill a pipeline of 4, as 8 do
+    assert replicas.activations == first.activations  # 4 microbatches fill a pipeline of 4 as 8 microbatches do
     assert replicas.optimizer == -(-first.optimizer // 24) * 12  # each replica has the state of half the parameters
 
 

@@ -1,4 +1,4 @@
-"""Comparison of what several ranks computed with what one process computed, tensor by tensor."""
+"""Comparison of the tensors of several ranks with the tensors of one process."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,37 +17,38 @@ from fused_megatron.planning.verify.records import (
     full_arrays,
 )
 
-# Allowed distance of a float32 result from one process, relative to a scale of the tensor (Reference.scale):
-# sums of a few thousand products are made in another order, and a model of some blocks adds their roundings up. Right
-# layouts of all forms reach a tenth of it (tests/planning/verify/test_config_check.py prints them), planted faults a
-# hundred times and more.
+# Largest allowed float32 error, relative to the scale of the tensor (Reference.scale). A layout sums a few thousand
+# products in another order than one process, and the rounding errors of the blocks add up. Right layouts reach a tenth
+# of this (tests/planning/verify/test_config_check.py prints them); planted faults exceed it a hundred times and more.
 FLOAT32 = 2e-5
-# Of a weight, relative to the learning rate: an update is the gradient over the root of its square plus eps, so that
-# an error of the gradient counts as much as it is beside eps.
+# Largest allowed error of a weight in one update, relative to the learning rate. AdamW divides a gradient by the root
+# of its square plus eps, so an error of the gradient counts relative to eps.
 UPDATE = 2e-3
-# What a float32 weight may be off by its own rounding, in units of eps of the largest one.
+# Largest error of a float32 weight by its own rounding, in units of eps times the largest weight.
 WEIGHT_ULPS = 4.0
-# Low precision: so many times the error that one process in this precision has beside float32. The sum over R ranks
-# rounds R partial sums, which one process does not: 1.8 times the error for R = 4 (testing/sharded_tolerances.py).
+# Low precision: largest allowed error, in units of the error of one process in this precision beside float32. The sum
+# over R ranks also rounds R partial sums: 1.8 times the error for R = 4 (testing/sharded_tolerances.py).
 LOW_PRECISION_FACTOR = 4.0
-# A number (loss, norm) of one process may be right by luck, errors of both signs in it: at least a sixteenth of what a
-# bfloat16 number may be off by, relative.
+# Least relative error that is assumed for a number (loss, norm) of one process in low precision, whose errors may
+# cancel by luck: a sixteenth of the largest rounding error of a bfloat16 number.
 LEAST_NUMBER_ERROR = 2.0**-12
-# A tensor's gradient may be only rounding beside the largest gradient of the model (the bias of keys has 0).
+# Least scale of a gradient, relative to the largest gradient of the model: some gradients are nothing but rounding
+# errors (the gradient of the bias of keys is 0).
 SMALLEST_GRADIENT = 1e-2
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first tensor that is not what one process computes.
+    """The first tensor that differs from one process.
 
     Attributes:
-        kind, step, tensor: which one, as records.Key.
-        part: of a parameter that stacks several full ones.
-        described: the same in words.
-        error, allowed: relative to the scale of the tensor; error is nan where a number is.
-        ranks: that differ, and what they hold of it, in words.
-        ranks_right: that hold some of it and do not differ.
+        kind, step, tensor: kind, step and name of the tensor, as in records.Key.
+        part: name of the part, if the parameter stacks several full ones.
+        described: kind, step, tensor and part as text.
+        error, allowed: error and largest allowed error, relative to the scale of the tensor; error is nan if a number
+            of the tensor is nan.
+        ranks: for each rank that differs, the rank and its elements of the tensor as text.
+        ranks_right: ranks that hold elements of the tensor and do not differ.
     """
 
     kind: str
@@ -63,14 +64,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Row:
-    """All tensors of a kind.
+    """Comparison of all tensors of a kind.
 
     Attributes:
-        kind: as of records.
-        num_tensors: compared.
-        num_different: of them.
-        error, allowed: of the tensor that comes nearest to what is allowed, or exceeds it most; relative.
-        where: that tensor and the rank, in words.
+        kind: kind of the tensors, as in records.
+        num_tensors: number of compared tensors.
+        num_different: number of tensors that differ.
+        error, allowed: relative error and largest allowed error of the tensor for which error / allowed is largest.
+        where: this tensor and its rank as text.
     """
 
     kind: str
@@ -83,12 +84,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a comparison.
+    """Result of a comparison.
 
     Attributes:
-        rows: one for each kind.
-        first: the first tensor in the order of computation that differs; None where none does.
-        first_hint: the first of the kinds that may differ (Reference.hints).
+        rows: a row for each kind of tensor.
+        first: the first tensor in the order of computation that differs; None if no tensor differs.
+        first_hint: the first tensor that differs, of the kinds that may differ (Reference.hints).
     """
 
     rows: tuple[Row, ...]
@@ -97,14 +98,14 @@ class Comparison:
 
 
 class Reference:
-    """What one process computed, and how far others may be from it.
+    """Tensors of one process, and the largest allowed error of each.
 
     Args:
-        record: of one process in float32.
+        record: record of one process in float32.
         lr: learning rate of every update.
-        yardstick: of one process in the precision of the layout; None for float32.
-        hints: kinds of tensors that may differ where the result is right (partial sums of a user's module).
-        tolerance: in place of FLOAT32.
+        yardstick: record of one process in the precision of the layout; None for float32.
+        hints: kinds of tensors that may differ although the result is right (partial sums of a user's module).
+        tolerance: replaces FLOAT32.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Reference:
                 self._low_precision[key.kind] = max(error, self._low_precision.get(key.kind, 0.0))
 
     def scale(self, key: Key) -> float:
-        """What an error of this tensor is relative to, above 0."""
+        """Return the scale of this tensor, by which its errors are divided; above 0."""
         largest = self._largest[key]
         if key.kind == WEIGHT:
             return self._lr
@@ -141,12 +142,12 @@ class Reference:
         return largest or 1.0
 
     def allowed(self, key: Key) -> float:
-        """The largest error of this tensor, relative to its scale."""
+        """Return the largest allowed error of this tensor, relative to its scale."""
         if key.kind == START:
             return 0.0
         if self._low_precision:
             return LOW_PRECISION_FACTOR * self._low_precision[key.kind]
-        updates = key.step  # each brings the errors of those before it
+        updates = key.step  # every update adds its errors to the errors of the updates before it
         if key.kind == WEIGHT:
             rounding = WEIGHT_ULPS * float(np.finfo(np.float32).eps) * self._largest[key] / self._lr
             return updates * (UPDATE + rounding)
@@ -155,7 +156,7 @@ class Reference:
 
 @dataclass
 class _Found:
-    """One tensor on all ranks: the worst rank, those that differ, those that do not."""
+    """Comparison of one tensor on all ranks: the worst rank, the ranks that differ, the ranks that do not."""
 
     error: float = 0.0
     worst: str = ""
@@ -167,7 +168,7 @@ class _Found:
 def compare(reference: Reference, ranks: Sequence[RankRecord]) -> Comparison:
     """Compare the records of all ranks with the record of one process."""
     rows: dict[str, Row] = {}
-    first: dict[bool, Difference] = {}  # by whether it is a hint
+    first: dict[bool, Difference] = {}  # the key is whether the difference is only a hint
     for key, full in reference.arrays.items():
         found, allowed = _compare_tensor(reference, key, full, ranks), reference.allowed(key)
         differs = bool(found.wrong)
@@ -193,7 +194,7 @@ def _described(key: Key, part: str) -> str:
 
 
 def _with(row: Row | None, key: Key, found: _Found, allowed: float, differs: bool) -> Row:
-    """A row with one more tensor."""
+    """Return a row with one more tensor."""
     count, different = (row.num_tensors, row.num_different) if row else (0, 0)
     error, most, where = (row.error, row.allowed, row.where) if row else (0.0, allowed, "")
     if row is None or not _share(found.error, allowed) <= _share(error, most):
@@ -203,7 +204,7 @@ def _with(row: Row | None, key: Key, found: _Found, allowed: float, differs: boo
 
 
 def _share(error: float, allowed: float) -> float:
-    """Of what is allowed; nan exceeds all."""
+    """Return error / allowed; inf if error is nan."""
     if np.isnan(error):
         return float("inf")
     return error / allowed if allowed else float("inf") if error else 0.0
@@ -245,7 +246,7 @@ def _coordinates(axes: Mapping[str, int]) -> str:
 
 
 def _place(place: Sequence[tuple[int, int]], shape: Sequence[int]) -> str:
-    """Which elements of the full tensor, in words."""
+    """Return text that names these elements of the full tensor."""
     if not place or all(start == 0 and stop == size for (start, stop), size in zip(place, shape, strict=True)):
         return "all of it"
     shown = ", ".join(f"{start}:{stop}" for start, stop in place)
@@ -260,4 +261,4 @@ NAMES = {
     NORM: "gradient norm",
     WEIGHT: "weights after updates",
 }
-"""What a table calls the kinds."""
+"""Names of the kinds of tensors in a table."""

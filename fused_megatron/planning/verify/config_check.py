@@ -1,4 +1,4 @@
-"""Verification of a run's config: its layout, reduced, beside one process."""
+"""Verification of a config: comparison of its layout with one process, with a reduced model."""
 
 import itertools
 import os
@@ -23,11 +23,11 @@ from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 TIMEOUT_S = 120.0
 
 RunLayout = Callable[[TrainConfig], list[RankRecord]]
-"""Trains a config on its own ranks; what each of them recorded."""
+"""Function that trains a config on its own ranks and returns the record of each rank."""
 
 
 def run_layout_on_ranks(config: TrainConfig) -> list[RankRecord]:
-    """run_layout on new gloo ranks. Raises RankError as run_on_ranks."""
+    """Call run_layout on new gloo ranks. Raises RankError as run_on_ranks does."""
     return run_on_ranks(run_layout, config.parallel.num_ranks, config, timeout_s=TIMEOUT_S)
 
 
@@ -42,11 +42,11 @@ def verify_config(
     """Train a reduced config in its layout and on one process, and compare every tensor.
 
     Args:
-        config: any that `fused-megatron train` takes; its data are not read (tokens are random).
-        subject: what a table calls it.
-        all_pairs: every two of the axes in use, one after the other; else three axes at once.
-        own_dtype: in the precision of the config, not in float32.
-        run: how the ranks of a layout run; one process always runs as run_layout_on_ranks.
+        config: any config of `fused-megatron train`; its data is not read (tokens are random).
+        subject: name of the config in the table.
+        all_pairs: run every pair of the axes in use, one after the other. False: one run with at most three axes.
+        own_dtype: compute in the precision of the config. False: in float32.
+        run: function that runs the ranks of a layout. The one process always runs by run_layout_on_ranks.
 
     Raises:
         InputError: as reduce_config.
@@ -71,7 +71,7 @@ def _setting(config: TrainConfig, reduced: TrainConfig, kept: tuple[str, ...], a
 
 
 def _verify_layout(config: TrainConfig, run: RunLayout) -> LayoutResult:
-    """One layout of a reduced config."""
+    """Verify the layout of a reduced config."""
     started = time.monotonic()
     reference = _reference(config)
 
@@ -95,7 +95,7 @@ def _verify_layout(config: TrainConfig, run: RunLayout) -> LayoutResult:
 
 
 def _reference(config: TrainConfig) -> Reference:
-    """Of one process in float32; in a lower precision also what one process is off by in that."""
+    """Run one process in float32, and for a lower precision also in that precision, whose errors scale the limits."""
     one = with_parts(config, ())
     dtype = DTYPES[config.training.dtype]
     in_float32 = _one_process(_in_dtype(one, "float32"), dtype)
@@ -113,7 +113,7 @@ def _in_dtype(config: TrainConfig, dtype: str) -> TrainConfig:
 
 
 def _tried(config: TrainConfig, reference: Reference, run: RunLayout) -> tuple[Comparison | None, str | None]:
-    """The comparison, or what a rank raised."""
+    """Return the comparison, or else the error of a rank as text."""
     try:
         return compare(reference, run(config)), None
     except RankError as error:
@@ -121,7 +121,7 @@ def _tried(config: TrainConfig, reference: Reference, run: RunLayout) -> tuple[C
 
 
 def check_starts_own_ranks(caller: str) -> None:
-    """Raise on ranks that a launcher started, which would each start ranks of their own.
+    """Raise on ranks that a launcher started: each would start ranks of its own.
 
     Raises:
         SharedInputError: on every such rank.
@@ -133,7 +133,7 @@ def check_starts_own_ranks(caller: str) -> None:
 
 
 def describe_error(error: RankError) -> str:
-    """What went wrong on which rank, in one line."""
+    """Return one line with the error and its rank."""
     raised = {rank: each for rank, each in error.errors.items() if each is not None}
     if raised:
         rank, cause = next(iter(raised.items()))

@@ -1,4 +1,4 @@
-"""The parts of a layout that can be switched off: each axis, and what changes how one rank computes."""
+"""The parts of a layout that can be switched off: mesh axes, microbatches, recomputation, overlap."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -9,9 +9,9 @@ MICROBATCHES, RECOMPUTE, TENSOR, SEQUENCE = "microbatches", "recomputation", "te
 OVERLAP, PIPELINE, DATA = "overlap", "pipeline parallel", "data parallel"
 
 AXES = {"tp": TENSOR, "pp": PIPELINE, "dp": DATA}
-"""Of the mesh, with the names that a report gives them."""
+"""Axes of the mesh, with their names in a report."""
 
-# Each part and what it needs to do anything, before it.
+# Each part, with the parts that must be in use for it to have an effect.
 NEEDS = {
     MICROBATCHES: (),
     RECOMPUTE: (),
@@ -24,7 +24,7 @@ NEEDS = {
 
 
 def parts_of(config: TrainConfig) -> tuple[str, ...]:
-    """The parts of a layout in use, in the order of NEEDS."""
+    """Return the parts that a layout uses, in the order of NEEDS."""
     parallel, training = config.parallel, config.training
     tensor, replicas = parallel.tensor_parallel_size > 1, parallel.data_parallel_size or 1
     used = {
@@ -42,9 +42,9 @@ def parts_of(config: TrainConfig) -> tuple[str, ...]:
 
 
 def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
-    """The config with these parts of its layout, and without the others; the same model, batch and updates.
+    """Return the config with only these parts of its layout; model, batch and updates stay the same.
 
-    Without any part it is one process that takes the whole batch at once and keeps all activations.
+    Without any part it is the config of one process that takes the whole batch at once and keeps all activations.
     """
     parallel, training, model = config.parallel, config.training, config.model
     if TENSOR not in parts:
@@ -66,7 +66,7 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
 
 
 def describe_layout(config: TrainConfig) -> str:
-    """The parts of a layout in words: "tp 2 (sequence parallel) x pp 2 (1f1b) x dp 2"."""
+    """Return the parts of a layout as text: "tp 2 (sequence parallel) x pp 2 (1f1b) x dp 2"."""
     parallel, parts = config.parallel, parts_of(config)
     words = []
     if TENSOR in parts:
@@ -82,7 +82,7 @@ def describe_layout(config: TrainConfig) -> str:
 
 
 def _zero(parallel: ParallelConfig) -> str:
-    """The stage of ZeRO in words; nothing for a default."""
+    """Return the ZeRO stage as text; "" for the default."""
     if parallel.zero_stage is None:
         return ""
     shards = "" if parallel.zero_shard_size is None else f" over {parallel.zero_shard_size}"

@@ -1,4 +1,4 @@
-"""Three updates of a reduced config on this rank, by the parts that the trainer uses, with every tensor recorded."""
+"""Three recorded updates of a reduced config on this rank, with the trainer's own parts."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -35,22 +35,22 @@ from fused_megatron.sharding.gradient_norm import clip_coefficient
 
 NUM_UPDATES = 3
 IGNORED = -100
-# Modules whose output is [S, B, H], or this rank's block of the sequence of it.
+# Modules whose output is [S, B, H], or this rank's block of the sequence.
 _SEEN = ("token_embedding", "embedding_norm", "final_norm", "head_transform", "head_norm")
 _SEEN_IN_BLOCKS = ("", "attention_norm", "attention", "mlp_norm", "mlp")
 
 
 def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torch.dtype | None = None) -> RankRecord:
-    """Train a few steps and report every tensor. Every rank calls it, as run_on_ranks does.
+    """Train for NUM_UPDATES steps and return every tensor. run_on_ranks calls it on every rank.
 
     Args:
-        config: of seconds on a CPU, with model.vocab_size and every axis of the mesh given.
-        rounded_to: round the weights to the numbers of this dtype before the first step.
+        config: a config that takes seconds on a CPU, with model.vocab_size and the size of every mesh axis.
+        rounded_to: round the weights to this dtype before the first step.
 
     Raises:
         InputError: as build_mesh, plan_pipeline and the model.
 
-    Communication: of the run itself, with the trainer's message of a step.
+    Communication: as the trainer's steps.
     """
     device = torch.device("cpu")
     mesh, plan = build_mesh(config, device.type), plan_pipeline(config)
@@ -74,7 +74,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
         sums = sum_over_ranks(assembly, loss_sum, (), group)
         record.add_number(Key(LOSS, step + 1), sums.loss)
         gradients = assembly.whole(assembly.gradients.by_name(parameters))
-        for name, gradient in reversed(gradients.items()):  # as backward reaches them
+        for name, gradient in reversed(gradients.items()):  # in the order of backward
             record.add_parameter(Key(GRADIENT, step + 1, name), parameters[name], gradient)
         record.add_number(Key(NORM, step + 1), sums.gradient_norm)
         assembly.update(config.optimizer.lr, clip_coefficient(sums.gradient_norm, config.optimizer.clip_norm))
@@ -86,7 +86,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
 
 @torch.no_grad()
 def move_vectors_(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Move norms and biases away from 1 and 0, the same at every layout: a fault would hide behind such values."""
+    """Move norms and biases away from 1 and 0, by the same values in every layout: 1 and 0 would hide a fault."""
     for name, parameter in parameters.items():
         if parameter.dim() == 1:
             generator = torch.Generator().manual_seed(sum(map(ord, name)))
@@ -96,9 +96,9 @@ def move_vectors_(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
-    """This data-parallel rank's rows of a global batch of random tokens, and the targets of all rows.
+    """Return this data-parallel rank's rows of a random global batch, and the number of targets in all rows.
 
-    Targets that are ignored are spread unevenly: over samples, and so over microbatches and ranks; one sample has none.
+    Ignored targets are spread unevenly over samples, and so over microbatches and ranks. One sample has no target.
     """
     model, rows = config.model, config.training.global_batch_size
     generator = torch.Generator().manual_seed(config.training.seed + step)
@@ -121,7 +121,7 @@ def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
 
 
 class _OutputHooks:
-    """Hooks that record what modules return in forward, each microbatch as a piece of the whole batch [S, B, H]."""
+    """Hooks that record the outputs of modules in forward: a microbatch is a piece of the whole batch [S, B, H]."""
 
     def __init__(
         self, record: RankRecord, stages: Mapping[int, TransformerStack], config: TrainConfig, mesh: Mesh

@@ -1,4 +1,4 @@
-"""Search for the part of a layout that makes it differ: each part is tried by itself, then two of them together."""
+"""Search for the part of a layout that is at fault: it tries each part by itself, then pairs of parts."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ from fused_megatron.planning.verify.layout_parts import (
 
 @dataclass(frozen=True)
 class Cause:
-    """Which part of a layout is at fault.
+    """The parts of a layout that are at fault.
 
     Attributes:
-        parts: that differ by themselves; or, with `together`, that differ only with each other.
-        together: no part differs by itself.
+        parts: parts that differ by themselves; with `together`, parts that differ only in combination.
+        together: whether no part differs by itself.
         right: parts that were tried and do not differ.
     """
 
@@ -31,7 +31,7 @@ class Cause:
     right: tuple[str, ...]
 
     def describe(self) -> str:
-        """In words."""
+        """Return the cause as text."""
         right = f"; by {'itself' if len(self.right) == 1 else 'themselves'} right: {', '.join(self.right)}"
         names = " with ".join(self.parts) if self.together else ", ".join(self.parts)
         how = " (only together)" if self.together else ""
@@ -39,11 +39,11 @@ class Cause:
 
 
 def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool]) -> Cause:
-    """The cause of a difference that a layout with all these parts has.
+    """Find the cause of a difference between a layout with all these parts and one process.
 
     Args:
-        parts: in use, in the order of layout_parts.NEEDS.
-        differs: trains with these parts only, and returns whether the result differs from the result of one process.
+        parts: the parts in use, in the order of layout_parts.NEEDS.
+        differs: trains with only the given parts, and returns whether the result differs from one process.
     """
     if len(parts) == 1:
         return Cause(tuple(parts), False, ())
@@ -54,7 +54,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
             continue
         if differs(_with_needs(part, parts)):
             wrong.append(part)
-            if part == MICROBATCHES:  # every other part is tried with them
+            if part == MICROBATCHES:  # every other part would be tried with microbatches
                 break
         else:
             right.append(part)
@@ -69,7 +69,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
 
 
 def _before(part: str) -> tuple[str, ...]:
-    """Parts at whose fault this one is not tried."""
+    """Return the parts that must be right before this part is tried."""
     return (*NEEDS[part], SEQUENCE) if part == OVERLAP else NEEDS.get(part, ())
 
 

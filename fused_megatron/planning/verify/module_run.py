@@ -1,4 +1,4 @@
-"""Three updates of a user's module on this rank, with every tensor recorded."""
+"""Three recorded updates of a user's module on this rank."""
 
 import inspect
 import math
@@ -35,10 +35,10 @@ from fused_megatron.testing.rank_host import load_module
 
 @dataclass(frozen=True)
 class FunctionOfFile:
-    """A function that ranks load by the file it stands in, as a script's or a test's cannot be imported.
+    """A function that ranks load from its file, because they cannot import functions of a script or a test.
 
     Attributes:
-        module_name, path, qualified_name: where it stands.
+        module_name, path, qualified_name: module, file and qualified name of the function.
     """
 
     module_name: str
@@ -47,10 +47,10 @@ class FunctionOfFile:
 
     @classmethod
     def of(cls, name: str, function: Callable[..., Any]) -> "FunctionOfFile | Callable[..., Any]":
-        """The function, or what else is called, as ranks can get it.
+        """Return a function in a form that ranks can load; return any other callable unchanged.
 
         Raises:
-            InputError: a lambda, a function inside another, or one that was typed and stands in no file.
+            InputError: a lambda, a function inside another function, or a function that is in no file.
         """
         if not inspect.isfunction(function):
             check(callable(function), f"{name}={function!r:.60} must be a function")
@@ -63,7 +63,7 @@ class FunctionOfFile:
         return cls(function.__module__, os.path.abspath(function.__code__.co_filename), shown)
 
     def load(self) -> Callable[..., Any]:
-        """The function, in this process."""
+        """Return the function, loaded into this process."""
         found: Any = load_module(self.module_name, self.path)
         for name in self.qualified_name.split("."):
             found = getattr(found, name)
@@ -73,11 +73,11 @@ class FunctionOfFile:
 
 @dataclass(frozen=True)
 class ModuleRun:
-    """What every rank trains with.
+    """Inputs of every rank's training.
 
     Attributes:
-        build_model, batch, loss_fn, reduce_gradients, lr, seed: as of verify.
-        sizes: of the axes, by their names in init_mesh; None: one process without a mesh.
+        build_model, batch, loss_fn, reduce_gradients, lr, seed: as the arguments of verify.
+        sizes: size of each mesh axis, by its name in init_mesh; None: one process without a mesh.
     """
 
     build_model: Any
@@ -94,10 +94,10 @@ class ModuleRun:
 
 
 def run_module(rank: int, world_size: int, run: ModuleRun) -> RankRecord:
-    """Train a module a few steps and report every tensor. Every rank calls it, as run_on_ranks does.
+    """Train a module for NUM_UPDATES steps and return every tensor. run_on_ranks calls it on every rank.
 
     Raises:
-        InputError: build_model or loss_fn return something else than wanted.
+        InputError: build_model or loss_fn returned a wrong type.
         Other errors of the user's functions.
     """
     torch.manual_seed(run.seed)
@@ -144,7 +144,7 @@ def run_module(rank: int, world_size: int, run: ModuleRun) -> RankRecord:
 
 
 def _own_rows(batch: Any, mesh: Mesh | None) -> tuple[Any, int]:
-    """This data-parallel rank's rows of every tensor, and which is the first."""
+    """Return this data-parallel rank's rows of every tensor, and the index of the first row."""
     ranks, rank = (1, 0) if mesh is None else (mesh.dp_size, mesh.dp_rank)
 
     def own(value: Any) -> Any:
@@ -192,7 +192,7 @@ def _mean_over_replicas(loss: torch.Tensor, mesh: Mesh | None) -> float:
 
 
 def _output_hooks(model: nn.Module, record: RankRecord, first_row: int) -> list[Any]:
-    """Hooks that record what every submodule returns first, its first dim taken for the rows of the batch."""
+    """Register hooks that record the first output of every submodule; its dim 0 counts as the rows of the batch."""
 
     def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         y, key = output[0] if isinstance(output, tuple) and output else output, Key(OUTPUT, 1, name)

@@ -1,4 +1,4 @@
-"""What a rank reports of a training run: every tensor as pieces of the full one, with their place in it."""
+"""Record of a rank's tensors in a training run, as pieces of full tensors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,7 +11,8 @@ from fused_megatron.sharding import parameter_parts
 from fused_megatron.sharding.full_tensor import held_values
 
 START, OUTPUT, LOSS, GRADIENT, NORM, WEIGHT = "start", "output", "loss", "gradient", "norm", "weight"
-"""Kinds of tensors: weights before the first update, outputs of modules, .., weights after an update."""
+"""Kinds of tensors: weights before the first update, outputs of modules, loss, gradients, gradient norm, weights after
+an update."""
 
 
 class Key(NamedTuple):
@@ -19,8 +20,8 @@ class Key(NamedTuple):
 
     Attributes:
         kind: one of the kinds above.
-        step: the update before which it is computed, from 1; a WEIGHT is the result of that update.
-        name: of the parameter or module; "" where there is one of the kind.
+        step: number of the step that computes it, from 1; 0 for START. A WEIGHT is the result of the step's update.
+        name: name of the parameter or module; "" for the loss and the norm.
     """
 
     kind: str
@@ -28,7 +29,7 @@ class Key(NamedTuple):
     name: str = ""
 
     def describe(self) -> str:
-        """In words: "gradient of blocks.0.mlp_norm.weight in step 1"."""
+        """Return the key as text: "gradient of blocks.0.mlp_norm.weight in step 1"."""
         return {
             START: f"weight {self.name} before the first update",
             OUTPUT: f"output of {self.name} in step {self.step}",
@@ -40,12 +41,12 @@ class Key(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some elements of a full tensor.
+    """A block of elements of a full tensor.
 
     Attributes:
-        values: float32 or float64.
-        place: (start, stop) in each dim of the full tensor.
-        part: the name of these rows, where a parameter stacks several full ones (query, key, value).
+        values: the elements, float32 or float64.
+        place: (start, stop) of the block in each dim of the full tensor.
+        part: name of the full parameter, if a parameter stacks several (query, key, value); else "".
     """
 
     values: np.ndarray
@@ -53,32 +54,32 @@ class Piece(NamedTuple):
     part: str = ""
 
     def of(self, full: np.ndarray) -> np.ndarray:
-        """The same elements of a full tensor."""
+        """Return the same block of another full tensor."""
         return full[tuple(slice(start, stop) for start, stop in self.place)]
 
 
 @dataclass(frozen=True)
 class RankRecord:
-    """Everything that one rank computed.
+    """All recorded tensors of one rank.
 
     Attributes:
-        coordinates: of the rank, by axis of the mesh.
-        pieces: by tensor, in the order in which this rank computed them.
+        coordinates: coordinate of the rank on each mesh axis.
+        pieces: pieces of each tensor, in the order in which this rank computed them.
     """
 
     coordinates: dict[str, int] = field(default_factory=dict)
     pieces: dict[Key, list[Piece]] = field(default_factory=dict)
 
     def add(self, key: Key, piece: Piece) -> None:
-        """One more piece of a tensor."""
+        """Add a piece of a tensor."""
         self.pieces.setdefault(key, []).append(piece)
 
     def add_number(self, key: Key, value: float) -> None:
-        """A tensor of one element."""
+        """Add a tensor of one element."""
         self.add(key, Piece(np.array([value], dtype=np.float64), ((0, 1),)))
 
     def add_parameter(self, key: Key, parameter: torch.Tensor, values: torch.Tensor, transposed: bool = False) -> None:
-        """A parameter, or what has its shape (a gradient), without padding; as of sharding.full_tensor."""
+        """Add a parameter, or a tensor of its shape (a gradient), without padding, as sharding.full_tensor does."""
         for part, mine, index in shard_places(parameter, values.detach()):
             turned = transposed and mine.dim() == 2
             place = tuple((each.start, each.stop) for each in (index[::-1] if turned else index))
@@ -88,20 +89,20 @@ class RankRecord:
 def shard_places(
     parameter: torch.Tensor, values: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, tuple[slice, ...]]]:
-    """For each part of a parameter: its name, its real elements of values, and their index in the full tensor."""
+    """Yield for each part of a parameter: its name, its elements of values without padding, their full index."""
     parts = parameter_parts(parameter)
     for part, (mine, index) in zip(parts, held_values(parts, values), strict=True):
         yield part.name, mine, index
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
-    """A copy that pickles quickly."""
+    """Return a copy as a float32 or float64 array, which pickles quickly."""
     wide = tensor.detach().double() if tensor.dtype == torch.float64 else tensor.detach().float()
     return np.array(wide.cpu().numpy())
 
 
 def full_arrays(record: RankRecord) -> dict[Key, np.ndarray]:
-    """The full tensors of one process, in the order of computation."""
+    """Return the full tensors of one process, in the order of computation."""
     found = {}
     for key, pieces in record.pieces.items():
         stops = [[stop for _, stop in piece.place] for piece in pieces]

@@ -1,4 +1,4 @@
-"""A config made small: the same structure and axes, for at most eight ranks and seconds of time."""
+"""Reduction of a config to a small one with the same structure and axes, for at most eight ranks and a few seconds."""
 
 import math
 from dataclasses import replace
@@ -10,30 +10,30 @@ from fused_megatron.planning.verify.layout_parts import AXES
 
 MOST_RANKS = 8
 MOST_AXES = 3
-SEQ_LEN = 20  # of 2 samples a microbatch it makes 40 rows, and 20 on each of two ranks: three chunks do not divide them
+SEQ_LEN = 20  # with 2 samples a microbatch 40 rows, and 20 on each of two ranks: three chunks do not divide them
 MICROBATCH_SIZE = 2
 CHUNKS = 3
-"""Of an overlapped product: on a CPU the cost model finds one chunk best, which would leave the chunks untried."""
+"""Chunks of an overlapped product: on a CPU the cost model takes one chunk, so chunked code would not run."""
 BUCKET_MB = 0.02  # several buckets for each stage
 
-# Weights whose products are of order 1: with the 0.02 of a wide model attention would be uniform in a narrow one, and
-# the gradients of queries and keys nearly 0.
+# Makes the products of a narrow model's weights about 1. The 0.02 of a wide model would make attention uniform, and the
+# gradients of queries and keys nearly 0.
 INIT_STD = 0.15
-# Small beside gradients (of order 1e-3 and more once they are clipped), large beside their rounding: without it AdamW
+# Small beside gradients (1e-3 and more after clipping), large beside their rounding errors. With a smaller eps AdamW
 # turns the sign of a rounding error into an update of the full learning rate.
 EPS = 1e-4
-# Every step is clipped: the norm of a reduced model's gradients is above it.
+# The gradient norm of a reduced model is larger, so every step clips.
 CLIP_NORM = 0.1
-# Updates are seen beside the rounding of the weights, and three of them keep the model near where it was.
+# Large enough that updates exceed the rounding of weights; small enough that three updates change the model little.
 LEAST_LR, MOST_LR = 1e-3, 1e-2
 _UNEVEN_VOCABULARY, _EVEN_VOCABULARY = 61, 64
 _PADDED_TO = 8
 
 
 def axes_in_use(config: TrainConfig) -> tuple[str, ...]:
-    """The axes of the mesh that are longer than 1, by name.
+    """Return the names of the mesh axes that are longer than 1.
 
-    data_parallel_size=None is what is left of the world: in use where the batch divides over two replicas.
+    With data_parallel_size=None the number of ranks decides it; "dp" counts as in use if two replicas divide the batch.
     """
     parallel, training = config.parallel, config.training
     num_microbatches = training.global_batch_size // training.microbatch_size
@@ -44,16 +44,17 @@ def axes_in_use(config: TrainConfig) -> tuple[str, ...]:
 
 
 def reduce_config(config: TrainConfig, axes: tuple[str, ...], dtype: str = "float32") -> TrainConfig:
-    """A small config of the same structure.
+    """Return a small config of the same structure.
 
-    Kept: forms of the model (family, activation, norms, positions, biases, tied embedding, dropout, window), ratios of
-    heads, key-value heads and width, whether the vocabulary is padded, whether all stages hold as many blocks,
-    recomputation, schedule, stages a rank, sequence parallelism, weight decay, and whether gradients are clipped.
+    It keeps the forms of the model (family, activation, norms, positions, biases, tied embedding, dropout, window), the
+    ratios of heads, key-value heads and width, whether the vocabulary is padded, whether all stages hold the same
+    number of blocks, recomputation, schedule, stages a rank, sequence parallelism, weight decay, and whether gradients
+    are clipped.
 
     Args:
-        config: any that `fused-megatron train` takes.
-        axes: those to keep longer than 1, three at most.
-        dtype: of weights and activations.
+        config: any config of `fused-megatron train`.
+        axes: axes to keep longer than 1, three at most.
+        dtype: dtype of weights and activations.
 
     Raises:
         InputError: as plan_pipeline; a batch that does not split over data_parallel_size.
@@ -65,7 +66,7 @@ def reduce_config(config: TrainConfig, axes: tuple[str, ...], dtype: str = "floa
     parallel = _reduced_parallel(config, sizes)
     stages = sizes["pp"] * (parallel.stages_per_rank or 1)
     model = _reduced_model(config, sizes["tp"], "tp" in axes, stages, parallel.pipeline_cut)
-    # More microbatches than pipeline ranks: so a pipeline has a steady state, too.
+    # More microbatches than pipeline ranks, so that the pipeline also reaches a steady state.
     num_microbatches = max(2, sizes["pp"] + 1)
     size = min(MICROBATCH_SIZE, config.training.microbatch_size)
     training = replace(
@@ -80,14 +81,14 @@ def reduce_config(config: TrainConfig, axes: tuple[str, ...], dtype: str = "floa
 
 
 def _axis_sizes(config: TrainConfig, axes: tuple[str, ...]) -> dict[str, int]:
-    """Two ranks an axis; more where the structure asks for it and the ranks suffice."""
+    """Return the size of each axis: 2, or more if the structure needs it and MOST_RANKS allows it."""
     parallel, kv_heads = config.parallel, config.model.kv_heads
     sizes = {axis: 2 if axis in axes else 1 for axis in AXES}
     if "pp" in axes and parallel.pipeline_parallel_size == 1:
         sizes["pp"] = 1  # several stages on one rank
     spare = MOST_RANKS // math.prod(sizes.values())
     if "dp" in axes and (parallel.zero_shard_size or 1) > 1 and spare >= 2:
-        sizes["dp"] = 4  # two replicas share, and two repeat it
+        sizes["dp"] = 4  # two replicas share the state, and two others repeat it
     elif "tp" in axes and 1 < kv_heads < parallel.tensor_parallel_size and spare >= 2:
         sizes["tp"] = 4  # some ranks, not all, hold the same key-value head
     elif sizes["pp"] == 2 and parallel.pipeline_parallel_size > 2 and spare >= 2:
@@ -117,7 +118,7 @@ def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelCon
 
 
 def _reduced_cut(cut: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
-    """Two blocks a stage at most; the first and the last stage are the first and the last of the whole cut."""
+    """Return a cut with at most two blocks a stage, from the first stages and the last stage of the full cut."""
     kept = [*cut[: num_stages - 1], cut[-1]]
     return tuple(min(blocks, 2) for blocks in kept)
 
@@ -153,7 +154,7 @@ def _reduced_model(
 
 
 def _reduced_heads(model: TransformerConfig, full_tp_size: int, tp_size: int) -> tuple[int, int]:
-    """Heads and key-value heads; a rank has one or more of these, or shares one, as in the full config."""
+    """Return heads and key-value heads; a rank has one key-value head, has several, or shares one as in the config."""
     groups, ratio = model.kv_heads, min(4, model.num_heads // model.kv_heads)
     if groups % full_tp_size == 0:
         kv_heads = tp_size * min(2, groups // full_tp_size)
@@ -165,18 +166,18 @@ def _reduced_heads(model: TransformerConfig, full_tp_size: int, tp_size: int) ->
 
 
 def _reduced_layers(config: TrainConfig, num_stages: int, cut: tuple[int, ...] | None) -> int:
-    """A block for each stage, two at least; one more where the stages hold different numbers of them."""
+    """Return one block for each stage, at least two; one more if the stages hold different numbers of blocks."""
     if cut is not None:
         return sum(cut)
     full_stages = plan_pipeline(config).num_stages
     if num_stages > 1 and config.model.num_layers < full_stages:
-        return num_stages - 1  # the last has the head only
+        return num_stages - 1  # the last stage has only the head
     uneven = num_stages > 1 and config.model.num_layers % full_stages > 0
     return max(2, num_stages + uneven)
 
 
 def _reduced_vocabulary(config: TrainConfig) -> dict[str, Any]:
-    """Padded where the full one is; one that is not known yet (the tokenizer's) is taken to be."""
+    """Return the fields of a vocabulary that is padded if the full one is, or if its size is not known yet."""
     model = config.model
     multiple = math.lcm(model.pad_vocab_size_to_multiple_of, config.parallel.tensor_parallel_size)
     even = model.vocab_size is not None and model.vocab_size % multiple == 0
@@ -191,7 +192,7 @@ def _reduced_optimizer(config: TrainConfig) -> OptimizerConfig:
     lr = min(max(optimizer.lr, LEAST_LR), MOST_LR)
     clip = min(optimizer.clip_norm, CLIP_NORM)
     kind = optimizer.kind
-    if kind == "lion":  # it makes a full update of a gradient of nothing but rounding, whose sign the layout decides
+    if kind == "lion":  # it makes a full update from the sign of a rounding error, which depends on the layout
         kind = "adamw"
     eps = optimizer.eps if kind == "sgd" else EPS
     return replace(optimizer, kind=kind, lr=lr, min_lr=min(optimizer.min_lr, lr), eps=eps, clip_norm=clip)

@@ -1,4 +1,4 @@
-"""Verification of a user's own module: built for a mesh and for one process, and compared tensor by tensor."""
+"""Verification of a user's own module: comparison of its tensors on a mesh and on one process."""
 
 import math
 import time
@@ -33,11 +33,11 @@ _SIZES = {
 
 
 RunModule = Callable[[ModuleRun], list[RankRecord]]
-"""Trains a module on its own ranks; what each of them recorded."""
+"""Function that trains a module on its own ranks and returns the record of each rank."""
 
 
 def run_module_on_ranks(run: ModuleRun) -> list[RankRecord]:
-    """run_module on new gloo ranks. Raises RankError as run_on_ranks."""
+    """Call run_module on new gloo ranks. Raises RankError as run_on_ranks does."""
     functions = (run.build_model, run.loss_fn, run.reduce_gradients)
     files = [(each.module_name, each.path) for each in functions if isinstance(each, FunctionOfFile)]
     return run_on_ranks(run_module, run.num_ranks, run, timeout_s=TIMEOUT_S, preload=files)
@@ -55,7 +55,7 @@ def verify(
     tolerance: float = FLOAT32,
     run: RunModule = run_module_on_ranks,
 ) -> Verification:
-    """Whether a module in shards computes what it computes on one process.
+    """Check that a sharded module computes the same as the module on one process.
 
         def build_model(mesh):                       # at the top level of a file
             model = MyModel()
@@ -66,31 +66,32 @@ def verify(
             print(result.table())
             assert result
 
-    Both are trained on the CPU in float32 and eval mode for three updates of AdamW; the loss, every gradient, their
-    norm and the weights are compared, shard by shard. Norms and biases are moved away from 1 and 0 before: a fault
-    would hide behind such values. docs/verify.md says what this proves.
+    Both are trained on the CPU in float32 and eval mode for three updates of AdamW. The loss, every gradient, their
+    norm and the weights are compared, shard by shard. Before training, norms and biases are moved away from 1 and 0,
+    which would hide a fault. docs/verify.md says what this proves.
 
     Args:
         build_model: called on every rank with its mesh, and once with None for one process; returns the module. torch
             is seeded the same before every call. It may call parallelize, or build layers with mesh.tp_group.
-        mesh_sizes: ranks of each axis: {"tp": 2, "dp": 2}, or by the names of init_mesh; eight ranks at most.
-        batch: tensors: one, a tuple (positional arguments) or a mapping (keyword arguments of the module). A data-
-            parallel rank gets its rows of every tensor.
-        loss_fn: (what the module returns, batch) to the loss, a scalar; None: the module returns the loss, or an object
-            with `loss`. Over data-parallel ranks the mean of their losses is taken.
-        reduce_gradients: called after backward with the module and the mesh, where something else than the module
-            averages gradients over data-parallel ranks. None: DistributedDataParallel, or nothing, does.
-        lr: of the updates.
-        seed: of torch before build_model.
+        mesh_sizes: size of each axis: {"tp": 2, "dp": 2}, or with the names of init_mesh; eight ranks at most.
+        batch: one tensor, a tuple of tensors (positional arguments of the module), or a mapping (keyword arguments). A
+            data-parallel rank gets its rows of every tensor.
+        loss_fn: computes a scalar loss from the module's output and the batch. None: the module returns the loss, or an
+            object with `loss`. The loss of a mesh is the mean over its data-parallel ranks.
+        reduce_gradients: called after backward with the module and the mesh; averages gradients over data-parallel
+            ranks. None: the module does so (DistributedDataParallel).
+        lr: learning rate of the updates.
+        seed: seed of torch before build_model.
         tolerance: largest error of a gradient relative to its largest value.
-        run: how the ranks of a mesh run (tests plant faults there); one process always runs as run_module_on_ranks.
+        run: function that runs the ranks of a mesh (tests plant faults there). The one process always runs by
+            run_module_on_ranks.
 
     Returns:
-        The result: true where all is the same; .table() in words, .first_difference the first tensor that is not. A
-        difference, or an error of a rank, raises nothing.
+        The result, which is true if all tensors are the same. Its .table() is a printable table, its .first_difference
+        the first tensor that differs. A difference, or an error of a rank, raises nothing.
 
     Raises:
-        InputError: sizes, functions or a batch that ranks cannot take; one process fails; ranks of a launcher call.
+        InputError: sizes, functions or a batch that ranks cannot take; one process fails; a launcher's ranks call this.
 
     Communication: starts gloo ranks of its own on this machine, and waits for them.
     """
@@ -138,7 +139,7 @@ def verify(
 def _result(
     sizes: Mapping[str, int], comparison: Comparison | None, error: str | None, cause: Cause | None, seconds: float
 ) -> LayoutResult:
-    """Outputs of submodules count for nothing (some return partial sums), but tell where a wrong loss begins."""
+    """Return the result. Outputs of submodules may differ (some are partial sums); they only locate a wrong loss."""
     first = None if comparison is None else comparison.first
     hint = None
     if comparison is not None and first is not None and (first.kind, first.step) == (LOSS, 1):
@@ -151,7 +152,7 @@ def _result(
 
 
 def _checked_sizes(mesh_sizes: Mapping[str, int]) -> dict[str, int]:
-    """By short name, those longer than 1."""
+    """Return the sizes of axes longer than 1, by short name."""
     short = {full: name for name, full in _SIZES.items()}
     sizes: dict[str, int] = {}
     for name, size in mesh_sizes.items():
@@ -171,7 +172,7 @@ def _checked_sizes(mesh_sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _comparable(one: RankRecord, ranks: Sequence[RankRecord]) -> RankRecord:
-    """The record of one process without outputs that have other shapes on the ranks (shards, or modules replaced)."""
+    """Return the record of one process without outputs whose shapes differ on the ranks (shards, replaced modules)."""
     kept = RankRecord(one.coordinates)
     for key, pieces in one.pieces.items():
         if key.kind == OUTPUT:

@@ -1,4 +1,4 @@
-"""The result of a verification: for each layout what was compared, the first difference, and the axis at fault."""
+"""Result of a verification: for each layout the compared tensors, the first difference, and the axis at fault."""
 
 import json
 import math
@@ -15,17 +15,17 @@ _MOST_RANKS_SHOWN = 8
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """One layout beside one process.
+    """Comparison of one layout with one process.
 
     Attributes:
-        layout: in words.
-        num_ranks: that it ran on.
-        rows: what was compared; () where a rank raised.
-        first: the first tensor that differs; None where none does.
-        error: what a rank raised, in one line; None where none did.
-        cause: the part of the layout at fault; None where nothing is wrong.
+        layout: the layout as text.
+        num_ranks: number of its ranks.
+        rows: a row for each kind of tensor; () if a rank raised.
+        first: the first tensor that differs; None if no tensor differs.
+        error: the error of a rank in one line; None if no rank raised.
+        cause: the parts of the layout at fault; None if nothing is wrong.
         hint: the first submodule of a user's module whose output differs from one process.
-        seconds: that it took, the search for the cause among them.
+        seconds: time of the comparison, with the search for the cause.
     """
 
     layout: str
@@ -39,18 +39,18 @@ class LayoutResult:
 
     @property
     def ok(self) -> bool:
-        """Whether the layout computes what one process computes."""
+        """Return whether the layout computes what one process computes."""
         return self.first is None and self.error is None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether layouts compute what one process computes. True where all of them do.
+    """Results of all verified layouts. It is true if every layout computes what one process computes.
 
     Attributes:
-        subject: what was verified.
-        setting: how it was made small, the precision, the updates; in words.
-        layouts: in the order in which they ran.
+        subject: name of the config or module.
+        setting: text on the reduction, the precision and the updates.
+        layouts: results in the order in which the layouts ran.
     """
 
     subject: str
@@ -59,7 +59,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether no layout differs, and no rank raised."""
+        """Return whether no layout differs and no rank raised."""
         return all(layout.ok for layout in self.layouts)
 
     def __bool__(self) -> bool:
@@ -67,18 +67,18 @@ class Verification:
 
     @property
     def first_difference(self) -> Difference | None:
-        """Of the first layout that has one."""
+        """Return the first difference of the first layout that has one."""
         return next((layout.first for layout in self.layouts if layout.first is not None), None)
 
     def table(self) -> str:
-        """What `fused-megatron verify` prints."""
+        """Return the table that `fused-megatron verify` prints."""
         lines = [f"{self.subject}, {self.setting}"]
         for layout in self.layouts:
             lines += ["", *_layout_lines(layout)]
         return "\n".join(lines)
 
     def as_json(self) -> str:
-        """All of it as one JSON document."""
+        """Return all results as one JSON document."""
         document = {"ok": self.ok, **asdict(self)}
         for found, layout in zip(document["layouts"], self.layouts, strict=True):
             found["ok"] = layout.ok
@@ -87,7 +87,7 @@ class Verification:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no nan: null."""
+    """Return a value for JSON: a number that is not finite becomes null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):

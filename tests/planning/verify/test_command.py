@@ -1,4 +1,4 @@
-"""Start here when `fused-megatron verify` ends with another exit code, another table, or a traceback on bad input."""
+"""Start here when `fused-megatron verify` returns a wrong exit code or table, or a traceback on bad input."""
 
 import json
 from pathlib import Path

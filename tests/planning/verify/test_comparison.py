@@ -1,4 +1,4 @@
-"""Start here when verify passes a tensor that is wrong, or names another tensor or rank than the first wrong one."""
+"""Start here when verify accepts a wrong tensor, or does not name the first wrong tensor and its rank."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ LR = 1e-3
 
 
 def pieces(rank: int, num_ranks: int, name: str) -> Piece:
-    """A rank's rows."""
+    """Return a rank's rows of a tensor."""
     rows = 4 // num_ranks
     place = ((rank * rows, (rank + 1) * rows), (0, 6))
     return Piece(FULL[name][rank * rows : (rank + 1) * rows].copy(), place)
@@ -38,7 +38,7 @@ def compared(change=lambda ranks: None, **options):
 
 
 def off(key: Key, by: float, rank: int = 1):
-    """A change of one element."""
+    """Return a function that changes one element."""
 
     def change(ranks: list[RankRecord]) -> None:
         ranks[rank].pieces[key][0].values.reshape(-1)[-1] += by

@@ -1,4 +1,4 @@
-"""Start here when verify blames the wrong part of a layout, or a part that is new is never tried by itself."""
+"""Start here when verify blames the wrong part of a layout, or never tries a new part by itself."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_part_that_is_wrong_by_itself_is_blamed(part: str) -> None:
     cause = find_cause(ALL, differs)
     assert cause.parts == (part,) and not cause.together
     assert part not in cause.right and part in cause.describe()
-    # With what it needs, and with microbatches.
+    # Each part is tried with the parts that it needs, and with microbatches.
     assert all(set(NEEDS[each]) <= set(parts) for parts in tried for each in parts)
     assert all(MICROBATCHES in parts for parts in tried)
 

@@ -1,4 +1,4 @@
-"""Start here when verify tries another structure than the config has: forms of a model, axes, stages, heads."""
+"""Start here when verify's small config has another structure than the config: model forms, axes, stages, heads."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_an_open_number_of_replicas_is_an_axis_where_the_batch_divides() -> None
         (8, 16, None, (2, 4, None)),  # several heads a rank
         (8, 8, None, (2, 2, None)),
         (8, 16, 1, (2, 4, 1)),  # every rank holds the one key-value head
-        (8, 16, 2, (4, 8, 2)),  # some ranks hold the same
+        (8, 16, 2, (4, 8, 2)),  # some ranks hold the same key-value head
         (2, 16, 4, (2, 16, 4)),
         (4, 16, 4, (2, 8, 2)),
         (1, 16, 4, (1, 8, 2)),
