@@ -119,7 +119,6 @@ class _Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
         self.parameters = tuple(parameters)
         self._whole = [p.detach() for p in parameters]
-        self._absent = parameters[0].detach().new_full((), math.nan)
         self._is_hidden = False
         self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
         self._wait: Callable[[], None] | None = None
@@ -130,8 +129,9 @@ class _Bucket:
     def hide(self) -> None:
         """Let the parameters read as NaN until finish()."""
         self._is_hidden = True
+        absent = self._whole[0].new_full((), math.nan)
         for parameter in self.parameters:
-            parameter.data = self._absent.expand(parameter.shape)
+            parameter.data = absent.expand(parameter.shape)
 
     def finish(self) -> None:
         assert self._wait is not None
