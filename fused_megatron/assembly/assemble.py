@@ -14,18 +14,18 @@ from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
-from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.data_parallel.row_blocks import gather_whole
 from fused_megatron.data_parallel.sharded_weights import ShardedWeights
+from fused_megatron.data_parallel.shared_state import Weights, share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
-from fused_megatron.mesh import Mesh, SubMesh
+from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
-from fused_megatron.sharding import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.gradient_norm import sum_of_counted_squares
 from fused_megatron.sharding.replicas import find_drift
 
@@ -55,7 +55,7 @@ class Assembly:
     gradients: GradientBuckets
     executor: PipelineExecutor
     optimizer: Optimizer
-    weights: WeightGather | ShardedWeights
+    weights: Weights
     splits_backward: bool
     own_weights: Mapping[str, torch.Tensor]
     shard_group: Group
@@ -187,9 +187,7 @@ def assemble(
     parameters = model.parameters_by_name()
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
     shards, copies = mesh.split_data_parallel(config.parallel.zero_shard_size or mesh.dp_size)
-    gradients, weights = _gradients_and_weights(
-        model, placements, mesh.dp_group, shards, copies, 1e6 * training.bucket_mb
-    )
+    gradients, weights = share_state(model.stages, placements, shards, copies, mesh.dp_group, 1e6 * training.bucket_mb)
     hooks = _hooks(gradients, weights, plan)
     if plan.max_unsharded is None:
         for stage in model.stages.values():
@@ -230,36 +228,14 @@ def assemble(
     )
 
 
-def _gradients_and_weights(
-    model: ModelStages,
-    placements: Placements,
-    dp_group: Group,
-    shards: SubMesh,
-    copies: SubMesh,
-    bucket_bytes: float,
-) -> tuple[GradientBuckets, WeightGather | ShardedWeights]:
-    rows = RowShards(shards.size, shards.rank) if placements.state else WHOLE_ROWS
-    gradients = GradientBuckets(
-        {index: list(stage.parameters()) for index, stage in model.stages.items()},
-        shards.group if placements.state else dp_group,
-        bucket_bytes=bucket_bytes,
-        rows=rows,
-        copies=copies.group if placements.state else None,
-        sharded=placements.gradients,
-    )
-    if placements.weights:
-        return gradients, ShardedWeights(model.stages, rows, shards.group)
-    return gradients, WeightGather(gradients.in_order_of_forward(), rows, shards.group)
-
-
-def _hooks(gradients: GradientBuckets, weights: WeightGather | ShardedWeights, plan: PipelinePlan) -> StageFunctions:
+def _hooks(gradients: GradientBuckets, weights: Weights, plan: PipelinePlan) -> StageFunctions:
     if plan.max_unsharded is None or isinstance(weights, WeightGather):
         return StageFunctions(reduce=gradients.reduce)
     return StageFunctions(reduce=gradients.reduce, unshard=weights.gather_stage, reshard=weights.release_stage)
 
 
 def _loss_sum(
-    model: ModelStages, weights: WeightGather | ShardedWeights, plan: PipelinePlan
+    model: ModelStages, weights: Weights, plan: PipelinePlan
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """Return the loss of the last stage. It reads weights of modules whose forward it does not call."""
     last = model.stages.get(plan.num_stages - 1)

@@ -77,12 +77,13 @@ class GradientBuckets:
             for held_by, layouts in lay_out_buckets(stages, bucket_bytes).items()
         ]
         self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
+        self._own = {p: bucket.own(p) for p, bucket in self._buckets.items()}
         self._accumulators = []  # these references keep autograd's nodes and their hooks alive
         for queue in self._queues:
             for each in queue.buckets:
                 for parameter in each.parameters:
                     parameter.grad = self._standing_grad(parameter)
-                    update_record(parameter, main_grad=partial(each.total, parameter), summed_grad=each.own(parameter))
+                    update_record(parameter, main_grad=partial(each.total, parameter), summed_grad=self._own[parameter])
                     # A hook of the node: the parameter's own hook is not called if its gradient went to main_grad only.
                     # The node runs once in each backward, after every use of the parameter.
                     node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -91,7 +92,7 @@ class GradientBuckets:
 
     def __getitem__(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return the float32 gradient of a parameter, in the rows that this rank owns."""
-        return self._buckets[parameter].own(parameter)
+        return self._own[parameter]
 
     def by_name(self, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
         """Return the float32 gradients of named parameters, in the rows that this rank owns, for the optimizer."""

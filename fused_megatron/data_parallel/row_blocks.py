@@ -1,11 +1,12 @@
 """Packing of parameters into one block of memory for each rank: a block holds the rows that its rank owns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from math import prod
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from fused_megatron.collectives.transfers import start_all_gather_blocks
 from fused_megatron.sharding import RowShards
@@ -115,6 +116,14 @@ class RowBlocks:
             rest = flat[end:]
             pairs.append((blocks[whole, offset : offset + rest.numel()], rest))
         return pairs
+
+
+def by_dtype(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group parameters by dtype, in their order: the rows of a block have one dtype."""
+    groups: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.dtype, []).append(parameter)
+    return list(groups.values())
 
 
 def gather_whole(

@@ -13,12 +13,11 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data_parallel.placement import Placements
-from fused_megatron.data_parallel.reduction import GradientBuckets
-from fused_megatron.data_parallel.sharded_weights import ShardedWeights
+from fused_megatron.data_parallel.shared_state import share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
 from fused_megatron.mesh import SubMesh
-from fused_megatron.sharding import WHOLE_ROWS, RowShards, parameter_record, update_record
+from fused_megatron.sharding import parameter_record, update_record
 
 _FULL = "fm.full_state_dict(model) and fm.load_full_state_dict(model, state), on every rank"
 
@@ -49,26 +48,18 @@ class ShardedReplica:
     ) -> None:
         self.parameters = dict(model.named_parameters())
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self.rows = RowShards(shards.size, shards.rank) if shards.size > 1 else WHOLE_ROWS
         self.group = shards.group
         self.keeps_rows_only = placements.weights
         self._is_sharded = placements.gradients
         self._dp_group, self._dp_size = dp_group, shards.size * copies.size
-        self._buckets = GradientBuckets(
-            list(self.trainable.values()),
-            shards.group if shards.size > 1 else dp_group,
-            bucket_bytes,
-            self.rows,
-            copies.group if shards.size > 1 else None,
-            placements.gradients,
+        self._buckets, self.weights = share_state(
+            {0: model}, placements, shards, copies, dp_group, bucket_bytes, hides=True
         )
-        self.weights: WeightGather | ShardedWeights
-        if placements.weights:
-            self.weights = ShardedWeights({0: model}, self.rows, shards.group)
-            self.weights.watch(model)
-        else:
-            self.weights = WeightGather(self._buckets.in_order_of_forward(), self.rows, shards.group, hides=True)
+        self.rows = self._buckets.rows
+        if isinstance(self.weights, WeightGather):
             self._wait_in_forward(model, self.weights)
+        else:
+            self.weights.watch(model)
         self._own = {p: self._buckets[p] for p in self.trainable.values()}
         self.main: dict[nn.Parameter, nn.Parameter] = {}
         """The float32 rows that an optimizer updates; their `grad` is set when the mean is complete."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fused_megatron.collectives import meet
-from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.data_parallel.row_blocks import RowBlocks, by_dtype
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
 from fused_megatron.observe.storages import RESIZE_STORAGE
 from fused_megatron.sharding import RowShards
@@ -47,7 +47,6 @@ class ShardedWeights:
         meet(group)  # the ranks connect now, and not in a forward
         self._units: dict[nn.Parameter, _Unit] = {}
         self._of_stage: dict[int, list[_Unit]] = {}
-        self._watched: list[_Use] = []
         for index, stage in stages.items():
             for unit in weight_units(stage):
                 fresh = [p for p in dict.fromkeys(unit.parameters) if p not in self._units]
@@ -55,6 +54,7 @@ class ShardedWeights:
                     made = _Unit(fresh, rows, group)
                     self._units |= dict.fromkeys(fresh, made)
             self._of_stage[index] = self._units_of(stage.parameters())
+        self._all = list(dict.fromkeys(self._units.values()))
         self._following: dict[tuple[bool, _Use], _Use] = {}  # the next use, by (whether in backward, use)
         self._latest: dict[bool, _Use | None] = {False: None, True: None}
         self._backward: list[_Call] = []  # calls whose backward has begun
@@ -67,7 +67,7 @@ class ShardedWeights:
         """Use changed rows: release whole parameters, whose values are old."""
         self._backward.clear()
         self._latest = {False: None, True: None}
-        for unit in self._all_units():
+        for unit in self._all:
             unit.users = 0
             unit.release()
 
@@ -98,7 +98,7 @@ class ShardedWeights:
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Make all parameters whole while the context is open. Every rank of the group must enter it."""
-        units = self._all_units()
+        units = self._all
         self._gather(units)()
         try:
             yield
@@ -128,9 +128,6 @@ class ShardedWeights:
                     following.start()
 
         return wait
-
-    def _all_units(self) -> list["_Unit"]:
-        return list(dict.fromkeys(self._units.values()))
 
     def _units_of(self, parameters: Iterable[nn.Parameter]) -> list["_Unit"]:
         return list(dict.fromkeys(self._units[p] for p in parameters if p in self._units))
@@ -192,7 +189,7 @@ class ShardedWeights:
 
     def _end_backward(self) -> None:
         self._retire(list(self._backward))
-        for unit in self._all_units():
+        for unit in self._all:
             if not unit.users:  # gathered ahead and not used
                 unit.release()
 
@@ -228,10 +225,7 @@ class _Unit:
     """Parameters that are gathered together."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards, group: dist.ProcessGroup | None) -> None:
-        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in parameters:
-            by_dtype.setdefault(parameter.dtype, []).append(parameter)
-        self._parts = [_Part(part, rows, group) for part in by_dtype.values()]
+        self._parts = [_Part(part, rows, group) for part in by_dtype(parameters)]
         self.own = {p: rows for part in self._parts for p, rows in part.own.items()}
         self.users = 0
         self._waits: list[Callable[[], None]] | None = None

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import meet
-from fused_megatron.data_parallel.row_blocks import RowBlocks
+from fused_megatron.data_parallel.row_blocks import RowBlocks, by_dtype
+from fused_megatron.data_parallel.weight_units import weight_units
 from fused_megatron.sharding import RowShards
 
 
@@ -44,7 +45,7 @@ class WeightGather:
         self._rows, self._hides = rows, hides
         self._group = group if rows.num_shards > 1 else None
         meet(self._group)  # the ranks connect now, and not in a forward
-        self._buckets = [_Bucket(part, rows) for bucket in buckets for part in _by_dtype(bucket)]
+        self._buckets = [_Bucket(part, rows) for bucket in buckets for part in by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
         self._done = self._started = len(self._buckets)
 
@@ -71,11 +72,8 @@ class WeightGather:
         """Make every forward of a module, of its children and of the members of its lists wait for their parameters."""
         if self._group is None:
             return
-        self._hook(module, module.parameters(recurse=False))
-        for child in module.children():
-            units = child.children() if isinstance(child, nn.ModuleDict | nn.ModuleList) else (child,)
-            for unit in units:
-                self._hook(unit, unit.parameters())
+        for unit in weight_units(module):
+            self._hook(unit.module, unit.parameters)
 
     def start(self) -> None:
         """Start a gather. This rank's rows have their new values, the other rows do not."""
@@ -140,10 +138,3 @@ class _Bucket:
         for parameter, whole in zip(self.parameters, self._whole, strict=True) if self._is_hidden else ():
             parameter.data = whole
         self._is_hidden = False
-
-
-def _by_dtype(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    groups: dict[torch.dtype, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(parameter.dtype, []).append(parameter)
-    return list(groups.values())

@@ -2,10 +2,9 @@
 
 from collections import Counter
 
+from fused_megatron.assembly.build import DTYPES
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
-
-_SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
@@ -35,7 +34,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     ranks, tokens = parallel.tensor_parallel_size, config.training.microbatch_size * model.seq_len
     if ranks == 1:
         return {}
-    size = _SIZES[config.training.dtype]
+    size = DTYPES[config.training.dtype].itemsize
     activation = size * tokens * model.hidden_size
     blocks, ends = span.stop - span.start, span.first + span.last
     again = 2 if model.recompute == "full" else 0
@@ -64,4 +63,4 @@ def message_bytes(config: TrainConfig) -> int:
     """
     model, parallel = config.model, config.parallel
     rows = model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
-    return _SIZES[config.training.dtype] * rows * config.training.microbatch_size * model.hidden_size
+    return DTYPES[config.training.dtype].itemsize * rows * config.training.microbatch_size * model.hidden_size

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 
-from fused_megatron.assembly.build import stage_spans
+from fused_megatron.assembly.build import DTYPES, stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
@@ -15,8 +15,6 @@ from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
-
-_SIZES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
 def _memory_of_rank(
     config: TrainConfig, schedule: Schedule, replicas: int, rank: int, spans: Mapping[int, StageSpan]
 ) -> RankMemory:
-    size = _SIZES[config.training.dtype]
+    size = DTYPES[config.training.dtype].itemsize
     ranks = config.parallel.tensor_parallel_size
     num_parameters = sum(stage_parameters(config.model, span, ranks) for span in spans.values())
     if config.model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():
@@ -236,7 +234,7 @@ def _sizes(config: TrainConfig) -> tuple[int, int, int]:
     parallel = config.parallel
     tokens = config.training.microbatch_size * config.model.seq_len
     own = tokens // parallel.tensor_parallel_size if parallel.sequence_parallel else tokens
-    return _SIZES[config.training.dtype], tokens, own
+    return DTYPES[config.training.dtype].itemsize, tokens, own
 
 
 def _plain(config: TransformerConfig) -> bool:
