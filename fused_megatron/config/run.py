@@ -11,6 +11,9 @@ from fused_megatron.config.optimizer import OptimizerConfig
 from fused_megatron.config.parallel import ParallelConfig
 from fused_megatron.config.training import TrainingConfig
 
+# Every layer is an object, also in the cut of a pipeline and in a prediction: more would fill any memory.
+MOST_LAYERS = 100_000
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -23,6 +26,8 @@ class TrainConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        layers = self.model.num_layers
+        check(layers <= MOST_LAYERS, f"num_layers={layers} must be at most {MOST_LAYERS}")
         tp = self.parallel.tensor_parallel_size
         check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
         check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp)
