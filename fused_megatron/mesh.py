@@ -118,6 +118,9 @@ class Mesh:
             len(axes) > 0 and axes == tuple(axis for axis in grid if axis in axes),
             f"axes={axes} must be some of {tuple(self.sizes)}, or of {tuple(self.expert_sizes)}, in this order",
         )
+        return self._sub_mesh(axes, grid)
+
+    def _sub_mesh(self, axes: tuple[str, ...], grid: Mapping[str, int]) -> SubMesh:
         sizes = {axis: grid[axis] for axis in axes}
         rank = rank_at(coordinates(self.rank, grid), sizes)
         return SubMesh(axes, prod(sizes.values()), rank, self._group(axes, grid))
@@ -203,11 +206,7 @@ class Mesh:
         """
         if shard_size in (1, self.dp_size):
             return self["tp"] if shard_size == 1 else self["dp", "tp"]
-        grid = self._split_grid(shard_size)
-        axes = ("dp_shards", "tp")
-        index = coordinates(self.rank, grid)
-        rank = rank_at({axis: index[axis] for axis in axes}, {axis: grid[axis] for axis in axes})
-        return SubMesh(axes, grid["dp_shards"] * grid["tp"], rank, self._group(axes, grid))
+        return self._sub_mesh(("dp_shards", "tp"), self._split_grid(shard_size))
 
     def _split_grid(self, shard_size: int) -> dict[str, int]:
         """The grid with the axes dp_copies and dp_shards in place of dp."""
