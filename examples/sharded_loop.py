@@ -1,7 +1,7 @@
 """A plain loop whose ranks share weights, gradients and optimizer: torchrun --nproc-per-node 2 examples/sharded_loop.py
 
 Each rank trains on its part of the samples and keeps its rows of everything (ZeRO stage 3). With 4 ranks, two share
-every layer, too. Gradients of two microbatches accumulate. The losses are those of plain_loop.py.
+every layer, too. Gradients of two microbatches accumulate. The losses equal the losses of plain_loop.py.
 """
 
 import contextlib

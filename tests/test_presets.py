@@ -1,6 +1,6 @@
 """Start here when memory, activations or transfers of a layout of many ranks differ from the papers.
 
-The layouts are those of benchmarks/presets and a grid. They run on fake tensors with a fake group of all ranks, and
+The layouts come from benchmarks/presets and from a grid. They run on fake tensors with a fake group of all ranks, and
 the memory and the transfers of a rank are compared with the papers' formulas.
 
 The grid has splits of 4 ranks, and with the slow marker of 8, 64 and 512 ranks. Tensor- and pipeline-parallel sizes are

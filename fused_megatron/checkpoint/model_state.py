@@ -20,7 +20,7 @@ def parameter_boxes(
     Args:
         parameters: by their names in the whole model.
         own: the rows of each parameter that this rank owns, by the same names; None: whole parameters.
-        rows: which these are.
+        rows: the numbers of these rows.
     """
     boxes: dict[str, TensorBox] = {}
     for name, parameter in parameters.items():

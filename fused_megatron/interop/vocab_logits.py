@@ -105,7 +105,7 @@ class VocabLogits(torch.Tensor):
         """Run func on the shard too, if it keeps the columns; else run it on the plain tensor."""
         kwargs = kwargs or {}
         if func is torch.Tensor.register_hook:
-            # The full logits are made of the shard, so its gradient is that of the loss, whichever of both it uses.
+            # The loss may use the full logits or the shard. Its gradient reaches the shard either way.
             return args[0].shard.register_hook(*args[1:], **kwargs)
         result = _loss(*args, **kwargs) if func is F.cross_entropy else _apply_to_shard(func, args, kwargs)
         if result is not None:

@@ -10,7 +10,7 @@ from fused_megatron.models import StageSpan
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     """Compute the bytes of a stage's tensor-parallel collectives, forward and backward of one microbatch, by kind.
 
-    Bytes are those of whole tensors, as record_communication counts them. A ring sends (R - 1) / R of them, and twice
+    Bytes count whole tensors, as record_communication does. A ring sends (R - 1) / R of them, and twice
     as many for an all-reduce. A is the bytes of an activation [S, B, H]. k is 1 with recompute="full", where backward
     repeats the forward of a block, and otherwise 0. A block sends
 

@@ -31,7 +31,7 @@ def find_drift(
         others: groups in which several ranks hold some of the parts (tensor-parallel ranks, the stages of tied
             weights).
         own: the rows of each parameter that this rank holds, by the same names; None: whole parameters.
-        rows: which these are.
+        rows: the numbers of these rows.
 
     Returns:
         The first parameter that differs, the global ranks whose values differ from most, and the number of other

@@ -98,7 +98,7 @@ class ResumedTensors:
     Args:
         parameters, optimizer: of the run.
         own: the rows of the parameters that the optimizer updates, by name.
-        rows: which these are.
+        rows: the numbers of these rows.
         manifest: of the checkpoint.
 
     Attributes:

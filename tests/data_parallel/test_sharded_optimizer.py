@@ -74,7 +74,7 @@ CASES: list[tuple[Any, ...]] = [
 
 
 def updated(rank: int, world_size: int, *case: Any) -> list[bool]:
-    """Return after each step whether the weights are those of averaged gradients, bit for bit.
+    """Return after each step whether the weights equal an update from averaged gradients, bit for bit.
 
     After the first step a new model and optimizer take over what state_dict and full_state_dict returned.
     """
