@@ -48,7 +48,7 @@ def shard_data_parallel(
     no room for whole ones. Without no_sync the numbers are the same, with more communication.
 
     A forward must call the module whose weights it reads, as for fully_shard. A weight that is read elsewhere is NaN:
-    in stage 3 always, in stages 1 and 2 until it has arrived.
+    in stage 3 always, in stages 1 and 2 until it has arrived. In stage 3 all ranks must call the same modules.
 
     Args:
         model: any module on one device, with the same weights on every data-parallel rank; also after
