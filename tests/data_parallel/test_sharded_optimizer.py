@@ -109,7 +109,14 @@ def test_updates_have_the_bits_of_averaged_gradients(ranks: int) -> None:
 
 def state_of_other_rows(rank: int, world_size: int) -> str:
     mesh = fm.init_mesh()
-    optimizer = fm.ShardedOptimizer(fm.shard_data_parallel(Net(), mesh, 2), torch.optim.SGD)
+    model = fm.shard_data_parallel(Net(), mesh, 2)
+    optimizer = fm.ShardedOptimizer(model, torch.optim.SGD)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0  # as a scheduler would
+    before = fm.full_state_dict(model)
+    backward(model, samples(0, rank))
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in fm.full_state_dict(model).items())
     state: list[Any] = [None] * world_size
     dist.all_gather_object(state, optimizer.state_dict())
     with pytest.raises(fm.checks.InputError) as raised:
