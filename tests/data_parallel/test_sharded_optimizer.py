@@ -143,16 +143,16 @@ class Scaled(Net):
 
 
 def continued(
-    rank: int, world_size: int, stage: int, shard_size: int | None, before: tuple[Any, Any] | None
+    rank: int, world_size: int, stage: int, shard_size: int | None, steps: range, before: tuple[Any, Any] | None
 ) -> tuple[Any, Any]:
-    """Do two steps, after those of another layout; return the weights and the optimizer's state."""
+    """Do some steps, after those of another layout; return the weights and the optimizer's state."""
     mesh = fm.init_mesh()
     model = fm.shard_data_parallel(Scaled(torch.bfloat16), mesh, stage, shard_size=shard_size)
     optimizer = fm.ShardedOptimizer(model, torch.optim.NAdam, lr=0.1 if before is None else 9.0)
     if before is not None:
         fm.load_full_state_dict(model, before[0])
         optimizer.load_full_state_dict(before[1])
-    for step in range(2):
+    for step in steps:
         backward(model, samples(step, 0, torch.bfloat16))
         optimizer.step()
         optimizer.zero_grad()
@@ -160,13 +160,13 @@ def continued(
 
 
 def test_state_goes_on_in_another_layout() -> None:
-    first, *others = run_on_ranks(continued, 3, 1, None, None)
+    first, *others = run_on_ranks(continued, 3, 1, None, range(2), None)
     assert all(state == {} for _, state in others)
-    (wanted, state), *_ = run_on_ranks(continued, 3, 1, None, first)
+    (wanted, state), *_ = run_on_ranks(continued, 3, 1, None, range(4), None)
     assert state["state"]["blocks.0.weight"]["main"].dtype == torch.float32
     assert state["state"]["scale"]["step"] == 4
     for ranks, stage, shard_size in ((2, 3, None), (1, 2, None), (4, 2, 2)):
-        (found, other), *_ = run_on_ranks(continued, ranks, stage, shard_size, first)
+        (found, other), *_ = run_on_ranks(continued, ranks, stage, shard_size, range(2, 4), first)
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
         for name, values in state["state"].items():
             for key, value in values.items():
@@ -207,7 +207,11 @@ def test_accumulation_sends_what_the_stage_says() -> None:
 class Skipping(Net):
     """Uses some of its blocks."""
 
-    def forward(self, x: torch.Tensor, blocks: int = 2) -> torch.Tensor:
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.extend(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
         for block in self.blocks[:blocks]:  # type: ignore[index]
             x = torch.tanh(block(x))
         return x
@@ -217,7 +221,7 @@ def one_rank_uses_all(rank: int, world_size: int, stage: int) -> dict[str, torch
     model = fm.shard_data_parallel(Skipping(), fm.init_mesh(), stage, bucket_mb=1e-4)
     optimizer = fm.ShardedOptimizer(model, torch.optim.SGD, lr=0.1, weight_decay=0.1)
     for step in range(2):
-        model(samples(step, rank), 1 + (rank == 0)).square().mean().backward()
+        model(samples(step, rank), 5 if rank == 0 else 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return fm.full_state_dict(model)
@@ -227,7 +231,7 @@ def test_a_parameter_that_one_rank_uses_is_updated_on_all() -> None:
     model = Skipping()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(2):
-        loss = model(samples(step, 0), 2).square().mean() + model(samples(step, 1), 1).square().mean()
+        loss = model(samples(step, 0), 5).square().mean() + model(samples(step, 1), 1).square().mean()
         (loss / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
