@@ -221,7 +221,7 @@ def one_rank_uses_all(rank: int, world_size: int, stage: int) -> dict[str, torch
     model = fm.shard_data_parallel(Skipping(), fm.init_mesh(), stage, bucket_mb=1e-4)
     optimizer = fm.ShardedOptimizer(model, torch.optim.SGD, lr=0.1, weight_decay=0.1)
     for step in range(2):
-        model(samples(step, rank), 5 if rank == 0 else 1).square().mean().backward()
+        model(samples(step, rank), 1 if rank == step == 1 else 5).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     return fm.full_state_dict(model)
@@ -231,7 +231,7 @@ def test_a_parameter_that_one_rank_uses_is_updated_on_all() -> None:
     model = Skipping()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     for step in range(2):
-        loss = model(samples(step, 0), 5).square().mean() + model(samples(step, 1), 1).square().mean()
+        loss = model(samples(step, 0), 5).square().mean() + model(samples(step, 1), 5 - 4 * step).square().mean()
         (loss / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
