@@ -90,6 +90,7 @@ class TransformerConfig:
         )
         for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
             check_positive(name, getattr(self, name))
+        check(self.num_layers <= MOST_LAYERS, f"num_layers={self.num_layers} must be at most {MOST_LAYERS}")
         for name in _POSITIVE_OR_NONE:
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
@@ -278,6 +279,8 @@ def model_config(values: Mapping[str, Any]) -> TransformerConfig:
     return convert(dict(values), MODEL_FAMILIES[family].config)
 
 
+# Every layer is an object, also in the cut of a pipeline and in a prediction: more would fill any memory.
+MOST_LAYERS = 100_000
 # Fields that must be positive if they are not None.
 _POSITIVE_OR_NONE = (
     "ffn_hidden_size",

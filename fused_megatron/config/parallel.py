@@ -70,4 +70,4 @@ class ParallelConfig:
             self.check_shard_size(self.data_parallel_size)
         if not isinstance(self.overlap, bool):
             check_positive("overlap", self.overlap)
-        check(self.timeout_s > 0, f"timeout_s={self.timeout_s} must be above 0")
+        check(0 < self.timeout_s <= 1e6, f"timeout_s={self.timeout_s} must be above 0, and at most 1e6")  # 11 days

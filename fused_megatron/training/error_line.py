@@ -31,4 +31,5 @@ def end_now(message: str, rank: int | None = None) -> NoReturn:
 
 def prints_for_host() -> bool:
     """Return whether this rank prints the messages that all ranks of its machine share."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    return local_rank == "0" or not local_rank.isdecimal()  # a LOCAL_RANK that is no number is itself the error

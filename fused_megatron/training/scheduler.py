@@ -89,6 +89,15 @@ def _check(environment: MutableMapping[str, str]) -> None:
             f"RANK={rank} and WORLD_SIZE={world_size} must be whole numbers, the rank below the size (start the ranks "
             "with torchrun or fused-megatron launch, which set both)"
         )
+    local_rank, port = environment.get("LOCAL_RANK", "0"), environment.get("MASTER_PORT", "1")
+    local_size = environment.get("LOCAL_WORLD_SIZE", "1")
+    if not local_rank.isdecimal() or not local_size.isdecimal():
+        raise SharedInputError(
+            f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} must be whole numbers (torchrun and "
+            "fused-megatron launch set both)"
+        )
+    if not port.isdecimal() or not 1 <= int(port[:9]) <= 65535:
+        raise SharedInputError(f"MASTER_PORT={port} must be a port, 1 to 65535, that is free on rank 0's machine")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if int(world_size) > 1 and missing and STORE_VARIABLE not in environment:
         raise SharedInputError(

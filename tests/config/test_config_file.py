@@ -56,3 +56,13 @@ def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, arguments):
     path.write_text("[training]\n" + ("num_steps = 3\n" if arguments else "num_stepz = 3\n"))
     with pytest.raises(InputError, match=r"training\.num_stepz \(did you mean training\.num_steps\?\)"):
         load_config(path, arguments)
+
+
+def test_sizes_beyond_any_machine_are_refused_at_once(tmp_path):
+    """The first filled the memory while the pipeline was cut; the second was no time of the system."""
+    for text, message in {
+        "[model]\nnum_layers = 999999999999": "num_layers=999999999999 must be at most 100000",
+        "[parallel]\ntimeout_s = 1e300": "timeout_s=1e.300 must be above 0, and at most 1e6",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            loaded(tmp_path, text)

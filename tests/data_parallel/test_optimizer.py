@@ -98,7 +98,7 @@ def test_steps_equal_torch_on_wide_weights(
         assert torch.equal(gradients[ours], gradient(19, p.shape)), "the update changes no gradient"
 
 
-@pytest.mark.parametrize(("settings", "make", "kinds"), CASES, ids=lambda case: str(case))
+@pytest.mark.parametrize(("settings", "make", "kinds"), CASES, ids=[str(case[0]) for case in CASES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_carries_on_in_a_fresh_optimizer(
     dtype: torch.dtype, settings: dict[str, Any], make: Any, kinds: set[str]

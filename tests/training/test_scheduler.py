@@ -66,6 +66,9 @@ def test_other_processes_stay_as_they_are(environment: dict[str, str]) -> None:
         ({"WORLD_SIZE": "2", "RANK": "0"}, "WORLD_SIZE=2 without MASTER_ADDR and MASTER_PORT"),
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK=2 and WORLD_SIZE=2 must be whole numbers"),
         ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE=two"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x and LOCAL_WORLD_SIZE=1 must be whole numbers"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "abc"}, "MASTER_PORT=abc must be a port"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 must be"),
     ],
 )
 def test_half_an_environment_is_one_line(environment: dict[str, str], text: str) -> None:
