@@ -48,7 +48,8 @@ def shard_data_parallel(
     rank keeps no whole gradients. Without no_sync the numbers are the same, with more communication.
 
     A forward must call the module whose weights it reads, as for fully_shard. A weight that is read outside of its
-    module's forward is NaN: in stage 3 always, in stages 1 and 2 until it has arrived.
+    module's forward is NaN: in stage 3 always, in stages 1 and 2 until it has arrived. In stage 3 all ranks must call
+    the same modules.
 
     Args:
         model: any module on one device, with the same weights on every data-parallel rank; also after

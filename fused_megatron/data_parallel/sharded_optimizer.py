@@ -11,6 +11,7 @@ from torch import nn
 from fused_megatron.checks import InputError, check
 from fused_megatron.collectives.together import build_together
 from fused_megatron.data_parallel.elementwise import check_elementwise
+from fused_megatron.data_parallel.full_optimizer_state import gather_state, own_state
 from fused_megatron.data_parallel.sharded_replica import ShardedReplica
 from fused_megatron.sharding import GradScaler
 from fused_megatron.sharding.replica_shards import replica_shards
@@ -94,7 +95,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._replica.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of this rank's rows, with their main rows; for load_state_dict on the same layout."""
+        """Return the state of this rank's rows, with their main rows, for load_state_dict in the same layout.
+
+        full_state_dict() has it for any layout.
+        """
         found = self._inner.state_dict()
         rows = self._replica.rows
         main = {name: main.detach() for name, p, main in self._names_and_rows() if main.dtype != p.dtype}
@@ -108,13 +112,59 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         own = [self._replica.rows.index, self._replica.rows.num_shards]
         found = list(state_dict.get("rows", own))
-        check(found == own, f"the state has the rows {found[0]} of {found[1]}, and this rank {own[0]} of {own[1]}")
+        check(
+            found == own,
+            f"the state has the rows {found[0]} of {found[1]}, and this rank {own[0]} of {own[1]} (full_state_dict() "
+            "and load_full_state_dict() work in any layout)",
+        )
         self._inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("main", "rows")})
         self._share()
         with torch.no_grad():
             for name, _, main in self._names_and_rows():
                 if name in state_dict.get("main", {}):
                     main.copy_(state_dict["main"][name])
+
+    def full_state_dict(self, *, rank0_only: bool = False) -> dict[str, Any]:
+        """Gather the state of all rows by parameter name, for load_full_state_dict in any layout. Every rank calls it.
+
+        Args:
+            rank0_only: the other ranks return an empty dict.
+
+        Communication: as full_optimizer_state.gather_state.
+        """
+        replica = self._replica
+        found = gather_state(self.state, self._names_and_rows(), replica.rows, replica.group, replica.tp_group)
+        groups = [
+            {k: v for k, v in group.items() if k != "params"} for group in self._inner.state_dict()["param_groups"]
+        ]
+        keeps = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
+        return {**found, "param_groups": groups} if keeps else {}
+
+    def load_full_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load what full_state_dict() returned, on every rank the same. The groups have the same parameters.
+
+        Raises:
+            InputError: other groups, or a tensor with another shape than its parameter; nothing was loaded.
+        """
+        own = self._names_and_rows()
+        groups = self._inner.state_dict()["param_groups"]
+        found, wanted = ([group["param_names"] for group in each] for each in (state["param_groups"], groups))
+        check(found == wanted, f"the state has the groups {found!r:.200}, and this optimizer {wanted!r:.200}")
+        values = own_state(state, own, self._replica.rows)
+        main = {name: value.pop("main") for name, value in values.items() if "main" in value}
+        indices = [
+            (index, name) for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)
+        ]
+        self.load_state_dict(
+            {
+                "state": {index: values[name] for index, name in indices if values[name]},
+                "param_groups": [
+                    {**saved, "params": group["params"]}
+                    for saved, group in zip(state["param_groups"], groups, strict=True)
+                ],
+                "main": main,
+            }
+        )
 
     def _names_and_rows(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         names = {p: name for name, p in self._replica.parameters.items()}

@@ -17,7 +17,7 @@ from fused_megatron.data_parallel.shared_state import share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
 from fused_megatron.mesh import SubMesh
-from fused_megatron.sharding import parameter_record, update_record
+from fused_megatron.sharding import parallel_group, parameter_record, update_record
 
 _FULL = "fm.full_state_dict(model) and fm.load_full_state_dict(model, state), on every rank"
 
@@ -48,7 +48,7 @@ class ShardedReplica:
     ) -> None:
         self.parameters = dict(model.named_parameters())
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self.group = shards.group
+        self.group, self.tp_group = shards.group, parallel_group(model)
         self.keeps_rows_only = placements.weights
         self._is_sharded = placements.gradients
         self._dp_group, self._dp_size = dp_group, shards.size * copies.size
@@ -252,6 +252,7 @@ class ShardedReplica:
         if self._has_begun:
             return
         self._has_begun = True
+        self.weights.finish()  # a rank may not have used them all; they come before the sums on every rank
         self._reached.clear()
         if self._is_mean:
             self._carried = [own.clone() for own in self._own.values()]

@@ -109,7 +109,14 @@ def test_updates_have_the_bits_of_averaged_gradients(ranks: int) -> None:
 
 def state_of_other_rows(rank: int, world_size: int) -> str:
     mesh = fm.init_mesh()
-    optimizer = fm.ShardedOptimizer(fm.shard_data_parallel(Net(), mesh, 2), torch.optim.SGD)
+    model = fm.shard_data_parallel(Net(), mesh, 2)
+    optimizer = fm.ShardedOptimizer(model, torch.optim.SGD)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0  # as a scheduler would
+    before = fm.full_state_dict(model)
+    backward(model, samples(0, rank))
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in fm.full_state_dict(model).items())
     state: list[Any] = [None] * world_size
     dist.all_gather_object(state, optimizer.state_dict())
     with pytest.raises(fm.checks.InputError) as raised:
@@ -118,7 +125,52 @@ def state_of_other_rows(rank: int, world_size: int) -> str:
 
 
 def test_state_of_another_rank_is_refused() -> None:
-    assert run_on_ranks(state_of_other_rows, 2)[0] == "the state has the rows 1 of 2, and this rank 0 of 2"
+    assert run_on_ranks(state_of_other_rows, 2)[0] == (
+        "the state has the rows 1 of 2, and this rank 0 of 2 (full_state_dict() and load_full_state_dict() work in any "
+        "layout)"
+    )
+
+
+class Scaled(Net):
+    """Has a 0-dim parameter, which looks like the number of steps of its own state."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
+        self.scale = nn.Parameter(torch.ones((), dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def continued(
+    rank: int, world_size: int, stage: int, shard_size: int | None, steps: range, before: tuple[Any, Any] | None
+) -> tuple[Any, Any]:
+    """Do some steps, after those of another layout; return the weights and the optimizer's state."""
+    mesh = fm.init_mesh()
+    model = fm.shard_data_parallel(Scaled(torch.bfloat16), mesh, stage, shard_size=shard_size)
+    optimizer = fm.ShardedOptimizer(model, torch.optim.NAdam, lr=0.1 if before is None else 9.0)
+    if before is not None:
+        fm.load_full_state_dict(model, before[0])
+        optimizer.load_full_state_dict(before[1])
+    for step in steps:
+        backward(model, samples(step, 0, torch.bfloat16))
+        optimizer.step()
+        optimizer.zero_grad()
+    return fm.full_state_dict(model), optimizer.full_state_dict(rank0_only=True)
+
+
+def test_state_goes_on_in_another_layout() -> None:
+    first, *others = run_on_ranks(continued, 3, 1, None, range(2), None)
+    assert all(state == {} for _, state in others)
+    (wanted, state), *_ = run_on_ranks(continued, 3, 1, None, range(4), None)
+    assert state["state"]["blocks.0.weight"]["main"].dtype == torch.float32
+    assert state["state"]["scale"]["step"] == 4
+    for ranks, stage, shard_size in ((2, 3, None), (1, 2, None), (4, 2, 2)):
+        (found, other), *_ = run_on_ranks(continued, ranks, stage, shard_size, range(2, 4), first)
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+        for name, values in state["state"].items():
+            for key, value in values.items():
+                torch.testing.assert_close(other["state"][name][key], value, rtol=1e-6, atol=1e-7)
 
 
 def sent(rank: int, world_size: int, stage: int) -> dict[str, list[int]]:
@@ -150,6 +202,43 @@ def test_accumulation_sends_what_the_stage_says() -> None:
         assert [number > 0 for number in reduced] == [stage > 1, stage > 1, True, False]
         assert [number > 0 for number in gathered] == [stage == 3] * 3 + [True]
         assert max(reduced) <= padded
+
+
+class Skipping(Net):
+    """Uses some of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.extend(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, blocks: int) -> torch.Tensor:
+        for block in self.blocks[:blocks]:  # type: ignore[index]
+            x = torch.tanh(block(x))
+        return x
+
+
+def one_rank_uses_all(rank: int, world_size: int, stage: int) -> dict[str, torch.Tensor]:
+    model = fm.shard_data_parallel(Skipping(), fm.init_mesh(), stage, bucket_mb=1e-4)
+    optimizer = fm.ShardedOptimizer(model, torch.optim.SGD, lr=0.1, weight_decay=0.1)
+    for step in range(2):
+        model(samples(step, rank), 1 if rank == step == 1 else 5).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return fm.full_state_dict(model)
+
+
+def test_a_parameter_that_one_rank_uses_is_updated_on_all() -> None:
+    model = Skipping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    for step in range(2):
+        loss = model(samples(step, 0), 5).square().mean() + model(samples(step, 1), 5 - 4 * step).square().mean()
+        (loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for by_rank in run_cases_on_ranks(one_rank_uses_all, 2, [(1,), (2,)]):
+        for weights in by_rank:
+            for name, value in model.state_dict().items():
+                torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-7)
 
 
 class Reader(nn.Module):
