@@ -1,47 +1,63 @@
-"""Kernels that compute attention within a tile of visible pairs: torch's flash kernels, or matrix products.
+"""Kernels for attention within tiles of visible pairs: torch's flash kernels, or matrix products; and their choice.
 
-Every kernel works on [batch, heads, rows, head dim] and has the same three functions: which parts it cuts a tile into,
-the forward of a part, and its backward. The backward takes the log-sum-exp over all keys of a query, also over keys
-outside of the tile; so the gradients of tiles add up.
+The backward of every kernel takes the log-sum-exp over all keys of a query, also over keys outside of the tile. So the
+gradients of tiles add up.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
 
+from fused_megatron.ops.attention_operands import Backward, Operands
+from fused_megatron.ops.flash_on_gpu import FlashOnGpu
 from fused_megatron.ops.visible_pairs import PairTile
 
 _LOG = logging.getLogger(__name__)
-
-TileDropout = Callable[[torch.Tensor, PairTile], torch.Tensor]
-"""Maps probabilities [b, N, q, k] of a tile to the kept and rescaled ones; draws the same mask at each call."""
 
 _MOST_SCORES = 1 << 22  # scores that exist at once where they are computed by matrix products: 16 MB in float32
 _MOST_KEYS = 2048
 _BAND_ROWS = 512
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """Operands of the forward of a part.
+class _PartByPart:
+    """A kernel that cuts every tile into parts, and computes one part at a time."""
 
-    Attributes:
-        query: [b, N, q, D].
-        key: [b, G, k, D].
-        value: [b, G, k, Dv].
-        padding: [b, k] bool, True at keys that no query sees; None: no padding.
-    """
+    name: str
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    padding: torch.Tensor | None
+    def forward(
+        self, operands: Operands, tiles: Sequence[PairTile]
+    ) -> Iterator[tuple[PairTile, torch.Tensor, torch.Tensor]]:
+        """Yield parts with their context [b, N, q, Dv] and log-sum-exp [b, N, q], -inf for rows without a key."""
+        for tile in tiles:
+            for part in self.parts(tile, operands.query.shape[2]):
+                yield part, *self.forward_of_part(operands.at(part), part)
+
+    def backward(
+        self, operands: Operands, saved: Backward, tiles: Sequence[PairTile]
+    ) -> Iterator[tuple[PairTile, torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Yield parts with the gradients of their query, key and value."""
+        for tile in tiles:
+            for part in self.parts(tile, operands.query.shape[2]):
+                yield part, *self.backward_of_part(operands.at(part), saved.at(part), part)
+
+    def parts(self, tile: PairTile, heads: int) -> Iterator[PairTile]:
+        """Cut a tile."""
+        raise NotImplementedError
+
+    def forward_of_part(self, at: Operands, part: PairTile) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return context and log-sum-exp of a part."""
+        raise NotImplementedError
+
+    def backward_of_part(
+        self, at: Operands, saved: Backward, part: PairTile
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the gradients of query, key and value of a part."""
+        raise NotImplementedError
 
 
-class FlashOnCpu:
+class FlashOnCpu(_PartByPart):
     """torch's flash kernel for CPUs."""
 
     name = "torch's flash kernel for CPUs"
@@ -58,48 +74,37 @@ class FlashOnCpu:
         else:
             yield from _row_blocks(tile, min(_BAND_ROWS, max(64, _band_width(tile) // 4)))
 
-    def forward(
-        self, at: Tensors, tile: PairTile, scale: float, dropout: TileDropout | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the context [b, N, q, Dv] and the log-sum-exp [b, N, q] of the scores; -inf for rows without a key."""
-        is_diagonal, bias = self._mask(at, tile)
+    def forward_of_part(self, at: Operands, part: PairTile) -> tuple[torch.Tensor, torch.Tensor]:
+        is_diagonal, bias = self._mask(at, part)
         context, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            at.query, at.key, at.value, 0.0, is_diagonal, attn_mask=bias, scale=scale
+            at.query, at.key, at.value, 0.0, is_diagonal, attn_mask=bias, scale=at.scale
         )
         if at.padding is not None:  # the kernel returns 0 for a row without a key
-            sees = _rows_that_see(tile, at.padding)[:, None]
+            sees = _rows_that_see(part, at.padding)[:, None]
             log_sum_exp = log_sum_exp.masked_fill(~sees, float("-inf"))
         return context, log_sum_exp
 
-    def backward(
-        self,
-        at: Tensors,
-        tile: PairTile,
-        scale: float,
-        dropout: TileDropout | None,
-        grad: torch.Tensor,
-        context: torch.Tensor,
-        log_sum_exp: torch.Tensor,
+    def backward_of_part(
+        self, at: Operands, saved: Backward, part: PairTile
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of query, key and value; grad, context and log_sum_exp are of the rows of the part."""
-        is_diagonal, bias = self._mask(at, tile)
+        is_diagonal, bias = self._mask(at, part)
         gradients: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = (
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad,
+                saved.grad,
                 at.query,
                 at.key,
                 at.value,
-                context,
-                log_sum_exp,
+                saved.context,
+                saved.log_sum_exp,
                 0.0,
                 is_diagonal,
                 attn_mask=bias,
-                scale=scale,
+                scale=at.scale,
             )
         )
         return gradients
 
-    def _mask(self, at: Tensors, tile: PairTile) -> tuple[bool, torch.Tensor | None]:
+    def _mask(self, at: Operands, tile: PairTile) -> tuple[bool, torch.Tensor | None]:
         """Return whether the kernel's own causal mask is right, and what to add to the scores, [b or 1, 1, q, k]."""
         is_diagonal = tile.lower is None and tile.upper == 0
         bias = None
@@ -111,68 +116,7 @@ class FlashOnCpu:
         return is_diagonal, bias
 
 
-class FlashOnGpu:
-    """torch's flash kernel for GPUs, which knows bands."""
-
-    name = "torch's flash kernel for GPUs"
-
-    def parts(self, tile: PairTile, heads: int) -> Iterator[PairTile]:
-        """Return the tile itself."""
-        yield tile
-
-    def forward(
-        self, at: Tensors, tile: PairTile, scale: float, dropout: TileDropout | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the context [b, N, q, Dv] and the log-sum-exp [b, N, q] of the scores."""
-        left, right = _window(tile)
-        context, log_sum_exp, *_ = torch.ops.aten._flash_attention_forward(
-            *(t.transpose(1, 2) for t in (at.query, at.key, at.value)),
-            None,
-            None,
-            tile.num_queries,
-            tile.num_keys,
-            0.0,
-            False,
-            False,
-            scale=scale,
-            window_size_left=left,
-            window_size_right=right,
-        )
-        return context.transpose(1, 2), log_sum_exp
-
-    def backward(
-        self,
-        at: Tensors,
-        tile: PairTile,
-        scale: float,
-        dropout: TileDropout | None,
-        grad: torch.Tensor,
-        context: torch.Tensor,
-        log_sum_exp: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of query, key and value; grad, context and log_sum_exp are of the rows of the part."""
-        left, right = _window(tile)
-        no_random = torch.zeros(2, dtype=torch.uint64, device=grad.device)
-        grads = torch.ops.aten._flash_attention_backward(
-            *(t.transpose(1, 2) for t in (grad, at.query, at.key, at.value, context)),
-            log_sum_exp.contiguous(),
-            None,
-            None,
-            tile.num_queries,
-            tile.num_keys,
-            0.0,
-            False,
-            no_random,
-            no_random,
-            scale=scale,
-            window_size_left=left,
-            window_size_right=right,
-        )
-        grad_query, grad_key, grad_value = (t.transpose(1, 2) for t in grads)
-        return grad_query, grad_key, grad_value
-
-
-class MatrixProducts:
+class MatrixProducts(_PartByPart):
     """Matrix products and a softmax, in float32 or float64: for dropout, and for what no flash kernel takes."""
 
     name = "matrix products, a part of the scores at a time"
@@ -191,35 +135,24 @@ class MatrixProducts:
                 if lowest <= highest:
                     yield block.part(lowest, highest, first, last)
 
-    def forward(
-        self, at: Tensors, tile: PairTile, scale: float, dropout: TileDropout | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the context [b, N, q, Dv] and the log-sum-exp [b, N, q] of the scores; -inf for rows without a key."""
-        scores = self._scores(at, tile, scale)
+    def forward_of_part(self, at: Operands, part: PairTile) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self._scores(at, part)
         log_sum_exp = scores.logsumexp(-1)
         probabilities = _probabilities(scores, log_sum_exp)
-        kept = probabilities if dropout is None else dropout(probabilities, tile)
+        kept = probabilities if at.dropout is None else at.dropout(probabilities, part)
         return kept @ _for_each_head(at.value, at.query), log_sum_exp
 
-    def backward(
-        self,
-        at: Tensors,
-        tile: PairTile,
-        scale: float,
-        dropout: TileDropout | None,
-        grad: torch.Tensor,
-        context: torch.Tensor,
-        log_sum_exp: torch.Tensor,
+    def backward_of_part(
+        self, at: Operands, saved: Backward, part: PairTile
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the gradients of query, key and value; grad, context and log_sum_exp are of the rows of the part."""
-        probabilities = _probabilities(self._scores(at, tile, scale), log_sum_exp)
-        grad, query = grad.to(probabilities.dtype), at.query.to(probabilities.dtype)
-        kept = probabilities if dropout is None else dropout(probabilities, tile)
+        probabilities = _probabilities(self._scores(at, part), saved.log_sum_exp)
+        grad, query = saved.grad.to(probabilities.dtype), at.query.to(probabilities.dtype)
+        kept = probabilities if at.dropout is None else at.dropout(probabilities, part)
         grad_value = kept.transpose(-1, -2) @ grad
         grad_kept = grad @ _for_each_head(at.value, at.query).transpose(-1, -2)
-        grad_probabilities = grad_kept if dropout is None else dropout(grad_kept, tile)
-        shift = (grad * context).sum(-1, keepdim=True)
-        grad_scores = probabilities * (grad_probabilities - shift) * scale
+        grad_probabilities = grad_kept if at.dropout is None else at.dropout(grad_kept, part)
+        shift = (grad * saved.context).sum(-1, keepdim=True)
+        grad_scores = probabilities * (grad_probabilities - shift) * at.scale
         grad_key = grad_scores.transpose(-1, -2) @ query
         shared = (at.key.shape[1], -1)
         return (
@@ -228,12 +161,12 @@ class MatrixProducts:
             grad_value.unflatten(1, shared).sum(2),
         )
 
-    def _scores(self, at: Tensors, tile: PairTile, scale: float) -> torch.Tensor:
+    def _scores(self, at: Operands, part: PairTile) -> torch.Tensor:
         """Compute the scores [b, N, q, k], -inf at hidden pairs."""
         key = _for_each_head(at.key, at.query)
-        scores = at.query.to(key.dtype) @ key.transpose(-1, -2) * scale
-        if tile.upper is not None or tile.lower is not None:
-            scores = scores.masked_fill_(~_band(tile, scores.device), float("-inf"))
+        scores = at.query.to(key.dtype) @ key.transpose(-1, -2) * at.scale
+        if part.upper is not None or part.lower is not None:
+            scores = scores.masked_fill_(~_band(part, scores.device), float("-inf"))
         if at.padding is not None:
             scores = scores.masked_fill_(at.padding[:, None, None], float("-inf"))
         return scores
@@ -253,16 +186,14 @@ def choose_kernel(
         padding: whether keys are hidden by a padding mask.
         dropout: whether probabilities are dropped.
     """
-    kernel, reason = _choose(
-        query.device.type, query.dtype, query.shape[-1], value.shape[-1], padding=padding, dropout=dropout
-    )
-    return kernel, reason
+    return kernel_for(query.device.type, query.dtype, query.shape[-1], value.shape[-1], padding, dropout)
 
 
 @lru_cache(maxsize=256)
-def _choose(
-    device: str, dtype: torch.dtype, head_dim: int, value_dim: int, *, padding: bool, dropout: bool
+def kernel_for(
+    device: str, dtype: torch.dtype, head_dim: int, value_dim: int, padding: bool = False, dropout: bool = False
 ) -> tuple[Kernel, str]:
+    """Return the kernel for operands on a type of device ("cpu", "cuda"), and the reason; the first call logs both."""
     kernel, reason = _choice(device, dtype, head_dim, value_dim, padding=padding, dropout=dropout)
     _LOG.info("attention, %s on %s, head dim %d: %s (%s)", dtype, device, head_dim, kernel.name, reason)
     return kernel, reason
@@ -284,14 +215,6 @@ def _choice(
     if head_dim > 256:
         return MatrixProducts(), f"the flash kernel takes a head dim of at most 256, not {head_dim}"
     return FlashOnGpu(), "half precision, and a head dim of at most 256"
-
-
-def _window(tile: PairTile) -> tuple[int, int]:
-    """Return the flash kernel's (left, right): it aligns the last query with the last key; -1: no bound."""
-    shift = tile.num_keys - tile.num_queries
-    left = -1 if tile.lower is None else shift - tile.lower
-    right = -1 if tile.upper is None else tile.upper - shift
-    return left, right
 
 
 def _band_width(tile: PairTile) -> int:

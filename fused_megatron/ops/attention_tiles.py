@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from fused_megatron.ops.attention_kernels import Tensors, TileDropout, choose_kernel
+from fused_megatron.ops.attention_kernels import choose_kernel
+from fused_megatron.ops.attention_operands import Backward, Operands, TileDropout, part_rows
 from fused_megatron.ops.visible_pairs import PairTile
 
 _MINUS_INFINITY = float("-inf")
@@ -58,10 +59,9 @@ class AttentionSum:
         kernel, _ = choose_kernel(
             self._query, value, padding=key_padding_mask is not None, dropout=self._dropout is not None
         )
-        for tile in tiles:
-            for part in kernel.parts(tile, self._query.shape[2]):
-                at = _operands(self._query, key, value, key_padding_mask, part)
-                self._merge(part, *kernel.forward(at, part, self._scale, self._dropout))
+        operands = Operands(self._query, key, value, key_padding_mask, self._scale, self._dropout)
+        for part, context, log_sum_exp in kernel.forward(operands, tiles):
+            self._merge(part, context, log_sum_exp)
 
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the context [Sq, B, N, Dv], dtype of query, and the log-sum-exp [Sq, B, N].
@@ -112,11 +112,12 @@ class AttentionGradients:
         scale: float | None = None,
         dropout: TileDropout | None = None,
     ) -> None:
-        self._grad, self._query, self._context = grad_context, query, context
+        self._query = query
         self._scale = query.shape[-1] ** -0.5 if scale is None else scale
         self._dropout = dropout
         # A row without a key: exp(score - inf) is 0, and exp(score + inf) would be NaN.
-        self._log_sum_exp = log_sum_exp.masked_fill(log_sum_exp == _MINUS_INFINITY, float("inf"))
+        without_key = log_sum_exp == _MINUS_INFINITY
+        self._saved = Backward(grad_context, context, log_sum_exp.masked_fill(without_key, float("inf")))
         self._grad_query = _RowSums(query)
 
     def add(
@@ -131,14 +132,11 @@ class AttentionGradients:
             self._query, value, padding=key_padding_mask is not None, dropout=self._dropout is not None
         )
         grad_key, grad_value = _RowSums(key), _RowSums(value)
-        for tile in tiles:
-            for part in kernel.parts(tile, self._query.shape[2]):
-                at = _operands(self._query, key, value, key_padding_mask, part)
-                own = (part_rows(t, part.samples, part.queries) for t in (self._grad, self._context, self._log_sum_exp))
-                of_query, of_key, of_value = kernel.backward(at, part, self._scale, self._dropout, *own)
-                self._grad_query.add(part.samples, part.queries, of_query)
-                grad_key.add(part.samples, part.keys, of_key)
-                grad_value.add(part.samples, part.keys, of_value)
+        operands = Operands(self._query, key, value, key_padding_mask, self._scale, self._dropout)
+        for part, of_query, of_key, of_value in kernel.backward(operands, self._saved, tiles):
+            self._grad_query.add(part.samples, part.queries, of_query)
+            grad_key.add(part.samples, part.keys, of_key)
+            grad_value.add(part.samples, part.keys, of_value)
         return grad_key.result(), grad_value.result()
 
     def grad_query(self) -> torch.Tensor:
@@ -171,19 +169,3 @@ class _RowSums:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which contributions of several blocks are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def part_rows(x: torch.Tensor, samples: tuple[int, int], rows: tuple[int, int]) -> torch.Tensor:
-    """Return the view [b, heads, rows, ..] of x [S, B, heads, ..]."""
-    return x[slice(*rows), slice(*samples)].movedim(0, 2)
-
-
-def _operands(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, padding: torch.Tensor | None, part: PairTile
-) -> Tensors:
-    return Tensors(
-        part_rows(query, part.samples, part.queries),
-        part_rows(key, part.samples, part.keys),
-        part_rows(value, part.samples, part.keys),
-        None if padding is None else padding[slice(*part.samples), slice(*part.keys)],
-    )

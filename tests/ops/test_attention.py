@@ -62,7 +62,7 @@ def test_context_and_gradients_equal_attention_query_by_query(name, kv_heads):
     looked_at = torch.ones(S, B, dtype=torch.bool) if mask.key_padding_mask is None else ~mask.key_padding_mask.t()
     upstream = upstream * looked_at[..., None, None]
     expected = torch.autograd.grad(plain(query, key, value, mask), (query, key, value), upstream)
-    for dropout in (None, lambda probabilities: probabilities * 1.0):
+    for dropout in (None, lambda probabilities, tile: probabilities * 1.0):
         context = attend(query, key, value, mask, dropout=dropout)
         torch.testing.assert_close(context[looked_at], plain(query, key, value, mask)[looked_at], rtol=1e-9, atol=1e-9)
         for found, wanted in zip(torch.autograd.grad(context, (query, key, value), upstream), expected, strict=True):
@@ -94,14 +94,20 @@ def test_a_causal_mask_only_equals_the_kernel_of_torch_bit_for_bit(dtype):
 
 def test_scale_and_values_of_another_size():
     (query, key, value), _ = tensors(values=5)
-    for dropout in (None, torch.clone):
+    for dropout in (None, lambda probabilities, tile: probabilities.clone()):
         context = attend(query, key, value, AttentionMask(causal=True), scale=0.3, dropout=dropout)
         torch.testing.assert_close(context, plain(query, key, value, AttentionMask(causal=True), 0.3))
 
 
 def test_a_dropped_probability_has_no_effect():
     (query, key, value), _ = tensors(2)
-    context = attend(query, key, value, MASKS["causal documents"], dropout=torch.zeros_like)
+    context = attend(
+        query,
+        key,
+        value,
+        MASKS["causal documents"],
+        dropout=lambda probabilities, tile: torch.zeros_like(probabilities),
+    )
     assert context.shape == (S, B, HEADS, D) and not context.any()
 
 
