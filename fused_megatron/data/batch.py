@@ -1,6 +1,6 @@
 """The batch of one data-parallel rank in one step: inputs, targets and padding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,6 +27,13 @@ class Batch:
         """Return inputs, targets and padding at the sequence positions of one rank."""
         padding = None if self.key_padding_mask is None else sequence.take(self.key_padding_mask, 1)
         return Batch(sequence.take(self.inputs, 1), sequence.take(self.targets, 1), padding)
+
+    def split(self, size: int) -> list["Batch"]:
+        """Return the microbatches of `size` rows, as views."""
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        count = len(self.inputs.split(size))
+        parts = [[None] * count if tensor is None else tensor.split(size) for tensor in tensors]
+        return [Batch(*each) for each in zip(*parts, strict=True)]
 
     def microbatches(
         self, size: int, device: torch.device
