@@ -30,7 +30,7 @@ from fused_megatron.planning.verify.records import (
     as_array,
     shard_places,
 )
-from fused_megatron.sharding import full_shape
+from fused_megatron.sharding import SequenceLayout, full_shape
 from fused_megatron.sharding.gradient_norm import clip_coefficient
 
 NUM_UPDATES = 3
@@ -126,8 +126,8 @@ class _OutputHooks:
     def __init__(
         self, record: RankRecord, stages: Mapping[int, TransformerStack], config: TrainConfig, mesh: Mesh
     ) -> None:
-        self._record, self._tp_rank = record, mesh.tp_rank
-        self._seq_len = config.model.seq_len
+        self._record, self._mesh = record, mesh
+        self._sequence = self._whole = SequenceLayout.whole(config.model.seq_len)
         self._first_sample = 0
         self._done: set[tuple[str, int]] = set()
         self._handles: list[Any] = []
@@ -144,6 +144,8 @@ class _OutputHooks:
 
     def _begin(self, stage: nn.Module, inputs: Any, keywords: Mapping[str, Any]) -> None:
         self._first_sample = keywords["batch_slice"].first_sample
+        partition = keywords.get("partition")
+        self._sequence = self._whole if partition is None else partition.layouts[self._mesh.cp_rank]
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if (name, self._first_sample) in self._done:  # backward computes it again
@@ -151,13 +153,14 @@ class _OutputHooks:
         self._done.add((name, self._first_sample))
         output, _ = split_auxiliary_loss(output)
         y = output[0] if isinstance(output, tuple) else output  # the bias of a layer is added later
-        first = self._tp_rank * y.shape[0] if y.shape[0] < self._seq_len else 0
-        place = (
-            (first, first + y.shape[0]),
-            (self._first_sample, self._first_sample + y.shape[1]),
-            (0, y.shape[2]),
-        )
-        self._record.add(Key(OUTPUT, 1, name), Piece(as_array(y), place))
+        sequence = self._sequence
+        if y.shape[0] < sequence.num_positions:
+            sequence = sequence.block(self._mesh.tp_rank, self._mesh.tp_size)
+        samples = (self._first_sample, self._first_sample + y.shape[1])
+        for rows, start in sequence.runs:
+            part = y[rows]
+            place = ((start, start + part.shape[0]), samples, (0, y.shape[2]))
+            self._record.add(Key(OUTPUT, 1, name), Piece(as_array(part), place))
 
 
 def _is_seen(name: str) -> bool:
