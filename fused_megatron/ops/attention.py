@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -300,10 +300,8 @@ class _Attention(AutogradFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
-        arguments = (grad, *ctx.saved_tensors, *ctx.numbers)
-        gradients = (
-            _attention_backward(*arguments) if ctx.dropout is None else _backward(*arguments, dropout=ctx.dropout)
-        )
+        run = _attention_backward if ctx.dropout is None else partial(_backward, dropout=ctx.dropout)
+        gradients = run(grad, *ctx.saved_tensors, *ctx.numbers)
         return *gradients, None, None, None, None
 
 
