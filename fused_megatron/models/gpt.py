@@ -71,6 +71,7 @@ class GPT(TransformerStack):
         sequence: SequenceLayout | None = None,
         partition: SequencePartition | None = None,
         documents: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Compute the loss or this rank's logits; in a pipeline stage, the input of the next stage.
@@ -83,7 +84,10 @@ class GPT(TransformerStack):
                 sequence.
             partition: the positions of each context-parallel rank; the S tokens (and targets) are at this rank's
                 positions. None: every rank has the whole sequence.
-            documents: cumulative lengths, as in AttentionMask; None: every row is one document.
+            documents: cumulative lengths, as in AttentionMask; None: every row is one document. Every stage needs it.
+            positions: [B, S] int64 in [0, config.seq_len), the position of each token for the position embedding or
+                rotation, such as its position in its document; None: its position in the sequence. It does not change
+                which tokens see each other. Every stage needs it.
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
 
         Returns:
@@ -94,7 +98,9 @@ class GPT(TransformerStack):
             If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
         mask = self.attention_mask(documents=documents)
-        encoded = self._encode(x, mask, batch_slice=batch_slice, sequence=sequence, partition=partition)
+        encoded = self._encode(
+            x, mask, batch_slice=batch_slice, sequence=sequence, partition=partition, positions=positions
+        )
         return self._result(encoded, target, reduction)
 
     def attention_mask(

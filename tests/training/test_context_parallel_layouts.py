@@ -30,11 +30,12 @@ NUM_STEPS = 10
 SEQ_LEN = 26  # on 4 ranks 8, 6, 6 and 6 positions with two tensor-parallel ranks, and 7, 7, 6 and 6 without
 DROPOUT: dict[str, Any] = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "embedding_dropout": 0.1}
 LLAMA: dict[str, Any] = {"activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 2}
+DOCUMENTS = {"mask_documents": True}
 FORMS: dict[str, dict[str, Any]] = {
     "gpt": {},
-    "dropout": DROPOUT,
-    "llama": {**LLAMA, **DROPOUT},
-    "window": {**LLAMA, "sliding_window": 9},
+    "dropout": {**DROPOUT, **DOCUMENTS},
+    "llama": {**LLAMA, **DROPOUT, **DOCUMENTS},
+    "window": {**LLAMA, **DOCUMENTS, "sliding_window": 9, "reset_positions": False},
     "untied": {"tied_embeddings": False},
     "bert": {"family": "bert", **DROPOUT},
 }
@@ -178,10 +179,10 @@ def test_a_run_resumes_on_another_number_of_context_parallel_ranks(
 ) -> None:
     expected = one_process("dropout")
     if before:
-        trained(work, tmp_path, **DROPOUT, data_parallel_size=1, **before)
+        trained(work, tmp_path, **FORMS["dropout"], data_parallel_size=1, **before)
     else:
         import shutil  # noqa: PLC0415
 
         shutil.copytree(work / "one dropout", tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoints" / f"step-{NUM_STEPS:06d}").rename(tmp_path / "lost")
-    assert_same_curve(trained(work, tmp_path, **DROPOUT, data_parallel_size=1, **after), expected)
+    assert_same_curve(trained(work, tmp_path, **FORMS["dropout"], data_parallel_size=1, **after), expected)
