@@ -99,7 +99,8 @@ def move_vectors_(parameters: Mapping[str, nn.Parameter]) -> None:
 def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
     """Return this data-parallel rank's rows of a random global batch, and the number of targets in all rows.
 
-    Ignored targets are spread unevenly over samples, and so over microbatches and ranks. One sample has no target.
+    Ignored targets are spread unevenly over samples and positions, and so over microbatches and ranks. One sample has
+    no target.
     With data.mask_documents, documents of 5 tokens on average start at random.
     """
     model, rows = config.model, config.training.global_batch_size
@@ -108,6 +109,8 @@ def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
     assert model.vocab_size is not None
     inputs, targets = (torch.randint(model.vocab_size, shape, generator=generator) for _ in range(2))
     ignored_share = 0.1 + 0.8 * torch.arange(rows).unsqueeze(1) / rows
+    # Falls by a convex curve: the first positions together with the last ignore more than the middle.
+    ignored_share = ignored_share * (0.8 + 0.5 * (1 - torch.arange(model.seq_len) / model.seq_len) ** 3)
     ignored = torch.rand(shape, generator=generator) < ignored_share
     ignored[rows // 2 - 1] = True
     is_padding = None
