@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _visibility(
 ) -> Visibility:
     if documents is not None:
         check(
-            documents[:1] == (0,) and documents[-1] == batch * seq_len and list(documents) == sorted(documents),
+            documents[:1] == (0,) and documents[-1:] == (batch * seq_len,) and list(documents) == sorted(documents),
             f"documents={_shortened(documents)} must be cumulative lengths from 0 to the {batch} x {seq_len} tokens",
         )
     return Visibility.of_documents(causal, window, documents, batch, seq_len)
@@ -107,7 +107,9 @@ def attention(
     """
     if documents is not None and not isinstance(documents, torch.Tensor):
         documents = torch.tensor(list(documents), dtype=torch.int64)
-    packed = query.dim() == 3
+    shape = tuple(query.shape)
+    check(len(shape) in (3, 4), f"query.shape={shape} must be (S, B, N, D) or (T, N, D)")
+    packed = len(shape) == 3
     if packed:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
     mask = AttentionMask(causal, window, None, documents)
@@ -298,10 +300,8 @@ class _Attention(AutogradFunction):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> Any:
-        if ctx.dropout is None:
-            gradients = _attention_backward(grad, *ctx.saved_tensors, *ctx.numbers)
-        else:
-            gradients = _backward(grad, *ctx.saved_tensors, *ctx.numbers, ctx.dropout)
+        run = _attention_backward if ctx.dropout is None else partial(_backward, dropout=ctx.dropout)
+        gradients = run(grad, *ctx.saved_tensors, *ctx.numbers)
         return *gradients, None, None, None, None
 
 

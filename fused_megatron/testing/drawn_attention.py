@@ -45,6 +45,7 @@ class DrawnAttention:
 
     def dropout(self, probabilities: torch.Tensor, tile: PairTile) -> torch.Tensor:
         """Drop the drawn probabilities of a tile."""
+        assert self.kept is not None
         queries = slice(tile.query_position, tile.query_position + tile.num_queries)
         keys = slice(tile.key_position, tile.key_position + tile.num_keys)
         return probabilities * self.kept[slice(*tile.samples), :, queries, keys].to(probabilities.dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_megatron import ops
 from fused_megatron.checks import InputError
 from fused_megatron.ops.attention import AttentionMask, attend
 
@@ -131,3 +132,56 @@ def test_what_does_not_fit():
         AttentionMask(window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):
         AttentionMask(causal=True, window=0)
+
+
+def packed(dtype=torch.float32):
+    (query, key, value), upstream = tensors(2, dtype)
+    return [query, key, value], upstream
+
+
+def test_documents_of_one_row_without_a_batch_dim():
+    (query, key, value), _ = packed()
+    whole = ops.attention(query[:, :1], key[:, :1], value[:, :1], documents=[0, 4, 10], causal=True)
+    rows = [t[:, 0] for t in (query, key, value)]
+    context, log_sum_exp = ops.attention(*rows, documents=[0, 4, 10], causal=True, return_log_sum_exp=True)
+    assert torch.equal(context, whole[:, 0])
+    scores = torch.einsum("ind,jnd->nij", rows[0][4:], rows[1][4:].repeat_interleave(2, 1)) * D**-0.5
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(log_sum_exp[4:].t(), scores.masked_fill(hidden, float("-inf")).logsumexp(-1))
+    assert not log_sum_exp.requires_grad
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_op_in_torch_library_and_under_compile(window):
+    (query, key, value), upstream = packed()
+    documents = torch.tensor([0, 4, 10, 30])
+    detached = [t.detach() for t in (query, key, value)]
+    op = torch.ops.fused_megatron.attention_forward.default
+    torch.library.opcheck(op, (*detached, documents, None, True, window, 0.4))
+    context, log_sum_exp = op(*detached, documents, None, True, window, 0.4)
+    backward = torch.ops.fused_megatron.attention_backward.default
+    saved = (documents, None, context, log_sum_exp)
+    torch.library.opcheck(backward, (upstream, *detached, *saved, True, window, 0.4))
+
+    def step(*operands):
+        context = ops.attention(*operands, documents=documents, causal=True, window=window)
+        return [context, *torch.autograd.grad(context, operands, upstream)]
+
+    compiled = torch.compile(
+        lambda *operands: ops.attention(*operands, documents=documents, causal=True, window=window), fullgraph=True
+    )
+    context = compiled(query, key, value)
+    found = [context, *torch.autograd.grad(context, (query, key, value), upstream)]
+    for one, other in zip(found, step(query, key, value), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_attention_refuses():
+    (query, key, value), _ = packed()
+    for documents in ([0, 12], [0, 20, 10, 30], [3, 30], []):
+        with pytest.raises(InputError, match="must be cumulative lengths from 0 to the 3 x 10 tokens"):
+            ops.attention(query, key, value, documents=documents)
+    with pytest.raises(InputError, match=r"query.shape=\(4, 6\) must be \(S, B, N, D\) or \(T, N, D\)"):
+        ops.attention(query[0, 0], key[0, 0], value[0, 0])
+    with pytest.raises(InputError, match="window=3 needs causal=True"):
+        ops.attention(query, key, value, window=3)
