@@ -114,7 +114,8 @@ def _ring_plan(partition: SequencePartition, visibility: Visibility, rank: int, 
     hops = []
     for step in range(count):
         source, target = (me - step) % count, (me + step) % count
-        tiles, received = visibility.tiles(rows[me], rows[source]), ((0, _length(rows[me])),)
+        tiles = visibility.tiles(rows[me], rows[source])
+        received: Ranges = ((0, _length(rows[me])),)
         sent = received
         if step > 0:
             received = _needed(tiles)
