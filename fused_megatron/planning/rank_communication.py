@@ -3,9 +3,13 @@
 from collections import Counter
 
 from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions
+from fused_megatron.assembly.microbatches import most_positions, partition_of
 from fused_megatron.config import TrainConfig
+from fused_megatron.context_parallel import exchange_size
+from fused_megatron.context_parallel.attention_plan import plan_of
+from fused_megatron.context_parallel.head_exchange import HeadExchange
 from fused_megatron.models import StageSpan
+from fused_megatron.ops.attention import AttentionMask
 
 
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
@@ -68,3 +72,63 @@ def message_bytes(config: TrainConfig) -> int:
     model, parallel = config.model, config.parallel
     rows = most_positions(config) // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
     return DTYPES[config.training.dtype].itemsize * rows * config.training.microbatch_size * model.hidden_size
+
+
+def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int = 0) -> dict[str, int]:
+    """Compute the bytes that attention sends between context-parallel ranks for one microbatch of a stage, by kind.
+
+    Forward and backward together, without documents and padding. m is the number of rows of the rank, B G 2 D the
+    elements of a row's keys and values. A block sends
+
+        ring            send            3 m' B G 2 D    m' rows that other ranks need, summed over these ranks: keys and
+                                                        values in forward and in backward, and the same number of
+                                                        gradients of the rows that this rank needs
+        all_gather      all_gather      2 n m B G 2 D   n ranks; m of the rank with most rows
+                        reduce_scatter  n m B G 2 D
+        all_to_all      all_to_all      query, key, value and context to heads and back, and their gradients
+
+    and its forward again where config.model recomputes attention. A ring of groups that exchange heads sends both.
+
+    Args:
+        config: the config of the whole run.
+        span: the blocks of the stage.
+        cp_rank: the context-parallel rank.
+    """
+    model, parallel = config.model, config.parallel
+    ranks, batch = parallel.context_parallel_size, config.training.microbatch_size
+    if ranks == 1:
+        return {}
+    heads = model.num_heads // parallel.tensor_parallel_size
+    kv_heads = max(1, model.kv_heads // parallel.tensor_parallel_size)
+    mask = AttentionMask(causal=model.traits.predicts == "next_token", window=model.sliding_window)
+    partition = partition_of(config, mask, batch)
+    neighbours = exchange_size(parallel.context_parallel_method, ranks, heads, kv_heads)
+    gathers = parallel.context_parallel_method == "all_gather"
+    plan = plan_of(partition, mask, batch, cp_rank, neighbours, gathered=gathers)
+    forward, backward = Counter[str](), Counter[str]()
+    if gathers:
+        forward["all_gather"] = backward["all_gather"] = ranks * max(plan.sizes) * kv_heads * 2
+        backward["reduce_scatter"] = forward["all_gather"]
+    else:
+        members = plan.neighbours
+        me = members.index(cp_rank)
+        exchange = HeadExchange(members, me, tuple(plan.sizes[rank] for rank in members), heads, kv_heads, None)
+        of_members = [end - first for first, end in map(exchange.kv_heads, range(neighbours))]
+        if neighbours > 1:
+            rows, all_rows = plan.sizes[cp_rank], sum(exchange.rows)
+            to_heads, to_rows = rows * heads, all_rows * heads // neighbours
+            keys_to_heads = rows * 2 * sum(of_members)
+            forward["all_to_all"] = to_heads + keys_to_heads + to_rows
+            backward["all_to_all"] = to_heads + exchange.repeats_keys * keys_to_heads
+            backward["all_to_all"] += to_rows + all_rows * 2 * of_members[me]
+        sent, needed = (
+            sum(stop - start for hop in plan.hops[1:] for start, stop in ranges(hop))
+            for ranges in (lambda hop: hop.sent, lambda hop: hop.received)
+        )
+        forward["send"] = sent * 2 * of_members[me]
+        backward["send"] = (sent + needed) * 2 * of_members[me]
+    blocks = span.stop - span.start
+    head_bytes = DTYPES[config.training.dtype].itemsize * batch * model.head_size
+    again = model.recompute != "none"
+    total = {kind: blocks * head_bytes * (forward[kind] * (1 + again) + backward[kind]) for kind in forward | backward}
+    return {kind: num_bytes for kind, num_bytes in total.items() if num_bytes}

@@ -12,7 +12,7 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import BERT, GPT, BatchSlice, new_model
 from fused_megatron.models.registry import MODELS
-from fused_megatron.sharding import SequenceLayout
+from fused_megatron.sharding import SequenceLayout, SequencePartition
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 SIZES = {"num_layers": 2, "hidden_size": 24, "num_heads": 4, "seq_len": 16, "vocab_size": 101, "init_std": 0.3}
@@ -37,6 +37,36 @@ def without_attention(model):
         if name.endswith("attention.projection.weight"):
             torch.nn.init.zeros_(parameter)
     return model
+
+
+def on_context_parallel_ranks(rank, world_size):
+    """Compare logits and gradients; return the refusals without a partition, and with one for other ranks."""
+    mesh = init_mesh(context_parallel_size=2)
+    batch, partition = batch_of_tokens(), SequencePartition.contiguous(S, 2)
+    config = dataclasses.replace(CONFIGS[0], attention_dropout=0.1)
+    whole = new_model(config, seed=3, dtype=torch.float64)
+    model = new_model(config, layout=mesh.layout(), seed=3, dtype=torch.float64)
+    refusals = []
+    for wrong in (None, SequencePartition.contiguous(S, 4)):
+        with pytest.raises(InputError) as refused:
+            model(batch.inputs, batch.targets, batch_slice=BATCH_SLICE, partition=wrong)
+        refusals.append(str(refused.value))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(batch.inputs), whole.eval()(batch.inputs))
+    part = batch.take(partition.layouts[rank])
+    loss = model.train()(part.inputs, part.targets, batch_slice=BATCH_SLICE, partition=partition, reduction="sum")
+    loss.backward()
+    whole.train()(batch.inputs, batch.targets, batch_slice=BATCH_SLICE, reduction="sum").backward()
+    for found, wanted in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.distributed.all_reduce(found.grad)
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-9)
+    return refusals
+
+
+def test_context_parallel_ranks_have_parts_of_one_sequence():
+    for missing, other in run_on_ranks(on_context_parallel_ranks, 2):
+        assert missing.startswith("partition=None must be given for the 2 ranks of cp_group")
+        assert other == "partition has 4 ranks, and cp_group has 2"
 
 
 def losses_of_a_part(rank, world_size, ranges, sequence_parallel):

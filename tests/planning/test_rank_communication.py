@@ -1,5 +1,6 @@
 """Start here when a stage of a model form that no preset has sends other bytes than planning.rank_communication."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.planning.dry_run import DryRun
-from fused_megatron.planning.rank_communication import message_bytes, stage_communication
+from fused_megatron.planning.rank_communication import attention_communication, message_bytes, stage_communication
 
 FORMS: list[dict[str, Any]] = [
     {"num_kv_heads": 1},
@@ -34,3 +35,40 @@ def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
             for index, sent in dry_run.rank(rank).sent.items():
                 assert sent == stage_communication(config, spans[index]), (tp, index)
         assert message_bytes(config) == 4 * 16 * 2 * 32 // (tp if parallel.sequence_parallel else 1)
+
+
+WINDOW: dict[str, Any] = {"num_kv_heads": 2, "recompute": "selective", "sliding_window": 5}
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [
+        ("ring", WINDOW),
+        ("all_to_all+ring", {}),
+        *(
+            pytest.param(method, form, marks=pytest.mark.slow)
+            for method in ("ring", "all_gather", "all_to_all", "all_to_all+ring")
+            for form in ({}, WINDOW)
+        ),
+    ],
+    ids=str,
+)
+def test_context_parallel_ranks(method: str, form: dict[str, Any]) -> None:
+    """Uneven parts of the sequence, also under sequence parallelism."""
+    model = GPTConfig(num_layers=1, hidden_size=32, num_heads=8, seq_len=18, vocab_size=101, **form)
+    parallel = ParallelConfig(
+        tensor_parallel_size=2,
+        data_parallel_size=1,
+        context_parallel_size=4,
+        context_parallel_method=method,
+        sequence_parallel=True,
+        zero_stage=0,
+    )
+    config = TrainConfig(model, parallel, training=TrainingConfig(global_batch_size=4, microbatch_size=2))
+    (span,), dry_run = stage_spans(config, plan_pipeline(config)), DryRun(config)
+    assert dry_run.rank(0).sent[0] == stage_communication(config, span)  # rank 0 has most positions
+    for cp_rank in (0, 2):
+        sent = dry_run.rank(2 * cp_rank).sent_to_context[0]
+        assert sent == attention_communication(config, span, cp_rank)
+    assert message_bytes(config) == 4 * 6 // 2 * 2 * 32
+    assert attention_communication(dataclasses.replace(config, parallel=ParallelConfig()), span) == {}
