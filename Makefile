@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test mutants lint types bench bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-save faults clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-context-parallel bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-ring bench-save faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -24,10 +24,12 @@ help:
 	@echo "make lint    check faults and format (ruff)    make types   check types (mypy)"
 	@echo "make bench   compare speeds on the CPU         make bench-gpu   compare them on a GPU"
 	@echo "make bench-end-to-end   compare training steps with torch, megatron-core and Hugging Face in every layout"
+	@echo "make bench-context-parallel   compare the methods of context-parallel attention on 2 ranks"
 	@echo "make bench-layers    compare tensor-parallel layers with DTensor"
 	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
 	@echo "make bench-pipeline  measure the bubble of every pipeline schedule"
+	@echo "make bench-ring      measure the overlap of a context-parallel ring on a slow link (root)"
 	@echo "make bench-save      measure how long training waits for a checkpoint"
 	@echo "make faults  inject faults into checkpoints, datasets and ranks, of ours and of others (docs/reliability.md)"
 	@echo "make setup   only install and build"
@@ -64,6 +66,9 @@ bench: .venv/built
 bench-gpu: .venv/built
 	@$(BIN)/python benchmarks/run_all.py --gpu $(ARGS)
 
+bench-context-parallel: .venv/built
+	@$(BIN)/python benchmarks/context_parallel.py $(ARGS)
+
 bench-end-to-end: .venv/built
 	@$(BIN)/python benchmarks/end_to_end.py $(ARGS)
 
@@ -79,6 +84,9 @@ bench-overlap: .venv/built
 
 bench-pipeline: .venv/built
 	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
+
+bench-ring: .venv/built
+	@$(BIN)/python benchmarks/context_parallel_on_a_slow_link.py $(ARGS)
 
 bench-save: .venv/built
 	@$(BIN)/python benchmarks/background_save.py $(ARGS)

@@ -14,22 +14,15 @@ are equal, the sum is 7/6 of max(compute, communication); if one is at least 4/3
 """
 
 import argparse
-import contextlib
-import datetime
-import os
-import shutil
 import signal
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from faults.two_hosts import DEVICE, TwoHosts, missing
+from faults.two_hosts import TwoHosts, missing
+from slow_link import RANKS, join, median_ms, run_ranks, set_rate
 from torch import nn
 
 from fused_megatron import ops
@@ -39,7 +32,6 @@ from fused_megatron.overlap import overlap_costs
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 
 SEQUENCE, HIDDEN, FFN = 2048, 1024, 4096
-RANKS = 2
 HOSTS = TwoHosts("fm-overlap")
 
 
@@ -88,33 +80,12 @@ def collectives_of(group: Group, sequence_parallel: bool) -> Callable[[], None]:
     return step
 
 
-def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Return medians by name; steps alternate, so that a busy moment of the machine slows all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i in range(rounds + 1):
-        for name, step in steps.items():
-            dist.barrier()
-            start = time.perf_counter()
-            step()
-            if i > 0:  # the first warms up
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
-    timeout = datetime.timedelta(seconds=30)
-    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = (
-        "off"  # both ranks are on one host: with it nothing would cross the link
-    )
-    dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
-    dist.barrier()  # gloo's threads exist from here on
-    give_threads_priority()
+    join(rank, folder)
     rows = {False: SEQUENCE, True: SEQUENCE // RANKS}
     for mbit_per_s in options.rates:
         if rank == 0:
-            set_rate(mbit_per_s)
+            set_rate(HOSTS, mbit_per_s)
         dist.barrier()
         overlap_costs.cache_clear()
         for sequence_parallel in (False, True) if options.sequence_parallel is None else (options.sequence_parallel,):
@@ -131,14 +102,6 @@ def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-def give_threads_priority() -> None:
-    """Give priority to gloo's threads: a network card does their work without waiting for a free core."""
-    for thread in map(int, os.listdir("/proc/self/task")):
-        if thread != os.getpid():
-            with contextlib.suppress(PermissionError):
-                os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
-
-
 def ways(chunks: list[int]) -> dict[str, tuple[bool | int, bool]]:
     """Return, by name, the overlap setting and whether the MLP is one function."""
     fixed: dict[str, tuple[bool | int, bool]] = {f"{c} chunks": (c, True) for c in chunks}
@@ -151,44 +114,6 @@ def print_row(mbit_per_s: int, layout: str, ms: dict[str, float]) -> None:
     cells = [f"{value:.0f} ({value / bound:.2f})" for value in others_ms]
     print("|", " | ".join([str(mbit_per_s), layout, f"{compute_ms:.0f}", f"{communication_ms:.0f}", *cells]), "|")
     sys.stdout.flush()
-
-
-def set_rate(mbit_per_s: int) -> None:
-    for name in HOSTS.names:
-        limit = ["rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
-        command = ["tc", "-n", name, "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limit]
-        subprocess.run(command, check=True, capture_output=True)
-
-
-def run_ranks(arguments: list[str], limit_s: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        try:
-            for rank in range(RANKS):
-                # One core for each rank, as on a separate machine.
-                pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
-                own = [sys.executable, __file__, *arguments, "--rank", str(rank), "--folder", folder]
-                ranks.append(subprocess.Popen([*HOSTS.on(rank), *pin, *own], env=environment()))
-            deadline = time.monotonic() + limit_s
-            while any(process.poll() is None for process in ranks):
-                if time.monotonic() > deadline:
-                    sys.exit(f"bench-overlap: not done after {limit_s:.0f} s (fewer --rates or --rounds, or --limit-s)")
-                if any(process.poll() for process in ranks):
-                    break
-                time.sleep(0.1)
-            codes = [process.poll() for process in ranks]
-            if any(codes):
-                sys.exit(f"bench-overlap: a rank failed: exit codes {codes}")
-        finally:
-            for process in ranks:
-                process.kill()
-                process.wait()
-
-
-def environment() -> dict[str, str]:
-    # Pages that malloc returns and takes again in each step cost a tenth of a product.
-    pages = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
-    return {**os.environ, **pages, "OMP_NUM_THREADS": "1"}
 
 
 def main() -> None:
@@ -217,8 +142,8 @@ def main() -> None:
     # A plain SIGTERM would leave the ranks and the namespaces behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-overlap: ended by SIGTERM"))
     with HOSTS:
-        set_rate(options.rates[0])
-        run_ranks(sys.argv[1:], options.limit_s)
+        set_rate(HOSTS, options.rates[0])
+        run_ranks(HOSTS, "bench-overlap", __file__, sys.argv[1:], options.limit_s)
     return None
 
 

@@ -76,6 +76,21 @@ class OpKernels:
 
 
 @dataclass(frozen=True)
+class AttentionKernel:
+    """The kernel of attention over documents, windows and context-parallel ranks.
+
+    Attributes:
+        inputs: device, dtype and options of a call.
+        kernel: its name.
+        reason: why such a call gets it.
+    """
+
+    inputs: str
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Library:
     """The compiled library.
 
@@ -87,6 +102,7 @@ class Library:
         device_code: architectures of its GPU code, such as "sm_80", "sm_90a", "ptx_100".
         changed_since: a source file that is newer than the library; None if there is none.
         ops: the implementations of every op.
+        attention: the kernels of attention, which are torch's.
     """
 
     path: str
@@ -96,6 +112,7 @@ class Library:
     device_code: tuple[str, ...] = ()
     changed_since: str | None = None
     ops: tuple[OpKernels, ...] = ()
+    attention: tuple[AttentionKernel, ...] = ()
 
 
 @dataclass(frozen=True)

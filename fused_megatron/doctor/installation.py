@@ -12,12 +12,13 @@ from typing import Any
 
 from fused_megatron.checks import first_line
 from fused_megatron.doctor.device_code import device_code
-from fused_megatron.doctor.facts import Installation, Library, OpKernels, Package, Torch
+from fused_megatron.doctor.facts import AttentionKernel, Installation, Library, OpKernels, Package, Torch
 
 _PACKAGE = Path(__file__).parents[1]
 _MESSAGE_CHARACTERS = 200  # longest error message
 # Ops that are made of another op and of torch's own products; they run where the other op runs.
 _COMPOSED = {"linear_cross_entropy": "cross_entropy"}
+_OF_TORCH = {"attention"}  # runs on torch's kernels only
 
 
 def find_installation() -> Installation:
@@ -117,6 +118,7 @@ def find_library(torch_works: bool, chosen: str | None) -> Library:
         device_code=device_code(path) if exists else (),
         changed_since=_newer_source(path) if exists and not chosen else None,
         ops=ops,
+        attention=_attention_kernels() if torch_works else (),
     )
 
 
@@ -141,7 +143,11 @@ def _op_kernels() -> tuple[OpKernels, ...]:
     registered = [name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if "fused_megatron" in name]
     kinds: dict[str, OpKernels] = {}
     for op in sorted(ops.__all__):
-        if isinstance(getattr(ops, op), type) or any(op.startswith(f"{shorter}_") for shorter in kinds):
+        if (
+            op in _OF_TORCH
+            or isinstance(getattr(ops, op), type)
+            or any(op.startswith(f"{shorter}_") for shorter in kinds)
+        ):
             continue  # the type of an argument, or a part of an op that is listed
         names = [name for name in registered if name == op or name.startswith(f"{op}_")]
 
@@ -155,6 +161,22 @@ def _op_kernels() -> tuple[OpKernels, ...]:
         if op in kinds and part in kinds:
             kinds[op] = OpKernels(op, kinds[part].cpu, kinds[part].gpu)
     return tuple(kinds.values())
+
+
+def _attention_kernels() -> tuple[AttentionKernel, ...]:
+    torch: Any = importlib.import_module("torch")
+    kernels: Any = importlib.import_module("fused_megatron.ops.attention_kernels")
+    found = []
+    for device, dtype, dropout in (
+        ("cpu", torch.float32, False),
+        ("cpu", torch.float32, True),
+        ("cuda", torch.bfloat16, False),
+        ("cuda", torch.float32, False),
+    ):
+        kernel, reason = kernels.kernel_for(device, dtype, 128, 128, dropout=dropout)
+        inputs = f"{'GPU' if device == 'cuda' else 'CPU'}, {str(dtype).removeprefix('torch.')}"
+        found.append(AttentionKernel(f"{inputs}{', dropout' if dropout else ''}", kernel.name, reason))
+    return tuple(found)
 
 
 def _newer_source(library: Path) -> str | None:

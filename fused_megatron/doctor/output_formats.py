@@ -75,6 +75,7 @@ def _kernels(facts: Facts) -> list[tuple[str, str]]:
         cpu_code = {"kernel": "compiled"}.get(op.cpu, op.cpu)
         lines.setdefault(f"CPU: {cpu_code};  GPU: {gpu_code}", []).append(op.op)
     rows += [(op, kinds) for kinds, ops in lines.items() for op in ops]
+    rows += [(f"attention, {each.inputs}", f"{each.kernel}: {each.reason}") for each in library.attention]
     return rows
 
 

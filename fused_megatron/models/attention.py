@@ -1,6 +1,5 @@
 """Self-attention whose heads are sharded over the tensor-parallel ranks."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,6 +13,7 @@ from fused_megatron.config import TransformerConfig
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops.attention import AttentionMask, attend
+from fused_megatron.ops.attention_operands import TileDropout
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -184,10 +184,14 @@ class ParallelSelfAttention(nn.Module):
         dropout: DropoutMasks | None,
     ) -> torch.Tensor:
         """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
-        drop: Callable[[torch.Tensor], torch.Tensor] | None = None
+        drop: TileDropout | None = None
         if dropout is not None and self.attention_dropout > 0.0:
             drop = partial(
-                dropout.drop_heads, 0, p=self.attention_dropout, first_head=self.first_head, heads=self.num_heads
+                dropout.drop_heads,
+                which=0,
+                p=self.attention_dropout,
+                first_head=self.first_head,
+                heads=self.num_heads,
             )
         return attend(query, key, value, mask, dropout=drop).flatten(2)
 

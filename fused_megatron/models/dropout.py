@@ -13,6 +13,7 @@ import torch
 from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.deprecation import renamed_names
+from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequenceLayout
 
 
@@ -97,25 +98,32 @@ class DropoutMasks:
         return self.add(which, x, None, torch.zeros_like(x), p)
 
     def drop_heads(
-        self, which: int, probabilities: torch.Tensor, p: float, first_head: int, heads: int
+        self, probabilities: torch.Tensor, tile: PairTile, *, which: int, p: float, first_head: int, heads: int
     ) -> torch.Tensor:
         """Compute the dropout of attention probabilities.
 
         Args:
+            probabilities: [b, N / R, q, k], a part of [global batch, N, S, S], whose mask is used.
+            tile: the samples of the microbatch, and the positions of the queries and keys.
             which: index of the dropout site.
-            probabilities: [B, N / R, Sq, Sk], a part of [global batch, N, Sq, Sk], whose mask is used.
             p: probability that an element is dropped.
             first_head: index of this rank's first head.
             heads: N.
         """
+        seq_len = self.sequence.seq_len
         return ops.bias_dropout_add(
             probabilities,
             None,
             torch.zeros_like(probabilities),
             p,
             rng_state=self.rng_states[which],
-            full_shape=(self.batch_slice.global_batch_size, heads, *probabilities.shape[2:]),
-            offset=(self.batch_slice.first_sample, first_head, 0, 0),
+            full_shape=(self.batch_slice.global_batch_size, heads, seq_len, seq_len),
+            offset=(
+                self.batch_slice.first_sample + tile.samples[0],
+                first_head,
+                tile.query_position,
+                tile.key_position,
+            ),
         )
 
 

@@ -1,6 +1,7 @@
 """Functional fused ops for one device, without collectives."""
 
 from fused_megatron.ops.adamw import adamw_
+from fused_megatron.ops.attention import attention
 from fused_megatron.ops.bias_dropout_add import bias_dropout_add
 from fused_megatron.ops.bias_geglu import bias_geglu
 from fused_megatron.ops.bias_gelu import bias_gelu
@@ -23,6 +24,7 @@ from fused_megatron.reference.cross_entropy import LossTerms
 __all__ = [
     "LossTerms",
     "adamw_",
+    "attention",
     "bias_dropout_add",
     "bias_geglu",
     "bias_gelu",

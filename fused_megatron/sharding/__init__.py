@@ -18,6 +18,7 @@ from fused_megatron.sharding.parameter_record import (
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
 from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
 from fused_megatron.sharding.sequence_layout import SequenceLayout
+from fused_megatron.sharding.sequence_partition import SequencePartition, balanced_partition
 from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shards, parallel_group, parts_of_parameters
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "ParameterShard",
     "RowShards",
     "SequenceLayout",
+    "SequencePartition",
     "Shard",
     "ShardPart",
     "ShardedModule",
     "StreamedBox",
     "TensorBox",
+    "balanced_partition",
     "clip_grad_norm_",
     "copy_shard_",
     "fill_normal_shard_",

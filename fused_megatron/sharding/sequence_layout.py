@@ -73,7 +73,10 @@ class SequenceLayout:
         """
         check_divisible("sequence length", self.num_positions, "tensor_parallel_size", count)
         size = self.num_positions // count
-        first, end = index * size, (index + 1) * size
+        return self.rows(index * size, (index + 1) * size)
+
+    def rows(self, first: int, end: int) -> SequenceLayout:
+        """Return the layout of the rows first to end."""
         cut = [
             (start + max(first - rows.start, 0), start + min(end, rows.stop) - rows.start) for rows, start in self.runs
         ]

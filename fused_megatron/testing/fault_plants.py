@@ -24,6 +24,7 @@ from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.models import attention, block, stack
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops import LossTerms, cross_entropy_shards
+from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.overlap import overlapped_linear, overlapped_mlp
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_compute import StageCompute
@@ -143,8 +144,8 @@ def attention_dropout_by_the_local_head() -> Planted:
     """A rank's first head has the mask of the model's first head."""
     original = DropoutMasks.drop_heads
 
-    def drop(self: DropoutMasks, which: int, x: torch.Tensor, p: float, first_head: int, heads: int) -> torch.Tensor:
-        return original(self, which, x, p, 0, heads)
+    def drop(self: DropoutMasks, x: torch.Tensor, tile: PairTile, **options: Any) -> torch.Tensor:
+        return original(self, x, tile, **{**options, "first_head": 0})
 
     return patch.object(DropoutMasks, "drop_heads", drop)
 

@@ -29,6 +29,7 @@ _OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
 _RULES = "fused_megatron/data_parallel/update_rules.py"
 _RING = "fused_megatron/collectives/transport/host_ring.py"
 _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
+_CONTEXT = ("tests/context_parallel/test_attention.py",)
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
@@ -310,5 +311,73 @@ MUTATIONS = (
         "return 0 in self.shape or all(",
         "return all(",
         ("tests/sharding/test_box.py", "tests/checkpoint/test_load.py"),
+    ),
+    # Context parallelism.
+    Mutation(
+        "a ring's member takes the keys of hop 1 in every hop",
+        "fused_megatron/context_parallel/attention_plan.py",
+        "source, target = (me - step) % count, (me + step) % count",
+        "source, target = (me - min(step, 1)) % count, (me + step) % count",
+        _CONTEXT,
+    ),
+    Mutation(
+        "the gradient of the query misses one hop",
+        "fused_megatron/context_parallel/ring.py",
+        "        found = attend(received, hop.tiles, index)\n",
+        "        found = attend(received, hop.tiles if index < 2 else (), index)\n",
+        _CONTEXT,
+    ),
+    Mutation(
+        "own keys are attended once, not in two halves",
+        "fused_megatron/context_parallel/attention_plan.py",
+        "cut = _cut_before(tile, row) if row > 0 else ((tile,), ())",
+        "cut = ((), ())",
+        _CONTEXT,
+    ),
+    Mutation(
+        "returned gradients are added to the first rows",
+        "fused_megatron/context_parallel/ring.py",
+        "            sums[start:stop] += part[row : row + stop - start]\n",
+        "            sums[row : row + stop - start] += part[row : row + stop - start]\n",
+        _CONTEXT,
+    ),
+    Mutation(
+        "the heads of a rank drop as those of the first rank",
+        "fused_megatron/context_parallel/attention.py",
+        "return _FirstHead(self.dropout, heads.query_heads(heads.me)[0])",
+        "return _FirstHead(self.dropout, 0)",
+        _CONTEXT,
+    ),
+    Mutation(
+        "a message's keys are numbered as the sender's rows",
+        "fused_megatron/context_parallel/attention_plan.py",
+        "        shifts.append((start, stop, first - start))\n",
+        "        shifts.append((start, stop, 0))\n",
+        _CONTEXT,
+    ),
+    Mutation(
+        "all keys travel, needed or not",
+        "fused_megatron/context_parallel/attention_plan.py",
+        "            received = _needed(tiles)\n",
+        "            received = ((0, _length(rows[source])),)\n",
+        ("tests/context_parallel/test_attention_plan.py",),
+    ),
+    Mutation(
+        "the keys of a hop are sent when they are needed",
+        "fused_megatron/context_parallel/ring.py",
+        """        following = keys.start(index + 1)
+        attention.add(spread(own[0]), spread(own[1]), hop.tiles, keys.padding_of(index))
+""",
+        """        attention.add(spread(own[0]), spread(own[1]), hop.tiles, keys.padding_of(index))
+        following = keys.start(index + 1)
+""",
+        ("tests/context_parallel/test_attention_plan.py::test_keys_of_the_next_hop_travel_under_attention",),
+    ),
+    Mutation(
+        "a partition has equal tokens, but not equal work",
+        "fused_megatron/sharding/sequence_partition.py",
+        "if max(loads) * num_ranks <= (1 + _EVEN_ENOUGH) * total or total == 0:",
+        "if True:",
+        ("tests/sharding/test_sequence_partition.py",),
     ),
 )

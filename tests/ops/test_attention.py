@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fused_megatron import ops
 from fused_megatron.checks import InputError
 from fused_megatron.ops.attention import AttentionMask, attend
 
@@ -62,7 +63,7 @@ def test_context_and_gradients_equal_attention_query_by_query(name, kv_heads):
     looked_at = torch.ones(S, B, dtype=torch.bool) if mask.key_padding_mask is None else ~mask.key_padding_mask.t()
     upstream = upstream * looked_at[..., None, None]
     expected = torch.autograd.grad(plain(query, key, value, mask), (query, key, value), upstream)
-    for dropout in (None, lambda probabilities: probabilities * 1.0):
+    for dropout in (None, lambda probabilities, tile: probabilities * 1.0):
         context = attend(query, key, value, mask, dropout=dropout)
         torch.testing.assert_close(context[looked_at], plain(query, key, value, mask)[looked_at], rtol=1e-9, atol=1e-9)
         for found, wanted in zip(torch.autograd.grad(context, (query, key, value), upstream), expected, strict=True):
@@ -94,14 +95,20 @@ def test_a_causal_mask_only_equals_the_kernel_of_torch_bit_for_bit(dtype):
 
 def test_scale_and_values_of_another_size():
     (query, key, value), _ = tensors(values=5)
-    for dropout in (None, torch.clone):
+    for dropout in (None, lambda probabilities, tile: probabilities.clone()):
         context = attend(query, key, value, AttentionMask(causal=True), scale=0.3, dropout=dropout)
         torch.testing.assert_close(context, plain(query, key, value, AttentionMask(causal=True), 0.3))
 
 
 def test_a_dropped_probability_has_no_effect():
     (query, key, value), _ = tensors(2)
-    context = attend(query, key, value, MASKS["causal documents"], dropout=torch.zeros_like)
+    context = attend(
+        query,
+        key,
+        value,
+        MASKS["causal documents"],
+        dropout=lambda probabilities, tile: torch.zeros_like(probabilities),
+    )
     assert context.shape == (S, B, HEADS, D) and not context.any()
 
 
@@ -125,3 +132,56 @@ def test_what_does_not_fit():
         AttentionMask(window=3)
     with pytest.raises(InputError, match="window=0 must be at least 1"):
         AttentionMask(causal=True, window=0)
+
+
+def packed(dtype=torch.float32):
+    (query, key, value), upstream = tensors(2, dtype)
+    return [query, key, value], upstream
+
+
+def test_documents_of_one_row_without_a_batch_dim():
+    (query, key, value), _ = packed()
+    whole = ops.attention(query[:, :1], key[:, :1], value[:, :1], documents=[0, 4, 10], causal=True)
+    rows = [t[:, 0] for t in (query, key, value)]
+    context, log_sum_exp = ops.attention(*rows, documents=[0, 4, 10], causal=True, return_log_sum_exp=True)
+    assert torch.equal(context, whole[:, 0])
+    scores = torch.einsum("ind,jnd->nij", rows[0][4:], rows[1][4:].repeat_interleave(2, 1)) * D**-0.5
+    hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
+    torch.testing.assert_close(log_sum_exp[4:].t(), scores.masked_fill(hidden, float("-inf")).logsumexp(-1))
+    assert not log_sum_exp.requires_grad
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_op_in_torch_library_and_under_compile(window):
+    (query, key, value), upstream = packed()
+    documents = torch.tensor([0, 4, 10, 30])
+    detached = [t.detach() for t in (query, key, value)]
+    op = torch.ops.fused_megatron.attention_forward.default
+    torch.library.opcheck(op, (*detached, documents, None, True, window, 0.4))
+    context, log_sum_exp = op(*detached, documents, None, True, window, 0.4)
+    backward = torch.ops.fused_megatron.attention_backward.default
+    saved = (documents, None, context, log_sum_exp)
+    torch.library.opcheck(backward, (upstream, *detached, *saved, True, window, 0.4))
+
+    def step(*operands):
+        context = ops.attention(*operands, documents=documents, causal=True, window=window)
+        return [context, *torch.autograd.grad(context, operands, upstream)]
+
+    compiled = torch.compile(
+        lambda *operands: ops.attention(*operands, documents=documents, causal=True, window=window), fullgraph=True
+    )
+    context = compiled(query, key, value)
+    found = [context, *torch.autograd.grad(context, (query, key, value), upstream)]
+    for one, other in zip(found, step(query, key, value), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_attention_refuses():
+    (query, key, value), _ = packed()
+    for documents in ([0, 12], [0, 20, 10, 30], [3, 30], []):
+        with pytest.raises(InputError, match="must be cumulative lengths from 0 to the 3 x 10 tokens"):
+            ops.attention(query, key, value, documents=documents)
+    with pytest.raises(InputError, match=r"query.shape=\(4, 6\) must be \(S, B, N, D\) or \(T, N, D\)"):
+        ops.attention(query[0, 0], key[0, 0], value[0, 0])
+    with pytest.raises(InputError, match="window=3 needs causal=True"):
+        ops.attention(query, key, value, window=3)

@@ -1,0 +1,100 @@
+"""Two ranks that are joined by a link of a known rate: network namespaces and a veth pair limited by tc tbf."""
+
+import contextlib
+import datetime
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from faults.two_hosts import DEVICE, TwoHosts
+
+RANKS = 2
+
+
+def join(rank: int, folder: Path) -> None:
+    """Make this process, in its namespace, a gloo rank of one thread whose messages cross the link."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
+    timeout = datetime.timedelta(seconds=30)
+    # Both ranks are on one host: with shared memory nothing would cross the link.
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
+    dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
+    dist.barrier()  # gloo's threads exist from here on
+    _give_threads_priority()
+
+
+def _give_threads_priority() -> None:
+    """Give priority to gloo's threads: a network card does their work without waiting for a free core."""
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if thread != os.getpid():
+            with contextlib.suppress(PermissionError):
+                os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+
+
+def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Return medians by name; steps alternate, so that a busy moment of the machine slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            dist.barrier()
+            start = time.perf_counter()
+            step()
+            if i > 0:  # the first warms up
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def set_rate(hosts: TwoHosts, mbit_per_s: int) -> None:
+    """Limit the link between two namespaces that exist, in both directions."""
+    for name in hosts.names:
+        limit = ["rate", f"{mbit_per_s}mbit", "burst", "256kb", "latency", "50ms"]
+        command = ["tc", "-n", name, "qdisc", "replace", "dev", DEVICE, "root", "tbf", *limit]
+        subprocess.run(command, check=True, capture_output=True)
+
+
+def run_ranks(hosts: TwoHosts, name: str, script: str, arguments: list[str], limit_s: float) -> None:
+    """Run a script on both hosts with the further options --rank and --folder; exit with a line if a rank fails.
+
+    Args:
+        hosts: namespaces that exist.
+        name: what the error line begins with.
+        script: path of the script.
+        arguments: its options.
+        limit_s: time for both ranks.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        try:
+            for rank in range(RANKS):
+                # One core for each rank, as on a separate machine.
+                pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
+                own = [sys.executable, script, *arguments, "--rank", str(rank), "--folder", folder]
+                ranks.append(subprocess.Popen([*hosts.on(rank), *pin, *own], env=_environment()))
+            deadline = time.monotonic() + limit_s
+            while any(process.poll() is None for process in ranks):
+                if time.monotonic() > deadline:
+                    sys.exit(f"{name}: not done after {limit_s:.0f} s (fewer --rates or --rounds, or --limit-s)")
+                if any(process.poll() for process in ranks):
+                    break
+                time.sleep(0.1)
+            codes = [process.poll() for process in ranks]
+            if any(codes):
+                sys.exit(f"{name}: a rank failed: exit codes {codes}")
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+
+
+def _environment() -> dict[str, str]:
+    # Pages that malloc returns and takes again in each step cost a tenth of a product.
+    pages = {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+    return {**os.environ, **pages, "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,110 @@
+"""Messages between some ranks of a group, of any sizes, that run under other work: one to a rank, or one to each.
+
+The messages of a group leave and arrive in the order in which its ranks start them.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from weakref import WeakSet
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.collectives.groups import group_rank, group_size
+from fused_megatron.collectives.together import sum_over_ranks_
+from fused_megatron.collectives.transfers import Transfer
+from fused_megatron.collectives.transport.select import Work, start
+
+_connected: WeakSet[dist.ProcessGroup] = WeakSet()
+
+
+def connect_for_messages(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Connect all ranks of a group, before a message that only some of them take part in.
+
+    NCCL connects a group's ranks in the first operation and needs all of them there. All ranks call this at the same
+    point; a second call does nothing.
+
+    Communication: on a GPU one all-reduce of 4 bytes, the first time.
+    """
+    if group is not None and device.type == "cuda" and group not in _connected:
+        sum_over_ranks_(torch.zeros(1, device=device), group)
+        _connected.add(group)
+
+
+def start_message(
+    outgoing: tuple[int, torch.Tensor] | None,
+    incoming: tuple[int, torch.Tensor] | None,
+    group: dist.ProcessGroup | None,
+) -> Transfer:
+    """Start to send a tensor to a rank, and to receive one from a rank; the result is the received tensor.
+
+    The receiver gives a buffer of the size that the sender sends. Messages of two ranks arrive in the order in which
+    both start them. Call connect_for_messages() before the first one.
+
+    Args:
+        outgoing: (rank in the group, contiguous tensor); None or an empty tensor: send nothing.
+        incoming: (rank in the group, contiguous buffer); None or an empty buffer: receive nothing.
+        group: the ranks.
+    """
+    nothing = (0, torch.empty(0))
+    messages, buffers = [], []
+    for operation, (peer, buffer) in ((dist.irecv, incoming or nothing), (dist.isend, outgoing or nothing)):
+        buffers.append(buffer)
+        if buffer.numel():
+            messages.append(dist.P2POp(operation, buffer, group=group, group_peer=peer))
+    works: Sequence[Work] = dist.batch_isend_irecv(messages) if messages else ()
+    return Transfer(works, tuple(buffers))
+
+
+def exchange_blocks(
+    outgoing: Sequence[Sequence[torch.Tensor]],
+    shapes: Sequence[Sequence[Sequence[int]]],
+    members: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> list[list[torch.Tensor]]:
+    """Send tensors to every member, and return those that every member sends to this rank: one all-to-all.
+
+    Args:
+        outgoing: for each member the tensors for it, of one dtype and device, any shapes and strides.
+        shapes: for each member the shapes of the tensors that it sends to this rank.
+        members: ranks of the group, this rank among them. The other ranks of the group exchange at the same time, among
+            themselves.
+        group: the ranks; None for this rank only.
+
+    Returns:
+        For each member its tensors: contiguous views of one buffer.
+
+    Communication: one all-to-all of the elements of `outgoing`, those for this rank among them.
+    """
+    if len(members) == 1:
+        return [list(each) for each in outgoing]
+    source = torch.cat([x.reshape(-1) for tensors in outgoing for x in tensors])
+    received = [sum(map(prod, each)) for each in shapes]
+    sent = [sum(x.numel() for x in tensors) for tensors in outgoing]
+    result = source.new_empty(sum(received))
+    _start_all_to_all(result, source, members, received, sent, group).wait()
+    found = []
+    for part, each in zip(result.split(received), shapes, strict=True):
+        pieces = part.split([prod(shape) for shape in each])
+        found.append([piece.view(tuple(shape)) for piece, shape in zip(pieces, each, strict=True)])
+    return found
+
+
+def _start_all_to_all(
+    result: torch.Tensor,
+    source: torch.Tensor,
+    members: Sequence[int],
+    received: Sequence[int],
+    sent: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> Transfer:
+    ranks = group_size(group)
+    # The transport of equal blocks is chosen on all ranks or on none: sent[i] of rank j is received[j] of rank i.
+    if len(members) == ranks and len({*received, *sent}) == 1:
+        return Transfer(start(dist.all_to_all_single, group, result, source), (result, source))
+    assert group_rank(group) in members
+    into, out_of = [0] * ranks, [0] * ranks
+    for member, size_in, size_out in zip(members, received, sent, strict=True):
+        into[member], out_of[member] = size_in, size_out
+    work = dist.all_to_all_single(result, source, into, out_of, group=group, async_op=True)
+    return Transfer(() if work is None else (work,), (result, source))
