@@ -366,7 +366,9 @@ class TransformerStack(ShardedModule):
             return position_rows if types is None else types
         return position_rows + types
 
-    def _rotary(self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None) -> Tables | None:
+    def _rotary(
+        self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Tables | None:
         if self.config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -160,7 +160,7 @@ MUTATIONS = (
         "fused_megatron/models/stack.py",
         "rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)",
         "rotary_tables(sequence, self.config, device=x.device, dtype=dtype)",
-        ("tests/models/test_gpt.py::test_float64_model_is_exact",),
+        ("tests/models/test_gpt.py::test_packed_tokens_are_rotated_without_a_copy",),
     ),
     Mutation(
         "the position embedding ignores the positions of documents",
@@ -314,10 +314,10 @@ MUTATIONS = (
     ),
     # Context parallelism.
     Mutation(
-        "a ring's member takes the keys of hop 1 in every hop",
+        "queries have the positions of a rank's rows, not of the sequence",
         "fused_megatron/context_parallel/attention_plan.py",
-        "source, target = (me - step) % count, (me + step) % count",
-        "source, target = (me - min(step, 1)) % count, (me + step) % count",
+        "tiles=visibility.tiles(partition.layouts[rank].ranges, ((0, partition.seq_len),)),",
+        "tiles=visibility.tiles(((0, partition.sizes[rank]),), ((0, partition.seq_len),)),",
         _CONTEXT,
     ),
     Mutation(
