@@ -81,6 +81,8 @@ class TransformerConfig:
     """Dropout of the embedded tokens."""
     recompute: str = "none"
     """Recompute in backward: none, selective (attention between its projections), full (a block from its input)."""
+    recompute_blocks: int | None = None
+    """Recompute only this number of blocks of each pipeline stage, the first ones; keep the rest. None: all."""
 
     def __post_init__(self) -> None:
         check_one_of("family", self.family, list(MODEL_FAMILIES))
@@ -100,6 +102,10 @@ class TransformerConfig:
             check_one_of(name, getattr(self, name), allowed)
         for name in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check(
+            self.recompute_blocks is None or self.recompute != "none",
+            f"recompute_blocks={self.recompute_blocks} needs recompute='selective' or 'full'",
+        )
         check(self.layer_norm_eps > 0, f"layer_norm_eps={self.layer_norm_eps} must be above 0")
         check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
         self._check_rotary()
@@ -175,6 +181,12 @@ class TransformerConfig:
     def rotary_dim(self) -> int:
         """Features of a head that are rotated: rotary_fraction of them, rounded down to an even number."""
         return int(self.head_size * self.rotary_fraction) // 2 * 2
+
+    def recomputed_blocks(self, num_blocks: int) -> int:
+        """Return how many blocks, the first ones, a pipeline stage with num_blocks recomputes."""
+        if self.recompute == "none":
+            return 0
+        return num_blocks if self.recompute_blocks is None else min(num_blocks, self.recompute_blocks)
 
     @property
     def fast_turns(self) -> float:
@@ -286,6 +298,7 @@ _POSITIVE_OR_NONE = (
     "head_dim",
     "sliding_window",
     "rotary_original_seq_len",
+    "recompute_blocks",
 )
 # Allowed values of the fields that hold a name.
 _ALLOWED = {

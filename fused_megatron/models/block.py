@@ -136,7 +136,7 @@ def run_blocks(
     x: torch.Tensor,
     mask: AttentionMask,
     *,
-    recompute: bool,
+    recompute: int,
     rotary: Tables | None,
     dropout: DropoutMasks | None,
     partition: SequencePartition | None = None,
@@ -147,14 +147,14 @@ def run_blocks(
         blocks: in their order.
         x: the residual stream.
         mask, rotary, partition: for every block.
-        recompute: keep only the input of each block, and run the block again in backward.
+        recompute: number of blocks, the first ones, of which only the input is kept: they run again in backward.
         dropout: masks of the DROPOUT_SITES of all blocks; None: drop nothing.
     """
     sites = len(DROPOUT_SITES)
     total = None
     for i, block in enumerate(blocks):
         masks = None if dropout is None else dropout.rows(i * sites, (i + 1) * sites)
-        if recompute and torch.is_grad_enabled():
+        if i < recompute and torch.is_grad_enabled():
             # A block never draws from torch's generators, so their state need not be kept.
             returned = checkpoint(
                 block,

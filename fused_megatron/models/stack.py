@@ -70,6 +70,7 @@ class TransformerStack(ShardedModule):
 
     Attributes:
         span: the blocks of this stage; all blocks in a whole model.
+        num_recomputed: number of its first blocks that are recomputed as config.recompute says.
     """
 
     position_embedding: nn.Parameter | None
@@ -108,11 +109,19 @@ class TransformerStack(ShardedModule):
         self.embedding_norm = self.final_norm = None
         if first and post_norm:
             self.embedding_norm = norm_of(config, layout=self.layout, dtype=dtype, device=device)
+        self.num_recomputed = config.recomputed_blocks(self.span.stop - self.span.start)
+        kept = replace(config, recompute="none", recompute_blocks=None)
         # Keyed by the index in the whole model, so that parameters have the same names in every stage cut.
         self.blocks = nn.ModuleDict(
             {
-                str(i): TransformerBlock(config, layout=self.layout, post_norm=post_norm, dtype=dtype, device=device)
-                for i in range(self.span.start, self.span.stop)
+                str(self.span.start + i): TransformerBlock(
+                    config if i < self.num_recomputed else kept,
+                    layout=self.layout,
+                    post_norm=post_norm,
+                    dtype=dtype,
+                    device=device,
+                )
+                for i in range(self.span.stop - self.span.start)
             }
         )
         if last and not post_norm:
@@ -387,7 +396,7 @@ class TransformerStack(ShardedModule):
         Args:
             masks: dropout masks of the embedding (row 0) and of all blocks.
         """
-        recompute = self.config.recompute == "full"
+        recompute = self.num_recomputed if self.config.recompute == "full" else 0
         dropout = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
         return run_blocks(
             self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout, partition=partition

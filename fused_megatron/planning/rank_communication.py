@@ -17,8 +17,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
 
     Bytes count whole tensors, as record_communication does. A ring sends (R - 1) / R of them, and twice as many for an
     all-reduce. A is the bytes of an activation [S, B, H]; with context parallelism S is the number of positions of the
-    rank that holds most. k is 1 with recompute="full", where backward repeats the forward of a block, and otherwise 0.
-    A block sends
+    rank that holds most. k is 1 for a block that recompute="full" recomputes, since backward repeats its forward, and
+    otherwise 0. A block sends
 
         all_reduce      (4 + 2 k) A                         Shoeybi et al. 2019 (arXiv:1909.08053), section 3
       instead with sequence parallelism
@@ -44,17 +44,17 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     size = DTYPES[config.training.dtype].itemsize
     activation = size * tokens * model.hidden_size
     blocks, ends = span.stop - span.start, span.first + span.last
-    again = 2 if model.recompute == "full" else 0
+    again = 2 * model.recomputed_blocks(blocks) if model.recompute == "full" else 0
     # Gradients of parameters that several ranks hold, while each rank uses them for different heads.
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
     copied += 2 * model.head_size * model.query_key_norm
     sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
     if not parallel.sequence_parallel:
-        sent["all_reduce"] += (blocks * (4 + again) + ends) * activation
+        sent["all_reduce"] += (blocks * 4 + again + ends) * activation
     else:
-        sent["reduce_scatter"] = (blocks * (4 + again) + ends) * activation
-        sent["all_gather"] += (blocks * (6 + again) + ends) * activation
+        sent["reduce_scatter"] = (blocks * 4 + again + ends) * activation
+        sent["all_gather"] += (blocks * 6 + again + ends) * activation
         if span.first and model.position == "learned":
             sent["all_gather"] += size * rows * model.hidden_size
         norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
@@ -129,6 +129,6 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
         backward["send"] = (sent + needed) * 2 * of_members[me]
     blocks = span.stop - span.start
     head_bytes = DTYPES[config.training.dtype].itemsize * batch * model.head_size
-    again = model.recompute != "none"
-    total = {kind: blocks * head_bytes * (forward[kind] * (1 + again) + backward[kind]) for kind in forward | backward}
-    return {kind: num_bytes for kind, num_bytes in total.items() if num_bytes}
+    again = model.recomputed_blocks(blocks)
+    elements = {kind: forward[kind] * (blocks + again) + backward[kind] * blocks for kind in forward | backward}
+    return {kind: head_bytes * number for kind, number in elements.items() if number}

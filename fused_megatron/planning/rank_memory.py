@@ -169,11 +169,11 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
         T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
         T N D / R              input of the projection, which is the result of the attention kernel
         T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
-        T' H                   instead of all of the above with recompute="full"
+        T' H                   instead of all of the above if recompute="full" recomputes the block
 
-    and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective". Attention dropout keeps
-    T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each query head.
-    With context parallelism it keeps no more than without dropout.
+    and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective" recomputes it. Attention
+    dropout keeps T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each
+    query head. With context parallelism it keeps no more than without dropout.
 
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
@@ -182,9 +182,10 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     size, tokens, own_tokens = _sizes(config)
     hidden, norm_stats = model.hidden_size, 4 * (1 if model.normalization == "rms_norm" else 2)
     norm = size * 2 * own_tokens * hidden + norm_stats * own_tokens
-    total = (span.stop - span.start) * (
-        size * own_tokens * hidden if model.recompute == "full" else _block_activations(config)
-    )
+    blocks = span.stop - span.start
+    again = model.recomputed_blocks(blocks)
+    of_recomputed = size * own_tokens * hidden if model.recompute == "full" else _block_activations(config, True)
+    total = again * of_recomputed + (blocks - again) * _block_activations(config, False)
     if span.first:
         total += 8 * tokens
     if span.last:
@@ -194,8 +195,8 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     return total
 
 
-def _block_activations(config: TrainConfig) -> int:
-    """Compute the bytes that one block keeps for backward, without recompute="full"."""
+def _block_activations(config: TrainConfig, selective: bool) -> int:
+    """Compute the bytes that one block keeps for backward, if it recomputes nothing or (selective) attention."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, own_tokens = _sizes(config)
     heads, kv_heads = model.num_heads // ranks, max(1, model.kv_heads // ranks)
@@ -207,12 +208,12 @@ def _block_activations(config: TrainConfig) -> int:
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
     statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
     context_parallel = config.parallel.context_parallel_size > 1
-    if model.recompute == "none" and model.attention_dropout > 0 and not context_parallel:
+    if not selective and model.attention_dropout > 0 and not context_parallel:
         elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
         copies = 2 if model.query_key_norm else int(model.position == "rotary")
         elements += tokens * (query + 2 * key + (query + key) * copies)
-        statistics += 4 * tokens * heads * (model.recompute == "none")
+        statistics += 4 * tokens * heads * (not selective)
     return size * elements + statistics
 
 
@@ -223,7 +224,7 @@ def _working(config: TrainConfig, span: StageSpan) -> int:
     expansion = (model.ffn_size // ranks) * (1 if _plain(model) else 2)
     block = size * tokens * (3 * expansion + 4 * model.hidden_size)
     if model.recompute == "full":
-        block += _block_activations(config)
+        block += _block_activations(config, True)
     elif model.recompute == "selective":
         block += size * tokens * 4 * (model.num_heads // ranks) * model.head_size
     head = 0

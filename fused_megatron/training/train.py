@@ -35,7 +35,7 @@ from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # Fields of the model's config that may change between a checkpoint and the run that resumes from it.
-FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute"}
+FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute", "recompute_blocks"}
 
 
 def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) -> bool:

@@ -94,6 +94,37 @@ def test_a_block_keeps_the_bytes_of_the_formula(tp: int, form: dict[str, Any], o
     assert {kept[f"blocks.{index}"] for index in range(4)} == {block}
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_only_the_first_blocks_of_a_stage_are_recomputed(recompute: str) -> None:
+    some = config_of("bfloat16", 4, recompute=recompute, recompute_blocks=1, position="rotary")
+    (span,) = DryRun(some).spans
+    kept = {memory.layer: num_bytes for memory, num_bytes in DryRun(some).rank(0).kept[0].items()}
+    whole = {
+        form: stage_activations(dataclasses.replace(some, model=dataclasses.replace(some.model, **changes)), span)
+        for form, changes in {
+            "none": {"recompute": "none", "recompute_blocks": None},
+            "all": {"recompute_blocks": None},
+            "more than all": {"recompute_blocks": 9},
+        }.items()
+    }
+    assert kept["blocks.0"] < kept["blocks.1"] == kept["blocks.2"] == kept["blocks.3"]
+    assert whole["none"] - stage_activations(some, span) == kept["blocks.1"] - kept["blocks.0"]
+    assert whole["none"] - whole["all"] == 4 * (kept["blocks.1"] - kept["blocks.0"])
+    assert whole["more than all"] == whole["all"]
+
+
+def test_context_parallel_ranks_keep_their_part() -> None:
+    """The two ranks have 65 and 64 of 129 positions; attention keeps no probabilities, also with dropout."""
+    config = config_of("bfloat16", 4, parallel={"context_parallel_size": 2}, attention_dropout=0.1, position="rotary")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, seq_len=129))
+    dry_run = DryRun(config)
+    one_more = dataclasses.replace(dry_run.spans[0], stop=dry_run.spans[0].stop + 1)
+    block = stage_activations(config, one_more) - stage_activations(config, dry_run.spans[0])
+    for rank, positions in enumerate((65, 64)):
+        kept = {memory.layer: num_bytes for memory, num_bytes in dry_run.rank(rank).kept[0].items()}
+        assert kept["blocks.1"] * 65 == block * positions
+
+
 def test_the_fullest_rank_of_a_pipeline() -> None:
     """The first rank keeps the most microbatches; every part equals its formula."""
     config = config_of("bfloat16", batch=16, parallel={"pipeline_parallel_size": 4})

@@ -123,7 +123,17 @@ def one_process(work: Path) -> Any:
 # Form of the model, layout, and whether a fast test has it.
 LAYOUTS: list[tuple[str, dict[str, Any], bool]] = [
     ("dropout", {**cp(2), **SP, "recompute": "full"}, True),
-    ("llama", {**cp(2, "all_gather"), "data_parallel_size": 2, "zero_stage": 3, "recompute": "selective"}, True),
+    (
+        "llama",
+        {
+            **cp(2, "all_gather"),
+            "data_parallel_size": 2,
+            "zero_stage": 3,
+            "recompute": "selective",
+            "recompute_blocks": 1,
+        },
+        True,
+    ),
     ("bert", cp(2), True),
     ("gpt", cp(2), False),
     ("gpt", cp(4), False),

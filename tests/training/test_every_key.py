@@ -247,6 +247,7 @@ ROWS: dict[str, Row] = {
     "model.attention_dropout": Row(0.3, *LOSS),
     "model.embedding_dropout": Row(0.3, *LOSS),
     "model.recompute": Row("full", Tried.saved_bytes, CHANGED),
+    "model.recompute_blocks": Row(1, Tried.saved_bytes, CHANGED, {"model.recompute": "full"}),
     "bert.num_token_types": Row(3, *SHAPES),
     "bert.post_norm": Row(True, *SHAPES),
     "bert.masked_lm_head": Row(False, *SHAPES),

@@ -62,7 +62,7 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
         per_replica = training.global_batch_size // (parallel.data_parallel_size or 1)
         training = replace(training, microbatch_size=per_replica)
     if RECOMPUTE not in parts:
-        model = replace(model, recompute="none")
+        model = replace(model, recompute="none", recompute_blocks=None)
     return replace(config, parallel=parallel, training=training, model=model)
 
 

@@ -157,6 +157,7 @@ def _reduced_model(config: TrainConfig, parallel: ParallelConfig, keeps_tp: bool
         sliding_window=None if window is None else max(2, min(seq_len, seq_len * window // model.seq_len)),
         rotary_original_seq_len=None if original is None else max(2, seq_len * original // model.seq_len),
         init_std=INIT_STD,
+        recompute_blocks=None if model.recompute_blocks is None else 1,
         **_reduced_vocabulary(config),
     )
 
