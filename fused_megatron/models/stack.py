@@ -243,7 +243,7 @@ class TransformerStack(ShardedModule):
         token_types: torch.Tensor | None = None,
         batch_slice: BatchSlice | None,
         sequence: SequenceLayout | None,
-        partition: SequencePartition | None,
+        partition: SequencePartition | None = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run this stage: return [S, B, H], or [S / R, B, H] under sequence parallelism.
