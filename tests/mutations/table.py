@@ -314,10 +314,10 @@ MUTATIONS = (
     ),
     # Context parallelism.
     Mutation(
-        "a ring's member takes the keys of hop 1 in every hop",
+        "queries have the positions of a rank's rows, not of the sequence",
         "fused_megatron/context_parallel/attention_plan.py",
-        "source, target = (me - step) % count, (me + step) % count",
-        "source, target = (me - min(step, 1)) % count, (me + step) % count",
+        "tiles=visibility.tiles(partition.layouts[rank].ranges, ((0, partition.seq_len),)),",
+        "tiles=visibility.tiles(((0, partition.sizes[rank]),), ((0, partition.seq_len),)),",
         _CONTEXT,
     ),
     Mutation(
