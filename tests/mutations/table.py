@@ -30,6 +30,8 @@ _RULES = "fused_megatron/data_parallel/update_rules.py"
 _RING = "fused_megatron/collectives/transport/host_ring.py"
 _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
 _CONTEXT = ("tests/context_parallel/test_attention.py",)
+_CONTEXT_MODEL = ("tests/models/test_stack.py::test_context_parallel_ranks_have_parts_of_one_sequence",)
+_CONTEXT_RUNS = ("tests/training/test_context_parallel_layouts.py",)
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
@@ -379,5 +381,41 @@ MUTATIONS = (
         "if max(loads) * num_ranks <= (1 + _EVEN_ENOUGH) * total or total == 0:",
         "if True:",
         ("tests/sharding/test_sequence_partition.py",),
+    ),
+    # Context-parallel ranks of a model and of a run.
+    Mutation(
+        "positions are counted in the rank, not in the sequence",
+        "fused_megatron/models/stack.py",
+        "return partition.layouts[group_rank(self.layout.cp_group)]",
+        "return SequenceLayout.whole(partition.sizes[group_rank(self.layout.cp_group)])",
+        _CONTEXT_MODEL,
+    ),
+    Mutation(
+        "a rank drops the positions of the first rank",
+        "fused_megatron/models/stack.py",
+        "masks = self._masks(batch, sequence, batch_slice)",
+        "masks = self._masks(batch, sequence if partition is None else partition.layouts[0], batch_slice)",
+        _CONTEXT_MODEL,
+    ),
+    Mutation(
+        "attention drops the tiles of the first position",
+        "fused_megatron/models/dropout.py",
+        "first_head, tile.query_position, tile.key_position)",
+        "first_head, 0, tile.key_position)",
+        _CONTEXT_MODEL,
+    ),
+    Mutation(
+        "a validation counts the positions of one context-parallel rank",
+        "fused_megatron/training/evaluation.py",
+        "sum_over_ranks_(totals, mesh.replicas.group)",
+        "sum_over_ranks_(totals, mesh.dp_group)",
+        _CONTEXT_RUNS,
+    ),
+    Mutation(
+        "context-parallel ranks keep their own gradients",
+        "fused_megatron/assembly/assemble.py",
+        "    replicas = mesh.replicas\n",
+        '    replicas = mesh["dp"]\n',
+        _CONTEXT_RUNS,
     ),
 )
