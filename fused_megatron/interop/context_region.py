@@ -60,7 +60,6 @@ class ContextRegion:
         self._summed: set[nn.Module] = set()
         self._configs: list[Any] = []
         self._replaced: list[list[str]] = []
-        self._inside = 0
 
     def install(self, owner: nn.Module, layers: Sequence[nn.Module], attentions: Sequence[nn.Module]) -> None:
         """Install the hooks.
@@ -77,7 +76,6 @@ class ContextRegion:
         owner.register_forward_hook(self._leave, always_call=True)
         for layer in layers:
             layer.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
-            layer.register_forward_hook(self._leave_layer, with_kwargs=True, always_call=True)
         layers[0].register_forward_pre_hook(self._cut_activations, with_kwargs=True)
         layers[-1].register_forward_hook(self._gather_result, with_kwargs=True)
         for attention in attentions:
@@ -147,12 +145,16 @@ class ContextRegion:
                 "context parallelism takes no cache while gradients are recorded: it would hold this rank's rows only "
                 "(use torch.no_grad())"
             )
-        for layer in self._layers:
-            for one in layer.modules():
-                if one not in self._summed and one._parameters:
-                    self._summed.add(one)
-                    _SummedOverRows(one, self).install([])
+        self._sum_gradients()
         self._replaced.append([_use(config, IMPLEMENTATION) for config in self._configs])
+
+    def _sum_gradients(self) -> None:
+        """Sum the gradients of modules in the layers over the ranks, also of modules that were added lately."""
+        for module in (one for layer in self._layers for one in layer.modules() if one._parameters):
+            if module not in self._summed:
+                self._summed.add(module)
+                names = [name for name, parameter in module._parameters.items() if parameter is not None]
+                SummedParameters(module, names, self.group).install([])
 
     @torch.compiler.disable
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -173,7 +175,6 @@ class ContextRegion:
         mask = _mask_in(args, kwargs)
         if mask is None:
             return None
-        self._inside += 1
         partition = self.partition(mask)
         names = list(inspect.signature(module.forward).parameters)[: len(args)]
         kept = [self._cut(name, value, partition) for name, value in zip(names[1:], args[1:], strict=True)]
@@ -196,10 +197,6 @@ class ContextRegion:
         return tree_map_only(
             torch.Tensor, lambda x: own_rows(x, x.dim() + dim, partition, self.group) if x.dim() else x, value
         )
-
-    @torch.compiler.disable
-    def _leave_layer(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-        self._inside = max(0, self._inside - (_mask_in(args, kwargs) is not None))
 
     @torch.compiler.disable
     def _cut_activations(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -231,34 +228,10 @@ class ContextRegion:
         if _mask_in(args, kwargs) is not None and self._replaced:
             self._restore()
 
-    @property
-    def inside(self) -> bool:
-        """Whether a layer runs on own rows."""
-        return self._inside > 0
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "ContextRegion":
         memo[id(self.group)] = self.group  # a process group cannot be copied; both use the same
         twin = memo[id(self)] = ContextRegion(self.group, self.method, self.num_heads, self.num_kv_heads, self.window)
         twin._layers, twin._summed, twin._configs = copy.deepcopy((self._layers, self._summed, self._configs), memo)
-        return twin
-
-
-class _SummedOverRows(SummedParameters):
-    """Parameters of a module in the layers, whose gradients of own rows are summed over the context-parallel ranks."""
-
-    def __init__(self, owner: nn.Module, region: ContextRegion) -> None:
-        super().__init__(owner, [name for name, p in owner._parameters.items() if p is not None], region.group)
-        self.region = region
-
-    @torch.compiler.disable
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if self.region.inside:
-            super()._enter(module, args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_SummedOverRows":
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, _SummedOverRows)
-        twin.region = copy.deepcopy(self.region, memo)
         return twin
 
 

@@ -1,4 +1,4 @@
-"""Replicated parameters that each rank uses with its own features or rows only: gradients are summed over the ranks."""
+"""Parameters that ranks have in common and use with their own features or rows: gradients are summed over the ranks."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,9 @@ from fused_megatron.collectives import Group, identity_all_reduce_together
 
 
 class SummedParameters:
-    """Parameters between a colwise and a rowwise layer: the slope of an activation, the weight of a norm per head.
+    """Parameters that each rank uses with its own features, or with its own rows of the sequence.
 
+    Own features: between a colwise and a rowwise layer, as the slope of an activation or the weight of a norm per head.
     While a module that uses them runs its forward, the parameters are those that went through
     identity_all_reduce_together. When backward() returns, their gradients are complete and the same on every rank.
     Two of these, for two groups of ranks, may have the same owner: one is inside the other.
@@ -41,6 +42,8 @@ class SummedParameters:
 
     @torch.compiler.disable(reason="a collective of fused_megatron")
     def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._running == 0 and not torch.is_grad_enabled():
+            return
         self._running += 1
         if self._running > 1:  # the owner within a user
             return

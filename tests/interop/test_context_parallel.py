@@ -110,9 +110,22 @@ def family(rank, world_size, name, kinds, method, options):
 
 CASES = [
     ("llama", ["plain", "padded", "packed"], "ring", {}),
+    ("llama", ["packed"], "all_gather", {"use_reentrant": False}),
+    ("llama", ["plain"], "ring", {"use_reentrant": True}),
+    ("mistral", ["plain", "padded", "packed"], "ring", {}),
+    ("qwen3", ["padded", "packed"], "all_to_all", {}),
+    ("gpt2", ["plain", "padded", "packed"], "ring", {}),
+    ("gemma3", ["plain", "packed"], "all_gather", {}),
 ]
 
 
 def test_two_ranks():
     for (report, _), case in zip(run_cases_on_ranks(family, 2, CASES), CASES, strict=True):
-        assert f"sequences divided over 2 ranks: 2 layers of" in report and f"attention by {case[2]}" in report
+        assert "sequences divided over 2 ranks: 2 layers of" in report and f"attention by {case[2]}" in report
+
+
+def test_tensor_and_context_parallel_ranks():
+    """Norms of heads are summed over both axes; GPT-2 has one matrix for query, key and value."""
+    cases = [("qwen3", ["packed"], "ring", {}), ("gpt2", ["padded"], "ring", {"use_reentrant": False})]
+    for reports in run_cases_on_ranks(family, 4, cases):
+        assert "sharded over 2 ranks" in reports[0] and "divided over 2 ranks" in reports[0]
