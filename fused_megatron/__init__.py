@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fused_megatron import collectives, interop, models, modules, ops, pipeline, tensor_parallel
+    from fused_megatron import collectives, context_parallel, interop, models, modules, ops, pipeline, tensor_parallel
     from fused_megatron.data_parallel.shard_data_parallel import shard_data_parallel
     from fused_megatron.data_parallel.sharded_optimizer import ShardedOptimizer
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
@@ -31,6 +31,7 @@ __all__ = [
     "ShardedOptimizer",
     "clip_grad_norm_",
     "collectives",
+    "context_parallel",
     "full_state_dict",
     "init_mesh",
     "interop",

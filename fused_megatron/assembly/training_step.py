@@ -37,7 +37,7 @@ def training_step(
     *,
     step: int,
     lr: float,
-    targets_per_sample: int,
+    num_targets: int,
     group: Group,
     flags: Callable[[], Sequence[float]],
     judge: Callable[[StepSums], None],
@@ -49,7 +49,7 @@ def training_step(
         read_batch: returns this data-parallel rank's rows of the global batch.
         step: number of the step, from 0.
         lr: learning rate of the update.
-        targets_per_sample: number of targets of each sample.
+        num_targets: targets of the step, over all data-parallel ranks and microbatches.
         group: all ranks of the run.
         flags: called after backward; returns numbers to be summed over the ranks, equally many on every rank.
         judge: called with the sums before the update; it must raise, the same on every rank, to keep the weights.
@@ -61,8 +61,7 @@ def training_step(
     Communication: as Assembly.accumulate_batch and update; one all-reduce of 8 bytes a number over all ranks.
     """
     assembly.gradients.zero_()
-    divisor = gradient_divisor(assembly.config.training.global_batch_size, targets_per_sample)
-    loss_sum = assembly.accumulate_batch(read_batch(), step, divisor)
+    loss_sum = assembly.accumulate_batch(read_batch(), step, gradient_divisor(num_targets))
     sums = sum_over_ranks(assembly, loss_sum, flags(), group)
     judge(sums)
     assembly.update(lr, clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm))

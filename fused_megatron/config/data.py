@@ -26,6 +26,10 @@ class DataConfig:
     """Share of the documents that is held out for validation."""
     mask_fraction: float = 0.15
     """Share of the text tokens that a BERT predicts."""
+    mask_documents: bool = False
+    """A token attends only to tokens of its document, and does not predict the first token of the next document."""
+    reset_positions: bool | None = None
+    """Count positions from the first token of each document, not of the sample. None: as mask_documents."""
 
     def __post_init__(self) -> None:
         check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)
@@ -34,3 +38,13 @@ class DataConfig:
             0 < self.validation_fraction <= 0.5,
             f"validation_fraction={self.validation_fraction} must be above 0 and at most 0.5",
         )
+        check(
+            self.mask_documents or not self.reset_positions,
+            "reset_positions=True needs mask_documents=True: tokens of two documents with the same positions must not "
+            "see each other",
+        )
+
+    @property
+    def resets_positions(self) -> bool:
+        """True if positions are counted from the first token of each document."""
+        return self.mask_documents if self.reset_positions is None else self.reset_positions

@@ -38,6 +38,11 @@ class TrainConfig:
             self.model.traits.predicts != "masked_tokens" or self.model.seq_len >= 3,
             f"seq_len={self.model.seq_len} must be at least 3: [CLS], a token and [SEP]",
         )
+        check(
+            self.model.traits.predicts != "masked_tokens" or not self.data.mask_documents,
+            f"mask_documents=True must be false for model.family={self.model.family!r}: it needs a model that predicts "
+            f"the next token, such as 'gpt'",
+        )
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
         )

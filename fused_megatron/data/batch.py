@@ -1,10 +1,11 @@
-"""The batch of one data-parallel rank in one step: inputs, targets and padding."""
+"""The batch of one data-parallel rank in one step: inputs, targets, padding and documents."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fused_megatron.data.documents import cumulative_lengths
 from fused_megatron.sharding import SequenceLayout
 
 
@@ -17,26 +18,50 @@ class Batch:
         targets: [B, S] int64, the token id to predict at each position; -100 for no target.
         key_padding_mask: [B, S] bool, True at padding (as in torch), for models whose tokens attend to later positions;
             None: no padding.
+        document_starts: [B, S] bool on the host, True at the first token of each document of the whole sequence, and in
+            the first column; tokens attend only to tokens of their own document. None: each row is one document.
+        positions: [B, S] int64, the position of each token, for models that must not count from the start of the row;
+            None: the tokens of a row have the positions 0 to S - 1.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
     key_padding_mask: torch.Tensor | None = None
+    document_starts: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     def take(self, sequence: SequenceLayout) -> "Batch":
-        """Return inputs, targets and padding at the sequence positions of one rank."""
-        padding = None if self.key_padding_mask is None else sequence.take(self.key_padding_mask, 1)
-        return Batch(sequence.take(self.inputs, 1), sequence.take(self.targets, 1), padding)
+        """Return inputs, targets, padding and positions at the sequence positions of one rank.
+
+        document_starts stays whole: queries of one rank see keys of others.
+        """
+        padding, positions = (
+            None if part is None else sequence.take(part, 1) for part in (self.key_padding_mask, self.positions)
+        )
+        return Batch(
+            sequence.take(self.inputs, 1), sequence.take(self.targets, 1), padding, self.document_starts, positions
+        )
+
+    def split(self, size: int) -> list["Batch"]:
+        """Split into batches of `size` rows; the last one may have fewer."""
+        parts = {name: part.split(size) for name, part in vars(self).items() if part is not None}
+        return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
 
     def microbatches(
         self, size: int, device: torch.device
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, Any]]]:
         """Split into microbatches of `size` rows on the device: (inputs, targets, keyword arguments of the model)."""
         inputs, targets = (list(_on(device, part).split(size)) for part in (self.inputs, self.targets))
-        if self.key_padding_mask is None:
-            return inputs, targets, [{} for _ in inputs]
-        padding = _on(device, self.key_padding_mask).split(size)
-        return inputs, targets, [{"key_padding_mask": part} for part in padding]
+        keywords: list[dict[str, Any]] = [{} for _ in inputs]
+        for name in ("key_padding_mask", "positions"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                for keyword, part in zip(keywords, _on(device, tensor).split(size), strict=True):
+                    keyword[name] = part
+        if self.document_starts is not None:
+            for keyword, starts in zip(keywords, self.document_starts.split(size), strict=True):
+                keyword["documents"] = cumulative_lengths(starts)
+        return inputs, targets, keywords
 
 
 def _on(device: torch.device, part: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import functools
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,22 @@ _SAMPLE_STREAM = 1
 _EPOCHS_KEPT = 2
 
 
+class _Epoch(NamedTuple):
+    """Documents and samples of an epoch.
+
+    Attributes:
+        order: documents in the order of the concatenation.
+        starts: start of each sample, and of one more, as (position in order, offset in the document).
+        shuffle: samples in the order of training.
+        empty_before: number of empty documents up to each position in order; None if no document is empty.
+    """
+
+    order: np.ndarray
+    starts: np.ndarray
+    shuffle: np.ndarray
+    empty_before: np.ndarray | None
+
+
 class SampleIndex:
     """An endless order of samples of seq_len + 1 tokens over packed documents.
 
@@ -27,7 +43,7 @@ class SampleIndex:
     out the end of the concatenation (at most seq_len tokens, different ones in every epoch). Sample numbers continue
     from epoch to epoch.
 
-    Memory: 8 bytes per document and 24 per sample, for each of two epochs.
+    Memory: 8 bytes per document (16 if a document is empty) and 24 per sample, for each of two epochs.
 
     Args:
         lengths: int64 [num_documents], tokens of each document; zeros are allowed.
@@ -50,15 +66,32 @@ class SampleIndex:
             f"{total} tokens are too few for one sample of seq_len={seq_len} + 1: give more text or a smaller seq_len",
         )
         self.samples_per_epoch = (total - 1) // seq_len
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._has_empty = bool((self.lengths == 0).any())
+        self._epochs: dict[int, _Epoch] = {}
 
     def pieces(self, sample: int) -> Iterator[tuple[int, int, int]]:
         """Yield the pieces of a sample in order, as (document, offset in the document, number of tokens)."""
         epoch, position = divmod(sample, self.samples_per_epoch)
-        order, starts, shuffle = self._epoch(epoch)
+        order, starts, shuffle, _ = self._epoch(epoch)
         return pieces_from(self.lengths, order, starts[shuffle[position]], self.seq_len + 1)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def num_document_starts(self, first: int, count: int) -> int:
+        """Count the documents that start after the first token of a sample, in samples first to first + count - 1."""
+        found = 0
+        while count > 0:
+            epoch, position = divmod(first, self.samples_per_epoch)
+            taken = min(count, self.samples_per_epoch - position)
+            _, starts, shuffle, empty_before = self._epoch(epoch)
+            samples = shuffle[position : position + taken]
+            # The last token of a sample is the first of the next: all documents up to that one start in the sample.
+            begins, ends = starts[samples, 0], starts[samples + 1, 0]
+            found += int((ends - begins).sum())
+            if empty_before is not None:
+                found -= int((empty_before[ends] - empty_before[begins]).sum())
+            first, count = first + taken, count - taken
+        return found
+
+    def _epoch(self, epoch: int) -> "_Epoch":
         if epoch not in self._epochs:
             while len(self._epochs) >= _EPOCHS_KEPT:
                 del self._epochs[next(iter(self._epochs))]
@@ -66,7 +99,8 @@ class SampleIndex:
             order = builders.permutation(len(self.lengths), self.seed, epoch, _DOCUMENT_STREAM)
             starts = builders.build_sample_index(self.lengths, order, self.seq_len)
             shuffle = builders.permutation(self.samples_per_epoch, self.seed, epoch, _SAMPLE_STREAM)
-            self._epochs[epoch] = order, starts, shuffle
+            empty_before = np.cumsum(self.lengths[order] == 0) if self._has_empty else None
+            self._epochs[epoch] = _Epoch(order, starts, shuffle, empty_before)
         return self._epochs[epoch]
 
 

@@ -1,7 +1,7 @@
 """Training and validation samples of an indexed dataset, read as batches of tokens."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,17 @@ class TokenDataset:
             check_tokens(batch, self.vocab_size, lambda row, column: self._describe(first + row, column))
         return batch
 
+    def document_starts(self, first: int, count: int) -> np.ndarray:
+        """Return where documents start in samples first to first + count - 1: bool [count, seq_len + 1].
+
+        The first token of a sample counts as the start of a document.
+        """
+        return _document_starts([self.index.pieces(first + row) for row in range(count)], self.seq_len)
+
+    def num_document_starts(self, first: int, count: int) -> int:
+        """Count the documents that start after the first token of a sample, without reading a token."""
+        return self.index.num_document_starts(first, count)
+
     def batch(self, step: int, global_batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
         """Return this rank's rows of the global batch of a step.
 
@@ -197,29 +208,44 @@ class ValidationDataset:
         first = index * batch_size + dp_rank * count
         batch = np.full((count, self.seq_len + 1), PADDING, dtype=np.int64)
         for row in range(min(count, self.num_samples - first)):
-            start = self._starts[first + row]
-            pieces = list(pieces_from(self.documents.lengths, self._order, start, self.seq_len + 1))
+            pieces = list(self._pieces(first + row))
             filled = _fill(batch[row], self.dataset, self.documents, pieces)
             if self.vocab_size is not None:
                 describe = functools.partial(self._describe, pieces, first + row)
                 check_tokens(batch[row : row + 1, :filled], self.vocab_size, describe)
         return batch
 
+    def document_starts(self, first: int, count: int) -> np.ndarray:
+        """Return where documents start in samples first to first + count - 1: bool [count, seq_len + 1].
+
+        The first token of a sample counts as the start of a document; padding belongs to the document before it.
+        """
+        return _document_starts([self._pieces(first + row) for row in range(count)], self.seq_len)
+
+    def _pieces(self, sample: int) -> Iterable[Piece]:
+        """Yield the pieces of a sample, as SampleIndex.pieces; none of a sample of padding."""
+        if sample >= self.num_samples:
+            return ()
+        return pieces_from(self.documents.lengths, self._order, self._starts[sample], self.seq_len + 1)
+
     def _describe(self, pieces: list[Piece], sample: int, row: int, column: int) -> str:
         return f"{_location(self.dataset, self.documents, pieces, column)}, validation sample {sample}"
 
 
-def inputs_and_targets(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def inputs_and_targets(batch: np.ndarray, document_starts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Divide rows of seq_len + 1 tokens into the model's inputs and its targets.
 
     Args:
         batch: int64 [B, seq_len + 1]; -100 is padding.
+        document_starts: bool [B, seq_len + 1]: these tokens are no targets, except in the first column, which never has
+            one. None: every token is a target.
 
     Returns:
         inputs int64 [B, seq_len], where padding has token id 0, and targets int64 [B, seq_len], where it has -100.
         Only the end of a row is padding, so no real token of a causal model attends to it.
     """
-    return np.maximum(batch[:, :-1], 0), batch[:, 1:]
+    inputs, targets = np.maximum(batch[:, :-1], 0), batch[:, 1:]
+    return inputs, targets if document_starts is None else np.where(document_starts[:, 1:], PADDING, targets)
 
 
 def check_tokens(batch: np.ndarray, vocab_size: int, describe: Callable[[int, int], str] | None = None) -> None:
@@ -258,6 +284,17 @@ def _fill(out: np.ndarray, dataset: IndexedDataset, documents: DocumentRanges, p
         out[filled : filled + taken] = dataset.tokens(start, start + taken)
         filled += taken
     return filled
+
+
+def _document_starts(samples: Sequence[Iterable[Piece]], seq_len: int) -> np.ndarray:
+    starts = np.zeros((len(samples), seq_len + 1), dtype=bool)
+    starts[:, 0] = True
+    for row, pieces in enumerate(samples):
+        column = 0
+        for _, _, taken in pieces:
+            starts[row, column] = True
+            column += taken
+    return starts
 
 
 def _location(dataset: IndexedDataset, documents: DocumentRanges, pieces: Iterable[Piece], column: int) -> str:

@@ -10,6 +10,7 @@ from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data.corpus import prepare_corpus
+from fused_megatron.data.documents import positions_in_documents
 from fused_megatron.data.masked_lm import NUM_FRAME_TOKENS, TRAINING_STREAM, VALIDATION_STREAM, MaskedLM, masked_lm
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, inputs_and_targets
 from fused_megatron.data.token_digest import TokenCheck
@@ -31,6 +32,8 @@ class TrainingData:
         masking: makes the samples of a masked language model; None: each target is the next token.
         content: hashes of the data, to find ranks that read other data, and the paths of the files.
         token_check: checks large files during the run; None if there are none.
+        mask_documents: True if batches say where documents start, and no target is the first token of a document.
+        reset_positions: True if positions are counted from the first token of each document.
     """
 
     description: str
@@ -43,28 +46,48 @@ class TrainingData:
     masking: MaskedLM | None = None
     content: Mapping[str, str] = field(default_factory=dict)
     token_check: TokenCheck | None = None
+    mask_documents: bool = False
+    reset_positions: bool = False
 
     @property
     def targets_per_sample(self) -> int:
-        """Number of targets of a training sample; the same for all."""
+        """Number of targets of a training sample; the same for all unless mask_documents leaves some out."""
         return self.training.seq_len if self.masking is None else self.masking.num_targets(self.training.seq_len)
+
+    def num_targets(self, samples_consumed: int, global_batch_size: int) -> int:
+        """Return the number of targets of the next global batch, over all data-parallel ranks.
+
+        Every rank computes it from the index of the samples, without a token and without communication.
+        """
+        targets = global_batch_size * self.targets_per_sample
+        if self.mask_documents:
+            targets -= self.training.num_document_starts(samples_consumed, global_batch_size)
+        return targets
 
     def training_batch(self, samples_consumed: int, global_batch_size: int, dp_rank: int, dp_size: int) -> Batch:
         """Return this data-parallel rank's rows of the next global batch."""
         count = global_batch_size // dp_size
         first = samples_consumed + dp_rank * count
-        return self._batch(self.training.rows(first, count), first, TRAINING_STREAM)
+        return self._batch(self.training.rows(first, count), self.training, first, TRAINING_STREAM)
 
     def validation_batch(self, index: int, batch_size: int, dp_rank: int, dp_size: int) -> Batch:
         """Return this data-parallel rank's rows of held-out batch `index`; a target is -100 where there is no token."""
         rows = self.validation.batch(index, batch_size, dp_rank, dp_size)
-        return self._batch(rows, index * batch_size + dp_rank * len(rows), VALIDATION_STREAM)
+        first = index * batch_size + dp_rank * len(rows)
+        return self._batch(rows, self.validation, first, VALIDATION_STREAM)
 
-    def _batch(self, rows: np.ndarray, first_sample: int, stream: int) -> Batch:
+    def _batch(
+        self, rows: np.ndarray, source: TokenDataset | ValidationDataset, first_sample: int, stream: int
+    ) -> Batch:
         if self.masking is not None:
             return self.masking.batch(rows, first_sample, stream)
-        inputs, targets = inputs_and_targets(rows)
-        return Batch(torch.from_numpy(inputs), torch.from_numpy(targets))
+        starts = source.document_starts(first_sample, len(rows)) if self.mask_documents else None
+        inputs, targets = (torch.from_numpy(part) for part in inputs_and_targets(rows, starts))
+        if starts is None:
+            return Batch(inputs, targets)
+        document_starts = torch.from_numpy(np.ascontiguousarray(starts[:, :-1]))
+        positions = positions_in_documents(document_starts) if self.reset_positions else None
+        return Batch(inputs, targets, document_starts=document_starts, positions=positions)
 
 
 def open_training_data(
@@ -80,7 +103,7 @@ def open_training_data(
 
     Raises:
         InputError: the data is missing, damaged or too small; a token id is beyond model.vocab_size; a masked language
-            model has no [MASK] token.
+            model has no [MASK] token; no document has two tokens, which mask_documents needs.
     """
     masked = config.model.traits.predicts == "masked_tokens"
     corpus = prepare_corpus(
@@ -107,13 +130,18 @@ def open_training_data(
         fraction = config.data.mask_fraction
         masking = masked_lm(tokenizer, named, seq_len=seq_len, mask_fraction=fraction, seed=training.seed)
         seq_len -= NUM_FRAME_TOKENS
+    train_dataset = corpus.train_dataset(seq_len, training.seed)
+    check(
+        not config.data.mask_documents or int(train_dataset.documents.lengths.max()) >= 2,
+        f"{corpus.description}: mask_documents=True leaves no target: each document is one token long",
+    )
     return TrainingData(
         description=corpus.description,
         fingerprint=corpus.fingerprint,
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         tokenizer_path=corpus.tokenizer_path,
-        training=corpus.train_dataset(seq_len, training.seed),
+        training=train_dataset,
         validation=corpus.validation_dataset(seq_len, max_samples=training.eval_batches * training.global_batch_size),
         masking=masking,
         content={
@@ -124,4 +152,6 @@ def open_training_data(
             "tokenizer_path": corpus.tokenizer_path or "none",
         },
         token_check=TokenCheck(large, share, of) if (large := corpus.large_files()) else None,
+        mask_documents=config.data.mask_documents,
+        reset_positions=config.data.resets_positions,
     )

@@ -1,7 +1,7 @@
 """Division of gradients by the number of targets of the whole step, made once at the start of backward."""
 
 
-def gradient_divisor(global_batch_size: int, targets_per_sample: int) -> int:
+def gradient_divisor(num_targets: int) -> int:
     """Return the divisor of the loss of a step, and so of every gradient: the targets of all data-parallel ranks.
 
     Microbatches, pipeline stages and data-parallel ranks then only sum their gradients (reduction.py never averages),
@@ -9,7 +9,7 @@ def gradient_divisor(global_batch_size: int, targets_per_sample: int) -> int:
     (pipeline/run/stage_compute.py: first_gradient) by the argument loss_divisor of PipelineExecutor.step.
 
     Args:
-        global_batch_size: samples of a step, over all data-parallel ranks.
-        targets_per_sample: targets that count in a sample; the same number for every sample.
+        num_targets: targets that count in the step, over all data-parallel ranks. Without one the divisor is 1: the
+            loss and all gradients are 0.
     """
-    return global_batch_size * targets_per_sample
+    return max(1, num_targets)

@@ -145,7 +145,8 @@ class ParallelSelfAttention(nn.Module):
         Args:
             x: activations [S, B, H], or [S / R, B, H] under sequence parallelism.
             mask: which keys each query attends to.
-            rotary: (cos, sin), [at least S, Drot / 2] each, to rotate queries and keys; None: no rotation.
+            rotary: (cos, sin) to rotate queries and keys, [at least S, Drot / 2] each, or [S, B, Drot / 2] with a row
+                for each token; None: no rotation.
             dropout: masks whose first row is for attention_dropout; None: drop nothing.
         """
         query, key, value = self._query_key_value(x)
@@ -155,9 +156,7 @@ class ParallelSelfAttention(nn.Module):
             query = ops.rms_norm(query, query_weight, self.query_norm.eps)
             key = ops.rms_norm(key, key_weight, self.key_norm.eps)
         if rotary is not None:
-            query, rotated = ops.rotary_embedding(query, key, *rotary)
-            assert rotated is not None
-            key = rotated
+            query, key = _rotate(query, key, *rotary)
         if self.recompute and torch.is_grad_enabled():
             # _attend never draws from torch's generators, so their state need not be kept.
             context = checkpoint(
@@ -195,3 +194,17 @@ class ParallelSelfAttention(nn.Module):
                 heads=self.num_heads,
             )
         return attend(query, key, value, mask, dropout=drop).flatten(2)
+
+
+def _rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate query and key, [S, B, heads, D] each, by tables as in forward()."""
+    shape = query.shape[:2]
+    if cos.dim() == 3:
+        # The S B tokens as one sequence. All tensors stay views: in a fused product the tokens are dense.
+        query, key = (x.view(-1, 1, *x.shape[2:]) for x in (query, key))
+        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+    query, rotated = ops.rotary_embedding(query, key, cos, sin)
+    assert rotated is not None
+    return query.view(*shape, *query.shape[2:]), rotated.view(*shape, *rotated.shape[2:])

@@ -70,6 +70,7 @@ class GPT(TransformerStack):
         batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
         documents: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Compute the loss or this rank's logits; in a pipeline stage, the input of the next stage.
@@ -80,7 +81,10 @@ class GPT(TransformerStack):
             batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: positions of the S tokens (and targets) in a longer sequence; None: the S tokens are the whole
                 sequence.
-            documents: cumulative lengths, as in AttentionMask; None: every row is one document.
+            documents: cumulative lengths, as in AttentionMask; None: every row is one document. Every stage needs it.
+            positions: [B, S] int64 in [0, config.seq_len), the position of each token for the position embedding or
+                rotation, such as its position in its document; None: its position in the sequence. It does not change
+                which tokens see each other. Every stage needs it.
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
 
         Returns:
@@ -91,7 +95,8 @@ class GPT(TransformerStack):
             If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
         mask = AttentionMask(causal=True, window=self.config.sliding_window, documents=documents)
-        return self._result(self._encode(x, mask, batch_slice=batch_slice, sequence=sequence), target, reduction)
+        encoded = self._encode(x, mask, batch_slice=batch_slice, sequence=sequence, positions=positions)
+        return self._result(encoded, target, reduction)
 
     def head_parameters(self) -> list[nn.Parameter]:
         head = self.token_embedding if self.head is None else self.head

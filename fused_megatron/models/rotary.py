@@ -9,9 +9,17 @@ from fused_megatron.sharding import SequenceLayout
 
 
 def rotary_tables(
-    sequence: SequenceLayout, config: TransformerConfig, *, device: torch.device, dtype: torch.dtype = torch.float32
+    sequence: SequenceLayout,
+    config: TransformerConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute cos and sin of position * frequency for ops.rotary_embedding, [positions of the rank, rotary_dim / 2].
+    """Compute cos and sin of position * frequency, [positions of the rank, rotary_dim / 2].
+
+    With `positions`, [B, positions of the rank] int64, every token has its own row: [positions of the rank, B,
+    rotary_dim / 2]. Backward keeps the tables, 4 rotary_dim bytes a row.
 
     Every forward computes the tables anew: done once for all layers this costs nothing, and there is no buffer that a
     cast or move of the model could change. Angles are float64: in float32 they are wrong by 0.004 at position 100,000.
@@ -29,8 +37,8 @@ def rotary_tables(
     Papers: Chen et al. 2023 (linear, arXiv:2306.15595); Peng et al. 2023 (dynamic, yarn, arXiv:2309.00071); Grattafiori
     et al. 2024 (llama3, arXiv:2407.21783).
     """
-    positions = sequence.positions(device).to(torch.float64)
-    angles = torch.outer(positions, _frequencies(sequence.seq_len, config).to(device))
+    rows = sequence.positions(device) if positions is None else positions.t().contiguous()
+    angles = rows.to(torch.float64).unsqueeze(-1) * _frequencies(sequence.seq_len, config).to(device)
     scale = _attention_factor(config)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fused_megatron.checks import check, check_shape
+from fused_megatron.checks import check, check_dtype, check_shape
 from fused_megatron.collectives import group_rank, group_size, split_all_gather
 from fused_megatron.config import TransformerConfig
 from fused_megatron.mesh import ParallelLayout
@@ -227,6 +227,7 @@ class TransformerStack(ShardedModule):
         token_types: torch.Tensor | None = None,
         batch_slice: BatchSlice | None,
         sequence: SequenceLayout | None,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run this stage: return [S, B, H], or [S / R, B, H] under sequence parallelism.
 
@@ -235,18 +236,21 @@ class TransformerStack(ShardedModule):
             token_types: [B, S] int64, rows of token_type_embedding; None: all 0. Only the first stage reads them.
             batch_slice: the rows of the global batch in this microbatch.
             sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
+            positions: [B, S] int64, positions for the embedding or rotation; None: those of `sequence`.
         """
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
             check_shape("token_types", token_types, (batch, sequence.num_positions))
         if mask.key_padding_mask is not None:
             check_shape("key_padding_mask", mask.key_padding_mask, (batch, sequence.num_positions))
+        if positions is not None:
+            self._check_positions(positions, (batch, sequence.num_positions))
         masks = self._masks(batch, sequence, batch_slice)
         if self.span.first:
-            x = self._embed(x, sequence, token_types)
+            x = self._embed(x, sequence, token_types, positions)
             if masks is not None and self.config.embedding_dropout > 0:
                 x = masks.drop(0, x, self.config.embedding_dropout)
-        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x))
+        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions))
         x = x if self.final_norm is None else self.final_norm(x)
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
 
@@ -269,6 +273,18 @@ class TransformerStack(ShardedModule):
         )
         return batch, sequence
 
+    def _check_positions(self, positions: torch.Tensor, shape: tuple[int, int]) -> None:
+        check_dtype("positions", positions, (torch.int64,))
+        check_shape("positions", positions, shape)
+        if torch.compiler.is_compiling() or type(positions) is not torch.Tensor:
+            return
+        if positions.device.type == "cpu" and positions.numel():  # on a GPU the host would wait
+            lowest, highest = (int(bound) for bound in positions.aminmax())
+            check(
+                lowest >= 0 and highest < self.config.seq_len,
+                f"positions from {lowest} to {highest} must lie in [0, seq_len={self.config.seq_len})",
+            )
+
     def _own(self, sequence: SequenceLayout) -> SequenceLayout:
         """Return the positions of this rank's activations between the tensor-parallel layers."""
         if not self.sequence_parallel:
@@ -280,11 +296,17 @@ class TransformerStack(ShardedModule):
             return None
         return masks_of_batch(self.get_buffer("dropout_states"), batch_slice, batch, self._own(sequence))
 
-    def _embed(self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self,
+        tokens: torch.Tensor,
+        sequence: SequenceLayout,
+        token_types: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
         assert self.token_embedding is not None
         # Embed the tokens first: token_embedding checks that the ranks divide the sequence.
         x = self.token_embedding(tokens.t())
-        added = self._positions_and_types(tokens, sequence, token_types)
+        added = self._positions_and_types(tokens, sequence, token_types, positions)
         if added is not None:
             if self.sequence_parallel:
                 added = split_all_gather(added, 0, self.tp_group)
@@ -292,29 +314,35 @@ class TransformerStack(ShardedModule):
         return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def _positions_and_types(
-        self, tokens: torch.Tensor, sequence: SequenceLayout, token_types: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        sequence: SequenceLayout,
+        token_types: torch.Tensor | None,
+        positions: torch.Tensor | None,
     ) -> torch.Tensor | None:
         """Sum the position and token type embeddings, [S, B or 1, H]; None if the model has neither."""
         check(
             token_types is None or self.token_type_embedding is not None,
             "token_types must be None where num_token_types=0",
         )
-        positions = None
+        position_rows = None
         types = None
-        if self.position_embedding is not None:
-            positions = sequence.take(self.position_embedding).unsqueeze(1)
+        if self.position_embedding is not None and positions is not None:
+            position_rows = F.embedding(positions.t(), self.position_embedding)
+        elif self.position_embedding is not None:
+            position_rows = sequence.take(self.position_embedding).unsqueeze(1)
         if self.token_type_embedding is not None:
             kinds = torch.zeros_like(tokens) if token_types is None else token_types
             types = F.embedding(kinds.t(), self.token_type_embedding)
-        if positions is None or types is None:
-            return positions if types is None else types
-        return positions + types
+        if position_rows is None or types is None:
+            return position_rows if types is None else types
+        return position_rows + types
 
-    def _rotary(self, sequence: SequenceLayout, x: torch.Tensor) -> Tables | None:
+    def _rotary(self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None) -> Tables | None:
         if self.config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return rotary_tables(sequence, self.config, device=x.device, dtype=dtype)
+        return rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)
 
     def _blocks(
         self, x: torch.Tensor, mask: AttentionMask, masks: DropoutMasks | None, rotary: Tables | None

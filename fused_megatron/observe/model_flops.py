@@ -40,7 +40,9 @@ def block_products(config: TransformerConfig) -> BlockProducts:
     )
 
 
-def gpt_step_flops(config: TransformerConfig, num_tokens: int, *, recompute: str | None = None) -> tuple[int, int]:
+def gpt_step_flops(
+    config: TransformerConfig, num_tokens: int, *, recompute: str | None = None, visible_pairs: int | None = None
+) -> tuple[int, int]:
     """Return the (model, hardware) FLOPs of a step: hardware FLOPs include recomputation.
 
     Only matrix products count, 2 operations per multiplication; no norm, softmax, activation, bias, embedding or
@@ -54,8 +56,9 @@ def gpt_step_flops(config: TransformerConfig, num_tokens: int, *, recompute: str
                    model                                    "none"
 
     Attention counts in full, although it is causal: a kernel that skips the masked half may seem to exceed the peak of
-    the device. Scores that a fused attention kernel recomputes in its own backward, and logits that a head recomputes,
-    do not count as recomputation. "selective" counts a fused kernel: plain products would recompute only the scores.
+    the device. With visible_pairs, attention counts these pairs instead of all num_tokens S pairs. Scores that a fused
+    attention kernel recomputes in its own backward, and logits that a head recomputes, do not count as recomputation.
+    "selective" counts a fused kernel: plain products would recompute only the scores.
 
     For N D = H, G = N, F = 4 H and GELU, with B sequences, this is
 
@@ -71,15 +74,22 @@ def gpt_step_flops(config: TransformerConfig, num_tokens: int, *, recompute: str
         config: of the full model; vocab_size must be set.
         num_tokens: tokens of the step over all ranks, in sequences of config.seq_len.
         recompute: "none", "selective" or "full"; None: config.recompute.
+        visible_pairs: number of (query, key) pairs of the step that the mask leaves visible, over all ranks, such as
+            `visible_pairs` in the metrics of a run with data.mask_documents; None: every pair of each sequence.
 
     Raises:
-        InputError: another value of recompute, or no vocab_size.
+        InputError: another value of recompute, no vocab_size, or more visible pairs than there are.
     """
     recompute = config.recompute if recompute is None else recompute
     check_one_of("recompute", recompute, ("none", "selective", "full"))
     check(config.vocab_size is not None, "vocab_size=None must be given to count the products of the head")
+    all_pairs = num_tokens * config.seq_len
+    pairs = all_pairs if visible_pairs is None else visible_pairs
+    check(0 <= pairs <= all_pairs, f"visible_pairs={pairs} must be at most num_tokens x seq_len={all_pairs}")
     products = block_products(config)
-    block = 2 * sum(products)
-    model = 3 * (config.num_layers * block + 2 * config.hidden_size * (config.vocab_size or 0))
-    again = {"none": 0, "selective": 2 * products.attention, "full": block}[recompute]
-    return num_tokens * model, num_tokens * (model + config.num_layers * again)
+    attention = 2 * pairs * products.attention // config.seq_len
+    block = 2 * num_tokens * (products.projections + products.mlp) + attention
+    head = 2 * num_tokens * config.hidden_size * (config.vocab_size or 0)
+    model = 3 * (config.num_layers * block + head)
+    again = {"none": 0, "selective": attention, "full": block}[recompute]
+    return model, model + config.num_layers * again

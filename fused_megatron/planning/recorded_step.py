@@ -126,7 +126,7 @@ def _record(
             read_batch,
             step=_STEP,
             lr=config.optimizer.lr,
-            targets_per_sample=config.model.seq_len,
+            num_targets=config.training.global_batch_size * config.model.seq_len,
             group=dist.group.WORLD if mesh.world_size > 1 else None,
             flags=lambda: [0.0] * _NUM_FLAGS,
             judge=lambda sums: None,
@@ -135,10 +135,10 @@ def _record(
 
 
 def _batch(config: TrainConfig, mesh: Mesh) -> Batch:
-    """Return a batch of tokens 0: their values change no shape."""
+    """Return a batch of tokens 0: their values change no shape. Each sample is one document, which is the most work."""
     rows = config.training.global_batch_size // mesh.dp_size
-    inputs, targets = (torch.zeros(rows, config.model.seq_len, dtype=torch.int64) for _ in range(2))
-    return Batch(inputs, targets)
+    inputs, targets, positions = (torch.zeros(rows, config.model.seq_len, dtype=torch.int64) for _ in range(3))
+    return Batch(inputs, targets, positions=positions if config.data.resets_positions else None)
 
 
 class _Done:

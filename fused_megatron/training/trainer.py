@@ -18,7 +18,10 @@ from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_box
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json
+from fused_megatron.data.batch import Batch
+from fused_megatron.data.documents import num_visible_pairs
 from fused_megatron.data.training_data import TrainingData
+from fused_megatron.mesh import coordinates
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
@@ -90,6 +93,7 @@ class Trainer:
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
         self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
+        self._visible_pairs = 0
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> str | None:
@@ -232,15 +236,16 @@ class Trainer:
             CheckpointError: on every rank, if the checkpoint that is written behind training has failed on one.
         """
         started = time.perf_counter()
-        training, step, mesh = self.config.training, self.progress.step, self.mesh
+        training, step = self.config.training, self.progress.step
         first = self.progress.samples_consumed
+        num_targets = self.data.num_targets(first, training.global_batch_size)
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
         sums = training_step(
             self._assembly,
-            lambda: self.data.training_batch(first, training.global_batch_size, mesh.dp_rank, mesh.dp_size),
+            lambda: self._read_batch(first),
             step=step,
             lr=lr,
-            targets_per_sample=self.data.targets_per_sample,
+            num_targets=num_targets,
             group=world_group(),
             flags=self._flags,
             judge=self._judge,
@@ -248,15 +253,34 @@ class Trainer:
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
-        self._report(sums.loss, sums.gradient_norm, lr)
-        return next((reason for reason, count in zip(REASONS, sums.flags[2:], strict=True) if count), None)
+        _, _, *counts = sums.flags
+        documents = {}
+        if self.data.mask_documents:
+            documents = {"targets": num_targets, "visible_pairs": int(counts.pop())}
+        self._report(sums.loss, sums.gradient_norm, lr, documents)
+        return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
+
+    def _read_batch(self, first: int) -> Batch:
+        """Read this data-parallel rank's rows, and count the pairs that attention leaves visible in them."""
+        mesh = self.mesh
+        batch = self.data.training_batch(first, self.config.training.global_batch_size, mesh.dp_rank, mesh.dp_size)
+        # Only one of the ranks that read the same rows counts them.
+        first_of_rows = not any(i for axis, i in coordinates(mesh.rank, mesh.sizes).items() if axis != "dp")
+        if batch.document_starts is not None and first_of_rows:
+            self._visible_pairs = num_visible_pairs(batch.document_starts, self.config.model.sliding_window)
+        return batch
 
     def _flags(self) -> list[float]:
-        """Return this rank's flags for all ranks, 0 or 1: damaged tokens, a failed save, each reason to stop."""
+        """Return this rank's numbers to sum over all ranks.
+
+        Flags, 0 or 1: damaged tokens, a failed save, each reason to stop. With mask_documents: the visible pairs of the
+        rows of this rank.
+        """
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
-        return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS)]
+        pairs = [float(self._visible_pairs)] if self.data.mask_documents else []
+        return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS), *pairs]
 
     def _judge(self, sums: StepSums) -> None:
         """Raise, the same on every rank, if the weights must not be updated."""
@@ -284,11 +308,18 @@ class Trainer:
             f"updated{where}"
         )
 
-    def _report(self, loss: float, norm: float, lr: float) -> None:
+    def _report(self, loss: float, norm: float, lr: float, documents: Mapping[str, int]) -> None:
         step, speed = self.progress.step, self.tokens_per_s()
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(
-                {"step": step, "loss": loss, "gradient_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1)}
+                {
+                    "step": step,
+                    "loss": loss,
+                    "gradient_norm": norm,
+                    "lr": lr,
+                    "tokens_per_s": round(speed, 1),
+                    **documents,
+                }
             )
         seconds_left = (self.config.training.num_steps - step) * self._step_times[-1]
         self.reporter.step(step, loss, speed, seconds_left)

@@ -34,7 +34,7 @@ def reduced(rank: int, world_size: int) -> torch.Tensor:
     hooks = StageFunctions(reduce=gradients.reduce)
     executor = PipelineExecutor(build_schedule("1f1b", 1, 2), {0: stage}, pp_group=None, loss_fn=loss_sum, hooks=hooks)
     x, target = (part.chunk(world_size)[rank] for part in batch())
-    executor.step(x.chunk(2), target.chunk(2), loss_divisor=gradient_divisor(SAMPLES, TARGETS))
+    executor.step(x.chunk(2), target.chunk(2), loss_divisor=gradient_divisor(SAMPLES * TARGETS))
     return gradients.by_name(dict(stage.named_parameters()))["weight"].clone()
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from fused_megatron import ops
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
@@ -26,6 +27,8 @@ SIZES: dict[str, Any] = {
     "pad_vocab_size_to_multiple_of": 48, "init_std": 0.1,
 }  # fmt: skip
 BATCH, SEQ_LEN = 6, 8
+PACKED = "packed"  # not a field of GPTConfig: the rows consist of the documents of DOCUMENTS
+DOCUMENTS = ((8,), (1,) * 8, (3, 5), (1, 2, 4, 1), (5, 3), (2, 6))
 
 
 # Every kind of layer in another form. 2 key-value heads are fewer than 4 ranks.
@@ -36,6 +39,17 @@ LLAMA: dict[str, Any] = {
 MIXED: dict[str, Any] = {
     "activation": "geglu", "position": "rotary", "rotary_fraction": 0.7, "rotary_base": 500.0, "num_kv_heads": 1,
 }  # fmt: skip
+
+
+def config_of(changes: dict[str, Any]) -> GPTConfig:
+    return GPTConfig(**{**SIZES, **{name: value for name, value in changes.items() if name != PACKED}})
+
+
+def packed(rows: slice) -> dict[str, torch.Tensor]:
+    """Return the arguments of the model by which it masks and numbers the documents of some rows."""
+    lengths = [length for row in DOCUMENTS[rows] for length in row]
+    positions = [[i for length in row for i in range(length)] for row in DOCUMENTS[rows]]
+    return {"documents": torch.tensor([0, *lengths]).cumsum(0), "positions": torch.tensor(positions)}
 
 
 def reference_losses(w: dict[str, torch.Tensor], tokens: torch.Tensor, target: torch.Tensor, config: GPTConfig) -> Any:
@@ -107,22 +121,21 @@ def one_backward(
 ) -> tuple[int, torch.Tensor, dict[str, tuple[Any, torch.Tensor, torch.Tensor]]]:
     """Return this rank's rows of the loss, and for each parameter its shard, value and gradient summed over dp."""
     mesh = init_mesh(tp)
-    config = GPTConfig(**{**SIZES, **changes})
-    model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=dtype)
+    model = GPT(config_of(changes), layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=dtype)
     perturb_vectors_(model)
     buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
     rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
     tokens, target, upstream = (part[rows] for part in batch_of_tokens())
-    losses = model(tokens, target)
+    keywords = packed if changes.get(PACKED) else lambda rows: {}
+    losses = model(tokens, target, **keywords(rows))
     # Two microbatches of uneven size.
-    pieces = [
-        part.split((tokens.shape[0] // 2, tokens.shape[0] - tokens.shape[0] // 2))
-        for part in (tokens, target, upstream)
-    ]
-    for i, (t, y, g) in enumerate(zip(*pieces, strict=True)):
-        if i == 1:
+    cut = tokens.shape[0] // 2
+    for first, last in ((0, cut), (cut, tokens.shape[0])):
+        if first == cut:
             buckets.reduce_after_backwards(1)
-        model(t, y).backward(g)
+        part = slice(first, last)
+        documents = keywords(slice(rows.start + first, rows.start + last))
+        model(tokens[part], target[part], **documents).backward(upstream[part])
     buckets.finish()
     result = {}
     for name, p in model.named_parameters():
@@ -154,9 +167,20 @@ def reference_of(
     """Return losses and gradients of the plain model in the dtype of the weights."""
     tokens, target, upstream = batch_of_tokens()
     leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
-    losses = reference_losses(leaves, tokens, target, GPTConfig(**{**SIZES, **changes}))
+    if changes.get(PACKED):
+        losses = torch.stack([losses_by_document(leaves, tokens, target, changes, row) for row in range(BATCH)])
+    else:
+        losses = reference_losses(leaves, tokens, target, config_of(changes))
     losses.backward(upstream.to(losses.dtype))
     return losses.detach(), {name: w.grad for name, w in leaves.items() if w.grad is not None}
+
+
+def losses_by_document(
+    weights: dict[str, torch.Tensor], tokens: torch.Tensor, target: torch.Tensor, changes: dict[str, Any], row: int
+) -> torch.Tensor:
+    """Compute the losses of a row [S] from its documents, each by itself."""
+    documents = zip(*(part[row : row + 1].split(DOCUMENTS[row], 1) for part in (tokens, target)), strict=True)
+    return torch.cat([reference_losses(weights, *document, config_of(changes))[0] for document in documents])
 
 
 def assert_equal_plain_model(world_size: int, cases: list[tuple[int, bool, dict[str, Any]]]) -> None:
@@ -180,17 +204,20 @@ def assert_equals_plain_model(ranks: list[Any], tp: int, changes: dict[str, Any]
 
 # At two ranks an untied head is among the forms.
 LAYOUTS: dict[int, list[tuple[int, bool, dict[str, Any]]]] = {  # by number of ranks: tp, sequence_parallel, changes
-    1: [(1, False, {}), (1, False, LLAMA)],
+    1: [(1, False, {}), (1, False, LLAMA), (1, False, {PACKED: True})],
     2: [
         (2, False, {"tied_embeddings": False}),
         (2, True, {"tied_embeddings": False, "recompute": "selective"}),
         (2, True, {**LLAMA, "recompute": "full"}),
+        (2, True, {**LLAMA, PACKED: True, "recompute": "full"}),
+        (1, False, {PACKED: True, "recompute": "selective"}),
     ],
     4: [
         (4, True, {"recompute": "full"}),
         (2, True, {}),
         (4, True, {**LLAMA, "recompute": "selective"}),
         (2, False, MIXED),
+        (2, True, {**MIXED, PACKED: True}),
     ],
 }
 
@@ -201,7 +228,11 @@ def test_losses_and_every_gradient_equal_the_plain_model(world_size: int) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, LLAMA, MIXED], ids=["gpt2", "llama", "mixed"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, LLAMA, MIXED, {PACKED: True}, {**LLAMA, PACKED: True}],
+    ids=["gpt2", "llama", "mixed", "gpt2-packed", "llama-packed"],
+)
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, False), (4, True)])
 def test_every_layout_and_recomputation(tp: int, sequence_parallel: bool, changes: dict[str, Any]) -> None:
     recomputed = [{**changes, "recompute": recompute} for recompute in ("none", "selective", "full")]
@@ -209,7 +240,7 @@ def test_every_layout_and_recomputation(tp: int, sequence_parallel: bool, change
 
 
 def test_float64_model_is_exact() -> None:
-    forms = {}, LLAMA, MIXED
+    forms = {}, LLAMA, MIXED, {PACKED: True}, {**LLAMA, PACKED: True}
     cases = [(1, False, torch.float64, changes) for changes in forms]
     for changes, ranks in zip(forms, run_cases_on_ranks(one_backward, 1, cases), strict=True):
         losses, _ = reference_of(assembled(ranks, 0), changes)
@@ -340,6 +371,36 @@ def test_mistakes_are_one_error_on_every_rank_before_any_collective() -> None:
         assert ffn == "ffn_hidden_size=45 must be divisible by tensor_parallel_size=2 (nearest: 44, 46)"
         assert "does not contain this rank" in group
         assert sequence == "sequence length ids.shape[0]=7 must be divisible by tensor_parallel_size=2 (nearest: 6, 8)"
+
+
+def test_positions_that_do_not_fit() -> None:
+    model, tokens = GPT(GPTConfig(**SIZES)), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(InputError, match=r"positions from 0 to 12 must lie in \[0, seq_len=12\)"):
+        model(tokens, positions=torch.tensor([[0, 1, 12], [0, 0, 0]]))
+    with pytest.raises(InputError, match=r"positions.shape=\(3,\)"):
+        model(tokens, positions=torch.arange(3))
+
+
+@pytest.mark.parametrize("form", [LLAMA, {"position": "rotary"}], ids=["llama", "one product"])
+def test_packed_tokens_are_rotated_without_a_copy(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, products = [], []
+    original = ops.rotary_embedding
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor) -> Any:
+        seen.extend([query, key])
+        return original(query, key, *tables)
+
+    monkeypatch.setattr(ops, "rotary_embedding", watched)
+    model, (tokens, *_) = GPT(config_of(form)), batch_of_tokens()
+    for block in model.blocks.values():
+        block.attention.query_key_value.register_forward_hook(
+            lambda module, inputs, y: products.append(y.untyped_storage().data_ptr())
+        )
+    model(tokens, **packed(slice(0, BATCH)))
+    # All tokens as one sequence; queries and keys are views of the product that made them.
+    assert len(seen) == 4 and all(x.shape[:2] == (BATCH * SEQ_LEN, 1) for x in seen)
+    assert [x.untyped_storage().data_ptr() for x in seen[::2]] == products
+    assert [x.untyped_storage().data_ptr() for x in seen[1::2]] == products
 
 
 def test_sequence_longer_than_positions() -> None:

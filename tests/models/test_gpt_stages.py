@@ -20,6 +20,7 @@ LLAMA: dict[str, Any] = {
     "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 2,
     "tied_embeddings": False, "recompute": "full",
 }  # fmt: skip
+PACKED = "packed"  # not a field of GPTConfig: the rows consist of documents
 COPY = "token_embedding.weight"
 
 
@@ -34,7 +35,11 @@ def batch_of_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: dict[str, Any]) -> int:
     """Compare chained stages with the whole model on every rank; return the number of gradients compared."""
-    config = GPTConfig(**{**SIZES, **changes})
+    config = GPTConfig(**{**SIZES, **{name: value for name, value in changes.items() if name != PACKED}})
+    keywords: dict[str, Any] = {"batch_slice": BatchSlice(step=7, first_sample=2, global_batch_size=6)}
+    if changes.get(PACKED):
+        keywords["documents"] = torch.tensor([0, 3, 8, 9, 16, 18, 24])
+        keywords["positions"] = torch.cat([torch.arange(n) for n in (3, 5, 1, 7, 2, 6)]).view(3, 8)
     layout: dict[str, Any] = {"seed": 3}
     if world_size > 1:
         layout |= {"layout": init_mesh(world_size).layout(sequence_parallel=True)}
@@ -50,14 +55,13 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
     assert sum(stage.num_parameters() for stage in stages) == whole.num_parameters()
 
     tokens, target, upstream = batch_of_tokens()
-    batch_slice = BatchSlice(step=7, first_sample=2, global_batch_size=6)
-    expected = whole(tokens, target, batch_slice=batch_slice)
+    expected = whole(tokens, target, **keywords)
     expected.backward(upstream)
     inputs, outputs = [], []
     x = tokens
     for stage in stages:
         inputs.append(x)
-        outputs.append(stage(x, batch_slice=batch_slice))
+        outputs.append(stage(x, **keywords))
         x = outputs[-1].detach().requires_grad_()
     losses = stages[-1].loss(x, target)
     assert torch.equal(losses, expected)
@@ -74,13 +78,14 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
         logits = stages[-1].eval().logits(x)
         whole.train(not config.has_dropout)
         if not config.has_dropout:
-            assert torch.equal(logits, whole(tokens))
+            assert torch.equal(logits, whole(tokens, **keywords))
     return len(weights)
 
 
 @pytest.mark.parametrize(("cut", "changes"), [
     ([5], DROPOUT), ([2, 3], DROPOUT), ([1, 1, 2, 1], {}), ([3, 2, 0], DROPOUT), ([3, 2], LLAMA),
     ([1, 3, 1], {**LLAMA, **DROPOUT}), ([2, 3], {"recompute": "selective", "embedding_dropout": 0.3}),
+    ([2, 3], {**DROPOUT, PACKED: True}), ([2, 3], {**LLAMA, PACKED: True}),
 ], ids=str)  # fmt: skip
 def test_chained_stages_equal_the_whole(cut: list[int], changes: dict[str, Any]) -> None:
     assert chained_equals_whole(0, 1, cut, changes) > 30

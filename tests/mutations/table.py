@@ -79,8 +79,8 @@ MUTATIONS = (
     Mutation(
         "the seed does not reach the order of the data",
         "fused_megatron/data/training_data.py",
-        "training=corpus.train_dataset(seq_len, training.seed)",
-        "training=corpus.train_dataset(seq_len, 1234)",
+        "corpus.train_dataset(seq_len, training.seed)",
+        "corpus.train_dataset(seq_len, 1234)",
         (*_PLAIN, f"{_KEYS}[training.seed]"),
     ),
     Mutation(
@@ -125,6 +125,56 @@ MUTATIONS = (
         "first = samples_consumed + dp_rank * count",
         "first = samples_consumed",
         _PLAIN,
+    ),
+    # Documents of packed samples.
+    Mutation(
+        "a document predicts the first token of the next",
+        "fused_megatron/data/training_data.py",
+        "inputs_and_targets(rows, starts)",
+        "inputs_and_targets(rows)",
+        ("tests/data/test_documents.py::test_batches_of_masked_documents", f"{_KEYS}[data.mask_documents]"),
+    ),
+    Mutation(
+        "the loss is divided by the targets of whole samples",
+        "fused_megatron/data/training_data.py",
+        "            targets -= self.training.num_document_starts(samples_consumed, global_batch_size)\n",
+        "            targets -= 0\n",
+        ("tests/data/test_documents.py::test_batches_of_masked_documents",),
+    ),
+    Mutation(
+        "empty documents count as starts",
+        "fused_megatron/data/sample_index.py",
+        "            if empty_before is not None:\n",
+        "            if False:\n",
+        ("tests/data/test_documents.py::test_documents_of_samples_are_seen_in_their_tokens",),
+    ),
+    Mutation(
+        "every microbatch has the documents of the first",
+        "fused_megatron/data/batch.py",
+        "cumulative_lengths(starts)",
+        "cumulative_lengths(self.document_starts[:size])",
+        ("tests/data/test_documents.py::test_microbatches_and_positions_of_a_rank",),
+    ),
+    Mutation(
+        "rotation ignores the positions of documents",
+        "fused_megatron/models/stack.py",
+        "rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)",
+        "rotary_tables(sequence, self.config, device=x.device, dtype=dtype)",
+        ("tests/models/test_gpt.py::test_float64_model_is_exact",),
+    ),
+    Mutation(
+        "the position embedding ignores the positions of documents",
+        "fused_megatron/models/stack.py",
+        "if self.position_embedding is not None and positions is not None:",
+        "if False:",
+        ("tests/models/test_gpt.py::test_float64_model_is_exact",),
+    ),
+    Mutation(
+        "every tensor-parallel rank counts the visible pairs",
+        _TRAINER,
+        'items() if axis != "dp")',
+        'items() if axis == "pp")',
+        ("tests/training/test_document_layouts.py",),
     ),
     # Wrong figures.
     Mutation(

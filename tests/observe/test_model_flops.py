@@ -1,5 +1,6 @@
 """Start here when the FLOPs of a model, and so its MFU, are wrong."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -55,6 +56,14 @@ def test_selective_recomputation_with_a_fused_kernel() -> None:
     assert gpt_step_flops(config, BATCH * config.seq_len)[1] == counted(config, SDPBackend.FLASH_ATTENTION)
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_visible_pairs_of_short_documents_cost_what_short_sequences_cost(recompute: str) -> None:
+    long, tokens = config_of(FORMS[1], recompute), 12 * BATCH * config_of(FORMS[1], recompute).seq_len
+    short = dataclasses.replace(long, seq_len=long.seq_len // 4)
+    assert gpt_step_flops(long, tokens, visible_pairs=tokens * short.seq_len) == gpt_step_flops(short, tokens)
+    assert gpt_step_flops(long, tokens, visible_pairs=tokens * long.seq_len) == gpt_step_flops(long, tokens)
+
+
 def test_formulas_of_the_papers() -> None:
     """The 175B GPT-3 of Narayanan et al. 2021 and Korthikanti et al. 2022."""
     b, s, layers, h, v = 1536, 2048, 96, 12288, 51200
@@ -73,3 +82,5 @@ def test_refused() -> None:
         gpt_step_flops(config, 4, recompute="some")
     with pytest.raises(InputError, match="vocab_size=None must be given"):
         gpt_step_flops(GPTConfig(), 4)
+    with pytest.raises(InputError, match="visible_pairs=17 must be at most num_tokens x seq_len=16"):
+        gpt_step_flops(config, 4, visible_pairs=17)

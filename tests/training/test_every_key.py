@@ -257,6 +257,13 @@ ROWS: dict[str, Row] = {
     "data.tokenizer_path": Row(Path("tokenizer.json"), lambda tried: tried.data().tokenizer.vocab_size, 270),
     "data.validation_fraction": Row(0.3, lambda tried: tried.data().training.samples_per_epoch, CHANGED),
     "data.mask_fraction": Row(0.5, lambda tried: tried.data().targets_per_sample, 5, {"model.family": "bert"}),
+    "data.mask_documents": Row(True, lambda tried: tried.data().num_targets(0, 4) < 4 * 12, True),
+    "data.reset_positions": Row(
+        False,
+        lambda tried: tried.data().training_batch(0, 4, 0, 1).positions is None,
+        True,
+        {"data.mask_documents": True},
+    ),
     "optimizer.kind": Row("lion", updated, CHANGED),
     "optimizer.momentum": Row(0.5, updated, CHANGED, {"optimizer.kind": "sgd"}),
     "optimizer.nesterov": Row(True, updated, CHANGED, {"optimizer.kind": "sgd"}),

@@ -14,6 +14,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.training_step import sum_over_ranks
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
+from fused_megatron.data.documents import positions_in_documents
 from fused_megatron.mesh import Mesh, coordinates
 from fused_megatron.models import TransformerStack
 from fused_megatron.modules.auxiliary_loss import split_auxiliary_loss
@@ -99,6 +100,7 @@ def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
     """Return this data-parallel rank's rows of a random global batch, and the number of targets in all rows.
 
     Ignored targets are spread unevenly over samples, and so over microbatches and ranks. One sample has no target.
+    With data.mask_documents, documents of 5 tokens on average start at random.
     """
     model, rows = config.model, config.training.global_batch_size
     generator = torch.Generator().manual_seed(config.training.seed + step)
@@ -113,11 +115,17 @@ def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
         lengths = model.seq_len - torch.arange(rows) * 3 % 7 % model.seq_len
         is_padding = torch.arange(model.seq_len) >= lengths.unsqueeze(1)
         ignored |= is_padding
+    starts = positions = None
+    if config.data.mask_documents:
+        starts = torch.rand(shape, generator=generator) < 0.2
+        ignored[:, :-1] |= starts[:, 1:]
+        starts[:, 0] = True
+        positions = positions_in_documents(starts) if config.data.resets_positions else None
     targets = targets.masked_fill(ignored, IGNORED)
     count = rows // mesh.dp_size
     mine = slice(mesh.dp_rank * count, (mesh.dp_rank + 1) * count)
-    batch = Batch(inputs[mine], targets[mine], None if is_padding is None else is_padding[mine])
-    return batch, int((~ignored).sum())
+    parts = (None if part is None else part[mine] for part in (is_padding, starts, positions))
+    return Batch(inputs[mine], targets[mine], *parts), int((~ignored).sum())
 
 
 class _OutputHooks:
