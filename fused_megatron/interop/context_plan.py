@@ -16,7 +16,7 @@ from fused_megatron.interop.context_region import IMPLEMENTATION, SEQUENCE_DIMS,
 from fused_megatron.interop.meta_run import MetaCall, MetaRun
 
 # Sizes of the trial that no dim of a model has by chance.
-_BATCH, _SEQ_LEN = 3, 7
+_BATCH, _SEQ_LEN = 1, 7
 _STACK_LAYER = re.compile(r"(?:[^\d.][^.]*\.)*\d+$")
 # Arguments of the attention that do not change the scores beyond the mask and the scale.
 _PLAIN_OPTIONS = ("dropout", "scaling", "is_causal", "sliding_window", "use_cache", "output_attentions", *SEQUENCE_DIMS)
@@ -77,7 +77,7 @@ def plan_context(model: nn.Module, group: Group, method: str, tp_size: int) -> C
     register_attention()
     run = MetaRun(model, MetaCall("", keywords={"input_ids": ids}), trial.change)
     if run.error is not None and not trial.calls:
-        raise _refusal(model, f"its forward fails before its first attention: {run.text}")
+        raise _refusal(model, f"it does not pass its mask to an attention interface: {run.text}")
     if not trial.calls:
         raise _refusal(model, "its attention does not go through transformers' attention interface")
     refused = trial.refused or (run.text if run.error is not None else "") or _refused_layers(model, trial, run)

@@ -176,8 +176,8 @@ class ContextRegion:
         if mask is None:
             return None
         partition = self.partition(mask)
-        names = list(inspect.signature(module.forward).parameters)[: len(args)]
-        kept = [self._cut(name, value, partition) for name, value in zip(names[1:], args[1:], strict=True)]
+        names = [*inspect.signature(module.forward).parameters, *map(str, range(len(args)))]
+        kept = [self._cut(name, value, partition) for name, value in zip(names[1:], args[1:], strict=False)]
         changed = {
             name: value if name == "hidden_states" else self._cut(name, value, partition)
             for name, value in kwargs.items()

@@ -12,7 +12,7 @@ import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
 from fused_megatron.interop.full_state import is_transposed
-from fused_megatron.testing import run_cases_on_ranks
+from fused_megatron.testing import run_cases_on_ranks, run_on_ranks
 
 SMALL = {
     "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61, "intermediate_size": 48,
@@ -129,3 +129,77 @@ def test_tensor_and_context_parallel_ranks():
     cases = [("qwen3", ["packed"], "ring", {}), ("gpt2", ["padded"], "ring", {"use_reentrant": False})]
     for reports in run_cases_on_ranks(family, 4, cases):
         assert "sharded over 2 ranks" in reports[0] and "divided over 2 ranks" in reports[0]
+
+
+def calls_of_a_model(rank, world_size):
+    """Generate and evaluate without gradients; copy the model; add a module to a layer; calls that are refused."""
+    mesh = fm.init_mesh(context_parallel_size=world_size)
+    original = built("llama")
+    model = fm.parallelize(copy.deepcopy(original), mesh)
+    ids = batch("plain", 5)["input_ids"]
+    prompt = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **prompt), original.generate(ids, **prompt))
+    with torch.no_grad():
+        outputs = model(ids[:, :1], output_hidden_states=True)  # fewer tokens than ranks
+        assert len(outputs.hidden_states) == 3 and outputs.past_key_values is not None
+    assert model(**batch("plain")).past_key_values is None
+    twin = copy.deepcopy(model)
+    check_equal(twin, original, mesh, batch("plain", 14))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for one in (model, original):
+        torch.manual_seed(1)
+        mlp = one.model.layers[0].mlp
+        mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Linear(48, 48))
+    check_equal(model, original, mesh, batch("plain"))
+    one_mask = torch.ones(2, 1, 13, 13, dtype=torch.bool)
+    cache = hf.DynamicCache(config=model.config)
+    for options, words in [
+        ({"attention_mask": one_mask}, r"attention_mask=\[2, 1, 13, 13\] .* must be the model's own"),
+        ({"output_hidden_states": True}, "output_hidden_states=True with context parallelism would return"),
+        ({"past_key_values": cache}, "takes no cache while gradients are recorded"),
+        ({"cu_seq_lens_q": torch.tensor([0, 13, 26])}, r"cannot divide cu_seq_lens_q, \[3\], over the ranks"),
+        ({"input_ids": ids[:, :1], "labels": None}, "leaves a rank without tokens"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            model(**batch("plain") | options)
+        assert model.config._attn_implementation == "sdpa"
+    model.model.layers[1].self_attn.attention_dropout = 0.5
+    with pytest.raises(InputError, match="attention dropout of LlamaAttention="):
+        model.train()(**batch("plain"))
+
+
+def refused(rank, world_size):
+    """Models that are refused, and stay as they are."""
+    mesh = fm.init_mesh(context_parallel_size=world_size)
+    experts = hf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2)
+    capped = hf.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)
+    for build, options, words in [
+        (lambda: hf.T5ForConditionalGeneration(hf.T5Config(d_model=8, num_layers=1)), {}, "an encoder and a decoder"),
+        (lambda: hf.MixtralForCausalLM(experts), {}, "it has experts"),
+        (lambda: hf.Gemma2ForCausalLM(capped), {}, "its attention takes softcap"),
+        (lambda: hf.BloomForCausalLM(hf.BloomConfig(hidden_size=8, n_head=2)), {}, "does not pass its mask"),
+        (lambda: gpt2(resid_pdrop=0.1), {}, r"h.0.attn.resid_dropout has dropout 0.1"),
+        (lambda: torch.nn.Linear(4, 4), {}, "no model of transformers"),
+        (llama, {"sequence_parallel": True}, "sequence_parallel=True with context_parallel_size above 1"),
+        (llama, {"context_parallel_method": "rings"}, "context_parallel_method='rings' must be one of"),
+    ]:
+        model = build()
+        kinds = [type(module) for module in model.modules()]
+        with pytest.raises(InputError, match=words) as caught:
+            fm.parallelize(model, mesh, **options)
+        assert "\n" not in str(caught.value)
+        assert kinds == [type(module) for module in model.modules()] and not hasattr(model, "parallel_report")
+    torch.manual_seed(rank)
+    with pytest.raises(InputError, match="other values on other context-parallel ranks"):
+        fm.parallelize(llama(), mesh)
+    model = fm.parallelize(built("llama"), mesh)
+    with pytest.raises(InputError, match="context-parallel ranks \\[1\\] have other inputs than rank 0"):
+        model(torch.full((1, 8), rank + 3))
+
+
+def test_calls_of_a_context_parallel_model():
+    run_on_ranks(calls_of_a_model, 2)
+
+
+def test_models_that_are_refused():
+    run_on_ranks(refused, 2)
