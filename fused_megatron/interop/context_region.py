@@ -122,10 +122,10 @@ class ContextRegion:
         padding = mask.padding
         if padding is not None:
             padding = partition.layouts[group_rank(self.group)].take(padding, 1)
-        rows_first = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+        query, key, value = (x.permute(2, 0, 1, 3) for x in (query, key, value))
         visible = AttentionMask(mask.causal, mask.window, padding, mask.documents)
         context = context_parallel_attention(
-            *rows_first, visible, partition=partition, method=self.method, group=self.group, scale=scale
+            query, key, value, visible, partition=partition, method=self.method, group=self.group, scale=scale
         )
         return context.transpose(0, 1)
 

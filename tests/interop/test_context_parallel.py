@@ -45,7 +45,50 @@ def gemma3():
     return hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**SMALL, num_key_value_heads=1, head_dim=8, **layers))
 
 
-BUILDERS = {build.__name__: build for build in (gpt2, llama, mistral, qwen3, gemma3)}
+def bert():
+    """Bidirectional."""
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.BertForMaskedLM(hf.BertConfig(**SMALL, **rates))
+
+
+def roberta():
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return hf.RobertaForMaskedLM(hf.RobertaConfig(**SMALL, **rates))
+
+
+def qwen2():
+    """A layer without a window before a layer with one."""
+    windows = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return hf.Qwen2ForCausalLM(hf.Qwen2Config(**SMALL, num_key_value_heads=2, **windows))
+
+
+def gemma():
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**SMALL, num_key_value_heads=2, head_dim=8))
+
+
+def phi3():
+    return hf.Phi3ForCausalLM(hf.Phi3Config(**SMALL, num_key_value_heads=2))
+
+
+def olmo2():
+    return hf.Olmo2ForCausalLM(hf.Olmo2Config(**SMALL, num_key_value_heads=2))
+
+
+def smollm3():
+    return hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**SMALL, num_key_value_heads=2))
+
+
+def neox():
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SMALL, hidden_dropout=0.0, attention_dropout=0.0))
+
+
+def opt():
+    small = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+    return hf.OPTForCausalLM(hf.OPTConfig(**small, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0))
+
+
+MORE = (bert, roberta, qwen2, gemma, phi3, olmo2, smollm3, neox, opt)
+BUILDERS = {build.__name__: build for build in (gpt2, llama, mistral, qwen3, gemma3, *MORE)}
 
 
 def built(family):
@@ -59,14 +102,15 @@ def built(family):
 
 
 def batch(kind, seq_len=13):
-    """Two samples: plain, padded on the right, or packed documents."""
+    """Two samples: plain, padded on the right or left, or packed documents."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 61, (2, seq_len), generator=generator)
     found = {"input_ids": ids, "labels": ids.clone()}
-    if kind == "padded":
+    if kind in ("padded", "left"):
+        padding = slice(-3, None) if kind == "padded" else slice(0, 3)
         found["attention_mask"] = torch.ones_like(ids)
-        found["attention_mask"][1, -3:] = 0
-        found["labels"][1, -3:] = -100
+        found["attention_mask"][1, padding] = 0
+        found["labels"][1, padding] = -100
     if kind == "packed":
         rows = [[*range(5), *range(seq_len - 5)], [*range(2), *range(8), *range(seq_len - 10)]]
         found |= {"position_ids": torch.tensor(rows), "use_cache": False}
@@ -114,7 +158,7 @@ CASES = [
     ("llama", ["plain"], "ring", {"use_reentrant": True}),
     ("mistral", ["plain", "padded", "packed"], "ring", {}),
     ("qwen3", ["padded", "packed"], "all_to_all", {}),
-    ("gpt2", ["plain", "padded", "packed"], "ring", {}),
+    ("gpt2", ["plain", "left", "packed"], "ring", {}),
     ("gemma3", ["plain", "packed"], "all_gather", {}),
 ]
 
@@ -124,11 +168,34 @@ def test_two_ranks():
         assert "sequences divided over 2 ranks: 2 layers of" in report and f"attention by {case[2]}" in report
 
 
+@pytest.mark.slow
+def test_more_families():
+    kinds = ["plain", "padded", "left", "packed"]
+    encoders = (bert, roberta)
+    cases = [(build.__name__, kinds[: 3 if build in encoders else 4], "ring", {}) for build in MORE]
+    assert len(run_cases_on_ranks(family, 2, cases)) == len(cases)
+
+
 def test_tensor_and_context_parallel_ranks():
     """Norms of heads are summed over both axes; GPT-2 has one matrix for query, key and value."""
-    cases = [("qwen3", ["packed"], "ring", {}), ("gpt2", ["padded"], "ring", {"use_reentrant": False})]
+    cases = [("qwen3", ["packed", "plain"], "ring", {}), ("gpt2", ["padded"], "ring", {"use_reentrant": False})]
     for reports in run_cases_on_ranks(family, 4, cases):
         assert "sharded over 2 ranks" in reports[0] and "divided over 2 ranks" in reports[0]
+
+
+def saved_bytes(model, inputs):
+    """Return the bytes of activations that a forward keeps for backward."""
+    found = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            found[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(**inputs)
+    return sum(size for _, size in found.values())
 
 
 def calls_of_a_model(rank, world_size):
@@ -151,6 +218,8 @@ def calls_of_a_model(rank, world_size):
         mlp = one.model.layers[0].mlp
         mlp.act_fn = torch.nn.Sequential(mlp.act_fn, torch.nn.Linear(48, 48))
     check_equal(model, original, mesh, batch("plain"))
+    inputs = {"input_ids": torch.ones(1, 64, dtype=torch.int64), "use_cache": False}
+    assert saved_bytes(model.model, inputs) < 0.55 * saved_bytes(original.model, inputs)
     one_mask = torch.ones(2, 1, 13, 13, dtype=torch.bool)
     cache = hf.DynamicCache(config=model.config)
     for options, words in [
