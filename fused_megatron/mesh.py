@@ -48,6 +48,9 @@ class ParallelLayout:
 
     Attributes:
         tp_group: the R ranks that share each layer; None for this rank only.
+        cp_group: the ranks that share each sequence; None for this rank only.
+        context_parallel_method: how these ranks attend to each other's positions: "ring", "all_gather", "all_to_all" or
+            "all_to_all+ring".
         sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
         overlap: number of chunks of a product, so that products and collectives run side by side: True lets the cost
             model of the group choose, a number fixes it, False is 1.
@@ -56,6 +59,8 @@ class ParallelLayout:
     tp_group: dist.ProcessGroup | None = None
     sequence_parallel: bool = False
     overlap: bool | int = True
+    cp_group: dist.ProcessGroup | None = None
+    context_parallel_method: str = "ring"
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,11 @@ class Mesh:
         return self.sizes["dp"]
 
     @property
+    def cp_size(self) -> int:
+        """Length of the cp axis."""
+        return self.sizes["cp"]
+
+    @property
     def tp_size(self) -> int:
         """Length of the tp axis."""
         return self.sizes["tp"]
@@ -157,6 +167,11 @@ class Mesh:
     def dp_rank(self) -> int:
         """Index of this rank along the dp axis."""
         return coordinates(self.rank, self.sizes)["dp"]
+
+    @property
+    def cp_rank(self) -> int:
+        """Index of this rank along the cp axis."""
+        return coordinates(self.rank, self.sizes)["cp"]
 
     @property
     def tp_rank(self) -> int:
@@ -174,25 +189,41 @@ class Mesh:
         return self.groups.get(("dp",))
 
     @property
+    def cp_group(self) -> dist.ProcessGroup | None:
+        """Group of the ranks that differ from this rank along the cp axis only; None for length 1."""
+        return self.groups.get(("cp",))
+
+    @property
     def tp_group(self) -> dist.ProcessGroup | None:
         """Group of the ranks that differ from this rank along the tp axis only; None for length 1."""
         return self.groups.get(("tp",))
 
+    @property
+    def replicas(self) -> SubMesh:
+        """The ranks with the same weights: all data-parallel and context-parallel ranks."""
+        return self["dp", "cp"]
+
+    @property
+    def replicas_text(self) -> str:
+        """Name of the number of replicas, for messages."""
+        return "data_parallel_size" + " x context_parallel_size" * (self.cp_size > 1)
+
     def split_data_parallel(self, shard_size: int) -> tuple[SubMesh, SubMesh]:
-        """Split the dp axis: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
+        """Split the replicas: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
 
         Args:
-            shard_size: number of neighbouring data-parallel ranks that share; it divides dp_size.
+            shard_size: number of neighbouring replicas that share; it divides the number of replicas.
 
         Communication: the first call creates the groups; all ranks must make it at once. None if one of the two parts
-            is the whole axis.
+            has all replicas.
         """
-        check_divisible("data_parallel_size", self.dp_size, "shard_size", shard_size)
+        replicas = self.replicas
+        check_divisible(self.replicas_text, replicas.size, "shard_size", shard_size)
         grid = self._split_grid(shard_size)
         index = coordinates(self.rank, grid)
         parts = []
-        for axis in ("dp_shards", "dp_copies"):
-            group = self.dp_group if grid[axis] == self.dp_size else self._group((axis,), grid)
+        for axis in ("shards", "copies"):
+            group = replicas.group if grid[axis] == replicas.size else self._group((axis,), grid)
             parts.append(SubMesh((axis,), grid[axis], index[axis], group))
         return parts[0], parts[1]
 
@@ -200,26 +231,24 @@ class Mesh:
         """Return the ranks that hold one optimizer state of a pipeline stage together, tensor-parallel ranks fastest.
 
         Args:
-            shard_size: number of neighbouring data-parallel ranks that share; 1 for the tensor-parallel ranks only.
+            shard_size: number of neighbouring replicas that share; 1 for the tensor-parallel ranks only.
 
         Communication: as split_data_parallel; none for 1.
         """
-        if shard_size in (1, self.dp_size):
-            return self["tp"] if shard_size == 1 else self["dp", "tp"]
-        return self._sub_mesh(("dp_shards", "tp"), self._split_grid(shard_size))
+        if shard_size in (1, self.replicas.size):
+            return self["tp"] if shard_size == 1 else self["dp", "cp", "tp"]
+        return self._sub_mesh(("shards", "tp"), self._split_grid(shard_size))
 
     def _split_grid(self, shard_size: int) -> dict[str, int]:
-        """The grid with the axes dp_copies and dp_shards in place of dp."""
-        split = {"dp_copies": self.dp_size // shard_size, "dp_shards": shard_size}
-        return {
-            new: size
-            for axis, length in self.sizes.items()
-            for new, size in (split if axis == "dp" else {axis: length}).items()
-        }
+        """The grid with the axes copies and shards in place of dp and cp, which are neighbours."""
+        copies = self.replicas.size // shard_size
+        return {"pp": self.pp_size, "copies": copies, "shards": shard_size, "tp": self.tp_size}
 
-    def layout(self, *, sequence_parallel: bool = False, overlap: bool | int = True) -> ParallelLayout:
+    def layout(
+        self, *, sequence_parallel: bool = False, overlap: bool | int = True, context_parallel_method: str = "ring"
+    ) -> ParallelLayout:
         """Return the layout that layers and models on this mesh take."""
-        return ParallelLayout(self.tp_group, sequence_parallel, overlap)
+        return ParallelLayout(self.tp_group, sequence_parallel, overlap, self.cp_group, context_parallel_method)
 
 
 def init_mesh(

@@ -133,11 +133,22 @@ def test_all_parts_one_after_the_other(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.slow
-def test_overlap_without_its_tools_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/overlap_on_a_slow_link.py"]
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("overlap_on_a_slow_link.py", "bench-overlap"), ("context_parallel_on_a_slow_link.py", "bench-ring")],
+)
+def test_a_slow_link_without_its_tools_is_one_line(tmp_path, script, name):
+    command = [sys.executable, ROOT / "benchmarks" / script]
     environment = {**os.environ, "PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and re.fullmatch(r"bench-overlap skipped: .*\n", done.stdout), done.stderr
+    assert done.returncode == 0 and re.fullmatch(rf"{name} skipped: .*\n", done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_context_parallel_methods_side_by_side():
+    rows = rows_of("context_parallel.py", "--lengths", 256, "--rounds", 1, "--work-length", 256)
+    assert sum(row.startswith("256 | one document | ") for row in rows) == 1 + 3
+    assert sum(row.startswith("256 | documents, window | 8 | ") for row in rows) == 1
 
 
 def rows_of(name: str, *options: object) -> list[str]:

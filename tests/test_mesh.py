@@ -99,6 +99,23 @@ def test_named_axes_and_experts_folded_over_them():
         assert found == [members.tolist() for members in expected]
 
 
+def states(rank, world_size, shard_size):
+    mesh = init_mesh(context_parallel_size=2, tensor_parallel_size=2)
+    shards, copies = mesh.split_data_parallel(shard_size)
+    return [members_of(each) for each in (shards, copies, mesh.replicas, mesh.ranks_of_a_state(shard_size))]
+
+
+def test_data_and_context_parallel_ranks_share_a_state():
+    """Grid of dp 2, cp 2, tp 2: the replicas of a rank are all ranks with its tp rank."""
+    whole, halves = run_cases_on_ranks(states, 8, [(4,), (2,)])
+    for rank in range(8):
+        tp, half = rank % 2, rank // 4 * 4
+        replicas = [tp, tp + 2, tp + 4, tp + 6]
+        assert whole[rank] == [replicas, [rank], replicas, list(range(8))]
+        shards, copies = [half + tp, half + tp + 2], sorted([rank, (rank + 4) % 8])
+        assert halves[rank] == [shards, copies, replicas, list(range(half, half + 4))]
+
+
 def test_wrong_names_of_axes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     mesh = init_mesh()

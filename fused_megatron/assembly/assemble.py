@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_megatron.assembly.microbatches import Microbatches
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
@@ -37,14 +38,15 @@ class Assembly:
     Attributes:
         config, mesh, plan, model: arguments of assemble().
         parameters: this rank's parameters, each once, by their names in the whole model.
-        gradients: float32 gradients of this rank's rows of all parameters, summed over the data-parallel ranks.
+        gradients: float32 gradients of this rank's rows of all parameters, summed over the ranks with the same weights.
         executor: runs this rank's stages in the order of the schedule.
         optimizer: updates this rank's rows of the parameters from the gradients.
         weights: gathers the other rows of the parameters if this rank updates or keeps only some of them.
         splits_backward: True if the schedule computes weight gradients in actions of their own.
         own_weights: the rows of the parameters that this rank updates, by the same names.
-        shard_group: data-parallel ranks that own the other rows; None if this rank owns all.
-        copy_group: data-parallel ranks that own the same rows; None for this rank only.
+        shard_group: ranks with the same weights that own the other rows; None if this rank owns all.
+        copy_group: ranks that own the same rows; None for this rank only.
+        microbatches: cuts a batch into this rank's microbatches.
     """
 
     config: TrainConfig
@@ -60,6 +62,7 @@ class Assembly:
     own_weights: Mapping[str, torch.Tensor]
     shard_group: Group
     copy_group: Group
+    microbatches: Microbatches
 
     @property
     def device(self) -> torch.device:
@@ -72,18 +75,18 @@ class Assembly:
         Args:
             batch: all rows of this rank. In the global batch they follow the rows of the previous data-parallel rank.
             step: number of the optimizer step; dropout masks depend on it and on a row's index in the global batch.
-            loss_divisor: number of targets over all data-parallel ranks.
+            loss_divisor: number of targets over all data-parallel and context-parallel ranks.
 
         Returns, Raises, Communication: as accumulate_gradients.
 
         The messages of the pipelines and the collectives inside the stages cannot deadlock. All ranks that share a
-        stage (over tp and dp) have the same list of actions, each in its own pipeline, and the lists of one pipeline
-        cannot deadlock (lowering.py): there is an order in which it could run its actions one by one. Follow this
-        order. At each action, all ranks that share its stage have finished their earlier actions, so they all reach it;
-        its messages have been sent, and its collectives have all their ranks.
+        stage (over tp, cp and dp) have the same list of actions, each in its own pipeline, and the lists of one
+        pipeline cannot deadlock (lowering.py): there is an order in which it could run its actions one by one. Follow
+        this order. At each action, all ranks that share its stage have finished their earlier actions, so they all
+        reach it; its messages have been sent, and its collectives have all their ranks.
         """
         training = self.config.training
-        inputs, targets, keywords = batch.microbatches(training.microbatch_size, self.device)
+        inputs, targets, keywords = self.microbatches.of(batch, self.device)
         first_sample = self.mesh.dp_rank * training.microbatch_size * len(inputs)
         slices = [
             BatchSlice(step, first_sample + i * training.microbatch_size, training.global_batch_size)
@@ -104,7 +107,7 @@ class Assembly:
         loss_divisor: float,
         stage_kwargs: Sequence[Mapping[str, Any]] | None = None,
     ) -> torch.Tensor:
-        """Run forward and backward of all microbatches; add their gradients to the buckets and sum them over dp.
+        """Run forward and backward of all microbatches; add their gradients to the buckets and sum them over dp and cp.
 
         Arguments, result and errors: as PipelineExecutor.step. Communication: of PipelineExecutor.step and of the
         buckets' reduction.
@@ -124,24 +127,24 @@ class Assembly:
         rows = self.gradients.rows
         gradients = self.gradients.by_name(self.parameters)
         squares = sum_of_counted_squares(self.parameters, gradients, self.mesh.tp_rank, rows)
-        return squares / (self.mesh.dp_size // rows.num_shards)
+        return squares / (self.mesh.replicas.size // rows.num_shards)
 
     def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return tensors in the shapes of the parameters, of which each data-parallel rank has the rows that it owns.
+        """Return tensors in the shapes of the parameters, of which each replica has the rows that it owns.
 
         For inspection: gradients (rows of `gradients`) and main weights. Every rank calls it.
 
         Args:
             own: this rank's rows, by the names of all its parameters.
 
-        Communication, Memory: as gather_whole, over the data-parallel ranks.
+        Communication, Memory: as gather_whole, over the ranks with the same weights.
         """
         shapes = [self.parameters[name].shape for name in own]
         found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.shard_group)
         return dict(zip(own, found, strict=True))
 
     def find_drift(self) -> str | None:
-        """Compare weights that several ranks hold: over dp, replicated ones over tp, tied ones over pp.
+        """Compare weights that several ranks hold: over dp and cp, replicated ones over tp, tied ones over pp.
 
         Returns and Communication: as sharding.replicas.find_drift.
         """
@@ -149,12 +152,12 @@ class Assembly:
         if isinstance(self.weights, ShardedWeights):
             return find_drift(self.parameters, self.copy_group, others, self.own_weights, self.gradients.rows)
         self.weights.finish()
-        return find_drift(self.parameters, self.mesh.dp_group, others)
+        return find_drift(self.parameters, self.mesh.replicas.group, others)
 
     def update(self, lr: float, gradient_scale: float) -> None:
         """Update the weights from the gradients times gradient_scale.
 
-        Where each data-parallel rank updates some rows, the others arrive under the next forward (WeightGather).
+        Where each replica updates some rows, the others arrive under the next forward (WeightGather).
         """
         self.optimizer.step(lr, gradient_scale)
         self.weights.start()
@@ -185,9 +188,10 @@ def assemble(
     """
     training = config.training
     parameters = model.parameters_by_name()
-    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, mesh.dp_size)]
-    shards, copies = mesh.split_data_parallel(config.parallel.zero_shard_size or mesh.dp_size)
-    gradients, weights = share_state(model.stages, placements, shards, copies, mesh.dp_group, 1e6 * training.bucket_mb)
+    replicas = mesh.replicas
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas.size)]
+    shards, copies = mesh.split_data_parallel(config.parallel.zero_shard_size or replicas.size)
+    gradients, weights = share_state(model.stages, placements, shards, copies, replicas.group, 1e6 * training.bucket_mb)
     hooks = _hooks(gradients, weights, plan)
     if plan.max_unsharded is None:
         for stage in model.stages.values():
@@ -224,7 +228,8 @@ def assemble(
         splits_backward,
         own_weights=own,
         shard_group=shards.group if placements.state else None,
-        copy_group=copies.group if placements.state else mesh.dp_group,
+        copy_group=copies.group if placements.state else replicas.group,
+        microbatches=Microbatches(config, mesh, model),
     )
 
 

@@ -25,6 +25,7 @@ def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
         parallel.tensor_parallel_size,
         parallel.pipeline_parallel_size,
         parallel.data_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         device_type=device_type,
         timeout_s=parallel.timeout_s,
     )
@@ -39,7 +40,7 @@ def build_model(
 
     Args:
         config: model.vocab_size must be given.
-        mesh: its tensor-parallel ranks share each layer.
+        mesh: its tensor-parallel ranks share each layer, its context-parallel ranks each sequence.
         device: of the parameters; "meta" gives only their shapes.
         stage: the stage to build; None: the whole model.
 
@@ -49,7 +50,11 @@ def build_model(
     parallel = config.parallel
     return new_model(
         config.model,
-        layout=mesh.layout(sequence_parallel=parallel.sequence_parallel, overlap=parallel.overlap),
+        layout=mesh.layout(
+            sequence_parallel=parallel.sequence_parallel,
+            overlap=parallel.overlap,
+            context_parallel_method=parallel.context_parallel_method,
+        ),
         seed=config.training.seed,
         stage=stage,
         dtype=DTYPES[config.training.dtype],

@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.collectives import group_rank
 from fused_megatron.models import StageSpan, TransformerStack
+from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import mark_all_shards
 
 
@@ -61,6 +62,10 @@ class ModelStages(nn.Module):
     def loss_sum(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Compute the sum of the loss over a microbatch, 0-dim float64, from the output of the last stage."""
         return self.stages[len(self.spans) - 1].loss(hidden, target, reduction="sum")
+
+    def attention_mask(self, **tensors: torch.Tensor) -> AttentionMask:
+        """Return the attention mask of a microbatch; arguments as TransformerStack.attention_mask."""
+        return next(iter(self.stages.values())).attention_mask(**tensors)
 
     def num_parameters(self) -> int:
         """Count the parameters of this rank's stages over all tensor-parallel ranks.

@@ -74,7 +74,8 @@ def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[f
     The host reads the sums in one piece: it waits for the device once.
     All ranks get the same numbers, and so agree on `finite`: a NaN of one rank is in the sum.
     """
-    layer_ranks = assembly.mesh.tp_size * assembly.mesh.pp_size  # they all hold the loss of their data-parallel rank
+    # They all hold the loss of their samples and positions.
+    layer_ranks = assembly.mesh.tp_size * assembly.mesh.pp_size
     squares = assembly.share_of_squares()
     # Filled on the device: a copy of a list would make the host wait for it.
     numbers = [squares.new_full((), flag) for flag in flags]

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import check, check_divisible, check_one_of, check_positive
 
+CONTEXT_PARALLEL_METHODS = ("ring", "all_gather", "all_to_all", "all_to_all+ring")
+"""Values of parallel.context_parallel_method."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Parallel layout: the product of the tensor-, pipeline- and data-parallel size is the world size."""
+    """Parallel layout: the product of the tensor-, context-, pipeline- and data-parallel size is the world size."""
 
     tensor_parallel_size: int = 1
     """Ranks that share each layer."""
@@ -25,10 +28,15 @@ class ParallelConfig:
     pipeline_cut: tuple[int, ...] | None = None
     """Number of blocks in each stage. None: a cut that gives all ranks about the same cost."""
     data_parallel_size: int | None = None
-    """Replicas of the model. None: world size / (tensor_parallel_size x pipeline_parallel_size)."""
+    """Ranks that train on different samples. None: world size / the product of the other sizes."""
+    context_parallel_size: int = 1
+    """Ranks that share each sequence, attention included: each holds some of its positions."""
+    context_parallel_method: str = "ring"
+    """How these ranks attend: ring, all_gather (of keys and values), all_to_all (heads for positions), or
+    all_to_all+ring."""
     zero_stage: int | None = None
-    """ZeRO stage: what replicas share. 0: nothing; 1: moments and main weights; 2: also gradients; 3: also weights. The
-    numbers are the same. None: 1 with several replicas, else 0."""
+    """ZeRO stage: what replicas (data x context parallel ranks) share. 0: nothing; 1: moments and main weights; 2: also
+    gradients; 3: also weights. The numbers are the same. None: 1 with several replicas, else 0."""
     zero_shard_size: int | None = None
     """Replicas that share what zero_stage says; the rest repeat it (HSDP). None: all replicas."""
     zero_gather: str = "block"
@@ -43,16 +51,35 @@ class ParallelConfig:
     @property
     def num_ranks(self) -> int:
         """Number of ranks of the layout; data_parallel_size=None counts as 1."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size * (self.data_parallel_size or 1)
+        return self.tensor_parallel_size * self.pipeline_parallel_size * self.replicas(self.data_parallel_size or 1)
+
+    def replicas(self, dp_size: int) -> int:
+        """Return the number of ranks with the same weights: data-parallel times context-parallel ranks."""
+        return dp_size * self.context_parallel_size
+
+    @property
+    def sequence_text(self) -> str:
+        """Division of sequences, for the line that describes a layout: " cp=2 (ring) sequence parallel", or ""."""
+        context = f" cp={self.context_parallel_size} ({self.context_parallel_method})"
+        return context * (self.context_parallel_size > 1) + " sequence parallel" * self.sequence_parallel
+
+    @property
+    def row_multiple(self) -> int:
+        """Number that divides the positions of each context-parallel rank: sequence parallelism cuts them again."""
+        return self.tensor_parallel_size if self.sequence_parallel else 1
 
     def check_shard_size(self, dp_size: int) -> None:
         """Raise unless zero_shard_size divides the number of replicas."""
-        if self.zero_shard_size is not None:
-            check_divisible("data_parallel_size", dp_size, "zero_shard_size", self.zero_shard_size)
+        if self.zero_shard_size is None:
+            return
+        name = "data_parallel_size" + (" x context_parallel_size" if self.context_parallel_size > 1 else "")
+        check_divisible(name, self.replicas(dp_size), "zero_shard_size", self.zero_shard_size)
 
     def __post_init__(self) -> None:
         check_positive("tensor_parallel_size", self.tensor_parallel_size)
         check_positive("pipeline_parallel_size", self.pipeline_parallel_size)
+        check_positive("context_parallel_size", self.context_parallel_size)
+        check_one_of("context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
         for name in ("stages_per_rank", "data_parallel_size", "zero_shard_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))

@@ -34,6 +34,8 @@ class TrainConfig:
         check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
         if self.parallel.sequence_parallel:
             check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
+        if self.parallel.context_parallel_size > 1:
+            self._check_context_parallel()
         check(
             self.model.traits.predicts != "masked_tokens" or self.model.seq_len >= 3,
             f"seq_len={self.model.seq_len} must be at least 3: [CLS], a token and [SEP]",
@@ -45,6 +47,21 @@ class TrainConfig:
         )
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
+        )
+
+    def _check_context_parallel(self) -> None:
+        parallel, multiple = self.parallel, self.parallel.row_multiple
+        ranks, method = parallel.context_parallel_size, parallel.context_parallel_method
+        least = f"context_parallel_size={ranks}" + f" x tensor_parallel_size={multiple}" * (multiple > 1)
+        check(
+            self.model.seq_len >= ranks * multiple,
+            f"seq_len={self.model.seq_len} must be at least {least}: every rank needs a position",
+        )
+        heads = self.model.num_heads // parallel.tensor_parallel_size
+        check(
+            method != "all_to_all" or heads % ranks == 0,
+            f"num_heads / tensor_parallel_size = {heads} must be divisible by context_parallel_size={ranks} with "
+            f"context_parallel_method='all_to_all' (any number of heads: 'ring', 'all_gather')",
         )
 
     def check_data_parallel(self, dp_size: int) -> None:

@@ -88,8 +88,25 @@ def context_parallel_attention(
     Numerics: hops are merged in a fixed order in float32, so that results are bitwise repeatable. Gradients travel in
         the dtype of the keys and are summed in float32.
 
+    torch.compile breaks its graph here: the host plans the work, and the order of messages and products must stay.
+
     Papers: see ring.py and head_exchange.py.
     """
+    attend = _attend_between_graphs if torch.compiler.is_compiling() else _attend
+    return attend(query, key, value, mask, partition, method, group, scale, dropout)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: AttentionMask,
+    partition: SequencePartition,
+    method: str,
+    group: dist.ProcessGroup | None,
+    scale: float | None,
+    dropout: HeadDropout | None,
+) -> torch.Tensor:
     with found_on_every_rank():
         neighbours = _checked_exchange_size(query, key, value, mask, partition, method, group)
         plan = plan_of(partition, mask, query.shape[1], group_rank(group), neighbours, gathered=method == "all_gather")
@@ -98,6 +115,11 @@ def context_parallel_attention(
     padding = None if mask.key_padding_mask is None else _gathered_padding(mask.key_padding_mask, plan, group)
     context: torch.Tensor = on_ranks(_ContextParallelAttention, group)(query, key, value, padding, call)
     return context
+
+
+@torch._disable_dynamo  # torch.compiler.disable, without the seconds that importing torch._dynamo takes
+def _attend_between_graphs(*args: Any) -> torch.Tensor:
+    return _attend(*args)
 
 
 def _checked_exchange_size(

@@ -2,6 +2,8 @@
 
 import torch
 
+from fused_megatron.ops.visible_pairs import Visibility
+
 
 def cumulative_lengths(starts: torch.Tensor) -> torch.Tensor:
     """Return the cumulative lengths of the documents of some samples, as in ops.attention.AttentionMask.
@@ -30,5 +32,6 @@ def num_visible_pairs(starts: torch.Tensor, window: int | None) -> int:
         starts: as in cumulative_lengths.
         window: number of keys, up to and with its own, that a query sees; None: no limit.
     """
-    seen = positions_in_documents(starts) + 1
-    return int(seen.sum() if window is None else seen.clamp(max=window).sum())
+    documents = cumulative_lengths(starts).tolist()
+    visibility = Visibility.of_documents(True, window, documents, *starts.shape)
+    return int(visibility.pairs_of_positions().sum())

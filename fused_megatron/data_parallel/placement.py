@@ -30,9 +30,9 @@ ZERO_STAGES = {
 """Placements for each parallel.zero_stage."""
 
 
-def zero_stage(configured: int | None, dp_size: int) -> int:
-    """Return the configured ZeRO stage; without one, 1 for several data-parallel ranks and 0 for one."""
-    return (1 if dp_size > 1 else 0) if configured is None else configured
+def zero_stage(configured: int | None, replicas: int) -> int:
+    """Return the configured ZeRO stage; without one, 1 for several ranks with the same weights and 0 for one."""
+    return (1 if replicas > 1 else 0) if configured is None else configured
 
 
 def bytes_per_parameter(stage: int, replicas: int, weight_bytes: int) -> dict[str, float]:

@@ -32,7 +32,9 @@ def shard_data_parallel(
         3   as 2, and weights are kept as rows; a block is whole during its forward and its backward
 
     When backward() returns, gradients are means over the data-parallel ranks, as with DistributedDataParallel and
-    fully_shard. So write the loss as a mean over the rank's samples. Every parameter that requires a gradient has one
+    fully_shard. So write the loss as a mean over the rank's samples. Context-parallel ranks share the state, too, and
+    count as data-parallel ranks: there write it as the sum over the rank's targets, times context_parallel_size,
+    divided by all targets of the samples. Every parameter that requires a gradient has one
     in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
 
         model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)
@@ -81,12 +83,12 @@ def shard_data_parallel(
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh={type(mesh).__name__} must be what fused_megatron.init_mesh returns, with an axis 'dp'")
     world = dist.group.WORLD if mesh.world_size > 1 else None
-    size = mesh.dp_size if shard_size is None else shard_size
+    size = mesh.replicas.size if shard_size is None else shard_size
     _check_on_all_ranks(model, mesh, zero_stage, size, bucket_mb, world)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     shards, copies = mesh.split_data_parallel(size)
-    replica = ShardedReplica(model, ZERO_STAGES[zero_stage], shards, copies, mesh.dp_group, 1e6 * bucket_mb)
+    replica = ShardedReplica(model, ZERO_STAGES[zero_stage], shards, copies, mesh.replicas.group, 1e6 * bucket_mb)
     attach_replica_shards(model, replica)
     guard_model(model, replica)
     return model
@@ -102,13 +104,13 @@ def _check_on_all_ranks(
         )
         check(bucket_mb > 0, f"bucket_mb={bucket_mb} must be above 0")
         check(
-            shard_size > 1 or shard_size == mesh.dp_size == 1,
+            shard_size > 1 or shard_size == mesh.replicas.size == 1,
             f"shard_size={shard_size} must be 2 or more, or None for all data-parallel ranks",
         )
-        check_divisible("data_parallel_size", mesh.dp_size, "shard_size", shard_size)
+        check_divisible(mesh.replicas_text, mesh.replicas.size, "shard_size", shard_size)
         _check_model(model, zero_stage)
         facts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-        group = mesh.dp_group
+        group = mesh.replicas.group
         ranks = [0] if group is None else dist.get_process_group_ranks(group)
         return ranks, zlib.crc32(repr((facts, zero_stage, shard_size, bucket_mb)).encode())
 
@@ -120,7 +122,7 @@ def _check_on_all_ranks(
                 f"ranks {different} have another model, or other arguments, than rank {ranks[0]}: build the same on "
                 "all data-parallel ranks"
             )
-    drifts = run_together(world, lambda: find_drift(dict(model.named_parameters()), mesh.dp_group, ()))
+    drifts = run_together(world, lambda: find_drift(dict(model.named_parameters()), mesh.replicas.group, ()))
     found = next((drift for drift in drifts if drift), None)
     if found:
         raise SharedInputError(

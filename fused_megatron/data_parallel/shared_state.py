@@ -26,14 +26,14 @@ def share_state(
     *,
     hides: bool = False,
 ) -> tuple[GradientBuckets, Weights]:
-    """Build the gradients and the weights of this rank. All data-parallel ranks must call this together.
+    """Build the gradients and the weights of this rank. All ranks with the same weights must call this together.
 
     Args:
         stages: modules by index of the pipeline stage. Frozen parameters have no gradient.
         placements: which tensors are sharded.
         shards: this rank among the ranks that share the rows of each parameter.
         copies: this rank among the ranks that own the same rows.
-        dp_group: all data-parallel ranks.
+        dp_group: all ranks with the same weights: shards times copies.
         bucket_bytes: as GradientBuckets.
         hides: as WeightGather.
 

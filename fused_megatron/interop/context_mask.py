@@ -74,6 +74,8 @@ def make_context_mask(
             f"context parallelism: {kv_length} keys for {q_length} queries: no cache may hold tokens while gradients "
             "are recorded (use torch.no_grad())"
         )
+    if local_size is not None and local_size < 2:
+        raise InputError(f"context parallelism: sliding_window={local_size} must be at least 2")
     in_trial = torch.device(device).type == "meta"
     causal, starts = _found(mask_function, batch_size, q_length, local_size, "cpu" if in_trial else device, in_trial)
     documents = None
@@ -110,7 +112,7 @@ def _found(
     earlier, later = positions[:-1], positions[1:]
     ahead = visible(earlier, later)
     causal = not ahead.any()
-    behind = visible(later, earlier) if window is None or window > 1 else np.ones_like(ahead)
+    behind = visible(later, earlier)
     if in_trial and not behind.all():
         raise InputError(f"context parallelism: attention in chunks of {int(behind[0].argmin()) + 1} positions")
     starts = [[0, *(np.flatnonzero(~row) + 1).tolist()] for row in behind]

@@ -206,9 +206,10 @@ def _refused_layers(model: nn.Module, trial: _Trial, run: MetaRun) -> str:
         children = [f"{container}.{child}".strip(".") for child, _ in model.get_submodule(container).named_children()]
     if names != children:
         return "its attention modules are not one in each layer of one stack"
-    sizes = {(call.heads, call.kv_heads) for call in trial.calls}
-    if len(sizes) > 1:
+    if len({(call.heads, call.kv_heads) for call in trial.calls}) > 1:
         return "its layers have different numbers of heads"
+    if len({call.mask.causal for call in trial.calls}) > 1:
+        return "some of its layers are causal, and some are not"
     for name, module in model.named_modules():
         if not any(name.startswith(f"{layer}.") or name == layer for layer in names):
             continue

@@ -122,11 +122,15 @@ class ContextRegion:
         padding = mask.padding
         if padding is not None:
             padding = partition.layouts[group_rank(self.group)].take(padding, 1)
-        query, key, value = (x.permute(2, 0, 1, 3) for x in (query, key, value))
+        dtype = query.dtype
+        if torch.is_autocast_enabled(query.device.type):  # positions may have made query and key float32
+            dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.permute(2, 0, 1, 3).to(dtype) for x in (query, key, value))
         visible = AttentionMask(mask.causal, mask.window, padding, mask.documents)
-        context = context_parallel_attention(
-            query, key, value, visible, partition=partition, method=self.method, group=self.group, scale=scale
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            context = context_parallel_attention(
+                query, key, value, visible, partition=partition, method=self.method, group=self.group, scale=scale
+            )
         return context.transpose(0, 1)
 
     @torch.compiler.disable

@@ -10,10 +10,12 @@ from fused_megatron import ops
 from fused_megatron.checks import check_divisible, check_multiple_or_divisor
 from fused_megatron.collectives import group_rank, group_size, identity_all_reduce_together
 from fused_megatron.config import TransformerConfig
+from fused_megatron.context_parallel import context_parallel_attention
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops.attention import AttentionMask, attend
-from fused_megatron.ops.attention_operands import TileDropout
+from fused_megatron.ops.visible_pairs import PairTile
+from fused_megatron.sharding import SequencePartition
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -38,7 +40,7 @@ class ParallelSelfAttention(nn.Module):
         config: sizes and options. num_heads N must be divisible by the size R of the tensor-parallel group, and one of
             num_kv_heads G and R must divide the other.
         layout: how the layer is cut over ranks; under sequence parallelism x and the result are sequence shards
-            [S / R, B, H].
+            [S / R, B, H]. With context parallelism S is the number of this rank's positions.
         skip_bias_add: leave the bias of the projection to a following fused op; forward returns (y, bias).
         dtype, device: of the parameters.
 
@@ -48,7 +50,8 @@ class ParallelSelfAttention(nn.Module):
     Communication:
         One all-reduce of S B H elements forward and one backward (each an all-gather and a reduce-scatter under
         sequence parallelism). With fewer key-value heads than ranks, one all-reduce backward of their weights,
-        2 G D (H + 1) elements. With query_key_norm, one all-reduce backward of 2 D elements.
+        2 G D (H + 1) elements. With query_key_norm, one all-reduce backward of 2 D elements. With context parallelism
+        also as context_parallel_attention.
 
     Memory:
         As ops.attend with N / R heads. With config.recompute="selective", attention between the two projections is not
@@ -74,6 +77,7 @@ class ParallelSelfAttention(nn.Module):
         self.heads_shard, self.kv_heads_shard = self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
         self.first_head = group_rank(layout.tp_group) * self.heads_shard
         self.attention_dropout, self.recompute = config.attention_dropout, config.recompute == "selective"
+        self.cp_group, self.context_parallel_method = layout.cp_group, layout.context_parallel_method
         self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
         self.query_norm = self.key_norm = None
         if config.query_key_norm:
@@ -139,6 +143,7 @@ class ParallelSelfAttention(nn.Module):
         *,
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
+        partition: SequencePartition | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Attend: return y, of the shape of x, or (y, bias) with skip_bias_add.
 
@@ -148,6 +153,8 @@ class ParallelSelfAttention(nn.Module):
             rotary: (cos, sin) to rotate queries and keys, [at least S, Drot / 2] each, or [S, B, Drot / 2] with a row
                 for each token; None: no rotation.
             dropout: masks whose first row is for attention_dropout; None: drop nothing.
+            partition: the positions of each context-parallel rank; the rows of x are this rank's positions. None: x has
+                all positions.
         """
         query, key, value = self._query_key_value(x)
         if self.query_norm is not None and self.key_norm is not None:
@@ -160,10 +167,10 @@ class ParallelSelfAttention(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             # _attend never draws from torch's generators, so their state need not be kept.
             context = checkpoint(
-                self._attend, query, key, value, mask, dropout, use_reentrant=False, preserve_rng_state=False
+                self._attend, query, key, value, mask, dropout, partition, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            context = self._attend(query, key, value, mask, dropout)
+            context = self._attend(query, key, value, mask, dropout, partition)
         return self.projection(context)
 
     def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -182,18 +189,38 @@ class ParallelSelfAttention(nn.Module):
         value: torch.Tensor,
         mask: AttentionMask,
         dropout: DropoutMasks | None,
+        partition: SequencePartition | None,
     ) -> torch.Tensor:
         """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
-        drop: TileDropout | None = None
+        drop = None
         if dropout is not None and self.attention_dropout > 0.0:
-            drop = partial(
-                dropout.drop_heads,
-                which=0,
-                p=self.attention_dropout,
-                first_head=self.first_head,
-                heads=self.num_heads,
-            )
-        return attend(query, key, value, mask, dropout=drop).flatten(2)
+            drop = partial(self._drop, dropout)
+        if partition is None or self.cp_group is None:
+            return attend(query, key, value, mask, dropout=drop).flatten(2)
+        context = context_parallel_attention(
+            query,
+            key,
+            value,
+            mask,
+            partition=partition,
+            method=self.context_parallel_method,
+            group=self.cp_group,
+            dropout=drop,
+        )
+        return context.flatten(2)
+
+    def _drop(
+        self, dropout: DropoutMasks, probabilities: torch.Tensor, tile: PairTile, first_head: int = 0
+    ) -> torch.Tensor:
+        """Drop attention probabilities of this rank's heads from first_head on."""
+        return dropout.drop_heads(
+            probabilities,
+            tile,
+            which=0,
+            p=self.attention_dropout,
+            first_head=self.first_head + first_head,
+            heads=self.num_heads,
+        )
 
 
 def _rotate(

@@ -17,7 +17,7 @@ from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
-from fused_megatron.sharding import ParameterShard, SequenceLayout
+from fused_megatron.sharding import ParameterShard, SequenceLayout, SequencePartition
 from fused_megatron.tensor_parallel import ColumnParallelLinear, SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 
@@ -131,6 +131,7 @@ class BERT(TransformerStack):
         key_padding_mask: torch.Tensor | None = None,
         batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
+        partition: SequencePartition | None = None,
         reduction: str = "none",
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Compute the masked-LM loss or this rank's logits; in a pipeline stage, the input of the next stage.
@@ -139,7 +140,7 @@ class BERT(TransformerStack):
             x: as in encode(): [B, S] int64 tokens, some of them masked, or the output of the previous stage.
             target: [B, S] int64, the original tokens at masked positions, -100 elsewhere. None: return logits. Must be
                 None in a stage: give it to the last stage's loss().
-            token_types, key_padding_mask, batch_slice, sequence: as in encode().
+            token_types, key_padding_mask, batch_slice, sequence, partition: as in encode().
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
 
         Returns:
@@ -153,7 +154,12 @@ class BERT(TransformerStack):
             "masked_lm_head=False: this model has no masked-LM head (use encode)",
         )
         encoded = self.encode(
-            x, token_types=token_types, key_padding_mask=key_padding_mask, batch_slice=batch_slice, sequence=sequence
+            x,
+            token_types=token_types,
+            key_padding_mask=key_padding_mask,
+            batch_slice=batch_slice,
+            sequence=sequence,
+            partition=partition,
         )
         return self._result(encoded, target, reduction)
 
@@ -167,6 +173,7 @@ class BERT(TransformerStack):
         key_padding_mask: torch.Tensor | None = None,
         batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
+        partition: SequencePartition | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Compute the input of the heads or of the next stage: [S, B, H], or [S / R, B, H] under sequence parallelism.
 
@@ -177,15 +184,24 @@ class BERT(TransformerStack):
                 one False. Every stage needs it.
             batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
+            partition: the positions of each context-parallel rank; the S tokens, their types and padding are at this
+                rank's positions. None: every rank has the whole sequence.
         """
-        mask = AttentionMask(key_padding_mask=key_padding_mask)
-        return self._encode(x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence)
+        mask = self.attention_mask(key_padding_mask=key_padding_mask)
+        return self._encode(
+            x, mask, token_types=token_types, batch_slice=batch_slice, sequence=sequence, partition=partition
+        )
+
+    def attention_mask(
+        self, *, key_padding_mask: torch.Tensor | None = None, documents: torch.Tensor | None = None
+    ) -> AttentionMask:
+        return AttentionMask(key_padding_mask=key_padding_mask, documents=documents)
 
     def next_sentence_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute logits [B, 2], the same on every rank: (the second sentence follows, it does not).
 
         Args:
-            hidden: the output of encode().
+            hidden: the output of encode() of whole sequences (partition=None).
 
         Communication: under sequence parallelism one all-gather of hidden.
         """

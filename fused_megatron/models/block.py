@@ -16,6 +16,7 @@ from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.ops.attention import AttentionMask
+from fused_megatron.sharding import SequencePartition
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -77,24 +78,26 @@ class TransformerBlock(nn.Module):
         *,
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
+        partition: SequencePartition | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run the block.
 
         Args:
             x: the residual stream [S, B, H], or [S / R, B, H] under sequence parallelism.
-            mask, rotary: as in ParallelSelfAttention.forward.
+            mask, rotary, partition: as in ParallelSelfAttention.forward.
             dropout: masks of the DROPOUT_SITES; None: drop nothing.
 
         Returns:
             The residual stream, of the shape of x, with the auxiliary loss of the feed-forward if there is one.
         """
         if self.post_norm:
-            attended = self.attention(x, mask, rotary=rotary, dropout=dropout)
+            attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self.attention_norm(self._add(1, attended, x, dropout))
             output, loss = split_auxiliary_loss(self.mlp(x))
             x = self.mlp_norm(self._add(2, output, x, dropout))
         else:
-            attended = self.attention(self.attention_norm(x), mask, rotary=rotary, dropout=dropout)
+            normed = self.attention_norm(x)
+            attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self._add(1, attended, x, dropout)
             output, loss = split_auxiliary_loss(self.mlp(self.mlp_norm(x)))
             x = self._add(2, output, x, dropout)
@@ -136,13 +139,14 @@ def run_blocks(
     recompute: bool,
     rotary: Tables | None,
     dropout: DropoutMasks | None,
+    partition: SequencePartition | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the blocks in their order; return x and the sum of their auxiliary losses (None if no block has one).
 
     Args:
         blocks: in their order.
         x: the residual stream.
-        mask, rotary: for every block.
+        mask, rotary, partition: for every block.
         recompute: keep only the input of each block, and run the block again in backward.
         dropout: masks of the DROPOUT_SITES of all blocks; None: drop nothing.
     """
@@ -153,10 +157,17 @@ def run_blocks(
         if recompute and torch.is_grad_enabled():
             # A block never draws from torch's generators, so their state need not be kept.
             returned = checkpoint(
-                block, x, mask, rotary=rotary, dropout=masks, use_reentrant=False, preserve_rng_state=False
+                block,
+                x,
+                mask,
+                rotary=rotary,
+                dropout=masks,
+                partition=partition,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
         else:
-            returned = block(x, mask, rotary=rotary, dropout=masks)
+            returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition)
         x, loss = split_auxiliary_loss(returned)
         if loss is not None:
             total = loss if total is None else total + loss

@@ -110,21 +110,18 @@ class DropoutMasks:
             first_head: index of this rank's first head.
             heads: N.
         """
-        seq_len = self.sequence.seq_len
-        return ops.bias_dropout_add(
-            probabilities,
-            None,
-            torch.zeros_like(probabilities),
-            p,
-            rng_state=self.rng_states[which],
-            full_shape=(self.batch_slice.global_batch_size, heads, seq_len, seq_len),
-            offset=(
-                self.batch_slice.first_sample + tile.samples[0],
-                first_head,
-                tile.query_position,
-                tile.key_position,
-            ),
-        )
+        parts = []
+        # One call for each sample: a call takes rows that are cut along two dims, here heads and queries.
+        for sample, part in enumerate(probabilities.split(1), tile.samples[0]):
+            first = (self.batch_slice.first_sample + sample, first_head, tile.query_position, tile.key_position)
+            full_shape = (self.batch_slice.global_batch_size, heads, *(self.sequence.seq_len,) * 2)
+            state = self.rng_states[which]
+            parts.append(
+                ops.bias_dropout_add(
+                    part, None, torch.zeros_like(part), p, rng_state=state, full_shape=full_shape, offset=first
+                )
+            )
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def dropout_seed(seed: int, name: str) -> int:

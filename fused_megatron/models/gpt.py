@@ -12,7 +12,7 @@ from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.attention import AttentionMask
-from fused_megatron.sharding import SequenceLayout
+from fused_megatron.sharding import SequenceLayout, SequencePartition
 
 
 class GPT(TransformerStack):
@@ -69,6 +69,7 @@ class GPT(TransformerStack):
         *,
         batch_slice: BatchSlice | None = None,
         sequence: SequenceLayout | None = None,
+        partition: SequencePartition | None = None,
         documents: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         reduction: str = "none",
@@ -81,6 +82,8 @@ class GPT(TransformerStack):
             batch_slice: the rows of the global batch in this microbatch; dropout in training mode needs it.
             sequence: positions of the S tokens (and targets) in a longer sequence; None: the S tokens are the whole
                 sequence.
+            partition: the positions of each context-parallel rank; the S tokens (and targets) are at this rank's
+                positions. None: every rank has the whole sequence.
             documents: cumulative lengths, as in AttentionMask; None: every row is one document. Every stage needs it.
             positions: [B, S] int64 in [0, config.seq_len), the position of each token for the position embedding or
                 rotation, such as its position in its document; None: its position in the sequence. It does not change
@@ -94,9 +97,16 @@ class GPT(TransformerStack):
             logits().
             If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
-        mask = AttentionMask(causal=True, window=self.config.sliding_window, documents=documents)
-        encoded = self._encode(x, mask, batch_slice=batch_slice, sequence=sequence, positions=positions)
+        mask = self.attention_mask(documents=documents)
+        encoded = self._encode(
+            x, mask, batch_slice=batch_slice, sequence=sequence, partition=partition, positions=positions
+        )
         return self._result(encoded, target, reduction)
+
+    def attention_mask(
+        self, *, key_padding_mask: torch.Tensor | None = None, documents: torch.Tensor | None = None
+    ) -> AttentionMask:
+        return AttentionMask(True, self.config.sliding_window, key_padding_mask, documents)
 
     def head_parameters(self) -> list[nn.Parameter]:
         head = self.token_embedding if self.head is None else self.head

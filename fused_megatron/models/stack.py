@@ -19,6 +19,7 @@ from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxil
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import (
     SequenceLayout,
+    SequencePartition,
     ShardedModule,
     fill_normal_shard_,
     full_numel,
@@ -196,6 +197,12 @@ class TransformerStack(ShardedModule):
         )
         return loss.t()
 
+    def attention_mask(
+        self, *, key_padding_mask: torch.Tensor | None = None, documents: torch.Tensor | None = None
+    ) -> AttentionMask:
+        """Return the mask of a microbatch with this padding and these documents, as AttentionMask takes them."""
+        raise NotImplementedError
+
     def head_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that loss() reads itself, and not through a module's forward; [] without a head."""
         raise NotImplementedError
@@ -227,6 +234,7 @@ class TransformerStack(ShardedModule):
         token_types: torch.Tensor | None = None,
         batch_slice: BatchSlice | None,
         sequence: SequenceLayout | None,
+        partition: SequencePartition | None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run this stage: return [S, B, H], or [S / R, B, H] under sequence parallelism.
@@ -236,8 +244,15 @@ class TransformerStack(ShardedModule):
             token_types: [B, S] int64, rows of token_type_embedding; None: all 0. Only the first stage reads them.
             batch_slice: the rows of the global batch in this microbatch.
             sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
+            partition: the positions of each context-parallel rank, in place of `sequence`; None: every rank has the
+                whole sequence.
             positions: [B, S] int64, positions for the embedding or rotation; None: those of `sequence`.
+
+        Raises:
+            InputError: shapes that do not fit; a partition for another number of ranks; no partition where gradients
+                would count once for every context-parallel rank.
         """
+        sequence = self._part_of_rank(partition) or sequence
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
             check_shape("token_types", token_types, (batch, sequence.num_positions))
@@ -250,9 +265,22 @@ class TransformerStack(ShardedModule):
             x = self._embed(x, sequence, token_types, positions)
             if masks is not None and self.config.embedding_dropout > 0:
                 x = masks.drop(0, x, self.config.embedding_dropout)
-        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions))
+        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions), partition)
         x = x if self.final_norm is None else self.final_norm(x)
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
+
+    def _part_of_rank(self, partition: SequencePartition | None) -> SequenceLayout | None:
+        """Return the positions of this context-parallel rank; None if every rank has the whole sequence."""
+        ranks = group_size(self.layout.cp_group)
+        if partition is None:
+            check(
+                ranks == 1 or not torch.is_grad_enabled(),
+                f"partition=None must be given for the {ranks} ranks of cp_group: each would train on the whole "
+                "sequence (torch.no_grad() for a forward without gradients)",
+            )
+            return None
+        check(partition.num_ranks == ranks, f"partition has {partition.num_ranks} ranks, and cp_group has {ranks}")
+        return partition.layouts[group_rank(self.layout.cp_group)]
 
     def _batch_and_sequence(self, x: torch.Tensor, sequence: SequenceLayout | None) -> tuple[int, SequenceLayout]:
         """Return B and the positions of the tokens that the tensor-parallel ranks hold together."""
@@ -338,14 +366,21 @@ class TransformerStack(ShardedModule):
             return position_rows if types is None else types
         return position_rows + types
 
-    def _rotary(self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None) -> Tables | None:
+    def _rotary(
+        self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> Tables | None:
         if self.config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)
 
     def _blocks(
-        self, x: torch.Tensor, mask: AttentionMask, masks: DropoutMasks | None, rotary: Tables | None
+        self,
+        x: torch.Tensor,
+        mask: AttentionMask,
+        masks: DropoutMasks | None,
+        rotary: Tables | None,
+        partition: SequencePartition | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run all blocks; return x and the sum of the auxiliary losses.
 
@@ -354,4 +389,6 @@ class TransformerStack(ShardedModule):
         """
         recompute = self.config.recompute == "full"
         dropout = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
-        return run_blocks(self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout)
+        return run_blocks(
+            self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout, partition=partition
+        )

@@ -56,7 +56,8 @@ class RankReport:
         rank: global rank.
         pp_rank: rank in the pipeline.
         spans: the layers of each stage, by index of the stage.
-        groups: the global ranks of each of its groups, by axis ("tp", "pp", "dp"); no entry for an axis of length 1.
+        groups: the global ranks of each of its groups, by axis ("tp", "pp", "dp", "cp"); no entry for an axis of length
+            1.
         num_parameters: parameters of this rank, with the padding of the vocabulary.
         full_parameters: parameters of its stages, over all tensor-parallel ranks.
         assembled_bytes: bytes held before the first step.
@@ -65,11 +66,12 @@ class RankReport:
         at: position and action of the peak; None if it is outside of the schedule's actions (the batch, the update).
         peak: bytes at the peak, by kind of memory and layer.
         flops: floating-point operations of the products, as torch counts them.
-        transfers: calls and bytes by kind ("all_reduce", "send", ..) and axis ("tp", "pp", "dp"; several joined by
-            "+").
+        transfers: calls and bytes by kind ("all_reduce", "send", ..) and axis ("tp", "pp", "dp", "cp"; several joined
+            by "+").
         host_syncs: how many times the host waits for the device.
         kept: for each stage, bytes that a microbatch keeps from forward for backward, by layer, without its input.
         sent: for each stage, bytes of each kind of tensor-parallel transfer in forward and backward of a microbatch.
+        sent_to_context: the same of the transfers of attention between context-parallel ranks.
     """
 
     rank: int
@@ -88,6 +90,7 @@ class RankReport:
     host_syncs: int
     kept: Mapping[int, Mapping[Memory, int]]
     sent: Mapping[int, Mapping[str, int]]
+    sent_to_context: Mapping[int, Mapping[str, int]]
 
     def by_kind(self) -> dict[str, int]:
         """Return the bytes at the peak for each kind of memory."""
@@ -149,14 +152,14 @@ class DryRun:
         self._sizes = {
             "pp": parallel.pipeline_parallel_size,
             "dp": replicas,
-            "cp": 1,
+            "cp": parallel.context_parallel_size,
             "tp": parallel.tensor_parallel_size,
         }
         self._known: dict[object, _Known] = {}
 
     def pipeline_ranks(self) -> list[int]:
-        """Return one global rank for each pipeline rank: the one with tp and dp rank 0."""
-        return [pp_rank * self._sizes["dp"] * self._sizes["tp"] for pp_rank in range(self._sizes["pp"])]
+        """Return one global rank for each pipeline rank: the one with tp, cp and dp rank 0."""
+        return [pp_rank * (self.world_size // self._sizes["pp"]) for pp_rank in range(self._sizes["pp"])]
 
     def rank(self, rank: int) -> RankReport:
         """Return the report of a rank. A run takes seconds for the largest models; ranks of the same form share one.
@@ -187,7 +190,8 @@ class DryRun:
             transfers=transfers_of(work, self._sizes),
             host_syncs=work[Work("host_syncs")],
             kept={stage: _kept(profile, stage) for stage in stages},
-            sent={stage: self._sent(profile, stage) for stage in stages},
+            sent={stage: self._sent(profile, stage, "tp") for stage in stages},
+            sent_to_context={stage: self._sent(profile, stage, "cp") for stage in stages},
         )
 
     def _known_of(self, rank: int, pp_rank: int, stages: Sequence[int]) -> _Known:
@@ -198,7 +202,8 @@ class DryRun:
             for span in [self.spans[stage]]
         )
         kinds = {(stages.index(stage), kind) for stage, kind in self._keys(self.schedule, pp_rank) if stage in stages}
-        key = forms, frozenset(kinds), coordinates(rank, self._sizes)["tp"]
+        at = coordinates(rank, self._sizes)
+        key = forms, frozenset(kinds), at["tp"], at["cp"]
         if key not in self._known:
             self._known[key] = self._run(rank, tuple(stages), self._fewest_microbatches(pp_rank))
         known = self._known[key]
@@ -236,7 +241,7 @@ class DryRun:
         wanted = self._keys(self.schedule, pp_rank)
         # With ZeRO, the first forward of a step gathers weights and its last backward sends gradients. A third
         # microbatch, between the two, stands for all others.
-        zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"])
+        zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"] * self._sizes["cp"])
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
                 schedule = self.plan.lowered_schedule(count)
@@ -252,17 +257,20 @@ class DryRun:
 
     def _groups(self, rank: int) -> dict[str, tuple[int, ...]]:
         at, found = coordinates(rank, self._sizes), {}
-        for axis in ("tp", "pp", "dp"):
+        for axis in ("tp", "pp", "dp", "cp"):
             same = {other: at[other] for other in at if other != axis}
             if self._sizes[axis] > 1:
                 found[axis] = tuple(rank_at({**same, axis: index}, self._sizes) for index in range(self._sizes[axis]))
         return found
 
-    def _sent(self, profile: StepProfile, stage: int) -> dict[str, int]:
+    def _sent(self, profile: StepProfile, stage: int, axis: str) -> dict[str, int]:
+        """Return the bytes over an axis in the actions of a microbatch, without sums and gathers of the weights."""
         sent: Counter[str] = Counter()
         for key, done in profile.actions.items():
             for work, number in done.work.items() if _is_usual(profile, key, stage) else ():
-                if work.what == "bytes" and work.group and axes_of(work.group, self._sizes) == "tp":
+                if work.what != "bytes" or not work.group or work.of_replicas:
+                    continue
+                if axes_of(work.group, self._sizes) == axis:
                     sent[work.kind] += number
         return {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
 

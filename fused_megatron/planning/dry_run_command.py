@@ -111,10 +111,12 @@ def _number(name: str, text: str) -> int:
 
 def _on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
     parallel = config.parallel
-    stage_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    model_ranks = dataclasses.replace(parallel, data_parallel_size=1).num_ranks
+    names = "tensor_parallel_size x pipeline_parallel_size"
+    names += " x context_parallel_size" if parallel.context_parallel_size > 1 else ""
     check(world_size > 0, f"ranks={world_size} must be 1 or more")
-    check_divisible("ranks", world_size, "tensor_parallel_size x pipeline_parallel_size", stage_ranks)
-    parallel = dataclasses.replace(parallel, data_parallel_size=world_size // stage_ranks)
+    check_divisible("ranks", world_size, names, model_ranks)
+    parallel = dataclasses.replace(parallel, data_parallel_size=world_size // model_ranks)
     return dataclasses.replace(config, parallel=parallel)
 
 
@@ -127,7 +129,7 @@ def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False)
     lines = [
         f"{config.model.family.upper()}{said} in {config.training.dtype} on {run.world_size:,} ranks "
         f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{plan} "
-        f"dp={parallel.data_parallel_size}{' sequence parallel' if parallel.sequence_parallel else ''}); "
+        f"dp={parallel.data_parallel_size}{parallel.sequence_text}); "
         f"a step of {run.num_microbatches:,} microbatches of {config.training.microbatch_size} x "
         f"{config.model.seq_len:,} tokens",
     ]
@@ -237,6 +239,7 @@ def _as_json(report: RankReport) -> dict[str, Any]:
                 "blocks": [span.start, span.stop],
                 "kept_bytes": sum(report.kept[index].values()),
                 "tensor_parallel_bytes": dict(report.sent[index]),
+                "context_parallel_bytes": dict(report.sent_to_context[index]),
             }
             for index, span in report.spans.items()
         },

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from fused_megatron.assembly.build import DTYPES
+from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
 
@@ -10,9 +11,10 @@ from fused_megatron.models import StageSpan
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     """Compute the bytes of a stage's tensor-parallel collectives, forward and backward of one microbatch, by kind.
 
-    Bytes count whole tensors, as record_communication does. A ring sends (R - 1) / R of them, and twice
-    as many for an all-reduce. A is the bytes of an activation [S, B, H]. k is 1 with recompute="full", where backward
-    repeats the forward of a block, and otherwise 0. A block sends
+    Bytes count whole tensors, as record_communication does. A ring sends (R - 1) / R of them, and twice as many for an
+    all-reduce. A is the bytes of an activation [S, B, H]; with context parallelism S is the number of positions of the
+    rank that holds most. k is 1 with recompute="full", where backward repeats the forward of a block, and otherwise 0.
+    A block sends
 
         all_reduce      (4 + 2 k) A                         Shoeybi et al. 2019 (arXiv:1909.08053), section 3
       instead with sequence parallelism
@@ -31,7 +33,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         span: the blocks of the stage.
     """
     model, parallel = config.model, config.parallel
-    ranks, tokens = parallel.tensor_parallel_size, config.training.microbatch_size * model.seq_len
+    ranks, rows = parallel.tensor_parallel_size, most_positions(config)
+    tokens = config.training.microbatch_size * rows
     if ranks == 1:
         return {}
     size = DTYPES[config.training.dtype].itemsize
@@ -49,7 +52,7 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         sent["reduce_scatter"] = (blocks * (4 + again) + ends) * activation
         sent["all_gather"] += (blocks * (6 + again) + ends) * activation
         if span.first and model.position == "learned":
-            sent["all_gather"] += size * model.seq_len * model.hidden_size
+            sent["all_gather"] += size * rows * model.hidden_size
         norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
         biases = 2 * model.hidden_size * model.linear_biases
         sent["all_reduce"] += 4 * (blocks * (2 * norm + biases) + norm * span.last)
@@ -59,8 +62,9 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
 def message_bytes(config: TrainConfig) -> int:
     """Compute the bytes of a message between two stages for a microbatch: [S, B, H] or its sequence shard.
 
-    The activation and its gradient have the same size.
+    The activation and its gradient have the same size. With context parallelism S is the number of positions of the
+    rank that holds most.
     """
     model, parallel = config.model, config.parallel
-    rows = model.seq_len // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    rows = most_positions(config) // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
     return DTYPES[config.training.dtype].itemsize * rows * config.training.microbatch_size * model.hidden_size

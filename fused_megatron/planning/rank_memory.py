@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from fused_megatron.assembly.build import DTYPES, stage_spans
+from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
@@ -60,8 +61,9 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
     parallel, training = config.parallel, config.training
     plan = plan_pipeline(config)
     spans = stage_spans(config, plan)
-    replicas = parallel.data_parallel_size or data_parallel_size or 1
-    schedule = plan.schedule(training.global_batch_size // training.microbatch_size // replicas)
+    dp_size = parallel.data_parallel_size or data_parallel_size or 1
+    replicas = parallel.replicas(dp_size)
+    schedule = plan.schedule(training.global_batch_size // training.microbatch_size // dp_size)
     ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
     found = [
         _memory_of_rank(config, schedule, replicas, rank, {s: spans[s] for s in stages_of(plan.placement, rank)})
@@ -160,7 +162,8 @@ def _outputs_and_inputs(config: TransformerConfig, ranks: int) -> tuple[int, int
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     """Compute the bytes that a stage keeps from forward for backward, for one microbatch.
 
-    A block with T tokens (T' = T / R under sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
+    With context parallelism T counts the tokens of the rank that holds most. A block with T tokens (T' = T / R under
+    sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
         T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
@@ -170,6 +173,7 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
 
     and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective". Attention dropout keeps
     T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each query head.
+    With context parallelism it keeps no more than without dropout.
 
     Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
@@ -202,7 +206,8 @@ def _block_activations(config: TrainConfig) -> int:
         elements += tokens * model.ffn_size // ranks
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
     statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
-    if model.recompute == "none" and model.attention_dropout > 0:
+    context_parallel = config.parallel.context_parallel_size > 1
+    if model.recompute == "none" and model.attention_dropout > 0 and not context_parallel:
         elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
         copies = 2 if model.query_key_norm else int(model.position == "rotary")
@@ -226,13 +231,33 @@ def _working(config: TrainConfig, span: StageSpan) -> int:
         rows = _vocabulary(model, ranks) // model.hidden_size
         most = 2 * tile_bytes("cuda")  # two tiles if vocabulary shards exchange statistics
         head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
-    return max(block, head)
+    return max(block, head, _attention_working(config))
+
+
+def _attention_working(config: TrainConfig) -> int:
+    """Estimate the bytes of temporary tensors of the backward of context-parallel attention; 0 without it.
+
+    A ring holds two messages, their gradients, and gradients of the own keys in float32. all_gather holds the keys of
+    all ranks, while it gathers them twice, and their gradients in float32. all_to_all holds second copies of query,
+    key, value and context, and gradients of them.
+    """
+    parallel, model = config.parallel, config.model
+    ranks = parallel.context_parallel_size
+    if ranks == 1:
+        return 0
+    size, tokens, _ = _sizes(config)
+    query = tokens * (model.num_heads // parallel.tensor_parallel_size) * model.head_size
+    keys = 2 * tokens * max(1, model.kv_heads // parallel.tensor_parallel_size) * model.head_size
+    if parallel.context_parallel_method == "all_gather":
+        return 4 * query + ranks * keys * (2 * size + 4)
+    exchanged = 4 * size * (query + keys) if "all_to_all" in parallel.context_parallel_method else 0
+    return 4 * query + keys * (4 * size + 4) + exchanged
 
 
 def _sizes(config: TrainConfig) -> tuple[int, int, int]:
     """Return (bytes of an element, tokens of a microbatch, tokens of this rank between tensor-parallel layers)."""
     parallel = config.parallel
-    tokens = config.training.microbatch_size * config.model.seq_len
+    tokens = config.training.microbatch_size * most_positions(config)
     own = tokens // parallel.tensor_parallel_size if parallel.sequence_parallel else tokens
     return DTYPES[config.training.dtype].itemsize, tokens, own
 

@@ -11,12 +11,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import DTYPES, build_mesh, build_stages
+from fused_megatron.assembly.microbatches import partition_of
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.training_step import training_step
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import Mesh
+from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
 from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 
@@ -110,7 +112,7 @@ def _record(
         recorder.watch(stage)
     storages = recorder.storages
     assembled_bytes = storages.held_bytes()
-    groups = (mesh.dp_group, assembly.shard_group, assembly.copy_group)
+    groups = (mesh.replicas.group, assembly.shard_group, assembly.copy_group)
     recorder.replicas = {tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None}
     with recorder.phase(UPDATED):  # as after the update of a previous step: gathering weights of other ranks has begun
         assembly.weights.start()
@@ -158,8 +160,9 @@ class _AbsentPeers:
     """
 
     def __init__(self, recorder: StepRecorder, config: TrainConfig, mesh: Mesh) -> None:
-        sequence = config.model.seq_len // (mesh.tp_size if config.parallel.sequence_parallel else 1)
-        shape = (sequence, config.training.microbatch_size, config.model.hidden_size)
+        rows = partition_of(config, AttentionMask()).sizes[mesh.cp_rank]
+        rows //= mesh.tp_size if config.parallel.sequence_parallel else 1
+        shape = (rows, config.training.microbatch_size, config.model.hidden_size)
         self._recorder = recorder
         self._header = encode_header([TensorSpec(shape, DTYPES[config.training.dtype], True)])
 

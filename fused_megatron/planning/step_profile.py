@@ -22,9 +22,6 @@ LOSS, WORKSPACE, OTHER = "loss", "workspace", "batch and buffers"
 KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, MESSAGES, GATHERED, LOSS, WORKSPACE, OTHER)
 """Kinds of memory, in the order of a report."""
 
-# Without sharded gradients a step uses this axis once: sums in the last backward, weights in the first forward.
-DATA = "dp"
-
 DEFERRED = "weight gradients put off"
 """Layer of the memory that an INPUT_GRAD keeps for its WEIGHT_GRAD."""
 
@@ -163,7 +160,7 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
         actions[key_of(action, recorded, recorded)] = _profile(
             (event for event in group if not _is_received(event)), kinds
         )
-    once, reductions, sizes = Counter[Work](), Counter[Work](), step.assembly.mesh.sizes
+    once, reductions = Counter[Work](), Counter[Work]()
     # Every microbatch reduces sharded gradients and gathers sharded weights.
     every_microbatch = step.assembly.plan.reduce_each_microbatch
     for (phase, action), work in step.recorder.work.items():
@@ -171,7 +168,8 @@ def profile_of(step: RecordedStep, num_microbatches: int) -> StepProfile:
             continue
         again = action is not None and action.kind in OF_MICROBATCH
         for done, number in work.items():
-            over_replicas = axes_of(done.group, sizes) == DATA
+            # Without sharded gradients a step does this once: sums in the last backward, weights in the first forward.
+            over_replicas = done.of_replicas
             if action is not None and again and done.kind != "receive" and (every_microbatch or not over_replicas):
                 actions.setdefault(key_of(action, recorded, recorded), Profile()).work.setdefault(done, number)
             elif every_microbatch and over_replicas and action is not None:
@@ -209,9 +207,9 @@ def transfers_of(work: Mapping[Work, int], sizes: Mapping[str, int]) -> dict[tup
 
 
 def axes_of(ranks: Sequence[int], sizes: Mapping[str, int]) -> str:
-    """Return the mesh axes along which the ranks of a group differ: "tp", "pp", "dp", or several joined by "+"."""
+    """Return the mesh axes along which the ranks of a group differ: "tp", "pp", "dp", "cp", or several, as "dp+cp"."""
     found = [coordinates(rank, sizes) for rank in ranks]
-    return "+".join(axis for axis in ("tp", "pp", "dp") if len({each[axis] for each in found}) > 1)
+    return "+".join(axis for axis in ("tp", "pp", "dp", "cp") if len({each[axis] for each in found}) > 1)
 
 
 def _is_received(event: Event) -> bool:

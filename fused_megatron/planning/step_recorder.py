@@ -49,7 +49,7 @@ LOSS_LAYER, OWN_LAYER = "loss", "embedding"
 """Layer of the loss's tensors, and of a stage's tensors outside of its layers: positions, masks, rotary tables."""
 RECEIVED, HEADER, GATHERED_ROWS, REDUCED_ROWS = "received", "header", "gathered", "reduced"
 """Labels in place of a layer: a message from another stage, the header with its shapes, and weights and gradients that
-data-parallel ranks send each other."""
+ranks with the same weights send each other."""
 
 
 class Place(NamedTuple):
@@ -73,11 +73,13 @@ class Work(NamedTuple):
         what: "flops" or "host_syncs"; "calls" or "bytes" of a transfer.
         kind: kind of the transfer, as in record_communication; otherwise "".
         group: global ranks of the transfer; otherwise ().
+        of_replicas: whether the transfer brings weights or gradients to ranks with the same weights.
     """
 
     what: str
     kind: str = ""
     group: tuple[int, ...] = ()
+    of_replicas: bool = False
 
 
 class StepRecorder(TorchDispatchMode):
@@ -94,7 +96,7 @@ class StepRecorder(TorchDispatchMode):
     Attributes:
         storages: log of all storages.
         work: counts by (phase, action).
-        replicas: groups of data-parallel global ranks, which send each other weights and gradients.
+        replicas: groups of global ranks with the same weights, which send each other weights and gradients.
     """
 
     def __init__(self, fake: bool) -> None:
@@ -191,12 +193,13 @@ class StepRecorder(TorchDispatchMode):
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
-        if found.group in self.replicas:
+        of_replicas = found.group in self.replicas and not _attends()
+        if of_replicas:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, torch.Tensor):
                     self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)
-        self._count(Work("calls", found.kind, found.group), 1)
-        self._count(Work("bytes", found.kind, found.group), found.num_bytes)
+        self._count(Work("calls", found.kind, found.group, of_replicas), 1)
+        self._count(Work("bytes", found.kind, found.group, of_replicas), found.num_bytes)
 
     def _read(self, tensor: torch.Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
@@ -240,6 +243,16 @@ def _function_of_the_package() -> tuple[str, str]:
             return path, frame.f_code.co_name
         frame = frame.f_back
     return "", ""
+
+
+def _attends() -> bool:
+    """Return whether context-parallel attention is running: its group may also be the group of the replicas."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if "fused_megatron/context_parallel/" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _waits_for_copy(source: torch.Tensor, result: torch.Tensor, keywords: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ def find_drift(
 
     Args:
         parameters: this rank's parameters, by their names in the full model.
-        replicas: ranks that hold the same parts of every parameter (data-parallel ranks).
+        replicas: ranks that hold the same parts of every parameter (data- and context-parallel ranks).
         others: groups in which several ranks hold some of the parts (tensor-parallel ranks, the stages of tied
             weights).
         own: the rows of each parameter that this rank holds, by the same names; None: whole parameters.

@@ -18,11 +18,13 @@ from fused_megatron.config import (
     TrainingConfig,
     TransformerConfig,
 )
+from fused_megatron.testing import context_parallel_plants as context
 from fused_megatron.testing import fault_plants as plants
 from fused_megatron.testing import modules_in_shards as modules
 
 TENSOR, SEQUENCE, OVERLAP = "tensor parallel", "sequence parallel", "overlap"
-PIPELINE, DATA, MICROBATCHES, RECOMPUTATION = "pipeline parallel", "data parallel", "microbatches", "recomputation"
+PIPELINE, CONTEXT, DATA = "pipeline parallel", "context parallel", "data parallel"
+MICROBATCHES, RECOMPUTATION = "microbatches", "recomputation"
 
 _DROPOUT = {"hidden_dropout": 0.1, "embedding_dropout": 0.1}
 
@@ -71,6 +73,7 @@ def _gpt(**forms: Any) -> GPTConfig:
 _TP = {"tensor_parallel_size": 2}
 _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_parallel_size": 2}
+_CP = {"context_parallel_size": 2}
 _DP = {"data_parallel_size": 2}
 
 
@@ -145,6 +148,22 @@ FAULTS = (
         r"^gradient of blocks\.1\.",
         _DP,
         _gpt(recompute="full", **_DROPOUT),
+    ),
+    _fault(context.divided_by_own_targets, CONTEXT, "^loss of step 1", _CP),
+    _fault(context.positions_counted_by_the_rank, CONTEXT, r"^output of blocks\.0\.attention_norm", _CP),
+    _fault(
+        context.rotated_by_the_position_in_the_rank,
+        CONTEXT,
+        r"^output of blocks\.0\.attention in",
+        _CP,
+        _gpt(position="rotary"),
+    ),
+    _fault(
+        context.dropout_by_the_position_in_the_rank,
+        CONTEXT,
+        r"^output of blocks\.0\.attention_norm",
+        _CP,
+        _gpt(**_DROPOUT),
     ),
     _fault(plants.averaged_over_replicas, DATA, "^gradient of final_norm", _DP),
     _fault(plants.sent_a_microbatch_early, DATA, "^gradient of final_norm", _DP),

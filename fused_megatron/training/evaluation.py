@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data.training_data import TrainingData
-from fused_megatron.mesh import Mesh
-from fused_megatron.pipeline.run.executor import PipelineExecutor
 
 
 @dataclass(frozen=True)
@@ -29,42 +28,35 @@ class Evaluation:
         return f"held-out loss {self.validation_loss:.4f} nats per token{bits} over {self.validation_tokens:,} tokens"
 
 
-def evaluate(
-    executor: PipelineExecutor,
-    data: TrainingData,
-    mesh: Mesh,
-    global_batch_size: int,
-    microbatch_size: int,
-    device: torch.device,
-) -> Evaluation:
+def evaluate(assembly: Assembly, data: TrainingData) -> Evaluation:
     """Compute the mean loss over the held-out samples, the same in every layout.
 
+    A batch has the samples of a training step, so that the schedule fits.
+
     Args:
-        executor: runs this rank's stages, which must be in evaluation mode.
+        assembly: of this rank; its stages must be in evaluation mode.
         data: source of the held-out samples.
-        mesh: its data-parallel ranks share the samples.
-        global_batch_size: samples of a batch over all data-parallel ranks; the size of a training step's batch, so that
-            the schedule fits.
-        microbatch_size: samples that a rank computes at once.
-        device: of the stages.
 
     Communication:
-        As PipelineExecutor.evaluate, and one all-reduce of 24 bytes over the data-parallel group.
+        As PipelineExecutor.evaluate, and one all-reduce of 24 bytes over the data- and context-parallel ranks.
     """
+    mesh, device = assembly.mesh, assembly.device
+    global_batch_size = assembly.config.training.global_batch_size
     token_bytes = None
     if data.tokenizer is not None and data.masking is None:
         token_bytes = torch.from_numpy(data.tokenizer.token_bytes).to(device)
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for index in range(data.validation.num_batches(global_batch_size)):
         batch = data.validation_batch(index, global_batch_size, mesh.dp_rank, mesh.dp_size)
-        inputs, targets, keywords = batch.microbatches(microbatch_size, device)
+        inputs, targets, keywords = assembly.microbatches.of(batch, device)
         # Every rank of a pipeline has the same loss and counts the same targets.
-        totals[0] += executor.evaluate(inputs, targets, stage_kwargs=keywords)
-        predicted = batch.targets[batch.targets >= 0].to(device)
-        totals[1] += predicted.numel()
-        if token_bytes is not None:
-            totals[2] += token_bytes[predicted].sum()
-    sum_over_ranks_(totals, mesh.dp_group)
+        totals[0] += assembly.executor.evaluate(inputs, targets, stage_kwargs=keywords)
+        for target in targets:
+            predicted = target[target >= 0]
+            totals[1] += predicted.numel()
+            if token_bytes is not None:
+                totals[2] += token_bytes[predicted].sum()
+    sum_over_ranks_(totals, mesh.replicas.group)
     loss_sum, num_tokens, num_bytes = totals.tolist()
     bits = loss_sum / math.log(2) / num_bytes if num_bytes else None
     return Evaluation(loss_sum / max(1.0, num_tokens), bits, int(num_tokens))

@@ -54,7 +54,7 @@ def check_memory(config: TrainConfig, mesh: Mesh, device: torch.device, vocabula
         pool = f"{host} {device}"
         free = float(torch.cuda.mem_get_info(device)[0])
     need = MemoryNeed(pool, memory.weights + memory.gradients + memory.optimizer, free)
-    on_host = checkpoint_copy_bytes(config, memory.num_parameters, mesh.dp_size)
+    on_host = checkpoint_copy_bytes(config, memory.num_parameters, mesh.replicas.size)
     if device.type == "cpu":
         on_host += need.needed_bytes
     with_copy = MemoryNeed(host, on_host, host_free)

@@ -139,7 +139,8 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
     if checkpoint is not None:
         state = on_every_rank(lambda: _state_of_same_run(checkpoint, model_config, trainer.config))
         # In another layout the ranks differ, so their random number generators start anew.
-        rank_tensors = trainer.rank_tensors() if state.get("layout") == trainer.layout() else None
+        same_layout = {"cp": 1, **state.get("layout", {})} == trainer.layout()
+        rank_tensors = trainer.rank_tensors() if same_layout else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
             boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
@@ -219,7 +220,7 @@ def _introduce(trainer: Trainer) -> None:
     trainer.reporter.say(
         f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
-        f"{pipeline} dp={mesh.dp_size}{' sequence parallel' if config.parallel.sequence_parallel else ''}); "
+        f"{pipeline} dp={mesh.dp_size}{config.parallel.sequence_text}); "
         f"run folder {trainer.run_folder.path}"
     )
     if trainer.progress.step >= config.training.num_steps:

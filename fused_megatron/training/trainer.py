@@ -175,7 +175,7 @@ class Trainer:
 
     def layout(self) -> dict[str, int]:
         """Return the size of each mesh axis."""
-        return {"pp": self.mesh.pp_size, "dp": self.mesh.dp_size, "tp": self.mesh.tp_size}
+        return dict(self.mesh.sizes)
 
     def save(self) -> None:
         """Write a checkpoint of the current step, behind the steps that follow or (async_checkpoint=False) at once.
@@ -325,11 +325,8 @@ class Trainer:
         self.reporter.step(step, loss, speed, seconds_left)
 
     def _evaluate(self) -> None:
-        training = self.config.training
         self.model.eval()
-        evaluation = evaluate(
-            self.executor, self.data, self.mesh, training.global_batch_size, training.microbatch_size, self.device
-        )
+        evaluation = evaluate(self._assembly, self.data)
         self.model.train()
         record = {"step": self.progress.step, **dataclasses.asdict(evaluation)}
         if self.mesh.rank == 0:

@@ -32,8 +32,6 @@ def test_masks_without_documents():
     mask = make_context_mask(2, 3, 3, mask_function=plain, attention_mask=padding)
     assert mask.causal and mask.documents is None and torch.equal(mask.padding, ~padding)
     assert make_context_mask(1, 3, 3, mask_function=plain, attention_mask=padding[1:]).padding is None
-    window = masking_utils.sliding_window_causal_mask_function(1)
-    assert make_context_mask(2, 3, 3, mask_function=window, local_size=1).documents is None
     assert not make_context_mask(2, 3, 3, mask_function=masking_utils.bidirectional_mask_function).causal
 
 
@@ -58,6 +56,11 @@ def chunks(sample, head, query, key):
         (strided, {}, "query .* sees other keys"),
         (masking_utils.sliding_window_causal_mask_function(3), {}, "query .* sees other keys"),
         (masking_utils.sliding_window_bidirectional_mask_function(3), {"local_size": 3}, "query .* sees other keys"),
+        (
+            masking_utils.sliding_window_causal_mask_function(1),
+            {"local_size": 1},
+            "sliding_window=1 must be at least 2",
+        ),
         (chunks, {"device": "meta"}, "attention in chunks of 1000 positions"),
         (masking_utils.causal_mask_function, {"kv_length": 20}, "20 keys for 12 queries"),
         (masking_utils.causal_mask_function, {"q_offset": 3}, "no cache may hold tokens"),

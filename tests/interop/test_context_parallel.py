@@ -266,6 +266,30 @@ def refused(rank, world_size):
         model(torch.full((1, 8), rank + 3))
 
 
+def shared_weights(rank, world_size):
+    """ZeRO stage 3 over the same ranks, packed documents; then autocast."""
+    mesh = fm.init_mesh(context_parallel_size=world_size)
+    original, model = built("qwen3"), fm.parallelize(built("qwen3"), mesh)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = model(**batch("packed")).loss, original(**batch("packed")).loss
+    assert_near("autocast", ours.detach(), theirs.detach(), 1e-4)
+    model = fm.shard_data_parallel(model, mesh, zero_stage=3)
+    steps = fm.ShardedOptimizer(model, torch.optim.SGD, lr=0.5), torch.optim.SGD(original.parameters(), lr=0.5)
+    losses = []
+    for one, optimizer in zip((model, original), steps, strict=True):
+        for seq_len in (13, 14, 15):
+            loss = one(**batch("packed", seq_len)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[:3] == pytest.approx(losses[3:], rel=1e-5) and losses[0] > losses[2] + 0.5
+
+
+def test_shared_weights_and_autocast():
+    run_on_ranks(shared_weights, 2)
+
+
 def test_calls_of_a_context_parallel_model():
     run_on_ranks(calls_of_a_model, 2)
 

@@ -201,7 +201,7 @@ def packed_documents(rank, world_size, families):
 
 
 def test_documents_that_restart_their_position_ids():
-    run_on_ranks(packed_documents, 2, ["gpt2", "mistral", "qwen3"], timeout_s=400)
+    run_on_ranks(packed_documents, 2, ["gpt2", "mistral"], timeout_s=400)
 
 
 def lower_precisions_and_copies(rank, world_size):

@@ -383,11 +383,12 @@ def test_positions_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("form", [LLAMA, {"position": "rotary"}], ids=["llama", "one product"])
 def test_packed_tokens_are_rotated_without_a_copy(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, products = [], []
+    seen, used, products = [], [], []
     original = ops.rotary_embedding
 
     def watched(query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor) -> Any:
         seen.extend([query, key])
+        used.extend(tables)
         return original(query, key, *tables)
 
     monkeypatch.setattr(ops, "rotary_embedding", watched)
@@ -401,6 +402,12 @@ def test_packed_tokens_are_rotated_without_a_copy(form: dict[str, Any], monkeypa
     assert len(seen) == 4 and all(x.shape[:2] == (BATCH * SEQ_LEN, 1) for x in seen)
     assert [x.untyped_storage().data_ptr() for x in seen[::2]] == products
     assert [x.untyped_storage().data_ptr() for x in seen[1::2]] == products
+    # Rotation depends on distances only, so a wrong start of the positions would hardly show in the loss.
+    pairs = used[0].shape[1]
+    positions = packed(slice(0, BATCH))["positions"].t().reshape(-1, 1)
+    angles = positions * 10000.0 ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    torch.testing.assert_close(used[0], angles.cos().float())
+    torch.testing.assert_close(used[1], angles.sin().float())
 
 
 def test_sequence_longer_than_positions() -> None:

@@ -161,7 +161,7 @@ MUTATIONS = (
         "fused_megatron/models/stack.py",
         "rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)",
         "rotary_tables(sequence, self.config, device=x.device, dtype=dtype)",
-        ("tests/models/test_gpt.py::test_float64_model_is_exact",),
+        ("tests/models/test_gpt.py::test_packed_tokens_are_rotated_without_a_copy",),
     ),
     Mutation(
         "the position embedding ignores the positions of documents",
@@ -279,10 +279,10 @@ MUTATIONS = (
         (f"{_CONTEXT_MODELS}::test_two_ranks",),
     ),
     Mutation(
-        "sums over two axes leave a parameter in the wrong order",
+        "the sum over a second axis replaces the sum over the first",
         "fused_megatron/interop/summed_parameters.py",
-        "always_call=True, prepend=True",
-        "always_call=True",
+        "tuple(getattr(self.owner, name) for name in self.names)",
+        "tuple(self.owner._parameters[name] for name in self.names)",
         (f"{_CONTEXT_MODELS}::test_tensor_and_context_parallel_ranks",),
     ),
     Mutation(
@@ -350,10 +350,10 @@ MUTATIONS = (
     ),
     # Context parallelism.
     Mutation(
-        "a ring's member takes the keys of hop 1 in every hop",
+        "queries have the positions of a rank's rows, not of the sequence",
         "fused_megatron/context_parallel/attention_plan.py",
-        "source, target = (me - step) % count, (me + step) % count",
-        "source, target = (me - min(step, 1)) % count, (me + step) % count",
+        "tiles=visibility.tiles(partition.layouts[rank].ranges, ((0, partition.seq_len),)),",
+        "tiles=visibility.tiles(((0, partition.sizes[rank]),), ((0, partition.seq_len),)),",
         _CONTEXT,
     ),
     Mutation(

@@ -33,6 +33,8 @@ def config_of(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    cp: int = 1,
+    method: str = "ring",
     sp: bool = False,
     schedule: str | None = None,
     stages: int | None = None,
@@ -48,6 +50,8 @@ def config_of(
         tensor_parallel_size=tp,
         pipeline_parallel_size=pp,
         data_parallel_size=dp,
+        context_parallel_size=cp,
+        context_parallel_method=method,
         sequence_parallel=sp,
         schedule=schedule,
         stages_per_rank=stages,
@@ -100,6 +104,7 @@ FAST = [
     config_of(tp=2, sp=True, recompute="selective", dtype="bfloat16"),
     config_of(pp=2, schedule="interleaved_1f1b", stages=2, microbatches=5),
     config_of(dp=2, tied_embeddings=False, **LLAMA),
+    config_of(cp=2, recompute="selective", **LLAMA),
 ]
 
 
@@ -149,6 +154,20 @@ def test_a_dry_rank_holds_computes_and_sends_what_a_real_one_does() -> None:
 @pytest.mark.slow
 def test_random_layouts() -> None:
     compare(random_layouts(20))
+
+
+@pytest.mark.slow
+def test_context_parallel_layouts() -> None:
+    compare(
+        [
+            config_of(cp=4, zero=3, **LLAMA),
+            config_of(cp=4, method="all_to_all+ring", recompute="full"),
+            config_of(cp=2, method="all_gather", tp=2, sp=True, attention_dropout=0.1),
+            config_of(cp=2, method="all_to_all", pp=2, schedule="zb_h1"),
+            config_of(cp=2, dp=2, zero=2, dtype="bfloat16"),
+            config_of(cp=3, seq_len=31, sliding_window=7, **LLAMA),
+        ]
+    )
 
 
 @pytest.mark.slow

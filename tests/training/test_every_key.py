@@ -371,16 +371,16 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         return config, build_mesh(config), plan_pipeline(config)
 
     found: dict[str, Any] = {}
-    for name in ("tensor", "pipeline", "data"):
+    for name in ("tensor", "pipeline", "data", "context"):
         sizes = {} if name != "data" else {"tensor_parallel_size": 2}
         _, mesh, _ = made(**sizes, **{f"{name}_parallel_size": 2})
-        found[f"{name}_parallel_size"] = mesh.tp_size, mesh.pp_size, mesh.dp_size
+        found[f"{name}_parallel_size"] = mesh.tp_size, mesh.pp_size, mesh.cp_size, mesh.dp_size
     changes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
     found["stages_per_rank"] = made(**changes, stages_per_rank=1)[2].num_stages
     config, _, plan = made(**changes, schedule="gpipe", pipeline_cut=(2, 0))
     found["schedule"] = plan.schedule(2).name
     found["pipeline_cut"] = [len(range(span.start, span.stop)) for span in stage_spans(config, plan)]
-    for key, value in (("sequence_parallel", True), ("overlap", 2)):
+    for key, value in (("sequence_parallel", True), ("overlap", 2), ("context_parallel_method", "all_gather")):
         config, mesh, plan = made(tensor_parallel_size=4, **{key: value})
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
         found[key] = getattr(next(iter(stages.stages.values())).layout, key)
@@ -397,9 +397,11 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 def test_keys_of_the_layout(folder: Path) -> None:
     expected = {
-        "tensor_parallel_size": (2, 1, 2),
-        "pipeline_parallel_size": (1, 2, 2),
-        "data_parallel_size": (2, 1, 2),
+        "tensor_parallel_size": (2, 1, 1, 2),
+        "pipeline_parallel_size": (1, 2, 1, 2),
+        "data_parallel_size": (2, 1, 1, 2),
+        "context_parallel_size": (1, 1, 2, 2),
+        "context_parallel_method": "all_gather",
         "stages_per_rank": 2,
         "schedule": "gpipe",
         "pipeline_cut": [2, 0],

@@ -6,9 +6,9 @@ from dataclasses import replace
 from fused_megatron.config import ParallelConfig, TrainConfig
 
 MICROBATCHES, RECOMPUTE, TENSOR, SEQUENCE = "microbatches", "recomputation", "tensor parallel", "sequence parallel"
-OVERLAP, PIPELINE, DATA = "overlap", "pipeline parallel", "data parallel"
+OVERLAP, PIPELINE, CONTEXT, DATA = "overlap", "pipeline parallel", "context parallel", "data parallel"
 
-AXES = {"tp": TENSOR, "pp": PIPELINE, "dp": DATA}
+AXES = {"tp": TENSOR, "pp": PIPELINE, "cp": CONTEXT, "dp": DATA}
 """Axes of the mesh, with their names in a report."""
 
 # Each part, with the parts that must be in use for it to have an effect.
@@ -19,6 +19,7 @@ NEEDS = {
     SEQUENCE: (TENSOR,),
     OVERLAP: (TENSOR,),
     PIPELINE: (),
+    CONTEXT: (),
     DATA: (),
 }
 
@@ -36,6 +37,7 @@ def parts_of(config: TrainConfig) -> tuple[str, ...]:
         PIPELINE: parallel.pipeline_parallel_size > 1
         or (parallel.stages_per_rank or 1) > 1
         or parallel.schedule is not None,
+        CONTEXT: parallel.context_parallel_size > 1,
         DATA: replicas > 1,
     }
     return tuple(part for part in NEEDS if used[part])
@@ -55,14 +57,26 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
         parallel = replace(parallel, overlap=False)
     if PIPELINE not in parts:
         parallel = replace(parallel, pipeline_parallel_size=1, stages_per_rank=None, schedule=None, pipeline_cut=None)
-    if DATA not in parts:
-        parallel = replace(parallel, data_parallel_size=1, zero_stage=None, zero_shard_size=None, zero_gather="block")
+    parallel = _with_replicas(parallel, parts)
     if MICROBATCHES not in parts:
         per_replica = training.global_batch_size // (parallel.data_parallel_size or 1)
         training = replace(training, microbatch_size=per_replica)
     if RECOMPUTE not in parts:
         model = replace(model, recompute="none")
     return replace(config, parallel=parallel, training=training, model=model)
+
+
+def _with_replicas(parallel: ParallelConfig, parts: Collection[str]) -> ParallelConfig:
+    """Return the layout with the replicas of these parts. ZeRO is a part of data parallelism, if that is in use."""
+    has_data = (parallel.data_parallel_size or 1) > 1
+    ranks = parallel.context_parallel_size if CONTEXT in parts else 1
+    if DATA not in parts and (has_data or ranks == 1):
+        stage = None if ranks == 1 else 0
+        parallel = replace(parallel, zero_stage=stage, zero_shard_size=None, zero_gather="block")
+    size = parallel.data_parallel_size if DATA in parts else 1
+    if parallel.zero_shard_size is not None and (size or 1) * ranks % parallel.zero_shard_size:
+        parallel = replace(parallel, zero_shard_size=None)
+    return replace(parallel, data_parallel_size=size, context_parallel_size=ranks)
 
 
 def describe_layout(config: TrainConfig) -> str:
@@ -75,6 +89,9 @@ def describe_layout(config: TrainConfig) -> str:
     if PIPELINE in parts:
         stages = f", {parallel.stages_per_rank} stages a rank" if (parallel.stages_per_rank or 1) > 1 else ""
         words.append(f"pp {parallel.pipeline_parallel_size} ({parallel.schedule}{stages})")
+    if CONTEXT in parts:
+        zero = "" if DATA in parts else _zero(parallel)
+        words.append(f"cp {parallel.context_parallel_size} ({parallel.context_parallel_method}){zero}")
     if DATA in parts:
         words.append(f"dp {parallel.data_parallel_size}{_zero(parallel)}")
     rest = [part for part in parts if part in (MICROBATCHES, RECOMPUTE, OVERLAP)]

@@ -31,7 +31,7 @@ from fused_megatron.planning.verify.records import (
     as_array,
     shard_places,
 )
-from fused_megatron.sharding import full_shape
+from fused_megatron.sharding import SequenceLayout, full_shape
 from fused_megatron.sharding.gradient_norm import clip_coefficient
 
 NUM_UPDATES = 3
@@ -99,7 +99,8 @@ def move_vectors_(parameters: Mapping[str, nn.Parameter]) -> None:
 def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
     """Return this data-parallel rank's rows of a random global batch, and the number of targets in all rows.
 
-    Ignored targets are spread unevenly over samples, and so over microbatches and ranks. One sample has no target.
+    Ignored targets are spread unevenly over samples and positions, and so over microbatches and ranks. One sample has
+    no target.
     With data.mask_documents, documents of 5 tokens on average start at random.
     """
     model, rows = config.model, config.training.global_batch_size
@@ -108,6 +109,8 @@ def batch_of(config: TrainConfig, step: int, mesh: Mesh) -> tuple[Batch, int]:
     assert model.vocab_size is not None
     inputs, targets = (torch.randint(model.vocab_size, shape, generator=generator) for _ in range(2))
     ignored_share = 0.1 + 0.8 * torch.arange(rows).unsqueeze(1) / rows
+    # Falls by a convex curve: the first positions together with the last ignore more than the middle.
+    ignored_share = ignored_share * (0.8 + 0.5 * (1 - torch.arange(model.seq_len) / model.seq_len) ** 3)
     ignored = torch.rand(shape, generator=generator) < ignored_share
     ignored[rows // 2 - 1] = True
     is_padding = None
@@ -134,8 +137,8 @@ class _OutputHooks:
     def __init__(
         self, record: RankRecord, stages: Mapping[int, TransformerStack], config: TrainConfig, mesh: Mesh
     ) -> None:
-        self._record, self._tp_rank = record, mesh.tp_rank
-        self._seq_len = config.model.seq_len
+        self._record, self._mesh = record, mesh
+        self._sequence = self._whole = SequenceLayout.whole(config.model.seq_len)
         self._first_sample = 0
         self._done: set[tuple[str, int]] = set()
         self._handles: list[Any] = []
@@ -152,6 +155,8 @@ class _OutputHooks:
 
     def _begin(self, stage: nn.Module, inputs: Any, keywords: Mapping[str, Any]) -> None:
         self._first_sample = keywords["batch_slice"].first_sample
+        partition = keywords.get("partition")
+        self._sequence = self._whole if partition is None else partition.layouts[self._mesh.cp_rank]
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if (name, self._first_sample) in self._done:  # backward computes it again
@@ -159,13 +164,14 @@ class _OutputHooks:
         self._done.add((name, self._first_sample))
         output, _ = split_auxiliary_loss(output)
         y = output[0] if isinstance(output, tuple) else output  # the bias of a layer is added later
-        first = self._tp_rank * y.shape[0] if y.shape[0] < self._seq_len else 0
-        place = (
-            (first, first + y.shape[0]),
-            (self._first_sample, self._first_sample + y.shape[1]),
-            (0, y.shape[2]),
-        )
-        self._record.add(Key(OUTPUT, 1, name), Piece(as_array(y), place))
+        sequence = self._sequence
+        if y.shape[0] < sequence.num_positions:
+            sequence = sequence.block(self._mesh.tp_rank, self._mesh.tp_size)
+        samples = (self._first_sample, self._first_sample + y.shape[1])
+        for rows, start in sequence.runs:
+            part = y[rows]
+            place = ((start, start + part.shape[0]), samples, (0, y.shape[2]))
+            self._record.add(Key(OUTPUT, 1, name), Piece(as_array(part), place))
 
 
 def _is_seen(name: str) -> bool:

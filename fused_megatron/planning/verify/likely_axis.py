@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fused_megatron.planning.verify.layout_parts import (
+    CONTEXT,
     DATA,
     MICROBATCHES,
     NEEDS,
@@ -60,7 +61,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
             right.append(part)
     if wrong:
         return Cause(tuple(wrong), False, tuple(right))
-    mains = [part for part in (RECOMPUTE, TENSOR, PIPELINE, DATA) if part in parts]
+    mains = [part for part in (RECOMPUTE, TENSOR, PIPELINE, CONTEXT, DATA) if part in parts]
     if len(mains) > 2:
         for pair in itertools.combinations(mains, 2):
             if differs(_ordered({each for part in pair for each in _family(part, parts)}, parts)):

@@ -39,7 +39,12 @@ def axes_in_use(config: TrainConfig) -> tuple[str, ...]:
     num_microbatches = training.global_batch_size // training.microbatch_size
     replicas = parallel.data_parallel_size or (2 if num_microbatches % 2 == 0 else 1)
     pipeline = max(parallel.pipeline_parallel_size, plan_pipeline(config).num_stages)
-    sizes = {"tp": parallel.tensor_parallel_size, "pp": pipeline, "dp": replicas}
+    sizes = {
+        "tp": parallel.tensor_parallel_size,
+        "pp": pipeline,
+        "cp": parallel.context_parallel_size,
+        "dp": replicas,
+    }
     return tuple(axis for axis in AXES if sizes[axis] > 1)
 
 
@@ -48,8 +53,8 @@ def reduce_config(config: TrainConfig, axes: tuple[str, ...], dtype: str = "floa
 
     It keeps the forms of the model (family, activation, norms, positions, biases, tied embedding, dropout, window), the
     ratios of heads, key-value heads and width, whether the vocabulary is padded, whether all stages hold the same
-    number of blocks, recomputation, schedule, stages a rank, sequence parallelism, weight decay, and whether gradients
-    are clipped.
+    number of blocks, recomputation, schedule, stages a rank, sequence parallelism, the method of context parallelism,
+    weight decay, and whether gradients are clipped.
 
     Args:
         config: any config of `fused-megatron train`.
@@ -65,7 +70,7 @@ def reduce_config(config: TrainConfig, axes: tuple[str, ...], dtype: str = "floa
     sizes = _axis_sizes(config, axes)
     parallel = _reduced_parallel(config, sizes)
     stages = sizes["pp"] * (parallel.stages_per_rank or 1)
-    model = _reduced_model(config, sizes["tp"], "tp" in axes, stages, parallel.pipeline_cut)
+    model = _reduced_model(config, parallel, "tp" in axes, stages)
     # More microbatches than pipeline ranks, so that the pipeline also reaches a steady state.
     num_microbatches = max(2, sizes["pp"] + 1)
     size = min(MICROBATCH_SIZE, config.training.microbatch_size)
@@ -87,17 +92,19 @@ def _axis_sizes(config: TrainConfig, axes: tuple[str, ...]) -> dict[str, int]:
     if "pp" in axes and parallel.pipeline_parallel_size == 1:
         sizes["pp"] = 1  # several stages on one rank
     spare = MOST_RANKS // math.prod(sizes.values())
-    if "dp" in axes and (parallel.zero_shard_size or 1) > 1 and spare >= 2:
+    if "dp" in axes and (parallel.zero_shard_size or 1) > 1 and sizes["cp"] == 1 and spare >= 2:
         sizes["dp"] = 4  # two replicas share the state, and two others repeat it
     elif "tp" in axes and 1 < kv_heads < parallel.tensor_parallel_size and spare >= 2:
         sizes["tp"] = 4  # some ranks, not all, hold the same key-value head
+    elif sizes["cp"] == 2 and parallel.context_parallel_size > 2 and spare >= 2:
+        sizes["cp"] = 4  # keys and values of more than one other rank
     elif sizes["pp"] == 2 and parallel.pipeline_parallel_size > 2 and spare >= 2:
         sizes["pp"] = 3  # a rank with neither embedding nor head
     return sizes
 
 
 def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelConfig:
-    parallel, plan = config.parallel, plan_pipeline(config)
+    parallel, plan, replicas = config.parallel, plan_pipeline(config), sizes["cp"] * sizes["dp"]
     per_rank = min(3, plan.num_stages // parallel.pipeline_parallel_size)
     pipeline: dict[str, Any] = {"schedule": None, "stages_per_rank": None, "pipeline_cut": None}
     if sizes["pp"] > 1 or (parallel.pipeline_parallel_size == 1 and plan.num_stages > 1):
@@ -108,8 +115,9 @@ def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelCon
         parallel,
         tensor_parallel_size=sizes["tp"],
         pipeline_parallel_size=sizes["pp"],
+        context_parallel_size=sizes["cp"],
         data_parallel_size=sizes["dp"],
-        zero_shard_size=None if parallel.zero_shard_size is None else min(parallel.zero_shard_size, 2, sizes["dp"]),
+        zero_shard_size=None if parallel.zero_shard_size is None else min(parallel.zero_shard_size, 2, replicas),
         sequence_parallel=parallel.sequence_parallel and sizes["tp"] > 1,
         overlap=CHUNKS if parallel.overlap is True else parallel.overlap,
         timeout_s=min(parallel.timeout_s, 60.0),
@@ -123,11 +131,11 @@ def _reduced_cut(cut: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     return tuple(min(blocks, 2) for blocks in kept)
 
 
-def _reduced_model(
-    config: TrainConfig, tp_size: int, keeps_tp: bool, num_stages: int, cut: tuple[int, ...] | None
-) -> TransformerConfig:
-    model = config.model
-    heads, kv_heads = _reduced_heads(model, config.parallel.tensor_parallel_size if keeps_tp else 1, tp_size)
+def _reduced_model(config: TrainConfig, parallel: ParallelConfig, keeps_tp: bool, num_stages: int) -> TransformerConfig:
+    """Return the model for the reduced layout."""
+    model, tp_size = config.model, parallel.tensor_parallel_size
+    multiple = tp_size * (parallel.context_parallel_size if "all_to_all" in parallel.context_parallel_method else 1)
+    heads, kv_heads = _reduced_heads(model, config.parallel.tensor_parallel_size if keeps_tp else 1, tp_size, multiple)
     head_size = 8 if model.rotary_fraction >= 0.5 else 16  # at least two pairs are rotated
     hidden_size = heads * head_size
     if model.head_dim is not None:
@@ -139,7 +147,7 @@ def _reduced_model(
     window, original = model.sliding_window, model.rotary_original_seq_len
     return replace(
         model,
-        num_layers=_reduced_layers(config, num_stages, cut),
+        num_layers=_reduced_layers(config, num_stages, parallel.pipeline_cut),
         hidden_size=hidden_size,
         num_heads=heads,
         num_kv_heads=None if model.num_kv_heads is None else kv_heads,
@@ -153,14 +161,17 @@ def _reduced_model(
     )
 
 
-def _reduced_heads(model: TransformerConfig, full_tp_size: int, tp_size: int) -> tuple[int, int]:
-    """Return heads and key-value heads; a rank has one key-value head, has several, or shares one as in the config."""
+def _reduced_heads(model: TransformerConfig, full_tp_size: int, tp_size: int, multiple: int) -> tuple[int, int]:
+    """Return heads and key-value heads; a rank has one key-value head, has several, or shares one as in the config.
+
+    The number of heads is a multiple of `multiple`.
+    """
     groups, ratio = model.kv_heads, min(4, model.num_heads // model.kv_heads)
     if groups % full_tp_size == 0:
         kv_heads = tp_size * min(2, groups // full_tp_size)
     else:
         kv_heads = tp_size // 2
-    while kv_heads * ratio % tp_size:
+    while kv_heads * ratio % multiple:
         ratio += 1
     return kv_heads * ratio, kv_heads
 

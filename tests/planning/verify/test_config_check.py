@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.config import DataConfig, GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.planning.verify.config_check import verify_config
 from fused_megatron.planning.verify.layout_run import batch_of, run_layout
@@ -128,3 +129,14 @@ def test_targets_that_count_are_spread_unevenly_over_ranks_and_microbatches() ->
     whole.dp_size = 1
     everything, _ = batch_of(dataclasses.replace(small), 0, whole)
     assert torch.equal(everything.inputs, torch.cat([one.inputs, other.inputs]))
+
+
+def test_documents_of_a_reduced_config() -> None:
+    config = dataclasses.replace(config_of({}), data=DataConfig(mask_documents=True))
+    place: Any = SimpleNamespace(dp_size=1, dp_rank=0)
+    batch, total = batch_of(reduce_config(config, axes_in_use(config)), 0, place)
+    starts, positions = batch.document_starts, batch.positions
+    assert starts is not None and positions is not None
+    assert starts[:, 0].all() and 0.1 < starts.float().mean() < 0.4
+    assert torch.equal(positions == 0, starts)
+    assert (batch.targets[:, :-1][starts[:, 1:]] == -100).all() and (batch.targets != -100).sum() == total
