@@ -152,7 +152,6 @@ class _Trial:
     calls: list[_Call] = field(default_factory=list)
     refused: str = ""
     _layer: str = ""
-    _names: dict[nn.Module, str] = field(default_factory=dict)
 
     def change(self, twin: nn.Module) -> None:
         """Let a copy of the model on the meta device report to this trial."""

@@ -283,7 +283,14 @@ MUTATIONS = (
         "fused_megatron/interop/summed_parameters.py",
         "tuple(getattr(self.owner, name) for name in self.names)",
         "tuple(self.owner._parameters[name] for name in self.names)",
-        (f"{_CONTEXT_MODELS}::test_tensor_and_context_parallel_ranks",),
+        ("tests/interop/test_summed_parameters.py",),
+    ),
+    Mutation(
+        "the second sum leaves its tensor in the module",
+        "fused_megatron/interop/summed_parameters.py",
+        "always_call=True, prepend=True",
+        "always_call=True",
+        ("tests/interop/test_summed_parameters.py",),
     ),
     Mutation(
         "rows of ranks are joined in the order of the ranks",
