@@ -94,7 +94,7 @@ def steps_of(rank: int, tokens: int) -> dict[str, Callable[[], None]]:
 
 
 def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
-    join(rank, folder)
+    join(rank, folder, real_time=False)
     for mbit_per_s in options.rates:
         if rank == 0:
             set_rate(HOSTS, mbit_per_s)

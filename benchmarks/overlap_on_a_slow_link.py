@@ -81,7 +81,7 @@ def collectives_of(group: Group, sequence_parallel: bool) -> Callable[[], None]:
 
 
 def run_rank(rank: int, folder: Path, options: argparse.Namespace) -> None:
-    join(rank, folder)
+    join(rank, folder, real_time=True)
     rows = {False: SEQUENCE, True: SEQUENCE // RANKS}
     for mbit_per_s in options.rates:
         if rank == 0:

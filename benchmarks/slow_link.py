@@ -19,8 +19,13 @@ from faults.two_hosts import DEVICE, TwoHosts
 RANKS = 2
 
 
-def join(rank: int, folder: Path) -> None:
-    """Make this process, in its namespace, a gloo rank of one thread whose messages cross the link."""
+def join(rank: int, folder: Path, *, real_time: bool) -> None:
+    """Make this process, in its namespace, a gloo rank of one thread whose messages cross the link.
+
+    real_time: give gloo's threads a real-time priority: a network card does their work without waiting for a free core.
+        Wrong with messages between two ranks: gloo's thread spins while the main thread, which posts them, holds the
+        lock of the connection, and would keep it from the core. The threads get a low niceness then.
+    """
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = DEVICE
     timeout = datetime.timedelta(seconds=30)
@@ -28,15 +33,13 @@ def join(rank: int, folder: Path) -> None:
     os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
     dist.init_process_group("gloo", f"file://{folder}/store", timeout, rank=rank, world_size=RANKS)
     dist.barrier()  # gloo's threads exist from here on
-    _give_threads_priority()
-
-
-def _give_threads_priority() -> None:
-    """Give priority to gloo's threads: a network card does their work without waiting for a free core."""
     for thread in map(int, os.listdir("/proc/self/task")):
         if thread != os.getpid():
             with contextlib.suppress(PermissionError):
-                os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+                if real_time:
+                    os.sched_setscheduler(thread, os.SCHED_FIFO, os.sched_param(1))
+                else:
+                    os.setpriority(os.PRIO_PROCESS, thread, -15)
 
 
 def median_ms(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
