@@ -16,13 +16,16 @@ _SUM_TOLERANCE = 1e-6
 
 
 @contextmanager
-def agreement_of_ranks(model: nn.Module, group: Group, same_weights: bool = True) -> Iterator[None]:
+def agreement_of_ranks(
+    model: nn.Module, group: Group, same_weights: bool = True, axis: str = "tensor-parallel"
+) -> Iterator[None]:
     """Run the block, then raise on every rank if it failed on any rank, or if the ranks have different models.
 
     Args:
         model: the model to compare.
-        group: the tensor-parallel ranks.
+        group: the ranks.
         same_weights: compare the values of the parameters too, not only their names, shapes and dtypes.
+        axis: name of the ranks, for messages.
 
     Raises:
         InputError: on every rank, if models or weights differ. If the block failed on some ranks: on the other ranks,
@@ -46,17 +49,17 @@ def agreement_of_ranks(model: nn.Module, group: Group, same_weights: bool = True
     failed = failed_ranks(outcomes)
     if failed:
         text = outcomes[failed[0]].error
-        raise InputError(f"tensor-parallel ranks {failed} refused this, and nothing was changed: {text}")
+        raise InputError(f"{axis} ranks {failed} refused this, and nothing was changed: {text}")
     different = [rank for rank, outcome in enumerate(outcomes) if outcome.value != outcomes[0].value]
     if different:
         raise InputError(
-            f"model on tensor-parallel ranks {different} has other parameters than on rank 0: build the same on all"
+            f"model on {axis} ranks {different} has other parameters than on rank 0: build the same on all"
         )
     if same_weights:
-        _check_weights(model, group)
+        _check_weights(model, group, axis)
 
 
-def _check_weights(model: nn.Module, group: Group) -> None:
+def _check_weights(model: nn.Module, group: Group, axis: str) -> None:
     names, values = [], []
     for name, parameter in model.named_parameters():
         # torch cannot sum the 8-bit dtypes of quantised models.
@@ -72,6 +75,6 @@ def _check_weights(model: nn.Module, group: Group) -> None:
     if differs.any():
         name = names[int(differs.nonzero()[0])]
         raise InputError(
-            f"{name} has other values on other tensor-parallel ranks (load the same weights on all, or call "
+            f"{name} has other values on other {axis} ranks (load the same weights on all, or call "
             "torch.manual_seed with one seed before building the model)"
         )

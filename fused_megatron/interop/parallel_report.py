@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
+from fused_megatron.interop.context_plan import ContextPlan
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.units import modules_with_own_parameters
 from fused_megatron.modules import Left, Replaced
@@ -21,6 +22,8 @@ class ParallelReport:
         fused: norms and activations that were replaced by fused ones; replicated.
         left: modules with parameters that are unchanged and replicated, each with a reason.
         unused: patterns of the plan that match no module.
+        context_parallel_size: ranks that share each sequence while gradients are recorded.
+        context_parallel: the layers that hold own positions, and how they attend; empty for one rank.
     """
 
     plan: str
@@ -30,11 +33,15 @@ class ParallelReport:
     fused: tuple[Replaced, ...]
     left: tuple[Left, ...]
     unused: tuple[str, ...] = ()
+    context_parallel_size: int = 1
+    context_parallel: str = ""
 
     def __str__(self) -> str:
         blocks = ", activations in blocks of the sequence" if self.sequence_parallel else ""
         first = f"{len(self.sharded)} layers sharded over {self.tensor_parallel_size} ranks by {self.plan}{blocks}"
         lines = [first, *(f"  {one.name}: {one.was} -> {one.now}" for one in self.sharded)]
+        if self.context_parallel:
+            lines += [f"sequences divided over {self.context_parallel_size} ranks: {self.context_parallel}"]
         if self.fused:
             lines += [f"{len(self.fused)} modules fused, whole on every rank"]
             lines += [f"  {one.name}: {one.was} -> {one.now}" for one in self.fused]
@@ -46,7 +53,7 @@ class ParallelReport:
         return "\n".join(lines)
 
 
-def make_report(work: Preparation) -> ParallelReport:
+def make_report(work: Preparation, context: ContextPlan | None = None) -> ParallelReport:
     """Make the report, from a preparation that was not committed yet."""
     reasons = work.kept_whole()
     taken = {replacement.layer.module for replacement in work.replacements}
@@ -78,6 +85,8 @@ def make_report(work: Preparation) -> ParallelReport:
         fused=tuple(exchange.described() for exchange in work.exchanges),
         left=tuple(left),
         unused=work.plan.unused,
+        context_parallel_size=1 if context is None else group_size(context.region.group),
+        context_parallel="" if context is None else context.text,
     )
 
 

@@ -1,7 +1,8 @@
-"""parallelize: sharding of an existing model over tensor-parallel ranks, in place."""
+"""parallelize: sharding of an existing model over tensor- and context-parallel ranks, in place."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
@@ -9,11 +10,14 @@ from torch import nn
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.agreement import agreement_of_ranks
+from fused_megatron.interop.context_plan import plan_context
 from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
+from fused_megatron.interop.random_draws import guard_draws
 from fused_megatron.interop.replacements import cut
 from fused_megatron.interop.saving import guard_saving
+from fused_megatron.interop.shared_inputs import guard_inputs
 from fused_megatron.mesh import Mesh
 from fused_megatron.sharding.replica_shards import replica_shards
 
@@ -29,8 +33,9 @@ def parallelize(
     overlap: bool | int = True,
     gather_logits: bool = True,
     strict: bool = False,
+    context_parallel_method: str = "ring",
 ) -> Model:
-    """Shard a model's layers over the tensor-parallel ranks of a mesh, in place. The weights stay the model's own.
+    """Shard a model over the tensor- and context-parallel ranks of a mesh, in place. The weights stay the model's own.
 
     Linears, the embedding and the head become parallel layers; norms and activations become fused ones. The model
     returns the same as before, on every rank: logits, loss, generated tokens. Each rank's gradients belong to its
@@ -49,12 +54,19 @@ def parallelize(
     full logits. It uses the full logits under torch.compile, or if the model does more to them than reshaping,
     conversion, scaling or a soft cap.
 
+    With an axis cp the layers of a transformers model hold only this rank's positions of each sequence while gradients
+    are recorded; attention exchanges keys and values. Every rank gives the same inputs, whole sequences, and gets the
+    same logits, loss and gradients. This needs a decoder or an encoder whose attention goes through transformers'
+    attention interface (Llama, Mistral, Qwen, Gemma, GPT-2), without dropout in its layers. Padding may be given as
+    attention_mask [B, S], and packed documents as position_ids that start anew (with use_cache=False, as transformers
+    needs it). A forward with gradients returns no cache.
+
     Replicated activations need the same dropout masks on every rank: call torch.manual_seed with one seed on all ranks.
 
     Args:
         model: a torch.nn.Module with the same weights on every rank, on any device. On the meta device the shards stay
             there; fill them with load_pretrained_shards, or with load_full_state_dict after to_empty.
-        mesh: what init_mesh returns, a torch DeviceMesh with an axis "tp", or a process group.
+        mesh: what init_mesh returns, a torch DeviceMesh with an axis "tp" or "cp", or a process group (tp).
         plan: {pattern: style}. A pattern is the end of a module's name, and * is any one part: {"mlp.up": "colwise"}.
         sequence_parallel: between attention and MLP, a rank holds only its block [B, S / R, H] of the activations
             while gradients are recorded. R must divide the sequence length.
@@ -64,36 +76,52 @@ def parallelize(
             another loss use vocab_parallel_cross_entropy.
         strict: raise if a layer with a matrix would be replicated without being planned so: no plan names it, or it
             cannot be sharded.
+        context_parallel_method: "ring", "all_gather", "all_to_all" or "all_to_all+ring", as in
+            context_parallel.context_parallel_attention.
 
     Returns:
         The model, with model.parallel_report (a ParallelReport; print it).
 
     Raises:
         InputError: sizes that R does not divide, an unknown style, a pattern that matches nothing, ranks with different
-            models or weights, a layer that strict refuses. The model is unchanged on every rank.
+            models or weights, a layer that strict refuses; with an axis cp a model that does not fit, or
+            sequence_parallel=True. The model is unchanged on every rank.
         TypeError: model is no module, or mesh is no mesh.
 
     Communication: small all-gathers here. In the model: one all-reduce per attention, MLP and embedding in forward,
-        one per attention, MLP and head in backward, and one all-gather of the logits.
+        one per attention, MLP and head in backward, and one all-gather of the logits. With an axis cp, also that of
+        the method in each attention, an all-gather of the activations [B, S, H] after the last layer and, in backward,
+        before the first; in backward an all-reduce of the gradients of each module of the layers, in float32.
     Memory: old and new weights together, until all shards are made.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
     tp_group = group_of(mesh)
-    with agreement_of_ranks(model, tp_group):
+    cp_group = _context_group_of(mesh)
+    with _agreement_of_axes(model, tp_group, cp_group):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
         if replica_shards(model) is not None:
             raise InputError("model has shared rows already (parallelize before shard_data_parallel)")
+        context = plan_context(model, cp_group, context_parallel_method, group_size(tp_group))
+        if context is not None and sequence_parallel:
+            raise InputError(
+                "sequence_parallel=True with context_parallel_size above 1: the axis cp divides the activations "
+                "already (sequence_parallel=False)"
+            )
         work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
         work.prepare(sequence_parallel)
-        report = make_report(work)
+        report = make_report(work, context)
         refuse_blocked(work)
         if strict:
             refuse_left(report, work)
-    with agreement_of_ranks(model, tp_group, same_weights=False):
+    with _agreement_of_axes(model, tp_group, cp_group, same_weights=False):
         shards = cut(work.replacements, tp_group)
     work.commit(shards)
+    if context is not None:
+        context.install()
+    guard_draws(model)
+    guard_inputs(model)
     guard_saving(model)
     model.parallel_report = report  # type: ignore[assignment]
     if not report.sharded:
@@ -105,16 +133,37 @@ def parallelize(
     return model
 
 
+@contextmanager
+def _agreement_of_axes(model: nn.Module, tp_group: Group, cp_group: Group, same_weights: bool = True) -> Iterator[None]:
+    with (
+        agreement_of_ranks(model, cp_group, same_weights, "context-parallel"),
+        agreement_of_ranks(model, tp_group, same_weights),
+    ):
+        yield
+
+
+def _context_group_of(mesh: Any) -> Group:
+    """Return the context-parallel group of a mesh (ours or torch's); None without this axis."""
+    if isinstance(mesh, Mesh):
+        return mesh["cp"].group
+    if "cp" not in (getattr(mesh, "mesh_dim_names", None) or ()):
+        return None
+    group: Group = mesh["cp"].get_group()
+    return group if group_size(group) > 1 else None
+
+
 def group_of(mesh: Any) -> Group:
     """Return the tensor-parallel group of a mesh (ours or torch's); a process group returns itself.
 
     Raises:
-        InputError: a mesh without an axis "tp", a group without this rank.
+        InputError: a mesh without an axis "tp" or "cp", a group without this rank.
         TypeError: neither a mesh nor a group.
     """
     if isinstance(mesh, Mesh):
         return mesh.tp_group
     names = getattr(mesh, "mesh_dim_names", ())
+    if names and "tp" not in names and "cp" in names:
+        return None
     if names is None or (names and "tp" not in names):
         raise InputError(f"mesh.mesh_dim_names={names} must have 'tp' (fused_megatron.init_mesh makes such a mesh)")
     if names:

@@ -11,11 +11,9 @@ from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
-from fused_megatron.interop.random_draws import guard_draws
 from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
 from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput
-from fused_megatron.interop.shared_inputs import guard_inputs
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
 from fused_megatron.interop.trial import try_shards
@@ -273,8 +271,6 @@ class Preparation:
         if self.stacks:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         guard_answers(self.model, any(self._is_cut_attention(unit) for unit in self.units))
-        guard_draws(self.model, self.tp_group)
-        guard_inputs(self.model, self.tp_group)
         if self.scope is not None:
             self.scope.install(self.model)
         for around, shared in self.shared:

@@ -1,4 +1,4 @@
-"""Checks that all tensor-parallel ranks draw the same random numbers, for sampled tokens and dropout masks."""
+"""Checks that all ranks that share a model draw the same random numbers, for sampled tokens and dropout masks."""
 
 import zlib
 from typing import Any
@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import Group, group_size
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.sharding import parallel_group
+from fused_megatron.interop.context_region import groups_of_axes
 
 
 def check_same_draws(model: nn.Module, what: str) -> None:
@@ -22,17 +21,18 @@ def check_same_draws(model: nn.Module, what: str) -> None:
     Raises:
         InputError: the generators differ.
 
-    Communication: one small all-gather.
+    Communication: one small all-gather for each axis.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    states = gather_json(zlib.crc32(state.numpy().tobytes()), parallel_group(model))
-    different = [rank for rank, other in enumerate(states) if other != states[0]]
-    if different:
-        raise InputError(
-            f"{what}: tensor-parallel ranks {different} would draw other random numbers than rank 0 "
-            "(torch.manual_seed with one seed on all of them)"
-        )
+    for axis, group in groups_of_axes(model).items():
+        states = gather_json(zlib.crc32(state.numpy().tobytes()), group)
+        different = [rank for rank, other in enumerate(states) if other != states[0]]
+        if different:
+            raise InputError(
+                f"{what}: {axis} ranks {different} would draw other random numbers than rank 0 "
+                "(torch.manual_seed with one seed on all of them)"
+            )
 
 
 class SameDropout:
@@ -68,9 +68,9 @@ class Generate:
         return kind.generate(self.model, *args, **options)
 
 
-def guard_draws(model: nn.Module, tp_group: Group) -> None:
-    """Install the checks in a model."""
-    if group_size(tp_group) == 1:
+def guard_draws(model: nn.Module) -> None:
+    """Install the checks in a parallel model."""
+    if not groups_of_axes(model):
         return
     model.register_forward_pre_hook(SameDropout())
     if callable(getattr(type(model), "generate", None)):

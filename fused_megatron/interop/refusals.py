@@ -11,7 +11,7 @@ from fused_megatron.checks import InputError
 @torch.compiler.disable
 def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Pre-hook under sequence parallelism: refuse output_hidden_states, since layers return blocks of the sequence."""
-    if _asks_for(module, kwargs, "output_hidden_states") and torch.is_grad_enabled():
+    if asks_for(module, kwargs, "output_hidden_states") and torch.is_grad_enabled():
         raise InputError(
             "output_hidden_states=True with sequence_parallel=True would return blocks of the sequence "
             "(ask for them under torch.no_grad(), or parallelize with sequence_parallel=False)"
@@ -21,14 +21,15 @@ def refuse_hidden_states(module: nn.Module, args: Any, kwargs: Any) -> None:
 @torch.compiler.disable
 def refuse_attentions(module: nn.Module, args: Any, kwargs: Any) -> None:
     """Pre-hook of a model with sharded attention: refuse output_attentions, since a rank has only its own heads."""
-    if _asks_for(module, kwargs, "output_attentions"):
+    if asks_for(module, kwargs, "output_attentions"):
         raise InputError(
             "output_attentions=True of a parallel model would return the heads of one rank "
             "(plan={.., 'the attention's linears': 'replicate'} keeps attention whole)"
         )
 
 
-def _asks_for(module: nn.Module, kwargs: dict[str, Any], name: str) -> bool:
+def asks_for(module: nn.Module, kwargs: dict[str, Any], name: str) -> bool:
+    """Return whether a call of a module, or its config, asks for an output."""
     asked = kwargs.get(name)
     return bool(getattr(getattr(module, "config", None), name, False) if asked is None else asked)
 

@@ -1,4 +1,4 @@
-"""Check that tensor-parallel ranks call a model with the same inputs."""
+"""Check that the ranks that share a model call it with the same inputs."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import Group, group_size
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.sharding import parallel_group
+from fused_megatron.interop.context_region import groups_of_axes
 
 # Ranks may compute the inputs of a model, for example by a layer before it: floating-point values may differ a little.
 _VALUES = 16
@@ -37,14 +36,15 @@ class SameInputs:
         named = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         tensors = {name: value for name, value in named.items() if isinstance(value, torch.Tensor)}
         ours = {name: _digest(tensor) for name, tensor in sorted(tensors.items())}
-        ranks = gather_json(ours, parallel_group(module))
-        different = [rank for rank, other in enumerate(ranks) if not _same(ranks[0], other)]
-        if different:
-            raise InputError(
-                f"tensor-parallel ranks {different} have other inputs than rank 0: ranks that share layers need the "
-                "same samples (divide data over data-parallel ranks: mesh.dp_rank of mesh.dp_size; transformers' "
-                "Trainer and accelerator.prepare(data_loader) divide it over all ranks)"
-            )
+        for axis, group in groups_of_axes(module).items():
+            ranks = gather_json(ours, group)
+            different = [rank for rank, other in enumerate(ranks) if not _same(ranks[0], other)]
+            if different:
+                raise InputError(
+                    f"{axis} ranks {different} have other inputs than rank 0: ranks that share layers need the "
+                    "same samples (divide data over data-parallel ranks: mesh.dp_rank of mesh.dp_size; transformers' "
+                    "Trainer and accelerator.prepare(data_loader) divide it over all ranks)"
+                )
 
 
 def _digest(tensor: torch.Tensor) -> list[Any]:
@@ -75,7 +75,7 @@ def _same(ours: Mapping[str, Sequence[Any]], theirs: Mapping[str, Sequence[Any]]
     return True
 
 
-def guard_inputs(model: nn.Module, tp_group: Group) -> None:
-    """Install the check in a model."""
-    if group_size(tp_group) > 1:
+def guard_inputs(model: nn.Module) -> None:
+    """Install the check in a parallel model."""
+    if groups_of_axes(model):
         model.register_forward_pre_hook(SameInputs(), with_kwargs=True)

@@ -32,6 +32,7 @@ _RING_TESTS = "tests/collectives/transport/test_host_ring.py"
 _CONTEXT = ("tests/context_parallel/test_attention.py",)
 _CONTEXT_MODEL = ("tests/models/test_stack.py::test_context_parallel_ranks_have_parts_of_one_sequence",)
 _CONTEXT_RUNS = ("tests/training/test_context_parallel_layouts.py",)
+_CONTEXT_MODELS = "tests/interop/test_context_parallel.py"
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
@@ -271,6 +272,48 @@ MUTATIONS = (
         "stale = self._source is not x or self._version != version",
         "stale = self._source is not x",
         ("tests/interop/test_sequence_region.py",),
+    ),
+    Mutation(
+        "gradients of own rows are not summed over the context-parallel ranks",
+        "fused_megatron/interop/context_region.py",
+        "SummedParameters(module, names, self.group).install([])",
+        "SummedParameters(module, names, None).install([])",
+        (f"{_CONTEXT_MODELS}::test_two_ranks",),
+    ),
+    Mutation(
+        "the sum over a second axis replaces the sum over the first",
+        "fused_megatron/interop/summed_parameters.py",
+        "tuple(getattr(self.owner, name) for name in self.names)",
+        "tuple(self.owner._parameters[name] for name in self.names)",
+        ("tests/interop/test_summed_parameters.py",),
+    ),
+    Mutation(
+        "the second sum leaves its tensor in the module",
+        "fused_megatron/interop/summed_parameters.py",
+        "always_call=True, prepend=True",
+        "always_call=True",
+        ("tests/interop/test_summed_parameters.py",),
+    ),
+    Mutation(
+        "rows of ranks are joined in the order of the ranks",
+        "fused_megatron/interop/sequence_rows.py",
+        "sorted(runs, key=lambda each: each[0])",
+        "runs",
+        (f"{_CONTEXT_MODELS}::test_two_ranks",),
+    ),
+    Mutation(
+        "a layer that a checkpoint runs again attends by the former implementation",
+        "fused_megatron/interop/context_region.py",
+        "is not None:  # gradient checkpointing runs",
+        "is None:  # gradient checkpointing runs",
+        (f"{_CONTEXT_MODELS}::test_two_ranks",),
+    ),
+    Mutation(
+        "packed documents of transformers are one document",
+        "fused_megatron/interop/context_mask.py",
+        "return causal, None if behind.all() else starts",
+        "return causal, None",
+        ("tests/interop/test_context_mask.py",),
     ),
     Mutation(
         "frozen parameters become trainable",
