@@ -1,11 +1,12 @@
 """The methods of context parallelism, and the partition of the sequence that each of them works on."""
 
 from fused_megatron.checks import InputError, check_one_of
+from fused_megatron.config.parallel import CONTEXT_PARALLEL_METHODS
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequencePartition, balanced_partition
 from fused_megatron.sharding.sequence_partition import partition_sizes
 
-METHODS = ("ring", "all_gather", "all_to_all", "all_to_all+ring")
+METHODS = CONTEXT_PARALLEL_METHODS
 """Names of the methods, as in parallel.context_parallel_method."""
 
 

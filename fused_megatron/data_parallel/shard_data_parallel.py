@@ -33,8 +33,9 @@ def shard_data_parallel(
 
     When backward() returns, gradients are means over the data-parallel ranks, as with DistributedDataParallel and
     fully_shard. So write the loss as a mean over the rank's samples. Context-parallel ranks share the state, too, and
-    count as data-parallel ranks: there write it as the sum over the rank's targets, times context_parallel_size,
-    divided by all targets of the samples. Every parameter that requires a gradient has one
+    gradients are means over them: fm.parallelize gives each of them the gradients of the whole sequences. A model of
+    which a rank runs only its positions needs the sum of the losses of these positions, times context_parallel_size,
+    divided by the number of targets of the samples. Every parameter that requires a gradient has one
     in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
 
         model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)

@@ -94,7 +94,7 @@ def test_a_block_keeps_the_bytes_of_the_formula(tp: int, form: dict[str, Any], o
     assert {kept[f"blocks.{index}"] for index in range(4)} == {block}
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("recompute", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_only_the_first_blocks_of_a_stage_are_recomputed(recompute: str) -> None:
     some = config_of("bfloat16", 4, recompute=recompute, recompute_blocks=1, position="rotary")
     (span,) = DryRun(some).spans
