@@ -242,7 +242,7 @@ _KEYS, _QUERY = True, False
 
 
 class _ContextParallelAttention(AutogradFunction):
-    op = "context_parallel_attention"
+    op = "context_parallel.context_parallel_attention"
 
     @staticmethod
     def forward(

@@ -275,6 +275,7 @@ _attention_backward = define_composed_op(
 
 class _Attention(AutogradFunction):
     op = "ops.attention"
+    float64_is_plain = False
 
     @staticmethod
     def forward(

@@ -72,7 +72,9 @@ class FlashOnCpu(_PartByPart):
             yield tile.part(0, last_query, 0, tile.upper - 1)
             yield tile.part(0, last_query, tile.upper, last_key)
         else:
-            yield from _row_blocks(tile, min(_BAND_ROWS, max(64, _band_width(tile) // 4)))
+            # A block of rows computes the whole width of its band, so that low blocks waste less of a narrow band.
+            narrow = min(_band_width(tile), tile.num_queries)
+            yield from _row_blocks(tile, min(_BAND_ROWS, max(64, narrow // 8)))
 
     def forward_of_part(self, at: Operands, part: PairTile) -> tuple[torch.Tensor, torch.Tensor]:
         is_diagonal, bias = self._mask(at, part)

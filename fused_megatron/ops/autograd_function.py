@@ -19,9 +19,11 @@ class AutogradFunction(torch.autograd.Function):
 
     Attributes:
         op: the public name below fused_megatron, for example "ops.layer_norm".
+        float64_is_plain: whether float64 runs on plain PyTorch, which has what this class refuses.
     """
 
     op: ClassVar[str]
+    float64_is_plain: ClassVar[bool] = True
     # Without the checks, for callers that made them already: collectives of layers, where the latency counts.
     apply_untransformed: ClassVar[Any] = torch._C._FunctionBase.__dict__["apply"]
 
@@ -33,7 +35,7 @@ class AutogradFunction(torch.autograd.Function):
             RuntimeError: a transform of torch.func (grad, vmap, jvp, ...) is active, or a tensor has a tangent.
         """
         if transform_is_active() or (forward_ad._current_level >= 0 and any(map(_has_tangent, args))):
-            raise _refusal(cls.op_of(*args))
+            raise _refusal(cls.op_of(*args), cls.float64_is_plain)
         # The rest of torch's apply, without its own checks for transforms and setup_context.
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
@@ -62,8 +64,8 @@ def check_no_transform(op: str, *args: Any) -> None:
         raise _refusal(op)
 
 
-def _refusal(op: str) -> RuntimeError:
-    other = " (or float64 inputs, for which plain PyTorch runs)" if op.startswith("ops.") else ""
+def _refusal(op: str, float64_is_plain: bool = True) -> RuntimeError:
+    other = " (or float64 inputs, for which plain PyTorch runs)" if float64_is_plain and op.startswith("ops.") else ""
     return RuntimeError(
         f"fused_megatron.{op} does not support torch.func (grad, vmap, jvp) and forward-mode gradients; "
         f"use backward() or torch.autograd.grad{other}"

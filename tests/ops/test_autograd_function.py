@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 
 import fused_megatron as fm
-from fused_megatron import collectives, overlap, tensor_parallel
+from fused_megatron import collectives, context_parallel, overlap, tensor_parallel
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.testing import run_on_ranks
 
@@ -61,7 +61,21 @@ TRANSFORMS: dict[str, Callable[[Callable[[torch.Tensor], Any], torch.Tensor], An
 
 def test_every_op_is_here() -> None:
     without_gradient = {"LossTerms", "adamw_", "sum_of_squares"}
-    assert {*OPS, *without_gradient} == set(fm.ops.__all__)
+    assert {*OPS, *without_gradient, "attention"} == set(fm.ops.__all__)
+
+
+@pytest.mark.parametrize("transform", [each for each in TRANSFORMS if each != "vmap"])
+def test_a_transform_of_attention_over_documents_is_refused(transform: str) -> None:
+    """float64 is no way out: it runs on the same kernels."""
+
+    def over_documents(x: torch.Tensor) -> Any:
+        x = x.view(4, 2, 4)
+        return fm.ops.attention(x, x, x, documents=[0, 1, 4])
+
+    with pytest.raises(
+        RuntimeError, match=r"ops.attention does not support .* use backward\(\) or torch.autograd.grad$"
+    ):
+        TRANSFORMS[transform](over_documents, torch.rand(4, 8))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -96,15 +110,14 @@ def test_a_tensor_without_a_tangent_goes_through() -> None:
 
 
 def test_every_autograd_function_is_one_of_these() -> None:
-    for package in (fm.ops, collectives, overlap, tensor_parallel):
+    for package in (fm.ops, collectives, overlap, tensor_parallel, context_parallel):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    rooms = ("ops", "collectives", "overlap", "tensor_parallel")
+    rooms = ("ops", "collectives", "overlap", "tensor_parallel", "context_parallel")
     ours = [c for c in torch.autograd.Function.__subclasses__() if c.__module__.startswith("fused_megatron")]
     assert [c for c in ours if c.__module__.split(".")[1] in rooms] == [AutogradFunction]
-    assert all(
-        c.op.partition(".")[0] in ("ops", "collectives", "tensor_parallel") for c in AutogradFunction.__subclasses__()
-    )
+    named = ("ops", "collectives", "tensor_parallel", "context_parallel", "interop")
+    assert all(c.op.partition(".")[0] in named for c in AutogradFunction.__subclasses__())
 
 
 def parallel_case(rank: int, ranks: int) -> dict[str, str]:

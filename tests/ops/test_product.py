@@ -16,6 +16,7 @@ PRODUCTS = {"linear", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", 
 ALLOWED = {
     "ops/product.py": "the one",
     "ops/attention.py": "scores and context of attention: no weight among the operands",
+    "ops/attention_kernels.py": "the same for a part of the scores",
     "overlap/symmetric_memory.py": "torch's products fused with their collective, which have scaled twins of their own",
 }
 
