@@ -11,6 +11,7 @@ import torch
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.ops.visible_pairs import PairTile, Visibility
 from fused_megatron.sharding import SequencePartition
+from fused_megatron.sharding.sequence_partition import joined_ranges
 
 Ranges = tuple[tuple[int, int], ...]
 
@@ -46,7 +47,7 @@ class AttentionPlan:
         hops: steps of the ring; the first is for the member's own keys. Empty where keys are gathered.
         own_halves: the tiles of the first hop in two parts with equal pairs: the backward begins and ends with them.
         tiles: where keys are gathered: own queries and all keys, in the order of their positions.
-        order: where keys are gathered: (rank, first row, last row + 1) of each run of positions, in their order.
+        order: where keys are gathered: as SequencePartition.order.
     """
 
     sizes: tuple[int, ...]
@@ -91,24 +92,19 @@ def plan_of(
 
 
 def _gathering_plan(partition: SequencePartition, visibility: Visibility, rank: int, neighbours: int) -> AttentionPlan:
-    runs = sorted(
-        (position, owner, rows.start, rows.stop)
-        for owner, layout in enumerate(partition.layouts)
-        for rows, position in layout.runs
-    )
     return AttentionPlan(
         partition.sizes,
         rank,
         (rank,),
         tuple(range(partition.num_ranks)),
         tiles=visibility.tiles(partition.layouts[rank].ranges, ((0, partition.seq_len),)),
-        order=tuple(run[1:] for run in runs),
+        order=partition.order,
     )
 
 
 def _ring_plan(partition: SequencePartition, visibility: Visibility, rank: int, neighbours: int) -> AttentionPlan:
     groups = [range(first, first + neighbours) for first in range(0, partition.num_ranks, neighbours)]
-    rows = [_joined([each for member in group for each in partition.layouts[member].ranges]) for group in groups]
+    rows = [joined_ranges([each for member in group for each in partition.layouts[member].ranges]) for group in groups]
     me, offset = divmod(rank, neighbours)
     count = len(groups)
     hops = []
@@ -154,17 +150,6 @@ def _cut_before(tile: PairTile, row: int) -> tuple[tuple[PairTile, ...], tuple[P
 
 def _length(ranges: Sequence[tuple[int, int]]) -> int:
     return sum(stop - start for start, stop in ranges)
-
-
-def _joined(ranges: Sequence[tuple[int, int]]) -> Ranges:
-    """Return the ranges in their order; a range that begins where the one before it ends is joined to it."""
-    found: list[tuple[int, int]] = []
-    for start, stop in ranges:
-        if found and found[-1][1] == start:
-            found[-1] = (found[-1][0], stop)
-        else:
-            found.append((start, stop))
-    return tuple(found)
 
 
 def _needed(tiles: Sequence[PairTile]) -> Ranges:

@@ -26,17 +26,41 @@ def gather_keys(key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, gro
     Communication: one all-gather of n m B G (D + Dv) elements, with n ranks and m rows of the rank with most rows.
     Memory: the result, and while it is made the gathered blocks, of the same size.
     """
-    if len(plan.sizes) == 1 and len(plan.order) == 1:
-        return key, value
-    most = max(plan.sizes)
-    own = torch.cat([_padded(x, most).view(-1) for x in (key, value)])
-    blocks = own.new_empty(len(plan.sizes) * own.numel())
-    gathered = start_all_gather_blocks(own, blocks, group).wait().view(len(plan.sizes), -1)
+    keys, values = gather_rows((key, value), plan.sizes, plan.order, group)
+    return keys, values
+
+
+def gather_rows(
+    tensors: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    order: Sequence[tuple[int, int, int]],
+    group: dist.ProcessGroup | None,
+) -> list[torch.Tensor]:
+    """Return the rows of all ranks in the order of their positions.
+
+    Args:
+        tensors: [own rows, ..] each, of one dtype.
+        sizes: number of rows of each rank, as SequencePartition.sizes.
+        order: as SequencePartition.order.
+        group: the ranks; None for this rank only.
+
+    Returns:
+        For each tensor [rows of all ranks, ..].
+
+    Communication: one all-gather of the tensors, padded to the rows of the rank with most rows.
+    """
+    if len(sizes) == 1 and len(order) == 1:
+        return list(tensors)
+    most = max(sizes)
+    parts = [_padded(x, most).view(-1) for x in tensors]
+    own = parts[0] if len(parts) == 1 else torch.cat(parts)
+    blocks = own.new_empty(len(sizes) * own.numel())
+    gathered = start_all_gather_blocks(own, blocks, group).wait().view(len(sizes), -1)
     found = []
-    for part, like in zip(gathered.split(_widths(most, (key, value)), dim=1), (key, value), strict=True):
-        rows = part.view(len(plan.sizes), most, *like.shape[1:])
-        found.append(torch.cat([rows[rank, start:stop] for rank, start, stop in plan.order]))
-    return found[0], found[1]
+    for part, like in zip(gathered.split(_widths(most, tensors), dim=1), tensors, strict=True):
+        rows = part.view(len(sizes), most, *like.shape[1:])
+        found.append(torch.cat([rows[rank, start:stop] for rank, start, stop in order]))
+    return found
 
 
 def scatter_gradients(

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives import Group, group_rank, group_size
+from fused_megatron.collectives import Group, group_rank
 from fused_megatron.collectives.groups import on_ranks
-from fused_megatron.collectives.transfers import start_all_gather
+from fused_megatron.context_parallel.gathered_keys import gather_rows
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.sharding import SequencePartition
 
@@ -88,11 +88,5 @@ def _taken(x: torch.Tensor, dim: int, partition: SequencePartition, group: Group
 
 
 def _gathered(x: torch.Tensor, dim: int, partition: SequencePartition, group: Group) -> torch.Tensor:
-    rows = x.movedim(dim, 0).contiguous()
-    most = max(partition.sizes)
-    if rows.shape[0] < most:
-        rows = torch.cat([rows, rows.new_zeros(most - rows.shape[0], *rows.shape[1:])])
-    gathered = start_all_gather(rows, 0, group).wait().view(group_size(group), most, *rows.shape[1:])
-    runs = [(start, gathered[rank, own]) for rank, layout in enumerate(partition.layouts) for own, start in layout.runs]
-    in_order = torch.cat([run for _, run in sorted(runs, key=lambda each: each[0])])
+    (in_order,) = gather_rows((x.movedim(dim, 0),), partition.sizes, partition.order, group)
     return in_order.movedim(0, dim).contiguous()

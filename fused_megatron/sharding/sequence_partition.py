@@ -74,6 +74,12 @@ class SequencePartition:
         """Number of positions of each rank."""
         return tuple(layout.num_positions for layout in self.layouts)
 
+    @cached_property
+    def order(self) -> tuple[tuple[int, int, int], ...]:
+        """(rank, first row, last row + 1) of each run of positions, in the order of the positions."""
+        runs = ((position, rank, rows) for rank, layout in enumerate(self.layouts) for rows, position in layout.runs)
+        return tuple((rank, rows.start, rows.stop) for _, rank, rows in sorted(runs, key=lambda run: run[0]))
+
     def work(self, work: npt.NDArray[np.int64]) -> list[int]:
         """Return each rank's sum of `work` [S], the work of each position."""
         return [sum(int(work[start:stop].sum()) for start, stop in layout.ranges) for layout in self.layouts]
@@ -148,7 +154,7 @@ def balanced_partition(work: npt.NDArray[np.int64], num_ranks: int, multiple_of:
         )
         wrapped = max(first + size - count, 0)
         taken = rest.rows(0, wrapped).ranges + rest.rows(first, min(first + size, count)).ranges
-        layouts.append(SequenceLayout(seq_len, _joined(taken)))
+        layouts.append(SequenceLayout(seq_len, joined_ranges(sorted(taken))))
         rest = SequenceLayout(seq_len, rest.rows(wrapped, first).ranges + rest.rows(first + size, count).ranges)
     return SequencePartition(tuple(layouts))
 
@@ -167,10 +173,10 @@ def _window_nearest_mean(work: npt.NDArray[np.int64], size: int, ranks: int) -> 
     return int(np.argmin(distance))
 
 
-def _joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return ascending ranges in which neighbours that touch are one."""
+def joined_ranges(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the ranges in their order; a range that begins where the one before it ends is joined to it."""
     found: list[tuple[int, int]] = []
-    for start, stop in sorted(ranges):
+    for start, stop in ranges:
         if found and found[-1][1] == start:
             found[-1] = (found[-1][0], stop)
         else:

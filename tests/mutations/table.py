@@ -296,8 +296,8 @@ MUTATIONS = (
     ),
     Mutation(
         "rows of ranks are joined in the order of the ranks",
-        "fused_megatron/interop/sequence_rows.py",
-        "sorted(runs, key=lambda each: each[0])",
+        "fused_megatron/sharding/sequence_partition.py",
+        "sorted(runs, key=lambda run: run[0])",
         "runs",
         (f"{_CONTEXT_MODELS}::test_two_ranks",),
     ),
