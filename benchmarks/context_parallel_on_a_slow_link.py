@@ -10,15 +10,13 @@ their gradients. A and X are measured with the ring's own attention and messages
 """
 
 import argparse
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from faults.two_hosts import TwoHosts, missing
-from slow_link import RANKS, join, median_ms, run_ranks, set_rate
+from slow_link import RANKS, join, median_ms, run_on_link, set_rate
 
 from fused_megatron.collectives.exchanges import start_message
 from fused_megatron.context_parallel import context_parallel_attention, partition_for
@@ -130,11 +128,7 @@ def main() -> None:
     print("causal attention, 8 heads of 64, fp32, 2 ranks of one thread, ms: forward, then backward")
     print("|", " | ".join(columns), "|")
     print("|---" * len(columns) + "|", flush=True)
-    # A plain SIGTERM would leave the ranks and the namespaces behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-ring: ended by SIGTERM"))
-    with HOSTS:
-        set_rate(HOSTS, options.rates[0])
-        run_ranks(HOSTS, "bench-ring", __file__, sys.argv[1:], options.limit_s)
+    run_on_link(HOSTS, "bench-ring", __file__, options.rates[0], options.limit_s)
     return None
 
 

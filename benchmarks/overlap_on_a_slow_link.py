@@ -14,7 +14,6 @@ are equal, the sum is 7/6 of max(compute, communication); if one is at least 4/3
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from faults.two_hosts import TwoHosts, missing
-from slow_link import RANKS, join, median_ms, run_ranks, set_rate
+from slow_link import RANKS, join, median_ms, run_on_link, set_rate
 from torch import nn
 
 from fused_megatron import ops
@@ -139,11 +138,7 @@ def main() -> None:
     print("in brackets: how many times max(compute, communication)")
     print("|", " | ".join(columns), "|")
     print("|---" * len(columns) + "|", flush=True)
-    # A plain SIGTERM would leave the ranks and the namespaces behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench-overlap: ended by SIGTERM"))
-    with HOSTS:
-        set_rate(HOSTS, options.rates[0])
-        run_ranks(HOSTS, "bench-overlap", __file__, sys.argv[1:], options.limit_s)
+    run_on_link(HOSTS, "bench-overlap", __file__, options.rates[0], options.limit_s)
     return None
 
 

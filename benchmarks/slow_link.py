@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -63,23 +64,31 @@ def set_rate(hosts: TwoHosts, mbit_per_s: int) -> None:
         subprocess.run(command, check=True, capture_output=True)
 
 
-def run_ranks(hosts: TwoHosts, name: str, script: str, arguments: list[str], limit_s: float) -> None:
-    """Run a script on both hosts with the further options --rank and --folder; exit with a line if a rank fails.
+def run_on_link(hosts: TwoHosts, name: str, script: str, mbit_per_s: int, limit_s: float) -> None:
+    """Make the hosts and their link, run this program on both, and remove them; exit with a line if a rank fails.
 
     Args:
-        hosts: namespaces that exist.
+        hosts: namespaces that do not exist yet.
         name: what the error line begins with.
-        script: path of the script.
-        arguments: its options.
+        script: path of the program. It gets the options of this process, and --rank and --folder.
+        mbit_per_s: rate of the link at the start.
         limit_s: time for both ranks.
     """
+    # A plain SIGTERM would leave the ranks and the namespaces behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"{name}: ended by SIGTERM"))
+    with hosts:
+        set_rate(hosts, mbit_per_s)
+        _run_ranks(hosts, name, [sys.executable, script, *sys.argv[1:]], limit_s)
+
+
+def _run_ranks(hosts: TwoHosts, name: str, command: list[str], limit_s: float) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         try:
             for rank in range(RANKS):
                 # One core for each rank, as on a separate machine.
                 pin = ["taskset", "-c", str(rank)] if shutil.which("taskset") else []
-                own = [sys.executable, script, *arguments, "--rank", str(rank), "--folder", folder]
+                own = [*command, "--rank", str(rank), "--folder", folder]
                 ranks.append(subprocess.Popen([*hosts.on(rank), *pin, *own], env=_environment()))
             deadline = time.monotonic() + limit_s
             while any(process.poll() is None for process in ranks):
