@@ -8,6 +8,7 @@ from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.config import TrainConfig
 from fused_megatron.context_parallel import partition_for
 from fused_megatron.data.batch import Batch
+from fused_megatron.data.documents import cumulative_lengths
 from fused_megatron.mesh import Mesh
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequencePartition
@@ -54,11 +55,11 @@ class Microbatches:
     def _partition(self, microbatch: Batch) -> SequencePartition:
         """Return the positions of each context-parallel rank for a whole microbatch."""
         num_samples, seq_len = microbatch.inputs.shape
-        _, _, (keyword,) = microbatch.microbatches(num_samples, torch.device("cpu"))
-        hiding = {name: keyword[name] for name in ("key_padding_mask", "documents") if name in keyword}
-        if hiding:
-            return partition_of(self._config, self._model.attention_mask(**hiding), num_samples, seq_len)
-        if self._unmasked is None:  # the same for all microbatches
+        if microbatch.document_starts is not None:
+            mask = self._model.attention_mask(documents=cumulative_lengths(microbatch.document_starts))
+            return partition_of(self._config, mask, num_samples, seq_len)
+        # The same for all microbatches: a partition does not depend on padding.
+        if self._unmasked is None or self._unmasked.seq_len != seq_len:
             self._unmasked = partition_of(self._config, self._model.attention_mask(), num_samples, seq_len)
         return self._unmasked
 
