@@ -13,6 +13,7 @@ import torch
 from fused_megatron.ops.attention_operands import Backward, Operands
 from fused_megatron.ops.flash_on_gpu import FlashOnGpu
 from fused_megatron.ops.visible_pairs import PairTile
+from fused_megatron.reference.precision import widen
 
 _LOG = logging.getLogger(__name__)
 
@@ -177,18 +178,11 @@ class MatrixProducts(_PartByPart):
 Kernel = FlashOnCpu | FlashOnGpu | MatrixProducts
 
 
-def choose_kernel(
-    query: torch.Tensor, value: torch.Tensor, *, padding: bool = False, dropout: bool = False
-) -> tuple[Kernel, str]:
-    """Return the kernel for such operands, and the reason.
-
-    Args:
-        query: [.., D], of any device.
-        value: [.., Dv].
-        padding: whether keys are hidden by a padding mask.
-        dropout: whether probabilities are dropped.
-    """
-    return kernel_for(query.device.type, query.dtype, query.shape[-1], value.shape[-1], padding, dropout)
+def choose_kernel(operands: Operands) -> tuple[Kernel, str]:
+    """Return the kernel for the operands, and the reason."""
+    query, head_dims = operands.query, (operands.query.shape[-1], operands.value.shape[-1])
+    padding, dropout = operands.padding is not None, operands.dropout is not None
+    return kernel_for(query.device.type, query.dtype, *head_dims, padding, dropout)
 
 
 @lru_cache(maxsize=256)
@@ -260,7 +254,7 @@ def _zero_or_minus_infinity(hidden: torch.Tensor, dtype: torch.dtype) -> torch.T
 
 def _for_each_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     """Return keys or values once for each query head, in float32 or float64."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = widen(x)
     return x if x.shape[1] == query.shape[1] else x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 

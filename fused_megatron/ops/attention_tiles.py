@@ -56,10 +56,8 @@ class AttentionSum:
         """
         if self._context is None:
             self._context = self._query.new_zeros((*self._query.shape[:3], value.shape[-1]))
-        kernel, _ = choose_kernel(
-            self._query, value, padding=key_padding_mask is not None, dropout=self._dropout is not None
-        )
         operands = Operands(self._query, key, value, key_padding_mask, self._scale, self._dropout)
+        kernel, _ = choose_kernel(operands)
         for part, context, log_sum_exp in kernel.forward(operands, tiles):
             self._merge(part, context, log_sum_exp)
 
@@ -128,11 +126,9 @@ class AttentionGradients:
         key_padding_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add a block of keys; return the gradients of key and value, in their dtypes. Arguments as in AttentionSum."""
-        kernel, _ = choose_kernel(
-            self._query, value, padding=key_padding_mask is not None, dropout=self._dropout is not None
-        )
         grad_key, grad_value = _RowSums(key), _RowSums(value)
         operands = Operands(self._query, key, value, key_padding_mask, self._scale, self._dropout)
+        kernel, _ = choose_kernel(operands)
         for part, of_query, of_key, of_value in kernel.backward(operands, self._saved, tiles):
             self._grad_query.add(part.samples, part.queries, of_query)
             grad_key.add(part.samples, part.keys, of_key)

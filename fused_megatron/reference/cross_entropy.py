@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 
 from fused_megatron.checks import InputError
+from fused_megatron.reference.precision import widen
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def cross_entropy_statistics(logits: torch.Tensor, target: torch.Tensor, terms: 
 
     The shift, here the maximum, is subtracted from every logit: a large offset common to all logits costs no precision.
     """
-    x = _capped(_wide(logits)[:, : terms.num_real(logits.shape[1])], terms)
+    x = _capped(widen(logits)[:, : terms.num_real(logits.shape[1])], terms)
     if x.shape[1] == 0:
         shift, linear = x.new_zeros((2, x.shape[0]))
         log_sum = torch.full_like(shift, -torch.inf)
@@ -154,7 +155,7 @@ def cross_entropy_gradient(
     """Compute torch.ops.fused_megatron.cross_entropy_gradient: the gradient of the logits, in their dtype."""
     num_real = terms.num_real(logits.shape[1])
     smoothing = terms.label_smoothing
-    x = _capped(_wide(logits)[:, :num_real], terms)
+    x = _capped(widen(logits)[:, :num_real], terms)
     shift, log_sum = lse.to(x.dtype).split(1, dim=1)
     scale = 1.0 + 2.0 * terms.z_loss * (shift + log_sum)
     gradient = (x - shift - log_sum).exp() * scale - smoothing / terms.vocab_size
@@ -163,7 +164,7 @@ def cross_entropy_gradient(
     gradient = gradient - (1.0 - smoothing) * is_target.to(x.dtype)
     if terms.softcap:
         # 1 - tanh^2 = 1 / cosh^2, which does not cancel for logits near the cap.
-        gradient = gradient / (_wide(logits)[:, :num_real] / terms.softcap).cosh().square()
+        gradient = gradient / (widen(logits)[:, :num_real] / terms.softcap).cosh().square()
     gradient = gradient * grad_loss.to(x.dtype).unsqueeze(1)
     gradient = gradient.masked_fill(_invalid(target, terms).unsqueeze(1), torch.nan)
     gradient = gradient.masked_fill(_ignored(target, terms).unsqueeze(1), 0.0)
@@ -188,7 +189,3 @@ def _ignored(target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
 
 def _invalid(target: torch.Tensor, terms: LossTerms) -> torch.Tensor:
     return ((target < 0) | (target >= terms.vocab_size)) & (target != terms.ignore_index)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
