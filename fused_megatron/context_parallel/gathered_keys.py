@@ -66,7 +66,7 @@ def gather_rows(
 def scatter_gradients(
     grad_key: torch.Tensor, grad_value: torch.Tensor, plan: AttentionPlan, group: dist.ProcessGroup | None
 ) -> Pair:
-    """Sum the gradients of all keys and values over the ranks, and return those of own rows.
+    """Sum the gradients of all keys and values over the ranks, and return the sums for own rows.
 
     Args:
         grad_key: [S, B, G, D], in the order of the positions.

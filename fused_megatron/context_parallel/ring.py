@@ -152,7 +152,7 @@ def ring_backward(
 
 
 def _add_returned(total: Pair, keys: RingKeys, index: int, returned: Transfer | None) -> None:
-    """Wait for the gradients that the target of a hop returns, and add them to those of own rows."""
+    """Wait for the gradients that the target of a hop returns, and add them to the gradients of own rows."""
     if returned is None:
         return
     for sums, part in zip(total, keys.unpacked(returned.wait()), strict=True):

@@ -129,7 +129,7 @@ def _found(
 def _is_expected(
     seen: npt.NDArray[np.bool_], query: int, starts: list[list[int]], causal: bool, window: int | None
 ) -> bool:
-    """Whether the keys that a query sees, [B, S], are those of a causal or bidirectional mask within documents."""
+    """Return whether a query sees the keys [B, S] that a causal or bidirectional mask shows in its document."""
     keys = np.arange(seen.shape[1])
     for row, of_row in zip(seen, starts, strict=True):
         first = max(start for start in of_row if start <= query)

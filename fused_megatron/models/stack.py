@@ -255,7 +255,7 @@ class TransformerStack(ShardedModule):
             sequence: positions of the S tokens in a longer sequence; None: the S tokens are the whole sequence.
             partition: the positions of each context-parallel rank, in place of `sequence`; None: every rank has the
                 whole sequence.
-            positions: [B, S] int64, positions for the embedding or rotation; None: those of `sequence`.
+            positions: [B, S] int64, positions for the embedding or rotation; None: the positions in `sequence`.
 
         Raises:
             InputError: shapes that do not fit; a partition for another number of ranks; no partition where gradients

@@ -1,4 +1,4 @@
-"""`fused-megatron verify`: the words, the result on the terminal, the exit code."""
+"""The command `fused-megatron verify`: its arguments, the printed result, the exit code."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,28 +14,29 @@ from fused_megatron.planning.verify.config_check import (
 
 USAGE = """usage: fused-megatron verify CONFIG.toml [--section.key value ...] [--all] [--dtype] [--json] [--against one]
 
-Whether the layout of a config computes what one process computes: loss, outputs of modules, every gradient, their norm,
-and the weights after three updates. It starts its own ranks on this machine (eight at most, no GPU) with a reduced
-model of the same structure, and random tokens: the text of the config is not read. docs/verify.md says what it proves.
+Checks that the layout of a config computes what one process computes: loss, outputs of modules, every gradient, their
+norm, and the weights after three updates. It starts its own ranks on this machine (eight at most, no GPU) with a
+reduced model of the same structure and random tokens; it does not read the config's data. docs/verify.md says what this
+proves.
 
-  --all           every two of the axes in use, one after the other (else three axes at once)
-  --dtype         in the precision of the config (else float32)
-  --json          the result as JSON
-  --against one   what the layout is compared with; one process is the only choice
+  --all           run every pair of the axes in use, one after the other (default: one run with three axes)
+  --dtype         compute in the precision of the config (default: float32)
+  --json          print the result as JSON
+  --against one   compare the layout with one process, which is the only choice
 
 Exit code 0: the same; 1: it differs, or a rank failed; 2: bad input. Keys of the config:
 """
 
 
 def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> int:
-    """Verify a config and print the result; 0 where the layout is right, 1 where it is not.
+    """Verify a config and print the result; return 0 if the layout is right, otherwise 1.
 
     Args:
-        words: of the command line.
-        run: as of verify_config.
+        words: arguments of the command line.
+        run: as in verify_config.
 
     Raises:
-        InputError: unknown words, a config that is none, ranks that a launcher started.
+        InputError: unknown arguments, no readable config, ranks that a launcher started.
     """
     if any(word in ("-h", "--help") for word in words):
         print(USAGE)
@@ -52,7 +53,7 @@ def run_verify(words: Sequence[str], run: RunLayout = run_layout_on_ranks) -> in
 
 
 def _flags(words: Sequence[str]) -> tuple[set[str], list[str]]:
-    """The options of this command, and the words of the config."""
+    """Split the arguments into the options of this command and the arguments of the config."""
     flags: set[str] = set()
     rest: list[str] = []
     waiting = list(words)
