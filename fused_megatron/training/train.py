@@ -143,7 +143,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         rank_tensors = trainer.rank_tensors() if same_layout else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
-            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
+            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.replicas.rows)
             load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
             trainer.optimizer.reset_main_weights()
         else:
@@ -151,7 +151,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
                 trainer.parameters,
                 trainer.own_weights,
                 trainer.optimizer,
-                trainer.gradients.rows,
+                trainer.gradients.replicas.rows,
                 read_manifest(checkpoint),
             )
             load_checkpoint(
