@@ -15,8 +15,8 @@ def parameter_boxes(
 ) -> dict[str, TensorBox]:
     """Return the box of every parameter under `model.<name>`; a stacked parameter has a box `model.<name>.<part>` each.
 
-    Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut. Each expert
-    has names of its own, so that a checkpoint fits any number of expert-parallel ranks.
+    Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut.
+    Each expert has names of its own, so that a checkpoint fits any number of expert-parallel ranks.
 
     Args:
         parameters: by their names in the whole model.

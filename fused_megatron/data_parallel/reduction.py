@@ -25,11 +25,13 @@ class GradientBuckets:
     pass. A hook adds gradients that autograd returns, and frees them. Whole float32 gradients are `param.grad`, so that
     autograd adds to them itself.
 
-    A bucket holds parameters of one pipeline stage that have the same replicas: dense ones, or experts. It is summed in reduce() of its stage or earlier, when the
-    backwards announced by reduce_after_backwards() have filled it, while they continue with earlier layers. With one
-    row shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns. All buckets
-    of a stage have one order, in which every rank sends them, whatever their replicas; so ranks cannot wait for each
-    other in a circle.
+    A bucket holds parameters of one pipeline stage with the same replicas: dense ones, or experts. It is summed in
+    reduce() of its stage or earlier, when the backwards announced by reduce_after_backwards() have filled it, while
+    they continue with earlier layers. With one row shard every rank gets all sums. With several shards a rank gets the
+    sums of the rows that it owns.
+
+    Every rank sends the buckets of a stage in one order, those of dense parameters and those of experts. So ranks
+    cannot wait for each other in a circle.
 
     Whole gradients accumulate over a step and are summed once in it. Sharded gradients (sharded=True) are summed after
     every microbatch and accumulate as sums of this rank's rows, so that a whole gradient exists only until its bucket
@@ -45,8 +47,8 @@ class GradientBuckets:
 
     Communication: one all-reduce of 4 bytes an element for each bucket and step. With several shards a reduce-scatter
         of 4 bytes an element replaces it, in every step or (sharded) in every microbatch; and one all-reduce a step of
-        a rank's rows over the ranks that own the same rows. The loss is divided before backward, by the targets of all ranks
-        (gradient_division.py).
+        a rank's rows over the ranks that own the same rows. The loss is divided before backward, by the targets of all
+        ranks (gradient_division.py).
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
@@ -59,8 +61,8 @@ class GradientBuckets:
         sharded: bool = False,
     ) -> None:
         self.replicas, self._sharded = replicas, sharded
-        for each in replicas.sets:
-            for group in (each.shard_group, each.copy_group):
+        for replica_set in replicas.sets:
+            for group in (replica_set.shard_group, replica_set.copy_group):
                 meet(group)  # the ranks connect now, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         kind = ShardedBucket if sharded else WholeBucket

@@ -12,8 +12,8 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import run_together
 from fused_megatron.data_parallel.guarded_model import guard_model
 from fused_megatron.data_parallel.placement import ZERO_STAGES
-from fused_megatron.data_parallel.shared_state import replicas_of
 from fused_megatron.data_parallel.sharded_replica import ShardedReplica
+from fused_megatron.data_parallel.shared_state import replicas_of
 from fused_megatron.mesh import Mesh
 from fused_megatron.sharding import Replicas, expert_ranks, mark_all_shards, parameter_record
 from fused_megatron.sharding.replica_shards import attach_replica_shards
@@ -36,9 +36,9 @@ def shard_data_parallel(
     fully_shard. So write the loss as a mean over the rank's samples. Context-parallel ranks share the state, too, and
     gradients are means over them: fm.parallelize gives each of them the gradients of the whole sequences. A model of
     which a rank runs only its positions needs the sum of the losses of these positions, times context_parallel_size,
-    divided by the number of targets of the samples. Experts of a mesh with expert_parallel_size are shared over the ranks
-    that hold the same experts; their gradients are those of the same mean loss. Every parameter that requires a gradient has one
-    in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
+    divided by the number of targets of the samples. The state of experts is shared over the ranks that hold the same
+    experts (mesh.expert_replicas), and their gradients are those of the same mean loss. Every parameter that requires a
+    gradient has one in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
 
         model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)
         optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-3)

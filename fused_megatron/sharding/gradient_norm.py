@@ -48,8 +48,8 @@ def clip_grad_norm_(
         RuntimeError: the norm is not finite, with error_if_nonfinite; the gradients are unchanged.
 
     Communication: one all-gather of one number; one more over data-parallel ranks that share rows; for experts one over
-        each of their groups. With FSDP2 also the collectives of its own norms, and an all-gather of each gradient of which a rank counts some rows only (a
-        projection that holds copies of key-value heads).
+        each of their groups. With FSDP2 also the collectives of its own norms, and an all-gather of each gradient of
+        which a rank counts some rows only (a projection that holds copies of key-value heads).
     """
     group, shards, experts = parallel_group(model), replica_shards(model), expert_ranks(model)
     own = {} if shards is None else shards.gradients()
@@ -160,8 +160,9 @@ def _counted(
 ) -> list[ShardPart]:
     """Return the parts of a parameter that this rank counts: first copies of shards, and on rank 0 full parameters.
 
-    For experts it is rank 0 of the ranks that share each expert. A full parameter is one that has the full shape, marked replicated or not: a layer without a group (BERT's head of
-    two features) is full and not marked.
+    Rank 0 is the first of the ranks that hold the other shards: tensor-parallel ranks, or those that share an expert. A
+    full parameter is one that has the full shape, marked replicated or not: a layer without a group (BERT's head of two
+    features) is full and not marked.
     """
     experts = parameter_record(parameter).experts
     rank = tp_rank if experts is None else group_rank(experts.etp_group)

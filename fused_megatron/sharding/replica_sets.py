@@ -75,9 +75,7 @@ class Replicas:
         """Return the replicas of a parameter."""
         return self.dense if parameter_record(parameter).experts is None else self.experts
 
-    def split(
-        self, parameters: Mapping[str, Parameter]
-    ) -> Iterator[tuple[ReplicaSet, Mapping[str, Parameter]]]:
+    def split(self, parameters: Mapping[str, Parameter]) -> Iterator[tuple[ReplicaSet, Mapping[str, Parameter]]]:
         """Yield each set with its parameters, in the order of `sets`; a set without parameters, too."""
         for each in self.sets:
             yield each, {name: p for name, p in parameters.items() if self.of(p) == each}
