@@ -47,7 +47,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     transposed = is_transposed(model)
     mark_all_shards(model)
     shards = replica_shards(model)
-    is_first = group_rank(tp_group) == 0 and (shards is None or shards.rows.index == 0)
+    is_first = group_rank(tp_group) == 0 and (shards is None or shards.replicas.dense.rows.index == 0)
     keeps = is_first or not rank0_only
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}
