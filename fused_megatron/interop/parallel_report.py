@@ -111,8 +111,8 @@ def _describe_experts(work: Preparation) -> str:
         else f"results are summed over {group_size(ranks.tp_group)} ranks of tp"
     )
     return (
-        f"{len(split)} layers with {first.num_experts} experts: a rank holds {features}{len(first.own_experts)} of them, "
-        f"{own:.4g} of {own * ranks.size:.4g} MB; {how}"
+        f"{len(split)} layers with {first.num_experts} experts: a rank holds {features}{len(first.own_experts)} of "
+        f"them, {own:.4g} of {own * ranks.size:.4g} MB; {how}"
     )
 
 
