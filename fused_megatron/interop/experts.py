@@ -18,7 +18,6 @@ from fused_megatron.collectives import (
     identity_all_reduce,
     split_all_gather,
 )
-from fused_megatron.collectives.transfers import start_all_gather
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.interop.known_experts import WEIGHTS, ExpertSizes, expert_sizes
 from fused_megatron.mesh import Mesh
@@ -170,14 +169,15 @@ class ParallelExperts(ShardedModule):
     def full(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Gather [E, ..] of the original model from the ranks' parts, in the shape of one of WEIGHTS: it or a gradient.
 
-        Communication: as full_tensor over the ranks that share each expert; one all-gather over ep.
+        Communication: as full_tensor.
         """
-        own = full_tensor(self._parameters[name], values, self.ranks.ffn_group)  # type: ignore[arg-type]
-        return start_all_gather(own.contiguous(), 0, self.ranks.ep_group).wait().view(self.full_shape(name))
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return full_tensor(parameter, values, self.tp_group).view(self.full_shape(name))
 
     def rows(self, name: str, full: Any) -> "ExpertRows":
-        """Return this rank's experts of a full tensor [E, ..], as copy_shard_ reads them: stacked in dim 0."""
-        return ExpertRows(full, self.own_experts.start, self.full_shape(name)[1])
+        """Return a full tensor [E, ..] as copy_shard_ reads it: the experts stacked in dim 0."""
+        return ExpertRows(full, self.full_shape(name)[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.ranks)] = self.ranks  # process groups cannot be copied; both use the same
@@ -194,23 +194,21 @@ class ParallelExperts(ShardedModule):
 
 
 class ExpertRows:
-    """Stacked view of some experts of a tensor [E, rows, columns], for reading: [experts * rows, columns].
+    """Stacked view of a tensor [E, rows, columns], for reading: [E rows, columns].
 
     Args:
         full: a tensor, or an object that slices like one.
-        first: the expert whose rows come first.
         num_rows: rows of each expert. An index lies within the rows of one expert.
     """
 
-    def __init__(self, full: Any, first: int, num_rows: int) -> None:
-        self._full, self._first, self._num_rows = full, first, num_rows
+    def __init__(self, full: Any, num_rows: int) -> None:
+        self._full, self._num_rows = full, num_rows
 
     def __getitem__(self, index: Sequence[slice]) -> torch.Tensor:
         rows, columns = index
         expert, start = divmod(rows.start, self._num_rows)
         inside = slice(start, start + rows.stop - rows.start)
         assert inside.stop <= self._num_rows
-        expert += self._first
         block: torch.Tensor = self._full[slice(expert, expert + 1), inside, columns]
         return block[0]
 

@@ -50,7 +50,8 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     mark_all_shards(model)
     shards = replica_shards(model)
     experts, expert_group = experts_of(model), expert_split(model).all_groups
-    is_first = group_rank(tp_group) == group_rank(expert_group) == 0 and (shards is None or shards.rows.index == 0)
+    is_first = group_rank(tp_group) == group_rank(expert_group) == 0
+    is_first = is_first and (shards is None or shards.replicas.dense.rows.index == 0)
     keeps = is_first or not rank0_only
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}

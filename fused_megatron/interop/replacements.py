@@ -13,7 +13,7 @@ from fused_megatron.interop.experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.layers import GatheredLinear, RowLinear, make_column
 from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
-from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard
+from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard, parameter_record
 
 # Attributes that a replacement takes over from the old module: its mode and its hooks.
 _KEPT = (
@@ -125,7 +125,7 @@ def _cut(old: nn.Parameter, new: nn.Parameter, name: str, module: Any, tp_group:
     mine = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
     if old.is_meta:
         return mine
-    mark_shard(mine, module.shards[name])
+    mark_shard(mine, module.shards[name], parameter_record(new).experts)
     copy_shard_(mine, module.rows(name, old.detach()) if experts else old.detach(), transposed)
     return mine
 

@@ -389,7 +389,7 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for key, value in (("zero_stage", 0), ("zero_shard_size", 2)):
         config, mesh, plan = made(**{key: value})
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
-        found[key] = assemble(config, mesh, plan, stages).gradients.rows.num_shards
+        found[key] = assemble(config, mesh, plan, stages).gradients.replicas.dense.rows.num_shards
     found["zero_gather"] = made(zero_stage=3, zero_gather="step")[2].max_unsharded
     experts = {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_dispatch": "all_gather"}
     config, mesh, plan = made(**experts)
