@@ -22,6 +22,7 @@ from fused_megatron.data_parallel.shared_state import Weights, replicas_of, shar
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
+from fused_megatron.models.expert_loads import ExpertLoads
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
@@ -45,6 +46,7 @@ class Assembly:
         splits_backward: True if the schedule computes weight gradients in actions of their own.
         own_weights: the rows of the parameters that this rank updates, by the same names.
         replicas: ranks that own the other rows and the same rows, of dense parameters and of experts.
+        expert_loads: loads of this rank's experts over the microbatches of a step.
         microbatches: cuts a batch into this rank's microbatches.
     """
 
@@ -60,6 +62,7 @@ class Assembly:
     splits_backward: bool
     own_weights: Mapping[str, torch.Tensor]
     replicas: Replicas
+    expert_loads: ExpertLoads
     microbatches: Microbatches
 
     @property
@@ -241,6 +244,7 @@ def assemble(
         splits_backward,
         own_weights=own,
         replicas=replicas,
+        expert_loads=ExpertLoads(config.model, model.stages.values()),
         microbatches=Microbatches(config, mesh, model),
     )
 

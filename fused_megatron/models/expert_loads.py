@@ -1,6 +1,6 @@
 """Loads of a model's experts over a training step: totals over all ranks, and the updates that follow from them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,10 @@ class LoadReport:
     loads: dict[int, list[int]]
     dropped: float | None
 
+    def text(self) -> str:
+        """Return the load of the expert with most tokens, over all blocks, for a line of the log."""
+        return f"  most loaded expert {max(self.max_over_mean.values(), default=1.0):.2f} x mean"
+
     def metrics(self) -> dict[str, object]:
         """Return the entries of a run's metrics."""
         worst = max(self.max_over_mean.values(), default=1.0)
@@ -50,7 +54,6 @@ class ExpertLoads:
     Args:
         config: of the whole model.
         modules: the model, or this rank's stages; parameters have their names in the whole model.
-        tensors are of shape [blocks with experts, E + 3]: a row has the entries of ExpertRouter.sums.
     """
 
     def __init__(self, config: TransformerConfig, modules: Iterable[nn.Module]) -> None:
@@ -66,16 +69,12 @@ class ExpertLoads:
         for router in self.routers.values():
             router.sums.zero_()
 
-    def of_rank(self) -> torch.Tensor | None:
-        """Return this rank's loads, [blocks with experts, E + 3] float64, 0 for blocks of other ranks.
+    def of_rank(self, device: torch.device) -> torch.Tensor:
+        """Return this rank's loads, [blocks with experts, E + 3] float64 on the device; 0 for blocks of other ranks.
 
-        None for a model without experts.
+        A row has the entries of ExpertRouter.sums. Without experts there are no rows.
         """
-        blocks, experts = self.config.expert_blocks, self.config.num_experts
-        if experts is None:
-            return None
-        some = next(iter(self.routers.values()), None)
-        device = None if some is None else some.sums.device
+        blocks, experts = self.config.expert_blocks, int(self.config.num_experts or 0)
         loads = torch.zeros(len(blocks), experts + NUM_REPORTED, dtype=torch.float64, device=device)
         for row, block in enumerate(blocks):
             if block in self.routers:
@@ -122,19 +121,6 @@ class ExpertLoads:
             loads,
             None if self.config.capacity_factor is None else dropped / max(1, pairs),
         )
-
-
-def router_buffers(modules: Iterable[nn.Module]) -> Mapping[str, torch.Tensor]:
-    """Return the buffers of the routers that a checkpoint keeps, by their names in the whole model.
-
-    They are the same on all ranks that hold the block.
-    """
-    found: dict[str, torch.Tensor] = {}
-    for module in modules:
-        for name, child in module.named_modules():
-            if isinstance(child, ExpertRouter):
-                found |= {f"{name}.{own}": buffer for own, buffer in child.kept_buffers().items()}
-    return found
 
 
 def _block_of(name: str) -> int:

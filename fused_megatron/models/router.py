@@ -80,11 +80,6 @@ class ExpertRouter(nn.Module):
         """E."""
         return self.weight.shape[0]
 
-    def kept_buffers(self) -> dict[str, torch.Tensor]:
-        """Return the buffers that a checkpoint keeps, by name."""
-        kept = {"selection_bias": self.selection_bias, "previous_load": self.previous_load}
-        return {name: buffer for name, buffer in kept.items() if buffer is not None}
-
     def reset_parameters(self, seed: int, name: str) -> None:
         """Draw the weight from (seed, name); set the buffers to 0."""
         fill_normal_shard_(self.weight, self.init_std, seed=seed, name=name)
