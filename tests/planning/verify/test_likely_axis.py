@@ -8,6 +8,7 @@ from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, Traini
 from fused_megatron.planning.verify.layout_parts import (
     CONTEXT,
     DATA,
+    EXPERT,
     MICROBATCHES,
     NEEDS,
     OVERLAP,
@@ -49,7 +50,7 @@ def test_parts_that_are_wrong_only_together() -> None:
     assert cause.parts == (TENSOR, DATA) and cause.together
     assert "only together" in cause.describe()
     cause = find_cause(ALL, lambda parts: {TENSOR, DATA, PIPELINE} <= set(parts))
-    assert cause.parts == (RECOMPUTE, TENSOR, PIPELINE, CONTEXT, DATA) and cause.together
+    assert cause.parts == (RECOMPUTE, TENSOR, PIPELINE, CONTEXT, DATA, EXPERT) and cause.together
 
 
 def test_the_only_part_is_not_tried_again() -> None:
