@@ -12,6 +12,7 @@ from fused_megatron.collectives import group_size
 from fused_megatron.config import TransformerConfig
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
@@ -205,5 +206,5 @@ def reset_layers(model: nn.Module, seed: int) -> None:
             module.reset_parameters(seed, name)
         elif isinstance(module, ExpertRouter | SharedExpertGate):
             module.reset_parameters(seed, f"{name}.weight")
-        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
+        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm | AllHeadsRMSNorm):
             module.reset_parameters()

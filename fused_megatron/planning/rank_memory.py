@@ -135,7 +135,10 @@ def stage_parameters(config: TransformerConfig, span: StageSpan, tensor_parallel
     block = _block_matrices(config, ranks) + 2 * norm
     qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
     block += qkv_bias * query_key_value + config.linear_biases * (expansion + 2 * hidden)
-    block += config.query_key_norm * 2 * config.head_size
+    norms = 2 * config.head_size
+    if config.query_key_norm_over == "all_heads":
+        norms = (config.num_heads + config.kv_heads) * config.head_size // ranks
+    block += config.query_key_norm * norms
     total = (span.stop - span.start) * block
     if span.first:
         total += _vocabulary(config, ranks) + (config.position == "learned") * config.seq_len * hidden

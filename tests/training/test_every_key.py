@@ -264,6 +264,7 @@ ROWS: dict[str, Row] = {
     "model.linear_biases": Row(False, *SHAPES),
     "model.qkv_bias": Row(False, *SHAPES),
     "model.query_key_norm": Row(True, *SHAPES),
+    "model.query_key_norm_over": Row("all_heads", *SHAPES, {"model.query_key_norm": True}),
     "model.sliding_window": Row(3, *LOSS),
     "model.hidden_dropout": Row(0.3, *LOSS),
     "model.attention_dropout": Row(0.3, *LOSS),
