@@ -8,7 +8,6 @@ from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, Traini
 from fused_megatron.planning.verify.layout_parts import (
     CONTEXT,
     DATA,
-    EXPERT,
     MICROBATCHES,
     NEEDS,
     OVERLAP,
