@@ -14,7 +14,6 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.training_step import sum_over_ranks
 from fused_megatron.config import GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.batch import Batch
-from fused_megatron.sharding import parameter_record
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks
 
 # Rows of the stacked experts that row shards cut in the middle of an expert, and unevenly on three ranks.
