@@ -1,15 +1,13 @@
 """Start here when experts of a parallelized model of transformers differ from the original's, or stay whole."""
 
 import copy
-import warnings
 
-import pytest
 import torch
 import transformers as hf
 import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
 
 import fused_megatron as fm
-from fused_megatron.interop.experts import ParallelExperts, experts_of
+from fused_megatron.interop.experts import experts_of
 from fused_megatron.interop.full_state import is_transposed
 from fused_megatron.sharding import full_tensor
 from fused_megatron.testing import run_on_ranks

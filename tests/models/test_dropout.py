@@ -113,7 +113,7 @@ def test_masks_follow_step_and_seed_and_places_differ() -> None:
     first, again, later = (losses_of(model, BatchSlice(step, 0, BATCH)) for step in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, later)
     states = model.get_buffer("dropout_states")
-    assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 3 * 2
+    assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 4 * 2
     assert not torch.equal(states, GPT(model.config, seed=4).get_buffer("dropout_states"))
 
 
