@@ -1,7 +1,7 @@
 """Formulas for the memory that a rank needs in training: weights, gradients, optimizer state, activations."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import lcm
 
 from fused_megatron.assembly.build import DTYPES, stage_spans
@@ -9,13 +9,17 @@ from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig, TransformerConfig
+from fused_megatron.data_parallel.bucket_layout import BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.overlap.chunk_choice import chunk_choice
-from fused_megatron.pipeline.schedule.action import Kind, Schedule, stages_of
+from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
+
+# Actions that end a microbatch's use of activations.
+_FREES = (Kind.BACKWARD, Kind.WEIGHT_GRAD)
 
 
 @dataclass(frozen=True)
@@ -80,26 +84,24 @@ def _memory_of_rank(
     num_parameters = sum(stage_parameters(config.model, span, ranks) for span in spans.values())
     if config.model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():
         num_parameters -= _vocabulary(config.model, ranks)  # the first and the last stage share one table
-    of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
-    held = activations = 0
-    for action in schedule.actions[rank]:
-        held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
-        held -= of_stage[action.stage] * (action.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD))
-        activations = max(activations, held)
+    actions = schedule.actions[rank]
+    held = _held_activations(config, actions, spans)
+    activations = max(held)
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas)]
     shards = (config.parallel.zero_shard_size or replicas) if placements.state else 1
-    # Buckets are packed and their sums received at the end of backward, when few activations are left.
-    packed = min(4 * num_parameters, BUCKETS_UNDER_WAY * round(1e6 * config.training.bucket_mb))
-    sent = 0 if shards == 1 else packed + packed // shards
+    bucket = 0 if shards == 1 else _bucket_bytes(config, spans.values())
     largest = max(_largest_unit(config.model, span, ranks) for span in spans.values())
     working = max(_working(config, span) for span in spans.values())
+    sent = min(4 * num_parameters, BUCKETS_UNDER_WAY * bucket)
     matrices = sum((span.stop - span.start) * _block_matrices(config.model, ranks) for span in spans.values())
     own = [-(-number // shards) for number in (matrices, num_parameters - matrices)]
-    if placements.gradients and shards > 1:  # a bucket fills while the one before leaves
-        working += sent + packed // BUCKETS_UNDER_WAY
-        sent = 0
     if placements.weights:
         working += size * (2 * largest if config.parallel.zero_gather == "block" else num_parameters)
+    # A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less, only the sum.
+    if placements.gradients and shards > 1:  # in every backward; a bucket fills while the one before leaves
+        working += 2 * sent + min(4 * num_parameters, bucket)
+        sent = 0
+    reducing = 2 * sent + _beside_buckets(config, actions, spans, held, bucket, working) if sent else 0
     updating = update_bytes(config.optimizer, config.training.dtype, config.model, sum(own))
     return RankMemory(
         num_parameters,
@@ -107,8 +109,58 @@ def _memory_of_rank(
         gradients=4 * (sum(own) if placements.gradients else num_parameters),
         optimizer=optimizer_bytes(config.optimizer, config.training.dtype, *own),
         activations=activations,
-        working=max(working, sent - activations, updating - activations),
+        working=max(working, reducing - activations, updating - activations),
     )
+
+
+def _held_activations(config: TrainConfig, actions: Sequence[Action], spans: Mapping[int, StageSpan]) -> list[int]:
+    """Return the bytes of activations that a rank holds after each forward, and at the start of each backward."""
+    of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
+    found, held = [], 0
+    for action in actions:
+        held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
+        found.append(held)
+        held -= of_stage[action.stage] * (action.kind in _FREES)
+    return found
+
+
+def _beside_buckets(
+    config: TrainConfig,
+    actions: Sequence[Action],
+    spans: Mapping[int, StageSpan],
+    held: Sequence[int],
+    bucket: int,
+    working: int,
+) -> int:
+    """Return the bytes of activations and temporary tensors that exist while buckets of gradients are sent.
+
+    They are sent under the last backward of a stage. The first one leaves when the head and the last block are through.
+    A stage with one bucket sends it after the backward.
+    """
+    ranks = config.parallel.tensor_parallel_size
+    last = {action.stage: index for index, action in enumerate(actions) if action.kind in _FREES}
+    most = 0
+    for stage, index in last.items():
+        span = spans[stage]
+        beside = held[index] - stage_activations(config, span)
+        if BYTES_PER_ELEMENT * stage_parameters(config.model, span, ranks) > bucket:
+            beside += stage_activations(config, _without_last_block(span)) + working
+        most = max(most, beside)
+    return most
+
+
+def _without_last_block(span: StageSpan) -> StageSpan:
+    """Return the stage without its last block and without the head."""
+    return replace(span, num_stages=span.num_stages + 1, stop=max(span.start, span.stop - 1))
+
+
+def _bucket_bytes(config: TrainConfig, spans: Iterable[StageSpan]) -> int:
+    """Compute the bytes of a bucket: bucket_mb, or its largest parameter if that is larger."""
+    model, ranks = config.model, config.parallel.tensor_parallel_size
+    largest = model.hidden_size * max(_outputs_and_inputs(model, ranks))
+    if any(span.first or span.last for span in spans):
+        largest = max(largest, _vocabulary(model, ranks))
+    return max(round(1e6 * config.training.bucket_mb), BYTES_PER_ELEMENT * largest)
 
 
 def _largest_unit(config: TransformerConfig, span: StageSpan, ranks: int) -> int:
