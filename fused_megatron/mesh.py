@@ -54,6 +54,10 @@ class ParallelLayout:
         sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
         overlap: number of chunks of a product, so that products and collectives run side by side: True lets the cost
             model of the group choose, a number fixes it, False is 1.
+        ep_group: the ranks that share the experts of a layer; None for this rank only.
+        etp_group: the ranks that share each expert; None for this rank only.
+        expert_dispatch: how tokens reach their experts: "all_to_all" or "all_gather"; None for the one with fewer
+            bytes.
     """
 
     tp_group: dist.ProcessGroup | None = None
@@ -61,6 +65,9 @@ class ParallelLayout:
     overlap: bool | int = True
     cp_group: dist.ProcessGroup | None = None
     context_parallel_method: str = "ring"
+    ep_group: dist.ProcessGroup | None = None
+    etp_group: dist.ProcessGroup | None = None
+    expert_dispatch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -245,10 +252,24 @@ class Mesh:
         return {"pp": self.pp_size, "copies": copies, "shards": shard_size, "tp": self.tp_size}
 
     def layout(
-        self, *, sequence_parallel: bool = False, overlap: bool | int = True, context_parallel_method: str = "ring"
+        self,
+        *,
+        sequence_parallel: bool = False,
+        overlap: bool | int = True,
+        context_parallel_method: str = "ring",
+        expert_dispatch: str | None = None,
     ) -> ParallelLayout:
         """Return the layout that layers and models on this mesh take."""
-        return ParallelLayout(self.tp_group, sequence_parallel, overlap, self.cp_group, context_parallel_method)
+        return ParallelLayout(
+            self.tp_group,
+            sequence_parallel,
+            overlap,
+            self.cp_group,
+            context_parallel_method,
+            ep_group=self.groups.get(("ep",)),
+            etp_group=self.groups.get(("etp",)),
+            expert_dispatch=expert_dispatch,
+        )
 
 
 def init_mesh(

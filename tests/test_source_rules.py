@@ -32,6 +32,8 @@ STEMS_OF_ONE_THING = {
     "bias_swiglu",
     "command",
     "cross_entropy",
+    "expert_permutation",
+    "expert_routing",
     "layer_norm",
     "linear_cross_entropy",
     "norm",
@@ -41,6 +43,7 @@ STEMS_OF_ONE_THING = {
     "sample_index",
     "scaled_masked_softmax",
     "sum_of_squares",
+    "weighted_swiglu",
 }
 
 

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.cpu_kernel
 
 IDS, TERMS = torch.tensor([1, 0, 3, 2]), fm.ops.LossTerms(8)
 COS, SIN = torch.rand(4, 1), torch.rand(4, 1)
+ORDER = fm.ops.order_by_expert(torch.tensor([[0, 1], [2, 0], [1, 2], [1, 0]]), 3)
 NUMBERS = torch.zeros(2, dtype=torch.int64)
 # Every public op as a function of x [4, 8].
 OPS: dict[str, Callable[[torch.Tensor], Any]] = {
@@ -26,6 +27,7 @@ OPS: dict[str, Callable[[torch.Tensor], Any]] = {
     "bias_geglu": lambda x: fm.ops.bias_geglu(x, None),
     "bias_gelu": lambda x: fm.ops.bias_gelu(x, None),
     "bias_swiglu": lambda x: fm.ops.bias_swiglu(x, None),
+    "combine_tokens": lambda x: fm.ops.combine_tokens(x.view(8, 4), ORDER),
     "cross_entropy": lambda x: fm.ops.cross_entropy(x, IDS),
     "cross_entropy_gradient": lambda x: fm.ops.cross_entropy_gradient(x[:, 0], x, IDS, x[:, :2], TERMS),
     "cross_entropy_gradient_": lambda x: fm.ops.cross_entropy_gradient_(x[:, 0], x.clone(), IDS, x[:, :2], TERMS),
@@ -33,9 +35,13 @@ OPS: dict[str, Callable[[torch.Tensor], Any]] = {
     "cross_entropy_statistics": lambda x: fm.ops.cross_entropy_statistics(x, IDS, TERMS),
     "layer_norm": lambda x: fm.ops.layer_norm(x, torch.ones(8), torch.zeros(8)),
     "linear_cross_entropy": lambda x: fm.ops.linear_cross_entropy(x, torch.eye(8), IDS),
+    "permute_tokens": lambda x: fm.ops.permute_tokens(x, ORDER),
+    "permute_weights": lambda x: fm.ops.permute_weights(x[:, :2], ORDER),
     "rms_norm": lambda x: fm.ops.rms_norm(x, torch.ones(8)),
     "rotary_embedding": lambda x: fm.ops.rotary_embedding(x.view(4, 1, 4, 2), None, COS, SIN)[0],
+    "route_tokens": lambda x: fm.ops.route_tokens(x, fm.ops.RoutingRule(3)).probabilities,
     "scaled_masked_softmax": lambda x: fm.ops.scaled_masked_softmax(x),
+    "weighted_swiglu": lambda x: fm.ops.weighted_swiglu(x, x[:, 0]),
 }
 
 
@@ -60,7 +66,15 @@ TRANSFORMS: dict[str, Callable[[Callable[[torch.Tensor], Any], torch.Tensor], An
 
 
 def test_every_op_is_here() -> None:
-    without_gradient = {"LossTerms", "adamw_", "sum_of_squares"}
+    without_gradient = {
+        "LossTerms",
+        "ExpertOrder",
+        "Routes",
+        "RoutingRule",
+        "adamw_",
+        "order_by_expert",
+        "sum_of_squares",
+    }
     assert {*OPS, *without_gradient, "attention"} == set(fm.ops.__all__)
 
 

@@ -11,12 +11,14 @@ from fused_megatron.ops.product import product
 
 PACKAGE = Path(__file__).parents[2] / "fused_megatron"
 ROOMS = ("ops", "overlap", "tensor_parallel", "context_parallel", "expert_parallel", "models", "interop")
-PRODUCTS = {"linear", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot", "scaled_mm"}
+PRODUCTS = {"linear", "mm", "bmm", "mv", "addmm", "addbmm", "baddbmm", "addmv", "einsum", "tensordot"}
+PRODUCTS |= {"scaled_mm", "grouped_mm"}
 # Products that a recipe for linear layers does not replace, or replaces by another op of the same file.
 ALLOWED = {
     "ops/product.py": "the one",
     "ops/attention.py": "scores and context of attention: no weight among the operands",
     "ops/attention_kernels.py": "the same for a part of the scores",
+    "ops/grouped_product.py": "torch's product of all groups in one kernel on a GPU",
     "overlap/symmetric_memory.py": "torch's products fused with their collective, which have scaled twins of their own",
 }
 

@@ -390,6 +390,11 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
         found[key] = assemble(config, mesh, plan, stages).gradients.rows.num_shards
     found["zero_gather"] = made(zero_stage=3, zero_gather="step")[2].max_unsharded
+    experts = {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_dispatch": "all_gather"}
+    config, mesh, plan = made(**experts)
+    layout = next(iter(build_stages(config, mesh, plan, torch.device("cpu")).stages.values())).layout
+    found |= {"expert_parallel_size": layout.ep_group.size(), "expert_dispatch": layout.expert_dispatch}
+    found["expert_tensor_parallel_size"] = layout.etp_group.size()
     config, mesh, plan = made(**changes, timeout_s=7.0)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
@@ -403,6 +408,9 @@ def test_keys_of_the_layout(folder: Path) -> None:
         "data_parallel_size": (2, 1, 1, 2),
         "context_parallel_size": (1, 1, 2, 2),
         "context_parallel_method": "all_gather",
+        "expert_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+        "expert_dispatch": "all_gather",
         "stages_per_rank": 2,
         "schedule": "gpipe",
         "pipeline_cut": [2, 0],
