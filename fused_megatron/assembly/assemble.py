@@ -23,6 +23,7 @@ from fused_megatron.data_parallel.shared_state import Weights, share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
+from fused_megatron.models.expert_loads import ExpertLoads
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
@@ -46,6 +47,7 @@ class Assembly:
         own_weights: the rows of the parameters that this rank updates, by the same names.
         shard_group: ranks with the same weights that own the other rows; None if this rank owns all.
         copy_group: ranks that own the same rows; None for this rank only.
+        expert_loads: loads of this rank's experts over the microbatches of a step.
         microbatches: cuts a batch into this rank's microbatches.
     """
 
@@ -62,6 +64,7 @@ class Assembly:
     own_weights: Mapping[str, torch.Tensor]
     shard_group: Group
     copy_group: Group
+    expert_loads: ExpertLoads
     microbatches: Microbatches
 
     @property
@@ -229,6 +232,7 @@ def assemble(
         own_weights=own,
         shard_group=shards.group if placements.state else None,
         copy_group=copies.group if placements.state else replicas.group,
+        expert_loads=ExpertLoads(config.model, model.stages.values()),
         microbatches=Microbatches(config, mesh, model),
     )
 

@@ -29,6 +29,20 @@ def parameter_boxes(
     return boxes
 
 
+def buffer_boxes(model: nn.Module) -> dict[str, TensorBox]:
+    """Return the box of every buffer that belongs to the model's state, under `model.<name>`.
+
+    Buffers are whole, and the same on every rank that has them.
+    """
+    boxes = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                full_name = f"model.{path}.{name}" if path else f"model.{name}"
+                boxes[full_name] = TensorBox(buffer, tuple(buffer.shape), (0,) * buffer.dim())
+    return boxes
+
+
 def optimizer_boxes(
     parameters: Mapping[str, nn.Parameter],
     state: Mapping[str, Mapping[str, torch.Tensor]],

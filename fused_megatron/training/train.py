@@ -35,7 +35,21 @@ from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # Fields of the model's config that may change between a checkpoint and the run that resumes from it.
-FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute", "recompute_blocks"}
+FREE_FIELDS = {
+    "init_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "recompute",
+    "recompute_blocks",
+    "balance_loss",
+    "balance_loss_over",
+    "router_z_loss",
+    "router_jitter",
+    "capacity_factor",
+}
+# The state of routers depends on free fields: a run may start it, or drop the loads of the step before.
+ROUTER_BUFFERS = "model.blocks.*.mlp.router."
 
 
 def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) -> bool:
@@ -144,7 +158,10 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
             boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
-            load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
+            buffers = trainer.buffer_boxes()
+            load_checkpoint(
+                checkpoint, boxes | buffers, rank_tensors=rank_tensors, group=group, allow_missing=tuple(buffers)
+            )
             trainer.optimizer.reset_main_weights()
         else:
             resumed = ResumedTensors(
@@ -155,7 +172,12 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
                 read_manifest(checkpoint),
             )
             load_checkpoint(
-                checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
+                checkpoint,
+                resumed.boxes | trainer.buffer_boxes(),
+                rank_tensors=rank_tensors,
+                group=group,
+                allow_missing=(f"{ROUTER_BUFFERS}previous_load", f"{ROUTER_BUFFERS}selection_bias"),
+                allow_extra=(*resumed.allow_extra, f"{ROUTER_BUFFERS}previous_load"),
             )
             resumed.finish()
         trainer.weights.start()
@@ -198,6 +220,8 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config
     saved = known | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     # Rotary positions have no table whose length must equal seq_len.
     free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
+    if model_config.router_bias_rate is not None:
+        free = free | {"router_bias_rate"}  # a run without a bias would lose the checkpoint's
     for name, value in dataclasses.asdict(model_config).items():
         if name not in free and saved.get(name) != value:
             raise InputError(
