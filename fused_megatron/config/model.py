@@ -73,6 +73,8 @@ class TransformerConfig:
     """Give query, key and value a bias, as Qwen2 does. None: linear_biases."""
     query_key_norm: bool = False
     """Apply an RMS norm to each head of queries and keys before rotation, as Qwen3 does."""
+    query_key_norm_over: str = "head"
+    """Features of one mean square of this norm: head (each head on its own) or all_heads (all heads, as OLMoE)."""
     sliding_window: int | None = None
     """Number of tokens that a token attends to, including itself. None: all earlier tokens and itself."""
     hidden_dropout: float = 0.0
@@ -382,6 +384,7 @@ _ALLOWED = {
     "normalization": ("layer_norm", "rms_norm"),
     "position": ("learned", "rotary"),
     "rotary_scaling": ("none", "linear", "dynamic", "llama3", "yarn"),
+    "query_key_norm_over": ("head", "all_heads"),
     "recompute": ("none", "selective", "full"),
     "router_scores": ("softmax", "sigmoid"),
     "balance_loss_over": ("sequence", "step"),

@@ -12,6 +12,7 @@ from fused_megatron.collectives import group_size
 from fused_megatron.config import TransformerConfig
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
@@ -101,15 +102,15 @@ class TransformerBlock(nn.Module):
         if self.post_norm:
             attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self.attention_norm(self._add(1, attended, x, dropout))
-            output, *extra = self._feed_forward(x, dropout, partition)
-            x = self.mlp_norm(self._add(2, output, x, dropout))
+            fed = self._feed_forward(x, dropout, partition)
+            x = self.mlp_norm(self._add(2, fed.output, x, dropout))
         else:
             normed = self.attention_norm(x)
             attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self._add(1, attended, x, dropout)
-            output, *extra = self._feed_forward(self.mlp_norm(x), dropout, partition)
-            x = self._add(2, output, x, dropout)
-        return WithAuxiliaryLoss(x, *extra) if any(extra_ is not None for extra_ in extra) else x
+            fed = self._feed_forward(self.mlp_norm(x), dropout, partition)
+            x = self._add(2, fed.output, x, dropout)
+        return x if fed.auxiliary_loss is None and fed.report is None else fed._replace(output=x)
 
     def _feed_forward(
         self, x: torch.Tensor, dropout: DropoutMasks | None, partition: SequencePartition | None
@@ -188,7 +189,8 @@ def run_blocks(
             returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition)
         # Here, and not in the block: a recomputed block runs twice.
         if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:
-            block.mlp.router.sums.add_(returned.report)
+            router = block.get_submodule("mlp.router")
+            router.get_buffer("sums").add_(returned.report)
         x, loss = split_auxiliary_loss(returned)
         if loss is not None:
             total = loss if total is None else total + loss
@@ -204,5 +206,5 @@ def reset_layers(model: nn.Module, seed: int) -> None:
             module.reset_parameters(seed, name)
         elif isinstance(module, ExpertRouter | SharedExpertGate):
             module.reset_parameters(seed, f"{name}.weight")
-        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
+        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm | AllHeadsRMSNorm):
             module.reset_parameters()

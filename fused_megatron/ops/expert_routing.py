@@ -96,20 +96,19 @@ def _fake_forward(
         logits.new_empty(of_sequences, dtype=torch.int64),
         logits.new_empty(of_sequences),
         logits.new_empty(()),
-        logits.new_empty((num_rows, 3)),
     )
 
 
 _forward = define_op(
     "expert_routing_forward(Tensor logits, Tensor? bias, int num_selected, bool sigmoid, bool normalize, float scale,"
     " int num_groups, int groups_per_token, int num_sequences) -> (Tensor experts, Tensor probabilities,"
-    " Tensor counts, Tensor score_sums, Tensor z, Tensor statistics)",
+    " Tensor counts, Tensor score_sums, Tensor z)",
     reference=reference.expert_routing_forward,
     fake=_fake_forward,
 )
 _backward = define_op(
     "expert_routing_backward(Tensor grad_probabilities, Tensor grad_score_sums, Tensor grad_z, Tensor logits,"
-    " Tensor experts, Tensor statistics, bool sigmoid, bool normalize, float scale) -> Tensor",
+    " Tensor experts, bool sigmoid, bool normalize, float scale) -> Tensor",
     reference=reference.expert_routing_backward,
     fake=lambda grad_probabilities, grad_score_sums, grad_z, logits, *others: logits.new_empty(logits.shape),
 )
@@ -122,11 +121,11 @@ class ExpertRouting(AutogradFunction):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, bias: torch.Tensor | None, *rule: Any) -> tuple[torch.Tensor, ...]:
-        *routes, statistics = _forward(logits, bias, *rule)
-        ctx.save_for_backward(logits, routes[0], statistics)
+        routes = _forward(logits, bias, *rule)
+        ctx.save_for_backward(logits, routes[0])
         ctx.rule = rule[1:4]
         ctx.mark_non_differentiable(routes[0], routes[2])
-        return tuple(routes)
+        return routes
 
     @staticmethod
     @once_differentiable
@@ -164,7 +163,7 @@ def route_tokens(
 
     Communication: none.
 
-    Memory: saves the logits, the experts, and 12 bytes a token; the scores are not stored.
+    Memory: saves the logits and the experts; the scores are never stored.
 
     Numerics: float32 inside; sums over tokens are added in an order that depends only on the shape, so that runs agree
         bit for bit, on the CPU with any number of threads. float64 runs on the PyTorch reference. Backward cannot be
@@ -194,9 +193,9 @@ def route_tokens(
         num_sequences,
     )
     if logits.dtype == torch.float64:
-        return Routes(*reference.expert_routing_forward(logits, bias, *arguments)[:5])
+        return Routes(*reference.expert_routing_forward(logits, bias, *arguments))
     logits = logits.contiguous()
     bias = None if bias is None else bias.float().contiguous()
     if not is_differentiated():
-        return Routes(*_forward(logits, bias, *arguments)[:5])
+        return Routes(*_forward(logits, bias, *arguments))
     return Routes(*ExpertRouting.apply(logits, bias, *arguments))

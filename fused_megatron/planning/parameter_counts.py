@@ -90,7 +90,10 @@ def block_parameters(config: TransformerConfig, parallel: ParallelConfig, has_ex
     qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
     matrices = hidden * (query_key_value + query)
     others = 2 * _norm(config) + qkv_bias * query_key_value + config.linear_biases * hidden
-    others += config.query_key_norm * 2 * config.head_size
+    head_norms = 2 * config.head_size
+    if config.query_key_norm_over == "all_heads":
+        head_norms = (config.num_heads + config.kv_heads) * config.head_size // ranks
+    others += config.query_key_norm * head_norms
     if not has_experts:
         mlp = _mlp(config, config.ffn_size, ranks)
         return ParameterCounts(matrices + mlp.matrices, others + mlp.others)

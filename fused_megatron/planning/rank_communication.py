@@ -26,7 +26,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         all_gather      (6 + 2 k) A                         two of them gather an operand again for backward
         all_reduce      4 bytes an element of norms and of biases that every rank holds
       and in both cases, with G key-value heads of size D
-        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm
+        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm, or over
+                        all heads (2 + k) 8 bytes a token
 
     The first and the last stage also send an all-reduce of A each; with sequence parallelism, a reduce-scatter and an
     all-gather of A instead. The first stage then all-gathers the gradient of learned positions. The last stage gathers
@@ -48,8 +49,10 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     # Gradients of parameters that several ranks hold, while each rank uses them for different heads.
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
-    copied += 2 * model.head_size * model.query_key_norm
+    over_all_heads = model.query_key_norm and model.query_key_norm_over == "all_heads"
+    copied += 2 * model.head_size * model.query_key_norm * (not over_all_heads)
     sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
+    sent["all_reduce"] += (2 * blocks + model.recomputed_blocks(blocks)) * 8 * tokens * over_all_heads
     if not parallel.sequence_parallel:
         sent["all_reduce"] += (blocks * 4 + again + ends) * activation
     else:

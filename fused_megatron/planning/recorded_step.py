@@ -112,7 +112,7 @@ def _record(
         recorder.watch(stage)
     storages = recorder.storages
     assembled_bytes = storages.held_bytes()
-    groups = (mesh.replicas.group, assembly.shard_group, assembly.copy_group)
+    groups = [g for each in assembly.replicas.sets for g in (each.group, each.shard_group, each.copy_group)]
     recorder.replicas = {tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None}
     with recorder.phase(UPDATED):  # as after the update of a previous step: gathering weights of other ranks has begun
         assembly.weights.start()

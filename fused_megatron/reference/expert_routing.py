@@ -5,8 +5,6 @@ import torch
 # Added to divisors, as DeepSeek-V3 does: scores so small that their sum underflows give probability 0, not NaN.
 TINY = 1e-20
 
-Forward = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def expert_routing_forward(
     logits: torch.Tensor,
@@ -18,32 +16,27 @@ def expert_routing_forward(
     num_groups: int,
     groups_per_token: int,
     num_sequences: int,
-) -> Forward:
+) -> tuple[torch.Tensor, ...]:
     """Compute torch.ops.fused_megatron.expert_routing_forward: ops.route_tokens, for float64 with plain autograd.
 
     Returns:
-        experts [T, K] int64, probabilities [T, K], counts [B, E] int64, score_sums [B, E], z [], and statistics [T, 3]:
-        largest logit m, sum of exp(logit - m), sum of the scores.
+        experts [T, K] int64, probabilities [T, K], counts [B, E] int64, score_sums [B, E], z [].
     """
     num_rows, num_experts = logits.shape
-    maximum = logits.detach().amax(dim=1, keepdim=True)
-    exp_sum = (logits - maximum).exp().sum(dim=1, keepdim=True)
-    scores = logits.sigmoid() if sigmoid else (logits - maximum).exp() / exp_sum
-    total = scores.sum(dim=1, keepdim=True) if sigmoid else torch.ones_like(exp_sum)
+    scores = logits.sigmoid() if sigmoid else logits.softmax(dim=1)
     experts = _select(logits, scores, bias, num_selected, num_groups, groups_per_token)
     chosen = scores.gather(1, experts)
     probabilities = scale * (chosen / (chosen.sum(dim=1, keepdim=True) + TINY) if normalize else chosen)
     of_sequence = (num_rows // num_sequences, num_sequences, num_experts)
     is_chosen = (experts.unsqueeze(2) == torch.arange(num_experts, device=logits.device)).sum(dim=1)
-    shares = scores / (total + TINY) if sigmoid else scores
-    z = (maximum + exp_sum.log()).square().sum()
+    shares = scores / (scores.sum(dim=1, keepdim=True) + TINY) if sigmoid else scores
+    z = logits.logsumexp(dim=1).square().sum()
     return (
         experts,
         probabilities,
         is_chosen.view(of_sequence).sum(dim=0),
         shares.view(of_sequence).sum(dim=0),
         z,
-        torch.cat([maximum, exp_sum, total], dim=1),
     )
 
 
@@ -53,32 +46,28 @@ def expert_routing_backward(
     grad_z: torch.Tensor,
     logits: torch.Tensor,
     experts: torch.Tensor,
-    statistics: torch.Tensor,
     sigmoid: bool,
     normalize: bool,
     scale: float,
 ) -> torch.Tensor:
     """Compute torch.ops.fused_megatron.expert_routing_backward: the gradient of the logits [T, E]."""
-    maximum, exp_sum, total = statistics.unsqueeze(2).unbind(1)
-    softmax = (logits - maximum).exp() / exp_sum
+    softmax = logits.softmax(dim=1)
     scores = logits.sigmoid() if sigmoid else softmax
     grad_chosen = scale * grad_probabilities
     if normalize:
         chosen = scores.gather(1, experts)
         divisor = chosen.sum(dim=1, keepdim=True) + TINY
         grad_chosen = (grad_chosen - (grad_chosen * chosen / divisor).sum(dim=1, keepdim=True)) / divisor
-    of_sequence = (-1, *grad_score_sums.shape)
     grad = grad_score_sums.unsqueeze(0).expand(len(logits) // len(grad_score_sums), -1, -1).reshape(logits.shape)
     if sigmoid:
-        divisor = total + TINY
+        divisor = scores.sum(dim=1, keepdim=True) + TINY
         grad = (grad - (grad * scores / divisor).sum(dim=1, keepdim=True)) / divisor
-    assert grad.view(of_sequence).shape[1:] == grad_score_sums.shape
     grad = grad.scatter_add(1, experts, grad_chosen)
     if sigmoid:
         grad = grad * scores * (1 - scores)
     else:
         grad = scores * (grad - (grad * scores).sum(dim=1, keepdim=True))
-    return grad + 2 * grad_z * (maximum + exp_sum.log()) * softmax
+    return grad + 2 * grad_z * logits.logsumexp(dim=1, keepdim=True) * softmax
 
 
 def _select(

@@ -157,7 +157,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         rank_tensors = trainer.rank_tensors() if same_layout else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
-            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
+            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.replicas.rows)
             buffers = trainer.buffer_boxes()
             load_checkpoint(
                 checkpoint, boxes | buffers, rank_tensors=rank_tensors, group=group, allow_missing=tuple(buffers)
@@ -168,7 +168,7 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
                 trainer.parameters,
                 trainer.own_weights,
                 trainer.optimizer,
-                trainer.gradients.rows,
+                trainer.gradients.replicas.rows,
                 read_manifest(checkpoint),
             )
             load_checkpoint(

@@ -157,7 +157,7 @@ class Trainer:
     def tensor_boxes(self) -> dict[str, Any]:
         """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors."""
         mark_all_shards(self.model)
-        rows = self.gradients.rows
+        rows = self.gradients.replicas.rows
         weights = parameter_boxes(self.parameters, self.own_weights, rows)
         return {**weights, **self.buffer_boxes(), **optimizer_boxes(self.parameters, self.optimizer.state(), rows)}
 
