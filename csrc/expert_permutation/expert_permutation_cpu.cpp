@@ -128,20 +128,26 @@ Tensor expert_combine(const Tensor& y_any, const Tensor& places, const OptionalT
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
     torch::stable::parallel_for(0, num_tokens, rows_per_thread(bytes * num_selected), [&](int64_t first, int64_t last) {
-      std::vector<const T*> pointers(static_cast<size_t>(num_selected));
-      std::vector<float> factors(static_cast<size_t>(num_selected));
-      for (int64_t token = first; token < last; ++token) {
-        int64_t count = 0;
+      // Two tokens: the one in work, and the next one, whose rows are prefetched.
+      std::vector<const T*> pointers(static_cast<size_t>(2 * num_selected));
+      std::vector<float> factors(static_cast<size_t>(2 * num_selected));
+      const auto rows_of = [&](int64_t token) {
+        const int64_t at = token % 2 * num_selected;
+        TokenRows<T> found{pointers.data() + at, factors.data() + at, 0};
+        if (token >= last) return found;
         for (int64_t pair = token * num_selected; pair < (token + 1) * num_selected; ++pair) {
           const int64_t place = place_data[pair];
           if (place < 0 || place >= num_rows) continue;
-          pointers[count] = from + place * width;
-          factors[count++] = weight_data == nullptr ? 1.0f : weight_data[pair];
+          found.rows[found.count] = from + place * width;
+          found.weights[found.count++] = weight_data == nullptr ? 1.0f : weight_data[pair];
         }
-        for (int64_t k = 0; token + 1 < last && k < num_selected; ++k) {
-          prefetch_lines(from, place_data[(token + 1) * num_selected + k] * bytes, bytes);
-        }
-        combine_row(pointers.data(), factors.data(), count, width, to + token * width);
+        return found;
+      };
+      TokenRows<T> current = rows_of(first);
+      for (int64_t token = first; token < last; ++token) {
+        const TokenRows<T> next = rows_of(token + 1);
+        combine_row(current, next, width, to + token * width);
+        current = next;
       }
     });
   });
