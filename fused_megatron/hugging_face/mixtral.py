@@ -132,7 +132,8 @@ def _write_qwen(config: GPTConfig) -> dict[str, Any]:
 def write_qwen2_moe(config: GPTConfig) -> dict[str, Any]:
     kind = "full_attention" if config.sliding_window is None else "sliding_attention"
     return _write_qwen(config) | {
-        "shared_expert_intermediate_size": config.shared_ffn_size,
+        # A model without shared experts differs then: the family always has them.
+        "shared_expert_intermediate_size": max(1, config.shared_ffn_size),
         "qkv_bias": config.linear_biases if config.qkv_bias is None else config.qkv_bias,
         "layer_types": [kind] * config.num_layers,
     }
