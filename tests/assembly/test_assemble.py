@@ -177,12 +177,13 @@ def sweep() -> Iterator[tuple[int, dict[str, Any], int]]:
 
 # World size, layout, microbatches of a step.
 FAST = [
-    (4, layout_of(tp=2, dp=2, zero_stage=1), 1),  # an expert's replicas are the ranks of dp and tp
+    (4, layout_of(tp=2, dp=2, zero_stage=0), 1),  # an expert's replicas are the ranks of dp and tp
     (4, layout_of(ep=2, etp=2, dp=4, zero_stage=3), 2),
     (4, layout_of(ep=4, tp=2, dp=2, zero_stage=2, sequence_parallel=True), 4),  # one replica of each expert
 ]
 # A stage without experts; row shards that cut experts unevenly; groups of ranks that repeat the same state.
 SLOW = [
+    (4, layout_of(tp=2, dp=2, zero_stage=1), 1),
     (4, layout_of(ep=2, dp=2, pipeline_parallel_size=2, zero_stage=0), 2),
     (3, layout_of(dp=3), 1),
     (6, layout_of(tp=2, dp=3, zero_stage=2), 1),
