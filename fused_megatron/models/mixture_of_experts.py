@@ -115,7 +115,9 @@ class MixtureOfExperts(nn.Module):
         routes = self.router(own, noise)
         keep = self._keep(routes, own.shape, rows, partition)
         meanwhile = self._shared(x)
-        returned = self.experts(own.flatten(0, 1), routes.experts, routes.probabilities, keep=keep, meanwhile=meanwhile)
+        returned = self.experts(
+            own.flatten(0, 1), routes.experts, routes.probabilities.float(), keep=keep, meanwhile=meanwhile
+        )
         y, shared = (returned, None) if meanwhile is None else returned
         y = y.view(own.shape)
         if self.cuts_sequence:
