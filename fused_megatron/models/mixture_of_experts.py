@@ -80,6 +80,7 @@ class MixtureOfExperts(nn.Module):
             ep_group=layout.ep_group,
             etp_group=layout.etp_group,
             dispatch=layout.expert_dispatch,
+            overlap=layout.overlap,
             init_std=config.init_std,
             output_init_std=config.output_init_std,
             dtype=dtype,
