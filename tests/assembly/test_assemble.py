@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.training_step import sum_over_ranks
+from fused_megatron.checkpoint import load_checkpoint, save_checkpoint
+from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.config import GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.batch import Batch
+from fused_megatron.sharding import TensorBox
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks
 
 # Rows of the stacked experts that row shards cut in the middle of an expert, and unevenly on three ranks.
@@ -79,8 +83,16 @@ def boxes(assembly: Assembly, own: Mapping[str, torch.Tensor]) -> Boxes:
     return found
 
 
-def steps(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float], Boxes, Boxes]:
-    """Train on random tokens with clipping; return the norms, the first gradients and the last weights."""
+def tensor_boxes(assembly: Assembly) -> dict[str, TensorBox]:
+    rows = assembly.replicas.rows
+    weights = parameter_boxes(assembly.parameters, assembly.own_weights, rows)
+    return {**weights, **optimizer_boxes(assembly.parameters, assembly.optimizer.state(), rows)}
+
+
+def steps(
+    rank: int, world_size: int, config: TrainConfig, folder: Path | None = None
+) -> tuple[list[float], Boxes, Boxes]:
+    """Train on random tokens with clipping, and save; return the norms, the first gradients and the last weights."""
     assembly, training, mesh = assembled(config), config.training, build_mesh(config)
     own = training.global_batch_size // mesh.dp_size
     norms, gradients = [], None
@@ -100,6 +112,8 @@ def steps(rank: int, world_size: int, config: TrainConfig) -> tuple[list[float],
     assembly.weights.finish()
     assert assembly.find_drift() is None
     assert gradients is not None
+    if folder is not None:
+        save_checkpoint(folder, NUM_STEPS, tensor_boxes(assembly), state={}, group=dist.group.WORLD)
     return norms, gradients, boxes(assembly, assembly.optimizer.main)
 
 
@@ -110,10 +124,20 @@ def assert_near(found: Boxes, wanted: Boxes, tolerance: float) -> None:
         torch.testing.assert_close(values, full, rtol=0, atol=limit, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def loaded(rank: int, world_size: int, config: TrainConfig, folder: Path) -> Boxes:
+    """Load the checkpoint of a folder; return the weights and the state of the optimizer."""
+    assembly = assembled(config)
+    found = tensor_boxes(assembly)
+    for box in found.values():
+        box.tensor.fill_(torch.nan)
+    group = dist.group.WORLD if world_size > 1 else None
+    load_checkpoint(folder / f"step-{NUM_STEPS:06d}", found, group=group)
+    return {name: (box.box.slices(), box.tensor.detach().clone()) for name, box in found.items()}
+
+
 def check_layouts(layouts: list[tuple[int, dict[str, Any], int]], model: dict[str, Any], optimizer: str) -> None:
     """Compare layouts (world size, layout, microbatches) with one process."""
-    ((one,),) = run_cases_on_ranks(steps, 1, [(config_of({}, model, optimizer),)])
-    wanted_norms, wanted_gradients, wanted_weights = one
+    wanted_norms, wanted_gradients, wanted_weights = steps(0, 1, config_of({}, model, optimizer))
     assert min(wanted_norms[1::2]) > CLIP, "clipping must clip"
     for world_size in sorted({layout[0] for layout in layouts}):
         chosen = [(layout, count) for size, layout, count in layouts if size == world_size]
@@ -153,13 +177,14 @@ def sweep() -> Iterator[tuple[int, dict[str, Any], int]]:
 
 # World size, layout, microbatches of a step.
 FAST = [
-    (4, layout_of(tp=2, dp=2, zero_stage=1), 1),  # an expert's replicas are the ranks of dp and tp
+    (4, layout_of(tp=2, dp=2, zero_stage=0), 1),  # an expert's replicas are the ranks of dp and tp
     (4, layout_of(ep=2, etp=2, dp=4, zero_stage=3), 2),
     (4, layout_of(ep=4, tp=2, dp=2, zero_stage=2, sequence_parallel=True), 4),  # one replica of each expert
-    (4, layout_of(ep=2, dp=2, pipeline_parallel_size=2, zero_stage=0), 2),
 ]
-# Row shards cut experts unevenly; two groups of ranks repeat what the ranks of each share.
-UNEVEN = [
+# A stage without experts; row shards that cut experts unevenly; groups of ranks that repeat the same state.
+SLOW = [
+    (4, layout_of(tp=2, dp=2, zero_stage=1), 1),
+    (4, layout_of(ep=2, dp=2, pipeline_parallel_size=2, zero_stage=0), 2),
     (3, layout_of(dp=3), 1),
     (6, layout_of(tp=2, dp=3, zero_stage=2), 1),
     (4, layout_of(ep=2, dp=4, zero_stage=3, zero_shard_size=2), 2),
@@ -172,6 +197,33 @@ def test_every_layout_of_experts_trains_as_one_process() -> None:
     check_layouts(FAST, {}, "adamw")
 
 
+SAVED_AND_LOADED = [
+    (4, layout_of(ep=4, tp=2, dp=2, zero_stage=2), 2, layout_of(etp=2, dp=2, zero_stage=3)),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            (4, layout_of(ep=2, dp=2, pipeline_parallel_size=2), 4, layout_of(ep=4, tp=2, dp=2, zero_stage=3)),
+            (2, layout_of(tp=2), 8, layout_of(ep=2, etp=2, tp=2, dp=4, zero_stage=1, zero_shard_size=2)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "layout", "others", "other_layout"), SAVED_AND_LOADED)
+def test_a_checkpoint_fits_every_layout(
+    tmp_path: Path, ranks: int, layout: dict[str, Any], others: int, other_layout: dict[str, Any]
+) -> None:
+    """One process loads what some ranks saved, and other ranks load the same bits."""
+    run_cases_on_ranks(steps, ranks, [(config_of(layout, {}), tmp_path)])
+    one = loaded(0, 1, config_of({}, {}), tmp_path)
+    assert not any(values.isnan().any() for _, values in one.values())
+    (results,) = run_cases_on_ranks(loaded, others, [(config_of(other_layout, {}), tmp_path)])
+    assert {name for found in results for name in found} == one.keys()
+    for found in results:
+        for name, (index, values) in found.items():
+            assert torch.equal(values, one[name][1][index]), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(4))
 def test_sweep_of_layouts(index: int) -> None:
@@ -182,4 +234,4 @@ def test_sweep_of_layouts(index: int) -> None:
 @pytest.mark.parametrize("optimizer", ["muon", "sgd", "lion", "adamw"])
 def test_every_optimizer(optimizer: str) -> None:
     """Muon orthogonalizes each expert's matrices, on the ranks that share them."""
-    check_layouts([*FAST, *UNEVEN], {"num_shared_experts": 1, "moe_every": 2}, optimizer)
+    check_layouts([*FAST, *SLOW], {"num_shared_experts": 1, "moe_every": 2}, optimizer)
