@@ -46,6 +46,12 @@ class ExpertSplit:
         return group_size(self.ep_group) * group_size(self.etp_group)
 
     @property
+    def sizes_text(self) -> str:
+        """The sizes of ep and etp that are above 1, for messages."""
+        sizes = {"expert_parallel_size": self.ep_group, "expert_tensor_parallel_size": self.etp_group}
+        return ", ".join(f"{name}={group_size(group)}" for name, group in sizes.items() if group_size(group) > 1)
+
+    @property
     def moves_tokens(self) -> bool:
         """Whether tokens move to the ranks of their experts."""
         return self.num_expert_ranks > 1
