@@ -212,96 +212,67 @@ class Mesh:
 
     @property
     def expert_replicas(self) -> SubMesh:
-        """The ranks with the same experts: all ranks of a pipeline stage that hold the same part of the experts.
+        """The ranks with the same experts: `replicas`, if as many ranks share the experts as share dense layers.
 
-        They are the ranks of `replicas` where experts are shared by as many ranks as dense layers.
-
-        Communication: none, unless experts are whole and tensor_parallel_size is above 1: then the first request
-            creates a group, and all ranks must make it at once.
+        Communication: none, unless every rank has all experts and tensor_parallel_size is above 1: then the first
+            request creates a group, and all ranks must make it at once.
         """
-        return self.replicas if self._experts_as_dense else self["edp"]
+        return self["edp"] if self._has_expert_replicas else self.replicas
 
     @property
-    def _experts_as_dense(self) -> bool:
-        return self.expert_sizes["ep"] * self.expert_sizes["etp"] == self.tp_size
+    def _has_expert_replicas(self) -> bool:
+        return self.expert_sizes["ep"] * self.expert_sizes["etp"] != self.tp_size
 
     @property
     def replicas_text(self) -> str:
         """Name of the number of replicas, for messages."""
         return "data_parallel_size" + " x context_parallel_size" * (self.cp_size > 1)
 
-    def split_data_parallel(self, shard_size: int) -> tuple[SubMesh, SubMesh]:
-        """Split `replicas`: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
+    def split_data_parallel(self, shard_size: int, of_experts: bool = False) -> tuple[SubMesh, SubMesh]:
+        """Split the replicas: return neighbouring replicas that share a state, and those that hold equal parts of it.
 
         Args:
             shard_size: number of neighbouring replicas that share; it divides the number of replicas.
+            of_experts: split expert_replicas instead of replicas.
 
         Communication: the first call creates the groups; all ranks must make it at once. None if one of the two parts
             has all replicas.
         """
-        check_divisible(self.replicas_text, self.replicas.size, "shard_size", shard_size)
-        grid = self._split_grid(shard_size)
-        return self._part_of(self.replicas, "shards", grid), self._part_of(self.replicas, "copies", grid)
+        of_experts = of_experts and self._has_expert_replicas
+        replicas = self["edp"] if of_experts else self.replicas
+        name = "the number of expert replicas" if of_experts else self.replicas_text
+        check_divisible(name, replicas.size, "shard_size", shard_size)
+        grid = self._split_grid(shard_size, of_experts)
+        index, parts = coordinates(self.rank, grid), []
+        for axis in list(grid)[2:0:-1]:
+            group = replicas.group if grid[axis] == replicas.size else self._group((axis,), grid)
+            parts.append(SubMesh((axis,), grid[axis], index[axis], group))
+        return parts[0], parts[1]
 
-    def split_expert_replicas(self, num_copies: int) -> tuple[SubMesh, SubMesh]:
-        """Split `expert_replicas` as split_data_parallel splits `replicas`.
-
-        Args:
-            num_copies: number of ranks that hold equal parts of a state; it divides the number of expert replicas.
-
-        Communication: as split_data_parallel.
-        """
-        replicas = self.expert_replicas
-        check_divisible("expert replicas", replicas.size, "num_copies", num_copies)
-        if self._experts_as_dense:
-            return self.split_data_parallel(replicas.size // num_copies)
-        grid = self._expert_split_grid(num_copies)
-        return self._part_of(replicas, "expert_shards", grid), self._part_of(replicas, "expert_copies", grid)
-
-    def _part_of(self, replicas: SubMesh, axis: str, grid: Mapping[str, int]) -> SubMesh:
-        group = replicas.group if grid[axis] == replicas.size else self._group((axis,), grid)
-        return SubMesh((axis,), grid[axis], coordinates(self.rank, grid)[axis], group)
-
-    def ranks_of_a_state(self, shard_size: int) -> SubMesh:
+    def ranks_of_a_state(self, shard_size: int, of_experts: bool = False) -> SubMesh:
         """Return the ranks that hold one optimizer state of a pipeline stage together, tensor-parallel ranks fastest.
 
         Args:
             shard_size: number of neighbouring replicas that share; 1 for the tensor-parallel ranks only.
+            of_experts: the state of the same experts; the ranks that share each expert are fastest.
 
         Communication: as split_data_parallel; none for 1.
         """
-        if shard_size in (1, self.replicas.size):
-            return self["tp"] if shard_size == 1 else self["dp", "cp", "tp"]
-        return self._sub_mesh(("shards", "tp"), self._split_grid(shard_size))
+        axis, axes = ("etp", ("edp", "etp")) if of_experts else ("tp", ("dp", "cp", "tp"))
+        if shard_size in (1, self._num_replicas(of_experts)):
+            return self[axis] if shard_size == 1 else self[axes]
+        grid = self._split_grid(shard_size, of_experts)
+        return self._sub_mesh((list(grid)[2], axis), grid)
 
-    def ranks_of_an_expert_state(self, shard_size: int) -> SubMesh:
-        """Return the ranks that hold one optimizer state of the same experts together, the ranks of an expert fastest.
+    def _num_replicas(self, of_experts: bool) -> int:
+        return self.expert_sizes["edp"] if of_experts else self.dp_size * self.cp_size
 
-        Args:
-            shard_size: number of expert replicas that share; 1 for the ranks of an expert only.
-
-        Communication: as split_data_parallel; none for 1.
-        """
-        size = self.expert_replicas.size
-        if shard_size in (1, size):
-            return self["etp"] if shard_size == 1 else self["edp", "etp"]
-        return self._sub_mesh(("expert_shards", "etp"), self._expert_split_grid(size // shard_size))
-
-    def _expert_split_grid(self, num_copies: int) -> dict[str, int]:
-        """The grid with the axes expert_copies and expert_shards in place of edp."""
-        sizes = self.expert_sizes
-        shards = sizes["edp"] // num_copies
-        return {
-            "pp": self.pp_size,
-            "expert_copies": num_copies,
-            "expert_shards": shards,
-            "ep": sizes["ep"],
-            "etp": sizes["etp"],
-        }
-
-    def _split_grid(self, shard_size: int) -> dict[str, int]:
-        """The grid with the axes copies and shards in place of dp and cp, which are neighbours."""
-        copies = self.replicas.size // shard_size
+    def _split_grid(self, shard_size: int, of_experts: bool) -> dict[str, int]:
+        """The grid with axes for copies and shards in place of dp and cp, which are neighbours, or in place of edp."""
+        copies = self._num_replicas(of_experts) // shard_size
+        if of_experts:
+            inner = {axis: self.expert_sizes[axis] for axis in ("ep", "etp")}
+            return {"pp": self.pp_size, "expert_copies": copies, "expert_shards": shard_size, **inner}
         return {"pp": self.pp_size, "copies": copies, "shards": shard_size, "tp": self.tp_size}
 
     def layout(

@@ -58,7 +58,7 @@ def _matrices(
     yield WholeMatrices(dense, rows, mesh.ranks_of_a_state(rows.num_shards).group, mesh.tp_size)
     if config.model.num_experts is not None:
         rows = replicas.experts.rows
-        group = mesh.ranks_of_an_expert_state(rows.num_shards).group
+        group = mesh.ranks_of_a_state(rows.num_shards, of_experts=True).group
         experts = {name: p for name, p in found.items() if name not in dense}
         yield WholeMatrices(experts, rows, group, mesh.expert_sizes["etp"])
 

@@ -65,6 +65,11 @@ class ParallelConfig:
         """Return the number of ranks with the same weights: data-parallel times context-parallel ranks."""
         return dp_size * self.context_parallel_size
 
+    def expert_replicas(self, dp_size: int) -> int:
+        """Return the number of ranks with the same experts, of the data-, context- and tensor-parallel ranks."""
+        ranks = self.replicas(dp_size) * self.tensor_parallel_size
+        return ranks // (self.expert_parallel_size * self.expert_tensor_parallel_size)
+
     @property
     def sequence_text(self) -> str:
         """Division of sequences, for the line that describes a layout: " cp=2 (ring) sequence parallel", or ""."""

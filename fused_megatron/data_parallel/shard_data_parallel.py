@@ -88,7 +88,7 @@ def shard_data_parallel(
         raise TypeError(f"mesh={type(mesh).__name__} must be what fused_megatron.init_mesh returns, with an axis 'dp'")
     world = dist.group.WORLD if mesh.world_size > 1 else None
     size = mesh.replicas.size if shard_size is None else shard_size
-    has_experts = _check_on_all_ranks(model, mesh, zero_stage, size, bucket_mb, world)
+    has_experts = _any_has_experts(model, mesh, zero_stage, size, bucket_mb, world)
     replicas = replicas_of(mesh, ZERO_STAGES[zero_stage], size, has_experts)
     _check_equal_weights(model, replicas, world)
     for parameter in model.parameters():
@@ -99,10 +99,10 @@ def shard_data_parallel(
     return model
 
 
-def _check_on_all_ranks(
+def _any_has_experts(
     model: nn.Module, mesh: Mesh, zero_stage: int, shard_size: int, bucket_mb: float, world: Group
 ) -> bool:
-    """Check the arguments on every rank; return whether the model of some rank has experts."""
+    """Return whether the model of some rank has experts. Raise on every rank if the arguments of one are wrong."""
 
     def checked() -> tuple[list[int], int, bool]:
         check(

@@ -34,7 +34,8 @@ def replicas_of(mesh: Mesh, placements: Placements, shard_size: int | None, has_
     if not has_experts:
         return Replicas(dense, dense)
     replicas = mesh.expert_replicas
-    shards, copies = mesh.split_expert_replicas(gcd(num_copies, replicas.size))
+    num_shards = replicas.size // gcd(num_copies, replicas.size)
+    shards, copies = mesh.split_data_parallel(num_shards, of_experts=True)
     return Replicas(dense, _replica_set(replicas, shards, copies, placements))
 
 

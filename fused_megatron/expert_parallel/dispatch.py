@@ -1,89 +1,248 @@
-"""Exchange of tokens between the ranks of a mixture-of-experts layer, and the products of their experts."""
+"""Ways of tokens to their experts on other ranks and of the results back: all-to-all, all-gather, or none.
+
+A layer of experts is three autograd functions. SendTokens starts the exchange and returns a ticket, a number without a
+value; ExpertFunction waits for the tokens of one part of the experts after the other, and starts the way back of their
+results; CollectResults waits for them and sums. Backward runs the same way with gradients. Work between SendTokens and
+ExpertFunction (a shared expert) runs under the exchange, forward and backward.
+"""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fused_megatron import ops
-from fused_megatron.collectives import Group, group_rank, group_size
+from fused_megatron.collectives import Group
+from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter
+from fused_megatron.expert_parallel.expert_products import TokenExchange
+from fused_megatron.expert_parallel.route_counts import RouteCounts
+from fused_megatron.expert_parallel.token_order import TableOrder, fill_slots
 from fused_megatron.ops.autograd_function import AutogradFunction
+from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
 
 
-class _Exchange(AutogradFunction):
+def cheapest_dispatch(ep: int, etp: int, num_selected: int) -> str:
+    """Return the way that sends fewer bytes, "all_to_all" or "all_gather"; all_to_all if both send the same.
+
+    In units of a row of H elements a rank sends, for each of its tokens, forward (backward the same):
+
+        all_to_all   2 K (1 - 1 / ep) between ep ranks, and 2 K (etp - 1) between etp ranks
+        all_gather   2 (ep - 1), and 2 ep (etp - 1)
+
+    So all_gather is for tokens with more experts than there are ranks.
+
+    Args:
+        ep, etp: numbers of ranks that share the experts, and each expert.
+        num_selected: K.
+    """
+    all_to_all, all_gather = num_selected * (ep * etp - 1), ep * (ep * etp - 1)
+    return "all_gather" if all_gather < all_to_all else "all_to_all"
+
+
+class SendTokens(AutogradFunction):
+    """Start of an exchange: apply(x, probabilities, exchange) -> ticket."""
+
     op = "expert_parallel.ExpertMLP"
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-        ctx.rest = sent, received, group
-        return _exchange(x, sent, received, group)
+    def forward(ctx: Any, x: torch.Tensor, probabilities: torch.Tensor, exchange: "RankExchange") -> torch.Tensor:
+        ctx.exchange = exchange
+        exchange.start(x, probabilities)
+        return x.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, ticket: torch.Tensor) -> Any:
+        dx, dprobabilities = ctx.exchange.finish_back()
+        needs_x, needs_probabilities, _ = ctx.needs_input_grad
+        return dx if needs_x else None, dprobabilities if needs_probabilities else None, None
+
+
+class CollectResults(AutogradFunction):
+    """End of an exchange: apply(ticket, exchange) -> y [T, H]."""
+
+    op = "expert_parallel.ExpertMLP"
+
+    @staticmethod
+    def forward(ctx: Any, ticket: torch.Tensor, exchange: "RankExchange") -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.finish()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        sent, received, group = ctx.rest
-        return _exchange(dy, received, sent, group), None, None, None
+        ctx.exchange.start_back(dy.contiguous())
+        return dy.new_zeros(()), None
 
 
-def _exchange(x: torch.Tensor, sent: list[int], received: list[int], group: Group) -> torch.Tensor:
-    result = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(result, x.contiguous(), received, sent, group=group)
-    return result
+class RankExchange(TokenExchange):
+    """Exchange of tokens between ranks, in one forward and its backward."""
+
+    def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Start to send tokens x [T, H] and the probabilities [T, K] of their experts."""
+        raise NotImplementedError
+
+    def finish(self) -> torch.Tensor:
+        """Wait for the results, and return their sums y [T, H]."""
+        raise NotImplementedError
+
+    def start_back(self, dy: torch.Tensor) -> None:
+        """Start to send the gradient of y."""
+        raise NotImplementedError
+
+    def finish_back(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Wait for the gradients of x and of the probabilities."""
+        raise NotImplementedError
 
 
-def run_experts(
-    layer: Any, x: torch.Tensor, experts: torch.Tensor, probabilities: torch.Tensor, keep: torch.Tensor | None
-) -> torch.Tensor:
-    """Send the tokens to the experts of a layer and return the weighted sums of their results."""
-    ep_group, etp_group = layer.ep_group, layer.etp_group
-    ep, etp = group_size(ep_group), group_size(etp_group)
-    num_selected, num_experts = experts.shape[1], layer.num_experts
-    flat = experts.flatten() if keep is None else experts.masked_fill(~keep, num_experts).flatten()
-    pairs = flat.argsort(stable=True)[: int((flat < num_experts).sum())]
-    counts = torch.bincount(flat[pairs], minlength=num_experts)
-    rows, weights = x[pairs // num_selected], probabilities.flatten()[pairs]
-    own = counts.view(ep, -1)
-    if ep > 1:
-        sent = own.sum(1).tolist()
-        own = _exchange(own, [1] * ep, [1] * ep, ep_group)
-        received = own.sum(1).tolist()
-        rows = _Exchange.apply(rows, sent, received, ep_group)
-        weights = _Exchange.apply(weights, sent, received, ep_group)
-    if etp > 1:
-        sizes = _exchange(own.sum().expand(etp), [1] * etp, [1] * etp, etp_group).tolist()
-        own = _exchange(own.repeat(etp, 1), [ep] * etp, [ep] * etp, etp_group)
-        here = [rows.shape[0]] * etp
-        rows = _Exchange.apply(rows.repeat(etp, 1), here, sizes, etp_group)
-        weights = _Exchange.apply(weights.repeat(etp), here, sizes, etp_group)
-    numbers = torch.arange(own.shape[1]).repeat(own.shape[0]).repeat_interleave(own.flatten())
-    order = numbers.argsort(stable=True)
-    y = _products(layer, rows[order], weights[order], own.sum(0).tolist())
-    y = torch.zeros_like(rows).index_copy(0, order, y)
-    if etp > 1:
-        y = _Exchange.apply(y, sizes, here, etp_group).unflatten(0, (etp, here[0])).sum(0)
-    if ep > 1:
-        y = _Exchange.apply(y, received, sent, ep_group)
-    return torch.zeros_like(x).index_add(0, pairs // num_selected, y)
+class LocalTokens(TokenExchange):
+    """No exchange: this rank has all experts, and the table is x itself.
+
+    Args:
+        order: the order of x.
+    """
+
+    num_parts = 1
+
+    def __init__(self, order: TableOrder) -> None:
+        self._order = order
+        self._results: list[torch.Tensor] = []
+
+    def arrive(self, part: int, x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the arguments."""
+        assert weights is not None
+        return x, weights
+
+    def order(self, part: int) -> TableOrder:
+        """Return the order of x."""
+        return self._order
+
+    def leave(self, part: int, y: torch.Tensor) -> None:
+        """Keep the results."""
+        self._results = [y]
+
+    def result(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the results."""
+        return self._results.pop()
+
+    def arrive_back(self, part: int, dy: torch.Tensor) -> torch.Tensor:
+        """Return the argument."""
+        return dy
+
+    def leave_back(self, part: int, dx: torch.Tensor, dweights: torch.Tensor) -> None:
+        """Keep the gradients."""
+        self._results = [dx, dweights]
+
+    def gradients(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradients of x and of the weights."""
+        dx, dweights = self._results
+        self._results = []
+        return dx, dweights
 
 
-def _products(layer: Any, x: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    activations = {
-        "gelu": ops.bias_gelu,
-        "gelu_exact": lambda h: ops.bias_gelu(h, approximate="none"),
-        "geglu": ops.bias_geglu,
-        "swiglu": ops.bias_swiglu,
-    }
-    parts = len(counts)
-    expansion, projection = layer.expansion_weight.chunk(parts), layer.projection_weight.chunk(parts)
-    biases: Any = [None] * parts, [None] * parts
-    if layer.expansion_bias is not None:
-        # Each of the etp ranks has a part of the sum: one of them adds the bias, and all get its gradient.
-        ranks = 1 if group_rank(layer.etp_group) == 0 else 0
-        biases = layer.expansion_bias.chunk(parts), (layer.projection_bias * ranks).chunk(parts)
-    results = []
-    for i, rows in enumerate(x.split(counts)):
-        a = activations[layer.activation](F.linear(rows, expansion[i], biases[0][i]))
-        results.append(F.linear(a, projection[i], biases[1][i]))
-    return (torch.cat(results) * weights[:, None]).to(x.dtype)
+class GatheredTokens(RankExchange):
+    """All-gather of all tokens to all ranks, and reduce-scatter of the sums over each rank's experts.
+
+    The table has the tokens of all ranks, padded to the longest rank. The parts of the sums over the experts of all
+    ranks, and over the shards of each expert, are summed in rank order.
+
+    Args:
+        experts: [T, K] int64, negative for dropped pairs.
+        counts: of all ranks.
+        ep_group, etp_group: the ranks.
+        slots: as in ExpertMLP.forward.
+
+    Communication: see cheapest_dispatch; besides, 8 K bytes a token for the routes.
+    """
+
+    num_parts = 1
+
+    def __init__(
+        self, experts: torch.Tensor, counts: RouteCounts, ep_group: Group, etp_group: Group, slots: int | None
+    ) -> None:
+        self._experts, self._counts, self._slots = experts, counts, slots
+        self._groups = ep_group, etp_group
+        self._num_tokens, self._padded = experts.shape[0], int(counts.tokens.max())
+        self._order: TableOrder | None = None
+        self._pending: list[Transfer] = []
+
+    def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
+        """Start to gather x and its routes over ep_group."""
+        experts = torch.nn.functional.pad(self._experts, (0, 0, 0, self._padded - self._num_tokens), value=-1)
+        routes = torch.cat([experts.to(torch.int32), self._pad(probabilities).view(torch.int32)], dim=1)
+        self._pending = [start_all_gather(rows, 0, self._groups[0]) for rows in (routes, self._pad(x))]
+
+    def arrive(self, part: int, x: torch.Tensor, weights: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens and probabilities of all ranks."""
+        routes, table = (self._gathered(transfer) for transfer in self._pending)
+        self._pending = []
+        num_selected = routes.shape[1] // 2
+        self._order = self._order_of(routes[:, :num_selected].to(torch.int64))
+        return table, routes[:, num_selected:].contiguous().view(torch.float32)
+
+    def _order_of(self, experts: torch.Tensor) -> TableOrder:
+        """Return the order of the table, for the experts [n, K] of its rows."""
+        counts, num_local = self._counts, self._counts.num_local
+        local = experts - counts.ep_rank * num_local
+        local = torch.where((local >= 0) & (local < num_local) & (experts >= 0), local, -1)
+        rows_of_experts = tuple(counts.local.sum((0, 1)).tolist())
+        num_rows = sum(rows_of_experts)
+        if self._slots is None:
+            pairs = order_by_expert(local, num_local)
+            pairs = ExpertOrder(pairs.rows[:num_rows], *pairs[1:])
+            return TableOrder(0, num_local, rows_of_experts, num_rows, pairs)
+        # Each expert has slots for the pairs of every rank.
+        ranks = counts.ep * counts.etp
+        source = torch.arange(ranks, device=experts.device).repeat_interleave(self._padded)
+        keys = torch.where(local >= 0, local * ranks + source[:, None], -1)
+        pairs, filled = fill_slots(keys, order_by_expert(keys, num_local * ranks), self._slots)
+        return TableOrder(0, num_local, rows_of_experts, num_rows, pairs, filled)
+
+    def order(self, part: int) -> TableOrder:
+        """Return the order of the gathered tokens."""
+        assert self._order is not None
+        return self._order
+
+    def leave(self, part: int, y: torch.Tensor) -> None:
+        """Start to sum the results over the ranks."""
+        self._pending = [self._start_sum(y)]
+
+    def result(self, x: torch.Tensor) -> torch.Tensor:
+        """Return a ticket."""
+        return x.new_zeros(())
+
+    def finish(self) -> torch.Tensor:
+        """Return the sums of this rank's tokens."""
+        return self._pending.pop().wait()[: self._num_tokens]
+
+    def start_back(self, dy: torch.Tensor) -> None:
+        """Start to gather the gradient of y over ep_group."""
+        self._pending = [start_all_gather(self._pad(dy), 0, self._groups[0])]
+
+    def arrive_back(self, part: int, dy: torch.Tensor) -> torch.Tensor:
+        """Return the gradients of all ranks."""
+        return self._gathered(self._pending.pop())
+
+    def leave_back(self, part: int, dx: torch.Tensor, dweights: torch.Tensor) -> None:
+        """Start to sum the gradients over the ranks."""
+        self._pending = [self._start_sum(dx), self._start_sum(dweights)]
+
+    def gradients(self, x: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return the gradient of a ticket."""
+        return x.new_zeros(()), None
+
+    def finish_back(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of this rank's tokens and probabilities."""
+        dx, dweights = (transfer.wait()[: self._num_tokens] for transfer in self._pending)
+        self._pending = []
+        return dx, dweights
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        missing = self._padded - self._num_tokens
+        return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+
+    def _gathered(self, transfer: Transfer) -> torch.Tensor:
+        return start_all_gather(transfer.wait(), 0, self._groups[1]).wait()
+
+    def _start_sum(self, x: torch.Tensor) -> Transfer:
+        of_shards = start_reduce_scatter(x, 0, self._groups[1]).wait()
+        return start_reduce_scatter(of_shards, 0, self._groups[0])

@@ -147,7 +147,7 @@ class MixtureOfExperts(nn.Module):
         if slots is None:
             return None
         kept = kept_pairs(
-            routes.experts.view(*shape[:2], -1),
+            routes.experts.view(*shape[:2], self.config.experts_per_token),
             slots,
             self.router.num_experts,
             rows=rows,

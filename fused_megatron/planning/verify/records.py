@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fused_megatron.sharding import parameter_parts
+from fused_megatron.sharding import parameter_parts, parameter_record
 from fused_megatron.sharding.full_tensor import held_values
 
 START, OUTPUT, LOSS, GRADIENT, NORM, WEIGHT = "start", "output", "loss", "gradient", "norm", "weight"
@@ -90,8 +90,9 @@ def shard_places(
     parameter: torch.Tensor, values: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, tuple[slice, ...]]]:
     """Yield for each part of a parameter: its name, its elements of values without padding, their full index."""
-    parts = parameter_parts(parameter)
-    for part, (mine, index) in zip(parts, held_values(parts, values), strict=True):
+    parts, experts = parameter_parts(parameter), parameter_record(parameter).experts
+    held = held_values(parts, values, 0 if experts is None else experts.ep_rank)
+    for part, (mine, index) in zip(parts, held, strict=True):
         yield part.name, mine, index
 
 
