@@ -14,7 +14,7 @@ from torch import nn
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError
-from fused_megatron.interop.experts import ParallelExperts, experts_of
+from fused_megatron.interop.experts import ParallelExperts
 from fused_megatron.interop.full_state import is_transposed
 from fused_megatron.interop.known_experts import experts_obstacle
 from fused_megatron.sharding import full_tensor, parameter_record
@@ -73,6 +73,11 @@ def batch(rank):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
+def split(model):
+    """Return the experts that are split."""
+    return [module for module in model.modules() if isinstance(module, ParallelExperts)]
+
+
 def assert_near(name, a, b, tolerance=1e-4):
     assert a.shape == b.shape, name
     error = (a - b).abs().max() / b.abs().max().clamp(min=1e-2)
@@ -81,15 +86,12 @@ def assert_near(name, a, b, tolerance=1e-4):
 
 def full_gradients(model, mesh):
     """Return the gradients of the sum of all data-parallel ranks' losses, in the shapes of the original model."""
-    transposed, experts = is_transposed(model), experts_of(model)
-    found = {}
+    transposed, found = is_transposed(model), {}
     for name, p in model.named_parameters():
         replicas = mesh["dp"] if parameter_record(p).experts is None else mesh["edp"]
         if replicas.group is not None:
             torch.distributed.all_reduce(p.grad, group=replicas.group)
-        full = full_tensor(p, p.grad, mesh.tp_group, transposed.get(p, False))
-        module, weight = experts.get(p, (None, ""))
-        found[name] = full if module is None else full.view(module.full_shape(weight))
+        found[name] = full_tensor(p, p.grad, mesh.tp_group, transposed.get(p, False))
     return found
 
 
@@ -140,7 +142,7 @@ def over_tp(rank, world_size):
         fm.parallelize(unknown, mesh, strict=True)
     fm.parallelize(unknown, mesh)
     assert "MixtralExperts has is_transposed=True, where False is known" in str(unknown.parallel_report)
-    assert not experts_of(unknown) and unknown.parallel_report.sharded
+    assert not split(unknown) and unknown.parallel_report.sharded
 
 
 def test_experts_divided_over_tp():
@@ -164,7 +166,7 @@ def over_ep(rank, world_size, folder):
         model.model.layers[0].mlp.experts.has_bias = not changes
         with pytest.raises(InputError, match=message):
             fm.parallelize(model, mesh)
-        assert not experts_of(model)
+        assert not split(model)
     with pytest.raises(InputError, match=r"LlamaForCausalLM has no experts"):
         fm.parallelize(hf.LlamaForCausalLM(hf.LlamaConfig(**SMALL)), mesh)
     saves_and_trains(mesh, rank, folder)
@@ -254,7 +256,7 @@ def adapted(model):
 
 def test_one_rank_keeps_experts_as_they_are():
     model = fm.parallelize(built(mixtral), None)
-    assert not any(isinstance(module, ParallelExperts) for module in model.modules())
+    assert not split(model)
     assert not model.parallel_report.experts
 
 
