@@ -67,7 +67,9 @@ def test_counts_are_those_of_the_model(form: str, layout: str) -> None:
     sizes = dict(LAYOUTS[layout])
     if form == "dense":
         sizes = {name: size for name, size in sizes.items() if "expert" not in name}
-    config = TrainConfig(model, ParallelConfig(**sizes), training=TrainingConfig(global_batch_size=8, microbatch_size=2))
+    config = TrainConfig(
+        model, ParallelConfig(**sizes), training=TrainingConfig(global_batch_size=8, microbatch_size=2)
+    )
     for pp_rank in range(config.parallel.pipeline_parallel_size):
         rank = (pp_rank + 1) * config.parallel.num_ranks // config.parallel.pipeline_parallel_size - 1
         assert counted(config, rank) == formula(config, pp_rank)
