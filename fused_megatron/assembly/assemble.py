@@ -156,12 +156,14 @@ class Assembly:
 
         Returns and Communication: as sharding.replicas.find_drift, for dense parameters and for experts.
         """
-        # The groups of both kinds for both: a parameter whose name only one rank of a group has is not compared there.
-        others = (self.mesh.tp_group, self.mesh.groups.get(("etp",)), self.mesh.pp_group)
         keeps_rows = isinstance(self.weights, ShardedWeights)
         self.weights.finish()
         drifts = []
         for each, parameters in self.replicas.split(self.parameters):
+            # One set has the same replicas as the other only where the ranks of an expert are some of the tp ranks.
+            others = (self.mesh.tp_group, self.mesh.pp_group)
+            if each != self.replicas.dense:  # some stages of a pipeline may have no experts
+                others = (self.mesh["etp"].group,)
             if keeps_rows:
                 own = {name: self.own_weights[name] for name in parameters}
                 drifts.append(find_drift(parameters, each.copy_group, others, own, each.rows))

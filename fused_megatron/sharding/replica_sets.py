@@ -76,6 +76,11 @@ class Replicas:
         return self.dense if parameter_record(parameter).experts is None else self.experts
 
     def split(self, parameters: Mapping[str, Parameter]) -> Iterator[tuple[ReplicaSet, Mapping[str, Parameter]]]:
-        """Yield each set with its parameters, in the order of `sets`; a set without parameters, too."""
+        """Yield each set with its parameters, in the order of `sets`. A set without parameters is left out.
+
+        All ranks of a set hold parameters of the same names in the model, and so go through the same sets.
+        """
         for each in self.sets:
-            yield each, {name: p for name, p in parameters.items() if self.of(p) == each}
+            members = {name: p for name, p in parameters.items() if self.of(p) == each}
+            if members:
+                yield each, members
