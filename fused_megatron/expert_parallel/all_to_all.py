@@ -11,7 +11,13 @@ from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.collectives.transport.pieces import add_in_order
 from fused_megatron.expert_parallel.dispatch import RankExchange
 from fused_megatron.expert_parallel.route_counts import RouteCounts
-from fused_megatron.expert_parallel.token_order import TableOrder, order_of_blocks, reorder_experts, weights_of_pairs
+from fused_megatron.expert_parallel.token_order import (
+    TableOrder,
+    counts_for,
+    order_of_blocks,
+    reorder_experts,
+    weights_of_pairs,
+)
 from fused_megatron.ops.expert_permutation import ExpertOrder, combine_tokens
 
 Sizes = list[list[int]]
@@ -126,7 +132,7 @@ class SentTokens(RankExchange):
         if part not in self._orders:
             numbers = self._parts[part]
             pairs = order_of_blocks(numbers.blocks, self._sent.rows.device)
-            counts = tuple(numbers.blocks.sum(0).tolist())
+            counts = counts_for(numbers.blocks.sum(0).tolist(), self._sent.rows.device)
             self._orders[part] = TableOrder(numbers.first, numbers.end, counts, numbers.num_rows, pairs)
         return self._orders[part]
 

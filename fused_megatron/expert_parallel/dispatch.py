@@ -19,7 +19,7 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter
 from fused_megatron.expert_parallel.expert_products import TokenExchange
 from fused_megatron.expert_parallel.route_counts import RouteCounts
-from fused_megatron.expert_parallel.token_order import TableOrder, fill_slots
+from fused_megatron.expert_parallel.token_order import TableOrder, counts_for, fill_slots
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
 
@@ -191,8 +191,8 @@ class GatheredTokens(RankExchange):
         counts, num_local = self._counts, self._counts.num_local
         local = experts - counts.ep_rank * num_local
         local = torch.where((local >= 0) & (local < num_local) & (experts >= 0), local, -1)
-        rows_of_experts = tuple(counts.local.sum((0, 1)).tolist())
-        num_rows = sum(rows_of_experts)
+        num_rows = int(counts.local.sum())
+        rows_of_experts = counts_for(counts.local.sum((0, 1)).tolist(), experts.device)
         if self._slots is None:
             pairs = order_by_expert(local, num_local)
             pairs = ExpertOrder(pairs.rows[:num_rows], *pairs[1:])
