@@ -145,7 +145,7 @@ def check_layouts(layouts: list[tuple[int, dict[str, Any], int]], model: dict[st
         for case, results in zip(chosen, run_cases_on_ranks(steps, world_size, cases), strict=True):
             for norms, gradients, weights in results:
                 assert norms == pytest.approx(wanted_norms, rel=1e-6), case
-                assert_near(gradients, wanted_gradients, 1e-6)
+                assert_near(gradients, wanted_gradients, 2e-6)
                 assert_near(weights, wanted_weights, TOLERANCE.get(optimizer, 1e-5))
             held = {name for _, gradients, _ in results for name in gradients}
             assert held == wanted_gradients.keys()
