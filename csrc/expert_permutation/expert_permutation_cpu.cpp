@@ -80,26 +80,28 @@ std::tuple<Tensor, Tensor, Tensor> expert_order(const Tensor& experts, int64_t n
 
 // ---- Rows ----------------------------------------------------------------------------------------------------------
 
-Tensor expert_permute(const Tensor& x_any, const Tensor& rows, int64_t num_selected) {
-  STD_TORCH_CHECK(x_any.dim() == 2 && num_selected > 0, "x must be [T, H], and num_selected 1 or more");
+Tensor expert_permute(const Tensor& x_any, const Tensor& places, int64_t num_rows) {
+  STD_TORCH_CHECK(x_any.dim() == 2 && num_rows >= 0, "x must be [T, H], and num_rows 0 or more");
   const Tensor x = made_contiguous(x_any);
-  const int64_t* pairs = indices(rows, 1, "rows");
-  const int64_t num_rows = rows.numel(), num_tokens = x.size(0), width = x.size(1);
+  const int64_t* place_data = indices(places, 2, "places");
+  const int64_t num_tokens = x.size(0), width = x.size(1), num_selected = places.size(1);
+  STD_TORCH_CHECK(places.size(0) == num_tokens, "x must have a row for every token");
   const int64_t sizes[] = {num_rows, width};
   const Tensor out = empty(sizes, x.scalar_type(), x);
   const int64_t bytes = width * static_cast<int64_t>(x.element_size());
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(out.mutable_data_ptr());
   const bool stream = streams_rows(to, num_rows, bytes) && is_line_aligned(from);
-  torch::stable::parallel_for(0, num_rows, rows_per_thread(bytes), [&](int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; ++row) {
-      const int64_t token = pairs[row] / num_selected;
-      if (pairs[row] < 0 || token >= num_tokens) {  // only in a call past the public op
-        std::memset(to + row * bytes, 0, bytes);
-      } else if (stream) {
-        stream_copy(to + row * bytes, from + token * bytes, bytes);
-      } else {
-        std::memcpy(to + row * bytes, from + token * bytes, bytes);
+  torch::stable::parallel_for(0, num_tokens, rows_per_thread(bytes * num_selected), [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) {
+      for (int64_t pair = token * num_selected; pair < (token + 1) * num_selected; ++pair) {
+        const int64_t place = place_data[pair];
+        if (place < 0 || place >= num_rows) continue;
+        if (stream) {
+          stream_copy(to + place * bytes, from + token * bytes, bytes);
+        } else {
+          std::memcpy(to + place * bytes, from + token * bytes, bytes);
+        }
       }
     }
     if (stream) finish_streaming();
@@ -128,20 +130,26 @@ Tensor expert_combine(const Tensor& y_any, const Tensor& places, const OptionalT
     T* to = static_cast<T*>(out.mutable_data_ptr());
     const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
     torch::stable::parallel_for(0, num_tokens, rows_per_thread(bytes * num_selected), [&](int64_t first, int64_t last) {
-      std::vector<const T*> pointers(static_cast<size_t>(num_selected));
-      std::vector<float> factors(static_cast<size_t>(num_selected));
-      for (int64_t token = first; token < last; ++token) {
-        int64_t count = 0;
+      // Two tokens: the one in work, and the next one, whose rows are prefetched.
+      std::vector<const T*> pointers(static_cast<size_t>(2 * num_selected));
+      std::vector<float> factors(static_cast<size_t>(2 * num_selected));
+      const auto rows_of = [&](int64_t token) {
+        const int64_t at = token % 2 * num_selected;
+        TokenRows<T> found{pointers.data() + at, factors.data() + at, 0};
+        if (token >= last) return found;
         for (int64_t pair = token * num_selected; pair < (token + 1) * num_selected; ++pair) {
           const int64_t place = place_data[pair];
           if (place < 0 || place >= num_rows) continue;
-          pointers[count] = from + place * width;
-          factors[count++] = weight_data == nullptr ? 1.0f : weight_data[pair];
+          found.rows[found.count] = from + place * width;
+          found.weights[found.count++] = weight_data == nullptr ? 1.0f : weight_data[pair];
         }
-        for (int64_t k = 0; token + 1 < last && k < num_selected; ++k) {
-          prefetch_lines(from, place_data[(token + 1) * num_selected + k] * bytes, bytes);
-        }
-        combine_row(pointers.data(), factors.data(), count, width, to + token * width);
+        return found;
+      };
+      TokenRows<T> current = rows_of(first);
+      for (int64_t token = first; token < last; ++token) {
+        const TokenRows<T> next = rows_of(token + 1);
+        combine_row(current, next, width, to + token * width);
+        current = next;
       }
     });
   });

@@ -13,31 +13,60 @@
 namespace fm {
 namespace {
 
-constexpr int64_t kRowBlock = 256;  // columns that are worked on together; they stay in the first-level cache
+constexpr int64_t kRowBlock = 256;   // columns of a gradient that are worked on together
+constexpr int64_t kSumColumns = 64;  // columns that are summed together
 
-// out = the sum over k of weights[k] * rows[k], in this order.
+// The rows of one token that are summed.
 template <typename T>
-FM_INLINE void sum_of_rows(const T* const* rows, const float* weights, int64_t count, int64_t n, T* out) {
-  constexpr int64_t kLanes = 64;  // four vectors of the largest width, which the compiler keeps in registers
-  for (int64_t begin = 0; begin < n; begin += kLanes) {
-    const int64_t width = std::min(kLanes, n - begin);
-    float sums[kLanes] = {};
-    if (width == kLanes) {
-      for (int64_t k = 0; k < count; ++k) {
-        const T* row = rows[k] + begin;
-        const float weight = weights[k];
+struct TokenRows {
+  const T** rows;
+  float* weights;
+  int64_t count;
+};
+
+// sums (+)= the sum over k < kRows of weights[k] * rows[k], in this order, for n columns from `begin` on.
+template <int kRows, bool kFirst, typename T>
+FM_INLINE void add_rows(const T* const* rows, const float* weights, int64_t begin, int64_t n, float* sums) {
+  const T* row[kRows];
+  float weight[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    row[k] = rows[k] + begin;
+    weight[k] = weights[k];
+  }
 #pragma omp simd
-        for (int64_t j = 0; j < kLanes; ++j) sums[j] += weight * to_float(row[j]);
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < kLanes; ++j) out[begin + j] = from_float<T>(sums[j]);
+  for (int64_t j = 0; j < n; ++j) {
+    float sum = kFirst ? 0.0f : sums[j];
+    for (int k = 0; k < kRows; ++k) sum += weight[k] * to_float(row[k][j]);
+    sums[j] = sum;
+  }
+}
+
+template <typename T>
+FM_INLINE void sum_of_columns(const TokenRows<T>& token, const TokenRows<T>& next, int64_t begin, int64_t n, T* out) {
+  float sums[kSumColumns];
+  int64_t k = 0;
+  for (; k + 4 <= token.count; k += 4) {
+    for (int64_t ahead = k; ahead < std::min(k + 4, next.count); ++ahead) {
+      prefetch_lines(next.rows[ahead] + begin, 0, n * sizeof(T));
+    }
+    if (k == 0) {
+      add_rows<4, true>(token.rows, token.weights, begin, n, sums);
     } else {
-      for (int64_t k = 0; k < count; ++k) {
-        for (int64_t j = 0; j < width; ++j) sums[j] += weights[k] * to_float(rows[k][begin + j]);
-      }
-      for (int64_t j = 0; j < width; ++j) out[begin + j] = from_float<T>(sums[j]);
+      add_rows<4, false>(token.rows + k, token.weights + k, begin, n, sums);
     }
   }
+  if (k == 0) std::fill(sums, sums + n, 0.0f);
+  for (; k < token.count; ++k) add_rows<1, false>(token.rows + k, token.weights + k, begin, n, sums);
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[begin + j] = from_float<T>(sums[j]);
+}
+
+// out = the sum over k of weights[k] * rows[k], in this order. Prefetches the rows of the next token.
+template <typename T>
+FM_INLINE void sum_of_rows(const TokenRows<T>& token, const TokenRows<T>& next, int64_t width, T* out) {
+  int64_t begin = 0;
+  for (; begin + kSumColumns <= width; begin += kSumColumns) sum_of_columns(token, next, begin, kSumColumns, out);
+  if (begin < width) sum_of_columns(token, next, begin, width - begin, out);
 }
 
 // Writes out = weight * grad (past the caches if `stream`) unless out is null, and returns the dot product of grad and
@@ -66,8 +95,8 @@ FM_INLINE float scaled_row_and_dot(const T* grad, const T* row, float weight, in
 
 // target_clones takes no templates, so every combination is a plain function.
 #define FM_EXPERT_ROWS(T)                                                                                     \
-  FM_MULTIVERSION void combine_row(const T* const* rows, const float* weights, int64_t count, int64_t n, T* out) { \
-    sum_of_rows(rows, weights, count, n, out);                                                                \
+  FM_MULTIVERSION void combine_row(const TokenRows<T>& token, const TokenRows<T>& next, int64_t n, T* out) {  \
+    sum_of_rows(token, next, n, out);                                                                         \
   }                                                                                                           \
   FM_MULTIVERSION float combine_row_backward(const T* grad, const T* row, float weight, int64_t n, T* out,    \
                                              bool stream) {                                                   \

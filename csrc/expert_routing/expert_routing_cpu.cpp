@@ -34,20 +34,22 @@ class ThreadScratch {
  public:
   explicit ThreadScratch(const RoutingRule& rule)
       : floats_(static_cast<size_t>(3 * rule.num_experts)),
-        keys_(static_cast<size_t>(rule.num_experts + 2 * rule.num_groups + rule.groups_per_token)),
-        row{floats_.data(),
-            floats_.data() + (rule.sigmoid ? rule.num_experts : 0),
-            floats_.data() + 2 * rule.num_experts,
-            keys_.data(),
-            keys_.data() + rule.num_experts,
-            keys_.data() + rule.num_experts + rule.num_groups} {}
+        integers_(static_cast<size_t>(2 * padded_keys(rule.num_experts) + 3 * padded_keys(rule.num_groups))) {
+    row.softmax = floats_.data();
+    row.scores = rule.sigmoid ? row.softmax + rule.num_experts : row.softmax;
+    row.biased = row.softmax + 2 * rule.num_experts;
+    row.keys = integers_.data();
+    row.maxima = row.keys + padded_keys(rule.num_experts);
+    row.group_keys = row.maxima + padded_keys(rule.num_experts);
+    row.groups = row.group_keys + padded_keys(rule.num_groups);
+    row.chosen_groups = row.groups + padded_keys(rule.num_groups);
+  }
+
+  RowScratch row;
 
  private:
   std::vector<float> floats_;
-  std::vector<int64_t> keys_;
-
- public:
-  RowScratch row;
+  std::vector<int64_t> integers_;
 };
 
 RowStatistics scores_of_row(const float* logits, const RoutingRule& rule, const RowScratch& scratch) {
@@ -90,7 +92,7 @@ double route_rows(const float* logits, const float* bias, const RoutingRule& rul
       probabilities[k] = rule.scale * (scratch.scores[experts[k]] / divisor);
       ++counts[sequence * n + experts[k]];
     }
-    add_row(scratch.scores, rule.sigmoid ? statistics.total + kTiny : 1.0f, n, score_sums + sequence * n);
+    add_row(scratch.scores, rule.sigmoid ? 1.0f / (statistics.total + kTiny) : 1.0f, n, score_sums + sequence * n);
     const double lse = static_cast<double>(statistics.maximum) + std::log(static_cast<double>(statistics.exp_sum));
     z += lse * lse;
   }

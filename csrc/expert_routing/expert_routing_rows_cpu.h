@@ -34,18 +34,27 @@ struct RowStatistics {
 
 // Softmax of a row, and its statistics.
 FM_MULTIVERSION void softmax_of_row(const float* x, int64_t n, float* softmax, RowStatistics* statistics) {
-  float maximum = -kInfinity;
-#pragma omp simd reduction(max : maximum)
-  for (int64_t e = 0; e < n; ++e) maximum = x[e] > maximum ? x[e] : maximum;
+  constexpr int kLanes = 16;
+  float lanes[kLanes];
+  std::fill(lanes, lanes + kLanes, -kInfinity);
+  int64_t begin = 0;
+  for (; begin + kLanes <= n; begin += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      lanes[lane] = x[begin + lane] > lanes[lane] ? x[begin + lane] : lanes[lane];  // NaN is never the maximum
+    }
+  }
+  for (; begin < n; ++begin) lanes[0] = std::max(lanes[0], x[begin]);
+  const float maximum = *std::max_element(lanes, lanes + kLanes);
   float sum[1];
   lane_sums<1>(n, sum, [&](int64_t e, float* lane) __attribute__((always_inline)) {
     softmax[e] = exp_vectorised(x[e] - maximum);
     lane[0] += softmax[e];
   });
-  const float exp_sum = sum[0];
+  const float factor = 1.0f / sum[0];
 #pragma omp simd
-  for (int64_t e = 0; e < n; ++e) softmax[e] = softmax[e] / exp_sum;
-  *statistics = {maximum, exp_sum, 1.0f};
+  for (int64_t e = 0; e < n; ++e) softmax[e] *= factor;
+  *statistics = {maximum, sum[0], 1.0f};
 }
 
 FM_MULTIVERSION float sigmoid_of_row(const float* x, int64_t n, float* scores) {
@@ -57,9 +66,9 @@ FM_MULTIVERSION float sigmoid_of_row(const float* x, int64_t n, float* scores) {
   return sum[0];
 }
 
-FM_MULTIVERSION void add_row(const float* values, float divisor, int64_t n, float* sums) {
+FM_MULTIVERSION void add_row(const float* values, float factor, int64_t n, float* sums) {
 #pragma omp simd
-  for (int64_t e = 0; e < n; ++e) sums[e] += values[e] / divisor;
+  for (int64_t e = 0; e < n; ++e) sums[e] += values[e] * factor;
 }
 
 // ---- Selection -----------------------------------------------------------------------------------------------------
@@ -72,30 +81,59 @@ FM_INLINE int64_t selection_key(float value, int64_t index, int64_t n) {
   return static_cast<int64_t>(static_cast<uint64_t>(static_cast<int64_t>(ordered)) << 32) | (n - 1 - index);
 }
 
+// Keys are padded to a multiple of this number by kExcluded.
+constexpr int64_t kKeyPadding = 32;
+
+FM_INLINE int64_t padded_keys(int64_t n) { return (n + kKeyPadding - 1) / kKeyPadding * kKeyPadding; }
+
 FM_MULTIVERSION void keys_of_row(const float* values, int64_t n, int64_t* keys) {
 #pragma omp simd
   for (int64_t e = 0; e < n; ++e) keys[e] = selection_key(values[e], e, n);
+  std::fill(keys + n, keys + padded_keys(n), kExcluded);
 }
 
-// The indices of the largest keys, the largest first. Each round finds the largest key below the previous one.
-FM_MULTIVERSION void largest_keys(const int64_t* keys, int64_t n, int64_t count, int64_t* indices) {
-  int64_t previous = std::numeric_limits<int64_t>::max();
+// The largest key below `limit` of kBlock keys.
+template <int kBlock>
+FM_INLINE int64_t largest_below(const int64_t* keys, int64_t limit) {
+  int64_t best = kExcluded;
+#pragma omp simd reduction(max : best)
+  for (int i = 0; i < kBlock; ++i) {
+    const int64_t key = keys[i] < limit ? keys[i] : kExcluded;
+    best = key > best ? key : best;
+  }
+  return best;
+}
+
+// A round takes the largest key of all blocks, and searches only its block for the next one.
+template <int kBlock>
+FM_INLINE void largest_keys_of_blocks(const int64_t* keys, int64_t n, int64_t count, int64_t* maxima,
+                                      int64_t* indices) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  for (int64_t b = 0; b < blocks; ++b) {
+    maxima[b] = largest_below<kBlock>(keys + b * kBlock, std::numeric_limits<int64_t>::max());
+  }
   for (int64_t k = 0; k < count; ++k) {
     int64_t best = kExcluded;
-#pragma omp simd reduction(max : best)
-    for (int64_t e = 0; e < n; ++e) {
-      const int64_t key = keys[e] < previous ? keys[e] : kExcluded;
-      best = key > best ? key : best;
-    }
+    for (int64_t b = 0; b < blocks; ++b) best = maxima[b] > best ? maxima[b] : best;
     indices[k] = n - 1 - (best & 0xFFFFFFFF);
-    previous = best;
+    const int64_t block = indices[k] / kBlock;
+    maxima[block] = largest_below<kBlock>(keys + block * kBlock, best);
   }
+}
+
+// The indices of the largest keys, the largest first. `maxima` is memory for n numbers. Blocks are about as long as
+// their number.
+FM_MULTIVERSION void largest_keys(const int64_t* keys, int64_t n, int64_t count, int64_t* maxima, int64_t* indices) {
+  if (n <= 64) return largest_keys_of_blocks<8>(keys, n, count, maxima, indices);
+  if (n <= 256) return largest_keys_of_blocks<16>(keys, n, count, maxima, indices);
+  largest_keys_of_blocks<32>(keys, n, count, maxima, indices);
 }
 
 // Memory for the numbers of one token.
 struct RowScratch {
   float *scores, *softmax, *biased;
-  int64_t *keys, *group_keys, *groups;
+  int64_t *keys, *maxima;
+  int64_t *group_keys, *groups, *chosen_groups;
 };
 
 // Excludes the experts outside the best groups: those with the largest sum of their two best values.
@@ -111,9 +149,9 @@ inline void exclude_groups(const float* values, const RoutingRule& rule, const R
     scratch.group_keys[group] = selection_key(size > 1 ? best + second : best, group, rule.num_groups);
     scratch.groups[group] = 0;
   }
-  int64_t* chosen = scratch.groups + rule.num_groups;
-  largest_keys(scratch.group_keys, rule.num_groups, rule.groups_per_token, chosen);
-  for (int64_t k = 0; k < rule.groups_per_token; ++k) scratch.groups[chosen[k]] = 1;
+  std::fill(scratch.group_keys + rule.num_groups, scratch.group_keys + padded_keys(rule.num_groups), kExcluded);
+  largest_keys(scratch.group_keys, rule.num_groups, rule.groups_per_token, scratch.maxima, scratch.chosen_groups);
+  for (int64_t k = 0; k < rule.groups_per_token; ++k) scratch.groups[scratch.chosen_groups[k]] = 1;
   for (int64_t group = 0; group < rule.num_groups; ++group) {
     if (!scratch.groups[group]) std::fill_n(scratch.keys + group * size, size, kExcluded);
   }
@@ -129,7 +167,7 @@ inline void select_experts(const float* logits, const float* bias, const Routing
   }
   keys_of_row(bias == nullptr ? logits : biased, n, scratch.keys);
   if (rule.groups_per_token < rule.num_groups) exclude_groups(biased, rule, scratch);
-  largest_keys(scratch.keys, n, rule.num_selected, experts);
+  largest_keys(scratch.keys, n, rule.num_selected, scratch.maxima, experts);
 }
 
 // ---- Gradient ------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class MixtureOfExperts(nn.Module):
             ep_group=layout.ep_group,
             etp_group=layout.etp_group,
             dispatch=layout.expert_dispatch,
+            overlap=layout.overlap,
             init_std=config.init_std,
             output_init_std=config.output_init_std,
             dtype=dtype,
@@ -115,7 +116,9 @@ class MixtureOfExperts(nn.Module):
         routes = self.router(own, noise)
         keep = self._keep(routes, own.shape, rows, partition)
         meanwhile = self._shared(x)
-        returned = self.experts(own.flatten(0, 1), routes.experts, routes.probabilities, keep=keep, meanwhile=meanwhile)
+        returned = self.experts(
+            own.flatten(0, 1), routes.experts, routes.probabilities.float(), keep=keep, meanwhile=meanwhile
+        )
         y, shared = (returned, None) if meanwhile is None else returned
         y = y.view(own.shape)
         if self.cuts_sequence:

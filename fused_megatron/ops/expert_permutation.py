@@ -49,9 +49,9 @@ _order = define_op(
     fake=_fake_order,
 )
 _permute = define_op(
-    "expert_permute(Tensor x, Tensor rows, int num_selected) -> Tensor",
+    "expert_permute(Tensor x, Tensor places, int num_rows) -> Tensor",
     reference=reference.expert_permute,
-    fake=lambda x, rows, num_selected: x.new_empty((rows.shape[0], x.shape[1])),
+    fake=lambda x, places, num_rows: x.new_empty((num_rows, x.shape[1])),
 )
 _combine = define_op(
     "expert_combine(Tensor y, Tensor places, Tensor? weights) -> Tensor",
@@ -96,14 +96,14 @@ def order_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertOrder:
 
 
 class PermuteTokens(AutogradFunction):
-    """Rows of tokens in the order of their experts: apply(x, rows, places)."""
+    """Rows of tokens in the order of their experts: apply(x, places, number of rows)."""
 
     op = "ops.permute_tokens"
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor, num_rows: int) -> torch.Tensor:
         ctx.save_for_backward(places)
-        return _permute(x, rows, places.shape[1])
+        return _permute(x, places, num_rows)
 
     @staticmethod
     @once_differentiable
@@ -113,29 +113,27 @@ class PermuteTokens(AutogradFunction):
 
 
 class CombineTokens(AutogradFunction):
-    """Sum of the rows of each token: apply(y, rows, places, weights)."""
+    """Sum of the rows of each token: apply(y, places, weights)."""
 
     op = "ops.combine_tokens"
 
     @staticmethod
-    def forward(
-        ctx: Any, y: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         needs_y = weights is not None and weights.requires_grad
-        ctx.save_for_backward(y if needs_y else None, rows if weights is None else None, places, weights)
+        ctx.save_for_backward(y if needs_y else None, places, weights)
         ctx.num_rows = y.shape[0]
         return _combine(y, places, weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        y, rows, places, weights = ctx.saved_tensors
+        y, places, weights = ctx.saved_tensors
         grad = grad.contiguous()
         if weights is None:
-            return _permute(grad, rows, places.shape[1]), None, None, None
-        need_y, *_, need_weights = ctx.needs_input_grad
+            return _permute(grad, places, ctx.num_rows), None, None
+        need_y, _, need_weights = ctx.needs_input_grad
         grad_y, grad_weights = _combine_backward(grad, y, places, weights, ctx.num_rows, need_y)
-        return grad_y if need_y else None, None, None, grad_weights if need_weights else None
+        return grad_y if need_y else None, None, grad_weights if need_weights else None
 
 
 def permute_tokens(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
@@ -162,11 +160,12 @@ def permute_tokens(x: torch.Tensor, order: ExpertOrder) -> torch.Tensor:
         raise InputError(f"x.shape={tuple(x.shape)} must have the tokens of the order, {order.places.shape[0]}")
     x = x.contiguous()
     if x.dtype == torch.float64:
-        return reference.expert_permute(x, order.rows, order.places.shape[1])
+        return x.index_select(0, order.rows // order.places.shape[1])
+    num_rows = order.rows.shape[0]
     if not is_differentiated():
-        permuted: torch.Tensor = _permute(x, order.rows, order.places.shape[1])
+        permuted: torch.Tensor = _permute(x, order.places, num_rows)
         return permuted
-    return PermuteTokens.apply(x, order.rows, order.places)
+    return PermuteTokens.apply(x, order.places, num_rows)
 
 
 def combine_tokens(y: torch.Tensor, order: ExpertOrder, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -205,7 +204,7 @@ def combine_tokens(y: torch.Tensor, order: ExpertOrder, weights: torch.Tensor | 
     if not is_differentiated():
         combined: torch.Tensor = _combine(y, order.places, weights)
         return combined
-    return CombineTokens.apply(y, order.rows, order.places, weights)
+    return CombineTokens.apply(y, order.places, weights)
 
 
 class PermuteWeights(AutogradFunction):

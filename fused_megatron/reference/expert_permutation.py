@@ -15,9 +15,14 @@ def expert_order(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor,
     return rows, places.view(experts.shape), bounds.diff()
 
 
-def expert_permute(x: torch.Tensor, rows: torch.Tensor, num_selected: int) -> torch.Tensor:
-    """Compute torch.ops.fused_megatron.expert_permute: the row of a token for each of its pairs, in the order."""
-    return x.index_select(0, rows // num_selected)
+def expert_permute(x: torch.Tensor, places: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Compute torch.ops.fused_megatron.expert_permute: the row of each token at the places of its pairs.
+
+    Places beyond the last of num_rows rows are left out.
+    """
+    used = (places < num_rows).reshape(-1)
+    tokens = torch.arange(places.numel(), device=x.device)[used] // places.shape[1]
+    return x.new_zeros((num_rows, x.shape[1])).index_copy(0, places.reshape(-1)[used], x.index_select(0, tokens))
 
 
 def expert_combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
