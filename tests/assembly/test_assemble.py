@@ -197,6 +197,15 @@ def test_every_layout_of_experts_trains_as_one_process() -> None:
     check_layouts(FAST, {}, "adamw")
 
 
+def test_active_parameters_are_those_of_the_experts_of_a_token() -> None:
+    for changes, layers in (({}, 2), ({"moe_every": 2}, 1)):
+        model = assembled(config_of({}, changes)).model
+        # Two experts of four have no part in a token: three matrices each.
+        assert model.num_parameters() - model.num_active_parameters() == layers * 2 * 3 * 20 * 10
+    dense = assembled(config_of({}, {"num_experts": None, "balance_loss": 0.0, "expert_ffn_hidden_size": None})).model
+    assert dense.num_active_parameters() == dense.num_parameters()
+
+
 SAVED_AND_LOADED = [
     (4, layout_of(ep=4, tp=2, dp=2, zero_stage=2), 2, layout_of(etp=2, dp=2, zero_stage=3)),
     *(
