@@ -161,7 +161,7 @@ class Assembly:
         self.weights.finish()
         drifts = []
         for each, parameters in self.replicas.split(self.parameters):
-            # One set has the same replicas as the other only where the ranks of an expert are some of the tp ranks.
+            # Experts with the replicas of dense parameters are shared by tensor-parallel ranks.
             others: tuple[Group, ...] = (self.mesh.tp_group, self.mesh.pp_group)
             if each != self.replicas.dense:  # some stages of a pipeline may have no experts
                 others = (self.mesh["etp"].group,)
