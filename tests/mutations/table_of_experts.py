@@ -1,4 +1,4 @@
-"""Table of mistakes in models with experts, and in the state of experts: (name, file, old, new, tests) of a Mutation."""
+"""Table of mistakes in models with experts and in their state: (name, file, old, new, tests) of a Mutation."""
 
 _LAYOUTS = ("tests/assembly/test_assemble.py::test_every_layout_of_experts_trains_as_one_process",)
 _USER_LOOP = ("tests/data_parallel/test_shared_state.py",)
