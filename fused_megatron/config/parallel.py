@@ -77,6 +77,12 @@ class ParallelConfig:
         return context * (self.context_parallel_size > 1) + " sequence parallel" * self.sequence_parallel
 
     @property
+    def expert_text(self) -> str:
+        """Division of experts, for the same line: " ep=2 etp=2", or ""."""
+        sizes = {"ep": self.expert_parallel_size, "etp": self.expert_tensor_parallel_size}
+        return "".join(f" {axis}={size}" for axis, size in sizes.items() if size > 1)
+
+    @property
     def row_multiple(self) -> int:
         """Number that divides the positions of each context-parallel rank: sequence parallelism cuts them again."""
         return self.tensor_parallel_size if self.sequence_parallel else 1

@@ -29,7 +29,7 @@ from fused_megatron.expert_parallel.expert_part import ExpertShapes
 from fused_megatron.expert_parallel.expert_products import ExpertFunction, TokenExchange
 from fused_megatron.expert_parallel.route_counts import (
     RouteCounts,
-    balanced_counts,
+    assumed_counts,
     equal_counts,
     first_error,
     gather_counts,
@@ -78,11 +78,15 @@ class ExpertMLP(ShardedModule):
             same). The full weights are the same for every ep and etp.
         dtype, device: of the parameters.
 
+    Attributes:
+        assumed_routes: routes of tensors without values, in a dry run: "balanced", or "worst" for this rank.
+
     Raises:
         InputError: ep does not divide E, etp does not divide F, an unknown activation or dispatch.
     """
 
     holds_experts = True
+    assumed_routes: str = "balanced"
     expansion_weight: nn.Parameter
     projection_weight: nn.Parameter
     expansion_bias: nn.Parameter | None
@@ -253,7 +257,7 @@ class ExpertMLP(ShardedModule):
             # A device has the numbers of rows, and their sum is known.
             return LocalTokens(TableOrder(0, self.num_experts, order.counts, experts.numel(), order))
         elif not has_values(experts):
-            counts = balanced_counts(experts.numel(), x.shape[0], self.num_experts, groups)
+            counts = assumed_counts(self.assumed_routes, *experts.shape, self.num_experts, groups)
         else:
             counts = gather_counts(order.counts, x.shape[0], self.num_experts, groups, check_input)
         num_rows = int(counts.sent.sum())

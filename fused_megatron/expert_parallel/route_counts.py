@@ -16,6 +16,9 @@ from fused_megatron.collectives.groups import is_fake
 from fused_megatron.collectives.together import run_together
 from fused_megatron.collectives.transfers import start_all_gather
 
+ASSUMED_ROUTES = ("balanced", "worst")
+"""Routes of tensors without values. worst: every token chooses as many experts of this rank as it can."""
+
 
 class RouteCounts:
     """Numbers of rows and tokens of the ep x etp ranks that exchange tokens.
@@ -95,10 +98,27 @@ def equal_counts(rows: int, num_tokens: int, num_experts: int, groups: tuple[Gro
     return RouteCounts(numbers, np.full(ranks, num_tokens), group_rank(ep_group), group_rank(etp_group))
 
 
-def balanced_counts(num_pairs: int, num_tokens: int, num_experts: int, groups: tuple[Group, Group]) -> RouteCounts:
-    """Return counts in place of real ones, for tensors without values: num_pairs rows, as equal as they can be."""
+def assumed_counts(
+    routes: str, num_tokens: int, num_selected: int, num_experts: int, groups: tuple[Group, Group]
+) -> RouteCounts:
+    """Return counts in place of real ones, for tensors without values; every rank has the same number of tokens.
+
+    Args:
+        routes: one of ASSUMED_ROUTES.
+        num_tokens: T.
+        num_selected: K.
+        num_experts: E.
+        groups: ep_group and etp_group.
+    """
+    num_pairs = num_tokens * num_selected
     found = equal_counts(num_pairs // num_experts, num_tokens, num_experts, groups)
-    found.rows[..., : num_pairs % num_experts] += 1
+    if routes == "balanced":
+        found.rows[..., : num_pairs % num_experts] += 1
+        return found
+    # Experts in order: those of this rank, then all others.
+    most = [num_tokens] * num_selected + [0] * (num_experts - num_selected)
+    first = found.ep_rank * found.num_local
+    found.rows[...] = np.roll(most, first)
     return found
 
 

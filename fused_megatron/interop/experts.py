@@ -1,6 +1,5 @@
 """Parallel replacement for the experts of transformers' models; the routes of the model's own router are kept."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from fused_megatron.collectives import (
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.interop.known_experts import WEIGHTS, ExpertSizes, expert_sizes
 from fused_megatron.mesh import Mesh
-from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart, full_tensor
+from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,12 @@ class ExpertSplit:
     def num_expert_ranks(self) -> int:
         """Number of ranks in ep and etp together."""
         return group_size(self.ep_group) * group_size(self.etp_group)
+
+    @property
+    def sizes_text(self) -> str:
+        """The sizes of ep and etp that are above 1, for messages."""
+        sizes = {"expert_parallel_size": self.ep_group, "expert_tensor_parallel_size": self.etp_group}
+        return ", ".join(f"{name}={group_size(group)}" for name, group in sizes.items() if group_size(group) > 1)
 
     @property
     def moves_tokens(self) -> bool:
@@ -113,6 +118,9 @@ class ParallelExperts(ShardedModule):
         dtype = old.down_proj.dtype
         # In a list, so that it is no submodule: its weights are those of this module.
         self._core = [_core(sizes, ranks, dtype)]
+        ffn, hidden = sizes.ffn_size, sizes.hidden_size
+        shapes = ((2 * ffn, hidden), (hidden, ffn))
+        self.stored_shapes = {name: (sizes.num_experts, *shape) for name, shape in zip(WEIGHTS, shapes, strict=True)}
         for name, width, parts in zip(WEIGHTS, (sizes.hidden_size, self.ffn_shard), self._parts(sizes), strict=True):
             values = torch.empty((parts[-1].rows.stop, width), device="meta", dtype=dtype)
             self.register_shard(name, nn.Parameter(values), parts)
@@ -161,24 +169,6 @@ class ParallelExperts(ShardedModule):
         )
         return all_gather_split(core(x, experts, weights), 0, group)[:num_tokens]
 
-    def full_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of one of WEIGHTS in the original model: [E, 2F, H] or [E, H, F]."""
-        ffn, hidden = self.intermediate_dim, self.hidden_dim
-        return (self.num_experts, *((2 * ffn, hidden) if name == WEIGHTS[0] else (hidden, ffn)))
-
-    def full(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """Gather [E, ..] of the original model from the ranks' parts, in the shape of one of WEIGHTS: it or a gradient.
-
-        Communication: as full_tensor.
-        """
-        parameter = self._parameters[name]
-        assert parameter is not None
-        return full_tensor(parameter, values, self.tp_group).view(self.full_shape(name))
-
-    def rows(self, name: str, full: Any) -> "ExpertRows":
-        """Return a full tensor [E, ..] as copy_shard_ reads it: the experts stacked in dim 0."""
-        return ExpertRows(full, self.full_shape(name)[1])
-
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self.ranks)] = self.ranks  # process groups cannot be copied; both use the same
         return super().__deepcopy__(memo)
@@ -191,37 +181,6 @@ class ParallelExperts(ShardedModule):
             f"own_experts={own.start}..{own.stop - 1}, own_features={self.ffn_shard}, "
             f"expert_parallel_size={group_size(ranks.ep_group)}"
         )
-
-
-class ExpertRows:
-    """Stacked view of a tensor [E, rows, columns], for reading: [E rows, columns].
-
-    Args:
-        full: a tensor, or an object that slices like one.
-        num_rows: rows of each expert. An index lies within the rows of one expert.
-    """
-
-    def __init__(self, full: Any, num_rows: int) -> None:
-        self._full, self._num_rows = full, num_rows
-
-    def __getitem__(self, index: Sequence[slice]) -> torch.Tensor:
-        rows, columns = index
-        expert, start = divmod(rows.start, self._num_rows)
-        inside = slice(start, start + rows.stop - rows.start)
-        assert inside.stop <= self._num_rows
-        block: torch.Tensor = self._full[slice(expert, expert + 1), inside, columns]
-        return block[0]
-
-
-def experts_of(model: nn.Module) -> dict[torch.Tensor, tuple[ParallelExperts, str]]:
-    """Return the weights of split experts, with the module and the name of each."""
-    return {
-        parameter: (module, name)
-        for module in model.modules()
-        if isinstance(module, ParallelExperts)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
 
 
 def expert_split(model: nn.Module) -> ExpertSplit:
@@ -256,4 +215,4 @@ def _check_sizes(sizes: ExpertSizes, ranks: ExpertSplit) -> None:
         raise InputError(f"{error}{way_out}") from None
 
 
-__all__ = ["ExpertSplit", "ParallelExperts", "expert_split", "expert_split_of", "experts_of"]
+__all__ = ["ExpertSplit", "ParallelExperts", "expert_split", "expert_split_of"]

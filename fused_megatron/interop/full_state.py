@@ -8,7 +8,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives import group_rank
-from fused_megatron.interop.experts import expert_split, experts_of
+from fused_megatron.interop.experts import expert_split
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
 
@@ -49,7 +49,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     transposed = is_transposed(model)
     mark_all_shards(model)
     shards = replica_shards(model)
-    experts, expert_group = experts_of(model), expert_split(model).all_groups
+    expert_group = expert_split(model).all_groups
     is_first = group_rank(tp_group) == group_rank(expert_group) == 0
     is_first = is_first and (shards is None or shards.replicas.dense.rows.index == 0)
     keeps = is_first or not rank0_only
@@ -61,11 +61,7 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
                 result[name] = value
                 continue
             if value not in seen:
-                if value in experts:
-                    module, weight = experts[value]
-                    full = module.full(weight, value)
-                else:
-                    full = full_tensor(value, value, tp_group, transposed.get(value, False))
+                full = full_tensor(value, value, tp_group, transposed.get(value, False))
                 seen[value] = full.cpu() if keeps else full.new_empty(0)
             result[name] = seen[value]
     return result if keeps else {}
@@ -84,13 +80,10 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
         InputError: a missing or unexpected name, a wrong shape or dtype; names the tensor. Nothing was loaded.
     """
     check_full_state(model, state, strict)
-    transposed, experts = is_transposed(model), experts_of(model)
+    transposed = is_transposed(model)
     with whole_weights(model, changes=True), torch.no_grad():
         for name, value in _targets(model).items():
-            if name in state and value in experts:
-                module, weight = experts[value]
-                copy_shard_(value, module.rows(weight, state[name]))
-            elif name in state:
+            if name in state:
                 copy_shard_(value, state[name], transposed.get(value, False))
 
 
@@ -103,7 +96,7 @@ def _targets(model: nn.Module) -> dict[str, torch.Tensor]:
 def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = True) -> None:
     """Raise the InputError that load_full_state_dict would raise for this state."""
     targets = _targets(model)
-    transposed, experts = is_transposed(model), experts_of(model)
+    transposed = is_transposed(model)
     found = {targets[name] for name in targets if name in state}
     missing = [name for name, value in targets.items() if value not in found]
     unexpected = [name for name in state if name not in targets]
@@ -115,9 +108,6 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
         if name in state:
             target = targets[name]
             wanted = full_shape(target, transposed.get(target, False))
-            if target in experts:
-                module, weight = experts[target]
-                wanted = module.full_shape(weight)
             value = state[name]
             shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
             if shape != wanted:

@@ -120,8 +120,7 @@ class Preparation:
             if refused is not None:
                 why = f"the experts {refused.name} cannot be split: {self.reasons[refused.name]}"
             raise InputError(
-                f"expert_parallel_size x expert_tensor_parallel_size={self.expert_split.num_expert_ranks}: {why} "
-                "(with both at 1 the experts stay whole on every rank)"
+                f"{self.expert_split.sizes_text}: {why} (a mesh without them leaves the experts whole on every rank)"
             )
 
     def _divide(self, ranks: int) -> None:

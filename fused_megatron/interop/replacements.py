@@ -119,14 +119,14 @@ def cut(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Paramet
 
 
 def _cut(old: nn.Parameter, new: nn.Parameter, name: str, module: Any, tp_group: Group) -> nn.Parameter:
-    experts, transposed = isinstance(module, ParallelExperts), getattr(module, "transposed", False)
-    if group_size(tp_group) == 1 and not transposed and not experts:
+    transposed, record = getattr(module, "transposed", False), parameter_record(new)
+    if group_size(tp_group) == 1 and not transposed and record.experts is None:
         return old
     mine = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
     if old.is_meta:
         return mine
-    mark_shard(mine, module.shards[name], parameter_record(new).experts)
-    copy_shard_(mine, module.rows(name, old.detach()) if experts else old.detach(), transposed)
+    mark_shard(mine, module.shards[name], record.experts, record.stored_shape)
+    copy_shard_(mine, old.detach(), transposed)
     return mine
 
 

@@ -17,18 +17,22 @@ def full_shape(parameter: torch.Tensor, transposed: bool = False) -> tuple[int, 
     """Return the shape of a parameter over all ranks.
 
     A parameter that stacks parts of several full parameters has the full ones stacked in dim 0. A parameter of experts
-    has the stacks of all expert-parallel ranks, one after the other.
+    has the stacks of all expert-parallel ranks, one after the other. A stored_shape in the record replaces this shape.
 
     Args:
         parameter: marked with its shard, or not sharded.
         transposed: the full tensor is [in, out] where the parameter is [out, in]; vectors stay as they are.
     """
-    parts = parameter_parts(parameter)
-    shape = parts[0].shard.full_shape
-    if parts[0].name:
-        experts = parameter_record(parameter).experts
-        shape = (_stacked_rows(parts) * (1 if experts is None else experts.ep_size), *shape[1:])
+    shape = parameter_record(parameter).stored_shape or _stacked_shape(parameter)
     return shape[::-1] if transposed else shape
+
+
+def _stacked_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    parts, experts = parameter_parts(parameter), parameter_record(parameter).experts
+    shape = parts[0].shard.full_shape
+    if not parts[0].name:
+        return shape
+    return (_stacked_rows(parts) * (1 if experts is None else experts.ep_size), *shape[1:])
 
 
 def full_numel(parameters: Iterable[torch.Tensor]) -> int:
@@ -59,7 +63,7 @@ def full_tensor(
     groups: tuple[Group, ...] = (None if parts[0].shard.replicated else tp_group,)
     if experts is not None:
         groups = (experts.etp_group, experts.ep_group)
-    whole = values.new_empty(full_shape(parameter))
+    whole = values.new_empty(_stacked_shape(parameter))
     held = [(parts, values)]
     if any(group_size(group) > 1 for group in groups):
         offsets = torch.tensor([part.shard.offset for part in parts], device=values.device).unsqueeze(0)
@@ -75,6 +79,9 @@ def full_tensor(
     for rank, (rank_parts, shard) in enumerate(held):
         for mine, index in held_values(rank_parts, shard, rank // of_each_ep_rank):
             whole[index] = mine
+    stored_shape = parameter_record(parameter).stored_shape
+    if stored_shape is not None:
+        return whole.view(stored_shape)
     return whole.t().contiguous() if transposed and whole.dim() == 2 else whole
 
 
@@ -87,7 +94,9 @@ def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) ->
             get_slice).
         transposed: as full_shape.
     """
-    experts = parameter_record(parameter).experts
+    experts, stored_shape = parameter_record(parameter).experts, parameter_record(parameter).stored_shape
+    if stored_shape is not None:
+        full = _StackedExperts(full, stored_shape[1])
     held = list(held_values(parameter_parts(parameter), parameter.data, 0 if experts is None else experts.ep_rank))
     if sum(mine.numel() for mine, _ in held) != parameter.numel():
         parameter.data.zero_()
@@ -95,6 +104,21 @@ def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) ->
         if mine.numel():
             turned = transposed and mine.dim() == 2
             (mine.t() if turned else mine).copy_(full[index[::-1] if turned else index])
+
+
+class _StackedExperts:
+    """A tensor [E, rows, columns] for reading as [E rows, columns]; an index lies within the rows of one expert."""
+
+    def __init__(self, full: Any, num_rows: int) -> None:
+        self._full, self._num_rows = full, num_rows
+
+    def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor:
+        rows, columns = index
+        expert, start = divmod(rows.start, self._num_rows)
+        stop = start + rows.stop - rows.start
+        assert stop <= self._num_rows
+        block: torch.Tensor = self._full[slice(expert, expert + 1), slice(start, stop), columns]
+        return block[0]
 
 
 def _moved(part: ShardPart, offset: tuple[int, ...]) -> ShardPart:

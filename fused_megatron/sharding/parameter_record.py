@@ -81,6 +81,8 @@ class ParameterRecord:
         shard: the part of the full parameter; None for a parameter that was never marked.
         experts: ranks that hold the other parts of a parameter of experts; None for a dense parameter, whose other
             parts are on the tensor-parallel ranks.
+        stored_shape: shape of the full tensor in the user's model, if it differs from the shape of the stacked parts:
+            experts [E, rows, columns] where the parts are stacked to [E rows, columns].
         main_grad: returns the tensor to which the layers of this package add the gradient, instead of `grad`: in the
             parameter's shape, as a rule float32. A backward calls it when it has a gradient to add, so that the tensor
             need not exist before.
@@ -91,6 +93,7 @@ class ParameterRecord:
 
     shard: Shard | None = None
     experts: ExpertRanks | None = None
+    stored_shape: tuple[int, ...] | None = None
     main_grad: Callable[[], torch.Tensor] | None = None
     summed_grad: torch.Tensor | None = None
     deferred: DeferredWeightGradients | None = None
@@ -114,13 +117,19 @@ def update_record(parameter: torch.Tensor, **changes: Any) -> None:
     setattr(parameter, _ATTRIBUTE, replace(parameter_record(parameter), **changes))
 
 
-def mark_shard(parameter: torch.Tensor, shard: Shard, experts: ExpertRanks | None = None) -> None:
+def mark_shard(
+    parameter: torch.Tensor,
+    shard: Shard,
+    experts: ExpertRanks | None = None,
+    stored_shape: tuple[int, ...] | None = None,
+) -> None:
     """Record the part of the full parameter, or the stacked parts of several, that this parameter holds.
 
     Args:
         parameter: the local tensor.
         shard: the part, or the stacked parts.
         experts: for a parameter of experts, the ranks that hold its other parts.
+        stored_shape: as in ParameterRecord.
 
     Raises:
         InputError: the shard has another number of dims.
@@ -131,7 +140,7 @@ def mark_shard(parameter: torch.Tensor, shard: Shard, experts: ExpertRanks | Non
             dims == (parameter.dim(), parameter.dim()),
             f"shard={one} must have the {parameter.dim()} dims of the parameter {tuple(parameter.shape)}",
         )
-    update_record(parameter, shard=shard, experts=experts)
+    update_record(parameter, shard=shard, experts=experts, stored_shape=stored_shape)
 
 
 def parameter_parts(parameter: torch.Tensor) -> tuple[ShardPart, ...]:

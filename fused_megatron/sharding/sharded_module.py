@@ -26,6 +26,7 @@ class ShardedModule(nn.Module):
         holds_experts: whether the own parameters of the module belong to experts (a class attribute).
         ep_group, etp_group: ranks that hold the other experts, and the other shards of the same experts; None for this
             rank only. A module that holds experts sets them before it registers a parameter.
+        stored_shapes: by name of a parameter, the stored_shape of its record, if it has one.
     """
 
     tp_group: Any = None
@@ -35,6 +36,7 @@ class ShardedModule(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
         self.shards: dict[str, Shard] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -60,7 +62,7 @@ class ShardedModule(nn.Module):
             self._check_shape(name, param)
         super().register_parameter(name, param)
         if name in shards and param is not None:
-            mark_shard(param, shards[name], self._expert_ranks())
+            mark_shard(param, shards[name], self._expert_ranks(), self.stored_shapes.get(name))
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("shards", {}):
@@ -78,7 +80,7 @@ class ShardedModule(nn.Module):
             parameter = self._parameters[name]
             if parameter is not None:  # a bias that was set to None
                 self._check_shape(name, parameter)
-                mark_shard(parameter, shard, self._expert_ranks())
+                mark_shard(parameter, shard, self._expert_ranks(), self.stored_shapes.get(name))
 
     @property
     def part_groups(self) -> tuple[Group, ...]:
