@@ -106,6 +106,7 @@ class SentTokens(RankExchange):
         self._arriving: list[tuple[Transfer, ...]] = []
         self._returning: list[tuple[Transfer, ...]] = []
         self._returned: tuple[torch.Tensor, ...] = ()
+        self._results: list[torch.Tensor] = []
 
     def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
         """Start to send the rows of all parts."""
@@ -130,8 +131,11 @@ class SentTokens(RankExchange):
         return self._orders[part]
 
     def leave(self, part: int, y: torch.Tensor) -> None:
-        """Start to send the results of a part back."""
-        self._send_back(part, y)
+        """Start to send the results of a part back; if it is the only one, finish does so."""
+        if self.num_parts == 1:
+            self._results = [y]
+        else:
+            self._send_back(part, y)
 
     def result(self, x: torch.Tensor) -> torch.Tensor:
         """Return a ticket."""
@@ -140,6 +144,8 @@ class SentTokens(RankExchange):
 
     def finish(self) -> torch.Tensor:
         """Return the sums of the results of each token."""
+        if self._results:
+            self._send_back(0, self._results.pop())
         (rows,) = self._wait_for_returned()
         return combine_tokens(rows, self._sent)
 

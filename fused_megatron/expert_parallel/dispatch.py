@@ -4,6 +4,10 @@ A layer of experts is three autograd functions. SendTokens starts the exchange a
 value; ExpertFunction waits for the tokens of one part of the experts after the other, and starts the way back of their
 results; CollectResults waits for them and sums. Backward runs the same way with gradients. Work between SendTokens and
 ExpertFunction (a shared expert) runs under the exchange, forward and backward.
+
+Recomputation (torch.utils.checkpoint) ends with the last function that saves a tensor. With one part of the experts the
+way back starts in CollectResults, which then saves none, so that a recomputed layer need not send its results again.
+With several parts CollectResults saves the ticket, so that no exchange is left under way.
 """
 
 from typing import Any
@@ -65,6 +69,8 @@ class CollectResults(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, ticket: torch.Tensor, exchange: "RankExchange") -> torch.Tensor:
         ctx.exchange = exchange
+        if exchange.num_parts > 1:
+            ctx.save_for_backward(ticket)
         return exchange.finish()
 
     @staticmethod
@@ -164,6 +170,7 @@ class GatheredTokens(RankExchange):
         self._num_tokens, self._padded = experts.shape[0], int(counts.tokens.max())
         self._order: TableOrder | None = None
         self._pending: list[Transfer] = []
+        self._results: list[torch.Tensor] = []
 
     def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
         """Start to gather x and its routes over ep_group."""
@@ -203,16 +210,16 @@ class GatheredTokens(RankExchange):
         return self._order
 
     def leave(self, part: int, y: torch.Tensor) -> None:
-        """Start to sum the results over the ranks."""
-        self._pending = [self._start_sum(y)]
+        """Keep the results for finish."""
+        self._results = [y]
 
     def result(self, x: torch.Tensor) -> torch.Tensor:
         """Return a ticket."""
         return x.new_zeros(())
 
     def finish(self) -> torch.Tensor:
-        """Return the sums of this rank's tokens."""
-        return self._pending.pop().wait()[: self._num_tokens]
+        """Sum the results over the ranks, and return the sums of this rank's tokens."""
+        return self._start_sum(self._results.pop()).wait()[: self._num_tokens]
 
     def start_back(self, dy: torch.Tensor) -> None:
         """Start to gather the gradient of y over ep_group."""

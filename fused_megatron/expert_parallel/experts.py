@@ -181,6 +181,8 @@ class ExpertMLP(ShardedModule):
             name: name of this module in the model.
         """
         self.mark_shards()
+        if not has_values(self.expansion_weight):
+            return
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for own, std in (("expansion_weight", self.init_std), ("projection_weight", self.output_init_std)):
