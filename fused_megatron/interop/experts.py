@@ -141,7 +141,8 @@ class ParallelExperts(ShardedModule):
         """Return the stacked parts of both weights, named as those of ExpertMLP."""
         rows, hidden, full = self.ffn_shard, sizes.hidden_size, sizes.ffn_size
         start = group_rank(self.ranks.ffn_group) * rows
-        expansion, projection = [], []
+        expansion: list[ShardPart] = []
+        projection: list[ShardPart] = []
         for expert in self.own_experts:
             for name in ("gate", "up"):
                 block = slice(len(expansion) * rows, (len(expansion) + 1) * rows)
@@ -156,7 +157,8 @@ class ParallelExperts(ShardedModule):
     ) -> torch.Tensor:
         """Return y [T, H] of tokens [T, H] with experts [T, K] and weights [T, K]; T may differ between ranks of ep."""
         core = self._core[0]
-        core._parameters.update(expansion_weight=self.gate_up_proj, projection_weight=self.down_proj)
+        for name, own in zip(("expansion_weight", "projection_weight"), WEIGHTS, strict=True):
+            core._parameters[name] = self._parameters[own]
         group = self.tp_group
         if not self.ranks.moves_tokens:
             x, weights = identity_all_reduce(hidden_states, group), identity_all_reduce(top_k_weights.float(), group)

@@ -92,8 +92,14 @@ def shard_places(
     """Yield for each part of a parameter: its name, its elements of values without padding, their full index."""
     parts, experts = parameter_parts(parameter), parameter_record(parameter).experts
     held = held_values(parts, values, 0 if experts is None else experts.ep_rank)
+    stored_shape = parameter_record(parameter).stored_shape
     for part, (mine, index) in zip(parts, held, strict=True):
-        yield part.name, mine, index
+        if stored_shape is None:
+            yield part.name, mine, index
+            continue
+        # The rows of one of the experts that the model itself stores as [E, rows, columns].
+        expert, start = divmod(index[0].start, stored_shape[1])
+        yield "", mine.unsqueeze(0), (slice(expert, expert + 1), slice(start, start + mine.shape[0]), index[1])
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:
