@@ -9,9 +9,9 @@ from torch import nn
 
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.embeddings import ColumnEmbedding, Embedding, embedding_scale
-from fused_megatron.interop.experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.layers import GatheredLinear, RowLinear, make_column
 from fused_megatron.interop.plans import PARTS
+from fused_megatron.interop.split_experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
 from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard, parameter_record
 
