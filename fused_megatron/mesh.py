@@ -119,8 +119,9 @@ class Mesh:
         Raises:
             InputError: an unknown axis, axes of both grids, or another order than in the mesh.
 
-        Communication: none for one axis and for ("dp", "cp"). For other axes, if two or more are longer than 1, the
-            first request creates a group; all ranks must make this request at once.
+        Communication: none for one axis and for ("dp", "cp"). For other axes, if two or more are longer than 1, and for
+            edp where every rank has all experts, the first request creates a group; all ranks must make this request at
+            once.
         """
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in axes:

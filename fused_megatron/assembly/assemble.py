@@ -11,6 +11,7 @@ from fused_megatron.assembly.microbatches import Microbatches
 from fused_megatron.assembly.model_stages import ModelStages
 from fused_megatron.assembly.optimizer import new_optimizer
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.collectives import Group
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.optimizer import Optimizer
@@ -160,8 +161,8 @@ class Assembly:
         self.weights.finish()
         drifts = []
         for each, parameters in self.replicas.split(self.parameters):
-            # One set has the same replicas as the other only where the ranks of an expert are some of the tp ranks.
-            others = (self.mesh.tp_group, self.mesh.pp_group)
+            # Experts with the replicas of dense parameters are shared by tensor-parallel ranks.
+            others: tuple[Group, ...] = (self.mesh.tp_group, self.mesh.pp_group)
             if each != self.replicas.dense:  # some stages of a pipeline may have no experts
                 others = (self.mesh["etp"].group,)
             if keeps_rows:

@@ -11,7 +11,13 @@ from fused_megatron.collectives.transfers import Transfer
 from fused_megatron.collectives.transport.pieces import add_in_order
 from fused_megatron.expert_parallel.dispatch import RankExchange
 from fused_megatron.expert_parallel.route_counts import RouteCounts
-from fused_megatron.expert_parallel.token_order import TableOrder, order_of_blocks, reorder_experts, weights_of_pairs
+from fused_megatron.expert_parallel.token_order import (
+    TableOrder,
+    counts_for,
+    order_of_blocks,
+    reorder_experts,
+    weights_of_pairs,
+)
 from fused_megatron.ops.expert_permutation import ExpertOrder, combine_tokens
 
 Sizes = list[list[int]]
@@ -106,6 +112,7 @@ class SentTokens(RankExchange):
         self._arriving: list[tuple[Transfer, ...]] = []
         self._returning: list[tuple[Transfer, ...]] = []
         self._returned: tuple[torch.Tensor, ...] = ()
+        self._results: list[torch.Tensor] = []
 
     def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
         """Start to send the rows of all parts."""
@@ -125,13 +132,16 @@ class SentTokens(RankExchange):
         if part not in self._orders:
             numbers = self._parts[part]
             pairs = order_of_blocks(numbers.blocks, self._sent.rows.device)
-            counts = tuple(numbers.blocks.sum(0).tolist())
+            counts = counts_for(numbers.blocks.sum(0).tolist(), self._sent.rows.device)
             self._orders[part] = TableOrder(numbers.first, numbers.end, counts, numbers.num_rows, pairs)
         return self._orders[part]
 
     def leave(self, part: int, y: torch.Tensor) -> None:
-        """Start to send the results of a part back."""
-        self._send_back(part, y)
+        """Start to send the results of a part back; if it is the only one, finish does so."""
+        if self.num_parts == 1:
+            self._results = [y]
+        else:
+            self._send_back(part, y)
 
     def result(self, x: torch.Tensor) -> torch.Tensor:
         """Return a ticket."""
@@ -140,6 +150,8 @@ class SentTokens(RankExchange):
 
     def finish(self) -> torch.Tensor:
         """Return the sums of the results of each token."""
+        if self._results:
+            self._send_back(0, self._results.pop())
         (rows,) = self._wait_for_returned()
         return combine_tokens(rows, self._sent)
 

@@ -4,6 +4,10 @@ A layer of experts is three autograd functions. SendTokens starts the exchange a
 value; ExpertFunction waits for the tokens of one part of the experts after the other, and starts the way back of their
 results; CollectResults waits for them and sums. Backward runs the same way with gradients. Work between SendTokens and
 ExpertFunction (a shared expert) runs under the exchange, forward and backward.
+
+Recomputation (torch.utils.checkpoint) ends with the last function that saves a tensor. With one part of the experts the
+way back starts in CollectResults, which then saves none, so that a recomputed layer need not send its results again.
+With several parts CollectResults saves the ticket, so that no exchange is left under way.
 """
 
 from typing import Any
@@ -15,7 +19,7 @@ from fused_megatron.collectives import Group
 from fused_megatron.collectives.transfers import Transfer, start_all_gather, start_reduce_scatter
 from fused_megatron.expert_parallel.expert_products import TokenExchange
 from fused_megatron.expert_parallel.route_counts import RouteCounts
-from fused_megatron.expert_parallel.token_order import TableOrder, fill_slots
+from fused_megatron.expert_parallel.token_order import TableOrder, counts_for, fill_slots
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
 
@@ -65,6 +69,8 @@ class CollectResults(AutogradFunction):
     @staticmethod
     def forward(ctx: Any, ticket: torch.Tensor, exchange: "RankExchange") -> torch.Tensor:
         ctx.exchange = exchange
+        if exchange.num_parts > 1:
+            ctx.save_for_backward(ticket)
         return exchange.finish()
 
     @staticmethod
@@ -164,6 +170,7 @@ class GatheredTokens(RankExchange):
         self._num_tokens, self._padded = experts.shape[0], int(counts.tokens.max())
         self._order: TableOrder | None = None
         self._pending: list[Transfer] = []
+        self._results: list[torch.Tensor] = []
 
     def start(self, x: torch.Tensor, probabilities: torch.Tensor) -> None:
         """Start to gather x and its routes over ep_group."""
@@ -184,8 +191,8 @@ class GatheredTokens(RankExchange):
         counts, num_local = self._counts, self._counts.num_local
         local = experts - counts.ep_rank * num_local
         local = torch.where((local >= 0) & (local < num_local) & (experts >= 0), local, -1)
-        rows_of_experts = tuple(counts.local.sum((0, 1)).tolist())
-        num_rows = sum(rows_of_experts)
+        num_rows = int(counts.local.sum())
+        rows_of_experts = counts_for(counts.local.sum((0, 1)).tolist(), experts.device)
         if self._slots is None:
             pairs = order_by_expert(local, num_local)
             pairs = ExpertOrder(pairs.rows[:num_rows], *pairs[1:])
@@ -203,16 +210,16 @@ class GatheredTokens(RankExchange):
         return self._order
 
     def leave(self, part: int, y: torch.Tensor) -> None:
-        """Start to sum the results over the ranks."""
-        self._pending = [self._start_sum(y)]
+        """Keep the results for finish."""
+        self._results = [y]
 
     def result(self, x: torch.Tensor) -> torch.Tensor:
         """Return a ticket."""
         return x.new_zeros(())
 
     def finish(self) -> torch.Tensor:
-        """Return the sums of this rank's tokens."""
-        return self._pending.pop().wait()[: self._num_tokens]
+        """Sum the results over the ranks, and return the sums of this rank's tokens."""
+        return self._start_sum(self._results.pop()).wait()[: self._num_tokens]
 
     def start_back(self, dy: torch.Tensor) -> None:
         """Start to gather the gradient of y over ep_group."""

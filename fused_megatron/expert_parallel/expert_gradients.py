@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from fused_megatron.expert_parallel.expert_part import Part, sum_of_rows
-from fused_megatron.ops.grouped_product import Counts, grouped_weight_gradient
+from fused_megatron.expert_parallel.expert_part import Block, Part, sum_of_rows
+from fused_megatron.ops.grouped_product import grouped_weight_gradient
 from fused_megatron.overlap.weight_gradients import GradientDestination
 
 MainGrad = Callable[[], torch.Tensor] | None
@@ -25,16 +25,16 @@ class StackedGradient:
         self._total = torch.empty_like(like) if main_grad is None else main_grad()
         self._by_expert = self._total.unflatten(0, (num_experts, -1))
 
-    def add_product(self, experts: slice, counts: Counts, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def add_product(self, block: Block, dy: torch.Tensor, x: torch.Tensor) -> None:
         """Add dy [N, O].T @ x [N, I] of each expert, once for every expert."""
-        into = self._by_expert[experts]
+        into = self._by_expert[block.experts]
         if not dy.is_cuda and dy.dtype != into.dtype:  # on a CPU, products of bfloat16 round to bfloat16
             dy, x = dy.float(), x.float()
-        grouped_weight_gradient(dy, x, counts, into, self._adds)
+        grouped_weight_gradient(dy, x, block.counts, into, self._adds)
 
-    def set_sum(self, experts: slice, counts: Counts, dy: torch.Tensor) -> None:
+    def set_sum(self, block: Block, dy: torch.Tensor) -> None:
         """Set the sum of the rows dy [N, O] of each expert, the gradient of a bias; once for every expert."""
-        self._by_expert[experts] = sum_of_rows(dy, counts).to(self._total.dtype)
+        self._by_expert[block.experts] = sum_of_rows(dy, block.counts).to(self._total.dtype)
 
     @property
     def result(self) -> torch.Tensor | None:
@@ -82,25 +82,25 @@ class ParameterGradients:
         """Begin the backward of a part, with the gradient [n, H] of its results."""
         self._parts.append((part, dy_table))
 
-    def add_expansion(self, part: Part, experts: slice, rows: slice, counts: Counts, dh: torch.Tensor) -> None:
+    def add_expansion(self, part: Part, block: Block, dh: torch.Tensor) -> None:
         """Take the gradient dh [n, F'] of some rows of h."""
         if self._expansion_bias is not None:
-            self._expansion_bias.set_sum(experts, counts, dh)
+            self._expansion_bias.set_sum(block, dh)
         if self._expansion is not None:
-            self._expansion.add_product(experts, counts, dh, part.take(part.table, rows))
+            self._expansion.add_product(block, dh, part.table.index_select(0, block.tokens))
         elif self._weights[0] is not None:
             kept = self._dh.setdefault(id(part), torch.empty_like(part.h))
-            kept[rows] = dh
+            kept[block.rows] = dh
 
-    def add_projection(self, experts: slice, counts: Counts, dy: torch.Tensor, a: torch.Tensor) -> None:
+    def add_projection(self, block: Block, dy: torch.Tensor, a: torch.Tensor) -> None:
         """Take the gradient dy [n, H] of the results of some rows, and their activations a [n, F]."""
         if self._projection is not None:
-            self._projection.add_product(experts, counts, dy, a)
+            self._projection.add_product(block, dy, a)
 
-    def add_projection_bias(self, experts: slice, counts: Counts, dy: torch.Tensor) -> None:
+    def add_projection_bias(self, block: Block, dy: torch.Tensor) -> None:
         """Take the gradient dy [n, H] of the results of some rows, times the weights of the rows."""
         if self._projection_bias is not None:
-            self._projection_bias.set_sum(experts, counts, dy)
+            self._projection_bias.set_sum(block, dy)
 
     def results(self) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients for autograd: weight and bias of the expansion, weight and bias of the projection."""
@@ -125,15 +125,15 @@ class ParameterGradients:
         gradient = StackedGradient(self._weights[0], self._num_experts, main_grad)
         for part, _ in self._parts:
             dh = self._dh.pop(id(part))
-            for experts, rows, counts in part.blocks():
-                gradient.add_product(experts, counts, dh[rows], part.take(part.table, rows))
+            for block in part.blocks():
+                gradient.add_product(block, dh[block.rows], part.table.index_select(0, block.tokens))
         return gradient.result
 
     def _deferred_projection(self, main_grad: MainGrad) -> torch.Tensor | None:
         assert self._weights[1] is not None
         gradient = StackedGradient(self._weights[1], self._num_experts, main_grad)
         for part, dy_table in self._parts:
-            for experts, rows, counts in part.blocks():
-                a = part.shapes.activation.forward(part.h[rows], part.weight[rows])
-                gradient.add_product(experts, counts, part.take(dy_table, rows), a)
+            for block in part.blocks():
+                a = part.shapes.activation.forward(block.h, block.weight)
+                gradient.add_product(block, dy_table.index_select(0, block.tokens), a)
         return gradient.result

@@ -41,18 +41,43 @@ class Parameters(NamedTuple):
     projection_bias: torch.Tensor | None
 
 
+class Block(NamedTuple):
+    """Sorted rows of some experts, whose products run at once.
+
+    Attributes:
+        experts: these experts, among all of the rank.
+        rows: their sorted rows.
+        counts: number of rows of each of them.
+        tokens, weight, h: as in Part, of these rows.
+    """
+
+    experts: slice
+    rows: slice
+    counts: Counts
+    tokens: torch.Tensor
+    weight: torch.Tensor
+    h: torch.Tensor
+
+    def of_rows(self, by_expert: torch.Tensor) -> torch.Tensor:
+        """Return the value [N, O] of each row's expert, for values [experts, O]; [1, O] if there is one expert."""
+        own = by_expert[self.experts]
+        if own.shape[0] == 1:
+            return own
+        return own.repeat_interleave(_on_device(self.counts, own.device), dim=0, output_size=self.tokens.shape[0])
+
+
 class GradientSink(Protocol):
     """Receiver of the parts of which gradients of parameters are made; see expert_gradients.py."""
 
     needs_inputs: bool
 
-    def add_expansion(self, part: "Part", experts: slice, rows: slice, counts: Counts, dh: torch.Tensor) -> None:
+    def add_expansion(self, part: "Part", block: Block, dh: torch.Tensor) -> None:
         """Take the gradient dh [n, F'] of some rows of h."""
 
-    def add_projection(self, experts: slice, counts: Counts, dy: torch.Tensor, a: torch.Tensor) -> None:
+    def add_projection(self, block: Block, dy: torch.Tensor, a: torch.Tensor) -> None:
         """Take the gradient dy [n, H] of the results of some rows, and their activations a [n, F]."""
 
-    def add_projection_bias(self, experts: slice, counts: Counts, dy: torch.Tensor) -> None:
+    def add_projection_bias(self, block: Block, dy: torch.Tensor) -> None:
         """Take the gradient dy [n, H] of the results of some rows, times the weights of the rows."""
 
 
@@ -74,55 +99,57 @@ class Part:
         self.tokens = order.tokens()
         self.weight = order.weights(weights).to(torch.promote_types(table.dtype, torch.float32))
 
-    def blocks(self) -> Iterator[tuple[slice, slice, Counts]]:
-        """Yield (experts, rows, counts) of the products that run at once: one expert on a CPU, else all of them."""
+    def blocks(self) -> Iterator["Block"]:
+        """Yield the blocks of the products that run at once: one expert on a CPU, else all of them."""
         first, counts = self.order.first, self.order.counts
         if isinstance(counts, torch.Tensor) or self.table.is_cuda:
-            yield slice(first, self.order.end), slice(0, self.tokens.shape[0]), counts
+            yield Block(slice(first, self.order.end), slice(None), counts, self.tokens, self.weight, self.h)
             return
         begin = 0
-        for expert, count in enumerate(counts, first):
-            yield slice(expert, expert + 1), slice(begin, begin + count), (count,)
+        views = zip(self.tokens.split(counts), self.weight.split(counts), self.h.split(counts), strict=True)
+        for expert, (count, (tokens, weight, h)) in enumerate(zip(counts, views, strict=True), first):
+            rows = slice(begin, begin + count)
+            yield Block(slice(expert, expert + 1), rows, (count,), tokens, weight, h)
             begin += count
-
-    def take(self, table: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Return the rows of a table that belong to sorted rows."""
-        return table.index_select(0, self.tokens[rows])
 
     def forward(self, parameters: Parameters) -> torch.Tensor:
         """Fill h, and return the sum over the experts of each row of the table, [n, H]."""
+        expansion, expansion_bias, projection, projection_bias = parameters
         y = self.table.new_empty(self.tokens.shape[0], self.table.shape[1])
-        for experts, rows, counts in self.blocks():
-            if rows.start == rows.stop:
+        for block in self.blocks():
+            experts, rows, counts, tokens, weight, h = block
+            if not tokens.shape[0]:
                 continue
-            h, out, weight = self.h[rows], y[rows], self.weight[rows]
-            grouped_product(self.take(self.table, rows), parameters.expansion[experts], counts, out=h)
-            if parameters.expansion_bias is not None:
-                h += _of_rows(parameters.expansion_bias[experts], counts, h.shape[0])
-            grouped_product(self.shapes.activation.forward(h, weight), parameters.projection[experts], counts, out=out)
-            if parameters.projection_bias is not None and self.shapes.adds_bias:
-                out += (weight[:, None] * _of_rows(parameters.projection_bias[experts], counts, h.shape[0])).to(y.dtype)
+            out = y[rows]
+            grouped_product(self.table.index_select(0, tokens), expansion[experts], counts, out=h)
+            if expansion_bias is not None:
+                h += block.of_rows(expansion_bias)
+            grouped_product(self.shapes.activation.forward(h, weight), projection[experts], counts, out=out)
+            if projection_bias is not None and self.shapes.adds_bias:
+                out += (weight[:, None] * block.of_rows(projection_bias)).to(y.dtype)
         return combine_tokens(y, self.order.pairs)
 
     def backward(
         self, dy_table: torch.Tensor, parameters: Parameters, gradients: GradientSink
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the gradients of the parameters, and return those of the table [n, H] and of its weights [n, k]."""
+        expansion, _, projection, projection_bias = parameters
         num_rows = self.tokens.shape[0]
         dx, dweight = dy_table.new_empty(num_rows, self.table.shape[1]), torch.empty_like(self.weight)
-        for experts, rows, counts in self.blocks():
-            dy, weight = self.take(dy_table, rows), self.weight[rows]
-            da = grouped_product(dy, parameters.projection[experts], counts, transposed=True)
-            dh, dweight[rows], a = self.shapes.activation.backward(da, self.h[rows], weight)
-            if parameters.projection_bias is not None:
+        for block in self.blocks():
+            experts, rows, counts, tokens, weight, h = block
+            dy = dy_table.index_select(0, tokens)
+            da = grouped_product(dy, projection[experts], counts, transposed=True)
+            dh, dweight_of_block, a = self.shapes.activation.backward(da, h, weight)
+            if projection_bias is not None:
                 if self.shapes.adds_bias:
-                    bias = _of_rows(parameters.projection_bias[experts], counts, dy.shape[0])
-                    dweight[rows] += (dy.to(weight.dtype) * bias).sum(1)
-                gradients.add_projection_bias(experts, counts, dy * weight[:, None])
-            gradients.add_projection(experts, counts, dy, a)
-            gradients.add_expansion(self, experts, rows, counts, dh)
+                    dweight_of_block += (dy.to(weight.dtype) * block.of_rows(projection_bias)).sum(1)
+                gradients.add_projection_bias(block, dy * weight[:, None])
+            dweight[rows] = dweight_of_block
+            gradients.add_projection(block, dy, a)
+            gradients.add_expansion(self, block, dh)
             if gradients.needs_inputs:
-                grouped_product(dh, parameters.expansion[experts], counts, transposed=True, out=dx[rows])
+                grouped_product(dh, expansion[experts], counts, transposed=True, out=dx[rows])
         if not gradients.needs_inputs:
             return dx[:0], dweight[:0]
         return combine_tokens(dx, self.order.pairs), weights_of_pairs(dweight, self.order.pairs.places)
@@ -134,13 +161,6 @@ def sum_of_rows(x: torch.Tensor, counts: Counts) -> torch.Tensor:
     if len(counts) == 1:
         return wide.sum(0, keepdim=True)
     return torch.segment_reduce(wide, "sum", lengths=_on_device(counts, x.device), axis=0, initial=0)
-
-
-def _of_rows(by_expert: torch.Tensor, counts: Counts, num_rows: int) -> torch.Tensor:
-    """Return the value [N, O] of each row's expert; [1, O] if there is one expert."""
-    if by_expert.shape[0] == 1:
-        return by_expert
-    return by_expert.repeat_interleave(_on_device(counts, by_expert.device), dim=0, output_size=num_rows)
 
 
 def _on_device(counts: Counts, device: torch.device) -> torch.Tensor:

@@ -34,7 +34,7 @@ from fused_megatron.expert_parallel.route_counts import (
     first_error,
     gather_counts,
 )
-from fused_megatron.expert_parallel.token_order import TableOrder, fill_slots
+from fused_megatron.expert_parallel.token_order import TableOrder, counts_for, fill_slots
 from fused_megatron.expert_parallel.weighted_activation import ACTIVATIONS, GATED
 from fused_megatron.ops.autocast import autocast_operands
 from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
@@ -181,6 +181,8 @@ class ExpertMLP(ShardedModule):
             name: name of this module in the model.
         """
         self.mark_shards()
+        if not has_values(self.expansion_weight):
+            return
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         for own, std in (("expansion_weight", self.init_std), ("projection_weight", self.output_init_std)):
@@ -189,6 +191,7 @@ class ExpertMLP(ShardedModule):
             if bias is not None:
                 nn.init.zeros_(bias)
 
+    @torch._disable_dynamo  # torch.compile cannot trace collectives that run under products
     def forward(
         self,
         x: torch.Tensor,
@@ -263,7 +266,8 @@ class ExpertMLP(ShardedModule):
         num_rows = int(counts.sent.sum())
         order = ExpertOrder(order.rows[:num_rows], order.places, order.counts)
         if ranks == 1:
-            return LocalTokens(TableOrder(0, self.num_experts, tuple(counts.sent.tolist()), num_rows, order, filled))
+            sent = counts_for(counts.sent.tolist(), x.device)
+            return LocalTokens(TableOrder(0, self.num_experts, sent, num_rows, order, filled))
         if self._dispatch(experts) == "all_gather":
             return GatheredTokens(kept, counts, *groups, slots)
         return SentTokens(order, filled, counts, self._num_parts(x, counts), *groups)

@@ -48,6 +48,11 @@ class TableOrder:
         return replace(self, pairs=pairs)
 
 
+def counts_for(counts: Sequence[int], device: torch.device) -> Counts:
+    """Return numbers of rows of experts where products need them: on the host for a CPU, else on the device."""
+    return tuple(counts) if device.type in ("cpu", "meta") else _to_device(counts, device)
+
+
 def weights_of_pairs(sorted_weights: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Return the values [n, k] of pairs for values [N] of sorted rows; 0 for a pair without a row."""
     num_rows = sorted_weights.shape[0]

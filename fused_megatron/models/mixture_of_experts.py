@@ -115,9 +115,10 @@ class MixtureOfExperts(nn.Module):
             noise = self.router.noise(dropout, 0, self._positions(dropout.sequence, own.shape[0]), own.shape)
         routes = self.router(own, noise)
         keep = self._keep(routes, own.shape, rows, partition)
+        slots = self._fixed_slots(own, partition)
         meanwhile = self._shared(x)
         returned = self.experts(
-            own.flatten(0, 1), routes.experts, routes.probabilities.float(), keep=keep, meanwhile=meanwhile
+            own.flatten(0, 1), routes.experts, routes.probabilities.float(), keep=keep, slots=slots, meanwhile=meanwhile
         )
         y, shared = (returned, None) if meanwhile is None else returned
         y = y.view(own.shape)
@@ -159,6 +160,17 @@ class MixtureOfExperts(nn.Module):
             partition=partition,
         )
         return kept.flatten(0, 1)
+
+    def _fixed_slots(self, x: torch.Tensor, partition: SequencePartition | None) -> int | None:
+        """Return the number of rows that every rank sends to each expert, so that the host need not wait for numbers.
+
+        None on a CPU; without a capacity; and where ranks share sequences: each would pad to the slots of all of them.
+        """
+        shares = group_size(self.tp_group) > 1 or (partition is not None and group_size(self.layout.cp_group) > 1)
+        if shares or not host_waits_for(x):
+            return None
+        slots, (rows, batch, _) = self.config.slots(x.shape[0]), x.shape
+        return None if slots is None else min(batch * slots, batch * rows)
 
     def _losses(
         self, routes: Routes, keep: torch.Tensor | None, rows: int, partition: SequencePartition | None
@@ -240,6 +252,11 @@ class SharedExpertGate(nn.Module):
         """Return the factors [S, B, 1] of x [S, B, H], in the dtype of x."""
         (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
         return float32_product(x.flatten(0, 1), weight).sigmoid().to(x.dtype).view(*x.shape[:2], 1)
+
+
+def host_waits_for(x: torch.Tensor) -> bool:
+    """Whether the host waits for a device when it reads a number from the device of x."""
+    return not x.is_cpu
 
 
 def _own_block(x: torch.Tensor, group: Group) -> torch.Tensor:

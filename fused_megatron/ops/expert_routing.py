@@ -16,7 +16,7 @@ from fused_megatron.checks import (
     check_shape,
 )
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.registration import define_op
+from fused_megatron.ops.registration import define_op, register_triton
 from fused_megatron.reference import expert_routing as reference
 
 
@@ -112,6 +112,8 @@ _backward = define_op(
     reference=reference.expert_routing_backward,
     fake=lambda grad_probabilities, grad_score_sums, grad_z, logits, *others: logits.new_empty(logits.shape),
 )
+register_triton("expert_routing_forward", "expert_routing")
+register_triton("expert_routing_backward", "expert_routing")
 
 
 class ExpertRouting(AutogradFunction):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fused_megatron.config import GPTConfig
 from fused_megatron.mesh import ParallelLayout, init_mesh
-from fused_megatron.models import GPT, BatchSlice, MixtureOfExperts
+from fused_megatron.models import GPT, BatchSlice, MixtureOfExperts, mixture_of_experts
 from fused_megatron.models.block import reset_layers
 from fused_megatron.models.expert_loads import ExpertLoads
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -117,6 +117,20 @@ def test_outputs_losses_and_gradients_are_those_of_a_plain_loop(form: str) -> No
         # Probabilities are float32 in every dtype.
         torch.testing.assert_close(computed, wanted, rtol=1e-5, atol=1e-5)
     assert (found[0][2] > 0).all()
+
+
+def test_fixed_slots_for_devices_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(replace(CONFIG, **FORMS["capacity"]))
+    found: list[list[torch.Tensor]] = []
+    for waits in (False, True):
+        monkeypatch.setattr(mixture_of_experts, "host_waits_for", lambda x, waits=waits: waits)
+        x = input_of().requires_grad_()
+        layer.zero_grad()
+        returned = layer(x)
+        (returned.output[0].sin().sum() + returned.auxiliary_loss).backward()
+        found.append([returned.output[0], returned.report, x.grad, *(p.grad for p in layer.parameters())])
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_evaluation_has_no_loss_and_counts_no_loads() -> None:

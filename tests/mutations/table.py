@@ -33,8 +33,6 @@ _CONTEXT = ("tests/context_parallel/test_attention.py",)
 _CONTEXT_MODEL = ("tests/models/test_stack.py::test_context_parallel_ranks_have_parts_of_one_sequence",)
 _CONTEXT_RUNS = ("tests/training/test_context_parallel_layouts.py",)
 _CONTEXT_MODELS = "tests/interop/test_context_parallel.py"
-_EXPERTS = ("tests/models/test_mixture_of_experts.py",)
-_MIXTURE = "fused_megatron/models/mixture_of_experts.py"
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
@@ -462,65 +460,5 @@ MUTATIONS = (
         "_replica_set(mesh.replicas, shards, copies, placements)",
         '_replica_set(mesh["dp"], mesh["dp"], copies, placements)',
         _CONTEXT_RUNS,
-    ),
-    # Experts.
-    Mutation(
-        "the loads of experts are overwritten by their sum over ranks",
-        _MIXTURE,
-        "counts = routes.counts.double()",
-        "counts = start_all_reduce_(routes.counts, self.tp_group).wait().double()",
-        _EXPERTS,
-    ),
-    Mutation(
-        "the balance loss has no gradient",
-        _MIXTURE,
-        "score_sums.view(routes.counts.shape)",
-        "score_sums.detach().view(routes.counts.shape)",
-        _EXPERTS,
-    ),
-    Mutation(
-        "the router computes in bfloat16",
-        "fused_megatron/models/router.py",
-        "return product(*_wide(x, weight))",
-        "return product(x, weight).float()",
-        ("tests/models/test_router.py",),
-    ),
-    Mutation(
-        "probabilities of experts apply twice",
-        "fused_megatron/expert_parallel/token_order.py",
-        "        return sorted_weights if self.filled is None else sorted_weights * self.filled",
-        "        return sorted_weights * sorted_weights",
-        _EXPERTS,
-    ),
-    Mutation(
-        "tokens for the experts of two ranks are swapped",
-        "fused_megatron/expert_parallel/all_to_all.py",
-        "        ranks = _own_first(counts.ep, counts.ep_rank)\n",
-        "        ranks = _own_first(counts.ep, counts.ep_rank)[::-1]\n",
-        _EXPERTS,
-    ),
-    Mutation(
-        "recomputed blocks count their loads again",
-        "fused_megatron/models/block.py",
-        "        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)",
-        "        if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:\n"
-        "            self.mlp.router.sums.add_(returned.report)\n"
-        "            returned = returned._replace(report=None)\n"
-        "        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)",
-        _EXPERTS,
-    ),
-    Mutation(
-        "an expert with a capacity drops the first tokens",
-        "fused_megatron/models/expert_capacity.py",
-        "index < slots)",
-        "index >= slots)",
-        ("tests/models/test_expert_capacity.py",),
-    ),
-    Mutation(
-        "a resumed run forgets the biases of its routers",
-        "fused_megatron/training/train.py",
-        "                resumed.boxes | trainer.buffer_boxes(),\n",
-        "                resumed.boxes,\n",
-        ("tests/training/test_expert_layouts.py",),
     ),
 )

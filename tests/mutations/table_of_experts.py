@@ -1,7 +1,9 @@
-"""Table of mistakes in the state of experts: (name, file, old, new, tests) of a Mutation."""
+"""Table of mistakes in models with experts and in their state: (name, file, old, new, tests) of a Mutation."""
 
 _LAYOUTS = ("tests/assembly/test_assemble.py::test_every_layout_of_experts_trains_as_one_process",)
 _USER_LOOP = ("tests/data_parallel/test_shared_state.py",)
+_EXPERTS = ("tests/models/test_mixture_of_experts.py",)
+_MIXTURE = "fused_megatron/models/mixture_of_experts.py"
 _STATE = "fused_megatron/data_parallel/shared_state.py"
 
 MUTATIONS = (
@@ -57,5 +59,64 @@ MUTATIONS = (
         "held_values(rank_parts, shard, rank // of_each_ep_rank)",
         "held_values(rank_parts, shard, 0)",
         ("tests/sharding/test_full_tensor.py",),
+    ),
+    (
+        "the loads of experts are overwritten by their sum over ranks",
+        _MIXTURE,
+        "counts = routes.counts.double()",
+        "counts = start_all_reduce_(routes.counts, self.tp_group).wait().double()",
+        _EXPERTS,
+    ),
+    (
+        "the balance loss has no gradient",
+        _MIXTURE,
+        "score_sums.view(routes.counts.shape)",
+        "score_sums.detach().view(routes.counts.shape)",
+        _EXPERTS,
+    ),
+    (
+        "the router computes in bfloat16",
+        "fused_megatron/models/router.py",
+        "return product(*_wide(x, weight))",
+        "return product(x, weight).float()",
+        ("tests/models/test_router.py",),
+    ),
+    (
+        "probabilities of experts apply twice",
+        "fused_megatron/expert_parallel/token_order.py",
+        "        return sorted_weights if self.filled is None else sorted_weights * self.filled",
+        "        return sorted_weights * sorted_weights",
+        _EXPERTS,
+    ),
+    (
+        "tokens for the experts of two ranks are swapped",
+        "fused_megatron/expert_parallel/all_to_all.py",
+        "        ranks = _own_first(counts.ep, counts.ep_rank)\n",
+        "        ranks = _own_first(counts.ep, counts.ep_rank)[::-1]\n",
+        _EXPERTS,
+    ),
+    (
+        "recomputed blocks count their loads again",
+        "fused_megatron/models/block.py",
+        "        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)",
+        "        if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:\n"
+        "            self.mlp.router.sums.add_(returned.report)\n"
+        "            returned = returned._replace(report=None)\n"
+        "        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)",
+        _EXPERTS,
+    ),
+    (
+        "an expert with a capacity drops the first tokens",
+        "fused_megatron/models/expert_capacity.py",
+        "index < slots)",
+        "index >= slots)",
+        ("tests/models/test_expert_capacity.py",),
+    ),
+    (
+        "a resumed run forgets the biases of its routers",
+        "fused_megatron/training/train.py",
+        "                resumed.boxes | trainer.buffer_boxes(),\n",
+        "                resumed.boxes,\n",
+        ("tests/training/test_expert_layouts.py",),
     ),
 )
