@@ -9,8 +9,8 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.interop.agreement import agreement_of_ranks
-from fused_megatron.interop.experts import expert_split
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
+from fused_megatron.interop.split_experts import expert_split
 from fused_megatron.sharding import mark_all_shards, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
 

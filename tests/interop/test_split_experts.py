@@ -14,9 +14,9 @@ from torch import nn
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError
-from fused_megatron.interop.experts import ParallelExperts
 from fused_megatron.interop.full_state import is_transposed
 from fused_megatron.interop.known_experts import experts_obstacle
+from fused_megatron.interop.split_experts import ParallelExperts
 from fused_megatron.sharding import full_tensor, parameter_record
 from fused_megatron.testing import run_on_ranks
 
