@@ -54,6 +54,10 @@ class ParallelLayout:
         sequence_parallel: activations between tensor-parallel layers are sequence shards [S / R, ...].
         overlap: number of chunks of a product, so that products and collectives run side by side: True lets the cost
             model of the group choose, a number fixes it, False is 1.
+        ep_group: the ranks that share the experts of a layer; None for this rank only.
+        etp_group: the ranks that share each expert; None for this rank only.
+        expert_dispatch: how tokens reach their experts: "all_to_all" or "all_gather"; None for the one with fewer
+            bytes.
     """
 
     tp_group: dist.ProcessGroup | None = None
@@ -61,6 +65,9 @@ class ParallelLayout:
     overlap: bool | int = True
     cp_group: dist.ProcessGroup | None = None
     context_parallel_method: str = "ring"
+    ep_group: dist.ProcessGroup | None = None
+    etp_group: dist.ProcessGroup | None = None
+    expert_dispatch: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,8 +119,9 @@ class Mesh:
         Raises:
             InputError: an unknown axis, axes of both grids, or another order than in the mesh.
 
-        Communication: none for one axis and for ("dp", "cp"). For other axes, if two or more are longer than 1, the
-            first request creates a group; all ranks must make this request at once.
+        Communication: none for one axis and for ("dp", "cp"). For other axes, if two or more are longer than 1, and for
+            edp where every rank has all experts, the first request creates a group; all ranks must make this request at
+            once.
         """
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         for axis in axes:
@@ -200,55 +208,93 @@ class Mesh:
 
     @property
     def replicas(self) -> SubMesh:
-        """The ranks with the same weights: all data-parallel and context-parallel ranks."""
+        """The ranks with the same dense weights: all data-parallel and context-parallel ranks."""
         return self["dp", "cp"]
+
+    @property
+    def expert_replicas(self) -> SubMesh:
+        """The ranks with the same experts: `replicas`, if as many ranks share the experts as share dense layers.
+
+        Communication: none, unless every rank has all experts and tensor_parallel_size is above 1: then the first
+            request creates a group, and all ranks must make it at once.
+        """
+        return self["edp"] if self._has_expert_replicas else self.replicas
+
+    @property
+    def _has_expert_replicas(self) -> bool:
+        return self.expert_sizes["ep"] * self.expert_sizes["etp"] != self.tp_size
 
     @property
     def replicas_text(self) -> str:
         """Name of the number of replicas, for messages."""
         return "data_parallel_size" + " x context_parallel_size" * (self.cp_size > 1)
 
-    def split_data_parallel(self, shard_size: int) -> tuple[SubMesh, SubMesh]:
-        """Split the replicas: return neighbouring ranks that share a state, and ranks that hold equal parts of it.
+    def split_data_parallel(self, shard_size: int, of_experts: bool = False) -> tuple[SubMesh, SubMesh]:
+        """Split the replicas: return neighbouring replicas that share a state, and those that hold equal parts of it.
 
         Args:
             shard_size: number of neighbouring replicas that share; it divides the number of replicas.
+            of_experts: split expert_replicas instead of replicas.
 
         Communication: the first call creates the groups; all ranks must make it at once. None if one of the two parts
             has all replicas.
         """
-        replicas = self.replicas
-        check_divisible(self.replicas_text, replicas.size, "shard_size", shard_size)
-        grid = self._split_grid(shard_size)
-        index = coordinates(self.rank, grid)
-        parts = []
-        for axis in ("shards", "copies"):
+        of_experts = of_experts and self._has_expert_replicas
+        replicas = self["edp"] if of_experts else self.replicas
+        name = "the number of expert replicas" if of_experts else self.replicas_text
+        check_divisible(name, replicas.size, "shard_size", shard_size)
+        grid = self._split_grid(shard_size, of_experts)
+        index, parts = coordinates(self.rank, grid), []
+        for axis in list(grid)[2:0:-1]:
             group = replicas.group if grid[axis] == replicas.size else self._group((axis,), grid)
             parts.append(SubMesh((axis,), grid[axis], index[axis], group))
         return parts[0], parts[1]
 
-    def ranks_of_a_state(self, shard_size: int) -> SubMesh:
+    def ranks_of_a_state(self, shard_size: int, of_experts: bool = False) -> SubMesh:
         """Return the ranks that hold one optimizer state of a pipeline stage together, tensor-parallel ranks fastest.
 
         Args:
             shard_size: number of neighbouring replicas that share; 1 for the tensor-parallel ranks only.
+            of_experts: the state of the same experts; the ranks that share each expert are fastest.
 
         Communication: as split_data_parallel; none for 1.
         """
-        if shard_size in (1, self.replicas.size):
-            return self["tp"] if shard_size == 1 else self["dp", "cp", "tp"]
-        return self._sub_mesh(("shards", "tp"), self._split_grid(shard_size))
+        axis, axes = ("etp", ("edp", "etp")) if of_experts else ("tp", ("dp", "cp", "tp"))
+        if shard_size in (1, self._num_replicas(of_experts)):
+            return self[axis] if shard_size == 1 else self[axes]
+        grid = self._split_grid(shard_size, of_experts)
+        return self._sub_mesh((list(grid)[2], axis), grid)
 
-    def _split_grid(self, shard_size: int) -> dict[str, int]:
-        """The grid with the axes copies and shards in place of dp and cp, which are neighbours."""
-        copies = self.replicas.size // shard_size
+    def _num_replicas(self, of_experts: bool) -> int:
+        return self.expert_sizes["edp"] if of_experts else self.dp_size * self.cp_size
+
+    def _split_grid(self, shard_size: int, of_experts: bool) -> dict[str, int]:
+        """The grid with axes for copies and shards in place of dp and cp, which are neighbours, or in place of edp."""
+        copies = self._num_replicas(of_experts) // shard_size
+        if of_experts:
+            inner = {axis: self.expert_sizes[axis] for axis in ("ep", "etp")}
+            return {"pp": self.pp_size, "expert_copies": copies, "expert_shards": shard_size, **inner}
         return {"pp": self.pp_size, "copies": copies, "shards": shard_size, "tp": self.tp_size}
 
     def layout(
-        self, *, sequence_parallel: bool = False, overlap: bool | int = True, context_parallel_method: str = "ring"
+        self,
+        *,
+        sequence_parallel: bool = False,
+        overlap: bool | int = True,
+        context_parallel_method: str = "ring",
+        expert_dispatch: str | None = None,
     ) -> ParallelLayout:
         """Return the layout that layers and models on this mesh take."""
-        return ParallelLayout(self.tp_group, sequence_parallel, overlap, self.cp_group, context_parallel_method)
+        return ParallelLayout(
+            self.tp_group,
+            sequence_parallel,
+            overlap,
+            self.cp_group,
+            context_parallel_method,
+            ep_group=self.groups.get(("ep",)),
+            etp_group=self.groups.get(("etp",)),
+            expert_dispatch=expert_dispatch,
+        )
 
 
 def init_mesh(

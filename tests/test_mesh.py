@@ -116,6 +116,25 @@ def test_data_and_context_parallel_ranks_share_a_state():
         assert halves[rank] == [shards, copies, replicas, list(range(half, half + 4))]
 
 
+def states_of_experts(rank, world_size, sizes, shard_size):
+    mesh = init_mesh(context_parallel_size=2, tensor_parallel_size=2, **sizes)
+    shards, copies = mesh.split_data_parallel(shard_size, of_experts=True)
+    state = mesh.ranks_of_a_state(shard_size, of_experts=True)
+    return [members_of(each) for each in (shards, copies, mesh.expert_replicas, state)]
+
+
+def test_ranks_with_the_same_experts_share_a_state():
+    """Grid of dp 2, cp 2, tp 2: experts that are whole, on 4 ranks, and on 2 ranks as dense layers are."""
+    cases = [({}, 4), ({"expert_tensor_parallel_size": 4}, 2), ({"expert_parallel_size": 2}, 2)]
+    whole, quarters, halves = run_cases_on_ranks(states_of_experts, 8, cases)
+    for rank in range(8):
+        four, half, tp = rank // 4 * 4, sorted([rank, (rank + 4) % 8]), rank % 2
+        assert whole[rank] == [list(range(four, four + 4)), half, list(range(8)), list(range(four, four + 4))]
+        assert quarters[rank] == [half, [rank], half, list(range(8))]
+        shards, replicas = [four + tp, four + tp + 2], [tp, tp + 2, tp + 4, tp + 6]
+        assert halves[rank] == [shards, half, replicas, shards]
+
+
 def test_wrong_names_of_axes(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     mesh = init_mesh()

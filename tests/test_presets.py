@@ -27,9 +27,10 @@ from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline import simulate
 from fused_megatron.pipeline.schedule.action import SENDS, peak_live_activations, stages_of
 from fused_megatron.pipeline.schedule.lowering import lower
+from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.rank_communication import message_bytes, stage_communication
-from fused_megatron.planning.rank_memory import rank_memory, stage_activations
+from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.recorded_step import fake_ranks
 from fused_megatron.planning.step_profile import Transfers
 

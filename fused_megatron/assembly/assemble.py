@@ -19,14 +19,16 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.data_parallel.row_blocks import gather_whole
 from fused_megatron.data_parallel.sharded_weights import ShardedWeights
-from fused_megatron.data_parallel.shared_state import Weights, share_state
+from fused_megatron.data_parallel.shared_state import Weights, replicas_of, share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.mesh import Mesh
 from fused_megatron.models import BatchSlice
+from fused_megatron.models.expert_loads import ExpertLoads
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.executor import PipelineExecutor
 from fused_megatron.pipeline.run.stage_hooks import StageFunctions
 from fused_megatron.pipeline.schedule.action import Action, Kind
+from fused_megatron.sharding import Replicas
 from fused_megatron.sharding.gradient_norm import sum_of_counted_squares
 from fused_megatron.sharding.replicas import find_drift
 
@@ -38,14 +40,14 @@ class Assembly:
     Attributes:
         config, mesh, plan, model: arguments of assemble().
         parameters: this rank's parameters, each once, by their names in the whole model.
-        gradients: float32 gradients of this rank's rows of all parameters, summed over the ranks with the same weights.
+        gradients: float32 gradients of this rank's rows of all parameters, summed over the replicas of each parameter.
         executor: runs this rank's stages in the order of the schedule.
         optimizer: updates this rank's rows of the parameters from the gradients.
         weights: gathers the other rows of the parameters if this rank updates or keeps only some of them.
         splits_backward: True if the schedule computes weight gradients in actions of their own.
         own_weights: the rows of the parameters that this rank updates, by the same names.
-        shard_group: ranks with the same weights that own the other rows; None if this rank owns all.
-        copy_group: ranks that own the same rows; None for this rank only.
+        replicas: ranks that own the other rows and the same rows, of dense parameters and of experts.
+        expert_loads: loads of this rank's experts over the microbatches of a step.
         microbatches: cuts a batch into this rank's microbatches.
     """
 
@@ -60,8 +62,8 @@ class Assembly:
     weights: Weights
     splits_backward: bool
     own_weights: Mapping[str, torch.Tensor]
-    shard_group: Group
-    copy_group: Group
+    replicas: Replicas
+    expert_loads: ExpertLoads
     microbatches: Microbatches
 
     @property
@@ -124,10 +126,12 @@ class Assembly:
         A 0-dim float64 tensor on the device of the gradients. Call it after accumulate_gradients. Replicas that hold
         the same gradients have equal shares, so that a NaN of one of them is in the sum.
         """
-        rows = self.gradients.rows
-        gradients = self.gradients.by_name(self.parameters)
-        squares = sum_of_counted_squares(self.parameters, gradients, self.mesh.tp_rank, rows)
-        return squares / (self.mesh.replicas.size // rows.num_shards)
+        shares = []
+        for each, parameters in self.replicas.split(self.parameters):
+            gradients = self.gradients.by_name(parameters)
+            squares = sum_of_counted_squares(parameters, gradients, self.mesh.tp_rank, each.rows)
+            shares.append(squares / each.num_copies)
+        return torch.stack(shares).sum()
 
     def whole(self, own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return tensors in the shapes of the parameters, of which each replica has the rows that it owns.
@@ -137,22 +141,36 @@ class Assembly:
         Args:
             own: this rank's rows, by the names of all its parameters.
 
-        Communication, Memory: as gather_whole, over the ranks with the same weights.
+        Communication, Memory: as gather_whole, over the replicas of dense parameters and of experts.
         """
-        shapes = [self.parameters[name].shape for name in own]
-        found = gather_whole(list(own.values()), shapes, self.gradients.rows, self.shard_group)
-        return dict(zip(own, found, strict=True))
+        found: dict[str, torch.Tensor] = {}
+        for each, parameters in self.replicas.split({name: self.parameters[name] for name in own}):
+            shapes = [parameter.shape for parameter in parameters.values()]
+            whole = gather_whole([own[name] for name in parameters], shapes, each.rows, each.shard_group)
+            found |= zip(parameters, whole, strict=True)
+        return {name: found[name] for name in own}
 
     def find_drift(self) -> str | None:
         """Compare weights that several ranks hold: over dp and cp, replicated ones over tp, tied ones over pp.
 
-        Returns and Communication: as sharding.replicas.find_drift.
+        Experts are compared over the ranks with the same experts, and replicated ones over etp.
+
+        Returns and Communication: as sharding.replicas.find_drift, for dense parameters and for experts.
         """
-        others = (self.mesh.tp_group, self.mesh.pp_group)
-        if isinstance(self.weights, ShardedWeights):
-            return find_drift(self.parameters, self.copy_group, others, self.own_weights, self.gradients.rows)
+        keeps_rows = isinstance(self.weights, ShardedWeights)
         self.weights.finish()
-        return find_drift(self.parameters, self.mesh.replicas.group, others)
+        drifts = []
+        for each, parameters in self.replicas.split(self.parameters):
+            # Experts with the replicas of dense parameters are shared by tensor-parallel ranks.
+            others: tuple[Group, ...] = (self.mesh.tp_group, self.mesh.pp_group)
+            if each != self.replicas.dense:  # some stages of a pipeline may have no experts
+                others = (self.mesh["etp"].group,)
+            if keeps_rows:
+                own = {name: self.own_weights[name] for name in parameters}
+                drifts.append(find_drift(parameters, each.copy_group, others, own, each.rows))
+            else:
+                drifts.append(find_drift(parameters, each.group, others))
+        return next(filter(None, drifts), None)
 
     def update(self, lr: float, gradient_scale: float) -> None:
         """Update the weights from the gradients times gradient_scale.
@@ -188,10 +206,11 @@ def assemble(
     """
     training = config.training
     parameters = model.parameters_by_name()
-    replicas = mesh.replicas
-    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, replicas.size)]
-    shards, copies = mesh.split_data_parallel(config.parallel.zero_shard_size or replicas.size)
-    gradients, weights = share_state(model.stages, placements, shards, copies, replicas.group, 1e6 * training.bucket_mb)
+    has_experts = config.model.num_experts is not None
+    num_replicas = max(mesh.replicas.size, mesh.expert_replicas.size if has_experts else 1)
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, num_replicas)]
+    replicas = replicas_of(mesh, placements, config.parallel.zero_shard_size, has_experts)
+    gradients, weights = share_state(model.stages, placements, replicas, 1e6 * training.bucket_mb)
     hooks = _hooks(gradients, weights, plan)
     if plan.max_unsharded is None:
         for stage in model.stages.values():
@@ -227,8 +246,8 @@ def assemble(
         weights,
         splits_backward,
         own_weights=own,
-        shard_group=shards.group if placements.state else None,
-        copy_group=copies.group if placements.state else replicas.group,
+        replicas=replicas,
+        expert_loads=ExpertLoads(config.model, model.stages.values()),
         microbatches=Microbatches(config, mesh, model),
     )
 

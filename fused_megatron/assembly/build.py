@@ -26,6 +26,8 @@ def build_mesh(config: TrainConfig, device_type: str | None = None) -> Mesh:
         parallel.pipeline_parallel_size,
         parallel.data_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_parallel_size=parallel.expert_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         device_type=device_type,
         timeout_s=parallel.timeout_s,
     )
@@ -54,6 +56,7 @@ def build_model(
             sequence_parallel=parallel.sequence_parallel,
             overlap=parallel.overlap,
             context_parallel_method=parallel.context_parallel_method,
+            expert_dispatch=parallel.expert_dispatch,
         ),
         seed=config.training.seed,
         stage=stage,

@@ -9,7 +9,7 @@ from torch import nn
 from fused_megatron.collectives import group_rank
 from fused_megatron.models import StageSpan, TransformerStack
 from fused_megatron.ops.attention import AttentionMask
-from fused_megatron.sharding import mark_all_shards
+from fused_megatron.sharding import full_numel, mark_all_shards, parameter_record
 
 
 class ModelStages(nn.Module):
@@ -73,6 +73,14 @@ class ModelStages(nn.Module):
         The counts of all pipeline ranks add up to the count of the whole model.
         """
         return sum(stage.num_parameters() for stage in self.stages.values())
+
+    def num_active_parameters(self) -> int:
+        """Count as num_parameters, and of experts only as many as each token passes through."""
+        if self.config.num_experts is None:
+            return self.num_parameters()
+        experts = full_numel(p for p in self.parameters_by_name().values() if parameter_record(p).experts is not None)
+        unused = self.config.num_experts - self.config.experts_per_token
+        return self.num_parameters() - experts * unused // self.config.num_experts
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Compute logits_shard [B, S, V_padded / R] of tokens [B, S] on every pipeline rank, without gradients.

@@ -1,6 +1,6 @@
 """The optimizer of a rank: which parameters each update rule takes, and the ranks that share whole matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from fused_megatron.data_parallel.stochastic_state import StochasticState
 from fused_megatron.data_parallel.update_rules import UpdateRule
 from fused_megatron.data_parallel.whole_matrices import WholeMatrices
 from fused_megatron.mesh import Mesh
+from fused_megatron.sharding import Replicas, parameter_record
 
 
 def new_optimizer(
@@ -29,23 +30,37 @@ def new_optimizer(
         mesh: of all ranks.
         parameters: this rank's parameters by their names in the whole model.
         own: the rows of each parameter that this rank updates, by the same names.
-        gradients: of these parameters; their `rows` are the rows of `own`.
+        gradients: of these parameters; their `replicas` state the rows of `own`.
 
-    Communication: with Muon, creates the group of the ranks that share the matrices of a stage.
+    Communication: with Muon, creates the groups of the ranks that share the matrices of a stage, and of its experts.
     Memory: as Optimizer.
     """
-    rows = gradients.rows
     rules: dict[str, UpdateRule] = {}
     if config.optimizer.kind == "muon":
-        matrices = {name: p for name, p in parameters.items() if is_block_matrix(name, p)}
-        group = mesh.ranks_of_a_state(rows.num_shards).group
-        muon = Muon(config.optimizer, WholeMatrices(matrices, rows, group, mesh.tp_size))
-        rules = dict.fromkeys(matrices, muon)
+        for matrices in _matrices(config, mesh, parameters, gradients.replicas):
+            muon = Muon(config.optimizer, matrices)
+            rules |= dict.fromkeys(matrices.parameters, muon)
     rounding = None
     if config.optimizer.state_dtype != "float32":
-        parts = {name: rows.own_parts(parameter) for name, parameter in parameters.items()}
+        rows = gradients.replicas.rows
+        parts = {name: rows.of(parameter).own_parts(parameter) for name, parameter in parameters.items()}
         rounding = StochasticState(parts, config.training.seed)
     return Optimizer(own, gradients.by_name(parameters), config.optimizer, rules, rounding)
+
+
+def _matrices(
+    config: TrainConfig, mesh: Mesh, parameters: Mapping[str, nn.Parameter], replicas: Replicas
+) -> Iterator[WholeMatrices]:
+    """Yield the matrices of dense parameters, and in a model with experts those of experts."""
+    found = {name: p for name, p in parameters.items() if is_block_matrix(name, p)}
+    dense = {name: p for name, p in found.items() if parameter_record(p).experts is None}
+    rows = replicas.dense.rows
+    yield WholeMatrices(dense, rows, mesh.ranks_of_a_state(rows.num_shards).group, mesh.tp_size)
+    if config.model.num_experts is not None:
+        rows = replicas.experts.rows
+        group = mesh.ranks_of_a_state(rows.num_shards, of_experts=True).group
+        experts = {name: p for name, p in found.items() if name not in dense}
+        yield WholeMatrices(experts, rows, group, mesh.expert_sizes["etp"])
 
 
 def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:

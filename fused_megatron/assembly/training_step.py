@@ -19,16 +19,18 @@ class StepSums:
     """Sums over all ranks that are known before the update of a step.
 
     Attributes:
-        loss: mean over the targets of the global batch.
+        loss: mean over the targets of the global batch, with auxiliary losses.
         gradient_norm: of the whole model, before clipping.
         finite: True if the loss and the gradient norm are finite on every rank.
         flags: the ranks' flags, summed over the ranks.
+        expert_loads: loads of the experts, summed over the ranks, as ExpertLoads.of_rank; it stays on the device.
     """
 
     loss: float
     gradient_norm: float
     finite: bool
     flags: list[float]
+    expert_loads: torch.Tensor
 
 
 def training_step(
@@ -58,20 +60,23 @@ def training_step(
         PipelineError: as PipelineExecutor.step.
         Any error that judge raises.
 
-    Communication: as Assembly.accumulate_batch and update; one all-reduce of 8 bytes a number over all ranks.
+    Communication: as Assembly.accumulate_batch and update; one all-reduce of 8 bytes a number over all ranks, the
+        loads of the experts included (E + 3 numbers a block with experts).
     """
     assembly.gradients.zero_()
+    assembly.expert_loads.zero_()
     loss_sum = assembly.accumulate_batch(read_batch(), step, gradient_divisor(num_targets))
     sums = sum_over_ranks(assembly, loss_sum, flags(), group)
     judge(sums)
     assembly.update(lr, clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm))
+    assembly.expert_loads.update(sums.expert_loads)
     return sums
 
 
 def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], group: Group) -> StepSums:
-    """Sum the loss, the squares of the gradients and the flags over all ranks with one all-reduce.
+    """Sum the loss, the squares of the gradients, the flags and the experts' loads over all ranks with one all-reduce.
 
-    The host reads the sums in one piece: it waits for the device once.
+    The host reads all sums but the loads in one piece: it waits for the device once.
     All ranks get the same numbers, and so agree on `finite`: a NaN of one rank is in the sum.
     """
     # They all hold the loss of their samples and positions.
@@ -79,9 +84,12 @@ def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[f
     squares = assembly.share_of_squares()
     # Filled on the device: a copy of a list would make the host wait for it.
     numbers = [squares.new_full((), flag) for flag in flags]
-    message = torch.stack([(loss_sum / layer_ranks).reshape(()), squares, *numbers])
+    numbers = [(loss_sum / layer_ranks).reshape(()), squares, *numbers]
+    loads = assembly.expert_loads.of_rank(squares.device)
+    message = torch.cat([torch.stack(numbers), loads.flatten()])
     sum_over_ranks_(message, group)
     # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
     message[1] = message[1].sqrt().float()
-    loss, norm, *summed = message.tolist()
-    return StepSums(loss, norm, math.isfinite(norm) and math.isfinite(loss), summed)
+    loss, norm, *summed = message[: len(numbers)].tolist()
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    return StepSums(loss, norm, finite, summed, message[len(numbers) :].view_as(loads))

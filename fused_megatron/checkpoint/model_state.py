@@ -5,17 +5,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fused_megatron.sharding import WHOLE_ROWS, RowShards, ShardPart, TensorBox
+from fused_megatron.sharding import WHOLE_ROWS, Rows, ShardPart, TensorBox
 
 
 def parameter_boxes(
     parameters: Mapping[str, nn.Parameter],
     own: Mapping[str, torch.Tensor] | None = None,
-    rows: RowShards = WHOLE_ROWS,
+    rows: Rows = WHOLE_ROWS,
 ) -> dict[str, TensorBox]:
     """Return the box of every parameter under `model.<name>`; a stacked parameter has a box `model.<name>.<part>` each.
 
     Every pipeline stage uses the names of the whole model, so that a checkpoint of any stage cut fits any other cut.
+    Each expert has names of its own, so that a checkpoint fits any number of expert-parallel ranks.
 
     Args:
         parameters: by their names in the whole model.
@@ -25,14 +26,28 @@ def parameter_boxes(
     boxes: dict[str, TensorBox] = {}
     for name, parameter in parameters.items():
         tensor = parameter.detach() if own is None else own[name]
-        boxes |= _boxes(f"model.{name}", rows.own_parts(parameter), tensor)
+        boxes |= _boxes(f"model.{name}", rows.of(parameter).own_parts(parameter), tensor)
+    return boxes
+
+
+def buffer_boxes(model: nn.Module) -> dict[str, TensorBox]:
+    """Return the box of every buffer that belongs to the model's state, under `model.<name>`.
+
+    Buffers are whole, and the same on every rank that has them.
+    """
+    boxes = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                full_name = f"model.{path}.{name}" if path else f"model.{name}"
+                boxes[full_name] = TensorBox(buffer, tuple(buffer.shape), (0,) * buffer.dim())
     return boxes
 
 
 def optimizer_boxes(
     parameters: Mapping[str, nn.Parameter],
     state: Mapping[str, Mapping[str, torch.Tensor]],
-    rows: RowShards = WHOLE_ROWS,
+    rows: Rows = WHOLE_ROWS,
 ) -> dict[str, TensorBox]:
     """Return the boxes of moments and main weights under `optimizer.<kind>.<name>`, cut like their parameter.
 
@@ -44,7 +59,7 @@ def optimizer_boxes(
     boxes: dict[str, TensorBox] = {}
     for name, tensors in state.items():
         for kind, tensor in tensors.items():
-            boxes |= _boxes(f"optimizer.{kind}.{name}", rows.own_parts(parameters[name]), tensor)
+            boxes |= _boxes(f"optimizer.{kind}.{name}", rows.of(parameters[name]).own_parts(parameters[name]), tensor)
     return boxes
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fused_megatron.collectives.groups import group_rank, group_size
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import Transfer
-from fused_megatron.collectives.transport.select import Work, start
+from fused_megatron.collectives.transport.select import Work, gather_sizes, start, start_exchange
 
 _connected: WeakSet[dist.ProcessGroup] = WeakSet()
 
@@ -54,6 +54,29 @@ def start_message(
             messages.append(dist.P2POp(operation, buffer, group=group, group_peer=peer))
     works: Sequence[Work] = dist.batch_isend_irecv(messages) if messages else ()
     return Transfer(works, tuple(buffers))
+
+
+def start_row_exchange(
+    rows: torch.Tensor,
+    sizes: Sequence[Sequence[int]],
+    group: dist.ProcessGroup | None,
+    into: torch.Tensor | None = None,
+) -> Transfer:
+    """Start an all-to-all of any numbers of rows; the result is the received rows, by the rank that sent them.
+
+    Args:
+        rows: [rows that this rank sends, ..], contiguous; first those for rank 0, then those for rank 1, ..
+        sizes: sizes[i][j] is the number of rows that rank i sends to rank j; the same on every rank.
+        group: the ranks; None for this rank only.
+        into: memory for the received rows; None: allocated.
+
+    Communication: one all-to-all of `rows`.
+    """
+    if group is None:
+        return Transfer((), (rows,))
+    received = sum(of_rank[group.rank()] for of_rank in sizes)
+    result = rows.new_empty(received, *rows.shape[1:]) if into is None else into
+    return Transfer(start_exchange(result, rows, sizes, group), (result, rows))
 
 
 def exchange_blocks(
@@ -102,9 +125,12 @@ def _start_all_to_all(
     # The transport of equal blocks is chosen on all ranks or on none: sent[i] of rank j is received[j] of rank i.
     if len(members) == ranks and len({*received, *sent}) == 1:
         return Transfer(start(dist.all_to_all_single, group, result, source), (result, source))
-    assert group_rank(group) in members
+    assert group is not None and group_rank(group) in members
     into, out_of = [0] * ranks, [0] * ranks
     for member, size_in, size_out in zip(members, received, sent, strict=True):
         into[member], out_of[member] = size_in, size_out
+    sizes = gather_sizes(out_of, group, source)
+    if sizes is not None:
+        return Transfer(start_exchange(result, source, sizes, group), (result, source))
     work = dist.all_to_all_single(result, source, into, out_of, group=group, async_op=True)
     return Transfer(() if work is None else (work,), (result, source))

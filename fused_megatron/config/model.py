@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Any, Literal
 
 from fused_megatron.checks import InputError, check, check_divisible, check_one_of, check_positive
+from fused_megatron.config.expert_checks import check_experts
 from fused_megatron.untrusted_files import convert
 
 
@@ -71,6 +73,8 @@ class TransformerConfig:
     """Give query, key and value a bias, as Qwen2 does. None: linear_biases."""
     query_key_norm: bool = False
     """Apply an RMS norm to each head of queries and keys before rotation, as Qwen3 does."""
+    query_key_norm_over: str = "head"
+    """Features of one mean square of this norm: head (each head on its own) or all_heads (all heads, as OLMoE)."""
     sliding_window: int | None = None
     """Number of tokens that a token attends to, including itself. None: all earlier tokens and itself."""
     hidden_dropout: float = 0.0
@@ -83,6 +87,46 @@ class TransformerConfig:
     """Recompute in backward: none, selective (attention between its projections), full (a block from its input)."""
     recompute_blocks: int | None = None
     """Recompute only this number of blocks of each pipeline stage, the first ones; keep the rest. None: all."""
+    num_experts: int | None = None
+    """Mixture of experts: number E of expert MLPs of a block, from which a router selects for each token. None: no
+    experts."""
+    experts_per_token: int = 2
+    """Experts K that compute each token."""
+    expert_ffn_hidden_size: int | None = None
+    """Width F of an expert. None: ffn_hidden_size."""
+    num_shared_experts: int = 0
+    """Experts that compute every token, besides the selected ones; together they are one MLP."""
+    shared_expert_ffn_size: int | None = None
+    """Width of this MLP. None: num_shared_experts x the width of an expert."""
+    shared_expert_gate: bool = False
+    """Multiply the output of the shared experts by a learned sigmoid gate, as Qwen2-MoE does."""
+    moe_every: int = 1
+    """Every moe_every-th block has experts: the last one of each moe_every blocks. The others have an MLP."""
+    num_dense_layers: int = 0
+    """The first num_dense_layers blocks have an MLP and no experts."""
+    router_scores: str = "softmax"
+    """Scores of the experts: softmax over all experts, or sigmoid of each one (DeepSeek-V3)."""
+    router_normalize: bool = True
+    """Divide the scores of a token's selected experts by their sum."""
+    router_scale: float = 1.0
+    """Factor of the scores with which the outputs of the experts are weighted."""
+    router_groups: int | None = None
+    """Number of groups of neighbouring experts, for group-limited selection (DeepSeek-V3). None: no groups."""
+    router_groups_per_token: int | None = None
+    """Number of groups from which a token selects its experts: those with the largest sum of their two best scores."""
+    router_bias_rate: float | None = None
+    """Balance experts without a loss: change a bias, added to the scores in the selection only, by this rate after each
+    step, up for experts with fewer tokens than the mean. 0: keep the bias as it is. None: no bias."""
+    balance_loss: float = 0.0
+    """Coefficient of an auxiliary loss that grows if few experts get most tokens. 0: none. Usual: 0.001 to 0.01."""
+    balance_loss_over: str = "sequence"
+    """Tokens whose loads the balance loss counts: each sequence on its own, or the whole previous step."""
+    router_z_loss: float = 0.0
+    """Coefficient of an auxiliary loss that keeps router logits small: logsumexp(logits)^2 (ST-MoE). Usual: 0.001."""
+    router_jitter: float = 0.0
+    """In training, multiply the router's inputs by random numbers in [1 - router_jitter, 1 + router_jitter)."""
+    capacity_factor: float | None = None
+    """Drop a sequence's tokens beyond ceil(capacity_factor x K S / E) for an expert, the last ones. None: drop none."""
 
     def __post_init__(self) -> None:
         check_one_of("family", self.family, list(MODEL_FAMILIES))
@@ -90,7 +134,7 @@ class TransformerConfig:
         check(
             isinstance(self, wanted), f"family={self.family!r} must be a {wanted.__name__}, not a {type(self).__name__}"
         )
-        for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of"):
+        for name in ("num_layers", "hidden_size", "num_heads", "seq_len", "pad_vocab_size_to_multiple_of", "moe_every"):
             check_positive(name, getattr(self, name))
         for name in _POSITIVE_OR_NONE:
             if getattr(self, name) is not None:
@@ -109,6 +153,7 @@ class TransformerConfig:
         check(self.layer_norm_eps > 0, f"layer_norm_eps={self.layer_norm_eps} must be above 0")
         check(self.init_std > 0, f"init_std={self.init_std} must be above 0")
         self._check_rotary()
+        check_experts(self)
 
     def _check_rotary(self) -> None:
         check(self.rotary_base > 1, f"rotary_base={self.rotary_base} must be above 1")
@@ -149,13 +194,40 @@ class TransformerConfig:
 
     @property
     def feed_forward(self) -> str:
-        """Key of the blocks' feed-forward in FEED_FORWARDS of models/feed_forward.py."""
+        """Key of the feed-forward of a block without experts in FEED_FORWARDS of models/feed_forward.py."""
         return "mlp"
+
+    def has_experts(self, block: int) -> bool:
+        """Whether this block of the model, counted from 0, has experts."""
+        return self.num_experts is not None and block >= self.num_dense_layers and (block + 1) % self.moe_every == 0
+
+    @property
+    def expert_blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks with experts."""
+        return tuple(block for block in range(self.num_layers) if self.has_experts(block))
 
     @property
     def has_auxiliary_loss(self) -> bool:
-        """Whether the feed-forward returns an auxiliary loss in training."""
-        return False
+        """Whether a feed-forward may return an auxiliary loss in training."""
+        return self.num_experts is not None and max(self.balance_loss, self.router_z_loss) > 0
+
+    @property
+    def expert_ffn_size(self) -> int:
+        """expert_ffn_hidden_size, or its default."""
+        return self.ffn_size if self.expert_ffn_hidden_size is None else self.expert_ffn_hidden_size
+
+    @property
+    def shared_ffn_size(self) -> int:
+        """Width of the MLP of all shared experts; 0 without shared experts."""
+        if self.shared_expert_ffn_size is not None and self.num_shared_experts:
+            return self.shared_expert_ffn_size
+        return self.num_shared_experts * self.expert_ffn_size
+
+    def slots(self, seq_len: int) -> int | None:
+        """Largest number of tokens of a sequence that an expert takes; None: any number."""
+        if self.capacity_factor is None or self.num_experts is None:
+            return None
+        return ceil(self.capacity_factor * self.experts_per_token * seq_len / self.num_experts)
 
     @property
     def ffn_size(self) -> int:
@@ -197,8 +269,9 @@ class TransformerConfig:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether training uses dropout."""
-        return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout) > 0
+        """Whether training draws random numbers: dropout, or noise in the inputs of routers."""
+        jitter = 0.0 if self.num_experts is None else self.router_jitter
+        return max(self.hidden_dropout, self.attention_dropout, self.embedding_dropout, jitter) > 0
 
     def trainable(self) -> TransformerConfig:
         """Return the config of this model without the parts that `fused-megatron train` cannot train."""
@@ -299,6 +372,11 @@ _POSITIVE_OR_NONE = (
     "sliding_window",
     "rotary_original_seq_len",
     "recompute_blocks",
+    "num_experts",
+    "expert_ffn_hidden_size",
+    "shared_expert_ffn_size",
+    "router_groups",
+    "router_groups_per_token",
 )
 # Allowed values of the fields that hold a name.
 _ALLOWED = {
@@ -306,5 +384,8 @@ _ALLOWED = {
     "normalization": ("layer_norm", "rms_norm"),
     "position": ("learned", "rotary"),
     "rotary_scaling": ("none", "linear", "dynamic", "llama3", "yarn"),
+    "query_key_norm_over": ("head", "all_heads"),
     "recompute": ("none", "selective", "full"),
+    "router_scores": ("softmax", "sigmoid"),
+    "balance_loss_over": ("sequence", "step"),
 }

@@ -11,6 +11,8 @@ from fused_megatron.checks import check, check_divisible, check_one_of, check_po
 
 CONTEXT_PARALLEL_METHODS = ("ring", "all_gather", "all_to_all", "all_to_all+ring")
 """Values of parallel.context_parallel_method."""
+EXPERT_DISPATCHES = ("all_to_all", "all_gather")
+"""Values of parallel.expert_dispatch."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ class ParallelConfig:
     context_parallel_method: str = "ring"
     """How these ranks attend: ring, all_gather (of keys and values), all_to_all (heads for positions), or
     all_to_all+ring."""
+    expert_parallel_size: int = 1
+    """Ranks that share the experts of a layer. They are some of the data-, context- and tensor-parallel ranks."""
+    expert_tensor_parallel_size: int = 1
+    """Ranks that share each expert. They are some of the same ranks."""
+    expert_dispatch: str | None = None
+    """How tokens reach their experts: all_to_all or all_gather. None: the one that sends fewer bytes."""
     zero_stage: int | None = None
     """ZeRO stage: what replicas (data x context parallel ranks) share. 0: nothing; 1: moments and main weights; 2: also
     gradients; 3: also weights. The numbers are the same. None: 1 with several replicas, else 0."""
@@ -57,11 +65,22 @@ class ParallelConfig:
         """Return the number of ranks with the same weights: data-parallel times context-parallel ranks."""
         return dp_size * self.context_parallel_size
 
+    def expert_replicas(self, dp_size: int) -> int:
+        """Return the number of ranks with the same experts, of the data-, context- and tensor-parallel ranks."""
+        ranks = self.replicas(dp_size) * self.tensor_parallel_size
+        return ranks // (self.expert_parallel_size * self.expert_tensor_parallel_size)
+
     @property
     def sequence_text(self) -> str:
         """Division of sequences, for the line that describes a layout: " cp=2 (ring) sequence parallel", or ""."""
         context = f" cp={self.context_parallel_size} ({self.context_parallel_method})"
         return context * (self.context_parallel_size > 1) + " sequence parallel" * self.sequence_parallel
+
+    @property
+    def expert_text(self) -> str:
+        """Division of experts, for the same line: " ep=2 etp=2", or ""."""
+        sizes = {"ep": self.expert_parallel_size, "etp": self.expert_tensor_parallel_size}
+        return "".join(f" {axis}={size}" for axis, size in sizes.items() if size > 1)
 
     @property
     def row_multiple(self) -> int:
@@ -79,7 +98,11 @@ class ParallelConfig:
         check_positive("tensor_parallel_size", self.tensor_parallel_size)
         check_positive("pipeline_parallel_size", self.pipeline_parallel_size)
         check_positive("context_parallel_size", self.context_parallel_size)
+        check_positive("expert_parallel_size", self.expert_parallel_size)
+        check_positive("expert_tensor_parallel_size", self.expert_tensor_parallel_size)
         check_one_of("context_parallel_method", self.context_parallel_method, CONTEXT_PARALLEL_METHODS)
+        if self.expert_dispatch is not None:
+            check_one_of("expert_dispatch", self.expert_dispatch, EXPERT_DISPATCHES)
         for name in ("stages_per_rank", "data_parallel_size", "zero_shard_size"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))

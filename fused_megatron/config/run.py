@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
 from fused_megatron.config.data import DataConfig
+from fused_megatron.config.expert_checks import check_expert_parallel
 from fused_megatron.config.model import GPTConfig, TransformerConfig
 from fused_megatron.config.optimizer import OptimizerConfig
 from fused_megatron.config.parallel import ParallelConfig
@@ -31,7 +32,9 @@ class TrainConfig:
         tp = self.parallel.tensor_parallel_size
         check_divisible("num_heads", self.model.num_heads, "tensor_parallel_size", tp)
         check_multiple_or_divisor("num_kv_heads", self.model.kv_heads, "tensor_parallel_size", tp)
-        check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
+        if len(self.model.expert_blocks) < layers:
+            check_divisible("ffn_hidden_size", self.model.ffn_size, "tensor_parallel_size", tp)
+        check_expert_parallel(self.model, self.parallel)
         if self.parallel.sequence_parallel:
             check_divisible("seq_len", self.model.seq_len, "tensor_parallel_size", tp)
         if self.parallel.context_parallel_size > 1:

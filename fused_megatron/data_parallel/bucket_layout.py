@@ -1,6 +1,6 @@
 """Layout of gradients in flat buckets, without memory or communication."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +38,17 @@ class BucketLayout:
 
 
 def lay_out_buckets(
-    stages: Mapping[int, Sequence[nn.Parameter]], bucket_bytes: float
+    stages: Mapping[int, Sequence[nn.Parameter]],
+    bucket_bytes: float,
+    kind: Callable[[nn.Parameter], Hashable] = lambda parameter: None,
 ) -> dict[frozenset[int], list[BucketLayout]]:
     """Assign parameters to buckets.
 
     Args:
         stages: the parameters of each pipeline stage, in the order of forward. A tied weight is a parameter of several
             stages, and has one gradient.
-        bucket_bytes: least size of a bucket; the last bucket of a list may be smaller.
+        bucket_bytes: least size of a bucket; the last bucket of each kind may be smaller.
+        kind: returns the kind of a parameter; a bucket holds parameters of one kind.
 
     Returns:
         For each set of stages: the buckets of parameters that exactly these stages hold, in the order in which backward
@@ -59,16 +62,20 @@ def lay_out_buckets(
     for parameter, held_by in holders.items():
         groups.setdefault(frozenset(held_by), []).append(parameter)
     # Backward reaches the last layers first, so buckets are cut from the end.
-    return {held_by: _cut(group[::-1], bucket_bytes) for held_by, group in groups.items()}
+    return {held_by: _cut(group[::-1], bucket_bytes, kind) for held_by, group in groups.items()}
 
 
-def _cut(parameters: Sequence[nn.Parameter], bucket_bytes: float) -> list[BucketLayout]:
-    groups: list[list[nn.Parameter]] = [[]]
-    size = 0
+def _cut(
+    parameters: Sequence[nn.Parameter], bucket_bytes: float, kind: Callable[[nn.Parameter], Hashable]
+) -> list[BucketLayout]:
+    """Cut parameters into buckets, in the order of the last parameter of each bucket: the order in which they fill."""
+    full: list[list[nn.Parameter]] = []
+    filling: dict[Hashable, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if size >= bucket_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(parameter)
-        size += BYTES_PER_ELEMENT * parameter.numel()
-    return [BucketLayout(tuple(group)) for group in groups if group]
+        of_kind = kind(parameter)
+        bucket = [*filling.pop(of_kind, []), parameter]
+        if BYTES_PER_ELEMENT * sum(p.numel() for p in bucket) >= bucket_bytes:
+            full.append(bucket)
+        else:
+            filling[of_kind] = bucket  # the last of the dict: its last parameter is the latest
+    return [BucketLayout(tuple(bucket)) for bucket in (*full, *filling.values())]

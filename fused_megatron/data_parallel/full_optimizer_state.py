@@ -10,46 +10,57 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.data_parallel.row_blocks import gather_whole
-from fused_megatron.sharding import RowShards, copy_shard_, full_shape, full_tensor, parameter_record, update_record
+from fused_megatron.sharding import (
+    Replicas,
+    Rows,
+    copy_shard_,
+    full_shape,
+    full_tensor,
+    parameter_record,
+    update_record,
+)
 
-Rows = Sequence[tuple[str, nn.Parameter, nn.Parameter]]
+OwnRows = Sequence[tuple[str, nn.Parameter, nn.Parameter]]
 """Name and parameter of a model, and this rank's main rows of it."""
 
 
 def gather_state(
-    state: Mapping[Any, Mapping[str, Any]], own: Rows, rows: RowShards, group: Group, tp_group: Group
+    state: Mapping[Any, Mapping[str, Any]], own: OwnRows, replicas: Replicas, tp_group: Group
 ) -> dict[str, dict[str, Any]]:
     """Gather the state of an optimizer. Every rank calls it.
 
     Args:
         state: by main rows; tensors in their shape are rows of a full tensor.
         own: main rows are state, too, where the parameter has a lower precision.
-        rows: the rows that this rank owns.
-        group: data-parallel ranks that own the other rows.
-        tp_group: ranks that hold the other shards of the parameters.
+        replicas: ranks that own the other rows, and the rows that this rank owns.
+        tp_group: ranks that hold the other shards of dense parameters.
 
     Returns:
         {"state": {name: {key: full tensor on the CPU, or a value}}, "by_rows": {name: keys of full tensors}}.
 
-    Communication: an exchange of the keys; for each tensor one all-gather over group, and two over tp_group.
+    Communication: for dense parameters and for experts an exchange of the keys; for each tensor one all-gather over the
+        ranks that own the other rows, and those of full_tensor.
     """
     held = {name: {**state.get(main, {}), **({"main": main} if main.dtype != p.dtype else {})} for name, p, main in own}
     # A scalar of the optimizer looks like the row of a 0-dim parameter on the rank that owns it, and only there.
     mine = {name: [k for k, v in held[name].items() if _is_like(v, main)] for name, _, main in own}
-    gathered = gather_json(mine, group)
-    by_rows = {name: [k for k in keys if all(k in each[name] for each in gathered)] for name, keys in mine.items()}
+    by_rows: dict[str, list[str]] = {}
+    for each, members in replicas.split({name: p for name, p, _ in own}):
+        gathered = gather_json({name: mine[name] for name in members}, each.shard_group)
+        by_rows |= {name: [k for k in mine[name] if all(k in one[name] for one in gathered)] for name in members}
     found: dict[str, dict[str, Any]] = {}
     for name, parameter, _ in own:
-        found[name] = {}
+        found[name], of_parameter = {}, replicas.of(parameter)
         for key, value in held[name].items():
             if key in by_rows[name]:
-                (value,) = gather_whole([value.detach()], [parameter.shape], rows, group)
+                shapes, rows = [parameter.shape], of_parameter.rows
+                (value,) = gather_whole([value.detach()], shapes, rows, of_parameter.shard_group)
                 value = full_tensor(parameter, value, tp_group).cpu()
             found[name][key] = value
     return {"state": found, "by_rows": by_rows}
 
 
-def own_state(saved: Mapping[str, Any], own: Rows, rows: RowShards) -> dict[str, dict[str, Any]]:
+def own_state(saved: Mapping[str, Any], own: OwnRows, rows: Rows) -> dict[str, dict[str, Any]]:
     """Cut this rank's rows out of what gather_state returned, in any layout.
 
     Raises:
@@ -64,9 +75,10 @@ def own_state(saved: Mapping[str, Any], own: Rows, rows: RowShards) -> dict[str,
             if tuple(full.shape) != wanted:
                 raise InputError(f"{key} of {name}: shape {tuple(full.shape)} in the state must be {wanted}")
             shard = nn.Parameter(parameter.detach().new_empty(parameter.shape, dtype=full.dtype), requires_grad=False)
-            update_record(shard, shard=parameter_record(parameter).shard)
+            record = parameter_record(parameter)
+            update_record(shard, shard=record.shard, experts=record.experts)
             copy_shard_(shard, full)
-            found[name][key] = rows.own(shard.detach()).clone()
+            found[name][key] = rows.of(parameter).own(shard.detach()).clone()
     return found
 
 

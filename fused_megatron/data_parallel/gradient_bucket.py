@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from fused_megatron.collectives import Group, group_size
+from fused_megatron.collectives import group_size
 from fused_megatron.collectives.transfers import start_all_reduce_, start_reduce_scatter_blocks
 from fused_megatron.data_parallel.bucket_layout import BucketLayout
 from fused_megatron.data_parallel.row_blocks import RowBlocks
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import ReplicaSet
 
 
 class Bucket(Protocol):
@@ -20,10 +20,12 @@ class Bucket(Protocol):
         parameters: parameters in the order in which backward reaches them.
         missing: for each parameter, number of backwards that must still run before the bucket may be sent.
         is_packed: whether the bucket is sent from a packed copy.
+        is_sent: whether start_sum() communicates.
     """
 
     parameters: tuple[nn.Parameter, ...]
     missing: dict[nn.Parameter, int]
+    is_sent: bool
 
     @property
     def is_packed(self) -> bool: ...
@@ -54,16 +56,15 @@ class WholeBucket:
 
     Args:
         layout: parameters of the bucket.
-        rows: rows of each parameter that this rank owns.
-        shards: ranks that own the other rows, or all ranks if there is one shard.
-        copies: ranks that own the same rows.
+        replicas: of these parameters.
     """
 
-    def __init__(self, layout: BucketLayout, rows: RowShards, shards: Group, copies: Group) -> None:
+    def __init__(self, layout: BucketLayout, replicas: ReplicaSet) -> None:
         self.parameters = layout.parameters
         self.missing: dict[nn.Parameter, int] = {}
-        self._rows, self._shards, self._copies = rows, shards, copies
+        self._replicas, rows = replicas, replicas.rows
         self._blocks = RowBlocks([p.shape for p in layout.parameters], rows) if rows.num_shards > 1 else None
+        self.is_sent = replicas.group is not None
         device = layout.parameters[0].device
         self.flat = torch.zeros(layout.num_elements, dtype=torch.float32, device=device)
         self.views = layout.views(self.flat)
@@ -79,30 +80,26 @@ class WholeBucket:
         self.views[parameter].add_(gradient)
 
     def own(self, parameter: nn.Parameter) -> torch.Tensor:
-        return self._rows.own(self.views[parameter])
+        return self._replicas.rows.own(self.views[parameter])
 
     def zero_(self) -> None:
         self.flat.zero_()
 
     def start_sum(self) -> Callable[[], object]:
-        if self._shards is None:
-            return _nothing
         if self._blocks is None:
-            return start_all_reduce_(self.flat, self._shards).wait
+            return start_all_reduce_(self.flat, self._replicas.copy_group).wait
         packing, views = self._blocks, list(self.views.values())
         blocks = packing.pack(views, packing.new_blocks(self.flat))
         block = self.flat.new_empty(packing.block_numel)
-        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, self._shards)
+        transfer = start_reduce_scatter_blocks(blocks.view(-1), block, self._replicas.shard_group)
         return lambda: packing.unpack_own(transfer.wait(), views)
 
     def sum_copies(self) -> Callable[[], object]:
-        if self._copies is None:
+        if self._blocks is None or self._replicas.copy_group is None:
             return _nothing
-        if self._blocks is None:
-            return start_all_reduce_(self.flat, self._copies).wait
         packing, views = self._blocks, list(self.views.values())
         block = packing.pack_own(views, self.flat.new_empty(packing.block_numel))
-        transfer = start_all_reduce_(block, self._copies)
+        transfer = start_all_reduce_(block, self._replicas.copy_group)
         return lambda: packing.unpack_own(transfer.wait(), views)
 
 
@@ -120,12 +117,13 @@ class ShardedBucket:
 
     is_packed = True
 
-    def __init__(self, layout: BucketLayout, rows: RowShards, shards: Group, copies: Group) -> None:
-        assert rows.num_shards == group_size(shards)
+    def __init__(self, layout: BucketLayout, replicas: ReplicaSet) -> None:
+        assert replicas.rows.num_shards == group_size(replicas.shard_group)
         self.parameters = layout.parameters
         self.missing: dict[nn.Parameter, int] = {}
-        self._shards, self._copies = shards, copies
-        self._blocks = RowBlocks([p.shape for p in layout.parameters], rows)
+        self._shards, self._copies = replicas.shard_group, replicas.copy_group
+        self.is_sent = self._shards is not None
+        self._blocks = RowBlocks([p.shape for p in layout.parameters], replicas.rows)
         device = layout.parameters[0].device
         # The layout of a RowBlocks block, so that one pass adds a received block.
         self._block = torch.zeros(self._blocks.block_numel, dtype=torch.float32, device=device)

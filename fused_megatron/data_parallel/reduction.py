@@ -7,28 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from fused_megatron.collectives import group_size, meet
+from fused_megatron.collectives import meet
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
 from fused_megatron.data_parallel.gradient_bucket import Bucket, ShardedBucket, WholeBucket
-from fused_megatron.sharding import WHOLE_ROWS, RowShards, update_record
+from fused_megatron.sharding import Replicas, update_record
 
 BUCKETS_UNDER_WAY = 2
 """Most packed copies of buckets at a time: one is sent while the next is packed."""
 
 
 class GradientBuckets:
-    """Float32 gradients of all parameters, in buckets that are summed over data-parallel ranks.
+    """Float32 gradients of all parameters, in buckets that are summed over the replicas of the parameters.
 
     Linear layers add their products directly to the main_grad of a parameter's record, in float32 and without a further
     pass. A hook adds gradients that autograd returns, and frees them. Whole float32 gradients are `param.grad`, so that
     autograd adds to them itself.
 
-    A bucket holds parameters of one pipeline stage. It is summed in reduce() of its stage or earlier, when the
-    backwards announced by reduce_after_backwards() have filled it, while they continue with earlier layers. With one
-    row shard every rank gets all sums. With several shards a rank gets the sums of the rows that it owns.
+    A bucket holds parameters of one pipeline stage with the same replicas: dense ones, or experts. It is summed in
+    reduce() of its stage or earlier, when the backwards announced by reduce_after_backwards() have filled it, while
+    they continue with earlier layers. With one row shard every rank gets all sums. With several shards a rank gets the
+    sums of the rows that it owns.
+
+    Every rank sends the buckets of a stage in one order, those of dense parameters and those of experts. So ranks
+    cannot wait for each other in a circle.
 
     Whole gradients accumulate over a step and are summed once in it. Sharded gradients (sharded=True) are summed after
     every microbatch and accumulate as sums of this rank's rows, so that a whole gradient exists only until its bucket
@@ -37,17 +40,15 @@ class GradientBuckets:
     Args:
         parameters: every trainable parameter in the order of forward, or such a list for each pipeline stage. A
             parameter of two stages (a tied weight) has one gradient.
-        dp_group: data-parallel ranks that share the rows of each parameter, or that each own all rows. All of them must
-            construct their buckets at the same time. None for one rank.
+        replicas: of the parameters, with the rows whose sums this rank needs. All replicas must construct their buckets
+            at the same time.
         bucket_bytes: least size of a bucket; the last bucket of a stage may be smaller.
-        rows: the rows of each parameter whose sums this rank needs: one shard for each rank of dp_group, or one in all.
-        copies: data-parallel ranks that own the same rows; None for one rank.
         sharded: whether gradients are sharded while they accumulate.
 
     Communication: one all-reduce of 4 bytes an element for each bucket and step. With several shards a reduce-scatter
         of 4 bytes an element replaces it, in every step or (sharded) in every microbatch; and one all-reduce a step of
-        a rank's rows over `copies`. The loss is divided before backward, by the targets of all ranks
-        (gradient_division.py).
+        a rank's rows over the ranks that own the same rows. The loss is divided before backward, by the targets of all
+        ranks (gradient_division.py).
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
@@ -55,26 +56,23 @@ class GradientBuckets:
     def __init__(
         self,
         parameters: Sequence[nn.Parameter] | Mapping[int, Sequence[nn.Parameter]],
-        dp_group: dist.ProcessGroup | None,
+        replicas: Replicas,
         bucket_bytes: float = 25e6,
-        rows: RowShards = WHOLE_ROWS,
-        copies: dist.ProcessGroup | None = None,
         sharded: bool = False,
     ) -> None:
-        assert rows.num_shards in (1, group_size(dp_group))
-        self.rows, self._sharded = rows, sharded
-        for group in (dp_group, copies):
-            meet(group)  # the ranks connect now, and not in a backward
+        self.replicas, self._sharded = replicas, sharded
+        for replica_set in replicas.sets:
+            for group in (replica_set.shard_group, replica_set.copy_group):
+                meet(group)  # the ranks connect now, and not in a backward
         stages = parameters if isinstance(parameters, Mapping) else {0: parameters}
         kind = ShardedBucket if sharded else WholeBucket
 
         def bucket(layout: BucketLayout) -> Bucket:
-            return kind(layout, rows, dp_group, copies)
+            return kind(layout, replicas.of(layout.parameters[0]))
 
-        self._is_sent = dp_group is not None
         self._queues = [
             _Queue(held_by, [bucket(layout) for layout in layouts], sharded)
-            for held_by, layouts in lay_out_buckets(stages, bucket_bytes).items()
+            for held_by, layouts in lay_out_buckets(stages, bucket_bytes, replicas.of).items()
         ]
         self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
         self._own = {p: bucket.own(p) for p, bucket in self._buckets.items()}
@@ -116,9 +114,9 @@ class GradientBuckets:
         With sharded gradients every backward sends its full buckets. Do not announce backwards that defer weight
         gradients.
         """
-        if not self._is_sent:
-            return
         for queue in self._queues:
+            if not any(bucket.is_sent for bucket in queue.buckets):
+                continue
             # Buckets that two stages fill are sent in reduce(): the order of their backwards may differ between ranks.
             queue.announce(0 if len(queue.stages) > 1 else 1 if self._sharded else count)
 
@@ -126,7 +124,7 @@ class GradientBuckets:
         """Start to sum the remaining buckets of a stage; the returned function waits for them.
 
         Call it once in a step, when the gradients of the stage are final; with sharded gradients after every
-        microbatch. Buckets of several stages are sent with the last of these stages. All ranks of dp_group must reduce
+        microbatch. Buckets of several stages are sent with the last of these stages. All replicas must reduce
         their stages in the same order.
         """
         touched = [queue for queue in self._queues if stage in queue.stages]

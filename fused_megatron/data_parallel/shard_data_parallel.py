@@ -13,8 +13,9 @@ from fused_megatron.collectives.together import run_together
 from fused_megatron.data_parallel.guarded_model import guard_model
 from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.data_parallel.sharded_replica import ShardedReplica
+from fused_megatron.data_parallel.shared_state import replicas_of
 from fused_megatron.mesh import Mesh
-from fused_megatron.sharding import parameter_record
+from fused_megatron.sharding import Replicas, expert_ranks, mark_all_shards, parameter_record
 from fused_megatron.sharding.replica_shards import attach_replica_shards
 from fused_megatron.sharding.replicas import find_drift
 
@@ -35,8 +36,9 @@ def shard_data_parallel(
     fully_shard. So write the loss as a mean over the rank's samples. Context-parallel ranks share the state, too, and
     gradients are means over them: fm.parallelize gives each of them the gradients of the whole sequences. A model of
     which a rank runs only its positions needs the sum of the losses of these positions, times context_parallel_size,
-    divided by the number of targets of the samples. Every parameter that requires a gradient has one
-    in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
+    divided by the number of targets of the samples. The state of experts is shared over the ranks that hold the same
+    experts (mesh.expert_replicas), and their gradients are those of the same mean loss. Every parameter that requires a
+    gradient has one in float32, which ShardedOptimizer reads; `grad` of the parameters has no meaning.
 
         model = fm.shard_data_parallel(fm.parallelize(model, mesh), mesh, zero_stage=3)
         optimizer = fm.ShardedOptimizer(model, torch.optim.AdamW, lr=1e-3)
@@ -59,7 +61,8 @@ def shard_data_parallel(
             fm.parallelize. Freeze parameters before this call.
         mesh: a mesh from init_mesh. One data-parallel rank works too.
         zero_stage: 1, 2 or 3.
-        shard_size: number of data-parallel ranks that share the rows; groups of this size repeat them (HSDP). None: all
+        shard_size: number of data-parallel ranks that share the rows; groups of this size repeat them (HSDP). The rows
+            of experts are repeated as often, or less often where fewer ranks hold the same experts. None: all
             data-parallel ranks.
         bucket_mb: least size of a bucket of gradients, in 10^6 bytes of float32.
 
@@ -85,20 +88,23 @@ def shard_data_parallel(
         raise TypeError(f"mesh={type(mesh).__name__} must be what fused_megatron.init_mesh returns, with an axis 'dp'")
     world = dist.group.WORLD if mesh.world_size > 1 else None
     size = mesh.replicas.size if shard_size is None else shard_size
-    _check_on_all_ranks(model, mesh, zero_stage, size, bucket_mb, world)
+    has_experts = _any_has_experts(model, mesh, zero_stage, size, bucket_mb, world)
+    replicas = replicas_of(mesh, ZERO_STAGES[zero_stage], size, has_experts)
+    _check_equal_weights(model, replicas, world)
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-    shards, copies = mesh.split_data_parallel(size)
-    replica = ShardedReplica(model, ZERO_STAGES[zero_stage], shards, copies, mesh.replicas.group, 1e6 * bucket_mb)
+    replica = ShardedReplica(model, ZERO_STAGES[zero_stage], replicas, 1e6 * bucket_mb)
     attach_replica_shards(model, replica)
     guard_model(model, replica)
     return model
 
 
-def _check_on_all_ranks(
+def _any_has_experts(
     model: nn.Module, mesh: Mesh, zero_stage: int, shard_size: int, bucket_mb: float, world: Group
-) -> None:
-    def checked() -> tuple[list[int], int]:
+) -> bool:
+    """Return whether the model of some rank has experts. Raise on every rank if the arguments of one are wrong."""
+
+    def checked() -> tuple[list[int], int, bool]:
         check(
             not isinstance(zero_stage, bool) and zero_stage in (1, 2, 3),
             f"zero_stage={zero_stage!r} must be 1, 2 or 3 (0 shares nothing: DistributedDataParallel does that)",
@@ -113,18 +119,30 @@ def _check_on_all_ranks(
         facts = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
         group = mesh.replicas.group
         ranks = [0] if group is None else dist.get_process_group_ranks(group)
-        return ranks, zlib.crc32(repr((facts, zero_stage, shard_size, bucket_mb)).encode())
+        digest = zlib.crc32(repr((facts, zero_stage, shard_size, bucket_mb)).encode())
+        return ranks, digest, expert_ranks(model) is not None
 
     answers = run_together(world, checked)
-    for ranks, own in answers:
+    for ranks, own, _ in answers:
         different = [rank for rank in ranks if answers[rank][1] != own] if world is not None else []
         if different:
             raise SharedInputError(
                 f"ranks {different} have another model, or other arguments, than rank {ranks[0]}: build the same on "
                 "all data-parallel ranks"
             )
-    drifts = run_together(world, lambda: find_drift(dict(model.named_parameters()), mesh.replicas.group, ()))
-    found = next((drift for drift in drifts if drift), None)
+    return any(has_experts for *_, has_experts in answers)
+
+
+def _check_equal_weights(model: nn.Module, replicas: Replicas, world: Group) -> None:
+    """Raise on every rank if replicas hold different weights."""
+    mark_all_shards(model)
+    sets = list(replicas.split(dict(model.named_parameters())))
+
+    def drift() -> str | None:
+        found = [find_drift(parameters, each.group, ()) for each, parameters in sets]
+        return next(filter(None, found), None)
+
+    found = next(filter(None, run_together(world, drift)), None)
     if found:
         raise SharedInputError(
             f"{found} (load the same weights on all data-parallel ranks, or call torch.manual_seed with one seed "

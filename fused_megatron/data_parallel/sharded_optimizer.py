@@ -100,9 +100,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         full_state_dict() has it for any layout.
         """
         found = self._inner.state_dict()
-        rows = self._replica.rows
         main = {name: main.detach() for name, p, main in self._names_and_rows() if main.dtype != p.dtype}
-        return {**found, "main": main, "rows": [rows.index, rows.num_shards]}
+        return {**found, "main": main, "rows": self._own_rows()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a result of state_dict() on the same rank of the same layout.
@@ -110,11 +109,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             InputError: the state belongs to other rows.
         """
-        own = [self._replica.rows.index, self._replica.rows.num_shards]
+        own = self._own_rows()
         found = list(state_dict.get("rows", own))
         check(
             found == own,
-            f"the state has the rows {found[0]} of {found[1]}, and this rank {own[0]} of {own[1]} (full_state_dict() "
+            f"the state has the rows {_rows_text(found)}, and this rank {_rows_text(own)} (full_state_dict() "
             "and load_full_state_dict() work in any layout)",
         )
         self._inner.load_state_dict({k: v for k, v in state_dict.items() if k not in ("main", "rows")})
@@ -132,8 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Communication: as full_optimizer_state.gather_state.
         """
-        replica = self._replica
-        found = gather_state(self.state, self._names_and_rows(), replica.rows, replica.group, replica.tp_group)
+        found = gather_state(self.state, self._names_and_rows(), self._replica.replicas, self._replica.tp_group)
         groups = [
             {k: v for k, v in group.items() if k != "params"} for group in self._inner.state_dict()["param_groups"]
         ]
@@ -150,7 +148,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         groups = self._inner.state_dict()["param_groups"]
         found, wanted = ([group["param_names"] for group in each] for each in (state["param_groups"], groups))
         check(found == wanted, f"the state has the groups {found!r:.200}, and this optimizer {wanted!r:.200}")
-        values = own_state(state, own, self._replica.rows)
+        values = own_state(state, own, self._replica.replicas.rows)
         main = {name: value.pop("main") for name, value in values.items() if "main" in value}
         indices = [
             (index, name) for group in groups for index, name in zip(group["params"], group["param_names"], strict=True)
@@ -169,6 +167,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _names_and_rows(self) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
         names = {p: name for name, p in self._replica.parameters.items()}
         return [(names[p], p, main) for p, main in self._replica.main.items()]
+
+    def _own_rows(self) -> list[int]:
+        """Return the index and number of the row shards of dense parameters, and of experts where they differ.
+
+        For experts the expert-parallel rank and the number of these ranks follow.
+        """
+        replicas, experts = self._replica.replicas, self._replica.experts
+        found = [replicas.dense.rows.index, replicas.dense.rows.num_shards]
+        if experts is None:
+            return found
+        return [*found, replicas.experts.rows.index, replicas.experts.rows.num_shards, experts.ep_rank, experts.ep_size]
 
     def _check_current(self) -> None:
         mine = {main for group in self.param_groups for main in group["params"]}
@@ -192,6 +201,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "torch.amp.GradScaler looks for infinities in one rank's rows only (fm.GradScaler(mesh) looks in all)"
             )
         return False
+
+
+def _rows_text(rows: Sequence[int]) -> str:
+    kinds = ("", "of experts ", "of expert-parallel ranks ")
+    pairs = zip(rows[::2], rows[1::2], strict=True)
+    return ", ".join(f"{kind}{index} of {count}" for kind, (index, count) in zip(kinds, pairs, strict=False))
 
 
 def _build(

@@ -10,14 +10,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import Group
+from fused_megatron.collectives import group_size
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data_parallel.placement import Placements
 from fused_megatron.data_parallel.shared_state import share_state
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
-from fused_megatron.mesh import SubMesh
-from fused_megatron.sharding import parallel_group, parameter_record, update_record
+from fused_megatron.sharding import Replicas, expert_ranks, parallel_group, parameter_record, update_record
 
 _FULL = "fm.full_state_dict(model) and fm.load_full_state_dict(model, state), on every rank"
 
@@ -27,35 +26,25 @@ class ShardedReplica:
 
     A backward fills the buckets. When it ends, they hold this rank's rows of the mean of the gradients over the
     data-parallel ranks, unless the backward ran inside no_sync(). A further backward without zero_() adds to the mean.
+    Gradients of experts are sums over all ranks with the same experts, divided by the number of data-parallel ranks:
+    the gradients of the same mean loss.
 
     Args:
         model: the module. All its parameters are on one device.
         placements: which tensors are sharded.
-        shards: this rank among the ranks that share the rows of each parameter.
-        copies: this rank among the ranks that own the same rows.
-        dp_group: all data-parallel ranks: shards times copies.
+        replicas: of the parameters, with the rows that this rank owns.
         bucket_bytes: as GradientBuckets.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        placements: Placements,
-        shards: SubMesh,
-        copies: SubMesh,
-        dp_group: Group,
-        bucket_bytes: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, placements: Placements, replicas: Replicas, bucket_bytes: float) -> None:
         self.parameters = dict(model.named_parameters())
         self.trainable = {name: p for name, p in self.parameters.items() if p.requires_grad}
-        self.group, self.tp_group = shards.group, parallel_group(model)
+        self.replicas = replicas
+        self.tp_group, self.experts = parallel_group(model), expert_ranks(model)
         self.keeps_rows_only = placements.weights
         self._is_sharded = placements.gradients
-        self._dp_group, self._dp_size = dp_group, shards.size * copies.size
-        self._buckets, self.weights = share_state(
-            {0: model}, placements, shards, copies, dp_group, bucket_bytes, hides=True
-        )
-        self.rows = self._buckets.rows
+        self._dp_size = group_size(replicas.dense.group)
+        self._buckets, self.weights = share_state({0: model}, placements, replicas, bucket_bytes, hides=True)
         if isinstance(self.weights, WeightGather):
             self._wait_in_forward(model, self.weights)
         else:
@@ -106,7 +95,7 @@ class ShardedReplica:
         with torch.no_grad():
             for parameter in self.parameters.values():
                 if self.keeps_rows_only:
-                    self.own(parameter).copy_(self.rows.own(parameter.detach()))
+                    self.own(parameter).copy_(self.replicas.rows.of(parameter).own(parameter.detach()))
                 if parameter in self.main and parameter.dtype != self.main[parameter].dtype:
                     self.main[parameter].copy_(self.own(parameter))
 
@@ -196,14 +185,15 @@ class ShardedReplica:
 
     def _used_anywhere(self) -> set[nn.Parameter]:
         """Return the parameters that some rank used. An optimizer leaves other parameters as they are."""
-        if self._dp_group is None:
+        counts = []
+        for replicas, parameters in self.replicas.split(self.trainable):
+            members, device = list(parameters.values()), next(iter(self._own)).device
+            used = torch.tensor([p in self._used for p in members], dtype=torch.int32, device=device)
+            sum_over_ranks_(used, replicas.group)
+            counts.append((members, used))
+        if len(self._used) == len(self._own):  # the sums cannot change the result: do not wait for the device
             return self._used
-        device = next(iter(self._own)).device
-        used = torch.tensor([p in self._used for p in self._own], dtype=torch.int32, device=device)
-        sum_over_ranks_(used, self._dp_group)
-        if len(self._used) == len(self._own):  # the sum cannot change the result: do not wait for the device
-            return self._used
-        return {p for p, count in zip(self._own, used.tolist(), strict=True) if count}
+        return {p for members, used in counts for p, count in zip(members, used.tolist(), strict=True) if count}
 
     def _notice(self, parameter: nn.Parameter) -> Any:
         """Install hooks that run before a layer or autograd adds a gradient of the parameter."""

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -18,7 +17,7 @@ from fused_megatron.collectives import meet
 from fused_megatron.data_parallel.row_blocks import RowBlocks, by_dtype
 from fused_megatron.data_parallel.weight_units import WeightUnit, weight_units
 from fused_megatron.observe.storages import RESIZE_STORAGE
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import Replicas, ReplicaSet
 
 GATHERS_UNDER_WAY = 2
 
@@ -35,23 +34,23 @@ class ShardedWeights:
 
     Args:
         stages: modules by index of the pipeline stage.
-        rows: the rows of each parameter that this rank keeps.
-        group: the ranks that keep the other rows; None for one rank.
+        replicas: of the parameters, with the rows that this rank keeps.
 
     Communication: one all-gather, in the dtype of the parameters, for each unit (weight_units.py) and forward, and one
-        for each backward. An embedding is not gathered for backward.
+        for each backward; another for the experts of a unit. An embedding is not gathered for backward.
     Memory: this rank's rows; one unit that is whole, and the next unit, which is being received.
     """
 
-    def __init__(self, stages: Mapping[int, nn.Module], rows: RowShards, group: dist.ProcessGroup | None) -> None:
-        meet(group)  # the ranks connect now, and not in a forward
+    def __init__(self, stages: Mapping[int, nn.Module], replicas: Replicas) -> None:
+        for each in replicas.sets:
+            meet(each.shard_group)  # the ranks connect now, and not in a forward
         self._units: dict[nn.Parameter, _Unit] = {}
         self._of_stage: dict[int, list[_Unit]] = {}
         for index, stage in stages.items():
             for unit in weight_units(stage):
                 fresh = [p for p in dict.fromkeys(unit.parameters) if p not in self._units]
                 if fresh:
-                    made = _Unit(fresh, rows, group)
+                    made = _Unit(fresh, replicas)
                     self._units |= dict.fromkeys(fresh, made)
             self._of_stage[index] = self._units_of(stage.parameters())
         self._all = list(dict.fromkeys(self._units.values()))
@@ -224,8 +223,11 @@ class _Call:
 class _Unit:
     """Parameters that are gathered together."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards, group: dist.ProcessGroup | None) -> None:
-        self._parts = [_Part(part, rows, group) for part in by_dtype(parameters)]
+    def __init__(self, parameters: Sequence[nn.Parameter], replicas: Replicas) -> None:
+        sets: dict[ReplicaSet, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            sets.setdefault(replicas.of(parameter), []).append(parameter)
+        self._parts = [_Part(part, each) for each, members in sets.items() for part in by_dtype(members)]
         self.own = {p: rows for part in self._parts for p, rows in part.own.items()}
         self.users = 0
         self._waits: list[Callable[[], None]] | None = None
@@ -261,10 +263,10 @@ class _Unit:
 
 
 class _Part:
-    """Parameters of a unit in one dtype, with a block [block_numel] of this rank's rows of each."""
+    """Parameters of a unit with the same dtype and replicas, with a block [block_numel] of this rank's rows of each."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards, group: dist.ProcessGroup | None) -> None:
-        self._parameters, self._group = parameters, group
+    def __init__(self, parameters: Sequence[nn.Parameter], replicas: ReplicaSet) -> None:
+        self._parameters, self._group, rows = parameters, replicas.shard_group, replicas.rows
         self._blocks = RowBlocks([p.shape for p in parameters], rows)
         first = parameters[0]
         self._block = torch.zeros(self._blocks.block_numel, dtype=first.dtype, device=first.device)

@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import meet
 from fused_megatron.data_parallel.row_blocks import RowBlocks, by_dtype
 from fused_megatron.data_parallel.weight_units import weight_units
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import Replicas, ReplicaSet
 
 
 class WeightGather:
@@ -22,10 +21,10 @@ class WeightGather:
     parameters. Each wait first starts the next bucket, which is gathered while the module computes.
 
     Args:
-        buckets: parameters in the order in which forward uses them, the same on every rank of the group. Each dtype is
-            sent separately.
-        rows: the rows of each parameter that this rank updates.
-        group: the ranks that update the other rows; None for one rank, which has nothing to gather.
+        buckets: parameters in the order in which forward uses them, the same on every replica. A bucket has parameters
+            of the same replicas. Each dtype is sent separately.
+        replicas: of the parameters, with the rows that this rank updates. Without ranks that update the other rows
+            there is nothing to gather.
         hides: whether a parameter reads as NaN until it is whole.
 
     Communication:
@@ -38,20 +37,20 @@ class WeightGather:
     def __init__(
         self,
         buckets: Sequence[Sequence[nn.Parameter]],
-        rows: RowShards,
-        group: dist.ProcessGroup | None,
+        replicas: Replicas,
         hides: bool = False,
     ) -> None:
-        self._rows, self._hides = rows, hides
-        self._group = group if rows.num_shards > 1 else None
-        meet(self._group)  # the ranks connect now, and not in a forward
-        self._buckets = [_Bucket(part, rows) for bucket in buckets for part in by_dtype(bucket)]
+        self._rows, self._hides = replicas.rows, hides
+        for each in replicas.sets:
+            meet(each.shard_group)  # the ranks connect now, and not in a forward
+        shared = [bucket for bucket in buckets if replicas.of(bucket[0]).shard_group is not None]
+        self._buckets = [_Bucket(part, replicas.of(part[0])) for bucket in shared for part in by_dtype(bucket)]
         self._index = {p: i for i, bucket in enumerate(self._buckets) for p in bucket.parameters}
         self._done = self._started = len(self._buckets)
 
     def own(self, parameter: nn.Parameter) -> torch.Tensor:
         """Return the rows of a parameter that this rank updates, a view. Call start() after they have changed."""
-        return self._rows.own(parameter.detach())
+        return self._rows.of(parameter).own(parameter.detach())
 
     def using(self, parameters: Iterable[nn.Parameter], function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function that waits for all parameters before it runs."""
@@ -70,15 +69,11 @@ class WeightGather:
 
     def watch(self, module: nn.Module) -> None:
         """Make every forward of a module, of its children and of the members of its lists wait for their parameters."""
-        if self._group is None:
-            return
         for unit in weight_units(module):
             self._hook(unit.module, unit.parameters)
 
     def start(self) -> None:
         """Start a gather. This rank's rows have their new values, the other rows do not."""
-        if self._group is None:
-            return
         self.finish()
         self._done = self._started = 0
         self._send(1)
@@ -106,23 +101,24 @@ class WeightGather:
 
     def _send(self, end: int) -> None:
         while self._started < min(end, len(self._buckets)):
-            assert self._group is not None
-            self._buckets[self._started].start(self._group)
+            self._buckets[self._started].start()
             self._started += 1
 
 
 class _Bucket:
     """Parameters that are gathered together."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], rows: RowShards) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], replicas: ReplicaSet) -> None:
         self.parameters = tuple(parameters)
         self._whole = [p.detach() for p in parameters]
         self._is_hidden = False
-        self._blocks = RowBlocks([p.shape for p in self.parameters], rows)
+        self._group = replicas.shard_group
+        self._blocks = RowBlocks([p.shape for p in self.parameters], replicas.rows)
         self._wait: Callable[[], None] | None = None
 
-    def start(self, group: dist.ProcessGroup) -> None:
-        self._wait = self._blocks.start_gather(self._whole, group)
+    def start(self) -> None:
+        assert self._group is not None
+        self._wait = self._blocks.start_gather(self._whole, self._group)
 
     def hide(self) -> None:
         """Let the parameters read as NaN until finish()."""

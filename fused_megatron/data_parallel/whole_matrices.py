@@ -49,7 +49,8 @@ class WholeMatrices:
         parameters: parameters of two dims, with the records of their shards; a stacked parameter has a matrix for each
             part.
         rows: the rows of each parameter that this rank holds.
-        group: the R tensor-parallel ranks of each row shard, one row shard after the other; None for one rank.
+        group: the R tensor-parallel ranks of each row shard, one row shard after the other; None for one rank. For
+            experts the ranks that share each expert take the place of tensor-parallel ranks.
         tp_size: R. Tensor parallelism cuts every matrix into equal blocks.
 
     Communication of map(): two all-to-alls in each round, of blocks with room for the largest part of the round.
@@ -59,6 +60,7 @@ class WholeMatrices:
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], rows: RowShards, group: dist.ProcessGroup | None, tp_size: int
     ) -> None:
+        self.parameters = parameters
         self._group, self._rank, self._num_ranks = group, group_rank(group), rows.num_shards * tp_size
         assert (1 if group is None else group.size()) == self._num_ranks
         meet(group)

@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,17 +38,21 @@ def load_model(
     folder: str | os.PathLike[str],
     *,
     tp_group: dist.ProcessGroup | None = None,
+    ep_group: dist.ProcessGroup | None = None,
+    etp_group: dist.ProcessGroup | None = None,
     sequence_parallel: bool = False,
     stage: tuple[int, int] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
     skip: Sequence[str] = (),
 ) -> TransformerStack:
-    """Load a GPT or BERT, or one pipeline stage of it, from a Hugging Face folder, at any tensor-parallel size.
+    """Load a GPT or BERT, or one pipeline stage of it, from a Hugging Face folder, into any layout of its ranks.
 
     Args:
         folder: holds config.json and one or several safetensors files.
         tp_group: tensor-parallel group; None means one rank.
+        ep_group, etp_group: the ranks that share the experts, and each expert (mesh["ep"].group, mesh["etp"].group);
+            None means one rank.
         sequence_parallel: as in GPT.
         stage: (index, number of stages) of the only pipeline stage to load, as cut_stages cuts it; None: all layers.
         dtype: dtype of the model; None keeps the dtype of the files.
@@ -61,7 +65,7 @@ def load_model(
     Raises:
         InputError: on every rank: open_source refuses the folder, or a size does not divide by the ranks.
 
-    Communication: one exchange of JSON.
+    Communication: one exchange of JSON over each group.
     Memory: this rank's shards, and a block of a few MB.
     """
     built: list[TransformerStack] = []
@@ -75,11 +79,14 @@ def load_model(
                 0 <= index < count, f"stage={stage} must be (index, number of stages) with index from 0 to {count - 1}"
             )
             span = cut_stages(source.config, count)[index]
-        layout = ParallelLayout(tp_group, sequence_parallel)
+        layout = ParallelLayout(tp_group, sequence_parallel, ep_group=ep_group, etp_group=etp_group)
         model = new_model(source.config, layout=layout, stage=span, dtype=source.dtype, device=torch.device("meta"))
         built.append(_filled(model, source, device or torch.device("cpu")))
 
-    run_together(tp_group, build, SharedCheckpointError)
+    run: Callable[[], object] = build
+    for group in (tp_group, ep_group, etp_group):
+        run = functools.partial(run_together, group, run, SharedCheckpointError)
+    run()
     return built[0]
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import TransformerConfig
-from fused_megatron.hugging_face import bert, gpt2, llama
+from fused_megatron.hugging_face import bert, gpt2, llama, mixtral
 from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.settings import Settings
 
 # In order of preference: a model that several families can hold is exported as the first of them.
-FAMILIES = (*gpt2.FAMILIES, *llama.FAMILIES, *bert.FAMILIES)
+FAMILIES = (*gpt2.FAMILIES, *llama.FAMILIES, *mixtral.FAMILIES, *bert.FAMILIES)
 
 # Fields that affect training only, not what the model computes.
 _TRAINING_FIELDS = {
@@ -21,7 +21,18 @@ _TRAINING_FIELDS = {
     "embedding_dropout",
     "recompute",
     "pad_vocab_size_to_multiple_of",
+    "balance_loss",
+    "balance_loss_over",
+    "router_z_loss",
+    "router_jitter",
 }
+# Fields that affect results only in a model with experts.
+_EXPERT_FIELDS = (
+    "experts_per_token",
+    "router_scores",
+    "router_normalize",
+    "router_scale",
+)
 
 
 def family_of(settings: Settings) -> Family:
@@ -81,6 +92,7 @@ def _meaning(config: TransformerConfig) -> Mapping[str, Any]:
         "qkv_bias": config.linear_biases if config.qkv_bias is None else config.qkv_bias,
         "rotary_fast_turns": config.fast_turns,
     }
+    values |= _experts_meaning(config)
     if config.position == "rotary":
         values["seq_len"] = None
     scaled = {"none": (), "linear": ("factor",), "dynamic": ("factor", "original")}.get(config.rotary_scaling)
@@ -90,3 +102,20 @@ def _meaning(config: TransformerConfig) -> Mapping[str, Any]:
         if unused or (name.startswith("rotary_") and config.position != "rotary"):
             values[name] = None
     return values
+
+
+def _experts_meaning(config: TransformerConfig) -> dict[str, Any]:
+    """Return the fields of experts as _meaning does."""
+    blocks = config.expert_blocks
+    meaning: dict[str, Any] = {
+        "moe_every": blocks,
+        "num_dense_layers": None,
+        "num_shared_experts": None,
+        "expert_ffn_hidden_size": config.expert_ffn_size if blocks else None,
+        "shared_expert_ffn_size": config.shared_ffn_size,
+    }
+    if len(blocks) == config.num_layers:
+        meaning["ffn_hidden_size"] = None
+    if not config.query_key_norm:
+        meaning["query_key_norm_over"] = None
+    return meaning if blocks else meaning | dict.fromkeys(_EXPERT_FIELDS)

@@ -1,5 +1,6 @@
 """Hugging Face's Llama, Mistral, Qwen2 and Qwen3: their config.json and their common tensor names, translated."""
 
+from collections.abc import Callable
 from typing import Any
 
 from fused_megatron.config import GPTConfig
@@ -11,7 +12,7 @@ from fused_megatron.hugging_face.settings import Settings
 _GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
 
 
-def _read_llama_like(settings: Settings) -> dict[str, Any]:
+def read_llama_like(settings: Settings) -> dict[str, Any]:
     heads = settings.size("num_attention_heads")
     hidden = settings.size("hidden_size")
     kv_heads = settings.size("num_key_value_heads", heads)
@@ -37,22 +38,22 @@ def _read_llama_like(settings: Settings) -> dict[str, Any]:
 def read_llama(settings: Settings) -> dict[str, Any]:
     biases = settings.flag("attention_bias", False)
     settings.require("mlp_bias", False, [biases])
-    return _read_llama_like(settings) | {"linear_biases": biases}
+    return read_llama_like(settings) | {"linear_biases": biases}
 
 
 def read_mistral(settings: Settings) -> dict[str, Any]:
     # Without the key, the default of Mistral's first release (4096); null means no window.
     window = settings.size("sliding_window", 4096 if "sliding_window" not in settings.values else None)
-    return _read_llama_like(settings) | {"sliding_window": window}
+    return read_llama_like(settings) | {"sliding_window": window}
 
 
 def read_qwen2(settings: Settings) -> dict[str, Any]:
-    return _read_llama_like(settings) | {"qkv_bias": True, "sliding_window": _qwen_window(settings)}
+    return read_llama_like(settings) | {"qkv_bias": True, "sliding_window": _qwen_window(settings)}
 
 
 def read_qwen3(settings: Settings) -> dict[str, Any]:
     settings.require("attention_bias", False, [False])
-    fields = _read_llama_like(settings) | {"query_key_norm": True, "sliding_window": _qwen_window(settings)}
+    fields = read_llama_like(settings) | {"query_key_norm": True, "sliding_window": _qwen_window(settings)}
     return fields | {"head_dim": settings.size("head_dim", 128)}
 
 
@@ -71,7 +72,7 @@ def _qwen_window(settings: Settings) -> int | None:
     return int(window) if kinds[0] == "sliding_attention" else None
 
 
-def _write_llama_like(config: GPTConfig) -> dict[str, Any]:
+def write_llama_like(config: GPTConfig) -> dict[str, Any]:
     return {
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -87,20 +88,39 @@ def _write_llama_like(config: GPTConfig) -> dict[str, Any]:
 
 
 def write_llama(config: GPTConfig) -> dict[str, Any]:
-    return _write_llama_like(config) | {"attention_bias": config.linear_biases, "mlp_bias": config.linear_biases}
+    return write_llama_like(config) | {"attention_bias": config.linear_biases, "mlp_bias": config.linear_biases}
 
 
 def write_mistral(config: GPTConfig) -> dict[str, Any]:
-    return _write_llama_like(config) | {"sliding_window": config.sliding_window}
+    return write_llama_like(config) | {"sliding_window": config.sliding_window}
 
 
 def write_qwen(config: GPTConfig) -> dict[str, Any]:
     window = config.sliding_window
     sliding = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
-    return _write_llama_like(config) | sliding | {"attention_bias": False}
+    return write_llama_like(config) | sliding | {"attention_bias": False}
 
 
-def llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
+def mlp_rules(config: GPTConfig, ours: str, theirs: str) -> list[Rule]:
+    """Return the rules of a gated MLP; `ours` and `theirs` are its names."""
+    rules = linear(f"{ours}.projection", f"{theirs}.down_proj", config.linear_biases)
+    for part in ("gate", "up"):
+        for kind in ("weight", "bias") if config.linear_biases else ("weight",):
+            rules.append(Rule(f"{ours}.expansion.{kind}.{part}", (f"{theirs}.{part}_proj.{kind}",)))
+    return rules
+
+
+def llama_rules(
+    config: GPTConfig, prefix: str, feed_forward: Callable[[int, str, str], list[Rule]] | None = None
+) -> list[Rule]:
+    """Return the rules of a model.
+
+    Args:
+        config: of the model.
+        prefix: of the tensor names in the folder.
+        feed_forward: returns the rules of the feed-forward of a block, given its index and its names, ours and in the
+            folder; None: an MLP.
+    """
     qkv_bias = config.linear_biases if config.qkv_bias is None else config.qkv_bias
     rules = [Rule("token_embedding.weight", (f"{prefix}embed_tokens.weight",))]
     for i in range(config.num_layers):
@@ -117,11 +137,11 @@ def llama_rules(config: GPTConfig, prefix: str) -> list[Rule]:
             ),
             *linear(f"{ours}.attention.projection", f"{theirs}.self_attn.o_proj", config.linear_biases),
             *linear(f"{ours}.mlp_norm", f"{theirs}.post_attention_layernorm", False),
-            *linear(f"{ours}.mlp.projection", f"{theirs}.mlp.down_proj", config.linear_biases),
         ]
-        for part in ("gate", "up"):
-            for kind in ("weight", "bias") if config.linear_biases else ("weight",):
-                rules.append(Rule(f"{ours}.mlp.expansion.{kind}.{part}", (f"{theirs}.mlp.{part}_proj.{kind}",)))
+        if feed_forward is None:
+            rules += mlp_rules(config, f"{ours}.mlp", f"{theirs}.mlp")
+        else:
+            rules += feed_forward(i, ours, theirs)
         if config.query_key_norm:
             rules += linear(f"{ours}.attention.query_norm", f"{theirs}.self_attn.q_norm", False)
             rules += linear(f"{ours}.attention.key_norm", f"{theirs}.self_attn.k_norm", False)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, all_gather_split, group_size
+from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TransformerConfig
+from fused_megatron.sharding import expert_ranks
 
 
 class LanguageModel(Protocol):
@@ -43,6 +45,9 @@ def generate(
 
     There is no key-value cache: every new token costs a forward over the last seq_len tokens (or fewer).
 
+    Ranks that share experts may have other tokens, and another number of them to add. All of them must call; a rank
+    that has finished goes on until the last one has, since its experts compute for the others.
+
     Args:
         model: the model; it reads at most the last config.seq_len tokens.
         tokens: [B, S] int64, S at least 1.
@@ -52,13 +57,14 @@ def generate(
         seed: seed of the sampling.
 
     Returns:
-        [B, S + num_tokens] int64, equal on all ranks.
+        [B, S + num_tokens] int64, equal on all ranks with the same tokens.
 
     Raises:
         InputError: tokens is not [B, S] with S above 0, or temperature is negative.
 
     Communication:
         Per new token, the model's forward and one all-gather of the last position's logits, 4 B V / R bytes per rank.
+        With experts on several ranks, one exchange of a number before.
     """
     check(
         tokens.dim() == 2 and tokens.shape[1] > 0, f"tokens.shape={tuple(tokens.shape)} must be [B, S] with S above 0"
@@ -67,8 +73,10 @@ def generate(
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(num_tokens):
+    for i in range(_most_tokens(model, num_tokens)):
         logits = _last_logits(model, tokens[:, -model.config.seq_len :])
+        if i >= num_tokens:
+            continue
         if temperature == 0:
             drawn = logits.argmax(dim=-1, keepdim=True)
         else:
@@ -80,6 +88,14 @@ def generate(
         tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
     model.train(was_training)
     return tokens
+
+
+def _most_tokens(model: LanguageModel, num_tokens: int) -> int:
+    """Return the largest num_tokens of the ranks that share experts with this rank."""
+    ranks = expert_ranks(model) if isinstance(model, torch.nn.Module) else None
+    for group in (ranks.ep_group, ranks.etp_group) if ranks is not None else ():
+        num_tokens = max(gather_json(num_tokens, group))
+    return num_tokens
 
 
 def _last_logits(model: LanguageModel, context: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives import group_rank
+from fused_megatron.interop.experts import expert_split
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
 
@@ -40,14 +41,17 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     Returns:
         Tensors on the CPU. Tied parameters share one tensor.
 
-    Communication: two all-gathers per sharded tensor (the shards, and their offsets): the whole model in all.
+    Communication: two all-gathers per sharded tensor (the shards, and their offsets): the whole model in all. One more
+        for each tensor of experts that are split over ep.
     Memory: one full tensor on the model's device, and the whole model on the CPU.
     """
     tp_group = parallel_group(model)
     transposed = is_transposed(model)
     mark_all_shards(model)
     shards = replica_shards(model)
-    is_first = group_rank(tp_group) == 0 and (shards is None or shards.rows.index == 0)
+    expert_group = expert_split(model).all_groups
+    is_first = group_rank(tp_group) == group_rank(expert_group) == 0
+    is_first = is_first and (shards is None or shards.replicas.dense.rows.index == 0)
     keeps = is_first or not rank0_only
     seen: dict[torch.Tensor, torch.Tensor] = {}
     result: dict[str, Any] = {}
@@ -102,12 +106,13 @@ def check_full_state(model: nn.Module, state: Mapping[str, Any], strict: bool = 
         raise InputError(f"state {what} {names[0]!r}{more} (strict=False passes over them)")
     for name in targets:
         if name in state:
-            wanted = full_shape(targets[name], transposed.get(targets[name], False))
+            target = targets[name]
+            wanted = full_shape(target, transposed.get(target, False))
             value = state[name]
             shape = tuple(value.get_shape() if hasattr(value, "get_shape") else value.shape)
             if shape != wanted:
                 raise InputError(f"state[{name!r}].shape={shape} must be {wanted}")
-            _check_dtype(name, getattr(value, "dtype", targets[name].dtype), targets[name].dtype)
+            _check_dtype(name, getattr(value, "dtype", target.dtype), target.dtype)
 
 
 def _check_dtype(name: str, found: torch.dtype, wanted: torch.dtype) -> None:

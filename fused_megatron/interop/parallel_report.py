@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
 from fused_megatron.interop.context_plan import ContextPlan
+from fused_megatron.interop.experts import ParallelExperts
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.units import modules_with_own_parameters
 from fused_megatron.modules import Left, Replaced
@@ -23,6 +24,7 @@ class ParallelReport:
         left: modules with parameters that are unchanged and replicated, each with a reason.
         unused: patterns of the plan that match no module.
         context_parallel_size: ranks that share each sequence while gradients are recorded.
+        experts: the split of the experts over ranks, and their bytes; empty if no experts are split.
         context_parallel: the layers that hold own positions, and how they attend; empty for one rank.
     """
 
@@ -35,11 +37,14 @@ class ParallelReport:
     unused: tuple[str, ...] = ()
     context_parallel_size: int = 1
     context_parallel: str = ""
+    experts: str = ""
 
     def __str__(self) -> str:
         blocks = ", activations in blocks of the sequence" if self.sequence_parallel else ""
         first = f"{len(self.sharded)} layers sharded over {self.tensor_parallel_size} ranks by {self.plan}{blocks}"
         lines = [first, *(f"  {one.name}: {one.was} -> {one.now}" for one in self.sharded)]
+        if self.experts:
+            lines += [self.experts]
         if self.context_parallel:
             lines += [f"sequences divided over {self.context_parallel_size} ranks: {self.context_parallel}"]
         if self.fused:
@@ -87,6 +92,27 @@ def make_report(work: Preparation, context: ContextPlan | None = None) -> Parall
         unused=work.plan.unused,
         context_parallel_size=1 if context is None else group_size(context.region.group),
         context_parallel="" if context is None else context.text,
+        experts=_describe_experts(work),
+    )
+
+
+def _describe_experts(work: Preparation) -> str:
+    """Return what becomes of the experts; empty if they are not split."""
+    split = [r.module for r in work.replacements if isinstance(r.module, ParallelExperts)]
+    if not split:
+        return ""
+    first, ranks = split[0], work.expert_split
+    own = sum(p.numel() * p.itemsize for module in split for p in module.parameters()) / 1e6
+    whole = first.ffn_shard == first.intermediate_dim
+    features = "" if whole else f"{first.ffn_shard} of {first.intermediate_dim} features of "
+    how = (
+        f"tokens move between {group_size(ranks.ep_group)} ranks of ep x {group_size(ranks.etp_group)} of etp"
+        if ranks.moves_tokens
+        else f"results are summed over {group_size(ranks.tp_group)} ranks of tp"
+    )
+    return (
+        f"{len(split)} layers with {first.num_experts} experts: a rank holds {features}{len(first.own_experts)} of "
+        f"them, {own:.4g} of {own * ranks.size:.4g} MB; {how}"
     )
 
 

@@ -11,6 +11,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.agreement import agreement_of_ranks
 from fused_megatron.interop.context_plan import plan_context
+from fused_megatron.interop.experts import expert_split_of
 from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
@@ -98,7 +99,8 @@ def parallelize(
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
     tp_group = group_of(mesh)
     cp_group = _context_group_of(mesh)
-    with _agreement_of_axes(model, tp_group, cp_group):
+    expert_split = expert_split_of(mesh, tp_group)
+    with _agreement_of_axes(model, tp_group, cp_group, expert_split.all_groups):
         if hasattr(model, "parallel_report"):
             raise InputError("model is parallel already (full_state_dict has its whole weights for a fresh one)")
         if replica_shards(model) is not None:
@@ -109,13 +111,13 @@ def parallelize(
                 "sequence_parallel=True with context_parallel_size above 1: the axis cp divides the activations "
                 "already (sequence_parallel=False)"
             )
-        work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits)
+        work = Preparation(model, tp_group, find_plan(model, plan), overlap, gather_logits, expert_split)
         work.prepare(sequence_parallel)
         report = make_report(work, context)
         refuse_blocked(work)
         if strict:
             refuse_left(report, work)
-    with _agreement_of_axes(model, tp_group, cp_group, same_weights=False):
+    with _agreement_of_axes(model, tp_group, cp_group, expert_split.all_groups, same_weights=False):
         shards = cut(work.replacements, tp_group)
     work.commit(shards)
     if context is not None:
@@ -134,8 +136,11 @@ def parallelize(
 
 
 @contextmanager
-def _agreement_of_axes(model: nn.Module, tp_group: Group, cp_group: Group, same_weights: bool = True) -> Iterator[None]:
+def _agreement_of_axes(
+    model: nn.Module, tp_group: Group, cp_group: Group, expert_group: Group, same_weights: bool = True
+) -> Iterator[None]:
     with (
+        agreement_of_ranks(model, expert_group, same_weights, "expert-parallel"),
         agreement_of_ranks(model, cp_group, same_weights, "context-parallel"),
         agreement_of_ranks(model, tp_group, same_weights),
     ):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.known_experts import ROUTERS, SHARED_EXPERTS, SHARED_STYLES, holds_experts, is_adapted
 from fused_megatron.interop.known_layers import KnownLayers, known_layers, matches
 
 # Every style and its meaning. The first eight are styles of transformers' plans, and so are the aliases.
@@ -21,12 +22,14 @@ STYLES = {
     "packed_colwise_3": "colwise of a layer that stacks 3 equal parts (query, key and value)",
     "interleaved_colwise": "colwise of a layer whose parts alternate head by head (query, key and value of GPT-NeoX)",
     "embedding_colwise": "an embedding with a feature for every head (a bias of relative positions)",
+    "experts": "the experts of a layer: over the ranks of ep, or each expert's features over the ranks of tp",
 }
 ALIASES = {
     "colwise_rep": "colwise_gather_output",
     "rowwise_rep": "rowwise_split_input",
     "replicated": "replicate",
     "vocab_parallel": "embedding_rowwise",
+    "moe_tp_experts": "experts",
 }
 PARTS = {"packed_colwise": 2, "packed_colwise_3": 3}
 COLUMN_STYLES = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_colwise")
@@ -74,10 +77,11 @@ def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
     own = getattr(model, "_tp_plan", None) or getattr(getattr(model, "config", None), "base_model_tp_plan", None)
     if isinstance(own, Mapping) and own:
         styles = {str(k): ALIASES.get(v, v) if isinstance(v, str) else str(v) for k, v in own.items()}
-        planned = _apply(f"{type(model).__name__}'s tp_plan", styles, names)
-        return _with_ends(model, _completed(planned, known_layers(model, names)))
+        planned = _completed(_apply(f"{type(model).__name__}'s tp_plan", styles, names), known_layers(model, names))
+        return _with_ends(model, _with_experts(model, planned))
     known = known_layers(model, names)
-    return _with_ends(model, Plan("the table of known layers", known.styles, known.patterns, divided=known.divided))
+    planned = Plan("the table of known layers", known.styles, known.patterns, divided=known.divided)
+    return _with_ends(model, _with_experts(model, planned))
 
 
 def _apply(origin: str, plan: Mapping[str, str], names: list[str], explicit: bool = False) -> Plan:
@@ -125,6 +129,28 @@ def _completed(plan: Plan, known: KnownLayers) -> Plan:
         patterns={**{name: known.patterns[name] for name in added}, **plan.patterns},
         divided=known.divided,
     )
+
+
+def _with_experts(model: nn.Module, plan: Plan) -> Plan:
+    """Add the experts of a model, the dense experts beside them, and the routers, which stay whole."""
+    modules = dict(model.named_modules())
+    weights = set()
+    for name, module in modules.items():
+        if not (holds_experts(module) or is_adapted(module)):
+            continue
+        weights |= {f"{name}.{weight}" for weight in module._parameters}
+        around = name.rpartition(".")[0]
+        styles = {f"{around}.{router}": "replicate" for router in ROUTERS}
+        for shared in SHARED_EXPERTS:
+            linears = {f"{around}.{shared}.{linear}": style for linear, style in SHARED_STYLES.items()}
+            styles |= linears if linears.keys() <= modules.keys() else {}
+        styles = {added: style for added, style in styles.items() if added in modules and added not in plan.styles}
+        if plan.styles.get(name) != "replicate":
+            styles[name] = "experts"
+        plan.styles.update(styles)
+        plan.patterns.update({added: added.removeprefix(f"{around}.") for added in styles})
+    # A tp_plan names the weights of experts, too.
+    return replace(plan, unused=tuple(p for p in plan.unused if not any(matches(p, weight) for weight in weights)))
 
 
 def _with_ends(model: nn.Module, plan: Plan) -> Plan:

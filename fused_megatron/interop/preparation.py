@@ -8,6 +8,8 @@ from torch import nn
 from fused_megatron import modules
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.experts import ExpertSplit
+from fused_megatron.interop.known_experts import is_adapted
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
 from fused_megatron.interop.plans import Plan, matches
@@ -48,6 +50,7 @@ class Preparation:
         plan: the style of every layer.
         overlap: overlap products with their collectives.
         gather_logits: return full logits while gradients are recorded.
+        expert_split: the ranks over which experts are split.
         layers: every module that the plan names.
         reasons: by layer name, why the layer stays replicated.
         units: groups of layers that must be sharded together.
@@ -67,6 +70,7 @@ class Preparation:
     plan: Plan
     overlap: bool | int
     gather_logits: bool = True
+    expert_split: ExpertSplit = field(default_factory=ExpertSplit)
     layers: list[Layer] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     units: list[Unit] = field(default_factory=list)
@@ -84,6 +88,7 @@ class Preparation:
         """Plan all changes. Raises InputError as parallelize does."""
         ranks = group_size(self.tp_group)
         self.layers, self.reasons = planned_layers(self.model, self.plan)
+        self._check_experts()
         self.units = group_units(self.layers, self.reasons)
         self._block_units()
         self._divide(ranks)
@@ -93,6 +98,30 @@ class Preparation:
             self.stacks = find_stacks(self.model, self.units, self.tp_group, set(self.summed))
         self._make_exchanges()
         self._connect()
+
+    def _check_experts(self) -> None:
+        """Raise if experts cannot be split as the mesh says. On one rank they stay as they are."""
+        experts = [layer for layer in self.layers if layer.style == "experts"]
+        if self.expert_split.size == 1:
+            self.layers = [layer for layer in self.layers if layer not in experts]
+            self.reasons = {name: r for name, r in self.reasons.items() if not any(e.name == name for e in experts)}
+            return
+        adapted = next((layer.name for layer in experts if is_adapted(layer.module)), None)
+        if adapted is not None:
+            raise InputError(
+                f"{adapted}: LoRA on experts, or another change of their weights, cannot be split over ranks (merge it "
+                "first, or leave the experts out of it: adapters of other layers work)"
+            )
+        if not self.expert_split.moves_tokens:
+            return
+        refused = next((layer for layer in experts if layer.name in self.reasons), None)
+        if refused is not None or not experts:
+            why = f"{type(self.model).__name__} has no experts that the plan names"
+            if refused is not None:
+                why = f"the experts {refused.name} cannot be split: {self.reasons[refused.name]}"
+            raise InputError(
+                f"{self.expert_split.sizes_text}: {why} (a mesh without them leaves the experts whole on every rank)"
+            )
 
     def _divide(self, ranks: int) -> None:
         """Make the replacements of the units to shard, and the attributes that change with them."""
@@ -139,14 +168,17 @@ class Preparation:
 
     def _layers_to_replace(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]
-        ends = [layer for layer in self.layers if layer.style == "embedding_rowwise" and layer.name not in self.reasons]
+        alone = ("embedding_rowwise", "experts")
+        ends = [layer for layer in self.layers if layer.style in alone and layer.name not in self.reasons]
         return [*ends, *(layer for layer in in_units if layer.style != "replicated_with_grad_allreduce")]
 
     def _make_replacements(self) -> None:
         """Make the parallel layers. A layer that shares a parameter with a replicated module stays replicated too."""
         while True:
             layers = self._layers_to_replace()
-            self.replacements = [make_replacement(layer, self.tp_group, self.overlap) for layer in layers]
+            self.replacements = [
+                make_replacement(layer, self.tp_group, self.overlap, self.expert_split) for layer in layers
+            ]
             fault = self._fault_of_ties()
             if fault is None:
                 return

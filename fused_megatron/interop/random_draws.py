@@ -9,6 +9,7 @@ from torch import nn
 from fused_megatron.checks import InputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.interop.context_region import groups_of_axes
+from fused_megatron.interop.experts import expert_split
 
 
 def check_same_draws(model: nn.Module, what: str) -> None:
@@ -52,7 +53,10 @@ class SameDropout:
 
 
 class Generate:
-    """Replacement of a model's generate that checks the generators: ranks that sample other tokens would hang."""
+    """Replacement of a model's generate that checks the generators: ranks that sample other tokens would hang.
+
+    Ranks of ep have prompts of their own. A rank that has finished takes part in the forwards of the others.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -64,14 +68,17 @@ class Generate:
         asked = options.get("do_sample")
         if getattr(config, "do_sample", False) if asked is None else asked:
             check_same_draws(self.model, "generate(do_sample=True)")
+        if expert_split(self.model).moves_tokens:
+            options.setdefault("synced_gpus", True)
         kind: Any = type(self.model)
         return kind.generate(self.model, *args, **options)
 
 
 def guard_draws(model: nn.Module) -> None:
     """Install the checks in a parallel model."""
-    if not groups_of_axes(model):
+    if groups_of_axes(model):
+        model.register_forward_pre_hook(SameDropout())
+    elif not expert_split(model).moves_tokens:
         return
-    model.register_forward_pre_hook(SameDropout())
     if callable(getattr(type(model), "generate", None)):
         model.generate = Generate(model)  # type: ignore[assignment]

@@ -9,10 +9,11 @@ from torch import nn
 
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.embeddings import ColumnEmbedding, Embedding, embedding_scale
+from fused_megatron.interop.experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.layers import GatheredLinear, RowLinear, make_column
 from fused_megatron.interop.plans import PARTS
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
-from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard
+from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard, parameter_record
 
 # Attributes that a replacement takes over from the old module: its mode and its hooks.
 _KEPT = (
@@ -37,9 +38,10 @@ class Replacement:
                 yield old, new, name
 
 
-def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int) -> Replacement:
+def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int, expert_split: ExpertSplit) -> Replacement:
     """Make the parallel layer on the meta device."""
-    module = _make(layer, tp_group, overlap)
+    experts = layer.style == "experts"
+    module = ParallelExperts(layer.module, expert_split) if experts else _make(layer, tp_group, overlap)
     old = layer.module
     if not isinstance(old, nn.Embedding):
         module.transposed = is_transposed_linear(old)
@@ -109,20 +111,21 @@ def cut(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Paramet
         module: Any = replacement.module
         for old, new, name in replacement.parameters:
             if old not in made:
-                made[old] = _cut(old, new, module.shards[name], getattr(module, "transposed", False), tp_group)
+                made[old] = _cut(old, new, name, module, tp_group)
         if hasattr(module, "_measure_overlap"):
             like = made[replacement.layer.module._parameters["weight"]]  # type: ignore[index]
             module._measure_overlap(like.device, like.dtype)
     return made
 
 
-def _cut(old: nn.Parameter, new: nn.Parameter, shard: Shard, transposed: bool, tp_group: Group) -> nn.Parameter:
-    if group_size(tp_group) == 1 and not transposed:
+def _cut(old: nn.Parameter, new: nn.Parameter, name: str, module: Any, tp_group: Group) -> nn.Parameter:
+    transposed, record = getattr(module, "transposed", False), parameter_record(new)
+    if group_size(tp_group) == 1 and not transposed and record.experts is None:
         return old
     mine = nn.Parameter(torch.empty_like(new, device=old.device), requires_grad=old.requires_grad)
     if old.is_meta:
         return mine
-    mark_shard(mine, shard)
+    mark_shard(mine, module.shards[name], record.experts, record.stored_shape)
     copy_shard_(mine, old.detach(), transposed)
     return mine
 

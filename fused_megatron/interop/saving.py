@@ -6,6 +6,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
+from fused_megatron.interop.experts import expert_split
 from fused_megatron.interop.full_state import check_full_state, full_state_dict
 from fused_megatron.sharding import parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards
@@ -24,7 +25,8 @@ class SavePretrained:
         self.model = model
 
     def __call__(self, save_directory: Any, *args: Any, state_dict: Any = None, **options: Any) -> Any:
-        if state_dict is None and group_size(parallel_group(self.model)) == 1 and replica_shards(self.model) is None:
+        ranks = group_size(parallel_group(self.model)) * group_size(expert_split(self.model).all_groups)
+        if state_dict is None and ranks == 1 and replica_shards(self.model) is None:
             state_dict = full_state_dict(self.model)
         if state_dict is None:
             raise InputError(f"save_pretrained would write the shards of one rank ({_WAY_OUT} on rank 0)")

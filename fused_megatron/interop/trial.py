@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fused_megatron.interop.known_experts import experts_obstacle
 from fused_megatron.interop.meta_run import MetaCall, MetaRun, joined, name_inside, on_meta
 from fused_megatron.interop.replacements import Replacement
 from fused_megatron.interop.units import Unit, linear_features
@@ -115,6 +116,7 @@ class _Trial:
 
     Attributes:
         repeated: names of layers, and of the first layer that is identical.
+        experts: classes of known experts.
         groups: corresponding units of identical layers, one list each.
         result: filled by each attempt.
     """
@@ -133,6 +135,8 @@ class _Trial:
         names = {module: name for name, module in model.named_modules()}
         self.attributes = [(names[module], attribute, value) for module, attribute, value in attributes]
         self.repeated = _same_layers(model, units)
+        # Experts count their tokens. Known ones are not run, so that no attempt fails for that.
+        self.experts = {type(module) for module in names if not experts_obstacle(module)}
         groups: dict[str, list[Unit]] = {}
         for unit in units:
             groups.setdefault(self._first_name(unit), []).append(unit)
@@ -141,6 +145,7 @@ class _Trial:
     def attempt(self, call: MetaCall, groups: list[list[Unit]]) -> bool:
         """Try one call; return whether it settled the groups. If so, the result has them."""
         call.repeated = self.repeated
+        call.avoided |= self.experts
         edges: list[_Edge] = []
         run = MetaRun(self.model, call, self._change(call, edges))
         if run.error is not None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.interop.embeddings import embedding_scale
+from fused_megatron.interop.known_experts import experts_obstacle
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES, PARTS, STYLES, Plan
 
@@ -93,6 +94,8 @@ def obstacle(module: nn.Module, style: str) -> str:
         return "its forward was replaced or compiled by something else (parallelize first)"
     if any(hasattr(parameter, "placements") for parameter in module.parameters(recurse=False)):
         return "its parameters are DTensors already"
+    if style == "experts":
+        return experts_obstacle(module)
     if style == "replicated_with_grad_allreduce":
         return "" if module._parameters else f"a {kind} has no parameters of its own"
     if style in ("embedding_rowwise", "embedding_colwise"):
@@ -133,7 +136,7 @@ def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
     units: list[Unit] = []
     by_parent: dict[str, Unit] = {}
     for layer in layers:
-        if layer.style in ("replicate", "embedding_rowwise"):
+        if layer.style in ("replicate", "embedding_rowwise", "experts"):
             continue
         unit = by_parent.get(layer.parent)
         if unit is None:

@@ -12,6 +12,7 @@ from fused_megatron.collectives import group_rank, group_size, identity_all_redu
 from fused_megatron.config import TransformerConfig
 from fused_megatron.context_parallel import context_parallel_attention
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_heads
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.ops.visible_pairs import PairTile
@@ -50,8 +51,8 @@ class ParallelSelfAttention(nn.Module):
     Communication:
         One all-reduce of S B H elements forward and one backward (each an all-gather and a reduce-scatter under
         sequence parallelism). With fewer key-value heads than ranks, one all-reduce backward of their weights,
-        2 G D (H + 1) elements. With query_key_norm, one all-reduce backward of 2 D elements. With context parallelism
-        also as context_parallel_attention.
+        2 G D (H + 1) elements. With query_key_norm, one all-reduce backward of 2 D elements; over all heads, as
+        normalise_all_heads. With context parallelism also as context_parallel_attention.
 
     Memory:
         As ops.attend with N / R heads. With config.recompute="selective", attention between the two projections is not
@@ -79,8 +80,22 @@ class ParallelSelfAttention(nn.Module):
         self.attention_dropout, self.recompute = config.attention_dropout, config.recompute == "selective"
         self.cp_group, self.context_parallel_method = layout.cp_group, layout.context_parallel_method
         self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
-        self.query_norm = self.key_norm = None
-        if config.query_key_norm:
+        self.query_norm: AllHeadsRMSNorm | SequenceParallelRMSNorm | None = None
+        self.key_norm: AllHeadsRMSNorm | SequenceParallelRMSNorm | None = None
+        if config.query_key_norm and config.query_key_norm_over == "all_heads":
+            check_divisible("num_kv_heads", config.kv_heads, "tensor_parallel_size", ranks)
+            self.query_norm, self.key_norm = (
+                AllHeadsRMSNorm(
+                    heads,
+                    config.head_size,
+                    config.layer_norm_eps,
+                    tp_group=layout.tp_group,
+                    dtype=dtype,
+                    device=device,
+                )
+                for heads in (self.num_heads, self.num_kv_heads)
+            )
+        elif config.query_key_norm:
             # tp_group=None: these norms would sum their gradients only under sequence parallelism, but every rank has
             # other heads in any case. forward() sums the gradients.
             self.query_norm, self.key_norm = (
@@ -157,7 +172,9 @@ class ParallelSelfAttention(nn.Module):
                 all positions.
         """
         query, key, value = self._query_key_value(x)
-        if self.query_norm is not None and self.key_norm is not None:
+        if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
+            query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
+        elif self.query_norm is not None and self.key_norm is not None:
             weights = (self.query_norm.weight, self.key_norm.weight)
             query_weight, key_weight = identity_all_reduce_together(weights, self.query_key_value.tp_group)
             query = ops.rms_norm(query, query_weight, self.query_norm.eps)

@@ -10,10 +10,14 @@ from fused_megatron import ops
 from fused_megatron.checks import check_divisible, check_one_of
 from fused_megatron.collectives import group_size
 from fused_megatron.config import TransformerConfig
+from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
+from fused_megatron.models.mixture_of_experts import MixtureOfExperts, SharedExpertGate
+from fused_megatron.models.router import ExpertRouter
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequencePartition
@@ -26,7 +30,8 @@ from fused_megatron.tensor_parallel import (
 )
 
 # The dropout sites of a block, in the order of its masks.
-DROPOUT_SITES = ("attention.probabilities", "attention", "mlp")
+DROPOUT_SITES = ("attention.probabilities", "attention", "mlp", "mlp.router")
+_ROUTER_SITE = DROPOUT_SITES.index("mlp.router")
 
 
 class TransformerBlock(nn.Module):
@@ -39,6 +44,7 @@ class TransformerBlock(nn.Module):
         config: sizes and options; config.feed_forward names the feed-forward, an MLP by default.
         layout: how the block is cut over ranks; under sequence parallelism x and the result are sequence shards
             [S / R, B, H].
+        index: of the block in the model; config.has_experts decides by it whether the feed-forward has experts.
         post_norm: put the norms after the residual additions, not before attention and MLP.
         dtype, device: of the parameters.
 
@@ -56,20 +62,23 @@ class TransformerBlock(nn.Module):
         config: TransformerConfig,
         *,
         layout: ParallelLayout,
+        index: int = 0,
         post_norm: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        kind = "experts" if config.has_experts(index) else config.feed_forward
         # First of all, since layers measure the cost of overlap in their group: wrong sizes start no collective.
-        check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(layout.tp_group))
-        check_one_of("feed_forward", config.feed_forward, list(FEED_FORWARDS))
+        if kind != "experts":
+            check_divisible("ffn_hidden_size", config.ffn_size, "tensor_parallel_size", group_size(layout.tp_group))
+        check_one_of("feed_forward", kind, list(FEED_FORWARDS))
         self.post_norm = post_norm
         self.hidden_dropout = config.hidden_dropout
         self.attention_norm = norm_of(config, layout=layout, dtype=dtype, device=device)
         self.attention = ParallelSelfAttention(config, layout=layout, skip_bias_add=True, dtype=dtype, device=device)
         self.mlp_norm = norm_of(config, layout=layout, dtype=dtype, device=device)
-        self.mlp = FEED_FORWARDS[config.feed_forward](config, layout=layout, dtype=dtype, device=device)
+        self.mlp = FEED_FORWARDS[kind](config, layout=layout, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -88,20 +97,30 @@ class TransformerBlock(nn.Module):
             dropout: masks of the DROPOUT_SITES; None: drop nothing.
 
         Returns:
-            The residual stream, of the shape of x, with the auxiliary loss of the feed-forward if there is one.
+            The residual stream, of the shape of x; WithAuxiliaryLoss if the feed-forward returns it.
         """
         if self.post_norm:
             attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self.attention_norm(self._add(1, attended, x, dropout))
-            output, loss = split_auxiliary_loss(self.mlp(x))
-            x = self.mlp_norm(self._add(2, output, x, dropout))
+            fed = self._feed_forward(x, dropout, partition)
+            x = self.mlp_norm(self._add(2, fed.output, x, dropout))
         else:
             normed = self.attention_norm(x)
             attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition)
             x = self._add(1, attended, x, dropout)
-            output, loss = split_auxiliary_loss(self.mlp(self.mlp_norm(x)))
-            x = self._add(2, output, x, dropout)
-        return x if loss is None else WithAuxiliaryLoss(x, loss)
+            fed = self._feed_forward(self.mlp_norm(x), dropout, partition)
+            x = self._add(2, fed.output, x, dropout)
+        return x if fed.auxiliary_loss is None and fed.report is None else fed._replace(output=x)
+
+    def _feed_forward(
+        self, x: torch.Tensor, dropout: DropoutMasks | None, partition: SequencePartition | None
+    ) -> WithAuxiliaryLoss:
+        if isinstance(self.mlp, MixtureOfExperts):
+            masks = None if dropout is None else dropout.rows(_ROUTER_SITE, _ROUTER_SITE + 1)
+            returned = self.mlp(x, dropout=masks, partition=partition)
+        else:
+            returned = self.mlp(x)
+        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)
 
     def _add(
         self,
@@ -168,6 +187,10 @@ def run_blocks(
             )
         else:
             returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition)
+        # Here, and not in the block: a recomputed block runs twice.
+        if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:
+            router = block.get_submodule("mlp.router")
+            router.get_buffer("sums").add_(returned.report)
         x, loss = split_auxiliary_loss(returned)
         if loss is not None:
             total = loss if total is None else total + loss
@@ -179,5 +202,9 @@ def reset_layers(model: nn.Module, seed: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
             module.reset_parameters(seed, f"{name}.weight")
-        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm):
+        elif isinstance(module, ExpertMLP):
+            module.reset_parameters(seed, name)
+        elif isinstance(module, ExpertRouter | SharedExpertGate):
+            module.reset_parameters(seed, f"{name}.weight")
+        elif isinstance(module, SequenceParallelLayerNorm | SequenceParallelRMSNorm | AllHeadsRMSNorm):
             module.reset_parameters()

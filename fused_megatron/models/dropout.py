@@ -14,6 +14,7 @@ from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.deprecation import renamed_names
 from fused_megatron.ops.visible_pairs import PairTile
+from fused_megatron.reference.philox import rows_of_random_words
 from fused_megatron.sharding import SequenceLayout
 
 
@@ -122,6 +123,23 @@ class DropoutMasks:
                 )
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def uniform(self, which: int, sequence: SequenceLayout, shape: Sequence[int]) -> torch.Tensor:
+        """Return random numbers in [0, 1), float32, for a part of [S, global batch, H].
+
+        Args:
+            which: index of the site.
+            sequence: positions of the part.
+            shape: [positions, B, H] of the part.
+        """
+        _, batch, width = shape
+        state = self.rng_states[which]
+        samples = self.batch_slice.first_sample + torch.arange(batch, device=state.device)
+        positions = sequence.positions(state.device)
+        rows = positions[:, None] * self.batch_slice.global_batch_size + samples
+        words = rows_of_random_words(state, rows.flatten() * width, width)
+        # 24 bits, which a float32 holds exactly: 32 bits could be rounded up to 1.
+        return ((words >> 8).float() * 2.0**-24).view(*shape)
 
 
 def dropout_seed(seed: int, name: str) -> int:

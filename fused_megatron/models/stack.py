@@ -117,6 +117,7 @@ class TransformerStack(ShardedModule):
                 str(self.span.start + i): TransformerBlock(
                     config if i < self.num_recomputed else kept,
                     layout=self.layout,
+                    index=self.span.start + i,
                     post_norm=post_norm,
                     dtype=dtype,
                     device=device,

@@ -87,9 +87,15 @@ def check_cut(num_layers: int, num_stages: int, cut: Sequence[int] | None = None
 
 
 def block_cost(config: TransformerConfig) -> int:
-    """Count the multiplications of a block per token, forward; attention by half, for its causal mask."""
-    products = block_products(config)
-    return products.projections + products.attention // 2 + products.mlp
+    """Count the multiplications of a block per token, forward; attention by half, for its causal mask.
+
+    Blocks with and without experts count as their mean.
+    """
+    total = 0
+    for block in range(config.num_layers):
+        products = block_products(config, config.has_experts(block))
+        total += products.projections + products.attention // 2 + products.mlp
+    return total // config.num_layers
 
 
 def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:

@@ -11,13 +11,16 @@ class WithAuxiliaryLoss(NamedTuple):
     Attributes:
         output: the usual result.
         auxiliary_loss: 0-dim float; a sum over the tokens of the microbatch, like the main loss: the step adds both and
-            divides the sum once. Under tensor parallelism every rank has the same value.
+            divides the sum once. Under tensor parallelism every rank has the same value. None: there is no loss.
+        report: numbers about the microbatch, without gradient, that the layer sums over the microbatches of a step:
+            the loads of experts. It returns them so that a recomputed block counts once. None: no numbers.
     """
 
     output: Any
-    auxiliary_loss: torch.Tensor
+    auxiliary_loss: torch.Tensor | None
+    report: torch.Tensor | None = None
 
 
 def split_auxiliary_loss(returned: Any) -> tuple[Any, torch.Tensor | None]:
     """Return the output and the auxiliary loss; None if there is no auxiliary loss."""
-    return tuple(returned) if isinstance(returned, WithAuxiliaryLoss) else (returned, None)
+    return returned[:2] if isinstance(returned, WithAuxiliaryLoss) else (returned, None)

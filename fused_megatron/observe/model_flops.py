@@ -12,7 +12,7 @@ class BlockProducts(NamedTuple):
     Attributes:
         projections: query, key, value and output projections.
         attention: scores, and their product with the values, over all tokens of the sequence.
-        mlp: products of the MLP.
+        mlp: products of the MLP, or of the router and the experts that a token passes through.
     """
 
     projections: int
@@ -20,7 +20,7 @@ class BlockProducts(NamedTuple):
     mlp: int
 
 
-def block_products(config: TransformerConfig) -> BlockProducts:
+def block_products(config: TransformerConfig, has_experts: bool = False) -> BlockProducts:
     """Count the multiplications of a block of this model.
 
     With S = seq_len, N heads and G key-value heads of size D, F = ffn_hidden_size, and m = 2 matrices in a GELU MLP, 3
@@ -29,14 +29,25 @@ def block_products(config: TransformerConfig) -> BlockProducts:
         projections  H (2 N D + 2 G D)
         attention    2 S N D
         MLP          m H F
+        experts      H E + m H (K F_e + F_s)     E experts of width F_e, K of them a token; shared experts of width F_s;
+                                                 one more H for the gate of shared experts
+
+    Args:
+        config: of the model.
+        has_experts: whether to count a block with experts.
     """
     query_size = config.head_size * config.num_heads
     kv_size = config.head_size * config.kv_heads
     matrices = 2 if config.activation.startswith("gelu") else 3
+    mlp = matrices * config.hidden_size * config.ffn_size
+    if has_experts:
+        width = config.experts_per_token * config.expert_ffn_size + config.shared_ffn_size
+        router = config.hidden_size * ((config.num_experts or 0) + config.shared_expert_gate)
+        mlp = router + matrices * config.hidden_size * width
     return BlockProducts(
         projections=config.hidden_size * (2 * query_size + 2 * kv_size),
         attention=2 * config.seq_len * query_size,
-        mlp=matrices * config.hidden_size * config.ffn_size,
+        mlp=mlp,
     )
 
 
@@ -58,7 +69,8 @@ def gpt_step_flops(
     Attention counts in full, although it is causal: a kernel that skips the masked half may seem to exceed the peak of
     the device. With visible_pairs, attention counts these pairs instead of all num_tokens S pairs. Scores that a fused
     attention kernel recomputes in its own backward, and logits that a head recomputes, do not count as recomputation.
-    "selective" counts a fused kernel: plain products would recompute only the scores.
+    "selective" counts a fused kernel: plain products would recompute only the scores. A block with experts counts the
+    K experts of each token, also where a capacity drops some.
 
     For N D = H, G = N, F = 4 H and GELU, with B sequences, this is
 
@@ -86,10 +98,12 @@ def gpt_step_flops(
     all_pairs = num_tokens * config.seq_len
     pairs = all_pairs if visible_pairs is None else visible_pairs
     check(0 <= pairs <= all_pairs, f"visible_pairs={pairs} must be at most num_tokens x seq_len={all_pairs}")
-    products = block_products(config)
-    attention = 2 * pairs * products.attention // config.seq_len
-    block = 2 * num_tokens * (products.projections + products.mlp) + attention
+    attention = forward = 0
+    for block in range(config.num_layers):
+        products = block_products(config, config.has_experts(block))
+        of_attention = 2 * pairs * products.attention // config.seq_len
+        attention += of_attention
+        forward += 2 * num_tokens * (products.projections + products.mlp) + of_attention
     head = 2 * num_tokens * config.hidden_size * (config.vocab_size or 0)
-    model = 3 * (config.num_layers * block + head)
-    again = {"none": 0, "selective": attention, "full": block}[recompute]
-    return model, model + config.num_layers * again
+    model = 3 * (forward + head)
+    return model, model + {"none": 0, "selective": attention, "full": forward}[recompute]

@@ -107,6 +107,29 @@ class ChunkChoice:
             _num_chunks(costs, (backward,), rows, weight_elements, group, x.device),
         )
 
+    def for_exchange(self, x: torch.Tensor, num_rows: int, weight_elements: int, group: Group) -> int:
+        """Choose the number of parts of the experts of a rank, whose rows ranks exchange before and after the products.
+
+        Args:
+            x: [.., H], the tokens of this rank.
+            num_rows: most rows that a rank receives; the same on every rank.
+            weight_elements: elements of the weights that a row is multiplied with.
+            group: the ranks that exchange.
+        """
+        if group_size(group) == 1 or num_rows == 0:
+            return 1
+        costs = self.measured(group, x)
+        if costs is None:
+            return self.fixed or 1
+        assert group is not None
+        num_rows = 1 << (num_rows - 1).bit_length()  # routes differ from step to step, and the choice is cached
+        product_s = num_rows * weight_elements * (2 / costs.flops_per_s)
+        # An exchange moves half the bytes of an all-reduce, whose speed was measured.
+        exchange_s = num_rows * x.shape[-1] * (x.element_size() / costs.bytes_per_s) / 2
+        forward = Stretch(product_s, exchange_s, exchange_s)
+        backward = Stretch(2 * product_s, exchange_s, exchange_s)
+        return _num_chunks(costs, (forward, backward), num_rows, 0, group, x.device)
+
     def prefers_layers(self, x: torch.Tensor, dim: int | None, group: Group) -> bool:
         """Whether an MLP runs faster layer by layer, with torch's fused ops, than in chunks of rows."""
         if x.numel() == 0 or not applies(x, dim):

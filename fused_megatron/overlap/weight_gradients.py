@@ -9,6 +9,8 @@ from fused_megatron.sharding import parameter_record
 
 # Returns the operands (dy [T, O], x [T, I]) of the product dy.T @ x [O, I].
 Operands = Callable[[], tuple[torch.Tensor, torch.Tensor]]
+# Adds a gradient to main_grad and returns None; without a main_grad returns the gradient.
+Gradient = Callable[[Callable[[], torch.Tensor] | None], torch.Tensor | None]
 
 
 class GradientDestination:
@@ -26,15 +28,19 @@ class GradientDestination:
 
     def add(self, operands: Operands) -> torch.Tensor | None:
         """Compute or defer the gradient; return it for autograd, or None if it goes to main_grad or is deferred."""
+        return self.fill(lambda main_grad: weight_gradient(*operands(), main_grad))
+
+    def fill(self, compute: Gradient) -> torch.Tensor | None:
+        """Compute or defer a gradient of any products; as add."""
         if self._deferred is None or not self.later:
-            return weight_gradient(*operands(), self.main_grad)
-        self._deferred.append(lambda: self._accumulate(operands))
+            return compute(self.main_grad)
+        self._deferred.append(lambda: self._accumulate(compute))
         return None
 
     @torch.no_grad()  # as in a backward: saved activations still require a gradient
-    def _accumulate(self, operands: Operands) -> None:
+    def _accumulate(self, compute: Gradient) -> None:
         """Add the gradient to the parameter as autograd would: grad is the first gradient, later ones are added."""
-        gradient, parameter = weight_gradient(*operands(), self.main_grad), self._parameter
+        gradient, parameter = compute(self.main_grad), self._parameter
         assert parameter is not None
         if gradient is not None and parameter.grad is None:
             parameter.grad = gradient

@@ -17,7 +17,7 @@ every token). A message stops counting once it is sent, although a slow receiver
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,9 +25,10 @@ import torch
 
 from fused_megatron.assembly.build import stage_spans
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, check_one_of
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.expert_parallel import ASSUMED_ROUTES
 from fused_megatron.mesh import coordinates, rank_at
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
@@ -72,6 +73,7 @@ class RankReport:
         kept: for each stage, bytes that a microbatch keeps from forward for backward, by layer, without its input.
         sent: for each stage, bytes of each kind of tensor-parallel transfer in forward and backward of a microbatch.
         sent_to_context: the same of the transfers of attention between context-parallel ranks.
+        sent_to_experts: the same of the transfers of tokens to experts and back, over ep and etp.
     """
 
     rank: int
@@ -91,6 +93,7 @@ class RankReport:
     kept: Mapping[int, Mapping[Memory, int]]
     sent: Mapping[int, Mapping[str, int]]
     sent_to_context: Mapping[int, Mapping[str, int]]
+    sent_to_experts: Mapping[int, Mapping[str, int]]
 
     def by_kind(self) -> dict[str, int]:
         """Return the bytes at the peak for each kind of memory."""
@@ -121,6 +124,8 @@ class DryRun:
         config: model.vocab_size must be given. parallel.data_parallel_size=None counts as 1.
         device: device of the fake tensors. A CPU may keep other tensors for backward than a GPU, because it runs other
             kernels. "cuda" needs a GPU, but none of its memory.
+        routes: routes of tokens to experts: "balanced", or "worst": every token goes to the experts of this rank, as
+            many of them as it can.
 
     Raises:
         InputError: sizes that do not fit; no vocab_size; "cuda" without a GPU.
@@ -128,7 +133,7 @@ class DryRun:
     Memory: Python objects only.
     """
 
-    def __init__(self, config: TrainConfig, device: str = "cpu") -> None:
+    def __init__(self, config: TrainConfig, device: str = "cpu", routes: str = "balanced") -> None:
         check(
             config.model.vocab_size is not None,
             "model.vocab_size=None must be given, since a dry run reads no data (--model.vocab-size 50257)",
@@ -137,7 +142,13 @@ class DryRun:
             device != "cuda" or torch.cuda.is_available(),
             "device='cuda' needs a GPU, though none of its memory: autograd asks it for its streams (device='cpu')",
         )
+        check_one_of("routes", routes, ASSUMED_ROUTES)
+        check(
+            routes == "balanced" or config.model.num_experts is not None,
+            f"routes={routes!r} needs a model with experts (model.num_experts)",
+        )
         config.model.check_trainable()
+        self.routes = routes
         parallel = config.parallel
         parallel = dataclasses.replace(parallel, data_parallel_size=parallel.data_parallel_size or 1)
         self.config, self.device = dataclasses.replace(config, parallel=parallel), torch.device(device)
@@ -154,6 +165,13 @@ class DryRun:
             "dp": replicas,
             "cp": parallel.context_parallel_size,
             "tp": parallel.tensor_parallel_size,
+        }
+        ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+        self._expert_sizes = {
+            "pp": parallel.pipeline_parallel_size,
+            "edp": parallel.expert_replicas(replicas),
+            "ep": ep,
+            "etp": etp,
         }
         self._known: dict[object, _Known] = {}
 
@@ -187,17 +205,18 @@ class DryRun:
             at=memory.at,
             peak=memory.peak,
             flops=work[Work("flops")],
-            transfers=transfers_of(work, self._sizes),
+            transfers=transfers_of(work, self._sizes, self._expert_sizes),
             host_syncs=work[Work("host_syncs")],
             kept={stage: _kept(profile, stage) for stage in stages},
             sent={stage: self._sent(profile, stage, "tp") for stage in stages},
             sent_to_context={stage: self._sent(profile, stage, "cp") for stage in stages},
+            sent_to_experts={stage: self._sent_to_experts(profile, stage) for stage in stages},
         )
 
     def _known_of(self, rank: int, pp_rank: int, stages: Sequence[int]) -> _Known:
         """Return the run of this rank, or of a rank with stages of the same form; its dp rank makes no difference."""
         forms = tuple(
-            (span.first, span.last, span.stop - span.start, *self._neighbours(stage))
+            (span.first, span.last, self._blocks_with_experts(span), *self._neighbours(stage))
             for stage in stages
             for span in [self.spans[stage]]
         )
@@ -217,6 +236,10 @@ class DryRun:
             self._known[own] = self._run(rank, tuple(stages), self.num_microbatches)
         return self._known[own]
 
+    def _blocks_with_experts(self, span: StageSpan) -> tuple[bool, ...]:
+        """Return for each block of a stage whether it has experts."""
+        return tuple(self.config.model.has_experts(block) for block in range(span.start, span.stop))
+
     def _neighbours(self, stage: int) -> tuple[bool, bool]:
         """Return whether the previous stage and the next stage are on the same rank."""
         placement, last = self.plan.placement, self.plan.num_stages - 1
@@ -227,7 +250,7 @@ class DryRun:
         training = self.config.training
         batch = num_microbatches * training.microbatch_size * self._sizes["dp"]
         few = dataclasses.replace(self.config, training=dataclasses.replace(training, global_batch_size=batch))
-        step: RecordedStep = record_fake_step(few, rank, self.device)
+        step: RecordedStep = record_fake_step(few, rank, self.device, self.routes)
         return _Known(
             profile_of(step, self.num_microbatches),
             stages,
@@ -241,7 +264,8 @@ class DryRun:
         wanted = self._keys(self.schedule, pp_rank)
         # With ZeRO, the first forward of a step gathers weights and its last backward sends gradients. A third
         # microbatch, between the two, stands for all others.
-        zero = zero_stage(self.config.parallel.zero_stage, self._sizes["dp"] * self._sizes["cp"])
+        replicas = max(self._sizes["dp"] * self._sizes["cp"], self._expert_sizes["edp"])
+        zero = zero_stage(self.config.parallel.zero_stage, replicas)
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
                 schedule = self.plan.lowered_schedule(count)
@@ -264,15 +288,30 @@ class DryRun:
         return found
 
     def _sent(self, profile: StepProfile, stage: int, axis: str) -> dict[str, int]:
-        """Return the bytes over an axis in the actions of a microbatch, without sums and gathers of the weights."""
-        sent: Counter[str] = Counter()
-        for key, done in profile.actions.items():
-            for work, number in done.work.items() if _is_usual(profile, key, stage) else ():
-                if work.what != "bytes" or not work.group or work.of_replicas:
-                    continue
-                if axes_of(work.group, self._sizes) == axis:
-                    sent[work.kind] += number
-        return {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
+        """Return the bytes over an axis in a microbatch, without sums and gathers of weights and without experts."""
+        return _sum_by_kind(
+            (work, number)
+            for work, number in _bytes_of_a_microbatch(profile, stage)
+            if not work.of_replicas and not work.of_experts and axes_of(work.group, self._sizes) == axis
+        )
+
+    def _sent_to_experts(self, profile: StepProfile, stage: int) -> dict[str, int]:
+        return _sum_by_kind(each for each in _bytes_of_a_microbatch(profile, stage) if each[0].of_experts)
+
+
+def _bytes_of_a_microbatch(profile: StepProfile, stage: int) -> Iterator[tuple[Work, int]]:
+    """Yield the bytes of transfers in the actions of a microbatch."""
+    for key, done in profile.actions.items():
+        for work, number in done.work.items() if _is_usual(profile, key, stage) else ():
+            if work.what == "bytes" and work.group:
+                yield work, number
+
+
+def _sum_by_kind(found: Iterable[tuple[Work, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for work, number in found:
+        total[work.kind] += number
+    return {kind: num_bytes for kind, num_bytes in total.items() if num_bytes}
 
 
 def _is_usual(profile: StepProfile, key: ActionKey, stage: int) -> bool:

@@ -22,6 +22,7 @@ options:
   --ranks N       number of ranks; the data-parallel size follows (default: the config's, or 1)
   --rank R        only this rank, with its activations by layer (default: one rank of each place of the pipeline)
   --device TYPE   of the fake tensors, cpu or cuda; cuda needs a GPU, but none of its memory
+  --routes R      routes of tokens to experts: balanced, or worst (every token to the experts of the rank)
   --json          print JSON
 
 All keys of a config: fused-megatron train --help"""
@@ -41,12 +42,14 @@ class DryRunOptions:
         rank: the only rank to report; None: the first rank of each pipeline rank.
         device: device of the fake tensors.
         as_json: print JSON instead of tables.
+        routes: as DryRun.
     """
 
     config: TrainConfig
     rank: int | None
     device: str
     as_json: bool
+    routes: str = "balanced"
 
 
 def run_dry_run(words: Sequence[str]) -> int:
@@ -60,7 +63,7 @@ def run_dry_run(words: Sequence[str]) -> int:
         return 0
     options = parse_options(words)
     begin = time.perf_counter()
-    run = DryRun(options.config, options.device)
+    run = DryRun(options.config, options.device, options.routes)
     wanted = run.pipeline_ranks() if options.rank is None else [options.rank]
     reports = [run.rank(rank) for rank in wanted]
     seconds = time.perf_counter() - begin
@@ -89,7 +92,7 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
         if name == "--json":
             check(not equals, f"--json={value:.40} must be --json: it takes no value")
             found[name] = ""
-        elif name in ("--ranks", "--rank", "--device"):
+        elif name in ("--ranks", "--rank", "--device", "--routes"):
             if not equals and not rest:
                 raise InputError(f"{name} needs a value")
             found[name] = value if equals else rest.pop(0)
@@ -101,7 +104,7 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
     device = found.get("--device", "cpu")
     check_one_of("device", device, ("cpu", "cuda"))
     rank = _number("--rank", found["--rank"]) if "--rank" in found else None
-    return DryRunOptions(config, rank, device, "--json" in found)
+    return DryRunOptions(config, rank, device, "--json" in found, found.get("--routes", "balanced"))
 
 
 def _number(name: str, text: str) -> int:
@@ -129,10 +132,12 @@ def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False)
     lines = [
         f"{config.model.family.upper()}{said} in {config.training.dtype} on {run.world_size:,} ranks "
         f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{plan} "
-        f"dp={parallel.data_parallel_size}{parallel.sequence_text}); "
+        f"dp={parallel.data_parallel_size}{parallel.sequence_text}{parallel.expert_text}); "
         f"a step of {run.num_microbatches:,} microbatches of {config.training.microbatch_size} x "
         f"{config.model.seq_len:,} tokens",
     ]
+    if config.model.num_experts is not None:
+        lines.append(f"{run.routes.capitalize()} routes to experts")
     if "flops" in whole:
         lines.append(f"All ranks: {whole['flops'] / 1e15:,.1f} PFLOP a step")
     lines += ["", "Memory in GB of 10^9 bytes: behind a step, and when most is held, by kind", *_memory(reports)]
@@ -148,6 +153,7 @@ def _summary(run: DryRun, reports: Sequence[RankReport]) -> dict[str, Any]:
         "world_size": run.world_size,
         "num_microbatches": run.num_microbatches,
         "device": run.device.type,
+        "routes": run.routes,
     }
     if [report.rank for report in reports] == run.pipeline_ranks():
         found["parameters"] = sum(report.full_parameters for report in reports)
@@ -240,6 +246,7 @@ def _as_json(report: RankReport) -> dict[str, Any]:
                 "kept_bytes": sum(report.kept[index].values()),
                 "tensor_parallel_bytes": dict(report.sent[index]),
                 "context_parallel_bytes": dict(report.sent_to_context[index]),
+                "expert_parallel_bytes": dict(report.sent_to_experts[index]),
             }
             for index, span in report.spans.items()
         },

@@ -8,6 +8,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.context_parallel import exchange_size
 from fused_megatron.context_parallel.attention_plan import plan_of
 from fused_megatron.context_parallel.head_exchange import HeadExchange
+from fused_megatron.expert_parallel import cheapest_dispatch
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.attention import AttentionMask
 
@@ -26,7 +27,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         all_gather      (6 + 2 k) A                         two of them gather an operand again for backward
         all_reduce      4 bytes an element of norms and of biases that every rank holds
       and in both cases, with G key-value heads of size D
-        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm
+        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm, or over
+                        all heads (2 + k) 8 bytes a token
 
     The first and the last stage also send an all-reduce of A each; with sequence parallelism, a reduce-scatter and an
     all-gather of A instead. The first stage then all-gathers the gradient of learned positions. The last stage gathers
@@ -48,8 +50,10 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     # Gradients of parameters that several ranks hold, while each rank uses them for different heads.
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
-    copied += 2 * model.head_size * model.query_key_norm
+    over_all_heads = model.query_key_norm and model.query_key_norm_over == "all_heads"
+    copied += 2 * model.head_size * model.query_key_norm * (not over_all_heads)
     sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
+    sent["all_reduce"] += (2 * blocks + model.recomputed_blocks(blocks)) * 8 * tokens * over_all_heads
     if not parallel.sequence_parallel:
         sent["all_reduce"] += (blocks * 4 + again + ends) * activation
     else:
@@ -132,3 +136,50 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
     again = model.recomputed_blocks(blocks)
     elements = {kind: forward[kind] * (blocks + again) + backward[kind] * blocks for kind in forward | backward}
     return {kind: head_bytes * number for kind, number in elements.items() if number}
+
+
+def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
+    """Compute the bytes that experts send for one microbatch of a stage, by kind, with balanced routes.
+
+    Forward and backward together; bytes count as in stage_communication. With T tokens of this rank, K experts a token,
+    and rows of H elements, a block with experts sends
+
+        all_to_all      4 K T (1 - 1 / ep) rows between ep ranks, and 4 K T (etp - 1) rows between etp ranks; with each
+                        second row 4 bytes of its probability, or of the gradient of the probability
+      or with expert_dispatch="all_gather", over n = ep (and once more n = ep x etp) ranks
+        all_gather      2 n T rows, and 8 n K T bytes of routes
+        reduce_scatter  2 n T rows, and 4 n K T bytes of gradients of probabilities
+
+    and its forward again where config.model.recompute is "full". Rows of a rank for its own experts are not sent.
+
+    Args:
+        config: the config of the whole run.
+        span: the blocks of the stage.
+    """
+    model, parallel = config.model, config.parallel
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    blocks = range(span.start, span.stop)
+    recomputed = model.recomputed_blocks(len(blocks)) if model.recompute == "full" else 0
+    number = sum(model.has_experts(block) for block in blocks)
+    again = sum(model.has_experts(block) for block in blocks[:recomputed])
+    if ep * etp == 1 or not number:
+        return {}
+    row = DTYPES[config.training.dtype].itemsize * model.hidden_size
+    tokens, selected = own_tokens(config), model.experts_per_token
+    passes = number + again
+    dispatch = parallel.expert_dispatch or cheapest_dispatch(ep, etp, selected)
+    sent: Counter[str] = Counter()
+    if dispatch == "all_to_all":
+        pairs = selected * tokens * (ep - 1) // ep + selected * tokens * (etp - 1)
+        sent["all_to_all"] = pairs * (2 * row * (passes + number) + 4 * passes + 4 * number)
+    else:
+        ranks = sum(size for size, is_used in ((ep, ep > 1), (ep * etp, etp > 1)) if is_used)
+        sent["all_gather"] = ranks * tokens * (row * (passes + number) + 8 * selected * passes)
+        sent["reduce_scatter"] = ranks * tokens * (row * (passes + number) + 4 * selected * number)
+    return dict(sent)
+
+
+def own_tokens(config: TrainConfig) -> int:
+    """Compute the tokens of a microbatch that a rank brings to its experts: tensor-parallel ranks divide positions."""
+    rows = -(-most_positions(config) // config.parallel.tensor_parallel_size)
+    return rows * config.training.microbatch_size

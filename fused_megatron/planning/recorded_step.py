@@ -17,6 +17,7 @@ from fused_megatron.assembly.training_step import training_step
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
+from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.mesh import Mesh
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.pipeline.run.messages import HEADER_NUMBERS, TensorSpec, encode_header
@@ -67,7 +68,7 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> RecordedStep:
+def record_fake_step(config: TrainConfig, rank: int, device: torch.device, routes: str = "balanced") -> RecordedStep:
     """Build one rank of a layout on fake tensors, which take no memory, and run a training step.
 
     It runs the trainer's own parts and step, and the executor's actions. Only messages and values of other ranks are
@@ -77,6 +78,7 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> Re
         config: the config of the run; model.vocab_size must be given.
         rank: global rank.
         device: device of the fake tensors.
+        routes: as DryRun.
 
     Raises:
         InputError: as build_mesh, build_stages and assemble; there is a process group already.
@@ -86,7 +88,7 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device) -> Re
         recorder = StepRecorder(fake=True)
         # Otherwise backward on a GPU runs in threads of its own, where the dispatch modes are off.
         with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(), recorder:
-            return _record(config, mesh, device, recorder, _AbsentPeers(recorder, config, mesh))
+            return _record(config, mesh, device, recorder, _AbsentPeers(recorder, config, mesh), routes)
 
 
 def record_real_step(config: TrainConfig, device: torch.device) -> RecordedStep:
@@ -101,18 +103,26 @@ def record_real_step(config: TrainConfig, device: torch.device) -> RecordedStep:
 
 
 def _record(
-    config: TrainConfig, mesh: Mesh, device: torch.device, recorder: StepRecorder, peers: "_AbsentPeers | None"
+    config: TrainConfig,
+    mesh: Mesh,
+    device: torch.device,
+    recorder: StepRecorder,
+    peers: "_AbsentPeers | None",
+    routes: str = "balanced",
 ) -> RecordedStep:
     plan = plan_pipeline(config)
     with recorder.phase(MODEL):
         model = build_stages(config, mesh, plan, device)
+    for module in model.modules():
+        if isinstance(module, ExpertMLP):
+            module.assumed_routes = routes
     with recorder.phase(ASSEMBLY):
         assembly = assemble(config, mesh, plan, model, transport=peers)
     for stage in model.stages.values():
         recorder.watch(stage)
     storages = recorder.storages
     assembled_bytes = storages.held_bytes()
-    groups = (mesh.replicas.group, assembly.shard_group, assembly.copy_group)
+    groups = [g for each in assembly.replicas.sets for g in (each.group, each.shard_group, each.copy_group)]
     recorder.replicas = {tuple(dist.get_process_group_ranks(group)) for group in groups if group is not None}
     with recorder.phase(UPDATED):  # as after the update of a previous step: gathering weights of other ranks has begun
         assembly.weights.start()

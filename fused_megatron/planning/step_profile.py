@@ -194,12 +194,17 @@ class Transfers(NamedTuple):
     num_bytes: int
 
 
-def transfers_of(work: Mapping[Work, int], sizes: Mapping[str, int]) -> dict[tuple[str, str], Transfers]:
-    """Sum the transfers in a count of work, by kind ("all_reduce", "send", ..) and axes, as axes_of returns them."""
+def transfers_of(
+    work: Mapping[Work, int], sizes: Mapping[str, int], expert_sizes: Mapping[str, int]
+) -> dict[tuple[str, str], Transfers]:
+    """Sum the transfers in a count of work, by kind ("all_reduce", "send", ..) and axes, as axes_of returns them.
+
+    Transfers of experts have the axes of the second grid.
+    """
     found: dict[tuple[str, str], Transfers] = {}
     for done, number in work.items():
         if done.group:
-            key = done.kind, axes_of(done.group, sizes)
+            key = done.kind, axes_of(done.group, expert_sizes if done.of_experts else sizes)
             calls, num_bytes = found.get(key, Transfers(0, 0))
             is_count = done.what == "calls"
             found[key] = Transfers(calls + number * is_count, num_bytes + number * (not is_count))
@@ -207,9 +212,10 @@ def transfers_of(work: Mapping[Work, int], sizes: Mapping[str, int]) -> dict[tup
 
 
 def axes_of(ranks: Sequence[int], sizes: Mapping[str, int]) -> str:
-    """Return the mesh axes along which the ranks of a group differ: "tp", "pp", "dp", "cp", or several, as "dp+cp"."""
+    """Return the axes of a grid along which the ranks of a group differ: "tp", "dp" or "ep", or several, as "dp+cp"."""
     found = [coordinates(rank, sizes) for rank in ranks]
-    return "+".join(axis for axis in ("tp", "pp", "dp", "cp") if len({each[axis] for each in found}) > 1)
+    axes = ("tp", "pp", "dp", "cp", "edp", "ep", "etp")
+    return "+".join(axis for axis in axes if axis in sizes and len({each[axis] for each in found}) > 1)
 
 
 def _is_received(event: Event) -> bool:

@@ -47,6 +47,9 @@ _RUN_IN_THE_FIRST_STEP = {("pipeline/run/messages.py", "_record_specs"), ("pipel
 
 LOSS_LAYER, OWN_LAYER = "loss", "embedding"
 """Layer of the loss's tensors, and of a stage's tensors outside of its layers: positions, masks, rotary tables."""
+_ROOMS_OF_LAYERS = ("context_parallel", "expert_parallel", "models")
+# Packages whose transfers the recorder tells apart.
+_ROOMS = (*_ROOMS_OF_LAYERS, "data_parallel")
 RECEIVED, HEADER, GATHERED_ROWS, REDUCED_ROWS = "received", "header", "gathered", "reduced"
 """Labels in place of a layer: a message from another stage, the header with its shapes, and weights and gradients that
 ranks with the same weights send each other."""
@@ -74,12 +77,14 @@ class Work(NamedTuple):
         kind: kind of the transfer, as in record_communication; otherwise "".
         group: global ranks of the transfer; otherwise ().
         of_replicas: whether the transfer brings weights or gradients to ranks with the same weights.
+        of_experts: whether it brings tokens to experts, or their results back.
     """
 
     what: str
     kind: str = ""
     group: tuple[int, ...] = ()
     of_replicas: bool = False
+    of_experts: bool = False
 
 
 class StepRecorder(TorchDispatchMode):
@@ -193,13 +198,15 @@ class StepRecorder(TorchDispatchMode):
         found = transfer_of(name, args)
         if found.kind in ("send", "receive") and found.dtype == torch.int64:
             return
-        of_replicas = found.group in self.replicas and not _attends()
+        room = _room_of_the_caller()
+        of_replicas = found.group in self.replicas and room not in _ROOMS_OF_LAYERS
+        of_experts = room == "expert_parallel"
         if of_replicas:
             for tensor in tree_leaves(args[:2]):
                 if isinstance(tensor, torch.Tensor):
                     self.relabel(tensor, GATHERED_ROWS if found.kind == "all_gather" else REDUCED_ROWS)
-        self._count(Work("calls", found.kind, found.group, of_replicas), 1)
-        self._count(Work("bytes", found.kind, found.group, of_replicas), found.num_bytes)
+        self._count(Work("calls", found.kind, found.group, of_replicas, of_experts), 1)
+        self._count(Work("bytes", found.kind, found.group, of_replicas, of_experts), found.num_bytes)
 
     def _read(self, tensor: torch.Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
@@ -245,14 +252,15 @@ def _function_of_the_package() -> tuple[str, str]:
     return "", ""
 
 
-def _attends() -> bool:
-    """Return whether context-parallel attention is running: its group may also be the group of the replicas."""
+def _room_of_the_caller() -> str:
+    """Return the innermost of _ROOMS that runs: a group may serve a layer and also sum gradients; "" for none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if "fused_megatron/context_parallel/" in frame.f_code.co_filename:
-            return True
+        folders = frame.f_code.co_filename.split("/")[-3:-1]
+        if folders[:1] == ["fused_megatron"] and folders[-1] in _ROOMS:
+            return folders[-1]
         frame = frame.f_back
-    return False
+    return ""
 
 
 def _waits_for_copy(source: torch.Tensor, result: torch.Tensor, keywords: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from fused_megatron.sharding.gradient_norm import clip_grad_norm_
 from fused_megatron.sharding.initialization import fill_normal_shard_
 from fused_megatron.sharding.parameter_record import (
     DeferredWeightGradients,
+    ExpertRanks,
     ParameterRecord,
     Shard,
     mark_shard,
@@ -16,19 +17,31 @@ from fused_megatron.sharding.parameter_record import (
     update_record,
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
-from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
+from fused_megatron.sharding.replica_sets import Replicas, ReplicaSet
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, ModelRows, Rows, RowShards
 from fused_megatron.sharding.sequence_layout import SequenceLayout
 from fused_megatron.sharding.sequence_partition import SequencePartition, balanced_partition
-from fused_megatron.sharding.sharded_module import ShardedModule, mark_all_shards, parallel_group, parts_of_parameters
+from fused_megatron.sharding.sharded_module import (
+    ShardedModule,
+    expert_ranks,
+    mark_all_shards,
+    parallel_group,
+    parts_of_parameters,
+)
 
 __all__ = [
     "WHOLE_ROWS",
     "Box",
     "DeferredWeightGradients",
+    "ExpertRanks",
     "GradScaler",
+    "ModelRows",
     "ParameterRecord",
     "ParameterShard",
+    "ReplicaSet",
+    "Replicas",
     "RowShards",
+    "Rows",
     "SequenceLayout",
     "SequencePartition",
     "Shard",
@@ -39,6 +52,7 @@ __all__ = [
     "balanced_partition",
     "clip_grad_norm_",
     "copy_shard_",
+    "expert_ranks",
     "fill_normal_shard_",
     "full_numel",
     "full_shape",

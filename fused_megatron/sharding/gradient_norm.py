@@ -11,11 +11,11 @@ from fused_megatron import ops
 from fused_megatron.collectives import Group, group_rank
 from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.collectives.transfers import start_all_gather
-from fused_megatron.sharding.parameter_record import parameter_parts
+from fused_megatron.sharding.parameter_record import parameter_parts, parameter_record
 from fused_megatron.sharding.parameter_shard import ShardPart
-from fused_megatron.sharding.replica_shards import replica_shards
-from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
-from fused_megatron.sharding.sharded_module import parallel_group, parts_of_parameters
+from fused_megatron.sharding.replica_shards import ReplicaShards, replica_shards
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, Rows
+from fused_megatron.sharding.sharded_module import expert_ranks, parallel_group, parts_of_parameters
 
 
 class Gradients(Protocol):
@@ -47,24 +47,21 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: the norm is not finite, with error_if_nonfinite; the gradients are unchanged.
 
-    Communication: one all-gather of one number; one more over data-parallel ranks that share rows. With FSDP2 also the
-        collectives of its own norms, and an all-gather of each gradient of which a rank counts some rows only (a
-        projection that holds copies of key-value heads).
+    Communication: one all-gather of one number; one more over data-parallel ranks that share rows; for experts one over
+        each of their groups. With FSDP2 also the collectives of its own norms, and an all-gather of each gradient of
+        which a rank counts some rows only (a projection that holds copies of key-value heads).
     """
-    group, shards = parallel_group(model), replica_shards(model)
+    group, shards, experts = parallel_group(model), replica_shards(model), expert_ranks(model)
     own = {} if shards is None else shards.gradients()
     if shards is None:
         counted = list(_counted_gradients(model, group_rank(group)))
     else:
-        counted = list(_counted_rows(model, group_rank(group), own, shards.rows))
-    norm: Any = torch.nn.utils.get_total_norm(counted, norm_type)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over FSDP2's ranks
-    first = next(model.parameters(), torch.empty(0))
-    wide = any(p.grad is not None and p.grad.dtype == torch.float64 for p in model.parameters())
-    norm = norm.to(first.device, torch.float64 if wide else torch.float32)
-    total = norm
-    for ranks in (group, None if shards is None else shards.group):
-        total = torch.linalg.vector_norm(start_all_gather(total.view(1), 0, ranks).wait(), norm_type)
+        counted = list(_counted_rows(model, group_rank(group), own, shards.replicas.rows))
+    norms = [_norm_over(model, [g for g, of_expert in counted if not of_expert], norm_type, (group, _owners(shards)))]
+    if experts is not None:
+        groups = (experts.etp_group, experts.ep_group, _owners(shards, of_experts=True))
+        norms.append(_norm_over(model, [g for g, of_expert in counted if of_expert], norm_type, groups))
+    total = torch.linalg.vector_norm(torch.stack(norms), norm_type) if len(norms) > 1 else norms[0]
     if error_if_nonfinite and not math.isfinite(total.item()):
         raise RuntimeError(f"the gradient norm of order {norm_type} is {total.item()}, and cannot be clipped")
     if shards is None:
@@ -72,6 +69,27 @@ def clip_grad_norm_(
     elif own:
         torch._foreach_mul_(list(own.values()), (max_norm / (total + 1e-6)).clamp(max=1.0))  # as torch
     return total
+
+
+def _norm_over(
+    model: nn.Module, counted: Sequence[torch.Tensor], norm_type: float, groups: Sequence[Group]
+) -> torch.Tensor:
+    """Return the norm of gradients that the ranks of groups share."""
+    norm: Any = torch.nn.utils.get_total_norm(counted, norm_type)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # over FSDP2's ranks
+    first = next(model.parameters(), torch.empty(0))
+    wide = any(p.grad is not None and p.grad.dtype == torch.float64 for p in model.parameters())
+    total: torch.Tensor = norm.to(first.device, torch.float64 if wide else torch.float32)
+    for group in groups:
+        total = torch.linalg.vector_norm(start_all_gather(total.view(1), 0, group).wait(), norm_type)
+    return total
+
+
+def _owners(shards: ReplicaShards | None, of_experts: bool = False) -> Group:
+    """Return the ranks that own the other rows of dense parameters, or of experts."""
+    if shards is None:
+        return None
+    return (shards.replicas.experts if of_experts else shards.replicas.dense).shard_group
 
 
 def global_gradient_norm(
@@ -105,7 +123,7 @@ def sum_of_counted_squares(
     parameters: Mapping[str, nn.Parameter],
     gradients: Mapping[str, torch.Tensor],
     tp_rank: int,
-    rows: RowShards = WHOLE_ROWS,
+    rows: Rows = WHOLE_ROWS,
 ) -> torch.Tensor:
     """Return this rank's part of the square of the norm, a 0-dim float64 tensor on the device of the parameters.
 
@@ -115,13 +133,13 @@ def sum_of_counted_squares(
     Args:
         parameters: of this rank, by name.
         gradients: by the same names, in the rows that this rank owns.
-        tp_rank: of this rank in its tensor-parallel group.
+        tp_rank: of this rank in its tensor-parallel group; it counts for dense parameters.
         rows: the rows that this rank owns.
     """
     counted: list[torch.Tensor] = []
     for name, parameter in parameters.items():
-        parts = _counted(parameter_parts(parameter), parameter.shape, tp_rank)
-        counted += [part.of(gradients[name]) for part in rows.own_parts(parameter, parts)]
+        parts = _counted(parameter, parameter_parts(parameter), parameter.shape, tp_rank)
+        counted += [part.of(gradients[name]) for part in rows.of(parameter).own_parts(parameter, parts)]
     if not counted:
         return torch.zeros((), dtype=torch.float64, device=next(iter(parameters.values())).device)
     return ops.sum_of_squares(counted)
@@ -137,32 +155,43 @@ def non_finite_gradients(gradients: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
 
 
-def _counted(parts: tuple[ShardPart, ...], local_shape: Sequence[int], tp_rank: int) -> list[ShardPart]:
+def _counted(
+    parameter: nn.Parameter, parts: tuple[ShardPart, ...], local_shape: Sequence[int], tp_rank: int
+) -> list[ShardPart]:
     """Return the parts of a parameter that this rank counts: first copies of shards, and on rank 0 full parameters.
 
-    A full parameter is one that has the full shape, marked replicated or not: a layer without a group (BERT's head of
-    two features) is full and not marked.
+    Rank 0 is the first of the ranks that hold the other shards: tensor-parallel ranks, or those that share an expert. A
+    full parameter is one that has the full shape, marked replicated or not: a layer without a group (BERT's head of two
+    features) is full and not marked.
     """
-    return [part for part in parts if part.shard.copy == 0 and (tp_rank == 0 or not part.is_full(local_shape))]
+    experts = parameter_record(parameter).experts
+    rank = tp_rank if experts is None else group_rank(experts.etp_group)
+    return [part for part in parts if part.shard.copy == 0 and (rank == 0 or not part.is_full(local_shape))]
 
 
-def _counted_gradients(model: nn.Module, tp_rank: int) -> Iterator[torch.Tensor]:
-    """Yield the parts of the gradients in `grad` that this rank counts."""
+def _counted_gradients(model: nn.Module, tp_rank: int) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Yield the parts of the gradients in `grad` that this rank counts, and whether they belong to experts."""
     for parameter, parts in parts_of_parameters(model).items():
         gradient = parameter.grad
         if gradient is None:
             continue
-        counted = _counted(parts, gradient.shape, tp_rank)
+        counted = _counted(parameter, parts, gradient.shape, tp_rank)
+        of_expert = parameter_record(parameter).experts is not None
         # A gradient that counts as a whole is not cut, since FSDP2 would gather it for that.
-        yield from [gradient] if len(counted) == len(parts) else [part.of(gradient) for part in counted]
+        for each in [gradient] if len(counted) == len(parts) else [part.of(gradient) for part in counted]:
+            yield each, of_expert
 
 
 def _counted_rows(
-    model: nn.Module, tp_rank: int, own: Mapping[nn.Parameter, torch.Tensor], rows: RowShards
-) -> Iterator[torch.Tensor]:
-    """Yield the parts that this rank counts of the gradients of its rows. torch takes no norm of an empty tensor."""
+    model: nn.Module, tp_rank: int, own: Mapping[nn.Parameter, torch.Tensor], rows: Rows
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Yield the parts that this rank counts of the gradients of its rows, and whether they belong to experts.
+
+    torch takes no norm of an empty tensor.
+    """
     for parameter, parts in parts_of_parameters(model).items():
         if parameter in own:
-            counted = _counted(parts, parameter.shape, tp_rank)
-            found = [part.of(own[parameter]) for part in rows.own_parts(parameter, counted)]
-            yield from [part for part in found if part.numel()]
+            counted = _counted(parameter, parts, parameter.shape, tp_rank)
+            of_expert = parameter_record(parameter).experts is not None
+            found = [part.of(own[parameter]) for part in rows.of(parameter).own_parts(parameter, counted)]
+            yield from [(part, of_expert) for part in found if part.numel()]

@@ -1,4 +1,4 @@
-"""Record on a parameter: its shard, its main gradient, and the store of its deferred weight gradients."""
+"""Record on a parameter: its shard, its experts' ranks, its main gradient, and its deferred weight gradients."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fused_megatron.checks import check
+from fused_megatron.collectives import Group, group_rank, group_size
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
 
 Shard = ParameterShard | tuple[ShardPart, ...]
@@ -49,11 +50,39 @@ class DeferredWeightGradients:
 
 
 @dataclass(frozen=True)
+class ExpertRanks:
+    """Ranks that hold the other parts of the experts of a layer.
+
+    Attributes:
+        ep_group: ranks that hold the other experts; None for this rank only. Each rank holds equally many experts, in
+            the order of the ranks.
+        etp_group: ranks that hold the other shards of the same experts; None for this rank only.
+    """
+
+    ep_group: Group = None
+    etp_group: Group = None
+
+    @property
+    def ep_size(self) -> int:
+        """Number of ranks that share the experts."""
+        return group_size(self.ep_group)
+
+    @property
+    def ep_rank(self) -> int:
+        """Index of this rank among the ranks that share the experts."""
+        return group_rank(self.ep_group)
+
+
+@dataclass(frozen=True)
 class ParameterRecord:
     """Facts about a parameter that the package keeps besides the values.
 
     Attributes:
         shard: the part of the full parameter; None for a parameter that was never marked.
+        experts: ranks that hold the other parts of a parameter of experts; None for a dense parameter, whose other
+            parts are on the tensor-parallel ranks.
+        stored_shape: shape of the full tensor in the user's model, if it differs from the shape of the stacked parts:
+            experts [E, rows, columns] where the parts are stacked to [E rows, columns].
         main_grad: returns the tensor to which the layers of this package add the gradient, instead of `grad`: in the
             parameter's shape, as a rule float32. A backward calls it when it has a gradient to add, so that the tensor
             need not exist before.
@@ -63,6 +92,8 @@ class ParameterRecord:
     """
 
     shard: Shard | None = None
+    experts: ExpertRanks | None = None
+    stored_shape: tuple[int, ...] | None = None
     main_grad: Callable[[], torch.Tensor] | None = None
     summed_grad: torch.Tensor | None = None
     deferred: DeferredWeightGradients | None = None
@@ -86,8 +117,19 @@ def update_record(parameter: torch.Tensor, **changes: Any) -> None:
     setattr(parameter, _ATTRIBUTE, replace(parameter_record(parameter), **changes))
 
 
-def mark_shard(parameter: torch.Tensor, shard: Shard) -> None:
+def mark_shard(
+    parameter: torch.Tensor,
+    shard: Shard,
+    experts: ExpertRanks | None = None,
+    stored_shape: tuple[int, ...] | None = None,
+) -> None:
     """Record the part of the full parameter, or the stacked parts of several, that this parameter holds.
+
+    Args:
+        parameter: the local tensor.
+        shard: the part, or the stacked parts.
+        experts: for a parameter of experts, the ranks that hold its other parts.
+        stored_shape: as in ParameterRecord.
 
     Raises:
         InputError: the shard has another number of dims.
@@ -98,7 +140,7 @@ def mark_shard(parameter: torch.Tensor, shard: Shard) -> None:
             dims == (parameter.dim(), parameter.dim()),
             f"shard={one} must have the {parameter.dim()} dims of the parameter {tuple(parameter.shape)}",
         )
-    update_record(parameter, shard=shard)
+    update_record(parameter, shard=shard, experts=experts, stored_shape=stored_shape)
 
 
 def parameter_parts(parameter: torch.Tensor) -> tuple[ShardPart, ...]:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import Group
-from fused_megatron.sharding.row_shards import RowShards
+from fused_megatron.sharding.replica_sets import Replicas
 
 _ATTRIBUTE = "_fused_megatron_replica_shards"
 
@@ -18,12 +17,10 @@ class ReplicaShards(Protocol):
     """Weights and gradients of a model of which each data-parallel rank owns some rows.
 
     Attributes:
-        rows: the rows of each parameter that this rank owns.
-        group: data-parallel ranks that own the other rows; None if this rank owns all.
+        replicas: the ranks that share each parameter, and the rows of it that this rank owns.
     """
 
-    rows: RowShards
-    group: Group
+    replicas: Replicas
 
     def gradients(self) -> Mapping[nn.Parameter, torch.Tensor]:
         """Return the gradients of this rank's rows, of the parameters that the step used. Every rank calls it."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.sharding.row_shards import WHOLE_ROWS, RowShards
+from fused_megatron.sharding.row_shards import WHOLE_ROWS, Rows
 
 _INT64_BYTES = 8
 
@@ -19,7 +19,7 @@ def find_drift(
     replicas: Group,
     others: Sequence[Group],
     own: Mapping[str, torch.Tensor] | None = None,
-    rows: RowShards = WHOLE_ROWS,
+    rows: Rows = WHOLE_ROWS,
 ) -> str | None:
     """Describe a difference between ranks that hold the same part of a full parameter; None if there is none.
 
@@ -55,7 +55,7 @@ def find_drift(
 def parameter_digests(
     parameters: Mapping[str, nn.Parameter],
     own: Mapping[str, torch.Tensor] | None = None,
-    rows: RowShards = WHOLE_ROWS,
+    rows: Rows = WHOLE_ROWS,
 ) -> dict[str, int]:
     """Return a digest for each part of a full parameter: the sum of its bits as 64-bit numbers. Arguments: find_drift.
 
@@ -64,7 +64,7 @@ def parameter_digests(
     """
     names, sums = [], []
     for name, parameter in parameters.items():
-        for part in rows.own_parts(parameter):
+        for part in rows.of(parameter).own_parts(parameter):
             held = part.held(parameter.detach() if own is None else own[name])
             offset = "" if tuple(held.tensor.shape) == held.full_shape else f" at {held.offset}"
             names.append(part.full_name(name) + offset)

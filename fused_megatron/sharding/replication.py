@@ -13,7 +13,7 @@ from fused_megatron.collectives import Group, group_size
 _DEPTH = 6
 
 
-def refuse_replication(tp_group: Group) -> None:
+def refuse_replication(group: Group, of_experts: bool = False) -> None:
     """Raise if the caller's caller is a wrapper over ranks that hold different shards.
 
     DistributedDataParallel begins by copying the parameters of its first rank to the others; fully_shard cuts them over
@@ -22,7 +22,8 @@ def refuse_replication(tp_group: Group) -> None:
     change any.
 
     Args:
-        tp_group: the group of the module; None for one rank.
+        group: ranks that hold other shards of the module; None for one rank.
+        of_experts: whether the module holds experts, and the group other experts.
 
     Raises:
         InputError: the wrapper's ranks hold different shards.
@@ -34,14 +35,19 @@ def refuse_replication(tp_group: Group) -> None:
             break
         found = _wrapper_of(frame)
         frame = frame.f_back
-    if found is None or group_size(tp_group) == 1:
+    if found is None or group_size(group) == 1:
         return
     name, ranks, way_out = found
-    own = dist.get_process_group_ranks(tp_group)
+    own = dist.get_process_group_ranks(group)
     if len(set(ranks) & set(own)) > 1:
+        way_out = (
+            "fused_megatron.shard_data_parallel knows the replicas of experts"
+            if of_experts
+            else f"{way_out} works over the data-parallel ranks; where there are none, leave it out"
+        )
         raise InputError(
-            f"{name} over ranks {ranks} would take the shards of tensor-parallel ranks {own} for copies of each other "
-            f"({way_out} works over the data-parallel ranks; where there are none, leave it out)"
+            f"{name} over ranks {ranks} would take the shards of {'expert' if of_experts else 'tensor'}-parallel ranks "
+            f"{own} for copies of each other ({way_out})"
         )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fused_megatron.sharding.parameter_record import parameter_parts
+from fused_megatron.sharding.parameter_record import parameter_parts, parameter_record
 from fused_megatron.sharding.parameter_shard import ShardPart
 
 
@@ -22,6 +22,10 @@ class RowShards:
 
     num_shards: int = 1
     index: int = 0
+
+    def of(self, parameter: torch.Tensor) -> "RowShards":
+        """Return the rows of a parameter: the same for all. See ModelRows."""
+        return self
 
     def rows_per_shard(self, shape: Sequence[int]) -> int:
         """Number of rows of a full block of a parameter of this shape."""
@@ -84,6 +88,27 @@ class RowShards:
 
 WHOLE_ROWS = RowShards()
 """Of a rank that owns every parameter as a whole."""
+
+
+@dataclass(frozen=True)
+class ModelRows:
+    """Rows of a model whose experts may have other replicas than its dense parameters.
+
+    Attributes:
+        dense: rows of dense parameters.
+        experts: rows of the parameters of experts.
+    """
+
+    dense: RowShards = WHOLE_ROWS
+    experts: RowShards = WHOLE_ROWS
+
+    def of(self, parameter: torch.Tensor) -> RowShards:
+        """Return the rows of a parameter that this rank owns."""
+        return self.dense if parameter_record(parameter).experts is None else self.experts
+
+
+Rows = RowShards | ModelRows
+"""Rows of the parameters of a model: the same cut for all, or another for experts."""
 
 
 def num_rows(shape: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
-from fused_megatron.sharding.parameter_record import Shard, mark_shard, parameter_parts
+from fused_megatron.sharding.parameter_record import ExpertRanks, Shard, mark_shard, parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
 from fused_megatron.sharding.replication import refuse_replication
 
@@ -20,12 +20,23 @@ class ShardedModule(nn.Module):
     it makes new tensors: in deepcopy, to_empty(), moves between devices, load_state_dict(assign=True), swap_tensors.
     The module marks the tensors whose replacement it sees. Code that reads the shards of a whole model calls
     mark_all_shards first.
+
+    Attributes:
+        tp_group: ranks that hold the other shards of dense parameters; None for this rank only.
+        holds_experts: whether the own parameters of the module belong to experts (a class attribute).
+        ep_group, etp_group: ranks that hold the other experts, and the other shards of the same experts; None for this
+            rank only. A module that holds experts sets them before it registers a parameter.
+        stored_shapes: by name of a parameter, the stored_shape of its record, if it has one.
     """
 
-    tp_group: Any
+    tp_group: Any = None
+    holds_experts: bool = False
+    ep_group: Any = None
+    etp_group: Any = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.stored_shapes: dict[str, tuple[int, ...]] = {}
         self.shards: dict[str, Shard] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -51,7 +62,7 @@ class ShardedModule(nn.Module):
             self._check_shape(name, param)
         super().register_parameter(name, param)
         if name in shards and param is not None:
-            mark_shard(param, shards[name])
+            mark_shard(param, shards[name], self._expert_ranks(), self.stored_shapes.get(name))
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("shards", {}):
@@ -69,7 +80,15 @@ class ShardedModule(nn.Module):
             parameter = self._parameters[name]
             if parameter is not None:  # a bias that was set to None
                 self._check_shape(name, parameter)
-                mark_shard(parameter, shard)
+                mark_shard(parameter, shard, self._expert_ranks(), self.stored_shapes.get(name))
+
+    @property
+    def part_groups(self) -> tuple[Group, ...]:
+        """Groups of ranks that hold other parts of this module's own parameters."""
+        return (self.ep_group, self.etp_group) if self.holds_experts else (self.tp_group,)
+
+    def _expert_ranks(self) -> ExpertRanks | None:
+        return ExpertRanks(self.ep_group, self.etp_group) if self.holds_experts else None
 
     def _check_shape(self, name: str, parameter: nn.Parameter) -> None:
         if tuple(parameter.shape) != self._shapes[name]:
@@ -98,7 +117,8 @@ class ShardedModule(nn.Module):
         Raises:
             InputError: the caller is DistributedDataParallel or fully_shard over ranks that hold different shards.
         """
-        refuse_replication(self.tp_group)
+        for group in self.part_groups:
+            refuse_replication(group, self.holds_experts)
         return super().named_parameters(*args, **kwargs)
 
     def __getstate__(self) -> Any:
@@ -108,7 +128,8 @@ class ShardedModule(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        memo[id(self.tp_group)] = self.tp_group  # a process group cannot be copied; both use the same
+        for group in (self.tp_group, self.ep_group, self.etp_group):
+            memo[id(group)] = group  # a process group cannot be copied; both use the same
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         twin.mark_shards()
@@ -116,9 +137,16 @@ class ShardedModule(nn.Module):
 
 
 def parallel_group(model: nn.Module) -> Group:
-    """Return the group over which a model's layers are sharded; None if no layer is."""
-    groups = (module.tp_group for module in model.modules() if isinstance(module, ShardedModule))
+    """Return the group over which a model's dense layers are sharded; None if no layer is."""
+    modules = (module for module in model.modules() if isinstance(module, ShardedModule))
+    groups = (module.tp_group for module in modules if not module.holds_experts)
     return next((group for group in groups if group is not None), None)
+
+
+def expert_ranks(model: nn.Module) -> ExpertRanks | None:
+    """Return the ranks over which a model's experts are sharded; None for a model without experts."""
+    found = (module._expert_ranks() for module in model.modules() if isinstance(module, ShardedModule))
+    return next((ranks for ranks in found if ranks is not None), None)
 
 
 def mark_all_shards(model: nn.Module) -> None:

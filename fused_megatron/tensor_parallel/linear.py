@@ -20,6 +20,7 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.ops.autocast import autocast_operands
 from fused_megatron.overlap import ColumnLinearFunction, RowLinearFunction, chunk_choice
 from fused_megatron.sharding import (
     ParameterShard,
@@ -128,17 +129,6 @@ def row_parallel_linear(
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
     return on_ranks(RowLinearFunction, tp_group)(x, weight, bias, dim, tp_group, chunk_choice(overlap))
-
-
-def autocast_operands(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Cast as torch's autocast does for torch.nn.functional.linear; before the collective, so that fewer bytes move."""
-    device_type = x.device.type
-    if x.is_meta or not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

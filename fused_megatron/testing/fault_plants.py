@@ -231,7 +231,7 @@ def averaged_over_replicas() -> Planted:
     original = gradient_bucket.WholeBucket.start_sum
 
     def start_sum(self: gradient_bucket.WholeBucket) -> Callable[[], object]:
-        self.flat.div_(group_size(self._shards))
+        self.flat.div_(group_size(self._replicas.group))
         return original(self)
 
     return patch.object(gradient_bucket.WholeBucket, "start_sum", start_sum)

@@ -19,12 +19,13 @@ from fused_megatron.config import (
     TransformerConfig,
 )
 from fused_megatron.testing import context_parallel_plants as context
+from fused_megatron.testing import expert_parallel_plants as experts
 from fused_megatron.testing import fault_plants as plants
 from fused_megatron.testing import modules_in_shards as modules
 
 TENSOR, SEQUENCE, OVERLAP = "tensor parallel", "sequence parallel", "overlap"
 PIPELINE, CONTEXT, DATA = "pipeline parallel", "context parallel", "data parallel"
-MICROBATCHES, RECOMPUTATION = "microbatches", "recomputation"
+MICROBATCHES, RECOMPUTATION, EXPERT = "microbatches", "recomputation", "expert parallel"
 
 _DROPOUT = {"hidden_dropout": 0.1, "embedding_dropout": 0.1}
 
@@ -75,6 +76,8 @@ _SP = {**_TP, "sequence_parallel": True}
 _PP = {"pipeline_parallel_size": 2}
 _CP = {"context_parallel_size": 2}
 _DP = {"data_parallel_size": 2}
+_EP = {**_DP, "expert_parallel_size": 2, "expert_dispatch": "all_to_all"}
+_ROUTED = {"num_experts": 4, "balance_loss": 0.5}
 
 
 def _fault(
@@ -165,6 +168,10 @@ FAULTS = (
         _CP,
         _gpt(**_DROPOUT),
     ),
+    _fault(experts.expert_gradients_too_large, EXPERT, r"^gradient of blocks\.1\.mlp\.experts", _EP, _gpt(**_ROUTED)),
+    _fault(experts.tokens_of_two_ranks_swapped, EXPERT, r"^output of blocks\.0\.mlp", _EP, _gpt(**_ROUTED)),
+    _fault(experts.loads_of_own_positions, CONTEXT, "^loss of step 1", _CP, _gpt(**_ROUTED)),
+    _fault(experts.router_gradient_not_summed, TENSOR, r"^gradient of blocks\.1\.mlp\.router", _TP, _gpt(**_ROUTED)),
     _fault(plants.averaged_over_replicas, DATA, "^gradient of final_norm", _DP),
     _fault(plants.sent_a_microbatch_early, DATA, "^gradient of final_norm", _DP),
     _fault(plants.last_bucket_not_sent, DATA, r"^gradient of (blocks\.0\.|\w+_embedding)", _DP),

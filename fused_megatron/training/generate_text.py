@@ -2,14 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 
 import torch
 import tyro
 
-from fused_megatron.assembly.build import build_model
+from fused_megatron.assembly.build import build_mesh, build_model
 from fused_megatron.checkpoint import load_checkpoint, newest_checkpoint
-from fused_megatron.checkpoint.model_state import parameter_boxes
+from fused_megatron.checkpoint.model_state import buffer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checkpoint.run_state import read_run_state
 from fused_megatron.checks import InputError, check
@@ -17,7 +18,6 @@ from fused_megatron.config import MODEL_FAMILIES, ParallelConfig, TrainConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from fused_megatron.inference.generation import generate
-from fused_megatron.mesh import init_mesh
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
@@ -60,12 +60,11 @@ def generate_text(arguments: GenerateArguments) -> str:
         newest = newest_checkpoint(run.checkpoints, group=group)
         checkpoint = on_every_rank(lambda: _require(newest, run))
         vocab_size = read_run_state(checkpoint)["vocab_size"]
-        mesh = init_mesh(tensor_parallel_size=this_rank.world_size, device_type=this_rank.device.type)
+        mesh = build_mesh(config, this_rank.device.type)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         model = build_model(config, mesh, this_rank.device)
-        load_checkpoint(
-            checkpoint, parameter_boxes(dict(model.named_parameters())), group=group, allow_extra=("optimizer.*",)
-        )
+        boxes = parameter_boxes(dict(model.named_parameters())) | buffer_boxes(model)
+        load_checkpoint(checkpoint, boxes, group=group, allow_extra=("optimizer.*",))
         Reporter(this_rank.rank == 0, 1).say(f"{checkpoint}, {this_rank.world_size} {this_rank.device.type} rank(s)")
         start = torch.tensor([list(tokens)], dtype=torch.int64, device=this_rank.device)
         result = generate(
@@ -99,5 +98,10 @@ def _open_run(run: RunFolder, this_rank: ThisRank) -> tuple[TrainConfig, Tokeniz
         f"of model.family={' or '.join(map(repr, able))} can",
     )
     # The layout of training does not matter: all present ranks share each layer by tensor parallelism.
-    layout = ParallelConfig(tensor_parallel_size=this_rank.world_size, data_parallel_size=1)
+    layout = ParallelConfig(
+        tensor_parallel_size=this_rank.world_size,
+        data_parallel_size=1,
+        # The same ranks share as many experts as can be divided over them.
+        expert_parallel_size=gcd(this_rank.world_size, config.model.num_experts or 1),
+    )
     return dataclasses.replace(config, parallel=layout), load_tokenizer(run.tokenizer)

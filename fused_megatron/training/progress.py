@@ -68,13 +68,14 @@ class Reporter:
             with self._survives_its_output():
                 progress.stop()
 
-    def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float) -> None:
-        """Report that step `step` (1 for the first) is done."""
+    def step(self, step: int, loss: float, tokens_per_s: float, eta_s: float, more: str = "") -> None:
+        """Report that step `step` (1 for the first) is done; `more` follows the loss."""
         if self._progress is not None:
-            status = f"loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s"
+            status = f"loss {loss:.3f}{more}  {tokens_per_s:,.0f} tokens/s"
             self._progress.update(self._progress.task_ids[0], completed=step, status=status)
         elif step % self._log_interval == 0 or step == self._num_steps:
-            self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  ETA {eta_s:.0f} s")
+            speed = f"{tokens_per_s:,.0f} tokens/s  ETA {eta_s:.0f} s"
+            self.say(f"step {step}/{self._num_steps}  loss {loss:.4f}{more}  {speed}")
 
     def table(self, title: str, rows: dict[str, str]) -> None:
         """Print a table of names and values."""

@@ -14,7 +14,7 @@ from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_box
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import OptimizerConfig, TrainConfig
 from fused_megatron.data_parallel.optimizer import Optimizer
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import Rows
 from fused_megatron.training.learning_rate import learning_rate
 
 # Settings that change no trained weight: parallel layout, paths, output and intervals. None: the whole section.
@@ -111,7 +111,7 @@ class ResumedTensors:
         parameters: Mapping[str, nn.Parameter],
         own: Mapping[str, torch.Tensor],
         optimizer: Optimizer,
-        rows: RowShards,
+        rows: Rows,
         manifest: Manifest,
     ) -> None:
         self._optimizer = optimizer

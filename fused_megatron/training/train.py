@@ -35,7 +35,21 @@ from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
 # Fields of the model's config that may change between a checkpoint and the run that resumes from it.
-FREE_FIELDS = {"init_std", "hidden_dropout", "attention_dropout", "embedding_dropout", "recompute", "recompute_blocks"}
+FREE_FIELDS = {
+    "init_std",
+    "hidden_dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "recompute",
+    "recompute_blocks",
+    "balance_loss",
+    "balance_loss_over",
+    "router_z_loss",
+    "router_jitter",
+    "capacity_factor",
+}
+# The state of routers depends on free fields: a run may start it, or drop the loads of the step before.
+ROUTER_BUFFERS = "model.blocks.*.mlp.router."
 
 
 def train(config: TrainConfig, run_path: Path, stop: StopRequest | None = None) -> bool:
@@ -143,19 +157,27 @@ def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
         rank_tensors = trainer.rank_tensors() if same_layout else None
         weights_only = state.get("weights_only", False)  # True for an imported model
         if weights_only:
-            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.rows)
-            load_checkpoint(checkpoint, boxes, rank_tensors=rank_tensors, group=group)
+            boxes = parameter_boxes(trainer.parameters, trainer.own_weights, trainer.gradients.replicas.rows)
+            buffers = trainer.buffer_boxes()
+            load_checkpoint(
+                checkpoint, boxes | buffers, rank_tensors=rank_tensors, group=group, allow_missing=tuple(buffers)
+            )
             trainer.optimizer.reset_main_weights()
         else:
             resumed = ResumedTensors(
                 trainer.parameters,
                 trainer.own_weights,
                 trainer.optimizer,
-                trainer.gradients.rows,
+                trainer.gradients.replicas.rows,
                 read_manifest(checkpoint),
             )
             load_checkpoint(
-                checkpoint, resumed.boxes, rank_tensors=rank_tensors, group=group, allow_extra=resumed.allow_extra
+                checkpoint,
+                resumed.boxes | trainer.buffer_boxes(),
+                rank_tensors=rank_tensors,
+                group=group,
+                allow_missing=(f"{ROUTER_BUFFERS}previous_load", f"{ROUTER_BUFFERS}selection_bias"),
+                allow_extra=(*resumed.allow_extra, f"{ROUTER_BUFFERS}previous_load"),
             )
             resumed.finish()
         trainer.weights.start()
@@ -198,6 +220,8 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config
     saved = known | state["config"]["model"] | {"vocab_size": state["vocab_size"]}
     # Rotary positions have no table whose length must equal seq_len.
     free = FREE_FIELDS | ({"seq_len"} if model_config.position == "rotary" else set())
+    if model_config.router_bias_rate is not None:
+        free = free | {"router_bias_rate"}  # a run without a bias would lose the checkpoint's
     for name, value in dataclasses.asdict(model_config).items():
         if name not in free and saved.get(name) != value:
             raise InputError(
@@ -211,16 +235,19 @@ def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config
 
 def _introduce(trainer: Trainer) -> None:
     mesh, config = trainer.mesh, trainer.config
-    num_parameters = sum(gather_json(trainer.model.num_parameters(), mesh.pp_group))
+    counts = gather_json([trainer.model.num_parameters(), trainer.model.num_active_parameters()], mesh.pp_group)
+    num_parameters, num_active = map(sum, zip(*counts, strict=True))
+    active = f" ({num_active:,} for each token)" if num_active < num_parameters else ""
+    experts = f" ep={mesh.expert_sizes['ep']} etp={mesh.expert_sizes['etp']}" if config.model.num_experts else ""
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
     family = config.model.family.upper()
     ranks = f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
-        f"{family} with {num_parameters:,} parameters in {config.training.dtype} on {mesh.world_size} "
+        f"{family} with {num_parameters:,} parameters{active} in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
-        f"{pipeline} dp={mesh.dp_size}{config.parallel.sequence_text}); "
+        f"{pipeline} dp={mesh.dp_size}{experts}{config.parallel.sequence_text}); "
         f"run folder {trainer.run_folder.path}"
     )
     if trainer.progress.step >= config.training.num_steps:

@@ -14,14 +14,16 @@ import torch
 from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.assembly.training_step import StepSums, training_step
 from fused_megatron.checkpoint import BackgroundSave, save_checkpoint
-from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
+from fused_megatron.checkpoint.model_state import buffer_boxes, optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.data.batch import Batch
 from fused_megatron.data.documents import num_visible_pairs
 from fused_megatron.data.training_data import TrainingData
+from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.mesh import coordinates
+from fused_megatron.models.expert_loads import LoadReport
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
@@ -155,9 +157,13 @@ class Trainer:
     def tensor_boxes(self) -> dict[str, Any]:
         """Return this rank's part of every tensor of a checkpoint, by name, as boxes of the full tensors."""
         mark_all_shards(self.model)
-        rows = self.gradients.rows
+        rows = self.gradients.replicas.rows
         weights = parameter_boxes(self.parameters, self.own_weights, rows)
-        return {**weights, **optimizer_boxes(self.parameters, self.optimizer.state(), rows)}
+        return {**weights, **self.buffer_boxes(), **optimizer_boxes(self.parameters, self.optimizer.state(), rows)}
+
+    def buffer_boxes(self) -> dict[str, Any]:
+        """Return the buffers of this rank's stages that a checkpoint keeps, as boxes: the state of routers."""
+        return {name: box for stage in self.model.stages.values() for name, box in buffer_boxes(stage).items()}
 
     def rank_tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that a checkpoint keeps for each rank: states of torch's random number generators."""
@@ -257,7 +263,10 @@ class Trainer:
         documents = {}
         if self.data.mask_documents:
             documents = {"targets": num_targets, "visible_pairs": int(counts.pop())}
-        self._report(sums.loss, sums.gradient_norm, lr, documents)
+        loads = None
+        if self.config.model.num_experts is not None:
+            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
+        self._report(sums, lr, documents, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def _read_batch(self, first: int) -> Batch:
@@ -308,21 +317,24 @@ class Trainer:
             f"updated{where}"
         )
 
-    def _report(self, loss: float, norm: float, lr: float, documents: Mapping[str, int]) -> None:
+    def _report(self, sums: StepSums, lr: float, documents: Mapping[str, int], loads: LoadReport | None) -> None:
         step, speed = self.progress.step, self.tokens_per_s()
+        # The metrics compare with the held-out loss, which has no auxiliary loss.
+        loss = sums.loss if loads is None else sums.loss - loads.balance_loss - loads.z_loss
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(
                 {
                     "step": step,
                     "loss": loss,
-                    "gradient_norm": norm,
+                    "gradient_norm": sums.gradient_norm,
                     "lr": lr,
                     "tokens_per_s": round(speed, 1),
                     **documents,
+                    **({} if loads is None else loads.metrics()),
                 }
             )
         seconds_left = (self.config.training.num_steps - step) * self._step_times[-1]
-        self.reporter.step(step, loss, speed, seconds_left)
+        self.reporter.step(step, loss, speed, seconds_left, "" if loads is None else loads.text())
 
     def _evaluate(self) -> None:
         self.model.eval()

@@ -1,9 +1,14 @@
 """Start here when a message or an exchange of blocks between some ranks of a group is lost, or mixed up."""
 
+import os
+import random
+
 import torch
 import torch.distributed as dist
 
-from fused_megatron.collectives.exchanges import exchange_blocks, start_message
+from fused_megatron.collectives import is_shared, meet
+from fused_megatron.collectives.exchanges import exchange_blocks, start_message, start_row_exchange
+from fused_megatron.collectives.transport import host_ring
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
@@ -65,3 +70,52 @@ def equal_blocks(rank, ranks):
 
 def test_equal_blocks_of_a_whole_group():
     assert run_on_ranks(equal_blocks, 3) == [[10.0 * source + rank for source in range(3)] for rank in range(3)]
+
+
+def uneven_rows(rank, ranks):
+    """Exchange rows over shared memory, and over gloo; several exchanges under way, waits in another order."""
+    host_ring.RING_BYTES, host_ring.PIECE_BYTES = 1 << 16, 1 << 14  # so that little data wraps around the ring often
+    shared, other = dist.new_group(), dist.new_group()
+    meet(shared)
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
+    meet(other)
+    assert is_shared(shared, torch.empty(0)) and not is_shared(other, torch.empty(0))
+    draw, faults = random.Random(0), []
+    for group in (shared, other, shared):
+        started = []
+        for _ in range(12):
+            shape, dtype = draw.choice([(), (3,), (4, 5)]), draw.choice([torch.float32, torch.bfloat16, torch.int64])
+            longest = draw.choice([0, 1, 40, 900])
+            sizes = [[draw.choice([0, draw.randint(0, longest), longest]) for _ in range(ranks)] for _ in range(ranks)]
+            if draw.random() < 0.3:
+                sizes[draw.randrange(ranks)] = [0] * ranks  # a rank that sends nothing
+            every = [
+                [torch.full((n, *shape), 10.0 * i + j).to(dtype) for j, n in enumerate(of_rank)]
+                for i, of_rank in enumerate(sizes)
+            ]
+            for blocks in every:
+                for block in blocks:
+                    block += torch.arange(len(block)).view(-1, *(1 for _ in shape)).to(dtype)
+            wanted = torch.cat([of_rank[rank] for of_rank in every])
+            started.append((start_row_exchange(torch.cat(every[rank]), sizes, group), wanted))
+        draw.shuffle(started)
+        faults += [1 for transfer, wanted in started if not torch.equal(transfer.wait(), wanted)]
+    return faults
+
+
+def test_rows_go_to_their_ranks_in_any_number():
+    for ranks in (2, 3):
+        assert run_on_ranks(uneven_rows, ranks) == [[]] * ranks
+
+
+def disagreeing_sizes(rank, ranks):
+    sizes = [[1, 2], [0, rank]]
+    try:
+        start_row_exchange(torch.ones(sum(sizes[rank]), 2), sizes, dist.group.WORLD).wait()
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_ranks_that_disagree_on_the_numbers_of_rows_say_so():
+    for error in run_on_ranks(disagreeing_sizes, 2, timeout_s=20):
+        assert "rank 0 has exchange of 24 bytes" in error and "rank 1 has exchange of 32 bytes" in error

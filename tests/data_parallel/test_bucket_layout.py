@@ -21,6 +21,14 @@ def test_buckets_are_cut_from_the_last_layer_on() -> None:
     assert [len(bucket.parameters) for bucket in lay_out_buckets({0: [a, b, c, d]}, 1)[frozenset({0})]] == [1] * 4
 
 
+def test_a_bucket_holds_one_kind_and_buckets_are_in_the_order_in_which_they_fill() -> None:
+    a, b, c, d, e, f = (parameter(size) for size in (1, 20, 1, 1, 1, 1))
+    kinds = {a: 1, c: 1, e: 1}
+    (buckets,) = lay_out_buckets({0: [a, b, c, d, e, f]}, 4 * 2, lambda p: kinds.get(p)).values()
+    assert [bucket.parameters for bucket in buckets] == [(f, d), (e, c), (b,), (a,)]
+    assert buckets == lay_out_buckets({0: [a, b, c, d, e, f]}, 4 * 2, kinds.get)[frozenset({0})]
+
+
 def test_views_are_the_flat_tensor_in_the_shapes_of_the_parameters() -> None:
     a, b = parameter(2, 3), parameter(0, 7)
     ((bucket,),) = lay_out_buckets({0: [a, b]}, bucket_bytes=1e6).values()

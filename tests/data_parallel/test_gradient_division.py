@@ -8,6 +8,7 @@ from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.pipeline import PipelineExecutor, StageFunctions, build_schedule
+from fused_megatron.sharding import Replicas
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 SAMPLES, TARGETS, CLASSES = 8, 3, 5
@@ -30,7 +31,7 @@ def loss_sum(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def reduced(rank: int, world_size: int) -> torch.Tensor:
     mesh, stage = init_mesh(), model()
-    gradients = GradientBuckets(list(stage.parameters()), mesh.dp_group)
+    gradients = GradientBuckets(list(stage.parameters()), Replicas.of_copies(mesh.dp_group))
     hooks = StageFunctions(reduce=gradients.reduce)
     executor = PipelineExecutor(build_schedule("1f1b", 1, 2), {0: stage}, pp_group=None, loss_fn=loss_sum, hooks=hooks)
     x, target = (part.chunk(world_size)[rank] for part in batch())

@@ -11,6 +11,7 @@ from fused_megatron.config import OptimizerConfig
 from fused_megatron.data_parallel import optimizer as optimizer_module
 from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.data_parallel.reduction import GradientBuckets
+from fused_megatron.sharding import Replicas
 
 CONFIG = OptimizerConfig(lr=1e-2, weight_decay=0.3)
 Built = tuple[dict[str, nn.Parameter], GradientBuckets, Optimizer]
@@ -60,7 +61,7 @@ def built(dtype: torch.dtype, **settings: Any) -> Built:
     torch.manual_seed(0)
     shapes = {"first": (5, 3), "second": (2, 4), "bias": (5,)}
     parameters = {name: nn.Parameter(torch.randn(shape).to(dtype)) for name, shape in shapes.items()}
-    gradients = GradientBuckets(list(parameters.values()), None)
+    gradients = GradientBuckets(list(parameters.values()), Replicas())
     config = OptimizerConfig(lr=1e-2, weight_decay=0.3, **settings)
     return parameters, gradients, Optimizer(parameters, gradients.by_name(parameters), config)
 

@@ -48,9 +48,9 @@ def step(assembly: Assembly, number: int) -> float:
     )
     norm = sum_over_ranks(assembly, loss_sum, (), dist.group.WORLD).gradient_norm
     assembly.update(LR, min(1.0, 0.3 / norm))
-    spoilt = assembly.gradients.rows.num_shards > 1 and isinstance(assembly.weights, WeightGather)
+    spoilt = assembly.replicas.dense.rows.num_shards > 1 and isinstance(assembly.weights, WeightGather)
     for parameter in assembly.parameters.values() if spoilt else ():
-        updated = assembly.gradients.rows.own(parameter.detach())
+        updated = assembly.replicas.dense.rows.own(parameter.detach())
         kept = updated.clone()
         parameter.detach().fill_(torch.nan)
         updated.copy_(kept)
@@ -163,7 +163,7 @@ def held_bytes(rank: int, world_size: int, config: TrainConfig) -> dict[str, tup
     """What this rank holds of weights, gradients and state, each as (bytes, formula)."""
     assembly = assembled(config)
     step(assembly, 0)
-    placements, rows = ZERO_STAGES[config.parallel.zero_stage or 0], assembly.gradients.rows
+    placements, rows = ZERO_STAGES[config.parallel.zero_stage or 0], assembly.replicas.dense.rows
     parameters = list(assembly.parameters.values())
     size = parameters[0].element_size()
     whole = sum(p.numel() for p in parameters)
@@ -207,7 +207,7 @@ def sent_bytes(
     with record_communication() as ledger:
         step(assembly, 1)
         assembly.weights.finish()
-    rows = assembly.gradients.rows
+    rows = assembly.replicas.dense.rows
     padded = world_size * sum(
         rows.rows_per_shard(p.shape) * (p[0:1].numel() if p.dim() else 1) for p in assembly.parameters.values()
     )

@@ -10,6 +10,7 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT
+from fused_megatron.sharding import Replicas
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear, parallel_mlp
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
@@ -36,7 +37,9 @@ def inputs(rank: int, dtype: torch.dtype) -> list[torch.Tensor]:
 
 def reduced(rank: int, world_size: int, dtype: torch.dtype, bucket_bytes: float) -> dict[str, torch.Tensor]:
     model = Chain(dtype)
-    buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD if world_size > 1 else None, bucket_bytes)
+    buckets = GradientBuckets(
+        list(model.parameters()), Replicas.of_copies(dist.group.WORLD if world_size > 1 else None), bucket_bytes
+    )
     for _ in range(2):  # a second step starts from zero
         buckets.zero_()
         buckets.reduce_after_backwards(3)
@@ -65,7 +68,7 @@ def test_sum_over_ranks_and_microbatches(world_size: int) -> None:
 
 def test_low_precision_gradients_accumulate_in_float32() -> None:
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    buckets = GradientBuckets([model.weight], None)
+    buckets = GradientBuckets([model.weight], Replicas())
     for value in (256.0, 1.0, 1.0):  # in bfloat16 256 + 1 = 256
         model(torch.tensor([[value]], dtype=torch.bfloat16)).sum().backward()
     assert model.weight.grad is None
@@ -96,7 +99,7 @@ def into_main_grad(rank: int, world_size: int, dtype: torch.dtype) -> list[tuple
     mesh = init_mesh(tensor_parallel_size=2)
     apart = ParallelChain(dtype, mesh.tp_group)
     model = ParallelChain(dtype, mesh.tp_group)
-    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, 1)
+    buckets = GradientBuckets(list(model.parameters()), Replicas.of_copies(mesh.dp_group), 1)
     sums = [torch.zeros(p.shape) for p in apart.parameters()]
     for i in range(3):
         x = torch.randn(10, 6, generator=torch.Generator().manual_seed(10 * i + mesh.dp_rank)).to(dtype)
@@ -129,7 +132,7 @@ def test_linear_layers_add_to_the_buckets() -> None:
 def test_products_of_low_precision_are_not_rounded() -> None:
     torch.manual_seed(0)
     layer = ColumnParallelLinear(5, 3, tp_group=None, dtype=torch.bfloat16)
-    buckets = GradientBuckets(list(layer.parameters()), None)
+    buckets = GradientBuckets(list(layer.parameters()), Replicas())
     x, dy = (torch.randn(64, n).bfloat16() for n in (5, 3))
     for _ in range(2):
         layer(x).backward(dy)
@@ -139,7 +142,7 @@ def test_products_of_low_precision_are_not_rounded() -> None:
 
 def test_no_tensor_of_the_gradients_size_is_made() -> None:
     layer = ColumnParallelLinear(512, 1024, tp_group=None)
-    buckets = GradientBuckets(list(layer.parameters()), None)
+    buckets = GradientBuckets(list(layer.parameters()), Replicas())
     y = layer(torch.zeros(4, 512))
     with torch.profiler.profile(profile_memory=True) as profile:
         y.backward(torch.zeros(4, 1024))
@@ -149,7 +152,7 @@ def test_no_tensor_of_the_gradients_size_is_made() -> None:
 
 def order_of_sends(rank: int, world_size: int) -> tuple[list[int], list[int]]:
     model = Chain(torch.float32)
-    buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD, 1)
+    buckets = GradientBuckets(list(model.parameters()), Replicas.of_copies(dist.group.WORLD), 1)
     sizes: list[int] = []
     original = dist.all_reduce
 
@@ -180,7 +183,7 @@ def stages_apart(rank: int, world_size: int) -> tuple[list[list[int]], list[torc
     """Reduce two stages that share a weight; return the sizes that each call sent, and the sums."""
     torch.manual_seed(0)
     first, second, tied = (nn.Parameter(torch.randn(n)) for n in (2, 3, 5))
-    buckets = GradientBuckets({0: [tied, first], 4: [second, tied]}, dist.group.WORLD, 1)
+    buckets = GradientBuckets({0: [tied, first], 4: [second, tied]}, Replicas.of_copies(dist.group.WORLD), 1)
     sent: list[list[int]] = []
     original = dist.all_reduce
 
@@ -233,7 +236,7 @@ def masked_batch() -> tuple[torch.Tensor, torch.Tensor]:
 def uneven_masks(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     mesh = init_mesh(tensor_parallel_size=2)
     model = GPT(MASKED, layout=mesh.layout(sequence_parallel=True))
-    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, 1000)
+    buckets = GradientBuckets(list(model.parameters()), Replicas.of_copies(mesh.dp_group), 1000)
     tokens, target = (part.chunk(mesh.dp_size)[mesh.dp_rank] for part in masked_batch())
     num_tokens = int((masked_batch()[1] != -100).sum())  # of all ranks
     buckets.reduce_after_backwards(1)

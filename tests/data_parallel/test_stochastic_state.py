@@ -46,7 +46,7 @@ def state_after_steps(rank: int, world_size: int, config: TrainConfig) -> dict[s
             like = nn.Parameter(torch.zeros_like(parameter))
             like.__dict__.update(parameter.__dict__)  # with the record of its shard
             copy_shard_(like, torch.randn(full_shape(parameter), generator=generator))
-            assembly.gradients[parameter].copy_(assembly.gradients.rows.own(like.detach()))
+            assembly.gradients[parameter].copy_(assembly.replicas.dense.rows.own(like.detach()))
         assembly.optimizer.step(1e-2, 0.1)
     tensors = {
         name: {"main": assembly.optimizer.main[name], **kinds} for name, kinds in assembly.optimizer.state().items()

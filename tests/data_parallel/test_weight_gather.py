@@ -8,7 +8,7 @@ from torch import nn
 
 from fused_megatron.data_parallel.weight_gather import WeightGather
 from fused_megatron.observe.record_communication import record_communication
-from fused_megatron.sharding import RowShards
+from fused_megatron.sharding import Replicas, ReplicaSet, RowShards
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
 
@@ -34,7 +34,8 @@ def gathered(rank: int, world_size: int) -> dict[str, Any]:
     model, wanted = Model(), Model()
     rows = RowShards(world_size, rank)
     buckets = [[model.scale, *model.first.parameters()], *([*block.parameters()] for block in model.blocks)]
-    gather = WeightGather(buckets, rows, dist.group.WORLD)
+    both = ReplicaSet(rows, shard_group=dist.group.WORLD, group=dist.group.WORLD)
+    gather = WeightGather(buckets, Replicas(both, both))
     gather.watch(model)
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     sent: list[int] = []
@@ -69,7 +70,7 @@ def test_a_forward_waits_for_its_weights_only_and_sends_the_next_bucket_first() 
 def gathered_without_ranks(rank: int, world_size: int) -> bool:
     model = Model()
     before = [p.detach().clone() for p in model.parameters()]
-    gather = WeightGather([list(model.parameters())], RowShards(), None)
+    gather = WeightGather([list(model.parameters())], Replicas())
     gather.watch(model)
     gather.start()
     model(torch.zeros(1, 4))

@@ -87,7 +87,7 @@ SAMPLE = {
     "t5": (38, "attends to a second sequence, encoder_hidden_states"),
     "vit": (12, "sequence length=5 must be divisible"),
     "gpt_bigcode": (6, "stands in a layer that would run on blocks"),
-    "mixtral": (10, "stands in a layer that would run on blocks"),
+    "mixtral": (12, "stands in a layer that would run on blocks"),
 }
 
 

@@ -12,7 +12,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import GPT, BatchSlice, TransformerBlock
 from fused_megatron.ops.attention import AttentionMask
-from fused_megatron.sharding import SequenceLayout
+from fused_megatron.sharding import Replicas, SequenceLayout
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
@@ -39,7 +39,7 @@ def one_step(
     mesh = init_mesh(tp)
     config = GPTConfig(**{**LAYERS, **DROPOUT, **changes})
     model = GPT(config, layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3)
-    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group)
+    buckets = GradientBuckets(list(model.parameters()), Replicas.of_copies(mesh.dp_group))
     count = BATCH // mesh.dp_size
     torch.manual_seed(100 + rank)  # torch's random state must not matter
     losses = []
@@ -113,7 +113,7 @@ def test_masks_follow_step_and_seed_and_places_differ() -> None:
     first, again, later = (losses_of(model, BatchSlice(step, 0, BATCH)) for step in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, later)
     states = model.get_buffer("dropout_states")
-    assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 3 * 2
+    assert len(set(states[:, 0].tolist())) == states.shape[0] == 1 + 4 * 2
     assert not torch.equal(states, GPT(model.config, seed=4).get_buffer("dropout_states"))
 
 

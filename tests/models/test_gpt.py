@@ -15,6 +15,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import ParallelLayout, init_mesh
 from fused_megatron.models import GPT
 from fused_megatron.observe.record_communication import record_communication
+from fused_megatron.sharding import Replicas
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 from fused_megatron.testing.sharded_models import perturb_vectors_
@@ -123,7 +124,7 @@ def one_backward(
     mesh = init_mesh(tp)
     model = GPT(config_of(changes), layout=mesh.layout(sequence_parallel=sequence_parallel), seed=3, dtype=dtype)
     perturb_vectors_(model)
-    buckets = GradientBuckets(list(model.parameters()), mesh.dp_group, bucket_bytes=20_000)
+    buckets = GradientBuckets(list(model.parameters()), Replicas.of_copies(mesh.dp_group), bucket_bytes=20_000)
     rows = slice(mesh.dp_rank * BATCH // mesh.dp_size, (mesh.dp_rank + 1) * BATCH // mesh.dp_size)
     tokens, target, upstream = (part[rows] for part in batch_of_tokens())
     keywords = packed if changes.get(PACKED) else lambda rows: {}

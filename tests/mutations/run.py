@@ -39,13 +39,18 @@ def main(words: list[str]) -> int:
 
 
 def mutations() -> tuple[Any, ...]:
-    """Return the table, loaded by its path: the tests are no package."""
-    specification = importlib.util.spec_from_file_location("table", Path(__file__).with_name("table.py"))
+    """Return the rows of the tables."""
+    table, of_experts = _module("table.py"), _module("table_of_experts.py")
+    return (*table.MUTATIONS, *(table.Mutation(*row) for row in of_experts.MUTATIONS))
+
+
+def _module(name: str) -> Any:
+    """Load a file of this folder by its path: the tests are no package."""
+    specification = importlib.util.spec_from_file_location(name.removesuffix(".py"), Path(__file__).with_name(name))
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    table: tuple[Any, ...] = module.MUTATIONS
-    return table
+    return module
 
 
 def try_in(tree: Path, mutation: Any) -> str:

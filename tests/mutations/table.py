@@ -456,9 +456,9 @@ MUTATIONS = (
     ),
     Mutation(
         "context-parallel ranks keep their own gradients",
-        "fused_megatron/assembly/assemble.py",
-        "    replicas = mesh.replicas\n",
-        '    replicas = mesh["dp"]\n',
+        "fused_megatron/data_parallel/shared_state.py",
+        "_replica_set(mesh.replicas, shards, copies, placements)",
+        '_replica_set(mesh["dp"], mesh["dp"], copies, placements)',
         _CONTEXT_RUNS,
     ),
 )

@@ -14,8 +14,9 @@ import torch
 from fused_megatron.benchmarking.timing_devices import CpuDevice
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun
-from fused_megatron.planning.rank_memory import rank_memory, stage_activations
+from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.testing import run_on_ranks
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -5,7 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fused_megatron.mesh import init_mesh
 from fused_megatron.sharding import (
+    ExpertRanks,
     ParameterShard,
     ShardPart,
     copy_shard_,
@@ -14,7 +16,7 @@ from fused_megatron.sharding import (
     full_tensor,
     mark_shard,
 )
-from fused_megatron.testing.run_on_ranks import run_on_ranks
+from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
 H = 3
 
@@ -62,6 +64,31 @@ def there_and_back(rank, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_full_tensor_cut_and_gathered_is_the_same(ranks):
     run_on_ranks(there_and_back, ranks)
+
+
+def experts_there_and_back(rank, ranks, ep, etp):
+    """Four experts of a gate and an up matrix, and of a bias that is whole on the ranks of an expert."""
+    mesh = init_mesh(expert_parallel_size=ep, expert_tensor_parallel_size=etp)
+    groups = ExpertRanks(mesh["ep"].group, mesh["etp"].group)
+    rows, first = 8 // etp, groups.ep_rank * 4 // ep
+    names = [f"{e}.{kind}" for e in range(first, first + 4 // ep) for kind in ("gate", "up")]
+    offset = mesh["etp"].rank * rows
+    gated = [ParameterShard((8, H), (offset, 0)) for _ in names]
+    biases = [ParameterShard((H,), (0,), replicated=True) for _ in names]
+    for size, shape, shards in ((rows, (H,), gated), (H, (), biases)):
+        pairs = enumerate(zip(names, shards, strict=True))
+        parts = [ShardPart(name, slice(i * size, (i + 1) * size), shard) for i, (name, shard) in pairs]
+        parameter = nn.Parameter(torch.full((len(names) * size, *shape), torch.nan))
+        mark_shard(parameter, tuple(parts), groups)
+        assert full_shape(parameter) == (8 * (8 if shape else H), *shape)
+        full = torch.arange(1.0, 1 + full_numel([parameter])).view(full_shape(parameter))
+        copy_shard_(parameter, full)
+        assert not parameter.isnan().any()
+        assert torch.equal(full_tensor(parameter, parameter, None), full)
+
+
+def test_experts_cut_and_gathered_are_the_same():
+    run_cases_on_ranks(experts_there_and_back, 4, [(1, 1), (4, 1), (2, 2), (1, 4), (2, 1)])
 
 
 def test_full_shapes():

@@ -16,7 +16,7 @@ from fused_megatron.config import BERTConfig, GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import BERT, GPT, cut_stages
-from fused_megatron.sharding import full_tensor, parameter_parts
+from fused_megatron.sharding import Replicas, full_tensor, parameter_parts
 from fused_megatron.sharding.gradient_norm import clip_coefficient, global_gradient_norm, non_finite_gradients
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
 
@@ -120,7 +120,7 @@ def test_the_norm_of_what_backward_leaves():
 @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 2_000_003])
 def test_long_vectors_are_summed_accurately(size):
     parameter = nn.Parameter(torch.zeros(size))
-    gradients = GradientBuckets([parameter], None)
+    gradients = GradientBuckets([parameter], Replicas())
     gradients[parameter].copy_(torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1e-3)
     norm = global_gradient_norm({"p": parameter}, gradients, None)
     assert float(norm) == pytest.approx(float(gradients[parameter].double().norm()), rel=1e-7)
@@ -137,7 +137,7 @@ def test_clip_coefficient_is_that_of_torch():
 
 def test_names_of_parameters_that_are_not_finite():
     parameters = {name: nn.Parameter(torch.zeros(3)) for name in "abc"}
-    gradients = GradientBuckets(list(parameters.values()), None)
+    gradients = GradientBuckets(list(parameters.values()), Replicas())
     gradients[parameters["b"]][1] = float("nan")
     gradients[parameters["c"]][2] = float("-inf")
     assert non_finite_gradients(gradients.by_name(parameters)) == ["b", "c"]

@@ -16,6 +16,7 @@ from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages, stage_spans
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checkpoint import save as save_module
+from fused_megatron.checkpoint.model_state import buffer_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import (
     BERTConfig,
@@ -29,6 +30,7 @@ from fused_megatron.config import (
 from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.mesh import init_mesh
 from fused_megatron.models import BatchSlice, new_model
+from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.progress import Reporter
 from fused_megatron.training.trainer import Trainer
@@ -117,7 +119,8 @@ class Tried:
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases, too, must differ from their initial values
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
-        return model(tokens, tokens, batch_slice=BatchSlice(0, 0, 2)).detach().double().sum().item()
+        loss, _ = split_auxiliary_loss(model(tokens, tokens, batch_slice=BatchSlice(0, 0, 2)))
+        return loss.detach().double().sum().item()
 
     def saved_bytes(self) -> int:
         """Return the bytes that are kept for backward."""
@@ -205,9 +208,28 @@ def saving_threads(tried: Tried) -> list[str]:
     return sorted(found)
 
 
+def auxiliary_loss(tried: Tried) -> float:
+    """Return the auxiliary loss of the model on fixed tokens, in training mode."""
+    tokens = torch.arange(2 * 12).view(2, 12)
+    returned = tried.model()(tokens, tokens)
+    return returned.auxiliary_loss.item() if isinstance(returned, WithAuxiliaryLoss) else 0.0
+
+
+def selection_biases(tried: Tried) -> list[list[float]]:
+    """Return the least and the greatest selection bias of each router after one step in which one expert had all."""
+    assembly = tried.assembly()
+    loads = assembly.expert_loads.of_rank(torch.device("cpu"))
+    loads[:, 0] = 7.0
+    assembly.expert_loads.update(loads)
+    biases = [buffer for stage in assembly.model.stages.values() for buffer in buffer_boxes(stage).values()]
+    return [[bias.tensor.min().item(), bias.tensor.max().item()] for bias in biases]
+
+
 LOSS = (Tried.loss, CHANGED)
 SHAPES = (Tried.shapes, CHANGED)
 ROTARY = {"model.position": "rotary"}
+EXPERTS = {"model.num_experts": 8}
+GROUPS = EXPERTS | {"model.router_groups": 4, "model.router_groups_per_token": 1}
 LLAMA3 = ROTARY | {
     "model.rotary_scaling": "llama3",
     "model.rotary_scaling_factor": 2.0,
@@ -242,12 +264,32 @@ ROWS: dict[str, Row] = {
     "model.linear_biases": Row(False, *SHAPES),
     "model.qkv_bias": Row(False, *SHAPES),
     "model.query_key_norm": Row(True, *SHAPES),
+    "model.query_key_norm_over": Row("all_heads", *SHAPES, {"model.query_key_norm": True}),
     "model.sliding_window": Row(3, *LOSS),
     "model.hidden_dropout": Row(0.3, *LOSS),
     "model.attention_dropout": Row(0.3, *LOSS),
     "model.embedding_dropout": Row(0.3, *LOSS),
     "model.recompute": Row("full", Tried.saved_bytes, CHANGED),
     "model.recompute_blocks": Row(1, Tried.saved_bytes, CHANGED, {"model.recompute": "full"}),
+    "model.num_experts": Row(4, *SHAPES),
+    "model.experts_per_token": Row(3, *LOSS, EXPERTS),
+    "model.expert_ffn_hidden_size": Row(8, *SHAPES, EXPERTS),
+    "model.num_shared_experts": Row(1, *SHAPES, EXPERTS),
+    "model.shared_expert_ffn_size": Row(8, *SHAPES, EXPERTS | {"model.num_shared_experts": 1}),
+    "model.shared_expert_gate": Row(True, *SHAPES, EXPERTS | {"model.num_shared_experts": 1}),
+    "model.moe_every": Row(2, *SHAPES, EXPERTS),
+    "model.num_dense_layers": Row(1, *SHAPES, EXPERTS),
+    "model.router_scores": Row("sigmoid", *LOSS, EXPERTS),
+    "model.router_normalize": Row(False, *LOSS, EXPERTS),
+    "model.router_scale": Row(2.5, *LOSS, EXPERTS),
+    "model.router_groups": Row(2, *LOSS, GROUPS),
+    "model.router_groups_per_token": Row(2, *LOSS, GROUPS),
+    "model.router_bias_rate": Row(0.5, selection_biases, [[-0.5, 0.5], [-0.5, 0.5]], EXPERTS),
+    "model.balance_loss": Row(0.1, auxiliary_loss, CHANGED, EXPERTS),
+    "model.balance_loss_over": Row("step", auxiliary_loss, CHANGED, EXPERTS | {"model.balance_loss": 0.1}),
+    "model.router_z_loss": Row(0.1, auxiliary_loss, CHANGED, EXPERTS),
+    "model.router_jitter": Row(0.5, *LOSS, EXPERTS),
+    "model.capacity_factor": Row(0.5, *LOSS, EXPERTS),
     "bert.num_token_types": Row(3, *SHAPES),
     "bert.post_norm": Row(True, *SHAPES),
     "bert.masked_lm_head": Row(False, *SHAPES),
@@ -367,7 +409,7 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Return the effect of each key of the layout, on four ranks."""
 
     def made(**changes: Any) -> tuple[TrainConfig, Any, Any]:
-        keys = {f"parallel.{name}": value for name, value in changes.items()}
+        keys = {name if "." in name else f"parallel.{name}": value for name, value in changes.items()}
         config = config_of(folder, {"training.global_batch_size": 8} | keys)
         return config, build_mesh(config), plan_pipeline(config)
 
@@ -388,8 +430,13 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for key, value in (("zero_stage", 0), ("zero_shard_size", 2)):
         config, mesh, plan = made(**{key: value})
         stages = build_stages(config, mesh, plan, torch.device("cpu"))
-        found[key] = assemble(config, mesh, plan, stages).gradients.rows.num_shards
+        found[key] = assemble(config, mesh, plan, stages).gradients.replicas.dense.rows.num_shards
     found["zero_gather"] = made(zero_stage=3, zero_gather="step")[2].max_unsharded
+    experts = {"expert_parallel_size": 2, "expert_tensor_parallel_size": 2, "expert_dispatch": "all_gather"}
+    config, mesh, plan = made(**experts, **{"model.num_experts": 4})
+    layout = next(iter(build_stages(config, mesh, plan, torch.device("cpu")).stages.values())).layout
+    found |= {"expert_parallel_size": layout.ep_group.size(), "expert_dispatch": layout.expert_dispatch}
+    found["expert_tensor_parallel_size"] = layout.etp_group.size()
     config, mesh, plan = made(**changes, timeout_s=7.0)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
@@ -403,6 +450,9 @@ def test_keys_of_the_layout(folder: Path) -> None:
         "data_parallel_size": (2, 1, 1, 2),
         "context_parallel_size": (1, 1, 2, 2),
         "context_parallel_method": "all_gather",
+        "expert_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+        "expert_dispatch": "all_gather",
         "stages_per_rank": 2,
         "schedule": "gpipe",
         "pipeline_cut": [2, 0],

@@ -108,7 +108,7 @@ def boxes_of(config: TrainConfig) -> dict[str, TensorBox]:
     mesh, plan = build_mesh(config), plan_pipeline(config)
     assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
     mark_all_shards(assembly.model)
-    rows = assembly.gradients.rows
+    rows = assembly.replicas.rows
     state = optimizer_boxes(assembly.parameters, assembly.optimizer.state(), rows)
     return {**parameter_boxes(assembly.parameters, assembly.own_weights, rows), **state}
 

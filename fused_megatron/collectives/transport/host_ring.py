@@ -8,7 +8,7 @@ the rings of all ranks. In between nothing runs; work of the rank in this time h
     write   copies a piece into a slot of this rank's ring, and announces it to every other rank in a message of 32
             bytes
     take    reads the slots of a piece that every rank has written. Their offsets are equal in all rings, since all
-            ranks write pieces of the same sizes in the same order
+            ranks reserve slots of the same sizes in the same order (a rank may write less than its slot holds)
 
 Ranks that disagree on a collective would misread each other's data. So each message states the collective, and before a
 rank takes a piece it compares its own statement with the statements of the other ranks.
@@ -28,7 +28,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,13 +36,13 @@ from fused_megatron.checks import dtype_name
 
 RING_BYTES = 16 << 20
 # Several pieces fit in the ring, so that a piece need not wait until the one before it is taken.
-_PIECE_BYTES = RING_BYTES // 4
+PIECE_BYTES = RING_BYTES // 4
 _ALIGNMENT = 64  # of slots, in bytes: a cache line
 # About the time to sleep and be woken. A longer spin would take the core from other work.
 _SPIN_S = 50e-6
 # Number of pieces written so far, number of pieces taken, and the Collective of the last piece written.
 _MESSAGE = struct.Struct("<qqqIBBxx")
-KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter")
+KINDS = ("all_reduce", "all_gather", "all_to_all", "reduce_scatter", "exchange")
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
@@ -55,7 +54,7 @@ class Collective(NamedTuple):
     """Description of a collective, on which the ranks of a group must agree.
 
     Attributes:
-        num_bytes: bytes that a rank sends.
+        num_bytes: bytes that a rank sends; in an exchange, bytes that all ranks send together.
         number: number of earlier collectives of the group.
         kind: index in KINDS.
         dtype: index in the sorted dtypes of torch.
@@ -73,8 +72,6 @@ class Collective(NamedTuple):
 
 Take = Callable[[list[torch.Tensor]], None]
 """Reads a piece from the slots of all ranks (flat tensors, by rank); called once."""
-Parts = list[tuple[list[torch.Tensor], Take]]
-"""For each piece of a collective: the tensors that this rank writes, and the function that reads all ranks' slots."""
 
 
 @dataclass
@@ -144,12 +141,13 @@ class HostRing:
             s.setblocking(True)
             self._poll.register(s, select.POLLIN)
 
-    def begin(self, kind: str, source: torch.Tensor) -> None:
+    def begin(self, kind: str, source: torch.Tensor, num_elements: int | None = None) -> None:
         """Begin a collective, whose pieces are written next (none for an empty tensor).
 
         Args:
             kind: one of KINDS.
             source: the tensor that this rank sends.
+            num_elements: number of elements on which the ranks agree; None: of `source`.
 
         Raises:
             RuntimeError: in another thread than before, in a forked process, or after ranks disagreed.
@@ -157,20 +155,22 @@ class HostRing:
         self._check_caller()
         if self._disagreement is not None:
             raise RuntimeError(self._disagreement)
-        num_bytes = source.numel() * source.element_size()
+        num_bytes = (source.numel() if num_elements is None else num_elements) * source.element_size()
         number = self._num_begun % 2**32
         self._collective = Collective(num_bytes, number, KINDS.index(kind), _DTYPES.index(source.dtype))
         self._num_begun += 1
 
-    def write(self, parts: Sequence[torch.Tensor], take: Take) -> Piece:
+    def write(self, parts: Sequence[torch.Tensor], take: Take, slot_elements: int | None = None) -> Piece:
         """Copy a piece into the next slot, and announce it.
 
         Args:
             parts: tensors of one dtype that form the piece, together at most RING_BYTES / 2.
             take: reads the piece from all ranks; called by the wait for this piece, or before.
+            slot_elements: size of the slot, the same on every rank; None: of `parts`, which then are.
         """
         sizes = [part.numel() for part in parts]
-        num_bytes = sum(sizes) * parts[0].element_size()
+        num_elements = sum(sizes) if slot_elements is None else slot_elements
+        num_bytes = num_elements * parts[0].element_size()
         begin = self._position
         if begin % RING_BYTES + num_bytes > RING_BYTES:  # a slot does not wrap around the end of the ring
             begin += -begin % RING_BYTES
@@ -180,7 +180,7 @@ class HostRing:
             self._in_ring.popleft()
         offset = begin % RING_BYTES
         slots = [ring[offset : offset + num_bytes].view(parts[0].dtype) for ring in self._rings]
-        for slot, part in zip(slots[self.rank].split(sizes), parts, strict=True):
+        for slot, part in zip(slots[self.rank][: sum(sizes)].split(sizes), parts, strict=True):
             slot.copy_(part.reshape(-1))
         piece = Piece(self, self._written, begin, take, slots)
         self._in_ring.append(piece)
@@ -311,63 +311,3 @@ class HostRing:
             if written > self._their_counts[other][0]:  # by one, since every piece has its own message
                 self._their_collectives[other][written - 1] = Collective(*collective)
             self._their_counts[other] = (written, taken)
-
-
-def add_in_order(total: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    """Write the sum of the parts, first to last, into total; 16-bit types are summed in float32 and rounded once."""
-    if total.dtype in (torch.bfloat16, torch.float16):
-        wide = parts[0].float()
-        for part in parts[1:]:
-            wide += part
-        total.copy_(wide)
-        return
-    torch.add(parts[0], parts[1], out=total)
-    for part in parts[2:]:
-        total += part
-
-
-def cut_all_reduce(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut an all-reduce into pieces; one tensor is source and destination."""
-    flat = source.view(-1)
-    return [([part], partial(add_in_order, part)) for part in flat.split(_elements(flat)) if part.numel()]
-
-
-def cut_all_gather(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut an all-gather of source [n] into destination [R n] into pieces."""
-    flat = source.view(-1)
-    size = _elements(flat)
-    parts = zip(flat.split(size), destination.view(ring.num_ranks, -1).split(size, dim=1), strict=True)
-    return [([part], partial(_copy_rows, columns)) for part, columns in parts if part.numel()]
-
-
-def cut_all_to_all(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut an all-to-all into pieces: block r of source [R n] goes to rank r, where block s comes from rank s."""
-    received, sent = (x.view(ring.num_ranks, -1) for x in (destination, source))
-    size = max(1, _elements(sent) // ring.num_ranks)
-
-    def take(columns: torch.Tensor, slots: list[torch.Tensor]) -> None:
-        _copy_rows(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
-
-    parts = zip(sent.split(size, dim=1), received.split(size, dim=1), strict=True)
-    return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
-
-
-def cut_reduce_scatter(ring: HostRing, destination: torch.Tensor, source: torch.Tensor) -> Parts:
-    """Cut a reduce-scatter into pieces: the sum over the ranks of block r of source [R n] goes to rank r, [n]."""
-    sent, total = source.view(ring.num_ranks, -1), destination.view(-1)
-    size = max(1, _elements(sent) // ring.num_ranks)
-
-    def take(columns: torch.Tensor, slots: list[torch.Tensor]) -> None:
-        add_in_order(columns, [slot.view(ring.num_ranks, -1)[ring.rank] for slot in slots])
-
-    parts = zip(sent.split(size, dim=1), total.split(size), strict=True)
-    return [(list(part), partial(take, columns)) for part, columns in parts if part.numel()]
-
-
-def _copy_rows(to: torch.Tensor, rows: list[torch.Tensor]) -> None:
-    for own, row in zip(to, rows, strict=True):
-        own.copy_(row)
-
-
-def _elements(x: torch.Tensor) -> int:
-    return max(1, _PIECE_BYTES // x.element_size())

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group
-from fused_megatron.collectives.transport import announcements, host_ring
+from fused_megatron.collectives.transport import announcements, pieces
 from fused_megatron.collectives.transport.host_ring import HostRing
 from fused_megatron.collectives.transport.shared_memory import map_rings
 
@@ -26,11 +27,11 @@ _SWITCH = "FUSED_MEGATRON_SHARED_MEMORY"
 _rings: WeakKeyDictionary[dist.ProcessGroup, HostRing | None] = WeakKeyDictionary()
 
 # Collective -> its kind, the op that announces it, and the function that cuts it into pieces that fit in a ring.
-_SHARED = {
-    dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
-    dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
-    dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
-    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, host_ring.cut_reduce_scatter),
+_SHARED: dict[Callable[..., Any], tuple[str, Any, Callable[..., pieces.Parts]]] = {
+    dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, pieces.cut_all_reduce),
+    dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, pieces.cut_all_gather),
+    dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, pieces.cut_all_to_all),
+    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, pieces.cut_reduce_scatter),
 }
 
 
@@ -56,18 +57,69 @@ def start(collective: Callable[..., Any], group: Group, *buffers: torch.Tensor) 
             group; ranks disagree on kind, dtype or bytes.
     """
     shared, source = _SHARED.get(collective), buffers[-1]
-    ring = None
-    if shared is not None and group is not None and type(source) is torch.Tensor and source.is_cpu:
-        meet(group)
-        ring = _rings[group]
+    ring = None if shared is None else _ring_for(group, source)
     if shared is None or ring is None:
         work = collective(*buffers, group=group, async_op=True)
         return () if work is None else (work,)
     kind, announce, cut = shared
     ring.begin(kind, source)
-    if torch._C._len_torch_dispatch_stack():  # nobody else hears an announcement
-        announce(*(buffers if len(buffers) > 1 else (list(buffers),)), ring.global_ranks)
+    _announce(announce, ring, *(buffers if len(buffers) > 1 else (list(buffers),)))
     return list(itertools.starmap(ring.write, cut(ring, buffers[0], source)))
+
+
+def start_exchange(
+    destination: torch.Tensor, source: torch.Tensor, sizes: Sequence[Sequence[int]], group: dist.ProcessGroup
+) -> Sequence[Work]:
+    """Start an all-to-all of blocks of any numbers of rows; the caller waits for every Work.
+
+    Args:
+        destination: [rows that this rank receives, ..], contiguous; the blocks of all ranks, in rank order.
+        source: [rows that this rank sends, ..], contiguous; the blocks for all ranks, in rank order.
+        sizes: sizes[i][j] is the number of rows that rank i sends to rank j; the same on every rank.
+        group: the ranks.
+
+    Raises:
+        RuntimeError: as start; ranks disagree on the sum of all sizes.
+    """
+    collective, rank = dist.all_to_all_single, group.rank()
+    ring = _ring_for(group, source) if collective in _SHARED else None
+    if ring is None:
+        received = [of_rank[rank] for of_rank in sizes]
+        work = collective(destination, source, received, list(sizes[rank]), group=group, async_op=True)
+        return () if work is None else (work,)
+    ring.begin("exchange", source, sum(map(sum, sizes)) * prod(source.shape[1:]))
+    _announce(announcements.ALL_TO_ALL, ring, destination, source)
+    return list(itertools.starmap(ring.write, pieces.cut_exchange(ring, destination, source, sizes)))
+
+
+def gather_sizes(sizes: Sequence[int], group: Group, like: torch.Tensor) -> list[list[int]] | None:
+    """Return the numbers of all ranks, for start_exchange of tensors like this; None if no shared memory carries them.
+
+    Tools do not see this: the numbers only serve the transport.
+    """
+    ring = _ring_for(group, like) if dist.all_to_all_single in _SHARED else None
+    if ring is None:
+        return None
+    own = torch.tensor(sizes)
+    every = own.new_empty(ring.num_ranks, len(sizes))
+    ring.begin("all_gather", own)
+    for work in itertools.starmap(ring.write, pieces.cut_all_gather(ring, every, own)):
+        work.wait()
+    found: list[list[int]] = every.tolist()
+    return found
+
+
+def _ring_for(group: Group, source: torch.Tensor) -> HostRing | None:
+    """Return the ring that carries a tensor of a group; None if the backend of the group does."""
+    if group is None or type(source) is not torch.Tensor or not source.is_cpu:
+        return None
+    meet(group)
+    return _rings[group]
+
+
+def _announce(announce: Any, ring: HostRing, *buffers: Any) -> None:
+    if torch._C._len_torch_dispatch_stack():  # nobody else hears an announcement
+        announce(*buffers, ring.global_ranks)
 
 
 def meet(group: Group) -> None:

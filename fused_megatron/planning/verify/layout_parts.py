@@ -2,11 +2,13 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from math import gcd
 
 from fused_megatron.config import ParallelConfig, TrainConfig
 
 MICROBATCHES, RECOMPUTE, TENSOR, SEQUENCE = "microbatches", "recomputation", "tensor parallel", "sequence parallel"
 OVERLAP, PIPELINE, CONTEXT, DATA = "overlap", "pipeline parallel", "context parallel", "data parallel"
+EXPERT = "expert parallel"
 
 AXES = {"tp": TENSOR, "pp": PIPELINE, "cp": CONTEXT, "dp": DATA}
 """Axes of the mesh, with their names in a report."""
@@ -21,6 +23,7 @@ NEEDS = {
     PIPELINE: (),
     CONTEXT: (),
     DATA: (),
+    EXPERT: (TENSOR, CONTEXT, DATA),  # the parts in use: experts are divided over these ranks
 }
 
 
@@ -39,6 +42,7 @@ def parts_of(config: TrainConfig) -> tuple[str, ...]:
         or parallel.schedule is not None,
         CONTEXT: parallel.context_parallel_size > 1,
         DATA: replicas > 1,
+        EXPERT: parallel.expert_parallel_size * parallel.expert_tensor_parallel_size > 1,
     }
     return tuple(part for part in NEEDS if used[part])
 
@@ -57,7 +61,7 @@ def with_parts(config: TrainConfig, parts: Collection[str]) -> TrainConfig:
         parallel = replace(parallel, overlap=False)
     if PIPELINE not in parts:
         parallel = replace(parallel, pipeline_parallel_size=1, stages_per_rank=None, schedule=None, pipeline_cut=None)
-    parallel = _with_replicas(parallel, parts)
+    parallel = _with_experts(_with_replicas(parallel, parts), parts)
     if MICROBATCHES not in parts:
         per_replica = training.global_batch_size // (parallel.data_parallel_size or 1)
         training = replace(training, microbatch_size=per_replica)
@@ -79,6 +83,14 @@ def _with_replicas(parallel: ParallelConfig, parts: Collection[str]) -> Parallel
     return replace(parallel, data_parallel_size=size, context_parallel_size=ranks)
 
 
+def _with_experts(parallel: ParallelConfig, parts: Collection[str]) -> ParallelConfig:
+    """Return the layout with experts divided over no more ranks than a pipeline stage has."""
+    ranks = parallel.tensor_parallel_size * parallel.replicas(parallel.data_parallel_size or 1)
+    size = gcd(parallel.expert_parallel_size, ranks) if EXPERT in parts else 1
+    shards = gcd(parallel.expert_tensor_parallel_size, ranks // size) if EXPERT in parts else 1
+    return replace(parallel, expert_parallel_size=size, expert_tensor_parallel_size=shards)
+
+
 def describe_layout(config: TrainConfig) -> str:
     """Return the parts of a layout as text: "tp 2 (sequence parallel) x pp 2 (1f1b) x dp 2"."""
     parallel, parts = config.parallel, parts_of(config)
@@ -94,6 +106,9 @@ def describe_layout(config: TrainConfig) -> str:
         words.append(f"cp {parallel.context_parallel_size} ({parallel.context_parallel_method}){zero}")
     if DATA in parts:
         words.append(f"dp {parallel.data_parallel_size}{_zero(parallel)}")
+    if EXPERT in parts:
+        shards = parallel.expert_tensor_parallel_size
+        words[-1] += f" with ep {parallel.expert_parallel_size}" + f" x etp {shards}" * (shards > 1)
     rest = [part for part in parts if part in (MICROBATCHES, RECOMPUTE, OVERLAP)]
     return " x ".join(words or ["one rank"]) + (f", {', '.join(rest)}" if rest else "")
 

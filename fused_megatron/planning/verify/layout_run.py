@@ -69,6 +69,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
     outputs = _OutputHooks(record, model.stages, config, mesh)
     for step in range(NUM_UPDATES):
         assembly.gradients.zero_()
+        assembly.expert_loads.zero_()
         batch, num_targets = batch_of(config, step, mesh)
         loss_sum = assembly.accumulate_batch(batch, step, num_targets)
         outputs.remove()  # they record the first step only
@@ -79,6 +80,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, rounded_to: torc
             record.add_parameter(Key(GRADIENT, step + 1, name), parameters[name], gradient)
         record.add_number(Key(NORM, step + 1), sums.gradient_norm)
         assembly.update(config.optimizer.lr, clip_coefficient(sums.gradient_norm, config.optimizer.clip_norm))
+        assembly.expert_loads.update(sums.expert_loads)
         for name, weight in assembly.whole(assembly.optimizer.main).items():
             record.add_parameter(Key(WEIGHT, step + 1, name), parameters[name], weight)
     assembly.executor.close()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fused_megatron.planning.verify.layout_parts import (
     CONTEXT,
     DATA,
+    EXPERT,
     MICROBATCHES,
     NEEDS,
     OVERLAP,
@@ -54,6 +55,8 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
         if any(need in wrong for need in _before(part)):
             continue
         if differs(_with_needs(part, parts)):
+            if part == EXPERT and differs(_ordered({MICROBATCHES, *NEEDS[EXPERT]}, parts)):
+                continue  # the parts that it needs differ together
             wrong.append(part)
             if part == MICROBATCHES:  # every other part would be tried with microbatches
                 break
@@ -66,7 +69,7 @@ def find_cause(parts: Sequence[str], differs: Callable[[tuple[str, ...]], bool])
         for pair in itertools.combinations(mains, 2):
             if differs(_ordered({each for part in pair for each in _family(part, parts)}, parts)):
                 return Cause(pair, True, tuple(right))
-    return Cause(tuple(mains), True, tuple(right))
+    return Cause((*mains, *(part for part in parts if part == EXPERT and part not in right)), True, tuple(right))
 
 
 def _before(part: str) -> tuple[str, ...]:

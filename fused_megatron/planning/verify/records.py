@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fused_megatron.sharding import parameter_parts
+from fused_megatron.sharding import parameter_parts, parameter_record
 from fused_megatron.sharding.full_tensor import held_values
 
 START, OUTPUT, LOSS, GRADIENT, NORM, WEIGHT = "start", "output", "loss", "gradient", "norm", "weight"
@@ -90,9 +90,16 @@ def shard_places(
     parameter: torch.Tensor, values: torch.Tensor
 ) -> Iterator[tuple[str, torch.Tensor, tuple[slice, ...]]]:
     """Yield for each part of a parameter: its name, its elements of values without padding, their full index."""
-    parts = parameter_parts(parameter)
-    for part, (mine, index) in zip(parts, held_values(parts, values), strict=True):
-        yield part.name, mine, index
+    parts, experts = parameter_parts(parameter), parameter_record(parameter).experts
+    held = held_values(parts, values, 0 if experts is None else experts.ep_rank)
+    stored_shape = parameter_record(parameter).stored_shape
+    for part, (mine, index) in zip(parts, held, strict=True):
+        if stored_shape is None:
+            yield part.name, mine, index
+            continue
+        # The rows of one of the experts that the model itself stores as [E, rows, columns].
+        expert, start = divmod(index[0].start, stored_shape[1])
+        yield "", mine.unsqueeze(0), (slice(expert, expert + 1), slice(start, start + mine.shape[0]), index[1])
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

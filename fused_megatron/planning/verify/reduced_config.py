@@ -12,6 +12,7 @@ MOST_RANKS = 8
 MOST_AXES = 3
 SEQ_LEN = 20  # with 2 samples a microbatch 40 rows, and 20 on each of two ranks: three chunks do not divide them
 MICROBATCH_SIZE = 2
+MOST_EXPERTS = 8
 CHUNKS = 3
 """Chunks of an overlapped product: on a CPU the cost model takes one chunk, so chunked code would not run."""
 BUCKET_MB = 0.02  # several buckets for each stage
@@ -111,8 +112,12 @@ def _reduced_parallel(config: TrainConfig, sizes: dict[str, int]) -> ParallelCon
         pipeline = {"schedule": plan.name, "stages_per_rank": per_rank, "pipeline_cut": None}
         if parallel.pipeline_cut is not None:
             pipeline["pipeline_cut"] = _reduced_cut(parallel.pipeline_cut, sizes["pp"] * per_rank)
+    stage_ranks = sizes["tp"] * replicas
+    expert_size = math.gcd(2, parallel.expert_parallel_size, stage_ranks) if parallel.expert_parallel_size > 1 else 1
     return replace(
         parallel,
+        expert_parallel_size=expert_size,
+        expert_tensor_parallel_size=math.gcd(2, parallel.expert_tensor_parallel_size, stage_ranks // expert_size),
         tensor_parallel_size=sizes["tp"],
         pipeline_parallel_size=sizes["pp"],
         context_parallel_size=sizes["cp"],
@@ -159,7 +164,34 @@ def _reduced_model(config: TrainConfig, parallel: ParallelConfig, keeps_tp: bool
         init_std=INIT_STD,
         recompute_blocks=None if model.recompute_blocks is None else 1,
         **_reduced_vocabulary(config),
+        **({} if model.num_experts is None else _reduced_experts(model, parallel, hidden_size)),
     )
+
+
+def _reduced_experts(model: TransformerConfig, parallel: ParallelConfig, hidden_size: int) -> dict[str, Any]:
+    """Return the fields of at most eight experts; a token selects some of them, in some of their groups."""
+    assert model.num_experts is not None
+    sizes = {"expert_ffn_hidden_size": parallel.expert_tensor_parallel_size}
+    sizes["shared_expert_ffn_size"] = parallel.tensor_parallel_size
+    fields: dict[str, Any] = {
+        name: max(1, round(hidden_size * getattr(model, name) / model.hidden_size / multiple)) * multiple
+        for name, multiple in sizes.items()
+        if getattr(model, name) is not None
+    }
+    fields |= {"moe_every": min(model.moe_every, 2), "num_dense_layers": min(model.num_dense_layers, 1)}
+    if model.num_experts <= MOST_EXPERTS and model.num_experts % parallel.expert_parallel_size == 0:
+        return fields
+    groups, of_token, selected = model.router_groups, model.router_groups_per_token, min(model.experts_per_token, 2)
+    if groups is not None and of_token is not None:
+        groups = min(4, groups)
+        of_token = min(of_token, groups) if of_token == model.router_groups else min(of_token, max(1, groups - 1))
+    return {
+        **fields,
+        "num_experts": MOST_EXPERTS,
+        "experts_per_token": selected,
+        "router_groups": groups if groups is None or MOST_EXPERTS % groups == 0 else 2,
+        "router_groups_per_token": of_token,
+    }
 
 
 def _reduced_heads(model: TransformerConfig, full_tp_size: int, tp_size: int, multiple: int) -> tuple[int, int]:

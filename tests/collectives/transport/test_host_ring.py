@@ -56,7 +56,7 @@ def check_collectives(rank, ranks, size, dtype, seed):
 
 
 def collectives(rank, ranks):
-    host_ring.RING_BYTES, host_ring._PIECE_BYTES = 1 << 16, 1 << 14  # so that little data wraps around the ring often
+    host_ring.RING_BYTES, host_ring.PIECE_BYTES = 1 << 16, 1 << 14  # so that little data wraps around the ring often
     group = dist.group.WORLD
     with torch.inference_mode():  # memory that is mapped here must be writable outside, too
         assert not is_shared(group, torch.empty(0))

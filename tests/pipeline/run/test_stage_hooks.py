@@ -12,6 +12,7 @@ from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.pipeline import PipelineExecutor, StageFunctions, StageHooks, build_schedule, lower
 from fused_megatron.pipeline.run.stage_hooks import Wait
 from fused_megatron.pipeline.schedule.action import stages_of
+from fused_megatron.sharding import Replicas
 from fused_megatron.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 
@@ -113,7 +114,9 @@ def trained(mesh, name: str, per_rank: int, ours: bool, max_unsharded: int | Non
     """Return the weights of this rank's stages after two steps of momentum, the losses, and the calls of the hooks."""
     schedule = build_schedule(name, mesh.pp_size, MICROBATCHES, per_rank)
     stages = make_stages(stages_of(schedule.placement, mesh.pp_rank), ours)
-    gradients = GradientBuckets({i: list(stage.parameters()) for i, stage in stages.items()}, mesh.dp_group, 100)
+    gradients = GradientBuckets(
+        {i: list(stage.parameters()) for i, stage in stages.items()}, Replicas.of_copies(mesh.dp_group), 100
+    )
     hooks: StageHooks = StageFunctions(reduce=gradients.reduce)
     weights = {(i, n): p for i, stage in stages.items() for n, p in stage.named_parameters()}
     gathered = None

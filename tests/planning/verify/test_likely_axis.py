@@ -59,12 +59,13 @@ def test_the_only_part_is_not_tried_again() -> None:
 
 def test_parts_of_a_config_are_switched_off_one_by_one() -> None:
     config = TrainConfig(
-        GPTConfig(vocab_size=61, recompute="full"),
+        GPTConfig(vocab_size=61, recompute="full", num_experts=4),
         ParallelConfig(
             tensor_parallel_size=2,
             pipeline_parallel_size=2,
             data_parallel_size=2,
             context_parallel_size=2,
+            expert_parallel_size=4,
             sequence_parallel=True,
             schedule="zb_v",
             stages_per_rank=2,
@@ -76,7 +77,7 @@ def test_parts_of_a_config_are_switched_off_one_by_one() -> None:
     for part in ALL:
         left = with_parts(config, [part, *NEEDS[part]])
         assert parts_of(left) == tuple(each for each in ALL if each in (part, *NEEDS[part]))
-        assert left.parallel.num_ranks == (2 if {TENSOR, PIPELINE, CONTEXT, DATA} & {part, *NEEDS[part]} else 1)
+        assert left.parallel.num_ranks == 2 ** len({TENSOR, PIPELINE, CONTEXT, DATA} & {part, *NEEDS[part]})
         assert left.training.global_batch_size == 12
     # ZeRO is tried with data parallelism, or, without that, with context parallelism.
     sharded = replace(config, parallel=replace(config.parallel, zero_stage=3, zero_shard_size=4))

@@ -1,0 +1,181 @@
+"""Formulas for the memory of activations that a stage keeps for backward, and of temporary tensors."""
+
+from fused_megatron.assembly.build import DTYPES
+from fused_megatron.assembly.microbatches import most_positions
+from fused_megatron.config import TrainConfig
+from fused_megatron.expert_parallel import cheapest_dispatch
+from fused_megatron.models import StageSpan
+from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
+from fused_megatron.overlap.chunk_choice import chunk_choice
+from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
+from fused_megatron.planning.rank_communication import own_tokens
+
+
+def stage_activations(config: TrainConfig, span: StageSpan) -> int:
+    """Compute the bytes that a stage keeps from forward for backward, for one microbatch.
+
+    With context parallelism T counts the tokens of the rank that holds most. A block with T tokens (T' = T / R under
+    sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
+
+        4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
+        T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
+        T N D / R              input of the projection, which is the result of the attention kernel
+        T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
+        (_expert_activations)   instead of the last line, in a block with experts
+        T' H                   instead of all of the above if recompute="full" recomputes the block
+
+    and 4 T N / R bytes of statistics of the attention kernel, unless recompute="selective" recomputes it. Attention
+    dropout keeps T (3 N D + 2 N S) / R elements instead of query, key, value and statistics: scores need a key for each
+    query head. With context parallelism it keeps no more than without dropout.
+
+    Korthikanti et al. 2022 (arXiv:2205.05198) count more: 34 (or 10 + 24 / R) S B H bytes and 5 A S^2 B. Their
+    attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
+    """
+    model = config.model
+    size, tokens, own_tokens = _sizes(config)
+    hidden, norm_stats = model.hidden_size, 4 * (1 if model.normalization == "rms_norm" else 2)
+    norm = size * 2 * own_tokens * hidden + norm_stats * own_tokens
+    blocks = span.stop - span.start
+    again = model.recomputed_blocks(blocks)
+    total = 0
+    for index in range(blocks):
+        has_experts = model.has_experts(span.start + index)
+        if index < again and model.recompute == "full":
+            total += size * own_tokens * hidden + has_experts * _order_of_sent_tokens(config)
+        else:
+            total += _block_activations(config, index < again, has_experts)
+    if span.first:
+        total += 8 * tokens
+    if span.last:
+        # The loss computes the gradient of hidden, and of the head if it is needed, and keeps them in float32.
+        total += norm + 12 * tokens + 4 * own_tokens * hidden
+        total += 4 * vocabulary_elements(model, config.parallel.tensor_parallel_size)
+    return total
+
+
+def _block_activations(config: TrainConfig, selective: bool, has_experts: bool) -> int:
+    """Compute the bytes that one block keeps for backward, if it recomputes nothing or (selective) attention."""
+    model, ranks = config.model, config.parallel.tensor_parallel_size
+    size, tokens, own_tokens = _sizes(config)
+    heads, kv_heads = model.num_heads // ranks, max(1, model.kv_heads // ranks)
+    query, key = heads * model.head_size, kv_heads * model.head_size
+    elements = 4 * own_tokens * model.hidden_size + tokens * query
+    elements += 0 if has_experts else _mlp_elements(config, model.ffn_size)
+    statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
+    statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
+    context_parallel = config.parallel.context_parallel_size > 1
+    if not selective and model.attention_dropout > 0 and not context_parallel:
+        elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
+    else:
+        copies = 2 if model.query_key_norm else int(model.position == "rotary")
+        elements += tokens * (query + 2 * key + (query + key) * copies)
+        statistics += 4 * tokens * heads * (not selective)
+    return size * elements + statistics + (_expert_activations(config) if has_experts else 0)
+
+
+def _order_of_sent_tokens(config: TrainConfig) -> int:
+    """Compute the bytes of a block's exchange of tokens, which stay although backward repeats the forward."""
+    parallel = config.parallel
+    ranks = parallel.expert_parallel_size * parallel.expert_tensor_parallel_size
+    return 40 * config.model.experts_per_token * own_tokens(config) * (ranks > 1)
+
+
+def _mlp_elements(config: TrainConfig, width: int) -> int:
+    """Count the elements that an MLP of this width keeps for backward, without its input."""
+    ranks = config.parallel.tensor_parallel_size
+    _, tokens, _ = _sizes(config)
+    layer_by_layer = ranks == 1 or chunk_choice(config.parallel.overlap).fixed == 1
+    return tokens * (expansion_features(config.model, width, ranks) + layer_by_layer * width // ranks)
+
+
+def _expert_activations(config: TrainConfig) -> int:
+    """Compute the bytes that a mixture of experts keeps for backward, without its input; routes are balanced.
+
+    With T tokens that this rank brings and N = K T etp rows of its experts (stage_activations states the shapes):
+
+        N F' / etp              input of the activation
+        N H                     rows that came from other ranks; all_gather: ep etp T H, the tokens of all ranks
+        16 N bytes              order of the rows
+        4 T E + 12 T K bytes    scores and routes, and 8 E bytes of counts
+    """
+    model, parallel = config.model, config.parallel
+    size, _, between = _sizes(config)
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    hidden, own, selected = model.hidden_size, own_tokens(config), model.experts_per_token
+    rows = selected * own * etp
+    elements = rows * expansion_features(model, model.expert_ffn_size, etp)
+    total = 8 * rows + own * (4 * (model.num_experts or 0) + 12 * selected) + 8 * (model.num_experts or 0)
+    if ep * etp == 1:
+        total += 8 * rows
+    elif (parallel.expert_dispatch or cheapest_dispatch(ep, etp, selected)) == "all_gather":
+        elements += ep * etp * own * hidden
+        total += 12 * selected * ep * etp * own + 16 * selected * own
+    else:
+        elements += rows * hidden
+        total += 16 * rows + 16 * selected * own
+    if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:  # the norm's output stays as one block
+        elements -= (between - own) * hidden
+    if model.shared_ffn_size:
+        elements += _mlp_elements(config, model.shared_ffn_size)
+    if model.shared_expert_gate:
+        elements += between * (hidden + 1)
+        total += 4 * between
+    return size * elements + total
+
+
+def working_bytes(config: TrainConfig, span: StageSpan) -> int:
+    """Estimate the bytes of temporary tensors of a block's backward (MLP and attention), or of the head's tiles."""
+    model, ranks = config.model, config.parallel.tensor_parallel_size
+    size, tokens, _ = _sizes(config)
+    kinds = {model.has_experts(block) for block in range(span.start, span.stop)}
+    block = max((_block_working(config, has_experts) for has_experts in kinds), default=0)
+    if model.recompute == "full":
+        block += max((_block_activations(config, True, has_experts) for has_experts in kinds), default=0)
+    elif model.recompute == "selective":
+        block += size * tokens * 4 * (model.num_heads // ranks) * model.head_size
+    head = 0
+    if span.last:
+        rows = vocabulary_elements(model, ranks) // model.hidden_size
+        most = 2 * tile_bytes("cuda")  # two tiles if vocabulary shards exchange statistics
+        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
+    return max(block, head, _attention_working(config))
+
+
+def _block_working(config: TrainConfig, has_experts: bool) -> int:
+    """Estimate the bytes of temporary tensors of the backward of a block's MLP or experts."""
+    model, parallel = config.model, config.parallel
+    size, tokens, _ = _sizes(config)
+    expansion = expansion_features(model, model.ffn_size, parallel.tensor_parallel_size)
+    if not has_experts:
+        return size * tokens * (3 * expansion + 4 * model.hidden_size)
+    # Gradients of the rows' results and of the rows, as they come and as they leave.
+    rows = model.experts_per_token * own_tokens(config) * parallel.expert_tensor_parallel_size
+    return size * model.hidden_size * (4 * tokens + 4 * rows)
+
+
+def _attention_working(config: TrainConfig) -> int:
+    """Estimate the bytes of temporary tensors of the backward of context-parallel attention; 0 without it.
+
+    A ring holds two messages, their gradients, and gradients of the own keys in float32. all_gather holds the keys of
+    all ranks, while it gathers them twice, and their gradients in float32. all_to_all holds second copies of query,
+    key, value and context, and gradients of them.
+    """
+    parallel, model = config.parallel, config.model
+    ranks = parallel.context_parallel_size
+    if ranks == 1:
+        return 0
+    size, tokens, _ = _sizes(config)
+    query = tokens * (model.num_heads // parallel.tensor_parallel_size) * model.head_size
+    keys = 2 * tokens * max(1, model.kv_heads // parallel.tensor_parallel_size) * model.head_size
+    if parallel.context_parallel_method == "all_gather":
+        return 4 * query + ranks * keys * (2 * size + 4)
+    exchanged = 4 * size * (query + keys) if "all_to_all" in parallel.context_parallel_method else 0
+    return 4 * query + keys * (4 * size + 4) + exchanged
+
+
+def _sizes(config: TrainConfig) -> tuple[int, int, int]:
+    """Return (bytes of an element, tokens of a microbatch, tokens of this rank between tensor-parallel layers)."""
+    parallel = config.parallel
+    tokens = config.training.microbatch_size * most_positions(config)
+    own = tokens // parallel.tensor_parallel_size if parallel.sequence_parallel else tokens
+    return DTYPES[config.training.dtype].itemsize, tokens, own
