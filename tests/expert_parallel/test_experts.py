@@ -173,6 +173,9 @@ def cases(world_size):
             for dispatch in ("all_to_all", "all_gather") if world_size > 1 else (None,):
                 yield Case(ep, etp, routing, dispatch, **KINDS[index % len(KINDS)])
                 index += 1
+        if world_size > 1:
+            yield Case(ep, etp, "random", "all_to_all", dtype=torch.bfloat16, overlap=2)
+            yield Case(ep, etp, "random", "all_gather", dtype=torch.bfloat16, bias=True)
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
@@ -181,4 +184,4 @@ def test_results_and_gradients_are_those_of_dense_experts(world_size):
     for case, of_ranks in zip(every, run_cases_on_ranks(errors, world_size, [(case,) for case in every]), strict=True):
         for repeated, name, error in of_ranks:
             assert repeated, case
-            assert error < 2e-6, (case, name, error)
+            assert error < (2e-6 if case.dtype == torch.float32 else 0.015), (case, name, error)
