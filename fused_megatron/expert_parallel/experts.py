@@ -260,7 +260,7 @@ class ExpertMLP(ShardedModule):
             # A device has the numbers of rows, and their sum is known.
             return LocalTokens(TableOrder(0, self.num_experts, order.counts, experts.numel(), order))
         elif not has_values(experts):
-            counts = assumed_counts(self.assumed_routes, *experts.shape, self.num_experts, groups)
+            counts = assumed_counts(self.assumed_routes, experts.shape[0], experts.shape[1], self.num_experts, groups)
         else:
             counts = gather_counts(order.counts, x.shape[0], self.num_experts, groups, check_input)
         num_rows = int(counts.sent.sum())

@@ -45,6 +45,7 @@ def all_choices(choice, x, weight, group):
         choice.for_reduction(x, weight, 0, group, hidden_products=2),
         *choice.for_mlp(x, 1, 2 * weight.numel(), group),
         *choice.for_mlp(x, 4, 2 * weight.numel(), group),
+        choice.for_exchange(x, x.numel() // x.shape[-1], 2 * weight.numel(), group),
     ]
 
 
@@ -52,21 +53,27 @@ def test_the_model_runs_once_for_each_shape(group, plays, caplog):
     caplog.set_level(logging.INFO, "fused_megatron.overlap.chunk_choice")
     x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
     first = all_choices(ChunkChoice(), x, weight, group)
-    assert max(first) > 1 and len(plays) == len(caplog.records) == 6
+    assert max(first) > 1 and len(plays) == len(caplog.records) == 7
     assert "overlap over 4 ranks: 4096 rows in" in caplog.text
     assert all_choices(ChunkChoice(), x, weight, group) == first
-    assert len(plays) == len(caplog.records) == 6
+    assert len(plays) == len(caplog.records) == 7
     # Another shape or dtype needs another run.
     all_choices(ChunkChoice(), x[:2048], weight, group)
     all_choices(ChunkChoice(), x.bfloat16(), weight, group)
-    assert len(plays) == 18
+    assert len(plays) == 21
+
+
+def test_routes_of_almost_the_same_size_need_no_other_run(group, plays):
+    x = torch.empty(4096, 128)
+    assert len({ChunkChoice().for_exchange(x, rows, 1 << 20, group) for rows in (3000, 3001, 4096)}) == 1
+    assert len(plays) == 1
 
 
 def test_what_needs_no_choice(group, plays):
     x, weight = torch.empty(4096, 1, 128), torch.empty(256, 128)
-    assert all_choices(ChunkChoice(3), x, weight, group) == [3] * 7
-    assert all_choices(ChunkChoice(3), x, weight, None) == [1] * 7
-    assert all_choices(ChunkChoice(), x[:, :0], weight, group) == [1] * 7
+    assert all_choices(ChunkChoice(3), x, weight, group) == [3] * 8
+    assert all_choices(ChunkChoice(3), x, weight, None) == [1] * 8
+    assert all_choices(ChunkChoice(), x[:, :0], weight, group) == [1] * 8
     assert plays == []
 
 
