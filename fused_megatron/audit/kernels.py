@@ -11,6 +11,7 @@ from fused_megatron import ops
 TOKENS = 8192
 MULTIPROCESSORS = 132  # of an H100
 HIDDEN = (1024, 4096, 8192, 16384)
+EXPERTS = (64, 256)
 VOCAB = (32768, 131072, 262144)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATIO_LIMIT = 1.02  # bytes issued / bytes that must move, without partial sums
@@ -217,6 +218,71 @@ def _sum_of_squares(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
     return [Step("sum", lambda: ops.sum_of_squares(tensors), tensors, (total,))]
 
 
+_SELECTED = 8  # experts of a token
+
+
+def _expert_routing(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    """Route tokens to `width` experts; logits are float32 in any case."""
+    logits = _new(rows, width)
+    rule = ops.RoutingRule(_SELECTED)
+    probabilities = _new(rows, _SELECTED, grad=False)
+    sums = _new(1, width, grad=False)
+    z = _new(grad=False)
+    experts = torch.empty((rows, _SELECTED), dtype=torch.int64)
+    counts = torch.empty((1, width), dtype=torch.int64)
+    results: list[torch.Tensor] = []
+
+    def forward() -> None:
+        routes = ops.route_tokens(logits, rule)
+        results[:] = [routes.probabilities, routes.score_sums, routes.z]
+
+    def backward() -> None:
+        torch.autograd.grad(results, [logits], [probabilities, sums, z])
+
+    return [
+        Step("forward", forward, (logits,), (experts, probabilities, counts, sums, z)),
+        Step("backward", backward, (probabilities, sums, z, logits, experts), (logits,)),
+    ]
+
+
+def _expert_order(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    """Sort the pairs of tokens and `width` experts."""
+    experts = torch.zeros((rows, _SELECTED), dtype=torch.int64)
+    counts = torch.empty(width, dtype=torch.int64)
+    return [Step("sort", lambda: ops.order_by_expert(experts, width), (experts,), (experts, experts, counts))]
+
+
+def _order_of(rows: int) -> ops.ExpertOrder:
+    pairs = torch.arange(rows * _SELECTED)
+    return ops.ExpertOrder(pairs, pairs.view(rows, _SELECTED), pairs[:1])
+
+
+def _permute_tokens(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    order = _order_of(rows)
+    x = _new(rows, width, dtype=dtype)
+    y = _new(rows * _SELECTED, width, dtype=dtype, grad=False)
+    forward = ((x, order.places), (y,))
+    return _both(lambda: ops.permute_tokens(x, order), (x,), forward, ((y, order.places), (x,)), y)
+
+
+def _combine_tokens(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    order = _order_of(rows)
+    y = _new(rows * _SELECTED, width, dtype=dtype)
+    weights = _new(rows, _SELECTED)
+    out = _new(rows, width, dtype=dtype, grad=False)
+    forward = ((y, order.places, weights), (out,))
+    backward = ((out, y, order.places, weights), (y, weights))
+    return _both(lambda: ops.combine_tokens(y, order, weights), (y, weights), forward, backward, out)
+
+
+def _weighted_swiglu(rows: int, width: int, dtype: torch.dtype) -> list[Step]:
+    x = _new(rows, 2 * width, dtype=dtype)
+    weight = _new(rows)
+    y = _new(rows, width, dtype=dtype, grad=False)
+    backward = ((y, x, weight), (x, weight))
+    return _both(lambda: ops.weighted_swiglu(x, weight), (x, weight), ((x, weight), (y,)), backward, y)
+
+
 _PARTIALS = (
     "each of 132 multiprocessors has 62 rows, 372 bytes per column, and two float32 sums, 16 bytes per column to write "
     "and read; fewer blocks would leave multiprocessors idle"
@@ -238,6 +304,11 @@ OPS: dict[str, Op] = {
     "scaled_masked_softmax": Op(
         _scaled_masked_softmax, HIDDEN, rows=16, language="triton", known={("backward", 4096, "fp32"): _SPILLS}
     ),
+    "expert_permutation, combine": Op(_combine_tokens, HIDDEN, rows=16, language="triton"),
+    "expert_permutation, order": Op(_expert_order, EXPERTS, rows=256, language="triton"),
+    "expert_permutation, permute": Op(_permute_tokens, HIDDEN, rows=16, language="triton"),
+    "expert_routing": Op(_expert_routing, EXPERTS, rows=256, language="triton"),
+    "weighted_swiglu": Op(_weighted_swiglu, HIDDEN, rows=16, language="triton"),
 }
 
 

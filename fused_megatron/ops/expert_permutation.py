@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_positive, check_same_device, check_shape, has_values
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import expert_permutation as reference
 
 
@@ -64,6 +64,10 @@ _combine_backward = define_op(
     reference=reference.expert_combine_backward,
     fake=_fake_combine_backward,
 )
+register_triton("expert_order", "expert_permutation")
+register_triton("expert_permute", "expert_permutation")
+register_triton("expert_combine", "expert_permutation")
+register_triton("expert_combine_backward", "expert_permutation")
 
 
 def order_by_expert(experts: torch.Tensor, num_experts: int) -> ExpertOrder:

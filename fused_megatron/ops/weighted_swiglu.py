@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check_dtype, check_same_device, check_shape
 from fused_megatron.ops.autograd_function import AutogradFunction, is_differentiated
-from fused_megatron.ops.registration import FLOAT_DTYPES, define_op
+from fused_megatron.ops.registration import FLOAT_DTYPES, define_op, register_triton
 from fused_megatron.reference import weighted_swiglu as reference
 
 
@@ -28,6 +28,8 @@ _backward = define_op(
     reference=reference.weighted_swiglu_backward,
     fake=_fake_backward,
 )
+register_triton("weighted_swiglu_forward", "weighted_swiglu")
+register_triton("weighted_swiglu_backward", "weighted_swiglu")
 
 
 class WeightedSwiglu(AutogradFunction):

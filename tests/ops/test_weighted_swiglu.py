@@ -46,7 +46,7 @@ def test_contract_on_the_cpu(clause):
 
 # Widths that are wide and aligned; too odd for wide accesses; one column; several chunks and blocks of rows.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 8), (300, 264), (33, 257), (3, 1), (90, 11), (4, 1036), (2, 2100)])
+@pytest.mark.parametrize("shape", [(5, 8), (70, 264), (33, 257), (3, 1), (90, 11), (4, 1036), (2, 2100)])
 def test_values_and_gradients(shape, dtype, device):
     (x, weight), dy = draw(shape, dtype)
     assert_op_matches(weighted_swiglu, unfused, (x.to(device), weight.to(device)), dy.to(device))
@@ -70,6 +70,7 @@ def test_gradients_with_the_output_in_float64():
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cpu_kernel
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_of_one_give_swiglu(dtype, device):
     (x, _), _ = draw((6, 40), dtype)

@@ -64,7 +64,7 @@ def sweep() -> list[tuple[str, dict[str, Any]]]:
     batches = itertools.cycle([{"microbatch_size": 1}, {"global_batch_size": 4, "microbatch_size": 4}])
     for tp, pp, cp, e, etp in itertools.product((1, 2), (1, 2), (1, 2), (1, 2, 4), (1, 2)):
         dp = max(1, e * etp // (tp * cp))
-        if tp * pp * cp * dp > 8 or (e == etp == 1):
+        if tp * pp * cp * dp > 8 or dp > 4 or e == etp == 1:  # a step has four samples
             continue
         batch = next(batches) if dp == 1 else {"microbatch_size": 1}
         layout = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "context_parallel_size": cp}
