@@ -185,8 +185,6 @@ class SentTokens(RankExchange):
     def _send(self, x: torch.Tensor, part: _Part) -> Transfer:
         """Start to send the tokens [T, H] that go to a part."""
         tokens = self._sent.rows[part.begin : part.begin + part.num_sent] // self._num_selected
-        if x.shape[0] == 0:  # rows that stand for no pair may be any row
-            x = x.new_zeros(1, x.shape[1])
         table = x.new_empty(part.num_rows, x.shape[1])
         torch.index_select(x, 0, tokens[: part.num_own], out=table[: part.num_own])
         return self._start(x.index_select(0, tokens[part.num_own :]), table, part)

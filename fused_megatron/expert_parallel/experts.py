@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fused_megatron.checks import (
@@ -210,7 +211,8 @@ class ExpertMLP(ShardedModule):
             probabilities: [T, K] float32, the weight of each of them.
             keep: [T, K] bool; False for a pair of token and expert that is dropped: it is not sent and adds nothing.
             slots: number of rows that each rank sends to each expert; further ones are dropped, missing ones are
-                padded. Then all shapes are fixed, and the host reads nothing. None: as many as there are.
+                padded. Then all shapes are fixed, and the host reads nothing; with all_gather every rank must have the
+                same number of tokens. None: as many as there are.
             meanwhile: runs between the start of the dispatch and its end (a shared expert); its result is returned.
 
         Returns:
@@ -239,6 +241,11 @@ class ExpertMLP(ShardedModule):
         slots: int | None,
         meanwhile: Callable[[], torch.Tensor] | None,
     ) -> Any:
+        if slots is not None and x.shape[0] == 0:  # slots need a row to be filled with
+            x, experts, probabilities = (F.pad(each, (0, 0, 0, 1)) for each in (x, experts, probabilities))
+            keep = torch.zeros_like(experts, dtype=torch.bool)
+            y = self._forward(x, experts, probabilities, keep, slots, meanwhile)
+            return y[:0] if meanwhile is None else (y[0][:0], y[1])
         x, *weights = self._cast(x)
         shapes = ExpertShapes(
             self.num_local_experts, ACTIVATIONS[self.activation], adds_bias=group_rank(self.etp_group) == 0

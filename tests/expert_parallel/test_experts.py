@@ -184,4 +184,4 @@ def test_results_and_gradients_are_those_of_dense_experts(world_size):
     for case, of_ranks in zip(every, run_cases_on_ranks(errors, world_size, [(case,) for case in every]), strict=True):
         for repeated, name, error in of_ranks:
             assert repeated, case
-            assert error < (2e-6 if case.dtype == torch.float32 else 0.015), (case, name, error)
+            assert error < (2e-6 if case.dtype == torch.float32 else 0.03), (case, name, error)
