@@ -158,32 +158,4 @@ MUTATIONS = (
         "                resumed.boxes,\n",
         ("tests/training/test_expert_layouts.py",),
     ),
-    (
-        "the shards of an expert are not summed",
-        "fused_megatron/expert_parallel/all_to_all.py",
-        "        if self._etp == 1:\n            return table\n",
-        "        return table[: part.num_received]\n",
-        _DISPATCH,
-    ),
-    (
-        "every shard of an expert adds the bias",
-        "fused_megatron/expert_parallel/experts.py",
-        "adds_bias=group_rank(self.etp_group) == 0",
-        "adds_bias=True",
-        ("tests/expert_parallel/test_experts.py",),
-    ),
-    (
-        "a rank keeps the error in its tokens to itself",
-        "fused_megatron/expert_parallel/experts.py",
-        "if ranks > 1 and slots is None:",
-        "if ranks < 1:",
-        _DISPATCH,
-    ),
-    (
-        "uneven rows are read from the start of a slot",
-        "fused_megatron/collectives/transport/pieces.py",
-        "begins = [sum(of_rank[: ring.rank]) for of_rank in rows]",
-        "begins = [0 for of_rank in rows]",
-        ("tests/collectives/test_exchanges.py",),
-    ),
 )
