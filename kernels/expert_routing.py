@@ -283,12 +283,26 @@ def expert_routing_forward(
     with _on(logits):
         if parts:
             _forward_kernel[(parts, num_sequences)](
-                logits, logits if bias is None else bias.float().contiguous(), experts, probabilities,
-                part_counts, part_sums, part_z, tokens, num_sequences, num_experts, part_tokens, float(scale),
-                HAS_BIAS=bias is not None, SIGMOID=sigmoid, NORMALIZE=normalize, GROUPS=num_groups,
-                GROUPS_PER_TOKEN=groups_per_token, GROUP_BLOCK=triton.next_power_of_2(num_groups),
+                logits,
+                logits if bias is None else bias.float().contiguous(),
+                experts,
+                probabilities,
+                part_counts,
+                part_sums,
+                part_z,
+                tokens,
+                num_sequences,
+                num_experts,
+                part_tokens,
+                float(scale),
+                HAS_BIAS=bias is not None,
+                SIGMOID=sigmoid,
+                NORMALIZE=normalize,
+                GROUPS=num_groups,
+                GROUPS_PER_TOKEN=groups_per_token,
+                GROUP_BLOCK=triton.next_power_of_2(num_groups),
                 **_tile(num_selected, num_experts),
-            )  # fmt: skip
+            )
         num_sums = counts.numel()
         _finish_kernel[(triton.cdiv(num_sums, 256),)](
             part_counts, part_sums, part_z, counts, score_sums, z, parts, num_sums, part_z.numel(), BLOCK=256
@@ -314,10 +328,20 @@ def expert_routing_backward(
     if num_rows:
         with _on(logits):
             _backward_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
-                grad_probabilities.contiguous(), grad_score_sums.contiguous(), grad_z, logits, experts, grad,
-                num_rows, grad_score_sums.shape[0], num_experts, float(scale),
-                SIGMOID=sigmoid, NORMALIZE=normalize, **tile,
-            )  # fmt: skip
+                grad_probabilities.contiguous(),
+                grad_score_sums.contiguous(),
+                grad_z,
+                logits,
+                experts,
+                grad,
+                num_rows,
+                grad_score_sums.shape[0],
+                num_experts,
+                float(scale),
+                SIGMOID=sigmoid,
+                NORMALIZE=normalize,
+                **tile,
+            )
     return grad
 
 

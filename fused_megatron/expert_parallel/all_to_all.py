@@ -38,6 +38,8 @@ class _Part:
         shard_sizes: rows that the ranks of etp_group send to each other, so that each has the rows of all.
         num_rows: rows of all ranks for the experts of this rank.
         blocks: [etp x ep, experts], these rows by rank, in the order of the table.
+        sequence: [etp x ep], the blocks in an order that all ranks of etp_group share: they sum the gradients of biases
+            that all of them hold.
     """
 
     def __init__(self, counts: RouteCounts, first: int, end: int, begin: int) -> None:
@@ -57,7 +59,9 @@ class _Part:
         self.shard_sizes: Sizes = shard_sizes.tolist()
         self.shard_sizes_back: Sizes = shard_sizes.T.tolist()
         self.num_rows = int(of_shards.sum())
-        own_first = by_rank[:, :, ep_rank][_own_first(counts.etp, etp_rank)][:, _own_first(counts.ep, ep_rank)]
+        shards = _own_first(counts.etp, etp_rank)
+        self.sequence = np.argsort(np.repeat(shards, counts.ep), kind="stable")
+        own_first = by_rank[:, :, ep_rank][shards][:, _own_first(counts.ep, ep_rank)]
         self.blocks = own_first.reshape(-1, end - first)
 
 
@@ -131,7 +135,7 @@ class SentTokens(RankExchange):
         """Return the order of the rows of a part."""
         if part not in self._orders:
             numbers = self._parts[part]
-            pairs = order_of_blocks(numbers.blocks, self._sent.rows.device)
+            pairs = order_of_blocks(numbers.blocks, numbers.sequence, self._sent.rows.device)
             counts = counts_for(numbers.blocks.sum(0).tolist(), self._sent.rows.device)
             self._orders[part] = TableOrder(numbers.first, numbers.end, counts, numbers.num_rows, pairs)
         return self._orders[part]
@@ -181,8 +185,6 @@ class SentTokens(RankExchange):
     def _send(self, x: torch.Tensor, part: _Part) -> Transfer:
         """Start to send the tokens [T, H] that go to a part."""
         tokens = self._sent.rows[part.begin : part.begin + part.num_sent] // self._num_selected
-        if x.shape[0] == 0:  # rows that stand for no pair may be any row
-            x = x.new_zeros(1, x.shape[1])
         table = x.new_empty(part.num_rows, x.shape[1])
         torch.index_select(x, 0, tokens[: part.num_own], out=table[: part.num_own])
         return self._start(x.index_select(0, tokens[part.num_own :]), table, part)

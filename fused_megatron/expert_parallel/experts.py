@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fused_megatron.checks import (
@@ -12,6 +13,7 @@ from fused_megatron.checks import (
     check_dtype,
     check_one_of,
     check_positive,
+    check_same_device,
     check_shape,
     has_values,
 )
@@ -191,7 +193,6 @@ class ExpertMLP(ShardedModule):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    @torch._disable_dynamo  # torch.compile cannot trace collectives that run under products
     def forward(
         self,
         x: torch.Tensor,
@@ -210,25 +211,55 @@ class ExpertMLP(ShardedModule):
             probabilities: [T, K] float32, the weight of each of them.
             keep: [T, K] bool; False for a pair of token and expert that is dropped: it is not sent and adds nothing.
             slots: number of rows that each rank sends to each expert; further ones are dropped, missing ones are
-                padded. Then all shapes are fixed, and the host reads nothing. None: as many as there are.
+                padded. Then all shapes are fixed, and the host reads nothing; with all_gather every rank must have the
+                same number of tokens. None: as many as there are.
             meanwhile: runs between the start of the dispatch and its end (a shared expert); its result is returned.
 
         Returns:
             y [T, H] in the dtype of x, or (y, meanwhile()).
+
+        Raises:
+            SharedInputError: shapes or experts of some rank are wrong; with slots, or on one rank, an InputError.
+            SharedFailure: a dtype of some rank is wrong; with slots, or on one rank, a TypeError.
+
+        Communication: over ep_group and etp_group as dispatch.cheapest_dispatch says; besides, without slots, the
+            numbers of rows, 8 (E + 2) bytes a rank, for which the host waits.
+        Memory: all_to_all keeps the rows [N, H] that arrive, all_gather the tokens of all ranks, one rank x; all keep h
+            [N, F' / etp] and 20 bytes a row, all_to_all 16 more.
+        Numerics: sums over experts are in float32 in the order of k, sums over ranks in rank order: bitwise repeatable.
         """
-        weights, (x, *_) = self._cast(x)
+        if torch.compiler.is_compiling():
+            return _between_graphs(self, x, experts, probabilities, keep, slots, meanwhile)
+        return self._forward(x, experts, probabilities, keep, slots, meanwhile)
+
+    def _forward(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        probabilities: torch.Tensor,
+        keep: torch.Tensor | None,
+        slots: int | None,
+        meanwhile: Callable[[], torch.Tensor] | None,
+    ) -> Any:
+        if slots is not None and x.shape[0] == 0:  # slots need a row to be filled with
+            x, experts, probabilities = (F.pad(each, (0, 0, 0, 1)) for each in (x, experts, probabilities))
+            keep = torch.zeros_like(experts, dtype=torch.bool)
+            y = self._forward(x, experts, probabilities, keep, slots, meanwhile)
+            return y[:0] if meanwhile is None else (y[0][:0], y[1])
+        x, *weights = self._cast(x)
         shapes = ExpertShapes(
             self.num_local_experts, ACTIVATIONS[self.activation], adds_bias=group_rank(self.etp_group) == 0
         )
         exchange = self._exchange(x, experts, probabilities, keep, slots)
-        if isinstance(exchange, RankExchange):
-            ticket = on_ranks(SendTokens, self.ep_group or self.etp_group)(x, probabilities, exchange)
-            other = None if meanwhile is None else meanwhile()
-            ticket = on_ranks(ExpertFunction, self.ep_group or self.etp_group)(ticket, None, *weights, shapes, exchange)
-            y = on_ranks(CollectResults, self.ep_group or self.etp_group)(ticket, exchange)
-        else:
+        if not isinstance(exchange, RankExchange):
             other = None if meanwhile is None else meanwhile()
             y = ExpertFunction.apply(x, probabilities, *weights, shapes, exchange)
+            return y if meanwhile is None else (y, other)
+        group = self.ep_group or self.etp_group
+        ticket = on_ranks(SendTokens, group)(x, probabilities, exchange)
+        other = None if meanwhile is None else meanwhile()
+        ticket = on_ranks(ExpertFunction, group)(ticket, None, *weights, shapes, exchange)
+        y = on_ranks(CollectResults, group)(ticket, exchange)
         return y if meanwhile is None else (y, other)
 
     def _exchange(
@@ -260,7 +291,8 @@ class ExpertMLP(ShardedModule):
             # A device has the numbers of rows, and their sum is known.
             return LocalTokens(TableOrder(0, self.num_experts, order.counts, experts.numel(), order))
         elif not has_values(experts):
-            counts = assumed_counts(self.assumed_routes, experts.shape[0], experts.shape[1], self.num_experts, groups)
+            num_tokens, num_selected = experts.shape
+            counts = assumed_counts(self.assumed_routes, num_tokens, num_selected, self.num_experts, groups)
         else:
             counts = gather_counts(order.counts, x.shape[0], self.num_experts, groups, check_input)
         num_rows = int(counts.sent.sum())
@@ -284,11 +316,11 @@ class ExpertMLP(ShardedModule):
         number = chunk_choice(self.overlap).for_exchange(x, most, weight_elements, self.ep_group)
         return min(number, self.num_local_experts)
 
-    def _cast(self, x: torch.Tensor) -> tuple[tuple[torch.Tensor | None, ...], tuple[torch.Tensor, ...]]:
-        """Return the parameters and x, in the dtype of autocast where it is enabled."""
+    def _cast(self, x: torch.Tensor) -> tuple[Any, ...]:
+        """Return x and the parameters, in the dtype of autocast where it is enabled."""
         x_cast, expansion, expansion_bias = autocast_operands(x, self.expansion_weight, self.expansion_bias)
         _, projection, projection_bias = autocast_operands(x, self.projection_weight, self.projection_bias)
-        return (expansion, expansion_bias, projection, projection_bias), (x_cast,)
+        return x_cast, expansion, expansion_bias, projection, projection_bias
 
     def _check(
         self,
@@ -302,12 +334,15 @@ class ExpertMLP(ShardedModule):
             raise InputError(f"x.shape={tuple(x.shape)} must be (tokens, hidden_size={self.hidden_size})")
         check_shape("x", x, (x.shape[0], self.hidden_size))
         check_dtype("x", x, (self.expansion_weight.dtype,) if not torch.is_autocast_enabled(x.device.type) else FLOATS)
+        check_same_device("x", x, "expansion_weight", self.expansion_weight)
         if experts.dim() != 2:
             raise InputError(f"experts.shape={tuple(experts.shape)} must be (tokens, experts_per_token)")
         check_shape("experts", experts, (x.shape[0], experts.shape[1]))
         check_dtype("experts", experts, (torch.int64,))
         check_shape("probabilities", probabilities, experts.shape)
         check_dtype("probabilities", probabilities, (torch.float32,))
+        for name, tensor in (("experts", experts), ("probabilities", probabilities)):
+            check_same_device(name, tensor, "x", x)
         if keep is not None:
             check_shape("keep", keep, experts.shape)
             check_dtype("keep", keep, (torch.bool,))
@@ -332,3 +367,8 @@ class ExpertMLP(ShardedModule):
             f"expert_parallel_size={group_size(self.ep_group)}, "
             f"expert_tensor_parallel_size={group_size(self.etp_group)}"
         )
+
+
+@torch._disable_dynamo  # torch.compile cannot trace collectives that run under products
+def _between_graphs(layer: ExpertMLP, *args: Any) -> Any:
+    return layer._forward(*args)

@@ -102,22 +102,23 @@ def reorder_experts(order: ExpertOrder, counts: np.ndarray, sequence: np.ndarray
     return ExpertOrder(rows, places, order.counts)
 
 
-def order_of_blocks(counts: np.ndarray, device: torch.device) -> ExpertOrder:
+def order_of_blocks(counts: np.ndarray, sequence: np.ndarray, device: torch.device) -> ExpertOrder:
     """Return the order by expert, then by block, of rows that come by block, then by expert.
 
     Args:
         counts: [blocks, experts], the rows of each block for each expert.
+        sequence: [blocks], the blocks in the order in which an expert takes their rows.
         device: of the tensors.
     """
     num_rows = int(counts.sum())
     numbers = torch.arange(num_rows, device=device)
     if counts.shape[0] == 1:
         return ExpertOrder(numbers, numbers[:, None], numbers[:0])
-    of_block, of_expert = counts.reshape(-1), counts.T.reshape(-1)
-    starts = (np.cumsum(of_block) - of_block).reshape(counts.shape)
-    ends = (np.cumsum(of_expert) - of_expert).reshape(counts.T.shape).T
+    of_block, of_expert = counts.reshape(-1), counts[sequence].T.reshape(-1)
+    starts, ends = (np.cumsum(of_block) - of_block).reshape(counts.shape), np.empty_like(counts)
+    ends[sequence] = (np.cumsum(of_expert) - of_expert).reshape(counts.T.shape).T
     places = numbers + _shifts((ends - starts).reshape(-1), of_block, num_rows, device)
-    rows = numbers + _shifts((starts - ends).T.reshape(-1), of_expert, num_rows, device)
+    rows = numbers + _shifts((starts - ends)[sequence].T.reshape(-1), of_expert, num_rows, device)
     return ExpertOrder(rows, places[:, None], numbers[:0])
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives import group_rank
-from fused_megatron.interop.experts import expert_split
+from fused_megatron.interop.split_experts import expert_split
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
 

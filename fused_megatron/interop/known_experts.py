@@ -94,7 +94,7 @@ def _class_name(module: nn.Module) -> str:
 
 def _activation(module: Any) -> str:
     """Return the name of the gated activation; empty if its function is not known."""
-    values = torch.linspace(-4.0, 4.0, 33)
+    values = torch.linspace(-4.0, 4.0, 33, device="cpu")
     try:
         found = module.act_fn(values)
     except Exception:  # the function is not ours and may raise anything

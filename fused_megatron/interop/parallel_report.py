@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
 from fused_megatron.interop.context_plan import ContextPlan
-from fused_megatron.interop.experts import ParallelExperts
 from fused_megatron.interop.preparation import Preparation
+from fused_megatron.interop.split_experts import ParallelExperts
 from fused_megatron.interop.units import modules_with_own_parameters
 from fused_megatron.modules import Left, Replaced
 

@@ -11,7 +11,6 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.agreement import agreement_of_ranks
 from fused_megatron.interop.context_plan import plan_context
-from fused_megatron.interop.experts import expert_split_of
 from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
 from fused_megatron.interop.plans import find_plan
 from fused_megatron.interop.preparation import Preparation
@@ -19,6 +18,7 @@ from fused_megatron.interop.random_draws import guard_draws
 from fused_megatron.interop.replacements import cut
 from fused_megatron.interop.saving import guard_saving
 from fused_megatron.interop.shared_inputs import guard_inputs
+from fused_megatron.interop.split_experts import expert_split_of
 from fused_megatron.mesh import Mesh
 from fused_megatron.sharding.replica_shards import replica_shards
 
@@ -47,9 +47,15 @@ def parallelize(
     The plan decides how each layer is sharded: the user's plan; else the model's own (tp_plan of transformers); else a
     table of known layers (GPT-2, BERT and similar models). Styles are named as in transformers: "colwise", "rowwise",
     "colwise_gather_output", "rowwise_split_input", "packed_colwise" (2 parts), "embedding_rowwise",
-    "replicated_with_grad_allreduce", "replicate", and our "packed_colwise_3", "interleaved_colwise" and
-    "embedding_colwise". A layer that no plan names is replicated, and the report names it. A layer that cannot be
-    sharded is replicated together with the layers that exchange shards with it.
+    "replicated_with_grad_allreduce", "replicate", and our "packed_colwise_3", "interleaved_colwise",
+    "embedding_colwise" and "experts". A layer that no plan names is replicated, and the report names it. A layer that
+    cannot be sharded is replicated together with the layers that exchange shards with it.
+
+    Experts are divided, and the routes of the model's own router are kept: over tp the features of each expert, with
+    the results summed; with expert_parallel_size or expert_tensor_parallel_size above 1 in the mesh, whole experts or
+    their features over the ranks of ep and etp, to which tokens move. Ranks of ep may have other samples. The
+    gradients of their experts are sums over the losses of all of them (fm.shard_data_parallel averages them as it
+    averages dense gradients).
 
     The model's own cross-entropy is computed from shards of the logits, without a float32 copy or a softmax of the
     full logits. It uses the full logits under torch.compile, or if the model does more to them than reshaping,
@@ -84,9 +90,9 @@ def parallelize(
         The model, with model.parallel_report (a ParallelReport; print it).
 
     Raises:
-        InputError: sizes that R does not divide, an unknown style, a pattern that matches nothing, ranks with different
-            models or weights, a layer that strict refuses; with an axis cp a model that does not fit, or
-            sequence_parallel=True. The model is unchanged on every rank.
+        InputError: sizes that R does not divide, experts that the mesh cannot divide or that have LoRA, an unknown
+            style, a pattern that matches nothing, ranks with different models or weights, a layer that strict refuses;
+            with an axis cp a model that does not fit, or sequence_parallel=True. The model is unchanged on every rank.
         TypeError: model is no module, or mesh is no mesh.
 
     Communication: small all-gathers here. In the model: one all-reduce per attention, MLP and embedding in forward,

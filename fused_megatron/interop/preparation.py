@@ -8,7 +8,6 @@ from torch import nn
 from fused_megatron import modules
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
-from fused_megatron.interop.experts import ExpertSplit
 from fused_megatron.interop.known_experts import is_adapted
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
@@ -16,6 +15,7 @@ from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
 from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.split_experts import ExpertSplit
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
 from fused_megatron.interop.trial import try_shards

@@ -9,8 +9,9 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.interop.agreement import agreement_of_ranks
-from fused_megatron.interop.experts import expert_split
 from fused_megatron.interop.full_state import check_full_state, load_full_state_dict
+from fused_megatron.interop.split_experts import expert_split
+from fused_megatron.interop.stored_experts import stack_experts
 from fused_megatron.sharding import mark_all_shards, parallel_group
 from fused_megatron.weight_files import StoredWeight, WeightFiles
 
@@ -51,7 +52,7 @@ def load_pretrained_shards(
         agreement_of_ranks(model, expert_split(model).all_groups, same_weights=False, axis="expert-parallel"),
         agreement_of_ranks(model, group, same_weights=False),
     ):
-        state = _names_of(model, WeightFiles(folder).tensors)
+        state = _names_of(model, stack_experts(model, WeightFiles(folder).tensors))
         try:
             check_full_state(model, state, strict)
         except InputError as error:

@@ -9,7 +9,7 @@ from torch import nn
 from fused_megatron.checks import InputError
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.interop.context_region import groups_of_axes
-from fused_megatron.interop.experts import expert_split
+from fused_megatron.interop.split_experts import expert_split
 
 
 def check_same_draws(model: nn.Module, what: str) -> None:

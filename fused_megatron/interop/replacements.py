@@ -9,9 +9,9 @@ from torch import nn
 
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.interop.embeddings import ColumnEmbedding, Embedding, embedding_scale
-from fused_megatron.interop.experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.layers import GatheredLinear, RowLinear, make_column
 from fused_megatron.interop.plans import PARTS
+from fused_megatron.interop.split_experts import ExpertSplit, ParallelExperts
 from fused_megatron.interop.units import Layer, is_transposed_linear, linear_features
 from fused_megatron.sharding import Shard, ShardedModule, copy_shard_, mark_shard, parameter_record
 
@@ -41,7 +41,7 @@ class Replacement:
 def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int, expert_split: ExpertSplit) -> Replacement:
     """Make the parallel layer on the meta device."""
     experts = layer.style == "experts"
-    module = ParallelExperts(layer.module, expert_split) if experts else _make(layer, tp_group, overlap)
+    module = ParallelExperts(layer.module, expert_split, overlap) if experts else _make(layer, tp_group, overlap)
     old = layer.module
     if not isinstance(old, nn.Embedding):
         module.transposed = is_transposed_linear(old)
@@ -112,6 +112,8 @@ def cut(replacements: Iterable[Replacement], tp_group: Group) -> dict[nn.Paramet
         for old, new, name in replacement.parameters:
             if old not in made:
                 made[old] = _cut(old, new, name, module, tp_group)
+        if isinstance(module, ParallelExperts):
+            module.connect(next(made[old] for old, _, _ in replacement.parameters))
         if hasattr(module, "_measure_overlap"):
             like = made[replacement.layer.module._parameters["weight"]]  # type: ignore[index]
             module._measure_overlap(like.device, like.dtype)

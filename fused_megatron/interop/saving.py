@@ -6,8 +6,8 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
-from fused_megatron.interop.experts import expert_split
 from fused_megatron.interop.full_state import check_full_state, full_state_dict
+from fused_megatron.interop.split_experts import expert_split
 from fused_megatron.sharding import parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards
 

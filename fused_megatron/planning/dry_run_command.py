@@ -132,7 +132,7 @@ def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False)
     lines = [
         f"{config.model.family.upper()}{said} in {config.training.dtype} on {run.world_size:,} ranks "
         f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{plan} "
-        f"dp={parallel.data_parallel_size}{parallel.sequence_text}{parallel.expert_text}); "
+        f"dp={parallel.data_parallel_size}{parallel.expert_text}{parallel.sequence_text}); "
         f"a step of {run.num_microbatches:,} microbatches of {config.training.microbatch_size} x "
         f"{config.model.seq_len:,} tokens",
     ]

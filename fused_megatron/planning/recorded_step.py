@@ -1,11 +1,12 @@
 """A recorded training step of one rank: on real ranks, or on fake tensors with a fake group of all ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -88,18 +89,31 @@ def record_fake_step(config: TrainConfig, rank: int, device: torch.device, route
         recorder = StepRecorder(fake=True)
         # Otherwise backward on a GPU runs in threads of its own, where the dispatch modes are off.
         with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(), recorder:
-            return _record(config, mesh, device, recorder, _AbsentPeers(recorder, config, mesh), routes)
+            peers = _AbsentPeers(recorder, config, mesh)
+            return _record(config, mesh, device, recorder, peers, lambda model: _assume_routes(model, routes))
 
 
-def record_real_step(config: TrainConfig, device: torch.device) -> RecordedStep:
+def record_real_step(
+    config: TrainConfig, device: torch.device, prepare: Callable[[nn.Module], None] = lambda model: None
+) -> RecordedStep:
     """Build a real rank of the default process group and run the same step; the executor stays open.
+
+    Args:
+        config, device: as record_fake_step.
+        prepare: changes the weights of the new model.
 
     Communication: as build_mesh, assemble and training_step.
     """
     mesh = build_mesh(config, device.type)
     recorder = StepRecorder(fake=False)
     with torch.autograd.set_multithreading_enabled(False), recorder:
-        return _record(config, mesh, device, recorder, None)
+        return _record(config, mesh, device, recorder, None, prepare)
+
+
+def _assume_routes(model: nn.Module, routes: str) -> None:
+    for module in model.modules():
+        if isinstance(module, ExpertMLP):
+            module.assumed_routes = routes
 
 
 def _record(
@@ -108,14 +122,12 @@ def _record(
     device: torch.device,
     recorder: StepRecorder,
     peers: "_AbsentPeers | None",
-    routes: str = "balanced",
+    prepare: Callable[[nn.Module], None],
 ) -> RecordedStep:
     plan = plan_pipeline(config)
     with recorder.phase(MODEL):
         model = build_stages(config, mesh, plan, device)
-    for module in model.modules():
-        if isinstance(module, ExpertMLP):
-            module.assumed_routes = routes
+    prepare(model)
     with recorder.phase(ASSEMBLY):
         assembly = assemble(config, mesh, plan, model, transport=peers)
     for stage in model.stages.values():

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 
 from fused_megatron.checks import check, check_divisible, check_one_of
+from fused_megatron.testing.recorded_routes import NUM_EXPERTS, recorded_routes
 
-ROUTINGS = ("balanced", "random", "one_expert", "one_rank", "empty_rank", "rotating", "bursts")
+ROUTINGS = ("balanced", "random", "one_expert", "one_rank", "empty_rank", "rotating", "bursts", "recorded")
 """
 balanced     every expert gets the same number of tokens of every rank
 random       K different experts, each with the same chance
@@ -19,6 +20,8 @@ one_rank     all tokens choose experts of the last rank
 empty_rank   no token chooses an expert of the first rank
 rotating     the tokens of a rank choose experts of another rank, the next one in every step
 bursts       neighbouring tokens choose the same experts, as the tokens of one document do
+recorded     the experts of a trained router with 8 experts (recorded_routes.py); for more experts, an eighth of them
+             stands for each
 """
 
 
@@ -78,6 +81,11 @@ def draw_routes(
     elif routing == "bursts":
         starts = torch.rand(num_tokens, generator=generator) < 1 / 16
         scores = scores[starts.cumsum(0).clamp_(max=max(0, num_tokens - 1))]
+    elif routing == "recorded":
+        routes = recorded_routes(step % 3)
+        chosen = routes[(rank * num_tokens + torch.arange(num_tokens)) % len(routes)]
+        groups = torch.arange(num_experts) * NUM_EXPERTS // num_experts
+        scores[(groups[:, None] == chosen[:, None]).any(-1)] += 2
     return _with_probabilities(scores.topk(num_selected).indices, generator)
 
 

@@ -26,9 +26,9 @@ _DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 class ConvertArguments:
     """Models of Hugging Face transformers to run folders, and back.
 
-    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3, BERT
-    or Megatron-BERT. The command makes RUN, which `train RUN/config.toml` and (except BERT) `generate RUN` read in any
-    layout.
+    convert from-hf FOLDER RUN: FOLDER holds config.json and safetensors of a GPT-2, Llama, Mistral, Qwen2, Qwen3,
+    Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, BERT or Megatron-BERT. The command makes RUN, which `train RUN/config.toml`
+    and (except BERT) `generate RUN` read in any layout.
 
     convert to-hf RUN FOLDER: writes the newest checkpoint of a run, imported or trained here, in the format of
     transformers.

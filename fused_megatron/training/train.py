@@ -238,7 +238,6 @@ def _introduce(trainer: Trainer) -> None:
     counts = gather_json([trainer.model.num_parameters(), trainer.model.num_active_parameters()], mesh.pp_group)
     num_parameters, num_active = map(sum, zip(*counts, strict=True))
     active = f" ({num_active:,} for each token)" if num_active < num_parameters else ""
-    experts = f" ep={mesh.expert_sizes['ep']} etp={mesh.expert_sizes['etp']}" if config.model.num_experts else ""
     spans = trainer.model.spans
     blocks = "+".join(str(span.stop - span.start) for span in spans)
     pipeline = f" {trainer.plan.name} of {blocks} blocks" if len(spans) > 1 else ""
@@ -247,7 +246,7 @@ def _introduce(trainer: Trainer) -> None:
     trainer.reporter.say(
         f"{family} with {num_parameters:,} parameters{active} in {config.training.dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
-        f"{pipeline} dp={mesh.dp_size}{experts}{config.parallel.sequence_text}); "
+        f"{pipeline} dp={mesh.dp_size}{config.parallel.expert_text}{config.parallel.sequence_text}); "
         f"run folder {trainer.run_folder.path}"
     )
     if trainer.progress.step >= config.training.num_steps:

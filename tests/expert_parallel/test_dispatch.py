@@ -203,6 +203,19 @@ def test_a_shared_expert_runs_under_the_exchange():
         assert after == ["mm", "mm"] and right
 
 
+def slots_of_no_tokens(rank, ranks):
+    """Rank 1 has no token; both ranks send the same number of rows."""
+    layer, whole = layer_of(ranks, 1, "all_to_all"), layer_of(1, 1)
+    routes, x = draw_routes("random", 12 * (rank == 0), E, 2), torch.randn(12 * (rank == 0), H, requires_grad=True)
+    y = layer(x, *routes, slots=12)
+    y.sum().backward()
+    return torch.allclose(y, whole(x, *routes, slots=12), atol=1e-6) and x.grad.shape == x.shape
+
+
+def test_slots_on_a_rank_without_tokens():
+    assert run_on_ranks(slots_of_no_tokens, 2) == [True, True]
+
+
 def fake(rank, ranks):
     dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)

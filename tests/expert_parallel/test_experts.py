@@ -109,15 +109,16 @@ def expected(case):
         parameter = getattr(whole, name)
         for part in parameter_parts(parameter) if parameter is not None else ():
             weights[part.full_name(name)] = part.of(parameter.detach()).double().requires_grad_()
-    of_ranks, total = [], 0.0
-    for rank in range(case.ep * case.etp):
-        x, experts, probabilities, keep, grad = inputs(case, rank)
-        leaves = x.double().requires_grad_(), probabilities.double().requires_grad_()
-        y = dense(case, weights, leaves[0], experts, leaves[1], keep)
-        of_ranks.append((y, *leaves))
-        total = total + (y * grad.double()).sum()
-    total.backward()
-    return [[y.detach(), x.grad, p.grad] for y, x, p in of_ranks], {name: w.grad for name, w in weights.items()}
+    every = [inputs(case, rank) for rank in range(case.ep * case.etp)]
+    x, experts, probabilities, keep, grad = (
+        None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*every, strict=True)
+    )
+    leaves = x.double().requires_grad_(), probabilities.double().requires_grad_()
+    y = dense(case, weights, leaves[0], experts, leaves[1], keep)
+    y.backward(grad.double())
+    tokens = [len(given.x) for given in every]
+    of_ranks = zip(*(t.split(tokens) for t in (y.detach(), *(leaf.grad for leaf in leaves))), strict=True)
+    return list(of_ranks), {name: w.grad for name, w in weights.items()}
 
 
 def run_layer(layer, given):
@@ -166,13 +167,17 @@ KINDS = [
 
 
 def cases(world_size):
-    """Every routing over both dispatches in each layout; the other options take turns."""
+    """Every routing in each layout, over both dispatches (8 ranks: in turn); the other options take turns."""
     index = 0
     for ep, etp in LAYOUTS[world_size]:
-        for routing in ROUTINGS:
-            for dispatch in ("all_to_all", "all_gather") if world_size > 1 else (None,):
+        for number, routing in enumerate(ROUTINGS):
+            ways = ("all_to_all", "all_gather") if world_size > 1 else (None,)
+            for dispatch in ways if world_size < 8 else ways[number % 2 :][:1]:
                 yield Case(ep, etp, routing, dispatch, **KINDS[index % len(KINDS)])
                 index += 1
+        if world_size > 1:
+            yield Case(ep, etp, "random", "all_to_all", dtype=torch.bfloat16, overlap=2)
+            yield Case(ep, etp, "random", "all_gather", dtype=torch.bfloat16, bias=True)
 
 
 @pytest.mark.parametrize("world_size", LAYOUTS)
@@ -181,4 +186,4 @@ def test_results_and_gradients_are_those_of_dense_experts(world_size):
     for case, of_ranks in zip(every, run_cases_on_ranks(errors, world_size, [(case,) for case in every]), strict=True):
         for repeated, name, error in of_ranks:
             assert repeated, case
-            assert error < 2e-6, (case, name, error)
+            assert error < (2e-6 if case.dtype == torch.float32 else 0.03), (case, name, error)

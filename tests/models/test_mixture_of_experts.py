@@ -66,8 +66,10 @@ def plain(config: GPTConfig, layer: Any, x: torch.Tensor) -> tuple[torch.Tensor,
     weights = dict(layer.named_parameters())
     expansion = weights["experts.expansion_weight"].chunk(E)
     projection = weights["experts.projection_weight"].chunk(E)
-    biases = [weights[f"experts.{name}_bias"].chunk(E) if config.linear_biases else None for name in
-              ("expansion", "projection")]  # fmt: skip
+    biases = [
+        weights[f"experts.{name}_bias"].chunk(E) if config.linear_biases else None
+        for name in ("expansion", "projection")
+    ]
     logits = x @ weights["router.weight"].t()
     scores = logits.softmax(-1) if config.router_scores == "softmax" else logits.sigmoid()
     shares = scores / scores.sum(-1, keepdim=True)

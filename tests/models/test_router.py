@@ -63,8 +63,9 @@ def test_noise_depends_on_the_token_only() -> None:
     router = router_of(torch.float32)
     states = torch.tensor([[9, 4]])
     shape = torch.Size((8, 4, 64))
-    whole = router.noise(DropoutMasks(states, BatchSlice(4, 0, 4), SequenceLayout.whole(8)), 0,
-                         SequenceLayout.whole(8), shape)  # fmt: skip
+    whole = router.noise(
+        DropoutMasks(states, BatchSlice(4, 0, 4), SequenceLayout.whole(8)), 0, SequenceLayout.whole(8), shape
+    )
     assert 0.79 < whole.min() < 0.81 and 1.19 < whole.max() < 1.21 and abs(whole.mean() - 1) < 0.01
     part = SequenceLayout(8, ((1, 3), (6, 7)))
     masks = DropoutMasks(states, BatchSlice(4, 1, 4), part)
@@ -85,5 +86,7 @@ def test_buffers_stay_exact_when_the_model_is_converted() -> None:
     for name, buffer in router.named_buffers():
         assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name])
     assert {name.rpartition(".")[2] for name in model.state_dict() if ".router." in name} == {
-        "weight", "selection_bias", "previous_load",
-    }  # fmt: skip
+        "weight",
+        "selection_bias",
+        "previous_load",
+    }

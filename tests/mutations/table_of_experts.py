@@ -2,8 +2,9 @@
 
 _LAYOUTS = ("tests/assembly/test_assemble.py::test_every_layout_of_experts_trains_as_one_process",)
 _USER_LOOP = ("tests/data_parallel/test_shared_state.py",)
-_EXPERTS = ("tests/models/test_mixture_of_experts.py",)
 _DISPATCH = ("tests/expert_parallel/test_dispatch.py",)
+_LAYER = ("tests/expert_parallel/test_experts.py",)
+_EXPERTS = ("tests/models/test_mixture_of_experts.py",)
 _MIXTURE = "fused_megatron/models/mixture_of_experts.py"
 _STATE = "fused_megatron/data_parallel/shared_state.py"
 
@@ -97,6 +98,42 @@ MUTATIONS = (
         _EXPERTS,
     ),
     (
+        "the shards of an expert are not summed",
+        "fused_megatron/expert_parallel/all_to_all.py",
+        "        if self._etp == 1:\n            return table\n",
+        "        return table[: part.num_received]\n",
+        _DISPATCH,
+    ),
+    (
+        "every shard of an expert adds the bias",
+        "fused_megatron/expert_parallel/experts.py",
+        "adds_bias=group_rank(self.etp_group) == 0",
+        "adds_bias=True",
+        _LAYER,
+    ),
+    (
+        "a rank keeps the error in its tokens to itself",
+        "fused_megatron/expert_parallel/experts.py",
+        "if ranks > 1 and slots is None:",
+        "if ranks < 1:",
+        _DISPATCH,
+    ),
+    (
+        "uneven rows are read from the start of a slot",
+        "fused_megatron/collectives/transport/pieces.py",
+        "begins = [sum(of_rank[: ring.rank]) for of_rank in rows]",
+        "begins = [0 for of_rank in rows]",
+        ("tests/collectives/test_exchanges.py",),
+    ),
+    (
+        "gradients that return to a layer of experts are as many times too large as it has ranks",
+        "fused_megatron/expert_parallel/all_to_all.py",
+        "        self._arriving = [(self._send(dy, part),) for part in self._parts]\n",
+        "        ranks = len(self._parts[0].sizes)\n"
+        "        self._arriving = [(self._send(dy * ranks, part),) for part in self._parts]\n",
+        _LAYER,
+    ),
+    (
         "recomputed blocks count their loads again",
         "fused_megatron/models/block.py",
         "        return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)",
@@ -119,33 +156,5 @@ MUTATIONS = (
         "                resumed.boxes | trainer.buffer_boxes(),\n",
         "                resumed.boxes,\n",
         ("tests/training/test_expert_layouts.py",),
-    ),
-    (
-        "the shards of an expert are not summed",
-        "fused_megatron/expert_parallel/all_to_all.py",
-        "        if self._etp == 1:\n            return table\n",
-        "        return table[: part.num_received]\n",
-        _DISPATCH,
-    ),
-    (
-        "every shard of an expert adds the bias",
-        "fused_megatron/expert_parallel/experts.py",
-        "adds_bias=group_rank(self.etp_group) == 0",
-        "adds_bias=True",
-        ("tests/expert_parallel/test_experts.py",),
-    ),
-    (
-        "a rank keeps the error in its tokens to itself",
-        "fused_megatron/expert_parallel/experts.py",
-        "if ranks > 1 and slots is None:",
-        "if ranks < 1:",
-        _DISPATCH,
-    ),
-    (
-        "uneven rows are read from the start of a slot",
-        "fused_megatron/collectives/transport/pieces.py",
-        "begins = [sum(of_rank[: ring.rank]) for of_rank in rows]",
-        "begins = [0 for of_rank in rows]",
-        ("tests/collectives/test_exchanges.py",),
     ),
 )

@@ -115,7 +115,7 @@ def real_rank(rank: int, world_size: int, config: TrainConfig, shared_memory: bo
     work: Counter[Work] = Counter()
     for (phase, _), done in step.recorder.work.items():
         work.update(done if phase == STEP else {})
-    transfers = transfers_of(work, step.assembly.mesh.sizes)
+    transfers = transfers_of(work, step.assembly.mesh.sizes, step.assembly.mesh.expert_sizes)
     num_parameters = sum(parameter.numel() for parameter in step.assembly.parameters.values())
     peak = step.recorder.storages.peak(step.assembled).num_bytes
     for _ in range(4):  # a gloo thread releases a tensor when it starts its next operation

@@ -1,18 +1,27 @@
 """Start here when planning states other activations, transfers or memory of experts than a run has."""
 
 import dataclasses
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.config.config_file import load_config
+from fused_megatron.models.router import ExpertRouter
 from fused_megatron.planning.activation_memory import stage_activations
 from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.rank_communication import expert_communication
 from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.recorded_step import STEP, record_real_step
+from fused_megatron.planning.step_profile import transfers_of
+from fused_megatron.planning.step_recorder import Work
+from fused_megatron.testing import run_on_ranks
 
 PRESETS = Path(__file__).parents[2] / "benchmarks" / "presets"
 GATED = {"activation": "swiglu", "linear_biases": False}
@@ -73,6 +82,39 @@ def test_the_worst_routes_send_every_token_to_a_rank() -> None:
         if memory.layer.startswith("blocks"):
             assert more < kept_at_worst[memory] - num_bytes < 1.2 * more  # and the order of these rows
     assert worst.peak_bytes > balanced.peak_bytes
+
+
+def choose_the_first_experts(model: nn.Module) -> None:
+    """Set the weights of all routers to 0: a tie goes to the experts with the lowest indices."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ExpertRouter):
+                module.weight.zero_()
+
+
+def real_peak(rank: int, world_size: int, config: TrainConfig) -> tuple[int, dict[Any, Any]]:
+    """Return the peak of a real step in which every token goes to the experts of rank 0, and the rank's transfers."""
+    os.environ["FUSED_MEGATRON_SHARED_MEMORY"] = "off"
+    step = record_real_step(config, torch.device("cpu"), choose_the_first_experts)
+    work: Counter[Work] = Counter()
+    for (phase, _), done in step.recorder.work.items():
+        work.update(done if phase == STEP else {})
+    mesh = step.assembly.mesh
+    peak = step.recorder.storages.peak(step.assembled).num_bytes
+    step.assembly.executor.close()
+    return peak, transfers_of(work, mesh.sizes, mesh.expert_sizes)
+
+
+@pytest.mark.parametrize("dispatch", ["all_to_all", pytest.param("all_gather", marks=pytest.mark.slow)])
+def test_the_worst_routes_hold_in_a_run(dispatch: str) -> None:
+    config = config_of({"data_parallel_size": 2, "expert_parallel_size": 2, "expert_dispatch": dispatch}, **GATED)
+    ((peak, transfers), _) = run_on_ranks(real_peak, 2, config, timeout_s=300)
+    worst = DryRun(config, routes="worst").rank(0)
+    assert 0.95 * worst.peak_bytes <= peak <= 1.01 * worst.peak_bytes
+    # A real run also tells every rank the numbers of rows: 8 (E + 2) bytes of 2 ranks, 2 layers and 2 microbatches.
+    numbers = 2 * 2 * 2 * 8 * (8 + 2)
+    for key, of_worst in worst.transfers.items():
+        assert transfers[key].num_bytes == of_worst.num_bytes + numbers * (key == ("all_gather", "ep")), key
 
 
 def test_routes_need_experts() -> None:

@@ -24,20 +24,31 @@ FORMS: dict[str, dict[str, Any]] = {
     "dense": {"query_key_norm": True, "num_kv_heads": 2},
     "plain experts with biases": {"num_experts": 8, "expert_ffn_hidden_size": 24},
     "gated experts, some dense blocks": {
-        "num_experts": 12, "activation": "swiglu", "linear_biases": False, "normalization": "rms_norm",
-        "num_dense_layers": 1, "moe_every": 2, "num_shared_experts": 2, "shared_expert_gate": True,
-        "expert_ffn_hidden_size": 32, "tied_embeddings": False, "router_bias_rate": 0.001,
+        "num_experts": 12,
+        "activation": "swiglu",
+        "linear_biases": False,
+        "normalization": "rms_norm",
+        "num_dense_layers": 1,
+        "moe_every": 2,
+        "num_shared_experts": 2,
+        "shared_expert_gate": True,
+        "expert_ffn_hidden_size": 32,
+        "tied_embeddings": False,
+        "router_bias_rate": 0.001,
     },
-}  # fmt: skip
+}
 LAYOUTS: dict[str, dict[str, int]] = {
     "one rank": {},
     "tp=2": {"tensor_parallel_size": 2, "data_parallel_size": 1},
     "ep=2 etp=2": {"data_parallel_size": 4, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2},
     "tp=2 ep=4": {"tensor_parallel_size": 2, "data_parallel_size": 2, "expert_parallel_size": 4},
     "pp=2 cp=2 ep=2": {
-        "pipeline_parallel_size": 2, "context_parallel_size": 2, "data_parallel_size": 1, "expert_parallel_size": 2,
+        "pipeline_parallel_size": 2,
+        "context_parallel_size": 2,
+        "data_parallel_size": 1,
+        "expert_parallel_size": 2,
     },
-}  # fmt: skip
+}
 
 
 def counted(config: TrainConfig, rank: int) -> ParameterCounts:

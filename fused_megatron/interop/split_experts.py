@@ -15,11 +15,13 @@ from fused_megatron.collectives import (
     group_rank,
     group_size,
     identity_all_reduce,
+    meet,
     split_all_gather,
 )
 from fused_megatron.expert_parallel import ExpertMLP
 from fused_megatron.interop.known_experts import WEIGHTS, ExpertSizes, expert_sizes
 from fused_megatron.mesh import Mesh
+from fused_megatron.overlap import chunk_choice
 from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart
 
 
@@ -97,6 +99,7 @@ class ParallelExperts(ShardedModule):
     Args:
         old: experts that experts_obstacle does not refuse.
         ranks: the ranks.
+        overlap: as in ExpertMLP.
 
     Raises:
         InputError: sizes that the numbers of ranks do not divide.
@@ -106,7 +109,7 @@ class ParallelExperts(ShardedModule):
     Memory: as ExpertMLP.
     """
 
-    def __init__(self, old: Any, ranks: ExpertSplit) -> None:
+    def __init__(self, old: Any, ranks: ExpertSplit, overlap: bool | int = True) -> None:
         super().__init__()
         sizes = expert_sizes(old)
         _check_sizes(sizes, ranks)
@@ -117,7 +120,7 @@ class ParallelExperts(ShardedModule):
         self.num_experts, self.hidden_dim, self.intermediate_dim = sizes[:3]
         dtype = old.down_proj.dtype
         # In a list, so that it is no submodule: its weights are those of this module.
-        self._core = [_core(sizes, ranks, dtype)]
+        self._core = [_core(sizes, ranks, overlap, dtype)]
         ffn, hidden = sizes.ffn_size, sizes.hidden_size
         shapes = ((2 * ffn, hidden), (hidden, ffn))
         self.stored_shapes = {name: (sizes.num_experts, *shape) for name, shape in zip(WEIGHTS, shapes, strict=True)}
@@ -136,6 +139,12 @@ class ParallelExperts(ShardedModule):
         count = self.num_experts // group_size(self.ranks.ep_group)
         first = group_rank(self.ranks.ep_group) * count
         return range(first, first + count)
+
+    def connect(self, like: torch.Tensor) -> None:
+        """Let the ranks of ep and etp meet and measure their exchanges now, and not in a forward; all must call."""
+        for group in (self.ep_group, self.etp_group) if like.is_cpu else ():
+            meet(group)
+        chunk_choice(self._core[0].overlap).measured(self.ep_group, like)
 
     def _parts(self, sizes: ExpertSizes) -> tuple[tuple[ShardPart, ...], tuple[ShardPart, ...]]:
         """Return the stacked parts of both weights, named as those of ExpertMLP."""
@@ -191,7 +200,7 @@ def expert_split(model: nn.Module) -> ExpertSplit:
     return next(found, ExpertSplit())
 
 
-def _core(sizes: ExpertSizes, ranks: ExpertSplit, dtype: torch.dtype) -> ExpertMLP:
+def _core(sizes: ExpertSizes, ranks: ExpertSplit, overlap: bool | int, dtype: torch.dtype) -> ExpertMLP:
     """Return what computes this rank's experts. Over tp it sees this rank's features of the experts only."""
     with torch.random.fork_rng(devices=[]):  # initial values are dropped: they must not advance the caller's generator
         return ExpertMLP(
@@ -202,6 +211,7 @@ def _core(sizes: ExpertSizes, ranks: ExpertSplit, dtype: torch.dtype) -> ExpertM
             bias=False,
             ep_group=ranks.ep_group,
             etp_group=ranks.etp_group,
+            overlap=overlap,
             device="meta",
             dtype=dtype,
         )

@@ -14,9 +14,9 @@ from torch import nn
 
 import fused_megatron as fm
 from fused_megatron.checks import InputError
-from fused_megatron.interop.experts import ParallelExperts
 from fused_megatron.interop.full_state import is_transposed
 from fused_megatron.interop.known_experts import experts_obstacle
+from fused_megatron.interop.split_experts import ParallelExperts
 from fused_megatron.sharding import full_tensor, parameter_record
 from fused_megatron.testing import run_on_ranks
 
@@ -183,6 +183,11 @@ def saves_and_trains(mesh, rank, folder):
     torch.distributed.barrier()
     saved = hf.MixtralForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(saved[name], value) for name, value in original.state_dict().items())
+    with torch.device("meta"):
+        empty = hf.MixtralForCausalLM(original.config)
+    fm.parallelize(empty, mesh)
+    fm.load_pretrained_shards(empty, folder)
+    assert all(torch.equal(p, q) for p, q in zip(empty.parameters(), model.parameters(), strict=True))
     with pytest.raises(
         InputError, match=r"over ranks \[0, 1\] would take .* expert-parallel ranks \[0, 1\] for copies"
     ):
