@@ -8,7 +8,6 @@
 #include "cpu/multiversion.h"
 #include "cpu/numbers.h"
 #include "cpu/streaming.h"
-#include "cpu/sum.h"
 
 namespace fm {
 namespace {
@@ -69,28 +68,53 @@ FM_INLINE void sum_of_rows(const TokenRows<T>& token, const TokenRows<T>& next, 
   if (begin < width) sum_of_columns(token, next, begin, width - begin, out);
 }
 
-// Writes out = weight * grad (past the caches if `stream`) unless out is null, and returns the dot product of grad and
-// row (0 if row is null).
+// out = weight * grad unless out is null; adds the products of grad and y to the lanes unless y is null.
 template <typename T>
-FM_INLINE float scaled_row_and_dot(const T* grad, const T* row, float weight, int64_t n, T* out, bool stream) {
+FM_INLINE void backward_of_columns(const T* grad, const T* y, float weight, int64_t n, T* out, float* lanes) {
+  if (y == nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) out[j] = from_float<T>(weight * to_float(grad[j]));
+  } else if (out == nullptr) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) lanes[j] += to_float(grad[j]) * to_float(y[j]);
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const float g = to_float(grad[j]);
+      lanes[j] += g * to_float(y[j]);
+      out[j] = from_float<T>(weight * g);
+    }
+  }
+}
+
+// Writes out = weight * grad (past the caches if `stream`) unless out is null, and returns the dot product of grad and
+// y (0 if y is null).
+template <typename T>
+FM_INLINE float scaled_row_and_dot(const T* grad, const T* y, float weight, int64_t n, T* out, bool stream) {
+  constexpr int64_t kLanes = 32;  // sums that do not wait for each other; the same for every vector width
   alignas(kLineBytes) T buffer[kRowBlock];
-  float dot = 0.0f;
+  float lanes[kLanes];
+#pragma omp simd
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = 0.0f;
   for (int64_t begin = 0; begin < n; begin += kRowBlock) {
     const int64_t width = std::min(kRowBlock, n - begin);
-    const T* g = grad + begin;
-    if (row != nullptr) {
-      const T* y = row + begin;
-      float sum[1];
-      lane_sums<1>(width, sum, [&](int64_t j, float* lane) __attribute__((always_inline)) { lane[0] += to_float(g[j]) * to_float(y[j]); });
-      dot += sum[0];
+    T* to = out == nullptr ? nullptr : stream ? buffer : out + begin;
+    for (int64_t j = 0; j < width; j += kLanes) {
+      const T* of_y = y == nullptr ? nullptr : y + begin + j;
+      T* of_out = to == nullptr ? nullptr : to + j;
+      if (j + kLanes <= width) {
+        backward_of_columns(grad + begin + j, of_y, weight, kLanes, of_out, lanes);
+      } else {
+        backward_of_columns(grad + begin + j, of_y, weight, width - j, of_out, lanes);
+      }
     }
-    if (out == nullptr) continue;
-    T* to = stream ? buffer : out + begin;
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(weight * to_float(g[j]));
     if (stream) stream_copy(out + begin, buffer, width * sizeof(T));
   }
-  return dot;
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 // target_clones takes no templates, so every combination is a plain function.

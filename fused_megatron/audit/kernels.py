@@ -287,6 +287,15 @@ _PARTIALS = (
     "each of 132 multiprocessors has 62 rows, 372 bytes per column, and two float32 sums, 16 bytes per column to write "
     "and read; fewer blocks would leave multiprocessors idle"
 )
+_SORT = (
+    "a counting sort reads the ids twice, and writes and reads a count for each expert and part of 256 pairs; ids and "
+    "places are numbers of 8 bytes, one for a thread"
+)
+_ROUTED = (
+    "parts of 64 tokens, so that few tokens fill the GPU, have partial counts and sums; sm_90a spills 8 bytes; with "
+    "256 experts the compiler stores ids and probabilities in pieces of 64 bits"
+)
+_OF_SEQUENCE = "each token reads the gradients of the sums of its sequence, E numbers that stay in the cache"
 _SPILLS = "a program holds a whole row in registers, and ptxas spills two of them"
 
 OPS: dict[str, Op] = {
@@ -305,9 +314,26 @@ OPS: dict[str, Op] = {
         _scaled_masked_softmax, HIDDEN, rows=16, language="triton", known={("backward", 4096, "fp32"): _SPILLS}
     ),
     "expert_permutation, combine": Op(_combine_tokens, HIDDEN, rows=16, language="triton"),
-    "expert_permutation, order": Op(_expert_order, EXPERTS, rows=256, language="triton"),
+    "expert_permutation, order": Op(
+        _expert_order,
+        EXPERTS,
+        rows=256,
+        language="triton",
+        known={("sort", width, dtype): _SORT for width in EXPERTS for dtype in DTYPES},
+    ),
     "expert_permutation, permute": Op(_permute_tokens, HIDDEN, rows=16, language="triton"),
-    "expert_routing": Op(_expert_routing, EXPERTS, rows=256, language="triton"),
+    "expert_routing": Op(
+        _expert_routing,
+        EXPERTS,
+        rows=256,
+        language="triton",
+        known={
+            (step, width, dtype): reason
+            for step, reason in (("forward", _ROUTED), ("backward", _OF_SEQUENCE))
+            for width in EXPERTS
+            for dtype in DTYPES
+        },
+    ),
     "weighted_swiglu": Op(_weighted_swiglu, HIDDEN, rows=16, language="triton"),
 }
 
