@@ -266,9 +266,17 @@ def expert_combine(y: torch.Tensor, places: torch.Tensor, weights: torch.Tensor 
         grid = (triton.cdiv(len(places), rows), triton.cdiv(width, tile["BLOCK"]))
         with _on(y):
             _combine_kernel[grid](
-                y, places, y if weights is None else weights.contiguous(), out, len(places), len(y),
-                width // tile["ALIGN"], HAS_WEIGHTS=weights is not None, ROWS=rows, **tile,
-            )  # fmt: skip
+                y,
+                places,
+                y if weights is None else weights.contiguous(),
+                out,
+                len(places),
+                len(y),
+                width // tile["ALIGN"],
+                HAS_WEIGHTS=weights is not None,
+                ROWS=rows,
+                **tile,
+            )
     return out
 
 
@@ -289,10 +297,21 @@ def expert_combine_backward(
         rows, tile = _tile(grad, places)
         with _on(grad):
             _combine_backward_kernel[(triton.cdiv(len(places), rows),)](
-                grad, grad if y is None else y, places, weights.contiguous(), grad_y, grad_weights, len(places),
-                num_rows, grad.shape[1] // tile["ALIGN"], NEED_Y=need_y, NEED_WEIGHTS=y is not None,
-                K_BLOCK=triton.next_power_of_2(places.shape[1]), ROWS=rows, **tile,
-            )  # fmt: skip
+                grad,
+                grad if y is None else y,
+                places,
+                weights.contiguous(),
+                grad_y,
+                grad_weights,
+                len(places),
+                num_rows,
+                grad.shape[1] // tile["ALIGN"],
+                NEED_Y=need_y,
+                NEED_WEIGHTS=y is not None,
+                K_BLOCK=triton.next_power_of_2(places.shape[1]),
+                ROWS=rows,
+                **tile,
+            )
     return grad_y, grad_weights
 
 
