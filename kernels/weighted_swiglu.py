@@ -105,6 +105,8 @@ def weighted_swiglu_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, need_y: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dx, dweight, and y if it is needed."""
+    if dy.shape != (x.shape[0], x.shape[1] // 2) or dy.dtype != x.dtype:
+        raise RuntimeError("dy must be [N, F] in the dtype of x")
     dy = dy.contiguous()
     x = x.contiguous()
     dx = torch.empty_like(x)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 
 import fused_megatron as fm
-from fused_megatron import collectives, context_parallel, overlap, tensor_parallel
+from fused_megatron import collectives, context_parallel, expert_parallel, overlap, tensor_parallel
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.testing import run_on_ranks
 
@@ -124,13 +124,13 @@ def test_a_tensor_without_a_tangent_goes_through() -> None:
 
 
 def test_every_autograd_function_is_one_of_these() -> None:
-    for package in (fm.ops, collectives, overlap, tensor_parallel, context_parallel):
+    for package in (fm.ops, collectives, overlap, tensor_parallel, context_parallel, expert_parallel):
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
-    rooms = ("ops", "collectives", "overlap", "tensor_parallel", "context_parallel")
+    rooms = ("ops", "collectives", "overlap", "tensor_parallel", "context_parallel", "expert_parallel")
     ours = [c for c in torch.autograd.Function.__subclasses__() if c.__module__.startswith("fused_megatron")]
     assert [c for c in ours if c.__module__.split(".")[1] in rooms] == [AutogradFunction]
-    named = ("ops", "collectives", "tensor_parallel", "context_parallel", "interop")
+    named = ("ops", "collectives", "tensor_parallel", "context_parallel", "expert_parallel", "interop")
     assert all(c.op.partition(".")[0] in named for c in AutogradFunction.__subclasses__())
 
 
