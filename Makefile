@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test mutants lint types bench bench-context-parallel bench-end-to-end bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-ring bench-save faults clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-ring bench-save faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -25,6 +25,7 @@ help:
 	@echo "make bench   compare speeds on the CPU         make bench-gpu   compare them on a GPU"
 	@echo "make bench-end-to-end   compare training steps with torch, megatron-core and Hugging Face in every layout"
 	@echo "make bench-context-parallel   compare the methods of context-parallel attention on 2 ranks"
+	@echo "make bench-experts   compare a layer of experts with its products, Hugging Face, and two ranks"
 	@echo "make bench-layers    compare tensor-parallel layers with DTensor"
 	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
@@ -71,6 +72,9 @@ bench-context-parallel: .venv/built
 
 bench-end-to-end: .venv/built
 	@$(BIN)/python benchmarks/end_to_end.py $(ARGS)
+
+bench-experts: .venv/built
+	@$(BIN)/python benchmarks/experts.py $(ARGS)
 
 bench-layers: .venv/built
 	@$(BIN)/python benchmarks/layers.py $(ARGS)

@@ -31,6 +31,7 @@ from torch import nn
 from fused_megatron.checks import first_line
 from fused_megatron.config import GPTConfig
 from fused_megatron.expert_parallel import ExpertMLP
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.mixture_of_experts import MixtureOfExperts
 from fused_megatron.modules.auxiliary_loss import split_auxiliary_loss
@@ -256,6 +257,7 @@ def movement(sizes: Sizes, rounds: int) -> Iterator[str]:
 def on_two_ranks(rank: int, ranks: int, routing: str, shape: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
     """Return seconds of ExpertMLP on both ranks together, and of one rank by itself with all experts."""
     torch.set_num_threads(1)
+    keep_malloc_pages()
     tokens, experts, selected, hidden, ffn = shape
     x, grad = torch.randn(tokens, hidden, requires_grad=True), torch.randn(tokens, hidden)
     layers = {
@@ -295,6 +297,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of the parts with one rank")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_malloc_pages()  # as training does, for every provider
     sizes = Sizes(options)
     for part in (one_rank, movement, two_ranks):
         for line in part(sizes, options.rounds):
