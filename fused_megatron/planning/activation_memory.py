@@ -75,9 +75,16 @@ def _block_activations(config: TrainConfig, selective: bool, has_experts: bool) 
 
 def _order_of_sent_tokens(config: TrainConfig) -> int:
     """Compute the bytes of a block's exchange of tokens, which stay although backward repeats the forward."""
-    parallel = config.parallel
+    parallel, selected = config.parallel, config.model.experts_per_token
     ranks = parallel.expert_parallel_size * parallel.expert_tensor_parallel_size
-    return 40 * config.model.experts_per_token * own_tokens(config) * (ranks > 1)
+    of_a_pair = 16 * ranks + 8 if _gathers_tokens(config) else 40
+    return of_a_pair * selected * own_tokens(config) * (ranks > 1)
+
+
+def _gathers_tokens(config: TrainConfig) -> bool:
+    parallel = config.parallel
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    return (parallel.expert_dispatch or cheapest_dispatch(ep, etp, config.model.experts_per_token)) == "all_gather"
 
 
 def _mlp_elements(config: TrainConfig, width: int) -> int:
@@ -107,7 +114,7 @@ def _expert_activations(config: TrainConfig) -> int:
     total = 8 * rows + own * (4 * (model.num_experts or 0) + 12 * selected) + 8 * (model.num_experts or 0)
     if ep * etp == 1:
         total += 8 * rows
-    elif (parallel.expert_dispatch or cheapest_dispatch(ep, etp, selected)) == "all_gather":
+    elif _gathers_tokens(config):
         elements += ep * etp * own * hidden
         total += 12 * selected * ep * etp * own + 16 * selected * own
     else:
@@ -148,9 +155,9 @@ def _block_working(config: TrainConfig, has_experts: bool) -> int:
     expansion = expansion_features(model, model.ffn_size, parallel.tensor_parallel_size)
     if not has_experts:
         return size * tokens * (3 * expansion + 4 * model.hidden_size)
-    # Gradients of the rows' results and of the rows, as they come and as they leave.
-    rows = model.experts_per_token * own_tokens(config) * parallel.expert_tensor_parallel_size
-    return size * model.hidden_size * (4 * tokens + 4 * rows)
+    # Gradients of the rows of all shards, and of the rows of this rank as they come, are computed and leave.
+    rows = model.experts_per_token * own_tokens(config)
+    return size * model.hidden_size * (4 * tokens + rows * (parallel.expert_tensor_parallel_size + 3))
 
 
 def _attention_working(config: TrainConfig) -> int:

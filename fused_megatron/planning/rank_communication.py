@@ -150,7 +150,8 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
         all_gather      2 n T rows, and 8 n K T bytes of routes
         reduce_scatter  2 n T rows, and 4 n K T bytes of gradients of probabilities
 
-    and its forward again where config.model.recompute is "full". Rows of a rank for its own experts are not sent.
+    Where config.model.recompute is "full", tokens and routes are sent once more, and results are not. Rows of a rank for
+    its own experts are not sent.
 
     Args:
         config: the config of the whole run.
@@ -166,16 +167,16 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
         return {}
     row = DTYPES[config.training.dtype].itemsize * model.hidden_size
     tokens, selected = own_tokens(config), model.experts_per_token
-    passes = number + again
+    forwards = number + again
     dispatch = parallel.expert_dispatch or cheapest_dispatch(ep, etp, selected)
     sent: Counter[str] = Counter()
     if dispatch == "all_to_all":
         pairs = selected * tokens * (ep - 1) // ep + selected * tokens * (etp - 1)
-        sent["all_to_all"] = pairs * (2 * row * (passes + number) + 4 * passes + 4 * number)
+        sent["all_to_all"] = pairs * (row * (forwards + 3 * number) + 4 * (forwards + number))
     else:
         ranks = sum(size for size, is_used in ((ep, ep > 1), (ep * etp, etp > 1)) if is_used)
-        sent["all_gather"] = ranks * tokens * (row * (passes + number) + 8 * selected * passes)
-        sent["reduce_scatter"] = ranks * tokens * (row * (passes + number) + 4 * selected * number)
+        sent["all_gather"] = ranks * tokens * (row * (forwards + number) + 8 * selected * forwards)
+        sent["reduce_scatter"] = ranks * tokens * (2 * row + 4 * selected) * number
     return dict(sent)
 
 

@@ -48,7 +48,7 @@ CASES = {
     "ep=4": config_of(EP, recompute="full", recompute_blocks=1),
     "ep=2 etp=2": config_of({**EP, "expert_parallel_size": 2, "expert_tensor_parallel_size": 2}, experts_per_token=3),
     "tp=2 ep=4": config_of({**EP, "data_parallel_size": 2, "tensor_parallel_size": 2}, num_dense_layers=1),
-    "all_gather": config_of({**EP, "expert_dispatch": "all_gather"}, **GATED),
+    "all_gather": config_of({**EP, "expert_dispatch": "all_gather"}, recompute="full", recompute_blocks=1, **GATED),
 }
 
 
@@ -129,8 +129,9 @@ def test_routes_need_experts() -> None:
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("moe_*.toml")), ids=lambda path: path.stem)
 def test_a_preset_of_experts_runs_with_all_its_blocks(path: Path) -> None:
     config = load_config(path)
-    report = DryRun(config).rank(0)
-    assert report.num_parameters == rank_memory(config).num_parameters
-    assert report.peak_bytes == pytest.approx(rank_memory(config).total, rel=0.1)
-    (span,) = DryRun(config).spans
+    dry_run = DryRun(config)
+    report, (span,) = dry_run.rank(0), dry_run.spans
+    memory = rank_memory(config)
+    assert report.num_parameters == memory.num_parameters
+    assert report.peak_bytes == pytest.approx(memory.total, rel=0.1)
     assert report.sent_to_experts[0] == expert_communication(config, span)
