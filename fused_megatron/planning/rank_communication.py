@@ -150,8 +150,8 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
         all_gather      2 n T rows, and 8 n K T bytes of routes
         reduce_scatter  2 n T rows, and 4 n K T bytes of gradients of probabilities
 
-    Where config.model.recompute is "full", tokens and routes are sent once more, and results are not. Rows of a rank for
-    its own experts are not sent.
+    Where config.model.recompute is "full", tokens and routes are sent once more, and results are not. A rank sends no
+    rows for its own experts.
 
     Args:
         config: the config of the whole run.
