@@ -105,7 +105,8 @@ def load_presets(names: Sequence[str], tiny: bool) -> list[Preset]:
         published = [line.partition(":")[2].strip() for line in path.read_text().splitlines() if "# Published:" in line]
         in_little = tiny and name in paths
         preset = Preset(path.stem, shrunk(config) if in_little else config, in_little, " ".join(published))
-        if names or preset.num_ranks <= MOST_RANKS_OF_A_NODE:
+        # The weak scaling of the papers has no experts.
+        if names or (preset.num_ranks <= MOST_RANKS_OF_A_NODE and config.model.num_experts is None):
             presets.append(preset)
     return sorted(presets, key=lambda preset: (preset.num_ranks, gpt_step_flops(preset.config.model, 1)[0]))
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from fused_megatron.checks import check_divisible
 from fused_megatron.collectives.groups import group_size
-from fused_megatron.collectives.transport.pieces import add_in_order
+from fused_megatron.collectives.transport.host_ring import add_in_order
 from fused_megatron.collectives.transport.select import Work, is_shared, meet, start
 from fused_megatron.observe.waits import COMMUNICATION, wait_for
 

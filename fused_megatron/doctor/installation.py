@@ -18,7 +18,14 @@ _PACKAGE = Path(__file__).parents[1]
 _MESSAGE_CHARACTERS = 200  # longest error message
 # Ops that are made of another op and of torch's own products; they run where the other op runs.
 _COMPOSED = {"linear_cross_entropy": "cross_entropy"}
-_OF_TORCH = {"attention"}  # runs on torch's kernels only
+_OF_TORCH = {"attention", "permute_weights"}  # run on torch's kernels only
+# Names of kernels that differ from the name of their op.
+_KERNEL_NAMES = {
+    "combine_tokens": "expert_combine",
+    "order_by_expert": "expert_order",
+    "permute_tokens": "expert_permute",
+    "route_tokens": "expert_routing",
+}
 
 
 def find_installation() -> Installation:
@@ -149,7 +156,8 @@ def _op_kernels() -> tuple[OpKernels, ...]:
             or any(op.startswith(f"{shorter}_") for shorter in kinds)
         ):
             continue  # the type of an argument, or a part of an op that is listed
-        names = [name for name in registered if name == op or name.startswith(f"{op}_")]
+        kernel = _KERNEL_NAMES.get(op, op)
+        names = [name for name in registered if name == kernel or name.startswith(f"{kernel}_")]
 
         def has(key: str, names: list[str] = names) -> bool:
             has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -8,7 +8,7 @@ import torch
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.exchanges import start_row_exchange
 from fused_megatron.collectives.transfers import Transfer
-from fused_megatron.collectives.transport.pieces import add_in_order
+from fused_megatron.collectives.transport.host_ring import add_in_order
 from fused_megatron.expert_parallel.dispatch import RankExchange
 from fused_megatron.expert_parallel.route_counts import RouteCounts
 from fused_megatron.expert_parallel.token_order import (

@@ -38,9 +38,9 @@ from fused_megatron.expert_parallel.route_counts import (
 )
 from fused_megatron.expert_parallel.token_order import TableOrder, counts_for, fill_slots
 from fused_megatron.expert_parallel.weighted_activation import ACTIVATIONS, GATED
-from fused_megatron.ops.autocast import autocast_operands
 from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
 from fused_megatron.overlap import chunk_choice
+from fused_megatron.overlap.overlapped_linear import autocast_operands
 from fused_megatron.sharding import ParameterShard, ShardedModule, ShardPart, fill_normal_shard_
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -20,8 +20,8 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.mesh import ParallelLayout
-from fused_megatron.ops.autocast import autocast_operands
 from fused_megatron.overlap import ColumnLinearFunction, RowLinearFunction, chunk_choice
+from fused_megatron.overlap.overlapped_linear import autocast_operands
 from fused_megatron.sharding import (
     ParameterShard,
     ShardedModule,

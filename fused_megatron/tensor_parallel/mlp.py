@@ -9,8 +9,8 @@ from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_size, on_ranks
 from fused_megatron.deprecation import renamed_argument
-from fused_megatron.ops.autocast import autocast_operands
 from fused_megatron.overlap import Activation, ColumnLinearFunction, MLPFunction, RowLinearFunction, chunk_choice
+from fused_megatron.overlap.overlapped_linear import autocast_operands
 from fused_megatron.tensor_parallel.linear import check_operands, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron

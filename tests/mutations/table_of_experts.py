@@ -120,7 +120,7 @@ MUTATIONS = (
     ),
     (
         "uneven rows are read from the start of a slot",
-        "fused_megatron/collectives/transport/pieces.py",
+        "fused_megatron/collectives/transport/host_ring.py",
         "begins = [sum(of_rank[: ring.rank]) for of_rank in rows]",
         "begins = [0 for of_rank in rows]",
         ("tests/collectives/test_exchanges.py",),

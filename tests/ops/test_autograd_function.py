@@ -130,7 +130,7 @@ def test_every_autograd_function_is_one_of_these() -> None:
     rooms = ("ops", "collectives", "overlap", "tensor_parallel", "context_parallel", "expert_parallel")
     ours = [c for c in torch.autograd.Function.__subclasses__() if c.__module__.startswith("fused_megatron")]
     assert [c for c in ours if c.__module__.split(".")[1] in rooms] == [AutogradFunction]
-    named = ("ops", "collectives", "tensor_parallel", "context_parallel", "expert_parallel", "interop")
+    named = ("ops", "collectives", "tensor_parallel", "context_parallel", "expert_parallel", "models", "interop")
     assert all(c.op.partition(".")[0] in named for c in AutogradFunction.__subclasses__())
 
 

@@ -204,7 +204,7 @@ def test_what_is_counted_on_is_what_a_run_of_all_microbatches_finds(config: Trai
         assert (found.peak_bytes, found.held_bytes) == (peak.num_bytes, whole.held_bytes)
         assert found.at is not None and found.at[1] == peak.where.action
         assert found.flops == work[Work("flops")] and found.host_syncs == work[Work("host_syncs")]
-        assert dict(found.transfers) == transfers_of(work, whole.assembly.mesh.sizes)
+        assert dict(found.transfers) == transfers_of(work, whole.assembly.mesh.sizes, whole.assembly.mesh.expert_sizes)
 
 
 def test_ranks_of_one_form_share_a_run_under_their_own_names() -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from fused_megatron.collectives.groups import Group
-from fused_megatron.collectives.transport import announcements, pieces
+from fused_megatron.collectives.transport import announcements, host_ring
 from fused_megatron.collectives.transport.host_ring import HostRing
 from fused_megatron.collectives.transport.shared_memory import map_rings
 
@@ -27,11 +27,11 @@ _SWITCH = "FUSED_MEGATRON_SHARED_MEMORY"
 _rings: WeakKeyDictionary[dist.ProcessGroup, HostRing | None] = WeakKeyDictionary()
 
 # Collective -> its kind, the op that announces it, and the function that cuts it into pieces that fit in a ring.
-_SHARED: dict[Callable[..., Any], tuple[str, Any, Callable[..., pieces.Parts]]] = {
-    dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, pieces.cut_all_reduce),
-    dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, pieces.cut_all_gather),
-    dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, pieces.cut_all_to_all),
-    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, pieces.cut_reduce_scatter),
+_SHARED: dict[Callable[..., Any], tuple[str, Any, Callable[..., host_ring.Parts]]] = {
+    dist.all_reduce: ("all_reduce", announcements.ALL_REDUCE, host_ring.cut_all_reduce),
+    dist.all_gather_single: ("all_gather", announcements.ALL_GATHER, host_ring.cut_all_gather),
+    dist.all_to_all_single: ("all_to_all", announcements.ALL_TO_ALL, host_ring.cut_all_to_all),
+    dist.reduce_scatter_single: ("reduce_scatter", announcements.REDUCE_SCATTER, host_ring.cut_reduce_scatter),
 }
 
 
@@ -89,7 +89,7 @@ def start_exchange(
         return () if work is None else (work,)
     ring.begin("exchange", source, sum(map(sum, sizes)) * prod(source.shape[1:]))
     _announce(announcements.ALL_TO_ALL, ring, destination, source)
-    return list(itertools.starmap(ring.write, pieces.cut_exchange(ring, destination, source, sizes)))
+    return list(itertools.starmap(ring.write, host_ring.cut_exchange(ring, destination, source, sizes)))
 
 
 def gather_sizes(sizes: Sequence[int], group: Group, like: torch.Tensor) -> list[list[int]] | None:
@@ -103,7 +103,7 @@ def gather_sizes(sizes: Sequence[int], group: Group, like: torch.Tensor) -> list
     own = torch.tensor(sizes)
     every = own.new_empty(ring.num_ranks, len(sizes))
     ring.begin("all_gather", own)
-    for work in itertools.starmap(ring.write, pieces.cut_all_gather(ring, every, own)):
+    for work in itertools.starmap(ring.write, host_ring.cut_all_gather(ring, every, own)):
         work.wait()
     found: list[list[int]] = every.tolist()
     return found
