@@ -316,7 +316,7 @@ def expert_combine_backward(
 
 
 def _tile(x: torch.Tensor, places: torch.Tensor) -> tuple[int, dict[str, Any]]:
-    """Return the rows of a tile, and its other sizes and options, for rows like those of x."""
+    """Return the rows of a tile, and its other sizes and options, for rows like the rows of x."""
     width = x.shape[1]
     block = min(_ELEMENTS, max(16, triton.next_power_of_2(width)))
     align = math.gcd(width, 16 // x.element_size()) if width else 1

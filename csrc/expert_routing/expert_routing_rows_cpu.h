@@ -172,7 +172,7 @@ inline void select_experts(const float* logits, const float* bias, const Routing
 
 // ---- Gradient ------------------------------------------------------------------------------------------------------
 
-// The gradients of the selected scores, from those of their probabilities.
+// The gradients of the selected scores, from the gradients of their probabilities.
 inline void gradients_of_chosen(const float* grad_probabilities, const float* scores, const int64_t* experts,
                                 const RoutingRule& rule, float* grad) {
   float sum = 0.0f, dot = 0.0f;

@@ -207,8 +207,7 @@ def assemble(
     training = config.training
     parameters = model.parameters_by_name()
     has_experts = config.model.num_experts is not None
-    num_replicas = max(mesh.replicas.size, mesh.expert_replicas.size if has_experts else 1)
-    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, num_replicas)]
+    placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, max(config.replica_counts(mesh.dp_size)))]
     replicas = replicas_of(mesh, placements, config.parallel.zero_shard_size, has_experts)
     gradients, weights = share_state(model.stages, placements, replicas, 1e6 * training.bucket_mb)
     hooks = _hooks(gradients, weights, plan)

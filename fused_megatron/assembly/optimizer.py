@@ -51,7 +51,7 @@ def new_optimizer(
 def _matrices(
     config: TrainConfig, mesh: Mesh, parameters: Mapping[str, nn.Parameter], replicas: Replicas
 ) -> Iterator[WholeMatrices]:
-    """Yield the matrices of dense parameters, and in a model with experts those of experts."""
+    """Yield the matrices of dense parameters, and in a model with experts the matrices of experts."""
     found = {name: p for name, p in parameters.items() if is_block_matrix(name, p)}
     dense = {name: p for name, p in found.items() if parameter_record(p).experts is None}
     rows = replicas.dense.rows

@@ -1,4 +1,4 @@
-"""Checks of the settings of experts: those of the model, and those of its layout."""
+"""Checks of the settings of experts, in the model and in its layout."""
 
 from __future__ import annotations
 

@@ -67,6 +67,11 @@ class TrainConfig:
             f"context_parallel_method='all_to_all' (any number of heads: 'ring', 'all_gather')",
         )
 
+    def replica_counts(self, dp_size: int) -> tuple[int, int]:
+        """Return how many ranks hold the same dense weights and the same experts; equal in a model without experts."""
+        replicas = self.parallel.replicas(dp_size)
+        return replicas, replicas if self.model.num_experts is None else self.parallel.expert_replicas(dp_size)
+
     def check_data_parallel(self, dp_size: int) -> None:
         """Raise unless dp_size replicas get the same number of full microbatches, and can be cut by zero_shard_size."""
         self.parallel.check_shard_size(dp_size)

@@ -30,8 +30,8 @@ class GradientBuckets:
     they continue with earlier layers. With one row shard every rank gets all sums. With several shards a rank gets the
     sums of the rows that it owns.
 
-    Every rank sends the buckets of a stage in one order, those of dense parameters and those of experts. So ranks
-    cannot wait for each other in a circle.
+    Every rank sends the buckets of a stage in the same order, buckets of dense parameters and of experts together. So
+    ranks cannot wait for each other in a circle.
 
     Whole gradients accumulate over a step and are summed once in it. Sharded gradients (sharded=True) are summed after
     every microbatch and accumulate as sums of this rank's rows, so that a whole gradient exists only until its bucket

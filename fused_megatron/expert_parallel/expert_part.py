@@ -132,7 +132,7 @@ class Part:
     def backward(
         self, dy_table: torch.Tensor, parameters: Parameters, gradients: GradientSink
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add the gradients of the parameters, and return those of the table [n, H] and of its weights [n, k]."""
+        """Add the gradients of the parameters, and return the gradients of the table [n, H] and its weights [n, k]."""
         expansion, _, projection, projection_bias = parameters
         num_rows = self.tokens.shape[0]
         dx, dweight = dy_table.new_empty(num_rows, self.table.shape[1]), torch.empty_like(self.weight)

@@ -115,7 +115,7 @@ def assumed_counts(
     if routes == "balanced":
         found.rows[..., : num_pairs % num_experts] += 1
         return found
-    # Experts in order: those of this rank, then all others.
+    # The experts of this rank come first.
     most = [num_tokens] * num_selected + [0] * (num_experts - num_selected)
     first = found.ep_rank * found.num_local
     found.rows[...] = np.roll(most, first)

@@ -119,7 +119,7 @@ class ParallelExperts(ShardedModule):
         self.holds_experts = ranks.moves_tokens
         self.num_experts, self.hidden_dim, self.intermediate_dim = sizes[:3]
         dtype = old.down_proj.dtype
-        # In a list, so that it is no submodule: its weights are those of this module.
+        # In a list, so that it is no submodule: both have the same weights.
         self._core = [_core(sizes, ranks, overlap, dtype)]
         ffn, hidden = sizes.ffn_size, sizes.hidden_size
         shapes = ((2 * ffn, hidden), (hidden, ffn))
@@ -147,7 +147,7 @@ class ParallelExperts(ShardedModule):
         chunk_choice(self._core[0].overlap).measured(self.ep_group, like)
 
     def _parts(self, sizes: ExpertSizes) -> tuple[tuple[ShardPart, ...], tuple[ShardPart, ...]]:
-        """Return the stacked parts of both weights, named as those of ExpertMLP."""
+        """Return the stacked parts of both weights, with the names that ExpertMLP gives."""
         rows, hidden, full = self.ffn_shard, sizes.hidden_size, sizes.ffn_size
         start = group_rank(self.ranks.ffn_group) * rows
         expansion: list[ShardPart] = []

@@ -3,12 +3,11 @@
 from fused_megatron.assembly.build import DTYPES
 from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
-from fused_megatron.expert_parallel import cheapest_dispatch
 from fused_megatron.models import StageSpan
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
-from fused_megatron.planning.rank_communication import own_tokens
+from fused_megatron.planning.rank_communication import expert_dispatch, own_tokens
 
 
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
@@ -77,14 +76,8 @@ def _order_of_sent_tokens(config: TrainConfig) -> int:
     """Compute the bytes of a block's exchange of tokens, which stay although backward repeats the forward."""
     parallel, selected = config.parallel, config.model.experts_per_token
     ranks = parallel.expert_parallel_size * parallel.expert_tensor_parallel_size
-    of_a_pair = 16 * ranks + 8 if _gathers_tokens(config) else 40
+    of_a_pair = 16 * ranks + 8 if expert_dispatch(config) == "all_gather" else 40
     return of_a_pair * selected * own_tokens(config) * (ranks > 1)
-
-
-def _gathers_tokens(config: TrainConfig) -> bool:
-    parallel = config.parallel
-    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
-    return (parallel.expert_dispatch or cheapest_dispatch(ep, etp, config.model.experts_per_token)) == "all_gather"
 
 
 def _mlp_elements(config: TrainConfig, width: int) -> int:
@@ -114,7 +107,7 @@ def _expert_activations(config: TrainConfig) -> int:
     total = 8 * rows + own * (4 * (model.num_experts or 0) + 12 * selected) + 8 * (model.num_experts or 0)
     if ep * etp == 1:
         total += 8 * rows
-    elif _gathers_tokens(config):
+    elif expert_dispatch(config) == "all_gather":
         elements += ep * etp * own * hidden
         total += 12 * selected * ep * etp * own + 16 * selected * own
     else:

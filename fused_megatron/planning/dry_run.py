@@ -264,8 +264,8 @@ class DryRun:
         wanted = self._keys(self.schedule, pp_rank)
         # With ZeRO, the first forward of a step gathers weights and its last backward sends gradients. A third
         # microbatch, between the two, stands for all others.
-        replicas = max(self._sizes["dp"] * self._sizes["cp"], self._expert_sizes["edp"])
-        zero = zero_stage(self.config.parallel.zero_stage, replicas)
+        replicas = self.config.replica_counts(self._sizes["dp"])
+        zero = zero_stage(self.config.parallel.zero_stage, max(replicas))
         for count in range(3 if ZERO_STAGES[zero].state else 1, self.num_microbatches):
             try:
                 schedule = self.plan.lowered_schedule(count)

@@ -168,9 +168,8 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
     row = DTYPES[config.training.dtype].itemsize * model.hidden_size
     tokens, selected = own_tokens(config), model.experts_per_token
     forwards = number + again
-    dispatch = parallel.expert_dispatch or cheapest_dispatch(ep, etp, selected)
     sent: Counter[str] = Counter()
-    if dispatch == "all_to_all":
+    if expert_dispatch(config) == "all_to_all":
         pairs = selected * tokens * (ep - 1) // ep + selected * tokens * (etp - 1)
         sent["all_to_all"] = pairs * (row * (forwards + 3 * number) + 4 * (forwards + number))
     else:
@@ -178,6 +177,13 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
         sent["all_gather"] = ranks * tokens * (row * (forwards + number) + 8 * selected * forwards)
         sent["reduce_scatter"] = ranks * tokens * (2 * row + 4 * selected) * number
     return dict(sent)
+
+
+def expert_dispatch(config: TrainConfig) -> str:
+    """Return the way of tokens to their experts: parallel.expert_dispatch, or its default."""
+    parallel = config.parallel
+    ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+    return parallel.expert_dispatch or cheapest_dispatch(ep, etp, config.model.experts_per_token)
 
 
 def own_tokens(config: TrainConfig) -> int:

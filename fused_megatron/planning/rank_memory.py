@@ -121,10 +121,7 @@ def _memory_of_rank(
 def _sharding(config: TrainConfig, dp_size: int) -> tuple[Placements, int, int]:
     """Return the placements of the ZeRO stage, and how many replicas share dense parameters and experts."""
     parallel = config.parallel
-    replicas = parallel.replicas(dp_size)
-    of_experts = replicas
-    if config.model.num_experts is not None:
-        of_experts = parallel.expert_replicas(dp_size)
+    replicas, of_experts = config.replica_counts(dp_size)
     placements = ZERO_STAGES[zero_stage(parallel.zero_stage, max(replicas, of_experts))]
     if not placements.state:
         return placements, 1, 1

@@ -21,7 +21,7 @@ class ReplicaSet:
         rows: the rows of each parameter that this rank owns.
         shard_group: ranks that own the other rows; None if this rank owns all rows.
         copy_group: ranks that own the same rows; None for this rank only.
-        group: all replicas: the ranks of shard_group times those of copy_group; None for one rank.
+        group: all replicas: shard_group times copy_group; None for one rank.
     """
 
     rows: RowShards = WHOLE_ROWS
