@@ -117,13 +117,14 @@ class StageTimes:
         attention = self._attention()
         elements = self._elements(has_experts)
         syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
-        ops = self.engine.parallel_ops * (self.tp > 1)
+        ops = self.engine.parallel_ops * (self.tp - 1) ** 2
+        softmax = self._softmax_ops()
         launch = 1e-6 * self.cluster.launch_us
         forward = Work(
             products=sum(self._product(*shape) for shape in linear) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.forward_ops + ops),
+            host=launch * (self.engine.forward_ops + ops + softmax),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
         weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
@@ -131,7 +132,7 @@ class StageTimes:
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.backward_ops + ops),
+            host=launch * (self.engine.backward_ops + ops + 2 * softmax),
         )
         if recomputed and self.config.model.recompute == "full":
             backward += forward
@@ -140,6 +141,11 @@ class StageTimes:
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
         return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
+
+    def _softmax_ops(self) -> int:
+        """Return the ops that softmax takes more if the engine's fused kernel does not fit."""
+        matrices = self.config.training.microbatch_size * self.config.model.num_heads // self.tp
+        return self.engine.separate_softmax_ops * (matrices % self.engine.softmax_multiple > 0)
 
     def _attention_linears(self) -> Iterator[tuple[int, int, int, int]]:
         query_key_value, query = attention_features(self.config.model, self.tp)
@@ -260,9 +266,14 @@ class StageTimes:
         ring = self.replica_ring()
         gather = ring.gather_s(self.size * counts.total)
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
-        forward += Work(data_parallel=max(0.0, gather - forward.on_device))
-        backward += Work(data_parallel=max(0.0, gather + reduce - backward.on_device))
+        forward += Work(data_parallel=self._exposed(gather, forward.on_device))
+        backward += Work(data_parallel=self._exposed(gather + reduce, backward.on_device))
         return forward, backward
+
+    def _exposed(self, transfer_s: float, computation_s: float) -> float:
+        """Return what a transfer beside a computation adds to it: the rest, and the slowdown of both."""
+        hidden = min(transfer_s, computation_s)
+        return transfer_s - hidden + self.cluster.overlap_slowdown * hidden
 
     def replica_ring(self) -> Ring:
         """Return the links between replicas of the same weights."""
@@ -281,7 +292,7 @@ class StageTimes:
         columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
         product = self._product(1, self.tokens, columns, self.hidden)
         launch = 1e-6 * self.cluster.launch_us
-        logits = self._moved(3.0 * self.tokens * columns)
+        logits = self._moved(self.engine.logit_passes / 2 * self.tokens * columns)
         forward = Work(products=product, memory_bound=logits, host=10 * launch)
         backward = Work(products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=10 * launch)
         return ActionWork(forward, backward, Work(products=product))

@@ -36,6 +36,7 @@ class Cluster:
         node_latency_us: time of a collective inside a node beyond its bytes, for each rank beside the first.
         network_gb_per_s: bus bandwidth of a collective between nodes, of one GPU.
         network_latency_us: time of a message between nodes beyond its bytes.
+        overlap_slowdown: share of a transfer beside computation by which the computation takes longer.
         step_ms: time of a step that does not depend on the model: reading of a batch, logging, scheduling.
     """
 
@@ -53,6 +54,7 @@ class Cluster:
     node_latency_us: float
     network_gb_per_s: float
     network_latency_us: float
+    overlap_slowdown: float = 0.0
     step_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class Cluster:
         check(self.gpus_per_node >= 1, f"gpus_per_node={self.gpus_per_node} must be 1 or more")
         for name in CONSTANTS:
             value = getattr(self, name)
-            may_be_zero = name.endswith(("_us", "_ms"))
+            may_be_zero = name.endswith(("_us", "_ms", "_slowdown"))
             check(
                 math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)),
                 f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and finite",

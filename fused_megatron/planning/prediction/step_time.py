@@ -101,17 +101,18 @@ class _Step:
         ]
         ends = [events[-1].end + reduced[rank] for rank, events in enumerate(timeline.events)]
         update = max(self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks)
-        busiest = max(ranks, key=lambda rank: timeline.busy[rank])
+        busy = timeline.busy
+        busiest = max(ranks, key=lambda rank: busy[rank])
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
         total = max(ends) + update + 1e-3 * self.cluster.step_ms
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
-            "launch floor": timeline.busy[busiest] - work.on_device,
+            "launch floor": busy[busiest] - work.on_device,
             "tensor parallel": work.tensor_parallel,
             "context parallel": work.context_parallel,
             "expert parallel": work.expert_parallel,
-            "pipeline bubble": timeline.makespan - timeline.busy[busiest],
+            "pipeline bubble": timeline.makespan - busy[busiest],
             "data parallel": work.data_parallel + max(ends) - timeline.makespan,
             "optimizer": update + 1e-3 * self.cluster.step_ms,
         }
@@ -121,6 +122,7 @@ class _Step:
         parallel = self.config.parallel
         stride = self.times.tp * parallel.replicas(self.dp)
         sent = Ring(self.cluster, parallel.pipeline_parallel_size, stride).message_s(message_bytes(self.config))
+        sent += 1e-6 * self.cluster.launch_us * self.engine.message_ops
         forward, inputs, weights = [], [], []
         for work in self.works:
             backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
