@@ -78,6 +78,14 @@ class ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
 
 
+def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
+    """Return the seconds of `count` products [m, k] x [k, n] in one kernel; size: bytes of an element."""
+    rate = 1e12 * cluster.peak_tflops * cluster.product_efficiency
+    moved = size * count * (m * k + k * n + m * n)
+    seconds = max(2 * count * m * n * k / rate, moved / (1e9 * cluster.memory_gb_per_s))
+    return seconds + 1e-6 * cluster.product_us
+
+
 class StageTimes:
     """Work of the stages of a run."""
 
@@ -206,10 +214,7 @@ class StageTimes:
 
     def _product(self, count: float, m: float, n: float, k: float) -> float:
         """Return the seconds of `count` products [m, k] x [k, n] in one kernel."""
-        rate = 1e12 * self.cluster.peak_tflops * self.cluster.product_efficiency
-        moved = self.size * count * (m * k + k * n + m * n)
-        seconds = max(2 * count * m * n * k / rate, moved / (1e9 * self.cluster.memory_gb_per_s))
-        return seconds + 1e-6 * self.cluster.product_us
+        return product_s(self.cluster, self.size, count, m, n, k)
 
     def _moved(self, elements: float) -> float:
         return self.size * elements / (1e9 * self.cluster.memory_gb_per_s)
