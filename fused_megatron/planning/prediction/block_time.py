@@ -240,6 +240,7 @@ class StageTimes:
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
+        hidden *= self.cluster.transfer_overlap
         forward += Work(context_parallel=max(0.0, in_forward - hidden))
         backward += Work(context_parallel=max(0.0, in_backward - hidden * self._attention_backward))
         return forward, backward
@@ -265,8 +266,9 @@ class StageTimes:
         ring = self.replica_ring()
         gather = ring.gather_s(self.size * counts.total)
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
-        forward += Work(data_parallel=max(0.0, gather - forward.on_device))
-        backward += Work(data_parallel=max(0.0, gather + reduce - backward.on_device))
+        overlap = self.cluster.transfer_overlap
+        forward += Work(data_parallel=max(0.0, gather - overlap * forward.on_device))
+        backward += Work(data_parallel=max(0.0, gather + reduce - overlap * backward.on_device))
         return forward, backward
 
     def replica_ring(self) -> Ring:

@@ -22,6 +22,7 @@ from fused_megatron.collectives.together import gather_json
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
 from fused_megatron.observe.core_time import CoreTime
 from fused_megatron.ops.product import product
+from fused_megatron.overlap import overlap_costs
 from fused_megatron.pipeline.run.channels import Channel, Channels
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
@@ -92,6 +93,8 @@ class Measurements:
         ranks: ranks that measured at the same time.
         threads: threads of each rank.
         busy_share: share of the time in which another process held the core.
+        transfer_overlap: share of a transfer that a product beside it hides, as layers measure it that choose their
+            chunks (overlap_costs).
     """
 
     products: dict[tuple[int, int, int], float]
@@ -103,6 +106,7 @@ class Measurements:
     ranks: int = 1
     threads: int = 1
     busy_share: float = 0.0
+    transfer_overlap: float = 0.0
 
 
 def usable_cores() -> int:
@@ -133,11 +137,14 @@ def measure_machine(device: torch.device, dtype: torch.dtype, group: Group, size
     launch_s = _launch_s(device, sizes, group)
     collectives = {}
     messages = {}
+    overlap = 0.0
     if group is not None and group_size(group) > 1:
         for kind in COLLECTIVES:
             for size in sizes.transfer_bytes:
                 collectives[kind, size] = _collective_s(kind, size, device, dtype, sizes.repeats, group)
         messages = _messages_s(device, sizes, group)
+        costs = overlap_costs(group, dtype, device)
+        overlap = 0.0 if costs is None else 1 - costs.slowdown
     wall_s, wait_s = clock.stop()
     shares = gather_json(wait_s / wall_s, group)
     return Measurements(
@@ -150,6 +157,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, group: Group, size
         ranks=group_size(group),
         threads=torch.get_num_threads(),
         busy_share=sum(shares) / len(shares),
+        transfer_overlap=overlap,
     )
 
 
