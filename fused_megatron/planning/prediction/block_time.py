@@ -78,6 +78,14 @@ class ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
 
 
+def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
+    """Return the seconds of `count` products [m, k] x [k, n] in one kernel; size: bytes of an element."""
+    rate = 1e12 * cluster.peak_tflops * cluster.product_efficiency
+    moved = size * count * (m * k + k * n + m * n)
+    seconds = max(2 * count * m * n * k / rate, moved / (1e9 * cluster.memory_gb_per_s))
+    return seconds + 1e-6 * cluster.product_us
+
+
 class StageTimes:
     """Work of the stages of a run."""
 
@@ -212,10 +220,7 @@ class StageTimes:
 
     def _product(self, count: float, m: float, n: float, k: float) -> float:
         """Return the seconds of `count` products [m, k] x [k, n] in one kernel."""
-        rate = 1e12 * self.cluster.peak_tflops * self.cluster.product_efficiency
-        moved = self.size * count * (m * k + k * n + m * n)
-        seconds = max(2 * count * m * n * k / rate, moved / (1e9 * self.cluster.memory_gb_per_s))
-        return seconds + 1e-6 * self.cluster.product_us
+        return product_s(self.cluster, self.size, count, m, n, k)
 
     def _moved(self, elements: float) -> float:
         return self.size * elements / (1e9 * self.cluster.memory_gb_per_s)
@@ -241,8 +246,8 @@ class StageTimes:
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
-        forward += Work(context_parallel=max(0.0, in_forward - hidden))
-        backward += Work(context_parallel=max(0.0, in_backward - hidden * self._attention_backward))
+        forward += Work(context_parallel=self.exposed(in_forward, hidden))
+        backward += Work(context_parallel=self.exposed(in_backward, hidden * self._attention_backward))
         return forward, backward
 
     def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
@@ -266,14 +271,14 @@ class StageTimes:
         ring = self.replica_ring()
         gather = ring.gather_s(self.size * counts.total)
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
-        forward += Work(data_parallel=self._exposed(gather, forward.on_device))
-        backward += Work(data_parallel=self._exposed(gather + reduce, backward.on_device))
+<<<<<<< HEAD
+        forward += Work(data_parallel=self.exposed(gather, forward.on_device))
+        backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))
         return forward, backward
 
-    def _exposed(self, transfer_s: float, computation_s: float) -> float:
-        """Return what a transfer beside a computation adds to it: the rest, and the slowdown of both."""
-        hidden = min(transfer_s, computation_s)
-        return transfer_s - hidden + self.cluster.overlap_slowdown * hidden
+    def exposed(self, transfer_s: float, computation_s: float) -> float:
+        """Return the seconds that a transfer beside a computation adds to it."""
+        return transfer_s - self.cluster.transfer_overlap * min(transfer_s, computation_s)
 
     def replica_ring(self) -> Ring:
         """Return the links between replicas of the same weights."""

@@ -36,8 +36,14 @@ class Cluster:
         node_latency_us: time of a collective inside a node beyond its bytes, for each rank beside the first.
         network_gb_per_s: bus bandwidth of a collective between nodes, of one GPU.
         network_latency_us: time of a message between nodes beyond its bytes.
-        overlap_slowdown: share of a transfer beside computation by which the computation takes longer.
+<<<<<<< HEAD
+=======
+            On a CPU, collectives of one machine go through shared memory (node_*), messages of a pipeline through gloo
+            (network_*).
+>>>>>>> calib
         step_ms: time of a step that does not depend on the model: reading of a batch, logging, scheduling.
+        transfer_overlap: share of a transfer that work beside it hides. Transfers on a GPU slow products down; on a CPU
+            it is 0 where the thread that computes also copies, as for shared memory.
     """
 
     name: str
@@ -54,21 +60,25 @@ class Cluster:
     node_latency_us: float
     network_gb_per_s: float
     network_latency_us: float
-    overlap_slowdown: float = 0.0
     step_ms: float = 0.0
+    transfer_overlap: float = 1.0
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("cuda", "cpu"))
         check(self.gpus_per_node >= 1, f"gpus_per_node={self.gpus_per_node} must be 1 or more")
         for name in CONSTANTS:
             value = getattr(self, name)
-            may_be_zero = name.endswith(("_us", "_ms", "_slowdown"))
+<<<<<<< HEAD
+            may_be_zero = name.endswith(("_us", "_ms"))
+=======
+            may_be_zero = name.endswith(("_us", "_ms", "_overlap"))
+>>>>>>> calib
             check(
                 math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)),
                 f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and finite",
             )
-        for name in ("product_efficiency", "attention_efficiency"):
-            check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share of peak_tflops")
+        for name in ("product_efficiency", "attention_efficiency", "transfer_overlap"):
+            check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share")
 
 
 CONSTANTS = tuple(

@@ -15,6 +15,7 @@ from fused_megatron.planning.parameter_counts import stage_parameters
 from fused_megatron.planning.prediction.block_time import ActionWork, StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, Engine, engine_of
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import message_bytes
 
@@ -80,7 +81,8 @@ class _Step:
         parallel = config.parallel
         check(parallel.data_parallel_size is not None, "data_parallel_size=None must be given to predict a step")
         check(config.model.vocab_size is not None, "vocab_size=None must be given to predict a step")
-        self.config, self.cluster, self.engine = config, cluster, engine
+        self.config, self.engine = config, engine
+        self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
         config.check_data_parallel(self.dp)
         self.plan = plan_pipeline(config)
@@ -104,7 +106,9 @@ class _Step:
         busy = timeline.busy
         busiest = max(ranks, key=lambda rank: busy[rank])
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
-        total = max(ends) + update + 1e-3 * self.cluster.step_ms
+        mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
+        fixed = 1e-3 * self.cluster.step_ms
+        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
@@ -112,10 +116,11 @@ class _Step:
             "tensor parallel": work.tensor_parallel,
             "context parallel": work.context_parallel,
             "expert parallel": work.expert_parallel,
-            "pipeline bubble": timeline.makespan - busy[busiest],
+            "pipeline bubble": 0.0,
             "data parallel": work.data_parallel + max(ends) - timeline.makespan,
-            "optimizer": update + 1e-3 * self.cluster.step_ms,
+            "optimizer": update + fixed,
         }
+        parts["pipeline bubble"] = total - sum(parts.values())
         return StepPrediction(total, total, total, parts, timeline)
 
     def _costs(self) -> Costs:
@@ -151,8 +156,8 @@ class _Step:
         gradients = self.engine.gradient_bytes * counts
         hidden = sum(self._seconds(work.backward) for work in works) if self.engine.overlaps_gradients else 0.0
         if placements.state:
-            return max(0.0, ring.gather_s(gradients) - hidden) + ring.gather_s(size * counts)
-        return max(0.0, ring.all_reduce_s(gradients) - hidden)
+            return self.times.exposed(ring.gather_s(gradients), hidden) + ring.gather_s(size * counts)
+        return self.times.exposed(ring.all_reduce_s(gradients), hidden)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
         parallel = self.config.parallel
