@@ -1,4 +1,4 @@
-"""Safe reading of untrusted files: no blocking on pipes, a limit on the size, JSON checked against a schema."""
+"""Safe reading of untrusted files: no blocking on pipes, a limit on the size, JSON and TOML checked on the way."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import math
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
 from fused_megatron.checks import InputError, check
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 T = TypeVar("T")
 
@@ -93,6 +99,20 @@ def parse_json(content: bytes | str, schema: type[T], *, finite: bool = True) ->
         raise InputError(_explained(error)) from None
     except ValueError as error:  # JSONDecodeError, UnicodeError, or a number with too many digits
         raise InputError(f"no JSON, or cut off ({' '.join(str(error).split())})") from None
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """Parse a TOML text.
+
+    Raises:
+        InputError: one line: it is no TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(content.decode())
+    except RecursionError:
+        raise InputError("no TOML: nested too deeply") from None
+    except ValueError as error:  # a TOMLDecodeError, text that is not UTF-8, or a number of thousands of digits
+        raise InputError(f"no TOML: {' '.join(str(error).split())}") from None
 
 
 def convert(value: Any, schema: type[T]) -> T:
