@@ -15,7 +15,12 @@ from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.planning import activation_memory, optimizer_memory
 
-MODULES = ("planning.rank_memory", "planning.rank_communication", "hugging_face.known_families")
+MODULES = (
+    "planning.prediction.step_time",
+    "planning.rank_memory",
+    "planning.rank_communication",
+    "hugging_face.known_families",
+)
 
 
 def test_formulas_start_without_torch() -> None:
