@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.parameter_counts import (
@@ -92,9 +90,9 @@ class StageTimes:
     def __init__(self, config: TrainConfig, cluster: Cluster, engine: Engine) -> None:
         self.config, self.cluster, self.engine = config, cluster, engine
         model, parallel = config.model, config.parallel
-        self.size = DTYPES[config.training.dtype].itemsize
+        self.size = config.training.element_bytes
         self.tp = parallel.tensor_parallel_size
-        self.tokens = config.training.microbatch_size * most_positions(config)
+        self.tokens = config.training.microbatch_size * config.most_positions
         self.own_tokens = self.tokens // self.tp if parallel.sequence_parallel else self.tokens
         self.tp_ring = Ring(cluster, self.tp)
         self.hidden = model.hidden_size

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from fused_megatron.assembly.build import DTYPES, stage_spans
-from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
@@ -150,7 +149,7 @@ class _Step:
             return 0.0
         placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
         counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
-        size = DTYPES[self.config.training.dtype].itemsize
+        size = self.config.training.element_bytes
         if placements.weights:
             return 0.0
         gradients = self.engine.gradient_bytes * counts
