@@ -269,7 +269,6 @@ class StageTimes:
         ring = self.replica_ring()
         gather = ring.gather_s(self.size * counts.total)
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
-<<<<<<< HEAD
         forward += Work(data_parallel=self.exposed(gather, forward.on_device))
         backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))
         return forward, backward

@@ -36,11 +36,8 @@ class Cluster:
         node_latency_us: time of a collective inside a node beyond its bytes, for each rank beside the first.
         network_gb_per_s: bus bandwidth of a collective between nodes, of one GPU.
         network_latency_us: time of a message between nodes beyond its bytes.
-<<<<<<< HEAD
-=======
             On a CPU, collectives of one machine go through shared memory (node_*), messages of a pipeline through gloo
             (network_*).
->>>>>>> calib
         step_ms: time of a step that does not depend on the model: reading of a batch, logging, scheduling.
         transfer_overlap: share of a transfer that work beside it hides. Transfers on a GPU slow products down; on a CPU
             it is 0 where the thread that computes also copies, as for shared memory.
@@ -68,11 +65,7 @@ class Cluster:
         check(self.gpus_per_node >= 1, f"gpus_per_node={self.gpus_per_node} must be 1 or more")
         for name in CONSTANTS:
             value = getattr(self, name)
-<<<<<<< HEAD
-            may_be_zero = name.endswith(("_us", "_ms"))
-=======
             may_be_zero = name.endswith(("_us", "_ms", "_overlap"))
->>>>>>> calib
             check(
                 math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)),
                 f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and finite",

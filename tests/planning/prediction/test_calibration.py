@@ -34,7 +34,9 @@ def observations() -> list[Observation]:
     found = []
     for name, config in calibration_configs("cpu", 2).items():
         found.append(
-            Observation("steps", name, predict_step(config, TRUTH).seconds, lambda c, k=config: predict_step(k, c).seconds)
+            Observation(
+                "steps", name, predict_step(config, TRUTH).seconds, lambda c, k=config: predict_step(k, c).seconds
+            )
         )
     return found
 
