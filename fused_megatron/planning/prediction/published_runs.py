@@ -122,7 +122,8 @@ def _read_foundry(row: Row) -> PublishedRun | None:
     gpus, micro, accumulated = int(row["# GPUs"]), int(row["MicroBatchSize"]), int(row["GradAccum"])
     batch = micro * gpus * accumulated
     config = _config(model, batch, micro, dp=gpus, zero_stage=_SHARDING[row["Sharding Strategy"]])
-    name = f"{row['Model']} {row['GPU']} S{model.seq_len} gpus{gpus} b{micro}x{accumulated} zero{config.parallel.zero_stage}"
+    recomputed = " recomputed" * (model.recompute == "full")
+    name = f"{row['Model']}{recomputed} {row['GPU']} S{model.seq_len} gpus{gpus} b{micro}x{accumulated}"
     return PublishedRun(name, config, "llm-foundry", batch * model.seq_len / float(row["Throughput (T/s)"]))
 
 
