@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,10 +92,11 @@ def fit(cluster: Cluster, observations: Sequence[Observation], names: Sequence[s
 
 
 def _moved(cluster: Cluster, names: Sequence[str], logarithms: torch.Tensor) -> Cluster:
-    values = {name: math.exp(value) for name, value in zip(names, logarithms.tolist(), strict=True)}
-    return dataclasses.replace(
-        cluster, **{name: min(value, 1.0) if name in _SHARES else value for name, value in values.items()}
-    )
+    values: dict[str, Any] = {name: math.exp(value) for name, value in zip(names, logarithms.tolist(), strict=True)}
+    for name in _SHARES:
+        if name in values:
+            values[name] = min(values[name], 1.0)
+    return dataclasses.replace(cluster, **values)
 
 
 def error_table(cluster: Cluster, observations: Sequence[Observation]) -> list[tuple[str, int, float, float]]:
