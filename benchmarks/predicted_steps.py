@@ -6,10 +6,11 @@
     make bench-predicted ARGS="--cluster cluster.toml"        # with the constants of an earlier run
 
 Every case first calibrates a cluster of its own (`fused-megatron calibrate`), on as many ranks over the same link. Then
-it runs real steps of each layout with the trainer's own parts, in rounds that go through all layouts, so that a busy
-moment of the machine slows all of them. On as many cores as ranks the time in which another process held a core is left
-out. The bars: with 2 ranks a median error of at most 10 %, the worst at most 20 %, and the fastest layout chosen, or
-one within 3 % of it; with 4 ranks, which share 2 cores, a rank correlation of at least 0.9.
+it runs real steps of each layout with the trainer's own parts. On as many cores as ranks the time in which another
+process held a core is left out of both.
+
+The bars: with 2 ranks a median error of at most 10 %, the worst at most 20 %, and the fastest layout chosen, or one
+within 3 % of it; with 4 ranks, which share 2 cores, a rank correlation of at least 0.9.
 """
 
 import argparse
@@ -24,15 +25,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from faults.two_hosts import TwoHosts, missing
-from gpt_layouts import SIZES, Size
+from gpt_layouts import SIZES
+from predicted_layouts import Job, cases_of, config_of
 from slow_link import join, run_on_link, set_rate
 
-from fused_megatron.config import ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.kept_pages import keep_malloc_pages
-from fused_megatron.planning.prediction.calibration import calibrate_ranks
+from fused_megatron.overlap import overlap_costs
+from fused_megatron.planning.prediction.calibrate import Found, Plan, calibrate, measure_rank
+from fused_megatron.planning.prediction.calibrate_command import fit_lines
+from fused_megatron.planning.prediction.calibration_steps import calibration_configs
 from fused_megatron.planning.prediction.cluster import Cluster, cluster_text, load_cluster
-from fused_megatron.planning.prediction.machine_measurements import threads_of_rank, usable_cores
-from fused_megatron.planning.prediction.measured_steps import RealSteps, slowest_of_ranks
+from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, threads_of_rank, usable_cores
+from fused_megatron.planning.prediction.measured_steps import RealSteps, StepTimes
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.testing import run_on_ranks
 
@@ -40,105 +44,154 @@ HOSTS = TwoHosts("fm-predicted")
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
-class Case(NamedTuple):
-    """A layout: its name, and the fields of ParallelConfig and TrainingConfig and of the model that it sets."""
-
-    name: str
-    microbatches: int = 1
-    parallel: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    model: dict[str, Any] = {}  # noqa: RUF012
-
-
-def cases_of(ranks: int) -> list[Case]:
-    """Return the layouts of a number of ranks."""
-    return _two_ranks() if ranks == 2 else _four_ranks()
-
-
-def _pipeline(ranks: int, name: str, microbatches: int, stages: int | None = None, **more: Any) -> Case:
-    parallel = {"pipeline_parallel_size": ranks, "schedule": name, "stages_per_rank": stages, **more}
-    axes = f"pp={ranks} {name}" + (f" v={stages}" if stages else "")
-    return Case(f"{axes} m={microbatches}", microbatches, parallel)
-
-
-def _two_ranks() -> list[Case]:
-    tp, cp, dp = ({f"{axis}_parallel_size": 2} for axis in ("tensor", "context", "data"))
-    return [
-        Case("tp=2", 1, tp),
-        Case("tp=2 m=4", 4, tp),
-        Case("tp=2 sp", 1, tp | {"sequence_parallel": True}),
-        Case("tp=2 sp m=4", 4, tp | {"sequence_parallel": True}),
-        Case("tp=2 recompute", 1, tp, {"recompute": "full"}),
-        _pipeline(2, "1f1b", 2),
-        _pipeline(2, "1f1b", 8),
-        _pipeline(2, "gpipe", 4),
-        _pipeline(2, "interleaved_1f1b", 4, 2),
-        _pipeline(2, "zb_h1", 4),
-        _pipeline(2, "zb_h1", 8),
-        _pipeline(2, "zb_v", 4, 2),
-        Case("dp=2 ZeRO-0", 1, dp | {"zero_stage": 0}),
-        Case("dp=2 ZeRO-1", 1, dp),
-        Case("dp=2 ZeRO-1 m=4", 4, dp),
-        Case("dp=2 ZeRO-2 m=2", 2, dp | {"zero_stage": 2}),
-        Case("dp=2 ZeRO-3", 1, dp | {"zero_stage": 3}),
-        Case("cp=2 ring", 1, cp),
-        Case("cp=2 all_gather m=2", 2, cp | {"context_parallel_method": "all_gather"}),
-        Case("cp=2 all_to_all", 1, cp | {"context_parallel_method": "all_to_all"}),
-    ]
-
-
-def _four_ranks() -> list[Case]:
-    tp, cp, pp, dp = ({f"{axis}_parallel_size": 2} for axis in ("tensor", "context", "pipeline", "data"))
-    return [
-        Case("tp=4", 1, {"tensor_parallel_size": 4}),
-        Case("tp=4 sp m=2", 2, {"tensor_parallel_size": 4, "sequence_parallel": True}),
-        Case("tp=2 pp=2 m=2", 2, tp | pp),
-        Case("tp=2 pp=2 m=8", 8, tp | pp),
-        Case("tp=2 dp=2", 1, tp | dp),
-        Case("tp=2 sp dp=2 ZeRO-0", 1, tp | dp | {"zero_stage": 0, "sequence_parallel": True}),
-        Case("tp=2 cp=2", 1, tp | cp),
-        _pipeline(4, "1f1b", 4),
-        _pipeline(4, "1f1b", 8),
-        _pipeline(4, "gpipe", 8),
-        _pipeline(4, "zb_h1", 8),
-        _pipeline(4, "zb_v", 8, 2) if False else _pipeline(2, "zb_v", 4, 2, data_parallel_size=2),
-        _pipeline(2, "1f1b", 4, data_parallel_size=2),
-        _pipeline(2, "interleaved_1f1b", 4, 2, data_parallel_size=2),
-        Case("pp=2 cp=2 m=4", 4, pp | cp),
-        Case("dp=4 ZeRO-0", 1, {"data_parallel_size": 4, "zero_stage": 0}),
-        Case("dp=4 ZeRO-1 m=2", 2, {"data_parallel_size": 4}),
-        Case("dp=4 ZeRO-3", 1, {"data_parallel_size": 4, "zero_stage": 3}),
-        Case("cp=4 ring", 1, {"context_parallel_size": 4}),
-        Case("dp=2 cp=2", 1, dp | cp),
-    ]
-
-
-def config_of(size: Size, case: Case) -> TrainConfig:
-    """Return the config of a layout: each has the same GPT and the same global batch."""
-    parallel = ParallelConfig(**{"data_parallel_size": 1, **case.parallel}, timeout_s=600)
-    replicas = parallel.data_parallel_size or 1
-    training = TrainingConfig(
-        global_batch_size=size.num_sequences,
-        microbatch_size=max(1, size.num_sequences // replicas // case.microbatches),
-    )
-    return TrainConfig(dataclasses.replace(size.config, **case.model), parallel, training=training)
-
-
-def measure_cases(rank: int, world_size: int, size: Size, cases: Sequence[Case], rounds: int) -> dict[str, list[Any]]:
-    """Run rounds of steps over all layouts; return for each the (seconds, seconds without a core) of every round."""
-    device = torch.device("cpu")
-    # Connections of one pipeline at a time: a layout runs all its rounds, which cost it two warm-up steps.
-    found: dict[str, list[Any]] = {}
-    for case in cases:
-        steps = RealSteps(config_of(size, case), device)
-        times = steps.times(rounds, warm_up=1)
-        found[case.name] = [list(times.seconds), list(times.waits)]
-        steps.close()
-        if rank == 0:
-            print(f"  {case.name}: {1e3 * times.median_s(without_waits=True):.0f} ms", flush=True)
-    return found
-
-
-def on_rank(rank: int, world_size: int, size: Size, cases: Sequence[Case], rounds: int) -> dict[str, list[Any]]:
+def run_job(rank: int, world_size: int, job: Job) -> tuple[Found | None, dict[str, StepTimes]]:
+    """Return the measurements of the calibration, and the times of each layout, on every rank."""
     keep_malloc_pages()
     torch.set_num_threads(threads_of_rank(world_size))
-    return measure_cases(rank, world_size, size, cases, rounds)
+    found = None if job.plan is None else measure_rank(rank, world_size, job.plan)
+    times = {}
+    for case in job.cases:
+        steps = RealSteps(config_of(job.size, case), torch.device("cpu"))
+        times[case.name] = steps.times(job.rounds)
+        steps.close()
+        if rank == 0:
+            print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
+    return found, times
+
+
+class Row(NamedTuple):
+    """Measured and predicted seconds of a layout."""
+
+    name: str
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted_s / self.measured_s - 1
+
+
+def rows_of(job: Job, cluster: Cluster, times: dict[str, StepTimes], ranks: int) -> list[Row]:
+    """Predict each layout beside its median."""
+    without = ranks <= cluster.gpus_per_node
+    return [
+        Row(
+            case.name,
+            times[case.name].median_s(without_waits=without),
+            predict_step(config_of(job.size, case), cluster).seconds,
+        )
+        for case in job.cases
+    ]
+
+
+def report(rows: Sequence[Row], times: dict[str, StepTimes], ranks: int) -> list[str]:
+    """Print the table; return the bars that were missed."""
+    print("| layout | measured, ms | predicted, ms | error |\n|---|---|---|---|")
+    for row in sorted(rows, key=lambda row: row.measured_s):
+        print(f"| {row.name} | {1e3 * row.measured_s:.0f} | {1e3 * row.predicted_s:.0f} | {row.error:+.1%} |")
+    errors = [abs(row.error) for row in rows]
+    chosen = min(rows, key=lambda row: row.predicted_s)
+    fastest = min(rows, key=lambda row: row.measured_s)
+    regret = chosen.measured_s / fastest.measured_s - 1
+    correlation = rank_correlation([row.predicted_s for row in rows], [row.measured_s for row in rows])
+    busy = statistics.mean(each.busy_share for each in times.values())
+    figures = f"median error {statistics.median(errors):.1%}, worst {max(errors):.1%}, chosen {chosen.name}"
+    print(f"{figures}: {regret:+.1%} over the fastest ({fastest.name}); rank correlation {correlation:.3f}")
+    print(f"other processes, or with more ranks than cores other ranks, held the cores for {busy:.0%} of the time")
+    if ranks > 2:
+        return [f"rank correlation {correlation:.3f}"] if correlation < CORRELATION else []
+    missed = [f"median error {statistics.median(errors):.1%}"] if statistics.median(errors) > MEDIAN else []
+    missed += [f"worst error {max(errors):.1%}"] if max(errors) > WORST else []
+    return missed + ([f"chosen layout {regret:+.1%} over the fastest"] if regret > REGRET else [])
+
+
+def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
+    """Return Spearman's correlation of two lists without ties."""
+    places = [{value: place for place, value in enumerate(sorted(values))} for values in (some, others)]
+    squares = sum((places[0][a] - places[1][b]) ** 2 for a, b in zip(some, others, strict=True))
+    return 1 - 6 * squares / (len(some) * (len(some) ** 2 - 1))
+
+
+def conclude(title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any) -> list[str]:
+    """Calibrate, predict and print; return the missed bars with the title."""
+    found, times = result
+    if found is None or job.plan is None:
+        cluster = load_cluster(options.cluster)
+    else:
+        # On a link each rank knows the core that it is pinned to.
+        measured = dataclasses.replace(found.measurements, cores=max(usable_cores(), found.measurements.cores))
+        cluster, observations = calibrate(Found(measured, found.steps), job.plan, title.replace(" ", "-"))
+        print("\n".join(fit_lines(cluster, observations)))
+        if options.keep is not None:
+            options.keep.mkdir(parents=True, exist_ok=True)
+            (options.keep / f"{cluster.name}.toml").write_text(cluster_text(cluster))
+    rows = rows_of(job, cluster, times, ranks)
+    if options.keep is not None:
+        content = json.dumps([row._asdict() for row in rows], indent=1)
+        (options.keep / f"{title.replace(' ', '-')}.json").write_text(content + "\n")
+    print(f"\n{title}: GPT of {job.size}, {job.size.num_sequences} sequences a step")
+    return [f"{title}: {text}" for text in report(rows, times, ranks)]
+
+
+def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> None:
+    """Run the cases of each rate on a rank in its namespace."""
+    join(rank, folder, real_time=False)
+    missed = []
+    for rate in options.rates:
+        if rank == 0:
+            set_rate(HOSTS, rate)
+        dist.barrier()
+        overlap_costs.cache_clear()
+        job = job_of(2, options)
+        result = run_job(rank, 2, job)
+        if rank == 0:
+            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result)
+    dist.destroy_process_group()
+    if missed:
+        sys.exit(f"missed: {'; '.join(missed)}")
+
+
+def job_of(ranks: int, options: argparse.Namespace) -> Job:
+    size = SIZES["tiny" if options.quick else options.size]
+    if options.quick:
+        size = dataclasses.replace(size, num_sequences=8)
+    cases = tuple(case for case in cases_of(ranks) if not options.layouts or case.name in options.layouts)
+    plan = None
+    if options.cluster is None:
+        configs = calibration_configs("cpu", ranks)
+        plan = Plan("cpu", CPU_SIZES, {name: configs[name] for name in list(configs)[:: 3 if options.quick else 1]})
+    return Job(size, cases, 1 if options.quick else options.rounds, plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4], choices=[2, 4], help="on this machine")
+    parser.add_argument("--rates", type=int, nargs="*", default=[], help="links of this many Mbit/s (root)")
+    parser.add_argument("--size", choices=[name for name in SIZES if name != "tiny"], default="small")
+    parser.add_argument("--layouts", nargs="+", metavar="LAYOUT")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cluster", type=Path, help="a file of calibrate, instead of a calibration for each case")
+    parser.add_argument("--keep", type=Path, help="a folder for cluster files and figures")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
+    parser.add_argument("--limit-s", type=float, default=1800.0)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        return run_on_the_link(options.rank, options.folder, options)
+    missed = []
+    for ranks in options.ranks:
+        job = job_of(ranks, options)
+        result = run_on_ranks(run_job, ranks, job, timeout_s=options.limit_s)[0]
+        missed += conclude(f"{ranks} ranks", job, ranks, options, result)
+    if options.rates:
+        reason = missing(("ip", "tc"))
+        if reason is not None:
+            print(f"--rates skipped: {reason}")
+        else:
+            run_on_link(HOSTS, "bench-predicted", __file__, options.rates[0], options.limit_s)
+    sys.exit(f"missed: {'; '.join(missed)}" if missed and not options.quick else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -124,13 +124,13 @@ class StageTimes:
         elements = self._elements(has_experts)
         syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
         ops = self.engine.parallel_ops * (self.tp - 1) ** 2
-        softmax = self._softmax_ops()
+        extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
         forward = Work(
             products=sum(self._product(*shape) for shape in linear) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.forward_ops + ops + softmax),
+            host=launch * (self.engine.forward_ops + ops + extra),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
         weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
@@ -138,7 +138,7 @@ class StageTimes:
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.backward_ops + ops + 2 * softmax),
+            host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
         if recomputed and self.config.model.recompute == "full":
             backward += forward
@@ -148,10 +148,15 @@ class StageTimes:
         forward, backward = self._with_experts(forward, backward, has_experts)
         return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
 
-    def _softmax_ops(self) -> int:
-        """Return the ops that softmax takes more if the engine's fused kernel does not fit."""
-        matrices = self.config.training.microbatch_size * self.config.model.num_heads // self.tp
-        return self.engine.separate_softmax_ops * (matrices % self.engine.softmax_multiple > 0)
+    def _extra_ops(self, has_experts: bool) -> float:
+        """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
+        model, parallel = self.config.model, self.config.parallel
+        matrices = self.config.training.microbatch_size * model.num_heads // self.tp
+        ops = self.engine.separate_softmax_ops * float(matrices % self.engine.softmax_multiple > 0)
+        if has_experts:
+            local = (model.num_experts or 0) // parallel.expert_parallel_size
+            ops += self.engine.expert_ops * local * (2 if parallel.expert_tensor_parallel_size > 1 else 1)
+        return ops
 
     def _attention_linears(self) -> Iterator[tuple[int, int, int, int]]:
         query_key_value, query = attention_features(self.config.model, self.tp)

@@ -92,10 +92,10 @@ def fit(cluster: Cluster, observations: Sequence[Observation], names: Sequence[s
 
 
 def _moved(cluster: Cluster, names: Sequence[str], logarithms: torch.Tensor) -> Cluster:
-    values: dict[str, Any] = {}
-    for name, logarithm in zip(names, logarithms.tolist(), strict=True):
-        value = math.exp(logarithm)
-        values[name] = min(value, 1.0) if name in _SHARES else value
+    values: dict[str, Any] = {name: math.exp(value) for name, value in zip(names, logarithms.tolist(), strict=True)}
+    for name in _SHARES:
+        if name in values:
+            values[name] = min(values[name], 1.0)
     return dataclasses.replace(cluster, **values)
 
 

@@ -49,6 +49,7 @@ CPU_SHAPES = {
     "wide products": Shape(2, 512, 8, 2048, 128, 4),
     "long sequences": Shape(2, 128, 4, 512, 512, 2),
     "a large vocabulary": Shape(1, 256, 4, 16384, 128, 4),
+    "many tokens": Shape(2, 256, 4, 4096, 256, 8),
 }
 GPU_SHAPES = {
     "many small ops": Shape(8, 512, 8, 8192, 512, 1, 2),

@@ -24,12 +24,14 @@ class Fitted:
     Attributes:
         error_percent: 90 % of the predictions of other runs of these sources err by no more.
         engines: the programs that ran them.
+        rows: digests of the fitted rows, as PublishedRun.digest; errors are of all other rows.
         ranges: smallest and largest value of gpus, hidden_size, seq_len, microbatch_tokens, tensor_parallel_size,
             pipeline_parallel_size, context_parallel_size, expert_parallel_size.
     """
 
     error_percent: float
     engines: tuple[str, ...]
+    rows: tuple[str, ...]
     ranges: dict[str, tuple[float, float]]
 
 

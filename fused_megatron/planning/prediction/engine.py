@@ -21,6 +21,8 @@ class Engine:
             divides; otherwise softmax takes separate_softmax_ops more ops in forward, and twice as many in backward.
         logit_passes: number of times that the logits are read or written, forward and backward together, besides the
             products: an unfused loss works on float32 copies of them, which count twice.
+        expert_ops: ops for each local expert of a block in forward, and twice as many in backward, if experts run one
+            after the other; as many again where tensor-parallel ranks share each expert.
         message_ops: ops that a message between two stages is worth.
         overlaps_products: collectives of tensor parallelism run beside products.
         overlaps_gradients: gradients are reduced under the last backward.
@@ -34,10 +36,11 @@ class Engine:
     score_passes: float = 0.0
     forward_ops: int = 40
     backward_ops: int = 80
-    parallel_ops: float = 0.5
+    parallel_ops: float = 0.28
     softmax_multiple: int = 1
     separate_softmax_ops: int = 0
     logit_passes: float = 12.0
+    expert_ops: float = 0.0
     message_ops: float = 0.0
     overlaps_products: bool = False
     overlaps_gradients: bool = True
@@ -49,7 +52,14 @@ class Engine:
 OWN = "fused-megatron"
 ENGINES = {
     OWN: Engine(forward_ops=25, backward_ops=45, logit_passes=4, overlaps_products=True),
-    "megatron-core": Engine(overlaps_gradients=False),
+    "megatron-core": Engine(
+        forward_ops=120,
+        backward_ops=240,
+        expert_ops=6,
+        logit_passes=60,
+        activation_passes=8.0,
+        overlaps_gradients=False,
+    ),
     "megatron-deepspeed": Engine(
         fused_attention=False,
         score_passes=4.5,
@@ -57,17 +67,17 @@ ENGINES = {
         backward_ops=130,
         softmax_multiple=4,
         separate_softmax_ops=20,
-        logit_passes=60,
-        message_ops=20,
+        logit_passes=70,
+        message_ops=30,
         overlaps_gradients=False,
         gradient_bytes=2,
         update_bytes=47,
         activation_passes=16.0,
     ),
     "megatron-lm": Engine(
-        fused_attention=False, score_passes=4.5, logit_passes=60, overlaps_gradients=False, activation_passes=16.0
+        fused_attention=False, score_passes=4.5, logit_passes=70, overlaps_gradients=False, activation_passes=16.0
     ),
-    "llm-foundry": Engine(logit_passes=20, gradient_bytes=2, update_bytes=40, activation_passes=24.0),
+    "llm-foundry": Engine(logit_passes=27, gradient_bytes=2, update_bytes=40, activation_passes=47.0),
 }
 """Engines by name. megatron-lm is the program of the papers of 2021 and 2022; megatron-deepspeed has fp16 gradients."""
 

@@ -16,7 +16,7 @@ def outside_of_fit(config: TrainConfig, cluster: Cluster, engine: str) -> tuple[
     found = []
     if engine not in cluster.fitted.engines:
         found.append(f"engine {engine}: the fitted runs are of {', '.join(cluster.fitted.engines)}")
-    for name, value in _values(config).items():
+    for name, value in values_of(config).items():
         low, high = cluster.fitted.ranges.get(name, (1, 1))
         if not low <= value <= high:
             found.append(f"{name}={value:,}: the fitted runs have {low:,.0f} to {high:,.0f}")
@@ -30,7 +30,8 @@ def error_share(cluster: Cluster, num_outside: int) -> float:
     return cluster.fitted.error_percent / 100 * (1 + _OUTSIDE * num_outside)
 
 
-def _values(config: TrainConfig) -> dict[str, int]:
+def values_of(config: TrainConfig) -> dict[str, int]:
+    """Return the sizes of a run that ranges name."""
     model, parallel = config.model, config.parallel
     return {
         "gpus": parallel.num_ranks,

@@ -20,7 +20,7 @@ from fused_megatron import ops
 from fused_megatron.collectives.groups import Group, group_size
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.collectives.transfers import start_all_gather, start_all_reduce_, start_reduce_scatter
-from fused_megatron.observe.core_time import CoreTime
+from fused_megatron.observe.core_time import CoreTime, quiet_median_s
 from fused_megatron.ops.product import product
 from fused_megatron.overlap import overlap_costs
 from fused_megatron.pipeline.run.channels import Channel, Channels
@@ -201,15 +201,14 @@ def _own_seconds(step: Callable[[], object], device: torch.device, sizes: Sizes,
     _wait(device)
     if group is not None:
         dist.barrier(group)
-    found: list[float] = []
+    found: list[tuple[float, float]] = []
     started = time.perf_counter()
     while len(found) < 3 or (len(found) < sizes.repeats and time.perf_counter() - started < sizes.enough_s):
         clock = CoreTime()
         step()
         _wait(device)
-        wall_s, wait_s = clock.stop()
-        found.append(wall_s - wait_s)
-    return max(gather_json(statistics.median(found), group))
+        found.append(clock.stop())
+    return max(gather_json(quiet_median_s(found), group))
 
 
 def _collective_s(
@@ -269,13 +268,11 @@ def _median_of_slowest(rounds: Sequence[tuple[float, float]], group: dist.Proces
 
     With more ranks than cores the waits are part of the transfer, and stay.
     """
-    counts = group_size(group) <= usable_cores()
     by_round = zip(*gather_json([list(each) for each in rounds], group), strict=True)
-    seconds = []
-    for ranks in by_round:
-        wall_s, wait_s = (max(values) for values in zip(*ranks, strict=True))
-        seconds.append(max(wall_s - wait_s * counts, 0.1 * wall_s))
-    return statistics.median(seconds)
+    slowest = [tuple(max(values) for values in zip(*ranks, strict=True)) for ranks in by_round]
+    if group_size(group) > usable_cores():
+        return statistics.median(wall_s for wall_s, _ in slowest)
+    return quiet_median_s([(wall_s, min(wait_s, 0.9 * wall_s)) for wall_s, wait_s in slowest])
 
 
 def _wait(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.mesh import Mesh
-from fused_megatron.observe.core_time import CoreTime
+from fused_megatron.observe.core_time import CoreTime, quiet_median_s
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.pipeline.view.simulation import Timeline
 
@@ -34,8 +34,9 @@ class StepTimes:
 
     def median_s(self, *, without_waits: bool) -> float:
         """Return the median of the steps, with or without the waits for cores that other processes held."""
-        pairs = zip(self.seconds, self.waits, strict=True)
-        return statistics.median(seconds - wait * without_waits for seconds, wait in pairs)
+        if not without_waits:
+            return statistics.median(self.seconds)
+        return quiet_median_s(list(zip(self.seconds, self.waits, strict=True)))
 
     @property
     def busy_share(self) -> float:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from zlib import crc32
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
@@ -25,15 +26,18 @@ class PublishedRun:
         config: the run in the words of this package.
         engine: key of ENGINES: the program that ran it.
         seconds: measured time of a step.
+        digest: of the row, by which a cluster file names the rows to which it was fitted.
     """
 
     name: str
     config: TrainConfig
     engine: str
     seconds: float
+    digest: str = ""
 
 
 Row = Mapping[str, str]
+_Reader = Callable[[Row], PublishedRun | list[PublishedRun] | None]
 
 
 def read_runs(path: Path) -> list[PublishedRun]:
@@ -57,15 +61,16 @@ def read_runs(path: Path) -> list[PublishedRun]:
     raise InputError(f"validate={path} must be a CSV file with rows and the columns {wanted}")
 
 
-def _runs(path: Path, rows: Sequence[Row], read: Callable[[Row], PublishedRun | None]) -> list[PublishedRun]:
+def _runs(path: Path, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
     found = []
     for index, row in enumerate(rows):
         try:
             run = read(row)
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"validate={path}: row {index + 2}: {error}") from None
-        if run is not None:
-            found.append(run)
+        for one in run if isinstance(run, list) else [run]:
+            if one is not None:
+                found.append(replace(one, digest=f"{crc32(','.join(row.values()).encode()):08x}"))
     check(bool(found), f"validate={path} has no row with a time that can be predicted")
     return found
 
@@ -137,7 +142,7 @@ _KORTHIKANTI = {
 """Table 3 of Korthikanti et al. 2022 (arXiv:2205.05198); the tensor-parallel size is 8."""
 
 
-def korthikanti_runs(row: Row) -> list[PublishedRun]:
+def _read_korthikanti(row: Row) -> list[PublishedRun]:
     """Return the two runs of a row of table 5: everything recomputed, and sequence parallelism with selective."""
     heads, hidden, layers, pp, stages, batch, micro = _KORTHIKANTI[row["model"].split()[0]]
     runs = []
@@ -177,6 +182,46 @@ def _read_ptdp(row: Row) -> PublishedRun:
     return PublishedRun(f"{row['params_B']}B tp{tp} pp{pp} dp{dp}", config, "megatron-lm", seconds)
 
 
+def _read_tutorial(row: Row) -> PublishedRun | None:
+    """Read a run of a hands-on tutorial on 8 H100 under Megatron-LM core 0.14; None for a run without a time."""
+    if not row["step_ms"] or row["use"] == "SUSPECT":
+        return None
+    tp, pp, cp, ep, etp, chunks = (int(row[name] or 1) for name in ("tp", "pp", "cp", "ep", "etp", "vpp_chunks"))
+    experts: dict[str, object] = {}
+    if row["experts"]:
+        experts = {
+            "num_experts": int(row["experts"]),
+            "experts_per_token": int(row["topk"]),
+            "expert_ffn_hidden_size": int(row["ffn"]),
+            "linear_biases": False,
+        }
+    model = _gpt(
+        num_layers=int(row["layers"]),
+        hidden_size=int(row["hidden"]),
+        num_heads=int(row["heads"]),
+        ffn_hidden_size=int(row["ffn"]),
+        seq_len=int(row["seq"]),
+        vocab_size=int(row["vocab_padded"]),
+        recompute="full" if row["recompute"].startswith("full") else "none",
+        **experts,
+    )
+    config = _config(
+        model,
+        int(row["gbs"]),
+        int(row["mbs"]),
+        tp=tp,
+        pp=pp,
+        dp=int(row["dp"]),
+        cp=cp,
+        ep=ep,
+        etp=etp,
+        stages=chunks,
+        zero_stage=int(row["dist_opt"]),
+        sequence_parallel=row["sp"] == "1",
+    )
+    return PublishedRun(row["id"], config, "megatron-core", float(row["step_ms"]) / 1e3)
+
+
 def _config(
     model: GPTConfig,
     batch: int,
@@ -185,6 +230,9 @@ def _config(
     tp: int = 1,
     pp: int = 1,
     dp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
     stages: int = 1,
     zero_stage: int = 0,
     sequence_parallel: bool = False,
@@ -194,6 +242,9 @@ def _config(
         pipeline_parallel_size=pp,
         stages_per_rank=stages if stages > 1 else None,
         data_parallel_size=dp,
+        context_parallel_size=cp,
+        expert_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
         zero_stage=zero_stage,
         sequence_parallel=sequence_parallel,
     )
@@ -204,8 +255,11 @@ def _config(
     )
 
 
-_SOURCES: tuple[tuple[tuple[str, ...], Callable[[Row], PublishedRun | None]], ...] = (
+_SOURCES: tuple[tuple[tuple[str, ...], _Reader], ...] = (
     (("step_ms", "hidden_size", "tensor_parallel_size", "pipeline_parallel_size"), _read_grid),
     (("Model", "SeqLen (T)", "Sharding Strategy", "Throughput (T/s)"), _read_foundry),
     (("TFLOPs_per_gpu", "params_B", "TP", "PP"), _read_ptdp),
+    (("full_recompute_s", "present_work_s", "model"), _read_korthikanti),
+    (("step_ms", "dist_opt", "mbs", "vpp_chunks", "recompute"), _read_tutorial),
 )
+"""The columns that tell a source, and the reader of its rows."""

@@ -10,7 +10,7 @@ import torch
 from fused_megatron.checks import InputError
 from fused_megatron.planning.prediction.calibrate import Plan, machine_name
 from fused_megatron.planning.prediction.calibrate_command import CalibrateArguments, run_calibrate
-from fused_megatron.planning.prediction.calibration_steps import Shape, calibration_configs
+from fused_megatron.planning.prediction.calibration_steps import Shape
 from fused_megatron.planning.prediction.cluster import CONSTANTS, load_cluster
 from fused_megatron.planning.prediction.machine_measurements import Sizes
 
@@ -52,4 +52,3 @@ def test_bad_arguments(tmp_path: Path) -> None:
 def test_names_of_machines() -> None:
     assert machine_name("AMD EPYC(TM) 7763", "cpu", 2) == "amd-epyc-tm-7763-2-cores"
     assert machine_name("", "cuda", 8) == "cuda-8-gpus"
-    assert len(calibration_configs("cpu", 2)) == 9

@@ -1,9 +1,11 @@
 """Start here when `fused-megatron calibrate` writes constants that do not describe its own measurements."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 
+from fused_megatron.config import TrainConfig
 from fused_megatron.planning.prediction.calibration import Observation, error_table, fit
 from fused_megatron.planning.prediction.calibration_steps import calibration_configs
 from fused_megatron.planning.prediction.cluster import Cluster
@@ -31,14 +33,13 @@ FITTED = ("product_efficiency", "attention_efficiency", "memory_gb_per_s", "laun
 
 
 def observations() -> list[Observation]:
-    found = []
-    for name, config in calibration_configs("cpu", 2).items():
-        found.append(
-            Observation(
-                "steps", name, predict_step(config, TRUTH).seconds, lambda c, k=config: predict_step(k, c).seconds
-            )
-        )
-    return found
+    def predicted(config: TrainConfig, cluster: Cluster) -> float:
+        return predict_step(config, cluster).seconds
+
+    return [
+        Observation("steps", name, predicted(config, TRUTH), partial(predicted, config))
+        for name, config in calibration_configs("cpu", 2).items()
+    ]
 
 
 def test_the_fit_finds_the_constants_behind_exact_measurements() -> None:
