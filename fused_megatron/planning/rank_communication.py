@@ -92,6 +92,8 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
         span: the blocks of the stage.
         cp_rank: the context-parallel rank.
     """
+    if (sent := _zig_zag_communication(config, span, cp_rank)) is not None:
+        return sent
     # With torch, which the other formulas start without.
     from fused_megatron.assembly.microbatches import partition_of  # noqa: PLC0415
     from fused_megatron.context_parallel import exchange_size  # noqa: PLC0415
@@ -137,6 +139,26 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
     again = model.recomputed_blocks(blocks)
     elements = {kind: forward[kind] * (blocks + again) + backward[kind] * blocks for kind in forward | backward}
     return {kind: head_bytes * number for kind, number in elements.items() if number}
+
+
+def _zig_zag_communication(config: TrainConfig, span: StageSpan, cp_rank: int) -> dict[str, int] | None:
+    """Compute attention_communication for a causal ring whose ranks divide the sequence evenly; None for any other.
+
+    Of 2 n blocks rank r has block r and block 2 n - 1 - r. Each of the n - 1 other ranks needs the first one, and the r
+    ranks before it also need the second one.
+    """
+    model, parallel = config.model, config.parallel
+    ranks, seq_len = parallel.context_parallel_size, model.seq_len
+    is_causal = model.traits.predicts == "next_token" and model.sliding_window is None
+    even = seq_len % (2 * ranks * parallel.row_multiple) == 0
+    if parallel.context_parallel_method != "ring" or not is_causal or not even or ranks == 1:
+        return None
+    sent, needed = ranks - 1 + cp_rank, 2 * (ranks - 1) - cp_rank
+    blocks = span.stop - span.start
+    messages = sent * (2 * blocks + model.recomputed_blocks(blocks)) + needed * blocks
+    kv_heads = max(1, model.kv_heads // parallel.tensor_parallel_size)
+    row = config.training.element_bytes * config.training.microbatch_size * 2 * kv_heads * model.head_size
+    return {"send": messages * row * (seq_len // (2 * ranks))}
 
 
 def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
@@ -103,8 +104,9 @@ class StageTimes:
         model = self.config.model
         again = model.recomputed_blocks(span.stop - span.start)
         total = ActionWork(Work(), Work(), Work())
-        for index in range(span.stop - span.start):
-            total += self.block(model.has_experts(span.start + index), index < again)
+        kinds = Counter((model.has_experts(block), block - span.start < again) for block in range(span.start, span.stop))
+        for (has_experts, recomputed), number in kinds.items():
+            total += self.block(has_experts, recomputed) * number
         if span.first:
             total += self._embedding()
         if span.last:

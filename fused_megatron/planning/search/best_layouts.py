@@ -1,0 +1,254 @@
+"""Best-first search: layouts in the order of a lower bound of their time, until the best are certain."""
+
+import heapq
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import count
+from math import log2
+from typing import NamedTuple
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.rank_memory import RankMemory, rank_memory
+from fused_megatron.planning.search.floors import Floors
+from fused_megatron.planning.search.layouts import Layout, Refusals, Settings, train_config, valid_layouts
+from fused_megatron.planning.search.long_step import StepTime, predict_long_step
+
+NUM_BEST = 10
+MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Sizes of microbatches that are searched."""
+PIPELINES: dict[str, tuple[int, ...]] = {
+    "1f1b": (1,),
+    "interleaved_1f1b": (2, 3, 4, 6, 8),
+    "zb_h1": (1,),
+    "interleaved_zero_bubble": (2,),
+    "zb_v": (2,),
+    "v_half": (2,),
+}
+"""Schedules that are searched, with their stages a rank. gpipe and looped_breadth_first need more memory than 1F1B, and
+no less time; dual_pipe_v is as zb_v, with more memory."""
+SAME = 0.005
+"""Times that differ by less count as the same: it is far below the error of a prediction."""
+SHARES_RECOMPUTED = (0.25, 0.5, 0.75)
+"""Shares of the blocks of a stage that are recomputed whole, besides all and none."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A layout that fits, with its predicted time.
+
+    Attributes:
+        layout, settings: as found.
+        config: the whole config of the run.
+        prediction: of a step.
+        memory: of the rank that needs most.
+        memory_bytes: with the overhead of the device.
+    """
+
+    layout: Layout
+    settings: Settings
+    config: TrainConfig
+    prediction: StepTime
+    memory: RankMemory
+    memory_bytes: int
+
+
+@dataclass
+class Search:
+    """Result of a search.
+
+    Attributes:
+        plans: the best plan of each of the best layouts, the fastest first.
+        num_layouts: layouts of this number of GPUs.
+        refused: layouts that the model or the batch do not allow, by reason.
+        too_large: layouts whose memory is too small with any settings, and the least bytes for each product of tp, pp,
+            ep and etp.
+        num_too_large: their number.
+        num_slower: layouts that fit, or may fit, and whose lower bound is above the last plan.
+        num_predicted: steps that were simulated.
+        limit_bytes: memory of a GPU for tensors.
+    """
+
+    plans: list[Plan] = field(default_factory=list)
+    num_layouts: int = 0
+    refused: Refusals = field(default_factory=Refusals)
+    too_large: dict[tuple[int, int], int] = field(default_factory=dict)
+    num_too_large: int = 0
+    num_slower: int = 0
+    num_predicted: int = 0
+    limit_bytes: int = 0
+
+
+def find_best(base: TrainConfig, num_gpus: int, cluster: Cluster, num_best: int = NUM_BEST) -> Search:
+    """Find the fastest layouts of a workload that fit, each with its best settings, to a share SAME of the time.
+
+    Settings with the same time are ordered by _surcharge: the simpler ones come first. The same input gives the same
+    result.
+
+    Args:
+        base: the workload: model, batch, optimizer, dtype; its parallel section is not used.
+        num_gpus: GPUs; check_gpus says which numbers are possible.
+        cluster: the machine.
+        num_best: layouts to find.
+    """
+    return _BestFirst(base, num_gpus, cluster).run(num_best)
+
+
+class _Node(NamedTuple):
+    """Part of the search in the queue.
+
+    Attributes:
+        seconds: lower bound; of a plan, the prediction; with its surcharge.
+        order: breaks ties.
+        layout: sizes of the axes.
+        settings: settings of the run.
+        is_open: which settings are still open: all but the microbatches ("pipeline"), or what memory decides
+            ("memory"); "": none.
+        plan: a simulated plan.
+    """
+
+    seconds: float
+    order: int
+    layout: Layout
+    settings: Settings
+    is_open: str = ""
+    plan: Plan | None = None
+
+
+class _BestFirst:
+    def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
+        self.base, self.num_gpus, self.cluster = base, num_gpus, cluster
+        self.floors = Floors(base, cluster)
+        self.search = Search(limit_bytes=limit_bytes(cluster))
+        self.queue: list[_Node] = []
+        self.order = count()
+        self.waiting: Counter[Layout] = Counter()
+
+    def run(self, num_best: int) -> Search:
+        self._enqueue_layouts()
+        found = self.search.plans
+        done: set[Layout] = set()
+        while self.queue and len(found) < num_best:
+            node = heapq.heappop(self.queue)
+            if node.layout in done:
+                continue
+            self.waiting[node.layout] -= 1
+            if node.plan is not None:
+                found.append(node.plan)
+                done.add(node.layout)
+            elif node.is_open:
+                self._open(node)
+            else:
+                self._predict(node.layout, node.settings, node.seconds)
+            if not self.waiting[node.layout] and node.layout not in done:
+                self._refuse_memory(node.layout)
+        self.search.num_slower = len({node.layout for node in self.queue} - done)
+        found.sort(key=lambda plan: plan.prediction.seconds)
+        return self.search
+
+    def _push(
+        self, seconds: float, layout: Layout, settings: Settings, is_open: str = "", plan: Plan | None = None
+    ) -> None:
+        self.waiting[layout] += 1
+        heapq.heappush(self.queue, _Node(seconds, next(self.order), layout, settings, is_open, plan))
+
+    def _enqueue_layouts(self) -> None:
+        """Put a node into the queue for each layout, size of microbatches and sequence parallelism."""
+        search = self.search
+        layouts = valid_layouts(self.base, self.num_gpus, self.cluster, search.refused)
+        search.num_layouts = len(layouts) + search.refused.total
+        for layout in layouts:
+            least = self.floors.least_memory(layout)
+            if least > search.limit_bytes:
+                self._refuse_memory(layout, least)
+                continue
+            samples = self.base.training.global_batch_size // layout.dp
+            for size in (size for size in MICROBATCHES if samples % size == 0):
+                for shards in _sequence_choices(self.base, layout):
+                    seconds = self.floors.least_seconds(layout, size, shards)
+                    self._push(seconds, layout, Settings(size, shards, "1f1b", 1), "pipeline")
+
+    def _refuse_memory(self, layout: Layout, least: int | None = None) -> None:
+        self.search.num_too_large += 1
+        least = self.floors.least_memory(layout) if least is None else least
+        key = (layout.tp * layout.pp, layout.ep * layout.etp)
+        self.search.too_large[key] = min(least, self.search.too_large.get(key, least))
+
+    def _open(self, node: _Node) -> None:
+        """Put a node into the queue for each pipeline; or for each recomputation and ZeRO stage of a pipeline."""
+        layout, first = node.layout, node.settings
+        if node.is_open == "pipeline":
+            names = pipelines(layout.pp, self.base.model.num_layers)
+            chosen = [first._replace(schedule=name, stages_per_rank=per_rank) for name, per_rank in names]
+        else:
+            chosen = _memory_settings(first, self.base.model.num_layers // layout.pp, self.floors.zero_stages(layout))
+        next_open = "memory" if node.is_open == "pipeline" else ""
+        for settings in chosen:
+            seconds = (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings)
+            self._push(max(node.seconds, seconds), layout, settings, next_open)
+
+    def _predict(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
+        """Simulate a layout that fits, and put it into the queue at its time.
+
+        No other settings of the layout take less than least_seconds. If these take no more, to a share SAME, they are
+        the best ones of the layout.
+        """
+        if self.floors.memory(layout, settings) > self.search.limit_bytes:
+            return
+        config = train_config(self.base, layout, settings)
+        memory = rank_memory(config)
+        needed = memory.total
+        if needed > self.search.limit_bytes:
+            return
+        self.search.num_predicted += 1
+        prediction = predict_long_step(config, self.cluster)
+        seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
+        if seconds <= (1 + SAME) * least_seconds:
+            seconds = least_seconds
+        self._push(seconds, layout, settings, plan=Plan(layout, settings, config, prediction, memory, needed))
+
+
+def _surcharge(layout: Layout, settings: Settings) -> float:
+    """Return a share of the time by which a plan must be better than a simpler one, to come before it.
+
+    A thousandth for each ZeRO stage above 1, for a backward in two parts, for each doubling of context parallelism, and
+    for every fourth stage of a rank.
+    """
+    zero = max(0, settings.zero_stage - 1)
+    split = settings.schedule not in ("1f1b", "interleaved_1f1b")
+    return 0.001 * (zero + split + log2(layout.cp) + settings.stages_per_rank / 4)
+
+
+def _sequence_choices(base: TrainConfig, layout: Layout) -> tuple[bool, ...]:
+    """Return the choices of sequence parallelism: off and, if the sequence can be divided, on."""
+    rows = base.model.seq_len
+    return (False, True) if layout.tp > 1 and rows % layout.tp == 0 and rows >= layout.tp * layout.cp else (False,)
+
+
+def _memory_settings(first: Settings, num_blocks: int, zero_stages: tuple[int, ...]) -> list[Settings]:
+    """Return all recomputations and ZeRO stages of a pipeline; a rank has num_blocks blocks."""
+    blocks = max(1, num_blocks // first.stages_per_rank)
+    partly = [n for n in dict.fromkeys(round(share * blocks) for share in SHARES_RECOMPUTED) if 0 < n < blocks]
+    choices = [("none", None), ("selective", None), *(("full", n) for n in partly), ("full", None)]
+    return [
+        first._replace(recompute=kind, recompute_blocks=number, zero_stage=zero)
+        for kind, number in choices
+        for zero in zero_stages
+    ]
+
+
+def pipelines(num_ranks: int, num_blocks: int) -> list[tuple[str, int]]:
+    """Return the (schedule, stages a rank) that are searched for this number of ranks: all that have enough blocks."""
+    if num_ranks == 1:
+        return [("1f1b", 1)]
+    return [
+        (name, per_rank)
+        for name, numbers in PIPELINES.items()
+        for per_rank in numbers
+        if num_ranks * per_rank <= num_blocks + 1
+    ]
+
+
+def limit_bytes(cluster: Cluster) -> int:
+    """Return the bytes of a GPU that tensors may take."""
+    return round(1e9 * cluster.memory_gb)

@@ -1,0 +1,203 @@
+"""Lower bounds of the time and the memory of a layout, without building its schedule for the whole step."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES
+from fused_megatron.models import StageSpan, cut_stages
+from fused_megatron.pipeline.schedule.action import Kind, loop_placement, peak_live_activations, stages_of, v_placement
+from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
+from fused_megatron.planning.activation_memory import stage_activations, working_bytes
+from fused_megatron.planning.optimizer_memory import optimizer_bytes
+from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
+from fused_megatron.planning.prediction.block_time import StageTimes, Work
+from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.engine import OWN, engine_of
+from fused_megatron.planning.search.layouts import Layout, Settings, train_config
+
+_ROUNDING = 1 - 1e-9
+"""Sums in another order differ by rounding; a bound must not exceed the prediction."""
+
+Form = tuple[Any, ...]
+"""Stages of one form need the same time and memory: their blocks, and whether they have the embedding or the head."""
+
+
+@lru_cache(maxsize=4096)
+def placement_of(schedule: str, num_ranks: int, stages_per_rank: int) -> tuple[int, ...]:
+    """Return the rank of each stage."""
+    is_v = SCHEDULES[schedule].placement == "v"
+    return v_placement(num_ranks) if is_v else loop_placement(num_ranks, stages_per_rank)
+
+
+@lru_cache(maxsize=4096)
+def live_activations(schedule: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> tuple[int, ...]:
+    """Return the most activations of a stage that each rank holds at once."""
+    return tuple(peak_live_activations(build_schedule(schedule, num_ranks, num_microbatches, stages_per_rank)))
+
+
+@lru_cache(maxsize=64)
+def splits_backward(schedule: str, stages_per_rank: int) -> bool:
+    """Return whether the schedule has W actions, which may run after the last I of a rank."""
+    actions = build_schedule(schedule, 2, 4, stages_per_rank).actions
+    return any(action.kind == Kind.WEIGHT_GRAD for rank in actions for action in rank)
+
+
+class Floors:
+    """Lower bounds of predict_step and rank_memory for the layouts of one workload; layouts share what they can.
+
+    Args:
+        base: the workload.
+        cluster: of the GPUs.
+    """
+
+    def __init__(self, base: TrainConfig, cluster: Cluster) -> None:
+        self._base, self._cluster, self._engine = base, cluster, engine_of(OWN)
+        self._spans: dict[tuple[int, ...], tuple[StageSpan, ...]] = {}
+        self._forms: dict[tuple[int, ...], tuple[Form, ...]] = {}
+        self._times: dict[Form, StageTimes] = {}
+        self._seconds: dict[Form, tuple[float, float, float]] = {}
+        self._kept: dict[Form, tuple[int, int]] = {}
+        self._parameters: dict[Form, ParameterCounts] = {}
+
+    def seconds(self, layout: Layout, settings: Settings) -> float:
+        """Return a lower bound of the seconds of a step.
+
+        A rank starts when a microbatch has passed all stages before its first one. Then it does its own work. If its
+        last action is a whole backward, the stages before its first one still follow.
+        """
+        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
+        costs = self._costs(layout, settings, placement)
+        number = self.num_microbatches(layout, settings)
+        tail = not splits_backward(settings.schedule, settings.stages_per_rank)
+        busy = [0.0] * layout.pp
+        before: dict[int, float] = {}
+        passed = 0.0
+        for stage, (rank, (forward, inputs, weights)) in enumerate(zip(placement, costs, strict=True)):
+            before.setdefault(rank, passed)
+            passed += forward + (inputs + weights if tail else 0.0)
+            busy[rank] += forward + inputs + weights
+            del stage
+        longest = max(number * busy[rank] + before[rank] for rank in range(layout.pp))
+        return _ROUNDING * longest
+
+    def least_seconds(self, layout: Layout, microbatch_size: int, sequence_parallel: bool) -> float:
+        """Return a lower bound of `seconds` for all settings with this size of microbatches."""
+        settings = Settings(microbatch_size, sequence_parallel, "1f1b", 1)
+        costs = self._costs(layout, settings, tuple(range(layout.pp)))
+        number = self.num_microbatches(layout, settings)
+        return _ROUNDING * number * sum(map(sum, costs)) / layout.pp
+
+    def memory(self, layout: Layout, settings: Settings) -> int:
+        """Return a lower bound of the bytes of the rank that needs most."""
+        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
+        number = min(self.num_microbatches(layout, settings), 2 * layout.pp)
+        live = live_activations(settings.schedule, layout.pp, settings.stages_per_rank, number)
+        return max(self._rank_bytes(layout, settings, placement, rank, live[rank]) for rank in {0, layout.pp - 1})
+
+    def least_memory(self, layout: Layout) -> int:
+        """Return a lower bound of `memory` for all settings: one activation of a stage is held."""
+        found = []
+        for shards in (True, False):
+            settings = Settings(1, shards and layout.tp > 1, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
+            placement = tuple(range(layout.pp))
+            found.append(max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1}))
+        return min(found)
+
+    def num_microbatches(self, layout: Layout, settings: Settings) -> int:
+        """Return the microbatches of a step."""
+        return self._base.training.global_batch_size // layout.dp // settings.microbatch_size
+
+    def zero_stages(self, layout: Layout) -> tuple[int, ...]:
+        """Return the ZeRO stages that differ: with one replica of everything all are the same."""
+        replicas = layout.dp * layout.cp
+        of_experts = layout.dp * layout.cp * layout.tp // (layout.ep * layout.etp)
+        is_shared = replicas > 1 or (self._base.model.num_experts is not None and of_experts > 1)
+        return (0, 1, 2, 3) if is_shared else (0,)
+
+    def _costs(
+        self, layout: Layout, settings: Settings, placement: Sequence[int]
+    ) -> list[tuple[float, float, float]]:
+        """Return (F, I, W) seconds of each stage for a microbatch."""
+        key, times = self._stage_times(layout, settings)
+        found = []
+        for span, form in zip(self.spans(placement), self._forms[tuple(placement)], strict=True):
+            if (known := self._seconds.get((key, form))) is None:
+                work = times.of_stage(span)
+                backward, weights = self._action_s(work.backward), work.weight_grad.products
+                weights = min(weights, backward)
+                known = self._seconds[key, form] = (self._action_s(work.forward), backward - weights, weights)
+            found.append(known)
+        return found
+
+    def _action_s(self, work: Work) -> float:
+        """Return the seconds of an action, as predict_step counts them."""
+        return work.on_device + work.host if self._cluster.device == "cpu" else max(work.on_device, work.host)
+
+    def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
+        gathers = layout.dp if settings.zero_stage == 3 else 0
+        key = (
+            (layout.tp, layout.cp, layout.ep, layout.etp, gathers),
+            (settings.microbatch_size, settings.sequence_parallel, settings.recompute, settings.recompute_blocks),
+        )
+        if key not in self._times:
+            self._times[key] = StageTimes(train_config(self._base, layout, settings), self._cluster, self._engine)
+        return key, self._times[key]
+
+    def spans(self, placement: Sequence[int]) -> tuple[StageSpan, ...]:
+        """Return the blocks of each stage."""
+        placement = tuple(placement)
+        if placement not in self._spans:
+            model = self._base.model
+            spans = cut_stages(model, len(placement), placement=placement)
+            self._spans[placement] = spans
+            self._forms[placement] = tuple(
+                (tuple(model.has_experts(block) for block in range(span.start, span.stop)), span.first, span.last)
+                for span in spans
+            )
+        return self._spans[placement]
+
+    def _rank_bytes(
+        self, layout: Layout, settings: Settings, placement: Sequence[int], rank: int, num_live: int
+    ) -> int:
+        spans, model, training = self.spans(placement), self._base.model, self._base.training
+        config = self._stage_times(layout, settings)[1].config
+        counts, activations, working = ParameterCounts(), [], 0
+        stages = stages_of(placement, rank)
+        for stage in stages:
+            counts += self._stage_parameters(layout, config, placement, stage)
+            kept, temporary = self._stage_bytes(layout, settings, placement, stage)
+            activations.append(kept)
+            working = max(working, temporary)
+        if model.tied_embeddings and len(stages) > 1 and {0, len(spans) - 1} <= set(stages):
+            counts += ParameterCounts(others=-vocabulary_elements(model, layout.tp))
+        placements = ZERO_STAGES[settings.zero_stage]
+        replicas, of_experts = config.replica_counts(layout.dp)
+        share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
+        matrices = counts.matrices // share + counts.expert_matrices // of_expert
+        others = counts.others // share + counts.expert_others // of_expert
+        own = matrices + others
+        held = training.element_bytes * (own if placements.weights else counts.total)
+        held += 4 * (own if placements.gradients else counts.total)
+        held += optimizer_bytes(self._base.optimizer, training.dtype, matrices, others)
+        return held + num_live * min(activations) + working
+
+    def _stage_parameters(
+        self, layout: Layout, config: TrainConfig, placement: Sequence[int], stage: int
+    ) -> ParameterCounts:
+        key = (layout.tp, layout.ep, layout.etp, self._forms[tuple(placement)][stage])
+        if key not in self._parameters:
+            self._parameters[key] = stage_parameters(config.model, self.spans(placement)[stage], config.parallel)
+        return self._parameters[key]
+
+    def _stage_bytes(
+        self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int
+    ) -> tuple[int, int]:
+        """Return the bytes that a stage keeps for a microbatch, and the bytes of its temporary tensors."""
+        key, times = self._stage_times(layout, settings)
+        form = (key, self._forms[tuple(placement)][stage])
+        if form not in self._kept:
+            span = self.spans(placement)[stage]
+            self._kept[form] = stage_activations(times.config, span), working_bytes(times.config, span)
+        return self._kept[form]
