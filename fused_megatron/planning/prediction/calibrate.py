@@ -5,13 +5,12 @@ import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fused_megatron.assembly.build import DTYPES
 from fused_megatron.config import TrainConfig
-from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.observe.free_memory import memory_bytes
 from fused_megatron.planning.prediction.block_time import product_s
 from fused_megatron.planning.prediction.calibration import Observation, fit
@@ -20,10 +19,9 @@ from fused_megatron.planning.prediction.machine_measurements import (
     Measurements,
     Sizes,
     measure_machine,
-    threads_of_rank,
     usable_cores,
 )
-from fused_megatron.planning.prediction.measured_steps import RealSteps, StepTimes
+from fused_megatron.planning.prediction.measured_steps import StepTimes, start_rank, steps_on_rank
 from fused_megatron.planning.prediction.shared_cores import with_threads
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.prediction.transfer_time import Ring
@@ -56,6 +54,11 @@ class Plan:
     configs: Mapping[str, TrainConfig]
     rounds: int = 5
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products: the dtype of training."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
 
 @dataclass(frozen=True)
 class Found:
@@ -65,24 +68,25 @@ class Found:
     steps: Mapping[str, StepTimes]
 
 
-def measure_rank(rank: int, world_size: int, plan: Plan) -> Found:
+Run = Callable[..., Any]
+"""run(fn, *args) calls fn(rank, world_size, *args) on new ranks, and returns the result of rank 0."""
+
+
+def measure(plan: Plan, run: Run) -> Found:
+    """Measure the machine, and then the steps of each config, each on new ranks.
+
+    Process groups stay with their process, and the threads of each take some of its time.
+    """
+    return Found(
+        run(measure_on_rank, plan.device, plan.dtype, plan.sizes),
+        {name: run(steps_on_rank, plan.device, config, plan.rounds) for name, config in plan.configs.items()},
+    )
+
+
+def measure_on_rank(rank: int, world_size: int, device_type: str, dtype: torch.dtype, sizes: Sizes) -> Measurements:
     """Measure on all ranks of the default process group; every rank calls this."""
-    device = torch.device("cpu")
-    if plan.device == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        keep_malloc_pages()
-        torch.set_num_threads(threads_of_rank(world_size))
-    group = dist.group.WORLD if world_size > 1 else None
-    (dtype,) = {DTYPES[config.training.dtype] for config in plan.configs.values()} or {torch.float32}
-    measurements = measure_machine(device, dtype, group, plan.sizes)
-    steps = {}
-    for name, config in plan.configs.items():
-        real = RealSteps(config, device)
-        steps[name] = real.times(plan.rounds)
-        real.close()
-    return Found(measurements, steps)
+    device = start_rank(rank, world_size, device_type)
+    return measure_machine(device, dtype, dist.group.WORLD if world_size > 1 else None, sizes)
 
 
 def calibrate(found: Found, plan: Plan, name: str) -> tuple[Cluster, list[Observation]]:
@@ -144,8 +148,7 @@ def _line(seconds: Mapping[int, float]) -> tuple[float, float]:
 def observations_of(found: Found, plan: Plan) -> list[Observation]:
     """Return all measurements with their predictions."""
     measured = found.measurements
-    dtypes = {DTYPES[config.training.dtype] for config in plan.configs.values()} or {torch.float32}
-    size = max(dtype.itemsize for dtype in dtypes)
+    size = plan.dtype.itemsize
     observed = []
     for shape, seconds in measured.products.items():
         label = " x ".join(map(str, shape))
