@@ -1,8 +1,9 @@
 """Calibration of this machine: measurements on its ranks, and the constants that describe them best."""
 
+import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.observe.free_memory import memory_bytes
 from fused_megatron.planning.prediction.block_time import product_s
 from fused_megatron.planning.prediction.calibration import Observation, fit
-from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.cluster import Cluster, Fitted
+from fused_megatron.planning.prediction.engine import OWN
+from fused_megatron.planning.prediction.fitted_runs import values_of
 from fused_megatron.planning.prediction.machine_measurements import (
     Measurements,
     Sizes,
@@ -34,6 +37,8 @@ IN_NODE = ("node_gb_per_s", "node_latency_us")
 """Constants that several ranks show."""
 NETWORK = ("network_gb_per_s", "network_latency_us")
 """Constants of the network: on a CPU, of messages between two ranks."""
+LEAST_ERROR_PERCENT = 10.0
+"""Error bar of a calibration whose constants describe its own steps better than this."""
 UNMEASURED_GB_PER_S, UNMEASURED_US = 25.0, 30.0
 """Constants of a network between nodes of GPUs, which one node cannot measure."""
 
@@ -101,7 +106,21 @@ def calibrate(found: Found, plan: Plan, name: str) -> tuple[Cluster, list[Observ
     observations = observations_of(found, plan)
     several = found.measurements.ranks > 1
     names = (*ALONE, *(IN_NODE if several else ()), *(NETWORK if several and plan.device == "cpu" else ()))
-    return fit(start, observations, names), observations
+    cluster = fit(start, observations, names)
+    return dataclasses.replace(cluster, fitted=_fitted(cluster, observations, plan)), observations
+
+
+def _fitted(cluster: Cluster, observations: Sequence[Observation], plan: Plan) -> Fitted | None:
+    """Return the ranges of the steps of a calibration, and an error bar from their errors; None without steps."""
+    errors = [abs(o.error(cluster)) for o in observations if o.kind == STEPS]
+    if not errors:
+        return None
+    sizes = [values_of(config) for config in plan.configs.values()]
+    ranges: dict[str, tuple[float, float]] = {
+        name: (min(each[name] for each in sizes), max(each[name] for each in sizes)) for name in sizes[0]
+    }
+    ranges["gpus"] = (1, ranges["gpus"][1])
+    return Fitted(max(LEAST_ERROR_PERCENT, 100 * max(errors)), (OWN,), (), ranges)
 
 
 def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
