@@ -28,6 +28,7 @@ commands:
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
+  predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
@@ -77,6 +78,7 @@ def _run(argv: Sequence[str]) -> int:
         "verify": _verify,
         "schedule": _schedule,
         "dry-run": _dry_run,
+        "predict": _predict,
         "calibrate": _calibrate,
         "doctor": _doctor,
         "report": _report,
@@ -187,6 +189,12 @@ def _dry_run(argv: Sequence[str]) -> int:
     from fused_megatron.planning.dry_run_command import run_dry_run  # noqa: PLC0415
 
     return run_dry_run(argv)
+
+
+def _predict(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.prediction.command import run_predict  # noqa: PLC0415
+
+    return run_predict(argv)
 
 
 def _calibrate(argv: Sequence[str]) -> int:

@@ -116,9 +116,7 @@ class Floors:
         is_shared = replicas > 1 or (self._base.model.num_experts is not None and of_experts > 1)
         return (0, 1, 2, 3) if is_shared else (0,)
 
-    def _costs(
-        self, layout: Layout, settings: Settings, placement: Sequence[int]
-    ) -> list[tuple[float, float, float]]:
+    def _costs(self, layout: Layout, settings: Settings, placement: Sequence[int]) -> list[tuple[float, float, float]]:
         """Return (F, I, W) seconds of each stage for a microbatch."""
         key, times = self._stage_times(layout, settings)
         found = []
@@ -191,9 +189,7 @@ class Floors:
             self._parameters[key] = stage_parameters(config.model, self.spans(placement)[stage], config.parallel)
         return self._parameters[key]
 
-    def _stage_bytes(
-        self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int
-    ) -> tuple[int, int]:
+    def _stage_bytes(self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int) -> tuple[int, int]:
         """Return the bytes that a stage keeps for a microbatch, and the bytes of its temporary tensors."""
         key, times = self._stage_times(layout, settings)
         form = (key, self._forms[tuple(placement)][stage])
