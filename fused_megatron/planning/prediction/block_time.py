@@ -133,7 +133,6 @@ class StageTimes:
         forward = Work(
             products=sum(self._product(*shape) for shape in linear) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
             host=launch * (self.engine.forward_ops + ops + extra),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
@@ -141,9 +140,10 @@ class StageTimes:
         backward = Work(
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
             host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
+        forward += Work(tensor_parallel=self._beside(syncs * self._sync(), forward.products))
+        backward += Work(tensor_parallel=self._beside(syncs * self._sync(), inputs + weights))
         if recomputed and self.config.model.recompute == "full":
             backward += forward
         elif recomputed:
@@ -238,6 +238,11 @@ class StageTimes:
         if self.config.parallel.sequence_parallel:
             return 2 * self.tp_ring.gather_s(activation)
         return self.tp_ring.all_reduce_s(activation)
+
+    def _beside(self, transfer_s: float, products_s: float) -> float:
+        """Return what collectives of tensor parallelism add to the products of a block."""
+        overlaps = self.engine.overlaps_products and self.config.parallel.overlap is not False
+        return self.exposed(transfer_s, products_s) if overlaps else transfer_s
 
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""

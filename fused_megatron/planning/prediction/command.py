@@ -148,7 +148,7 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         )
     rows = [["part", "time", "share"]]
     for name, seconds in prediction.parts.items():
-        if seconds > 0:
+        if seconds > 1e-6 * prediction.seconds:
             rows.append([name, seconds_text(seconds), f"{seconds / prediction.seconds:.1%}"])
     lines += ["", *text_table(rows)]
     if prediction.outside:

@@ -36,7 +36,7 @@ class Engine:
     score_passes: float = 0.0
     forward_ops: int = 40
     backward_ops: int = 80
-    parallel_ops: float = 0.28
+    parallel_ops: float = 0.31
     softmax_multiple: int = 1
     separate_softmax_ops: int = 0
     logit_passes: float = 12.0
@@ -46,7 +46,7 @@ class Engine:
     overlaps_gradients: bool = True
     gradient_bytes: int = 4
     update_bytes: int = 40
-    activation_passes: float = 12.0
+    activation_passes: float = 10.0
 
 
 OWN = "fused-megatron"
@@ -67,15 +67,15 @@ ENGINES = {
         backward_ops=130,
         softmax_multiple=4,
         separate_softmax_ops=20,
-        logit_passes=70,
-        message_ops=30,
+        logit_passes=40,
+        message_ops=75,
         overlaps_gradients=False,
         gradient_bytes=2,
         update_bytes=47,
-        activation_passes=16.0,
+        activation_passes=10.0,
     ),
     "megatron-lm": Engine(
-        fused_attention=False, score_passes=4.5, logit_passes=70, overlaps_gradients=False, activation_passes=16.0
+        fused_attention=False, score_passes=4.5, logit_passes=40, overlaps_gradients=False, activation_passes=10.0
     ),
     "llm-foundry": Engine(logit_passes=27, gradient_bytes=2, update_bytes=40, activation_passes=47.0),
 }

@@ -81,7 +81,10 @@ class _Step:
     def __init__(self, config: TrainConfig, cluster: Cluster, name: str) -> None:
         parallel = config.parallel
         check(parallel.data_parallel_size is not None, "data_parallel_size=None must be given to predict a step")
-        check(config.model.vocab_size is not None, "vocab_size=None must be given to predict a step")
+        check(
+            config.model.vocab_size is not None,
+            "model.vocab_size=None must be given, since a prediction reads no data (--model.vocab-size 50257)",
+        )
         self.config, self.name, self.engine = config, name, engine_of(name)
         self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
@@ -112,7 +115,7 @@ class _Step:
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
-            "launch floor": busy[busiest] - work.on_device,
+            "launch floor": max(0.0, busy[busiest] - work.on_device),
             "tensor parallel": work.tensor_parallel,
             "context parallel": work.context_parallel,
             "expert parallel": work.expert_parallel,
@@ -120,7 +123,7 @@ class _Step:
             "data parallel": work.data_parallel + max(ends) - played.makespan,
             "optimizer": update + fixed,
         }
-        parts["pipeline bubble"] = total - sum(parts.values())
+        parts["pipeline bubble"] = max(0.0, total - sum(parts.values()))
         outside = outside_of_fit(self.config, self.cluster, self.name)
         error = error_share(self.cluster, len(outside))
         return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
