@@ -57,6 +57,9 @@ class TrainingConfig:
     """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
+    cluster: str | None = None
+    """Cluster whose predicted step is logged beside the measured steps: a name such as h100, or a file that
+    `fused-megatron calibrate` wrote. None: no prediction."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
