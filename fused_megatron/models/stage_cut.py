@@ -107,11 +107,14 @@ def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> lis
     costs = [block * count for count in counts]
     costs[0] += config.hidden_size
     costs[last] += config.hidden_size * (config.vocab_size or 0)
+    of_rank = dict.fromkeys(placement, 0)
+    for cost, rank in zip(costs, placement, strict=True):
+        of_rank[rank] += cost
     for _ in range(config.num_layers - sum(counts)):
-        of_rank = {rank: sum(c for c, r in zip(costs, placement, strict=True) if r == rank) for rank in placement}
         # All blocks cost the same, so giving each to the cheapest stage is best. Ties go to the latest stage: early
         # stages hold the activations of more microbatches.
         cheapest = min(range(last + 1), key=lambda stage: (of_rank[placement[stage]], costs[stage], -stage))
         costs[cheapest] += block
+        of_rank[placement[cheapest]] += block
         counts[cheapest] += 1
     return counts

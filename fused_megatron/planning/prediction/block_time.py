@@ -104,7 +104,9 @@ class StageTimes:
         model = self.config.model
         again = model.recomputed_blocks(span.stop - span.start)
         total = ActionWork(Work(), Work(), Work())
-        kinds = Counter((model.has_experts(block), block - span.start < again) for block in range(span.start, span.stop))
+        kinds = Counter(
+            (model.has_experts(block), block - span.start < again) for block in range(span.start, span.stop)
+        )
         for (has_experts, recomputed), number in kinds.items():
             total += self.block(has_experts, recomputed) * number
         if span.first:

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 from fused_megatron.planning.rank_memory import RankMemory, rank_memory
 from fused_megatron.planning.search.floors import Floors
 from fused_megatron.planning.search.layouts import Layout, Refusals, Settings, train_config, valid_layouts
-from fused_megatron.planning.search.long_step import StepTime, predict_long_step
 
 NUM_BEST = 10
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -48,7 +48,7 @@ class Plan:
     layout: Layout
     settings: Settings
     config: TrainConfig
-    prediction: StepTime
+    prediction: StepPrediction
     memory: RankMemory
     memory_bytes: int
 
@@ -118,7 +118,7 @@ class _Node(NamedTuple):
 class _BestFirst:
     def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
         self.base, self.num_gpus, self.cluster = base, num_gpus, cluster
-        self.floors = Floors(base, cluster)
+        self.floors = Floors(base, num_gpus, cluster)
         self.search = Search(limit_bytes=limit_bytes(cluster))
         self.queue: list[_Node] = []
         self.order = count()
@@ -201,7 +201,7 @@ class _BestFirst:
         if needed > self.search.limit_bytes:
             return
         self.search.num_predicted += 1
-        prediction = predict_long_step(config, self.cluster)
+        prediction = predict_step(config, self.cluster)
         seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
         if seconds <= (1 + SAME) * least_seconds:
             seconds = least_seconds

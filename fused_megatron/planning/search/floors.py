@@ -15,6 +15,7 @@ from fused_megatron.planning.parameter_counts import ParameterCounts, stage_para
 from fused_megatron.planning.prediction.block_time import StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
+from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.search.layouts import Layout, Settings, train_config
 
 _ROUNDING = 1 - 1e-9
@@ -49,11 +50,12 @@ class Floors:
 
     Args:
         base: the workload.
+        num_gpus: GPUs of the layouts.
         cluster: of the GPUs.
     """
 
-    def __init__(self, base: TrainConfig, cluster: Cluster) -> None:
-        self._base, self._cluster, self._engine = base, cluster, engine_of(OWN)
+    def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
+        self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
         self._spans: dict[tuple[int, ...], tuple[StageSpan, ...]] = {}
         self._forms: dict[tuple[int, ...], tuple[Form, ...]] = {}
         self._times: dict[Form, StageTimes] = {}
@@ -74,11 +76,10 @@ class Floors:
         busy = [0.0] * layout.pp
         before: dict[int, float] = {}
         passed = 0.0
-        for stage, (rank, (forward, inputs, weights)) in enumerate(zip(placement, costs, strict=True)):
+        for rank, (forward, inputs, weights) in zip(placement, costs, strict=True):
             before.setdefault(rank, passed)
             passed += forward + (inputs + weights if tail else 0.0)
             busy[rank] += forward + inputs + weights
-            del stage
         longest = max(number * busy[rank] + before[rank] for rank in range(layout.pp))
         return _ROUNDING * longest
 
@@ -116,9 +117,7 @@ class Floors:
         is_shared = replicas > 1 or (self._base.model.num_experts is not None and of_experts > 1)
         return (0, 1, 2, 3) if is_shared else (0,)
 
-    def _costs(
-        self, layout: Layout, settings: Settings, placement: Sequence[int]
-    ) -> list[tuple[float, float, float]]:
+    def _costs(self, layout: Layout, settings: Settings, placement: Sequence[int]) -> list[tuple[float, float, float]]:
         """Return (F, I, W) seconds of each stage for a microbatch."""
         key, times = self._stage_times(layout, settings)
         found = []
@@ -191,9 +190,7 @@ class Floors:
             self._parameters[key] = stage_parameters(config.model, self.spans(placement)[stage], config.parallel)
         return self._parameters[key]
 
-    def _stage_bytes(
-        self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int
-    ) -> tuple[int, int]:
+    def _stage_bytes(self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int) -> tuple[int, int]:
         """Return the bytes that a stage keeps for a microbatch, and the bytes of its temporary tensors."""
         key, times = self._stage_times(layout, settings)
         form = (key, self._forms[tuple(placement)][stage])

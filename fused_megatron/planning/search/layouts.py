@@ -155,7 +155,8 @@ def _check(base: TrainConfig, layout: Layout, cluster: Cluster) -> None:
     if len(model.expert_blocks) < model.num_layers:
         check(model.ffn_size % tp == 0, f"tp={tp} does not divide {model.ffn_size:,} features of the MLP")
     check(
-        model.kv_heads % tp == 0 or tp % model.kv_heads == 0, f"tp={tp} does not divide {model.kv_heads} key-value heads"
+        model.kv_heads % tp == 0 or tp % model.kv_heads == 0,
+        f"tp={tp} does not divide {model.kv_heads} key-value heads",
     )
     train_config(base, layout, Settings(1, False, "1f1b", 1))  # all other checks
 
