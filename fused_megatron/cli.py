@@ -27,6 +27,7 @@ commands:
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
+  plan MODEL --cluster NAME --gpus N [...]      fastest layout of a model on a cluster, as a config that starts
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
   doctor [--json]                               state of the installation, faults, and how to mend them
@@ -76,6 +77,7 @@ def _run(argv: Sequence[str]) -> int:
         "convert": _convert,
         "verify": _verify,
         "schedule": _schedule,
+        "plan": _plan,
         "dry-run": _dry_run,
         "calibrate": _calibrate,
         "doctor": _doctor,
@@ -181,6 +183,12 @@ def _schedule(argv: Sequence[str]) -> int:
 
     arguments = _parse(ScheduleArguments, "schedule", argv)
     return 0 if arguments is None else run_schedule(arguments)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.search.plan_command import run_plan  # noqa: PLC0415
+
+    return run_plan(argv)
 
 
 def _dry_run(argv: Sequence[str]) -> int:

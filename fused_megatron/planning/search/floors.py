@@ -16,7 +16,7 @@ from fused_megatron.planning.prediction.block_time import StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.shared_cores import of_one_rank
-from fused_megatron.planning.search.layouts import Layout, Settings, train_config
+from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
@@ -99,12 +99,10 @@ class Floors:
 
     def least_memory(self, layout: Layout) -> int:
         """Return a lower bound of `memory` for all settings: one activation of a stage is held."""
-        found = []
-        for shards in (True, False):
-            settings = Settings(1, shards and layout.tp > 1, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
-            placement = tuple(range(layout.pp))
-            found.append(max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1}))
-        return min(found)
+        shards = sequence_choices(self._base, layout)[-1]
+        settings = Settings(1, shards, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
+        placement = tuple(range(layout.pp))
+        return max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1})
 
     def num_microbatches(self, layout: Layout, settings: Settings) -> int:
         """Return the microbatches of a step."""
