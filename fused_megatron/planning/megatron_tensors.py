@@ -26,6 +26,7 @@ class Sizes:
         heads, positions: query heads of the rank; positions S of a sequence.
         up, down: outputs of the up projection of the rank (F', twice F for a gated MLP), inputs of its down projection.
         rows: rows that the experts of the rank compute, with balanced routes: K T / R etp.
+        sent_rows: rows that the rank sends to experts: K T / R.
         expert_up, expert_down: up and down of an expert.
         routed: tokens that the rank routes, times the number of experts.
         vocabulary: rows of the vocabulary table on the rank.
@@ -43,6 +44,7 @@ class Sizes:
     up: int
     down: int
     rows: int
+    sent_rows: int
     expert_up: int
     expert_down: int
     routed: int
@@ -68,6 +70,7 @@ def sizes_of(config: TrainConfig) -> Sizes:
         up=expansion_features(model, model.ffn_size, ranks),
         down=model.ffn_size // ranks,
         rows=model.experts_per_token * routed * etp,
+        sent_rows=model.experts_per_token * routed,
         expert_up=expansion_features(model, model.expert_ffn_size, etp),
         expert_down=model.expert_ffn_size // etp,
         routed=routed * (model.num_experts or 0),
@@ -199,6 +202,14 @@ EXPERTS = (
         "rows of the experts", "e K T etp H", "operand of the weight gradient", lambda n: n.size * n.rows * n.hidden
     ),
     KeptTensor(
+        "segments of rows that arrive",
+        "e K T H",
+        "with ep > 1 the number of rows changes from block to block and from step to step; rows seldom fit into the "
+        "segments of the step before, and the allocator holds them once more",
+        lambda n: n.size * n.sent_rows * n.hidden,
+        lambda config, fused: config.parallel.expert_parallel_size > 1,
+    ),
+    KeptTensor(
         "input of the activation",
         "e K T F'",
         "backward of the activation",
@@ -221,9 +232,7 @@ EXPERTS = (
 """Tensors of a mixture of experts."""
 FIRST = (
     KeptTensor("tokens and positions", "16 T", "int64; the gradient of the embedding", lambda n: 16 * n.tokens),
-    KeptTensor(
-        "mask of the dropout of the embedding", "T' H", "1 byte an element", lambda n: n.own * n.hidden, _drops
-    ),
+    KeptTensor("mask of the dropout of the embedding", "T' H", "1 byte an element", lambda n: n.own * n.hidden, _drops),
 )
 """Tensors of the embedding, on the first stage."""
 LAST = (
@@ -232,7 +241,10 @@ LAST = (
         "output of the last norm", "e T' H", "operand of the head's gradient", lambda n: n.size * n.own * n.hidden
     ),
     KeptTensor(
-        "softmax of the logits", "4 T V / R", "float32; backward of cross-entropy", lambda n: 4 * n.tokens * n.vocabulary
+        "softmax of the logits",
+        "4 T V / R",
+        "float32; backward of cross-entropy",
+        lambda n: 4 * n.tokens * n.vocabulary,
     ),
 )
 """Tensors of the head and the loss, on the last stage."""
