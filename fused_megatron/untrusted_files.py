@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, check
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +25,10 @@ T = TypeVar("T")
 
 MOST_JSON_BYTES = 64 << 20
 """Limit of a JSON file. Real ones have some kilobytes; the parsed value takes up to 20 times the file's bytes."""
+
+BLOCK_BYTES = 4 << 20
+"""Bytes of one read: large enough that the system calls cost nothing, small beside any memory limit."""
+COPY_AGAIN = "copy or download it again"
 
 # More than any tensor or dataset has; multiplied by the size of an element it still fits in 64 bits.
 MOST_ELEMENTS = 1 << 59
@@ -139,4 +143,23 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is out of range")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        InputError: the file cannot be read, or does not contain a JSON object.
+    """
+    try:
+        content = read_bounded(path, MOST_JSON_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        value = parse_json(content, object, finite=False)
+    except InputError as error:
+        raise InputError(f"{path} is {error}: {COPY_AGAIN}") from None
+    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
+    assert isinstance(value, dict)
     return value

@@ -8,8 +8,6 @@ Facts: Megatron-core 0.14 with Transformer Engine layers, read in its source. Th
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import own_tokens
@@ -56,10 +54,10 @@ def sizes_of(config: TrainConfig) -> Sizes:
     """Compute the sizes of a config."""
     model, parallel = config.model, config.parallel
     ranks, etp = parallel.tensor_parallel_size, parallel.expert_tensor_parallel_size
-    tokens = config.training.microbatch_size * most_positions(config)
+    tokens = config.training.microbatch_size * config.most_positions
     routed = own_tokens(config)
     return Sizes(
-        size=DTYPES[config.training.dtype].itemsize,
+        size=config.training.element_bytes,
         tokens=tokens,
         own=tokens // ranks if parallel.sequence_parallel else tokens,
         hidden=model.hidden_size,

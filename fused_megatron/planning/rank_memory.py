@@ -4,12 +4,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from fused_megatron.assembly.build import DTYPES, stage_spans
-from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline, stage_spans
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.bucket_layout import BYTES_PER_ELEMENT
+from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY, BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
-from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind, stages_of
 from fused_megatron.planning.activation_memory import StageBytes, stage_bytes
@@ -97,7 +95,7 @@ class _Formulas:
     def of_rank(self, rank: int) -> RankMemory:
         """Return the memory of a pipeline rank."""
         config, placements = self._config, self._placements
-        size = DTYPES[config.training.dtype].itemsize
+        size = config.training.element_bytes
         stages = stages_of(self._plan.placement, rank)
         spans = [self._spans[stage] for stage in stages]
         found = [self._stage(span) for span in spans]
@@ -148,7 +146,7 @@ class _Formulas:
     def _peak(self, rank: int, spans: Sequence[StageSpan], counts: ParameterCounts) -> tuple[int, int]:
         """Return the most bytes of activations, and what the moment that needs most has beyond them."""
         config = self._config
-        size = DTYPES[config.training.dtype].itemsize
+        size = config.training.element_bytes
         of_stage = [self._stage(span) for span in spans]
         needs = [need for _, need in of_stage]
         bucket = 0 if max(self._shards, self._expert_shards) == 1 else _bucket_bytes(config, spans)

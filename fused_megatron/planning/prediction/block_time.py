@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.parameter_counts import (
@@ -78,15 +76,23 @@ class ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
 
 
+def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
+    """Return the seconds of `count` products [m, k] x [k, n] in one kernel; size: bytes of an element."""
+    rate = 1e12 * cluster.peak_tflops * cluster.product_efficiency
+    moved = size * count * (m * k + k * n + m * n)
+    seconds = max(2 * count * m * n * k / rate, moved / (1e9 * cluster.memory_gb_per_s))
+    return seconds + 1e-6 * cluster.product_us
+
+
 class StageTimes:
     """Work of the stages of a run."""
 
     def __init__(self, config: TrainConfig, cluster: Cluster, engine: Engine) -> None:
         self.config, self.cluster, self.engine = config, cluster, engine
         model, parallel = config.model, config.parallel
-        self.size = DTYPES[config.training.dtype].itemsize
+        self.size = config.training.element_bytes
         self.tp = parallel.tensor_parallel_size
-        self.tokens = config.training.microbatch_size * most_positions(config)
+        self.tokens = config.training.microbatch_size * config.most_positions
         self.own_tokens = self.tokens // self.tp if parallel.sequence_parallel else self.tokens
         self.tp_ring = Ring(cluster, self.tp)
         self.hidden = model.hidden_size
@@ -117,13 +123,14 @@ class StageTimes:
         attention = self._attention()
         elements = self._elements(has_experts)
         syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
-        ops = self.engine.parallel_ops * (self.tp > 1)
+        ops = self.engine.parallel_ops * (self.tp - 1) ** 2
+        extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
         forward = Work(
             products=sum(self._product(*shape) for shape in linear) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.forward_ops + ops),
+            host=launch * (self.engine.forward_ops + ops + extra),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
         weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
@@ -131,7 +138,7 @@ class StageTimes:
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
             tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.backward_ops + ops),
+            host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
         if recomputed and self.config.model.recompute == "full":
             backward += forward
@@ -140,6 +147,16 @@ class StageTimes:
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
         return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
+
+    def _extra_ops(self, has_experts: bool) -> float:
+        """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
+        model, parallel = self.config.model, self.config.parallel
+        matrices = self.config.training.microbatch_size * model.num_heads // self.tp
+        ops = self.engine.separate_softmax_ops * float(matrices % self.engine.softmax_multiple > 0)
+        if has_experts:
+            local = (model.num_experts or 0) // parallel.expert_parallel_size
+            ops += self.engine.expert_ops * local * (2 if parallel.expert_tensor_parallel_size > 1 else 1)
+        return ops
 
     def _attention_linears(self) -> Iterator[tuple[int, int, int, int]]:
         query_key_value, query = attention_features(self.config.model, self.tp)
@@ -206,10 +223,7 @@ class StageTimes:
 
     def _product(self, count: float, m: float, n: float, k: float) -> float:
         """Return the seconds of `count` products [m, k] x [k, n] in one kernel."""
-        rate = 1e12 * self.cluster.peak_tflops * self.cluster.product_efficiency
-        moved = self.size * count * (m * k + k * n + m * n)
-        seconds = max(2 * count * m * n * k / rate, moved / (1e9 * self.cluster.memory_gb_per_s))
-        return seconds + 1e-6 * self.cluster.product_us
+        return product_s(self.cluster, self.size, count, m, n, k)
 
     def _moved(self, elements: float) -> float:
         return self.size * elements / (1e9 * self.cluster.memory_gb_per_s)
@@ -235,8 +249,8 @@ class StageTimes:
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
-        forward += Work(context_parallel=max(0.0, in_forward - hidden))
-        backward += Work(context_parallel=max(0.0, in_backward - hidden * self._attention_backward))
+        forward += Work(context_parallel=self.exposed(in_forward, hidden))
+        backward += Work(context_parallel=self.exposed(in_backward, hidden * self._attention_backward))
         return forward, backward
 
     def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
@@ -260,9 +274,13 @@ class StageTimes:
         ring = self.replica_ring()
         gather = ring.gather_s(self.size * counts.total)
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
-        forward += Work(data_parallel=max(0.0, gather - forward.on_device))
-        backward += Work(data_parallel=max(0.0, gather + reduce - backward.on_device))
+        forward += Work(data_parallel=self.exposed(gather, forward.on_device))
+        backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))
         return forward, backward
+
+    def exposed(self, transfer_s: float, computation_s: float) -> float:
+        """Return the seconds that a transfer beside a computation adds to it."""
+        return transfer_s - self.cluster.transfer_overlap * min(transfer_s, computation_s)
 
     def replica_ring(self) -> Ring:
         """Return the links between replicas of the same weights."""
@@ -281,7 +299,7 @@ class StageTimes:
         columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
         product = self._product(1, self.tokens, columns, self.hidden)
         launch = 1e-6 * self.cluster.launch_us
-        logits = self._moved(3.0 * self.tokens * columns)
+        logits = self._moved(self.engine.logit_passes / 2 * self.tokens * columns)
         forward = Work(products=product, memory_bound=logits, host=10 * launch)
         backward = Work(products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=10 * launch)
         return ActionWork(forward, backward, Work(products=product))

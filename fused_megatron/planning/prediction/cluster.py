@@ -18,6 +18,24 @@ _MOST_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
+class Fitted:
+    """The runs to which the constants of a cluster were fitted.
+
+    Attributes:
+        error_percent: 90 % of the predictions of other runs of these sources err by no more.
+        engines: the programs that ran them.
+        rows: digests of the fitted rows, as PublishedRun.digest; errors are of all other rows.
+        ranges: smallest and largest value of gpus, hidden_size, seq_len, microbatch_tokens, tensor_parallel_size,
+            pipeline_parallel_size, context_parallel_size, expert_parallel_size.
+    """
+
+    error_percent: float
+    engines: tuple[str, ...]
+    rows: tuple[str, ...]
+    ranges: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Constants of a cluster of equal GPUs, or of equal CPU ranks.
 
@@ -36,7 +54,12 @@ class Cluster:
         node_latency_us: time of a collective inside a node beyond its bytes, for each rank beside the first.
         network_gb_per_s: bus bandwidth of a collective between nodes, of one GPU.
         network_latency_us: time of a message between nodes beyond its bytes.
+            On a CPU, collectives of one machine go through shared memory (node_*), messages of a pipeline through gloo
+            (network_*).
         step_ms: time of a step that does not depend on the model: reading of a batch, logging, scheduling.
+        transfer_overlap: share of a transfer that work beside it hides. Transfers on a GPU slow products down; on a CPU
+            it is 0 where the thread that computes also copies, as for shared memory.
+        fitted: the measured runs behind the constants; None: they come from data sheets.
     """
 
     name: str
@@ -54,23 +77,27 @@ class Cluster:
     network_gb_per_s: float
     network_latency_us: float
     step_ms: float = 0.0
+    transfer_overlap: float = 1.0
+    fitted: Fitted | None = None
 
     def __post_init__(self) -> None:
         check_one_of("device", self.device, ("cuda", "cpu"))
         check(self.gpus_per_node >= 1, f"gpus_per_node={self.gpus_per_node} must be 1 or more")
         for name in CONSTANTS:
             value = getattr(self, name)
-            may_be_zero = name.endswith(("_us", "_ms"))
+            may_be_zero = name.endswith(("_us", "_ms", "_overlap"))
             check(
                 math.isfinite(value) and (value > 0 or (may_be_zero and value == 0)),
                 f"{name}={value} must be {'0 or more' if may_be_zero else 'above 0'}, and finite",
             )
-        for name in ("product_efficiency", "attention_efficiency"):
-            check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share of peak_tflops")
+        for name in ("product_efficiency", "attention_efficiency", "transfer_overlap"):
+            check(getattr(self, name) <= 1, f"{name}={getattr(self, name)} must be at most 1: a share")
 
 
 CONSTANTS = tuple(
-    field.name for field in dataclasses.fields(Cluster) if field.name not in ("name", "device", "gpus_per_node")
+    field.name
+    for field in dataclasses.fields(Cluster)
+    if field.name not in ("name", "device", "gpus_per_node", "fitted")
 )
 """Fields that are speeds, times and sizes."""
 
@@ -110,4 +137,5 @@ def load_cluster(name_or_path: str | Path) -> Cluster:
 
 def cluster_text(cluster: Cluster) -> str:
     """Return the cluster as TOML that load_cluster reads."""
-    return tomli_w.dumps(dataclasses.asdict(cluster))
+    table = {name: value for name, value in dataclasses.asdict(cluster).items() if value is not None}
+    return tomli_w.dumps(table)

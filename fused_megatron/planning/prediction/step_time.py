@@ -2,19 +2,21 @@
 
 from dataclasses import dataclass
 
-from fused_megatron.assembly.build import DTYPES, stage_spans
-from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline.schedule.action import stages_of
-from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
+from fused_megatron.pipeline.view.simulation import Costs, Timeline
 from fused_megatron.planning.parameter_counts import stage_parameters
 from fused_megatron.planning.prediction.block_time import ActionWork, StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
-from fused_megatron.planning.prediction.engine import OWN, Engine, engine_of
+from fused_megatron.planning.prediction.engine import OWN, engine_of
+from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
+from fused_megatron.planning.prediction.played_schedule import play
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import message_bytes
 
@@ -41,7 +43,7 @@ class StepPrediction:
         low_s, high_s: the error bar.
         parts: seconds by part, of the rank that works most; they add up to seconds. A rank waits in "pipeline bubble",
             and for transfers between stages.
-        timeline: the simulated schedule, in seconds.
+        timeline: the simulated schedule, in seconds; of a long step only some microbatches.
         outside: in which respects the run lies outside of the runs to which the constants were fitted.
     """
 
@@ -64,7 +66,7 @@ def predict_step(config: TrainConfig, cluster: Cluster, *, engine: str = OWN) ->
     Raises:
         InputError: a size that is missing, or a schedule that does not fit.
     """
-    return _Step(config, cluster, engine_of(engine)).predict()
+    return _Step(config, cluster, engine).predict()
 
 
 def fastest_possible(config: TrainConfig, cluster: Cluster) -> float:
@@ -76,51 +78,58 @@ def fastest_possible(config: TrainConfig, cluster: Cluster) -> float:
 
 
 class _Step:
-    def __init__(self, config: TrainConfig, cluster: Cluster, engine: Engine) -> None:
+    def __init__(self, config: TrainConfig, cluster: Cluster, name: str) -> None:
         parallel = config.parallel
         check(parallel.data_parallel_size is not None, "data_parallel_size=None must be given to predict a step")
         check(config.model.vocab_size is not None, "vocab_size=None must be given to predict a step")
-        self.config, self.cluster, self.engine = config, cluster, engine
+        self.config, self.name, self.engine = config, name, engine_of(name)
+        self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
         config.check_data_parallel(self.dp)
         self.plan = plan_pipeline(config)
         self.spans = stage_spans(config, self.plan)
-        self.times = StageTimes(config, cluster, engine)
+        self.times = StageTimes(config, cluster, self.engine)
         self.works = [self.times.of_stage(span) for span in self.spans]
 
     def predict(self) -> StepPrediction:
         training = self.config.training
         microbatches = training.global_batch_size // training.microbatch_size // self.dp
-        schedule = self.plan.schedule(microbatches)
-        timeline = simulate(schedule, self._costs())
-        ranks = range(schedule.num_ranks)
+        played = play(self.plan, self._costs(), microbatches)
+        ranks = range(len(played.ends))
         stages = {rank: stages_of(self.plan.placement, rank) for rank in ranks}
         reduced = [
             self._reduction_s([self.spans[s] for s in stages[rank]], [self.works[s] for s in stages[rank]])
             for rank in ranks
         ]
-        ends = [events[-1].end + reduced[rank] for rank, events in enumerate(timeline.events)]
+        ends = [played.ends[rank] + reduced[rank] for rank in ranks]
         update = max(self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks)
-        busiest = max(ranks, key=lambda rank: timeline.busy[rank])
+        busy = played.busy
+        busiest = max(ranks, key=lambda rank: busy[rank])
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
-        total = max(ends) + update + 1e-3 * self.cluster.step_ms
+        mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
+        fixed = 1e-3 * self.cluster.step_ms
+        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
-            "launch floor": timeline.busy[busiest] - work.on_device,
+            "launch floor": busy[busiest] - work.on_device,
             "tensor parallel": work.tensor_parallel,
             "context parallel": work.context_parallel,
             "expert parallel": work.expert_parallel,
-            "pipeline bubble": timeline.makespan - timeline.busy[busiest],
-            "data parallel": work.data_parallel + max(ends) - timeline.makespan,
-            "optimizer": update + 1e-3 * self.cluster.step_ms,
+            "pipeline bubble": 0.0,
+            "data parallel": work.data_parallel + max(ends) - played.makespan,
+            "optimizer": update + fixed,
         }
-        return StepPrediction(total, total, total, parts, timeline)
+        parts["pipeline bubble"] = total - sum(parts.values())
+        outside = outside_of_fit(self.config, self.cluster, self.name)
+        error = error_share(self.cluster, len(outside))
+        return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
 
     def _costs(self) -> Costs:
         parallel = self.config.parallel
         stride = self.times.tp * parallel.replicas(self.dp)
         sent = Ring(self.cluster, parallel.pipeline_parallel_size, stride).message_s(message_bytes(self.config))
+        sent += 1e-6 * self.cluster.launch_us * self.engine.message_ops
         forward, inputs, weights = [], [], []
         for work in self.works:
             backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
@@ -143,14 +152,14 @@ class _Step:
             return 0.0
         placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
         counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
-        size = DTYPES[self.config.training.dtype].itemsize
+        size = self.config.training.element_bytes
         if placements.weights:
             return 0.0
         gradients = self.engine.gradient_bytes * counts
         hidden = sum(self._seconds(work.backward) for work in works) if self.engine.overlaps_gradients else 0.0
         if placements.state:
-            return max(0.0, ring.gather_s(gradients) - hidden) + ring.gather_s(size * counts)
-        return max(0.0, ring.all_reduce_s(gradients) - hidden)
+            return self.times.exposed(ring.gather_s(gradients), hidden) + ring.gather_s(size * counts)
+        return self.times.exposed(ring.all_reduce_s(gradients), hidden)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
         parallel = self.config.parallel

@@ -60,6 +60,6 @@ class Ring:
         """Return the seconds of a message of num_bytes to the next rank of the group."""
         if self.size == 1 or not num_bytes:
             return 0.0
-        if self.in_node > 1 or self.cluster.device == "cpu":
+        if self.in_node > 1 and self.cluster.device == "cuda":
             return 1e-6 * self.cluster.node_latency_us + num_bytes / (1e9 * self.cluster.node_gb_per_s)
         return 1e-6 * self.cluster.network_latency_us + num_bytes / (1e9 * self.cluster.network_gb_per_s)
