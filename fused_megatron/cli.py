@@ -27,6 +27,7 @@ commands:
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
+  plan MODEL --cluster NAME --gpus N [...]      fastest layout of a model on a cluster, as a config that starts
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
   predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
@@ -77,6 +78,7 @@ def _run(argv: Sequence[str]) -> int:
         "convert": _convert,
         "verify": _verify,
         "schedule": _schedule,
+        "plan": _plan,
         "dry-run": _dry_run,
         "predict": _predict,
         "calibrate": _calibrate,
@@ -183,6 +185,12 @@ def _schedule(argv: Sequence[str]) -> int:
 
     arguments = _parse(ScheduleArguments, "schedule", argv)
     return 0 if arguments is None else run_schedule(arguments)
+
+
+def _plan(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.search.plan_command import run_plan  # noqa: PLC0415
+
+    return run_plan(argv)
 
 
 def _dry_run(argv: Sequence[str]) -> int:

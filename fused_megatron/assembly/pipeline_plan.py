@@ -1,6 +1,7 @@
 """Pipeline schedule of a run, chosen and checked from the config without any communication."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.config import TrainConfig
@@ -62,7 +63,7 @@ def _plan(config: TrainConfig) -> PipelinePlan:
     parallel = config.parallel
     name = parallel.schedule or ("1f1b" if (parallel.stages_per_rank or 1) == 1 else "interleaved_1f1b")
     num_ranks = parallel.pipeline_parallel_size
-    schedule = build_schedule(name, num_ranks, num_ranks, parallel.stages_per_rank)
+    schedule = _smallest(name, num_ranks, parallel.stages_per_rank)
     if schedule.weights != SYNCHRONOUS:
         others = ", ".join(other for other, kind in SCHEDULES.items() if kind.weights == SYNCHRONOUS)
         raise InputError(f"schedule={name!r} changes the update rule; the trainer runs those that do not: {others}")
@@ -76,6 +77,12 @@ def _plan(config: TrainConfig) -> PipelinePlan:
         reduce_each_microbatch=placements.gradients,
         max_unsharded=_max_unsharded(name, schedule, parallel.zero_gather) if placements.weights else None,
     )
+
+
+@lru_cache(maxsize=64)
+def _smallest(name: str, num_ranks: int, stages_per_rank: int | None) -> Schedule:
+    """Build the schedule of a microbatch a rank, which has the placement of its stages; a search asks often."""
+    return build_schedule(name, num_ranks, num_ranks, stages_per_rank)
 
 
 def _max_unsharded(name: str, schedule: Schedule, zero_gather: str) -> int | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fused_megatron.checks import check
 from fused_megatron.config import TransformerConfig
@@ -101,17 +102,33 @@ def block_cost(config: TransformerConfig) -> int:
 def _cheapest_counts(config: TransformerConfig, placement: Sequence[int]) -> list[int]:
     """Choose the number of blocks of each stage; placement holds the rank of each stage."""
     check(config.vocab_size is not None, "vocab_size=None must be given to weigh the head against the blocks")
-    block = block_cost(config)
+    return list(
+        _counts_of(
+            block_cost(config),
+            config.hidden_size,
+            config.hidden_size * (config.vocab_size or 0),
+            config.num_layers,
+            tuple(placement),
+        )
+    )
+
+
+@lru_cache(maxsize=256)
+def _counts_of(block: int, embedding: int, head: int, num_layers: int, placement: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the number of blocks of each stage, for the costs of a block, the embedding and the head."""
     last = len(placement) - 1
     counts = [1 if stage == 0 or stage < last else 0 for stage in range(last + 1)]
     costs = [block * count for count in counts]
-    costs[0] += config.hidden_size
-    costs[last] += config.hidden_size * (config.vocab_size or 0)
-    for _ in range(config.num_layers - sum(counts)):
-        of_rank = {rank: sum(c for c, r in zip(costs, placement, strict=True) if r == rank) for rank in placement}
+    costs[0] += embedding
+    costs[last] += head
+    of_rank = dict.fromkeys(placement, 0)
+    for stage, rank in enumerate(placement):
+        of_rank[rank] += costs[stage]
+    for _ in range(num_layers - sum(counts)):
         # All blocks cost the same, so giving each to the cheapest stage is best. Ties go to the latest stage: early
         # stages hold the activations of more microbatches.
         cheapest = min(range(last + 1), key=lambda stage: (of_rank[placement[stage]], costs[stage], -stage))
         costs[cheapest] += block
+        of_rank[placement[cheapest]] += block
         counts[cheapest] += 1
-    return counts
+    return tuple(counts)

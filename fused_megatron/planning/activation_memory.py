@@ -1,12 +1,48 @@
 """Formulas for the memory of activations that a stage keeps for backward, and of temporary tensors."""
 
+from dataclasses import dataclass, replace
+
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
+from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import expert_dispatch, own_tokens
 
 # tile_bytes("cuda") of ops/linear_cross_entropy_tile_shape.py, which imports torch.
 _TILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """Bytes that one microbatch of a stage needs.
+
+    Attributes:
+        kept: bytes that a forward leaves for backward.
+        deferred: bytes between INPUT_GRAD and WEIGHT_GRAD.
+        forward, backward, weight_grad: the most bytes at once inside a forward, a backward or INPUT_GRAD, and a
+            WEIGHT_GRAD, with what was kept or deferred before.
+        without_last_block: the most bytes at once in a backward after the head and the last block.
+    """
+
+    kept: int
+    deferred: int
+    forward: int
+    backward: int
+    weight_grad: int
+    without_last_block: int
+
+    def peak(self, kind: Kind) -> int:
+        """Return the most bytes at once inside an action of this kind."""
+        if kind == Kind.FORWARD:
+            return self.forward
+        return self.weight_grad if kind == Kind.WEIGHT_GRAD else self.backward
+
+
+def stage_bytes(config: TrainConfig, span: StageSpan) -> StageBytes:
+    """Compute the bytes that one microbatch of a stage needs."""
+    kept, working = stage_activations(config, span), working_bytes(config, span)
+    rest = stage_activations(config, replace(span, num_stages=span.num_stages + 1, stop=max(span.start, span.stop - 1)))
+    return StageBytes(kept, kept, kept + working, kept + working, kept, rest + working)
 
 
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:

@@ -1,16 +1,16 @@
 """Formulas for the memory that a rank needs in training: weights, gradients, optimizer state, activations."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from math import gcd
 
-from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline, stage_spans
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY, BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
 from fused_megatron.models import StageSpan
-from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
-from fused_megatron.planning.activation_memory import stage_activations, working_bytes
+from fused_megatron.pipeline.schedule.action import Kind, stages_of
+from fused_megatron.planning.activation_memory import StageBytes, stage_bytes
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
 from fused_megatron.planning.parameter_counts import (
     ParameterCounts,
@@ -20,9 +20,10 @@ from fused_megatron.planning.parameter_counts import (
     stage_parameters,
     vocabulary_elements,
 )
+from fused_megatron.planning.schedule_moments import Moment, needs_no_more_than_the_rank_before, rank_moments
 
-# Actions that end a microbatch's use of activations.
-_FREES = (Kind.BACKWARD, Kind.WEIGHT_GRAD)
+StageFormula = Callable[[TrainConfig, StageSpan], StageBytes]
+"""Computes what the activations of a stage need."""
 
 
 @dataclass(frozen=True)
@@ -54,66 +55,131 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
-def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_size: int | None = None) -> RankMemory:
+def rank_memory(
+    config: TrainConfig,
+    pp_rank: int | None = None,
+    data_parallel_size: int | None = None,
+    of_stage: StageFormula = stage_bytes,
+) -> RankMemory:
     """Compute the memory of one pipeline rank, or of the rank that needs most.
 
     Args:
         config: model.vocab_size must be given.
         pp_rank: pipeline rank; None: the rank that needs most.
         data_parallel_size: used if the config has none; None: 1.
+        of_stage: formula of the activations of a stage; the default is of our own layers.
 
     Raises:
         InputError: as plan_pipeline and cut_stages; vocab_size is None.
     """
-    parallel, training = config.parallel, config.training
-    plan = plan_pipeline(config)
-    spans = stage_spans(config, plan)
-    dp_size = parallel.data_parallel_size or data_parallel_size or 1
-    schedule = plan.schedule(training.global_batch_size // training.microbatch_size // dp_size)
-    ranks = range(parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
-    found = [
-        _memory_of_rank(config, schedule, dp_size, rank, {s: spans[s] for s in stages_of(plan.placement, rank)})
-        for rank in ranks
-    ]
-    return max(found, key=lambda memory: memory.total)
+    parallel = config.parallel
+    formulas = _Formulas(config, parallel.data_parallel_size or data_parallel_size or 1, of_stage)
+    if pp_rank is not None:
+        return formulas.of_rank(pp_rank)
+    ranks = [rank for rank in range(parallel.pipeline_parallel_size) if not formulas.is_covered(rank)]
+    return max((formulas.of_rank(rank) for rank in ranks), key=lambda memory: memory.total)
 
 
-def _memory_of_rank(
-    config: TrainConfig, schedule: Schedule, dp_size: int, rank: int, spans: Mapping[int, StageSpan]
-) -> RankMemory:
-    size = config.training.element_bytes
-    model, parallel, training = config.model, config.parallel, config.training
-    counts = sum((stage_parameters(model, span, parallel) for span in spans.values()), ParameterCounts())
-    if model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():
-        # The first and the last stage share one table.
-        counts += ParameterCounts(others=-vocabulary_elements(model, parallel.tensor_parallel_size))
-    actions = schedule.actions[rank]
-    held = _held_activations(config, actions, spans)
-    activations = max(held)
-    placements, shards, expert_shards = _sharding(config, dp_size)
-    bucket = 0 if max(shards, expert_shards) == 1 else _bucket_bytes(config, spans.values())
-    working = max(working_bytes(config, span) for span in spans.values())
-    sent = min(4 * counts.total, BUCKETS_UNDER_WAY * bucket)
-    own_matrices = -(-counts.matrices // shards) + -(-counts.expert_matrices // expert_shards)
-    own_others = -(-counts.others // shards) + -(-counts.expert_others // expert_shards)
-    own = own_matrices + own_others
-    if placements.weights:
-        largest = max(_largest_unit(config, span) for span in spans.values())
-        working += size * (2 * largest if parallel.zero_gather == "block" else counts.total)
-    # A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less, only the sum.
-    if placements.gradients and bucket:  # in every backward; a bucket fills while the one before leaves
-        working += 2 * sent + min(4 * counts.total, bucket)
-        sent = 0
-    reducing = 2 * sent + _beside_buckets(config, actions, spans, held, bucket, working) if sent else 0
-    updating = update_bytes(config.optimizer, training.dtype, model, own)
-    return RankMemory(
-        counts.total,
-        weights=size * (own if placements.weights else counts.total),
-        gradients=4 * (own if placements.gradients else counts.total),
-        optimizer=optimizer_bytes(config.optimizer, training.dtype, own_matrices, own_others),
-        activations=activations,
-        working=max(working, reducing - activations, updating - activations),
-    )
+class _Formulas:
+    """Formulas of the ranks of one config; stages of the same form share their numbers."""
+
+    def __init__(self, config: TrainConfig, dp_size: int, of_stage: StageFormula) -> None:
+        self._config, self._of_stage = config, of_stage
+        self._plan: PipelinePlan = plan_pipeline(config)
+        self._spans = stage_spans(config, self._plan)
+        training = config.training
+        self._num_microbatches = training.global_batch_size // training.microbatch_size // dp_size
+        self._placements, self._shards, self._expert_shards = _sharding(config, dp_size)
+        self._stages: dict[object, tuple[ParameterCounts, StageBytes]] = {}
+
+    def of_rank(self, rank: int) -> RankMemory:
+        """Return the memory of a pipeline rank."""
+        config, placements = self._config, self._placements
+        size = config.training.element_bytes
+        stages = stages_of(self._plan.placement, rank)
+        spans = [self._spans[stage] for stage in stages]
+        found = [self._stage(span) for span in spans]
+        counts = sum((each for each, _ in found), ParameterCounts())
+        if config.model.tied_embeddings and len(spans) > 1 and spans[0].first and spans[-1].last:
+            # The first and the last stage share one table.
+            table = vocabulary_elements(config.model, config.parallel.tensor_parallel_size)
+            counts += ParameterCounts(others=-table)
+        own_matrices = -(-counts.matrices // self._shards) + -(-counts.expert_matrices // self._expert_shards)
+        own_others = -(-counts.others // self._shards) + -(-counts.expert_others // self._expert_shards)
+        own = own_matrices + own_others
+        activations, working = self._peak(rank, spans, counts)
+        updating = update_bytes(config.optimizer, config.training.dtype, config.model, own)
+        return RankMemory(
+            counts.total,
+            weights=size * (own if placements.weights else counts.total),
+            gradients=BYTES_PER_ELEMENT * (own if placements.gradients else counts.total),
+            optimizer=optimizer_bytes(config.optimizer, config.training.dtype, own_matrices, own_others),
+            activations=activations,
+            working=max(working, updating - activations),
+        )
+
+    def is_covered(self, rank: int) -> bool:
+        """Return whether the rank before has stages of the same form and holds at least as many microbatches."""
+        if rank == 0 or self._forms(rank) != self._forms(rank - 1):
+            return False
+        return needs_no_more_than_the_rank_before(self._plan, self._num_microbatches, rank)
+
+    def _forms(self, rank: int) -> list[tuple[bool, ...]]:
+        return [self._form(self._spans[stage]) for stage in stages_of(self._plan.placement, rank)]
+
+    def _form(self, span: StageSpan) -> tuple[bool, ...]:
+        """Return what decides the memory of a stage: its ends, and which of its blocks have experts."""
+        has_experts = self._config.model.has_experts
+        return span.first, span.last, *(has_experts(block) for block in range(span.start, span.stop))
+
+    def _stage(self, span: StageSpan) -> tuple[ParameterCounts, StageBytes]:
+        """Return the parameters and the activations of a stage."""
+        config = self._config
+        form = self._form(span)
+        if form not in self._stages:
+            self._stages[form] = (
+                stage_parameters(config.model, span, config.parallel),
+                self._of_stage(config, span),
+            )
+        return self._stages[form]
+
+    def _peak(self, rank: int, spans: Sequence[StageSpan], counts: ParameterCounts) -> tuple[int, int]:
+        """Return the most bytes of activations, and what the moment that needs most has beyond them."""
+        config = self._config
+        size = config.training.element_bytes
+        of_stage = [self._stage(span) for span in spans]
+        needs = [need for _, need in of_stage]
+        bucket = 0 if max(self._shards, self._expert_shards) == 1 else _bucket_bytes(config, spans)
+        # A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less.
+        sent = 2 * min(BYTES_PER_ELEMENT * counts.total, BUCKETS_UNDER_WAY * bucket)
+        always = 0
+        if self._placements.weights:
+            largest = max(_largest_unit(config, span) for span in spans)
+            always += size * (2 * largest if config.parallel.zero_gather == "block" else counts.total)
+        in_each_backward = self._placements.gradients and bucket > 0  # a bucket fills while the one before leaves
+        activations = most = 0
+        for moment in rank_moments(self._plan, self._num_microbatches, rank):
+            parameters, need = of_stage[moment.stage]
+            held = _held(moment, needs)
+            own = need.deferred if moment.kind == Kind.WEIGHT_GRAD else need.kept
+            peak = held + need.peak(moment.kind) + always
+            if moment.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD):
+                if in_each_backward:
+                    peak += sent + min(BYTES_PER_ELEMENT * counts.total, bucket)
+                elif moment.last and sent:
+                    # The first bucket leaves when the head and the last block are through; a stage with one bucket
+                    # sends it after the backward.
+                    has_several = BYTES_PER_ELEMENT * parameters.total > bucket
+                    peak = max(peak, held + always + sent + (need.without_last_block if has_several else 0))
+            activations = max(activations, held + own)
+            most = max(most, peak)
+        return activations, most - activations
+
+
+def _held(moment: Moment, needs: Sequence[StageBytes]) -> int:
+    """Return the bytes of all other microbatches at a moment."""
+    kept = sum(number * need.kept for number, need in zip(moment.held, needs, strict=True))
+    return kept + sum(number * need.deferred for number, need in zip(moment.deferred, needs, strict=True))
 
 
 def _sharding(config: TrainConfig, dp_size: int) -> tuple[Placements, int, int]:
@@ -125,46 +191,6 @@ def _sharding(config: TrainConfig, dp_size: int) -> tuple[Placements, int, int]:
         return placements, 1, 1
     num_copies = replicas // (parallel.zero_shard_size or replicas)
     return placements, replicas // num_copies, of_experts // gcd(num_copies, of_experts)
-
-
-def _held_activations(config: TrainConfig, actions: Sequence[Action], spans: Mapping[int, StageSpan]) -> list[int]:
-    """Return the bytes of activations that a rank holds after each forward, and at the start of each backward."""
-    of_stage = {stage: stage_activations(config, span) for stage, span in spans.items()}
-    found, held = [], 0
-    for action in actions:
-        held += of_stage[action.stage] * (action.kind == Kind.FORWARD)
-        found.append(held)
-        held -= of_stage[action.stage] * (action.kind in _FREES)
-    return found
-
-
-def _beside_buckets(
-    config: TrainConfig,
-    actions: Sequence[Action],
-    spans: Mapping[int, StageSpan],
-    held: Sequence[int],
-    bucket: int,
-    working: int,
-) -> int:
-    """Return the bytes of activations and temporary tensors that exist while buckets of gradients are sent.
-
-    They are sent under the last backward of a stage. The first one leaves when the head and the last block are through.
-    A stage with one bucket sends it after the backward.
-    """
-    last = {action.stage: index for index, action in enumerate(actions) if action.kind in _FREES}
-    most = 0
-    for stage, index in last.items():
-        span = spans[stage]
-        beside = held[index] - stage_activations(config, span)
-        if BYTES_PER_ELEMENT * stage_parameters(config.model, span, config.parallel).total > bucket:
-            beside += stage_activations(config, _without_last_block(span)) + working
-        most = max(most, beside)
-    return most
-
-
-def _without_last_block(span: StageSpan) -> StageSpan:
-    """Return the stage without its last block and without the head."""
-    return replace(span, num_stages=span.num_stages + 1, stop=max(span.start, span.stop - 1))
 
 
 def _bucket_bytes(config: TrainConfig, spans: Iterable[StageSpan]) -> int:

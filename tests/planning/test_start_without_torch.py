@@ -18,6 +18,7 @@ from fused_megatron.planning import activation_memory, optimizer_memory
 MODULES = (
     "planning.prediction.step_time",
     "planning.rank_memory",
+    "planning.engine_memory",
     "planning.rank_communication",
     "hugging_face.known_families",
 )

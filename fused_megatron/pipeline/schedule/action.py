@@ -34,6 +34,8 @@ class Kind(str, Enum):
     RESHARD = "RESHARD"
     """Release of a stage's full weights, except this rank's shard."""
 
+    __hash__ = str.__hash__  # Enum's own is a Python function, which a simulation calls a million times
+
     # The text of a kind is its value, as for enum.StrEnum of Python 3.11.
     def __str__(self) -> str:
         return self.value

@@ -141,22 +141,26 @@ class _Simulation:
 
     def _advance(self, rank: int, ready: list[int]) -> None:
         """Run the actions of a rank until it must wait."""
-        actions = self.schedule.actions[rank]
+        actions, done, events, times = self.schedule.actions[rank], self.done, self.events[rank], self.times
         while self.position[rank] < len(actions):
             action = actions[self.position[rank]]
-            if action.kind in self.times:
+            if action.kind in times:
                 tied = action.kind == Kind.REDUCE_TIED
                 needs = self._tied_needs(action, rank, ready) if tied else self._needs(action)
-                if missing := [key for key in needs if key not in self.done]:
-                    self.waiting[missing[0]].append(rank)
-                    return
-                start = max(self.clock[rank], *(self._arrival(key, rank) for key in needs), 0.0)
-                end = start + self.times[action.kind][action.stage]
-                self.events[rank].append(Event(action, start, end))
+                for key in needs:
+                    if key not in done:
+                        self.waiting[key].append(rank)
+                        return
+                start = self.clock[rank]
+                for key in needs:
+                    start = max(start, self._arrival(key, rank))
+                end = start + times[action.kind][action.stage]
+                events.append(Event(action, start, end))
                 self.clock[rank] = end
                 for key in self._gives(action):
-                    self.done[key] = (end, rank)
-                    ready.extend(self.waiting.pop(key, ()))
+                    done[key] = (end, rank)
+                    if key in self.waiting:
+                        ready.extend(self.waiting.pop(key))
             self.position[rank] += 1
 
     def _needs(self, action: Action) -> tuple[_Key, ...]:

@@ -38,7 +38,7 @@ def play(plan: PipelinePlan, costs: Costs, num_microbatches: int) -> PlayedSched
     """
     ranks = max(plan.placement) + 1
     few = max(_ROUNDS, -(-_MICROBATCHES // ranks)) * ranks + num_microbatches % ranks
-    if num_microbatches <= few + ranks or 2 * plan.num_stages * num_microbatches <= _ACTIONS_IN_FULL:
+    if num_microbatches <= 2 * few + ranks or 2 * plan.num_stages * num_microbatches <= _ACTIONS_IN_FULL:
         return _simulated(plan, costs, num_microbatches)
     before, after = _simulated(plan, costs, few), _simulated(plan, costs, few + ranks)
     rounds = (num_microbatches - few - ranks) // ranks

@@ -9,10 +9,17 @@ from typing import NamedTuple
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 from fused_megatron.planning.rank_memory import RankMemory, rank_memory
 from fused_megatron.planning.search.floors import Floors
-from fused_megatron.planning.search.layouts import Layout, Refusals, Settings, train_config, valid_layouts
-from fused_megatron.planning.search.long_step import StepTime, predict_long_step
+from fused_megatron.planning.search.layouts import (
+    Layout,
+    Refusals,
+    Settings,
+    sequence_choices,
+    train_config,
+    valid_layouts,
+)
 
 NUM_BEST = 10
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -48,7 +55,7 @@ class Plan:
     layout: Layout
     settings: Settings
     config: TrainConfig
-    prediction: StepTime
+    prediction: StepPrediction
     memory: RankMemory
     memory_bytes: int
 
@@ -118,7 +125,7 @@ class _Node(NamedTuple):
 class _BestFirst:
     def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
         self.base, self.num_gpus, self.cluster = base, num_gpus, cluster
-        self.floors = Floors(base, cluster)
+        self.floors = Floors(base, num_gpus, cluster)
         self.search = Search(limit_bytes=limit_bytes(cluster))
         self.queue: list[_Node] = []
         self.order = count()
@@ -164,7 +171,7 @@ class _BestFirst:
                 continue
             samples = self.base.training.global_batch_size // layout.dp
             for size in (size for size in MICROBATCHES if samples % size == 0):
-                for shards in _sequence_choices(self.base, layout):
+                for shards in sequence_choices(self.base, layout):
                     seconds = self.floors.least_seconds(layout, size, shards)
                     self._push(seconds, layout, Settings(size, shards, "1f1b", 1), "pipeline")
 
@@ -201,7 +208,7 @@ class _BestFirst:
         if needed > self.search.limit_bytes:
             return
         self.search.num_predicted += 1
-        prediction = predict_long_step(config, self.cluster)
+        prediction = predict_step(config, self.cluster)
         seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
         if seconds <= (1 + SAME) * least_seconds:
             seconds = least_seconds
@@ -217,12 +224,6 @@ def _surcharge(layout: Layout, settings: Settings) -> float:
     zero = max(0, settings.zero_stage - 1)
     split = settings.schedule not in ("1f1b", "interleaved_1f1b")
     return 0.001 * (zero + split + log2(layout.cp) + settings.stages_per_rank / 4)
-
-
-def _sequence_choices(base: TrainConfig, layout: Layout) -> tuple[bool, ...]:
-    """Return the choices of sequence parallelism: off and, if the sequence can be divided, on."""
-    rows = base.model.seq_len
-    return (False, True) if layout.tp > 1 and rows % layout.tp == 0 and rows >= layout.tp * layout.cp else (False,)
 
 
 def _memory_settings(first: Settings, num_blocks: int, zero_stages: tuple[int, ...]) -> list[Settings]:

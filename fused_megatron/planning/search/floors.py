@@ -15,7 +15,8 @@ from fused_megatron.planning.parameter_counts import ParameterCounts, stage_para
 from fused_megatron.planning.prediction.block_time import StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
-from fused_megatron.planning.search.layouts import Layout, Settings, train_config
+from fused_megatron.planning.prediction.shared_cores import of_one_rank
+from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
@@ -49,11 +50,12 @@ class Floors:
 
     Args:
         base: the workload.
+        num_gpus: GPUs of the layouts.
         cluster: of the GPUs.
     """
 
-    def __init__(self, base: TrainConfig, cluster: Cluster) -> None:
-        self._base, self._cluster, self._engine = base, cluster, engine_of(OWN)
+    def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
+        self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
         self._spans: dict[tuple[int, ...], tuple[StageSpan, ...]] = {}
         self._forms: dict[tuple[int, ...], tuple[Form, ...]] = {}
         self._times: dict[Form, StageTimes] = {}
@@ -74,11 +76,10 @@ class Floors:
         busy = [0.0] * layout.pp
         before: dict[int, float] = {}
         passed = 0.0
-        for stage, (rank, (forward, inputs, weights)) in enumerate(zip(placement, costs, strict=True)):
+        for rank, (forward, inputs, weights) in zip(placement, costs, strict=True):
             before.setdefault(rank, passed)
             passed += forward + (inputs + weights if tail else 0.0)
             busy[rank] += forward + inputs + weights
-            del stage
         longest = max(number * busy[rank] + before[rank] for rank in range(layout.pp))
         return _ROUNDING * longest
 
@@ -98,12 +99,10 @@ class Floors:
 
     def least_memory(self, layout: Layout) -> int:
         """Return a lower bound of `memory` for all settings: one activation of a stage is held."""
-        found = []
-        for shards in (True, False):
-            settings = Settings(1, shards and layout.tp > 1, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
-            placement = tuple(range(layout.pp))
-            found.append(max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1}))
-        return min(found)
+        shards = sequence_choices(self._base, layout)[-1]
+        settings = Settings(1, shards, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
+        placement = tuple(range(layout.pp))
+        return max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1})
 
     def num_microbatches(self, layout: Layout, settings: Settings) -> int:
         """Return the microbatches of a step."""

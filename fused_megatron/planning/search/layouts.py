@@ -190,3 +190,9 @@ def train_config(base: TrainConfig, layout: Layout, settings: Settings) -> Train
     config = replace(base, model=model, parallel=parallel, training=training)
     config.check_data_parallel(layout.dp)
     return config
+
+
+def sequence_choices(base: TrainConfig, layout: Layout) -> tuple[bool, ...]:
+    """Return the choices of sequence parallelism: off and, if the sequence can be divided, on."""
+    rows = base.model.seq_len
+    return (False, True) if layout.tp > 1 and rows % layout.tp == 0 and rows >= layout.tp * layout.cp else (False,)

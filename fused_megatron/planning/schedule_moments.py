@@ -1,0 +1,113 @@
+"""Moments of a pipeline schedule that may be the peak of a rank's memory, without repetitions.
+
+A step has thousands of actions; the numbers of microbatches that a rank holds at them take few different values. A
+search evaluates many configs of one schedule, so the moments are cached.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Action, Kind, stages_of
+
+_HOLD_ALL = ("gpipe", "looped_breadth_first")
+"""Schedules that hold all microbatches of a step."""
+_PERIODS = 4
+"""More microbatches than this number times the ranks do not change the moments of any other schedule."""
+
+
+class Moment(NamedTuple):
+    """An action of a rank and what the rank holds when it begins.
+
+    Attributes:
+        kind: kind of the action: F, B, I or W.
+        stage: stage of the action, counted among the stages of the rank.
+        held: for each stage of the rank, microbatches whose activations are held, without the microbatch of this
+            action.
+        deferred: for each stage, microbatches between I and W, without the microbatch of this action.
+        first: nothing was accumulated into the gradients of the stage before.
+        last: the action completes the gradients of the stage.
+    """
+
+    kind: Kind
+    stage: int
+    held: tuple[int, ...]
+    deferred: tuple[int, ...]
+    first: bool
+    last: bool
+
+
+@lru_cache(maxsize=1024)
+def rank_moments(plan: PipelinePlan, num_microbatches: int, rank: int) -> tuple[Moment, ...]:
+    """Return the moments of a rank in a step, without those that hold no more than another of the same action.
+
+    Raises:
+        InputError: the schedule does not allow this number of microbatches.
+    """
+    stages = stages_of(plan.placement, rank)
+    most: list[Moment] = []
+    # A moment is only covered by one that holds more microbatches in all.
+    for moment in sorted(
+        _moments(stages, _actions(plan, _fewer(plan, num_microbatches))[rank]), key=_num_held, reverse=True
+    ):
+        if not any(_covers(other, moment) for other in most):
+            most.append(moment)
+    return tuple(most)
+
+
+@lru_cache(maxsize=64)
+def _actions(plan: PipelinePlan, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+    return tuple(tuple(actions) for actions in plan.schedule(num_microbatches).actions)
+
+
+def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
+    """Return a number of microbatches that has the same moments: a whole number of rounds fewer."""
+    ranks = max(plan.placement) + 1
+    if plan.name in _HOLD_ALL or (plan.name.startswith("interleaved") and num_microbatches % ranks):
+        return num_microbatches  # interleaved schedules divide a remainder among all rounds
+    most = _PERIODS * ranks * (plan.num_stages // ranks)
+    return num_microbatches if num_microbatches <= most else most + (num_microbatches - most) % ranks
+
+
+def _moments(stages: Sequence[int], actions: Sequence[Action]) -> list[Moment]:
+    position = {stage: index for index, stage in enumerate(stages)}
+    last = {action.stage: index for index, action in enumerate(actions) if action.kind in ENDS_OF_BACKWARD}
+    held, deferred, begun = [0] * len(stages), [0] * len(stages), set[int]()
+    found: dict[Moment, None] = {}
+    for index, (stage, kind, _) in enumerate(actions):
+        at = position[stage]
+        held[at] -= kind in (Kind.BACKWARD, Kind.INPUT_GRAD)
+        deferred[at] -= kind == Kind.WEIGHT_GRAD
+        is_first = kind in ENDS_OF_BACKWARD and stage not in begun
+        moment = Moment(kind, at, tuple(held), tuple(deferred), is_first, index == last[stage])
+        found[moment] = None
+        held[at] += kind == Kind.FORWARD
+        deferred[at] += kind == Kind.INPUT_GRAD
+        if kind in ENDS_OF_BACKWARD:
+            begun.add(stage)
+    return list(found)
+
+
+@lru_cache(maxsize=1024)
+def needs_no_more_than_the_rank_before(plan: PipelinePlan, num_microbatches: int, rank: int) -> bool:
+    """Return whether each moment of a rank holds no more microbatches than one of the rank before it."""
+    if rank == 0:
+        return False
+    before = rank_moments(plan, num_microbatches, rank - 1)
+    return all(any(_covers(most, each) for most in before) for each in rank_moments(plan, num_microbatches, rank))
+
+
+def _num_held(moment: Moment) -> int:
+    return sum(moment.held) + sum(moment.deferred)
+
+
+def _covers(most: Moment, least: Moment) -> bool:
+    """Return whether a moment of the same action holds as much in every stage."""
+    return (
+        most.kind == least.kind
+        and most.stage == least.stage
+        and (most.first, most.last) == (least.first, least.last)
+        and all(a >= b for a, b in zip(most.held, least.held, strict=True))
+        and all(a >= b for a, b in zip(most.deferred, least.deferred, strict=True))
+    )

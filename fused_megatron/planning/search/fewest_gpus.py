@@ -1,0 +1,73 @@
+"""The smallest number of GPUs on which a workload fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.rank_memory import rank_memory
+from fused_megatron.planning.search.best_layouts import limit_bytes
+from fused_megatron.planning.search.floors import Floors
+from fused_megatron.planning.search.layouts import (
+    Layout,
+    Refusals,
+    Settings,
+    sequence_choices,
+    train_config,
+    valid_layouts,
+)
+
+_MOST_GPUS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A number of GPUs and a layout that fits on them."""
+
+    num_gpus: int
+    layout: Layout
+    settings: Settings
+    memory_bytes: int
+
+
+def fewest_gpus(base: TrainConfig, cluster: Cluster, more_than: int) -> Fit | None:
+    """Return the fewest GPUs, above more_than, on which a layout fits; None if 65,536 are too few.
+
+    Numbers are those of whole nodes, and below a node those that divide it. Only the settings that need least memory
+    are tried: every block recomputed, microbatches of one sequence.
+    """
+    large = more_than
+    fit = None
+    while fit is None:
+        large = next(_numbers(cluster, 2 * large - 1), 0)
+        if not large:
+            return None
+        fit = _fit(base, cluster, large)
+    for number in _numbers(cluster, more_than):
+        if number >= large:
+            return fit
+        if (smaller := _fit(base, cluster, number)) is not None:
+            return smaller
+    return fit
+
+
+def _numbers(cluster: Cluster, more_than: int) -> Iterator[int]:
+    """Yield the possible numbers of GPUs above a number, ascending."""
+    node = cluster.gpus_per_node
+    yield from (number for number in range(more_than + 1, node) if node % number == 0)
+    yield from range((more_than // node + 1) * node, _MOST_GPUS + 1, node)
+
+
+def _fit(base: TrainConfig, cluster: Cluster, num_gpus: int) -> Fit | None:
+    """Return a layout that fits on this number of GPUs."""
+    limit, floors = limit_bytes(cluster), Floors(base, num_gpus, cluster)
+    layouts = valid_layouts(base, num_gpus, cluster, Refusals())
+    for least, layout in sorted((floors.least_memory(layout), layout) for layout in layouts):
+        if least > limit:
+            return None
+        for zero in reversed(floors.zero_stages(layout)):
+            settings = Settings(1, sequence_choices(base, layout)[-1], "1f1b", 1, "full", None, zero)
+            needed = rank_memory(train_config(base, layout, settings)).total
+            if needed <= limit:
+                return Fit(num_gpus, layout, settings, needed)
+    return None

@@ -1,0 +1,225 @@
+"""The command `fused-megatron plan`: its arguments, the report, the written config."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fused_megatron.checks import InputError, check
+from fused_megatron.config import TrainConfig
+from fused_megatron.config.config_file import config_text
+from fused_megatron.planning.prediction.cluster import load_cluster
+from fused_megatron.planning.search.amounts import parse_amount
+from fused_megatron.planning.search.best_layouts import Plan, find_best
+from fused_megatron.planning.search.fewest_gpus import fewest_gpus
+from fused_megatron.planning.search.layouts import check_gpus
+from fused_megatron.planning.search.model_source import read_workload
+from fused_megatron.planning.search.pitfalls import pitfalls
+from fused_megatron.planning.search.plan_report import Request, as_json, describe, does_not_fit
+
+USAGE = """usage: fused-megatron plan MODEL --cluster NAME|FILE --gpus N [options] [--section.key value ...]
+
+Searches the fastest layout of a model on a cluster: tensor, pipeline, context, data and expert parallelism, schedule,
+microbatches, recomputation and ZeRO stage. It needs no GPU, data or network. Prints the ten best layouts with the
+predicted time of a step and its parts, the memory, and why other layouts fell. docs/planner.md says how.
+
+MODEL: a config (.toml; its [parallel] is not used, --section.key changes it), a folder with a config.json of
+transformers (no weights are needed), or, in a source checkout, the name or prefix of a file in benchmarks/presets.
+
+options:
+  --cluster NAME|FILE  shipped cluster (a prefix will do) or a cluster file (.toml; fused-megatron calibrate)
+  --gpus N             number of GPUs: at most one node's, or whole nodes
+  --tokens AMOUNT      tokens of the whole training, such as 100B: prints days and GPU hours, sets training.num_steps
+  --seq-len N          tokens of a sequence (default: the config's; of a folder, its longest up to 8,192)
+  --batch-tokens N     tokens of a step, in whole sequences (default: the config's batch; of a folder, 4,194,304)
+  --price AMOUNT       price of a GPU hour: prints the cost of the training
+  --write FILE         write the best plan as a config and verify it (fused-megatron verify, about a minute)
+  --no-verify          with --write: write without verifying
+  --json               print JSON
+
+Exit code 0: there is a plan; 1: the model does not fit, or the plan failed its verification; 2: bad input."""
+
+_VALUES = ("--cluster", "--gpus", "--tokens", "--seq-len", "--batch-tokens", "--price", "--write")
+_FLAGS = ("--json", "--no-verify")
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Parsed arguments of the command.
+
+    Attributes:
+        request: model, batch, cluster, GPUs, tokens and price.
+        write: file for the config; None: none.
+        verify: whether to verify the written config.
+        as_json: print JSON.
+    """
+
+    request: Request
+    write: Path | None
+    verify: bool
+    as_json: bool
+
+
+def run_plan(words: Sequence[str]) -> int:
+    """Plan, print the report, and return the exit code.
+
+    Raises:
+        InputError: arguments, a model or a cluster that do not fit.
+    """
+    if any(word in ("-h", "--help") for word in words):
+        print(USAGE)
+        return 0
+    options = parse_options(words)
+    request = options.request
+    search = find_best(request.workload.config, request.num_gpus, request.cluster)
+    if not search.plans:
+        nearest = fewest_gpus(request.workload.config, request.cluster, request.num_gpus) if search.too_large else None
+        if options.as_json:
+            print(json.dumps(as_json(search, request, nearest, {}), indent=2))
+        else:
+            print(does_not_fit(search, request, nearest))
+        return 1
+    best = search.plans[0]
+    config = _with_steps(best.config, request)
+    warnings, command = pitfalls(config, request.cluster), start_command(request, options.write)
+    if not options.as_json:
+        print(describe(search, request))
+        print("".join(f"\nwarning: {warning}" for warning in warnings), end="\n" if warnings else "")
+    written = _write(options, config, best, command) if options.write is not None else None
+    if options.as_json:
+        extra = {"warnings": warnings, "command": command, "config": config_text(config), "verified": written}
+        print(json.dumps(as_json(search, request, None, extra), indent=2))
+    else:
+        print(_conclusion(options, command, written))
+    return 1 if written == "failed" else 0
+
+
+def parse_options(words: Sequence[str]) -> PlanOptions:
+    """Parse the arguments of `fused-megatron plan`.
+
+    Raises:
+        InputError: an argument is missing or malformed, no such cluster or model, GPUs that its nodes do not have.
+    """
+    check(
+        len(words) > 0 and not words[0].startswith("-"),
+        "plan needs a model first: a config (.toml), a folder with a config.json of transformers, or a preset's name",
+    )
+    found: dict[str, str] = {}
+    overrides, rest = [], list(words[1:])
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _FLAGS:
+            check(not equals, f"{word:.60} must be {name}: it takes no value")
+            found[name] = ""
+        elif name in _VALUES:
+            if not equals and not rest:
+                raise InputError(f"{name} needs a value")
+            found[name] = value if equals else rest.pop(0)
+        else:
+            overrides.append(word)
+    cluster = load_cluster(_required("--cluster", found, "such as h100"))
+    num_gpus = _number("gpus", _required("--gpus", found, "such as 64"))
+    check_gpus(num_gpus, cluster)
+    tokens, batch = (_amount(name, found) for name in ("--tokens", "--batch-tokens"))
+    write = Path(found["--write"]) if "--write" in found else None
+    if write is not None:
+        check(write.suffix == ".toml", f"write={str(write)!r:.80} must be the name of a .toml file")
+        check(write.absolute().parent.is_dir(), f"write={str(write)!r:.80}: no such folder")
+    workload = read_workload(
+        words[0],
+        overrides,
+        num_gpus=num_gpus,
+        seq_len=_number("seq_len", found["--seq-len"]) if "--seq-len" in found else None,
+        batch_tokens=batch,
+        dtype="float32" if cluster.device == "cpu" else "bfloat16",
+    )
+    request = Request(workload, cluster, num_gpus, tokens, _price(found.get("--price")))
+    return PlanOptions(request, write, "--no-verify" not in found, "--json" in found)
+
+
+def _required(name: str, found: dict[str, str], example: str) -> str:
+    check(name in found, f"plan needs {name} ({example})")
+    return found[name]
+
+
+def _number(name: str, text: str) -> int:
+    check(text.isascii() and text.isdigit() and len(text) < 10, f"{name}={text!r:.40} must be a whole number")
+    check(int(text) >= 1, f"{name}={text} must be 1 or more")
+    return int(text)
+
+
+def _amount(name: str, found: dict[str, str]) -> int | None:
+    return parse_amount(name[2:].replace("-", "_"), found[name]) if name in found else None
+
+
+def _price(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        raise InputError(f"price={text!r:.40} must be a number such as 2.50") from None
+    check(0 < price < 1e6, f"price={text} must be above 0, of one GPU and hour")
+    return price
+
+
+def _with_steps(config: TrainConfig, request: Request) -> TrainConfig:
+    """Return the config with the steps that the tokens of the training take."""
+    if request.tokens is None:
+        return config
+    steps = math.ceil(request.tokens / request.workload.batch_tokens)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=steps))
+
+
+def start_command(request: Request, write: Path | None) -> str:
+    """Return the command that starts the plan's ranks."""
+    node, file = request.cluster.gpus_per_node, write or f"{request.workload.name}.toml"
+    if request.num_gpus <= node:
+        return f"torchrun --nnodes 1 --nproc-per-node {request.num_gpus} -m fused_megatron train {file}"
+    nodes = request.num_gpus // node
+    return (
+        f"torchrun --nnodes {nodes} --nproc-per-node {node} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+        f"-m fused_megatron train {file}"
+    )
+
+
+def _write(options: PlanOptions, config: TrainConfig, plan: Plan, command: str) -> str:
+    """Verify the config and write it; return "yes", "no" or "failed"."""
+    verified = "no"
+    if options.verify:
+        from fused_megatron.planning.verify.config_check import (  # noqa: PLC0415 - it starts ranks, with torch
+            check_starts_own_ranks,
+            verify_config,
+        )
+
+        check_starts_own_ranks("plan")
+        result = verify_config(config, str(options.write))
+        verified = "yes" if result.ok else "failed"
+        if not result.ok:
+            print(result.table())
+    request, memory_gb = options.request, plan.memory_bytes / 1e9
+    head = [
+        f"{request.workload.name} on {request.num_gpus:,} x {request.cluster.name}: fused-megatron plan",
+        f"predicted: {plan.prediction.seconds:.3f} s a step, {memory_gb:.1f} GB of {request.cluster.memory_gb:g} GB",
+        command,
+    ]
+    assert options.write is not None
+    try:
+        options.write.write_text("".join(f"# {line}\n" for line in head) + "\n" + config_text(config), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"write={str(options.write)!r:.80} cannot be written: {error.strerror}") from None
+    return verified
+
+
+def _conclusion(options: PlanOptions, command: str, written: str | None) -> str:
+    """Return what the user does next."""
+    if written is None:
+        return f"\nstart (with --write FILE.toml its config is written and verified; not verified yet):\n  {command}"
+    if written == "failed":
+        return f"\n{options.write}: FAILED its verification: it does not compute what one process computes"
+    if written == "no":
+        return f"\n{options.write}: not verified yet (fused-megatron verify {options.write}); start:\n  {command}"
+    return f"\n{options.write} is ready: verified, it computes what one process computes; start:\n  {command}"
