@@ -44,13 +44,14 @@ HOSTS = TwoHosts("fm-predicted")
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
-def run_job(job: Job, run: Run) -> tuple[Found | None, dict[str, StepTimes]]:
+def run_job(job: Job, run: Run, *, prints: bool = True) -> tuple[Found | None, dict[str, StepTimes]]:
     """Return the measurements of the calibration, and the times of each layout; each has new ranks."""
     found = None if job.plan is None else measure(job.plan, run)
     times = {}
     for case in job.cases:
         times[case.name] = run(steps_on_rank, "cpu", config_of(job.size, case), job.rounds)
-        print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
+        if prints:
+            print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
     return found, times
 
 
@@ -107,14 +108,16 @@ def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
     return 1 - 6 * squares / (len(some) * (len(some) ** 2 - 1))
 
 
-def conclude(title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any) -> list[str]:
+def conclude(
+    title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any, *, on_machine: bool = True
+) -> list[str]:
     """Calibrate, predict and print; return the missed bars with the title."""
     found, times = result
     if found is None or job.plan is None:
         cluster = load_cluster(options.cluster)
     else:
-        # On a link each rank knows the core that it is pinned to.
-        measured = dataclasses.replace(found.measurements, cores=max(usable_cores(), found.measurements.cores))
+        # On a link each rank is pinned to a core, and knows no other.
+        measured = dataclasses.replace(found.measurements, cores=usable_cores() if on_machine else ranks)
         cluster, observations = calibrate(Found(measured, found.steps), job.plan, title.replace(" ", "-"))
         print("\n".join(fit_lines(cluster, observations)))
         if options.keep is not None:
@@ -152,9 +155,9 @@ def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> Non
         if rank == 0:
             set_rate(HOSTS, rate)
         job = job_of(2, options)
-        result = run_job(job, run)
+        result = run_job(job, run, prints=rank == 0)
         if rank == 0:
-            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result)
+            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result, on_machine=False)
     if missed and not options.quick:
         sys.exit(f"missed: {'; '.join(missed)}")
 

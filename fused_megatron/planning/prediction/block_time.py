@@ -51,6 +51,8 @@ class Work:
 
 
 _FIELDS = tuple(field.name for field in fields(Work))
+_CHUNKS = 8
+"""Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,12 @@ class StageTimes:
         ops = self.engine.parallel_ops * (self.tp - 1) ** 2
         extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
+        products = [self._product(*shape) for shape in linear]
         forward = Work(
-            products=sum(self._product(*shape) for shape in linear) + attention.products,
+            products=sum(products) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
+            # All products but the first, of queries, keys and values, are cut into chunks.
+            tensor_parallel=self._exposed_syncs(syncs, sum(products[1:])),
             host=launch * (self.engine.forward_ops + ops + extra),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
@@ -137,7 +141,7 @@ class StageTimes:
         backward = Work(
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
+            tensor_parallel=self._exposed_syncs(syncs, weights),
             host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
         if recomputed and self.config.model.recompute == "full":
@@ -234,6 +238,13 @@ class StageTimes:
         if self.config.parallel.sequence_parallel:
             return 2 * self.tp_ring.gather_s(activation)
         return self.tp_ring.all_reduce_s(activation)
+
+    def _exposed_syncs(self, number: int, products_s: float) -> float:
+        """Return the seconds that collectives of activations add to products, of which one chunk hides the next."""
+        transfers_s = number * self._sync()
+        if not self.engine.overlaps_products or self.config.parallel.whole_products:
+            return transfers_s
+        return self.exposed(transfers_s, (1 - 1 / _CHUNKS) * products_s)
 
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""
