@@ -41,17 +41,23 @@ from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.testing import run_on_ranks
 
 HOSTS = TwoHosts("fm-predicted")
+_AT_ONCE = 3
+"""Steps of a layout in a row, after one that warms up."""
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
 def run_job(job: Job, run: Run, *, prints: bool = True) -> tuple[Found | None, dict[str, StepTimes]]:
-    """Return the measurements of the calibration, and the times of each layout; each has new ranks."""
+    """Return the measurements of the calibration, and the times of each layout; each has new ranks.
+
+    Layouts alternate, so that a busy moment of the machine slows all of them.
+    """
     found = None if job.plan is None else measure(job.plan, run)
-    times = {}
-    for case in job.cases:
-        times[case.name] = run(steps_on_rank, "cpu", config_of(job.size, case), job.rounds)
-        if prints:
-            print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
+    times = {case.name: StepTimes((), ()) for case in job.cases}
+    for _ in range(-(-job.rounds // _AT_ONCE)):
+        for case in job.cases:
+            times[case.name] += run(steps_on_rank, "cpu", config_of(job.size, case), _AT_ONCE)
+            if prints:
+                print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
     return found, times
 
 
@@ -180,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="*", default=[], help="links of this many Mbit/s (root)")
     parser.add_argument("--size", choices=[name for name in SIZES if name != "tiny"], default="small")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each layout")
     parser.add_argument("--cluster", type=Path, help="a file of calibrate, instead of a calibration for each case")
     parser.add_argument("--keep", type=Path, help="a folder for cluster files and figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
