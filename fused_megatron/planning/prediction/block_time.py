@@ -141,7 +141,7 @@ class StageTimes:
         backward = Work(
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
-            tensor_parallel=self._exposed_syncs(syncs, weights),
+            tensor_parallel=self._exposed_syncs(syncs, weights) + self._gathers_again(syncs),
             host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
         if recomputed and self.config.model.recompute == "full":
@@ -246,6 +246,15 @@ class StageTimes:
             return transfers_s
         return self.exposed(transfers_s, (1 - 1 / _CHUNKS) * products_s)
 
+    def _gathers_again(self, number: int) -> float:
+        """Return the seconds in which backward gathers the operands that sequence parallelism did not keep.
+
+        On a GPU the products of the weights hide these gathers.
+        """
+        if self.cluster.device == "cuda" or not self.config.parallel.sequence_parallel:
+            return 0.0
+        return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden)
+
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""
         ranks = self.config.parallel.context_parallel_size
@@ -257,6 +266,12 @@ class StageTimes:
             ring.gather_s(num_bytes) if kind != "send" else num_bytes / (1e9 * ring.gb_per_s)
             for kind, num_bytes in sent.items()
         )
+        if self.cluster.device == "cpu":
+            # Forward gathers once, or once a hop; backward twice as often.
+            calls = ranks - 1 if "send" in sent else 1
+            seconds += 3 * calls * ring.gather_s(1)
+        host = 1e-6 * self.cluster.launch_us * self.engine.context_ops * ranks
+        forward, backward = forward + Work(host=host), backward + Work(host=2 * host)
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
