@@ -41,16 +41,23 @@ from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.testing import run_on_ranks
 
 HOSTS = TwoHosts("fm-predicted")
+_AT_ONCE = 3
+"""Steps of a layout in a row, after one that warms up."""
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
-def run_job(job: Job, run: Run) -> tuple[Found | None, dict[str, StepTimes]]:
-    """Return the measurements of the calibration, and the times of each layout; each has new ranks."""
+def run_job(job: Job, run: Run, *, prints: bool = True) -> tuple[Found | None, dict[str, StepTimes]]:
+    """Return the measurements of the calibration, and the times of each layout; each has new ranks.
+
+    Layouts alternate, so that a busy moment of the machine slows all of them.
+    """
     found = None if job.plan is None else measure(job.plan, run)
-    times = {}
-    for case in job.cases:
-        times[case.name] = run(steps_on_rank, "cpu", config_of(job.size, case), job.rounds)
-        print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
+    times = {case.name: StepTimes((), ()) for case in job.cases}
+    for _ in range(-(-job.rounds // _AT_ONCE)):
+        for case in job.cases:
+            times[case.name] += run(steps_on_rank, "cpu", config_of(job.size, case), _AT_ONCE)
+            if prints:
+                print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
     return found, times
 
 
@@ -107,14 +114,16 @@ def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
     return 1 - 6 * squares / (len(some) * (len(some) ** 2 - 1))
 
 
-def conclude(title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any) -> list[str]:
+def conclude(
+    title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any, *, on_machine: bool = True
+) -> list[str]:
     """Calibrate, predict and print; return the missed bars with the title."""
     found, times = result
     if found is None or job.plan is None:
         cluster = load_cluster(options.cluster)
     else:
-        # On a link each rank knows the core that it is pinned to.
-        measured = dataclasses.replace(found.measurements, cores=max(usable_cores(), found.measurements.cores))
+        # On a link each rank is pinned to a core, and knows no other.
+        measured = dataclasses.replace(found.measurements, cores=usable_cores() if on_machine else ranks)
         cluster, observations = calibrate(Found(measured, found.steps), job.plan, title.replace(" ", "-"))
         print("\n".join(fit_lines(cluster, observations)))
         if options.keep is not None:
@@ -152,9 +161,9 @@ def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> Non
         if rank == 0:
             set_rate(HOSTS, rate)
         job = job_of(2, options)
-        result = run_job(job, run)
+        result = run_job(job, run, prints=rank == 0)
         if rank == 0:
-            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result)
+            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result, on_machine=False)
     if missed and not options.quick:
         sys.exit(f"missed: {'; '.join(missed)}")
 
@@ -177,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="*", default=[], help="links of this many Mbit/s (root)")
     parser.add_argument("--size", choices=[name for name in SIZES if name != "tiny"], default="small")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each layout")
     parser.add_argument("--cluster", type=Path, help="a file of calibrate, instead of a calibration for each case")
     parser.add_argument("--keep", type=Path, help="a folder for cluster files and figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")

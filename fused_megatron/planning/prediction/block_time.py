@@ -52,6 +52,8 @@ class Work:
 
 
 _FIELDS = tuple(field.name for field in fields(Work))
+_CHUNKS = 8
+"""Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,12 @@ class StageTimes:
         ops = self.engine.parallel_ops * (self.tp - 1) ** 2
         extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
+        products = [self._product(*shape) for shape in linear]
         forward = Work(
-            products=sum(self._product(*shape) for shape in linear) + attention.products,
+            products=sum(products) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
+            # All products but the first, of queries, keys and values, are cut into chunks.
+            tensor_parallel=self._exposed_syncs(syncs, sum(products[1:])),
             host=launch * (self.engine.forward_ops + ops + extra),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
@@ -140,10 +145,9 @@ class StageTimes:
         backward = Work(
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
+            tensor_parallel=self._exposed_syncs(syncs, weights) + self._gathers_again(syncs),
             host=launch * (self.engine.backward_ops + ops + 2 * extra),
         )
-        forward += Work(tensor_parallel=self._beside(syncs * self._sync(), forward.products))
-        backward += Work(tensor_parallel=self._beside(syncs * self._sync(), inputs + weights))
         if recomputed and self.config.model.recompute == "full":
             backward += forward
         elif recomputed:
@@ -239,10 +243,21 @@ class StageTimes:
             return 2 * self.tp_ring.gather_s(activation)
         return self.tp_ring.all_reduce_s(activation)
 
-    def _beside(self, transfer_s: float, products_s: float) -> float:
-        """Return what collectives of tensor parallelism add to the products of a block."""
-        overlaps = self.engine.overlaps_products and self.config.parallel.overlap is not False
-        return self.exposed(transfer_s, products_s) if overlaps else transfer_s
+    def _exposed_syncs(self, number: int, products_s: float) -> float:
+        """Return the seconds that collectives of activations add to products, of which one chunk hides the next."""
+        transfers_s = number * self._sync()
+        if not self.engine.overlaps_products or self.config.parallel.whole_products:
+            return transfers_s
+        return self.exposed(transfers_s, (1 - 1 / _CHUNKS) * products_s)
+
+    def _gathers_again(self, number: int) -> float:
+        """Return the seconds in which backward gathers the operands that sequence parallelism did not keep.
+
+        On a GPU the products of the weights hide these gathers.
+        """
+        if self.cluster.device == "cuda" or not self.config.parallel.sequence_parallel:
+            return 0.0
+        return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden)
 
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""
@@ -255,6 +270,12 @@ class StageTimes:
             ring.gather_s(num_bytes) if kind != "send" else num_bytes / (1e9 * ring.gb_per_s)
             for kind, num_bytes in sent.items()
         )
+        if self.cluster.device == "cpu":
+            # Forward gathers once, or once a hop; backward twice as often.
+            calls = ranks - 1 if "send" in sent else 1
+            seconds += 3 * calls * ring.gather_s(1)
+        host = 1e-6 * self.cluster.launch_us * self.engine.context_ops * ranks
+        forward, backward = forward + Work(host=host), backward + Work(host=2 * host)
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0

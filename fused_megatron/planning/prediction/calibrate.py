@@ -29,8 +29,8 @@ from fused_megatron.planning.prediction.shared_cores import with_threads
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.prediction.transfer_time import Ring
 
-PRODUCTS, COLLECTIVES, MESSAGES, STEPS = "products", "collectives", "messages", "steps"
-_WEIGHTS = {PRODUCTS: 0.05, COLLECTIVES: 0.1, MESSAGES: 0.1, STEPS: 1.0}
+PRODUCTS, MEMORY, COLLECTIVES, MESSAGES, STEPS = "products", "memory", "collectives", "messages", "steps"
+_WEIGHTS = {PRODUCTS: 0.05, MEMORY: 0.1, COLLECTIVES: 0.1, MESSAGES: 0.1, STEPS: 1.0}
 ALONE = ("product_efficiency", "product_us", "attention_efficiency", "memory_gb_per_s", "launch_us", "step_ms")
 """Constants that one rank shows."""
 IN_NODE = ("node_gb_per_s", "node_latency_us")
@@ -145,7 +145,7 @@ def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
         product_efficiency=statistics.median(rates) / measured.threads / peak,
         product_us=1e6 * measured.launch_s / 4,
         attention_efficiency=0.3,
-        memory_gb_per_s=3 * streamed / measured.memory[streamed] / 1e9,
+        memory_gb_per_s=3 * streamed / measured.memory[streamed] / measured.threads / 1e9,
         launch_us=1e6 * measured.launch_s,
         node_gb_per_s=share * node[1] / 1e9,
         node_latency_us=1e6 * node[0] / max(1, measured.ranks - 1),
@@ -172,6 +172,10 @@ def observations_of(found: Found, plan: Plan) -> list[Observation]:
     for shape, seconds in measured.products.items():
         label = " x ".join(map(str, shape))
         observed.append(_observation(PRODUCTS, label, seconds, partial(_linear_s, size, measured.threads, shape)))
+    # Smaller tensors stay in caches.
+    largest = max(measured.memory)
+    predicted = partial(_memory_s, 3 * largest, measured.threads)
+    observed.append(_observation(MEMORY, f"{largest} bytes", measured.memory[largest], predicted))
     for (kind, num_bytes), seconds in measured.collectives.items():
         predicted = partial(_collective_s, measured.ranks, kind, num_bytes)
         observed.append(_observation(COLLECTIVES, f"{kind} of {num_bytes} bytes", seconds, predicted))
@@ -193,6 +197,10 @@ def _linear_s(size: int, threads: int, shape: tuple[int, int, int], cluster: Clu
     m, n, k = shape
     shapes = ((m, n, k), (m, k, n), (n, k, m))
     return sum(product_s(with_threads(cluster, threads), size, 1, *each) for each in shapes)
+
+
+def _memory_s(num_bytes: int, threads: int, cluster: Cluster) -> float:
+    return num_bytes / (1e9 * with_threads(cluster, threads).memory_gb_per_s)
 
 
 def _collective_s(ranks: int, kind: str, num_bytes: int, cluster: Cluster) -> float:

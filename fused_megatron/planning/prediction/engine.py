@@ -23,6 +23,8 @@ class Engine:
             products: an unfused loss works on float32 copies of them, which count twice.
         expert_ops: ops for each local expert of a block in forward, and twice as many in backward, if experts run one
             after the other; as many again where tensor-parallel ranks share each expert.
+        context_ops: ops that context parallelism adds to a block's forward for each of its ranks, and twice as many in
+            backward.
         message_ops: ops that a message between two stages is worth.
         overlaps_products: collectives of tensor parallelism run beside products.
         overlaps_gradients: gradients are reduced under the last backward.
@@ -41,6 +43,7 @@ class Engine:
     separate_softmax_ops: int = 0
     logit_passes: float = 12.0
     expert_ops: float = 0.0
+    context_ops: float = 0.0
     message_ops: float = 0.0
     overlaps_products: bool = False
     overlaps_gradients: bool = True
@@ -51,7 +54,7 @@ class Engine:
 
 OWN = "fused-megatron"
 ENGINES = {
-    OWN: Engine(forward_ops=25, backward_ops=45, logit_passes=4, overlaps_products=True),
+    OWN: Engine(forward_ops=25, backward_ops=45, context_ops=12, logit_passes=4, overlaps_products=True),
     "megatron-core": Engine(
         forward_ops=120,
         backward_ops=240,

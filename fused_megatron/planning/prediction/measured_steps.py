@@ -34,6 +34,9 @@ class StepTimes:
     seconds: tuple[float, ...]
     waits: tuple[float, ...]
 
+    def __add__(self, other: "StepTimes") -> "StepTimes":
+        return StepTimes(self.seconds + other.seconds, self.waits + other.waits)
+
     def median_s(self, *, without_waits: bool) -> float:
         """Return the median of the steps, with or without the waits for cores that other processes held."""
         if not without_waits:

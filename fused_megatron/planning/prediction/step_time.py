@@ -131,15 +131,22 @@ class _Step:
     def _costs(self) -> Costs:
         parallel = self.config.parallel
         stride = self.times.tp * parallel.replicas(self.dp)
-        sent = Ring(self.cluster, parallel.pipeline_parallel_size, stride).message_s(message_bytes(self.config))
-        sent += 1e-6 * self.cluster.launch_us * self.engine.message_ops
+        ring = Ring(self.cluster, parallel.pipeline_parallel_size, stride)
+        latency, occupied = ring.message_s(1), ring.message_s(message_bytes(self.config))
+        latency += 1e-6 * self.cluster.launch_us * self.engine.message_ops
         forward, inputs, weights = [], [], []
         for work in self.works:
             backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
             forward.append(self._seconds(work.forward))
             weights.append(min(weight_grad, backward))
             inputs.append(backward - weights[-1])
-        return Costs(tuple(forward), tuple(inputs), tuple(weights), link_latency=sent)
+        return Costs(
+            tuple(forward),
+            tuple(inputs),
+            tuple(weights),
+            link_latency=latency,
+            link_occupied=occupied - ring.message_s(1),
+        )
 
     def _seconds(self, work: Work) -> float:
         """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""

@@ -37,7 +37,7 @@ def test_a_tiny_calibration_writes_a_cluster(ranks: int, tmp_path: Path, capsys:
     assert f"{ranks} rank(s) of " in printed and "products, GFLOP/s: 8x8x8 " in printed
     assert ("all_reduce, us: 64 B " in printed) == ("message, us: 64 B " in printed) == (ranks == 2)
     table = [line.split()[0] for line in printed.splitlines() if "%" in line and not line.startswith("warning")]
-    assert table.count("products") == 1 and len(table) == (2 + len(configs) if ranks == 1 else 4 + len(configs))
+    assert table.count("products") == 1 and len(table) == (3 + len(configs) if ranks == 1 else 5 + len(configs))
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
