@@ -15,6 +15,7 @@ from fused_megatron.planning.parameter_counts import (
     vocabulary_elements,
 )
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ring
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import attention_communication, expert_communication
@@ -310,13 +311,11 @@ class StageTimes:
 
     def exposed(self, transfer_s: float, computation_s: float) -> float:
         """Return the seconds that a transfer beside a computation adds to it."""
-        return transfer_s - self.cluster.transfer_overlap * min(transfer_s, computation_s)
+        return exposed_s(self.cluster, transfer_s, computation_s)
 
     def replica_ring(self) -> Ring:
         """Return the links between replicas of the same weights."""
-        parallel = self.config.parallel
-        replicas = parallel.replicas(parallel.data_parallel_size or 1)
-        return Ring(self.cluster, min(replicas, parallel.zero_shard_size or replicas), self.tp)
+        return replica_ring(self.cluster, self.config.parallel)
 
     def _embedding(self) -> ActionWork:
         elements = 3.0 * self.tokens * self.hidden

@@ -11,14 +11,15 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
+from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
 from fused_megatron.planning.prediction.engine import ENGINES, OWN, engine_of
 from fused_megatron.planning.prediction.published_runs import read_runs
 from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 from fused_megatron.planning.prediction.trace import write_trace
 from fused_megatron.planning.prediction.validation import Compared, compare, mean_and_p95, regrets, summary
-from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.search.amounts import parse_amount
+from fused_megatron.planning.search.pitfalls import pitfalls
 
 USAGE = f"""usage: fused-megatron predict CONFIG.toml --cluster NAME|FILE [--section.key value ...] [options]
        fused-megatron predict --validate FILE.csv --cluster NAME|FILE [--engine NAME] [--rows] [--json]
@@ -68,9 +69,10 @@ def run_predict(words: Sequence[str]) -> int:
     if config.parallel.data_parallel_size is None or "--ranks" in found:
         least = dataclasses.replace(config.parallel, data_parallel_size=1).num_ranks
         config = on_ranks(config, whole_number("--ranks", found["--ranks"]) if "--ranks" in found else least)
-    prediction = predict_step(config, cluster, engine=found.get("--engine", OWN))
+    engine = found.get("--engine", OWN)
+    prediction = predict_step(config, cluster, engine=engine)
     tokens = parse_amount("tokens", found["--tokens"]) if "--tokens" in found else None
-    facts = step_facts(config, cluster, prediction, tokens, _price(found.get("--price")))
+    facts = step_facts(config, cluster, prediction, engine=engine, tokens=tokens, price=_price(found.get("--price")))
     if "--trace" in found:
         write_trace(prediction, Path(found["--trace"]))
     print(json.dumps(facts, indent=2) if "--json" in found else describe(config, cluster, prediction, facts))
@@ -92,6 +94,8 @@ def step_facts(
     config: TrainConfig,
     cluster: Cluster,
     prediction: StepPrediction,
+    *,
+    engine: str = OWN,
     tokens: int | None = None,
     price: float | None = None,
 ) -> dict[str, Any]:
@@ -101,9 +105,11 @@ def step_facts(
         config: the run.
         cluster: the machine.
         prediction: of its step.
+        engine: key of ENGINES, for the memory.
         tokens: of the whole training; None: no days.
         price: of a GPU hour; None: no cost.
     """
+    memory = device_memory(config, cluster, engine)
     gpus, step_tokens = config.parallel.num_ranks, config.training.global_batch_size * config.model.seq_len
     model_flops, _ = gpt_step_flops(config.model, step_tokens)
     facts: dict[str, Any] = {
@@ -114,7 +120,8 @@ def step_facts(
         "tokens_per_s": step_tokens / prediction.seconds,
         "mfu": model_flops / prediction.seconds / (1e12 * cluster.peak_tflops * gpus),
         "gpus": gpus,
-        "memory_gb": rank_memory(config).total / 1e9,
+        "memory_gb": memory.total / 1e9,
+        "memory_parts_gb": {name: num / 1e9 for name, num in {**memory.parts, **memory.overheads}.items()},
         "memory_of_gpu_gb": cluster.memory_gb,
         "outside": list(prediction.outside),
     }
@@ -137,8 +144,8 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
         f"{seconds_text(prediction.high_s)})",
         f"tokens/s      {facts['tokens_per_s']:,.0f}",
         f"MFU           {facts['mfu']:.1%}",
-        f"memory        {facts['memory_gb']:.1f} GB of {cluster.memory_gb:g} GB on the fullest GPU, without the CUDA "
-        f"context, NCCL and fragments",
+        f"memory        {facts['memory_gb']:.1f} GB of {cluster.memory_gb:g} GB on the fullest GPU: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in facts["memory_parts_gb"].items() if size >= 0.05),
     ]
     if facts["memory_gb"] > cluster.memory_gb:
         lines.append(f"              does not fit: {facts['memory_gb'] - cluster.memory_gb:.1f} GB too much")
@@ -154,6 +161,8 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
     if prediction.outside:
         lines += ["", "Outside of the runs behind the constants, so the error bar is wider:"]
         lines += [f"  {text}" for text in prediction.outside]
+    if warnings := pitfalls(config, cluster):
+        lines += ["", *(f"warning: {text}" for text in warnings)]
     return "\n".join(lines)
 
 

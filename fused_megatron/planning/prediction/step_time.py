@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline.schedule.action import stages_of
@@ -13,11 +12,11 @@ from fused_megatron.pipeline.view.simulation import Costs, Timeline
 from fused_megatron.planning.parameter_counts import stage_parameters
 from fused_megatron.planning.prediction.block_time import ActionWork, StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import play
 from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
-from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import message_bytes
 
 PARTS = (
@@ -129,11 +128,10 @@ class _Step:
         return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
 
     def _costs(self) -> Costs:
-        parallel = self.config.parallel
-        stride = self.times.tp * parallel.replicas(self.dp)
-        ring = Ring(self.cluster, parallel.pipeline_parallel_size, stride)
-        latency, occupied = ring.message_s(1), ring.message_s(message_bytes(self.config))
-        latency += 1e-6 * self.cluster.launch_us * self.engine.message_ops
+        latency, sent = (
+            message_s(self.cluster, self.engine, self.config.parallel, num_bytes)
+            for num_bytes in (1, message_bytes(self.config))
+        )
         forward, inputs, weights = [], [], []
         for work in self.works:
             backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
@@ -145,7 +143,7 @@ class _Step:
             tuple(inputs),
             tuple(weights),
             link_latency=latency,
-            link_occupied=occupied - ring.message_s(1),
+            link_occupied=sent - latency,
         )
 
     def _seconds(self, work: Work) -> float:
@@ -156,24 +154,13 @@ class _Step:
 
     def _reduction_s(self, spans: list[StageSpan], works: list[ActionWork]) -> float:
         """Return the seconds of gradient reduction and of the gather of updated weights that nothing hides."""
-        parallel = self.config.parallel
-        ring = self.times.replica_ring()
-        if ring.size == 1:
-            return 0.0
-        placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
-        counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
-        size = self.config.training.element_bytes
-        if placements.weights:
-            return 0.0
-        gradients = self.engine.gradient_bytes * counts
-        hidden = sum(self._seconds(work.backward) for work in works) if self.engine.overlaps_gradients else 0.0
-        if placements.state:
-            return self.times.exposed(ring.gather_s(gradients), hidden) + ring.gather_s(size * counts)
-        return self.times.exposed(ring.all_reduce_s(gradients), hidden)
+        last_backwards = sum(self._seconds(work.backward) for work in works)
+        size, parallel = self.config.training.element_bytes, self.config.parallel
+        return reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
-        parallel = self.config.parallel
-        replicas = parallel.replicas(self.dp)
-        shares = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
-        counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
-        return self.engine.update_bytes * counts / shares / (1e9 * self.cluster.memory_gb_per_s)
+        return update_s(self.cluster, self.engine, self.config.parallel, self._parameters(spans))
+
+    def _parameters(self, spans: list[StageSpan]) -> int:
+        """Count the parameters of a rank with these stages."""
+        return sum(stage_parameters(self.config.model, span, self.config.parallel).total for span in spans)

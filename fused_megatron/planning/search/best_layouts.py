@@ -8,9 +8,9 @@ from math import log2
 from typing import NamedTuple
 
 from fused_megatron.config import TrainConfig
+from fused_megatron.planning.engine_memory import DeviceMemory, device_memory
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
-from fused_megatron.planning.rank_memory import RankMemory, rank_memory
 from fused_megatron.planning.search.floors import Floors
 from fused_megatron.planning.search.layouts import (
     Layout,
@@ -48,16 +48,19 @@ class Plan:
         layout, settings: as found.
         config: the whole config of the run.
         prediction: of a step.
-        memory: of the rank that needs most.
-        memory_bytes: with the overhead of the device.
+        memory: of the GPU that needs most.
     """
 
     layout: Layout
     settings: Settings
     config: TrainConfig
     prediction: StepPrediction
-    memory: RankMemory
-    memory_bytes: int
+    memory: DeviceMemory
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the GPU that needs most, with overheads."""
+        return self.memory.total
 
 
 @dataclass
@@ -73,7 +76,7 @@ class Search:
         num_too_large: their number.
         num_slower: layouts that fit, or may fit, and whose lower bound is above the last plan.
         num_predicted: steps that were simulated.
-        limit_bytes: memory of a GPU for tensors.
+        limit_bytes: memory of a GPU.
     """
 
     plans: list[Plan] = field(default_factory=list)
@@ -203,7 +206,7 @@ class _BestFirst:
         if self.floors.memory(layout, settings) > self.search.limit_bytes:
             return
         config = train_config(self.base, layout, settings)
-        memory = rank_memory(config)
+        memory = device_memory(config, self.cluster)
         needed = memory.total
         if needed > self.search.limit_bytes:
             return
@@ -212,7 +215,7 @@ class _BestFirst:
         seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
         if seconds <= (1 + SAME) * least_seconds:
             seconds = least_seconds
-        self._push(seconds, layout, settings, plan=Plan(layout, settings, config, prediction, memory, needed))
+        self._push(seconds, layout, settings, plan=Plan(layout, settings, config, prediction, memory))
 
 
 def _surcharge(layout: Layout, settings: Settings) -> float:
@@ -251,5 +254,5 @@ def pipelines(num_ranks: int, num_blocks: int) -> list[tuple[str, int]]:
 
 
 def limit_bytes(cluster: Cluster) -> int:
-    """Return the bytes of a GPU that tensors may take."""
+    """Return the bytes of a GPU."""
     return round(1e9 * cluster.memory_gb)

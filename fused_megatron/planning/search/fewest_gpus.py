@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fused_megatron.config import TrainConfig
+from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster
-from fused_megatron.planning.rank_memory import rank_memory
 from fused_megatron.planning.search.best_layouts import limit_bytes
 from fused_megatron.planning.search.floors import Floors
 from fused_megatron.planning.search.layouts import (
@@ -67,7 +67,7 @@ def _fit(base: TrainConfig, cluster: Cluster, num_gpus: int) -> Fit | None:
             return None
         for zero in reversed(floors.zero_stages(layout)):
             settings = Settings(1, sequence_choices(base, layout)[-1], "1f1b", 1, "full", None, zero)
-            needed = rank_memory(train_config(base, layout, settings)).total
+            needed = device_memory(train_config(base, layout, settings), cluster).total
             if needed <= limit:
                 return Fit(num_gpus, layout, settings, needed)
     return None

@@ -4,18 +4,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fused_megatron.config import TrainConfig
+from fused_megatron.config import ParallelConfig, TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models import StageSpan, cut_stages
-from fused_megatron.pipeline.schedule.action import Kind, loop_placement, peak_live_activations, stages_of, v_placement
+from fused_megatron.pipeline.schedule.action import Kind, loop_placement, stages_of, v_placement
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
-from fused_megatron.planning.activation_memory import stage_activations, working_bytes
+from fused_megatron.planning.activation_memory import stage_bytes
+from fused_megatron.planning.engine_memory import CONTEXT_BYTES
 from fused_megatron.planning.optimizer_memory import optimizer_bytes
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
 from fused_megatron.planning.prediction.block_time import StageTimes, Work
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.shared_cores import of_one_rank
+from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
 
 _ROUNDING = 1 - 1e-9
@@ -34,8 +37,15 @@ def placement_of(schedule: str, num_ranks: int, stages_per_rank: int) -> tuple[i
 
 @lru_cache(maxsize=4096)
 def live_activations(schedule: str, num_ranks: int, stages_per_rank: int, num_microbatches: int) -> tuple[int, ...]:
-    """Return the most activations of a stage that each rank holds at once."""
-    return tuple(peak_live_activations(build_schedule(schedule, num_ranks, num_microbatches, stages_per_rank)))
+    """Return the most activations of a stage that each rank holds at once, until their backward or I."""
+    found = []
+    for actions in build_schedule(schedule, num_ranks, num_microbatches, stages_per_rank).actions:
+        live = most = 0
+        for _, kind, _ in actions:
+            live += (kind == Kind.FORWARD) - (kind in (Kind.BACKWARD, Kind.INPUT_GRAD))
+            most = max(most, live)
+        found.append(most)
+    return tuple(found)
 
 
 @lru_cache(maxsize=64)
@@ -62,26 +72,47 @@ class Floors:
         self._seconds: dict[Form, tuple[float, float, float]] = {}
         self._kept: dict[Form, tuple[int, int]] = {}
         self._parameters: dict[Form, ParameterCounts] = {}
+        self._of_rank: dict[Form, ParameterCounts] = {}
+        self._parallels: dict[tuple[Layout, int], ParallelConfig] = {}
 
     def seconds(self, layout: Layout, settings: Settings) -> float:
         """Return a lower bound of the seconds of a step.
 
         A rank starts when a microbatch has passed all stages before its first one. Then it does its own work. If its
-        last action is a whole backward, the stages before its first one still follow.
+        last action is a whole backward, the stages before its first one still follow. The rank of the first stage ends
+        last then; the reduction of its gradients and the update follow.
         """
         placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
-        costs = self._costs(layout, settings, placement)
+        parallel = self._parallel(layout, settings)
+        costs, times = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1]
         number = self.num_microbatches(layout, settings)
-        tail = not splits_backward(settings.schedule, settings.stages_per_rank)
-        busy = [0.0] * layout.pp
-        before: dict[int, float] = {}
-        passed = 0.0
-        for rank, (forward, inputs, weights) in zip(placement, costs, strict=True):
-            before.setdefault(rank, passed)
-            passed += forward + (inputs + weights if tail else 0.0)
+        sent = message_s(self._cluster, self._engine, parallel, message_bytes(times.config))
+        has_tail = not splits_backward(settings.schedule, settings.stages_per_rank)
+        busy, backwards = [0.0] * layout.pp, [0.0] * layout.pp
+        head: dict[int, float] = {}
+        tail: dict[int, float] = {}
+        ahead = behind = 0.0
+        for stage, (rank, (forward, inputs, weights)) in enumerate(zip(placement, costs, strict=True)):
+            hop = sent if stage and placement[stage - 1] != rank else 0.0
+            ahead += hop
+            behind += hop
+            head.setdefault(rank, ahead)
+            tail.setdefault(rank, behind)
+            ahead += forward
+            behind += inputs + weights
             busy[rank] += forward + inputs + weights
-        longest = max(number * busy[rank] + before[rank] for rank in range(layout.pp))
-        return _ROUNDING * longest
+            backwards[rank] += inputs + weights
+        ends = [number * busy[rank] + head[rank] for rank in range(layout.pp)]
+        reduced, updated = {}, 0.0
+        for rank in {0, layout.pp - 1}:
+            parameters = self._rank_parameters(layout, times.config, placement, rank).total
+            size = self._base.training.element_bytes
+            reduced[rank] = reduction_s(self._cluster, self._engine, parallel, size, parameters, backwards[rank])
+            updated = max(updated, update_s(self._cluster, self._engine, parallel, parameters))
+        longest = max(*ends, *(ends[rank] + reduced[rank] for rank in reduced))
+        if has_tail:
+            longest = max(longest, max(ends[rank] + tail[rank] for rank in head) + reduced[0])
+        return _ROUNDING * (longest + updated + 1e-3 * self._cluster.step_ms)
 
     def least_seconds(self, layout: Layout, microbatch_size: int, sequence_parallel: bool) -> float:
         """Return a lower bound of `seconds` for all settings with this size of microbatches."""
@@ -158,17 +189,13 @@ class Floors:
     def _rank_bytes(
         self, layout: Layout, settings: Settings, placement: Sequence[int], rank: int, num_live: int
     ) -> int:
-        spans, model, training = self.spans(placement), self._base.model, self._base.training
+        training = self._base.training
         config = self._stage_times(layout, settings)[1].config
-        counts, activations, working = ParameterCounts(), [], 0
-        stages = stages_of(placement, rank)
-        for stage in stages:
-            counts += self._stage_parameters(layout, config, placement, stage)
-            kept, temporary = self._stage_bytes(layout, settings, placement, stage)
-            activations.append(kept)
-            working = max(working, temporary)
-        if model.tied_embeddings and len(stages) > 1 and {0, len(spans) - 1} <= set(stages):
-            counts += ParameterCounts(others=-vocabulary_elements(model, layout.tp))
+        counts = self._rank_parameters(layout, config, placement, rank)
+        bytes_of = [self._stage_bytes(layout, settings, placement, stage) for stage in stages_of(placement, rank)]
+        kept, in_backward = (min(each) for each in zip(*bytes_of, strict=True))
+        if self._base.model.tied_embeddings and {placement[0], placement[-1]} == {rank} and len(placement) > 1:
+            counts += ParameterCounts(others=-vocabulary_elements(self._base.model, layout.tp))  # one table for both
         placements = ZERO_STAGES[settings.zero_stage]
         replicas, of_experts = config.replica_counts(layout.dp)
         share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
@@ -178,7 +205,34 @@ class Floors:
         held = training.element_bytes * (own if placements.weights else counts.total)
         held += 4 * (own if placements.gradients else counts.total)
         held += optimizer_bytes(self._base.optimizer, training.dtype, matrices, others)
-        return held + num_live * min(activations) + working
+        held += CONTEXT_BYTES if self._cluster.device == "cuda" else 0
+        # The most activations are held when a backward begins, which then needs its own bytes.
+        return held + (num_live - 1) * kept + in_backward
+
+    def _parallel(self, layout: Layout, settings: Settings) -> ParallelConfig:
+        """Return what the times of reduction, update and messages depend on."""
+        key = (layout, settings.zero_stage)
+        if key not in self._parallels:
+            self._parallels[key] = ParallelConfig(
+                tensor_parallel_size=layout.tp,
+                pipeline_parallel_size=layout.pp,
+                context_parallel_size=layout.cp,
+                data_parallel_size=layout.dp,
+                zero_stage=settings.zero_stage,
+            )
+        return self._parallels[key]
+
+    def _rank_parameters(
+        self, layout: Layout, config: TrainConfig, placement: Sequence[int], rank: int
+    ) -> ParameterCounts:
+        key = (layout.tp, layout.ep, layout.etp, tuple(placement), rank)
+        if key not in self._of_rank:
+            self.spans(placement)
+            counts = ParameterCounts()
+            for stage in stages_of(placement, rank):
+                counts += self._stage_parameters(layout, config, placement, stage)
+            self._of_rank[key] = counts
+        return self._of_rank[key]
 
     def _stage_parameters(
         self, layout: Layout, config: TrainConfig, placement: Sequence[int], stage: int
@@ -189,10 +243,11 @@ class Floors:
         return self._parameters[key]
 
     def _stage_bytes(self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int) -> tuple[int, int]:
-        """Return the bytes that a stage keeps for a microbatch, and the bytes of its temporary tensors."""
+        """Return the bytes that a stage keeps for a microbatch, and the most bytes inside its backward."""
         key, times = self._stage_times(layout, settings)
+        span = self.spans(placement)[stage]
         form = (key, self._forms[tuple(placement)][stage])
         if form not in self._kept:
-            span = self.spans(placement)[stage]
-            self._kept[form] = stage_activations(times.config, span), working_bytes(times.config, span)
+            found = stage_bytes(times.config, span)
+            self._kept[form] = found.kept, found.backward
         return self._kept[form]

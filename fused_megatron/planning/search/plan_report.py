@@ -154,15 +154,8 @@ def _best(plan: Plan, request: Request) -> list[str]:
         for name, seconds in prediction.parts.items()
         if abs(seconds) >= 5e-4 * prediction.seconds
     ]
-    held = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "working": memory.working,
-        "device": plan.memory_bytes - memory.total,
-    }
-    parts = ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in held.items() if num_bytes)
+    held = {**memory.parts, **memory.overheads}
+    parts = ", ".join(f"{name} {num_bytes / 1e9:.1f}" for name, num_bytes in held.items() if num_bytes >= 5e7)
     bar = f"{prediction.low_s:.3f} to {prediction.high_s:.3f}"
     lines = [
         f"1: {prediction.seconds:.3f} s a step ({bar}): {', '.join(shares)}",

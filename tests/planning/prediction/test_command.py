@@ -21,7 +21,16 @@ def test_prediction_as_text_and_json(capsys, tmp_path):
     words = ["predict", PRESET, "--cluster", "h100", "--tokens", "1T", "--price", "2.5"]
     assert main(words) == 0
     text = capsys.readouterr().out
-    for part in ("GPT on 64 h100-80gb", "tokens/s", "MFU", "GB of 80 GB", "days, cost", "pipeline bubble", "Outside"):
+    for part in (
+        "GPT on 64 h100-80gb",
+        "tokens/s",
+        "MFU",
+        "GB of 80 GB",
+        "allocator",
+        "days, cost",
+        "pipeline bubble",
+        "Outside",
+    ):
         assert part in text
     assert main([*words, "--json", "--trace", str(tmp_path / "trace.json")]) == 0
     facts = json.loads(capsys.readouterr().out)
