@@ -34,8 +34,14 @@ PIPELINES: dict[str, tuple[int, ...]] = {
 }
 """Schedules that are searched, with their stages a rank. gpipe and looped_breadth_first need more memory than 1F1B, and
 no less time; dual_pipe_v is as zb_v, with more memory."""
+MOST_SPLIT_RANKS = 8
+"""Pipeline ranks up to which schedules with a split backward are searched: their bubble is not known without a
+simulation, and their lists take seconds to build for more ranks."""
 SAME = 0.005
 """Times that differ by less count as the same: it is far below the error of a prediction."""
+_SURE = 0.8
+"""Share of the waiting time of a simulated pipeline that it has with any recomputation and ZeRO stage."""
+_SPLIT = ("zb_", "v_", "interleaved_zero")
 SHARES_RECOMPUTED = (0.25, 0.5, 0.75)
 """Shares of the blocks of a stage that are recomputed whole, besides all and none."""
 
@@ -133,6 +139,7 @@ class _BestFirst:
         self.queue: list[_Node] = []
         self.order = count()
         self.waiting: Counter[Layout] = Counter()
+        self.bubbles: dict[tuple[Layout, Settings], float] = {}
 
     def run(self, num_best: int) -> Search:
         self._enqueue_layouts()
@@ -194,8 +201,9 @@ class _BestFirst:
             chosen = _memory_settings(first, self.base.model.num_layers // layout.pp, self.floors.zero_stages(layout))
         next_open = "memory" if node.is_open == "pipeline" else ""
         for settings in chosen:
-            seconds = (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings)
-            self._push(max(node.seconds, seconds), layout, settings, next_open)
+            zeros = self.floors.zero_stages(layout) if next_open else (settings.zero_stage,)
+            floor = min(self.floors.seconds(layout, settings._replace(zero_stage=zero)) for zero in zeros)
+            self._push(max(node.seconds, (1 + _surcharge(layout, settings)) * floor), layout, settings, next_open)
 
     def _predict(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
         """Simulate a layout that fits, and put it into the queue at its time.
@@ -206,12 +214,19 @@ class _BestFirst:
         if self.floors.memory(layout, settings) > self.search.limit_bytes:
             return
         config = train_config(self.base, layout, settings)
-        memory = device_memory(config, self.cluster)
-        needed = memory.total
-        if needed > self.search.limit_bytes:
+        ranks = self.floors.fullest_ranks(layout, settings)
+        memory = max((device_memory(config, self.cluster, pp_rank=rank) for rank in ranks), key=lambda each: each.total)
+        if memory.total > self.search.limit_bytes:
+            return
+        pipeline = layout, settings._replace(recompute="none", recompute_blocks=None, zero_stage=0)
+        floor = self.floors.seconds(layout, settings)
+        likely = (1 + _surcharge(layout, settings)) * floor * (1 + _SURE * (self.bubbles.get(pipeline, 1.0) - 1))
+        if likely > (1 + SAME) * least_seconds:  # a sibling has shown how long this pipeline waits
+            self._push(likely, layout, settings)
             return
         self.search.num_predicted += 1
         prediction = predict_step(config, self.cluster)
+        self.bubbles[pipeline] = prediction.seconds / floor
         seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
         if seconds <= (1 + SAME) * least_seconds:
             seconds = least_seconds
@@ -249,7 +264,7 @@ def pipelines(num_ranks: int, num_blocks: int) -> list[tuple[str, int]]:
         (name, per_rank)
         for name, numbers in PIPELINES.items()
         for per_rank in numbers
-        if num_ranks * per_rank <= num_blocks + 1
+        if num_ranks * per_rank <= num_blocks + 1 and (num_ranks <= MOST_SPLIT_RANKS or not name.startswith(_SPLIT))
     ]
 
 

@@ -135,6 +135,21 @@ class Floors:
         placement = tuple(range(layout.pp))
         return max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1})
 
+    def fullest_ranks(self, layout: Layout, settings: Settings) -> list[int]:
+        """Return pipeline ranks of which one needs most memory.
+
+        Of ranks whose stages have the same forms the first one holds most microbatches, if stages go round the ranks.
+        """
+        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
+        if SCHEDULES[settings.schedule].placement == "v":
+            return list(range(layout.pp))
+        self.spans(placement)
+        forms = self._forms[placement]
+        first: dict[Form, int] = {}
+        for rank in range(layout.pp):
+            first.setdefault(tuple(forms[stage] for stage in stages_of(placement, rank)), rank)
+        return list(first.values())
+
     def num_microbatches(self, layout: Layout, settings: Settings) -> int:
         """Return the microbatches of a step."""
         return self._base.training.global_batch_size // layout.dp // settings.microbatch_size
