@@ -173,4 +173,7 @@ class _Step:
         replicas = parallel.replicas(self.dp)
         shares = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
         counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
-        return self.engine.update_bytes * counts / shares / (1e9 * self.cluster.memory_gb_per_s)
+        blocks = sum(span.stop - span.start for span in spans) * (shares > 1)
+        host = 1e-6 * self.cluster.launch_us * self.engine.state_ops * blocks
+        update = self.engine.update_bytes * counts / shares / (1e9 * self.cluster.memory_gb_per_s)
+        return update + host if self.cluster.device == "cpu" else max(update, host)
