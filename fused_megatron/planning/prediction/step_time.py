@@ -16,7 +16,7 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import play
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
 from fused_megatron.planning.prediction.transfer_time import Ring
 from fused_megatron.planning.rank_communication import message_bytes
 
@@ -108,7 +108,8 @@ class _Step:
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
         mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
         fixed = 1e-3 * self.cluster.step_ms
-        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
+        waits = waiting_s(self.cluster, self.config.parallel.num_ranks, mean, len(busy), microbatches)
+        total = max(max(ends) + update, waits) + fixed
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
