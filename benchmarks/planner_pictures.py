@@ -90,7 +90,7 @@ def planned(name: str, gpus: int) -> TrainConfig | None:
     base = TrainConfig(
         model=MODELS[name], training=TrainingConfig(dtype="bfloat16", global_batch_size=BATCH, microbatch_size=1)
     )
-    plans = find_best(base, CLUSTER, gpus).plans
+    plans = find_best(base, gpus, CLUSTER).plans
     return plans[0].config if plans else None
 
 

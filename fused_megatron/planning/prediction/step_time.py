@@ -16,7 +16,7 @@ from fused_megatron.planning.prediction.end_of_step import message_s, reduction_
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import play
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
 from fused_megatron.planning.rank_communication import message_bytes
 
 PARTS = (
@@ -110,7 +110,8 @@ class _Step:
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
         mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
         fixed = 1e-3 * self.cluster.step_ms
-        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
+        waits = waiting_s(self.cluster, self.config.parallel.num_ranks, mean, len(busy), microbatches)
+        total = max(max(ends) + update, waits) + fixed
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
@@ -159,7 +160,8 @@ class _Step:
         return reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
-        return update_s(self.cluster, self.engine, self.config.parallel, self._parameters(spans))
+        blocks = sum(span.stop - span.start for span in spans)
+        return update_s(self.cluster, self.engine, self.config.parallel, self._parameters(spans), blocks)
 
     def _parameters(self, spans: list[StageSpan]) -> int:
         """Count the parameters of a rank with these stages."""
