@@ -89,9 +89,10 @@ def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
 
 
 def with_few_blocks(config: TrainConfig) -> TrainConfig:
-    """Return a config with 2 blocks for each stage, and 2 microbatches for each pipeline rank: all do the same."""
+    """Return a config with 2 blocks for each stage, and a microbatch for each pipeline rank but at least 2."""
     plan, parallel, training = plan_pipeline(config), config.parallel, config.training
-    batch = 2 * parallel.pipeline_parallel_size * training.microbatch_size * (parallel.data_parallel_size or 1)
+    count = max(2, parallel.pipeline_parallel_size)
+    batch = count * training.microbatch_size * (parallel.data_parallel_size or 1)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=2 * plan.num_stages),
