@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train test mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-ring bench-save faults clean FORCE
+.PHONY: help setup train test mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-predicted bench-ring bench-save faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
 	@echo "make bench-pipeline  measure the bubble of every pipeline schedule"
+	@echo "make bench-predicted measure 40 layouts of a GPT beside their predicted steps"
 	@echo "make bench-ring      measure the overlap of a context-parallel ring on a slow link (root)"
 	@echo "make bench-save      measure how long training waits for a checkpoint"
 	@echo "make faults  inject faults into checkpoints, datasets and ranks, of ours and of others (docs/reliability.md)"
@@ -89,6 +90,9 @@ bench-overlap: .venv/built
 
 bench-pipeline: .venv/built
 	@$(BIN)/python benchmarks/pipeline_bubble.py $(ARGS)
+
+bench-predicted: .venv/built
+	@$(BIN)/python benchmarks/predicted_steps.py $(ARGS)
 
 bench-ring: .venv/built
 	@$(BIN)/python benchmarks/context_parallel_on_a_slow_link.py $(ARGS)

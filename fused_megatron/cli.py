@@ -28,6 +28,7 @@ commands:
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
+  calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
   audit [--op OP] [--arch ARCH] [--write FILE]  cost of the GPU kernels, found without a GPU
@@ -76,6 +77,7 @@ def _run(argv: Sequence[str]) -> int:
         "verify": _verify,
         "schedule": _schedule,
         "dry-run": _dry_run,
+        "calibrate": _calibrate,
         "doctor": _doctor,
         "report": _report,
         "audit": _audit,
@@ -185,6 +187,16 @@ def _dry_run(argv: Sequence[str]) -> int:
     from fused_megatron.planning.dry_run_command import run_dry_run  # noqa: PLC0415
 
     return run_dry_run(argv)
+
+
+def _calibrate(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.prediction.calibrate_command import (  # noqa: PLC0415
+        CalibrateArguments,
+        run_calibrate,
+    )
+
+    arguments = _parse(CalibrateArguments, "calibrate", argv)
+    return 0 if arguments is None else run_calibrate(arguments)
 
 
 def _doctor(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Safe reading of untrusted files: no blocking on pipes, a limit on the size, JSON checked against a schema."""
+"""Safe reading of untrusted files: no blocking on pipes, a limit on the size, JSON and TOML checked on the way."""
 
 from __future__ import annotations
 
@@ -8,17 +8,27 @@ import math
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import msgspec
 
-from fused_megatron.checks import InputError
+from fused_megatron.checks import InputError, check
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 T = TypeVar("T")
 
 MOST_JSON_BYTES = 64 << 20
 """Limit of a JSON file. Real ones have some kilobytes; the parsed value takes up to 20 times the file's bytes."""
+
+BLOCK_BYTES = 4 << 20
+"""Bytes of one read: large enough that the system calls cost nothing, small beside any memory limit."""
+COPY_AGAIN = "copy or download it again"
 
 # More than any tensor or dataset has; multiplied by the size of an element it still fits in 64 bits.
 MOST_ELEMENTS = 1 << 59
@@ -91,6 +101,20 @@ def parse_json(content: bytes | str, schema: type[T], *, finite: bool = True) ->
         raise InputError(f"no JSON, or cut off ({' '.join(str(error).split())})") from None
 
 
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """Parse a TOML text.
+
+    Raises:
+        InputError: one line: it is no TOML, or nested too deeply.
+    """
+    try:
+        return tomllib.loads(content.decode())
+    except RecursionError:
+        raise InputError("no TOML: nested too deeply") from None
+    except ValueError as error:  # a TOMLDecodeError, text that is not UTF-8, or a number of thousands of digits
+        raise InputError(f"no TOML: {' '.join(str(error).split())}") from None
+
+
 def convert(value: Any, schema: type[T]) -> T:
     """Convert a value from parse_json to a narrower schema.
 
@@ -119,4 +143,23 @@ def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is out of range")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        InputError: the file cannot be read, or does not contain a JSON object.
+    """
+    try:
+        content = read_bounded(path, MOST_JSON_BYTES)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        value = parse_json(content, object, finite=False)
+    except InputError as error:
+        raise InputError(f"{path} is {error}: {COPY_AGAIN}") from None
+    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
+    assert isinstance(value, dict)
     return value

@@ -15,14 +15,15 @@ import torch
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.untrusted_files import (
+    BLOCK_BYTES,
+    COPY_AGAIN,
     MOST_ELEMENTS,
-    MOST_JSON_BYTES,
     Shape,
     Size,
     convert,
     open_plain_file,
     parse_json,
-    read_bounded,
+    read_json,
 )
 
 SAFETENSORS_DTYPES = {
@@ -44,14 +45,11 @@ SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
-# Bytes of one read: large enough that the system calls cost nothing, small beside any memory limit.
-BLOCK_BYTES = 4 << 20
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 # The limit of the safetensors format.
 _MAX_HEADER_BYTES = 100_000_000
-_COPY_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class StoredWeight:
                 file.seek(self.start + first * len(data) // (stop - first))
                 while len(data):
                     count = file.readinto(data[:BLOCK_BYTES])
-                    check(bool(count), f"{self.path}: tensor {self.name!r}: the file ends early ({_COPY_AGAIN})")
+                    check(bool(count), f"{self.path}: tensor {self.name!r}: the file ends early ({COPY_AGAIN})")
                     data = data[count:]
         except OSError as error:
             raise InputError(f"{self.path}: tensor {self.name!r} cannot be read: {error.strerror}") from None
@@ -136,14 +134,14 @@ class WeightFiles:
                     weight_map.get(name) == file,
                     f"{folder / file}: tensor {name!r} is there, but {INDEX_FILE} "
                     + (f"says it is in {weight_map[name]}" if name in weight_map else "does not list it")
-                    + f": they belong to different models ({_COPY_AGAIN})",
+                    + f": they belong to different models ({COPY_AGAIN})",
                 )
                 self.tensors[name] = stored
         for name, file in weight_map.items():
             check(
                 name in self.tensors,
                 f"{folder / file}: tensor {name!r} is not there, but {INDEX_FILE} says so: they belong to different "
-                f"models ({_COPY_AGAIN})",
+                f"models ({COPY_AGAIN})",
             )
 
     def read(self, name: str) -> torch.Tensor:
@@ -174,25 +172,6 @@ class WeightFiles:
         return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        InputError: the file cannot be read, or does not contain a JSON object.
-    """
-    try:
-        content = read_bounded(path, MOST_JSON_BYTES)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        value = parse_json(content, object, finite=False)
-    except InputError as error:
-        raise InputError(f"{path} is {error}: {_COPY_AGAIN}") from None
-    check(isinstance(value, dict), f"{path} must hold a JSON object, not {type(value).__name__}")
-    assert isinstance(value, dict)
-    return value
-
-
 def _read_index(path: Path) -> dict[str, str]:
     weight_map = read_json(path).get("weight_map")
     check(isinstance(weight_map, dict) and bool(weight_map), f"{path}: weight_map must name tensors and their files")
@@ -220,7 +199,7 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
             check(
                 whole,
                 f"{path}: {size} bytes that hold no whole safetensors header: cut short, or another format "
-                f"({_COPY_AGAIN})",
+                f"({COPY_AGAIN})",
             )
             content = file.read(length)
     except OSError as error:
@@ -228,8 +207,8 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     try:
         header = parse_json(content, object)
     except InputError as error:
-        raise InputError(f"{path}: its safetensors header is {error}: damaged ({_COPY_AGAIN})") from None
-    check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({_COPY_AGAIN})")
+        raise InputError(f"{path}: its safetensors header is {error}: damaged ({COPY_AGAIN})") from None
+    check(isinstance(header, dict), f"{path}: its safetensors header is no JSON object: damaged ({COPY_AGAIN})")
     assert isinstance(header, dict)
     header.pop("__metadata__", None)
     found = [(name, _checked_entry(path, name, item)) for name, item in header.items()]
@@ -237,19 +216,17 @@ def _read_header(path: Path) -> list[tuple[str, StoredWeight]]:
     stored = []
     for name, entry in sorted(found, key=lambda one: (one[1].data_offsets, one[0])):
         begin, stop = entry.data_offsets
-        check(
-            begin == end, f"{path}: tensor {name!r}: its data_offsets leave a gap or overlap: damaged ({_COPY_AGAIN})"
-        )
+        check(begin == end, f"{path}: tensor {name!r}: its data_offsets leave a gap or overlap: damaged ({COPY_AGAIN})")
         check(
             8 + length + stop <= size,
             f"{path}: tensor {name!r} ends at byte {8 + length + stop}, but the file has {size}: cut short "
-            f"({_COPY_AGAIN})",
+            f"({COPY_AGAIN})",
         )
         end = stop
         stored.append((name, StoredWeight(path, name, _DTYPES[entry.dtype], entry.shape, 8 + length + begin)))
     check(
         8 + length + end == size,
-        f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({_COPY_AGAIN})",
+        f"{path}: {size - 8 - length - end} bytes behind the last tensor: damaged ({COPY_AGAIN})",
     )
     return stored
 
@@ -266,7 +243,7 @@ def _checked_entry(path: Path, name: str, item: Any) -> _Entry:
         entry = convert(item, _Entry)
     except InputError as error:
         raise InputError(
-            f"{path}: tensor {name!r}: its entry in the header is malformed ({error}): damaged ({_COPY_AGAIN})"
+            f"{path}: tensor {name!r}: its entry in the header is malformed ({error}): damaged ({COPY_AGAIN})"
         ) from None
     dtype = entry.dtype
     shape = entry.shape
@@ -275,12 +252,12 @@ def _checked_entry(path: Path, name: str, item: Any) -> _Entry:
     # A dim of size 0 counts as 1: torch multiplies the other dims of an empty tensor for its strides.
     check(
         math.prod(n or 1 for n in shape) <= MOST_ELEMENTS,
-        f"{path}: tensor {name!r}: shape {shape} is beyond any tensor: damaged ({_COPY_AGAIN})",
+        f"{path}: tensor {name!r}: shape {shape} is beyond any tensor: damaged ({COPY_AGAIN})",
     )
     num_bytes = math.prod(shape) * _DTYPES[dtype].itemsize
     check(
         stop - begin == num_bytes,
         f"{path}: tensor {name!r}: {stop - begin} bytes, but {dtype} of shape {shape} has {num_bytes}: damaged "
-        f"({_COPY_AGAIN})",
+        f"({COPY_AGAIN})",
     )
     return entry

@@ -3,10 +3,10 @@
 import torch
 
 from fused_megatron.assembly.model_stages import ModelStages
-from fused_megatron.assembly.pipeline_plan import PipelinePlan
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, stage_spans
 from fused_megatron.config import TrainConfig
 from fused_megatron.mesh import Mesh, init_mesh
-from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
+from fused_megatron.models import StageSpan, TransformerStack, new_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of weights and activations, by their names in a config."""
@@ -63,11 +63,6 @@ def build_model(
         dtype=DTYPES[config.training.dtype],
         device=device,
     )
-
-
-def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...]:
-    """Return the span of blocks of each pipeline stage. Raises InputError as cut_stages."""
-    return cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
 
 
 def build_stages(config: TrainConfig, mesh: Mesh, plan: PipelinePlan, device: torch.device) -> ModelStages:

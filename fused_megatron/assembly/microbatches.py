@@ -86,10 +86,3 @@ def partition_of(
         num_kv_heads=max(1, model.kv_heads // parallel.tensor_parallel_size),
         multiple_of=parallel.row_multiple,
     )
-
-
-def most_positions(config: TrainConfig) -> int:
-    """Return the positions of the context-parallel rank that holds most of them; seq_len without such ranks."""
-    if config.parallel.context_parallel_size == 1:
-        return config.model.seq_len
-    return max(partition_of(config, AttentionMask()).sizes)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fused_megatron.checks import InputError, found_on_every_rank
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES
-from fused_megatron.models.stage_cut import check_cut
+from fused_megatron.models.stage_cut import StageSpan, check_cut, cut_stages
 from fused_megatron.pipeline.schedule.action import SYNCHRONOUS, Schedule
 from fused_megatron.pipeline.schedule.lowering import lower
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
@@ -51,6 +51,11 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """
     with found_on_every_rank():
         return _plan(config)
+
+
+def stage_spans(config: TrainConfig, plan: PipelinePlan) -> tuple[StageSpan, ...]:
+    """Return the span of blocks of each pipeline stage. Raises InputError as cut_stages."""
+    return cut_stages(config.model, plan.num_stages, config.parallel.pipeline_cut, placement=plan.placement)
 
 
 def _plan(config: TrainConfig) -> PipelinePlan:

@@ -38,6 +38,8 @@ class RunFolder:
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
         self.loss_picture = path / "loss.png"
+        # Predicted and measured timeline of a step, of a run with training.cluster.
+        self.timelines = path / "timelines.json"
         self.checkpoints = path / "checkpoints"
         self.tokenizer = path / "tokenizer.json"
         self.lease = path / "lease.json"

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import math
-import sys
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,11 +13,7 @@ import tomli_w
 from fused_megatron.checks import InputError, check, check_one_of
 from fused_megatron.config import MODEL_FAMILIES, TrainConfig, TransformerConfig
 from fused_megatron.config.arguments import parse_arguments, print_arguments
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from fused_megatron.untrusted_files import parse_toml
 
 _MOST_BYTES = 1 << 20
 
@@ -79,17 +74,14 @@ def _file_arguments(path: Path) -> list[str]:
         with path.open("rb") as file:  # the path may be a pipe
             content = file.read(_MOST_BYTES + 1)
         check(len(content) <= _MOST_BYTES, f"config={path} must have {_MOST_BYTES} bytes at most: is it a config?")
-        table = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise InputError(f"config={path} does not exist (a starting point: examples/gpt_tiny.toml)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise InputError(f"config={path} cannot be read: {error}") from None
-    except InputError:
-        raise
-    except RecursionError:
-        raise InputError(f"config={path} is no TOML of a config: nested too deeply") from None
-    except ValueError as error:  # a TOMLDecodeError, or a number of thousands of digits
-        raise InputError(f"config={path} is no TOML: {error}") from None
+    try:
+        table = parse_toml(content)
+    except InputError as error:
+        raise InputError(f"config={path} is {error}") from None
     arguments = []
     known = _known_keys()
     for section, values in table.items():

@@ -15,6 +15,24 @@ EXPERT_DISPATCHES = ("all_to_all", "all_gather")
 """Values of parallel.expert_dispatch."""
 
 
+def cheapest_dispatch(ep: int, etp: int, num_selected: int) -> str:
+    """Return the way that sends fewer bytes, "all_to_all" or "all_gather"; all_to_all if both send the same.
+
+    In units of a row of H elements a rank sends, for each of its tokens, forward (backward the same):
+
+        all_to_all   2 K (1 - 1 / ep) between ep ranks, and 2 K (etp - 1) between etp ranks
+        all_gather   2 (ep - 1), and 2 ep (etp - 1)
+
+    So all_gather is for tokens with more experts than there are ranks.
+
+    Args:
+        ep, etp: numbers of ranks that share the experts, and each expert.
+        num_selected: K.
+    """
+    all_to_all, all_gather = num_selected * (ep * etp - 1), ep * (ep * etp - 1)
+    return "all_gather" if all_gather < all_to_all else "all_to_all"
+
+
 @dataclass(frozen=True)
 class ParallelConfig:
     """Parallel layout: the product of the tensor-, context-, pipeline- and data-parallel size is the world size."""
@@ -81,6 +99,11 @@ class ParallelConfig:
         """Division of experts, for the same line: " ep=2 etp=2", or ""."""
         sizes = {"ep": self.expert_parallel_size, "etp": self.expert_tensor_parallel_size}
         return "".join(f" {axis}={size}" for axis, size in sizes.items() if size > 1)
+
+    @property
+    def whole_products(self) -> bool:
+        """Whether tensor-parallel products are never cut into chunks: overlap is False, or one chunk."""
+        return self.overlap is not True and self.overlap <= 1
 
     @property
     def row_multiple(self) -> int:

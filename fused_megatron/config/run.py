@@ -67,6 +67,12 @@ class TrainConfig:
             f"context_parallel_method='all_to_all' (any number of heads: 'ring', 'all_gather')",
         )
 
+    @property
+    def most_positions(self) -> int:
+        """Positions of the context-parallel rank that holds most of a sequence: the same number with every method."""
+        multiple, ranks = self.parallel.row_multiple, self.parallel.context_parallel_size
+        return multiple * -(-self.model.seq_len // (multiple * ranks))
+
     def replica_counts(self, dp_size: int) -> tuple[int, int]:
         """Return how many ranks hold the same dense weights and the same experts; equal in a model without experts."""
         replicas = self.parallel.replicas(dp_size)

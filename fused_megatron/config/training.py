@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from fused_megatron.checks import check, check_positive
 
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element, by the name of a dtype in a config."""
 _POSITIVE = (
     "num_steps",
     "global_batch_size",
@@ -55,6 +57,9 @@ class TrainingConfig:
     """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
+    cluster: str | None = None
+    """Cluster whose predicted step is logged beside the measured steps: a name such as h100, or a file that
+    `fused-megatron calibrate` wrote. None: no prediction."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -68,3 +73,8 @@ class TrainingConfig:
             self.replica_check_interval >= 0, f"replica_check_interval={self.replica_check_interval} must be 0 or more"
         )
         check(self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of weights and activations."""
+        return ELEMENT_BYTES[self.dtype]

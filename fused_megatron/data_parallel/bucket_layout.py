@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-BYTES_PER_ELEMENT = 4
-"""Gradients are accumulated and summed in float32."""
+from fused_megatron.data_parallel.fixed_sizes import BYTES_PER_ELEMENT
 
 
 @dataclass(frozen=True)

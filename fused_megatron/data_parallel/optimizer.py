@@ -6,12 +6,10 @@ from typing import NamedTuple
 import torch
 
 from fused_megatron.config import OptimizerConfig
+from fused_megatron.data_parallel.fixed_sizes import BATCH_ELEMENTS
 from fused_megatron.data_parallel.stochastic_state import StochasticState
 from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, ParameterGroup, UpdateRule
 from fused_megatron.observe.waits import OPTIMIZER, wait_for
-
-BATCH_ELEMENTS = 1 << 24
-"""Most elements that an elementwise rule updates at once, unless one tensor has more: the size of its temporaries."""
 
 
 class _Group(NamedTuple):

@@ -11,11 +11,9 @@ from torch import nn
 
 from fused_megatron.collectives import meet
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
+from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY
 from fused_megatron.data_parallel.gradient_bucket import Bucket, ShardedBucket, WholeBucket
 from fused_megatron.sharding import Replicas, update_record
-
-BUCKETS_UNDER_WAY = 2
-"""Most packed copies of buckets at a time: one is sent while the next is packed."""
 
 
 class GradientBuckets:

@@ -79,7 +79,7 @@ class SentTokens(RankExchange):
         num_parts: number of parts of the experts, at most E / ep.
         ep_group, etp_group: the ranks.
 
-    Communication: see dispatch.cheapest_dispatch; besides, 4 bytes a row for the probabilities.
+    Communication: see config.parallel.cheapest_dispatch; besides, 4 bytes a row for the probabilities.
     """
 
     def __init__(

@@ -24,24 +24,6 @@ from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.expert_permutation import ExpertOrder, order_by_expert
 
 
-def cheapest_dispatch(ep: int, etp: int, num_selected: int) -> str:
-    """Return the way that sends fewer bytes, "all_to_all" or "all_gather"; all_to_all if both send the same.
-
-    In units of a row of H elements a rank sends, for each of its tokens, forward (backward the same):
-
-        all_to_all   2 K (1 - 1 / ep) between ep ranks, and 2 K (etp - 1) between etp ranks
-        all_gather   2 (ep - 1), and 2 ep (etp - 1)
-
-    So all_gather is for tokens with more experts than there are ranks.
-
-    Args:
-        ep, etp: numbers of ranks that share the experts, and each expert.
-        num_selected: K.
-    """
-    all_to_all, all_gather = num_selected * (ep * etp - 1), ep * (ep * etp - 1)
-    return "all_gather" if all_gather < all_to_all else "all_to_all"
-
-
 class SendTokens(AutogradFunction):
     """Start of an exchange: apply(x, probabilities, exchange) -> ticket."""
 
@@ -157,7 +139,7 @@ class GatheredTokens(RankExchange):
         ep_group, etp_group: the ranks.
         slots: as in ExpertMLP.forward.
 
-    Communication: see cheapest_dispatch; besides, 8 K bytes a token for the routes.
+    Communication: see config.parallel.cheapest_dispatch; besides, 8 K bytes a token for the routes.
     """
 
     num_parts = 1

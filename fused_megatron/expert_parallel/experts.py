@@ -18,6 +18,7 @@ from fused_megatron.checks import (
     has_values,
 )
 from fused_megatron.collectives import Group, group_rank, group_size, meet, on_ranks
+from fused_megatron.config.parallel import cheapest_dispatch
 from fused_megatron.expert_parallel.all_to_all import SentTokens
 from fused_megatron.expert_parallel.dispatch import (
     CollectResults,
@@ -25,7 +26,6 @@ from fused_megatron.expert_parallel.dispatch import (
     LocalTokens,
     RankExchange,
     SendTokens,
-    cheapest_dispatch,
 )
 from fused_megatron.expert_parallel.expert_part import ExpertShapes
 from fused_megatron.expert_parallel.expert_products import ExpertFunction, TokenExchange
@@ -73,7 +73,7 @@ class ExpertMLP(ShardedModule):
         ep_group: the ep ranks that share the experts; None for this rank only.
         etp_group: the etp ranks that share each expert; None for this rank only.
         dispatch: "all_to_all": each token is sent to the ranks of its experts; "all_gather": every rank gets all tokens
-            and returns its part of their sums. None: the way that sends fewer bytes, see dispatch.cheapest_dispatch.
+            and returns its part of their sums. None: the way that sends fewer bytes (cheapest_dispatch).
         overlap: number of parts of the experts of a rank, so that the exchange of one part runs under the products of
             another: True lets the cost model of ep_group choose (all ranks measure now), a number fixes it, False is 1.
         init_std, output_init_std: standard deviation of the initial weights of expansion and projection (None: the
@@ -222,7 +222,7 @@ class ExpertMLP(ShardedModule):
             SharedInputError: shapes or experts of some rank are wrong; with slots, or on one rank, an InputError.
             SharedFailure: a dtype of some rank is wrong; with slots, or on one rank, a TypeError.
 
-        Communication: over ep_group and etp_group as dispatch.cheapest_dispatch says; besides, without slots, the
+        Communication: over ep_group and etp_group as cheapest_dispatch says; besides, without slots, the
             numbers of rows, 8 (E + 2) bytes a rank, for which the host waits.
         Memory: all_to_all keeps the rows [N, H] that arrive, all_gather the tokens of all ranks, one rank x; all keep h
             [N, F' / etp] and 20 bytes a row, all_to_all 16 more.

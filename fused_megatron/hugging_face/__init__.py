@@ -5,6 +5,17 @@ known_families, source (an opened folder; fused_megatron/weight_files.py reads i
 export_model.
 """
 
-from fused_megatron.hugging_face.import_model import load_model
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fused_megatron.hugging_face.import_model import load_model
 
 __all__ = ["load_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name != "load_model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fused_megatron.hugging_face.import_model import load_model  # noqa: PLC0415 - a config.json needs no torch
+
+    return load_model

@@ -3,14 +3,20 @@
 In this file, a source is a Hugging Face tensor; "our tensor" is the full tensor of a parameter of our model.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import TYPE_CHECKING
 
 from fused_megatron.config import TransformerConfig
-from fused_megatron.weight_files import BLOCK_BYTES, StoredWeight
+from fused_megatron.untrusted_files import BLOCK_BYTES
+
+if TYPE_CHECKING:  # reading a config.json starts without torch
+    import torch
+
+    from fused_megatron.weight_files import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Rule:
     transposed: bool = False
     heads: int = 0
 
-    def with_names(self, names: Mapping[str, str]) -> "Rule":
+    def with_names(self, names: Mapping[str, str]) -> Rule:
         """Return this rule with other names for some sources."""
         return replace(self, sources=tuple(names.get(source, source) for source in self.sources))
 

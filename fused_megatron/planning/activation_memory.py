@@ -1,13 +1,12 @@
 """Formulas for the memory of activations that a stage keeps for backward, and of temporary tensors."""
 
-from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
-from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
-from fused_megatron.overlap.chunk_choice import chunk_choice
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import expert_dispatch, own_tokens
+
+# tile_bytes("cuda") of ops/linear_cross_entropy_tile_shape.py, which imports torch.
+_TILE_BYTES = 256 << 20
 
 
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
@@ -84,7 +83,7 @@ def _mlp_elements(config: TrainConfig, width: int) -> int:
     """Count the elements that an MLP of this width keeps for backward, without its input."""
     ranks = config.parallel.tensor_parallel_size
     _, tokens, _ = _sizes(config)
-    layer_by_layer = ranks == 1 or chunk_choice(config.parallel.overlap).fixed == 1
+    layer_by_layer = ranks == 1 or config.parallel.whole_products
     return tokens * (expansion_features(config.model, width, ranks) + layer_by_layer * width // ranks)
 
 
@@ -136,7 +135,7 @@ def working_bytes(config: TrainConfig, span: StageSpan) -> int:
     head = 0
     if span.last:
         rows = vocabulary_elements(model, ranks) // model.hidden_size
-        most = 2 * tile_bytes("cuda")  # two tiles if vocabulary shards exchange statistics
+        most = 2 * _TILE_BYTES  # two tiles if vocabulary shards exchange statistics
         head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
     return max(block, head, _attention_working(config))
 
@@ -176,6 +175,6 @@ def _attention_working(config: TrainConfig) -> int:
 def _sizes(config: TrainConfig) -> tuple[int, int, int]:
     """Return (bytes of an element, tokens of a microbatch, tokens of this rank between tensor-parallel layers)."""
     parallel = config.parallel
-    tokens = config.training.microbatch_size * most_positions(config)
+    tokens = config.training.microbatch_size * config.most_positions
     own = tokens // parallel.tensor_parallel_size if parallel.sequence_parallel else tokens
-    return DTYPES[config.training.dtype].itemsize, tokens, own
+    return config.training.element_bytes, tokens, own

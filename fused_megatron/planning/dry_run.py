@@ -23,8 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from fused_megatron.assembly.build import stage_spans
-from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
+from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline, stage_spans
 from fused_megatron.checks import InputError, check, check_one_of
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage

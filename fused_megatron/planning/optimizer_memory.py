@@ -1,10 +1,8 @@
 """Formulas for the memory of the optimizer: state, main weights, and temporary tensors of an update."""
 
-from fused_megatron.assembly.build import DTYPES
 from fused_megatron.config import OptimizerConfig, TransformerConfig
-from fused_megatron.data_parallel.muon import Muon
-from fused_megatron.data_parallel.optimizer import BATCH_ELEMENTS
-from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, AdamW
+from fused_megatron.config.training import ELEMENT_BYTES
+from fused_megatron.data_parallel.fixed_sizes import BATCH_ELEMENTS
 
 _OF_A_MATRIX = 7
 """Muon: the matrix, its blocks sent and received, and two iterates and two products of Newton-Schulz."""
@@ -21,8 +19,8 @@ def optimizer_bytes(config: OptimizerConfig, dtype: str, num_matrix_elements: in
     """
     main = 4 if dtype != "float32" else 0
     tensors = _state_tensors(config)
-    of_matrices = len(Muon.state_names) if config.kind == "muon" else tensors
-    state = DTYPES[config.state_dtype].itemsize * (of_matrices * num_matrix_elements + tensors * num_others)
+    of_matrices = 1 if config.kind == "muon" else tensors
+    state = ELEMENT_BYTES[config.state_dtype] * (of_matrices * num_matrix_elements + tensors * num_others)
     return state + main * (num_matrix_elements + num_others)
 
 
@@ -31,14 +29,15 @@ def update_bytes(config: OptimizerConfig, dtype: str, model: TransformerConfig, 
     batch = min(BATCH_ELEMENTS, num_elements)
     needed = (8 if config.kind in ("sgd", "lion") else 0) * batch
     if config.kind == "muon":
-        needed = _OF_A_MATRIX * DTYPES[dtype].itemsize * _largest_matrix(model)
+        needed = _OF_A_MATRIX * ELEMENT_BYTES[dtype] * _largest_matrix(model)
     if config.state_dtype != "float32":
         needed += 4 * (num_elements if config.kind == "muon" else _state_tensors(config) * batch)
     return needed
 
 
 def _state_tensors(config: OptimizerConfig) -> int:
-    return len(ELEMENTWISE_RULES.get(config.kind, AdamW)(config).state_names)
+    """Count the tensors of state that an elementwise rule has for a parameter; Muon updates vectors by AdamW."""
+    return {"sgd": int(config.momentum_used > 0), "lion": 1}.get(config.kind, 2)
 
 
 def _largest_matrix(model: TransformerConfig) -> int:

@@ -2,15 +2,9 @@
 
 from collections import Counter
 
-from fused_megatron.assembly.build import DTYPES
-from fused_megatron.assembly.microbatches import most_positions, partition_of
 from fused_megatron.config import TrainConfig
-from fused_megatron.context_parallel import exchange_size
-from fused_megatron.context_parallel.attention_plan import plan_of
-from fused_megatron.context_parallel.head_exchange import HeadExchange
-from fused_megatron.expert_parallel import cheapest_dispatch
+from fused_megatron.config.parallel import cheapest_dispatch
 from fused_megatron.models import StageSpan
-from fused_megatron.ops.attention import AttentionMask
 
 
 def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
@@ -39,11 +33,11 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         span: the blocks of the stage.
     """
     model, parallel = config.model, config.parallel
-    ranks, rows = parallel.tensor_parallel_size, most_positions(config)
+    ranks, rows = parallel.tensor_parallel_size, config.most_positions
     tokens = config.training.microbatch_size * rows
     if ranks == 1:
         return {}
-    size = DTYPES[config.training.dtype].itemsize
+    size = config.training.element_bytes
     activation = size * tokens * model.hidden_size
     blocks, ends = span.stop - span.start, span.first + span.last
     again = 2 * model.recomputed_blocks(blocks) if model.recompute == "full" else 0
@@ -74,8 +68,8 @@ def message_bytes(config: TrainConfig) -> int:
     rank that holds most.
     """
     model, parallel = config.model, config.parallel
-    rows = most_positions(config) // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
-    return DTYPES[config.training.dtype].itemsize * rows * config.training.microbatch_size * model.hidden_size
+    rows = config.most_positions // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+    return config.training.element_bytes * rows * config.training.microbatch_size * model.hidden_size
 
 
 def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int = 0) -> dict[str, int]:
@@ -98,6 +92,13 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
         span: the blocks of the stage.
         cp_rank: the context-parallel rank.
     """
+    # With torch, which the other formulas start without.
+    from fused_megatron.assembly.microbatches import partition_of  # noqa: PLC0415
+    from fused_megatron.context_parallel import exchange_size  # noqa: PLC0415
+    from fused_megatron.context_parallel.attention_plan import plan_of  # noqa: PLC0415
+    from fused_megatron.context_parallel.head_exchange import HeadExchange  # noqa: PLC0415
+    from fused_megatron.ops.attention import AttentionMask  # noqa: PLC0415
+
     model, parallel = config.model, config.parallel
     ranks, batch = parallel.context_parallel_size, config.training.microbatch_size
     if ranks == 1:
@@ -132,7 +133,7 @@ def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int =
         forward["send"] = sent * 2 * of_members[me]
         backward["send"] = (sent + needed) * 2 * of_members[me]
     blocks = span.stop - span.start
-    head_bytes = DTYPES[config.training.dtype].itemsize * batch * model.head_size
+    head_bytes = config.training.element_bytes * batch * model.head_size
     again = model.recomputed_blocks(blocks)
     elements = {kind: forward[kind] * (blocks + again) + backward[kind] * blocks for kind in forward | backward}
     return {kind: head_bytes * number for kind, number in elements.items() if number}
@@ -165,7 +166,7 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
     again = sum(model.has_experts(block) for block in blocks[:recomputed])
     if ep * etp == 1 or not number:
         return {}
-    row = DTYPES[config.training.dtype].itemsize * model.hidden_size
+    row = config.training.element_bytes * model.hidden_size
     tokens, selected = own_tokens(config), model.experts_per_token
     forwards = number + again
     sent: Counter[str] = Counter()
@@ -188,5 +189,5 @@ def expert_dispatch(config: TrainConfig) -> str:
 
 def own_tokens(config: TrainConfig) -> int:
     """Compute the tokens of a microbatch that a rank brings to its experts: tensor-parallel ranks divide positions."""
-    rows = -(-most_positions(config) // config.parallel.tensor_parallel_size)
+    rows = -(-config.most_positions // config.parallel.tensor_parallel_size)
     return rows * config.training.microbatch_size

@@ -4,12 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
-from fused_megatron.assembly.build import DTYPES, stage_spans
-from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.bucket_layout import BYTES_PER_ELEMENT
+from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY, BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
-from fused_megatron.data_parallel.reduction import BUCKETS_UNDER_WAY
 from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Action, Kind, Schedule, stages_of
 from fused_megatron.planning.activation_memory import stage_activations, working_bytes
@@ -83,7 +81,7 @@ def rank_memory(config: TrainConfig, pp_rank: int | None = None, data_parallel_s
 def _memory_of_rank(
     config: TrainConfig, schedule: Schedule, dp_size: int, rank: int, spans: Mapping[int, StageSpan]
 ) -> RankMemory:
-    size = DTYPES[config.training.dtype].itemsize
+    size = config.training.element_bytes
     model, parallel, training = config.model, config.parallel, config.training
     counts = sum((stage_parameters(model, span, parallel) for span in spans.values()), ParameterCounts())
     if model.tied_embeddings and len(spans) > 1 and {0, schedule.num_stages - 1} <= spans.keys():

@@ -22,6 +22,15 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
+from fused_megatron.pipeline.view.recording import Recorder
+from fused_megatron.planning.prediction.beside_measured import (
+    BesideMeasured,
+    conclusion,
+    predict_run,
+    prediction_lines,
+)
+from fused_megatron.planning.prediction.cluster import load_cluster
+from fused_megatron.planning.prediction.step_time import StepPrediction
 from fused_megatron.training.loss_plot import plot_loss
 from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
@@ -110,7 +119,9 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
         whole = dataclasses.replace(config, model=model_config)
         check_memory(whole, mesh, this_rank.device, data.content["vocabulary_source"])
         model = build_stages(whole, mesh, plan, this_rank.device)
-        trainer = Trainer(assemble(config, mesh, plan, model), data, run, reporter, stop, lease)
+        beside = _predict(whole, mesh, run, reporter)
+        assembly = assemble(config, mesh, plan, model, None if beside is None else beside.observe)
+        trainer = Trainer(assembly, data, run, reporter, stop, lease, beside)
         _resume(trainer, model_config)
         _introduce(trainer)
         if pages_kept:
@@ -145,6 +156,24 @@ def _set_up(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return mesh, open_training_data(config, reporter.stage, local_rank, local_world_size)
+
+
+def _predict(config: TrainConfig, mesh: Mesh, run: RunFolder, reporter: Reporter) -> BesideMeasured | None:
+    """Predict and print the step of the run on training.cluster, on rank 0, for the comparison with measured steps."""
+    name = config.training.cluster
+    if name is None:
+        return None
+
+    def predict() -> StepPrediction | None:
+        if mesh.rank != 0:
+            return None
+        cluster = load_cluster(name)
+        prediction = predict_run(config, mesh, cluster)
+        for line in prediction_lines(prediction, cluster):
+            reporter.say(line)
+        return prediction
+
+    return BesideMeasured(Recorder(mesh.pp_group), on_every_rank(predict), run.timelines)
 
 
 def _resume(trainer: Trainer, model_config: TransformerConfig) -> None:
@@ -276,6 +305,9 @@ def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
     if losses:
         rows["training loss"] = f"{losses[0]['loss']:.3f} -> {losses[-1]['loss']:.3f} nats per token"
         rows["speed"] = f"{sorted(r['tokens_per_s'] for r in losses)[len(losses) // 2]:,.0f} tokens/s"
+    predicted = conclusion(losses)
+    if predicted is not None:
+        rows["step"] = predicted
     if evaluations:
         rows["held-out loss"] = f"{evaluations[-1]['validation_loss']:.3f} nats per token"
         if evaluations[-1]["bits_per_byte"] is not None:

@@ -24,6 +24,7 @@ from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.mesh import coordinates
 from fused_megatron.models.expert_loads import LoadReport
+from fused_megatron.planning.prediction.beside_measured import BesideMeasured
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
@@ -65,6 +66,7 @@ class Trainer:
         reporter: output for the user.
         stop: request that may end the run early; None: a new one.
         lease: of the run folder, on the rank that holds it.
+        beside: the prediction of a step, to be compared with each step; None: no comparison.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Trainer:
         reporter: Reporter,
         stop: StopRequest | None = None,
         lease: Lease | None = None,
+        beside: BesideMeasured | None = None,
     ) -> None:
         self.config = assembly.config
         self.mesh = assembly.mesh
@@ -94,6 +97,7 @@ class Trainer:
         self.progress = Progress()
         self._stop = StopRequest() if stop is None else stop
         self._lease = lease
+        self._beside = beside
         self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
         self._visible_pairs = 0
         self._step_times: deque[float] = deque(maxlen=20)
@@ -241,6 +245,8 @@ class Trainer:
             SharedInputError: on every rank, if one has found damaged tokens.
             CheckpointError: on every rank, if the checkpoint that is written behind training has failed on one.
         """
+        if self._beside is not None:
+            self._beside.begin_step()
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         first = self.progress.samples_consumed
@@ -259,6 +265,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
+        compared = {} if self._beside is None else self._beside.end_step(self._step_times[-1])
         _, _, *counts = sums.flags
         documents = {}
         if self.data.mask_documents:
@@ -266,7 +273,7 @@ class Trainer:
         loads = None
         if self.config.model.num_experts is not None:
             loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
-        self._report(sums, lr, documents, loads)
+        self._report(sums, lr, {**compared, **documents}, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def _read_batch(self, first: int) -> Batch:
@@ -317,7 +324,7 @@ class Trainer:
             f"updated{where}"
         )
 
-    def _report(self, sums: StepSums, lr: float, documents: Mapping[str, int], loads: LoadReport | None) -> None:
+    def _report(self, sums: StepSums, lr: float, more: Mapping[str, float], loads: LoadReport | None) -> None:
         step, speed = self.progress.step, self.tokens_per_s()
         # The metrics compare with the held-out loss, which has no auxiliary loss.
         loss = sums.loss if loads is None else sums.loss - loads.balance_loss - loads.z_loss
@@ -329,7 +336,7 @@ class Trainer:
                     "gradient_norm": sums.gradient_norm,
                     "lr": lr,
                     "tokens_per_s": round(speed, 1),
-                    **documents,
+                    **more,
                     **({} if loads is None else loads.metrics()),
                 }
             )

@@ -33,6 +33,7 @@ from fused_megatron.models import BatchSlice, new_model
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.testing.run_on_ranks import run_on_ranks
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.train import train
 from fused_megatron.training.trainer import Trainer
 
 SECTIONS: dict[str, Any] = {
@@ -225,6 +226,12 @@ def selection_biases(tried: Tried) -> list[list[float]]:
     return [[bias.tensor.min().item(), bias.tensor.max().item()] for bias in biases]
 
 
+def predicted_steps(tried: Tried) -> int:
+    """Return the number of steps that a whole run logs with a prediction."""
+    train(tried.config, tried.folder / "whole")
+    return sum("predicted_s" in record for record in RunFolder(tried.folder / "whole").read_metrics())
+
+
 LOSS = (Tried.loss, CHANGED)
 SHAPES = (Tried.shapes, CHANGED)
 ROTARY = {"model.position": "rotary"}
@@ -337,6 +344,7 @@ ROWS: dict[str, Row] = {
     "training.async_checkpoint": Row(False, saving_threads, ["MainThread"]),
     "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
+    "training.cluster": Row("h100", predicted_steps, 4),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
 # Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.

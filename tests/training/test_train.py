@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fused_megatron.benchmarking.report.command import ReportArguments, run_report
 from fused_megatron.checkpoint import CheckpointError
+from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
@@ -75,3 +77,34 @@ def test_a_second_run_in_the_folder_changes_nothing(config: TrainConfig, tmp_pat
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     assert json.loads((run / "lease.json").read_text())["run"] == first._ours["run"]
     first.give_back()
+
+
+def test_a_run_beside_its_prediction(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(cluster: str | None, name: str) -> None:
+        training = dataclasses.replace(config.training, cluster=cluster, num_steps=4, eval_interval=9)
+        train(dataclasses.replace(config, training=training), tmp_path / name)
+
+    logged = ["step", "loss", "gradient_norm", "lr", "tokens_per_s"]
+    columns = ["step_s", "predicted_s", "prediction_error"]
+    for cluster, wanted in ((None, logged), ("h100", [*logged, *columns])):
+        folder = tmp_path / str(cluster)
+        run(cluster, folder.name)
+        records = [record for record in RunFolder(folder).read_metrics() if "loss" in record]
+        assert [list(record) for record in records] == [wanted] * 4
+        predicts = cluster is not None
+        assert (folder / "timelines.json").exists() == predicts
+        printed = capsys.readouterr().out
+        assert ("predicted for h100-80gb: " in printed) == ("median error" in printed) == predicts
+    for record in records:
+        assert record["prediction_error"] == record["predicted_s"] / record["step_s"] - 1
+    with pytest.raises(SharedInputError, match=r"cluster='a99' must be one of a100"):
+        run("a99", "unknown")
+    assert run_report(ReportArguments((folder,))) == 0
+    page = capsys.readouterr().out
+    assert "# h100: predicted beside measured" in page and "| 4 " in page
+    picture = (folder / "timelines.svg").read_text()
+    assert "predicted: " in picture and "measured: " in picture
+    # Two microbatches in each timeline.
+    assert picture.count("<title>0F") == picture.count("<title>0B") == 4
+    with pytest.raises(InputError, match="has no step with a prediction"):
+        run_report(ReportArguments((tmp_path / "None",)))

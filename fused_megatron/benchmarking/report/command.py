@@ -9,6 +9,7 @@ import tyro
 
 from fused_megatron.benchmarking.report.plots import plot_results
 from fused_megatron.benchmarking.report.results_file import Results, read_results
+from fused_megatron.benchmarking.report.run_page import run_lines
 from fused_megatron.benchmarking.report.tables import head_lines, results_lines
 from fused_megatron.benchmarking.report.two_runs import (
     SLOWER,
@@ -22,14 +23,16 @@ from fused_megatron.checks import InputError
 
 @dataclass(frozen=True)
 class ReportArguments:
-    """Results files of make bench as tables and plots; two of the same theme compared."""
+    """Results files of make bench as tables and plots; two of the same theme compared. Runs with a prediction: its
+    errors, and the predicted and the measured timeline on one page."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """benchmarks/results/<theme>_<hardware>_<yyyymm>.json, or a file of pytest-benchmark. Two files of the same theme
     (with more than two files: of the same theme and hardware) are compared: the report says what is faster or slower
-    in the second. Exit code 1 for a regression."""
+    in the second. Exit code 1 for a regression. The folder of a run that was trained with training.cluster gives a
+    report of its predicted and measured steps."""
     plots: Path | None = None
-    """A folder for plots (needs matplotlib)."""
+    """A folder for plots (needs matplotlib). The picture of a run needs none; by default it is in the run folder."""
     write: Path | None = None
     """A Markdown file for the tables; default: print them."""
 
@@ -42,7 +45,11 @@ def run_report(arguments: ReportArguments) -> int:
     """
     if not arguments.files:
         raise InputError("report needs a results file (make bench writes them to benchmarks/results)")
-    lines, code = report_lines([read_results(path) for path in arguments.files], arguments.plots)
+    runs = [path for path in arguments.files if path.is_dir()]
+    files = [read_results(path) for path in arguments.files if path not in runs]
+    lines, code = report_lines(files, arguments.plots)
+    for path in runs:
+        lines += [*([""] if lines else []), *run_lines(path, arguments.plots)]
     text = "\n".join(lines) + "\n"
     if arguments.write is None:
         print(text, end="")

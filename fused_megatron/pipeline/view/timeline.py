@@ -65,30 +65,45 @@ def to_svg(timeline: Timeline, width: int = 1000) -> str:
 
     Later stages of a rank are darker.
     """
-    row, left, top = 26, 54, 8
-    scale = (width - left - 10) / (timeline.makespan or 1.0)
-    height = top + row * len(timeline.events) + 34
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11">',
-        f"<title>{escape(timeline.name)}</title>",
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-    ]
-    for rank, events in enumerate(timeline.events):
-        y = top + rank * row
-        stages = sorted({event.action.stage for event in events})
-        parts.append(f'<text x="6" y="{y + 16}">rank {rank}</text>')
-        parts.append(f'<rect x="{left}" y="{y}" width="{width - left - 10}" height="{row - 4}" fill="#f2f2f2"/>')
-        parts += [_box(event, stages.index(event.action.stage), left, y, row - 4, scale) for event in events]
-    used = {event.action.kind for events in timeline.events for event in events}
+    return _svg(timeline.name, {"": timeline}, width)
+
+
+def to_svg_page(title: str, timelines: Mapping[str, Timeline], width: int = 1000) -> str:
+    """Draw timelines below each other as one SVG, on the same scale of time, each under its name."""
+    return _svg(title, timelines, width)
+
+
+def _svg(title: str, timelines: Mapping[str, Timeline], width: int) -> str:
+    row, left, top, heading = 26, 54, 8, 20
+    scale = (width - left - 10) / (max((t.makespan for t in timelines.values()), default=0.0) or 1.0)
+    parts: list[str] = []
+    y = top
+    for label, timeline in timelines.items():
+        if label:
+            parts.append(f'<text x="6" y="{y + 13}" font-weight="bold">{escape(label)}</text>')
+            y += heading
+        for rank, events in enumerate(timeline.events):
+            stages = sorted({event.action.stage for event in events})
+            parts.append(f'<text x="6" y="{y + 16}">rank {rank}</text>')
+            parts.append(f'<rect x="{left}" y="{y}" width="{width - left - 10}" height="{row - 4}" fill="#f2f2f2"/>')
+            parts += [_box(event, stages.index(event.action.stage), left, y, row - 4, scale) for event in events]
+            y += row
+    used = {event.action.kind for timeline in timelines.values() for events in timeline.events for event in events}
     used |= {Kind.BACKWARD} if Kind.INPUT_GRAD in used else set()
-    x, y = left, top + row * len(timeline.events) + 10
+    x, y = left, y + 10
     for kind, label in _LEGEND.items():
         if kind in used:
             parts.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_COLOURS[kind][0]}" stroke="#555"/>')
             parts.append(f'<text x="{x + 17}" y="{y + 10}">{label}</text>')
             x += 36 + 6 * len(label)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    height = y + 24
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="11">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+    ]
+    return "\n".join([*head, *parts, "</svg>"]) + "\n"
 
 
 def _box(event: Event, local_stage: int, left: int, y: int, height: int, scale: float) -> str:

@@ -1,0 +1,305 @@
+"""Times of the parts of a model on one rank: a block, the embedding, the head, for one microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from fused_megatron.config import TrainConfig
+from fused_megatron.models import StageSpan
+from fused_megatron.planning.parameter_counts import (
+    attention_features,
+    block_parameters,
+    expansion_features,
+    vocabulary_elements,
+)
+from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.engine import Engine
+from fused_megatron.planning.prediction.transfer_time import Ring
+from fused_megatron.planning.rank_communication import attention_communication, expert_communication
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds that a rank needs for an action, by cause; `host` runs beside the others on a GPU.
+
+    Attributes:
+        products: matrix products, and fused attention.
+        memory_bound: all other kernels.
+        tensor_parallel, context_parallel, expert_parallel, data_parallel: collectives that nothing hides.
+        host: the host's time for the ops of the action.
+    """
+
+    products: float = 0.0
+    memory_bound: float = 0.0
+    tensor_parallel: float = 0.0
+    context_parallel: float = 0.0
+    expert_parallel: float = 0.0
+    data_parallel: float = 0.0
+    host: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+
+    def __mul__(self, number: float) -> Work:
+        return Work(*(getattr(self, name) * number for name in _FIELDS))
+
+    @property
+    def on_device(self) -> float:
+        """Seconds of the device, if it never waits for the host."""
+        return sum(getattr(self, name) for name in _FIELDS if name != "host")
+
+
+_FIELDS = tuple(field.name for field in fields(Work))
+
+
+@dataclass(frozen=True)
+class ActionWork:
+    """Work of a microbatch in a stage.
+
+    Attributes:
+        forward: F.
+        backward: B, with the recomputed forward.
+        weight_grad: W, the part of backward that a zero-bubble schedule runs later.
+    """
+
+    forward: Work
+    backward: Work
+    weight_grad: Work
+
+    def __add__(self, other: ActionWork) -> ActionWork:
+        return ActionWork(
+            self.forward + other.forward, self.backward + other.backward, self.weight_grad + other.weight_grad
+        )
+
+    def __mul__(self, number: float) -> ActionWork:
+        return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
+
+
+def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
+    """Return the seconds of `count` products [m, k] x [k, n] in one kernel; size: bytes of an element."""
+    rate = 1e12 * cluster.peak_tflops * cluster.product_efficiency
+    moved = size * count * (m * k + k * n + m * n)
+    seconds = max(2 * count * m * n * k / rate, moved / (1e9 * cluster.memory_gb_per_s))
+    return seconds + 1e-6 * cluster.product_us
+
+
+class StageTimes:
+    """Work of the stages of a run."""
+
+    def __init__(self, config: TrainConfig, cluster: Cluster, engine: Engine) -> None:
+        self.config, self.cluster, self.engine = config, cluster, engine
+        model, parallel = config.model, config.parallel
+        self.size = config.training.element_bytes
+        self.tp = parallel.tensor_parallel_size
+        self.tokens = config.training.microbatch_size * config.most_positions
+        self.own_tokens = self.tokens // self.tp if parallel.sequence_parallel else self.tokens
+        self.tp_ring = Ring(cluster, self.tp)
+        self.hidden = model.hidden_size
+        self._blocks: dict[tuple[bool, bool], ActionWork] = {}
+
+    def of_stage(self, span: StageSpan) -> ActionWork:
+        """Return the work of one microbatch in a stage."""
+        model = self.config.model
+        again = model.recomputed_blocks(span.stop - span.start)
+        total = ActionWork(Work(), Work(), Work())
+        for index in range(span.stop - span.start):
+            total += self.block(model.has_experts(span.start + index), index < again)
+        if span.first:
+            total += self._embedding()
+        if span.last:
+            total += self._head()
+        return total
+
+    def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
+        """Return the work of one microbatch in a block."""
+        key = (has_experts, recomputed)
+        if key not in self._blocks:
+            self._blocks[key] = self._block(has_experts, recomputed)
+        return self._blocks[key]
+
+    def _block(self, has_experts: bool, recomputed: bool) -> ActionWork:
+        linear = [*self._attention_linears(), *self._mlp(has_experts)]
+        attention = self._attention()
+        elements = self._elements(has_experts)
+        syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
+        ops = self.engine.parallel_ops * (self.tp - 1) ** 2
+        extra = self._extra_ops(has_experts)
+        launch = 1e-6 * self.cluster.launch_us
+        forward = Work(
+            products=sum(self._product(*shape) for shape in linear) + attention.products,
+            memory_bound=self._moved(elements) + attention.memory_bound,
+            tensor_parallel=syncs * self._sync(),
+            host=launch * (self.engine.forward_ops + ops + extra),
+        )
+        inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
+        weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
+        backward = Work(
+            products=inputs + weights + attention.products * self._attention_backward,
+            memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
+            tensor_parallel=syncs * self._sync(),
+            host=launch * (self.engine.backward_ops + ops + 2 * extra),
+        )
+        if recomputed and self.config.model.recompute == "full":
+            backward += forward
+        elif recomputed:
+            backward += attention
+        forward, backward = self._with_context(forward, backward, attention)
+        forward, backward = self._with_experts(forward, backward, has_experts)
+        return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
+
+    def _extra_ops(self, has_experts: bool) -> float:
+        """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
+        model, parallel = self.config.model, self.config.parallel
+        matrices = self.config.training.microbatch_size * model.num_heads // self.tp
+        ops = self.engine.separate_softmax_ops * float(matrices % self.engine.softmax_multiple > 0)
+        if has_experts:
+            local = (model.num_experts or 0) // parallel.expert_parallel_size
+            ops += self.engine.expert_ops * local * (2 if parallel.expert_tensor_parallel_size > 1 else 1)
+        return ops
+
+    def _attention_linears(self) -> Iterator[tuple[int, int, int, int]]:
+        query_key_value, query = attention_features(self.config.model, self.tp)
+        yield 1, self.tokens, query_key_value, self.hidden
+        yield 1, self.tokens, self.hidden, query
+
+    def _mlp(self, has_experts: bool) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (count, m, n, k) of the products of a feed-forward."""
+        model, parallel = self.config.model, self.config.parallel
+        width = model.shared_ffn_size if has_experts else model.ffn_size
+        if width:
+            yield 1, self.tokens, expansion_features(model, width, self.tp), self.hidden
+            yield 1, self.tokens, self.hidden, width // self.tp
+        if has_experts:
+            experts, ep, etp = (
+                model.num_experts or 1,
+                parallel.expert_parallel_size,
+                parallel.expert_tensor_parallel_size,
+            )
+            own = self.tokens / self.tp
+            yield 1, int(own), experts, self.hidden
+            local = experts // ep
+            rows = max(1, round(own * model.experts_per_token * ep * etp / experts))
+            yield local, rows, expansion_features(model, model.expert_ffn_size, etp), self.hidden
+            yield local, rows, self.hidden, model.expert_ffn_size // etp
+
+    def _elements(self, has_experts: bool) -> float:
+        """Return the elements that memory-bound kernels read and write in forward, without scores."""
+        model, parallel = self.config.model, self.config.parallel
+        gated = not model.activation.startswith("gelu")
+        query_key_value, _ = attention_features(model, self.tp)
+        elements = self.engine.activation_passes * self.own_tokens * self.hidden
+        elements += 2 * self.tokens * query_key_value * (model.position == "rotary")
+        width = model.shared_ffn_size if has_experts else model.ffn_size
+        elements += self.tokens * width / self.tp * (3 if gated else 2)
+        if has_experts:
+            pairs = self.tokens / self.tp * model.experts_per_token
+            elements += pairs * model.expert_ffn_size * (3 if gated else 2)
+            elements += pairs * parallel.expert_tensor_parallel_size * 4 * self.hidden
+        return elements
+
+    def _attention(self) -> Work:
+        """Return the work of attention between its projections, in forward."""
+        model, parallel = self.config.model, self.config.parallel
+        heads, samples = model.num_heads / self.tp, self.config.training.microbatch_size
+        rows, seq_len = self.tokens // samples, model.seq_len
+        if not self.engine.fused_attention:
+            products = self._product(samples * heads, rows, seq_len, model.head_size)
+            products += self._product(samples * heads, rows, model.head_size, seq_len)
+            scores = samples * heads * rows * seq_len
+            return Work(products=products, memory_bound=self._moved(self.engine.score_passes * scores))
+        pairs = seq_len * seq_len / parallel.context_parallel_size
+        if model.sliding_window is not None and model.sliding_window < seq_len:
+            pairs *= 1 - (1 - model.sliding_window / seq_len) ** 2
+        pairs *= 0.5 if model.traits.predicts == "next_token" else 1.0
+        flops = 4 * samples * heads * pairs * model.head_size
+        rate = 1e12 * self.cluster.peak_tflops * self.cluster.attention_efficiency
+        return Work(products=flops / rate + 1e-6 * self.cluster.product_us)
+
+    @property
+    def _attention_backward(self) -> float:
+        """Work of attention's backward over forward: a fused kernel computes the scores again."""
+        return 2.5 if self.engine.fused_attention else 2.0
+
+    def _product(self, count: float, m: float, n: float, k: float) -> float:
+        """Return the seconds of `count` products [m, k] x [k, n] in one kernel."""
+        return product_s(self.cluster, self.size, count, m, n, k)
+
+    def _moved(self, elements: float) -> float:
+        return self.size * elements / (1e9 * self.cluster.memory_gb_per_s)
+
+    def _sync(self) -> float:
+        """Return the seconds of one all-reduce of an activation, or of a reduce-scatter and an all-gather."""
+        activation = self.size * self.tokens * self.hidden
+        if self.config.parallel.sequence_parallel:
+            return 2 * self.tp_ring.gather_s(activation)
+        return self.tp_ring.all_reduce_s(activation)
+
+    def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
+        """Add the transfers of context parallelism, which run beside attention."""
+        ranks = self.config.parallel.context_parallel_size
+        if ranks == 1:
+            return forward, backward
+        ring = Ring(self.cluster, ranks, self.tp)
+        sent = attention_communication(self.config, StageSpan(0, 3, 0, 1))
+        seconds = sum(
+            ring.gather_s(num_bytes) if kind != "send" else num_bytes / (1e9 * ring.gb_per_s)
+            for kind, num_bytes in sent.items()
+        )
+        in_forward = seconds / 3 if "send" in sent else seconds / 2
+        in_backward = seconds - in_forward
+        hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
+        forward += Work(context_parallel=self.exposed(in_forward, hidden))
+        backward += Work(context_parallel=self.exposed(in_backward, hidden * self._attention_backward))
+        return forward, backward
+
+    def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
+        if not has_experts:
+            return forward, backward
+        parallel = self.config.parallel
+        ring = Ring(self.cluster, parallel.expert_parallel_size * parallel.expert_tensor_parallel_size)
+        model = self.config.model
+        first = model.expert_blocks[0]
+        sent = expert_communication(self.config, StageSpan(1, 3, first, first + 1))
+        seconds = sum(num_bytes / (1e9 * ring.gb_per_s) for num_bytes in sent.values())
+        seconds += 4e-6 * self.cluster.node_latency_us * (ring.size - 1)
+        return forward + Work(expert_parallel=seconds / 2), backward + Work(expert_parallel=seconds / 2)
+
+    def _with_gathers(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
+        """Add what ZeRO stage 3 sends in every microbatch: it hides under the computation of a block."""
+        parallel = self.config.parallel
+        if parallel.zero_stage != 3 or parallel.zero_gather != "block":
+            return forward, backward
+        counts = block_parameters(self.config.model, parallel, has_experts)
+        ring = self.replica_ring()
+        gather = ring.gather_s(self.size * counts.total)
+        reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
+        forward += Work(data_parallel=self.exposed(gather, forward.on_device))
+        backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))
+        return forward, backward
+
+    def exposed(self, transfer_s: float, computation_s: float) -> float:
+        """Return the seconds that a transfer beside a computation adds to it."""
+        return transfer_s - self.cluster.transfer_overlap * min(transfer_s, computation_s)
+
+    def replica_ring(self) -> Ring:
+        """Return the links between replicas of the same weights."""
+        parallel = self.config.parallel
+        replicas = parallel.replicas(parallel.data_parallel_size or 1)
+        return Ring(self.cluster, min(replicas, parallel.zero_shard_size or replicas), self.tp)
+
+    def _embedding(self) -> ActionWork:
+        elements = 3.0 * self.tokens * self.hidden
+        launch = 1e-6 * self.cluster.launch_us
+        forward = Work(memory_bound=self._moved(elements), tensor_parallel=self._sync() / 1, host=4 * launch)
+        backward = Work(memory_bound=self._moved(elements), host=4 * launch)
+        return ActionWork(forward, backward, Work())
+
+    def _head(self) -> ActionWork:
+        columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
+        product = self._product(1, self.tokens, columns, self.hidden)
+        launch = 1e-6 * self.cluster.launch_us
+        logits = self._moved(self.engine.logit_passes / 2 * self.tokens * columns)
+        forward = Work(products=product, memory_bound=logits, host=10 * launch)
+        backward = Work(products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=10 * launch)
+        return ActionWork(forward, backward, Work(products=product))

@@ -1,0 +1,127 @@
+"""The command `fused-megatron calibrate`: measures this machine, and writes its constants as a cluster file."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fused_megatron.checks import InputError, check, check_positive
+from fused_megatron.durable import replace_file
+from fused_megatron.observe.processor import processor_name
+from fused_megatron.planning.prediction.calibrate import STEPS, Found, Plan, calibrate, machine_name, measure_rank
+from fused_megatron.planning.prediction.calibration import Observation, error_table
+from fused_megatron.planning.prediction.calibration_steps import calibration_configs
+from fused_megatron.planning.prediction.cluster import Cluster, cluster_text
+from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, GPU_SIZES, Measurements, usable_cores
+from fused_megatron.planning.verify.config_check import check_starts_own_ranks
+from fused_megatron.testing.run_on_ranks import run_on_ranks
+
+_BUSY = 0.1
+"""Share of the time that other processes may hold the cores before the report warns."""
+_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class CalibrateArguments:
+    """Measure this machine in about a minute (products, memory, launches, collectives, messages, small training steps),
+    and write its constants as a cluster file for predict, plan and training.cluster."""
+
+    ranks: int | None = None
+    """Ranks that measure together, all on this machine. None: one for each GPU, or for each core (at least 2)."""
+    output: Path = Path("cluster.toml")
+    """The file to write."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Device of the ranks. None: cuda where there is a GPU."""
+
+
+def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> int:
+    """Measure, print what was found, write the file, and return 0.
+
+    Args:
+        arguments: of the command line.
+        plan: the work of the calibration; None: what the device and the ranks ask for.
+
+    Raises:
+        InputError: ranks that a launcher started, no GPU, a file that cannot be written.
+    """
+    check_starts_own_ranks("calibrate")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    check(device == "cpu" or gpus > 0, "device='cuda' needs a GPU (--device cpu measures the processor)")
+    ranks = arguments.ranks if arguments.ranks is not None else max(2, usable_cores()) if device == "cpu" else gpus
+    check_positive("ranks", ranks)
+    check(device == "cpu" or ranks <= gpus, f"ranks={ranks} must be at most the {gpus} GPU(s) of this machine")
+    check(arguments.output.parent.is_dir(), f"output={arguments.output} must be in a folder that exists")
+    if plan is None:
+        plan = Plan(device, CPU_SIZES if device == "cpu" else GPU_SIZES, calibration_configs(device, ranks))
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    begin = time.perf_counter()
+    found = run_on_ranks(measure_rank, ranks, plan, timeout_s=_LIMIT_S, backend=backend)[0]
+    processor = processor_name() if device == "cpu" else torch.cuda.get_device_name(0)
+    cluster, observations = calibrate(found, plan, machine_name(processor, device, found.measurements.cores))
+    seconds = time.perf_counter() - begin
+    print("\n".join([*measured_lines(found, plan, seconds), "", *fit_lines(cluster, observations)]))
+    try:
+        replace_file(arguments.output, cluster_text(cluster).encode())
+    except OSError as error:
+        raise InputError(f"output={arguments.output} cannot be written: {error.strerror or error}") from None
+    print(f"\nwritten: {arguments.output} (fused-megatron predict CONFIG --cluster {arguments.output})")
+    return 0
+
+
+def measured_lines(found: Found, plan: Plan, seconds: float) -> Iterator[str]:
+    """Return the measurements as lines."""
+    measured = found.measurements
+    what = "core" if plan.device == "cpu" else "GPU"
+    threads = f" of {measured.threads} thread(s)" if plan.device == "cpu" else ""
+    yield f"{measured.ranks} rank(s){threads} on {measured.cores} {what}(s), {seconds:.0f} s"
+    if measured.busy_share > _BUSY:
+        yield (
+            f"warning: other processes held the cores for {measured.busy_share:.0%} of the time: "
+            "calibrate again on an idle machine"
+        )
+    yield ""
+    yield "measured on each rank while all ranks do the same:"
+    rates = {shape: 6e-9 * m * n * k / s for shape, s in measured.products.items() for m, n, k in [shape]}
+    yield _row("products, GFLOP/s", {"x".join(map(str, shape)): f"{rate:.3g}" for shape, rate in rates.items()})
+    yield _row("memory, GB/s", {_size(b): f"{3e-9 * b / s:.3g}" for b, s in measured.memory.items()})
+    yield _row("launch of an op, us", {"": f"{1e6 * measured.launch_s:.3g}"})
+    yield from _transfer_lines(measured)
+
+
+def _transfer_lines(measured: Measurements) -> Iterator[str]:
+    for kind in dict.fromkeys(kind for kind, _ in measured.collectives):
+        times = {_size(b): f"{1e6 * s:.3g}" for (other, b), s in measured.collectives.items() if other == kind}
+        yield _row(f"{kind}, us", times)
+    if measured.messages:
+        yield _row("message, us", {_size(b): f"{1e6 * s:.3g}" for b, s in measured.messages.items()})
+
+
+def fit_lines(cluster: Cluster, observations: list[Observation]) -> Iterator[str]:
+    """Return lines that say how well the constants describe the measurements."""
+    yield f"{'':24}  {'number':>6}  {'median error':>12}  {'largest':>8}"
+    for kind, number, median, largest in error_table(cluster, observations):
+        yield f"{kind:24}  {number:>6}  {median:>12.1%}  {largest:>8.1%}"
+    yield ""
+    yield f"{'training step':24}  {'measured, ms':>12}  {'predicted, ms':>13}  {'error':>7}"
+    for one in observations:
+        if one.kind == STEPS:
+            predicted_s = one.predicted(cluster)
+            yield (
+                f"{one.label:24}  {1e3 * one.seconds:>12.1f}  {1e3 * predicted_s:>13.1f}  "
+                f"{predicted_s / one.seconds - 1:>+7.1%}"
+            )
+
+
+def _row(title: str, cells: dict[str, str]) -> str:
+    return f"  {title}: " + ", ".join(f"{name} {value}".strip() for name, value in cells.items())
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:g} {unit}"
+    return f"{num_bytes} B"

@@ -1,0 +1,88 @@
+"""Engines: stated facts about the software that runs a training step, so that published runs can be compared."""
+
+from dataclasses import dataclass
+
+from fused_megatron.checks import check_one_of
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Facts about a training program that decide what a step computes and sends.
+
+    Attributes:
+        fused_attention: attention runs in one kernel that skips masked blocks and keeps no scores. Otherwise scores of
+            all pairs pass through memory.
+        score_passes: number of times that the scores [B, N, S, S] are read or written in forward besides the products,
+            without a fused kernel: scaling, mask and softmax in one kernel (2), dropout (2.5 with its mask).
+        forward_ops, backward_ops: ops that the host launches for a block without tensor parallelism.
+        parallel_ops: ops that the host loses with R tensor-parallel ranks in a block's forward or backward, for each of
+            (R - 1)^2: a collective waits for the slowest host.
+        softmax_multiple: the fused softmax kernel needs a number of matrices (samples x heads of a rank) that this
+            divides; otherwise softmax takes separate_softmax_ops more ops in forward, and twice as many in backward.
+        logit_passes: number of times that the logits are read or written, forward and backward together, besides the
+            products: an unfused loss works on float32 copies of them, which count twice.
+        expert_ops: ops for each local expert of a block in forward, and twice as many in backward, if experts run one
+            after the other; as many again where tensor-parallel ranks share each expert.
+        message_ops: ops that a message between two stages is worth.
+        overlaps_products: collectives of tensor parallelism run beside products.
+        overlaps_gradients: gradients are reduced under the last backward.
+        gradient_bytes: bytes an element of a reduced gradient.
+        update_bytes: bytes read and written for an element in the update: gradient, moments, weights, clipping.
+        activation_passes: bytes read and written for an element of [S, B, H] in a block's forward besides products:
+            norms, residual additions, copies between layouts; in elements.
+    """
+
+    fused_attention: bool = True
+    score_passes: float = 0.0
+    forward_ops: int = 40
+    backward_ops: int = 80
+    parallel_ops: float = 0.28
+    softmax_multiple: int = 1
+    separate_softmax_ops: int = 0
+    logit_passes: float = 12.0
+    expert_ops: float = 0.0
+    message_ops: float = 0.0
+    overlaps_products: bool = False
+    overlaps_gradients: bool = True
+    gradient_bytes: int = 4
+    update_bytes: int = 40
+    activation_passes: float = 12.0
+
+
+OWN = "fused-megatron"
+ENGINES = {
+    OWN: Engine(forward_ops=25, backward_ops=45, logit_passes=4, overlaps_products=True),
+    "megatron-core": Engine(
+        forward_ops=120,
+        backward_ops=240,
+        expert_ops=6,
+        logit_passes=60,
+        activation_passes=8.0,
+        overlaps_gradients=False,
+    ),
+    "megatron-deepspeed": Engine(
+        fused_attention=False,
+        score_passes=4.5,
+        forward_ops=70,
+        backward_ops=130,
+        softmax_multiple=4,
+        separate_softmax_ops=20,
+        logit_passes=70,
+        message_ops=30,
+        overlaps_gradients=False,
+        gradient_bytes=2,
+        update_bytes=47,
+        activation_passes=16.0,
+    ),
+    "megatron-lm": Engine(
+        fused_attention=False, score_passes=4.5, logit_passes=70, overlaps_gradients=False, activation_passes=16.0
+    ),
+    "llm-foundry": Engine(logit_passes=27, gradient_bytes=2, update_bytes=40, activation_passes=47.0),
+}
+"""Engines by name. megatron-lm is the program of the papers of 2021 and 2022; megatron-deepspeed has fp16 gradients."""
+
+
+def engine_of(name: str) -> Engine:
+    """Return the engine with this name; raise InputError for an unknown one."""
+    check_one_of("engine", name, list(ENGINES))
+    return ENGINES[name]

@@ -1,0 +1,124 @@
+"""Times of real training steps of a config on the ranks of this process group, with the trainer's own parts."""
+
+import statistics
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fused_megatron.assembly.assemble import Assembly, assemble
+from fused_megatron.assembly.build import build_mesh, build_stages
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
+from fused_megatron.assembly.training_step import StepSums, training_step
+from fused_megatron.collectives.together import gather_json
+from fused_megatron.config import TrainConfig
+from fused_megatron.data.batch import Batch
+from fused_megatron.mesh import Mesh
+from fused_megatron.observe.core_time import CoreTime, quiet_median_s
+from fused_megatron.pipeline.view.recording import Recorder
+from fused_megatron.pipeline.view.simulation import Timeline
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Measured steps of a config.
+
+    Attributes:
+        seconds: of each step, until its last rank is done.
+        waits: for each step, seconds in which the rank that waited longest was ready to run and had no core. With more
+            ranks than cores, ranks wait for each other, too.
+    """
+
+    seconds: tuple[float, ...]
+    waits: tuple[float, ...]
+
+    def median_s(self, *, without_waits: bool) -> float:
+        """Return the median of the steps, with or without the waits for cores that other processes held."""
+        if not without_waits:
+            return statistics.median(self.seconds)
+        return quiet_median_s(list(zip(self.seconds, self.waits, strict=True)))
+
+    @property
+    def busy_share(self) -> float:
+        """Share of the time in which other processes held the cores."""
+        return sum(self.waits) / (sum(self.seconds) or 1.0)
+
+
+class RealSteps:
+    """Training steps of a config on random tokens. Every rank of the default process group makes one.
+
+    Args:
+        config: model.vocab_size must be set, and the product of the parallel sizes be the number of ranks.
+        device: of this rank.
+        record: record the timeline of each step.
+
+    Communication: as build_mesh and assemble.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device, *, record: bool = False) -> None:
+        self.mesh, plan = build_mesh(config, device.type), plan_pipeline(config)
+        self.recorder = Recorder(self.mesh.pp_group) if record else None
+        model = build_stages(config, self.mesh, plan, device)
+        self.assembly: Assembly = assemble(config, self.mesh, plan, model, self.recorder)
+        self._group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._batch = random_batch(config, self.mesh, device)
+        self._num_targets = config.training.global_batch_size * config.model.seq_len
+        self._device = device
+        self._step = 0
+
+    def run(self) -> tuple[float, float]:
+        """Run a step after a barrier; return (seconds, seconds without a core) of this rank."""
+        if self._group is not None:
+            dist.barrier()
+        if self.recorder is not None:
+            self.recorder.begin()
+        clock = CoreTime()
+        training_step(
+            self.assembly,
+            lambda: self._batch,
+            step=self._step,
+            lr=1e-4,
+            num_targets=self._num_targets,
+            group=self._group,
+            flags=tuple,
+            judge=_accept,
+        )
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._step += 1
+        return clock.stop()
+
+    def timeline(self, name: str) -> Timeline | None:
+        """Return the timeline of the last step, if it was recorded."""
+        return None if self.recorder is None else self.recorder.timeline(name)
+
+    def times(self, rounds: int, warm_up: int = 1) -> StepTimes:
+        """Run warm-up steps and then `rounds` steps; return their times, the same on every rank."""
+        for _ in range(warm_up):
+            self.run()
+        return slowest_of_ranks([self.run() for _ in range(rounds)], self._group)
+
+    def close(self) -> None:
+        """Cut the connections of the pipeline."""
+        self.assembly.executor.close()
+
+
+def slowest_of_ranks(steps: list[tuple[float, float]], group: dist.ProcessGroup | None) -> StepTimes:
+    """Return, for each step, the time of the slowest rank and the longest wait for a core, the same on every rank."""
+    by_step = zip(*gather_json(steps, group), strict=True)
+    slowest = [tuple(map(max, zip(*ranks, strict=True))) for ranks in by_step]
+    return StepTimes(tuple(seconds for seconds, _ in slowest), tuple(wait for _, wait in slowest))
+
+
+def random_batch(config: TrainConfig, mesh: Mesh, device: torch.device) -> Batch:
+    """Return this data-parallel rank's rows of a batch of random tokens, each with a target."""
+    rows, seq_len = config.training.global_batch_size // mesh.dp_size, config.model.seq_len
+    generator = torch.Generator().manual_seed(mesh.dp_rank)
+    tokens = torch.randint(config.model.vocab_size or 1, (rows, seq_len + 1), generator=generator)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory()
+    return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+
+
+def _accept(sums: StepSums) -> None:
+    """Let every update happen."""

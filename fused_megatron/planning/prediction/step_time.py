@@ -1,0 +1,169 @@
+"""Prediction of the time of a training step: costs of the stages, played through the simulator of schedules."""
+
+from dataclasses import dataclass
+
+from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
+from fused_megatron.checks import check
+from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.models import StageSpan
+from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.pipeline.schedule.action import stages_of
+from fused_megatron.pipeline.view.simulation import Costs, Timeline
+from fused_megatron.planning.parameter_counts import stage_parameters
+from fused_megatron.planning.prediction.block_time import ActionWork, StageTimes, Work
+from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.engine import OWN, engine_of
+from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
+from fused_megatron.planning.prediction.played_schedule import play
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
+from fused_megatron.planning.prediction.transfer_time import Ring
+from fused_megatron.planning.rank_communication import message_bytes
+
+PARTS = (
+    "products",
+    "memory-bound ops",
+    "launch floor",
+    "tensor parallel",
+    "context parallel",
+    "expert parallel",
+    "pipeline bubble",
+    "data parallel",
+    "optimizer",
+)
+"""Parts of a step, in the order of reports."""
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """Predicted time of a training step.
+
+    Attributes:
+        seconds: of the step.
+        low_s, high_s: the error bar.
+        parts: seconds by part, of the rank that works most; they add up to seconds. A rank waits in "pipeline bubble",
+            and for transfers between stages.
+        timeline: the simulated schedule, in seconds; of a long step only some microbatches.
+        outside: in which respects the run lies outside of the runs to which the constants were fitted.
+    """
+
+    seconds: float
+    low_s: float
+    high_s: float
+    parts: dict[str, float]
+    timeline: Timeline
+    outside: tuple[str, ...] = ()
+
+
+def predict_step(config: TrainConfig, cluster: Cluster, *, engine: str = OWN) -> StepPrediction:
+    """Predict the time of a training step.
+
+    Args:
+        config: the run; parallel.data_parallel_size and model.vocab_size must be given.
+        cluster: the machine.
+        engine: key of ENGINES: the program that runs the step.
+
+    Raises:
+        InputError: a size that is missing, or a schedule that does not fit.
+    """
+    return _Step(config, cluster, engine).predict()
+
+
+def fastest_possible(config: TrainConfig, cluster: Cluster) -> float:
+    """Return a lower bound of predict_step: products only, at the efficiency of large products, without a bubble."""
+    training, parallel = config.training, config.parallel
+    _, flops = gpt_step_flops(config.model, training.global_batch_size * config.model.seq_len, visible_pairs=0)
+    gpus = parallel.num_ranks
+    return flops / (1e12 * cluster.peak_tflops * cluster.product_efficiency * gpus)
+
+
+class _Step:
+    def __init__(self, config: TrainConfig, cluster: Cluster, name: str) -> None:
+        parallel = config.parallel
+        check(parallel.data_parallel_size is not None, "data_parallel_size=None must be given to predict a step")
+        check(config.model.vocab_size is not None, "vocab_size=None must be given to predict a step")
+        self.config, self.name, self.engine = config, name, engine_of(name)
+        self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
+        self.dp = parallel.data_parallel_size or 1
+        config.check_data_parallel(self.dp)
+        self.plan = plan_pipeline(config)
+        self.spans = stage_spans(config, self.plan)
+        self.times = StageTimes(config, cluster, self.engine)
+        self.works = [self.times.of_stage(span) for span in self.spans]
+
+    def predict(self) -> StepPrediction:
+        training = self.config.training
+        microbatches = training.global_batch_size // training.microbatch_size // self.dp
+        played = play(self.plan, self._costs(), microbatches)
+        ranks = range(len(played.ends))
+        stages = {rank: stages_of(self.plan.placement, rank) for rank in ranks}
+        reduced = [
+            self._reduction_s([self.spans[s] for s in stages[rank]], [self.works[s] for s in stages[rank]])
+            for rank in ranks
+        ]
+        ends = [played.ends[rank] + reduced[rank] for rank in ranks]
+        update = max(self._update_s([self.spans[s] for s in stages[rank]]) for rank in ranks)
+        busy = played.busy
+        busiest = max(ranks, key=lambda rank: busy[rank])
+        work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
+        mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
+        fixed = 1e-3 * self.cluster.step_ms
+        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
+        parts = {
+            "products": work.products,
+            "memory-bound ops": work.memory_bound,
+            "launch floor": busy[busiest] - work.on_device,
+            "tensor parallel": work.tensor_parallel,
+            "context parallel": work.context_parallel,
+            "expert parallel": work.expert_parallel,
+            "pipeline bubble": 0.0,
+            "data parallel": work.data_parallel + max(ends) - played.makespan,
+            "optimizer": update + fixed,
+        }
+        parts["pipeline bubble"] = total - sum(parts.values())
+        outside = outside_of_fit(self.config, self.cluster, self.name)
+        error = error_share(self.cluster, len(outside))
+        return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
+
+    def _costs(self) -> Costs:
+        parallel = self.config.parallel
+        stride = self.times.tp * parallel.replicas(self.dp)
+        sent = Ring(self.cluster, parallel.pipeline_parallel_size, stride).message_s(message_bytes(self.config))
+        sent += 1e-6 * self.cluster.launch_us * self.engine.message_ops
+        forward, inputs, weights = [], [], []
+        for work in self.works:
+            backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
+            forward.append(self._seconds(work.forward))
+            weights.append(min(weight_grad, backward))
+            inputs.append(backward - weights[-1])
+        return Costs(tuple(forward), tuple(inputs), tuple(weights), link_latency=sent)
+
+    def _seconds(self, work: Work) -> float:
+        """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""
+        if self.cluster.device == "cpu":
+            return work.on_device + work.host
+        return max(work.on_device, work.host)
+
+    def _reduction_s(self, spans: list[StageSpan], works: list[ActionWork]) -> float:
+        """Return the seconds of gradient reduction and of the gather of updated weights that nothing hides."""
+        parallel = self.config.parallel
+        ring = self.times.replica_ring()
+        if ring.size == 1:
+            return 0.0
+        placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
+        counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
+        size = self.config.training.element_bytes
+        if placements.weights:
+            return 0.0
+        gradients = self.engine.gradient_bytes * counts
+        hidden = sum(self._seconds(work.backward) for work in works) if self.engine.overlaps_gradients else 0.0
+        if placements.state:
+            return self.times.exposed(ring.gather_s(gradients), hidden) + ring.gather_s(size * counts)
+        return self.times.exposed(ring.all_reduce_s(gradients), hidden)
+
+    def _update_s(self, spans: list[StageSpan]) -> float:
+        parallel = self.config.parallel
+        replicas = parallel.replicas(self.dp)
+        shares = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
+        counts = sum(stage_parameters(self.config.model, span, parallel).total for span in spans)
+        return self.engine.update_bytes * counts / shares / (1e9 * self.cluster.memory_gb_per_s)

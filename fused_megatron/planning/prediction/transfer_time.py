@@ -1,0 +1,65 @@
+"""Times of collectives and messages on a cluster."""
+
+from dataclasses import dataclass
+from math import ceil, log2
+
+from fused_megatron.planning.prediction.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Links between the ranks of a group.
+
+    A group has `size` ranks that lie `stride` ranks apart. The ranks of a node are neighbours, so a group reaches
+    beyond its node if size x stride is larger than a node. Then each of the `stride` groups of a node gets its part of
+    the node's network adapters.
+    """
+
+    cluster: Cluster
+    size: int
+    stride: int = 1
+
+    @property
+    def in_node(self) -> int:
+        """Ranks of the group in one node."""
+        return max(1, min(self.size, self.cluster.gpus_per_node // self.stride))
+
+    @property
+    def leaves_node(self) -> bool:
+        return self.size > self.in_node and self.cluster.device == "cuda"
+
+    @property
+    def gb_per_s(self) -> float:
+        """Bus bandwidth of a rank: of the slowest link of a ring."""
+        if not self.leaves_node:
+            return self.cluster.node_gb_per_s
+        return min(self.cluster.node_gb_per_s, self.cluster.network_gb_per_s * self.in_node)
+
+    def _latency_s(self, hops_per_rank: int) -> float:
+        """Return the time beyond the bytes: along a ring in a node, along a tree between nodes."""
+        nodes = ceil(self.size / self.in_node)
+        in_node = self.cluster.node_latency_us * (self.in_node - 1)
+        between = self.cluster.network_latency_us * ceil(log2(nodes)) if self.leaves_node else 0.0
+        return 1e-6 * hops_per_rank * (in_node + between)
+
+    def gather_s(self, num_bytes: float) -> float:
+        """Return the seconds of an all-gather or a reduce-scatter whose full tensor has num_bytes."""
+        if self.size == 1 or not num_bytes:
+            return 0.0
+        share = (self.size - 1) / self.size
+        return self._latency_s(1) + share * num_bytes / (1e9 * self.gb_per_s)
+
+    def all_reduce_s(self, num_bytes: float) -> float:
+        """Return the seconds of an all-reduce of num_bytes: a reduce-scatter and an all-gather."""
+        if self.size == 1 or not num_bytes:
+            return 0.0
+        share = (self.size - 1) / self.size
+        return self._latency_s(1) + 2 * share * num_bytes / (1e9 * self.gb_per_s)
+
+    def message_s(self, num_bytes: float) -> float:
+        """Return the seconds of a message of num_bytes to the next rank of the group."""
+        if self.size == 1 or not num_bytes:
+            return 0.0
+        if self.in_node > 1 and self.cluster.device == "cuda":
+            return 1e-6 * self.cluster.node_latency_us + num_bytes / (1e9 * self.cluster.node_gb_per_s)
+        return 1e-6 * self.cluster.network_latency_us + num_bytes / (1e9 * self.cluster.network_gb_per_s)
