@@ -44,11 +44,12 @@ train: .venv/built
 
 # Each worker gets whole files: tests start ranks of their own, and the tests of a file share its set-up. Files run in
 # the order of the folders, so that tests/audit, with the longest tests, comes first. The time of one-off builds is
-# reported separately.
+# reported separately. Compiled modules are kept even where PYTHONDONTWRITEBYTECODE is set: the tests start about a hundred
+# processes that import the package, which would each compile it again.
 test: .venv/built
 	@$(BIN)/python -m fused_megatron.audit.cuda_emulation
 	@echo "fused-megatron: set-up took $$(( $$(date +%s) - $(BEGUN) )) s; tests:"
-	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 	    --durations 10 --durations-min 1 $(ARGS)
 
 # Plants mistakes in a copy of the tree, one at a time; the tests must find each (tests/mutations).

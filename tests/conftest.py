@@ -10,9 +10,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A thread that waits for another sleeps: where workers and their ranks share a few cores, spinning takes them from
 # those that have work (the tests of ops and models: 30 s instead of 48 s on two cores).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# A shell's background job ignores Ctrl-C, and so does whatever it starts: among it programs that tests send one.
+# A shell's background job ignores Ctrl-C, nohup ignores the end of a terminal, and programs that they start inherit
+# that: among these the programs to which tests send the signal. A handler is not inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 import pytest
 import torch

@@ -68,7 +68,9 @@ FORMS: list[dict[str, Any]] = [
 
 
 FEW = (4,)
-SOME = ["gpt_22b_tp8_sequence_parallel", "gpt_76b_tp8_pp4_dp32"]
+# Presets beside the grid, with few blocks.
+FAST_PRESETS = ("gpt_22b_tp8_sequence_parallel", "gpt_39b_tp8_pp2_dp32")
+SLOW_PRESETS = ("gpt_76b_tp8_pp4_dp32",)
 on_few_and_on_many_ranks = pytest.mark.parametrize(
     "worlds", [FEW, pytest.param((8, 64, 512), marks=pytest.mark.slow)], ids=str
 )
@@ -76,8 +78,9 @@ on_few_and_on_many_ranks = pytest.mark.parametrize(
 
 @cache
 def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
-    """Return the configs of the grid for these numbers of ranks by name; for FEW also small copies of some presets."""
-    found = {name: with_few_blocks(load_config(PRESETS[name])) for name in SOME} if worlds == FEW else {}
+    """Return the configs of the grid for these numbers of ranks by name, and small copies of some presets."""
+    presets = FAST_PRESETS if worlds == FEW else SLOW_PRESETS
+    found = {name: with_few_blocks(load_config(PRESETS[name])) for name in presets}
     sizes = (1, 2) if worlds == FEW else (1, 2, 4, 8)
     for world, tp, pp in itertools.product(worlds, sizes, sizes):
         if tp * pp <= world:
@@ -89,9 +92,10 @@ def configs(worlds: tuple[int, ...]) -> dict[str, TrainConfig]:
 
 
 def with_few_blocks(config: TrainConfig) -> TrainConfig:
-    """Return a config with 2 blocks for each stage, and 2 microbatches for each pipeline rank: all do the same."""
+    """Return a config with 2 blocks for each stage, and a microbatch for each pipeline rank but at least 2."""
     plan, parallel, training = plan_pipeline(config), config.parallel, config.training
-    batch = 2 * parallel.pipeline_parallel_size * training.microbatch_size * (parallel.data_parallel_size or 1)
+    count = max(2, parallel.pipeline_parallel_size)
+    batch = count * training.microbatch_size * (parallel.data_parallel_size or 1)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_layers=2 * plan.num_stages),
@@ -159,8 +163,8 @@ def num_microbatches(config: TrainConfig) -> int:
 
 def test_every_size_of_the_papers_is_there() -> None:
     assert set(PRESETS) == {*BILLIONS, *HYBRID}
-    assert len(configs(FEW)) - len(SOME) == 4 + 2
-    assert len(configs((8, 64, 512))) == 10 + 6 * 3 + 2 * (16 + 12 * 3)
+    assert len(configs(FEW)) - len(FAST_PRESETS) == 4 + 2
+    assert len(configs((8, 64, 512))) - len(SLOW_PRESETS) == 10 + 6 * 3 + 2 * (16 + 12 * 3)
 
 
 @pytest.mark.parametrize("name", BILLIONS)

@@ -11,8 +11,9 @@ def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra, and slow to import
     except ImportError:
         return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(7, 4))
+    # Fixed margins: a layout that fits them to the labels draws the picture twice.
+    axes = figure.add_axes((0.1, 0.14, 0.87, 0.76))
     training = [(r["step"], r["loss"]) for r in records if "loss" in r]
     validation = [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
     if training:

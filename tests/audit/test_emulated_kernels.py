@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(not sanitizer_libraries(), reason="no libasan"),
 ]
 OP_TESTS = Path(__file__).parents[1] / "ops"
-CASES = [pytest.param(["--cases-per-test=3"], id="some"), pytest.param([], id="all", marks=pytest.mark.slow)]
+CASES = [pytest.param(["--cases-per-test=2"], id="some"), pytest.param([], id="all", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("options", CASES)

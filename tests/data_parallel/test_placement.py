@@ -59,7 +59,7 @@ def step(assembly: Assembly, number: int) -> float:
 
 def weights_and_norms(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     assembly = assembled(config)
-    norms = [step(assembly, number) for number in range(3)]
+    norms = [step(assembly, number) for number in range(2)]  # the second takes the weights and the state of the first
     with assembly.weights.whole():
         return {name: p.detach().clone() for name, p in assembly.parameters.items()}, norms
 
@@ -121,7 +121,6 @@ PIPELINE = {"pipeline_parallel_size": 2}
 ACCUMULATED: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
     (2, 2, {}, {}),
     (4, 2, {**PIPELINE, "stages_per_rank": 2}, {"recompute": "selective"}),
-    (4, 2, {**PIPELINE, "schedule": "zb_v"}, {}),
     (4, 4, {"zero_shard_size": 2}, {}),
     (4, 2, {**PIPELINE, "schedule": "looped_breadth_first", "stages_per_rank": 2, "zero_gather": "step"}, {}),
 ]
@@ -130,6 +129,7 @@ SLOW_ACCUMULATED: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
     (2, 2, {"zero_shard_size": 1}, {}),
     (3, 3, {}, {"tied_embeddings": False}),
     (2, 2, {"zero_gather": "step"}, LLAMA),
+    (4, 2, {**PIPELINE, "schedule": "zb_v"}, {}),
     (4, 2, {**PIPELINE, "schedule": "zb_h1"}, {"tied_embeddings": False}),
     (4, 2, {"tensor_parallel_size": 2, "sequence_parallel": True}, {"num_kv_heads": 1, "recompute": "full"}),
     (8, 2, {**PIPELINE, "tensor_parallel_size": 2}, LLAMA),
@@ -146,7 +146,7 @@ def test_stages_agree_where_sums_have_another_order(
     ranks: int, replicas: int, layout: dict[str, Any], model: dict[str, Any]
 ) -> None:
     """Stages 2 and 3 sum over replicas in every microbatch, and then over microbatches; one rank has nothing to sum."""
-    config = config_of({}, model, "float32", 4, replicas)
+    config = config_of({}, model, "float32", 4 if "pipeline_parallel_size" in layout else 2, replicas)
     sizes = {"pipeline_parallel_size", "tensor_parallel_size", "schedule", "stages_per_rank", "sequence_parallel"}
     whole = dataclasses.replace(config, parallel=ParallelConfig(**{k: v for k, v in layout.items() if k in sizes}))
     stages = (3,) if "zero_gather" in layout else (1, 2, 3)

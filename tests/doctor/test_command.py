@@ -105,9 +105,10 @@ def test_a_name_server_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert network.host_addresses == () and network.host_lookup_s is not None
 
 
-def test_lookup_returns_what_is_found() -> None:
+def test_lookup_returns_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_megatron.doctor.network.LOOKUP_PATIENCE_S", 60)
     result, seconds = Lookup(lambda: 3).result()
-    assert result == 3 and seconds is not None and seconds < 1
+    assert result == 3 and seconds is not None and seconds < 60
 
 
 def test_a_program_that_hangs_or_fails_has_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.collectives.together import SharedFailure
+from fused_megatron.config.parallel import cheapest_dispatch
 from fused_megatron.expert_parallel import ExpertMLP, route_counts
-from fused_megatron.expert_parallel.dispatch import cheapest_dispatch
 from fused_megatron.mesh import init_mesh
 from fused_megatron.ops.expert_permutation import combine_tokens
 from fused_megatron.testing import record_communication, run_cases_on_ranks, run_on_ranks

@@ -166,13 +166,13 @@ KINDS = [
 ]
 
 
-def cases(world_size):
-    """Every routing in each layout, over both dispatches (8 ranks: in turn); the other options take turns."""
+def cases(world_size, both_dispatches):
+    """Every routing in each layout, over both dispatches or over one of them in turn; the other options take turns."""
     index = 0
     for ep, etp in LAYOUTS[world_size]:
         for number, routing in enumerate(ROUTINGS):
             ways = ("all_to_all", "all_gather") if world_size > 1 else (None,)
-            for dispatch in ways if world_size < 8 else ways[number % 2 :][:1]:
+            for dispatch in ways if both_dispatches or world_size == 1 else ways[number % 2 :][:1]:
                 yield Case(ep, etp, routing, dispatch, **KINDS[index % len(KINDS)])
                 index += 1
         if world_size > 1:
@@ -180,9 +180,12 @@ def cases(world_size):
             yield Case(ep, etp, "random", "all_gather", dtype=torch.bfloat16, bias=True)
 
 
-@pytest.mark.parametrize("world_size", LAYOUTS)
-def test_results_and_gradients_are_those_of_dense_experts(world_size):
-    every = list(cases(world_size))
+@pytest.mark.parametrize(
+    ("world_size", "both_dispatches"),
+    [*((ranks, False) for ranks in LAYOUTS), *(pytest.param(r, True, marks=pytest.mark.slow) for r in (2, 4))],
+)
+def test_results_and_gradients_are_those_of_dense_experts(world_size, both_dispatches):
+    every = list(cases(world_size, both_dispatches))
     for case, of_ranks in zip(every, run_cases_on_ranks(errors, world_size, [(case,) for case in every]), strict=True):
         for repeated, name, error in of_ranks:
             assert repeated, case

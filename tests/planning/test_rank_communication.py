@@ -19,8 +19,17 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=["one_kv_head", "query_key_norm", "llama", "recompute_blocks"])
-@pytest.mark.parametrize("sequence_parallel", [False, True])
+# In the fast part sequence parallelism takes turns.
+@pytest.mark.parametrize(
+    ("sequence_parallel", "form"),
+    [
+        pytest.param(flag, form, marks=() if flag == bool(index % 2) else pytest.mark.slow, id=f"{flag}-{name}")
+        for flag in (False, True)
+        for index, (name, form) in enumerate(
+            zip(("one_kv_head", "query_key_norm", "llama", "recompute_blocks"), FORMS, strict=True)
+        )
+    ],
+)
 def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
     model = GPTConfig(num_layers=4, hidden_size=32, num_heads=4, seq_len=16, vocab_size=101, **form)
     for tp in (2, 4) if sequence_parallel else (1, 2, 4):

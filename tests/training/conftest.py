@@ -48,7 +48,7 @@ class Runs:
         num_steps: steps of a run; seq_len: S of the model.
     """
 
-    num_steps = 10
+    num_steps = 4
     seq_len = 26  # on 4 ranks 8, 6, 6 and 6 positions with two tensor-parallel ranks, and 7, 7, 6 and 6 without
 
     def __init__(self, folder: Path) -> None:
@@ -69,16 +69,16 @@ class Runs:
             "model": kind(num_layers=2, hidden_size=32, num_heads=4, seq_len=self.seq_len),
             "parallel": ParallelConfig(timeout_s=120),
             "data": DataConfig(path=str(self.folder / "text"), cache_folder=cache, tokenizer_vocab_size=300),
-            "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=3),
+            "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=2),
             "training": TrainingConfig(
                 num_steps=self.num_steps,
                 global_batch_size=4,
                 microbatch_size=1,
-                eval_interval=5,
+                eval_interval=2,
                 eval_batches=1,
-                checkpoint_interval=5,
+                checkpoint_interval=2,
                 keep_checkpoints=10,
-                replica_check_interval=5,
+                replica_check_interval=2,
                 run_folder=str(run),
             ),
         }

@@ -27,7 +27,7 @@ with contextlib.suppress(ImportError):
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
 
-NUM_STEPS = 12
+NUM_STEPS = 6
 # The other form of every layer; every rank holds its one key-value head.
 LLAMA: dict[str, Any] = {
     "activation": "swiglu", "normalization": "rms_norm", "position": "rotary", "num_kv_heads": 1,
@@ -55,8 +55,8 @@ def config_for(text: Path, run: Path, **changes: Any) -> TrainConfig:
         "data": DataConfig(path=str(text), cache_folder=str(text.parent / "cache"), tokenizer_vocab_size=300),
         "optimizer": OptimizerConfig(lr=3e-3, min_lr=1e-4, warmup_steps=3),
         "training": TrainingConfig(
-            num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=6, eval_batches=2,
-            checkpoint_interval=4, keep_checkpoints=10, replica_check_interval=4, run_folder=str(run),
+            num_steps=NUM_STEPS, global_batch_size=8, microbatch_size=2, eval_interval=3, eval_batches=2,
+            checkpoint_interval=2, keep_checkpoints=10, replica_check_interval=2, run_folder=str(run),
         ),
     }  # fmt: skip
     for name, section in sections.items():
@@ -97,7 +97,7 @@ def test_one_process_learns(one_process: tuple[Path, list[dict[str, Any]]]) -> N
     losses = [r["loss"] for r in records if "loss" in r]
     assert len(losses) == NUM_STEPS
     assert 5.6 < losses[0] < 5.9  # ln(300) = 5.70
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 @pytest.mark.parametrize(("world_size", "changes"), [
@@ -148,16 +148,16 @@ def test_resume_equals_the_uninterrupted_run_bit_for_bit(
 ) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     changes = {f"{axis}_parallel_size": ranks, "dtype": dtype}
-    expected = trained(text, whole, ranks, num_steps=8, **changes)
+    expected = trained(text, whole, ranks, num_steps=4, **changes)
     shutil.copytree(whole, halves)
-    # As if the process had been killed after step 4: neither its later checkpoint nor its later metrics exist.
-    (halves / "checkpoints" / "step-000008").rename(tmp_path / "lost")
-    found = trained(text, halves, ranks, num_steps=8, **changes)
+    # As if the process had been killed after step 2: neither its later checkpoint nor its later metrics exist.
+    (halves / "checkpoints" / "step-000004").rename(tmp_path / "lost")
+    found = trained(text, halves, ranks, num_steps=4, **changes)
     strip = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in found]
     assert strip == [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in expected]
-    for file in sorted((whole / "checkpoints" / "step-000008").glob("*.safetensors")):
+    for file in sorted((whole / "checkpoints" / "step-000004").glob("*.safetensors")):
         digests = {
-            hashlib.sha256((run / "checkpoints" / "step-000008" / file.name).read_bytes()).hexdigest()
+            hashlib.sha256((run / "checkpoints" / "step-000004" / file.name).read_bytes()).hexdigest()
             for run in (whole, halves)
         }
         assert len(digests) == 1, file.name
@@ -171,18 +171,18 @@ def test_run_saved_at_tp2_resumes_at_another_layout(
     text: Path, tmp_path: Path, one_process: Any, world_size: int, changes: dict[str, Any]
 ) -> None:
     trained(text, tmp_path, 2, tensor_parallel_size=2)
-    for step in ("08", "12"):
+    for step in ("04", "06"):
         (tmp_path / "checkpoints" / f"step-0000{step}").rename(tmp_path / f"lost-{step}")
     assert_same_curve(trained(text, tmp_path, world_size, **changes), one_process[1])
 
 
 def test_dropout_and_llama_layers_have_one_curve_at_every_layout_and_resume(text: Path, tmp_path: Path) -> None:
-    steps = {"num_steps": 6, "checkpoint_interval": 3, "eval_interval": 3, **LLAMA}
+    steps = {"num_steps": 4, "eval_interval": 2, **LLAMA}
     one = trained(text, tmp_path / "one", 1, **steps)
     run = tmp_path / "two"
     two = trained(text, run, 2, tensor_parallel_size=2, microbatch_size=8, recompute="selective", **steps)
     assert_same_curve(two, one)
-    lost = run / "checkpoints" / "step-000006"
+    lost = run / "checkpoints" / "step-000004"
     lost.rename(tmp_path / "lost")
     again = trained(text, run, 2, tensor_parallel_size=2, microbatch_size=8, recompute="full", **steps)
     strip = [[{k: v for k, v in r.items() if k != "tokens_per_s"} for r in records] for records in (again, two)]
@@ -282,7 +282,7 @@ def test_both_ends_of_a_pipeline_keep_one_tied_embedding(text: Path, tmp_path: P
     squares = sum(
         tensor.double().square().sum() for name, tensor in {**first, **last}.items() if name.startswith("grad ")
     )
-    assert RunFolder(tmp_path).read_metrics()[3]["gradient_norm"] == pytest.approx(squares.sqrt().item(), rel=1e-6)
+    assert RunFolder(tmp_path).read_metrics()[-2]["gradient_norm"] == pytest.approx(squares.sqrt().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(("sequence_parallel", "changes"), [
@@ -293,12 +293,12 @@ def test_replicated_weights_gradients_and_loss_stay_bitwise_equal(
 ) -> None:
     # In stage 0 every replica has whole gradients.
     layout = {"tensor_parallel_size": 2, "sequence_parallel": sequence_parallel, "zero_stage": 0}
-    config = config_for(text, tmp_path, num_steps=6, **layout, **changes)
+    config = config_for(text, tmp_path, num_steps=3, **layout, **changes)
     ranks = run_on_ranks(replicated_weights, 4, config, timeout_s=300)
     assert len(ranks[0]) > 20
     assert not changes or "grad blocks.1.attention.query_key_value.weight.key" in ranks[0]
     for i, mine in enumerate(ranks):
-        assert sum(name.startswith("loss") for name in mine) == 6
+        assert sum(name.startswith("loss") for name in mine) == 3
         for other in ranks[:i]:  # the loss of only this data-parallel rank's samples
             assert all(torch.equal(mine[name], other[name]) for name in mine.keys() & other.keys())
         assert mine.keys() == ranks[i - i % 2].keys()
@@ -313,7 +313,7 @@ def test_loss_picture_and_config_are_there(one_process: Any) -> None:
     run, _ = one_process
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "num_layers = 2" in (run / "config.toml").read_text()
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004", "step-000008", "step-000012"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004", "step-000006"]
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -342,7 +342,7 @@ def test_checkpoint_from_before_a_setting_existed(
     text: Path, one_process: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing setting had its present default; a setting that does not affect the weights may change."""
-    manifest = read_manifest(one_process[0] / "checkpoints" / "step-000012")
+    manifest = read_manifest(one_process[0] / "checkpoints" / "step-000006")
     old = {k: v for k, v in manifest.state["config"]["model"].items() if k not in {*LLAMA, "recompute"}}
     state = {**manifest.state, "config": {"model": old}}
     monkeypatch.setattr(training, "read_run_state", lambda checkpoint: state)
@@ -357,7 +357,7 @@ def test_ranks_of_different_configs(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(of_two_minds, 2, config_for(text, tmp_path), timeout_s=300)
     for rank in (0, 1):
-        assert "training.num_steps=12 on rank 0 but 13 on rank 1" in str(caught.value.errors[rank])
+        assert "training.num_steps=6 on rank 0 but 7 on rank 1" in str(caught.value.errors[rank])
 
 
 def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None:
@@ -368,8 +368,8 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, kind: str) -> None
     def poison(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
         result = forward(self, *arguments, **keywords)
         calls[0] += self.training and torch.is_grad_enabled()
-        # In step 6, with 4 microbatches a step, on one rank only.
-        if calls[0] == 5 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
+        # In step 3, with 4 microbatches a step, on one rank only.
+        if calls[0] == 2 * 4 + 2 and rank == world_size - 1 and torch.is_grad_enabled():
             result = result * float(kind) if kind != "gradient" else result + (result - result).sqrt()
         return result
 
@@ -388,10 +388,10 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_every_rank(
         config = config_for(text, tmp_path, **{f"{axis}_parallel_size": 2})
         run_on_ranks(poisoned, 2, config, kind, timeout_s=300)
     texts = [str(caught.value.errors[rank]) for rank in (0, 1)]
-    assert all(text.startswith("step 6: loss=") for text in texts)
+    assert all(text.startswith("step 3: loss=") for text in texts)
     assert kind != "gradient" or all("first such gradient: position_embedding on rank 0" in text for text in texts)
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
-    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 5
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
 
 
 def killed(rank: int, world_size: int, config: TrainConfig) -> None:
@@ -401,8 +401,8 @@ def killed(rank: int, world_size: int, config: TrainConfig) -> None:
 
     def kill(self: GPT, *arguments: Any, **keywords: Any) -> torch.Tensor:
         calls[0] += self.training
-        # In step 4, with 2 microbatches a step.
-        if calls[0] == 8 and rank == 3:
+        # In step 3, with 2 microbatches a step.
+        if calls[0] == 6 and rank == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         return forward(self, *arguments, **keywords)
 
@@ -416,10 +416,10 @@ def killed(rank: int, world_size: int, config: TrainConfig) -> None:
 
 
 def test_every_rank_names_one_that_was_killed_and_the_run_resumes(text: Path, tmp_path: Path) -> None:
-    changes = {"num_steps": 6, "checkpoint_interval": 3, "pipeline_parallel_size": 2, "data_parallel_size": 2}
+    changes = {"num_steps": 4, "pipeline_parallel_size": 2, "data_parallel_size": 2}
     with pytest.raises(RankError):
         run_on_ranks(killed, 4, config_for(text, tmp_path, **changes), timeout_s=300)
     # Rank 0 exchanges nothing with rank 3: it only sees 1 and 2 leave.
     for rank in range(3):
         assert "lost contact with rank 3 (" in (tmp_path / f"rank-{rank}").read_text()
-    assert [r["step"] for r in trained(text, tmp_path, 4, **changes) if "loss" in r] == list(range(1, 7))
+    assert [r["step"] for r in trained(text, tmp_path, 4, **changes) if "loss" in r] == list(range(1, 5))
