@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fused_megatron
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, TrainingConfig, TransformerConfig
 from fused_megatron.config.config_file import load_config
@@ -15,7 +14,7 @@ from fused_megatron.planning.search.amounts import round_to_even_share
 from fused_megatron.untrusted_files import read_json
 
 CONFIG_FILE = "config.json"
-PRESETS = Path(fused_megatron.__file__).parents[1] / "benchmarks" / "presets"
+PRESETS = Path(__file__).parents[3] / "benchmarks" / "presets"
 """Folder of the presets, which only a source checkout has."""
 DEFAULT_BATCH_TOKENS = 4 << 20
 """Tokens of a step for a model without a batch."""
