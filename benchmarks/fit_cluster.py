@@ -35,9 +35,9 @@ CONSTANTS = {
 """Constants that are fitted."""
 SOURCES = {
     "a100-80gb": (
-        ("a100_single_node_steps.csv", 0.15, 1.0),
+        ("a100_single_node_steps.csv", 0.2, 1.5),
         ("a100_multi_node_steps.csv", 0.25, 2.0),
-        ("llm_foundry_a100.csv", 0.25, 1.2),
+        ("llm_foundry_a100.csv", 0.25, 0.8),
     ),
     "h100-80gb": (("tutorial_experiments.csv", 0.3, 1.0),),
 }

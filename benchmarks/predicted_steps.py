@@ -15,47 +15,49 @@ within 3 % of it; with 4 ranks, which share 2 cores, a rank correlation of at le
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
+import pickle
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
 from faults.two_hosts import TwoHosts, missing
 from gpt_layouts import SIZES
 from predicted_layouts import Job, cases_of, config_of
 from slow_link import join, run_on_link, set_rate
 
-from fused_megatron.kept_pages import keep_malloc_pages
-from fused_megatron.overlap import overlap_costs
-from fused_megatron.planning.prediction.calibrate import Found, Plan, calibrate, measure_rank
+from fused_megatron.planning.prediction.calibrate import Found, Plan, Run, calibrate, measure
 from fused_megatron.planning.prediction.calibrate_command import fit_lines
 from fused_megatron.planning.prediction.calibration_steps import calibration_configs
 from fused_megatron.planning.prediction.cluster import Cluster, cluster_text, load_cluster
-from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, threads_of_rank, usable_cores
-from fused_megatron.planning.prediction.measured_steps import RealSteps, StepTimes
+from fused_megatron.planning.prediction.machine_measurements import CPU_SIZES, usable_cores
+from fused_megatron.planning.prediction.measured_steps import StepTimes, steps_on_rank
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.testing import run_on_ranks
 
 HOSTS = TwoHosts("fm-predicted")
+_AT_ONCE = 3
+"""Steps of a layout in a row, after one that warms up."""
 MEDIAN, WORST, REGRET, CORRELATION = 0.10, 0.20, 0.03, 0.9
 
 
-def run_job(rank: int, world_size: int, job: Job) -> tuple[Found | None, dict[str, StepTimes]]:
-    """Return the measurements of the calibration, and the times of each layout, on every rank."""
-    keep_malloc_pages()
-    torch.set_num_threads(threads_of_rank(world_size))
-    found = None if job.plan is None else measure_rank(rank, world_size, job.plan)
-    times = {}
-    for case in job.cases:
-        steps = RealSteps(config_of(job.size, case), torch.device("cpu"))
-        times[case.name] = steps.times(job.rounds)
-        steps.close()
-        if rank == 0:
-            print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
+def run_job(job: Job, run: Run, *, prints: bool = True) -> tuple[Found | None, dict[str, StepTimes]]:
+    """Return the measurements of the calibration, and the times of each layout; each has new ranks.
+
+    Layouts alternate, so that a busy moment of the machine slows all of them.
+    """
+    found = None if job.plan is None else measure(job.plan, run)
+    times = {case.name: StepTimes((), ()) for case in job.cases}
+    for _ in range(-(-job.rounds // _AT_ONCE)):
+        for case in job.cases:
+            times[case.name] += run(steps_on_rank, "cpu", config_of(job.size, case), _AT_ONCE)
+            if prints:
+                print(f"  {case.name}: {1e3 * times[case.name].median_s(without_waits=True):.0f} ms", flush=True)
     return found, times
 
 
@@ -112,14 +114,16 @@ def rank_correlation(some: Sequence[float], others: Sequence[float]) -> float:
     return 1 - 6 * squares / (len(some) * (len(some) ** 2 - 1))
 
 
-def conclude(title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any) -> list[str]:
+def conclude(
+    title: str, job: Job, ranks: int, options: argparse.Namespace, result: Any, *, on_machine: bool = True
+) -> list[str]:
     """Calibrate, predict and print; return the missed bars with the title."""
     found, times = result
     if found is None or job.plan is None:
         cluster = load_cluster(options.cluster)
     else:
-        # On a link each rank knows the core that it is pinned to.
-        measured = dataclasses.replace(found.measurements, cores=max(usable_cores(), found.measurements.cores))
+        # On a link each rank is pinned to a core, and knows no other.
+        measured = dataclasses.replace(found.measurements, cores=usable_cores() if on_machine else ranks)
         cluster, observations = calibrate(Found(measured, found.steps), job.plan, title.replace(" ", "-"))
         print("\n".join(fit_lines(cluster, observations)))
         if options.keep is not None:
@@ -135,19 +139,32 @@ def conclude(title: str, job: Job, ranks: int, options: argparse.Namespace, resu
 
 def run_on_the_link(rank: int, folder: Path, options: argparse.Namespace) -> None:
     """Run the cases of each rate on a rank in its namespace."""
-    join(rank, folder, real_time=False)
+    number = itertools.count()
     missed = []
+
+    def run(function: Callable[..., Any], *words: Any) -> Any:
+        """Call the function in a fork of this process, which joins the fork of the other rank."""
+        mine = folder / f"call-{next(number)}"
+        mine.mkdir(exist_ok=True)
+        child = os.fork()
+        if child == 0:
+            join(rank, mine, real_time=False)
+            result = function(rank, 2, *words)
+            (mine / f"result-{rank}").write_bytes(pickle.dumps(result))
+            dist.barrier()
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"rank {rank}: {function.__name__} failed")
+        return pickle.loads((mine / f"result-{rank}").read_bytes())
+
     for rate in options.rates:
         if rank == 0:
             set_rate(HOSTS, rate)
-        dist.barrier()
-        overlap_costs.cache_clear()
         job = job_of(2, options)
-        result = run_job(rank, 2, job)
+        result = run_job(job, run, prints=rank == 0)
         if rank == 0:
-            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result)
-    dist.destroy_process_group()
-    if missed:
+            missed += conclude(f"2 ranks at {rate} Mbit", job, 2, options, result, on_machine=False)
+    if missed and not options.quick:
         sys.exit(f"missed: {'; '.join(missed)}")
 
 
@@ -169,7 +186,7 @@ def main() -> None:
     parser.add_argument("--rates", type=int, nargs="*", default=[], help="links of this many Mbit/s (root)")
     parser.add_argument("--size", choices=[name for name in SIZES if name != "tiny"], default="small")
     parser.add_argument("--layouts", nargs="+", metavar="LAYOUT")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6, help="steps of each layout")
     parser.add_argument("--cluster", type=Path, help="a file of calibrate, instead of a calibration for each case")
     parser.add_argument("--keep", type=Path, help="a folder for cluster files and figures")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
@@ -182,8 +199,11 @@ def main() -> None:
     missed = []
     for ranks in options.ranks:
         job = job_of(ranks, options)
-        result = run_on_ranks(run_job, ranks, job, timeout_s=options.limit_s)[0]
-        missed += conclude(f"{ranks} ranks", job, ranks, options, result)
+
+        def run(function: Callable[..., Any], *words: Any, ranks: int = ranks) -> Any:
+            return run_on_ranks(function, ranks, *words, timeout_s=options.limit_s)[0]
+
+        missed += conclude(f"{ranks} ranks", job, ranks, options, run_job(job, run))
     if options.rates:
         reason = missing(("ip", "tc"))
         if reason is not None:

@@ -29,6 +29,7 @@ commands:
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
   plan MODEL --cluster NAME --gpus N [...]      fastest layout of a model on a cluster, as a config that starts
   dry-run CONFIG [--ranks N] [--rank R]         memory, FLOPs and transfers of any layout, without a GPU
+  predict CONFIG --cluster NAME|FILE [..]       time, memory and cost of a step on a cluster, without a GPU
   calibrate [--ranks N] [--output FILE]         speeds of this machine, as a cluster file for predictions
   doctor [--json]                               state of the installation, faults, and how to mend them
   report FILE...                                benchmark results as tables and plots; two runs compared
@@ -79,6 +80,7 @@ def _run(argv: Sequence[str]) -> int:
         "schedule": _schedule,
         "plan": _plan,
         "dry-run": _dry_run,
+        "predict": _predict,
         "calibrate": _calibrate,
         "doctor": _doctor,
         "report": _report,
@@ -195,6 +197,12 @@ def _dry_run(argv: Sequence[str]) -> int:
     from fused_megatron.planning.dry_run_command import run_dry_run  # noqa: PLC0415
 
     return run_dry_run(argv)
+
+
+def _predict(argv: Sequence[str]) -> int:
+    from fused_megatron.planning.prediction.command import run_predict  # noqa: PLC0415
+
+    return run_predict(argv)
 
 
 def _calibrate(argv: Sequence[str]) -> int:

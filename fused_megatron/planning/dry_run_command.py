@@ -1,6 +1,5 @@
 """The command `fused-megatron dry-run`: memory, computation and transfers of ranks in a step, as tables or JSON."""
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -8,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fused_megatron.checks import InputError, check, check_divisible, check_one_of
+from fused_megatron.checks import check, check_one_of
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
+from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
 from fused_megatron.planning.dry_run import DryRun, RankReport
 from fused_megatron.planning.step_profile import ACTIVATIONS, KINDS
 
@@ -85,42 +85,14 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
         len(words) > 0 and not words[0].startswith("-"),
         "dry-run needs a config file first (a starting point: examples/gpt_tiny.toml)",
     )
-    found: dict[str, str] = {}
-    overrides, rest = [], list(words[1:])
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name == "--json":
-            check(not equals, f"--json={value:.40} must be --json: it takes no value")
-            found[name] = ""
-        elif name in ("--ranks", "--rank", "--device", "--routes"):
-            if not equals and not rest:
-                raise InputError(f"{name} needs a value")
-            found[name] = value if equals else rest.pop(0)
-        else:
-            overrides.append(name + equals + value)
+    found, overrides = split_options(words[1:], ("--ranks", "--rank", "--device", "--routes"), ("--json",))
     config = load_config(Path(words[0]), overrides)
     if "--ranks" in found:
-        config = _on_ranks(config, _number("--ranks", found["--ranks"]))
+        config = on_ranks(config, whole_number("--ranks", found["--ranks"]))
     device = found.get("--device", "cpu")
     check_one_of("device", device, ("cpu", "cuda"))
-    rank = _number("--rank", found["--rank"]) if "--rank" in found else None
+    rank = whole_number("--rank", found["--rank"]) if "--rank" in found else None
     return DryRunOptions(config, rank, device, "--json" in found, found.get("--routes", "balanced"))
-
-
-def _number(name: str, text: str) -> int:
-    check(text.isascii() and text.isdigit() and len(text) < 10, f"{name}={text!r:.40} must be a whole number")
-    return int(text)
-
-
-def _on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
-    parallel = config.parallel
-    model_ranks = dataclasses.replace(parallel, data_parallel_size=1).num_ranks
-    names = "tensor_parallel_size x pipeline_parallel_size"
-    names += " x context_parallel_size" if parallel.context_parallel_size > 1 else ""
-    check(world_size > 0, f"ranks={world_size} must be 1 or more")
-    check_divisible("ranks", world_size, names, model_ranks)
-    parallel = dataclasses.replace(parallel, data_parallel_size=world_size // model_ranks)
-    return dataclasses.replace(config, parallel=parallel)
 
 
 def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False) -> str:
@@ -179,7 +151,7 @@ def _memory(reports: Sequence[RankReport]) -> list[str]:
                 *(_gb(by_kind.get(kind, 0)) for kind in kinds),
             ]
         )
-    return _table(rows)
+    return text_table(rows)
 
 
 def at_text(report: RankReport) -> str:
@@ -201,13 +173,13 @@ def _work(reports: Sequence[RankReport]) -> list[str]:
             head = ["", "", ""]
         if not first.transfers:
             rows.append([*head, "none", "", "", ""])
-    return _table(rows)
+    return text_table(rows)
 
 
 def _layers(report: RankReport) -> list[str]:
     layers = {memory.layer: n for memory, n in report.peak.items() if memory.kind == ACTIVATIONS}
     rows = [[layer, _gb(num_bytes)] for layer, num_bytes in sorted(layers.items(), key=lambda item: _order(item[0]))]
-    return _table([["layer", "GB"], *rows])
+    return text_table([["layer", "GB"], *rows])
 
 
 def _order(layer: str) -> tuple[int, str]:
@@ -228,11 +200,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _gb(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.3f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _as_json(report: RankReport) -> dict[str, Any]:

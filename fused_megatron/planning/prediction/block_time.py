@@ -53,6 +53,8 @@ class Work:
 
 
 _FIELDS = tuple(field.name for field in fields(Work))
+_CHUNKS = 8
+"""Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -129,21 +131,24 @@ class StageTimes:
         elements = self._elements(has_experts)
         syncs = 2 - (has_experts and not self.config.model.shared_ffn_size)
         ops = self.engine.parallel_ops * (self.tp - 1) ** 2
+        added_forward, added_backward = self._added_ops()
         extra = self._extra_ops(has_experts)
         launch = 1e-6 * self.cluster.launch_us
+        products = [self._product(*shape) for shape in linear]
         forward = Work(
-            products=sum(self._product(*shape) for shape in linear) + attention.products,
+            products=sum(products) + attention.products,
             memory_bound=self._moved(elements) + attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.forward_ops + ops + extra),
+            # All products but the first, of queries, keys and values, are cut into chunks.
+            tensor_parallel=self._exposed_syncs(syncs, sum(products[1:])),
+            host=launch * (self.engine.forward_ops + ops + extra + added_forward),
         )
         inputs = sum(self._product(count, m, k, n) for count, m, n, k in linear)
         weights = sum(self._product(count, n, k, m) for count, m, n, k in linear)
         backward = Work(
             products=inputs + weights + attention.products * self._attention_backward,
             memory_bound=self._moved(1.75 * elements) + 1.6 * attention.memory_bound,
-            tensor_parallel=syncs * self._sync(),
-            host=launch * (self.engine.backward_ops + ops + 2 * extra),
+            tensor_parallel=self._exposed_syncs(syncs, weights) + self._gathers_again(syncs),
+            host=launch * (self.engine.backward_ops + ops + 2 * extra + added_backward),
         )
         if recomputed and self.config.model.recompute == "full":
             backward += forward
@@ -152,6 +157,15 @@ class StageTimes:
         forward, backward = self._with_context(forward, backward, attention)
         forward, backward = self._with_experts(forward, backward, has_experts)
         return ActionWork(*self._with_gathers(forward, backward, has_experts), Work(products=weights))
+
+    def _added_ops(self) -> tuple[float, float]:
+        """Return the ops that the layout adds to a block's forward, and to its backward."""
+        parallel, engine = self.config.parallel, self.engine
+        forward = engine.context_ops * parallel.context_parallel_size * (parallel.context_parallel_size > 1)
+        forward += engine.unshard_ops * (parallel.zero_stage == 3 and parallel.zero_gather == "block")
+        forward += engine.sequence_ops * parallel.sequence_parallel * (self.tp > 1)
+        shards = engine.shard_ops * (self.tp > 1 and not parallel.sequence_parallel)
+        return forward + shards, 2 * forward + shards
 
     def _extra_ops(self, has_experts: bool) -> float:
         """Return the ops of softmax if the engine's fused kernel does not fit, and of experts one after the other."""
@@ -240,6 +254,24 @@ class StageTimes:
             return 2 * self.tp_ring.gather_s(activation)
         return self.tp_ring.all_reduce_s(activation)
 
+    def _exposed_syncs(self, number: int, products_s: float) -> float:
+        """Return the seconds that collectives of activations add to products, of which one chunk hides the next."""
+        transfers_s = number * self._sync()
+        if not self.engine.overlaps_products or self.config.parallel.whole_products:
+            return transfers_s
+        return self.exposed(transfers_s, (1 - 1 / _CHUNKS) * products_s)
+
+    def _gathers_again(self, number: int) -> float:
+        """Return the seconds in which backward gathers the operands that sequence parallelism did not keep.
+
+        On a GPU the products of the weights hide these gathers.
+        """
+        if self.cluster.device == "cuda" or not self.config.parallel.sequence_parallel:
+            return 0.0
+        # Gradients of two norms and of two biases, which every rank holds.
+        vectors = 4 * self.tp_ring.all_reduce_s(4 * self.hidden)
+        return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden) + vectors
+
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""
         ranks = self.config.parallel.context_parallel_size
@@ -251,6 +283,10 @@ class StageTimes:
             ring.gather_s(num_bytes) if kind != "send" else num_bytes / (1e9 * ring.gb_per_s)
             for kind, num_bytes in sent.items()
         )
+        if self.cluster.device == "cpu":
+            # Forward gathers once, or once a hop; backward twice as often.
+            calls = ranks - 1 if "send" in sent else 1
+            seconds += 3 * calls * ring.gather_s(1)
         in_forward = seconds / 3 if "send" in sent else seconds / 2
         in_backward = seconds - in_forward
         hidden = attention.products * (1 - 1 / ranks) if "send" in sent else 0.0
@@ -294,8 +330,12 @@ class StageTimes:
     def _embedding(self) -> ActionWork:
         elements = 3.0 * self.tokens * self.hidden
         launch = 1e-6 * self.cluster.launch_us
-        forward = Work(memory_bound=self._moved(elements), tensor_parallel=self._sync() / 1, host=4 * launch)
-        backward = Work(memory_bound=self._moved(elements), host=4 * launch)
+        forward = Work(
+            memory_bound=self._moved(elements),
+            tensor_parallel=self._sync() / 1,
+            host=self.engine.embedding_ops * launch,
+        )
+        backward = Work(memory_bound=self._moved(elements), host=self.engine.embedding_ops * launch)
         return ActionWork(forward, backward, Work())
 
     def _head(self) -> ActionWork:
@@ -303,6 +343,8 @@ class StageTimes:
         product = self._product(1, self.tokens, columns, self.hidden)
         launch = 1e-6 * self.cluster.launch_us
         logits = self._moved(self.engine.logit_passes / 2 * self.tokens * columns)
-        forward = Work(products=product, memory_bound=logits, host=10 * launch)
-        backward = Work(products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=10 * launch)
+        forward = Work(products=product, memory_bound=logits, host=self.engine.head_ops * launch)
+        backward = Work(
+            products=2 * product, memory_bound=logits, tensor_parallel=self._sync(), host=self.engine.head_ops * launch
+        )
         return ActionWork(forward, backward, Work(products=product))

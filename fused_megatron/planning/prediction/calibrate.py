@@ -1,41 +1,44 @@
 """Calibration of this machine: measurements on its ranks, and the constants that describe them best."""
 
+import dataclasses
 import re
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fused_megatron.assembly.build import DTYPES
 from fused_megatron.config import TrainConfig
-from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.observe.free_memory import memory_bytes
 from fused_megatron.planning.prediction.block_time import product_s
 from fused_megatron.planning.prediction.calibration import Observation, fit
-from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.cluster import Cluster, Fitted
+from fused_megatron.planning.prediction.engine import OWN
+from fused_megatron.planning.prediction.fitted_runs import values_of
 from fused_megatron.planning.prediction.machine_measurements import (
     Measurements,
     Sizes,
     measure_machine,
-    threads_of_rank,
     usable_cores,
 )
-from fused_megatron.planning.prediction.measured_steps import RealSteps, StepTimes
+from fused_megatron.planning.prediction.measured_steps import StepTimes, start_rank, steps_on_rank
 from fused_megatron.planning.prediction.shared_cores import with_threads
 from fused_megatron.planning.prediction.step_time import predict_step
 from fused_megatron.planning.prediction.transfer_time import Ring
 
-PRODUCTS, COLLECTIVES, MESSAGES, STEPS = "products", "collectives", "messages", "steps"
-_WEIGHTS = {PRODUCTS: 0.05, COLLECTIVES: 0.1, MESSAGES: 0.1, STEPS: 1.0}
+PRODUCTS, MEMORY, COLLECTIVES, MESSAGES, STEPS = "products", "memory", "collectives", "messages", "steps"
+_WEIGHTS = {PRODUCTS: 0.05, MEMORY: 0.1, COLLECTIVES: 0.1, MESSAGES: 0.1, STEPS: 1.0}
 ALONE = ("product_efficiency", "product_us", "attention_efficiency", "memory_gb_per_s", "launch_us", "step_ms")
 """Constants that one rank shows."""
 IN_NODE = ("node_gb_per_s", "node_latency_us")
 """Constants that several ranks show."""
 NETWORK = ("network_gb_per_s", "network_latency_us")
 """Constants of the network: on a CPU, of messages between two ranks."""
+LEAST_ERROR_PERCENT = 10.0
+"""Error bar of a calibration whose constants describe its own steps better than this."""
 UNMEASURED_GB_PER_S, UNMEASURED_US = 25.0, 30.0
 """Constants of a network between nodes of GPUs, which one node cannot measure."""
 
@@ -56,6 +59,11 @@ class Plan:
     configs: Mapping[str, TrainConfig]
     rounds: int = 5
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the products: the dtype of training."""
+        return torch.bfloat16 if self.device == "cuda" else torch.float32
+
 
 @dataclass(frozen=True)
 class Found:
@@ -65,24 +73,25 @@ class Found:
     steps: Mapping[str, StepTimes]
 
 
-def measure_rank(rank: int, world_size: int, plan: Plan) -> Found:
+Run = Callable[..., Any]
+"""run(fn, *args) calls fn(rank, world_size, *args) on new ranks, and returns the result of rank 0."""
+
+
+def measure(plan: Plan, run: Run) -> Found:
+    """Measure the machine, and then the steps of each config, each on new ranks.
+
+    Process groups stay with their process, and the threads of each take some of its time.
+    """
+    return Found(
+        run(measure_on_rank, plan.device, plan.dtype, plan.sizes),
+        {name: run(steps_on_rank, plan.device, config, plan.rounds) for name, config in plan.configs.items()},
+    )
+
+
+def measure_on_rank(rank: int, world_size: int, device_type: str, dtype: torch.dtype, sizes: Sizes) -> Measurements:
     """Measure on all ranks of the default process group; every rank calls this."""
-    device = torch.device("cpu")
-    if plan.device == "cuda":
-        device = torch.device("cuda", rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    else:
-        keep_malloc_pages()
-        torch.set_num_threads(threads_of_rank(world_size))
-    group = dist.group.WORLD if world_size > 1 else None
-    (dtype,) = {DTYPES[config.training.dtype] for config in plan.configs.values()} or {torch.float32}
-    measurements = measure_machine(device, dtype, group, plan.sizes)
-    steps = {}
-    for name, config in plan.configs.items():
-        real = RealSteps(config, device)
-        steps[name] = real.times(plan.rounds)
-        real.close()
-    return Found(measurements, steps)
+    device = start_rank(rank, world_size, device_type)
+    return measure_machine(device, dtype, dist.group.WORLD if world_size > 1 else None, sizes)
 
 
 def calibrate(found: Found, plan: Plan, name: str) -> tuple[Cluster, list[Observation]]:
@@ -97,7 +106,21 @@ def calibrate(found: Found, plan: Plan, name: str) -> tuple[Cluster, list[Observ
     observations = observations_of(found, plan)
     several = found.measurements.ranks > 1
     names = (*ALONE, *(IN_NODE if several else ()), *(NETWORK if several and plan.device == "cpu" else ()))
-    return fit(start, observations, names), observations
+    cluster = fit(start, observations, names)
+    return dataclasses.replace(cluster, fitted=_fitted(cluster, observations, plan)), observations
+
+
+def _fitted(cluster: Cluster, observations: Sequence[Observation], plan: Plan) -> Fitted | None:
+    """Return the ranges of the steps of a calibration, and an error bar from their errors; None without steps."""
+    errors = [abs(o.error(cluster)) for o in observations if o.kind == STEPS]
+    if not errors:
+        return None
+    sizes = [values_of(config) for config in plan.configs.values()]
+    ranges: dict[str, tuple[float, float]] = {
+        name: (min(each[name] for each in sizes), max(each[name] for each in sizes)) for name in sizes[0]
+    }
+    ranges["gpus"] = (1, ranges["gpus"][1])
+    return Fitted(max(LEAST_ERROR_PERCENT, 100 * max(errors)), (OWN,), (), ranges)
 
 
 def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
@@ -122,7 +145,7 @@ def first_guess(measured: Measurements, device: str, name: str) -> Cluster:
         product_efficiency=statistics.median(rates) / measured.threads / peak,
         product_us=1e6 * measured.launch_s / 4,
         attention_efficiency=0.3,
-        memory_gb_per_s=3 * streamed / measured.memory[streamed] / 1e9,
+        memory_gb_per_s=3 * streamed / measured.memory[streamed] / measured.threads / 1e9,
         launch_us=1e6 * measured.launch_s,
         node_gb_per_s=share * node[1] / 1e9,
         node_latency_us=1e6 * node[0] / max(1, measured.ranks - 1),
@@ -144,12 +167,15 @@ def _line(seconds: Mapping[int, float]) -> tuple[float, float]:
 def observations_of(found: Found, plan: Plan) -> list[Observation]:
     """Return all measurements with their predictions."""
     measured = found.measurements
-    dtypes = {DTYPES[config.training.dtype] for config in plan.configs.values()} or {torch.float32}
-    size = max(dtype.itemsize for dtype in dtypes)
+    size = plan.dtype.itemsize
     observed = []
     for shape, seconds in measured.products.items():
         label = " x ".join(map(str, shape))
         observed.append(_observation(PRODUCTS, label, seconds, partial(_linear_s, size, measured.threads, shape)))
+    # Smaller tensors stay in caches.
+    largest = max(measured.memory)
+    predicted = partial(_memory_s, 3 * largest, measured.threads)
+    observed.append(_observation(MEMORY, f"{largest} bytes", measured.memory[largest], predicted))
     for (kind, num_bytes), seconds in measured.collectives.items():
         predicted = partial(_collective_s, measured.ranks, kind, num_bytes)
         observed.append(_observation(COLLECTIVES, f"{kind} of {num_bytes} bytes", seconds, predicted))
@@ -171,6 +197,10 @@ def _linear_s(size: int, threads: int, shape: tuple[int, int, int], cluster: Clu
     m, n, k = shape
     shapes = ((m, n, k), (m, k, n), (n, k, m))
     return sum(product_s(with_threads(cluster, threads), size, 1, *each) for each in shapes)
+
+
+def _memory_s(num_bytes: int, threads: int, cluster: Cluster) -> float:
+    return num_bytes / (1e9 * with_threads(cluster, threads).memory_gb_per_s)
 
 
 def _collective_s(ranks: int, kind: str, num_bytes: int, cluster: Cluster) -> float:

@@ -1,17 +1,17 @@
 """The command `fused-megatron calibrate`: measures this machine, and writes its constants as a cluster file."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.durable import replace_file
 from fused_megatron.observe.processor import processor_name
-from fused_megatron.planning.prediction.calibrate import STEPS, Found, Plan, calibrate, machine_name, measure_rank
+from fused_megatron.planning.prediction.calibrate import STEPS, Found, Plan, calibrate, machine_name, measure
 from fused_megatron.planning.prediction.calibration import Observation, error_table
 from fused_megatron.planning.prediction.calibration_steps import calibration_configs
 from fused_megatron.planning.prediction.cluster import Cluster, cluster_text
@@ -59,7 +59,11 @@ def run_calibrate(arguments: CalibrateArguments, plan: Plan | None = None) -> in
         plan = Plan(device, CPU_SIZES if device == "cpu" else GPU_SIZES, calibration_configs(device, ranks))
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     begin = time.perf_counter()
-    found = run_on_ranks(measure_rank, ranks, plan, timeout_s=_LIMIT_S, backend=backend)[0]
+
+    def run(function: Callable[..., Any], *words: Any) -> Any:
+        return run_on_ranks(function, ranks, *words, timeout_s=_LIMIT_S, backend=backend)[0]
+
+    found = measure(plan, run)
     processor = processor_name() if device == "cpu" else torch.cuda.get_device_name(0)
     cluster, observations = calibrate(found, plan, machine_name(processor, device, found.measurements.cores))
     seconds = time.perf_counter() - begin

@@ -54,8 +54,15 @@ def reduction_s(
     return exposed_s(cluster, ring.all_reduce_s(gradients), hidden)
 
 
-def update_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_parameters: int) -> float:
-    """Return the seconds of a rank's update of its share of num_parameters."""
+def update_s(
+    cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_parameters: int, num_blocks: int = 0
+) -> float:
+    """Return the seconds of a rank's update of its share of num_parameters.
+
+    With a shared state the host also launches ops for each of num_blocks, on a CPU one after the other.
+    """
     replicas = parallel.replicas(parallel.data_parallel_size or 1)
     shares = replicas if ZERO_STAGES[zero_stage(parallel.zero_stage, replicas)].state else 1
-    return engine.update_bytes * num_parameters / shares / (1e9 * cluster.memory_gb_per_s)
+    host = 1e-6 * cluster.launch_us * engine.state_ops * num_blocks * (shares > 1)
+    update = engine.update_bytes * num_parameters / shares / (1e9 * cluster.memory_gb_per_s)
+    return update + host if cluster.device == "cpu" else max(update, host)

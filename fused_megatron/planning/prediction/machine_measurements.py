@@ -91,7 +91,7 @@ class Measurements:
         messages: by bytes, from a send on one rank to the end of the receive on another.
         cores: cores that this process may use, or GPUs.
         ranks: ranks that measured at the same time.
-        threads: threads of each rank.
+        threads: threads of each rank; 1 on a GPU.
         busy_share: share of the time in which another process held the core.
         transfer_overlap: share of a transfer that a product beside it hides, as layers measure it that choose their
             chunks (overlap_costs).
@@ -155,7 +155,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, group: Group, size
         messages,
         cores=torch.cuda.device_count() if device.type == "cuda" else usable_cores(),
         ranks=group_size(group),
-        threads=torch.get_num_threads(),
+        threads=1 if device.type == "cuda" else torch.get_num_threads(),
         busy_share=sum(shares) / len(shares),
         transfer_overlap=overlap,
     )

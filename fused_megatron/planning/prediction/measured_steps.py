@@ -13,10 +13,12 @@ from fused_megatron.assembly.training_step import StepSums, training_step
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
+from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
 from fused_megatron.observe.core_time import CoreTime, quiet_median_s
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.pipeline.view.simulation import Timeline
+from fused_megatron.planning.prediction.machine_measurements import threads_of_rank
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class StepTimes:
 
     seconds: tuple[float, ...]
     waits: tuple[float, ...]
+
+    def __add__(self, other: "StepTimes") -> "StepTimes":
+        return StepTimes(self.seconds + other.seconds, self.waits + other.waits)
 
     def median_s(self, *, without_waits: bool) -> float:
         """Return the median of the steps, with or without the waits for cores that other processes held."""
@@ -99,8 +104,27 @@ class RealSteps:
         return slowest_of_ranks([self.run() for _ in range(rounds)], self._group)
 
     def close(self) -> None:
-        """Cut the connections of the pipeline."""
+        """Cut the connections of the pipeline. The groups of the mesh stay until the process ends."""
         self.assembly.executor.close()
+
+
+def start_rank(rank: int, world_size: int, device_type: str) -> torch.device:
+    """Set threads, malloc and the GPU of this rank as training does; return its device."""
+    if device_type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    keep_malloc_pages()
+    torch.set_num_threads(threads_of_rank(world_size))
+    return torch.device("cpu")
+
+
+def steps_on_rank(rank: int, world_size: int, device_type: str, config: TrainConfig, rounds: int) -> StepTimes:
+    """Return the times of steps of a config on all ranks of the default process group; every rank calls this."""
+    steps = RealSteps(config, start_rank(rank, world_size, device_type))
+    times = steps.times(rounds)
+    steps.close()
+    return times
 
 
 def slowest_of_ranks(steps: list[tuple[float, float]], group: dist.ProcessGroup | None) -> StepTimes:

@@ -70,6 +70,7 @@ def _runs(path: Path, rows: Sequence[Row], read: _Reader) -> list[PublishedRun]:
             raise InputError(f"validate={path}: row {index + 2}: {error}") from None
         for one in run if isinstance(run, list) else [run]:
             if one is not None:
+                check(one.seconds > 0, f"validate={path}: row {index + 2}: the time of the step must be above 0")
                 found.append(replace(one, digest=f"{crc32(','.join(row.values()).encode()):08x}"))
     check(bool(found), f"validate={path} has no row with a time that can be predicted")
     return found

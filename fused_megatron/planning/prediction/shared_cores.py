@@ -21,10 +21,22 @@ def of_one_rank(cluster: Cluster, num_ranks: int) -> Cluster:
     return with_threads(cluster, max(1, cluster.gpus_per_node // num_ranks))
 
 
-def waiting_factor(cluster: Cluster, num_ranks: int) -> float:
-    """Return the number of ranks for each core of a CPU, at least 1; 1 on GPUs.
+def waiting_s(cluster: Cluster, num_ranks: int, work_s: float, stages: int, num_microbatches: int) -> float:
+    """Return the least time of a step whose ranks take turns on the cores of a CPU; 0 on GPUs.
 
-    A step takes at least the mean work of a rank times this factor, however well the waits of ranks for each other are
-    filled by other ranks of the core.
+    The waits of a rank for another are filled by other ranks of its core, except at both ends of a pipeline: while
+    fewer ranks work than there are cores, cores are idle.
+
+    Args:
+        cluster: of one rank.
+        num_ranks: ranks that share the cores.
+        work_s: mean work of a rank.
+        stages: pipeline ranks.
+        num_microbatches: of a step.
     """
-    return max(1.0, num_ranks / cluster.gpus_per_node) if cluster.device == "cpu" else 1.0
+    cores = cluster.gpus_per_node
+    if cluster.device == "cuda" or num_ranks <= cores:
+        return 0.0
+    of_stage = num_ranks // stages
+    idle = sum(max(0, cores - active * of_stage) for active in range(1, stages))
+    return work_s * (num_ranks + idle / num_microbatches) / cores

@@ -16,7 +16,7 @@ from fused_megatron.planning.prediction.end_of_step import message_s, reduction_
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import play
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
 from fused_megatron.planning.rank_communication import message_bytes
 
 PARTS = (
@@ -80,7 +80,10 @@ class _Step:
     def __init__(self, config: TrainConfig, cluster: Cluster, name: str) -> None:
         parallel = config.parallel
         check(parallel.data_parallel_size is not None, "data_parallel_size=None must be given to predict a step")
-        check(config.model.vocab_size is not None, "vocab_size=None must be given to predict a step")
+        check(
+            config.model.vocab_size is not None,
+            "model.vocab_size=None must be given, since a prediction reads no data (--model.vocab-size 50257)",
+        )
         self.config, self.name, self.engine = config, name, engine_of(name)
         self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
@@ -107,11 +110,12 @@ class _Step:
         work = sum((self.works[s].forward + self.works[s].backward for s in stages[busiest]), Work()) * microbatches
         mean = sum(busy[rank] + reduced[rank] + update for rank in ranks) / len(busy)
         fixed = 1e-3 * self.cluster.step_ms
-        total = max(max(ends) + update + fixed, mean * waiting_factor(self.cluster, self.config.parallel.num_ranks))
+        waits = waiting_s(self.cluster, self.config.parallel.num_ranks, mean, len(busy), microbatches)
+        total = max(max(ends) + update, waits) + fixed
         parts = {
             "products": work.products,
             "memory-bound ops": work.memory_bound,
-            "launch floor": busy[busiest] - work.on_device,
+            "launch floor": max(0.0, busy[busiest] - work.on_device),
             "tensor parallel": work.tensor_parallel,
             "context parallel": work.context_parallel,
             "expert parallel": work.expert_parallel,
@@ -119,20 +123,29 @@ class _Step:
             "data parallel": work.data_parallel + max(ends) - played.makespan,
             "optimizer": update + fixed,
         }
-        parts["pipeline bubble"] = total - sum(parts.values())
+        parts["pipeline bubble"] = max(0.0, total - sum(parts.values()))
         outside = outside_of_fit(self.config, self.cluster, self.name)
         error = error_share(self.cluster, len(outside))
         return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
 
     def _costs(self) -> Costs:
-        sent = message_s(self.cluster, self.engine, self.config.parallel, message_bytes(self.config))
+        latency, sent = (
+            message_s(self.cluster, self.engine, self.config.parallel, num_bytes)
+            for num_bytes in (1, message_bytes(self.config))
+        )
         forward, inputs, weights = [], [], []
         for work in self.works:
             backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
             forward.append(self._seconds(work.forward))
             weights.append(min(weight_grad, backward))
             inputs.append(backward - weights[-1])
-        return Costs(tuple(forward), tuple(inputs), tuple(weights), link_latency=sent)
+        return Costs(
+            tuple(forward),
+            tuple(inputs),
+            tuple(weights),
+            link_latency=latency,
+            link_occupied=sent - latency,
+        )
 
     def _seconds(self, work: Work) -> float:
         """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""
@@ -147,7 +160,8 @@ class _Step:
         return reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
-        return update_s(self.cluster, self.engine, self.config.parallel, self._parameters(spans))
+        blocks = sum(span.stop - span.start for span in spans)
+        return update_s(self.cluster, self.engine, self.config.parallel, self._parameters(spans), blocks)
 
     def _parameters(self, spans: list[StageSpan]) -> int:
         """Count the parameters of a rank with these stages."""

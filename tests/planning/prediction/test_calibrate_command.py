@@ -31,11 +31,13 @@ def test_a_tiny_calibration_writes_a_cluster(ranks: int, tmp_path: Path, capsys:
     cluster = load_cluster(output)
     assert cluster.device == "cpu" and cluster.gpus_per_node >= 1 and cluster.transfer_overlap == 0.0
     assert all(math.isfinite(getattr(cluster, name)) for name in CONSTANTS)
+    assert cluster.fitted is not None and cluster.fitted.error_percent >= 10
+    assert cluster.fitted.ranges["gpus"] == (1, ranks) and cluster.fitted.ranges["hidden_size"] == (16, 16)
     printed = capsys.readouterr().out
     assert f"{ranks} rank(s) of " in printed and "products, GFLOP/s: 8x8x8 " in printed
     assert ("all_reduce, us: 64 B " in printed) == ("message, us: 64 B " in printed) == (ranks == 2)
     table = [line.split()[0] for line in printed.splitlines() if "%" in line and not line.startswith("warning")]
-    assert table.count("products") == 1 and len(table) == (2 + len(configs) if ranks == 1 else 4 + len(configs))
+    assert table.count("products") == 1 and len(table) == (3 + len(configs) if ranks == 1 else 5 + len(configs))
 
 
 def test_bad_arguments(tmp_path: Path) -> None:

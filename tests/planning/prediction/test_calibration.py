@@ -53,7 +53,7 @@ def test_the_fit_finds_the_constants_behind_exact_measurements() -> None:
     # A measurement that took ten times as long moves the other predictions by a few percent only.
     first = dataclasses.replace(exact[0], seconds=10 * exact[0].seconds)
     disturbed = fit(start, [first, *exact[1:]], FITTED, prior=1e-6)
-    assert sorted(abs(o.error(disturbed)) for o in exact)[len(exact) // 2] < 0.05
+    assert sorted(abs(o.error(disturbed)) for o in exact)[len(exact) // 2] < 0.1
     ((kind, number, median, largest),) = error_table(found, exact)
     assert (kind, number) == ("steps", len(exact)) and median <= largest < 0.01
 

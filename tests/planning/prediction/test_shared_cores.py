@@ -4,7 +4,7 @@ import dataclasses
 
 from fused_megatron.planning.prediction.calibration_steps import Shape
 from fused_megatron.planning.prediction.cluster import load_cluster
-from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_factor
+from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
 from fused_megatron.planning.prediction.step_time import predict_step
 
 GPU = load_cluster("h100")
@@ -16,12 +16,14 @@ def test_ranks_divide_the_cores() -> None:
     assert of_one_rank(CPU, 1).launch_us == CPU.launch_us
     assert of_one_rank(CPU, 2) == of_one_rank(CPU, 4) == CPU
     assert of_one_rank(GPU, 1) == GPU
-    assert [waiting_factor(CPU, ranks) for ranks in (1, 2, 4)] == [1, 1, 2]
-    assert waiting_factor(GPU, 512) == 1
+    assert [waiting_s(CPU, ranks, 1.0, 1, 1) for ranks in (1, 2, 4)] == [0, 0, 2]
+    # Of a pipeline of 4 on 2 cores, one rank works at the start and at the end; of two pipelines two work.
+    assert waiting_s(CPU, 4, 1.0, 4, 8) == 2 + 1 / 16 and waiting_s(CPU, 4, 1.0, 2, 8) == 2
+    assert waiting_s(GPU, 512, 1.0, 1, 1) == 0
 
 
 def test_a_step_of_more_ranks_than_cores_takes_their_work_in_turn() -> None:
-    shape = Shape(4, 64, 4, 64, 32, 2, 4)
+    shape = Shape(16, 64, 4, 64, 32, 2, 4)
     busy = shape.config("float32", data_parallel_size=4, zero_stage=0)
     two, four = (dataclasses.replace(CPU, gpus_per_node=cores, step_ms=0.0) for cores in (2, 4))
     assert 1.9 < predict_step(busy, two).seconds / predict_step(busy, four).seconds <= 2

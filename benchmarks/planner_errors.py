@@ -1,0 +1,94 @@
+"""Tables of docs/planner.md: errors of predictions against published and measured steps.
+
+python benchmarks/planner_errors.py --write                 # the published tables of benchmarks/published
+python benchmarks/planner_errors.py --write --grids DIR     # also the measured grids, which are not in the repository
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from fused_megatron.planning.prediction.cluster import load_cluster
+from fused_megatron.planning.prediction.published_runs import read_runs
+from fused_megatron.planning.prediction.validation import Compared, compare, mean_and_p95, regrets, summary
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs/planner.md"
+PUBLISHED = {
+    "Korthikanti et al. 2022, table 5": ("korthikanti_2205.05198_table5.csv", "a100"),
+    "Narayanan et al. 2021, table 1": ("ptdp_2104.04473_table1.csv", "a100"),
+    "LLM Foundry, FSDP": ("llm_foundry_a100.csv", "a100"),
+    "tutorial, 8 H100": ("tutorial_experiments.csv", "h100"),
+}
+GRIDS = {
+    "vTrain, 1 node of A100": ("a100_single_node_steps.csv", "a100"),
+    "vTrain, 8 to 64 nodes of A100": ("a100_multi_node_steps.csv", "a100"),
+}
+_HEAD = [
+    "| source | rows | number | mean, % | median, % | 95 %, % | largest, % | bias, % |",
+    "|---|---|--:|--:|--:|--:|--:|--:|",
+]
+
+
+def table(folder: Path, sources: dict[str, tuple[str, str]]) -> str:
+    """Return the errors of the sources as a table of Markdown, fitted and other rows apart."""
+    lines = list(_HEAD)
+    chosen = []
+    for title, (file, cluster) in sources.items():
+        rows = compare(read_runs(folder / file), load_cluster(cluster))
+        for name, members in _groups(rows).items():
+            if errors := summary(members):
+                sizes = (errors.mean, errors.median, errors.p95, errors.largest)
+                cells = [
+                    title,
+                    name,
+                    str(errors.number),
+                    *(f"{100 * size:.1f}" for size in sizes),
+                    _signed(errors.bias),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+        if sources is GRIDS and (found := regrets(rows)):
+            mean, p95 = mean_and_p95(found)
+            best = sum(regret == 0 for regret in found)
+            chosen.append(
+                f"| {title} | {len(found)} | {best} | {100 * mean:.1f} | {100 * p95:.1f} | {100 * max(found):.1f} |"
+            )
+    if chosen:
+        lines += ["", "| source | workloads | fastest chosen | mean regret, % | 95 %, % | largest, % |"]
+        lines += ["|---|--:|--:|--:|--:|--:|", *chosen]
+    return "\n".join(lines)
+
+
+def _groups(rows: list[Compared]) -> dict[str, list[Compared]]:
+    return {"fitted": [row for row in rows if row.fitted], "held out": [row for row in rows if not row.fitted]}
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-0.0", "+0.0")
+
+
+def between(text: str, name: str) -> str:
+    """Return the table between the marks of this name."""
+    found = re.search(rf"<!-- {name}: begin -->\n(.*?)\n<!-- {name}: end -->", text, re.DOTALL)
+    assert found is not None, f"{PAGE} has no marks {name}"
+    return found[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--grids", type=Path, help="folder of the measured grids")
+    arguments = parser.parse_args()
+    tables = {"errors": table(ROOT / "benchmarks/published", PUBLISHED)}
+    if arguments.grids is not None:
+        tables["grids"] = table(arguments.grids, GRIDS)
+    text = PAGE.read_text()
+    for name, found in tables.items():
+        print(found + "\n")
+        text = text.replace(between(text, name), found)
+    if arguments.write:
+        PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

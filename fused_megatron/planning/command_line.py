@@ -1,0 +1,65 @@
+"""Arguments and tables of the commands that plan: options of the command among overrides of the config."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from fused_megatron.checks import InputError, check, check_divisible
+from fused_megatron.config import TrainConfig
+
+
+def split_options(
+    words: Sequence[str], with_value: Collection[str], flags: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Split arguments into a command's own options, by name, and all others in their order.
+
+    Args:
+        words: arguments such as "--ranks", "4", "--json", "--model.num_layers=2".
+        with_value: options that take a value, as `--name value` or `--name=value`.
+        flags: options without a value; their value in the result is "".
+
+    Raises:
+        InputError: an option lacks its value, or a flag has one.
+    """
+    found: dict[str, str] = {}
+    others, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if name in flags:
+            check(not equals, f"{name}={value:.40} must be {name}: it takes no value")
+            found[name] = ""
+        elif name in with_value:
+            if not equals and not rest:
+                raise InputError(f"{name} needs a value")
+            found[name] = value if equals else rest.pop(0)
+        else:
+            others.append(word)
+    return found, others
+
+
+def whole_number(name: str, text: str) -> int:
+    """Return the number in the text; raise InputError unless it is a whole number of at most nine digits."""
+    check(text.isascii() and text.isdigit() and len(text) < 10, f"{name}={text!r:.40} must be a whole number")
+    return int(text)
+
+
+def on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
+    """Return the config with the data-parallel size that fits a number of ranks.
+
+    Raises:
+        InputError: world_size is 0, or the other axes do not divide it.
+    """
+    parallel = config.parallel
+    model_ranks = dataclasses.replace(parallel, data_parallel_size=1).num_ranks
+    names = "tensor_parallel_size x pipeline_parallel_size"
+    names += " x context_parallel_size" if parallel.context_parallel_size > 1 else ""
+    check(world_size > 0, f"ranks={world_size} must be 1 or more")
+    check_divisible("ranks", world_size, names, model_ranks)
+    parallel = dataclasses.replace(parallel, data_parallel_size=world_size // model_ranks)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table with columns aligned to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
