@@ -110,7 +110,9 @@ def scaling(rows: dict[str, dict[int, float]], path: Path) -> None:
         axes.plot(list(points), list(points.values()), "o-", color=COLOURS[kind], label=f"{kind}, predicted")
     for scheme, kind in (("PTD-P", "3D"), ("ZeRO-3", "ZeRO-3")):
         points = {gpus: 0.75 * value for gpus, value in published()["175B", scheme].items()}
-        axes.plot(list(points), list(points.values()), "s", mfc="none", color=COLOURS[kind], label=f"{scheme}, published")
+        axes.plot(
+            list(points), list(points.values()), "s", mfc="none", color=COLOURS[kind], label=f"{scheme}, published"
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
     axes.set_ylim(0)

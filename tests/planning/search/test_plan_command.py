@@ -157,9 +157,8 @@ def test_workload_of_a_config_and_of_a_preset() -> None:
 
 
 def test_amounts() -> None:
-    assert [parse_amount("n", text) for text in ("64", "4M", "1.5T", "100b", "2k")] == [
-        64, 4 * 10**6, 15 * 10**11, 10**11, 2000,
-    ]  # fmt: skip
+    written = ("64", "4M", "1.5T", "100b", "2k")
+    assert [parse_amount("n", text) for text in written] == [64, 4 * 10**6, 15 * 10**11, 10**11, 2000]
     for text in ("", "-1", "1e9", "B", "1.5.2", "9" * 30):
         with pytest.raises(InputError):
             parse_amount("n", text)
