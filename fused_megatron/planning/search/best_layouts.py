@@ -20,28 +20,15 @@ from fused_megatron.planning.search.layouts import (
     train_config,
     valid_layouts,
 )
+from fused_megatron.planning.search.pipelines import pipelines
 
 NUM_BEST = 10
 MICROBATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Sizes of microbatches that are searched."""
-PIPELINES: dict[str, tuple[int, ...]] = {
-    "1f1b": (1,),
-    "interleaved_1f1b": (2, 3, 4, 6, 8),
-    "zb_h1": (1,),
-    "interleaved_zero_bubble": (2,),
-    "zb_v": (2,),
-    "v_half": (2,),
-}
-"""Schedules that are searched, with their stages a rank. gpipe and looped_breadth_first need more memory than 1F1B, and
-no less time; dual_pipe_v is as zb_v, with more memory."""
-MOST_SPLIT_RANKS = 8
-"""Pipeline ranks up to which schedules with a split backward are searched: their bubble is not known without a
-simulation, and their lists take seconds to build for more ranks."""
 SAME = 0.005
 """Times that differ by less count as the same: it is far below the error of a prediction."""
 _SURE = 0.8
 """Share of the waiting time of a simulated pipeline that it has with any recomputation and ZeRO stage."""
-_SPLIT = ("zb_", "v_", "interleaved_zero")
 SHARES_RECOMPUTED = (0.25, 0.5, 0.75)
 """Shares of the blocks of a stage that are recomputed whole, besides all and none."""
 
@@ -139,6 +126,7 @@ class _BestFirst:
         self.queue: list[_Node] = []
         self.order = count()
         self.waiting: Counter[Layout] = Counter()
+        self.best: dict[Layout, tuple[float, Plan]] = {}
         self.bubbles: dict[tuple[Layout, Settings], float] = {}
 
     def run(self, num_best: int) -> Search:
@@ -228,9 +216,13 @@ class _BestFirst:
         prediction = predict_step(config, self.cluster)
         self.bubbles[pipeline] = prediction.seconds / floor
         seconds = (1 + _surcharge(layout, settings)) * prediction.seconds
+        plan = Plan(layout, settings, config, prediction, memory)
+        if layout not in self.best or seconds < self.best[layout][0]:
+            self.best[layout] = seconds, plan
+        seconds, plan = self.best[layout]
         if seconds <= (1 + SAME) * least_seconds:
             seconds = least_seconds
-        self._push(seconds, layout, settings, plan=Plan(layout, settings, config, prediction, memory))
+        self._push(seconds, layout, settings, plan=plan)
 
 
 def _surcharge(layout: Layout, settings: Settings) -> float:
@@ -253,18 +245,6 @@ def _memory_settings(first: Settings, num_blocks: int, zero_stages: tuple[int, .
         first._replace(recompute=kind, recompute_blocks=number, zero_stage=zero)
         for kind, number in choices
         for zero in zero_stages
-    ]
-
-
-def pipelines(num_ranks: int, num_blocks: int) -> list[tuple[str, int]]:
-    """Return the (schedule, stages a rank) that are searched for this number of ranks: all that have enough blocks."""
-    if num_ranks == 1:
-        return [("1f1b", 1)]
-    return [
-        (name, per_rank)
-        for name, numbers in PIPELINES.items()
-        for per_rank in numbers
-        if num_ranks * per_rank <= num_blocks + 1 and (num_ranks <= MOST_SPLIT_RANKS or not name.startswith(_SPLIT))
     ]
 
 

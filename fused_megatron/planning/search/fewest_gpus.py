@@ -9,6 +9,7 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.search.best_layouts import limit_bytes
 from fused_megatron.planning.search.floors import Floors
 from fused_megatron.planning.search.layouts import (
+    LEAST_POSITIONS,
     Layout,
     Refusals,
     Settings,
@@ -31,16 +32,18 @@ class Fit:
 
 
 def fewest_gpus(base: TrainConfig, cluster: Cluster, more_than: int) -> Fit | None:
-    """Return the fewest GPUs, above more_than, on which a layout fits; None if 65,536 are too few.
+    """Return the fewest GPUs, above more_than, on which a layout fits; None if no number up to 65,536 is enough.
 
     Numbers are those of whole nodes, and below a node those that divide it. Only the settings that need least memory
     are tried: every block recomputed, microbatches of one sequence.
     """
-    large = more_than
+    large, model = more_than, base.model
+    most_tp, most_cp = min(cluster.gpus_per_node, model.num_heads), max(1, model.seq_len // LEAST_POSITIONS)
+    most = min(_MOST_GPUS, base.training.global_batch_size * (model.num_layers + 1) * most_tp * most_cp)
     fit = None
     while fit is None:
         large = next(_numbers(cluster, 2 * large - 1), 0)
-        if not large:
+        if not large or large > most:
             return None
         fit = _fit(base, cluster, large)
     for number in _numbers(cluster, more_than):
@@ -67,7 +70,8 @@ def _fit(base: TrainConfig, cluster: Cluster, num_gpus: int) -> Fit | None:
             return None
         for zero in reversed(floors.zero_stages(layout)):
             settings = Settings(1, sequence_choices(base, layout)[-1], "1f1b", 1, "full", None, zero)
-            needed = device_memory(train_config(base, layout, settings), cluster).total
+            config, ranks = train_config(base, layout, settings), floors.fullest_ranks(layout, settings)
+            needed = max(device_memory(config, cluster, pp_rank=rank).total for rank in ranks)
             if needed <= limit:
                 return Fit(num_gpus, layout, settings, needed)
     return None

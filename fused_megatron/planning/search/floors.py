@@ -20,6 +20,7 @@ from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
+from fused_megatron.planning.search.pipelines import pipelines
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
@@ -131,9 +132,12 @@ class Floors:
     def least_memory(self, layout: Layout) -> int:
         """Return a lower bound of `memory` for all settings: one activation of a stage is held."""
         shards = sequence_choices(self._base, layout)[-1]
-        settings = Settings(1, shards, "1f1b", 1, "full", None, self.zero_stages(layout)[-1])
-        placement = tuple(range(layout.pp))
-        return max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1})
+        found = []
+        for name, per_rank in pipelines(layout.pp, self._base.model.num_layers):
+            settings = Settings(1, shards, name, per_rank, "full", None, self.zero_stages(layout)[-1])
+            placement = placement_of(name, layout.pp, per_rank)
+            found.append(max(self._rank_bytes(layout, settings, placement, rank, 1) for rank in {0, layout.pp - 1}))
+        return min(found)
 
     def fullest_ranks(self, layout: Layout, settings: Settings) -> list[int]:
         """Return pipeline ranks of which one needs most memory.

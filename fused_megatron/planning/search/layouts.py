@@ -4,6 +4,8 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from math import isqrt
 from typing import NamedTuple
 
 from fused_megatron.checks import InputError, check
@@ -80,9 +82,11 @@ class Refusals:
 _MOST_VALUES = 6
 
 
-def divisors(number: int) -> list[int]:
+@lru_cache(maxsize=4096)
+def divisors(number: int) -> tuple[int, ...]:
     """Return all divisors, ascending."""
-    return [each for each in range(1, number + 1) if number % each == 0]
+    small = [each for each in range(1, isqrt(number) + 1) if number % each == 0]
+    return tuple(dict.fromkeys([*small, *(number // each for each in reversed(small))]))
 
 
 def check_gpus(num_gpus: int, cluster: Cluster) -> None:

@@ -5,12 +5,13 @@ from math import ceil
 
 from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.fixed_sizes import BYTES_PER_ELEMENT
 from fused_megatron.models.stage_cut import block_cost
 from fused_megatron.planning.parameter_counts import attention_features, expansion_features
 from fused_megatron.planning.prediction.cluster import Cluster
-from fused_megatron.planning.prediction.transfer_time import Ring
+from fused_megatron.planning.prediction.end_of_step import replica_ring
 
-_MOST_UNBALANCED = 1.1
+_MOST_UNBALANCED = 1.2
 """Work of the busiest pipeline rank over the mean."""
 _MOST_BUBBLE = 0.1
 """Share of a step that ranks of a pipeline wait."""
@@ -86,19 +87,20 @@ def _pipeline(config: TrainConfig) -> Iterator[str]:
 
 
 def _gathered_weights(config: TrainConfig, cluster: Cluster) -> Iterator[str]:
-    """Warn if the gather of a block's weights takes longer than the block's products, in a microbatch."""
+    """Warn if what ZeRO stage 3 sends for a block takes longer than the block's products, in a microbatch.
+
+    It gathers the weights twice and reduces float32 gradients once; the products are of forward and backward.
+    """
     parallel, model, training = config.parallel, config.model, config.training
-    replicas = parallel.replicas(parallel.data_parallel_size or 1)
-    shared = min(replicas, parallel.zero_shard_size or replicas)
-    ring = Ring(cluster, shared, parallel.tensor_parallel_size)
+    ring = replica_ring(cluster, parallel)
     if parallel.zero_stage != 3 or parallel.zero_gather != "block" or not ring.leaves_node:
         return
     tokens = training.microbatch_size * config.most_positions
     weights = block_cost(model) / parallel.tensor_parallel_size  # about: attention counts as weights
-    gather_s = ring.gather_s(training.element_bytes * weights)
-    product_s = 2 * tokens * weights / (1e12 * cluster.peak_tflops * cluster.product_efficiency)
-    if gather_s > product_s:
+    sent_s = ring.gather_s((2 * training.element_bytes + BYTES_PER_ELEMENT) * weights)
+    products_s = 6 * tokens * weights / (1e12 * cluster.peak_tflops * cluster.product_efficiency)
+    if sent_s > products_s:
         yield (
-            f"ZeRO-3 over a slow network: gathering a block's weights takes {gather_s / product_s:.1f} times its "
-            f"products for {tokens:,} tokens (larger microbatch_size, zero_shard_size of a node, or zero_stage=1)"
+            f"ZeRO-3 over a slow network: sending a block's weights and gradients takes {sent_s / products_s:.1f} "
+            f"times its products for {tokens:,} tokens (larger microbatch_size, or zero_stage=1)"
         )

@@ -108,7 +108,14 @@ def does_not_fit(search: Search, request: Request, nearest: Fit | None) -> str:
         return "\n".join([heading(request), "", "no layout is possible:", *why_not(search)])
     gpus, limit = request.num_gpus, search.limit_bytes / 1e9
     if nearest is None:
-        return "\n".join([heading(request), "", f"does not fit on {gpus:,} GPUs, nor on 65,536", *why_not(search)])
+        return "\n".join(
+            [
+                heading(request),
+                "",
+                f"does not fit on {gpus:,} GPUs, nor on any larger number up to 65,536",
+                *why_not(search),
+            ]
+        )
     text = (
         f"does not fit: needs at least {nearest.num_gpus:,} GPUs of {request.cluster.name}, not {gpus:,}. The nearest "
         f"that fits: {nearest.layout}, every block recomputed, microbatches of 1, ZeRO stage "
