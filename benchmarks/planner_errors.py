@@ -85,7 +85,8 @@ def main() -> None:
     text = PAGE.read_text()
     for name, found in tables.items():
         print(found + "\n")
-        text = text.replace(between(text, name), found)
+        mark = f"<!-- {name}: begin -->\n"
+        text = text.replace(mark + between(text, name), mark + found)
     if arguments.write:
         PAGE.write_text(text)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 from fused_megatron.config import TrainConfig
+from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.parameter_counts import (
     attention_features,
@@ -307,13 +308,18 @@ class StageTimes:
         return forward + Work(expert_parallel=seconds / 2), backward + Work(expert_parallel=seconds / 2)
 
     def _with_gathers(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
-        """Add what ZeRO stage 3 sends in every microbatch: it hides under the computation of a block."""
+        """Add what ZeRO sends in every microbatch, which hides under the computation of a block.
+
+        Stages 2 and 3 reduce gradients; stage 3 gathers weights for forward and again for backward.
+        """
         parallel = self.config.parallel
-        if parallel.zero_stage != 3 or parallel.zero_gather != "block":
+        ring = self.replica_ring()
+        placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
+        if not placements.gradients:
             return forward, backward
         counts = block_parameters(self.config.model, parallel, has_experts)
-        ring = self.replica_ring()
-        gather = ring.gather_s(self.size * counts.total)
+        gathers = placements.weights and parallel.zero_gather == "block"
+        gather = ring.gather_s(self.size * counts.total) if gathers else 0.0
         reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
         forward += Work(data_parallel=self.exposed(gather, forward.on_device))
         backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))

@@ -45,12 +45,13 @@ def reduction_s(
     if ring.size == 1:
         return 0.0
     placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
-    if placements.weights:
-        return 0.0
+    gather = ring.gather_s(element_bytes * num_parameters)
+    if placements.gradients:  # reduced in every microbatch; with sharded weights, a gather of each step belongs to it
+        return gather if not placements.weights or parallel.zero_gather == "step" else 0.0
     gradients = engine.gradient_bytes * num_parameters
     hidden = last_backwards_s if engine.overlaps_gradients else 0.0
     if placements.state:
-        return exposed_s(cluster, ring.gather_s(gradients), hidden) + ring.gather_s(element_bytes * num_parameters)
+        return exposed_s(cluster, ring.gather_s(gradients), hidden) + gather
     return exposed_s(cluster, ring.all_reduce_s(gradients), hidden)
 
 

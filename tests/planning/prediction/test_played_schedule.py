@@ -24,7 +24,7 @@ def test_a_continued_step_takes_the_time_of_the_whole_simulation(monkeypatch, na
         tuple(base * draw.uniform(1, 1 + spread) for _ in range(plan.num_stages)) for base in (1.0, 1.1, 0.8)
     )
     costs = Costs(forward, inputs, weights, link_latency=0.05)
-    for number in (61, 84):
+    for number in (121, 144):
         whole = simulate(plan.schedule(number), costs)
         played = play(plan, costs, number)
         assert len(played.timeline.events[0]) < len(whole.events[0])

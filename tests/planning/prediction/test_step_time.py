@@ -91,6 +91,16 @@ def test_replicas_reduce_gradients_and_gather_weights(zero_stage, factor):
     assert prediction.parts["data parallel"] == pytest.approx(0.75 * factor * parameters / 1e9, rel=1e-6)
 
 
+def test_zero_stage_2_reduces_gradients_of_blocks_in_every_microbatch():
+    cluster = dataclasses.replace(PRODUCTS_ONLY, node_gb_per_s=1.0, transfer_overlap=0.0)
+    prediction = predict_step(_config(data_parallel_size=4, zero_stage=2), cluster, engine="megatron-core")
+    layers, hidden = MODEL.num_layers, MODEL.hidden_size
+    blocks = layers * (12 * hidden**2 + 13 * hidden)
+    parameters = blocks + (MODEL.vocab_size + MODEL.seq_len + 2) * hidden
+    sent = 0.75 * (8 * 4 * blocks + 2 * parameters)  # eight microbatches a replica
+    assert prediction.parts["data parallel"] == pytest.approx(sent / 1e9, rel=1e-6)
+
+
 def test_a_host_that_launches_slowly_sets_the_floor_on_a_gpu_and_adds_on_a_cpu():
     slow = dataclasses.replace(PRODUCTS_ONLY, launch_us=1e4)
     on_gpu, on_cpu = (predict_step(_config(), dataclasses.replace(slow, device=device)) for device in ("cuda", "cpu"))
