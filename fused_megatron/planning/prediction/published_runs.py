@@ -183,6 +183,28 @@ def _read_ptdp(row: Row) -> PublishedRun:
     return PublishedRun(f"{row['params_B']}B tp{tp} pp{pp} dp{dp}", config, "megatron-lm", seconds)
 
 
+def _read_scaling(row: Row) -> PublishedRun:
+    """Read a row of table 2 of the same paper: PTD-P, or ZeRO stage 3 without model parallelism."""
+    is_175b = row["params_B"].startswith("174")
+    layers, hidden, heads, pp = (96, 12288, 96, 12) if is_175b else (105, 20480, 128, 35)
+    model = _gpt(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        seq_len=2048,
+        vocab_size=51200,
+        recompute="full",
+    )
+    gpus, batch, micro = int(row["gpus"]), int(row["batch"].strip("*")), int(row["microbatch"])
+    shards = row["scheme"].startswith("ZeRO")
+    sizes = {"dp": gpus, "zero_stage": 3} if shards else {"tp": 8, "pp": pp, "dp": gpus // (8 * pp)}
+    config = _config(model, batch, micro, **sizes)
+    _, flops = gpt_step_flops(model, batch * 2048)
+    seconds = flops / (1e12 * float(row["TFLOPs_per_gpu"]) * gpus)
+    engine = "megatron-deepspeed" if shards else "megatron-lm"
+    return PublishedRun(f"{row['params_B']}B {row['scheme']} gpus{gpus} b{micro}", config, engine, seconds)
+
+
 def _read_tutorial(row: Row) -> PublishedRun | None:
     """Read a run of a hands-on tutorial on 8 H100 under Megatron-LM core 0.14; None for a run without a time."""
     if not row["step_ms"] or row["use"] == "SUSPECT":
@@ -260,6 +282,7 @@ _SOURCES: tuple[tuple[tuple[str, ...], _Reader], ...] = (
     (("step_ms", "hidden_size", "tensor_parallel_size", "pipeline_parallel_size"), _read_grid),
     (("Model", "SeqLen (T)", "Sharding Strategy", "Throughput (T/s)"), _read_foundry),
     (("TFLOPs_per_gpu", "params_B", "TP", "PP"), _read_ptdp),
+    (("TFLOPs_per_gpu", "params_B", "scheme", "microbatch"), _read_scaling),
     (("full_recompute_s", "present_work_s", "model"), _read_korthikanti),
     (("step_ms", "dist_opt", "mbs", "vpp_chunks", "recompute"), _read_tutorial),
 )

@@ -183,7 +183,8 @@ class Floors:
         return work.on_device + work.host if self._cluster.device == "cpu" else max(work.on_device, work.host)
 
     def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
-        gathers = layout.dp if settings.zero_stage == 3 else 0
+        placements = ZERO_STAGES[settings.zero_stage]
+        gathers = (layout.dp, placements.weights) if placements.gradients else ()
         key = (
             (layout.tp, layout.cp, layout.ep, layout.etp, gathers),
             (settings.microbatch_size, settings.sequence_parallel, settings.recompute, settings.recompute_blocks),
