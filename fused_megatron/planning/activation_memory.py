@@ -1,48 +1,11 @@
-"""Formulas for the memory of activations that a stage keeps for backward, and of temporary tensors."""
+"""Formulas for the memory of activations that a stage keeps for backward."""
 
-from dataclasses import dataclass, replace
+from collections import Counter
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
-from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.parameter_counts import expansion_features, vocabulary_elements
 from fused_megatron.planning.rank_communication import expert_dispatch, own_tokens
-
-# tile_bytes("cuda") of ops/linear_cross_entropy_tile_shape.py, which imports torch.
-_TILE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class StageBytes:
-    """Bytes that one microbatch of a stage needs.
-
-    Attributes:
-        kept: bytes that a forward leaves for backward.
-        deferred: bytes between INPUT_GRAD and WEIGHT_GRAD.
-        forward, backward, weight_grad: the most bytes at once inside a forward, a backward or INPUT_GRAD, and a
-            WEIGHT_GRAD, with what was kept or deferred before.
-        without_last_block: the most bytes at once in a backward after the head and the last block.
-    """
-
-    kept: int
-    deferred: int
-    forward: int
-    backward: int
-    weight_grad: int
-    without_last_block: int
-
-    def peak(self, kind: Kind) -> int:
-        """Return the most bytes at once inside an action of this kind."""
-        if kind == Kind.FORWARD:
-            return self.forward
-        return self.weight_grad if kind == Kind.WEIGHT_GRAD else self.backward
-
-
-def stage_bytes(config: TrainConfig, span: StageSpan) -> StageBytes:
-    """Compute the bytes that one microbatch of a stage needs."""
-    kept, working = stage_activations(config, span), working_bytes(config, span)
-    rest = stage_activations(config, replace(span, num_stages=span.num_stages + 1, stop=max(span.start, span.stop - 1)))
-    return StageBytes(kept, kept, kept + working, kept + working, kept, rest + working)
 
 
 def stage_activations(config: TrainConfig, span: StageSpan) -> int:
@@ -66,35 +29,45 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     attention keeps its scores, and their GELU, dropout and residual additions keep their inputs.
     """
     model = config.model
-    size, tokens, own_tokens = _sizes(config)
-    hidden, norm_stats = model.hidden_size, 4 * (1 if model.normalization == "rms_norm" else 2)
-    norm = size * 2 * own_tokens * hidden + norm_stats * own_tokens
+    _, tokens, _ = element_and_token_sizes(config)
     blocks = span.stop - span.start
     again = model.recomputed_blocks(blocks)
-    total = 0
-    for index in range(blocks):
-        has_experts = model.has_experts(span.start + index)
-        if index < again and model.recompute == "full":
-            total += size * own_tokens * hidden + has_experts * _order_of_sent_tokens(config)
-        else:
-            total += _block_activations(config, index < again, has_experts)
+    kinds = Counter((index < again, model.has_experts(span.start + index)) for index in range(blocks))
+    total = sum(number * kept_by_block(config, *kind) for kind, number in kinds.items())
     if span.first:
         total += 8 * tokens
-    if span.last:
-        # The loss computes the gradient of hidden, and of the head if it is needed, and keeps them in float32.
-        total += norm + 12 * tokens + 4 * own_tokens * hidden
-        total += 4 * vocabulary_elements(model, config.parallel.tensor_parallel_size)
-    return total
+    return total + (loss_activations(config) if span.last else 0)
 
 
-def _block_activations(config: TrainConfig, selective: bool, has_experts: bool) -> int:
+def kept_by_block(config: TrainConfig, recomputed: bool, has_experts: bool) -> int:
+    """Compute the bytes that a block keeps for backward."""
+    if recomputed and config.model.recompute == "full":
+        size, _, own_tokens = element_and_token_sizes(config)
+        return size * own_tokens * config.model.hidden_size + has_experts * _order_of_sent_tokens(config)
+    return block_activations(config, recomputed, has_experts)
+
+
+def loss_activations(config: TrainConfig) -> int:
+    """Compute the bytes that the final norm, the head and the loss keep for backward.
+
+    The loss computes the gradient of hidden, and of the head if it is needed, and keeps them in float32.
+    """
+    model = config.model
+    size, tokens, own_tokens = element_and_token_sizes(config)
+    norm_stats = 4 * (1 if model.normalization == "rms_norm" else 2)
+    norm = own_tokens * (size * 2 * model.hidden_size + norm_stats)
+    gradients = 4 * own_tokens * model.hidden_size
+    return norm + 12 * tokens + gradients + 4 * vocabulary_elements(model, config.parallel.tensor_parallel_size)
+
+
+def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -> int:
     """Compute the bytes that one block keeps for backward, if it recomputes nothing or (selective) attention."""
     model, ranks = config.model, config.parallel.tensor_parallel_size
-    size, tokens, own_tokens = _sizes(config)
+    size, tokens, own_tokens = element_and_token_sizes(config)
     heads, kv_heads = model.num_heads // ranks, max(1, model.kv_heads // ranks)
     query, key = heads * model.head_size, kv_heads * model.head_size
     elements = 4 * own_tokens * model.hidden_size + tokens * query
-    elements += 0 if has_experts else _mlp_elements(config, model.ffn_size)
+    elements += 0 if has_experts else mlp_elements(config, model.ffn_size)
     statistics = 2 * 4 * own_tokens * (1 if model.normalization == "rms_norm" else 2)
     statistics += 4 * tokens * (heads + kv_heads) * model.query_key_norm
     context_parallel = config.parallel.context_parallel_size > 1
@@ -115,10 +88,10 @@ def _order_of_sent_tokens(config: TrainConfig) -> int:
     return of_a_pair * selected * own_tokens(config) * (ranks > 1)
 
 
-def _mlp_elements(config: TrainConfig, width: int) -> int:
+def mlp_elements(config: TrainConfig, width: int) -> int:
     """Count the elements that an MLP of this width keeps for backward, without its input."""
     ranks = config.parallel.tensor_parallel_size
-    _, tokens, _ = _sizes(config)
+    _, tokens, _ = element_and_token_sizes(config)
     layer_by_layer = ranks == 1 or config.parallel.whole_products
     return tokens * (expansion_features(config.model, width, ranks) + layer_by_layer * width // ranks)
 
@@ -134,7 +107,7 @@ def _expert_activations(config: TrainConfig) -> int:
         4 T E + 12 T K bytes    scores and routes, and 8 E bytes of counts
     """
     model, parallel = config.model, config.parallel
-    size, _, between = _sizes(config)
+    size, _, between = element_and_token_sizes(config)
     ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     hidden, own, selected = model.hidden_size, own_tokens(config), model.experts_per_token
     rows = selected * own * etp
@@ -151,64 +124,14 @@ def _expert_activations(config: TrainConfig) -> int:
     if parallel.tensor_parallel_size > 1 and not parallel.sequence_parallel:  # the norm's output stays as one block
         elements -= (between - own) * hidden
     if model.shared_ffn_size:
-        elements += _mlp_elements(config, model.shared_ffn_size)
+        elements += mlp_elements(config, model.shared_ffn_size)
     if model.shared_expert_gate:
         elements += between * (hidden + 1)
         total += 4 * between
     return size * elements + total
 
 
-def working_bytes(config: TrainConfig, span: StageSpan) -> int:
-    """Estimate the bytes of temporary tensors of a block's backward (MLP and attention), or of the head's tiles."""
-    model, ranks = config.model, config.parallel.tensor_parallel_size
-    size, tokens, _ = _sizes(config)
-    kinds = {model.has_experts(block) for block in range(span.start, span.stop)}
-    block = max((_block_working(config, has_experts) for has_experts in kinds), default=0)
-    if model.recompute == "full":
-        block += max((_block_activations(config, True, has_experts) for has_experts in kinds), default=0)
-    elif model.recompute == "selective":
-        block += size * tokens * 4 * (model.num_heads // ranks) * model.head_size
-    head = 0
-    if span.last:
-        rows = vocabulary_elements(model, ranks) // model.hidden_size
-        most = 2 * _TILE_BYTES  # two tiles if vocabulary shards exchange statistics
-        head = min(4 * tokens * rows * (2 if ranks > 1 else 1), most) + 4 * tokens * model.hidden_size
-    return max(block, head, _attention_working(config))
-
-
-def _block_working(config: TrainConfig, has_experts: bool) -> int:
-    """Estimate the bytes of temporary tensors of the backward of a block's MLP or experts."""
-    model, parallel = config.model, config.parallel
-    size, tokens, _ = _sizes(config)
-    expansion = expansion_features(model, model.ffn_size, parallel.tensor_parallel_size)
-    if not has_experts:
-        return size * tokens * (3 * expansion + 4 * model.hidden_size)
-    # Gradients of the rows of all shards, and of the rows of this rank as they come, are computed and leave.
-    rows = model.experts_per_token * own_tokens(config)
-    return size * model.hidden_size * (4 * tokens + rows * (parallel.expert_tensor_parallel_size + 3))
-
-
-def _attention_working(config: TrainConfig) -> int:
-    """Estimate the bytes of temporary tensors of the backward of context-parallel attention; 0 without it.
-
-    A ring holds two messages, their gradients, and gradients of the own keys in float32. all_gather holds the keys of
-    all ranks, while it gathers them twice, and their gradients in float32. all_to_all holds second copies of query,
-    key, value and context, and gradients of them.
-    """
-    parallel, model = config.parallel, config.model
-    ranks = parallel.context_parallel_size
-    if ranks == 1:
-        return 0
-    size, tokens, _ = _sizes(config)
-    query = tokens * (model.num_heads // parallel.tensor_parallel_size) * model.head_size
-    keys = 2 * tokens * max(1, model.kv_heads // parallel.tensor_parallel_size) * model.head_size
-    if parallel.context_parallel_method == "all_gather":
-        return 4 * query + ranks * keys * (2 * size + 4)
-    exchanged = 4 * size * (query + keys) if "all_to_all" in parallel.context_parallel_method else 0
-    return 4 * query + keys * (4 * size + 4) + exchanged
-
-
-def _sizes(config: TrainConfig) -> tuple[int, int, int]:
+def element_and_token_sizes(config: TrainConfig) -> tuple[int, int, int]:
     """Return (bytes of an element, tokens of a microbatch, tokens of this rank between tensor-parallel layers)."""
     parallel = config.parallel
     tokens = config.training.microbatch_size * config.most_positions

@@ -37,10 +37,12 @@ from fused_megatron.planning.step_profile import (
     LOSS,
     ActionKey,
     Memory,
+    StepMemory,
     StepProfile,
     Transfers,
     axes_of,
     profile_of,
+    recorded_memory,
     transfers_of,
     walk,
     work_of,
@@ -110,6 +112,8 @@ class _Known(NamedTuple):
     num_parameters: int
     full_parameters: int
     assembled_bytes: int
+    whole: StepMemory | None = None
+    """Memory over the recorded step, if it had all microbatches."""
 
 
 class DryRun:
@@ -189,7 +193,7 @@ class DryRun:
         stages, actions = stages_of(self.plan.placement, pp_rank), self.schedule.actions[pp_rank]
         known = self._known_of(rank, pp_rank, stages)
         profile = _Names(known.stages, stages, self.spans).renamed(known.profile)
-        memory = walk(profile, actions)
+        memory = known.whole or walk(profile, actions)
         work = work_of(profile, actions)
         return RankReport(
             rank=rank,
@@ -232,7 +236,8 @@ class DryRun:
             return known
         own = key, pp_rank
         if own not in self._known:
-            self._known[own] = self._run(rank, tuple(stages), self.num_microbatches)
+            # Sums of gradients of several microbatches may be under way at once, which no profile of an action knows.
+            self._known[own] = self._run(rank, tuple(stages), self.num_microbatches, self.schedule.actions[pp_rank])
         return self._known[own]
 
     def _blocks_with_experts(self, span: StageSpan) -> tuple[bool, ...]:
@@ -245,7 +250,9 @@ class DryRun:
         before, behind = max(0, stage - 1), min(last, stage + 1)
         return placement[before] == placement[stage], placement[behind] == placement[stage]
 
-    def _run(self, rank: int, stages: tuple[int, ...], num_microbatches: int) -> _Known:
+    def _run(
+        self, rank: int, stages: tuple[int, ...], num_microbatches: int, actions: Sequence[Action] | None = None
+    ) -> _Known:
         training = self.config.training
         batch = num_microbatches * training.microbatch_size * self._sizes["dp"]
         few = dataclasses.replace(self.config, training=dataclasses.replace(training, global_batch_size=batch))
@@ -256,6 +263,7 @@ class DryRun:
             sum(parameter.numel() for parameter in step.assembly.parameters.values()),
             step.assembly.model.num_parameters(),
             step.assembled_bytes,
+            None if actions is None else recorded_memory(step, actions),
         )
 
     def _fewest_microbatches(self, pp_rank: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.models import StageSpan
-from fused_megatron.planning.activation_memory import StageBytes, working_bytes
 from fused_megatron.planning.megatron_tensors import (
     FIRST,
     LAST,
@@ -22,6 +21,7 @@ from fused_megatron.planning.megatron_tensors import (
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.rank_memory import RankMemory, rank_memory
+from fused_megatron.planning.working_memory import StageBytes, block_backward
 
 CONTEXT_BYTES = int(1.3e9)
 """CUDA context, kernels of torch, cuBLAS, cuDNN and Transformer Engine, and workspaces of products."""
@@ -164,12 +164,11 @@ def _megatron_stage(config: TrainConfig, span: StageSpan, fused: bool) -> StageB
     blocks = [residual if index < recomputed else full[kind] for index, kind in enumerate(has_experts)]
     kept = sum(blocks) + (kept_bytes(FIRST, config, sizes, fused) if span.first else 0)
     again = max((full[kind] - residual for kind in has_experts[:recomputed]), default=0)
-    inner = replace(span, num_stages=span.num_stages + 1)
-    without_recomputation = replace(config, model=replace(model, recompute="none", recompute_blocks=None))
-    backward = kept + again + working_bytes(without_recomputation, inner)
-    rest = max(0, kept - (blocks[-1] if blocks else 0)) + backward - kept
+    plain = replace(config, model=replace(model, recompute="none", recompute_blocks=None, attention_dropout=0.0))
+    backward = kept + again + max((block_backward(plain, kind, False) for kind in full), default=0)
+    by_block = [sum(blocks[: len(blocks) - index]) + backward - kept for index in range(len(blocks))]
     if span.last:
         kept += kept_bytes(LAST, config, sizes, fused) + sizes.statistics * sizes.own
         backward = max(backward, kept + logits_bytes(sizes))
     forward = kept + (logits_bytes(sizes) if span.last else 0)
-    return StageBytes(kept, kept, forward, backward, kept, rest)
+    return StageBytes(kept, kept, forward, backward, backward, kept, (*by_block, 0))

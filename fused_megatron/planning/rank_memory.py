@@ -9,8 +9,7 @@ from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY, BYTES_PER_ELEMENT
 from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
 from fused_megatron.models import StageSpan
-from fused_megatron.pipeline.schedule.action import Kind, stages_of
-from fused_megatron.planning.activation_memory import StageBytes, stage_bytes
+from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Kind, stages_of
 from fused_megatron.planning.optimizer_memory import optimizer_bytes, update_bytes
 from fused_megatron.planning.parameter_counts import (
     ParameterCounts,
@@ -21,6 +20,7 @@ from fused_megatron.planning.parameter_counts import (
     vocabulary_elements,
 )
 from fused_megatron.planning.schedule_moments import Moment, needs_no_more_than_the_rank_before, rank_moments
+from fused_megatron.planning.working_memory import StageBytes, stage_bytes
 
 StageFormula = Callable[[TrainConfig, StageSpan], StageBytes]
 """Computes what the activations of a stage need."""
@@ -147,33 +147,51 @@ class _Formulas:
         """Return the most bytes of activations, and what the moment that needs most has beyond them."""
         config = self._config
         size = config.training.element_bytes
-        of_stage = [self._stage(span) for span in spans]
-        needs = [need for _, need in of_stage]
-        bucket = 0 if max(self._shards, self._expert_shards) == 1 else _bucket_bytes(config, spans)
-        # A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less.
-        sent = 2 * min(BYTES_PER_ELEMENT * counts.total, BUCKETS_UNDER_WAY * bucket)
+        needs = [self._stage(span)[1] for span in spans]
         always = 0
         if self._placements.weights:
             largest = max(_largest_unit(config, span) for span in spans)
             always += size * (2 * largest if config.parallel.zero_gather == "block" else counts.total)
-        in_each_backward = self._placements.gradients and bucket > 0  # a bucket fills while the one before leaves
+        reducing = [self._reducing(span, need) for span, need in zip(spans, needs, strict=True)]
         activations = most = 0
         for moment in rank_moments(self._plan, self._num_microbatches, rank):
-            parameters, need = of_stage[moment.stage]
+            need = needs[moment.stage]
             held = _held(moment, needs)
             own = need.deferred if moment.kind == Kind.WEIGHT_GRAD else need.kept
             peak = held + need.peak(moment.kind) + always
-            if moment.kind in (Kind.BACKWARD, Kind.WEIGHT_GRAD):
-                if in_each_backward:
-                    peak += sent + min(BYTES_PER_ELEMENT * counts.total, bucket)
-                elif moment.last and sent:
-                    # The first bucket leaves when the head and the last block are through; a stage with one bucket
-                    # sends it after the backward.
-                    has_several = BYTES_PER_ELEMENT * parameters.total > bucket
-                    peak = max(peak, held + always + sent + (need.without_last_block if has_several else 0))
+            if moment.kind in ENDS_OF_BACKWARD and (moment.last or self._placements.gradients):
+                peak = max(peak, held + always + reducing[moment.stage])
             activations = max(activations, held + own)
             most = max(most, peak)
         return activations, most - activations
+
+    def _reducing(self, span: StageSpan, need: StageBytes) -> int:
+        """Return the most bytes of a microbatch in a backward that sends gradients, with the buckets under way.
+
+        A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less. Sharded
+        gradients also have a bucket that fills.
+        """
+        config = self._config
+        if max(self._shards, self._expert_shards) == 1:
+            return 0
+        bucket = _bucket_bytes(config, [span])
+        through, most = 0, 0
+        if span.last and not (config.model.tied_embeddings and span.first):
+            through = BYTES_PER_ELEMENT * vocabulary_elements(config.model, config.parallel.tensor_parallel_size)
+        whole = BYTES_PER_ELEMENT * self._stage(span)[0].total
+        for position, num_bytes in enumerate(need.by_block):
+            block = span.stop - 1 - position
+            if block >= span.start:  # the attention part of a backward comes after the products of the MLP
+                has_experts = config.model.has_experts(block)
+                through += BYTES_PER_ELEMENT * block_parameters(config.model, config.parallel, has_experts).total
+            else:
+                through = whole
+            full = min(through // bucket, BUCKETS_UNDER_WAY) * bucket
+            if through == whole:
+                full = min(whole, BUCKETS_UNDER_WAY * bucket)
+            filling = min(through, bucket) if self._placements.gradients else 0
+            most = max(most, num_bytes + 2 * full + filling)
+        return most
 
 
 def _held(moment: Moment, needs: Sequence[StageBytes]) -> int:

@@ -120,6 +120,22 @@ class StepMemory(NamedTuple):
         return sum(self.peak.values())
 
 
+def recorded_memory(step: RecordedStep, actions: Sequence[Action]) -> StepMemory:
+    """Return the memory over a recorded step of all microbatches, as the recorder saw it.
+
+    Args:
+        step: the recorded step.
+        actions: the rank's lowered actions; an action that occurs several times counts as its first occurrence.
+    """
+    kinds, peak = _kinds(step), step.recorder.storages.peak(step.assembled)
+    held: Counter[Memory] = Counter()
+    for storage in peak.storages:
+        held[kinds[storage]] += storage.num_bytes
+    action = peak.where.action
+    at = (list(actions).index(action), action) if action in actions else None
+    return StepMemory(held, at, step.held_bytes)
+
+
 def key_of(action: Action, num_recorded: int, num_microbatches: int) -> ActionKey:
     """Return the key of an action, if fewer microbatches were run: the first and the last stand for themselves."""
     if action.kind not in OF_MICROBATCH:

@@ -13,7 +13,7 @@ from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.ops.linear_cross_entropy_tile_shape import tile_bytes
 from fused_megatron.overlap.chunk_choice import chunk_choice
-from fused_megatron.planning import activation_memory, optimizer_memory
+from fused_megatron.planning import optimizer_memory, working_memory
 
 MODULES = (
     "planning.prediction.step_time",
@@ -32,7 +32,7 @@ def test_formulas_start_without_torch() -> None:
 
 
 def test_constants_equal_the_values_beside_torch() -> None:
-    assert tile_bytes("cuda") == activation_memory._TILE_BYTES
+    assert tile_bytes("cuda") == working_memory._TILE_BYTES
     for overlap in (True, False, 1, 2, 4):
         assert ParallelConfig(overlap=overlap).whole_products == (chunk_choice(overlap).fixed == 1)
     for kind in ("sgd", "lion", "adamw"):

@@ -55,9 +55,7 @@ def reduction_s(
     return exposed_s(cluster, ring.all_reduce_s(gradients), hidden)
 
 
-def update_s(
-    cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_parameters: int, num_blocks: int = 0
-) -> float:
+def update_s(cluster: Cluster, engine: Engine, parallel: ParallelConfig, num_parameters: int, num_blocks: int) -> float:
     """Return the seconds of a rank's update of its share of num_parameters.
 
     With a shared state the host also launches ops for each of num_blocks, on a CPU one after the other.

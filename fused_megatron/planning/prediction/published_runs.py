@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from fused_megatron.checks import InputError, check
@@ -197,7 +198,7 @@ def _read_scaling(row: Row) -> PublishedRun:
     )
     gpus, batch, micro = int(row["gpus"]), int(row["batch"].strip("*")), int(row["microbatch"])
     shards = row["scheme"].startswith("ZeRO")
-    sizes = {"dp": gpus, "zero_stage": 3} if shards else {"tp": 8, "pp": pp, "dp": gpus // (8 * pp)}
+    sizes: dict[str, Any] = {"dp": gpus, "zero_stage": 3} if shards else {"tp": 8, "pp": pp, "dp": gpus // (8 * pp)}
     config = _config(model, batch, micro, **sizes)
     _, flops = gpt_step_flops(model, batch * 2048)
     seconds = flops / (1e12 * float(row["TFLOPs_per_gpu"]) * gpus)

@@ -9,7 +9,6 @@ from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models import StageSpan, cut_stages
 from fused_megatron.pipeline.schedule.action import Kind, loop_placement, stages_of, v_placement
 from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
-from fused_megatron.planning.activation_memory import stage_bytes
 from fused_megatron.planning.engine_memory import CONTEXT_BYTES
 from fused_megatron.planning.optimizer_memory import optimizer_bytes
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
@@ -21,6 +20,7 @@ from fused_megatron.planning.prediction.shared_cores import of_one_rank
 from fused_megatron.planning.rank_communication import message_bytes
 from fused_megatron.planning.search.layouts import Layout, Settings, sequence_choices, train_config
 from fused_megatron.planning.search.pipelines import pipelines
+from fused_megatron.planning.working_memory import stage_bytes
 
 _ROUNDING = 1 - 1e-9
 """Sums in another order differ by rounding; a bound must not exceed the prediction."""
@@ -109,7 +109,9 @@ class Floors:
             parameters = self._rank_parameters(layout, times.config, placement, rank).total
             size = self._base.training.element_bytes
             reduced[rank] = reduction_s(self._cluster, self._engine, parallel, size, parameters, backwards[rank])
-            updated = max(updated, update_s(self._cluster, self._engine, parallel, parameters))
+            spans = [self.spans(placement)[stage] for stage in stages_of(placement, rank)]
+            blocks = sum(span.stop - span.start for span in spans)
+            updated = max(updated, update_s(self._cluster, self._engine, parallel, parameters, blocks))
         longest = max(*ends, *(ends[rank] + reduced[rank] for rank in reduced))
         if has_tail:
             longest = max(longest, max(ends[rank] + tail[rank] for rank in head) + reduced[0])
