@@ -37,6 +37,8 @@ IN_NODE = ("node_gb_per_s", "node_latency_us")
 """Constants that several ranks show."""
 NETWORK = ("network_gb_per_s", "network_latency_us")
 """Constants of the network: on a CPU, of messages between two ranks."""
+_LEAST_OVERLAP = 0.05
+"""Overlap below which the thread that computes also copies: nothing to fit."""
 LEAST_ERROR_PERCENT = 10.0
 """Error bar of a calibration whose constants describe its own steps better than this."""
 UNMEASURED_GB_PER_S, UNMEASURED_US = 25.0, 30.0
@@ -106,6 +108,8 @@ def calibrate(found: Found, plan: Plan, name: str) -> tuple[Cluster, list[Observ
     observations = observations_of(found, plan)
     several = found.measurements.ranks > 1
     names = (*ALONE, *(IN_NODE if several else ()), *(NETWORK if several and plan.device == "cpu" else ()))
+    if start.transfer_overlap > _LEAST_OVERLAP:
+        names = (*names, "transfer_overlap")
     cluster = fit(start, observations, names)
     return dataclasses.replace(cluster, fitted=_fitted(cluster, observations, plan)), observations
 

@@ -37,8 +37,8 @@ class Sizes:
         products: (rows, outputs, inputs) of linear layers.
         memory_bytes: bytes of the tensors that memory-bound ops read.
         transfer_bytes: bytes of the whole tensor of a collective, and of a message.
-        enough_s: seconds after which a measurement on one rank has repeats enough.
-        repeats: most repeats of a measurement; the number of repeats of a collective.
+        enough_s: seconds after which a measurement has repeats enough.
+        repeats: most repeats of a measurement; there are at least 3.
     """
 
     products: tuple[tuple[int, int, int], ...]
@@ -141,7 +141,7 @@ def measure_machine(device: torch.device, dtype: torch.dtype, group: Group, size
     if group is not None and group_size(group) > 1:
         for kind in COLLECTIVES:
             for size in sizes.transfer_bytes:
-                collectives[kind, size] = _collective_s(kind, size, device, dtype, sizes.repeats, group)
+                collectives[kind, size] = _collective_s(kind, size, device, dtype, sizes, group)
         messages = _messages_s(device, sizes, group)
         costs = overlap_costs(group, dtype, device)
         overlap = 0.0 if costs is None else 1 - costs.slowdown
@@ -212,7 +212,7 @@ def _own_seconds(step: Callable[[], object], device: torch.device, sizes: Sizes,
 
 
 def _collective_s(
-    kind: str, num_bytes: int, device: torch.device, dtype: torch.dtype, repeats: int, group: dist.ProcessGroup
+    kind: str, num_bytes: int, device: torch.device, dtype: torch.dtype, sizes: Sizes, group: dist.ProcessGroup
 ) -> float:
     ranks = group_size(group)
     elements = max(ranks, num_bytes // dtype.itemsize // ranks * ranks)
@@ -223,10 +223,7 @@ def _collective_s(
         "all_gather": lambda: start_all_gather(shard, 0, group).wait(),
         "reduce_scatter": lambda: start_reduce_scatter(whole, 0, group).wait(),
     }
-    step = starts[kind]
-    step()
-    rounds = [_round(step, device, group) for _ in range(repeats)]
-    return _median_of_slowest(rounds, group)
+    return _shared_s(starts[kind], device, sizes, group)
 
 
 def _messages_s(device: torch.device, sizes: Sizes, group: dist.ProcessGroup) -> dict[int, float]:
@@ -248,11 +245,18 @@ def _messages_s(device: torch.device, sizes: Sizes, group: dist.ProcessGroup) ->
                 channels.receive(buffer, 0, _DIRECTION, 0).wait()
                 channels.send(buffer, 0, _DIRECTION, 0).wait()
 
-        step()
-        rounds = [_round(step, device, group) for _ in range(sizes.repeats)]
-        found[size] = _median_of_slowest(rounds, group) / 2
+        found[size] = _shared_s(step, device, sizes, group) / 2
     channels.close()
     return found
+
+
+def _shared_s(step: Callable[[], object], device: torch.device, sizes: Sizes, group: dist.ProcessGroup) -> float:
+    """Return the median time of a call with communication; every rank repeats it equally often."""
+    step()
+    first = [_round(step, device, group)]
+    longest_s = max(seconds for seconds, _ in gather_json(first[0], group))
+    more = max(2, min(sizes.repeats, int(sizes.enough_s / longest_s)) - 1)
+    return _median_of_slowest([*first, *(_round(step, device, group) for _ in range(more))], group)
 
 
 def _round(step: Callable[[], object], device: torch.device, group: dist.ProcessGroup) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def observations() -> list[Observation]:
 
     return [
         Observation("steps", name, predicted(config, TRUTH), partial(predicted, config))
-        for name, config in calibration_configs("cpu", 2).items()
+        for name, config in list(calibration_configs("cpu", 2).items())[::-1][:6]
     ]
 
 
