@@ -209,7 +209,7 @@ class _BestFirst:
         pipeline = layout, settings._replace(recompute="none", recompute_blocks=None, zero_stage=0)
         floor = self.floors.seconds(layout, settings)
         likely = (1 + _surcharge(layout, settings)) * floor * (1 + _SURE * (self.bubbles.get(pipeline, 1.0) - 1))
-        if likely > (1 + SAME) * least_seconds:  # a sibling has shown how long this pipeline waits
+        if layout.pp > 1 and likely > (1 + SAME) * least_seconds:  # a sibling has shown how long this pipeline waits
             self._push(likely, layout, settings)
             return
         self.search.num_predicted += 1
