@@ -2,8 +2,8 @@
 
 python benchmarks/memory_of_engines.py [--write]
 
-published_memory.csv holds 39 runs of a hands-on tutorial on eight H100 of 80 GB with Megatron-core 0.14. Its unit is
-MiB / 1000 of device memory, as nvidia-smi shows it.
+published/tutorial_experiments.csv holds runs of a hands-on tutorial on eight H100 of 80 GB with Megatron-core 0.14. 39
+of them state their memory, or that they ran out of it. The unit is MiB / 1000 of device memory, as nvidia-smi shows it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from fused_megatron.planning.megatron_tensors import (
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "planner.md"
 PICTURE = ROOT / "docs" / "images" / "memory_of_175b.png"
-PUBLISHED = Path(__file__).with_name("published_memory.csv")
+PUBLISHED = Path(__file__).parent / "published" / "tutorial_experiments.csv"
 MEGATRON = "megatron-core"
 UNIT = 1e3 * 2**20
 """Bytes of a GB of the published rows."""
@@ -65,9 +65,13 @@ class Row:
 
 
 def published_rows() -> list[Row]:
-    """Read the published runs."""
+    """Read the published runs whose memory is stated."""
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
-        return [_row(columns) for columns in csv.DictReader(file)]
+        return [_row(columns) for columns in csv.DictReader(file) if columns["mem_GB"] or _ran_out(columns)]
+
+
+def _ran_out(columns: dict[str, str]) -> bool:
+    return columns["mem_GB"].upper() == "OOM" or columns["note"] == "OOM row"
 
 
 def _row(columns: dict[str, str]) -> Row:
@@ -101,10 +105,8 @@ def _row(columns: dict[str, str]) -> Row:
         zero_stage=number["dist_opt"],
     )
     training = TrainingConfig(global_batch_size=number["gbs"], microbatch_size=number["mbs"], dtype="bfloat16")
-    ran_out = columns["mem_GB"] == "OOM"
-    return Row(
-        columns["id"], TrainConfig(model, parallel, training=training), None if ran_out else float(columns["mem_GB"])
-    )
+    published = None if _ran_out(columns) else float(columns["mem_GB"])
+    return Row(columns["id"], TrainConfig(model, parallel, training=training), published)
 
 
 def korthikanti_config(name: str, recompute: str = "selective", sequence_parallel: bool = True) -> TrainConfig:

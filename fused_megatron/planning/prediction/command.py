@@ -10,6 +10,7 @@ from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
 from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.planning.amounts import parse_amount
 from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
@@ -18,7 +19,6 @@ from fused_megatron.planning.prediction.published_runs import read_runs
 from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 from fused_megatron.planning.prediction.trace import write_trace
 from fused_megatron.planning.prediction.validation import Compared, compare, mean_and_p95, regrets, summary
-from fused_megatron.planning.search.amounts import parse_amount
 from fused_megatron.planning.search.pitfalls import pitfalls
 
 USAGE = f"""usage: fused-megatron predict CONFIG.toml --cluster NAME|FILE [--section.key value ...] [options]

@@ -10,7 +10,7 @@ from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, Trai
 from fused_megatron.config.config_file import load_config
 from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.settings import Settings
-from fused_megatron.planning.search.amounts import round_to_even_share
+from fused_megatron.planning.amounts import round_to_even_share
 from fused_megatron.untrusted_files import read_json
 
 CONFIG_FILE = "config.json"

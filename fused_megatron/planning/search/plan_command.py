@@ -10,8 +10,8 @@ from pathlib import Path
 from fused_megatron.checks import InputError, check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
+from fused_megatron.planning.amounts import parse_amount
 from fused_megatron.planning.prediction.cluster import load_cluster
-from fused_megatron.planning.search.amounts import parse_amount
 from fused_megatron.planning.search.best_layouts import Plan, find_best
 from fused_megatron.planning.search.fewest_gpus import fewest_gpus
 from fused_megatron.planning.search.layouts import check_gpus

@@ -7,9 +7,9 @@ from typing import Any
 from fused_megatron.config import ParallelConfig
 from fused_megatron.models import StageSpan
 from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.planning.amounts import amount_text
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters
 from fused_megatron.planning.prediction.cluster import Cluster
-from fused_megatron.planning.search.amounts import amount_text
 from fused_megatron.planning.search.best_layouts import Plan, Search
 from fused_megatron.planning.search.fewest_gpus import Fit
 from fused_megatron.planning.search.model_source import Workload

@@ -13,8 +13,8 @@ import pytest
 from fused_megatron.checks import InputError
 from fused_megatron.cli import main
 from fused_megatron.config.config_file import load_config
+from fused_megatron.planning.amounts import parse_amount, round_to_even_share
 from fused_megatron.planning.dry_run import DryRun
-from fused_megatron.planning.search.amounts import parse_amount, round_to_even_share
 from fused_megatron.planning.search.model_source import read_workload
 
 LLAMA = {
