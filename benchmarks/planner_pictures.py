@@ -52,7 +52,7 @@ PIPELINE = {"175B": 8, "530B": 35, "100B MoE": 4}
 COLOURS = {"3D": "#4477aa", "ZeRO-1": "#66ccee", "hybrid": "#228833", "ZeRO-3": "#ee6677", "planner": "#ccbb44"}
 
 
-def layout(name: str, gpus: int, kind: str) -> TrainConfig | None:
+def layout(name: str, gpus: int, kind: str, microbatch: int) -> TrainConfig | None:
     """Return a config of one kind of layout; None if it does not exist for these GPUs."""
     model, pp = MODELS[name], PIPELINE[name]
     ep = 8 if model.num_experts else 1
@@ -72,7 +72,7 @@ def layout(name: str, gpus: int, kind: str) -> TrainConfig | None:
                 expert_parallel_size=ep,
                 **sizes,
             ),
-            training=TrainingConfig(dtype="bfloat16", global_batch_size=BATCH, microbatch_size=1),
+            training=TrainingConfig(dtype="bfloat16", global_batch_size=BATCH, microbatch_size=microbatch),
         )
     except InputError:
         return None
@@ -150,11 +150,18 @@ def _shown(value: tuple[float, float] | None) -> str:
 
 
 def _found(name: str, gpus: int, kind: str) -> tuple[float, float] | None:
-    config = planned(name, gpus) if kind == "planner" else layout(name, gpus, kind)
-    try:
+    """Return the speed and the memory of a kind of layout, with the fastest microbatch that fits if one does."""
+    if kind == "planner":
+        config = planned(name, gpus)
         return None if config is None else speed(config)
-    except InputError:
-        return None
+    speeds = []
+    for microbatch in (1, 2, 4, 8, 16):
+        try:
+            config = layout(name, gpus, kind, microbatch)
+            speeds += [] if config is None else [speed(config)]
+        except InputError:  # the batch does not divide
+            continue
+    return max(speeds, key=lambda found: (found[1] <= CLUSTER.memory_gb, found[0]), default=None)
 
 
 def main() -> None:
