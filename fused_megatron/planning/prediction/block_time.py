@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 
 from fused_megatron.config import TrainConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
@@ -41,19 +42,36 @@ class Work:
     data_parallel: float = 0.0
     host: float = 0.0
 
+    # Written out, since a search adds millions of them.
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, name) + getattr(other, name) for name in _FIELDS))
+        return Work(
+            self.products + other.products,
+            self.memory_bound + other.memory_bound,
+            self.tensor_parallel + other.tensor_parallel,
+            self.context_parallel + other.context_parallel,
+            self.expert_parallel + other.expert_parallel,
+            self.data_parallel + other.data_parallel,
+            self.host + other.host,
+        )
 
     def __mul__(self, number: float) -> Work:
-        return Work(*(getattr(self, name) * number for name in _FIELDS))
+        return Work(
+            self.products * number,
+            self.memory_bound * number,
+            self.tensor_parallel * number,
+            self.context_parallel * number,
+            self.expert_parallel * number,
+            self.data_parallel * number,
+            self.host * number,
+        )
 
     @property
     def on_device(self) -> float:
         """Seconds of the device, if it never waits for the host."""
-        return sum(getattr(self, name) for name in _FIELDS if name != "host")
+        collectives = self.tensor_parallel + self.context_parallel + self.expert_parallel + self.data_parallel
+        return self.products + self.memory_bound + collectives
 
 
-_FIELDS = tuple(field.name for field in fields(Work))
 _CHUNKS = 8
 """Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
 
@@ -114,9 +132,9 @@ class StageTimes:
         for (has_experts, recomputed), number in kinds.items():
             total += self.block(has_experts, recomputed) * number
         if span.first:
-            total += self._embedding()
+            total += self._embedding
         if span.last:
-            total += self._head()
+            total += self._head
         return total
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
@@ -333,6 +351,7 @@ class StageTimes:
         """Return the links between replicas of the same weights."""
         return replica_ring(self.cluster, self.config.parallel)
 
+    @cached_property
     def _embedding(self) -> ActionWork:
         elements = 3.0 * self.tokens * self.hidden
         launch = 1e-6 * self.cluster.launch_us
@@ -344,6 +363,7 @@ class StageTimes:
         backward = Work(memory_bound=self._moved(elements), host=self.engine.embedding_ops * launch)
         return ActionWork(forward, backward, Work())
 
+    @cached_property
     def _head(self) -> ActionWork:
         columns = vocabulary_elements(self.config.model, self.tp) // self.hidden
         product = self._product(1, self.tokens, columns, self.hidden)

@@ -6,7 +6,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
 
 _ACTIONS_IN_FULL = 4000
-_ROUNDS, _MICROBATCHES = 5, 36
+_ROUNDS, _MICROBATCHES = 4, 24
 """What is simulated of a long step: these rounds of as many microbatches as ranks, and at least these microbatches."""
 
 

@@ -180,18 +180,31 @@ class _BestFirst:
         self.search.too_large[key] = min(least, self.search.too_large.get(key, least))
 
     def _open(self, node: _Node) -> None:
-        """Put a node into the queue for each pipeline; or for each recomputation and ZeRO stage of a pipeline."""
+        """Put a node into the queue for each pipeline; or for each ZeRO stage of a pipeline, without recomputation."""
         layout, first = node.layout, node.settings
         if node.is_open == "pipeline":
             names = pipelines(layout.pp, self.base.model.num_layers)
             chosen = [first._replace(schedule=name, stages_per_rank=per_rank) for name, per_rank in names]
         else:
-            chosen = _memory_settings(first, self.base.model.num_layers // layout.pp, self.floors.zero_stages(layout))
+            chosen = [first._replace(zero_stage=zero) for zero in self.floors.zero_stages(layout)]
         next_open = "memory" if node.is_open == "pipeline" else ""
         for settings in chosen:
             zeros = self.floors.zero_stages(layout) if next_open else (settings.zero_stage,)
             floor = min(self.floors.seconds(layout, settings._replace(zero_stage=zero)) for zero in zeros)
             self._push(max(node.seconds, (1 + _surcharge(layout, settings)) * floor), layout, settings, next_open)
+
+    def _open_recomputations(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
+        """Put a node into the queue for each recomputation, if settings without any do not fit.
+
+        Recomputation only adds time: where settings without it fit, it has nothing to offer.
+        """
+        if settings.recompute != "none":
+            return
+        for chosen in _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
+            if self.floors.memory(layout, chosen) > self.search.limit_bytes:
+                continue
+            floor = (1 + _surcharge(layout, chosen)) * self.floors.seconds(layout, chosen)
+            self._push(max(least_seconds, floor), layout, chosen)
 
     def _predict(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
         """Simulate a layout that fits, and put it into the queue at its time.
@@ -200,11 +213,13 @@ class _BestFirst:
         the best ones of the layout.
         """
         if self.floors.memory(layout, settings) > self.search.limit_bytes:
+            self._open_recomputations(layout, settings, least_seconds)
             return
         config = train_config(self.base, layout, settings)
         ranks = self.floors.fullest_ranks(layout, settings)
         memory = max((device_memory(config, self.cluster, pp_rank=rank) for rank in ranks), key=lambda each: each.total)
         if memory.total > self.search.limit_bytes:
+            self._open_recomputations(layout, settings, least_seconds)
             return
         pipeline = layout, settings._replace(recompute="none", recompute_blocks=None, zero_stage=0)
         floor = self.floors.seconds(layout, settings)
@@ -236,16 +251,12 @@ def _surcharge(layout: Layout, settings: Settings) -> float:
     return 0.001 * (zero + split + log2(layout.cp) + settings.stages_per_rank / 4)
 
 
-def _memory_settings(first: Settings, num_blocks: int, zero_stages: tuple[int, ...]) -> list[Settings]:
-    """Return all recomputations and ZeRO stages of a pipeline; a rank has num_blocks blocks."""
+def _recomputations(first: Settings, num_blocks: int) -> list[Settings]:
+    """Return all recomputations of a pipeline, none first; a rank has num_blocks blocks."""
     blocks = max(1, num_blocks // first.stages_per_rank)
     partly = [n for n in dict.fromkeys(round(share * blocks) for share in SHARES_RECOMPUTED) if 0 < n < blocks]
     choices = [("none", None), ("selective", None), *(("full", n) for n in partly), ("full", None)]
-    return [
-        first._replace(recompute=kind, recompute_blocks=number, zero_stage=zero)
-        for kind, number in choices
-        for zero in zero_stages
-    ]
+    return [first._replace(recompute=kind, recompute_blocks=number) for kind, number in choices]
 
 
 def limit_bytes(cluster: Cluster) -> int:

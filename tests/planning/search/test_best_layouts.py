@@ -52,7 +52,8 @@ def all_settings(base: TrainConfig, layout: Layout, floors: Floors) -> list[Sett
         for name, per_rank in pipelines(layout.pp, base.model.num_layers):
             first = Settings(size, shards, name, per_rank)
             blocks = base.model.num_layers // layout.pp
-            found += best_layouts._memory_settings(first, blocks, floors.zero_stages(layout))
+            for zero in floors.zero_stages(layout):
+                found += best_layouts._recomputations(first._replace(zero_stage=zero), blocks)
     return found
 
 
