@@ -1,1 +1,1 @@
-"""Planning of a run before it starts: memory, communication, a dry run, verification of a layout."""
+"""Planning of a run before it starts: memory, communication, time, a search of layouts, a dry run, verification."""

@@ -16,7 +16,7 @@ _DIFFERENCE = 0.02
 _LARGEST_MOVE = 0.7
 """Largest move of a logarithm in one iteration."""
 _ITERATIONS, _TRIES = 15, 5
-_HUBER = 0.2
+_HUBER = 0.1
 """Error above which its loss grows linearly: a disturbed measurement moves no constant far."""
 _SHARES = ("product_efficiency", "attention_efficiency", "transfer_overlap")
 
