@@ -41,7 +41,7 @@ def contents(wheel: Path) -> set[str]:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
-def python_files(root: Path) -> set[str]:
+def package_files(root: Path) -> set[str]:
     """Return the files that an install must hold, without compiled ones."""
     package = (p for p in (root / "fused_megatron").rglob("*.py") if "fused_megatron/kernels" not in p.as_posix())
     names = {p.relative_to(root).as_posix() for p in package}
@@ -49,6 +49,10 @@ def python_files(root: Path) -> set[str]:
         names
         | {"fused_megatron/py.typed"}
         | {f"fused_megatron/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
+        | {
+            p.relative_to(root).as_posix()
+            for p in (root / "fused_megatron/planning/prediction/clusters").glob("*.toml")
+        }
     )
 
 
@@ -74,7 +78,7 @@ def wheel(tmp_path_factory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = contents(wheel)
-    assert {name for name in names if not name.endswith(".so")} == python_files(ROOT)
+    assert {name for name in names if not name.endswith(".so")} == package_files(ROOT)
     if shutil.which("c++") and os.environ.get("FUSED_MEGATRON_COMPILE") != "off":
         assert compiled(names) == ["_dataset_index", "_torch_ops"]
 
@@ -119,7 +123,7 @@ def test_wheel_from_the_sdist(tmp_path):
         held = {p.relative_to(unpacked) for p in (unpacked / folder).rglob("*")}
         assert held == {p.relative_to(source) for p in (source / folder).rglob("*")}
     names = contents(build("wheel", unpacked, tmp_path))
-    assert {name for name in names if not name.endswith(".so")} == python_files(ROOT)
+    assert {name for name in names if not name.endswith(".so")} == package_files(ROOT)
     assert compiled(names) == ["_dataset_index", "_torch_ops"]
 
 
@@ -155,7 +159,7 @@ def test_without_a_compiler_the_install_works(tmp_path):
     source = source_copy(tmp_path / "source")
     (tmp_path / "bin").mkdir()
     built = build("wheel", source, tmp_path, PATH=str(tmp_path / "bin"), CXX=None, FUSED_MEGATRON_CUDA=None)
-    assert contents(built) == python_files(ROOT)
+    assert contents(built) == package_files(ROOT)
     run([*PIP, "install", "--no-deps", "--target", str(tmp_path / "site"), str(built)], cwd=tmp_path)
     used = run([sys.executable, "-c", USE], cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert f"0.0 False {tmp_path}" in used

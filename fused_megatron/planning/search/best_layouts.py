@@ -200,7 +200,10 @@ class _BestFirst:
         """
         if settings.recompute != "none":
             return
-        for chosen in _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
+        recomputations = _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]
+        if self.floors.memory(layout, recomputations[-1]) > self.search.limit_bytes:
+            return  # not even with every block recomputed
+        for chosen in recomputations:
             if self.floors.memory(layout, chosen) > self.search.limit_bytes:
                 continue
             floor = (1 + _surcharge(layout, chosen)) * self.floors.seconds(layout, chosen)
