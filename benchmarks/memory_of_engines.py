@@ -9,7 +9,7 @@ of them state their memory, or that they ran out of it. The unit is MiB / 1000 o
 import argparse
 import csv
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +28,8 @@ from fused_megatron.planning.megatron_tensors import (
     block_bytes,
     sizes_of,
 )
+from fused_megatron.planning.prediction import published_runs
+from fused_megatron.planning.prediction.published_runs import KORTHIKANTI, tutorial_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "planner.md"
@@ -37,13 +39,6 @@ MEGATRON = "megatron-core"
 UNIT = 1e3 * 2**20
 """Bytes of a GB of the published rows."""
 BEGIN, END = "<!-- memory tables: begin -->\n", "<!-- memory tables: end -->"
-# Korthikanti et al. 2022, table 3: heads, hidden, layers, tp, pp, stages a rank, global batch, microbatch.
-KORTHIKANTI = {
-    "22B": (64, 6144, 48, 8, 1, 1, 4, 4),
-    "175B": (96, 12288, 96, 8, 8, 3, 64, 1),
-    "530B": (128, 20480, 105, 8, 35, 3, 280, 1),
-    "1T": (160, 25600, 128, 8, 64, 1, 512, 1),
-}
 
 
 @dataclass(frozen=True)
@@ -75,64 +70,19 @@ def _ran_out(columns: dict[str, str]) -> bool:
 
 
 def _row(columns: dict[str, str]) -> Row:
-    number = {name: int(text) for name, text in columns.items() if text.isdigit()}
-    experts = {}
-    if "experts" in number:
-        experts = {
-            "num_experts": number["experts"],
-            "experts_per_token": number["topk"],
-            "expert_ffn_hidden_size": number["ffn"],
-            "linear_biases": False,
-        }
-    model = GPTConfig(
-        num_layers=number["layers"],
-        hidden_size=number["hidden"],
-        num_heads=number["heads"],
-        ffn_hidden_size=number["ffn"],
-        seq_len=number["seq"],
-        vocab_size=number["vocab_padded"],
-        pad_vocab_size_to_multiple_of=1,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        embedding_dropout=0.1,
-        **experts,
-    )
-    parallel = ParallelConfig(
-        tensor_parallel_size=number["tp"],
-        data_parallel_size=number["dp"],
-        expert_parallel_size=number["ep"],
-        expert_tensor_parallel_size=number["etp"],
-        zero_stage=number["dist_opt"],
-    )
-    training = TrainingConfig(global_batch_size=number["gbs"], microbatch_size=number["mbs"], dtype="bfloat16")
     published = None if _ran_out(columns) else float(columns["mem_GB"])
-    return Row(columns["id"], TrainConfig(model, parallel, training=training), published)
+    return Row(columns["id"], _with_dropout(tutorial_config(columns)), published)
+
+
+def _with_dropout(config: TrainConfig) -> TrainConfig:
+    """Return the config with the dropout of the published runs, whose masks take memory."""
+    model = replace(config.model, hidden_dropout=0.1, attention_dropout=0.1, embedding_dropout=0.1)
+    return replace(config, model=model)
 
 
 def korthikanti_config(name: str, recompute: str = "selective", sequence_parallel: bool = True) -> TrainConfig:
     """Return a model of table 3 of the paper, which runs attention without a fused kernel."""
-    heads, hidden, layers, tp, pp, stages, batch, micro = KORTHIKANTI[name]
-    model = GPTConfig(
-        num_layers=layers,
-        hidden_size=hidden,
-        num_heads=heads,
-        seq_len=2048,
-        vocab_size=51200,
-        hidden_dropout=0.1,
-        attention_dropout=0.1,
-        embedding_dropout=0.1,
-        recompute=recompute,
-    )
-    parallel = ParallelConfig(
-        tensor_parallel_size=tp,
-        pipeline_parallel_size=pp,
-        data_parallel_size=1,
-        stages_per_rank=stages if stages > 1 else None,
-        pipeline_cut=(layers // (pp * stages),) * (pp * stages),
-        sequence_parallel=sequence_parallel,
-    )
-    training = TrainingConfig(global_batch_size=batch, microbatch_size=micro, dtype="bfloat16")
-    return TrainConfig(model, parallel, training=training)
+    return _with_dropout(published_runs.korthikanti_config(name, recompute, sequence_parallel))
 
 
 def korthikanti_activations(name: str) -> float:
@@ -140,9 +90,16 @@ def korthikanti_activations(name: str) -> float:
 
     With 1F1B the first rank holds the activations of all layers once; with v stages a rank (1 + (p - 1) / (p v)) times.
     """
-    _, hidden, layers, tp, pp, stages, _, micro = KORTHIKANTI[name]
-    once = 34 * 2048 * micro * hidden * layers / tp
+    config = korthikanti_config(name)
+    pp, stages = config.parallel.pipeline_parallel_size, config.parallel.stages_per_rank or 1
+    once = _korthikanti_block(config) * config.model.num_layers
     return once * (1 + (pp - 1) / (pp * stages) if stages > 1 else 1)
+
+
+def _korthikanti_block(config: TrainConfig) -> float:
+    """Compute the bytes of a block by the paper."""
+    tokens = config.training.microbatch_size * config.model.seq_len
+    return 34 * tokens * config.model.hidden_size / config.parallel.tensor_parallel_size
 
 
 def tables() -> str:
@@ -170,10 +127,10 @@ def _tensors() -> str:
 def _korthikanti() -> str:
     lines = ["| model | a block, the table | a block, the paper | first rank, the table | first rank, the paper |"]
     lines += ["|---|--:|--:|--:|--:|"]
-    for name, (_, hidden, _, tp, _, _, _, micro) in KORTHIKANTI.items():
+    for name in KORTHIKANTI:
         config = korthikanti_config(name)
         ours = block_bytes(config, sizes_of(config), has_experts=False, fused=False)
-        theirs = 34 * 2048 * micro * hidden / tp
+        theirs = _korthikanti_block(config)
         first = device_memory(config, None, "megatron-lm", pp_rank=0).parts["activations"]
         paper = korthikanti_activations(name)
         lines.append(

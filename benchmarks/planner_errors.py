@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.published_runs import read_runs
-from fused_megatron.planning.prediction.validation import Compared, compare, mean_and_p95, regrets, summary
+from fused_megatron.planning.prediction.validation import by_fit, compare, mean_and_p95, regrets, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/planner.md"
@@ -36,7 +36,7 @@ def table(folder: Path, sources: dict[str, tuple[str, str]]) -> str:
     chosen = []
     for title, (file, cluster) in sources.items():
         rows = compare(read_runs(folder / file), load_cluster(cluster))
-        for name, members in _groups(rows).items():
+        for name, members in by_fit(rows).items():
             if errors := summary(members):
                 sizes = (errors.mean, errors.median, errors.p95, errors.largest)
                 cells = [
@@ -57,10 +57,6 @@ def table(folder: Path, sources: dict[str, tuple[str, str]]) -> str:
         lines += ["", "| source | workloads | fastest chosen | mean regret, % | 95 %, % | largest, % |"]
         lines += ["|---|--:|--:|--:|--:|--:|", *chosen]
     return "\n".join(lines)
-
-
-def _groups(rows: list[Compared]) -> dict[str, list[Compared]]:
-    return {"fitted": [row for row in rows if row.fitted], "held out": [row for row in rows if not row.fitted]}
 
 
 def _signed(share: float) -> str:

@@ -1,4 +1,4 @@
-"""Amounts as users write them: 100B tokens, 1.5T tokens, 64 GPUs."""
+"""Amounts as people write them: 100B tokens, 64 GPUs, 12.3 s."""
 
 import math
 import re
@@ -44,3 +44,8 @@ def round_to_even_share(num_sequences: float, num_gpus: int) -> int:
     unit = odd if odd <= limit else 1
     unit *= 1 << int(math.log2(max(1.0, limit / unit)))
     return max(1, round(num_sequences / unit)) * unit
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time with three digits: 12.3 s, 123 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -59,7 +59,13 @@ def on_ranks(config: TrainConfig, world_size: int) -> TrainConfig:
     return dataclasses.replace(config, parallel=parallel)
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table with columns aligned to the right."""
+def text_table(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Return the lines of a table with columns aligned to the right, but for those named in `left`."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

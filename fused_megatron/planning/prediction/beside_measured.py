@@ -11,6 +11,7 @@ from fused_megatron.mesh import Mesh
 from fused_megatron.pipeline.schedule.action import Action
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.pipeline.view.trace_file import write_trace
+from fused_megatron.planning.amounts import seconds_text
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 
@@ -38,11 +39,6 @@ def prediction_lines(prediction: StepPrediction, cluster: Cluster) -> list[str]:
     line = f"predicted for {cluster.name}: {seconds_text(prediction.seconds)} a step"
     line += f" ({seconds_text(prediction.low_s)} to {seconds_text(prediction.high_s)}): {', '.join(shares)}"
     return [line, *(f"the prediction is outside of its data: {respect}" for respect in prediction.outside)]
-
-
-def seconds_text(seconds: float) -> str:
-    """Return a time with three digits: "1.23 s", "45.6 ms"."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def conclusion(records: Iterable[Mapping[str, Any]]) -> str | None:

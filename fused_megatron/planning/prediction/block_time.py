@@ -71,6 +71,10 @@ class Work:
         collectives = self.tensor_parallel + self.context_parallel + self.expert_parallel + self.data_parallel
         return self.products + self.memory_bound + collectives
 
+    def seconds(self, device: str) -> float:
+        """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""
+        return self.on_device + self.host if device == "cpu" else max(self.on_device, self.host)
+
 
 _CHUNKS = 8
 """Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
@@ -97,6 +101,12 @@ class ActionWork:
 
     def __mul__(self, number: float) -> ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
+
+    def seconds(self, device: str) -> tuple[float, float, float]:
+        """Return the seconds of F, I and W."""
+        backward = self.backward.seconds(device)
+        weight_grad = min(self.weight_grad.products, backward)
+        return self.forward.seconds(device), backward - weight_grad, weight_grad
 
 
 def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
@@ -331,7 +341,7 @@ class StageTimes:
         Stages 2 and 3 reduce gradients; stage 3 gathers weights for forward and again for backward.
         """
         parallel = self.config.parallel
-        ring = self.replica_ring()
+        ring = replica_ring(self.cluster, parallel)
         placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
         if not placements.gradients:
             return forward, backward
@@ -347,17 +357,13 @@ class StageTimes:
         """Return the seconds that a transfer beside a computation adds to it."""
         return exposed_s(self.cluster, transfer_s, computation_s)
 
-    def replica_ring(self) -> Ring:
-        """Return the links between replicas of the same weights."""
-        return replica_ring(self.cluster, self.config.parallel)
-
     @cached_property
     def _embedding(self) -> ActionWork:
         elements = 3.0 * self.tokens * self.hidden
         launch = 1e-6 * self.cluster.launch_us
         forward = Work(
             memory_bound=self._moved(elements),
-            tensor_parallel=self._sync() / 1,
+            tensor_parallel=self._sync(),
             host=self.engine.embedding_ops * launch,
         )
         backward = Work(memory_bound=self._moved(elements), host=self.engine.embedding_ops * launch)

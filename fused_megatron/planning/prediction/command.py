@@ -9,16 +9,16 @@ from typing import Any
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.observe.model_flops import gpt_step_flops
-from fused_megatron.planning.amounts import parse_amount
+from fused_megatron.planning.amounts import parse_amount, seconds_text
 from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
 from fused_megatron.planning.prediction.engine import ENGINES, OWN, engine_of
 from fused_megatron.planning.prediction.published_runs import read_runs
+from fused_megatron.planning.prediction.step_figures import step_figures
 from fused_megatron.planning.prediction.step_time import StepPrediction, predict_step
 from fused_megatron.planning.prediction.trace import write_trace
-from fused_megatron.planning.prediction.validation import Compared, compare, mean_and_p95, regrets, summary
+from fused_megatron.planning.prediction.validation import Compared, by_fit, compare, mean_and_p95, regrets, summary
 from fused_megatron.planning.search.pitfalls import pitfalls
 
 USAGE = f"""usage: fused-megatron predict CONFIG.toml --cluster NAME|FILE [--section.key value ...] [options]
@@ -40,7 +40,6 @@ options:
 
 docs/planner.md explains the model of the time and its errors. All keys of a config: fused-megatron train --help"""
 _WITH_VALUE = ("--cluster", "--ranks", "--tokens", "--price", "--engine", "--trace", "--validate")
-_SECONDS_OF_A_DAY = 86400.0
 
 
 def run_predict(words: Sequence[str]) -> int:
@@ -110,27 +109,18 @@ def step_facts(
         price: of a GPU hour; None: no cost.
     """
     memory = device_memory(config, cluster, engine)
-    gpus, step_tokens = config.parallel.num_ranks, config.training.global_batch_size * config.model.seq_len
-    model_flops, _ = gpt_step_flops(config.model, step_tokens)
-    facts: dict[str, Any] = {
-        "step_s": prediction.seconds,
-        "low_s": prediction.low_s,
-        "high_s": prediction.high_s,
+    figures = step_figures(config, cluster, prediction, tokens, price)
+    facts: dict[str, Any] = {name: value for name, value in figures.items() if value is not None}
+    facts.pop("gpu_hours", None)
+    return {
+        **facts,
         "parts_s": prediction.parts,
-        "tokens_per_s": step_tokens / prediction.seconds,
-        "mfu": model_flops / prediction.seconds / (1e12 * cluster.peak_tflops * gpus),
-        "gpus": gpus,
+        "gpus": config.parallel.num_ranks,
         "memory_gb": memory.total / 1e9,
         "memory_parts_gb": {name: num / 1e9 for name, num in {**memory.parts, **memory.overheads}.items()},
         "memory_of_gpu_gb": cluster.memory_gb,
         "outside": list(prediction.outside),
     }
-    if tokens is not None:
-        seconds = prediction.seconds * tokens / step_tokens
-        facts["days"] = seconds / _SECONDS_OF_A_DAY
-        if price is not None:
-            facts["cost"] = price * gpus * seconds / 3600
-    return facts
 
 
 def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, facts: dict[str, Any]) -> str:
@@ -166,17 +156,9 @@ def describe(config: TrainConfig, cluster: Cluster, prediction: StepPrediction, 
     return "\n".join(lines)
 
 
-def seconds_text(seconds: float) -> str:
-    """Return a time with three digits: 12.3 s, 123 ms."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
 def _validate(path: Path, cluster: Cluster, found: dict[str, str]) -> None:
     compared = compare(read_runs(path), cluster, found.get("--engine"))
-    groups = {
-        "fitted": [row for row in compared if row.fitted],
-        "held out": [row for row in compared if not row.fitted],
-    }
+    groups = by_fit(compared)
     choices = regrets(compared)
     if "--json" in found:
         print(json.dumps(_errors_json(compared, groups, choices), indent=2))

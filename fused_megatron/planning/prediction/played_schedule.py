@@ -7,7 +7,7 @@ from fused_megatron.pipeline.view.simulation import Costs, Timeline, simulate
 
 _ACTIONS_IN_FULL = 4000
 _ROUNDS, _MICROBATCHES = 4, 24
-"""What is simulated of a long step: these rounds of as many microbatches as ranks, and at least these microbatches."""
+"""Least size of the simulated part of a long step: in rounds of one microbatch for each rank, and in microbatches."""
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _read_foundry(row: Row) -> PublishedRun | None:
     return PublishedRun(name, config, "llm-foundry", batch * model.seq_len / float(row["Throughput (T/s)"]))
 
 
-_KORTHIKANTI = {
+KORTHIKANTI = {
     # heads, hidden, layers, pp, stages a rank, batch, microbatch
     "22B": (64, 6144, 48, 1, 1, 4, 4),
     "175B": (96, 12288, 96, 8, 3, 64, 1),
@@ -144,20 +144,25 @@ _KORTHIKANTI = {
 """Table 3 of Korthikanti et al. 2022 (arXiv:2205.05198); the tensor-parallel size is 8."""
 
 
+def korthikanti_config(name: str, recompute: str, sequence_parallel: bool) -> TrainConfig:
+    """Return a model of table 3 of the paper."""
+    heads, hidden, layers, pp, stages, batch, micro = KORTHIKANTI[name]
+    model = _gpt(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        seq_len=2048,
+        vocab_size=51200,
+        recompute=recompute,
+    )
+    return _config(model, batch, micro, tp=8, pp=pp, dp=1, stages=stages, sequence_parallel=sequence_parallel)
+
+
 def _read_korthikanti(row: Row) -> list[PublishedRun]:
     """Return the two runs of a row of table 5: everything recomputed, and sequence parallelism with selective."""
-    heads, hidden, layers, pp, stages, batch, micro = _KORTHIKANTI[row["model"].split()[0]]
     runs = []
     for column, recompute, sequence in (("full_recompute_s", "full", False), ("present_work_s", "selective", True)):
-        model = _gpt(
-            num_layers=layers,
-            hidden_size=hidden,
-            num_heads=heads,
-            seq_len=2048,
-            vocab_size=51200,
-            recompute=recompute,
-        )
-        config = _config(model, batch, micro, tp=8, pp=pp, dp=1, stages=stages, sequence_parallel=sequence)
+        config = korthikanti_config(row["model"].split()[0], recompute, sequence)
         runs.append(PublishedRun(f"{row['model']} {recompute}", config, "megatron-lm", float(row[column])))
     return runs
 
@@ -179,9 +184,14 @@ def _read_ptdp(row: Row) -> PublishedRun:
     stages = 1 if pp == 1 else max(s for s in (1, 2, 3) if model.num_layers % (pp * s) == 0)
     stages = stages if batch // dp // micro % pp == 0 else 1
     config = _config(model, batch, micro, tp=tp, pp=pp, dp=dp, stages=stages)
-    _, flops = gpt_step_flops(model, batch * 2048)
-    seconds = flops / (1e12 * float(row["TFLOPs_per_gpu"]) * gpus)
+    seconds = _step_s(config, float(row["TFLOPs_per_gpu"]))
     return PublishedRun(f"{row['params_B']}B tp{tp} pp{pp} dp{dp}", config, "megatron-lm", seconds)
+
+
+def _step_s(config: TrainConfig, tflops_per_gpu: float) -> float:
+    """Return the seconds of a step at a published rate, which counts recomputation."""
+    _, flops = gpt_step_flops(config.model, config.training.global_batch_size * config.model.seq_len)
+    return flops / (1e12 * tflops_per_gpu * config.parallel.num_ranks)
 
 
 def _read_scaling(row: Row) -> PublishedRun:
@@ -200,8 +210,7 @@ def _read_scaling(row: Row) -> PublishedRun:
     shards = row["scheme"].startswith("ZeRO")
     sizes: dict[str, Any] = {"dp": gpus, "zero_stage": 3} if shards else {"tp": 8, "pp": pp, "dp": gpus // (8 * pp)}
     config = _config(model, batch, micro, **sizes)
-    _, flops = gpt_step_flops(model, batch * 2048)
-    seconds = flops / (1e12 * float(row["TFLOPs_per_gpu"]) * gpus)
+    seconds = _step_s(config, float(row["TFLOPs_per_gpu"]))
     engine = "megatron-deepspeed" if shards else "megatron-lm"
     return PublishedRun(f"{row['params_B']}B {row['scheme']} gpus{gpus} b{micro}", config, engine, seconds)
 
@@ -210,6 +219,11 @@ def _read_tutorial(row: Row) -> PublishedRun | None:
     """Read a run of a hands-on tutorial on 8 H100 under Megatron-LM core 0.14; None for a run without a time."""
     if not row["step_ms"] or row["use"] == "SUSPECT":
         return None
+    return PublishedRun(row["id"], tutorial_config(row), "megatron-core", float(row["step_ms"]) / 1e3)
+
+
+def tutorial_config(row: Row) -> TrainConfig:
+    """Return the config of a run of the tutorial, without its dropout."""
     tp, pp, cp, ep, etp, chunks = (int(row[name] or 1) for name in ("tp", "pp", "cp", "ep", "etp", "vpp_chunks"))
     experts: dict[str, object] = {}
     if row["experts"]:
@@ -229,7 +243,7 @@ def _read_tutorial(row: Row) -> PublishedRun | None:
         recompute="full" if row["recompute"].startswith("full") else "none",
         **experts,
     )
-    config = _config(
+    return _config(
         model,
         int(row["gbs"]),
         int(row["mbs"]),
@@ -243,7 +257,6 @@ def _read_tutorial(row: Row) -> PublishedRun | None:
         zero_stage=int(row["dist_opt"]),
         sequence_parallel=row["sp"] == "1",
     )
-    return PublishedRun(row["id"], config, "megatron-core", float(row["step_ms"]) / 1e3)
 
 
 def _config(

@@ -6,7 +6,7 @@ from fused_megatron.planning.prediction.cluster import Cluster
 
 
 def with_threads(cluster: Cluster, threads: int) -> Cluster:
-    """Return the constants of a CPU rank with a number of threads; a cluster file holds those of one thread."""
+    """Return the constants of a CPU rank with this number of threads; a file has one thread's."""
     if cluster.device == "cuda" or threads == 1:
         return cluster
     return dataclasses.replace(

@@ -133,29 +133,18 @@ class _Step:
             message_s(self.cluster, self.engine, self.config.parallel, num_bytes)
             for num_bytes in (1, message_bytes(self.config))
         )
-        forward, inputs, weights = [], [], []
-        for work in self.works:
-            backward, weight_grad = self._seconds(work.backward), work.weight_grad.products
-            forward.append(self._seconds(work.forward))
-            weights.append(min(weight_grad, backward))
-            inputs.append(backward - weights[-1])
+        forward, inputs, weights = zip(*(work.seconds(self.cluster.device) for work in self.works), strict=True)
         return Costs(
-            tuple(forward),
-            tuple(inputs),
-            tuple(weights),
+            forward,
+            inputs,
+            weights,
             link_latency=latency,
             link_occupied=sent - latency,
         )
 
-    def _seconds(self, work: Work) -> float:
-        """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""
-        if self.cluster.device == "cpu":
-            return work.on_device + work.host
-        return max(work.on_device, work.host)
-
     def _reduction_s(self, spans: list[StageSpan], works: list[ActionWork]) -> float:
         """Return the seconds of gradient reduction and of the gather of updated weights that nothing hides."""
-        last_backwards = sum(self._seconds(work.backward) for work in works)
+        last_backwards = sum(work.backward.seconds(self.cluster.device) for work in works)
         size, parallel = self.config.training.element_bytes, self.config.parallel
         return reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
 

@@ -35,26 +35,27 @@ class Ring:
             return self.cluster.node_gb_per_s
         return min(self.cluster.node_gb_per_s, self.cluster.network_gb_per_s * self.in_node)
 
-    def _latency_s(self, hops_per_rank: int) -> float:
+    @property
+    def _latency_s(self) -> float:
         """Return the time beyond the bytes: along a ring in a node, along a tree between nodes."""
         nodes = ceil(self.size / self.in_node)
         in_node = self.cluster.node_latency_us * (self.in_node - 1)
         between = self.cluster.network_latency_us * ceil(log2(nodes)) if self.leaves_node else 0.0
-        return 1e-6 * hops_per_rank * (in_node + between)
+        return 1e-6 * (in_node + between)
 
     def gather_s(self, num_bytes: float) -> float:
         """Return the seconds of an all-gather or a reduce-scatter whose full tensor has num_bytes."""
         if self.size == 1 or not num_bytes:
             return 0.0
         share = (self.size - 1) / self.size
-        return self._latency_s(1) + share * num_bytes / (1e9 * self.gb_per_s)
+        return self._latency_s + share * num_bytes / (1e9 * self.gb_per_s)
 
     def all_reduce_s(self, num_bytes: float) -> float:
         """Return the seconds of an all-reduce of num_bytes: a reduce-scatter and an all-gather."""
         if self.size == 1 or not num_bytes:
             return 0.0
         share = (self.size - 1) / self.size
-        return self._latency_s(1) + 2 * share * num_bytes / (1e9 * self.gb_per_s)
+        return self._latency_s + 2 * share * num_bytes / (1e9 * self.gb_per_s)
 
     def message_s(self, num_bytes: float) -> float:
         """Return the seconds of a message of num_bytes to the next rank of the group."""

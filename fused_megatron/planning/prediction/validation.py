@@ -71,6 +71,11 @@ def compare(runs: Sequence[PublishedRun], cluster: Cluster, engine: str | None =
     ]
 
 
+def by_fit(rows: Sequence[Compared]) -> dict[str, list[Compared]]:
+    """Return the rows to which the constants were fitted, and all others, by the names of reports."""
+    return {"fitted": [row for row in rows if row.fitted], "held out": [row for row in rows if not row.fitted]}
+
+
 def summary(rows: Sequence[Compared]) -> ErrorSummary | None:
     """Summarise the errors of rows; None without rows."""
     if not rows:

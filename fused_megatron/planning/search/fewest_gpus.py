@@ -34,8 +34,8 @@ class Fit:
 def fewest_gpus(base: TrainConfig, cluster: Cluster, more_than: int) -> Fit | None:
     """Return the fewest GPUs, above more_than, on which a layout fits; None if no number up to 65,536 is enough.
 
-    Numbers are those of whole nodes, and below a node those that divide it. Only the settings that need least memory
-    are tried: every block recomputed, microbatches of one sequence.
+    The GPUs are whole nodes, or a share of one node that divides it. Only the settings with the least memory are tried:
+    every block recomputed, microbatches of one sequence.
     """
     large, model = more_than, base.model
     most_tp, most_cp = min(cluster.gpus_per_node, model.num_heads), max(1, model.seq_len // LEAST_POSITIONS)

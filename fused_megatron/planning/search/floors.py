@@ -12,7 +12,7 @@ from fused_megatron.pipeline.schedule.schedules import SCHEDULES, build_schedule
 from fused_megatron.planning.engine_memory import CONTEXT_BYTES
 from fused_megatron.planning.optimizer_memory import optimizer_bytes
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters, vocabulary_elements
-from fused_megatron.planning.prediction.block_time import StageTimes, Work
+from fused_megatron.planning.prediction.block_time import StageTimes
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of
@@ -173,16 +173,9 @@ class Floors:
         found = []
         for span, form in zip(self.spans(placement), self._forms[tuple(placement)], strict=True):
             if (known := self._seconds.get((key, form))) is None:
-                work = times.of_stage(span)
-                backward, weights = self._action_s(work.backward), work.weight_grad.products
-                weights = min(weights, backward)
-                known = self._seconds[key, form] = (self._action_s(work.forward), backward - weights, weights)
+                known = self._seconds[key, form] = times.of_stage(span).seconds(self._cluster.device)
             found.append(known)
         return found
-
-    def _action_s(self, work: Work) -> float:
-        """Return the seconds of an action, as predict_step counts them."""
-        return work.on_device + work.host if self._cluster.device == "cpu" else max(work.on_device, work.host)
 
     def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
         placements = ZERO_STAGES[settings.zero_stage]

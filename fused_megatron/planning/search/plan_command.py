@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fused_megatron.checks import InputError, check
+from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
 from fused_megatron.planning.amounts import parse_amount
+from fused_megatron.planning.command_line import split_options, whole_number
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.search.best_layouts import Plan, find_best
 from fused_megatron.planning.search.fewest_gpus import fewest_gpus
@@ -106,20 +107,7 @@ def parse_options(words: Sequence[str]) -> PlanOptions:
         len(words) > 0 and not words[0].startswith("-"),
         "plan needs a model first: a config (.toml), a folder with a config.json of transformers, or a preset's name",
     )
-    found: dict[str, str] = {}
-    overrides, rest = [], list(words[1:])
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if name in _FLAGS:
-            check(not equals, f"{word:.60} must be {name}: it takes no value")
-            found[name] = ""
-        elif name in _VALUES:
-            if not equals and not rest:
-                raise InputError(f"{name} needs a value")
-            found[name] = value if equals else rest.pop(0)
-        else:
-            overrides.append(word)
+    found, overrides = split_options(words[1:], _VALUES, _FLAGS)
     cluster = load_cluster(_required("--cluster", found, "such as h100"))
     num_gpus = _number("gpus", _required("--gpus", found, "such as 64"))
     check_gpus(num_gpus, cluster)
@@ -146,9 +134,9 @@ def _required(name: str, found: dict[str, str], example: str) -> str:
 
 
 def _number(name: str, text: str) -> int:
-    check(text.isascii() and text.isdigit() and len(text) < 10, f"{name}={text!r:.40} must be a whole number")
-    check(int(text) >= 1, f"{name}={text} must be 1 or more")
-    return int(text)
+    number = whole_number(name, text)
+    check_positive(name, number)
+    return number
 
 
 def _amount(name: str, found: dict[str, str]) -> int | None:

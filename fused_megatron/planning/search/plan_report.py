@@ -6,10 +6,11 @@ from typing import Any
 
 from fused_megatron.config import ParallelConfig
 from fused_megatron.models import StageSpan
-from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.planning.amounts import amount_text
+from fused_megatron.planning.command_line import text_table
 from fused_megatron.planning.parameter_counts import ParameterCounts, stage_parameters
 from fused_megatron.planning.prediction.cluster import Cluster
+from fused_megatron.planning.prediction.step_figures import step_figures
 from fused_megatron.planning.search.best_layouts import Plan, Search
 from fused_megatron.planning.search.fewest_gpus import Fit
 from fused_megatron.planning.search.model_source import Workload
@@ -39,23 +40,8 @@ class Request:
 
 def plan_figures(plan: Plan, request: Request) -> dict[str, float | None]:
     """Return the figures of a plan: step_s, tokens_per_s, mfu, memory_gb, and of the training days, gpu_hours, cost."""
-    seconds, batch = plan.prediction.seconds, request.workload.batch_tokens
-    model_flops, _ = gpt_step_flops(plan.config.model, batch)
-    peak = 1e12 * request.cluster.peak_tflops * request.num_gpus
-    days = None if request.tokens is None else seconds * request.tokens / batch / 86400
-    gpu_hours = None if days is None else 24 * days * request.num_gpus
-    cost = None if gpu_hours is None or request.price is None else gpu_hours * request.price
-    return {
-        "step_s": seconds,
-        "low_s": plan.prediction.low_s,
-        "high_s": plan.prediction.high_s,
-        "tokens_per_s": batch / seconds,
-        "mfu": model_flops / seconds / peak,
-        "memory_gb": plan.memory_bytes / 1e9,
-        "days": days,
-        "gpu_hours": gpu_hours,
-        "cost": cost,
-    }
+    figures = step_figures(plan.config, request.cluster, plan.prediction, request.tokens, request.price)
+    return {**figures, "memory_gb": plan.memory_bytes / 1e9}
 
 
 def describe(search: Search, request: Request) -> str:
@@ -142,15 +128,7 @@ def _table(plans: Sequence[Plan], request: Request) -> list[str]:
             f"{figures['memory_gb']:.1f}",
         ]
         rows.append(row + ([f"{figures['days']:,.1f}"] if request.tokens is not None else []))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {1, 2, 4}
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return text_table(rows, left=(1, 2, 4))
 
 
 def _best(plan: Plan, request: Request) -> list[str]:
