@@ -50,9 +50,9 @@ class GradientBuckets:
 
     Communication: one all-reduce of 4 bytes an element for each bucket and step. With several shards a reduce-scatter
         of 4 bytes an element replaces it, in every step or (sharded) in every microbatch; and one all-reduce a step of
-        a rank's rows over the ranks that own the same rows. One all-reduce a step of 4 bytes an element of the gradients
-        that tensor-parallel ranks make by parts, in this rank's rows. The loss is divided before backward, by the targets of all
-        ranks (gradient_division.py).
+        a rank's rows over the ranks that own the same rows. One all-reduce a step of 4 bytes an element of the
+        gradients that tensor-parallel ranks make by parts, in this rank's rows. The loss is divided before backward, by
+        the targets of all ranks (gradient_division.py).
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
