@@ -9,8 +9,8 @@ from fused_megatron.sharding.parameter_record import parameter_record
 def used_by_parts(parameters: tuple[torch.Tensor, ...], group: Group) -> tuple[torch.Tensor, ...]:
     """Return parameters for a use in which each rank computes its own part: its own tokens, or its own heads.
 
-    The gradient of such a use is partial: its sum over the ranks is the gradient. As a rule backward sums it at once, so
-    that the gradient is complete when backward() returns. If all the parameters have `sum_later` in their records
+    The gradient of such a use is partial: its sum over the ranks is the gradient. As a rule backward sums it at once,
+    so that the gradient is complete when backward() returns. If all the parameters have `sum_later` in their records
     (GradientBuckets set it), the sum is left to the buckets, which sum the gradients of all such parameters together,
     once in a step. torch.autograd.grad then returns this rank's part.
 
