@@ -383,7 +383,8 @@ class RowParallelLinear(_ParallelLinear):
         InputError: I is not divisible by R, this rank is not in tp_group.
 
     Shapes, Communication, Memory: as row_parallel_linear; input_is_parallel=False adds one all-gather of x backward,
-    and skip_bias_add under sequence parallelism adds one all-reduce of the gradient of the bias (sharding.used_by_parts).
+    and skip_bias_add under sequence parallelism adds one all-reduce of the gradient of the bias, as
+    sharding.used_by_parts.
     """
 
     def __init__(
