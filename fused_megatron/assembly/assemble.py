@@ -117,7 +117,7 @@ class Assembly:
         if not self.splits_backward:
             self.gradients.reduce_after_backwards(len(inputs))
         losses = self.executor.step(inputs, targets, loss_divisor=loss_divisor, stage_kwargs=stage_kwargs)
-        self.gradients.sum_copies()
+        self.gradients.finish_reduced()
         return losses
 
     def share_of_squares(self) -> torch.Tensor:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fused_megatron.collectives import meet
+from fused_megatron.collectives.transfers import start_all_reduce_
 from fused_megatron.data_parallel.bucket_layout import BucketLayout, lay_out_buckets
 from fused_megatron.data_parallel.fixed_sizes import BUCKETS_UNDER_WAY
 from fused_megatron.data_parallel.gradient_bucket import Bucket, ShardedBucket, WholeBucket
@@ -35,6 +37,9 @@ class GradientBuckets:
     every microbatch and accumulate as sums of this rank's rows, so that a whole gradient exists only until its bucket
     is sent.
 
+    Gradients of which a tensor-parallel rank makes only its part (sharding.used_by_parts) are summed at the end of a
+    step, all together, after the sums over the replicas.
+
     Args:
         parameters: every trainable parameter in the order of forward, or such a list for each pipeline stage. A
             parameter of two stages (a tied weight) has one gradient.
@@ -45,8 +50,9 @@ class GradientBuckets:
 
     Communication: one all-reduce of 4 bytes an element for each bucket and step. With several shards a reduce-scatter
         of 4 bytes an element replaces it, in every step or (sharded) in every microbatch; and one all-reduce a step of
-        a rank's rows over the ranks that own the same rows. The loss is divided before backward, by the targets of all
-        ranks (gradient_division.py).
+        a rank's rows over the ranks that own the same rows. One all-reduce a step of 4 bytes an element of the
+        gradients that tensor-parallel ranks make by parts, in this rank's rows. The loss is divided before backward, by
+        the targets of all ranks (gradient_division.py).
     Memory: 4 bytes for each element of the parameters, and two more buckets while they are sent. Sharded: 4 bytes for
         each element of a rank's rows, the gradients that wait for their bucket to be full, and two buckets.
     """
@@ -74,12 +80,18 @@ class GradientBuckets:
         ]
         self._buckets = {p: bucket for queue in self._queues for bucket in queue.buckets for p in bucket.parameters}
         self._own = {p: bucket.own(p) for p, bucket in self._buckets.items()}
+        self._parts: dict[nn.Parameter, dist.ProcessGroup] = {}  # the ranks that make a gradient by parts
         self._accumulators = []  # these references keep autograd's nodes and their hooks alive
         for queue in self._queues:
             for each in queue.buckets:
                 for parameter in each.parameters:
                     parameter.grad = self._standing_grad(parameter)
-                    update_record(parameter, main_grad=partial(each.total, parameter), summed_grad=self._own[parameter])
+                    update_record(
+                        parameter,
+                        main_grad=partial(each.total, parameter),
+                        summed_grad=self._own[parameter],
+                        sum_later=partial(self._parts.__setitem__, parameter),
+                    )
                     # A hook of the node: the parameter's own hook is not called if its gradient went to main_grad only.
                     # The node runs once in each backward, after every use of the parameter.
                     node = torch.autograd.graph.get_gradient_edge(parameter).node
@@ -136,15 +148,31 @@ class GradientBuckets:
         return wait
 
     def finish(self) -> None:
-        """Reduce all stages and the copies, and wait until every rank has the sums of its rows."""
+        """Reduce all stages, and wait until every rank has the sums of its rows."""
         for wait in [self.reduce(stage) for stage in sorted({s for queue in self._queues for s in queue.stages})]:
             wait()
+        self.finish_reduced()
+
+    def finish_reduced(self) -> None:
+        """Finish a step whose stages are reduced. Call it once: a second call would sum complete gradients again."""
         self.sum_copies()
+        self._sum_parts()
 
     def sum_copies(self) -> None:
-        """Finish a step whose stages are reduced: sum the gradients over the ranks that own the same rows."""
+        """Sum the gradients over the ranks that own the same rows."""
         for wait in [bucket.sum_copies() for queue in self._queues for bucket in queue.buckets]:
             wait()
+
+    def _sum_parts(self) -> None:
+        """Sum the gradients that ranks made by parts, with one collective for each group of ranks."""
+        by_group: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
+        for parameter, own in self._own.items():  # in the order of the buckets, which is the same on every rank
+            if parameter in self._parts and own.numel():
+                by_group.setdefault(self._parts[parameter], []).append(own)
+        for group, rows in by_group.items():
+            flat = torch.cat([own.reshape(-1) for own in rows])
+            sums = start_all_reduce_(flat, group).wait().split([own.numel() for own in rows])
+            torch._foreach_copy_(rows, [total.view_as(own) for total, own in zip(sums, rows, strict=True)])
 
     def _standing_grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
         """Return the tensor to which autograd itself adds gradients of the parameter, if there is one."""

@@ -166,7 +166,7 @@ class ShardedReplica:
         if self._is_mean or not self._used:
             return
         self._buckets.reduce()()
-        self._buckets.sum_copies()
+        self._buckets.finish_reduced()
         self._used = self._used_anywhere()
         rows = [self._own[p] for p in self._own if self._own[p].numel()]
         if self._dp_size > 1 and rows:

@@ -333,7 +333,8 @@ class ExpertMLP(ShardedModule):
         if x.dim() != 2:
             raise InputError(f"x.shape={tuple(x.shape)} must be (tokens, hidden_size={self.hidden_size})")
         check_shape("x", x, (x.shape[0], self.hidden_size))
-        check_dtype("x", x, (self.expansion_weight.dtype,) if not torch.is_autocast_enabled(x.device.type) else FLOATS)
+        is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        check_dtype("x", x, FLOATS if is_cast else (self.expansion_weight.dtype,))
         check_same_device("x", x, "expansion_weight", self.expansion_weight)
         if experts.dim() != 2:
             raise InputError(f"experts.shape={tuple(experts.shape)} must be (tokens, experts_per_token)")

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_megatron import ops
 from fused_megatron.checks import check_divisible, check_multiple_or_divisor
-from fused_megatron.collectives import group_rank, group_size, identity_all_reduce_together
+from fused_megatron.collectives import group_rank, group_size
 from fused_megatron.config import TransformerConfig
 from fused_megatron.context_parallel import context_parallel_attention
 from fused_megatron.mesh import ParallelLayout
@@ -16,7 +16,7 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.ops.visible_pairs import PairTile
-from fused_megatron.sharding import SequencePartition
+from fused_megatron.sharding import SequencePartition, used_by_parts
 from fused_megatron.tensor_parallel import (
     ColumnParallelLinear,
     OutputPart,
@@ -176,7 +176,7 @@ class ParallelSelfAttention(nn.Module):
             query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
         elif self.query_norm is not None and self.key_norm is not None:
             weights = (self.query_norm.weight, self.key_norm.weight)
-            query_weight, key_weight = identity_all_reduce_together(weights, self.query_key_value.tp_group)
+            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
             query = ops.rms_norm(query, query_weight, self.query_norm.eps)
             key = ops.rms_norm(key, key_weight, self.key_norm.eps)
         if rotary is not None:

@@ -13,7 +13,6 @@ from fused_megatron.collectives import (
     all_reduce_identity,
     group_rank,
     group_size,
-    identity_all_reduce_together,
     split_all_gather,
 )
 from fused_megatron.collectives.transfers import start_all_reduce_
@@ -26,7 +25,7 @@ from fused_megatron.models.parallel_mlp import ParallelMLP
 from fused_megatron.models.router import ExpertRouter, float32_product
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
 from fused_megatron.ops.expert_routing import Routes
-from fused_megatron.sharding import SequenceLayout, SequencePartition, fill_normal_shard_
+from fused_megatron.sharding import SequenceLayout, SequencePartition, fill_normal_shard_, used_by_parts
 
 
 class MixtureOfExperts(nn.Module):
@@ -250,7 +249,7 @@ class SharedExpertGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the factors [S, B, 1] of x [S, B, H], in the dtype of x."""
-        (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
+        (weight,) = used_by_parts((self.weight,), self.tp_group)
         return float32_product(x.flatten(0, 1), weight).sigmoid().to(x.dtype).view(*x.shape[:2], 1)
 
 

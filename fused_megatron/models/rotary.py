@@ -38,19 +38,22 @@ def rotary_tables(
     et al. 2024 (llama3, arXiv:2407.21783).
     """
     rows = sequence.positions(device) if positions is None else positions.t().contiguous()
-    angles = rows.to(torch.float64).unsqueeze(-1) * _frequencies(sequence.seq_len, config).to(device)
+    angles = rows.to(torch.float64).unsqueeze(-1) * _frequencies(sequence.seq_len, config, device)
     scale = _attention_factor(config)
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-def _frequencies(seq_len: int, config: TransformerConfig) -> torch.Tensor:
-    """Compute the angle of each pair per token, in radians, [rotary_dim / 2] float64."""
+def _frequencies(seq_len: int, config: TransformerConfig, device: torch.device) -> torch.Tensor:
+    """Compute the angle of each pair per token, in radians, [rotary_dim / 2] float64.
+
+    On the device itself: a copy from the host would wait for all kernels before it, and a CUDA graph cannot have one.
+    """
     dim, base, factor = config.rotary_dim, config.rotary_base, config.rotary_scaling_factor
     original = config.rotary_original_seq_len or seq_len
     if config.rotary_scaling == "dynamic":
         longer = max(seq_len, original) / original
         base *= (factor * longer - (factor - 1)) ** (dim / (dim - 2))
-    pairs = torch.arange(0, dim, 2, dtype=torch.float64)
+    pairs = torch.arange(0, dim, 2, dtype=torch.float64, device=device)
     frequencies = base ** (-pairs / dim)
     if config.rotary_scaling == "linear":
         return frequencies / factor
@@ -62,7 +65,7 @@ def _frequencies(seq_len: int, config: TransformerConfig) -> torch.Tensor:
         # The pairs that make fast_turns and rotary_slow_turns turns, rounded outwards to whole pairs.
         first = max(0, math.floor(_pair_of_turns(config.fast_turns, config, original)))
         last = min(dim - 1, math.ceil(_pair_of_turns(config.rotary_slow_turns, config, original)))
-        slowness = (torch.arange(dim // 2, dtype=torch.float64) - first) / max(last - first, 0.001)
+        slowness = (torch.arange(dim // 2, dtype=torch.float64, device=device) - first) / max(last - first, 0.001)
         return frequencies * _blend(1 - slowness.clamp(0, 1), factor)
     return frequencies
 

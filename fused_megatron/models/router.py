@@ -7,14 +7,14 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from fused_megatron.collectives import Group, identity_all_reduce_together
+from fused_megatron.collectives import Group
 from fused_megatron.config import TransformerConfig
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.expert_routing import Routes, RoutingRule, route_tokens
 from fused_megatron.ops.product import product
 from fused_megatron.overlap.weight_gradients import GradientDestination
-from fused_megatron.sharding import SequenceLayout, fill_normal_shard_
+from fused_megatron.sharding import SequenceLayout, fill_normal_shard_, used_by_parts
 
 # Entries of ExpertRouter.sums after the tokens of each expert.
 NUM_REPORTED = 3
@@ -40,7 +40,8 @@ class ExpertRouter(nn.Module):
         sums: buffer [E + 3] float64: the tokens of each expert, the balance loss, the z-loss and the number of dropped
             pairs (token, expert), summed over the microbatches of a step. The sums of all ranks add up to totals.
 
-    Communication: with several tensor-parallel ranks, one all-reduce of 4 E H bytes backward.
+    Communication: with several tensor-parallel ranks, one all-reduce of 4 E H bytes backward, or the
+        sum of the buckets once a step (sharding.used_by_parts).
     Memory: saves x, and as ops.route_tokens.
     """
 
@@ -97,7 +98,7 @@ class ExpertRouter(nn.Module):
         rows = x.flatten(0, 1)
         if noise is not None:
             rows = rows.float() * noise.flatten(0, 1)
-        (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
+        (weight,) = used_by_parts((self.weight,), self.tp_group)
         logits = float32_product(rows, weight)
         return route_tokens(logits, self.rule, bias=self.selection_bias, num_sequences=num_sequences)
 

@@ -19,10 +19,9 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
       instead with sequence parallelism
         reduce_scatter  (4 + 2 k) A                         Korthikanti et al. 2022 (arXiv:2205.05198), section 4.2.2
         all_gather      (6 + 2 k) A                         two of them gather an operand again for backward
-        all_reduce      4 bytes an element of norms and of biases that every rank holds
       and in both cases, with G key-value heads of size D
-        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); 8 D with query_key_norm, or over
-                        all heads (2 + k) 8 bytes a token
+        all_reduce      8 G D (H + 1) if G is less than R (8 G D H without biases); with query_key_norm over all heads
+                        (2 + k) 8 bytes a token
 
     The first and the last stage also send an all-reduce of A each; with sequence parallelism, a reduce-scatter and an
     all-gather of A instead. The first stage then all-gathers the gradient of learned positions. The last stage gathers
@@ -45,7 +44,6 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     qkv_bias = model.linear_biases if model.qkv_bias is None else model.qkv_bias
     copied = 2 * model.kv_heads * model.head_size * (model.hidden_size + qkv_bias) * (model.kv_heads < ranks)
     over_all_heads = model.query_key_norm and model.query_key_norm_over == "all_heads"
-    copied += 2 * model.head_size * model.query_key_norm * (not over_all_heads)
     sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
     sent["all_reduce"] += (2 * blocks + model.recomputed_blocks(blocks)) * 8 * tokens * over_all_heads
     if not parallel.sequence_parallel:
@@ -55,10 +53,32 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
         sent["all_gather"] += (blocks * 6 + again + ends) * activation
         if span.first and model.position == "learned":
             sent["all_gather"] += size * rows * model.hidden_size
-        norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
-        biases = 2 * model.hidden_size * model.linear_biases
-        sent["all_reduce"] += 4 * (blocks * (2 * norm + biases) + norm * span.last)
     return {kind: num_bytes for kind, num_bytes in sent.items() if num_bytes}
+
+
+def part_gradient_bytes(config: TrainConfig, span: StageSpan) -> int:
+    """Compute the bytes of the gradients that tensor-parallel ranks make by parts, and sum once in a step.
+
+    4 bytes an element: the norms of query_key_norm per head, 2 D a block; routers, since ranks divide the tokens; with
+    sequence parallelism all norms, the biases that every rank holds, and the gates of shared experts. With a ZeRO
+    stage, a rank sums only its rows.
+
+    Args:
+        config: the config of the whole run.
+        span: the blocks of the stage.
+    """
+    model, parallel = config.model, config.parallel
+    if parallel.tensor_parallel_size == 1:
+        return 0
+    blocks, experts = span.stop - span.start, sum(map(model.has_experts, range(span.start, span.stop)))
+    per_head = model.query_key_norm and model.query_key_norm_over != "all_heads"
+    elements = blocks * 2 * model.head_size * per_head + experts * model.hidden_size * (model.num_experts or 0)
+    if parallel.sequence_parallel:
+        norm = model.hidden_size * (1 if model.normalization == "rms_norm" else 2)
+        elements += blocks * 2 * norm + norm * span.last
+        elements += (2 * blocks - experts) * model.hidden_size * model.linear_biases
+        elements += experts * model.hidden_size * model.shared_expert_gate
+    return 4 * elements
 
 
 def message_bytes(config: TrainConfig) -> int:

@@ -17,6 +17,7 @@ from fused_megatron.sharding.parameter_record import (
     update_record,
 )
 from fused_megatron.sharding.parameter_shard import ParameterShard, ShardPart
+from fused_megatron.sharding.partial_gradients import used_by_parts
 from fused_megatron.sharding.replica_sets import Replicas, ReplicaSet
 from fused_megatron.sharding.row_shards import WHOLE_ROWS, ModelRows, Rows, RowShards
 from fused_megatron.sharding.sequence_layout import SequenceLayout
@@ -65,4 +66,5 @@ __all__ = [
     "parameter_shard",
     "parts_of_parameters",
     "update_record",
+    "used_by_parts",
 ]

@@ -89,6 +89,9 @@ class ParameterRecord:
         summed_grad: the gradient after the sum over data-parallel ranks, of the rows that this rank owns. None: the sum
             is in `grad`.
         deferred: the store for products of the gradient that backward defers.
+        sum_later: called in forward by a layer that makes only this rank's part of the gradient (partial_gradients.py),
+            with the ranks over whose parts the gradient must be summed before the optimizer reads it. None: the layer
+            sums in backward.
     """
 
     shard: Shard | None = None
@@ -97,6 +100,7 @@ class ParameterRecord:
     main_grad: Callable[[], torch.Tensor] | None = None
     summed_grad: torch.Tensor | None = None
     deferred: DeferredWeightGradients | None = None
+    sum_later: Callable[[Group], None] | None = None
 
 
 _EMPTY = ParameterRecord()

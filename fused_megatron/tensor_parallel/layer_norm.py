@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from fused_megatron import modules, ops
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import group_size, identity_all_reduce_together
+from fused_megatron.collectives import group_size
+from fused_megatron.sharding import used_by_parts
 
 
 class SequenceParallelLayerNorm(modules.LayerNorm):
@@ -25,7 +26,8 @@ class SequenceParallelLayerNorm(modules.LayerNorm):
         sequence_parallel: the input is this rank's block of the sequence.
         device, dtype: as torch.nn.LayerNorm.
 
-    Communication: none forward; under sequence parallelism one all-reduce of 8 H bytes backward.
+    Communication: none forward; under sequence parallelism one all-reduce of 8 H bytes backward, or
+        the sum of the buckets once a step (sharding.used_by_parts).
     Memory: as ops.layer_norm.
     """
 
@@ -55,5 +57,5 @@ class SequenceParallelLayerNorm(modules.LayerNorm):
         if input.shape[-1:] != self.normalized_shape:
             raise InputError(f"input.shape={tuple(input.shape)} must end in hidden_size={self.normalized_shape[0]}")
         parameters = tuple(p for p in (self.weight, self.bias) if p is not None)
-        weight, *bias = identity_all_reduce_together(parameters, self.tp_group)
+        weight, *bias = used_by_parts(parameters, self.tp_group)
         return ops.layer_norm(input, weight, bias[0] if bias else None, self.eps)

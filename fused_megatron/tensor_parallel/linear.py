@@ -14,7 +14,6 @@ from fused_megatron.collectives import (
     all_gather_split,
     group_rank,
     group_size,
-    identity_all_reduce_together,
     meet,
     on_ranks,
     split_all_gather,
@@ -28,6 +27,7 @@ from fused_megatron.sharding import (
     ShardPart,
     copy_shard_,
     fill_normal_shard_,
+    used_by_parts,
 )
 
 
@@ -383,7 +383,8 @@ class RowParallelLinear(_ParallelLinear):
         InputError: I is not divisible by R, this rank is not in tp_group.
 
     Shapes, Communication, Memory: as row_parallel_linear; input_is_parallel=False adds one all-gather of x backward,
-    and skip_bias_add under sequence parallelism adds one all-reduce of the gradient of the bias.
+    and skip_bias_add under sequence parallelism adds one all-reduce of the gradient of the bias, as
+    sharding.used_by_parts.
     """
 
     def __init__(
@@ -434,7 +435,7 @@ class RowParallelLinear(_ParallelLinear):
         bias: torch.Tensor | None = self.bias
         if bias is not None and self.sequence_parallel:
             # The caller adds the bias to a block of the sequence; the gradient is the sum over all blocks.
-            (bias,) = identity_all_reduce_together((bias,), self.tp_group)
+            (bias,) = used_by_parts((bias,), self.tp_group)
         return bias
 
 

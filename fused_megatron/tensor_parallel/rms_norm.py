@@ -5,7 +5,8 @@ import torch.distributed as dist
 
 from fused_megatron import modules, ops
 from fused_megatron.checks import InputError
-from fused_megatron.collectives import group_size, identity_all_reduce_together
+from fused_megatron.collectives import group_size
+from fused_megatron.sharding import used_by_parts
 
 
 class SequenceParallelRMSNorm(modules.RMSNorm):
@@ -24,7 +25,8 @@ class SequenceParallelRMSNorm(modules.RMSNorm):
         sequence_parallel: the input is this rank's block of the sequence.
         device, dtype: as torch.nn.RMSNorm.
 
-    Communication: none forward; under sequence parallelism one all-reduce of 4 H bytes backward.
+    Communication: none forward; under sequence parallelism one all-reduce of 4 H bytes backward, or
+        the sum of the buckets once a step (sharding.used_by_parts).
     Memory: as ops.rms_norm.
     """
 
@@ -52,5 +54,5 @@ class SequenceParallelRMSNorm(modules.RMSNorm):
             return super().forward(x)
         if x.shape[-1:] != self.normalized_shape:
             raise InputError(f"x.shape={tuple(x.shape)} must end in hidden_size={self.normalized_shape[0]}")
-        (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
+        (weight,) = used_by_parts((self.weight,), self.tp_group)
         return ops.rms_norm(x, weight, self.eps)

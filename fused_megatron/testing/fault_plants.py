@@ -98,7 +98,7 @@ def key_value_copies_not_summed() -> Planted:
 
 def head_norms_not_summed() -> Planted:
     """The gradients of the query and key norms, which every rank holds whole, are not summed over the ranks' heads."""
-    return patch.object(attention, "identity_all_reduce_together", _as_given)
+    return patch.object(attention, "used_by_parts", _as_given)
 
 
 def padding_in_the_loss() -> Planted:
@@ -155,7 +155,7 @@ def attention_dropout_by_the_local_head() -> Planted:
 
 def norm_gradient_not_summed() -> Planted:
     """A norm on sequence shards keeps the gradient of its own block of the sequence."""
-    return patch.object(layer_norm, "identity_all_reduce_together", _as_given)
+    return patch.object(layer_norm, "used_by_parts", _as_given)
 
 
 def ranks_swapped_in_a_gather() -> Planted:

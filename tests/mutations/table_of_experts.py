@@ -12,8 +12,8 @@ MUTATIONS = (
     (
         "gradients of experts are too large by ep",
         "fused_megatron/assembly/assemble.py",
-        "        self.gradients.sum_copies()\n",
-        "        self.gradients.sum_copies()\n"
+        "        self.gradients.finish_reduced()\n",
+        "        self.gradients.finish_reduced()\n"
         "        for p in self.parameters.values():\n"
         "            if self.replicas.of(p) != self.replicas.dense:\n"
         '                self.gradients[p].mul_(self.mesh.expert_sizes["ep"])\n',

@@ -1,6 +1,7 @@
 """Start here when a living rank is reported dead, or a dead one alive."""
 
 import asyncio
+import ctypes
 import os
 import pickle
 import re
@@ -146,3 +147,22 @@ def test_a_rank_that_stops_where_others_wait_long_ends_them(capfd: pytest.Captur
     assert sorted(each[1] or "" for each in found) == ["", " (rank 2)"], lines
     silent = "it gave no sign of life for 1 s: stopped, stuck or cut off; it was last in "
     assert all(each[2].startswith(silent) for each in found), lines
+
+
+def blocked_in_c(rank: int, world_size: int) -> None:
+    """All ranks but one wait inside a C function, as a host waits for a GPU whose kernel waits for a lost rank."""
+    presence = Presence(timeout_s=1.0)
+    dist.barrier()
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    ctypes.CDLL(None).sleep(60)
+    presence.close()
+
+
+def test_ranks_that_wait_for_a_device_name_a_silent_rank(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(blocked_in_c, 4, timeout_s=50)
+    for rank in (0, 1, 3):
+        assert f"rank {rank} died with exit code 1" in str(caught.value)
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("lost contact with rank 2" in line for line in lines) == 3, lines

@@ -297,9 +297,7 @@ class StageTimes:
         """
         if self.cluster.device == "cuda" or not self.config.parallel.sequence_parallel:
             return 0.0
-        # Gradients of two norms and of two biases, which every rank holds.
-        vectors = 4 * self.tp_ring.all_reduce_s(4 * self.hidden)
-        return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden) + vectors
+        return number * self.tp_ring.gather_s(self.size * self.tokens * self.hidden)
 
     def _with_context(self, forward: Work, backward: Work, attention: Work) -> tuple[Work, Work]:
         """Add the transfers of context parallelism, which run beside attention."""

@@ -17,7 +17,7 @@ from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
 from fused_megatron.planning.prediction.played_schedule import play
 from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
-from fused_megatron.planning.rank_communication import message_bytes
+from fused_megatron.planning.rank_communication import message_bytes, part_gradient_bytes
 
 PARTS = (
     "products",
@@ -146,7 +146,9 @@ class _Step:
         """Return the seconds of gradient reduction and of the gather of updated weights that nothing hides."""
         last_backwards = sum(work.backward.seconds(self.cluster.device) for work in works)
         size, parallel = self.config.training.element_bytes, self.config.parallel
-        return reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
+        parts = sum(part_gradient_bytes(self.config, span) for span in spans)
+        summed = self.times.tp_ring.all_reduce_s(parts) if parts else 0.0
+        return summed + reduction_s(self.cluster, self.engine, parallel, size, self._parameters(spans), last_backwards)
 
     def _update_s(self, spans: list[StageSpan]) -> float:
         blocks = sum(span.stop - span.start for span in spans)
