@@ -62,7 +62,7 @@ wheels: export FUSED_MEGATRON_CUDA := $(if $(filter off,$(FUSED_MEGATRON_CUDA)),
 wheels: .venv/built .venv/developed
 	@rm -rf build/wheels
 	@$(BIN)/python -m pip wheel $(QUIET) --no-build-isolation --no-deps --wheel-dir build/wheels .
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel -q repair --exclude "libtorch*" --exclude "libc10*" \
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 	    --wheel-dir dist build/wheels/*.whl
 	@ls dist/*.whl
 
