@@ -304,13 +304,25 @@ def build_requirements() -> list[str]:
     return [*torch, *nvcc]
 
 
+def announced_requirements() -> list[str]:
+    """Return the build requirements, and say what pip will download for them before it does."""
+    requirements = build_requirements()
+    if TORCH_REQUIREMENT in requirements:
+        say(
+            f"no torch >= 2.13 here: pip takes {TORCH_REQUIREMENT} to compile with; pip install torch first chooses another"
+        )
+    if set(CUDA_REQUIREMENTS) <= set(requirements):
+        say("no nvcc here: pip takes nvcc 13.0 from PyPI")
+    return requirements
+
+
 if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["fused_megatron", "fused_megatron.*"]), "fused_megatron.kernels"],
         package_dir={"fused_megatron.kernels": "kernels"},
         ext_modules=[Extension("fused_megatron._torch_ops", sources=[])],
         # Only for egg_info, by which pip asks: in any other command setuptools itself would try to install it.
-        setup_requires=build_requirements() if "egg_info" in sys.argv else [],
+        setup_requires=announced_requirements() if "egg_info" in sys.argv else [],
         cmdclass={
             "bdist_wheel": PlatformWheel,
             "build": FreshBuild,
