@@ -115,6 +115,7 @@ class CMakeBuild(build_ext):
                 ["--install", str(folder), "--prefix", str(package)],
             ):
                 run_logged([cmake, *step], environment, log)
+        say(f"the compiled libraries are in {package}")
 
 
 class FreshBuild(build):
@@ -195,7 +196,7 @@ def run_logged(command: list[str], environment: dict[str, str], log: TextIO) -> 
         log.write(line)
         done = re.match(r"\[(\d+)/(\d+)\] Building", line)
         now = time.monotonic()
-        if done and (now - said > PROGRESS_S or done[1] == done[2]):
+        if done and now - said > PROGRESS_S:
             say(f"{done[1]} of {done[2]} steps of the build done ({now - started:.0f} s)")
             said = now
     if process.wait():
@@ -308,9 +309,7 @@ def announced_requirements() -> list[str]:
     """Return the build requirements, and say what pip will download for them before it does."""
     requirements = build_requirements()
     if TORCH_REQUIREMENT in requirements:
-        say(
-            f"no torch >= 2.13 here: pip takes {TORCH_REQUIREMENT} to compile with; pip install torch first chooses another"
-        )
+        say(f"no torch >= 2.13: pip takes {TORCH_REQUIREMENT} to compile with (or: pip install torch, then this again)")
     if set(CUDA_REQUIREMENTS) <= set(requirements):
         say("no nvcc here: pip takes nvcc 13.0 from PyPI")
     return requirements
