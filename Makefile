@@ -1,6 +1,6 @@
 # Commands of the project. Everything runs in .venv, which the first target makes and later targets reuse.
 #   PYTHON=python3.12           another Python (3.10 or newer)
-#   FUSED_MEGATRON_CUDA=on|off  require or skip the CUDA kernels (auto: build them if there are a GPU and nvcc; see setup.py)
+#   FUSED_MEGATRON_CUDA=on|off  require or skip the CUDA kernels (auto: build them for a GPU with nvcc; see setup.py)
 #   ARGS="..."                  further arguments for train, test and bench
 PYTHON ?= python3
 FUSED_MEGATRON_CUDA ?= auto
@@ -124,7 +124,9 @@ clean:
 	find fused_megatron kernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # Without build isolation, so that torch is installed once, and the library is compiled against this torch. The install
-# compiles nothing: the next stage does, and shows its progress.
+# compiles no C++: the next stage does, and shows its progress. pip would compile all modules of all packages to bytecode,
+# one by one, which takes longer than the install: training's own are compiled by an import, and all on all cores where the
+# tools of the tests are installed.
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	    { echo "Python 3.10 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
@@ -132,12 +134,14 @@ clean:
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "pip>=21.3" "setuptools>=77" cmake ninja torch
 	@FUSED_MEGATRON_COMPILE=off $(PIP) --no-build-isolation -e ".[train]"
-	@env -u PYTHONDONTWRITEBYTECODE -u PYTHONPATH $(BIN)/python -W ignore -c "import fused_megatron.training.train"
+	@env -u PYTHONDONTWRITEBYTECODE -u PYTHONPATH $(BIN)/python -W ignore \
+	    -c "import fused_megatron.training.train, matplotlib.figure, tokenizers"
 	@touch $@
 
 .venv/developed: .venv/installed
 	@echo "fused-megatron: installing the tools of the tests into .venv (once)"
 	@FUSED_MEGATRON_COMPILE=off $(PIP) --no-build-isolation -e ".[dev]"
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 # setup.py says what it compiles, and how far it is.
