@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-HOW_TO_BUILD = "pip install --no-build-isolation -e . (needs a C++20 compiler; CUDA kernels need nvcc as well)"
+HOW_TO_BUILD = "pip install -e . in the source folder (needs a C++20 compiler; CUDA kernels need nvcc as well)"
 LIBRARY = Path(__file__).parent / "_torch_ops.so"
 
 
@@ -34,13 +34,21 @@ def load_library() -> bool:
 
 
 @functools.cache
-def warn_no_kernel(op: str, device_type: str) -> None:
-    """Warn once per op and device that the reference runs, because the loaded library has no kernel for it."""
+def warn_no_kernel(op: str, device_type: str, way: str | None = None) -> None:
+    """Warn once per op and device that the reference runs, because the loaded library has no kernel for it.
+
+    Args:
+        op: its name.
+        device_type: "cpu", "cuda".
+        way: how to get the kernel; None: build it.
+    """
     if load_library():
-        _warn(f"no {device_type} kernel for {op}; it runs on its slower PyTorch reference.")
+        _warn(f"no {device_type} kernel for {op}; it runs on its slower PyTorch reference.", way)
 
 
-def _warn(message: str) -> None:
+def _warn(message: str, way: str | None = None) -> None:
     # All ranks of a machine use the same files, so that one warning per machine is enough.
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        warnings.warn(f"fused_megatron: {message} To build it: {HOW_TO_BUILD}", RuntimeWarning, stacklevel=4)
+        warnings.warn(
+            f"fused_megatron: {message} {way or f'To build it: {HOW_TO_BUILD}'}", RuntimeWarning, stacklevel=4
+        )

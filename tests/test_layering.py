@@ -24,9 +24,9 @@ LAYERS = [
     {"sharding"},
     {"collectives", "mesh"},
     {"ops", "observe"},
-    {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
+    {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages"},
     {"untrusted_files"},
-    {"checks", "deprecation"},
+    {"checks", "deprecation", "optional_packages"},
 ]
 HEIGHT = {name: -row for row, names in enumerate(LAYERS) for name in names}
 # Forbidden imports of rows below: the pipeline knows no model and no tensor parallelism.

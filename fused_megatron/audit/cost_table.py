@@ -11,6 +11,7 @@ from fused_megatron.audit.cuda_emulation import CSRC, host_compiler
 from fused_megatron.audit.kernels import DTYPES, OPS, PARTIALS_LIMIT, RATIO_LIMIT, source_of
 from fused_megatron.audit.occupancy import LIMITS, occupancy
 from fused_megatron.audit.triton_launches import CompiledLaunch, triton_code
+from fused_megatron.optional_packages import install_command
 
 Case = tuple[str, int, str]  # op, width, dtype
 
@@ -85,7 +86,7 @@ def what_is_missing() -> list[str]:
     if host_compiler() is None:
         lacks.append("GCC on Linux, for the bytes that CUDA kernels issue: apt-get install g++")
     if importlib.util.find_spec("triton") is None:
-        lacks.append("triton, for all figures of Triton kernels: pip install triton")
+        lacks.append(f"triton, for all figures of Triton kernels: {install_command('triton')}")
     return lacks
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from fused_megatron.checks import InputError, check
+
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "emulation"
@@ -61,9 +63,15 @@ def cuda_sources() -> list[Path]:
 
 
 def build_emulation(sources: Iterable[Path] | None = None, cache: Path = CACHE) -> Path:
-    """Build the library with the kernels of `sources` (default: all ops) and return it; unchanged files are reused."""
+    """Build the library with the kernels of `sources` (default: all ops) and return it; unchanged files are reused.
+
+    Raises:
+        InputError: there are no sources of the kernels, or no GCC.
+    """
+    check(CSRC.exists(), "the emulation needs the sources of the kernels: a checkout (git clone), not the wheel")
     compiler = host_compiler()
-    assert compiler is not None, "the emulation needs GCC on Linux"
+    if compiler is None:
+        raise InputError("the emulation needs GCC on Linux: apt-get install g++")
     files = [CSRC / "emulation" / "machine.cpp", *(cuda_sources() if sources is None else sources)]
     headers = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
     common = hashlib.sha256(_version(compiler).encode() + torch.__version__.encode())
@@ -146,5 +154,8 @@ def _make(result: Path, command: list[str]) -> None:
     part.replace(result)
 
 
-if __name__ == "__main__" and host_compiler() is not None:
-    build_emulation()  # `make test` runs this first; the first build takes a minute
+if __name__ == "__main__":  # `make test` runs this first; the first build takes a minute
+    try:
+        build_emulation()
+    except InputError as error:
+        print(f"fused-megatron: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ import torch
 from fused_megatron import extension
 from fused_megatron.audit.cuda_emulation import CSRC, ROOT, cuda_sources
 from fused_megatron.audit.occupancy import LIMITS
+from fused_megatron.optional_packages import install_command
 
 CACHE = ROOT / "build" / "audit"
 
@@ -62,7 +63,7 @@ def missing() -> list[str]:
     if nvcc_version() is None:
         lacks.append("nvcc, for registers, spills and machine code of the CUDA kernels: install a CUDA 13 toolkit")
     if tool("cuobjdump") is None:
-        lacks.append("cuobjdump, for the same: pip install triton (contains it) or nvidia-cuda-cuobjdump")
+        lacks.append(f"cuobjdump, for the same: {install_command('triton')} (contains it) or nvidia-cuda-cuobjdump")
     return lacks
 
 

@@ -25,6 +25,7 @@ from fused_megatron.audit.kernels import DTYPES, OPS, TOKENS
 from fused_megatron.audit.machine_code import Code, parsed_resources, read_code, tool
 from fused_megatron.audit.triton_compiler import triton_source
 from fused_megatron.ops.registration import TRITON_LAUNCHERS
+from fused_megatron.optional_packages import install_command
 
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
@@ -140,4 +141,7 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ModuleNotFoundError as error:
+        sys.exit(f"fused-megatron: error: {error} ({install_command('triton')})")

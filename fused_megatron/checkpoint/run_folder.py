@@ -13,6 +13,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
 from fused_megatron.durable import replace_file
+from fused_megatron.optional_packages import install_command
 from fused_megatron.untrusted_files import convert, open_plain_file
 
 
@@ -102,9 +103,7 @@ class RunFolder:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - an extra
         except ImportError:
-            raise InputError(
-                "training.tensorboard=True needs tensorboard: pip install 'fused-megatron[tensorboard]'"
-            ) from None
+            raise InputError(f"training.tensorboard=True needs tensorboard: {install_command('tensorboard')}") from None
         self._tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
 
     def read_metrics(self) -> list[dict[str, Any]]:

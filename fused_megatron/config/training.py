@@ -54,7 +54,7 @@ class TrainingConfig:
     async_checkpoint: bool = True
     """Copy the tensors of a checkpoint and write them while training goes on; false: training waits for the disk."""
     tensorboard: bool = False
-    """Also write the metrics as TensorBoard events (pip install 'fused-megatron[tensorboard]')."""
+    """Also write the metrics as TensorBoard events (pip install "tensorboard>=2.16")."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
     cluster: str | None = None

@@ -9,6 +9,7 @@ import numpy as np
 
 from fused_megatron import extension
 from fused_megatron.checks import check
+from fused_megatron.data import compiled_index
 from fused_megatron.reference import sample_index as reference
 
 # Streams of the two random permutations of an epoch (fused_megatron.reference.sample_index.permutation).
@@ -125,13 +126,13 @@ def pieces_from(
 def index_builders() -> Any:
     """Return the compiled index builders; without them, warn once and return their reference in numpy."""
     try:
-        import fused_megatron._dataset_index as compiled  # noqa: PLC0415 (compiled, and may be absent)
-    except ImportError as error:
+        compiled_index.load()
+    except (OSError, AttributeError) as error:
         warnings.warn(
-            f"fused_megatron: the compiled dataset index is missing ({error}); numpy builds it, slower. "
+            f"fused_megatron: the compiled dataset index does not load ({error}); numpy builds it, slower. "
             f"To build it: {extension.HOW_TO_BUILD}",
             RuntimeWarning,
             stacklevel=2,
         )
         return reference
-    return compiled
+    return compiled_index

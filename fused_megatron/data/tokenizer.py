@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.durable import replace_file
+from fused_megatron.optional_packages import install_command
 from fused_megatron.untrusted_files import read_bounded
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -210,6 +211,6 @@ def _import_tokenizers() -> Any:
         import tokenizers  # noqa: PLC0415 (an extra: an indexed dataset does not need it)
     except ImportError:
         raise InputError(
-            "text needs the package tokenizers: pip install fused-megatron[text] (an indexed dataset does without)"
+            f"text needs the package tokenizers: {install_command('tokenizers')} (an indexed dataset does without)"
         ) from None
     return tokenizers

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fused_megatron.doctor.device_code import runs_on
 from fused_megatron.doctor.facts import Facts, Gpu, numbers
+from fused_megatron.optional_packages import install_command
 
 BROKEN, SLOW, NOTE = "broken", "slow", "note"
 
@@ -71,7 +72,8 @@ def _packages(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             BROKEN, f"{state} ({package.requirement} is needed)", f'pip install --upgrade "{package.requirement}"'
         )
-    for extra in dict.fromkeys(package.extra for package in packages if package.extra):
+    # Triton is worth a finding only beside a GPU (_gpu_kernels).
+    for extra in dict.fromkeys(package.extra for package in packages if package.extra not in (None, "triton")):
         unfit = [package for package in packages if package.extra == extra and not package.fits]
         if unfit:
             names = ", ".join(package.name for package in unfit)
@@ -158,7 +160,7 @@ def _gpus(facts: Facts) -> Iterator[Finding]:
 
 
 def _gpu_kernels(facts: Facts) -> Iterator[Finding]:
-    """Check that the library has code for each GPU, and that Triton has a C compiler."""
+    """Check that the library has code for each GPU, that Triton is installed, and that it has a C compiler."""
     library, torch = facts.library, facts.torch
     if not torch.sees_gpus:
         return
@@ -194,6 +196,12 @@ def _gpu_kernels(facts: Facts) -> Iterator[Finding]:
             "export PATH=/usr/local/cuda-13.0/bin:$PATH  # or hide it: the build then takes nvcc from PyPI",
         )
     triton = [op.op for op in library.ops if op.gpu == "Triton"]
+    if library.ops and not triton:
+        yield Finding(
+            SLOW,
+            "Triton is not installed: losses, softmax and experts run on their slower PyTorch reference on a GPU",
+            install_command("triton"),
+        )
     if triton and facts.tools.cc is None:
         yield Finding(
             BROKEN,

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from fused_megatron import extension
+from fused_megatron.optional_packages import install_command
 
 _LIBRARY = torch.library.Library("fused_megatron", "FRAGMENT")
 
 # The dtypes that every op takes; float64 runs on the reference.
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TRITON_LAUNCHERS: dict[str, Callable[..., Any]] = {}  # by name of the op
+_LACK_TRITON: set[str] = set()  # ops whose GPU kernel is in Triton, where Triton is not installed
 
 
 def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -33,7 +35,10 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
     name = schema.partition("(")[0]
 
     def without_kernel(*args: Any, **kwargs: Any) -> Any:
-        extension.warn_no_kernel(name, next(a for a in args if isinstance(a, torch.Tensor)).device.type)
+        listed = (each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg]))
+        device_type = next((each.device.type for each in listed if isinstance(each, torch.Tensor)), "cpu")
+        triton = device_type == "cuda" and name in _LACK_TRITON
+        extension.warn_no_kernel(name, device_type, f"It needs Triton: {install_command('triton')}" if triton else None)
         return reference(*args, **kwargs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -65,6 +70,7 @@ def register_triton(name: str, module: str) -> None:
     is imported at the first call, so that importing the op does not import Triton.
     """
     if importlib.util.find_spec("triton") is None:
+        _LACK_TRITON.add(name)
         return
 
     def launch(*args: Any) -> Any:

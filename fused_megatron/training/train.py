@@ -22,6 +22,7 @@ from fused_megatron.data.training_data import TrainingData, open_training_data
 from fused_megatron.inference.generation import generate
 from fused_megatron.kept_pages import keep_malloc_pages
 from fused_megatron.mesh import Mesh
+from fused_megatron.optional_packages import install_command
 from fused_megatron.pipeline.view.recording import Recorder
 from fused_megatron.planning.prediction.beside_measured import (
     BesideMeasured,
@@ -313,7 +314,7 @@ def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
         if evaluations[-1]["bits_per_byte"] is not None:
             rows["held-out bits per byte"] = f"{evaluations[-1]['bits_per_byte']:.3f}"
     reporter.table("Results", rows)
-    picture = run.loss_picture.name if drawn else "no picture: pip install 'fused-megatron[plots]'"
+    picture = run.loss_picture.name if drawn else f"no picture: {install_command('matplotlib')}"
     reporter.say(f"{run.path}: {run.config.name}, {run.metrics.name}, {picture}, {run.checkpoints.name}/")
     if lines:
         reporter.say("Three document beginnings that the model wrote:")

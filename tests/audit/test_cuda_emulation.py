@@ -1,10 +1,13 @@
 """Start here when the CUDA emulation misses a fault of a kernel, or compiles unchanged files again."""
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from fused_megatron.audit import cuda_emulation
 from fused_megatron.audit.cuda_emulation import (
     CACHE,
     build_emulation,
@@ -25,6 +28,13 @@ def cache(tmp_path_factory):
     for path in CACHE.glob("machine-*.o"):
         shutil.copy2(path, folder)
     return folder
+
+
+def test_without_the_sources_one_line_says_what_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda_emulation, "CSRC", tmp_path / "absent")  # as in a wheel
+    monkeypatch.setattr(sys, "argv", ["emulated", "tests/ops/test_norm.py"])
+    with pytest.raises(SystemExit, match=r"^fused-megatron: error: the emulation needs the sources .* not the wheel$"):
+        runpy.run_module("fused_megatron.audit.emulated", run_name="__main__")
 
 
 @pytest.mark.skipif(not sanitizer_libraries(), reason="no libasan")

@@ -126,6 +126,10 @@ CASES = {
     "nvcc old": (
         {"library": {"device_code": ()}, "tools": {"nvcc_release": "12.4"}}, NOTE, "nvcc 12.4", "export PATH=",
     ),
+    "no Triton": (
+        {"library": {"ops": (OpKernels("cross_entropy", "kernel", "reference"),)}},
+        SLOW, "Triton is not installed: losses", 'pip install "triton>=3.6"',
+    ),
     "no C compiler": ({"tools": {"cc": None}}, BROKEN, "cross_entropy fail on a GPU", "apt-get install gcc"),
     "name server silent about 127.0.0.1": (
         {"network": {"localhost_lookup_s": None}}, SLOW, "the name of 127.0.0.1 takes longer", "/etc/hosts",

@@ -5,9 +5,10 @@ import threading
 import numpy as np
 import pytest
 
+from fused_megatron.data import compiled_index as compiled
 from fused_megatron.reference import sample_index as reference
 
-compiled = pytest.importorskip("fused_megatron._dataset_index")
+pytestmark = pytest.mark.skipif(not compiled.LIBRARY.exists(), reason="the compiled dataset index is not built")
 BOTH = pytest.mark.parametrize("builders", [reference, compiled], ids=["numpy", "compiled"])
 
 
@@ -126,8 +127,20 @@ def test_inconsistent_input_raises(builders, lengths, order, seq_len, message):
 def test_compiled_takes_no_other_dtype():
     lengths = np.array([3, 4], dtype=np.int64)
     for wrong in (lengths.astype(np.int32), lengths.astype(np.float64), [3, 4], np.repeat(lengths, 2)[::2], None):
-        with pytest.raises(TypeError, match="incompatible function arguments"):
+        with pytest.raises(TypeError, match="lengths must be a contiguous int64 array, not a "):
             compiled.build_sample_index(wrong, lengths, 2)
+
+
+@pytest.mark.parametrize("name", ["seed", "epoch", "stream"])
+@pytest.mark.parametrize("value", [-1, 2**64])
+def test_compiled_takes_no_number_beyond_64_bits(name, value):
+    with pytest.raises(ValueError, match=rf"{name}={value} must be in \[0, 2\^64\)"):
+        compiled.permutation(**{"count": 3, "seed": 0, "epoch": 0, "stream": 0, name: value})
+
+
+def test_memory_that_runs_out_in_the_library_is_an_error():
+    with pytest.raises(MemoryError):
+        compiled._call("dataset_index_permutation", 2**56, 0, 0, 0, None)
 
 
 def test_compiled_releases_the_interpreter_lock():

@@ -9,6 +9,7 @@ from fused_megatron.benchmarking.report.results_file import Results
 from fused_megatron.benchmarking.report.tables import is_scaling
 from fused_megatron.benchmarking.side_by_side import BOUND, EVEN, FASTER, OURS, SLOWER, Comparison
 from fused_megatron.checks import InputError
+from fused_megatron.optional_packages import install_command
 
 _COLORS = ("tab:blue", "tab:orange", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "tab:red")
 _PARTS = {"compute": "tab:green", "communication": "tab:red", "bubble": "lightgray", "optimizer": "tab:blue"}
@@ -28,7 +29,7 @@ def plot_results(results: Results, folder: Path) -> list[Path]:
         from matplotlib import rc_context  # noqa: PLC0415 - an extra, and slow to import
         from matplotlib.figure import Figure  # noqa: PLC0415
     except ImportError:
-        raise InputError('plots need matplotlib: pip install "matplotlib>=3.8"') from None
+        raise InputError(f"plots need matplotlib: {install_command('matplotlib')}") from None
     cases = [one for one in results.comparisons if one.seconds.get(OURS)]
     ceilings = Ceilings(results.ceilings)
     roofed = [c for c in cases if c.tokens is None and ceilings.roof_gflop_per_s(c)]

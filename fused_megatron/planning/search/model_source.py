@@ -88,7 +88,7 @@ def _preset(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
         raise InputError(f"model={name!r:.80} must be a folder with a {CONFIG_FILE} of transformers; it has none")
-    presets = f"a preset's name ({', '.join(found or known)})" if known else "(presets are in a source checkout only)"
+    presets = f"a preset's name ({', '.join(found or known)})" if known else "a preset's name in a checkout"
     raise InputError(
         f"model={name!r:.80} must be the path of a config (.toml), a folder with a {CONFIG_FILE} of transformers, or "
         f"{presets}"

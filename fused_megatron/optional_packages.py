@@ -1,0 +1,15 @@
+"""Packages that only some parts need, and the command that installs one."""
+
+OLDEST = {
+    "matplotlib": "3.8",
+    "tensorboard": "2.16",
+    "tokenizers": "0.20",
+    "transformers": "5",
+    "triton": "3.6",
+}
+"""Oldest version of each optional package, as in pyproject.toml."""
+
+
+def install_command(*names: str) -> str:
+    """Return the command of pip that installs optional packages: pip install "tokenizers>=0.20"."""
+    return "pip install " + " ".join(f'"{name}>={OLDEST[name]}"' for name in names)
