@@ -33,7 +33,8 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
     name = schema.partition("(")[0]
 
     def without_kernel(*args: Any, **kwargs: Any) -> Any:
-        extension.warn_no_kernel(name, next(a for a in args if isinstance(a, torch.Tensor)).device.type)
+        parts = (part for a in args for part in (a if isinstance(a, list | tuple) else (a,)))  # Tensor[] is a list
+        extension.warn_no_kernel(name, next(part for part in parts if isinstance(part, torch.Tensor)).device.type)
         return reference(*args, **kwargs)
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
