@@ -21,6 +21,7 @@ from fused_megatron.training.error_line import end_now, print_error, prints_for_
 USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
+  init CONFIG.toml [--like llama|gpt|bert|moe]  write a config that trains, with every key and its meaning
   train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
   launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt with a run's newest checkpoint
@@ -72,6 +73,7 @@ def _run(argv: Sequence[str]) -> int:
         print(importlib.metadata.version("fused-megatron"))
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "init": _init,
         "train": _train,
         "launch": _launch,
         "generate": _generate,
@@ -112,6 +114,15 @@ def _discard_closed_output() -> bool:
     return True
 
 
+def _init(argv: Sequence[str]) -> int:
+    from fused_megatron.config.starting_config import InitArguments, write_starting_config  # noqa: PLC0415
+
+    arguments = _parse(InitArguments, "init", argv)
+    if arguments is not None:
+        print("\n".join(write_starting_config(arguments)))
+    return 0
+
+
 def _train(argv: Sequence[str]) -> int:
     from fused_megatron.training.stop_request import StopRequest  # noqa: PLC0415
 
@@ -128,7 +139,7 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     with _shared_errors():
         if not argv or argv[0].startswith("-"):
-            raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
+            raise InputError("train needs a config file first (to write one: fused-megatron init my.toml)")
         config = with_run_folder(load_config(Path(argv[0]), argv[1:]), Path(argv[0]))
     run = RunFolder(Path(config.training.run_folder or ""))
     try:

@@ -1,4 +1,4 @@
-"""Command-line arguments and TOML values parsed into dataclasses, with all mistakes in one line; tyro prints the help."""
+"""Command-line arguments and TOML values parsed into dataclasses, with all mistakes in one line; tyro prints help."""
 
 import contextlib
 import dataclasses
