@@ -286,7 +286,8 @@ def _wanted(kinds: Sequence[Any]) -> str:
             texts.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
         elif typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]
-            texts.append("a list of " + {int: "whole numbers", float: "numbers"}.get(item, f"{item.__name__} values"))
+            names = {int: "whole numbers", float: "numbers", str: "texts"}
+            texts.append(f"a list of {names.get(item, 'paths')}")
         elif kind in _WANTED:
             texts.append(_WANTED[kind])
     return " or ".join(texts)

@@ -48,8 +48,8 @@ def write_starting_config(arguments: InitArguments) -> list[str]:
     except OSError as error:
         raise InputError(f"config={path} cannot be written: {error.strerror or error}") from None
     return [
-        f"{path}: {_title_of(arguments.like)}. It trains on the sources of Python's standard library; set data.path for "
-        f"your own text.",
+        f"{path}: {_title_of(arguments.like)}. It trains on the sources of Python's standard library; set data.path "
+        f"for your own text.",
         f"  fused-megatron train {path}",
         f"  fused-megatron launch --nproc-per-node 2 train {path}   # two ranks",
     ]

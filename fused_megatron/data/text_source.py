@@ -14,8 +14,8 @@ from fused_megatron.data.document_files import check_format, file_documents
 class TextSource:
     """Text files in a fixed order.
 
-    Each file is one document, except that each line of a .jsonl file, and each row of a table, is one. A byte order mark
-    at the start of a file is dropped, line ends are kept, and empty documents are left out.
+    Each file is one document, except that each line of a .jsonl file, and each row of a table, is one. A byte order
+    mark at the start of a file is dropped, line ends are kept, and empty documents are left out.
 
     Attributes:
         description: name of the text, for messages.

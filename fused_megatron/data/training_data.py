@@ -9,12 +9,15 @@ import torch
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
-from fused_megatron.data.corpus import prepare_corpus
+from fused_megatron.data.blend import BlendedDataset, BlendedValidation
+from fused_megatron.data.corpus_blend import prepare_data
 from fused_megatron.data.documents import positions_in_documents
 from fused_megatron.data.masked_lm import NUM_FRAME_TOKENS, TRAINING_STREAM, VALIDATION_STREAM, MaskedLM, masked_lm
 from fused_megatron.data.token_dataset import TokenDataset, ValidationDataset, inputs_and_targets
 from fused_megatron.data.token_digest import TokenCheck
 from fused_megatron.data.tokenizer import END_OF_DOCUMENT, MASKED_LM_TOKENS, Tokenizer
+
+Samples = TokenDataset | ValidationDataset | BlendedDataset | BlendedValidation
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class TrainingData:
     vocab_size: int
     tokenizer: Tokenizer | None
     tokenizer_path: str | None
-    training: TokenDataset
-    validation: ValidationDataset
+    training: TokenDataset | BlendedDataset
+    validation: ValidationDataset | BlendedValidation
     masking: MaskedLM | None = None
     content: Mapping[str, str] = field(default_factory=dict)
     token_check: TokenCheck | None = None
@@ -76,9 +79,7 @@ class TrainingData:
         first = index * batch_size + dp_rank * len(rows)
         return self._batch(rows, self.validation, first, VALIDATION_STREAM)
 
-    def _batch(
-        self, rows: np.ndarray, source: TokenDataset | ValidationDataset, first_sample: int, stream: int
-    ) -> Batch:
+    def _batch(self, rows: np.ndarray, source: Samples, first_sample: int, stream: int) -> Batch:
         if self.masking is not None:
             return self.masking.batch(rows, first_sample, stream)
         starts = source.document_starts(first_sample, len(rows)) if self.mask_documents else None
@@ -106,15 +107,8 @@ def open_training_data(
             model has no [MASK] token; no document has two tokens, which mask_documents needs.
     """
     masked = config.model.traits.predicts == "masked_tokens"
-    corpus = prepare_corpus(
-        config.data.path,
-        config.data.cache_folder,
-        config.data.tokenizer_vocab_size,
-        config.data.validation_fraction,
-        tokenizer_path=config.data.tokenizer_path,
-        special_tokens=MASKED_LM_TOKENS if masked else (END_OF_DOCUMENT,),
-        on_progress=on_progress,
-    )
+    special_tokens = MASKED_LM_TOKENS if masked else (END_OF_DOCUMENT,)
+    corpus = prepare_data(config.data, special_tokens, on_progress)
     vocab_size = config.model.vocab_size or corpus.vocab_size
     check(
         vocab_size >= corpus.vocab_size,
@@ -132,7 +126,7 @@ def open_training_data(
         seq_len -= NUM_FRAME_TOKENS
     train_dataset = corpus.train_dataset(seq_len, training.seed)
     check(
-        not config.data.mask_documents or int(train_dataset.documents.lengths.max()) >= 2,
+        not config.data.mask_documents or train_dataset.longest_document >= 2,
         f"{corpus.description}: mask_documents=True leaves no target: each document is one token long",
     )
     return TrainingData(
@@ -148,7 +142,7 @@ def open_training_data(
             **corpus.content(),
             "vocabulary": str(vocab_size),
             "vocabulary_source": "the config" if config.model.vocab_size else corpus.vocabulary,
-            "tokens_path": f"{corpus.train_prefix}.bin",
+            "tokens_path": corpus.tokens_path,
             "tokenizer_path": corpus.tokenizer_path or "none",
         },
         token_check=TokenCheck(large, share, of) if (large := corpus.large_files()) else None,

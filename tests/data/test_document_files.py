@@ -27,7 +27,9 @@ def test_packed_files_and_another_field(tmp_path: Path) -> None:
     assert list(file_documents(write_lines(tmp_path / "b.jsonl", "body"), "body")) == wanted
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress("\ufeffa t\u00e9xt".encode()))
     assert list(file_documents(tmp_path / "t.txt.gz")) == ["a t\u00e9xt"]
-    with pytest.raises(InputError, match=r"b\.jsonl:1: no field text \(fields: body, id\).*data\.text_field names anoth"):
+    with pytest.raises(
+        InputError, match=r"b\.jsonl:1: no field text \(fields: body, id\).*data\.text_field names anoth"
+    ):
         list(file_documents(tmp_path / "b.jsonl"))
 
 

@@ -302,6 +302,7 @@ ROWS: dict[str, Row] = {
     "bert.masked_lm_head": Row(False, *SHAPES),
     "bert.next_sentence_head": Row(True, *SHAPES),
     "data.path": Row(Path("other"), lambda tried: tried.data().description, CHANGED),
+    "data.text_field": Row("title", lambda tried: tried.data().fingerprint, CHANGED),
     "data.cache_folder": Row(Path("elsewhere"), lambda tried: str(tried.data().training.dataset.path_prefix), CHANGED),
     "data.tokenizer_vocab_size": Row(290, lambda tried: tried.data().tokenizer.vocab_size, 290),
     "data.tokenizer_path": Row(Path("tokenizer.json"), lambda tried: tried.data().tokenizer.vocab_size, 270),
@@ -353,6 +354,7 @@ ELSEWHERE = {
         [f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"
     ),
     "training.run_folder": "test_lines_and_folders",
+    "data.weights": "test_lines_and_folders",
     "training.log_interval": "test_lines_and_folders",
     "training.tensorboard": "test_lines_and_folders",
 }
@@ -378,7 +380,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, word in (("text", "one"), ("other", "two")):
         (folder / name).mkdir()
         pages = [f"Page {i}: " + " ".join(f"{word} {i * j % 17} more" for j in range(30)) for i in range(40)]
-        (folder / name / "pages.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
+        (folder / name / "pages.jsonl").write_text(
+            "\n".join(json.dumps({"text": page, "title": page[:40]}) for page in pages)
+        )
     return folder
 
 
@@ -486,6 +490,9 @@ def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     given = config_of(folder, {"training.run_folder": "some/where"})
     assert with_run_folder(given, Path("my.toml")).training.run_folder == "some/where"
     assert with_run_folder(config_of(folder, {}), Path("my.toml")).training.run_folder == "runs/my"
+    both = {"data.path": (str(folder / "text"), str(folder / "other"))}
+    blends = [Tried(config_of(folder, both | {"data.weights": w}), tmp_path).data() for w in (None, (1.0, 9.0))]
+    assert [blend.training.order.counts(40) for blend in blends] == [[20, 20], [4, 36]]
     pytest.importorskip("tensorboard")
     Tried(config_of(folder, {"training.tensorboard": True}), tmp_path / "board").trained()
     assert list((tmp_path / "board" / "run" / "tensorboard").iterdir())
