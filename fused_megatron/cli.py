@@ -23,6 +23,7 @@ USAGE = """usage: fused-megatron COMMAND ...
 commands:
   init CONFIG.toml [--like llama|gpt|bert|moe]  write a config that trains, with every key and its meaning
   train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
+  preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
   launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt with a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
@@ -75,6 +76,7 @@ def _run(argv: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "init": _init,
         "train": _train,
+        "preprocess": _preprocess,
         "launch": _launch,
         "generate": _generate,
         "convert": _convert,
@@ -101,7 +103,7 @@ def _run(argv: Sequence[str]) -> int:
             raise  # a bug of ours: its traceback is worth more than a line
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)
+        return _fail(KeyboardInterrupt("interrupted; the same command goes on from what is saved"), 130)
 
 
 def _discard_closed_output() -> bool:
@@ -156,6 +158,19 @@ def _train(argv: Sequence[str]) -> int:
             newest = "unknown"
         end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a late signal must not make a run fail that has saved everything
+    return 0
+
+
+def _preprocess(argv: Sequence[str]) -> int:
+    from fused_megatron.data.preprocess import PreprocessArguments, preprocess  # noqa: PLC0415
+    from fused_megatron.training.progress import Reporter  # noqa: PLC0415
+
+    arguments = _parse(PreprocessArguments, "preprocess", argv)
+    if arguments is not None:
+        reporter = Reporter(True, 1)
+        result = preprocess(arguments, reporter.say)
+        reporter.say(f"{arguments.output}.bin: {result.num_documents:,} documents, {result.num_tokens:,} tokens")
+        reporter.say(f"to train: --data.path {arguments.output} --data.tokenizer-path {result.tokenizer}")
     return 0
 
 
