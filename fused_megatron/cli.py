@@ -23,8 +23,9 @@ USAGE = """usage: fused-megatron COMMAND ...
 commands:
   init CONFIG.toml [--like llama|gpt|bert|moe]  write a config that trains, with every key and its meaning
   train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
+  evaluate RUN [--data.path TEXT ...]           loss and perplexity of a run's newest checkpoint, on any text
   preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
-  launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
+  launch --nproc-per-node N COMMAND ...         N ranks of a command, such as train, on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt with a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
@@ -76,6 +77,7 @@ def _run(argv: Sequence[str]) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "init": _init,
         "train": _train,
+        "evaluate": _evaluate,
         "preprocess": _preprocess,
         "launch": _launch,
         "generate": _generate,
@@ -158,6 +160,19 @@ def _train(argv: Sequence[str]) -> int:
             newest = "unknown"
         end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a late signal must not make a run fail that has saved everything
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from fused_megatron.training.evaluate_run import USAGE as HELP  # noqa: PLC0415
+    from fused_megatron.training.evaluate_run import evaluate_run, parse_options  # noqa: PLC0415
+
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(HELP)
+        return 0
+    with _shared_errors():
+        options = parse_options(argv)
+    evaluate_run(options)
     return 0
 
 

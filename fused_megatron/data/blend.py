@@ -88,7 +88,7 @@ class BlendedValidation:
         parts: the held-out samples of each dataset, with the same seq_len.
     """
 
-    def __init__(self, parts: Sequence[ValidationDataset]) -> None:
+    def __init__(self, parts: "Sequence[ValidationDataset | BlendedValidation]") -> None:
         self.parts = list(parts)
         self.seq_len = self.parts[0].seq_len
         self._ends = np.cumsum([part.num_samples for part in parts])
@@ -118,7 +118,7 @@ class BlendedValidation:
                 starts[row] = place[0].document_starts(place[1], 1)[0]
         return starts
 
-    def _place(self, sample: int) -> tuple[ValidationDataset, int] | None:
+    def _place(self, sample: int) -> "tuple[ValidationDataset | BlendedValidation, int] | None":
         """Return the dataset and the number of its sample; None beyond the last sample."""
         if sample >= self.num_samples:
             return None

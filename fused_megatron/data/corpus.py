@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.data.blend import BlendedValidation
 from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
 from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
@@ -108,6 +109,23 @@ class PreparedCorpus:
         return ValidationDataset(
             dataset, seq_len, documents=documents, vocab_size=self.vocab_size, max_samples=max_samples
         )
+
+    def whole_dataset(self, seq_len: int, max_samples: int | None = None) -> ValidationDataset | BlendedValidation:
+        """Return samples of all documents in order, as validation_dataset."""
+        prefixes = sorted({self.train_prefix, self.validation_prefix})
+        datasets = [each for each in map(IndexedDataset, prefixes) if each.total_tokens > 1]
+        total = sum(each.total_tokens for each in datasets)
+        samples = [
+            ValidationDataset(
+                each,
+                seq_len,
+                vocab_size=self.vocab_size,
+                max_samples=None if max_samples is None else max(1, max_samples * each.total_tokens // total),
+            )
+            for each in datasets
+        ]
+        check(bool(samples), f"{self.description}: two tokens are needed to evaluate")
+        return samples[0] if len(samples) == 1 else BlendedValidation(samples)
 
     def content(self) -> dict[str, str]:
         """Return hashes of the tokens with their index, and of the tokenizer, to find ranks that read other data.

@@ -67,10 +67,17 @@ class BlendedCorpus:
 
     def validation_dataset(self, seq_len: int, max_samples: int | None = None) -> BlendedValidation:
         """As PreparedCorpus.validation_dataset; the weights divide max_samples, and each part has one at least."""
+        return self._divided("validation_dataset", seq_len, max_samples)
+
+    def whole_dataset(self, seq_len: int, max_samples: int | None = None) -> BlendedValidation:
+        """As PreparedCorpus.whole_dataset."""
+        return self._divided("whole_dataset", seq_len, max_samples)
+
+    def _divided(self, what: str, seq_len: int, max_samples: int | None) -> BlendedValidation:
         parts = []
         for part, weight in zip(self.parts, self.weights, strict=True):
             share = None if max_samples is None else max(1, round(max_samples * weight / sum(self.weights)))
-            parts.append(part.validation_dataset(seq_len, share))
+            parts.append(getattr(part, what)(seq_len, share))
         return BlendedValidation(parts)
 
     def content(self) -> dict[str, str]:
