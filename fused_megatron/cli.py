@@ -8,6 +8,7 @@ import contextlib
 import errno
 import importlib.metadata
 import os
+import re
 import select
 import sys
 import warnings
@@ -22,7 +23,7 @@ USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
   init CONFIG.toml [--like llama|gpt|bert|moe]  write a config that trains, with every key and its meaning
-  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
+  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys; --profile STEPS
   evaluate RUN [--data.path TEXT ...]           loss and perplexity of a run's newest checkpoint, on any text
   preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
   launch --nproc-per-node N COMMAND ...         N ranks of a command, such as train, on this machine
@@ -131,6 +132,10 @@ def _train(argv: Sequence[str]) -> int:
     from fused_megatron.training.stop_request import StopRequest  # noqa: PLC0415
 
     stop = StopRequest()  # before the long imports, during which the launcher may be killed
+    if prints_for_host() and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*argv}:
+        # Loading torch takes seconds, on a busy machine many: the user sees at once that something happens.
+        version = importlib.metadata.version("fused-megatron")
+        print(f"fused-megatron {version}: train {' '.join(argv[:1])}; loading PyTorch ...", flush=True)
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
@@ -144,7 +149,8 @@ def _train(argv: Sequence[str]) -> int:
     with _shared_errors():
         if not argv or argv[0].startswith("-"):
             raise InputError("train needs a config file first (to write one: fused-megatron init my.toml)")
-        config = with_run_folder(load_config(Path(argv[0]), argv[1:]), Path(argv[0]))
+        words = [re.sub("^--profile(?==|$)", "--training.profile-steps", word) for word in argv[1:]]
+        config = with_run_folder(load_config(Path(argv[0]), words), Path(argv[0]))
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         finished = train(config, run.path, stop)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.model_state import buffer_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import InputError
 from fused_megatron.config import (
     BERTConfig,
     DataConfig,
@@ -346,6 +348,9 @@ ROWS: dict[str, Row] = {
     "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.cluster": Row("h100", predicted_steps, 4),
+    "training.profile_steps": Row(
+        1, lambda tried: [p.name for p in (tried.trained()[0].run_folder.profile).glob("*")], ["rank-0.trace.json"]
+    ),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
 # Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
@@ -357,6 +362,7 @@ ELSEWHERE = {
     "data.weights": "test_lines_and_folders",
     "training.log_interval": "test_lines_and_folders",
     "training.tensorboard": "test_lines_and_folders",
+    "training.trackers": "test_a_tracker_that_is_not_installed_is_named",
 }
 
 
@@ -478,6 +484,15 @@ def test_keys_of_the_layout(folder: Path) -> None:
     assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}
     for found in run_on_ranks(layout_facts, 4, folder, timeout_s=100):
         assert found == expected
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/training/test_trackers.py has the trackers that are installed."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r'training\.trackers needs wandb: pip install "wandb>=0\.18"'):
+        train(config_of(folder, {"training.trackers": ("wandb",)}), tmp_path / "run")
 
 
 def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
