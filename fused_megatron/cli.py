@@ -8,6 +8,7 @@ import contextlib
 import errno
 import importlib.metadata
 import os
+import re
 import select
 import sys
 import warnings
@@ -21,8 +22,11 @@ from fused_megatron.training.error_line import end_now, print_error, prints_for_
 USAGE = """usage: fused-megatron COMMAND ...
 
 commands:
-  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys
-  launch --nproc-per-node N COMMAND ...         N ranks of train, generate or convert on this machine
+  init CONFIG.toml [--like llama|gpt|bert|moe]  write a config that trains, with every key and its meaning
+  train CONFIG.toml [--section.key value ...]   train a GPT or BERT; `train --help` lists all keys; --profile STEPS
+  evaluate RUN [--data.path TEXT ...]           loss and perplexity of a run's newest checkpoint, on any text
+  preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
+  launch --nproc-per-node N COMMAND ...         N ranks of a command, such as train, on this machine
   generate RUN "prompt" [--num-tokens N ...]    continue a prompt with a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
@@ -72,7 +76,10 @@ def _run(argv: Sequence[str]) -> int:
         print(importlib.metadata.version("fused-megatron"))
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "init": _init,
         "train": _train,
+        "evaluate": _evaluate,
+        "preprocess": _preprocess,
         "launch": _launch,
         "generate": _generate,
         "convert": _convert,
@@ -99,7 +106,7 @@ def _run(argv: Sequence[str]) -> int:
             raise  # a bug of ours: its traceback is worth more than a line
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted; the same command resumes from the newest checkpoint"), 130)
+        return _fail(KeyboardInterrupt("interrupted; the same command goes on from what is saved"), 130)
 
 
 def _discard_closed_output() -> bool:
@@ -112,10 +119,23 @@ def _discard_closed_output() -> bool:
     return True
 
 
+def _init(argv: Sequence[str]) -> int:
+    from fused_megatron.config.starting_config import InitArguments, write_starting_config  # noqa: PLC0415
+
+    arguments = _parse(InitArguments, "init", argv)
+    if arguments is not None:
+        print("\n".join(write_starting_config(arguments)))
+    return 0
+
+
 def _train(argv: Sequence[str]) -> int:
     from fused_megatron.training.stop_request import StopRequest  # noqa: PLC0415
 
     stop = StopRequest()  # before the long imports, during which the launcher may be killed
+    if prints_for_host() and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*argv}:
+        # Loading torch takes seconds, on a busy machine many: the user sees at once that something happens.
+        version = importlib.metadata.version("fused-megatron")
+        print(f"fused-megatron {version}: train {' '.join(argv[:1])}; loading PyTorch ...", flush=True)
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415
@@ -128,8 +148,9 @@ def _train(argv: Sequence[str]) -> int:
         return 0
     with _shared_errors():
         if not argv or argv[0].startswith("-"):
-            raise InputError("train needs a config file first (a starting point: examples/gpt_tiny.toml)")
-        config = with_run_folder(load_config(Path(argv[0]), argv[1:]), Path(argv[0]))
+            raise InputError("train needs a config file first (to write one: fused-megatron init my.toml)")
+        words = [re.sub("^--profile(?==|$)", "--training.profile-steps", word) for word in argv[1:]]
+        config = with_run_folder(load_config(Path(argv[0]), words), Path(argv[0]))
     run = RunFolder(Path(config.training.run_folder or ""))
     try:
         finished = train(config, run.path, stop)
@@ -145,6 +166,32 @@ def _train(argv: Sequence[str]) -> int:
             newest = "unknown"
         end_now(f"{found}; newest checkpoint: {newest}; the same command resumes from the newest good one")
     stop.end(ignore=not finished)  # a late signal must not make a run fail that has saved everything
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from fused_megatron.training.evaluate_run import USAGE as HELP  # noqa: PLC0415
+    from fused_megatron.training.evaluate_run import evaluate_run, parse_options  # noqa: PLC0415
+
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(HELP)
+        return 0
+    with _shared_errors():
+        options = parse_options(argv)
+    evaluate_run(options)
+    return 0
+
+
+def _preprocess(argv: Sequence[str]) -> int:
+    from fused_megatron.data.preprocess import PreprocessArguments, preprocess  # noqa: PLC0415
+    from fused_megatron.training.progress import Reporter  # noqa: PLC0415
+
+    arguments = _parse(PreprocessArguments, "preprocess", argv)
+    if arguments is not None:
+        reporter = Reporter(True, 1)
+        result = preprocess(arguments, reporter.say)
+        reporter.say(f"{arguments.output}.bin: {result.num_documents:,} documents, {result.num_tokens:,} tokens")
+        reporter.say(f"to train: --data.path {arguments.output} --data.tokenizer-path {result.tokenizer}")
     return 0
 
 

@@ -51,7 +51,8 @@ def package_files(root: Path) -> set[str]:
         | {f"fused_megatron/kernels/{p.name}" for p in (root / "kernels").glob("*.py")}
         | {
             p.relative_to(root).as_posix()
-            for p in (root / "fused_megatron/planning/prediction/clusters").glob("*.toml")
+            for folder in ("planning/prediction/clusters", "config/starting_configs")
+            for p in (root / "fused_megatron" / folder).glob("*.toml")
         }
     )
 

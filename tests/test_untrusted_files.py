@@ -291,7 +291,7 @@ HOSTILE_CONFIGS = {
     "[model]\nlayer_norm_eps = inf": "finite",
     '[data]\npath = "a\\u0000b"': "control characters",
     '[parallel]\npipeline_cut = ["--training.num_steps", "3"]': "list of whole numbers",
-    "[data]\npath = 1979-05-27": "must be one value",
+    "[data]\npath = 1979-05-27": "must be text",
     "# " + "x" * (1 << 20): "bytes at most",
 }
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from fused_megatron.config.config_file import config_text
 from fused_megatron.durable import replace_file
 from fused_megatron.optional_packages import install_command
 from fused_megatron.untrusted_files import convert, open_plain_file
+
+CLOCK_FIELDS = ("time", "step_s", "tokens_per_s", "mfu", "peak_memory_bytes")
+"""Fields of the metrics that differ between two runs with the same numbers."""
 
 
 class _Record(msgspec.Struct):
@@ -46,6 +50,10 @@ class RunFolder:
         self.lease = path / "lease.json"
         # Files of an imported model other than its weights, kept for its export.
         self.hugging_face = path / "hugging_face"
+        # Recorded steps, of a run with training.profile_steps.
+        self.profile = path / "profile"
+        # Called with each record of metrics, on the rank that writes them.
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._tensorboard: Any = None
         self._metrics_failed = False
 
@@ -71,11 +79,13 @@ class RunFolder:
         A run is worth more than its metrics. If a line cannot be written (a full disk), it is left out with a warning;
         the next warning comes only after a line could be written again.
         """
+        for listener in self.listeners:
+            listener(record)
         try:
             self._append_line(json.dumps(record))
             if self._tensorboard is not None:
                 for name, value in record.items():
-                    if name != "step" and value is not None:
+                    if name != "step" and isinstance(value, int | float):
                         self._tensorboard.add_scalar(name, value, record["step"])
                 self._tensorboard.flush()
         except OSError as error:

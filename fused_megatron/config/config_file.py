@@ -2,56 +2,103 @@
 
 import dataclasses
 import difflib
-import math
-import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from fused_megatron.checks import InputError, check, check_one_of
-from fused_megatron.config import MODEL_FAMILIES, TrainConfig, TransformerConfig
-from fused_megatron.config.arguments import parse_arguments, print_arguments
+from fused_megatron.config import MODEL_FAMILIES, GPTConfig, TrainConfig, TransformerConfig
+from fused_megatron.config.arguments import (
+    Argument,
+    arguments_of,
+    build_from,
+    check_finite,
+    print_arguments,
+    raise_all,
+    read_words,
+)
+from fused_megatron.config.optimizer import KINDS
 from fused_megatron.untrusted_files import parse_toml
 
 _MOST_BYTES = 1 << 20
+# Similarity above which another key is suggested: a letter or two are wrong.
+_NEAR = 0.75
+# Key of a section that chooses among kinds, and its values: what a user looks for who writes optimizer.name.
+_CHOICES = {"optimizer": ("kind", KINDS), "model": ("family", tuple(MODEL_FAMILIES))}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read a TOML file, then apply overrides such as `--training.num_steps 10`; the last value of a key wins.
+    """Read a TOML file, then apply overrides such as `--training.num-steps 10`; the last value of a key wins.
 
     Raises:
-        InputError: the file is missing or no TOML, a key is unknown (the message names the nearest), a value does not
-            fit its key.
+        InputError: the file is missing or no TOML, a key is unknown (the message names a near one), a value does not
+            fit its key. The message names all mistakes at once.
     """
-    arguments = [*_file_arguments(path), *overrides]
-    _check_names(overrides)
-    config = parse_arguments(TrainConfig, arguments, source=str(path), default=TrainConfig(_model_type(arguments)()))
-    _check_values(config)
+    return config_from(_read_table(path), overrides, str(path))
+
+
+def config_from(table: Mapping[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
+    """Return the config of a table of TOML and overrides.
+
+    Args:
+        table: the sections.
+        overrides: options of a command line.
+        source: name of the file, for messages.
+
+    Raises:
+        InputError: as load_config.
+    """
+    problems: list[str] = []
+    model: type[TransformerConfig] = GPTConfig
+    try:
+        model = _model_type(table, overrides)
+    except InputError as error:
+        problems.append(str(error))
+    default = TrainConfig(model())
+    known = arguments_of(TrainConfig, default)
+    given, of_file = _read_values(table, known)
+    of_options, more = read_words(known, overrides, lambda option: _unknown("option", option, known))
+    given |= of_options | {"model.family": default.model.family}
+    problems += of_file + more
+    for name, value in list(given.items()):
+        problem = check_finite(name, value)
+        if problem is not None:
+            problems.append(problem)
+            del given[name]
+
+    def build(values: Mapping[str, Any]) -> TrainConfig:
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            section, _, key = name.partition(".")
+            changed.setdefault(section, {})[key] = value
+        # Every fault of one section is found before the faults between sections.
+        sections = {section: replace(getattr(default, section), **keys) for section, keys in changed.items()}
+        return replace(default, **sections)
+
+    config = build_from(given, build, problems)
+    raise_all(problems, source)
+    assert config is not None
     return config
 
 
 def print_help(program: str, arguments: Sequence[str] = ()) -> None:
     """Print every key with its type, meaning and default, for the model.family in the arguments."""
-    print_arguments(TrainConfig, program, default=TrainConfig(_model_type(arguments)()))
+    print_arguments(TrainConfig, program, default=TrainConfig(_model_type({}, arguments)()))
 
 
-def _model_type(arguments: Sequence[str]) -> type[TransformerConfig]:
-    """Return the config class of the last model.family in the arguments; raise if a key belongs to another family."""
-    family = "gpt"
-    for i, argument in enumerate(arguments):
+def _model_type(table: Mapping[str, Any], overrides: Sequence[str] = ()) -> type[TransformerConfig]:
+    """Return the config class of the last model.family."""
+    model = table.get("model")
+    family = model.get("family", "gpt") if isinstance(model, dict) else "gpt"
+    for i, argument in enumerate(overrides):
         name, equals, value = argument.partition("=")
         if name == "--model.family":
-            family = value if equals else "".join(arguments[i + 1 : i + 2])
+            family = value if equals else "".join(overrides[i + 1 : i + 2])
     check_one_of("model.family", family, list(MODEL_FAMILIES))
-    found = MODEL_FAMILIES[family].config
-    known = _known_keys(family)
-    for argument in arguments:
-        name = argument[2:].partition("=")[0].replace("-", "_")
-        if argument.startswith("--") and name in _known_keys() and name not in known:
-            raise InputError(f"{name} is no key of model.family={family!r}")
-    return found
+    return MODEL_FAMILIES[family].config
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -68,78 +115,64 @@ def config_text(config: TrainConfig) -> str:
     return tomli_w.dumps(table)
 
 
-def _file_arguments(path: Path) -> list[str]:
-    """Return the file as command-line arguments, so that one parser gives both the same rules and messages."""
+def _read_table(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:  # the path may be a pipe
             content = file.read(_MOST_BYTES + 1)
         check(len(content) <= _MOST_BYTES, f"config={path} must have {_MOST_BYTES} bytes at most: is it a config?")
     except FileNotFoundError:
-        raise InputError(f"config={path} does not exist (a starting point: examples/gpt_tiny.toml)") from None
+        raise InputError(f"config={path} does not exist (to write one: fused-megatron init {path})") from None
     except OSError as error:
         raise InputError(f"config={path} cannot be read: {error}") from None
     try:
-        table = parse_toml(content)
+        return parse_toml(content)
     except InputError as error:
         raise InputError(f"config={path} is {error}") from None
-    arguments = []
-    known = _known_keys()
+
+
+def _read_values(table: Mapping[str, Any], known: Mapping[str, Argument]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of a file by name, and the problems."""
+    given, problems = {}, []
     for section, values in table.items():
         if not isinstance(values, dict):
-            raise InputError(f"{path}: {section} must stand in a section{_nearest(section, known)}")
+            problems.append(f"{section} must stand in a section{_nearest(section, known)}")
+            continue
         for key, value in values.items():
             name = f"{section}.{key}"
             if name not in known:
-                raise InputError(f"{path}: unknown key {name}{_nearest(name, known)}")
-            if isinstance(value, list) and "tuple" in str(known[name]):
-                # A string item would be a separate argument, and could be an option.
-                if not all(type(item) is int for item in value):
-                    raise InputError(f"{path}: {name} must be a list of whole numbers, not {value!r:.60}")
-                arguments += [f"--{name}", *map(str, value)]
+                problems.append(_unknown("key", name, known))
                 continue
-            if not isinstance(value, str | int | float):
-                raise InputError(f"{path}: {name} must be one value (text, number, true or false), not {value!r:.60}")
-            arguments.append(f"--{name}={value}")
-    return arguments
+            try:
+                given[name] = known[name].from_toml(value)
+            except ValueError as error:
+                problems.append(f"{name}={value!r:.60} must be {error}")
+    return given, problems
 
 
-def _check_names(arguments: Sequence[str]) -> None:
-    known = _known_keys()
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0].replace("-", "_")
-            if name not in known:
-                raise InputError(f"unknown option --{name}{_nearest(name, known)}")
+def _unknown(what: str, name: str, known: Mapping[str, Argument]) -> str:
+    """Return the message for a key of a file ("key") or an option that is unknown."""
+    key = name.removeprefix("--").replace("-", "_")
+    for family, traits in MODEL_FAMILIES.items():
+        if key in (f"model.{field.name}" for field in dataclasses.fields(traits.config)):
+            return f"{key} is no key of model.family={known['model.family'].default!r} (it is one of {family!r})"
+    return f"unknown {what} {name}{_nearest(key, known, '--' if what == 'option' else '')}"
 
 
-def _check_values(config: TrainConfig) -> None:
-    """Raise InputError for values of the right type that no key allows, such as nan."""
-    for section in dataclasses.fields(config):
-        for name, value in dataclasses.asdict(getattr(config, section.name)).items():
-            for item in value if isinstance(value, tuple) else (value,):
-                setting = f"{section.name}.{name}={item!r:.40}"
-                if isinstance(item, float):
-                    check(math.isfinite(item), f"{setting} must be a finite number")
-                elif isinstance(item, int):
-                    check(abs(item) < 1 << 63, f"{setting} must be a number of 64 bits")
-                elif isinstance(item, str):
-                    check(item.isprintable(), f"{setting} must be text without control characters")
+def _nearest(name: str, known: Mapping[str, Argument], prefix: str = "") -> str:
+    """Return a hint at the known key that was most likely meant: its name after the section is nearly the same."""
 
+    def likeness(key: str) -> tuple[float, ...]:
+        pairs = (key.rpartition(".")[2], name.rpartition(".")[2]), (key, name)
+        return tuple(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known key that was most likely meant, by the whole name or by the part after the section."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    if not close:
-        by_field = {key.partition(".")[2]: key for key in known}
-        close = [by_field[f] for f in difflib.get_close_matches(name.rpartition(".")[2], list(by_field), n=1)]
-    return f" (did you mean {close[0]}?)" if close else " (all keys: fused-megatron train --help)"
-
-
-def _known_keys(*families: str) -> dict[str, Any]:
-    """Return every key and its type, for the given model families (default: all)."""
-    sections = [("model", MODEL_FAMILIES[family].config) for family in families or MODEL_FAMILIES]
-    sections += [item for item in typing.get_type_hints(TrainConfig).items() if item[0] != "model"]
-    return {f"{section}.{f.name}": f.type for section, cls in sections for f in dataclasses.fields(cls)}
+    nearest = max(known, key=likeness)
+    if likeness(nearest)[0] >= _NEAR:
+        return f" (did you mean {known[nearest].option if prefix else nearest}?)"
+    section = name.partition(".")[0]
+    if section in _CHOICES:
+        key, values = _CHOICES[section]
+        return f" ({section}.{key} chooses: {', '.join(values)}; all keys: fused-megatron train --help)"
+    return " (all keys: fused-megatron train --help)"
 
 
 def with_run_folder(config: TrainConfig, path: Path) -> TrainConfig:

@@ -14,8 +14,13 @@ from fused_megatron.checks import check, check_positive
 class DataConfig:
     """Training text and tokenizer."""
 
-    path: str | None = None
-    """Text file, .jsonl file (field `text`), folder of both, or indexed dataset. None: Python's standard library."""
+    path: str | tuple[str, ...] | None = None
+    """Text or .jsonl file (also .gz), .parquet, .csv or .json (pip install datasets), folder of them, or indexed
+    dataset (.bin and .idx); or a list of several. None: Python's standard library."""
+    weights: tuple[float, ...] | None = None
+    """Share of the samples of each path of a list. None: as many as it has tokens."""
+    text_field: str = "text"
+    """Field of a line of .jsonl, or column of a table, that holds the text."""
     cache_folder: str | None = None
     """Folder of cached tokenizers and token files. None: $XDG_CACHE_HOME/fused_megatron or ~/.cache/fused_megatron."""
     tokenizer_vocab_size: int = 8192
@@ -33,6 +38,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive("tokenizer_vocab_size", self.tokenizer_vocab_size)
+        paths = len(self.paths)
+        check(self.path != () and "" not in self.paths, f"path={self.path!r} must name a file or folder")
+        check(
+            self.weights is None or len(self.weights) == paths > 1,
+            f"weights={list(self.weights or ())} must have one number for each path of a list of several (paths: "
+            f"{paths})",
+        )
+        check(
+            all(0 < weight < float("inf") for weight in self.weights or ()),
+            f"weights={list(self.weights or ())} must all be above 0: leave out the path that is not wanted",
+        )
         check(0 < self.mask_fraction <= 1, f"mask_fraction={self.mask_fraction} must be above 0 and at most 1")
         check(
             0 < self.validation_fraction <= 0.5,
@@ -43,6 +59,11 @@ class DataConfig:
             "reset_positions=True needs mask_documents=True: tokens of two documents with the same positions must not "
             "see each other",
         )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths, also of a single one; none for the standard library."""
+        return () if self.path is None else (self.path,) if isinstance(self.path, str) else tuple(self.path)
 
     @property
     def resets_positions(self) -> bool:

@@ -40,6 +40,10 @@ _KINDS = {
 }
 
 
+KINDS = tuple(_KINDS)
+"""Values of optimizer.kind."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning rate."""
@@ -97,7 +101,7 @@ class OptimizerConfig:
         check(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must be 0 or more")
 
     def _check_kind(self) -> None:
-        check_one_of("optimizer.kind", self.kind, tuple(_KINDS))
+        check_one_of("optimizer.kind", self.kind, KINDS)
         check_one_of("state_dtype", self.state_dtype, STATE_DTYPES)
         for name in _OWN_KEYS:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fused_megatron.checks import check, check_positive
+from fused_megatron.checks import check, check_one_of, check_positive
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 """Bytes of an element, by the name of a dtype in a config."""
+TRACKERS = ("wandb", "trackio")
+"""Values of training.trackers."""
 _POSITIVE = (
     "num_steps",
     "global_batch_size",
@@ -55,6 +57,12 @@ class TrainingConfig:
     """Copy the tensors of a checkpoint and write them while training goes on; false: training waits for the disk."""
     tensorboard: bool = False
     """Also write the metrics as TensorBoard events (pip install "tensorboard>=2.16")."""
+    trackers: tuple[str, ...] = ()
+    """Also send the metrics to wandb or trackio, or both: each is a package of its own. wandb without a network:
+    WANDB_MODE=offline."""
+    profile_steps: int = 0
+    """Record this number of steps, from the fourth on, with torch's profiler into the folder profile of the run folder:
+    a trace, and on a GPU a snapshot of its memory. 0: none. On the command line also --profile."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
     cluster: str | None = None
@@ -72,6 +80,9 @@ class TrainingConfig:
         check(
             self.replica_check_interval >= 0, f"replica_check_interval={self.replica_check_interval} must be 0 or more"
         )
+        for name in self.trackers:
+            check_one_of("trackers", name, TRACKERS)
+        check(self.profile_steps >= 0, f"profile_steps={self.profile_steps} must be 0 or more")
         check(self.bucket_mb > 0, f"bucket_mb={self.bucket_mb} must be above 0")
 
     @property

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from fused_megatron.checks import InputError, check
+from fused_megatron.data.blend import BlendedValidation
 from fused_megatron.data.build_once import build_once, default_cache_folder
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dataset_files, sync, token_dtype
 from fused_megatron.data.text_source import TextSource, path_source, standard_library_source
@@ -109,6 +110,23 @@ class PreparedCorpus:
             dataset, seq_len, documents=documents, vocab_size=self.vocab_size, max_samples=max_samples
         )
 
+    def whole_dataset(self, seq_len: int, max_samples: int | None = None) -> ValidationDataset | BlendedValidation:
+        """Return samples of all documents in order, as validation_dataset."""
+        prefixes = sorted({self.train_prefix, self.validation_prefix})
+        datasets = [each for each in map(IndexedDataset, prefixes) if each.total_tokens > 1]
+        total = sum(each.total_tokens for each in datasets)
+        samples = [
+            ValidationDataset(
+                each,
+                seq_len,
+                vocab_size=self.vocab_size,
+                max_samples=None if max_samples is None else max(1, max_samples * each.total_tokens // total),
+            )
+            for each in datasets
+        ]
+        check(bool(samples), f"{self.description}: two tokens are needed to evaluate")
+        return samples[0] if len(samples) == 1 else BlendedValidation(samples)
+
     def content(self) -> dict[str, str]:
         """Return hashes of the tokens with their index, and of the tokenizer, to find ranks that read other data.
 
@@ -116,13 +134,18 @@ class PreparedCorpus:
             InputError: a file cannot be read.
         """
         tokens = spread_digest(sorted({self.train_prefix, self.validation_prefix}))
-        tokenizer = "" if self.tokenizer_path is None else _file_digest(self.tokenizer_path)
+        tokenizer = "" if self.tokenizer_path is None else file_digest(self.tokenizer_path)
         return {"tokens": f"{self.fingerprint} {tokens}", "tokenizer": tokenizer}
 
     def large_files(self) -> list[tuple[str, TokenDigest]]:
         """Return prefix and checksums of each file that is too large to be checked when it is opened."""
         digests = {prefix: read_digest(prefix) for prefix in sorted({self.train_prefix, self.validation_prefix})}
         return [(p, digest) for p, digest in digests.items() if digest is not None and digest.num_bytes > SMALL_BYTES]
+
+    @property
+    def tokens_path(self) -> str:
+        """The file of the training tokens, for messages."""
+        return f"{self.train_prefix}.bin"
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that made the tokens; None if it is unknown."""
@@ -138,6 +161,7 @@ def prepare_corpus(
     tokenizer_path: str | os.PathLike[str] | None = None,
     special_tokens: Sequence[str] = (END_OF_DOCUMENT,),
     vocab_size: int | None = None,
+    text_field: str = "text",
     on_progress: Progress | None = None,
 ) -> PreparedCorpus:
     """Prepare text or an indexed dataset for training. Prepared text is cached.
@@ -148,8 +172,8 @@ def prepare_corpus(
     1 / validation_fraction), validation gets the end of each document, cut between paragraphs or lines if possible.
 
     Args:
-        path: a text file, a .jsonl file (field "text"), a folder of both, or an indexed dataset (its prefix, or one
-            of its two files). None takes the Python standard library's sources on this machine.
+        path: a file that file_documents reads, a folder of such files, or an indexed dataset (its prefix, or one of its
+            two files). None takes the Python standard library's sources on this machine.
         cache_dir: folder of the cache; None for $XDG_CACHE_HOME/fused_megatron or ~/.cache/fused_megatron.
         tokenizer_vocab_size: vocabulary entries of the tokenizer that is trained on the text.
         validation_fraction: share of the documents to hold out, in (0, 0.5].
@@ -157,6 +181,7 @@ def prepare_corpus(
         special_tokens: special tokens of a tokenizer that is trained.
         vocab_size: vocabulary size of an indexed dataset. None: the tokenizer's; else the one in its digest; else its
             largest token id plus one.
+        text_field: field of a line of .jsonl, or column of a table, that holds the text.
         on_progress: called with (description of the work, done, total); total is 0 if it is unknown.
 
     Raises:
@@ -165,24 +190,25 @@ def prepare_corpus(
     check(0 < validation_fraction <= 0.5, f"validation_fraction={validation_fraction} must be above 0 and at most 0.5")
     cache = default_cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
     report: Progress = on_progress or (lambda stage, done, total: None)
-    prefix = None if path is None else _indexed_prefix(path)
+    prefix = None if path is None else indexed_prefix(path)
     if prefix is not None:
         return _prepare_indexed(prefix, cache, validation_fraction, tokenizer_path, vocab_size, report)
     check(vocab_size is None, "vocab_size is for indexed datasets; text takes tokenizer_vocab_size")
-    source = standard_library_source() if path is None else path_source(path)
+    source = standard_library_source() if path is None else path_source(path, text_field)
     root = None if path is None else str(Path(path).expanduser().resolve())
-    tokenizer: Any = tokenizer_vocab_size if tokenizer_path is None else _file_digest(tokenizer_path)
+    tokenizer: Any = tokenizer_vocab_size if tokenizer_path is None else file_digest(tokenizer_path)
     if tokenizer_path is None and tuple(special_tokens) != (END_OF_DOCUMENT,):
         tokenizer = [tokenizer_vocab_size, *special_tokens]
     try:
-        key = _key(["text", root, source.fingerprint(), tokenizer, validation_fraction])
+        field = [] if text_field == "text" else [text_field]
+        key = cache_key(["text", root, source.fingerprint(), tokenizer, validation_fraction, *field])
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     def own_tokenizer(path: Path) -> Tokenizer:
         if tokenizer_path is None:
             report("training the tokenizer", 0, 0)
-            texts = _tokenizer_texts(source, validation_fraction)
+            texts = tokenizer_texts(source, validation_fraction, source.total_bytes())
             return train_tokenizer(texts, tokenizer_vocab_size, path, special_tokens)
         path.write_bytes(Path(tokenizer_path).read_bytes())
         return load_tokenizer(tokenizer_path)
@@ -196,7 +222,7 @@ def prepare_corpus(
     return build_once(cache, f"text-{key}", build, _load_text, on_wait)
 
 
-def _indexed_prefix(path: str | os.PathLike[str]) -> str | None:
+def indexed_prefix(path: str | os.PathLike[str]) -> str | None:
     """Return the prefix if path names an indexed dataset, else None."""
     expanded = Path(path).expanduser()
     if expanded.suffix in (".bin", ".idx"):
@@ -228,7 +254,7 @@ def _prepare_indexed(
     index_path = dataset_files(prefix)[1]
     if vocab_size is None:
         stats = [file.stat() for file in dataset_files(prefix)]
-        key = _key(["ids", os.path.abspath(prefix), [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+        key = cache_key(["ids", os.path.abspath(prefix), [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
 
         def build(folder: Path) -> None:
             _write_json(folder / "manifest.json", {"vocab_size": _largest_id(dataset, report) + 1})
@@ -245,7 +271,7 @@ def _prepare_indexed(
         train_tokens=train.total_tokens,
         validation_tokens=validation.total_tokens,
         validation_fraction=validation_fraction,
-        fingerprint=_file_digest(index_path),
+        fingerprint=file_digest(index_path),
         vocabulary=vocabulary,
     )
 
@@ -286,8 +312,15 @@ def _cut(text: str, fraction: float) -> int:
     return target
 
 
-def _tokenizer_texts(source: TextSource, validation_fraction: float) -> Iterator[str]:
-    stride = math.ceil(source.total_bytes() / _TOKENIZER_TRAINING_BYTES)
+def tokenizer_texts(source: TextSource, validation_fraction: float, total_bytes: int) -> Iterator[str]:
+    """Yield evenly spread pieces of the training documents, from which a tokenizer is trained.
+
+    Args:
+        source: the documents.
+        validation_fraction: share of the documents that is left out.
+        total_bytes: of all sources of the tokenizer, which decide how many pieces are enough.
+    """
+    stride = math.ceil(total_bytes / _TOKENIZER_TRAINING_BYTES)
     count = 0
     for is_validation, text in _divided(source, validation_fraction):
         if not is_validation:
@@ -378,11 +411,13 @@ def _load_text(folder: Path) -> PreparedCorpus | None:
     )
 
 
-def _key(content: list[Any]) -> str:
+def cache_key(content: list[Any]) -> str:
+    """Return a name for a cache folder that differs if anything in the content differs."""
     return hashlib.sha256(json.dumps([_FORMAT_VERSION, *content]).encode()).hexdigest()[:24]
 
 
-def _file_digest(path: str | os.PathLike[str]) -> str:
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file; InputError if it cannot be read."""
     try:
         found = hashlib.sha256()
         with open(open_plain_file(Path(path)), "rb") as file:

@@ -102,6 +102,11 @@ class TokenDataset:
         self.seq_len = seq_len
         self.samples_per_epoch = self.index.samples_per_epoch
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document."""
+        return int(self.documents.lengths.max())
+
     def sample(self, index: int) -> np.ndarray:
         """Return sample `index` of the endless order: int64 [seq_len + 1]."""
         return self.rows(index, 1)[0]

@@ -7,7 +7,7 @@ import torch
 
 from fused_megatron.assembly.assemble import Assembly
 from fused_megatron.collectives.together import sum_over_ranks_
-from fused_megatron.data.training_data import TrainingData
+from fused_megatron.data.training_data import HeldOutData
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,18 @@ class Evaluation:
     validation_tokens: int
     """Number of predicted tokens."""
 
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss; infinite where it is beyond any float."""
+        return math.exp(self.validation_loss) if self.validation_loss < 700 else math.inf
+
     def describe(self) -> str:
         """Return the result as one line of text."""
         bits = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.3f} bits per byte"
         return f"held-out loss {self.validation_loss:.4f} nats per token{bits} over {self.validation_tokens:,} tokens"
 
 
-def evaluate(assembly: Assembly, data: TrainingData) -> Evaluation:
+def evaluate(assembly: Assembly, data: HeldOutData) -> Evaluation:
     """Compute the mean loss over the held-out samples, the same in every layout.
 
     A batch has the samples of a training step, so that the schedule fits.

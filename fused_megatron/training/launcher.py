@@ -14,14 +14,14 @@ from fused_megatron.training.stop_request import LAUNCHER_VARIABLE, SIGNALS
 
 USAGE = """usage: fused-megatron launch --nproc-per-node N COMMAND ...
 
-Start N ranks of a command (train, generate or convert) on this machine, as torchrun does. SIGTERM, Ctrl-C, SIGHUP and
-SIGUSR1 reach every rank once: a training run then saves and ends, and this command ends with exit code 0. On several
-machines: torchrun -m fused_megatron COMMAND ..."""
+Start N ranks of a command (train, generate, evaluate or convert) on this machine, as torchrun does. SIGTERM, Ctrl-C,
+SIGHUP and SIGUSR1 reach every rank once: a training run then saves and ends, and this command ends with exit code 0.
+On several machines: torchrun -m fused_megatron COMMAND ..."""
 
 STORE_VARIABLE = "FUSED_MEGATRON_STORE"
 """Variable with the path of the file by which ranks of one machine find each other."""
 
-_COMMANDS = ("train", "generate", "convert")
+_COMMANDS = ("train", "generate", "evaluate", "convert")
 _LOOK_S = 0.05
 # Time after the failure of one rank for the other ranks to report it and end.
 _GRACE_S = 10.0

@@ -1,8 +1,21 @@
 """Plot of a run's training and validation loss."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from fused_megatron.checkpoint.run_folder import RunFolder
+
+
+def draw_losses(run: RunFolder) -> bool:
+    """Draw the losses of a run folder's metrics, so far; return whether there is a picture.
+
+    A run is worth more than its picture: a full disk leaves the picture before.
+    """
+    with contextlib.suppress(OSError):
+        return plot_loss(run.read_metrics(), run.loss_picture, title=run.path.name)
+    return False
 
 
 def plot_loss(records: Sequence[dict[str, Any]], path: Path, title: str) -> bool:

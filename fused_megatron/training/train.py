@@ -32,7 +32,7 @@ from fused_megatron.planning.prediction.beside_measured import (
 )
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.step_time import StepPrediction
-from fused_megatron.training.loss_plot import plot_loss
+from fused_megatron.training.loss_plot import draw_losses, plot_loss
 from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
@@ -41,6 +41,7 @@ from fused_megatron.training.resume import ResumedTensors, check_same_state, lea
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.same_start import check_same_config, check_same_data
 from fused_megatron.training.stop_request import StopRequest
+from fused_megatron.training.trackers import Tracker, open_trackers
 from fused_megatron.training.trainer import Progress, Trainer, TrainingError
 
 HEAD_START_S = 0.5
@@ -130,7 +131,12 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
                 "malloc keeps the pages of freed tensors: the same numbers, without faulting them in each step"
             )
         started = time.perf_counter()
-        stopped_by = trainer.run()
+        try:
+            stopped_by = trainer.run()
+        finally:
+            for listener in trainer.run_folder.listeners:
+                if isinstance(listener, Tracker):
+                    listener.close()
         _conclude(trainer, stopped_by, time.perf_counter() - started)
         trainer.executor.close()
         return stopped_by is None
@@ -240,6 +246,8 @@ def _begin_records(trainer: Trainer) -> None:
     trainer.run_folder.forget_metrics_after(trainer.progress.step)
     if trainer.config.training.tensorboard:
         trainer.run_folder.open_tensorboard(trainer.progress.step)
+    trackers = trainer.config.training.trackers
+    trainer.run_folder.listeners += open_trackers(trackers, trainer.run_folder.path, dataclasses.asdict(trainer.config))
 
 
 def _state_of_same_run(checkpoint: Path, model_config: TransformerConfig, config: TrainConfig) -> dict[str, Any]:
@@ -289,6 +297,8 @@ def _introduce(trainer: Trainer) -> None:
 def _conclude(trainer: Trainer, stopped_by: str | None, seconds: float) -> None:
     reporter, run = trainer.reporter, trainer.run_folder
     if stopped_by is not None:
+        if trainer.mesh.rank == 0:
+            draw_losses(run)
         reporter.say(f"stopped by {stopped_by} after step {trainer.progress.step}; the checkpoint is written")
         return
     lines = _generated_lines(trainer)  # on every rank: the layers are shared

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +26,20 @@ from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.mesh import coordinates
 from fused_megatron.models.expert_loads import LoadReport
+from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.observe.peak_memory import peak_memory_bytes
+from fused_megatron.observe.product_speed import product_flops_per_s
 from fused_megatron.planning.prediction.beside_measured import BesideMeasured
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
 from fused_megatron.training.evaluation import evaluate
 from fused_megatron.training.learning_rate import learning_rate
+from fused_megatron.training.loss_plot import draw_losses
 from fused_megatron.training.presence import lost_contact
 from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
-from fused_megatron.training.progress import Reporter
+from fused_megatron.training.progress import Reporter, StepFigures
 from fused_megatron.training.run_folder_lease import Lease
+from fused_megatron.training.step_profile import StepProfiler
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
@@ -100,6 +107,8 @@ class Trainer:
         self._beside = beside
         self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
         self._visible_pairs = 0
+        self._profiler = StepProfiler(run.profile, self.mesh.rank, self.device, self.config.training.profile_steps)
+        self._product_flops_per_s: float | None = None
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> str | None:
@@ -113,6 +122,10 @@ class Trainer:
         """
         training = self.config.training
         self._stop.begin()
+        if self.progress.step < training.num_steps:
+            dtype = next(iter(self.parameters.values())).dtype
+            speeds = gather_json(product_flops_per_s(self.device, dtype), world_group())
+            self._product_flops_per_s = sum(speeds)
         stop = None
         last = False
         with (
@@ -121,7 +134,9 @@ class Trainer:
             self.reporter.steps(self.progress.step, training.num_steps),
         ):
             while stop is None and self.progress.step < training.num_steps:
+                self._profiler.begin_step()
                 stop = self.train_step()
+                self._say_profiled(self._profiler.end_step())
                 step = self.progress.step
                 last = step == training.num_steps
                 # Before the checkpoint of this step: drifted weights must not be saved.
@@ -131,7 +146,12 @@ class Trainer:
                     self._evaluate()
                 if step % training.checkpoint_interval == 0 or last or stop:
                     self.save()
+        self._say_profiled(self._profiler.close())
         return None if last else stop
+
+    def _say_profiled(self, trace: Path | None) -> None:
+        if trace is not None:
+            self.reporter.say(f"recorded steps: {trace} (opens in https://ui.perfetto.dev)")
 
     @contextmanager
     def _finished_saves(self) -> Iterator[None]:
@@ -273,7 +293,7 @@ class Trainer:
         loads = None
         if self.config.model.num_experts is not None:
             loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
-        self._report(sums, lr, {**compared, **documents}, loads)
+        self._report(sums, lr, {**documents, **compared}, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
     def _read_batch(self, first: int) -> Batch:
@@ -328,6 +348,9 @@ class Trainer:
         step, speed = self.progress.step, self.tokens_per_s()
         # The metrics compare with the held-out loss, which has no auxiliary loss.
         loss = sums.loss if loads is None else sums.loss - loads.balance_loss - loads.z_loss
+        seconds = self._step_times[-1]
+        mfu = self._mfu(seconds, more.get("visible_pairs"))
+        peak = peak_memory_bytes(self.device)
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(
                 {
@@ -336,20 +359,40 @@ class Trainer:
                     "gradient_norm": sums.gradient_norm,
                     "lr": lr,
                     "tokens_per_s": round(speed, 1),
+                    "step_s": seconds,
+                    "mfu": mfu,
+                    "peak_memory_bytes": peak,
+                    "time": _now(),
                     **more,
                     **({} if loads is None else loads.metrics()),
                 }
             )
-        seconds_left = (self.config.training.num_steps - step) * self._step_times[-1]
-        self.reporter.step(step, loss, speed, seconds_left, "" if loads is None else loads.text())
+        seconds_left = (self.config.training.num_steps - step) * seconds
+        text = "" if loads is None else loads.text()
+        figures = StepFigures(loss, sums.gradient_norm, seconds, speed, seconds_left, mfu, peak, text)
+        self.reporter.step(step, figures)
+
+    def _mfu(self, seconds: float, visible_pairs: float | None) -> float | None:
+        """Return model FLOPs / seconds / FLOP/s of large matrix products on all ranks, as in a report of benchmarks."""
+        if self._product_flops_per_s is None:
+            return None
+        config = dataclasses.replace(self.config.model, vocab_size=self.model.vocab_size)
+        num_tokens = self.config.training.global_batch_size * config.seq_len
+        flops, _ = gpt_step_flops(
+            config, num_tokens, visible_pairs=None if visible_pairs is None else int(visible_pairs)
+        )
+        return flops / seconds / self._product_flops_per_s
 
     def _evaluate(self) -> None:
         self.model.eval()
         evaluation = evaluate(self._assembly, self.data)
         self.model.train()
-        record = {"step": self.progress.step, **dataclasses.asdict(evaluation)}
+        record = {"step": self.progress.step, **dataclasses.asdict(evaluation), "time": _now()}
+        self.reporter.held_out(evaluation.validation_loss)
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(record)
+            if self.progress.step < self.config.training.num_steps:  # the end of the run draws the last picture
+                draw_losses(self.run_folder)
         self.reporter.say(f"step {self.progress.step}: {evaluation.describe()}")
 
     def _checkpoint_state(self) -> dict[str, Any]:
@@ -360,3 +403,8 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "layout": self.layout(),
         }
+
+
+def _now() -> str:
+    """Return the time in UTC, as in 2026-11-30T18:05:00.123Z."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -54,7 +54,7 @@ def test_an_unknown_key_of_a_file_or_option_is_refused(tmp_path, arguments):
     """If it were skipped, the run would use the default."""
     path = tmp_path / "run.toml"
     path.write_text("[training]\n" + ("num_steps = 3\n" if arguments else "num_stepz = 3\n"))
-    with pytest.raises(InputError, match=r"training\.num_stepz \(did you mean training\.num_steps\?\)"):
+    with pytest.raises(InputError, match=r"training\.num_stepz \(did you mean (--)?training\.num.steps\?\)"):
         load_config(path, arguments)
 
 
@@ -66,3 +66,51 @@ def test_sizes_beyond_any_machine_are_refused_at_once(tmp_path):
     }.items():
         with pytest.raises(InputError, match=message):
             loaded(tmp_path, text)
+
+
+def test_all_mistakes_are_named_at_once_and_no_mistake_twice(tmp_path):
+    text = """
+        [model]
+        num_heads = 3
+        num_layers = "many"
+        hiden_size = 5
+        [parallel]
+        tensor_parallel_size = 2
+        [optimizer]
+        kind = "adam"
+        lr = -1
+        [training]
+        dtype = "float16"
+        num_steps = 0
+    """
+    with pytest.raises(InputError) as error:
+        loaded(tmp_path, text, "--training.microbatch-size", "3", "--training.seeed=4", "--parallel.overlap=0")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / 'config.toml'}: 10 mistakes: (1) ") and "\n" not in message
+    for mistake in (
+        "model.num_layers='many' must be a whole number",
+        "unknown key model.hiden_size (did you mean model.hidden_size?)",
+        "unknown option --training.seeed (did you mean --training.seed?)",
+        "hidden_size=256 must be divisible by num_heads=3",
+        "overlap=0 must be 1 or more",
+        "optimizer.kind='adam' must be one of: 'adamw', 'sgd', 'lion', 'muon'",
+        "lr=-1.0 must be above 0",
+        "num_steps=0 must be 1 or more",
+        "dtype='float16' must be 'float32' or 'bfloat16'",
+        "global_batch_size=16 must be divisible by microbatch_size=3",
+    ):
+        assert message.count(mistake) == 1
+    # min_lr has a fault only because lr has one; tensor_parallel_size fits the default number of heads.
+    assert "min_lr" not in message and "tensor_parallel_size" not in message
+
+
+def test_lists_of_numbers_keep_their_type(tmp_path):
+    for config in (
+        loaded(tmp_path, "[parallel]\npipeline_cut = [1, 3]"),
+        loaded(tmp_path, "", "--parallel.pipeline-cut", "1", "3", "--optimizer.warmup-steps=2"),
+    ):
+        assert config.parallel.pipeline_cut == (1, 3)
+    with pytest.raises(
+        InputError, match=r"parallel\.pipeline_cut=\['--data\.path', 'x'\] must be a list of whole numb"
+    ):
+        loaded(tmp_path, '[parallel]\npipeline_cut = ["--data.path", "x"]')

@@ -24,7 +24,7 @@ def test_a_document_larger_than_memory_is_refused_before_it_is_read(tmp_path):
 
 @pytest.mark.parametrize(("character", "made"), [("a", "0.3"), ("é", "0.7")])
 def test_a_document_must_leave_room_for_what_is_made_of_it(tmp_path, monkeypatch, character, made):
-    monkeypatch.setattr("fused_megatron.data.text_source.memory_bytes", lambda: (1e9, 0.2e9))
+    monkeypatch.setattr("fused_megatron.data.document_files.memory_bytes", lambda: (1e9, 0.2e9))
     (tmp_path / "a.txt").write_text("x" * ((64 << 20) + 1) + character)
     with pytest.raises(InputError, match=f"a document of 0.1 GB, of which {made} GB are made in memory, and 0.2 GB"):
         list(path_source(tmp_path / "a.txt").documents())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fused_megatron import cli
-from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.run_folder import CLOCK_FIELDS, RunFolder
 from fused_megatron.checks import InputError
 from fused_megatron.config.config_file import load_config
 from fused_megatron.testing.run_on_ranks import run_on_ranks
@@ -44,7 +44,7 @@ def run_of(work: Path, name: str, form: str, *options: str) -> list[dict[str, An
 
 
 def without_speed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in record.items() if key != "tokens_per_s"} for record in records]
+    return [{key: value for key, value in record.items() if key not in CLOCK_FIELDS} for record in records]
 
 
 def on_two_ranks(rank: int, world_size: int, work: Path) -> dict[str, list[dict[str, Any]]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.model_state import buffer_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import InputError
 from fused_megatron.config import (
     BERTConfig,
     DataConfig,
@@ -302,6 +304,7 @@ ROWS: dict[str, Row] = {
     "bert.masked_lm_head": Row(False, *SHAPES),
     "bert.next_sentence_head": Row(True, *SHAPES),
     "data.path": Row(Path("other"), lambda tried: tried.data().description, CHANGED),
+    "data.text_field": Row("title", lambda tried: tried.data().fingerprint, CHANGED),
     "data.cache_folder": Row(Path("elsewhere"), lambda tried: str(tried.data().training.dataset.path_prefix), CHANGED),
     "data.tokenizer_vocab_size": Row(290, lambda tried: tried.data().tokenizer.vocab_size, 290),
     "data.tokenizer_path": Row(Path("tokenizer.json"), lambda tried: tried.data().tokenizer.vocab_size, 270),
@@ -345,6 +348,9 @@ ROWS: dict[str, Row] = {
     "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.cluster": Row("h100", predicted_steps, 4),
+    "training.profile_steps": Row(
+        1, lambda tried: [p.name for p in (tried.trained()[0].run_folder.profile).glob("*")], ["rank-0.trace.json"]
+    ),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
 # Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
@@ -353,8 +359,10 @@ ELSEWHERE = {
         [f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"
     ),
     "training.run_folder": "test_lines_and_folders",
+    "data.weights": "test_lines_and_folders",
     "training.log_interval": "test_lines_and_folders",
     "training.tensorboard": "test_lines_and_folders",
+    "training.trackers": "test_a_tracker_that_is_not_installed_is_named",
 }
 
 
@@ -378,7 +386,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, word in (("text", "one"), ("other", "two")):
         (folder / name).mkdir()
         pages = [f"Page {i}: " + " ".join(f"{word} {i * j % 17} more" for j in range(30)) for i in range(40)]
-        (folder / name / "pages.jsonl").write_text("\n".join(json.dumps({"text": page}) for page in pages))
+        (folder / name / "pages.jsonl").write_text(
+            "\n".join(json.dumps({"text": page, "title": page[:40]}) for page in pages)
+        )
     return folder
 
 
@@ -476,6 +486,15 @@ def test_keys_of_the_layout(folder: Path) -> None:
         assert found == expected
 
 
+def test_a_tracker_that_is_not_installed_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/training/test_trackers.py has the trackers that are installed."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match=r'training\.trackers needs wandb: pip install "wandb>=0\.18"'):
+        train(config_of(folder, {"training.trackers": ("wandb",)}), tmp_path / "run")
+
+
 def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from fused_megatron.config.config_file import with_run_folder  # noqa: PLC0415 - this test only
 
@@ -486,6 +505,9 @@ def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     given = config_of(folder, {"training.run_folder": "some/where"})
     assert with_run_folder(given, Path("my.toml")).training.run_folder == "some/where"
     assert with_run_folder(config_of(folder, {}), Path("my.toml")).training.run_folder == "runs/my"
+    both = {"data.path": (str(folder / "text"), str(folder / "other"))}
+    blends = [Tried(config_of(folder, both | {"data.weights": w}), tmp_path).data() for w in (None, (1.0, 9.0))]
+    assert [blend.training.order.counts(40) for blend in blends] == [[20, 20], [4, 36]]
     pytest.importorskip("tensorboard")
     Tried(config_of(folder, {"training.tensorboard": True}), tmp_path / "board").trained()
     assert list((tmp_path / "board" / "run" / "tensorboard").iterdir())

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fused_megatron.checkpoint import checkpoint_step, newest_checkpoint, verify_checkpoint
-from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checkpoint.run_folder import CLOCK_FIELDS, RunFolder
 
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2",
@@ -98,7 +98,7 @@ def launch(config: Path, *words: str, **environment: str) -> Any:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in RunFolder(run).read_metrics()]
+    return [{k: v for k, v in r.items() if k not in CLOCK_FIELDS} for r in RunFolder(run).read_metrics()]
 
 
 @pytest.mark.slow  # test_layouts.py kills a rank in the fast part, test_save.py one that saves

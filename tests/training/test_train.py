@@ -84,8 +84,8 @@ def test_a_run_beside_its_prediction(config: TrainConfig, tmp_path: Path, capsys
         training = dataclasses.replace(config.training, cluster=cluster, num_steps=4, eval_interval=9)
         train(dataclasses.replace(config, training=training), tmp_path / name)
 
-    logged = ["step", "loss", "gradient_norm", "lr", "tokens_per_s"]
-    columns = ["step_s", "predicted_s", "prediction_error"]
+    logged = ["step", "loss", "gradient_norm", "lr", "tokens_per_s", "step_s", "mfu", "peak_memory_bytes", "time"]
+    columns = ["predicted_s", "prediction_error"]
     for cluster, wanted in ((None, logged), ("h100", [*logged, *columns])):
         folder = tmp_path / str(cluster)
         run(cluster, folder.name)

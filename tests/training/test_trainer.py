@@ -6,6 +6,7 @@ import json
 import math
 import re
 import threading
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, Parall
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
 from fused_megatron.data.training_data import open_training_data
 from fused_megatron.models import GPT
+from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.reference.sample_index import permutation
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training import trainer as trainer_module
@@ -268,6 +270,7 @@ class Clock:
 
 def timed(rank: int, world_size: int, config: TrainConfig) -> None:
     trainer_module.time = Clock()  # type: ignore[assignment]
+    trainer_module.product_flops_per_s = lambda device, dtype: 1e9 * (rank + 1)
     train(config, Path(str(config.training.run_folder)))
 
 
@@ -297,13 +300,26 @@ def test_figures_are_those_computed_apart(tmp_path: Path, capfd: pytest.CaptureF
     # All ranks together read 4 samples of 12 tokens a step; the speed is the (upper) median of the steps so far.
     speeds = [record["tokens_per_s"] for record in records if "loss" in record]
     assert speeds == [round(4 * 12 / seconds, 1) for seconds in (0.5, 1.0, 1.0, 1.5, 1.5)]
+    steps = [record for record in records if "loss" in record]
+    assert [record["step_s"] for record in steps] == [0.5, 1.0, 1.5, 2.0, 2.5]
+    flops, _ = gpt_step_flops(dataclasses.replace(config.model, vocab_size=data.vocab_size), 4 * 12)
+    assert [record["mfu"] for record in steps] == [
+        pytest.approx(flops / record["step_s"] / (1e9 + 2e9)) for record in steps
+    ]
+    assert all(1e7 < record["peak_memory_bytes"] < 1e11 for record in steps)
+    times = [datetime.fromisoformat(record["time"].replace("Z", "+00:00")) for record in records]
+    assert times == sorted(times) and abs((datetime.now(timezone.utc) - times[0]).total_seconds()) < 3600
+    figures = [
+        f"norm {record['gradient_norm']:.2f} MFU {record['mfu']:.1%} {record['peak_memory_bytes'] / 1e9:.1f} GB"
+        for record in steps
+    ]
     # The output for the user.
     printed = re.sub(r"[^\S\n]+", " ", capfd.readouterr().out.replace("\u2502", " "))
     losses = [record["loss"] for record in records if "loss" in record]
     for line in (
-        f"step 2/5 loss {losses[1]:.4f} 48 tokens/s ETA 3 s\n",
-        f"step 4/5 loss {losses[3]:.4f} 32 tokens/s ETA 2 s\n",
-        f"step 5/5 loss {losses[4]:.4f} 32 tokens/s ETA 0 s\n",
+        f"step 2/5 loss {losses[1]:.4f} 48 tokens/s 1.00 s/step {figures[1]} ETA 3 s\n",
+        f"step 4/5 loss {losses[3]:.4f} 32 tokens/s 2.00 s/step {figures[3]} ETA 2 s\n",
+        f"step 5/5 loss {losses[4]:.4f} 32 tokens/s 2.50 s/step {figures[4]} ETA 0 s\n",
         f" training loss {losses[0]:.3f} -> {losses[4]:.3f} nats per token \n",
         " speed 48 tokens/s \n",
         f" held-out loss {evaluation['validation_loss']:.3f} nats per token \n",
