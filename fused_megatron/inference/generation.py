@@ -226,7 +226,8 @@ class _Reader:
         if self._cache is None:
             self._cache = KeyValueCache(len(rows), self._capacity + ranks - 1)
         # A rank that is done reads its last token again, and again.
-        news = [row[min(kept, len(row) - 1) :] for row, kept in zip(rows, self._cache.lengths, strict=True)]
+        kept = self._cache.lengths = [min(n, len(row) - 1) for row, n in zip(rows, self._cache.lengths, strict=True)]
+        news = [row[n:] for row, n in zip(rows, kept, strict=True)]
         tokens = self._padded(news)
         self._cache.begin([len(new) for new in news], tokens.shape[1])
         logits_shard = self._model(tokens, cache=self._cache)
