@@ -27,7 +27,7 @@ commands:
   evaluate RUN [--data.path TEXT ...]           loss and perplexity of a run's newest checkpoint, on any text
   preprocess FILES.. --output PREFIX [..]       text to a dataset of token ids, by all cores; resumable
   launch --nproc-per-node N COMMAND ...         N ranks of a command, such as train, on this machine
-  generate RUN "prompt" [--num-tokens N ...]    continue a prompt with a run's newest checkpoint
+  generate RUN "prompt" ... [--num-tokens N]    continue prompts with a run's newest checkpoint
   convert from-hf FOLDER RUN | to-hf RUN FOLDER a model of Hugging Face transformers to a run, and back
   verify CONFIG.toml [--all] [--json]           whether a layout computes what one process does, without GPUs
   schedule show|check|simulate NAME ...         pipeline schedules: pictures, rules, bubble and memory
@@ -206,9 +206,9 @@ def _generate(argv: Sequence[str]) -> int:
 
     arguments = _parse(GenerateArguments, "generate", argv, on_ranks=True)
     if arguments is not None:
-        text = generate_text(arguments)
-        if prints_for_host():
-            print(text)
+        generate_text(arguments, show=lambda piece: print(piece, end="", flush=True))
+        if os.environ.get("RANK", "0") == "0":
+            print()
     return 0
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.collectives import group_rank
 from fused_megatron.models import StageSpan, TransformerStack
+from fused_megatron.models.key_value_cache import KeyValueCache
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import full_numel, mark_all_shards, parameter_record
 
@@ -82,8 +83,10 @@ class ModelStages(nn.Module):
         unused = self.config.num_experts - self.config.experts_per_token
         return self.num_parameters() - experts * unused // self.config.num_experts
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, *, cache: KeyValueCache | None = None) -> torch.Tensor:
         """Compute logits_shard [B, S, V_padded / R] of tokens [B, S] on every pipeline rank, without gradients.
+
+        With a cache, which each rank has for its own blocks, only of each row's last new token, [B, 1, V_padded / R].
 
         Communication: for each stage two broadcasts over the pipeline ranks: the shape of its output, and the output.
         """
@@ -91,8 +94,10 @@ class ModelStages(nn.Module):
         last = len(self.spans) - 1
         for index, owner in enumerate(self.placement):
             if index in self.stages:
-                x = self.stages[index](x)
-                x = self.stages[index].logits(x) if index == last else x
+                stage = self.stages[index]
+                x = stage(x) if cache is None else stage(x, cache=cache)
+                if index == last:
+                    x = stage.logits(x) if cache is None else stage.next_logits(x, cache)
             x = self._broadcast_from(owner, x)
         return x
 

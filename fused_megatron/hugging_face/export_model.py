@@ -17,6 +17,7 @@ from fused_megatron.checkpoint.shard_file import Entry, write_shard_file
 from fused_megatron.checks import InputError, check, dtype_name
 from fused_megatron.collectives.together import run_on_first, run_together
 from fused_megatron.config import TransformerConfig, model_config
+from fused_megatron.data.tokenizer import load_tokenizer
 from fused_megatron.hugging_face.family_description import Family
 from fused_megatron.hugging_face.import_model import check_absent, copy_kept_files, new_folder
 from fused_megatron.hugging_face.known_families import differing_fields, family_for
@@ -24,6 +25,7 @@ from fused_megatron.hugging_face.leftovers import Leftovers, StreamedTensors, ke
 from fused_megatron.hugging_face.rules import Rule
 from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import CONFIG_FILE
+from fused_megatron.hugging_face.tokenizer_files import special_ids, write_tokenizer_files
 from fused_megatron.weight_files import INDEX_FILE, SINGLE_FILE, read_json
 
 # How each tensor of a file is made.
@@ -99,15 +101,19 @@ def _write(run: RunFolder, newest: Path | None, folder: Path, dtype: torch.dtype
     files = _split_into_files(entries, max_bytes)
     if run.hugging_face.is_dir():
         copy_kept_files(run.hugging_face, folder)
-    elif run.tokenizer.is_file():
-        (folder / run.tokenizer.name).write_bytes(run.tokenizer.read_bytes())
+    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer.is_file() else None
     try:
+        if tokenizer is not None:
+            (folder / run.tokenizer.name).write_bytes(run.tokenizer.read_bytes())
+            write_tokenizer_files(folder, tokenizer, config)
         for i, file in enumerate(files, 1):
             name = SINGLE_FILE if len(files) == 1 else f"model-{i:05d}-of-{len(files):05d}.safetensors"
             write_shard_file(folder / name, StreamedTensors(file), manifest.step)
         if len(files) > 1:
             _write_index(folder, files)
         written = dict(_config_json(settings, family, config))
+        if not settings:
+            written |= special_ids(tokenizer).as_fields()
         stored = dtype_name(next(iter(entries)).dtype)  # the first entry is an embedding
         written["dtype" if "dtype" in written else "torch_dtype"] = stored
         (folder / CONFIG_FILE).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
@@ -162,7 +168,9 @@ def _config_json(original: dict[str, Any], family: Family, config: TransformerCo
     """Return the config.json of the import if it still fits the model; else one with the model's own fields."""
     if original.get("model_type") == family.model_type:
         before = family.read_config(Settings(original, CONFIG_FILE)).trainable()
-        if not differing_fields(before, config) and before.seq_len == config.seq_len:
+        # Training on shorter sequences than the model can read takes no positions away from it.
+        shorter = config.position == "rotary" and config.seq_len < before.seq_len
+        if not differing_fields(before, config) and (before.seq_len == config.seq_len or shorter):
             return original
         # The same class as at the import, since its untrained heads are written too.
         config_json = family.write_config(config) | {"architectures": [family.architecture_in(original)]}

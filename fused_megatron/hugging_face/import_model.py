@@ -19,8 +19,11 @@ from fused_megatron.checkpoint.model_state import parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import check
 from fused_megatron.collectives.together import run_on_first, run_together
-from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, TrainingConfig
+from fused_megatron.config import DataConfig, OptimizerConfig, TrainConfig, TrainingConfig, TransformerConfig
+from fused_megatron.durable import replace_file
+from fused_megatron.hugging_face.known_families import family_of
 from fused_megatron.hugging_face.leftovers import write_leftovers
+from fused_megatron.hugging_face.settings import Settings
 from fused_megatron.hugging_face.source import CONFIG_FILE, TRAINED_DTYPES, Source, open_source
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models import StageSpan, TransformerStack, cut_stages, new_model
@@ -101,7 +104,13 @@ def _filled(model: TransformerStack, source: Source, device: torch.device) -> Tr
 
 
 def import_model(
-    folder: Path, run_path: Path, *, dtype: torch.dtype | None, skip: Sequence[str], group: dist.ProcessGroup | None
+    folder: Path,
+    run_path: Path,
+    *,
+    dtype: torch.dtype | None,
+    skip: Sequence[str],
+    group: dist.ProcessGroup | None,
+    start: Callable[[TrainConfig], TrainConfig] | None = None,
 ) -> Source:
     """Make a run folder from a Hugging Face folder: a config, and a checkpoint of step 0 that holds only weights.
 
@@ -111,6 +120,8 @@ def import_model(
         dtype: float32 or bfloat16; None keeps the dtype of the files.
         skip: glob patterns of tensors to leave out.
         group: all ranks, which share the work; None: there is one rank.
+        start: returns the config to write, with which training starts, given one with the full length of the model;
+            called on rank 0. None: the full length.
 
     Returns:
         The opened Hugging Face folder.
@@ -148,7 +159,11 @@ def import_model(
         run = RunFolder(temporary)
         run_on_first(group, run.create, SharedCheckpointError)
         save_checkpoint(run.checkpoints, 0, boxes, state=state, group=group)
-        run_on_first(group, lambda: _describe_run(run, config, folder, source, dtype), SharedCheckpointError)
+        run_on_first(
+            group,
+            lambda: _describe_run(run, config if start is None else start(config), folder, source, dtype),
+            SharedCheckpointError,
+        )
     return source
 
 
@@ -171,8 +186,25 @@ def _run_config(source: Source, folder: Path, run_path: Path) -> TrainConfig:
 def _describe_run(run: RunFolder, config: TrainConfig, folder: Path, source: Source, dtype: torch.dtype | None) -> None:
     tokenizer = folder / run.tokenizer.name
     run.describe(config, str(tokenizer) if tokenizer.is_file() else None)
+    if config.model.seq_len != source.config.seq_len:
+        line = f"seq_len = {config.model.seq_len}"
+        full = f"{line}  # full length of the model: {source.config.seq_len}"
+        replace_file(run.config, run.config.read_text("utf-8").replace(f"\n{line}\n", f"\n{full}\n", 1).encode())
     copy_kept_files(folder, run.hugging_face)
     write_leftovers(source, run.hugging_face, dtype)
+
+
+def imported_config(run: RunFolder) -> TransformerConfig | None:
+    """Return the config of the model that a run was imported from, with its full length; None: it was not imported.
+
+    Raises:
+        InputError: its config.json is damaged.
+    """
+    path = run.hugging_face / CONFIG_FILE
+    if not path.is_file():
+        return None
+    settings = Settings(read_json(path), str(path))
+    return family_of(settings).read_config(settings).trainable()
 
 
 def copy_kept_files(source: Path, target: Path) -> None:

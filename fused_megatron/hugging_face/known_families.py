@@ -26,6 +26,8 @@ _TRAINING_FIELDS = {
     "router_z_loss",
     "router_jitter",
 }
+# More fields than a config has: a family that cannot hold the model at all differs most.
+_ALL_FIELDS = 1000
 # Fields that affect results only in a model with experts.
 _EXPERT_FIELDS = (
     "experts_per_token",
@@ -66,14 +68,22 @@ def family_for(config: TransformerConfig, preferred: str | None = None) -> Famil
     differences: list[tuple[int, str]] = []
     writable = [family for family in FAMILIES if family.config_type is type(config)]
     for family in sorted(writable, key=lambda family: family.model_type != preferred):
-        written = family.read_config(Settings(family.write_config(config), family.model_type))
+        try:
+            written = family.read_config(Settings(family.write_config(config), family.model_type))
+        except InputError as error:  # sizes that the family cannot have, such as heads that do not divide hidden_size
+            differences.append((_ALL_FIELDS, str(error)))
+            continue
         differing = differing_fields(written, config)
         if not differing:
             return family
         name = differing[0]
         value, theirs = getattr(config, name), getattr(written, name)
         differences.append((len(differing), f"{name}={value!r} ({family.model_type} has {theirs!r})"))
-    raise InputError(f"no family of transformers' has this model: the nearest differs in {min(differences)[1]}")
+    count, nearest = min(differences)
+    raise InputError(
+        f"no family of transformers' has this model: "
+        f"{nearest if count == _ALL_FIELDS else f'the nearest differs in {nearest}'}"
+    )
 
 
 def differing_fields(one: TransformerConfig, other: TransformerConfig) -> list[str]:

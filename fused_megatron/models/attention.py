@@ -14,6 +14,7 @@ from fused_megatron.context_parallel import context_parallel_attention
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_heads
 from fused_megatron.models.dropout import DropoutMasks
+from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.ops.attention import AttentionMask, attend
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequencePartition, used_by_parts
@@ -159,6 +160,7 @@ class ParallelSelfAttention(nn.Module):
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
         partition: SequencePartition | None = None,
+        cache: BlockCache | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Attend: return y, of the shape of x, or (y, bias) with skip_bias_add.
 
@@ -170,6 +172,7 @@ class ParallelSelfAttention(nn.Module):
             dropout: masks whose first row is for attention_dropout; None: drop nothing.
             partition: the positions of each context-parallel rank; the rows of x are this rank's positions. None: x has
                 all positions.
+            cache: keys and values of earlier tokens, which takes those of x; None: x has all tokens.
         """
         query, key, value = self._query_key_value(x)
         if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
@@ -181,7 +184,9 @@ class ParallelSelfAttention(nn.Module):
             key = ops.rms_norm(key, key_weight, self.key_norm.eps)
         if rotary is not None:
             query, key = _rotate(query, key, *rotary)
-        if self.recompute and torch.is_grad_enabled():
+        if cache is not None:
+            context = cache.attend(query, key, value, mask).flatten(2)
+        elif self.recompute and torch.is_grad_enabled():
             # _attend never draws from torch's generators, so their state need not be kept.
             context = checkpoint(
                 self._attend, query, key, value, mask, dropout, partition, use_reentrant=False, preserve_rng_state=False
@@ -197,7 +202,7 @@ class ParallelSelfAttention(nn.Module):
         if self.num_kv_heads == self.num_heads:
             return qkv.view(seq_len, batch, -1, 3, self.head_dim).unbind(3)
         heads = qkv.view(seq_len, batch, -1, self.head_dim)
-        return heads.split([self.heads_shard, self.kv_heads_shard, self.kv_heads_shard], dim=2)
+        return heads.split_with_sizes([self.heads_shard, self.kv_heads_shard, self.kv_heads_shard], dim=2)
 
     def _attend(
         self,

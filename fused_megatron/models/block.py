@@ -1,6 +1,6 @@
 """The transformer block, and a loop that runs all blocks of a model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm
 from fused_megatron.models.attention import ParallelSelfAttention, Tables
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
+from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.models.mixture_of_experts import MixtureOfExperts, SharedExpertGate
 from fused_megatron.models.router import ExpertRouter
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -88,25 +89,26 @@ class TransformerBlock(nn.Module):
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
         partition: SequencePartition | None = None,
+        cache: BlockCache | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run the block.
 
         Args:
             x: the residual stream [S, B, H], or [S / R, B, H] under sequence parallelism.
-            mask, rotary, partition: as in ParallelSelfAttention.forward.
+            mask, rotary, partition, cache: as in ParallelSelfAttention.forward.
             dropout: masks of the DROPOUT_SITES; None: drop nothing.
 
         Returns:
             The residual stream, of the shape of x; WithAuxiliaryLoss if the feed-forward returns it.
         """
         if self.post_norm:
-            attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition)
+            attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
             x = self.attention_norm(self._add(1, attended, x, dropout))
             fed = self._feed_forward(x, dropout, partition)
             x = self.mlp_norm(self._add(2, fed.output, x, dropout))
         else:
             normed = self.attention_norm(x)
-            attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition)
+            attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
             x = self._add(1, attended, x, dropout)
             fed = self._feed_forward(self.mlp_norm(x), dropout, partition)
             x = self._add(2, fed.output, x, dropout)
@@ -159,6 +161,7 @@ def run_blocks(
     rotary: Tables | None,
     dropout: DropoutMasks | None,
     partition: SequencePartition | None = None,
+    caches: Sequence[BlockCache] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the blocks in their order; return x and the sum of their auxiliary losses (None if no block has one).
 
@@ -168,6 +171,7 @@ def run_blocks(
         mask, rotary, partition: for every block.
         recompute: number of blocks, the first ones, of which only the input is kept: they run again in backward.
         dropout: masks of the DROPOUT_SITES of all blocks; None: drop nothing.
+        caches: for each block the keys and values of earlier tokens; None: x has all tokens.
     """
     sites = len(DROPOUT_SITES)
     total = None
@@ -186,7 +190,8 @@ def run_blocks(
                 preserve_rng_state=False,
             )
         else:
-            returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition)
+            cache = None if caches is None else caches[i]
+            returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition, cache=cache)
         # Here, and not in the block: a recomputed block runs twice.
         if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:
             router = block.get_submodule("mlp.router")

@@ -8,9 +8,10 @@ from fused_megatron.config import GPTConfig
 from fused_megatron.deprecation import renamed_argument
 from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.dropout import BatchSlice
+from fused_megatron.models.key_value_cache import KeyValueCache
 from fused_megatron.models.stack import HeadProduct, TransformerStack
 from fused_megatron.models.stage_cut import StageSpan
-from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss
+from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.ops.attention import AttentionMask
 from fused_megatron.sharding import SequenceLayout, SequencePartition
 
@@ -73,6 +74,7 @@ class GPT(TransformerStack):
         documents: torch.Tensor | None = None,
         positions: torch.Tensor | None = None,
         reduction: str = "none",
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Compute the loss or this rank's logits; in a pipeline stage, the input of the next stage.
 
@@ -89,18 +91,23 @@ class GPT(TransformerStack):
                 rotation, such as its position in its document; None: its position in the sequence. It does not change
                 which tokens see each other. Every stage needs it.
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
+            cache: keys and values of the tokens before x, which takes those of x (cache.begin() announces their
+                number); only in evaluation mode, without gradients. None: x has all tokens. Every stage needs it.
 
         Returns:
             A whole model with a target: the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
-            float64 scalar, the same on every rank. Without a target: logits_shard [B, S, V_padded / R].
+            float64 scalar, the same on every rank. Without a target: logits_shard [B, S, V_padded / R]; with a cache,
+            only of each row's last new token, [B, 1, V_padded / R].
             A stage: [S, B, H], or [S / R, B, H] under sequence parallelism. The last stage's output goes to loss() or
             logits().
             If a feed-forward has an auxiliary loss, the result carries the sum over the blocks.
         """
         mask = self.attention_mask(documents=documents)
         encoded = self._encode(
-            x, mask, batch_slice=batch_slice, sequence=sequence, partition=partition, positions=positions
+            x, mask, batch_slice=batch_slice, sequence=sequence, partition=partition, positions=positions, cache=cache
         )
+        if cache is not None and self.stage is None:
+            return self.next_logits(split_auxiliary_loss(encoded)[0], cache)
         return self._result(encoded, target, reduction)
 
     def attention_mask(

@@ -13,6 +13,7 @@ from fused_megatron.mesh import ParallelLayout
 from fused_megatron.models.attention import Tables
 from fused_megatron.models.block import DROPOUT_SITES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.models.dropout import BatchSlice, DropoutMasks, fill_dropout_states_, masks_of_batch
+from fused_megatron.models.key_value_cache import KeyValueCache
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -186,6 +187,17 @@ class TransformerStack(ShardedModule):
         )
         return logits_shard.transpose(0, 1)
 
+    def next_logits(self, hidden: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        """Compute logits_shard [B, 1, V_padded / R] of the token after each sequence's last new token.
+
+        Args:
+            hidden: as in logits(), of the new tokens.
+            cache: what the forward of these tokens was given.
+        """
+        if not self.sequence_parallel:
+            return self.logits(cache.last(hidden))
+        return cache.last(self.logits(hidden).transpose(0, 1)).transpose(0, 1)
+
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, *, reduction: str = "none") -> torch.Tensor:
         """Compute the loss per token [B, S], or the sum of the losses.
 
@@ -246,6 +258,7 @@ class TransformerStack(ShardedModule):
         sequence: SequenceLayout | None,
         partition: SequencePartition | None = None,
         positions: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> torch.Tensor | WithAuxiliaryLoss:
         """Run this stage: return [S, B, H], or [S / R, B, H] under sequence parallelism.
 
@@ -257,11 +270,15 @@ class TransformerStack(ShardedModule):
             partition: the positions of each context-parallel rank, in place of `sequence`; None: every rank has the
                 whole sequence.
             positions: [B, S] int64, positions for the embedding or rotation; None: the positions in `sequence`.
+            cache: keys and values of earlier tokens, without gradients; None: x has all tokens.
 
         Raises:
             InputError: shapes that do not fit; a partition for another number of ranks; no partition where gradients
                 would count once for every context-parallel rank.
         """
+        if cache is not None:
+            check(not (torch.is_grad_enabled() or self.training), "cache must be None in training: it has no gradient")
+            sequence, positions = cache.positions(self.config.seq_len, x.device)
         sequence = self._part_of_rank(partition) or sequence
         batch, sequence = self._batch_and_sequence(x, sequence)
         if token_types is not None:
@@ -275,7 +292,7 @@ class TransformerStack(ShardedModule):
             x = self._embed(x, sequence, token_types, positions)
             if masks is not None and self.config.embedding_dropout > 0:
                 x = masks.drop(0, x, self.config.embedding_dropout)
-        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions), partition)
+        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions), partition, cache)
         x = x if self.final_norm is None else self.final_norm(x)
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
 
@@ -391,6 +408,7 @@ class TransformerStack(ShardedModule):
         masks: DropoutMasks | None,
         rotary: Tables | None,
         partition: SequencePartition | None = None,
+        cache: KeyValueCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run all blocks; return x and the sum of the auxiliary losses.
 
@@ -400,5 +418,12 @@ class TransformerStack(ShardedModule):
         recompute = self.num_recomputed if self.config.recompute == "full" else 0
         dropout = None if masks is None else masks.rows(1, masks.rng_states.shape[0])
         return run_blocks(
-            self.blocks.values(), x, mask, recompute=recompute, rotary=rotary, dropout=dropout, partition=partition
+            self.blocks.values(),
+            x,
+            mask,
+            recompute=recompute,
+            rotary=rotary,
+            dropout=dropout,
+            partition=partition,
+            caches=None if cache is None else cache.blocks(self.blocks.keys()),
         )

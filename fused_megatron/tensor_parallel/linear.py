@@ -19,6 +19,8 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.mesh import ParallelLayout
+from fused_megatron.ops.autograd_function import is_differentiated
+from fused_megatron.ops.product import product
 from fused_megatron.overlap import ColumnLinearFunction, RowLinearFunction, chunk_choice
 from fused_megatron.overlap.overlapped_linear import autocast_operands
 from fused_megatron.sharding import (
@@ -76,6 +78,8 @@ def column_parallel_linear(
     group_size(tp_group)
     x, weight, bias = autocast_operands(x, weight, bias)
     check_operands(x, weight, bias)
+    if is_plain_product(tp_group):
+        return product(x, weight, bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     return on_ranks(ColumnLinearFunction, tp_group)(x, weight, bias, dim, tp_group, chunk_choice(overlap))
 
@@ -125,10 +129,17 @@ def row_parallel_linear(
     ranks = group_size(tp_group)
     x, weight, bias = autocast_operands(x, weight, bias)
     check_operands(x, weight, bias)
+    if is_plain_product(tp_group):
+        return product(x, weight, bias)
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     if dim is not None:
         check_divisible(f"sequence length x.shape[{dim}]", x.shape[dim], "tensor_parallel_size", ranks)
     return on_ranks(RowLinearFunction, tp_group)(x, weight, bias, dim, tp_group, chunk_choice(overlap))
+
+
+def is_plain_product(tp_group: Group) -> bool:
+    """Whether a layer is only its product: one rank, and no gradient. A token of a text then costs half the time."""
+    return group_size(tp_group) == 1 and not is_differentiated()
 
 
 def check_operands(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -9,9 +9,10 @@ from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.collectives import Group, group_size, on_ranks
 from fused_megatron.deprecation import renamed_argument
+from fused_megatron.ops.product import product
 from fused_megatron.overlap import Activation, ColumnLinearFunction, MLPFunction, RowLinearFunction, chunk_choice
 from fused_megatron.overlap.overlapped_linear import autocast_operands
-from fused_megatron.tensor_parallel.linear import check_operands, sharded_sequence_dim
+from fused_megatron.tensor_parallel.linear import check_operands, is_plain_product, sharded_sequence_dim
 
 _RAW = torch.ops.fused_megatron
 _ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Activation]] = {
@@ -116,6 +117,10 @@ def parallel_mlp(
     check_operands(x, expansion_weight, expansion_bias)
     width = expansion_weight.shape[0] // (1 if activation.startswith("gelu") else 2)
     check_operands(x.new_empty(0, width), projection_weight, projection_bias)
+    if is_plain_product(tp_group):
+        return product(
+            fused_activation(product(x, expansion_weight), expansion_bias), projection_weight, projection_bias
+        )
     dim = sharded_sequence_dim(x, sequence_parallel, sequence_dim, tp_group)
     choice = chunk_choice(overlap)
     whole = group_size(tp_group) == 1 or choice.fixed == 1 or dim not in (None, 0) or x.dtype == torch.float64

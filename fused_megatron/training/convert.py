@@ -10,12 +10,13 @@ import tyro
 
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import InputError, check, check_one_of, dtype_name
-from fused_megatron.config import TransformerConfig
+from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
 from fused_megatron.hugging_face.source import CONFIG_FILE
 from fused_megatron.training.process_group import joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
+from fused_megatron.training.starting_config import starting_config
 
 # Long enough for the slowest file of the largest model. The death of a rank is noticed at once, whatever the timeout.
 TIMEOUT_S = 86_400.0
@@ -86,12 +87,21 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
         lambda: check(dtype != torch.float16, "dtype='float16' is not trained here: give float32 or bfloat16")
     )
     skip = [pattern for pattern in arguments.skip.split(",") if pattern]
-    source = import_model(arguments.source, arguments.target, dtype=dtype, skip=skip, group=world_group())
+    reasons: list[str] = []
+
+    def start(config: TrainConfig) -> TrainConfig:
+        found, reason = starting_config(config)
+        reasons.append(reason)
+        return found
+
+    source = import_model(arguments.source, arguments.target, dtype=dtype, skip=skip, group=world_group(), start=start)
     target, config = arguments.target, source.config
     reporter.say(
         f"{target}: {source.num_parameters:,} parameters in {dtype_name(source.dtype)}"
         + (f"; kept for to-hf, but not used by the run: {', '.join(source.kept)}" if source.kept else "")
     )
+    if any(reasons):
+        reporter.say(f"config.toml: {reasons[0]}")
     commands = [f'fused-megatron generate {target} "..."'] if config.traits.generates else []
     if _is_trainable(config):
         commands.append(f"fused-megatron train {os.path.join(target, 'config.toml')} --data.path TEXT")

@@ -208,7 +208,7 @@ def test_generate_and_train_go_on_from_an_imported_model_at_any_size(models: Pat
             torch.testing.assert_close(tensor, other[name], rtol=0, atol=2e-5)
         assert 1e-4 < float((tensor - before[name]).abs().max()) < 0.02, name
     config = json.loads((trained[1] / "config.json").read_text())
-    assert config["max_position_embeddings"] == 16 and config["eos_token_id"] == 2
+    assert config["max_position_embeddings"] == 64 and config["eos_token_id"] == 2
     loaded, info = transformers.LlamaForCausalLM.from_pretrained(trained[1], output_loading_info=True)
     assert not info["missing_keys"] and loaded.config.rope_parameters["rope_type"] == "llama3"
 

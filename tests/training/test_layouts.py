@@ -240,7 +240,7 @@ def test_text_is_the_same_at_every_tensor_parallel_size(one_process: Any) -> Non
 def test_generate_needs_heads_that_divide(one_process: Any) -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(generated, 3, GenerateArguments(one_process[0], "line"))
-    assert "num_heads=4 must be divisible by tensor_parallel_size=3" in str(caught.value.errors[2])
+    assert "cannot be divided over tensor_parallel_size=3 (sizes that can: 1, 2, 4)" in str(caught.value.errors[2])
 
 
 def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
