@@ -4,7 +4,7 @@ rank_memory counts tensors of our own layers. Published figures are of a device:
 (megatron_tensors.py), and memory outside of tensors. Each constant of the second kind is stated once, here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from fused_megatron.config import TrainConfig
@@ -59,7 +59,10 @@ class DeviceMemory:
 
 
 def device_memory(
-    config: TrainConfig, cluster: Cluster | None = None, engine: str = OWN, pp_rank: int | None = None
+    config: TrainConfig,
+    cluster: Cluster | None = None,
+    engine: str = OWN,
+    pp_rank: int | Collection[int] | None = None,
 ) -> DeviceMemory:
     """Compute the memory of the GPU that needs most.
 
@@ -68,7 +71,7 @@ def device_memory(
         cluster: a machine of CPUs has no overheads. None: GPUs.
         engine: key of ENGINES. The Megatron programs keep the tensors of megatron_tensors.py; llm-foundry counts as
             our own.
-        pp_rank: pipeline rank; None: the rank that needs most.
+        pp_rank: pipeline rank; several: the rank of these that needs most; None: the rank that needs most.
 
     Raises:
         InputError: an unknown engine; as rank_memory.
@@ -82,7 +85,7 @@ def device_memory(
         return _megatron_stage(span_config, span, facts.fused_attention)
 
     config = _evenly_cut(config)
-    ranks = range(config.parallel.pipeline_parallel_size) if pp_rank is None else (pp_rank,)
+    ranks = (pp_rank,) if isinstance(pp_rank, int) else pp_rank or range(config.parallel.pipeline_parallel_size)
     logits = _head_bytes(sizes_of(config))
     found = [
         _with_overheads(

@@ -1,6 +1,6 @@
 """Formulas for the memory that a rank needs in training: weights, gradients, optimizer state, activations."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -57,7 +57,7 @@ class RankMemory:
 
 def rank_memory(
     config: TrainConfig,
-    pp_rank: int | None = None,
+    pp_rank: int | Collection[int] | None = None,
     data_parallel_size: int | None = None,
     of_stage: StageFormula = stage_bytes,
 ) -> RankMemory:
@@ -65,7 +65,7 @@ def rank_memory(
 
     Args:
         config: model.vocab_size must be given.
-        pp_rank: pipeline rank; None: the rank that needs most.
+        pp_rank: pipeline rank; several: the rank of these that needs most; None: the rank that needs most.
         data_parallel_size: used if the config has none; None: 1.
         of_stage: formula of the activations of a stage; the default is of our own layers.
 
@@ -74,9 +74,9 @@ def rank_memory(
     """
     parallel = config.parallel
     formulas = _Formulas(config, parallel.data_parallel_size or data_parallel_size or 1, of_stage)
-    if pp_rank is not None:
+    if isinstance(pp_rank, int):
         return formulas.of_rank(pp_rank)
-    ranks = [rank for rank in range(parallel.pipeline_parallel_size) if not formulas.is_covered(rank)]
+    ranks = pp_rank or [rank for rank in range(parallel.pipeline_parallel_size) if not formulas.is_covered(rank)]
     return max((formulas.of_rank(rank) for rank in ranks), key=lambda memory: memory.total)
 
 

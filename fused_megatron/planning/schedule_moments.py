@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Action, Kind, stages_of
+from fused_megatron.pipeline.schedule.schedules import build_schedule
 
 _HOLD_ALL = ("gpipe", "looped_breadth_first")
 """Schedules that hold all microbatches of a step."""
@@ -38,27 +39,30 @@ class Moment(NamedTuple):
     last: bool
 
 
-@lru_cache(maxsize=1024)
 def rank_moments(plan: PipelinePlan, num_microbatches: int, rank: int) -> tuple[Moment, ...]:
     """Return the moments of a rank in a step, without those that hold no more than another of the same action.
 
     Raises:
         InputError: the schedule does not allow this number of microbatches.
     """
-    stages = stages_of(plan.placement, rank)
+    return _rank_moments(plan.name, plan.placement, _fewer(plan, num_microbatches), rank)
+
+
+@lru_cache(maxsize=4096)
+def _rank_moments(name: str, placement: tuple[int, ...], num_microbatches: int, rank: int) -> tuple[Moment, ...]:
     most: list[Moment] = []
     # A moment is only covered by one that holds more microbatches in all.
-    for moment in sorted(
-        _moments(stages, _actions(plan, _fewer(plan, num_microbatches))[rank]), key=_num_held, reverse=True
-    ):
+    moments = _moments(stages_of(placement, rank), _actions(name, placement, num_microbatches)[rank])
+    for moment in sorted(moments, key=_num_held, reverse=True):
         if not any(_covers(other, moment) for other in most):
             most.append(moment)
     return tuple(most)
 
 
 @lru_cache(maxsize=64)
-def _actions(plan: PipelinePlan, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
-    return tuple(tuple(actions) for actions in plan.schedule(num_microbatches).actions)
+def _actions(name: str, placement: tuple[int, ...], num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+    num_ranks = max(placement) + 1
+    return build_schedule(name, num_ranks, num_microbatches, len(placement) // num_ranks).actions
 
 
 def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
@@ -66,7 +70,7 @@ def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
     ranks = max(plan.placement) + 1
     if plan.name in _HOLD_ALL or (plan.name.startswith("interleaved") and num_microbatches % ranks):
         return num_microbatches  # interleaved schedules divide a remainder among all rounds
-    most = _PERIODS * ranks * (plan.num_stages // ranks)
+    most = _PERIODS * ranks
     return num_microbatches if num_microbatches <= most else most + (num_microbatches - most) % ranks
 
 

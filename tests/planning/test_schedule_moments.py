@@ -5,6 +5,7 @@ import pytest
 from fused_megatron.assembly.pipeline_plan import PipelinePlan, plan_pipeline
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Kind, stages_of
+from fused_megatron.planning import schedule_moments
 from fused_megatron.planning.schedule_moments import needs_no_more_than_the_rank_before, rank_moments
 
 SCHEDULES = {"1f1b": 1, "interleaved_1f1b": 2, "zb_h1": 1, "zb_v": 2, "dual_pipe_v": 2, "gpipe": 1}
@@ -35,6 +36,14 @@ def test_the_most_held_microbatches_are_of_the_whole_schedule(name: str, num_mic
         moments = rank_moments(plan, num_microbatches, rank)
         assert most == 1 + max(sum(moment.held) + sum(moment.deferred) for moment in moments)
         assert {moment.stage for moment in moments if moment.last} == set(range(len(stages)))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved_1f1b", "zb_h1", "zb_v"])
+def test_fewer_microbatches_have_the_moments_of_all(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    plans = [plan_of(name, ranks) for ranks in (2, 4)]
+    fewer = [rank_moments(plan, 52, rank) for plan in plans for rank in range(2)]
+    monkeypatch.setattr(schedule_moments, "_fewer", lambda plan, number: number)
+    assert fewer == [rank_moments(plan, 52, rank) for plan in plans for rank in range(2)]
 
 
 def test_later_ranks_of_1f1b_hold_no_more() -> None:

@@ -1,5 +1,8 @@
 """Simulation of a schedule: start and end of each action, from the costs of each kind."""
 
+from __future__ import annotations
+
+from array import array
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -107,6 +110,10 @@ class Timeline:
 # tied group (rank that has arrived, REDUCE_TIED, group).
 _Key = tuple[int, Kind, int | None]
 
+_KINDS = (*COMPUTE, Kind.REDUCE_GRAD, Kind.REDUCE_TIED, Kind.UPDATE)
+"""Kinds of actions that take time."""
+_NOTHING = -1
+
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     """Simulate a schedule: each rank runs its actions in order, each as soon as its inputs have arrived.
@@ -116,52 +123,128 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Timeline:
     Raises:
         InputError: costs that do not fit the schedule.
     """
-    return _Simulation(schedule, costs or Costs()).run()
+    order = order_of(schedule)
+    starts, ends = order.times(costs or Costs())
+    events: list[list[Event]] = [[] for _ in range(schedule.num_ranks)]
+    for rank, position, start, end in zip(order.ranks, order.positions, starts, ends, strict=True):
+        if position != _NOTHING:
+            events[rank].append(Event(schedule.actions[rank][position], start, end))
+    peak_live = tuple(peak_live_activations(schedule))
+    return Timeline(schedule.name, tuple(tuple(each) for each in events), peak_live, order.stuck)
 
 
-class _Simulation:
-    def __init__(self, schedule: Schedule, costs: Costs) -> None:
-        self.schedule, self.costs = schedule, costs
-        self.times = costs.per_stage(schedule.num_stages)
-        self.done: dict[_Key, tuple[float, int]] = {}
+@dataclass(frozen=True)
+class Order:
+    """Actions of a schedule in an order in which each comes after all that it waits for.
+
+    The order does not depend on the costs, so a search plays one order with many of them. A rank runs its actions one
+    after the other; so it waits only for results of other ranks. An action that waits for several has entries without a
+    position and without a cost before it.
+
+    Attributes:
+        num_ranks, num_stages, num_channels: of the schedule. A channel carries one kind of message between two ranks.
+        ranks, positions: rank of each entry, and its position in the rank's list.
+        costs: kind and stage of each entry: index of the kind in _KINDS x num_stages + stage.
+        inputs: the entry whose end is waited for; -1: none.
+        channels: channel through which this input comes; -1: none.
+        stuck: (rank, position) of every rank that waits forever.
+    """
+
+    num_ranks: int
+    num_stages: int
+    num_channels: int
+    ranks: array[int]
+    positions: array[int]
+    costs: array[int]
+    inputs: array[int]
+    channels: array[int]
+    stuck: tuple[tuple[int, int], ...]
+
+    def times(self, costs: Costs) -> tuple[list[float], list[float]]:
+        """Return start and end of each entry.
+
+        Raises:
+            InputError: costs that do not fit the schedule.
+        """
+        by_kind = costs.per_stage(self.num_stages)
+        values = [*(value for kind in _KINDS for value in by_kind[kind]), 0.0]
+        latency, occupied = costs.link_latency, costs.link_occupied
+        clock, free = [0.0] * self.num_ranks, [0.0] * self.num_channels
+        starts, ends = list[float](), list[float]()
+        entries = zip(self.ranks, self.costs, self.inputs, self.channels, strict=True)
+        for rank, cost, source, channel in entries:
+            start = clock[rank]
+            if source >= 0:
+                arrived = ends[source]
+                if channel >= 0:
+                    left = max(arrived, free[channel]) + occupied
+                    free[channel] = left
+                    arrived = left + latency
+                if arrived > start:
+                    start = arrived
+            end = clock[rank] = start + values[cost]
+            starts.append(start)
+            ends.append(end)
+        return starts, ends
+
+
+def order_of(schedule: Schedule) -> Order:
+    """Find an order of a schedule's actions; those behind a deadlock are left out."""
+    return _Ordering(schedule).run()
+
+
+class _Ordering:
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.done: dict[_Key, int] = {}
         self.waiting: defaultdict[_Key, list[int]] = defaultdict(list)
-        self.channel_free: defaultdict[tuple[int, int, str], float] = defaultdict(float)
-        self.clock = [0.0] * schedule.num_ranks
+        self.channels: dict[tuple[int, int, bool], int] = {}
         self.position = [0] * schedule.num_ranks
-        self.events: list[list[Event]] = [[] for _ in range(schedule.num_ranks)]
+        self.ranks, self.positions, self.costs, self.inputs, self.of_channel = (array("i") for _ in range(5))
 
-    def run(self) -> Timeline:
+    def run(self) -> Order:
         ready = list(range(self.schedule.num_ranks))
         while ready:
             self._advance(ready.pop(), ready)
-        lists = self.schedule.actions
-        stuck = [(rank, p) for rank, p in enumerate(self.position) if p < len(lists[rank])]
-        events = tuple(tuple(events) for events in self.events)
-        return Timeline(self.schedule.name, events, tuple(peak_live_activations(self.schedule)), tuple(stuck))
+        lists, num_stages = self.schedule.actions, self.schedule.num_stages
+        stuck = tuple((rank, p) for rank, p in enumerate(self.position) if p < len(lists[rank]))
+        arrays = (self.ranks, self.positions, self.costs, self.inputs, self.of_channel)
+        return Order(self.schedule.num_ranks, num_stages, len(self.channels), *arrays, stuck)
 
     def _advance(self, rank: int, ready: list[int]) -> None:
-        """Run the actions of a rank until it must wait."""
-        actions, done, events, times = self.schedule.actions[rank], self.done, self.events[rank], self.times
+        """Order the actions of a rank until it must wait."""
+        actions, num_stages, done = self.schedule.actions[rank], self.schedule.num_stages, self.done
         while self.position[rank] < len(actions):
             action = actions[self.position[rank]]
-            if action.kind in times:
+            if action.kind in _INDEX:
                 tied = action.kind == Kind.REDUCE_TIED
                 needs = self._tied_needs(action, rank, ready) if tied else self._needs(action)
                 for key in needs:
                     if key not in done:
                         self.waiting[key].append(rank)
                         return
-                start = self.clock[rank]
-                for key in needs:
-                    start = max(start, self._arrival(key, rank))
-                end = start + times[action.kind][action.stage]
-                events.append(Event(action, start, end))
-                self.clock[rank] = end
+                others = [done[key] for key in needs if self.ranks[done[key]] != rank]
+                for source in others[1:]:
+                    self._entry(rank, _NOTHING, _NOTHING, source, action.kind)
+                cost = _INDEX[action.kind] * num_stages + action.stage
+                self._entry(rank, self.position[rank], cost, others[0] if others else _NOTHING, action.kind)
                 for key in self._gives(action):
-                    done[key] = (end, rank)
+                    done[key] = len(self.ranks) - 1
                     if key in self.waiting:
                         ready.extend(self.waiting.pop(key))
             self.position[rank] += 1
+
+    def _entry(self, rank: int, position: int, cost: int, source: int, kind: Kind) -> None:
+        channel = _NOTHING
+        if source != _NOTHING and kind != Kind.REDUCE_TIED:
+            # Each result has one reader on another rank, in the order of the sends.
+            ends = (self.ranks[source], rank, kind == Kind.FORWARD)
+            channel = self.channels.setdefault(ends, len(self.channels))
+        self.ranks.append(rank)
+        self.positions.append(position)
+        self.costs.append(cost)
+        self.inputs.append(source)
+        self.of_channel.append(channel)
 
     def _needs(self, action: Action) -> tuple[_Key, ...]:
         stage, kind, microbatch = action
@@ -177,7 +260,8 @@ class _Simulation:
         index = action.tied_group
         own = (rank, Kind.REDUCE_TIED, index)
         if own not in self.done:
-            self.done[own] = (self.clock[rank], rank)
+            self._entry(rank, _NOTHING, _NOTHING, _NOTHING, action.kind)
+            self.done[own] = len(self.ranks) - 1
             ready.extend(self.waiting.pop(own, ()))
         owners = sorted({self.schedule.placement[stage] for stage in self.schedule.tied[index]})
         return tuple((owner, Kind.REDUCE_TIED, index) for owner in owners)
@@ -188,11 +272,5 @@ class _Simulation:
             return ((stage, Kind.INPUT_GRAD, microbatch), (stage, Kind.WEIGHT_GRAD, microbatch))
         return ((stage, kind, microbatch),) if kind in COMPUTE else ()
 
-    def _arrival(self, key: _Key, rank: int) -> float:
-        """Return the arrival time of a result. Each key has one reader on another rank, in the order of the sends."""
-        end, source = self.done[key]
-        if source == rank or key[1] == Kind.REDUCE_TIED:
-            return end
-        channel = (source, rank, key[1])
-        self.channel_free[channel] = left = max(end, self.channel_free[channel]) + self.costs.link_occupied
-        return left + self.costs.link_latency
+
+_INDEX = {kind: index for index, kind in enumerate(_KINDS)}

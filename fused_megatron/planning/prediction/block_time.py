@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -102,6 +101,11 @@ class ActionWork:
     def __mul__(self, number: float) -> ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
 
+    @cached_property
+    def totals(self) -> tuple[float, float, float, float]:
+        """Seconds of the device and of the host for F, then for B."""
+        return self.forward.on_device, self.forward.host, self.backward.on_device, self.backward.host
+
     def seconds(self, device: str) -> tuple[float, float, float]:
         """Return the seconds of F, I and W."""
         backward = self.backward.seconds(device)
@@ -133,19 +137,37 @@ class StageTimes:
 
     def of_stage(self, span: StageSpan) -> ActionWork:
         """Return the work of one microbatch in a stage."""
-        model = self.config.model
-        again = model.recomputed_blocks(span.stop - span.start)
         total = ActionWork(Work(), Work(), Work())
-        kinds = Counter(
-            (model.has_experts(block), block - span.start < again) for block in range(span.start, span.stop)
-        )
-        for (has_experts, recomputed), number in kinds.items():
-            total += self.block(has_experts, recomputed) * number
-        if span.first:
-            total += self._embedding
-        if span.last:
-            total += self._head
+        for number, work in self._parts(span):
+            total += work * number
         return total
+
+    def seconds_of_stage(self, span: StageSpan) -> tuple[float, float]:
+        """Return the seconds of F and B of one microbatch in a stage, without their causes: a search asks often."""
+        forward_device = forward_host = backward_device = backward_host = 0.0
+        for number, work in self._parts(span):
+            device, host, device_back, host_back = work.totals
+            forward_device += number * device
+            forward_host += number * host
+            backward_device += number * device_back
+            backward_host += number * host_back
+        if self.cluster.device == "cpu":
+            return forward_device + forward_host, backward_device + backward_host
+        return max(forward_device, forward_host), max(backward_device, backward_host)
+
+    def _parts(self, span: StageSpan) -> Iterator[tuple[int, ActionWork]]:
+        """Yield the parts of a stage, each with its number."""
+        model = self.config.model
+        again = span.start + model.recomputed_blocks(span.stop - span.start)
+        for first, stop, recomputed in ((span.start, again, True), (again, span.stop, False)):
+            num_experts = sum(map(model.has_experts, range(first, stop))) if model.num_experts else 0
+            for number, has_experts in ((num_experts, True), (stop - first - num_experts, False)):
+                if number:
+                    yield number, self.block(has_experts, recomputed)
+        if span.first:
+            yield 1, self._embedding
+        if span.last:
+            yield 1, self._head
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
         """Return the work of one microbatch in a block."""
@@ -219,11 +241,8 @@ class StageTimes:
             yield 1, self.tokens, expansion_features(model, width, self.tp), self.hidden
             yield 1, self.tokens, self.hidden, width // self.tp
         if has_experts:
-            experts, ep, etp = (
-                model.num_experts or 1,
-                parallel.expert_parallel_size,
-                parallel.expert_tensor_parallel_size,
-            )
+            ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
+            experts = model.num_experts or 1
             own = self.tokens / self.tp
             yield 1, int(own), experts, self.hidden
             local = experts // ep

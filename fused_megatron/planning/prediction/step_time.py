@@ -15,7 +15,7 @@ from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of
 from fused_megatron.planning.prediction.fitted_runs import error_share, outside_of_fit
-from fused_megatron.planning.prediction.played_schedule import play
+from fused_megatron.planning.prediction.played_schedule import PlayedSchedule, play
 from fused_megatron.planning.prediction.shared_cores import of_one_rank, waiting_s
 from fused_megatron.planning.rank_communication import message_bytes, part_gradient_bytes
 
@@ -42,7 +42,7 @@ class StepPrediction:
         low_s, high_s: the error bar.
         parts: seconds by part, of the rank that works most; they add up to seconds. A rank waits in "pipeline bubble",
             and for transfers between stages.
-        timeline: the simulated schedule, in seconds; of a long step only some microbatches.
+        played: the simulated schedule.
         outside: in which respects the run lies outside of the runs to which the constants were fitted.
     """
 
@@ -50,8 +50,13 @@ class StepPrediction:
     low_s: float
     high_s: float
     parts: dict[str, float]
-    timeline: Timeline
+    played: PlayedSchedule
     outside: tuple[str, ...] = ()
+
+    @property
+    def timeline(self) -> Timeline:
+        """The simulated schedule, in seconds; of a long step only some microbatches."""
+        return self.played.timeline
 
 
 def predict_step(config: TrainConfig, cluster: Cluster, *, engine: str = OWN) -> StepPrediction:
@@ -126,7 +131,7 @@ class _Step:
         parts["pipeline bubble"] = max(0.0, total - sum(parts.values()))
         outside = outside_of_fit(self.config, self.cluster, self.name)
         error = error_share(self.cluster, len(outside))
-        return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played.timeline, outside)
+        return StepPrediction(total, total / (1 + error), total * (1 + error), parts, played, outside)
 
     def _costs(self) -> Costs:
         latency, sent = (

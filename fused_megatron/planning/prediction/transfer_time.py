@@ -1,6 +1,7 @@
 """Times of collectives and messages on a cluster."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil, log2
 
 from fused_megatron.planning.prediction.cluster import Cluster
@@ -19,23 +20,23 @@ class Ring:
     size: int
     stride: int = 1
 
-    @property
+    @cached_property
     def in_node(self) -> int:
         """Ranks of the group in one node."""
         return max(1, min(self.size, self.cluster.gpus_per_node // self.stride))
 
-    @property
+    @cached_property
     def leaves_node(self) -> bool:
         return self.size > self.in_node and self.cluster.device == "cuda"
 
-    @property
+    @cached_property
     def gb_per_s(self) -> float:
         """Bus bandwidth of a rank: of the slowest link of a ring."""
         if not self.leaves_node:
             return self.cluster.node_gb_per_s
         return min(self.cluster.node_gb_per_s, self.cluster.network_gb_per_s * self.in_node)
 
-    @property
+    @cached_property
     def _latency_s(self) -> float:
         """Return the time beyond the bytes: along a ring in a node, along a tree between nodes."""
         nodes = ceil(self.size / self.in_node)

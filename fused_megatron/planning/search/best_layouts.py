@@ -128,6 +128,7 @@ class _BestFirst:
         self.waiting: Counter[Layout] = Counter()
         self.best: dict[Layout, tuple[float, Plan]] = {}
         self.bubbles: dict[tuple[Layout, Settings], float] = {}
+        self.memories: dict[tuple[Layout, Settings], tuple[TrainConfig, DeviceMemory]] = {}
 
     def run(self, num_best: int) -> Search:
         self._enqueue_layouts()
@@ -183,15 +184,23 @@ class _BestFirst:
         """Put a node into the queue for each pipeline; or for each ZeRO stage of a pipeline, without recomputation."""
         layout, first = node.layout, node.settings
         if node.is_open == "pipeline":
-            names = pipelines(layout.pp, self.base.model.num_layers)
-            chosen = [first._replace(schedule=name, stages_per_rank=per_rank) for name, per_rank in names]
-        else:
-            chosen = [first._replace(zero_stage=zero) for zero in self.floors.zero_stages(layout)]
-        next_open = "memory" if node.is_open == "pipeline" else ""
-        for settings in chosen:
-            zeros = self.floors.zero_stages(layout) if next_open else (settings.zero_stage,)
-            floor = min(self.floors.seconds(layout, settings._replace(zero_stage=zero)) for zero in zeros)
-            self._push(max(node.seconds, (1 + _surcharge(layout, settings)) * floor), layout, settings, next_open)
+            for name, per_rank in pipelines(layout.pp, self.base.model.num_layers):
+                settings = first._replace(schedule=name, stages_per_rank=per_rank)
+                if not self._may_fit(layout, settings._replace(zero_stage=self.floors.zero_stages(layout)[-1])):
+                    continue
+                floor = (1 + _surcharge(layout, settings)) * self.floors.seconds_of_actions(layout, settings)
+                self._push(max(node.seconds, floor), layout, settings, "memory")
+            return
+        for zero in self.floors.zero_stages(layout):
+            settings = first._replace(zero_stage=zero)
+            if self._may_fit(layout, settings):
+                floor = (1 + _surcharge(layout, settings)) * self.floors.seconds(layout, settings)
+                self._push(max(node.seconds, floor), layout, settings)
+
+    def _may_fit(self, layout: Layout, settings: Settings) -> bool:
+        """Return whether settings may fit if every block is recomputed, which needs least memory."""
+        whole = settings._replace(recompute="full", recompute_blocks=None)
+        return self.floors.memory(layout, whole) <= self.search.limit_bytes
 
     def _open_recomputations(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
         """Put a node into the queue for each recomputation, if settings without any do not fit.
@@ -200,14 +209,19 @@ class _BestFirst:
         """
         if settings.recompute != "none":
             return
-        recomputations = _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]
-        if self.floors.memory(layout, recomputations[-1]) > self.search.limit_bytes:
-            return  # not even with every block recomputed
-        for chosen in recomputations:
+        for chosen in _recomputations(settings, self.base.model.num_layers // layout.pp)[1:]:
             if self.floors.memory(layout, chosen) > self.search.limit_bytes:
                 continue
             floor = (1 + _surcharge(layout, chosen)) * self.floors.seconds(layout, chosen)
             self._push(max(least_seconds, floor), layout, chosen)
+
+    def _memory(self, layout: Layout, settings: Settings) -> tuple[TrainConfig, DeviceMemory]:
+        """Return the config of a layout, and the memory of the GPU that needs most."""
+        if (layout, settings) not in self.memories:
+            config = train_config(self.base, layout, settings)
+            memory = device_memory(config, self.cluster, pp_rank=self.floors.fullest_ranks(layout, settings))
+            self.memories[layout, settings] = config, memory
+        return self.memories[layout, settings]
 
     def _predict(self, layout: Layout, settings: Settings, least_seconds: float) -> None:
         """Simulate a layout that fits, and put it into the queue at its time.
@@ -218,9 +232,7 @@ class _BestFirst:
         if self.floors.memory(layout, settings) > self.search.limit_bytes:
             self._open_recomputations(layout, settings, least_seconds)
             return
-        config = train_config(self.base, layout, settings)
-        ranks = self.floors.fullest_ranks(layout, settings)
-        memory = max((device_memory(config, self.cluster, pp_rank=rank) for rank in ranks), key=lambda each: each.total)
+        config, memory = self._memory(layout, settings)
         if memory.total > self.search.limit_bytes:
             self._open_recomputations(layout, settings, least_seconds)
             return

@@ -70,8 +70,8 @@ def _fit(base: TrainConfig, cluster: Cluster, num_gpus: int) -> Fit | None:
             return None
         for zero in reversed(floors.zero_stages(layout)):
             settings = Settings(1, sequence_choices(base, layout)[-1], "1f1b", 1, "full", None, zero)
-            config, ranks = train_config(base, layout, settings), floors.fullest_ranks(layout, settings)
-            needed = max(device_memory(config, cluster, pp_rank=rank).total for rank in ranks)
+            ranks = floors.fullest_ranks(layout, settings)
+            needed = device_memory(train_config(base, layout, settings), cluster, pp_rank=ranks).total
             if needed <= limit:
                 return Fit(num_gpus, layout, settings, needed)
     return None

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from operator import mul
+from typing import Any, NamedTuple
 
-from fused_megatron.config import ParallelConfig, TrainConfig
+from fused_megatron.config import ParallelConfig, TrainConfig, TransformerConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.models import StageSpan, cut_stages
 from fused_megatron.pipeline.schedule.action import Kind, loop_placement, stages_of, v_placement
@@ -49,6 +50,82 @@ def live_activations(schedule: str, num_ranks: int, stages_per_rank: int, num_mi
     return tuple(found)
 
 
+class Share(NamedTuple):
+    """Stages of a rank, and the stages before the first of them.
+
+    Attributes:
+        rank: pipeline rank.
+        own: for each form, the number of the rank's stages.
+        before: for each form, the number of stages before its first stage.
+        hops: messages between ranks on the way to its first stage.
+        num_blocks: blocks of its stages.
+    """
+
+    rank: int
+    own: tuple[int, ...]
+    before: tuple[int, ...]
+    hops: int
+    num_blocks: int
+
+
+class Cut(NamedTuple):
+    """Stages of a placement by their form.
+
+    Attributes:
+        forms: the forms, in the order in which they appear.
+        spans: a stage of each form.
+        number: stages of each form.
+        of_rank: indices of the forms of each rank's stages.
+        shares: the first and the last rank, and of each group of ranks with the same forms the one that starts last.
+    """
+
+    forms: tuple[Form, ...]
+    spans: tuple[StageSpan, ...]
+    number: tuple[int, ...]
+    of_rank: tuple[tuple[int, ...], ...]
+    shares: tuple[Share, ...]
+
+
+class FormCosts(NamedTuple):
+    """Seconds of F, of B, and of both for a microbatch in a stage of each form."""
+
+    forwards: tuple[float, ...]
+    backwards: tuple[float, ...]
+    wholes: tuple[float, ...]
+
+
+def _cut(model: TransformerConfig, placement: tuple[int, ...]) -> Cut:
+    forms: dict[Form, int] = {}
+    one_of: list[StageSpan] = []
+    spans, of_stage = cut_stages(model, len(placement), placement=placement), []
+    for span in spans:
+        form = (tuple(model.has_experts(block) for block in range(span.start, span.stop)), span.first, span.last)
+        if form not in forms:
+            forms[form] = len(forms)
+            one_of.append(span)
+        of_stage.append(forms[form])
+
+    def numbers(indices: Sequence[int]) -> tuple[int, ...]:
+        return tuple(indices.count(index) for index in range(len(forms)))
+
+    shares: dict[object, Share] = {}
+    of_rank, num_ranks = [], max(placement) + 1
+    for rank in range(num_ranks):
+        stages = stages_of(placement, rank)
+        first, own = stages[0], [of_stage[stage] for stage in stages]
+        of_rank.append(tuple(own))
+        hops = sum(placement[stage] != placement[stage - 1] for stage in range(1, first + 1))
+        num_blocks = sum(spans[stage].stop - spans[stage].start for stage in stages)
+        share = Share(rank, numbers(own), numbers(of_stage[:first]), hops, num_blocks)
+        # Ranks with the same stages do the same work; the first stages of later ranks start later.
+        shares[rank if rank in (0, num_ranks - 1) else share.own] = share
+    return Cut(tuple(forms), tuple(one_of), numbers(of_stage), tuple(of_rank), tuple(shares.values()))
+
+
+def _dot(numbers: Sequence[int], values: Sequence[float]) -> float:
+    return sum(map(mul, numbers, values))
+
+
 @lru_cache(maxsize=64)
 def splits_backward(schedule: str, stages_per_rank: int) -> bool:
     """Return whether the schedule has W actions, which may run after the last I of a rank."""
@@ -67,10 +144,12 @@ class Floors:
 
     def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
         self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
-        self._spans: dict[tuple[int, ...], tuple[StageSpan, ...]] = {}
-        self._forms: dict[tuple[int, ...], tuple[Form, ...]] = {}
+        self._cuts: dict[tuple[int, ...], Cut] = {}
         self._times: dict[Form, StageTimes] = {}
-        self._seconds: dict[Form, tuple[float, float, float]] = {}
+        self._seconds: dict[Form, tuple[float, float]] = {}
+        self._form_costs: dict[Form, FormCosts] = {}
+        self._floors: dict[Form, float] = {}
+        self._bytes: dict[Form, int] = {}
         self._kept: dict[Form, tuple[int, int]] = {}
         self._parameters: dict[Form, ParameterCounts] = {}
         self._of_rank: dict[Form, ParameterCounts] = {}
@@ -83,46 +162,56 @@ class Floors:
         last action is a whole backward, the stages before its first one still follow. The rank of the first stage ends
         last then; the reduction of its gradients and the update follow.
         """
+        key = layout, settings
+        if key not in self._floors:
+            self._floors[key] = self._least_seconds(layout, settings)
+        return self._floors[key]
+
+    def seconds_of_actions(self, layout: Layout, settings: Settings) -> float:
+        """Return a lower bound of `seconds` for all ZeRO stages: nothing is sent to replicas, and nothing updated."""
+        settings = settings._replace(zero_stage=0)
+        key = layout, settings, "actions"
+        if key not in self._floors:
+            self._floors[key] = _ROUNDING * (max(self._ends(layout, settings)) + 1e-3 * self._cluster.step_ms)
+        return self._floors[key]
+
+    def _least_seconds(self, layout: Layout, settings: Settings) -> float:
         placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
-        parallel = self._parallel(layout, settings)
-        costs, times = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1]
-        number = self.num_microbatches(layout, settings)
-        sent = message_s(self._cluster, self._engine, parallel, message_bytes(times.config))
-        has_tail = not splits_backward(settings.schedule, settings.stages_per_rank)
-        busy, backwards = [0.0] * layout.pp, [0.0] * layout.pp
-        head: dict[int, float] = {}
-        tail: dict[int, float] = {}
-        ahead = behind = 0.0
-        for stage, (rank, (forward, inputs, weights)) in enumerate(zip(placement, costs, strict=True)):
-            hop = sent if stage and placement[stage - 1] != rank else 0.0
-            ahead += hop
-            behind += hop
-            head.setdefault(rank, ahead)
-            tail.setdefault(rank, behind)
-            ahead += forward
-            behind += inputs + weights
-            busy[rank] += forward + inputs + weights
-            backwards[rank] += inputs + weights
-        ends = [number * busy[rank] + head[rank] for rank in range(layout.pp)]
-        reduced, updated = {}, 0.0
-        for rank in {0, layout.pp - 1}:
-            parameters = self._rank_parameters(layout, times.config, placement, rank).total
-            size = self._base.training.element_bytes
-            reduced[rank] = reduction_s(self._cluster, self._engine, parallel, size, parameters, backwards[rank])
-            spans = [self.spans(placement)[stage] for stage in stages_of(placement, rank)]
-            blocks = sum(span.stop - span.start for span in spans)
-            updated = max(updated, update_s(self._cluster, self._engine, parallel, parameters, blocks))
-        longest = max(*ends, *(ends[rank] + reduced[rank] for rank in reduced))
-        if has_tail:
-            longest = max(longest, max(ends[rank] + tail[rank] for rank in head) + reduced[0])
+        cut, parallel = self.cut(placement), self._parallel(layout, settings)
+        costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
+        *ends, latest = self._ends(layout, settings)
+        longest, updated = max(ends), 0.0
+        for share, end in zip(cut.shares, ends, strict=True):
+            if share.rank in (0, layout.pp - 1):
+                parameters = self._rank_parameters(layout, config, placement, share.rank).total
+                size, backwards = self._base.training.element_bytes, _dot(share.own, costs.backwards)
+                reduced = reduction_s(self._cluster, self._engine, parallel, size, parameters, backwards)
+                update = update_s(self._cluster, self._engine, parallel, parameters, share.num_blocks)
+                longest, updated = max(longest, end + reduced), max(updated, update)
+                if share.rank == 0:
+                    longest = max(longest, latest + reduced)
         return _ROUNDING * (longest + updated + 1e-3 * self._cluster.step_ms)
+
+    def _ends(self, layout: Layout, settings: Settings) -> list[float]:
+        """Return lower bounds of the ends of ranks, one for each of Cut.shares, and of the end of the first rank."""
+        placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
+        costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
+        number, parallel = self.num_microbatches(layout, settings), self._parallel(layout, settings)
+        sent = message_s(self._cluster, self._engine, parallel, message_bytes(config)) if layout.pp > 1 else 0.0
+        ends, latest = [], 0.0
+        for share in self.cut(placement).shares:
+            end = number * _dot(share.own, costs.wholes) + _dot(share.before, costs.forwards) + share.hops * sent
+            ends.append(end)
+            latest = max(latest, end + _dot(share.before, costs.backwards) + share.hops * sent)
+        return [*ends, ends[0] if splits_backward(settings.schedule, settings.stages_per_rank) else latest]
 
     def least_seconds(self, layout: Layout, microbatch_size: int, sequence_parallel: bool) -> float:
         """Return a lower bound of `seconds` for all settings with this size of microbatches."""
         settings = Settings(microbatch_size, sequence_parallel, "1f1b", 1)
-        costs = self._costs(layout, settings, tuple(range(layout.pp)))
+        placement = placement_of("1f1b", layout.pp, 1)
+        wholes = self._costs(layout, settings, placement).wholes
         number = self.num_microbatches(layout, settings)
-        return _ROUNDING * number * sum(map(sum, costs)) / layout.pp
+        return _ROUNDING * number * _dot(self.cut(placement).number, wholes) / layout.pp
 
     def memory(self, layout: Layout, settings: Settings) -> int:
         """Return a lower bound of the bytes of the rank that needs most."""
@@ -149,11 +238,9 @@ class Floors:
         placement = placement_of(settings.schedule, layout.pp, settings.stages_per_rank)
         if SCHEDULES[settings.schedule].placement == "v":
             return list(range(layout.pp))
-        self.spans(placement)
-        forms = self._forms[placement]
         first: dict[Form, int] = {}
-        for rank in range(layout.pp):
-            first.setdefault(tuple(forms[stage] for stage in stages_of(placement, rank)), rank)
+        for rank, forms in enumerate(self.cut(placement).of_rank):
+            first.setdefault(forms, rank)
         return list(first.values())
 
     def num_microbatches(self, layout: Layout, settings: Settings) -> int:
@@ -167,15 +254,18 @@ class Floors:
         is_shared = replicas > 1 or (self._base.model.num_experts is not None and of_experts > 1)
         return (0, 1, 2, 3) if is_shared else (0,)
 
-    def _costs(self, layout: Layout, settings: Settings, placement: Sequence[int]) -> list[tuple[float, float, float]]:
-        """Return (F, I, W) seconds of each stage for a microbatch."""
+    def _costs(self, layout: Layout, settings: Settings, placement: tuple[int, ...]) -> FormCosts:
+        """Return the seconds of a microbatch in a stage of each form."""
         key, times = self._stage_times(layout, settings)
-        found = []
-        for span, form in zip(self.spans(placement), self._forms[tuple(placement)], strict=True):
-            if (known := self._seconds.get((key, form))) is None:
-                known = self._seconds[key, form] = times.of_stage(span).seconds(self._cluster.device)
-            found.append(known)
-        return found
+        if (key, placement) not in self._form_costs:
+            cut, found = self.cut(placement), []
+            for form, span in zip(cut.forms, cut.spans, strict=True):
+                if (known := self._seconds.get((key, form))) is None:
+                    known = self._seconds[key, form] = times.seconds_of_stage(span)
+                found.append(known)
+            forwards, backwards = zip(*found, strict=True)
+            self._form_costs[key, placement] = FormCosts(forwards, backwards, tuple(map(sum, found)))
+        return self._form_costs[key, placement]
 
     def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
         placements = ZERO_STAGES[settings.zero_stage]
@@ -188,41 +278,58 @@ class Floors:
             self._times[key] = StageTimes(train_config(self._base, layout, settings), self._cluster, self._engine)
         return key, self._times[key]
 
-    def spans(self, placement: Sequence[int]) -> tuple[StageSpan, ...]:
-        """Return the blocks of each stage."""
-        placement = tuple(placement)
-        if placement not in self._spans:
-            model = self._base.model
-            spans = cut_stages(model, len(placement), placement=placement)
-            self._spans[placement] = spans
-            self._forms[placement] = tuple(
-                (tuple(model.has_experts(block) for block in range(span.start, span.stop)), span.first, span.last)
-                for span in spans
-            )
-        return self._spans[placement]
+    def cut(self, placement: tuple[int, ...]) -> Cut:
+        """Return the forms of the stages of a placement."""
+        if placement not in self._cuts:
+            self._cuts[placement] = _cut(self._base.model, placement)
+        return self._cuts[placement]
 
     def _rank_bytes(
-        self, layout: Layout, settings: Settings, placement: Sequence[int], rank: int, num_live: int
+        self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int, num_live: int
     ) -> int:
-        training = self._base.training
-        config = self._stage_times(layout, settings)[1].config
-        counts = self._rank_parameters(layout, config, placement, rank)
-        bytes_of = [self._stage_bytes(layout, settings, placement, stage) for stage in stages_of(placement, rank)]
-        kept, in_backward = (min(each) for each in zip(*bytes_of, strict=True))
-        if self._base.model.tied_embeddings and {placement[0], placement[-1]} == {rank} and len(placement) > 1:
-            counts += ParameterCounts(others=-vocabulary_elements(self._base.model, layout.tp))  # one table for both
-        placements = ZERO_STAGES[settings.zero_stage]
-        replicas, of_experts = config.replica_counts(layout.dp)
-        share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
-        matrices = counts.matrices // share + counts.expert_matrices // of_expert
-        others = counts.others // share + counts.expert_others // of_expert
-        own = matrices + others
-        held = training.element_bytes * (own if placements.weights else counts.total)
-        held += 4 * (own if placements.gradients else counts.total)
-        held += optimizer_bytes(self._base.optimizer, training.dtype, matrices, others)
-        held += CONTEXT_BYTES if self._cluster.device == "cuda" else 0
+        kept, in_backward = self._activation_bytes(layout, settings, placement, rank)
         # The most activations are held when a backward begins, which then needs its own bytes.
-        return held + (num_live - 1) * kept + in_backward
+        return self._held_bytes(layout, settings, placement, rank) + (num_live - 1) * kept + in_backward
+
+    def _activation_bytes(
+        self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int
+    ) -> tuple[int, int]:
+        """Return the least bytes that a stage of a rank keeps for a microbatch, and that its backward needs."""
+        of_all = (layout.tp, layout.cp, layout.ep, layout.etp, *settings[:2], *settings[4:6])
+        key = (of_all, placement, rank)
+        if key not in self._kept:
+            config, cut = self._stage_times(layout, settings)[1].config, self.cut(placement)
+            found = []
+            for index in set(cut.of_rank[rank]):
+                form = (of_all, cut.forms[index])
+                if form not in self._kept:
+                    needed = stage_bytes(config, cut.spans[index])
+                    self._kept[form] = needed.kept, needed.backward
+                found.append(self._kept[form])
+            self._kept[key] = min(kept for kept, _ in found), min(most for _, most in found)
+        return self._kept[key]
+
+    def _held_bytes(self, layout: Layout, settings: Settings, placement: tuple[int, ...], rank: int) -> int:
+        """Return a lower bound of the bytes that a rank holds through a step."""
+        key = (layout, settings.zero_stage, placement, rank)
+        if key not in self._bytes:
+            training, config = self._base.training, self._stage_times(layout, settings)[1].config
+            counts = self._rank_parameters(layout, config, placement, rank)
+            if self._base.model.tied_embeddings and {placement[0], placement[-1]} == {rank} and len(placement) > 1:
+                counts += ParameterCounts(
+                    others=-vocabulary_elements(self._base.model, layout.tp)
+                )  # one table for both
+            placements = ZERO_STAGES[settings.zero_stage]
+            replicas, of_experts = config.replica_counts(layout.dp)
+            share, of_expert = (replicas, of_experts) if placements.state else (1, 1)
+            matrices = counts.matrices // share + counts.expert_matrices // of_expert
+            others = counts.others // share + counts.expert_others // of_expert
+            own = matrices + others
+            held = training.element_bytes * (own if placements.weights else counts.total)
+            held += 4 * (own if placements.gradients else counts.total)
+            held += optimizer_bytes(self._base.optimizer, training.dtype, matrices, others)
+            self._bytes[key] = held + (CONTEXT_BYTES if self._cluster.device == "cuda" else 0)
+        return self._bytes[key]
 
     def _parallel(self, layout: Layout, settings: Settings) -> ParallelConfig:
         """Return what the times of reduction, update and messages depend on."""
@@ -238,31 +345,15 @@ class Floors:
         return self._parallels[key]
 
     def _rank_parameters(
-        self, layout: Layout, config: TrainConfig, placement: Sequence[int], rank: int
+        self, layout: Layout, config: TrainConfig, placement: tuple[int, ...], rank: int
     ) -> ParameterCounts:
-        key = (layout.tp, layout.ep, layout.etp, tuple(placement), rank)
+        key = (layout.tp, layout.ep, layout.etp, placement, rank)
         if key not in self._of_rank:
-            self.spans(placement)
-            counts = ParameterCounts()
-            for stage in stages_of(placement, rank):
-                counts += self._stage_parameters(layout, config, placement, stage)
+            cut, counts = self.cut(placement), ParameterCounts()
+            for index in cut.of_rank[rank]:
+                form = (layout.tp, layout.ep, layout.etp, cut.forms[index])
+                if form not in self._parameters:
+                    self._parameters[form] = stage_parameters(config.model, cut.spans[index], config.parallel)
+                counts += self._parameters[form]
             self._of_rank[key] = counts
         return self._of_rank[key]
-
-    def _stage_parameters(
-        self, layout: Layout, config: TrainConfig, placement: Sequence[int], stage: int
-    ) -> ParameterCounts:
-        key = (layout.tp, layout.ep, layout.etp, self._forms[tuple(placement)][stage])
-        if key not in self._parameters:
-            self._parameters[key] = stage_parameters(config.model, self.spans(placement)[stage], config.parallel)
-        return self._parameters[key]
-
-    def _stage_bytes(self, layout: Layout, settings: Settings, placement: Sequence[int], stage: int) -> tuple[int, int]:
-        """Return the bytes that a stage keeps for a microbatch, and the most bytes inside its backward."""
-        key, times = self._stage_times(layout, settings)
-        span = self.spans(placement)[stage]
-        form = (key, self._forms[tuple(placement)][stage])
-        if form not in self._kept:
-            found = stage_bytes(times.config, span)
-            self._kept[form] = found.kept, found.backward
-        return self._kept[form]

@@ -171,10 +171,7 @@ def train_config(base: TrainConfig, layout: Layout, settings: Settings) -> Train
     Raises:
         InputError: as TrainConfig, and TrainConfig.check_data_parallel.
     """
-    model = base.model
-    if (model.recompute, model.recompute_blocks) != (settings.recompute, settings.recompute_blocks):
-        model = replace(model, recompute=settings.recompute, recompute_blocks=settings.recompute_blocks)
-    own = base.parallel
+    model, own = _recomputing(base.model, settings.recompute, settings.recompute_blocks), base.parallel
     parallel = ParallelConfig(
         tensor_parallel_size=layout.tp,
         pipeline_parallel_size=layout.pp,
@@ -194,6 +191,11 @@ def train_config(base: TrainConfig, layout: Layout, settings: Settings) -> Train
     config = replace(base, model=model, parallel=parallel, training=training)
     config.check_data_parallel(layout.dp)
     return config
+
+
+@lru_cache(maxsize=64)
+def _recomputing(model: TransformerConfig, recompute: str, blocks: int | None) -> TransformerConfig:
+    return replace(model, recompute=recompute, recompute_blocks=blocks)
 
 
 def sequence_choices(base: TrainConfig, layout: Layout) -> tuple[bool, ...]:
