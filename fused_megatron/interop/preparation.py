@@ -30,7 +30,7 @@ from fused_megatron.interop.units import (
     width_fault,
 )
 from fused_megatron.interop.vocab_logits import LogitsScope
-from fused_megatron.modules import Exchange, exchange_all, find_exchange, named_once
+from fused_megatron.modules import Exchange, exchange_all, find_exchanges, named_once
 from fused_megatron.tensor_parallel import SequenceParallelLayerNorm, SequenceParallelRMSNorm
 
 _SUMMED: dict[type[nn.Module], type[nn.Module]] = {
@@ -230,10 +230,11 @@ class Preparation:
             in_stack = {module for layer in stack.layers for module in layer.modules()}
             gathered = {module for around in stack.gathering.values() for module in around.modules()}
             summed |= in_stack - gathered
+        fused = find_exchanges(self.model)
         for name, module in named_once(self.model):
             if module in replaced:
                 continue
-            found = Exchange(name, module, type(module), {}) if type(module) in _SUMMED else find_exchange(name, module)
+            found = Exchange(name, module, type(module), {}) if type(module) in _SUMMED else fused.get(module)
             needs_sum = module in summed and module._parameters.get("weight") is not None
             if isinstance(found, Exchange):
                 if needs_sum and group_size(self.tp_group) > 1 and found.drop_in in _SUMMED:

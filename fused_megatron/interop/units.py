@@ -12,6 +12,7 @@ from fused_megatron.interop.embeddings import embedding_scale
 from fused_megatron.interop.known_experts import experts_obstacle
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES, PARTS, STYLES, Plan
+from fused_megatron.modules import FusedHead
 
 
 @dataclass
@@ -105,7 +106,7 @@ def obstacle(module: nn.Module, style: str) -> str:
         assert isinstance(module, nn.Embedding)
         options = [o for o in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, o)]
         return f"{options[0]} of torch.nn.Embedding has no parallel counterpart" if options else ""
-    if type(module) is not nn.Linear and not is_transposed_linear(module):
+    if type(module) not in (nn.Linear, FusedHead) and not is_transposed_linear(module):
         return f"a {kind} is no plain torch.nn.Linear (merge adapters, undo wrappers, or leave it out of the plan)"
     plain = set(module._parameters) <= {"weight", "bias"} and isinstance(module._parameters["weight"], nn.Parameter)
     return "" if plain and not module._buffers else f"the {kind} has parameters other than weight and bias"

@@ -10,10 +10,9 @@ from torch.utils._pytree import tree_map
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, all_gather_split, group_size
+from fused_megatron.modules.deferred_logits import RESHAPING, keeps_columns
 from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
 
-# Functions that reshape rows and keep the vocabulary as the last dim.
-_RESHAPING = {torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.flatten, torch.flatten}
 # Elementwise functions of a tensor, or of a tensor and a number.
 _ELEMENTWISE = {
     torch.tanh, torch.Tensor.tanh, torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
@@ -158,12 +157,12 @@ def _apply_to_shard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     dtype = logits.loss_dtype
     step: Callable[[torch.Tensor], torch.Tensor]
-    if func in _RESHAPING:
+    if func in RESHAPING:
         shape = tuple(func(logits.meta_full, *args[1:], **kwargs).shape)
         if not shape or shape[-1] != logits.vocab_size:
             return None
         step = lambda x: x.reshape(*shape[:-1], x.shape[-1])  # noqa: E731
-    elif func is torch.Tensor.__getitem__ and _keeps_columns(logits.dim(), args[1]):
+    elif func is torch.Tensor.__getitem__ and keeps_columns(logits.dim(), args[1]):
         step = lambda x: x[args[1]]  # noqa: E731
     elif func in _ELEMENTWISE and not kwargs and all(isinstance(other, int | float) for other in args[1:]):
         step = lambda x: func(x, *args[1:])  # noqa: E731
@@ -178,15 +177,6 @@ def _apply_to_shard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     shard = step(logits.shard)
     plain = step(logits.plain) if logits.gathered else shard
     return _make(plain, shard, logits.vocab_size, logits.tp_group, dtype)
-
-
-def _keeps_columns(dims: int, index: Any) -> bool:
-    """Whether an index selects only rows."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if parts[-1] is Ellipsis or not all(part is Ellipsis or isinstance(part, int | slice) for part in parts):
-        return False
-    reaches_last = Ellipsis in parts or len(parts) >= dims
-    return not reaches_last or parts[-1] == slice(None)
 
 
 def _loss(

@@ -2,6 +2,10 @@
 
 from fused_megatron.modules.adopted_rms_norm import AdoptedRMSNorm
 from fused_megatron.modules.cross_entropy import CrossEntropyLoss
+from fused_megatron.modules.deferred_logits import DeferredLogits, LogitsHead
+from fused_megatron.modules.fused_head import FusedHead
+from fused_megatron.modules.fused_rotary import FusedRotary
+from fused_megatron.modules.gated_mlp import GatedMLP
 from fused_megatron.modules.gelu import GELU
 from fused_megatron.modules.layer_norm import LayerNorm
 from fused_megatron.modules.replacement import (
@@ -10,7 +14,7 @@ from fused_megatron.modules.replacement import (
     Replaced,
     ReplacementReport,
     exchange_all,
-    find_exchange,
+    find_exchanges,
     named_once,
     replace_modules,
 )
@@ -20,14 +24,19 @@ __all__ = [
     "GELU",
     "AdoptedRMSNorm",
     "CrossEntropyLoss",
+    "DeferredLogits",
     "Exchange",
+    "FusedHead",
+    "FusedRotary",
+    "GatedMLP",
     "LayerNorm",
     "Left",
+    "LogitsHead",
     "RMSNorm",
     "Replaced",
     "ReplacementReport",
     "exchange_all",
-    "find_exchange",
+    "find_exchanges",
     "named_once",
     "replace_modules",
 ]

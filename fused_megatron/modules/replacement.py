@@ -1,4 +1,4 @@
-"""replace_modules: replacement of a model's norms, losses and activations by fused modules, in place."""
+"""replace_modules: replacement of a model's layers by fused ones that compute the same, in place."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +9,9 @@ from torch import nn
 
 from fused_megatron.modules.adopted_rms_norm import EPS_NAMES, AdoptedRMSNorm, adoption
 from fused_megatron.modules.cross_entropy import CrossEntropyLoss
+from fused_megatron.modules.fused_head import FusedHead, head_of, loss_obstacle
+from fused_megatron.modules.fused_rotary import FusedRotary, calls_a_rotary_function, fused_class, halves_are_equal
+from fused_megatron.modules.gated_mlp import GatedMLP, gating, lay_together
 from fused_megatron.modules.gelu import GELU, gelu_of
 from fused_megatron.modules.layer_norm import LayerNorm
 from fused_megatron.modules.rms_norm import RMSNorm
@@ -19,6 +22,8 @@ DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     nn.CrossEntropyLoss: CrossEntropyLoss,
     nn.GELU: GELU,
 }
+FUSED = (*DROP_INS.values(), AdoptedRMSNorm, GatedMLP, FusedHead, FusedRotary)
+_WRAPPED = "its forward was replaced or compiled (replace modules first)"
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,26 @@ class Exchange:
 
     def described(self) -> Replaced:
         """Return the entry for the report; call it before the exchange."""
-        return Replaced(self.name, type(self.module).__name__, self.drop_in.__name__)
+        more = " with fused rotary embedding" if issubclass(self.drop_in, FusedRotary) else ""
+        return Replaced(self.name, type(self.module).__name__, self.drop_in.__name__ + more)
 
 
 def replace_modules(model: nn.Module) -> ReplacementReport:
-    """Replace norms, losses and activations of a model by fused modules that compute the same, in place.
+    """Replace layers of a model by fused ones that compute the same, in place: Liger-Kernel's one line, on any device.
 
-    This replaces torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and RMS norms and GELUs that a model defines
-    itself (such as LlamaRMSNorm, Gemma's norm with a zero-centred weight, GPT-2's NewGELUActivation). The latter are
-    recognised by their results, not by their name: a copy, with random weights if it has any, runs and is compared.
+    - torch.nn's LayerNorm, RMSNorm, CrossEntropyLoss and GELU, and RMS norms and GELUs that a model defines itself
+      (such as LlamaRMSNorm, Gemma's norm with a zero-centred weight, GPT-2's NewGELUActivation);
+    - MLPs with a gate, SwiGLU and GeGLU (LlamaMLP, GemmaMLP, Phi3MLP): modules.GatedMLP;
+    - the rotary embedding of attention modules that call a global function of (q, k, cos, sin), as in transformers;
+    - the head: the cross-entropy of its logits, in the model's own loss or in the training loop, runs on tiles without
+      all logits (modules.FusedHead). Whatever else reads the logits gets them, computed at that moment.
 
-    Only the class of a module changes. Parameters stay the same objects, so that optimizers keep them; hooks, names,
-    state_dict, device, dtype, training flag and shared modules do not change either. Subclasses are not replaced, since
-    they may override anything.
+    All but torch.nn's are recognised by their results, not by their name: a copy, with small random weights if it has
+    any, runs and is compared.
+
+    Only the class of a module changes. Parameters stay the same objects, so that optimizers keep them (the weights of
+    gate and up are moved next to each other); hooks, names, state_dict, device, dtype, training flag and shared modules
+    do not change either. Subclasses of torch.nn's modules are not replaced, since they may override anything.
 
     Args:
         model: any module, on any device, also meta.
@@ -110,21 +122,44 @@ def replace_modules(model: nn.Module) -> ReplacementReport:
 
     Raises:
         TypeError: model is not a torch.nn.Module. After any error the model is unchanged.
+
+    Memory: gate and up of one MLP at a time twice; afterwards nothing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={type(model).__name__} must be a torch.nn.Module")
-    exchanges, left, others = [], [], Counter[str]()
+    found = find_exchanges(model)
+    exchanges = [one for one in found.values() if isinstance(one, Exchange)]
+    left, others = [], Counter[str]()
     for name, module in named_once(model):
-        found = find_exchange(name, module)
-        if isinstance(found, Exchange):
-            exchanges.append(found)
-        elif found:
-            left.append(Left(name, type(module).__name__, found))
-        elif not isinstance(module, tuple(DROP_INS.values())) and next(module.children(), None) is None:
+        reason = found.get(module)
+        if isinstance(reason, str):
+            left.append(Left(name, type(module).__name__, reason))
+        elif reason is None and not isinstance(module, FUSED) and next(module.children(), None) is None:
             others[type(module).__name__] += 1
+    if any(exchange.drop_in is FusedHead for exchange in exchanges) and (obstacle := loss_obstacle(model)):
+        left.append(Left("loss_function", type(model).__name__, obstacle))
     replaced = tuple(exchange.described() for exchange in exchanges)
     exchange_all(exchanges)
+    for exchange in exchanges:
+        if exchange.drop_in is GatedMLP:
+            lay_together(exchange.module, exchange.attributes["gated_linears"])
     return ReplacementReport(replaced, tuple(left), dict(others))
+
+
+def find_exchanges(model: nn.Module) -> dict[nn.Module, Exchange | str]:
+    """Return the exchange of every module that can be fused, and the reason for those that only resemble one."""
+    tables = [equal for module in model.modules() if (equal := halves_are_equal(module)) is not None]
+    head, head_reason = head_of(model) or (None, None)
+    found: dict[nn.Module, Exchange | str] = {}
+    for name, module in named_once(model):
+        one = _find_head(name, module) if module is head else find_exchange(name, module)
+        if one is None and calls_a_rotary_function(type(module)):
+            one = _find_rotary(name, module, tables)
+        if one is not None:
+            found[module] = one
+    if head_reason is not None:
+        found[model] = head_reason
+    return found
 
 
 def named_once(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -150,17 +185,18 @@ def exchange_all(exchanges: list[Exchange]) -> None:
 def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
     """Return the exchange for a module; the reason if it resembles a fused module but must stay; None for others."""
     kind = type(module)
-    if isinstance(module, (*DROP_INS.values(), AdoptedRMSNorm)):
+    if isinstance(module, FUSED):
         return None
     base = next((base for base in DROP_INS if isinstance(module, base)), None)
     is_gelu = base is None and "gelu" in kind.__name__.lower() and not module._parameters and not module._modules
-    if base is None and not is_gelu and "rmsnorm" not in kind.__name__.lower() and not _looks_like_a_norm(module):
+    is_norm = base is None and ("rmsnorm" in kind.__name__.lower() or _looks_like_a_norm(module))
+    gated = gating(module) if base is None and not is_gelu and not is_norm else None
+    if base is None and not is_gelu and not is_norm and gated is None:
         return None
     if base is not None and base is not kind:
         return f"a subclass of {base.__name__}, with methods of its own"
-    # Other libraries' wrappers and module.compile() store a forward in the instance, which would call the old class.
-    if "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None:
-        return "its forward was replaced or compiled (replace modules first)"
+    if _is_wrapped(module):
+        return _WRAPPED
     if base is not None:
         if isinstance(module, nn.CrossEntropyLoss) and module.weight is not None:
             return "class weights have no fused kernel"
@@ -170,8 +206,31 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
         approximate = gelu_of(_bare(module))
         unlike = "its result differs from torch.nn.GELU with both approximations"
         return unlike if approximate is None else Exchange(name, module, GELU, {"approximate": approximate})
+    if gated is not None:
+        return gated if isinstance(gated, str) else Exchange(name, module, GatedMLP, gated)
     found = adoption(module)
     return found if isinstance(found, str) else Exchange(name, module, AdoptedRMSNorm, found)
+
+
+def _find_head(name: str, module: nn.Module) -> Exchange | str:
+    return _WRAPPED if _is_wrapped(module) else Exchange(name, module, FusedHead, {})
+
+
+def _find_rotary(name: str, module: nn.Module, tables: list[bool]) -> Exchange | str:
+    """Return the exchange for an attention module, given whether each module that makes tables has equal halves."""
+    if _is_wrapped(module):
+        return _WRAPPED
+    if not tables or not all(tables):
+        return "no module makes its cos and sin with the same angles in both halves"
+    kind = fused_class(type(module))  # type: ignore[arg-type]
+    if kind is None:
+        return "its rotary embedding is not the fused one (each half by cos and sin), or not where it can be exchanged"
+    return Exchange(name, module, kind, {})
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether another library or module.compile() stored a forward in the instance, which would call the old class."""
+    return "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -281,6 +281,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of a linear head: F.cross_entropy(F.linear(hidden, weight, bias), target) without all logits.
 
@@ -301,9 +302,11 @@ def linear_cross_entropy(
         vocab_size: number of vocabulary entries without padding; later rows of weight are not read, and their gradient
             is 0. None: V.
         chunk_tokens: tokens of a tile of logits. None: as many as fit in 256 MiB on a GPU, 100 MiB on a CPU.
+        dtype: of the loss, as in torch.softmax: float32 for models that convert their logits before the loss. None: the
+            dtype of the product, as in torch (float32 under autocast).
 
     Returns:
-        A scalar, or the shape of target for "none"; in the dtype of the product, as in torch (float32 under autocast).
+        A scalar, or the shape of target for "none"; in `dtype`.
 
     Raises:
         InputError: wrong shapes or arguments or, on the CPU outside torch.compile, a target that is not a vocabulary
@@ -325,18 +328,18 @@ def linear_cross_entropy(
     size = weight.shape[0] if vocab_size is None else vocab_size
     check(1 <= size <= weight.shape[0], f"vocab_size={size} must be in [1, weight.shape[0]={weight.shape[0]}]")
     terms = LossTerms(size, ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap)
-    dtype, result_dtype = operand_and_result_dtype(hidden, weight)
-    rows = hidden.to(dtype).reshape(-1, weight.shape[1]).contiguous()
+    operand_dtype, result_dtype = operand_and_result_dtype(hidden, weight)
+    rows = hidden.to(operand_dtype).reshape(-1, weight.shape[1]).contiguous()
     ids = target.reshape(-1).contiguous()
     check_targets(ids, terms)
     count = (ids != ignore_index).sum().float() if reduction == "mean" else None
-    if dtype == torch.float64:
+    if operand_dtype == torch.float64:
         losses = reference.linear_cross_entropy(rows, weight, bias, ids, terms)
         total = losses if reduction == "none" else losses.sum() if count is None else losses.sum() / count
     else:
         sum_dtype = None if reduction == "none" else torch.float32
         total = loss_of_tiles(rows, weight, bias, ids, terms, chunk_tokens, sum_dtype=sum_dtype, count=count)
-    return (total.view(target.shape) if reduction == "none" else total).to(result_dtype)
+    return (total.view(target.shape) if reduction == "none" else total).to(dtype or result_dtype)
 
 
 def operand_and_result_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, torch.dtype]:

@@ -411,3 +411,14 @@ def test_errors() -> None:
     for name, change in [("target", {"target": target.float()}), ("hidden", {"hidden": hidden.long()})]:
         with pytest.raises(TypeError, match=f"{name}.dtype="):
             call(**{"hidden": hidden, "weight": weight, "target": target, **change})
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_dtype_of_the_loss(reduction):
+    """A loss of 16-bit operands may stay in float32: models convert their logits before the loss."""
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(6, 8).bfloat16(), torch.randn(11, 8).bfloat16(), torch.arange(6)
+    wide = fm.ops.linear_cross_entropy(hidden, weight, target, reduction=reduction, dtype=torch.float32)
+    assert wide.dtype == torch.float32 and not torch.equal(wide, wide.bfloat16().float())
+    narrow = fm.ops.linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    assert narrow.dtype == torch.bfloat16 and torch.equal(narrow, wide.bfloat16())
