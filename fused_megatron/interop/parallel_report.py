@@ -1,6 +1,11 @@
 """The report of parallelize: its text, and the errors for layers that stay replicated against the user's wish."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
+
+from torch import distributed as dist
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
@@ -10,10 +15,15 @@ from fused_megatron.interop.split_experts import ParallelExperts
 from fused_megatron.interop.units import modules_with_own_parameters
 from fused_megatron.modules import Left, Replaced
 
+# A number that is a whole part of a dotted name.
+_NUMBER = re.compile(r"(?<![^.\s])\d+(?![^.:\s])")
+
 
 @dataclass(frozen=True)
 class ParallelReport:
     """Report of what parallelize changed in a model; print it. parallelize stores it as model.parallel_report.
+
+    str() is the text on rank 0, and one line on the other ranks, so that a program of many ranks prints the text once.
 
     Attributes:
         plan: origin of the plan, such as "LlamaForCausalLM's tp_plan".
@@ -26,6 +36,7 @@ class ParallelReport:
         context_parallel_size: ranks that share each sequence while gradients are recorded.
         experts: the split of the experts over ranks, and their bytes; empty if no experts are split.
         context_parallel: the layers that hold own positions, and how they attend; empty for one rank.
+        rank: the rank of this process among all.
     """
 
     plan: str
@@ -38,24 +49,64 @@ class ParallelReport:
     context_parallel_size: int = 1
     context_parallel: str = ""
     experts: str = ""
+    rank: int = 0
 
     def __str__(self) -> str:
+        return "parallel report: as on rank 0 (parallel_report.text)" if self.rank else self.text
+
+    @property
+    def text(self) -> str:
+        """The whole report on any rank; layers with the same line but for their numbers share one."""
         blocks = ", activations in blocks of the sequence" if self.sequence_parallel else ""
         first = f"{len(self.sharded)} layers sharded over {self.tensor_parallel_size} ranks by {self.plan}{blocks}"
-        lines = [first, *(f"  {one.name}: {one.was} -> {one.now}" for one in self.sharded)]
+        lines = [first, *folded(f"  {one.name}: {one.was} -> {one.now}" for one in self.sharded)]
         if self.experts:
             lines += [self.experts]
         if self.context_parallel:
             lines += [f"sequences divided over {self.context_parallel_size} ranks: {self.context_parallel}"]
         if self.fused:
             lines += [f"{len(self.fused)} modules fused, whole on every rank"]
-            lines += [f"  {one.name}: {one.was} -> {one.now}" for one in self.fused]
+            lines += folded(f"  {one.name}: {one.was} -> {one.now}" for one in self.fused)
         if self.left:
             lines += [f"{len(self.left)} modules left as they are, whole on every rank"]
-            lines += [f"  {one.name} ({one.kind}): {one.reason}" for one in self.left]
+            lines += folded(f"  {one.name} ({one.kind}): {one.reason}" for one in self.left)
         if self.unused:
             lines += [f"patterns that match no module: {', '.join(self.unused)}"]
         return "\n".join(lines)
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """Return the lines, with one in place of all that differ only in the numbers of layers: "layers.{0..31}.q_proj"."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
+    for line in lines:
+        groups.setdefault(_NUMBER.sub("{}", line), []).append(tuple(map(int, _NUMBER.findall(line))))
+    result = []
+    for template, numbers in groups.items():
+        columns = list(zip(*numbers, strict=True))
+        # A name may say the number of its layer twice.
+        choices = prod(len(set(column)) for column in dict.fromkeys(columns))
+        if choices == len(numbers):
+            result.append(_filled(template, (_ranges(sorted(set(column))) for column in columns)))
+        else:
+            result += [_filled(template, map(str, each)) for each in numbers]
+    return result
+
+
+def _filled(template: str, texts: Iterable[str]) -> str:
+    rest = iter(texts)
+    return re.sub(r"\{\}", lambda _: next(rest), template)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Return "3" for one number, "{0..3}" or "{0..3,6}" for several in order."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return str(numbers[0]) if len(numbers) == 1 else f"{{{','.join(texts)}}}"
 
 
 def make_report(work: Preparation, context: ContextPlan | None = None) -> ParallelReport:
@@ -93,6 +144,7 @@ def make_report(work: Preparation, context: ContextPlan | None = None) -> Parall
         context_parallel_size=1 if context is None else group_size(context.region.group),
         context_parallel="" if context is None else context.text,
         experts=_describe_experts(work),
+        rank=dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,
     )
 
 
@@ -131,6 +183,8 @@ def refuse_left(report: ParallelReport, work: Preparation) -> None:
 
 def refuse_blocked(work: Preparation) -> None:
     """Raise if the user's own plan asks to shard a layer that cannot be sharded."""
-    for name, reason in work.kept_whole().items() if work.plan.explicit else ():
+    for name, reason in work.kept_whole().items():
+        if name not in work.plan.asked:
+            continue
         pattern = work.plan.patterns.get(name, name)
         raise InputError(f"plan[{pattern!r}]: {name} cannot be {work.plan.styles.get(name)!r}: {reason}")

@@ -75,6 +75,7 @@ def parallelize(
             there; fill them with load_pretrained_shards, or with load_full_state_dict after to_empty.
         mesh: what init_mesh returns, a torch DeviceMesh with an axis "tp" or "cp", or a process group (tp).
         plan: {pattern: style}. A pattern is the end of a module's name, and * is any one part: {"mlp.up": "colwise"}.
+            The style "default" takes the model's own: {"*": "default", "self_attn.*": "replicate"} extends its plan.
         sequence_parallel: between attention and MLP, a rank holds only its block [B, S / R, H] of the activations
             while gradients are recorded. R must divide the sequence length.
         overlap: overlap products with their collectives, as in ColumnParallelLinear.

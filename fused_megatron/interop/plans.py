@@ -31,6 +31,8 @@ ALIASES = {
     "vocab_parallel": "embedding_rowwise",
     "moe_tp_experts": "experts",
 }
+# In a user's plan: the style that the model's own plan gives.
+DEFAULT = "default"
 PARTS = {"packed_colwise": 2, "packed_colwise_3": 3}
 COLUMN_STYLES = ("colwise", "packed_colwise", "packed_colwise_3", "interleaved_colwise")
 
@@ -45,7 +47,7 @@ class Plan:
         patterns: by module name, the pattern that matched it.
         unused: patterns that match no module.
         divided: (module name, attribute) of numbers to divide by the number of ranks.
-        explicit: the user wrote the plan: if a layer of it cannot be sharded, parallelize raises.
+        asked: names of the modules whose style the user wrote: if one cannot be sharded, parallelize raises.
     """
 
     origin: str
@@ -53,7 +55,7 @@ class Plan:
     patterns: dict[str, str]
     unused: tuple[str, ...] = ()
     divided: tuple[tuple[str, str], ...] = ()
-    explicit: bool = False
+    asked: frozenset[str] = frozenset()
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
@@ -66,14 +68,43 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
     """Return the plan to use: the user's; else the model's own tp_plan; else the table of known layers.
 
+    A user's plan with the style "default" extends the plan that the model has without it.
+
     Raises:
-        InputError: the user's plan has an unknown style, or a pattern that matches nothing.
+        InputError: the user's plan has an unknown style, a pattern that matches nothing, or "default" for a model
+            without a plan of its own.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    if plan is not None:
-        found = _apply("plan", {k: ALIASES.get(v, v) for k, v in plan.items()}, names, explicit=True)
-        _check_explicit(found, names)
-        return found
+    if plan is None:
+        return _own_plan(model, names)
+    found = _apply("plan", {k: ALIASES.get(v, v) for k, v in plan.items()}, names)
+    found = replace(found, asked=frozenset(found.styles))
+    _check_asked(found, names)
+    return _extended(found, _own_plan(model, names)) if DEFAULT in found.styles.values() else found
+
+
+def _extended(asked: Plan, own: Plan) -> Plan:
+    """Return the user's plan with the model's own style where the user wrote "default"."""
+    if not own.styles:
+        raise InputError(
+            f"plan with {DEFAULT!r}: the model has no plan of its own (neither a tp_plan nor known layers: name its "
+            "layers and their styles)"
+        )
+    taken = {name for name, style in asked.styles.items() if style == DEFAULT}
+    kept = {name: style for name, style in asked.styles.items() if name not in taken}
+    styles = {name: style for name, style in own.styles.items() if name in taken} | kept
+    return Plan(
+        f"plan and {own.origin}",
+        styles,
+        {name: (own if name in taken else asked).patterns[name] for name in styles},
+        own.unused,
+        own.divided,
+        frozenset(kept),
+    )
+
+
+def _own_plan(model: nn.Module, names: list[str]) -> Plan:
+    """Return the plan of a model whose user gives none."""
     own = getattr(model, "_tp_plan", None) or getattr(getattr(model, "config", None), "base_model_tp_plan", None)
     if isinstance(own, Mapping) and own:
         styles = {str(k): ALIASES.get(v, v) if isinstance(v, str) else str(v) for k, v in own.items()}
@@ -84,23 +115,25 @@ def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
     return _with_ends(model, _with_experts(model, planned))
 
 
-def _apply(origin: str, plan: Mapping[str, str], names: list[str], explicit: bool = False) -> Plan:
+def _apply(origin: str, plan: Mapping[str, str], names: list[str]) -> Plan:
     styles: dict[str, str] = {}
     patterns: dict[str, str] = {}
     used = set()
-    # The longest matching pattern wins.
-    for pattern in sorted(plan, key=lambda p: -len(p.split("."))):
-        for name in matching(pattern, names):
+    # The longest matching pattern wins; of two with the same length, the pattern with fewer wildcards.
+    for pattern in sorted(plan, key=lambda p: (-len(p.split(".")), p.count("*"))):
+        ends = plan[pattern] == DEFAULT  # "*" means every layer then, and not only those at the top
+        for name in [name for name in names if matches(pattern, name)] if ends else matching(pattern, names):
             used.add(pattern)
             if name not in styles:
                 styles[name], patterns[name] = plan[pattern], pattern
-    return Plan(origin, styles, patterns, tuple(p for p in plan if p not in used), explicit=explicit)
+    return Plan(origin, styles, patterns, tuple(p for p in plan if p not in used))
 
 
-def _check_explicit(plan: Plan, names: list[str]) -> None:
+def _check_asked(plan: Plan, names: list[str]) -> None:
+    allowed = (*STYLES, DEFAULT)
     for name, style in plan.styles.items():
-        if style not in STYLES:
-            raise InputError(f"plan[{plan.patterns[name]!r}]={style!r} must be one of: {', '.join(map(repr, STYLES))}")
+        if style not in allowed:
+            raise InputError(f"plan[{plan.patterns[name]!r}]={style!r} must be one of: {', '.join(map(repr, allowed))}")
     if plan.unused:
         pattern = plan.unused[0]
         near = _nearest(pattern, names)

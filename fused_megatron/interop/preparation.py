@@ -128,7 +128,7 @@ class Preparation:
         self.attributes = []
         for unit in self.units:
             if not unit.reason:
-                self.attributes += divide_unit(unit, self.model, ranks)
+                self.attributes += divide_unit(unit, self.model, ranks, self.plan.asked)
         self._make_replacements()
         sharded = {unit.parent for unit in self.units if not unit.reason}
         for name, attribute in self.plan.divided:
@@ -164,7 +164,7 @@ class Preparation:
             for pattern in bare:
                 if any(matches(pattern, f"{unit.parent}.{name}") for name in owner._parameters):
                     unit.reason = unit.reason or f"the plan shards a bare parameter beside it: {pattern}"
-            unit.reason = unit.reason or width_fault(unit, self.plan.explicit)
+            unit.reason = unit.reason or width_fault(unit, self.plan.asked)
 
     def _layers_to_replace(self) -> list[Layer]:
         in_units = [layer for unit in self.units if not unit.reason for layer in unit.layers]

@@ -161,12 +161,12 @@ def group_units(layers: list[Layer], reasons: dict[str, str]) -> list[Unit]:
     return units
 
 
-def width_fault(unit: Unit, explicit: bool) -> str:
+def width_fault(unit: Unit, asked: frozenset[str]) -> str:
     """Return why a rowwise layer cannot take the shards of a colwise layer: widths differ. Empty if it can.
 
     A layer that stacks parts needs a packed style: under "colwise" the ranks would get different parts, and compute
     wrong numbers of the right shapes. A model's own tp_plan may say "colwise" for parts that alternate by head, so
-    only a user's plan (`explicit`) is checked for this.
+    only layers whose style the user wrote (`asked`) are checked for this.
     """
     columns: list[Layer] = []
     for layer in unit.layers:
@@ -176,7 +176,7 @@ def width_fault(unit: Unit, explicit: bool) -> str:
             continue
         inputs = linear_features(layer.module)[1]
         for column in columns:
-            only_column = explicit and len(columns) == 1 and column.style == "colwise"
+            only_column = column.name in asked and len(columns) == 1 and column.style == "colwise"
             outputs = linear_features(column.module)[0]
             if (only_column or column.style in PARTS) and outputs != inputs * PARTS.get(column.style, 1):
                 return (
@@ -215,13 +215,23 @@ def linear_features(module: Any) -> tuple[int, int]:
     return (columns, rows) if is_transposed_linear(module) else (rows, columns)
 
 
-def divide_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+def divide_unit(
+    unit: Unit, model: nn.Module, ranks: int, asked: frozenset[str] = frozenset()
+) -> tuple[tuple[nn.Module, str, int], ...]:
     """Divide the sizes of a unit by the ranks. Set the layers' `copies`; return (module, name, value) to change.
+
+    Args:
+        unit: the layers.
+        model: the model.
+        ranks: R.
+        asked: names of the layers whose style the user wrote.
 
     Raises:
         InputError: a size does not divide; names the weight, the numbers, and sizes that fit.
     """
-    changes = _divide_heads(unit, model.get_submodule(unit.parent), ranks) if unit.of(*COLUMN_STYLES) else ()
+    way_out = _whole_instead(unit, asked)
+    parent = model.get_submodule(unit.parent)
+    changes = _divide_heads(unit, parent, ranks, way_out) if unit.of(*COLUMN_STYLES) else ()
     for layer in unit.layers:
         outputs, inputs = (0, 0)
         if layer.style != "replicated_with_grad_allreduce":
@@ -229,11 +239,11 @@ def divide_unit(unit: Unit, model: nn.Module, ranks: int) -> tuple[tuple[nn.Modu
         size, what = (outputs, "out_features") if layer.style in COLUMN_STYLES else (inputs, "in_features")
         sharded = layer.style in (*COLUMN_STYLES, "rowwise", "rowwise_split_input", "embedding_colwise")
         if sharded and size % (ranks // layer.copies * PARTS.get(layer.style, 1)):
-            raise InputError(_wrong_size(layer, what, size // PARTS.get(layer.style, 1), ranks))
+            raise InputError(_wrong_size(layer, what, size // PARTS.get(layer.style, 1), ranks, way_out))
     return changes
 
 
-def _divide_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.Module, str, int], ...]:
+def _divide_heads(unit: Unit, parent: nn.Module, ranks: int, way_out: str) -> tuple[tuple[nn.Module, str, int], ...]:
     head_dim = next((v for n in HEAD_DIMS if isinstance(v := getattr(parent, n, None), int)), None)
     if head_dim is None:
         return ()
@@ -243,22 +253,31 @@ def _divide_heads(unit: Unit, parent: nn.Module, ranks: int) -> tuple[tuple[nn.M
     counts = {layer.name: linear_features(layer.module)[0] // head_dim for layer in columns}
     heads = heads or max(counts.values(), default=0)
     if heads % ranks:
-        raise InputError(_wrong_size(unit.of(*COLUMN_STYLES)[0], "num_attention_heads", heads, ranks))
+        raise InputError(_wrong_size(unit.of(*COLUMN_STYLES)[0], "num_attention_heads", heads, ranks, way_out))
     copied = [layer for layer in columns if len(columns) > 1 and counts[layer.name] % ranks]
     for layer in copied:
         count = counts[layer.name]
         if ranks % count or not isinstance(getattr(parent, "num_key_value_groups", None), int):
-            raise InputError(_wrong_size(layer, "num_key_value_heads", count, ranks))
+            raise InputError(_wrong_size(layer, "num_key_value_heads", count, ranks, way_out))
         layer.copies = ranks // count
     return ((parent, "num_key_value_groups", heads // ranks),) if copied else ()
 
 
-def _wrong_size(layer: Layer, what: str, size: int, ranks: int) -> str:
+def _whole_instead(unit: Unit, asked: frozenset[str]) -> str:
+    """Return the plan that keeps a unit whole and shards what was to be sharded besides."""
+    around = unit.parent.rpartition(".")[2]
+    named = not around or around.isdigit()
+    patterns = [layer.name.rpartition(".")[2] for layer in unit.layers] if named else [f"{around}.*"]
+    whole = ", ".join(f"{pattern!r}: 'replicate'" for pattern in dict.fromkeys(patterns))
+    others = ".." if any(layer.name in asked for layer in unit.layers) else "'*': 'default'"
+    return f"plan={{{others}, {whole}}}"
+
+
+def _wrong_size(layer: Layer, what: str, size: int, ranks: int, way_out: str) -> str:
     fits = ", ".join(str(r) for r in range(1, size + 1) if size % r == 0 and r <= 64)
     return (
         f"{layer.name}.weight: {what}={size} must be divisible by tensor_parallel_size={ranks} "
-        f"(tensor_parallel_size could be {fits}; or plan={{{layer.name.split('.')[-1]!r}: 'replicate', ..}} "
-        "with the layers beside it)"
+        f"(tensor_parallel_size could be {fits}; or {way_out} keeps it whole with the layers beside it)"
     )
 
 

@@ -124,7 +124,7 @@ def models_not_in_any_table(rank, world_size):
     attention = both(lambda: nn.MultiheadAttention(16, 2), mesh, x, call=lambda model, x: model(x, x, x)[0])
     assert not attention.parallel_report.sharded
     flat = both(Block, mesh, x, {**MLP, "first": "colwise_gather_output", "again": "colwise_gather_output"})
-    assert flat.first is flat.again and "first = again: Linear -> GatheredLinear" in str(flat.parallel_report)
+    assert flat.first is flat.again and "first = again: Linear -> GatheredLinear" in flat.parallel_report.text
     both(Block, mesh, x, MLP)
     both(InPlace, mesh, x, IN_PLACE)
     stack = nn.Sequential

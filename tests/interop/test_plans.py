@@ -50,7 +50,7 @@ def test_a_models_own_plan_comes_before_the_table_and_after_the_users():
     assert find_plan(outer, None).styles == {"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}
     outer._tp_plan = {"mlp.c_fc": "colwise_gather_output", "absent.*": "rowwise"}
     own = find_plan(outer, None)
-    assert own.styles == {"mlp.c_fc": "colwise_gather_output"} and own.unused == ("absent.*",) and not own.explicit
+    assert own.styles == {"mlp.c_fc": "colwise_gather_output"} and own.unused == ("absent.*",) and not own.asked
     assert find_plan(outer, {"c_proj": "replicate"}).styles == {"mlp.c_proj": "replicate"}
 
 
@@ -93,3 +93,29 @@ def test_a_known_layer_must_have_the_attributes_to_divide():
 def test_nothing_known():
     assert find_plan(nn.Sequential(nn.Linear(2, 2)), None).styles == {}
     assert find_plan(torch.nn.LSTM(2, 2), None).styles == {}
+
+
+def outer_model():
+    mlp = nn.ModuleDict({"c_fc": nn.Linear(2, 2), "c_proj": nn.Linear(2, 2)})
+    return nn.ModuleDict({"0": nn.ModuleDict({"mlp": mlp, "extra": nn.Linear(2, 2)})})
+
+
+def test_a_plan_extends_the_models_own():
+    model = outer_model()
+    own = find_plan(model, None)
+    same = find_plan(model, {"*": "default"})
+    assert same.styles == own.styles and not same.asked and same.patterns == own.patterns
+    more = find_plan(model, {"extra": "colwise_gather_output", "*": "default"})
+    assert more.styles == {**own.styles, "0.extra": "colwise_gather_output"} and more.asked == {"0.extra"}
+    less = find_plan(model, {"*": "default", "mlp.*": "replicate"})
+    assert set(less.styles.values()) == {"replicate"} and less.asked == set(less.styles)
+    # A name of one part wins over the wildcard, whatever their order.
+    assert find_plan(model, {"*": "default", "c_fc": "replicate"}).styles["0.mlp.c_fc"] == "replicate"
+    # Where no pattern says "default", the model's own plan plays no part.
+    assert find_plan(model, {"mlp.*": "default"}).styles == own.styles
+    assert find_plan(model, {"extra": "default"}).styles == {}
+
+
+def test_a_model_without_a_plan_has_nothing_to_extend():
+    with pytest.raises(InputError, match=r"plan with 'default': the model has no plan of its own .*name its layers"):
+        find_plan(nn.ModuleDict({"up": nn.Linear(2, 2)}), {"*": "default"})
