@@ -109,4 +109,4 @@ def test_progress_is_said_and_the_log_only_after_a_failure(tmp_path):
     assert re.fullmatch(r"fused-megatron: 1 of 2 steps of the build done \(\d+ s\)\n", good.stderr)
     assert "a.cpp:1: error" in (tmp_path / "log").read_text()
     bad = run(LOGGED, str(tmp_path / "log"), "; raise SystemExit(3)")
-    assert "a.cpp:1: error" in bad.stderr and "returned non-zero exit status 3" in bad.stderr
+    assert "a.cpp:1: error" in bad.stderr.splitlines() and "returned non-zero exit status 3" in bad.stderr

@@ -36,7 +36,7 @@ def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[...,
 
     def without_kernel(*args: Any, **kwargs: Any) -> Any:
         listed = (each for arg in args for each in (arg if isinstance(arg, list | tuple) else [arg]))
-        device_type = next((each.device.type for each in listed if isinstance(each, torch.Tensor)), "cpu")
+        device_type = next(each.device.type for each in listed if isinstance(each, torch.Tensor))
         triton = device_type == "cuda" and name in _LACK_TRITON
         extension.warn_no_kernel(name, device_type, f"It needs Triton: {install_command('triton')}" if triton else None)
         return reference(*args, **kwargs)

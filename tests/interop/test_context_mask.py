@@ -11,7 +11,9 @@ from fused_megatron.interop.context_mask import make_context_mask
 def packed(mask_function, positions):
     """As transformers' create_causal_mask combines a mask with packed documents."""
     documents = masking_utils.find_packed_sequence_indices(positions)
-    inside = masking_utils.remap_positions_for_packed_sequence(mask_function, positions)
+    # transformers before 5.23 (Python 3.10 has 5.20 at most) does not count positions from each document's first.
+    remap = getattr(masking_utils, "remap_positions_for_packed_sequence", lambda function, _: function)
+    inside = remap(mask_function, positions)
     return masking_utils.and_masks(inside, masking_utils.packed_sequence_mask_function(documents))
 
 
