@@ -293,7 +293,7 @@ def _wanted(kinds: Sequence[Any]) -> str:
     return " or ".join(texts)
 
 
-def check_finite(name: str, value: Any) -> str | None:
+def fault_of_value(name: str, value: Any) -> str | None:
     """Return what is wrong with a value of the right type that no key allows, such as nan; None if nothing is."""
     for item in value if isinstance(value, tuple) else (value,):
         setting = f"{name}={item!r:.40}"

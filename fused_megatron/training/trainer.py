@@ -39,7 +39,7 @@ from fused_megatron.training.presence import lost_contact
 from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter, StepFigures
 from fused_megatron.training.run_folder_lease import Lease
-from fused_megatron.training.step_profile import StepProfiler
+from fused_megatron.training.step_recording import StepProfiler
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fused_megatron import cli
 from fused_megatron.config.config_file import save_config
-from fused_megatron.training.step_profile import FIRST_STEP
+from fused_megatron.training.step_recording import FIRST_STEP
 
 
 def test_the_wanted_steps_are_traced_with_their_memory(runs: Any, tmp_path: Path, capsys: Any) -> None:
