@@ -346,6 +346,7 @@ ROWS: dict[str, Row] = {
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.cluster": Row("h100", predicted_steps, 4),
     "training.profile_steps": Row(1, lambda tried: saved(tried, "profile"), ["rank-0.trace.json"]),
+    "training.named_ranges": Row(True, lambda tried: tried.trained()[0]._ranges is not None, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
 # Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
