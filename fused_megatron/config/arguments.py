@@ -115,6 +115,8 @@ def parse_arguments(target: type[T], arguments: Sequence[str], source: str) -> T
     """
     known = arguments_of(target)
     given, problems = read_words(known, arguments)
+    # A list of positional arguments may be empty; the command says what it wants there.
+    given = {name: () for name, each in known.items() if each.positional and each.takes_many} | given
     required = {name for name, each in known.items() if each.required}
     missing = [each.option for each in known.values() if each.name in required and each.name not in given]
     if missing and not problems:
