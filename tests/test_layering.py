@@ -24,7 +24,17 @@ LAYERS = [
     {"sharding"},
     {"collectives", "mesh"},
     {"ops", "observe"},
-    {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages", "_dataset_index"},
+    {
+        "kernels",
+        "extension",
+        "reference",
+        "config",
+        "weight_files",
+        "durable",
+        "kept_pages",
+        "terminal_tables",
+        "_dataset_index",
+    },
     {"untrusted_files"},
     {"checks", "deprecation"},
 ]

@@ -97,8 +97,8 @@ def _provider_lines(results: Results) -> list[str]:
     if any(c.breakdown for c in cases):
         lines += [
             "",
-            "Where a step's time goes, of steps measured apart (communication: exposed, nothing ran beside it; step ms: the",
-            "median of the timed steps, from which the speed-ups come):",
+            "Where a step's time goes, of steps measured apart (communication: exposed, nothing ran beside it; step",
+            "ms: the median of the timed steps, from which the speed-ups come):",
         ]
         lines += ["", *breakdown_table(cases)]
     if any(c.forward_seconds for c in cases):
