@@ -260,7 +260,7 @@ class Bench:
 
     def _record(self, result: Comparison) -> None:
         _session["comparisons"][self._request.node.nodeid] = result
-        _report(one_line(result))
+        _report(one_line(result, verdicts=not self.quick))
         _save_results()
         if result.seconds.get(OURS):
             self._store(result)
@@ -358,9 +358,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         return
     lines = [""]
     if results.comparisons:
-        lines += results_lines(results, brief=path is not None)
+        lines += results_lines(results, brief=path is not None, verdicts=not _session["quick"])
     if _session["overheads"]:
-        lines += ["", *overhead_table(_session["overheads"])]
+        lines += ["", *overhead_table(_session["overheads"], verdicts=not _session["quick"])]
     if path is not None and results.comparisons:
         shown = os.path.relpath(path)
         lines += ["", f"fused-megatron report {shown}   shows milliseconds, memory and limits too"]

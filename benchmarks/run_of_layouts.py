@@ -70,7 +70,7 @@ def run_cases(
     results, path = begin(theme, options, whole)
     try:
         results.ceilings |= ceilings(sorted(set(worlds)), options.quick)
-        finished = all(keep(results, path, *case()) for case in cases)
+        finished = all(keep(results, path, *case(), verdicts=not options.quick) for case in cases)
     except KeyboardInterrupt:
         finished = False
     results.complete = finished
@@ -114,11 +114,13 @@ def same_machine(now: Results, path: Path) -> Results:
     return before
 
 
-def keep(results: Results, path: Path | None, comparisons: list[Comparison], go_on: bool) -> bool:
+def keep(
+    results: Results, path: Path | None, comparisons: list[Comparison], go_on: bool, *, verdicts: bool = True
+) -> bool:
     names = {c.name for c in comparisons}
     results.comparisons = [c for c in results.comparisons if c.name not in names] + comparisons
     for comparison in comparisons:
-        print(one_line(comparison), flush=True)
+        print(one_line(comparison, verdicts=verdicts), flush=True)
         for provider, parts in comparison.breakdown.items():
             shown = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
             print(f"  {provider}: {1e3 * sum(parts.values()):.3g} ms: {shown}", flush=True)

@@ -73,7 +73,7 @@ def _run(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     if command == "--version":
-        print(importlib.metadata.version("fused-megatron"))
+        print(_version())
         return 0
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "init": _init,
@@ -109,6 +109,13 @@ def _run(argv: Sequence[str]) -> int:
         return _fail(KeyboardInterrupt("interrupted; the same command goes on from what is saved"), 130)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fused-megatron")
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "(not installed)"
+
+
 def _discard_closed_output() -> bool:
     """Return whether the output is closed; if so, discard all further output, also at the end of the process."""
     poller = select.poll()
@@ -134,8 +141,7 @@ def _train(argv: Sequence[str]) -> int:
     stop = StopRequest()  # before the long imports, during which the launcher may be killed
     if prints_for_host() and os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & {*argv}:
         # Loading torch takes seconds, on a busy machine many: the user sees at once that something happens.
-        version = importlib.metadata.version("fused-megatron")
-        print(f"fused-megatron {version}: train {' '.join(argv[:1])}; loading PyTorch ...", flush=True)
+        print(f"fused-megatron {_version()}: train {' '.join(argv[:1])}; loading PyTorch ...", flush=True)
     from fused_megatron.checkpoint import list_checkpoints  # noqa: PLC0415
     from fused_megatron.checkpoint.run_folder import RunFolder  # noqa: PLC0415
     from fused_megatron.config.config_file import load_config, print_help, with_run_folder  # noqa: PLC0415

@@ -70,6 +70,14 @@ def test_a_run_says_what_it_did_and_leaves_a_folder(folder: Path, capsys: pytest
     assert "num_layers = 2" in (run / "config.toml").read_text()
 
 
+def test_the_first_line_comes_before_torch_is_loaded() -> None:
+    """Loading torch takes seconds; here it fails, as it does where it is missing."""
+    code = "import sys; sys.modules['torch'] = None; from fused_megatron import cli; cli.main(['train', 'x.toml'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == f"fused-megatron {cli._version()}: train x.toml; loading PyTorch ...\n"
+    assert "import of torch halted" in result.stderr  # so the line came first
+
+
 def test_the_resolved_config_trains_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", str(folder / "run" / "config.toml")]) == 0
     assert "nothing to train: step 3 of 3 is done" in capsys.readouterr().out

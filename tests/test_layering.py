@@ -24,7 +24,16 @@ LAYERS = [
     {"sharding"},
     {"collectives", "mesh"},
     {"ops", "observe"},
-    {"kernels", "extension", "reference", "config", "weight_files", "durable", "kept_pages"},
+    {
+        "kernels",
+        "extension",
+        "reference",
+        "config",
+        "weight_files",
+        "durable",
+        "kept_pages",
+        "terminal_tables",
+    },
     {"untrusted_files"},
     {"checks", "deprecation", "optional_packages"},
 ]

@@ -16,6 +16,7 @@ from fused_megatron.audit.cost_table import (
 from fused_megatron.audit.kernels import OPS
 from fused_megatron.audit.occupancy import LIMITS
 from fused_megatron.checks import InputError
+from fused_megatron.terminal_tables import print_report
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def run_audit(arguments: AuditArguments) -> int:
         print(f"{arguments.write}: {len(rows)} kernels at their shapes")
     else:
         print(f"{versions()}; architectures {' / '.join(archs)}\n")
-        print(table(rows))
+        print_report(table(rows))
         for line in known_faults(rows):
             print(f"known: {line}")
     for line in exceeded:

@@ -9,16 +9,22 @@ from fused_megatron.benchmarking.side_by_side import BOUND, COMPILE, EAGER, EVEN
 Row = Sequence[str]
 
 
-def one_line(comparison: Comparison) -> str:
-    """Summarise the measurements of one case, as a progress line."""
+def one_line(comparison: Comparison, *, verdicts: bool = True) -> str:
+    """Summarise the measurements of one case, as a progress line.
+
+    Args:
+        comparison: the case.
+        verdicts: False for a smoke run, whose few rounds on tiny sizes say nothing about what is faster.
+    """
     ms = comparison.ms(OURS)
     if ms is None:
         return f"{comparison.name}: not timed, {comparison.faults.get(OURS, 'no figure')}"
     parts = [f"{comparison.name}: {_ms(ms)} ms"]
-    parts += [f"{name} {ratio_of(comparison, name)}" for name in comparison.seconds if name not in (OURS, BOUND)]
+    others = [name for name in comparison.seconds if name not in (OURS, BOUND)]
+    parts += [f"{name} {ratio_of(comparison, name, verdicts=verdicts)}" for name in others]
     bound = comparison.over_bound()
     parts += [] if bound is None else [f"bound {_times(bound)}"]
-    missed = [bar for bar, _, verdict in comparison.verdicts() if verdict == MISSED]
+    missed = [bar for bar, _, verdict in comparison.verdicts() if verdict == MISSED and verdicts]
     return "; ".join(parts) + (f"; MISSED: {', '.join(missed)}" if missed else "")
 
 
@@ -34,20 +40,26 @@ def remarks(comparisons: Iterable[Comparison]) -> list[str]:
     ]
 
 
-def speed_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Tabulate the ratios with their spread, and the bars (performance targets): met, MISSED or even."""
+def speed_table(comparisons: Sequence[Comparison], *, verdicts: bool = True) -> list[str]:
+    """Tabulate the ratios with their spread, and the bars (performance targets): met, MISSED or even.
+
+    Args:
+        comparisons: the cases.
+        verdicts: as in one_line; without them there are no bars.
+    """
     header = ["op", "dtype", "ms", "x eager", "x compile", "over bound", "bars"]
-    return markdown(header, [_speed_row(c) for c in comparisons])
+    rows = [_speed_row(c, verdicts) for c in comparisons]
+    return markdown(header if verdicts else header[:-1], rows if verdicts else [row[:-1] for row in rows])
 
 
-def _speed_row(comparison: Comparison) -> Row:
+def _speed_row(comparison: Comparison, verdicts: bool) -> Row:
     ms, bound = comparison.ms(OURS), comparison.over_bound()
     return [
         f"{comparison.op} {comparison.label}",
         comparison.dtype,
         _ms(ms) if ms else comparison.faults.get(OURS, "-").partition(":")[0],
-        ratio_of(comparison, EAGER),
-        ratio_of(comparison, COMPILE),
+        ratio_of(comparison, EAGER, verdicts=verdicts),
+        ratio_of(comparison, COMPILE, verdicts=verdicts),
         _times(bound) if bound else "-",
         "; ".join(bar_verdicts(comparison)) or "-",
     ]
@@ -61,12 +73,12 @@ def bar_verdicts(comparison: Comparison) -> list[str]:
     ]
 
 
-def ratio_of(comparison: Comparison, provider: str) -> str:
+def ratio_of(comparison: Comparison, provider: str, *, verdicts: bool = True) -> str:
     """Format how many times faster ours is than the provider, with the spread, and "even" if so; "-" if unknown."""
     ratio = comparison.ratio(provider)
     if ratio is None:
         return "-"
-    return _times(ratio) + (" even" if comparison.verdict(provider) == EVEN else "")
+    return _times(ratio) + (" even" if verdicts and comparison.verdict(provider) == EVEN else "")
 
 
 def limits_table(comparisons: Sequence[Comparison], ceilings: Ceilings) -> list[str]:
@@ -171,7 +183,11 @@ def _provider_row(c: Comparison, name: str, ceilings: Ceilings) -> Row:
 
 
 def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
-    """Tabulate the parts of each provider's step time: milliseconds, and share of the sum."""
+    """Tabulate the parts of each provider's step time: milliseconds, and share of the sum; and the whole step.
+
+    The parts come from a few more steps, which are measured apart. The last column is the median of the timed steps,
+    from which the speed-ups come; on a machine with other load the two differ.
+    """
     parts = list(dict.fromkeys(part for c in comparisons for one in c.breakdown.values() for part in one))
     rows = []
     for c in comparisons:
@@ -179,8 +195,9 @@ def breakdown_table(comparisons: Sequence[Comparison]) -> list[str]:
             whole = sum(known.values())
             shares = {part: seconds / whole if whole else 0.0 for part, seconds in known.items()}
             cells = [f"{_number(1e3 * known[p])} ({shares[p]:.0%})" if p in known else "-" for p in parts]
-            rows.append([f"{c.op} {c.label}", c.dtype, name, *cells, _number(1e3 * whole)])
-    return markdown(["case", "dtype", "provider", *(f"{part} ms" for part in parts), "sum ms"], rows)
+            step = c.ms(name)
+            rows.append([f"{c.op} {c.label}", c.dtype, name, *cells, _number(1e3 * whole), _median(step)])
+    return markdown(["case", "dtype", "provider", *(f"{part} ms" for part in parts), "sum ms", "step ms"], rows)
 
 
 def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
@@ -203,17 +220,18 @@ def scaling_table(comparisons: Sequence[Comparison]) -> list[str]:
     return markdown(["case", "ranks", "tokens/s", "tokens/s a rank", "GFLOP/s a rank", "efficiency (ideal 100%)"], rows)
 
 
-def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]]) -> list[str]:
+def overhead_table(overheads: Mapping[str, tuple[CallOverhead, float]], *, verdicts: bool = True) -> list[str]:
     """Tabulate the Python overhead of a forward call on tiny tensors.
 
     Args:
         overheads: (measurement, largest allowed overhead in microseconds) by op.
+        verdicts: as in one_line.
     """
     rows = []
     for name, (result, bar) in overheads.items():
         call, library = min(result.call_us), min(result.library_us)
-        verdict = MET if result.overhead_us <= bar else MISSED
-        rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us {verdict}"])
+        verdict = f" {MET if result.overhead_us <= bar else MISSED}" if verdicts else ""
+        rows.append([name, f"{call:.1f}", f"{library:.1f}", f"{result.overhead_us:.1f}", f"<= {bar:g} us{verdict}"])
     return markdown(["op", "us a call", "library op only", "Python", "bar"], rows)
 
 

@@ -115,6 +115,8 @@ def parse_arguments(target: type[T], arguments: Sequence[str], source: str) -> T
     """
     known = arguments_of(target)
     given, problems = read_words(known, arguments)
+    # A list of positional arguments may be empty; the command says what it wants there.
+    given = {name: () for name, each in known.items() if each.positional and each.takes_many} | given
     required = {name for name, each in known.items() if each.required}
     missing = [each.option for each in known.values() if each.name in required and each.name not in given]
     if missing and not problems:
@@ -293,7 +295,7 @@ def _wanted(kinds: Sequence[Any]) -> str:
     return " or ".join(texts)
 
 
-def check_finite(name: str, value: Any) -> str | None:
+def fault_of_value(name: str, value: Any) -> str | None:
     """Return what is wrong with a value of the right type that no key allows, such as nan; None if nothing is."""
     for item in value if isinstance(value, tuple) else (value,):
         setting = f"{name}={item!r:.40}"

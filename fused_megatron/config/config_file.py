@@ -15,7 +15,7 @@ from fused_megatron.config.arguments import (
     Argument,
     arguments_of,
     build_from,
-    check_finite,
+    fault_of_value,
     print_arguments,
     raise_all,
     read_words,
@@ -64,7 +64,7 @@ def config_from(table: Mapping[str, Any], overrides: Sequence[str], source: str)
     given |= of_options | {"model.family": default.model.family}
     problems += of_file + more
     for name, value in list(given.items()):
-        problem = check_finite(name, value)
+        problem = fault_of_value(name, value)
         if problem is not None:
             problems.append(problem)
             del given[name]

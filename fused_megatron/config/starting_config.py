@@ -6,7 +6,6 @@ import json
 import os
 import textwrap
 from dataclasses import dataclass, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,7 +104,6 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-@cache
 def field_docstrings(config_class: type) -> dict[str, str]:
     """Return the text below each field of a config class, and of the classes that it extends, as one line."""
     found: dict[str, str] = {}

@@ -63,6 +63,9 @@ class TrainingConfig:
     profile_steps: int = 0
     """Record this number of steps, from the fourth on, with torch's profiler into the folder profile of the run folder:
     a trace, and on a GPU a snapshot of its memory. 0: none. On the command line also --profile."""
+    named_ranges: bool = False
+    """Name steps, pipeline actions, layers and collectives for Nsight Systems (NVTX) on a GPU; on a CPU for the trace
+    of profile_steps."""
     bucket_mb: float = 25.0
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward."""
     cluster: str | None = None

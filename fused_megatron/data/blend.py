@@ -90,9 +90,9 @@ class BlendedValidation:
 
     def __init__(self, parts: "Sequence[ValidationDataset | BlendedValidation]") -> None:
         self.parts = list(parts)
-        self.seq_len = self.parts[0].seq_len
+        self.seq_len: int = parts[0].seq_len
         self._ends = np.cumsum([part.num_samples for part in parts])
-        self.num_samples = int(self._ends[-1])
+        self.num_samples: int = int(self._ends[-1])
 
     def num_batches(self, batch_size: int) -> int:
         """As ValidationDataset.num_batches."""

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.observe.free_memory import memory_bytes
@@ -87,7 +87,8 @@ def _format_of(path: Path) -> str:
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    file = open(path, "rb")  # noqa: SIM115 (closed by the caller)
+    return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb")) if path.suffix == ".gz" else file
 
 
 def _whole_text(path: Path) -> str:

@@ -140,7 +140,7 @@ def _tokenizer(
 def _parts(sources: Sequence[TextSource], folder: Path, settings: str, part_mb: float) -> Iterator[Part]:
     """Yield the parts in order. The name of a part differs if anything differs that its tokens depend on."""
     most, waiting, size = int(part_mb * 1e6), list[Piece](), 0
-    stamps = {}
+    stamps: dict[str, tuple[int, int]] = {}
 
     def part() -> Part:
         content = [settings, [(*piece, stamps[piece.path]) for piece in waiting]]

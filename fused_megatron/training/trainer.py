@@ -5,7 +5,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,8 +27,10 @@ from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.mesh import coordinates
 from fused_megatron.models.expert_loads import LoadReport
 from fused_megatron.observe.model_flops import gpt_step_flops
+from fused_megatron.observe.named_ranges import NamedRanges, marker_for
 from fused_megatron.observe.peak_memory import peak_memory_bytes
 from fused_megatron.observe.product_speed import product_flops_per_s
+from fused_megatron.pipeline.schedule.action import Action
 from fused_megatron.planning.prediction.beside_measured import BesideMeasured
 from fused_megatron.sharding import mark_all_shards
 from fused_megatron.sharding.gradient_norm import non_finite_gradients
@@ -39,7 +41,7 @@ from fused_megatron.training.presence import lost_contact
 from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter, StepFigures
 from fused_megatron.training.run_folder_lease import Lease
-from fused_megatron.training.step_profile import StepProfiler
+from fused_megatron.training.step_recording import StepProfiler
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 
@@ -109,6 +111,10 @@ class Trainer:
         self._visible_pairs = 0
         self._profiler = StepProfiler(run.profile, self.mesh.rank, self.device, self.config.training.profile_steps)
         self._product_flops_per_s: float | None = None
+        self._ranges: NamedRanges | None = None
+        if self.config.training.named_ranges:
+            self._ranges = ranges = NamedRanges(self.model.stages, marker_for(self.device))
+            self.executor.run_actions_in(lambda action: ranges.range(action_name(action)))
         self._step_times: deque[float] = deque(maxlen=20)
 
     def run(self) -> str | None:
@@ -272,16 +278,17 @@ class Trainer:
         first = self.progress.samples_consumed
         num_targets = self.data.num_targets(first, training.global_batch_size)
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
-        sums = training_step(
-            self._assembly,
-            lambda: self._read_batch(first),
-            step=step,
-            lr=lr,
-            num_targets=num_targets,
-            group=world_group(),
-            flags=self._flags,
-            judge=self._judge,
-        )
+        with nullcontext() if self._ranges is None else self._ranges.step(step + 1):
+            sums = training_step(
+                self._assembly,
+                lambda: self._read_batch(first),
+                step=step,
+                lr=lr,
+                num_targets=num_targets,
+                group=world_group(),
+                flags=self._flags,
+                judge=self._judge,
+            )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
         self._step_times.append(time.perf_counter() - started)
@@ -403,6 +410,12 @@ class Trainer:
             "config": dataclasses.asdict(self.config),
             "layout": self.layout(),
         }
+
+
+def action_name(action: Action) -> str:
+    """Return the name of a pipeline action's range: "forward stage 0 microbatch 2"."""
+    microbatch = "" if action.index is None else f" microbatch {action.index}"
+    return f"{action.kind.name.lower().replace('_', ' ')} stage {action.stage}{microbatch}"
 
 
 def _now() -> str:

@@ -11,6 +11,7 @@ from fused_megatron.benchmarking.comparison_table import (  # fmt: skip
     overhead_table,
     phases_table,
     provider_table,
+    ratio_of,
     remarks,
     scaling_table,
     speed_table,
@@ -50,6 +51,14 @@ def test_what_was_not_measured_is_a_dash():
     assert "MISSED: bound <= 1.5x" in one_line(comparison())
 
 
+def test_a_smoke_run_has_no_verdicts():
+    header, _, row = map(cells, speed_table([comparison()], verdicts=False))
+    assert header[-1] == "over bound" and row[-1] == "2.00x [2.00-2.00]" and len(row) == len(header)
+    assert "MISSED" not in one_line(comparison(), verdicts=False)
+    even = comparison(seconds={OURS: [2e-3] * 3, EAGER: [2e-3] * 3})
+    assert ratio_of(even, EAGER).endswith("even") and "even" not in ratio_of(even, EAGER, verdicts=False)
+
+
 def test_milliseconds_with_and_without_the_default_malloc():
     kept = comparison(default_malloc_ms={OURS: 4.0, EAGER: 1234.0})
     assert cells(milliseconds_table([comparison()], False)[2])[2:] == ["2", "5", "3", "1", "4.0"]
@@ -87,9 +96,9 @@ def test_a_training_step_has_tokens_and_shares_of_the_ranks_products():
 
 def test_breakdown_has_every_part_and_its_share():
     header, _, ours, theirs = map(cells, breakdown_table([training_step()]))
-    assert header[2:] == ["provider", "compute ms", "bubble ms", "communication ms", "sum ms"]
-    assert ours[2:] == [OURS, "300 (75%)", "100 (25%)", "-", "400"]
-    assert theirs[3:] == ["500 (50%)", "-", "500 (50%)", "1000"]
+    assert header[2:] == ["provider", "compute ms", "bubble ms", "communication ms", "sum ms", "step ms"]
+    assert ours[2:] == [OURS, "300 (75%)", "100 (25%)", "-", "400", "500"]
+    assert theirs[3:] == ["500 (50%)", "-", "500 (50%)", "1000", "510"]
 
 
 def test_scaling_is_beside_the_smallest_case():

@@ -59,10 +59,21 @@ def test_the_written_config_trains(tmp_path: Path, like: str, capsys: pytest.Cap
         "\n\n".join(f"the quick brown fox {i} jumps over the lazy dog" for i in range(400))
     )
     words = [
-        "train", str(path), "--data.path", str(tmp_path / "text.txt"), "--data.cache-folder", str(tmp_path / "cache"),
-        "--data.tokenizer-vocab-size", "280", "--training.num-steps", "2", "--training.run-folder", str(tmp_path / "r"),
-        "--training.eval-batches", "1",
-    ]  # fmt: skip
+        "train",
+        str(path),
+        "--data.path",
+        str(tmp_path / "text.txt"),
+        "--data.cache-folder",
+        str(tmp_path / "cache"),
+        "--data.tokenizer-vocab-size",
+        "280",
+        "--training.num-steps",
+        "2",
+        "--training.run-folder",
+        str(tmp_path / "r"),
+        "--training.eval-batches",
+        "1",
+    ]
     assert cli.main(words) == 0
     assert "step 2/2" in capsys.readouterr().out
 

@@ -142,7 +142,7 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([folder], "--output must be given (see fused-megatron preprocess --help)"),
-        (["--output", "x"], "FILES must be given"),
+        (["--output", "x"], "FILES must name a file or folder"),
         ([folder, "--output", tmp_path / "there"], "there.idx exists: choose another prefix, or remove it"),
         ([tmp_path / "none.txt", "--output", tmp_path / "x"], "none.txt: no such file"),
         ([tmp_path / "empty", "--output", tmp_path / "x"], "the folder holds no files"),

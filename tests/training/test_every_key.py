@@ -170,9 +170,8 @@ def steps_of(name: str) -> Callable[[Tried], Any]:
     return lambda tried: [record["step"] for record in tried.trained()[1] if name in record]
 
 
-def checkpoints(tried: Tried) -> list[str]:
-    tried.trained()
-    return sorted(path.name for path in (tried.folder / "run" / "checkpoints").iterdir())
+def saved(tried: Tried, folder: str = "checkpoints") -> list[str]:
+    return sorted(path.name for path in (tried.trained()[0].run_folder.path / folder).glob("*"))
 
 
 def first_rows(tried: Tried) -> Any:
@@ -341,28 +340,22 @@ ROWS: dict[str, Row] = {
     "training.seed": Row(5, everything_of_seed, CHANGED, {"model.hidden_dropout": 0.1}),
     "training.eval_interval": Row(3, steps_of("validation_loss"), [3, 4]),
     "training.eval_batches": Row(2, lambda tried: tried.curve("validation_tokens")[0], 2 * 4 * 12),
-    "training.checkpoint_interval": Row(
-        3, checkpoints, ["step-000003", "step-000004"], {"training.keep_checkpoints": 9}
-    ),
+    "training.checkpoint_interval": Row(3, saved, ["step-000003", "step-000004"], {"training.keep_checkpoints": 9}),
     "training.async_checkpoint": Row(False, saving_threads, ["MainThread"]),
-    "training.keep_checkpoints": Row(1, checkpoints, ["step-000004"]),
+    "training.keep_checkpoints": Row(1, saved, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
     "training.cluster": Row("h100", predicted_steps, 4),
-    "training.profile_steps": Row(
-        1, lambda tried: [p.name for p in (tried.trained()[0].run_folder.profile).glob("*")], ["rank-0.trace.json"]
-    ),
+    "training.profile_steps": Row(1, lambda tried: saved(tried, "profile"), ["rank-0.trace.json"]),
+    "training.named_ranges": Row(True, lambda tried: tried.trained()[0]._ranges is not None, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),
 }
 # Keys whose effect needs several ranks, a terminal or the files of a command, and the tests that have them.
 ELSEWHERE = {
+    **dict.fromkeys([f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"),
     **dict.fromkeys(
-        [f"parallel.{field.name}" for field in dataclasses.fields(ParallelConfig)], "test_keys_of_the_layout"
+        ["data.weights", *(f"training.{name}" for name in ("run_folder", "log_interval", "tensorboard", "trackers"))],
+        "test_lines_and_folders",
     ),
-    "training.run_folder": "test_lines_and_folders",
-    "data.weights": "test_lines_and_folders",
-    "training.log_interval": "test_lines_and_folders",
-    "training.tensorboard": "test_lines_and_folders",
-    "training.trackers": "test_a_tracker_that_is_not_installed_is_named",
 }
 
 
@@ -486,28 +479,21 @@ def test_keys_of_the_layout(folder: Path) -> None:
         assert found == expected
 
 
-def test_a_tracker_that_is_not_installed_is_named(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """tests/training/test_trackers.py has the trackers that are installed."""
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match=r'training\.trackers needs wandb: pip install "wandb>=0\.18"'):
-        train(config_of(folder, {"training.trackers": ("wandb",)}), tmp_path / "run")
-
-
-def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_and_folders(folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_megatron.config.config_file import with_run_folder  # noqa: PLC0415 - this test only
 
     for interval, lines in ((2, ["step 2/4", "step 4/4"]), (3, ["step 3/4", "step 4/4"])):
         Tried(config_of(folder, {"training.log_interval": interval}), tmp_path / f"{interval}").trained()
         printed = capsys.readouterr().out.splitlines()
         assert [line.split("  ")[0] for line in printed if line.startswith("step") and "loss " in line[:18]] == lines
-    given = config_of(folder, {"training.run_folder": "some/where"})
-    assert with_run_folder(given, Path("my.toml")).training.run_folder == "some/where"
-    assert with_run_folder(config_of(folder, {}), Path("my.toml")).training.run_folder == "runs/my"
-    both = {"data.path": (str(folder / "text"), str(folder / "other"))}
-    blends = [Tried(config_of(folder, both | {"data.weights": w}), tmp_path).data() for w in (None, (1.0, 9.0))]
-    assert [blend.training.order.counts(40) for blend in blends] == [[20, 20], [4, 36]]
+    for given, wanted in (({"training.run_folder": "some/where"}, "some/where"), ({}, "runs/my")):
+        assert with_run_folder(config_of(folder, given), Path("my.toml")).training.run_folder == wanted
+    monkeypatch.setitem(sys.modules, "wandb", None)  # tests/training/test_trackers.py has the trackers themselves
+    with pytest.raises(InputError, match=r'training\.trackers needs wandb: pip install "wandb>=0\.18"'):
+        train(config_of(folder, {"training.trackers": ("wandb",)}), tmp_path / "run")
+    for weights, counts in ((None, [20, 20]), ((1.0, 9.0), [4, 36])):
+        both = {"data.path": (str(folder / "text"), str(folder / "other")), "data.weights": weights}
+        assert Tried(config_of(folder, both), tmp_path).data().training.order.counts(40) == counts
     pytest.importorskip("tensorboard")
     Tried(config_of(folder, {"training.tensorboard": True}), tmp_path / "board").trained()
     assert list((tmp_path / "board" / "run" / "tensorboard").iterdir())

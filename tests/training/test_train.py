@@ -14,6 +14,7 @@ from fused_megatron.checks import InputError, SharedInputError
 from fused_megatron.config import DataConfig, GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.data import corpus, token_digest
 from fused_megatron.training.run_folder_lease import Lease
+from fused_megatron.training.stop_request import StopRequest
 from fused_megatron.training.train import train
 
 
@@ -108,3 +109,28 @@ def test_a_run_beside_its_prediction(config: TrainConfig, tmp_path: Path, capsys
     assert picture.count("<title>0F") == picture.count("<title>0B") == 4
     with pytest.raises(InputError, match="has no step with a prediction"):
         run_report(ReportArguments((tmp_path / "None",)))
+
+
+@pytest.mark.parametrize("eval_interval", [2, 1_000_000], ids=["evaluations", "a stop only"])
+def test_the_picture_is_drawn_at_each_evaluation_and_when_the_run_is_stopped(
+    config: TrainConfig, tmp_path: Path, eval_interval: int
+) -> None:
+    pytest.importorskip("matplotlib")
+    run, waiting, stop = RunFolder(tmp_path / "run"), threading.Event(), StopRequest()
+
+    def watch() -> None:
+        for _ in range(2):
+            # A picture that was removed comes back while the run goes on; or, without evaluations, a step is done.
+            seen = run.loss_picture if eval_interval == 2 else run.metrics
+            while not (seen.exists() and seen.stat().st_size):
+                waiting.wait(0.01)
+            run.loss_picture.unlink(missing_ok=True)
+        stop.asked = "SIGTERM"
+
+    other = threading.Thread(target=watch)
+    other.start()
+    training = dataclasses.replace(config.training, num_steps=100_000, eval_interval=eval_interval)
+    assert not train(dataclasses.replace(config, training=training), run.path, stop)
+    other.join()
+    stop.end()
+    assert run.loss_picture.read_bytes().startswith(b"\x89PNG")

@@ -19,6 +19,7 @@ from fused_megatron.benchmarking.report.two_runs import (
     verdict_line,
 )
 from fused_megatron.checks import InputError
+from fused_megatron.terminal_tables import print_report
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def run_report(arguments: ReportArguments) -> int:
         lines += [*([""] if lines else []), *run_lines(path, arguments.plots)]
     text = "\n".join(lines) + "\n"
     if arguments.write is None:
-        print(text, end="")
+        print_report(text.rstrip("\n"))
         return code
     try:
         arguments.write.write_text(text, encoding="utf-8")

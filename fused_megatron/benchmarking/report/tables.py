@@ -23,6 +23,8 @@ _KEY = (
     f"or the median is within {BETWEEN_RUNS:g}x of 1, as far as medians of the same code move between two runs."
 )
 
+_SMOKE = "a smoke run: tiny sizes and two rounds show that everything runs, and say nothing about what is faster"
+
 
 def head_lines(results: Results, which: str = "") -> list[str]:
     """Return the lines with theme, machine, date and settings, and a line if the run was interrupted."""
@@ -33,16 +35,19 @@ def head_lines(results: Results, which: str = "") -> list[str]:
     return lines
 
 
-def results_lines(results: Results, brief: bool = False) -> list[str]:
+def results_lines(results: Results, brief: bool = False, *, verdicts: bool = True) -> list[str]:
     """Return the whole report on one file.
 
     Args:
         results: of the file.
         brief: for ops, show only the table of speed-ups.
+        verdicts: False for a smoke run: no verdicts, and a line that says so.
     """
     cases = results.comparisons
     if not cases:
         return [*head_lines(results), "no case was measured"]
+    if not verdicts:
+        return [*head_lines(results), _SMOKE, "", *speed_table(cases, verdicts=False), "", *remarks(cases)]
     lines = [*head_lines(results), *_ceiling_line(results), _KEY]
     lines += _op_lines(results, brief) if _plain_ops(cases) else _provider_lines(results)
     return [*lines, "", *remarks(cases)]
@@ -90,7 +95,11 @@ def _provider_lines(results: Results) -> list[str]:
     bars = [f"{c.name}: {'; '.join(verdicts)}" for c in cases if (verdicts := bar_verdicts(c))]
     lines += ["", *bars] if bars else []
     if any(c.breakdown for c in cases):
-        lines += ["", "Where a step's time goes (communication: exposed, nothing ran beside it):"]
+        lines += [
+            "",
+            "Where a step's time goes, of steps measured apart (communication: exposed, nothing ran beside it; step",
+            "ms: the median of the timed steps, from which the speed-ups come):",
+        ]
         lines += ["", *breakdown_table(cases)]
     if any(c.forward_seconds for c in cases):
         lines += ["", "Milliseconds, forward + backward:", "", *phases_table(cases)]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ from fused_megatron.pipeline.schedule.routing import input_of, output_of, peer
 ShapeIds = Callable[[], Sequence[int]]
 Tensors = Sequence[Any]
 """Tensors; a gradient may be None."""
+
+Around = Callable[[Action], AbstractContextManager[object]]
+"""Context for each action of a rank."""
 
 
 class StepInputs(NamedTuple):
@@ -117,6 +121,7 @@ class ActionLoop:
         self._versions: Mapping[int, StashedWeights] = {}
         self._step = _NO_STEP
         self._shape_ids: ShapeIds = tuple
+        self.around: Around | None = None
         self.current_action: Action | None = None  # the action that runs, or failed
 
     def run(self, step: StepInputs, shape_ids: ShapeIds, training: bool) -> dict[int, torch.Tensor]:
@@ -146,7 +151,11 @@ class ActionLoop:
                     messages.post(receive, shape_ids()[receive.microbatch])
                 operands = self._operands(action)
                 start = time.perf_counter() if observe else 0.0
-                self._perform(action, operands)
+                if self.around is None:
+                    self._perform(action, operands)
+                else:
+                    with self.around(action):
+                        self._perform(action, operands)
                 del operands  # before the next action waits
                 if observe:
                     observe(action, start, time.perf_counter())

@@ -9,7 +9,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError, SharedInputError, first_line
 from fused_megatron.collectives.groups import Group, group_rank
-from fused_megatron.pipeline.run.action_loop import ActionLoop, StepInputs
+from fused_megatron.pipeline.run.action_loop import ActionLoop, Around, StepInputs
 from fused_megatron.pipeline.run.channels import Transport
 from fused_megatron.pipeline.run.connections import Connections, default_device
 from fused_megatron.pipeline.run.executor_checks import (
@@ -151,6 +151,14 @@ class PipelineExecutor:
     def current_action(self) -> Action | None:
         """The action that this rank runs; None between steps."""
         return self._loop.current_action
+
+    def run_actions_in(self, around: Around | None) -> None:
+        """Run each action of later steps in a context of the caller's, such as a range of NVTX; None: in none.
+
+        Args:
+            around: called with the action; sends and receives are actions too.
+        """
+        self._loop.around = around
 
     @property
     def num_live(self) -> int:
