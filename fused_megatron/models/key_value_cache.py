@@ -1,6 +1,6 @@
 """Cache of the keys and values of tokens that a GPT has read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ class KeyValueCache:
         self._new, self._width = [0] * batch, 0
         self._blocks: dict[str, BlockCache] = {}
         self._visible: torch.Tensor | None = None
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, num_new: Sequence[int], width: int) -> None:
         """Announce the next forward: num_new[b] tokens of sequence b, at least 1, padded to `width` tokens."""
@@ -62,6 +63,29 @@ class KeyValueCache:
         if self.is_even and stop <= longest:
             return SequenceLayout(stop, ((first, stop),)), None
         return SequenceLayout.whole(self._width), self._query_positions(device).clamp(max=longest - 1)
+
+    def rotary(
+        self,
+        tables: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        sequence: SequenceLayout,
+        positions: torch.Tensor | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin of the new tokens, from tables of all positions that are made once.
+
+        Args:
+            tables: makes the tables of positions [1, S], [S, 1, Drot / 2] each.
+            sequence, positions: as positions() returns them.
+            device: of the tables.
+        """
+        if self._rotary is None:
+            cos, sin = tables(torch.arange(self.capacity, device=device).unsqueeze(0))
+            self._rotary = cos.squeeze(1), sin.squeeze(1)
+        if positions is not None:
+            cos, sin = (table[positions.t()] for table in self._rotary)
+        else:
+            cos, sin = (sequence.take(table) for table in self._rotary)
+        return cos, sin
 
     def blocks(self, names: Iterable[str]) -> "list[BlockCache]":
         """Return the caches of the blocks with these names."""
