@@ -1,6 +1,6 @@
 """Cache of the keys and values of tokens that a GPT has read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,14 +31,19 @@ class KeyValueCache:
         self.capacity = capacity
         self.lengths = [0] * batch
         self._new, self._width = [0] * batch, 0
+        self._is_even, self._longest = True, 0
         self._blocks: dict[str, BlockCache] = {}
         self._visible: torch.Tensor | None = None
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def begin(self, num_new: Sequence[int], width: int) -> None:
         """Announce the next forward: num_new[b] tokens of sequence b, at least 1, padded to `width` tokens."""
+        # Once a forward, since each block asks for them.
+        self._longest = max(self.lengths)
+        self._is_even = min(self.lengths) == self._longest
         check(
-            max(self.lengths) + width <= self.capacity,
-            f"capacity={self.capacity} must hold {max(self.lengths)} tokens and {width} more",
+            self._longest + width <= self.capacity,
+            f"capacity={self.capacity} must hold {self._longest} tokens and {width} more",
         )
         self._new, self._width, self._visible = list(num_new), width, None
 
@@ -48,8 +53,13 @@ class KeyValueCache:
 
     @property
     def is_even(self) -> bool:
-        """Whether all sequences have the same number of kept tokens."""
-        return min(self.lengths) == max(self.lengths)
+        """Whether all sequences had the same number of kept tokens before the last begin()."""
+        return self._is_even
+
+    @property
+    def longest(self) -> int:
+        """Number of kept tokens of the longest sequence before the last begin()."""
+        return self._longest
 
     def positions(self, longest: int, device: torch.device) -> tuple[SequenceLayout, torch.Tensor | None]:
         """Return the positions of the new tokens: the same for all sequences, or (second result) [B, width] int64.
@@ -62,6 +72,29 @@ class KeyValueCache:
         if self.is_even and stop <= longest:
             return SequenceLayout(stop, ((first, stop),)), None
         return SequenceLayout.whole(self._width), self._query_positions(device).clamp(max=longest - 1)
+
+    def rotary(
+        self,
+        tables: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+        sequence: SequenceLayout,
+        positions: torch.Tensor | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin of the new tokens, from tables of all positions that are made once.
+
+        Args:
+            tables: makes the tables of positions [1, S], [S, 1, Drot / 2] each.
+            sequence, positions: as positions() returns them.
+            device: of the tables.
+        """
+        if self._rotary is None:
+            cos, sin = tables(torch.arange(self.capacity, device=device).unsqueeze(0))
+            self._rotary = cos.squeeze(1), sin.squeeze(1)
+        if positions is not None:
+            cos, sin = (table[positions.t()] for table in self._rotary)
+        else:
+            cos, sin = (sequence.take(table) for table in self._rotary)
+        return cos, sin
 
     def blocks(self, names: Iterable[str]) -> "list[BlockCache]":
         """Return the caches of the blocks with these names."""
@@ -78,7 +111,7 @@ class KeyValueCache:
         """Return which keys each new token sees, [B, 1, width, longest sequence] bool; all blocks share it."""
         if self._visible is None:
             query = self._query_positions(device)[:, None, :, None]
-            key = torch.arange(max(self.lengths) + self._width, device=device)
+            key = torch.arange(self._longest + self._width, device=device)
             self._visible = key <= query
             if window is not None:
                 self._visible &= key > query - window
@@ -87,7 +120,7 @@ class KeyValueCache:
     def new_slots(self, device: torch.device) -> slice | torch.Tensor:
         """Return the places of the new tokens in a sequence: a slice for all sequences, or [B, width] int64."""
         if self.is_even:
-            return slice(self.lengths[0], self.lengths[0] + self._width)
+            return slice(self._longest, self._longest + self._width)
         return self._query_positions(device)
 
     def _query_positions(self, device: torch.device) -> torch.Tensor:
@@ -115,10 +148,10 @@ class BlockCache:
         """
         cache = self._cache
         self._store(key, value)
-        if max(cache.lengths) == 0:
+        if cache.longest == 0:
             return attend(query, key, value, mask)
         width, batch, heads, head_dim = query.shape
-        stop = max(cache.lengths) + width
+        stop = cache.longest + width
         first, visible = 0, None
         if width == 1 and cache.is_even:
             first = 0 if mask.window is None else max(0, stop - mask.window)

@@ -292,7 +292,7 @@ class TransformerStack(ShardedModule):
             x = self._embed(x, sequence, token_types, positions)
             if masks is not None and self.config.embedding_dropout > 0:
                 x = masks.drop(0, x, self.config.embedding_dropout)
-        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions), partition, cache)
+        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions, cache), partition, cache)
         x = x if self.final_norm is None else self.final_norm(x)
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
 
@@ -394,11 +394,24 @@ class TransformerStack(ShardedModule):
         return position_rows + types
 
     def _rotary(
-        self, sequence: SequenceLayout, x: torch.Tensor, positions: torch.Tensor | None = None
+        self,
+        sequence: SequenceLayout,
+        x: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tables | None:
         if self.config.position != "rotary":
             return None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if cache is not None:
+            # A sequence of 1: with a cache dynamic scaling never reaches a length that changes the frequencies.
+            one = SequenceLayout.whole(1)
+            return cache.rotary(
+                lambda each: rotary_tables(one, self.config, device=x.device, dtype=dtype, positions=each),
+                sequence,
+                positions,
+                x.device,
+            )
         return rotary_tables(sequence, self.config, device=x.device, dtype=dtype, positions=positions)
 
     def _blocks(

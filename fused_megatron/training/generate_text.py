@@ -100,9 +100,10 @@ def generate_text(arguments: GenerateArguments, show: Callable[[str], None] | No
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size, seq_len=length)
         config = dataclasses.replace(config, model=model_config)
         model = _load(config, checkpoint, this_rank)
-        reporter = Reporter(this_rank.rank == 0, 1)
-        reporter.say(f"{checkpoint}, {this_rank.world_size} {this_rank.device.type} rank(s)")
-        _say_what_is_slow(config.model, max(map(len, prompts)) + arguments.num_tokens, reporter)
+        slow = _slow(config.model, max(map(len, prompts)) + arguments.num_tokens)
+        Reporter(this_rank.rank == 0, 1).say(
+            f"{checkpoint}, {this_rank.world_size} {this_rank.device.type} rank(s){slow}"
+        )
         show = show if this_rank.rank == 0 else None
         texts = _Texts(tokenizer, arguments.prompts, prompts, ends, show or (lambda piece: None))
         continue_prompts(
@@ -185,12 +186,14 @@ def _load(config: TrainConfig, checkpoint: Path, this_rank: ThisRank) -> ModelSt
     return model
 
 
-def _say_what_is_slow(model: TransformerConfig, num_tokens: int, reporter: Reporter) -> None:
+def _slow(model: TransformerConfig, num_tokens: int) -> str:
+    """Return a note if a text can grow beyond what a key-value cache serves; "" if it cannot."""
     fast = reads_at_once(model)
-    if num_tokens > fast:
-        reporter.say(
-            f"beyond {fast} tokens each token is slow: it costs a forward over the last {model.seq_len} (model.seq_len)"
-        )
+    if num_tokens <= fast:
+        return ""
+    return (
+        f"; beyond {fast} tokens each token is slow: it costs a forward over the last {model.seq_len} (model.seq_len)"
+    )
 
 
 def _longest(run: RunFolder, model: TransformerConfig) -> int:

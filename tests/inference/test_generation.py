@@ -108,12 +108,17 @@ def prompts_of(form: str) -> list[list[int]]:
     return [[*prompt, 8, 8, 8, 8][:6] for prompt in PROMPTS] if form in (CAPACITY, "dynamic") else PROMPTS
 
 
+# Tokens of each row in each forward: rows of several lengths, and of one.
+UNEVEN, EVEN = [[4, 1, 2], [1, 1, 1], [2, 3, 1], [1, 1, 1]], [[5, 5, 5], [1, 1, 1], [1, 1, 1], [2, 2, 2]]
+
+
+@pytest.mark.parametrize("news", [UNEVEN, EVEN], ids=["uneven", "even"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_cache_changes_no_logit(form: str) -> None:
+def test_a_cache_changes_no_logit(form: str, news: list[list[int]]) -> None:
     """Each row's next logits equal those of a forward over its tokens from the first one."""
     model, generator = model_of(form), torch.Generator().manual_seed(3)
     assert reads_at_once(model.config) == FORMS[form][1]
-    lengths, news = [0, 0, 0], [[4, 1, 2], [1, 1, 1], [2, 3, 1], [1, 1, 1]]
+    lengths = [0, 0, 0]
     rows = torch.randint(37, (3, 9), generator=generator)
     if form == CAPACITY:
         return  # never cached: the number of tokens decides which of them an expert drops

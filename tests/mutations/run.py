@@ -40,8 +40,9 @@ def main(words: list[str]) -> int:
 
 def mutations() -> tuple[Any, ...]:
     """Return the rows of the tables."""
-    table, of_experts = _module("table.py"), _module("table_of_experts.py")
-    return (*table.MUTATIONS, *(table.Mutation(*row) for row in of_experts.MUTATIONS))
+    table = _module("table.py")
+    others = (_module("table_of_experts.py"), _module("table_of_generation.py"))
+    return (*table.MUTATIONS, *(table.Mutation(*row) for other in others for row in other.MUTATIONS))
 
 
 def _module(name: str) -> Any:

@@ -338,9 +338,9 @@ MUTATIONS = (
     ),
     Mutation(
         "top_k is one token short",
-        "fused_megatron/inference/generation.py",
-        "logits.topk(top_k, dim=-1)",
-        "logits.topk(max(1, top_k - 1), dim=-1)",
+        "fused_megatron/inference/sampling.py",
+        "logits.topk(sampling.top_k, dim=-1)",
+        "logits.topk(max(1, sampling.top_k - 1), dim=-1)",
         ("tests/inference/test_generation.py::test_top_k_draws_from_the_likeliest_k_tokens",),
     ),
     Mutation(
