@@ -25,6 +25,20 @@ def parse_amount(name: str, text: str) -> int:
     return value
 
 
+def parse_price(text: str) -> float:
+    """Read the price of a GPU hour: a number above 0 and below a million.
+
+    Raises:
+        InputError: anything else.
+    """
+    try:
+        price = float(text)
+    except ValueError:
+        price = math.nan
+    check(0 < price < 1e6, f"price={text!r:.40} must be a number above 0, of one GPU and hour, such as 2.50")
+    return price
+
+
 def amount_text(value: float) -> str:
     """Return a number as people write it: 6.74B, 32k."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):

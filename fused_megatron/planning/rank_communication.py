@@ -200,26 +200,36 @@ def expert_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]
         config: the config of the whole run.
         span: the blocks of the stage.
     """
+    sent: Counter[str] = Counter()
+    for of_axis in expert_communication_by_axis(config, span).values():
+        sent.update(of_axis)
+    return dict(sent)
+
+
+def expert_communication_by_axis(config: TrainConfig, span: StageSpan) -> dict[str, dict[str, int]]:
+    """Compute the same bytes as expert_communication for the group of ep ranks, and for the group of etp ranks."""
     model, parallel = config.model, config.parallel
     ep, etp = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size
     blocks = range(span.start, span.stop)
     recomputed = model.recomputed_blocks(len(blocks)) if model.recompute == "full" else 0
     number = sum(model.has_experts(block) for block in blocks)
-    again = sum(model.has_experts(block) for block in blocks[:recomputed])
-    if ep * etp == 1 or not number:
-        return {}
+    forwards = number + sum(model.has_experts(block) for block in blocks[:recomputed])
     row = config.training.element_bytes * model.hidden_size
     tokens, selected = own_tokens(config), model.experts_per_token
-    forwards = number + again
-    sent: Counter[str] = Counter()
-    if expert_dispatch(config) == "all_to_all":
-        pairs = selected * tokens * (ep - 1) // ep + selected * tokens * (etp - 1)
-        sent["all_to_all"] = pairs * (row * (forwards + 3 * number) + 4 * (forwards + number))
-    else:
-        ranks = sum(size for size, is_used in ((ep, ep > 1), (ep * etp, etp > 1)) if is_used)
-        sent["all_gather"] = ranks * tokens * (row * (forwards + number) + 8 * selected * forwards)
-        sent["reduce_scatter"] = ranks * tokens * (2 * row + 4 * selected) * number
-    return dict(sent)
+    found: dict[str, dict[str, int]] = {}
+    for axis, size in (("ep", ep), ("etp", etp)):
+        if size == 1 or not number:
+            continue
+        if expert_dispatch(config) == "all_to_all":
+            pairs = selected * tokens * (ep - 1) // ep if axis == "ep" else selected * tokens * (etp - 1)
+            found[axis] = {"all_to_all": pairs * (row * (forwards + 3 * number) + 4 * (forwards + number))}
+        else:
+            ranks = ep if axis == "ep" else ep * etp
+            found[axis] = {
+                "all_gather": ranks * tokens * (row * (forwards + number) + 8 * selected * forwards),
+                "reduce_scatter": ranks * tokens * (2 * row + 4 * selected) * number,
+            }
+    return found
 
 
 def expert_dispatch(config: TrainConfig) -> str:

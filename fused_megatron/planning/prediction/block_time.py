@@ -3,114 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 
 from fused_megatron.config import TrainConfig
-from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage
+from fused_megatron.data_parallel.placement import ZERO_STAGES, Placements, zero_stage
 from fused_megatron.models import StageSpan
 from fused_megatron.planning.parameter_counts import (
     attention_features,
     block_parameters,
     expansion_features,
+    stage_parameters,
     vocabulary_elements,
 )
+from fused_megatron.planning.prediction.action_work import ActionWork, Work
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import exposed_s, replica_ring
 from fused_megatron.planning.prediction.engine import Engine
 from fused_megatron.planning.prediction.transfer_time import Ring
-from fused_megatron.planning.rank_communication import attention_communication, expert_communication
+from fused_megatron.planning.rank_communication import attention_communication, expert_communication_by_axis
 
-
-@dataclass(frozen=True)
-class Work:
-    """Seconds that a rank needs for an action, by cause; `host` runs beside the others on a GPU.
-
-    Attributes:
-        products: matrix products, and fused attention.
-        memory_bound: all other kernels.
-        tensor_parallel, context_parallel, expert_parallel, data_parallel: collectives that nothing hides.
-        host: the host's time for the ops of the action.
-    """
-
-    products: float = 0.0
-    memory_bound: float = 0.0
-    tensor_parallel: float = 0.0
-    context_parallel: float = 0.0
-    expert_parallel: float = 0.0
-    data_parallel: float = 0.0
-    host: float = 0.0
-
-    # Written out, since a search adds millions of them.
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.products + other.products,
-            self.memory_bound + other.memory_bound,
-            self.tensor_parallel + other.tensor_parallel,
-            self.context_parallel + other.context_parallel,
-            self.expert_parallel + other.expert_parallel,
-            self.data_parallel + other.data_parallel,
-            self.host + other.host,
-        )
-
-    def __mul__(self, number: float) -> Work:
-        return Work(
-            self.products * number,
-            self.memory_bound * number,
-            self.tensor_parallel * number,
-            self.context_parallel * number,
-            self.expert_parallel * number,
-            self.data_parallel * number,
-            self.host * number,
-        )
-
-    @property
-    def on_device(self) -> float:
-        """Seconds of the device, if it never waits for the host."""
-        collectives = self.tensor_parallel + self.context_parallel + self.expert_parallel + self.data_parallel
-        return self.products + self.memory_bound + collectives
-
-    def seconds(self, device: str) -> float:
-        """Return the seconds of an action: a GPU's host runs ahead, a CPU's ops follow each other."""
-        return self.on_device + self.host if device == "cpu" else max(self.on_device, self.host)
-
-
+_EXPERT_COLLECTIVES = 6
+"""Collectives of a block with experts over ep ranks, and as many over etp ranks: three forward, three backward."""
 _CHUNKS = 8
 """Chunks into which products are cut whose collectives run beside them; the first chunk hides nothing."""
-
-
-@dataclass(frozen=True)
-class ActionWork:
-    """Work of a microbatch in a stage.
-
-    Attributes:
-        forward: F.
-        backward: B, with the recomputed forward.
-        weight_grad: W, the part of backward that a zero-bubble schedule runs later.
-    """
-
-    forward: Work
-    backward: Work
-    weight_grad: Work
-
-    def __add__(self, other: ActionWork) -> ActionWork:
-        return ActionWork(
-            self.forward + other.forward, self.backward + other.backward, self.weight_grad + other.weight_grad
-        )
-
-    def __mul__(self, number: float) -> ActionWork:
-        return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
-
-    @cached_property
-    def totals(self) -> tuple[float, float, float, float]:
-        """Seconds of the device and of the host for F, then for B."""
-        return self.forward.on_device, self.forward.host, self.backward.on_device, self.backward.host
-
-    def seconds(self, device: str) -> tuple[float, float, float]:
-        """Return the seconds of F, I and W."""
-        backward = self.backward.seconds(device)
-        weight_grad = min(self.weight_grad.products, backward)
-        return self.forward.seconds(device), backward - weight_grad, weight_grad
 
 
 def product_s(cluster: Cluster, size: int, count: float, m: float, n: float, k: float) -> float:
@@ -168,6 +84,8 @@ class StageTimes:
             yield 1, self._embedding
         if span.last:
             yield 1, self._head
+        if (span.first or span.last) and self._placements.gradients:
+            yield 1, self._sent_by_ends(span)
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
         """Return the work of one microbatch in a block."""
@@ -343,13 +261,21 @@ class StageTimes:
     def _with_experts(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
         if not has_experts:
             return forward, backward
-        parallel = self.config.parallel
-        ring = Ring(self.cluster, parallel.expert_parallel_size * parallel.expert_tensor_parallel_size)
-        model = self.config.model
-        first = model.expert_blocks[0]
-        sent = expert_communication(self.config, StageSpan(1, 3, first, first + 1))
-        seconds = sum(num_bytes / (1e9 * ring.gb_per_s) for num_bytes in sent.values())
-        seconds += 4e-6 * self.cluster.node_latency_us * (ring.size - 1)
+        etp = self.config.parallel.expert_tensor_parallel_size
+        # The etp ranks of a group of experts are neighbours; its ep ranks lie etp ranks apart.
+        rings = {
+            "ep": Ring(self.cluster, self.config.parallel.expert_parallel_size, etp),
+            "etp": Ring(self.cluster, etp),
+        }
+        first = self.config.model.expert_blocks[0]
+        sent = expert_communication_by_axis(self.config, StageSpan(1, 3, first, first + 1))
+        seconds = 0.0
+        for axis, of_axis in sent.items():
+            ring = rings[axis]
+            for kind, num_bytes in of_axis.items():
+                took = ring.exchange_s(num_bytes) if kind == "all_to_all" else ring.gather_s(num_bytes)
+                seconds += took - ring.latency_s
+            seconds += _EXPERT_COLLECTIVES * ring.latency_s
         return forward + Work(expert_parallel=seconds / 2), backward + Work(expert_parallel=seconds / 2)
 
     def _with_gathers(self, forward: Work, backward: Work, has_experts: bool) -> tuple[Work, Work]:
@@ -357,18 +283,51 @@ class StageTimes:
 
         Stages 2 and 3 reduce gradients; stage 3 gathers weights for forward and again for backward.
         """
-        parallel = self.config.parallel
-        ring = replica_ring(self.cluster, parallel)
-        placements = ZERO_STAGES[zero_stage(parallel.zero_stage, ring.size)]
-        if not placements.gradients:
+        if not self._placements.gradients:
             return forward, backward
-        counts = block_parameters(self.config.model, parallel, has_experts)
-        gathers = placements.weights and parallel.zero_gather == "block"
-        gather = ring.gather_s(self.size * counts.total) if gathers else 0.0
-        reduce = ring.gather_s(self.engine.gradient_bytes * counts.total)
+        number = block_parameters(self.config.model, self.config.parallel, has_experts).total
+        gather = self._gather_s(number)
         forward += Work(data_parallel=self.exposed(gather, forward.on_device))
-        backward += Work(data_parallel=self.exposed(gather + reduce, backward.on_device))
+        backward += Work(data_parallel=self.exposed(gather + self._reduce_s(number), backward.on_device))
         return forward, backward
+
+    def _sent_by_ends(self, span: StageSpan) -> ActionWork:
+        """Return what ZeRO sends in every microbatch for the vocabulary tables, positions and the last norm.
+
+        Each use of a table gathers it once: the loss computes its gradient in forward. A table that is the embedding
+        and the head is reduced once.
+        """
+        model, parallel = self.config.model, self.config.parallel
+        number = stage_parameters(model, replace(span, stop=span.start), parallel).total
+        table, uses = vocabulary_elements(model, self.tp), span.first + span.last
+        others = number - table * (1 if model.tied_embeddings else uses)
+        ends = [work for work, is_here in ((self._embedding, span.first), (self._head, span.last)) if is_here]
+        in_forward, in_backward = (
+            sum(work.on_device for work in works)
+            for works in ([end.forward for end in ends], [end.backward for end in ends])
+        )
+        gathered, again = self._gather_s(uses * table + others), self._gather_s(others)
+        return ActionWork(
+            Work(data_parallel=self.exposed(gathered, in_forward)),
+            Work(data_parallel=self.exposed(again + self._reduce_s(number), in_backward)),
+            Work(),
+        )
+
+    @cached_property
+    def _replica_ring(self) -> Ring:
+        return replica_ring(self.cluster, self.config.parallel)
+
+    @cached_property
+    def _placements(self) -> Placements:
+        return ZERO_STAGES[zero_stage(self.config.parallel.zero_stage, self._replica_ring.size)]
+
+    def _gather_s(self, num_parameters: int) -> float:
+        """Return the seconds of a gather of weights in a microbatch, with every ZeRO stage."""
+        gathers = self._placements.weights and self.config.parallel.zero_gather == "block"
+        return self._replica_ring.gather_s(self.size * num_parameters) if gathers else 0.0
+
+    def _reduce_s(self, num_parameters: int) -> float:
+        return self._replica_ring.gather_s(self.engine.gradient_bytes * num_parameters)
 
     def exposed(self, transfer_s: float, computation_s: float) -> float:
         """Return the seconds that a transfer beside a computation adds to it."""

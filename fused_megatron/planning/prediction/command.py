@@ -9,7 +9,7 @@ from typing import Any
 from fused_megatron.checks import check
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import load_config
-from fused_megatron.planning.amounts import parse_amount, seconds_text
+from fused_megatron.planning.amounts import parse_amount, parse_price, seconds_text
 from fused_megatron.planning.command_line import on_ranks, split_options, text_table, whole_number
 from fused_megatron.planning.engine_memory import device_memory
 from fused_megatron.planning.prediction.cluster import Cluster, load_cluster
@@ -71,22 +71,12 @@ def run_predict(words: Sequence[str]) -> int:
     engine = found.get("--engine", OWN)
     prediction = predict_step(config, cluster, engine=engine)
     tokens = parse_amount("tokens", found["--tokens"]) if "--tokens" in found else None
-    facts = step_facts(config, cluster, prediction, engine=engine, tokens=tokens, price=_price(found.get("--price")))
+    price = parse_price(found["--price"]) if "--price" in found else None
+    facts = step_facts(config, cluster, prediction, engine=engine, tokens=tokens, price=price)
     if "--trace" in found:
         write_trace(prediction, Path(found["--trace"]))
     print(json.dumps(facts, indent=2) if "--json" in found else describe(config, cluster, prediction, facts))
     return 0
-
-
-def _price(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    check(0 <= price < 1e9, f"price={text!r:.40} must be a number, 0 or more")
-    return price
 
 
 def step_facts(

@@ -10,7 +10,8 @@ from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.pipeline.schedule.action import stages_of
 from fused_megatron.pipeline.view.simulation import Costs, Timeline
 from fused_megatron.planning.parameter_counts import stage_parameters
-from fused_megatron.planning.prediction.block_time import ActionWork, StageTimes, Work
+from fused_megatron.planning.prediction.action_work import ActionWork, Work
+from fused_megatron.planning.prediction.block_time import StageTimes
 from fused_megatron.planning.prediction.cluster import Cluster
 from fused_megatron.planning.prediction.end_of_step import message_s, reduction_s, update_s
 from fused_megatron.planning.prediction.engine import OWN, engine_of

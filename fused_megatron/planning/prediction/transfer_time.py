@@ -37,8 +37,8 @@ class Ring:
         return min(self.cluster.node_gb_per_s, self.cluster.network_gb_per_s * self.in_node)
 
     @cached_property
-    def _latency_s(self) -> float:
-        """Return the time beyond the bytes: along a ring in a node, along a tree between nodes."""
+    def latency_s(self) -> float:
+        """Time of a collective beyond its bytes: along a ring in a node, along a tree between nodes."""
         nodes = ceil(self.size / self.in_node)
         in_node = self.cluster.node_latency_us * (self.in_node - 1)
         between = self.cluster.network_latency_us * ceil(log2(nodes)) if self.leaves_node else 0.0
@@ -49,14 +49,25 @@ class Ring:
         if self.size == 1 or not num_bytes:
             return 0.0
         share = (self.size - 1) / self.size
-        return self._latency_s + share * num_bytes / (1e9 * self.gb_per_s)
+        return self.latency_s + share * num_bytes / (1e9 * self.gb_per_s)
 
     def all_reduce_s(self, num_bytes: float) -> float:
         """Return the seconds of an all-reduce of num_bytes: a reduce-scatter and an all-gather."""
         if self.size == 1 or not num_bytes:
             return 0.0
         share = (self.size - 1) / self.size
-        return self._latency_s + 2 * share * num_bytes / (1e9 * self.gb_per_s)
+        return self.latency_s + 2 * share * num_bytes / (1e9 * self.gb_per_s)
+
+    def exchange_s(self, num_bytes: float) -> float:
+        """Return the seconds of an all-to-all in which a rank sends num_bytes, in equal parts, to all other ranks.
+
+        A rank sends what leaves the node through its own network adapter, beside what stays in the node.
+        """
+        if self.size == 1 or not num_bytes:
+            return 0.0
+        leaving = (self.size - self.in_node) / (self.size - 1) if self.leaves_node else 0.0
+        in_node = (1 - leaving) * num_bytes / (1e9 * self.cluster.node_gb_per_s)
+        return self.latency_s + max(in_node, leaving * num_bytes / (1e9 * self.cluster.network_gb_per_s))
 
     def message_s(self, num_bytes: float) -> float:
         """Return the seconds of a message of num_bytes to the next rank of the group."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from fused_megatron.checks import InputError, check, check_positive
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.config_file import config_text
-from fused_megatron.planning.amounts import parse_amount
+from fused_megatron.planning.amounts import parse_amount, parse_price
 from fused_megatron.planning.command_line import split_options, whole_number
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.search.best_layouts import Plan, find_best
@@ -124,7 +124,8 @@ def parse_options(words: Sequence[str]) -> PlanOptions:
         batch_tokens=batch,
         dtype="float32" if cluster.device == "cpu" else "bfloat16",
     )
-    request = Request(workload, cluster, num_gpus, tokens, _price(found.get("--price")))
+    price = parse_price(found["--price"]) if "--price" in found else None
+    request = Request(workload, cluster, num_gpus, tokens, price)
     return PlanOptions(request, write, "--no-verify" not in found, "--json" in found)
 
 
@@ -141,17 +142,6 @@ def _number(name: str, text: str) -> int:
 
 def _amount(name: str, found: dict[str, str]) -> int | None:
     return parse_amount(name[2:].replace("-", "_"), found[name]) if name in found else None
-
-
-def _price(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        price = float(text)
-    except ValueError:
-        raise InputError(f"price={text!r:.40} must be a number such as 2.50") from None
-    check(0 < price < 1e6, f"price={text} must be above 0, of one GPU and hour")
-    return price
 
 
 def _with_steps(config: TrainConfig, request: Request) -> TrainConfig:

@@ -6,8 +6,11 @@ import pytest
 
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.models import StageSpan
+from fused_megatron.planning.dry_run import DryRun
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.step_time import PARTS, fastest_possible, predict_step
+from fused_megatron.planning.rank_communication import expert_communication_by_axis
 
 A100 = load_cluster("a100")
 # Only products take time, at 100 TFLOP/s.
@@ -91,13 +94,13 @@ def test_replicas_reduce_gradients_and_gather_weights(zero_stage, factor):
     assert prediction.parts["data parallel"] == pytest.approx(0.75 * factor * parameters / 1e9, rel=1e-6)
 
 
-def test_zero_stage_2_reduces_gradients_of_blocks_in_every_microbatch():
+def test_zero_stage_2_reduces_gradients_in_every_microbatch():
     cluster = dataclasses.replace(PRODUCTS_ONLY, node_gb_per_s=1.0, transfer_overlap=0.0)
     prediction = predict_step(_config(data_parallel_size=4, zero_stage=2), cluster, engine="megatron-core")
     layers, hidden = MODEL.num_layers, MODEL.hidden_size
     blocks = layers * (12 * hidden**2 + 13 * hidden)
     parameters = blocks + (MODEL.vocab_size + MODEL.seq_len + 2) * hidden
-    sent = 0.75 * (8 * 4 * blocks + 2 * parameters)  # eight microbatches a replica
+    sent = 0.75 * (8 * 4 + 2) * parameters  # eight microbatches a replica
     assert prediction.parts["data parallel"] == pytest.approx(sent / 1e9, rel=1e-6)
 
 
@@ -157,3 +160,33 @@ def test_missing_sizes_are_one_line():
         predict_step(_config(dataclasses.replace(MODEL, vocab_size=None)), A100)
     with pytest.raises(InputError, match="engine='x' must be one of"):
         predict_step(_config(), A100, engine="x")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_replicas_send_the_bytes_of_the_ledger(tied, zero_stage):
+    model = GPTConfig(
+        num_layers=3, hidden_size=64, num_heads=4, seq_len=32, vocab_size=1001, tied_embeddings=tied, position="rotary"
+    )
+    config = _config(model, batch=12, micro=2, data_parallel_size=2, zero_stage=zero_stage)
+    cluster = dataclasses.replace(PRODUCTS_ONLY, node_gb_per_s=1e-3, transfer_overlap=0.0)
+    transfers = DryRun(config).rank(0).transfers
+    num_bytes = sum(transfers[kind, "dp"].num_bytes for kind in ("all_gather", "reduce_scatter"))
+    # A ring of two ranks sends half of the bytes of a tensor.
+    assert predict_step(config, cluster).parts["data parallel"] == pytest.approx(num_bytes / 2 / 1e6, rel=2e-3)
+
+
+def test_expert_groups_take_the_order_of_the_mesh():
+    model = dataclasses.replace(MODEL, num_experts=16, ffn_hidden_size=512)
+    slow = dataclasses.replace(PRODUCTS_ONLY, gpus_per_node=4, network_gb_per_s=10.0)
+    sizes = {"data_parallel_size": 8, "expert_dispatch": "all_to_all"}
+
+    def seconds(ep, etp):
+        config = _config(model, expert_parallel_size=ep, expert_tensor_parallel_size=etp, **sizes)
+        sent = expert_communication_by_axis(config, StageSpan(0, 1, 0, 8)).get("ep", {"all_to_all": 0})["all_to_all"]
+        return predict_step(config, slow).parts["expert parallel"], 4 * sent / 10e9
+
+    # Ranks of an expert are neighbours, in a node: only tokens to ranks of the other node take time.
+    for (ep, etp), leaving in (((2, 4), 1), ((4, 2), 2 / 3), ((8, 1), 4 / 7), ((4, 1), 0)):
+        predicted, whole = seconds(ep, etp)
+        assert predicted == pytest.approx(leaving * whole, rel=1e-3, abs=1e-9), (ep, etp)

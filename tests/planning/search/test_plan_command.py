@@ -105,6 +105,7 @@ def test_what_does_not_fit_names_the_nearest(tmp_path: Path, capsys: pytest.Capt
         ("--cluster h100 --gpus 8 --tokens 0", "tokens=0 must be 1 or more"),
         ("--cluster h100 --gpus 8 --batch-tokens 100", "must be at least one sequence"),
         ("--cluster h100 --gpus 8 --price free", "price='free' must be a number"),
+        ("--cluster h100 --gpus 8 --price 1e6", "price='1e6' must be a number above 0"),
         ("--cluster h100 --gpus 8 --write /nowhere/plan.toml", "no such folder"),
         ("--cluster h100 --gpus 8 --write plan.txt", "must be the name of a .toml file"),
         ("--cluster h100 --gpus 8 --model.num_layers 3", "needs one of our configs"),
