@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fused_megatron import collectives, context_parallel, interop, models, modules, ops, pipeline, tensor_parallel
     from fused_megatron.data_parallel.shard_data_parallel import shard_data_parallel
     from fused_megatron.data_parallel.sharded_optimizer import ShardedOptimizer
+    from fused_megatron.interop.add_adapters import add_adapters
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
@@ -29,6 +30,7 @@ __all__ = [
     "GradScaler",
     "Mesh",
     "ShardedOptimizer",
+    "add_adapters",
     "clip_grad_norm_",
     "collectives",
     "context_parallel",
@@ -53,6 +55,7 @@ _HOME = {
     "init_mesh": "mesh",
     "replace_modules": "modules",
     "parallelize": "interop",
+    "add_adapters": "interop",
     "GradScaler": "sharding",
     "clip_grad_norm_": "sharding",
     "full_state_dict": "interop",

@@ -1,5 +1,6 @@
 """Tensor parallelism for existing models: sharding in place, full state dicts, loading of pretrained weights."""
 
+from fused_megatron.interop.add_adapters import add_adapters
 from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
 from fused_megatron.interop.parallel_report import ParallelReport
 from fused_megatron.interop.parallelize import parallelize
@@ -8,6 +9,7 @@ from fused_megatron.sharding import clip_grad_norm_, full_tensor
 
 __all__ = [
     "ParallelReport",
+    "add_adapters",
     "clip_grad_norm_",
     "full_state_dict",
     "full_tensor",

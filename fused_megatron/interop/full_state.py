@@ -8,6 +8,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives import group_rank
+from fused_megatron.interop.adapters import is_of_adapter
 from fused_megatron.interop.split_experts import expert_split
 from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
@@ -25,7 +26,7 @@ def is_transposed(model: nn.Module) -> dict[torch.Tensor, bool]:
     }
 
 
-def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, Any]:
+def full_state_dict(model: nn.Module, *, rank0_only: bool = False, adapters_only: bool = False) -> dict[str, Any]:
     """Gather the state_dict that the model would have without parallelize: same names, order, shapes and bits.
 
     To save a Hugging Face model, gather on all ranks, then call save_pretrained on rank 0:
@@ -37,6 +38,8 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
         model: after parallelize or shard_data_parallel. A model that is not parallel returns its own state_dict.
         rank0_only: only rank 0 of the ranks that share the weights keeps the tensors; the others return an empty dict.
             All ranks must call.
+        adapters_only: only what PEFT trains: adapters (LoRA, DoRA) and modules to save. PeftModel.save_pretrained needs
+            no more.
 
     Returns:
         Tensors on the CPU. Tied parameters share one tensor.
@@ -57,6 +60,8 @@ def full_state_dict(model: nn.Module, *, rank0_only: bool = False) -> dict[str, 
     result: dict[str, Any] = {}
     with whole_weights(model):
         for name, value in model.state_dict(keep_vars=True).items():
+            if adapters_only and not is_of_adapter(name):
+                continue
             if not isinstance(value, torch.Tensor):
                 result[name] = value
                 continue

@@ -9,12 +9,18 @@ from torch import distributed as dist
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
+from fused_megatron.interop.adapters import owners_of_names
 from fused_megatron.interop.context_plan import ContextPlan
 from fused_megatron.interop.preparation import Preparation
 from fused_megatron.interop.split_experts import ParallelExperts
-from fused_megatron.interop.units import modules_with_own_parameters
+from fused_megatron.interop.units import Layer, modules_with_own_parameters
 from fused_megatron.modules import Left, Replaced
 
+# Reasons of layers that are whole as they should be.
+BY_PLAN = "whole by the plan"
+BESIDE_SHARDS = "whole, the other matrix of its adapter is in shards"
+SUMMED = "whole, its gradient summed over the ranks"
+MEANT = (BY_PLAN, BESIDE_SHARDS, SUMMED)
 # A number that is a whole part of a dotted name.
 _NUMBER = re.compile(r"(?<![^.\s])\d+(?![^.:\s])")
 
@@ -114,17 +120,21 @@ def make_report(work: Preparation, context: ContextPlan | None = None) -> Parall
     reasons = work.kept_whole()
     taken = {replacement.layer.module for replacement in work.replacements}
     taken |= {exchange.module for exchange in work.exchanges}
-    planned = {layer.module: layer for layer in work.layers}
+    adapters = {module for parts in work.adapters.values() for module in parts.modules}
+    owners = owners_of_names(work.model)
     left = []
     for name, module in modules_with_own_parameters(work.model):
         if module not in taken:
-            reason = reasons.get(name, "no pattern of the plan names it")
-            if module in planned and planned[module].style == "replicate":
-                reason = "whole by the plan"
+            outer = owners.get(name, name)
+            reason = reasons.get(outer, "no pattern of the plan names it")
+            if work.plan.styles.get(outer) == "replicate":
+                reason = BY_PLAN
+            if module in adapters:
+                reason = BESIDE_SHARDS
             if module in work.summed:
-                reason = "whole, its gradient summed over the ranks"
+                reason = SUMMED
             left.append(Left(name or type(work.model).__name__, type(module).__name__, reason))
-    named = {one.name for one in left}
+    named = {owners.get(one.name, one.name) for one in left}
     left += [
         Left(layer.name, type(layer.module).__name__, reasons[layer.name])
         for layer in work.layers
@@ -135,7 +145,7 @@ def make_report(work: Preparation, context: ContextPlan | None = None) -> Parall
         tensor_parallel_size=group_size(work.tp_group),
         sequence_parallel=bool(work.stacks),
         sharded=tuple(
-            Replaced(" = ".join(r.layer.names), type(r.layer.module).__name__, type(r.module).__name__)
+            Replaced(_name_of(r.layer), type(r.layer.module).__name__, type(r.module).__name__)
             for r in work.replacements
         ),
         fused=tuple(exchange.described() for exchange in work.exchanges),
@@ -146,6 +156,11 @@ def make_report(work: Preparation, context: ContextPlan | None = None) -> Parall
         experts=_describe_experts(work),
         rank=dist.get_rank() if dist.is_available() and dist.is_initialized() else 0,
     )
+
+
+def _name_of(layer: Layer) -> str:
+    """Return all names of a layer; of a module to save and its original, with the path inside the wrapper."""
+    return " = ".join(layer.names if layer.inside == "base_layer" else layer.paths)
 
 
 def _describe_experts(work: Preparation) -> str:
@@ -174,7 +189,7 @@ def refuse_left(report: ParallelReport, work: Preparation) -> None:
     for one in report.left:
         module = dict(work.model.named_modules()).get(one.name, work.model)
         matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-        if one.name in reasons or (matrix and one.reason != "whole by the plan"):
+        if one.name in reasons or (matrix and one.reason not in MEANT):
             raise InputError(
                 f"strict=True: {one.name} ({one.kind}) would stay whole: {one.reason} "
                 "(name it in plan, as 'replicate' where that is meant; or strict=False)"

@@ -9,6 +9,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.adapters import adapted_models
 from fused_megatron.interop.agreement import agreement_of_ranks
 from fused_megatron.interop.context_plan import plan_context
 from fused_megatron.interop.parallel_report import make_report, refuse_blocked, refuse_left
@@ -131,8 +132,9 @@ def parallelize(
         context.install()
     guard_draws(model)
     guard_inputs(model)
-    guard_saving(model)
-    model.parallel_report = report  # type: ignore[assignment]
+    for one in adapted_models(model):
+        guard_saving(one)
+        one.parallel_report = report  # type: ignore[assignment]
     if not report.sharded:
         warnings.warn(
             f"nothing of {type(model).__name__} was sharded: {report.plan} names no layer that could be "

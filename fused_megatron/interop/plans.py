@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.adapters import innermost, model_names
 from fused_megatron.interop.known_experts import ROUTERS, SHARED_EXPERTS, SHARED_STYLES, holds_experts, is_adapted
 from fused_megatron.interop.known_layers import KnownLayers, known_layers, matches
 
@@ -74,7 +75,7 @@ def find_plan(model: nn.Module, plan: Mapping[str, str] | None) -> Plan:
         InputError: the user's plan has an unknown style, a pattern that matches nothing, or "default" for a model
             without a plan of its own.
     """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    names = model_names(model)
     if plan is None:
         return _own_plan(model, names)
     found = _apply("plan", {k: ALIASES.get(v, v) for k, v in plan.items()}, names)
@@ -193,17 +194,18 @@ def _with_ends(model: nn.Module, plan: Plan) -> Plan:
     ends = (("get_input_embeddings", "embedding_rowwise"), ("get_output_embeddings", "colwise_gather_output"))
     for getter, style in ends:
         try:
-            module = getattr(model, getter)()
+            module = innermost(getattr(model, getter)())
         except Exception:  # the method is missing, or raises for a model without such a module
             continue
         if style == "embedding_rowwise" and not isinstance(module, nn.Embedding):
             continue  # it embeds images or audio
         weight = getattr(module, "weight", None)
-        for name, candidate in model.named_modules(remove_duplicate=False):
+        for name in model_names(model):
+            candidate = innermost(model.get_submodule(name))
             # Encoder and decoder may have two modules that share one weight.
             tied = (
                 weight is not None and type(candidate) is type(module) and candidate._parameters.get("weight") is weight
             )
-            if (candidate is module or tied) and name and name not in plan.styles:
+            if (candidate is module or tied) and name not in plan.styles:
                 plan.styles[name], plan.patterns[name] = style, f"{getter}()"
     return plan

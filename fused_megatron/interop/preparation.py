@@ -8,6 +8,7 @@ from torch import nn
 from fused_megatron import modules
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, group_size
+from fused_megatron.interop.adapters import adapted_models
 from fused_megatron.interop.known_experts import is_adapted
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear, SummedAdoptedRMSNorm
@@ -15,6 +16,7 @@ from fused_megatron.interop.plans import Plan, matches
 from fused_megatron.interop.refusals import guard_answers, refuse_hidden_states
 from fused_megatron.interop.replacements import Replacement, become_shards, kept, layout_of, make_replacement
 from fused_megatron.interop.sequence_region import SharedInput
+from fused_megatron.interop.sharded_adapters import ShardedAdapters, shard_adapters
 from fused_megatron.interop.split_experts import ExpertSplit
 from fused_megatron.interop.stacks import Stack, find_stacks
 from fused_megatron.interop.summed_parameters import SummedParameters
@@ -58,6 +60,7 @@ class Preparation:
         exchanges: modules that get another class (fused norms and activations).
         attributes: (module, name, new value) of numbers by which forwards count heads or features.
         retied: (module, parameter name) where a module keeps, but does not use, a second name of a sharded parameter.
+        adapters: by sharded layer that PEFT adapts, the parts of its adapters.
         summed: by module, names of replicated parameters whose gradients are summed over the ranks.
         users: by the same modules, the modules whose forwards use these parameters.
         stacks: stacks of layers that will run on blocks of the sequence.
@@ -78,6 +81,7 @@ class Preparation:
     exchanges: list[Exchange] = field(default_factory=list)
     attributes: list[tuple[nn.Module, str, int]] = field(default_factory=list)
     retied: list[tuple[nn.Module, str]] = field(default_factory=list)
+    adapters: dict[nn.Module, ShardedAdapters] = field(default_factory=dict)
     summed: dict[nn.Module, list[str]] = field(default_factory=dict)
     users: dict[nn.Module, list[nn.Module]] = field(default_factory=dict)
     stacks: list[Stack] = field(default_factory=list)
@@ -95,7 +99,9 @@ class Preparation:
         while ranks > 1 and self._fails_in_shards():
             self._divide(ranks)
         if sequence_parallel and ranks > 1:
-            self.stacks = find_stacks(self.model, self.units, self.tp_group, set(self.summed))
+            adapters = {module for parts in self.adapters.values() for module in parts.modules}
+            self.stacks = find_stacks(self.model, self.units, self.tp_group, set(self.summed), adapters)
+            self._sum_adapters()
         self._make_exchanges()
         self._connect()
 
@@ -138,6 +144,13 @@ class Preparation:
                 self.attributes.append((module, attribute, max(1, getattr(module, attribute) // ranks)))
         self._close_fast_paths()
 
+    def _sum_adapters(self) -> None:
+        """Sum the gradients of adapters that are whole and see this rank's rows of the sequence only."""
+        for stack in self.stacks:
+            for layer in (layer for unit in stack.units for layer in unit.layers if layer.module in self.adapters):
+                for module in self.adapters[layer.module].whole:
+                    self.summed[module] = [name for name, _ in module.named_parameters(recurse=False)]
+
     def _fails_in_shards(self) -> bool:
         """Try the units in shards; return whether some of them must stay replicated. Also sets `summed`."""
         units = [unit for unit in self.units if not unit.reason]
@@ -146,7 +159,9 @@ class Preparation:
             unit.reason = unit.reason or reason
         untried = [unit for unit in units if unit not in trial.tried]
         for unit in untried:
-            unit.reason = unit.reason or undecided_parameter(unit, self.model, {layer.module for layer in self.layers})
+            known = {layer.module for layer in self.layers}
+            known |= {module for parts in self.adapters.values() for module in parts.modules}
+            unit.reason = unit.reason or undecided_parameter(unit, self.model, known)
         self.summed = trial.summed
         self.users = trial.users
         for unit in units:
@@ -179,6 +194,12 @@ class Preparation:
             self.replacements = [
                 make_replacement(layer, self.tp_group, self.overlap, self.expert_split) for layer in layers
             ]
+            self.adapters = {
+                r.layer.module: shard_adapters(r.layer.names, r.layer.wrapper, r.module)
+                for r in self.replacements
+                if r.layer.inside == "base_layer"
+            }
+            self.replacements += [one for parts in self.adapters.values() for one in parts.replacements]
             fault = self._fault_of_ties()
             if fault is None:
                 return
@@ -268,13 +289,17 @@ class Preparation:
                 if stack is not None and isinstance(module, ColumnLinear | GatheredLinear | RowLinear):
                     module.region = stack.region
                     module.gathered = unit.parent in stack.gathering
+                    if layer.module in self.adapters:
+                        self.adapters[layer.module].join(module)
 
         self._connect_heads(by_module)
 
     def _connect_heads(self, by_module: dict[nn.Module, Any]) -> None:
         """Mark the heads: gathering linears outside of all stacks. Losses of their logits need no gathering."""
         units = [unit for unit in self.units if not unit.reason and not unit.stack_layer]
-        heads = [by_module[layer.module] for unit in units for layer in unit.of("colwise_gather_output")]
+        modules = [layer.module for unit in units for layer in unit.of("colwise_gather_output")]
+        heads = [by_module[module] for module in modules]
+        heads += [part for module in modules if module in self.adapters for part in self.adapters[module].heads]
         if heads and group_size(self.tp_group) > 1:
             self.scope = LogitsScope(self.gather_logits)
             for head in heads:
@@ -292,9 +317,12 @@ class Preparation:
         for module, name in self.retied:
             module._parameters[name] = kept(module._parameters[name], shards)  # type: ignore[arg-type]
         for replacement in self.replacements:
-            for name in replacement.layer.names:
+            for name in replacement.layer.paths:
                 parent, _, child = name.rpartition(".")
                 self.model.get_submodule(parent)._modules[child] = replacement.module
+            if replacement.layer.inside.startswith("modules_to_save"):
+                replacement.module.loads_full_tensors = True  # PEFT stores it so
+        self._commit_adapters()
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)
         for module, names in self.summed.items():
@@ -305,9 +333,21 @@ class Preparation:
             self.model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True)
         guard_answers(self.model, any(self._is_cut_attention(unit) for unit in self.units))
         if self.scope is not None:
-            self.scope.install(self.model)
+            for model in adapted_models(self.model):
+                self.scope.install(model)
         for around, shared in self.shared:
             around.register_forward_hook(shared.release, always_call=True)
+
+    def _commit_adapters(self) -> None:
+        """Put the dropouts of adapters into the model; the wrappers will make later adapters in shards, too."""
+        if not self.adapters:
+            return
+        from fused_megatron.interop.sharded_lora import ShardedLora  # noqa: PLC0415  PEFT is optional
+
+        for layer in self.layers:
+            if layer.module in self.adapters and layer.wrapper is not None:
+                self.adapters[layer.module].exchange_dropouts()
+                layer.wrapper.__class__ = ShardedLora
 
     def _is_cut_attention(self, unit: Unit) -> bool:
         parent = self.model.get_submodule(unit.parent) if not unit.reason and group_size(self.tp_group) > 1 else None

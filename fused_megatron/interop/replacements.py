@@ -42,11 +42,15 @@ def make_replacement(layer: Layer, tp_group: Group, overlap: bool | int, expert_
     """Make the parallel layer on the meta device."""
     experts = layer.style == "experts"
     module = ParallelExperts(layer.module, expert_split, overlap) if experts else _make(layer, tp_group, overlap)
-    old = layer.module
-    if not isinstance(old, nn.Embedding):
-        module.transposed = is_transposed_linear(old)
+    if not isinstance(layer.module, nn.Embedding):
+        module.transposed = is_transposed_linear(layer.module)
+    return taking_over(layer, module)
+
+
+def taking_over(layer: Layer, module: ShardedModule) -> Replacement:
+    """Return the replacement of a layer by a module, which takes over the layer's mode and hooks."""
     for name in _KEPT:
-        module.__dict__[name] = old.__dict__[name]
+        module.__dict__[name] = layer.module.__dict__[name]
     return Replacement(layer, module)
 
 

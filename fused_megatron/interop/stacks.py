@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.adapters import adapted_models
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES
 from fused_megatron.interop.sequence_region import SequenceRegion
@@ -41,7 +42,9 @@ class Stack:
             self.region.install_gather(module)
 
 
-def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[nn.Module]) -> list[Stack]:
+def find_stacks(
+    model: nn.Module, units: list[Unit], tp_group: Any, summed: set[nn.Module], adapters: set[nn.Module]
+) -> list[Stack]:
     """Find the stacks with sharded units, for sequence parallelism.
 
     Args:
@@ -49,6 +52,7 @@ def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[
         units: its units; replicated ones are skipped.
         tp_group: the tensor-parallel ranks.
         summed: modules whose gradients are summed over the ranks.
+        adapters: modules of adapters beside sharded layers.
 
     Raises:
         InputError: there is no stack, or a layer in it would compute wrong gradients on a block of the sequence.
@@ -62,6 +66,7 @@ def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[
         if container_name not in stacks:
             outer = container_name.rpartition(".")[0]
             owner = container if isinstance(container, nn.Sequential) else model.get_submodule(outer)
+            owner = model if owner in adapted_models(model) else owner
             stacks[container_name] = Stack(container_name, owner, list(container.children()), SequenceRegion(tp_group))
         stacks[container_name].units.append(unit)
     if not stacks:
@@ -71,7 +76,7 @@ def find_stacks(model: nn.Module, units: list[Unit], tp_group: Any, summed: set[
     for stack in stacks.values():
         for unit in stack.units:
             _set_gathering(stack, unit, model)
-        _check(stack, model, summed)
+        _check(stack, model, summed | adapters)
     return list(stacks.values())
 
 

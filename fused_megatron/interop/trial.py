@@ -183,7 +183,7 @@ class _Trial:
             for replacement in self.replacements:
                 stand_in = _StandIn(replacement, edges)
                 for name in replacement.layer.names:
-                    if inner := name_inside(call.root, name):
+                    if inner := name_inside(call.root, name):  # of a wrapper: adapters have the shapes of their layer
                         parent, _, child = inner.rpartition(".")
                         twin.get_submodule(parent)._modules[child] = stand_in
 

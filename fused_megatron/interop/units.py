@@ -8,11 +8,15 @@ from typing import Any
 from torch import nn
 
 from fused_megatron.checks import InputError
+from fused_megatron.interop.adapters import adapter_obstacle, is_lora, wrapped_layers, wraps
 from fused_megatron.interop.embeddings import embedding_scale
 from fused_megatron.interop.known_experts import experts_obstacle
 from fused_megatron.interop.known_layers import HEAD_DIMS, NUM_HEADS
 from fused_megatron.interop.plans import COLUMN_STYLES, PARTS, STYLES, Plan
 from fused_megatron.modules import FusedHead
+
+# Styles for which a wrapper of PEFT is a module like any other.
+_OF_WRAPPERS = ("replicate", "replicated_with_grad_allreduce", "experts")
 
 
 @dataclass
@@ -20,16 +24,25 @@ class Layer:
     """A module that the plan names.
 
     Attributes:
-        names: all names of the module; reports use the first.
+        names: all names of the module, or of PEFT's wrapper around it; reports use the first.
         module: the module.
         style: its style in the plan.
         copies: number of ranks that hold the same output features (with fewer key-value heads than ranks).
+        wrapper: PEFT's wrapper around the module; None without one.
+        inside: path of the module inside its wrapper; empty without one.
     """
 
     names: tuple[str, ...]
     module: nn.Module
     style: str
     copies: int = 1
+    wrapper: nn.Module | None = None
+    inside: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All names of the module itself."""
+        return tuple(f"{name}.{self.inside}" for name in self.names) if self.inside else self.names
 
     @property
     def name(self) -> str:
@@ -59,8 +72,9 @@ class Unit:
 
     @property
     def entering(self) -> list[Layer]:
-        """The layers that take the unit's input."""
-        return self.of(*COLUMN_STYLES, "colwise_gather_output")
+        """The layers that take the unit's input, of a module to save only its trained copy."""
+        layers = self.of(*COLUMN_STYLES, "colwise_gather_output")
+        return [layer for layer in layers if layer.inside != "original_module"]
 
     @property
     def is_open(self) -> bool:
@@ -100,6 +114,8 @@ def obstacle(module: nn.Module, style: str) -> str:
     if style == "replicated_with_grad_allreduce":
         return "" if module._parameters else f"a {kind} has no parameters of its own"
     if style in ("embedding_rowwise", "embedding_colwise"):
+        if wraps(module):
+            return "an adapter of an embedding keeps it whole (merge it first, or target the linears only)"
         scaled = style == "embedding_rowwise" and embedding_scale(module) is not None
         if type(module) is not nn.Embedding and not scaled:
             return f"a {kind} is no plain torch.nn.Embedding, nor one times a number"
@@ -123,12 +139,16 @@ def planned_layers(model: nn.Module, plan: Plan) -> tuple[list[Layer], dict[str,
         if styles == {None}:
             continue
         style = next(s for s in (plan.styles.get(name) for name in names) if s)
-        reason = obstacle(module, style)
+        wrapped = [("", module)] if style in _OF_WRAPPERS else list(wrapped_layers(module))
+        reason = next((fault for _, inner in wrapped if (fault := obstacle(inner, style))), "")
+        if is_lora(module) and style not in _OF_WRAPPERS:
+            reason = reason or adapter_obstacle(module, style)
         if len(styles) > 1:
             reason = f"it is one module with the names {', '.join(names)}, to which the plan gives different styles"
         if reason:
             reasons[names[0]] = reason
-        layers.append(Layer(tuple(names), module, style))
+        for path, inner in wrapped:
+            layers.append(Layer(tuple(names), inner, style, wrapper=module if path else None, inside=path))
     return layers, reasons
 
 

@@ -18,6 +18,7 @@ _ELEMENTWISE = {
     torch.tanh, torch.Tensor.tanh, torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__,
     torch.div, torch.Tensor.div, torch.Tensor.__truediv__, torch.Tensor.contiguous,
 }  # fmt: skip
+_SUMS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 _CONVERTED = {torch.Tensor.float, torch.Tensor.to}
 # Names of functions that are allowed on logits that are not gathered.
 _ALLOWED_ON_SHARDS = {
@@ -157,6 +158,8 @@ def _apply_to_shard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     dtype = logits.loss_dtype
     step: Callable[[torch.Tensor], torch.Tensor]
+    if func in _SUMS and not kwargs and len(args) == 2 and isinstance(args[1], VocabLogits):
+        return _sum(logits, args[1])
     if func in RESHAPING:
         shape = tuple(func(logits.meta_full, *args[1:], **kwargs).shape)
         if not shape or shape[-1] != logits.vocab_size:
@@ -177,6 +180,15 @@ def _apply_to_shard(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     shard = step(logits.shard)
     plain = step(logits.plain) if logits.gathered else shard
     return _make(plain, shard, logits.vocab_size, logits.tp_group, dtype)
+
+
+def _sum(a: VocabLogits, b: VocabLogits) -> VocabLogits | None:
+    """Add the logits of two heads, of a layer and of its adapter; None if they differ in their form."""
+    if a.gathered != b.gathered or a.meta_full.shape != b.meta_full.shape:
+        return None
+    shard = a.shard + b.shard
+    plain = a.plain + b.plain if a.gathered else shard
+    return _make(plain, shard, a.vocab_size, a.tp_group, torch.promote_types(a.loss_dtype, b.loss_dtype))
 
 
 def _loss(

@@ -92,6 +92,14 @@ class StackedColumnParallelLinear(ColumnParallelLinear):
         weight, bias = _SumOverCopies.apply(self.weight, self.bias, self._copied, self.tp_group)
         return weight, bias
 
+    def with_whole_gradient(self, vector: torch.Tensor) -> torch.Tensor:
+        """Return a vector with the shards of the bias; in backward as with_whole_gradients."""
+        if not self._copied:
+            return vector
+        column, _ = _SumOverCopies.apply(vector.unsqueeze(1), None, self._copied, self.tp_group)
+        whole: torch.Tensor = column.squeeze(1)
+        return whole
+
 
 class _SumOverCopies(AutogradFunction):
     """Identity, whose backward sums the gradients of rows with copies over the ranks that hold them.

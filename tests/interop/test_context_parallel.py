@@ -149,7 +149,7 @@ def family(rank, world_size, name, kinds, method, options):
             check_equal(model, original, mesh, batch(kind))
         except AssertionError as error:
             raise AssertionError(f"{kind}: {error}") from error
-    return str(model.parallel_report)
+    return model.parallel_report.text
 
 
 CASES = [

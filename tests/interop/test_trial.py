@@ -224,7 +224,7 @@ def families(rank, world_size):
         original = kind(config).eval()
         model = fm.parallelize(copy.deepcopy(original), mesh)
         report = model.parallel_report
-        assert len(report.sharded) == sharded and said in str(report), f"{name}: {report}"
+        assert len(report.sharded) == sharded and said in report.text, f"{name}: {report.text}"
         results = [one(input_ids=ids, labels=ids) for one in (model, original)]
         for one in results:
             one.loss.backward()
