@@ -17,19 +17,23 @@ if TYPE_CHECKING:
     from fused_megatron import collectives, context_parallel, interop, models, modules, ops, pipeline, tensor_parallel
     from fused_megatron.data_parallel.shard_data_parallel import shard_data_parallel
     from fused_megatron.data_parallel.sharded_optimizer import ShardedOptimizer
+    from fused_megatron.interop.accelerator import Accelerator
     from fused_megatron.interop.add_adapters import add_adapters
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
+    from fused_megatron.interop.trainer_callback import TrainerCallback
     from fused_megatron.mesh import Mesh, init_mesh
     from fused_megatron.modules import replace_modules
     from fused_megatron.planning.verify.user_model import verify
     from fused_megatron.sharding import GradScaler, clip_grad_norm_
 
 __all__ = [
+    "Accelerator",
     "GradScaler",
     "Mesh",
     "ShardedOptimizer",
+    "TrainerCallback",
     "add_adapters",
     "clip_grad_norm_",
     "collectives",
@@ -51,6 +55,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Accelerator": "interop.accelerator",
+    "TrainerCallback": "interop.trainer_callback",
     "Mesh": "mesh",
     "init_mesh": "mesh",
     "replace_modules": "modules",

@@ -10,15 +10,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.data_parallel.row_blocks import gather_whole
-from fused_megatron.sharding import (
-    Replicas,
-    Rows,
-    copy_shard_,
-    full_shape,
-    full_tensor,
-    parameter_record,
-    update_record,
-)
+from fused_megatron.sharding import Replicas, Rows, full_shape, full_tensor, own_shard
 
 OwnRows = Sequence[tuple[str, nn.Parameter, nn.Parameter]]
 """Name and parameter of a model, and this rank's main rows of it."""
@@ -74,11 +66,7 @@ def own_state(saved: Mapping[str, Any], own: OwnRows, rows: Rows) -> dict[str, d
             wanted = full_shape(parameter)
             if tuple(full.shape) != wanted:
                 raise InputError(f"{key} of {name}: shape {tuple(full.shape)} in the state must be {wanted}")
-            shard = nn.Parameter(parameter.detach().new_empty(parameter.shape, dtype=full.dtype), requires_grad=False)
-            record = parameter_record(parameter)
-            update_record(shard, shard=record.shard, experts=record.experts)
-            copy_shard_(shard, full)
-            found[name][key] = rows.of(parameter).own(shard.detach()).clone()
+            found[name][key] = rows.of(parameter).own(own_shard(parameter, full)).clone()
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -67,7 +68,7 @@ def guard_model(model: nn.Module, replica: ShardedReplica) -> None:
 
     def apply(fn: Any, recurse: bool = True) -> nn.Module:
         _check_keeps(fn, replica)
-        return type(model)._apply(model, fn, recurse)
+        return type(model)._apply(model, lambda x: _kept(x, fn(x)), recurse)
 
     # Python finds plain attributes before the methods of the class.
     replaced = {"named_parameters": GuardedParameters(model), "zero_grad": zero_grad, "_apply": apply}
@@ -87,6 +88,11 @@ def _check_keeps(fn: Any, replica: ShardedReplica) -> None:
                 f"the model cannot become {changed.dtype} on {changed.device} after shard_data_parallel (move and "
                 "convert it before)"
             )
+
+
+def _kept(x: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+    """Return x where a change is only a copy: a tensor on the CPU that is sent to cpu:0 would leave its bucket."""
+    return x if (changed.dtype, changed.device) == (x.dtype, x.device) else changed
 
 
 def _refuse_other_optimizers(replica: ShardedReplica) -> None:

@@ -10,7 +10,7 @@ from fused_megatron.checks import InputError, dtype_name
 from fused_megatron.collectives import group_rank
 from fused_megatron.interop.adapters import is_of_adapter
 from fused_megatron.interop.split_experts import expert_split
-from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, parallel_group
+from fused_megatron.sharding import copy_shard_, full_shape, full_tensor, mark_all_shards, own_shard, parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards, whole_weights
 
 _CONVERTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -90,6 +90,29 @@ def load_full_state_dict(model: nn.Module, state: Mapping[str, Any], *, strict: 
         for name, value in _targets(model).items():
             if name in state:
                 copy_shard_(value, state[name], transposed.get(value, False))
+
+
+class FullStateLoading:
+    """Pre-hook of a parallel model's load_state_dict: it takes full tensors, too, of which each rank loads its shards.
+
+    Libraries that save full tensors (transformers' Trainer, Accelerate) load them by load_state_dict. A state is full
+    if any tensor has the full shape and no shard's. Tensors of other shapes are left to torch's own check.
+    """
+
+    @torch.compiler.disable
+    def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Replace the full tensors of a state by this rank's shards."""
+        transposed = is_transposed(model)
+        found = []
+        for name, target in _targets(model).items():
+            value = state.get(prefix + name)
+            if isinstance(value, torch.Tensor):
+                full = full_shape(target, transposed.get(target, False))
+                found.append((prefix + name, target, tuple(value.shape) == full, value.shape != target.shape))
+        if any(is_full and differs for *_, is_full, differs in found):
+            for key, target, is_full, _ in found:
+                if is_full:
+                    state[key] = own_shard(target, state[key], transposed.get(target, False))
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
-from fused_megatron.interop.full_state import check_full_state, full_state_dict
+from fused_megatron.interop.full_state import FullStateLoading, check_full_state, full_state_dict
 from fused_megatron.interop.split_experts import expert_split
 from fused_megatron.sharding import parallel_group
 from fused_megatron.sharding.replica_shards import replica_shards
@@ -39,6 +39,7 @@ class SavePretrained:
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Replace the save_pretrained of a transformers model."""
+    """Replace the save_pretrained of a transformers model, and make its load_state_dict take full tensors."""
+    model.register_load_state_dict_pre_hook(FullStateLoading())
     if callable(getattr(model, "save_pretrained", None)):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """Shards of tensors over ranks: boxes, parameter records, initial values, full tensors, norms, sequence positions."""
 
 from fused_megatron.sharding.box import Box, StreamedBox, TensorBox
-from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor
+from fused_megatron.sharding.full_tensor import copy_shard_, full_numel, full_shape, full_tensor, own_shard
 from fused_megatron.sharding.grad_scaler import GradScaler
 from fused_megatron.sharding.gradient_norm import clip_grad_norm_
 from fused_megatron.sharding.initialization import fill_normal_shard_
@@ -60,6 +60,7 @@ __all__ = [
     "full_tensor",
     "mark_all_shards",
     "mark_shard",
+    "own_shard",
     "parallel_group",
     "parameter_parts",
     "parameter_record",

@@ -9,7 +9,7 @@ import torch
 
 from fused_megatron.collectives import Group, group_size
 from fused_megatron.collectives.transfers import start_all_gather
-from fused_megatron.sharding.parameter_record import parameter_parts, parameter_record
+from fused_megatron.sharding.parameter_record import parameter_parts, parameter_record, update_record
 from fused_megatron.sharding.parameter_shard import ShardPart
 
 
@@ -104,6 +104,26 @@ def copy_shard_(parameter: torch.Tensor, full: Any, transposed: bool = False) ->
         if mine.numel():
             turned = transposed and mine.dim() == 2
             (mine.t() if turned else mine).copy_(full[index[::-1] if turned else index])
+
+
+def own_shard(parameter: torch.Tensor, full: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Return this rank's part of a full tensor that is sharded as a parameter is, such as an optimizer's moment.
+
+    Args:
+        parameter: marked with its shard, or not sharded; unchanged.
+        full: full_shape; any dtype and device.
+        transposed: as full_shape.
+
+    Returns:
+        A new tensor in the parameter's shape, in the dtype of `full`, on the parameter's device; on the device of
+        `full` if the parameter is on the meta device.
+    """
+    device = full.device if parameter.is_meta else parameter.device
+    shard = torch.empty(parameter.shape, dtype=full.dtype, device=device)
+    record = parameter_record(parameter)
+    update_record(shard, shard=record.shard, experts=record.experts, stored_shape=record.stored_shape)
+    copy_shard_(shard, full, transposed)
+    return shard
 
 
 class _StackedExperts:

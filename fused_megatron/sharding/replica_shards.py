@@ -1,7 +1,7 @@
 """Lookup of the rows that data-parallel ranks share of a model (data_parallel.shard_data_parallel)."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol
 
 import torch
@@ -67,3 +67,12 @@ def whole_weights(model: nn.Module, *, changes: bool = False) -> Iterator[None]:
         yield
         if changes:
             shards.take_over()
+
+
+@contextmanager
+def whole_models(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Make the weights of models whole while the context is open, for code that overwrites them. All ranks enter."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(whole_weights(model, changes=True))
+        yield
