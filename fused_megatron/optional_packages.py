@@ -1,11 +1,14 @@
 """Packages that only some parts need, and the command that installs one."""
 
 OLDEST = {
+    "datasets": "3",
     "matplotlib": "3.8",
     "tensorboard": "2.16",
     "tokenizers": "0.20",
+    "trackio": "0.5",
     "transformers": "5",
     "triton": "3.6",
+    "wandb": "0.18",
 }
 """Oldest version of each optional package, as in pyproject.toml."""
 

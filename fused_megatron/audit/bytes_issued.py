@@ -77,7 +77,8 @@ def _count(op: str, width: int, dtype: str) -> list[StepCounts]:
     for step in entry.steps(entry.rows, width, DTYPES[dtype]):
         if entry.language == "cuda":
             library = loaded_emulation()
-            assert library is not None
+            if library is None:
+                raise InputError("bytes are counted in an emulation, which fused-megatron audit builds: run that")
             library.fm_emulation_set_multiprocessors(MULTIPROCESSORS)
             library.fm_emulation_set_sampled_blocks(_SAMPLED_BLOCKS if width > _ALL_BLOCKS_TO_WIDTH else 0)
             library.fm_emulation_count(True)
