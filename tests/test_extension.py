@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from fused_megatron import extension
 from fused_megatron.doctor.device_code import device_code
+from fused_megatron.ops.registration import define_op
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,3 +86,15 @@ def test_a_broken_library_is_one_warning(tmp_path):
 def test_one_rank_of_a_machine_speaks_for_all(tmp_path):
     ran = use_an_op(python_files_alone(tmp_path), LOCAL_RANK="1")
     assert (ran.stdout, ran.stderr) == ("True\nTrue 0.0\n", "")
+
+
+def test_an_op_on_a_list_of_tensors_runs_without_a_kernel() -> None:
+    """The device of its warning is looked for in the list: a tree without compiled parts could not sum gradients."""
+    op = define_op(
+        "sum_of_a_list_in_a_test(Tensor[] parts) -> Tensor",
+        reference=lambda parts: torch.stack(parts).sum(dim=0),
+        fake=lambda parts: torch.empty_like(parts[0]),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        assert op([torch.ones(2), torch.full((2,), 2.0)]).tolist() == [3.0, 3.0]

@@ -23,8 +23,9 @@ from fused_megatron.checkpoint.run_state import run_state
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, TrainConfig
 from fused_megatron.config.config_file import config_text, load_config
+from fused_megatron.data.document_files import MOST_LINE_BYTES
 from fused_megatron.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from fused_megatron.data.text_source import MOST_LINE_BYTES, path_source
+from fused_megatron.data.text_source import path_source
 from fused_megatron.data.tokenizer import load_tokenizer, train_tokenizer
 from fused_megatron.hugging_face.export_model import _model_of
 from fused_megatron.observe.traffic import Traffic

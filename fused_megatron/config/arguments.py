@@ -283,7 +283,7 @@ def _item_as(value: Any, kind: Any) -> Any:
 def _wanted(kinds: Sequence[Any]) -> str:
     """Return the text that completes "must be"."""
     texts = []
-    for kind in kinds:
+    for kind in sorted(kinds, key=lambda kind: typing.get_origin(kind) is tuple):
         if typing.get_origin(kind) is typing.Literal:
             texts.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
         elif typing.get_origin(kind) is tuple:

@@ -109,8 +109,10 @@ def _config_of(run: RunFolder, checkpoint: Path | None, options: EvaluateOptions
     if checkpoint is None:
         raise InputError(f"{run.checkpoints} holds no checkpoint that verifies (train first)")
     own_tokenizer = (f"--data.tokenizer-path={run.tokenizer}",) if run.tokenizer.exists() else ()
-    config = load_config(run.config, (*own_tokenizer, *options.overrides))
     chosen = {word.partition("=")[0].replace("-", "_") for word in options.overrides}
+    # The weights of the run belong to its own texts.
+    no_weights = ("--data.weights=none",) if "__data.path" in chosen else ()
+    config = load_config(run.config, (*own_tokenizer, *no_weights, *options.overrides))
     parallel = config.parallel
     if "__parallel.data_parallel_size" not in chosen:
         parallel = replace(parallel, data_parallel_size=None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,15 @@ def test_another_text_is_evaluated_whole_and_by_the_tokenizer_of_the_run(
 ) -> None:
     folder, _ = run
     (tmp_path / "small.txt").write_text("a short text")  # too short for a sample of training
+    # As if the run had been trained on two texts with weights.
+    config = folder / "config.toml"
+    path = json.dumps(str(Path(folder.parent) / "text"))
+    blend = re.sub(r"(?m)^path = .*$", f"path = [{path}, {path}]\nweights = [0.9, 0.1]", config.read_text())
+    kept = config.read_text()
     words = ["evaluate", str(folder), "--data.path", str(tmp_path / "small.txt")]
+    config.write_text(blend)
     assert cli.main(words) == 0
+    config.write_text(kept)
     shown = capsys.readouterr().out
     assert "perplexity" in shown and "bits per byte" in shown and "small.txt" in shown
     lines = [f"line {i} of the other text" for i in range(50)]

@@ -181,8 +181,10 @@ def _breakdown(axes: Any, cases: Sequence[Comparison]) -> None:
                 left += 1e3 * seconds
             step = case.ms(name)
             # The speed-ups come from the median step; a picture that shows another time must say so.
-            differs = step is not None and abs(left - step.median) > _DIFFERS * step.median
-            _annotate(axes, f"{left:.0f} {name}" + (f" (median step: {step.median:.0f})" if differs else ""), left, y)
+            text = f"{left:.0f} {name}"
+            if step is not None and abs(left - step.median) > _DIFFERS * step.median:
+                text += f" (median step: {step.median:.0f})"
+            _annotate(axes, text, left, y)
     axes.margins(x=0.45)
     axes.set_xlabel("milliseconds of a step, of steps measured apart\n(communication: exposed, nothing ran beside it)")
     _legend(axes)
