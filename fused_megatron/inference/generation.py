@@ -135,21 +135,23 @@ def continue_prompts(
     ended = [False] * len(rows)
     ranks = expert_ranks(model) if isinstance(model, torch.nn.Module) else None
     groups = [group for group in (ranks.ep_group, ranks.etp_group) if group is not None] if ranks is not None else []
-    while True:
-        done = num_tokens <= max(map(len, added)) or all(ended)
-        if _all_are_done(done, groups):
-            break
-        logits = reader.next_logits(rows)
-        if done:
-            continue
-        drawn = draw(logits, sampling, generators)
-        for row, new, token in zip(rows, added, drawn, strict=True):
-            row.append(token)
-            new.append(token)
-        if on_tokens is not None:
-            on_tokens([None if end else token for token, end in zip(drawn, ended, strict=True)])
-        ended = [end or token in end_tokens for end, token in zip(ended, drawn, strict=True)]
-    model.train(was_training)
+    try:
+        while True:
+            done = num_tokens <= max(map(len, added)) or all(ended)
+            if _all_are_done(done, groups):
+                break
+            logits = reader.next_logits(rows)
+            if done:
+                continue
+            drawn = draw(logits, sampling, generators)
+            for row, new, token in zip(rows, added, drawn, strict=True):
+                row.append(token)
+                new.append(token)
+            if on_tokens is not None:
+                on_tokens([None if end else token for token, end in zip(drawn, ended, strict=True)])
+            ended = [end or token in end_tokens for end, token in zip(ended, drawn, strict=True)]
+    finally:
+        model.train(was_training)
     return [_until_end(new, end_tokens) for new in added]
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -24,6 +25,7 @@ from fused_megatron.inference.generation import continue_prompts, reads_at_once
 from fused_megatron.inference.sampling import Sampling
 from fused_megatron.inference.text_stream import TextStream
 from fused_megatron.models import cut_stages
+from fused_megatron.models.stage_cut import check_cut
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
@@ -39,11 +41,11 @@ class GenerateArguments:
     each layer.
     """
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder of `fused-megatron train` or `convert from-hf`."""
-    prompt: tyro.conf.Positional[str]
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PROMPT")]
     """Text to continue."""
-    more_prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    more_prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[PROMPT ...]")] = ()
     """Further texts, continued at the same time."""
     num_tokens: int = 100
     """Most tokens to add."""
@@ -229,8 +231,9 @@ def _open_run(
         f"pipeline_parallel_size={pipeline_parallel_size} must divide the number of ranks, {ranks}",
     )
     tp_size = ranks // pipeline_parallel_size
-    _check_divides(config.model, tp_size)
+    _check_divides(config.model, tp_size, ranks)
     # The layout of training does not matter: all ranks of a stage share each of its layers by tensor parallelism.
+    check_cut(config.model.num_layers, pipeline_parallel_size)
     layout = ParallelConfig(
         tensor_parallel_size=tp_size,
         pipeline_parallel_size=pipeline_parallel_size,
@@ -242,7 +245,7 @@ def _open_run(
     return dataclasses.replace(config, parallel=layout), tokenizer, end_tokens(run, tokenizer)
 
 
-def _check_divides(model: TransformerConfig, tp_size: int) -> None:
+def _check_divides(model: TransformerConfig, tp_size: int, num_ranks: int) -> None:
     """Raise with the sizes that fit, if the heads or the feed-forward cannot be divided over tp_size ranks."""
 
     def fits(ranks: int) -> bool:
@@ -256,5 +259,5 @@ def _check_divides(model: TransformerConfig, tp_size: int) -> None:
         raise InputError(
             f"num_heads={model.num_heads}, num_kv_heads={model.kv_heads} and ffn_hidden_size={model.ffn_size} cannot "
             f"be divided over tensor_parallel_size={tp_size} (sizes that can: {', '.join(map(str, sizes))}): start "
-            f"another number of ranks, or let them share the depth: --pipeline-parallel-size {tp_size}"
+            f"another number of ranks, or let them share the depth: --pipeline-parallel-size {num_ranks}"
         )

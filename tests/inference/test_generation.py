@@ -183,6 +183,16 @@ def test_a_text_stops_at_its_end_and_the_batch_at_the_last_end() -> None:
     assert two.shape[0] == 2 and two[0, 7 + len(found[0]) - 1 :].unique().tolist() == [found[0][-1]]
 
 
+def test_a_failure_leaves_the_model_in_training_mode() -> None:
+    def fail(_: list[int | None]) -> None:
+        raise BrokenPipeError
+
+    model = model_of("grouped heads").train()
+    with pytest.raises(BrokenPipeError):
+        continue_prompts(model, PROMPTS, 3, on_tokens=fail)
+    assert model.training
+
+
 def test_nothing_to_add_and_nothing_to_continue() -> None:
     model = model_of("grouped heads")
     assert continue_prompts(model, PROMPTS, 0) == [[], [], []]
