@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip install $(QUIET) --no-compile -c constraints.txt
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help setup train test wheels mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-node bench-overlap bench-pipeline bench-predicted bench-ring bench-save faults clean FORCE
+.PHONY: help setup train test wheels mutants lint types bench bench-context-parallel bench-end-to-end bench-experts bench-gpu bench-layers bench-models bench-node bench-overlap bench-pipeline bench-predicted bench-ring bench-save faults clean FORCE
 
 help:
 	@echo "make train   train a small GPT on 2 ranks ($(CONFIG))"
@@ -29,6 +29,7 @@ help:
 	@echo "make bench-context-parallel   compare the methods of context-parallel attention on 2 ranks"
 	@echo "make bench-experts   compare a layer of experts with its products, Hugging Face, and two ranks"
 	@echo "make bench-layers    compare tensor-parallel layers with DTensor"
+	@echo "make bench-models    compare models of transformers before and after replace_modules"
 	@echo "make bench-node      measure weak scaling of the papers' GPTs on all GPUs of this machine"
 	@echo "make bench-overlap   measure the gain from overlap on a slow link (root)"
 	@echo "make bench-pipeline  measure the bubble of every pipeline schedule"
@@ -98,6 +99,9 @@ bench-layers: .venv/built .venv/developed
 # node.py counts the GPUs, and starts torchrun with a rank for each.
 bench-node: .venv/built .venv/developed
 	@$(BIN)/python benchmarks/node.py $(ARGS)
+
+bench-models: .venv/built .venv/developed
+	@$(BIN)/python benchmarks/fused_models.py $(ARGS)
 
 bench-overlap: .venv/built .venv/developed
 	@$(BIN)/python benchmarks/overlap_on_a_slow_link.py $(ARGS)

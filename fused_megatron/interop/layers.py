@@ -15,7 +15,8 @@ from fused_megatron.collectives import (
     split_all_gather,
 )
 from fused_megatron.interop.sequence_region import SEQUENCE_DIM, SequenceRegion, SharedInput
-from fused_megatron.interop.vocab_logits import LogitsScope, vocab_logits
+from fused_megatron.interop.vocab_logits import LogitsScope, deferred_vocab_logits, vocab_logits
+from fused_megatron.modules.fused_head import can_defer
 from fused_megatron.tensor_parallel import (
     OutputPart,
     ParameterShard,
@@ -45,6 +46,18 @@ class ColumnLinear(StackedColumnParallelLinear):
     shared: SharedInput | None = None
     region: SequenceRegion | None = None
     gathered = False
+
+    @property
+    def has_local_operands(self) -> bool:
+        """Whether the layer is one product of this rank: others gather its input, and sum its gradient."""
+        alone = group_size(self.tp_group) == 1
+        if self._copied or self.transposed:
+            return False
+        return self.gathered if self.region is not None and self.region.active else alone or self.shared is not None
+
+    def local_operands(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return what this rank multiplies: the input, this rank's weight and bias (modules.GatedMLP)."""
+        return entered(self, x)[0], self.weight, self.bias
 
     @torch.compiler.disable(reason=_REASON)
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -111,6 +124,8 @@ class GatheredLinear(ShardedModule):
 
     @torch.compiler.disable(reason=_REASON)
     def _forward(self, x: torch.Tensor, compiling: bool) -> torch.Tensor:
+        if self._defers(x) and not compiling:
+            return deferred_vocab_logits(x, self.weight, self.bias, self.out_features, self.tp_group)
         x, group, sequence_parallel = entered(self, x)
         y = column_parallel_linear(
             x,
@@ -124,6 +139,12 @@ class GatheredLinear(ShardedModule):
         if self.scope is None or not self.scope.running or compiling:
             return all_gather_split(y, -1, self.tp_group)[..., : self.out_features]
         return vocab_logits(y, self.out_features, self.tp_group, self.scope.gather or not torch.is_grad_enabled())
+
+    def _defers(self, x: torch.Tensor) -> bool:
+        """Whether the loss can be computed without the logits: nobody gathers them, and x is whole on every rank."""
+        if self.scope is None or not self.scope.running or self.scope.gather or self.shared is not None:
+            return False
+        return (self.region is None or not self.region.active) and can_defer(self, x)
 
     def extra_repr(self) -> str:
         """Describe the layer for print(model)."""

@@ -39,8 +39,8 @@ def parallelize(
 ) -> Model:
     """Shard a model over the tensor- and context-parallel ranks of a mesh, in place. The weights stay the model's own.
 
-    Linears, the embedding and the head become parallel layers; norms and activations become fused ones. The model
-    returns the same as before, on every rank: logits, loss, generated tokens. Each rank's gradients belong to its
+    Linears, the embedding and the head become parallel layers; norms, gated MLPs and rotary embeddings are fused. The
+    model returns the same as before, on every rank: logits, loss, generated tokens. Each rank's gradients belong to its
     shards. Training loops, generate and gradient checkpointing need no change. The parameters stay the same objects
     with other shapes, so an optimizer may exist already, if it has made no step. full_state_dict gathers the original
     weights.
@@ -81,8 +81,8 @@ def parallelize(
             while gradients are recorded. R must divide the sequence length.
         overlap: overlap products with their collectives, as in ColumnParallelLinear.
         gather_logits: return full logits [.., V]. False: while gradients are recorded, logits are this rank's columns
-            [.., ceil(V / R)] (columns from V on are padding) and never gathered. The model's own loss stays right; for
-            another loss use vocab_parallel_cross_entropy.
+            [.., ceil(V / R)] (columns from V on are padding), never gathered, and computed only when they are read. The
+            model's own loss stays right, without them; for another loss use vocab_parallel_cross_entropy.
         strict: raise if a layer with a matrix would be replicated without being planned so: no plan names it, or it
             cannot be sharded.
         context_parallel_method: "ring", "all_gather", "all_to_all" or "all_to_all+ring", as in

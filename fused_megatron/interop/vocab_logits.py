@@ -10,8 +10,13 @@ from torch.utils._pytree import tree_map
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, all_gather_split, group_size
-from fused_megatron.modules.deferred_logits import RESHAPING, keeps_columns
-from fused_megatron.tensor_parallel import vocab_parallel_cross_entropy
+from fused_megatron.modules import DeferredLogits, LogitsHead
+from fused_megatron.modules.deferred_logits import RESHAPING, defer, keeps_columns
+from fused_megatron.tensor_parallel import (
+    column_parallel_linear,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 
 # Elementwise functions of a tensor, or of a tensor and a number.
 _ELEMENTWISE = {
@@ -125,6 +130,43 @@ class VocabLogits(torch.Tensor):
             return func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
 
 
+class DeferredVocabLogits(VocabLogits):
+    """VocabLogits that are not gathered, and whose shard is computed when it is read: it has no memory of its own."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Compute the shard for code that does not ask __torch_function__."""
+        return func(*tree_map(_plain, args), **tree_map(_plain, kwargs or {}))
+
+
+class ShardHead(LogitsHead):
+    """A head whose weights are this rank's rows of the vocabulary."""
+
+    def __init__(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tp_group: Group = None
+    ) -> None:
+        super().__init__(hidden, weight, bias)
+        self._tp_group = tp_group
+
+    def detached(self, hidden: torch.Tensor) -> "ShardHead":
+        """Return the same head without gradients."""
+        bias = None if self.bias is None else self.bias.detach()
+        return ShardHead(hidden, self.weight.detach(), bias, self._tp_group)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Compute this rank's logits of hidden [..., H]: [..., ceil(V / R)]. Communication: one all-reduce of dx."""
+        with self.as_then():
+            return column_parallel_linear(hidden, self.weight, self.bias, tp_group=self._tp_group)
+
+
+def deferred_vocab_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, vocab_size: int, tp_group: Group
+) -> VocabLogits:
+    """Make VocabLogits of hidden [..., H] whose shard is computed when it is read, and never for the model's loss."""
+    shard = defer(ShardHead(hidden, weight, bias, tp_group), hidden)
+    return _make(shard, shard, vocab_size, tp_group, shard.dtype)
+
+
 def vocab_logits(shard: torch.Tensor, vocab_size: int, tp_group: Group, gather: bool) -> VocabLogits:
     """Make VocabLogits from this rank's columns [..., ceil(V / R)].
 
@@ -137,8 +179,14 @@ def vocab_logits(shard: torch.Tensor, vocab_size: int, tp_group: Group, gather: 
 def _make(
     plain: torch.Tensor, shard: torch.Tensor, vocab_size: int, tp_group: Group, dtype: torch.dtype
 ) -> VocabLogits:
-    with torch._C.DisableTorchFunctionSubclass():
-        logits = plain.as_subclass(VocabLogits)
+    logits: Any
+    if isinstance(plain, DeferredLogits):
+        logits = torch.Tensor._make_wrapper_subclass(
+            DeferredVocabLogits, plain.shape, dtype=plain.dtype, device=plain.device
+        )
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            logits = plain.as_subclass(VocabLogits)
     logits.plain = plain
     logits.shard = shard
     logits.loss_dtype = dtype
@@ -208,15 +256,21 @@ def _loss(
         return None
     if reduction not in ("none", "mean", "sum") or target.shape[0] != input.shape[0]:
         return None
-    loss = vocab_parallel_cross_entropy(
-        input.shard,
-        target,
-        tp_group=input.tp_group,
-        vocab_size=input.vocab_size,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        padded_vocab_size=input.shard.shape[-1] * group_size(input.tp_group),
-    )
+    shard = input.shard
+    options: dict[str, Any] = {
+        "tp_group": input.tp_group,
+        "vocab_size": input.vocab_size,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "padded_vocab_size": shard.shape[-1] * group_size(input.tp_group),
+    }
+    if isinstance(shard, DeferredLogits) and not shard.was_written():
+        options |= {"bias_shard": shard.head.bias, "softcap": shard.softcap}
+        options["reduction"] = "none" if reduction == "none" else "sum"
+        with shard.head.as_then():
+            loss = vocab_parallel_linear_cross_entropy(shard.scaled_hidden(), shard.head.weight, target, **options)
+    else:
+        loss = vocab_parallel_cross_entropy(getattr(shard, "plain", shard), target, **options)
     if reduction != "none":
         loss = loss.sum()
     if reduction == "mean":

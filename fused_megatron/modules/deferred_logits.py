@@ -1,11 +1,14 @@
 """Logits that are computed when they are read, so that a model's own cross-entropy never holds all of them."""
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from fused_megatron import ops
 from fused_megatron.ops.product import product
@@ -60,23 +63,24 @@ class LogitsHead:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute the logits of hidden [..., H]: [..., V]."""
-        self.check_unchanged()
-        with torch.autocast(self._device, self._autocast_dtype, enabled=self._autocast):
+        with self.as_then():
             return product(hidden, self.weight, self.bias)
 
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, softcap: float | None, **options: Any) -> torch.Tensor:
         """Compute the cross-entropy of hidden [T, H] for target [T] int64 without all logits."""
-        self.check_unchanged()
-        with torch.autocast(self._device, self._autocast_dtype, enabled=self._autocast):
+        with self.as_then():
             return ops.linear_cross_entropy(hidden, self.weight, target, bias=self.bias, softcap=softcap, **options)
 
-    def check_unchanged(self) -> None:
-        """Raise if the logits would be computed from other numbers than when the model ran."""
+    @contextmanager
+    def as_then(self) -> Iterator[None]:
+        """Set autocast as it was. Raises RuntimeError if the weights have changed since the model ran."""
         if any(one._version != version for one, version in self._versions):
             raise RuntimeError(
                 "logits of a fused head are computed when they are read, and its weight has changed since the model "
                 "ran (read them before optimizer.step(), or run the model again)"
             )
+        with torch.autocast(self._device, self._autocast_dtype, enabled=self._autocast):
+            yield
 
 
 class DeferredLogits(torch.Tensor):
@@ -102,6 +106,7 @@ class DeferredLogits(torch.Tensor):
     source: "DeferredLogits | None"
     _plain: torch.Tensor | None
     _made_version: int
+    _hooks: OrderedDict[int, Callable[[torch.Tensor], Any]]
 
     @property
     def plain(self) -> torch.Tensor:
@@ -111,6 +116,8 @@ class DeferredLogits(torch.Tensor):
         if made is None or (stale and made._version == self._made_version):
             made = self._plain = self.make()
             self._made_version = made._version
+            for hook in self._hooks.values() if made.requires_grad else ():
+                made.register_hook(hook)
         return made
 
     @property
@@ -122,7 +129,7 @@ class DeferredLogits(torch.Tensor):
         leaves = (self.hidden, self.head.weight, self.head.bias)
         return any(one is not None and one.requires_grad for one in leaves)
 
-    def _was_written(self) -> bool:
+    def was_written(self) -> bool:
         """Whether something wrote into the logits: the loss is then another function of the head."""
         one: DeferredLogits | None = self
         while one is not None:
@@ -130,6 +137,16 @@ class DeferredLogits(torch.Tensor):
                 return True
             one = one.source
         return False
+
+    def _keep_hook(self, hook: Callable[[torch.Tensor], Any]) -> RemovableHandle:
+        """Keep a hook for the gradient of the logits, which exists only if something reads them (FSDP2 adds hooks)."""
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def scaled_hidden(self) -> torch.Tensor:
+        """Return hidden times the scale: it has far fewer numbers than the logits."""
+        return self.hidden if self.scale == 1.0 else self.hidden * self.scale
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -140,6 +157,8 @@ class DeferredLogits(torch.Tensor):
                 return func(*args, **kwargs)
             if func == torch.Tensor.requires_grad.__get__:  # type: ignore[attr-defined]
                 return args[0]._records()
+            if func is torch.Tensor.register_hook and args[0]._plain is None:
+                return args[0]._keep_hook(*args[1:], **kwargs)
             result = loss_of(*args, **kwargs) if func is F.cross_entropy else _recorded(func, args, kwargs)
             return func(*tree_map(_read, args), **tree_map(_read, kwargs)) if result is None else result
 
@@ -167,7 +186,13 @@ def _make(
 ) -> DeferredLogits:
     logits: Any = torch.Tensor._make_wrapper_subclass(DeferredLogits, shape, dtype=dtype, device=hidden.device)
     logits.head, logits.hidden, logits.make, logits.source = head, hidden, make, source
-    logits.scale, logits.softcap, logits._plain, logits._made_version = scale, softcap, None, 0
+    logits.scale, logits.softcap, logits._plain, logits._made_version, logits._hooks = (
+        scale,
+        softcap,
+        None,
+        0,
+        OrderedDict(),
+    )
     return logits
 
 
@@ -232,12 +257,10 @@ def loss_of(
         return None
     if not (weight is size_average is reduce is None) or target.dtype != torch.int64 or target.dim() != 1:
         return None
-    if target.shape[0] != input.shape[0] or target.device != input.device or input._was_written():
+    if target.shape[0] != input.shape[0] or target.device != input.device or input.was_written():
         return None
-    # softcap tanh(scale / softcap x): the scale is a factor of hidden, which has far fewer numbers than the logits.
-    hidden = input.hidden if input.scale == 1.0 else input.hidden * input.scale
     return input.head.loss(
-        hidden,
+        input.scaled_hidden(),
         target,
         input.softcap,
         ignore_index=ignore_index,

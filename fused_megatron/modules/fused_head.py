@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused_megatron.modules.deferred_logits import DeferredLogits, LogitsHead, defer
+from fused_megatron.ops.autograd_function import transform_is_active
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Sizes of the trial of a loss function: sequences, tokens, hidden size, vocabulary.
@@ -29,19 +30,22 @@ class FusedHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map input [..., H] to logits [..., V] of the same dtype, not computed yet."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._is_plain(input):
+        if torch.compiler.is_compiling() or not can_defer(self, input):
             return super().forward(input)
         return defer(LogitsHead(input, self.weight, self.bias), input)
 
-    def _is_plain(self, x: torch.Tensor) -> bool:
-        weight = self.weight
-        if type(x) is not torch.Tensor or type(weight) is not nn.Parameter or any(getattr(self, h) for h in _HOOKS):
-            return False
-        learns = x.requires_grad or weight.requires_grad
-        # Other dtypes and sizes: torch.nn.Linear says what is wrong, now.
-        fits = x.dim() >= 2 and x.shape[-1] == weight.shape[1] and x.device == weight.device and not x.is_meta
-        same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
-        return learns and fits and same and not x.is_inference() and not torch._C._are_functorch_transforms_active()
+
+def can_defer(head: Any, x: torch.Tensor) -> bool:
+    """Return whether the logits that a head computes of x [..., H] may be computed later."""
+    weight = head.weight
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return False
+    if type(x) is not torch.Tensor or type(weight) is not nn.Parameter or any(getattr(head, h) for h in _HOOKS):
+        return False
+    # Other dtypes and sizes: torch.nn.Linear says what is wrong, now.
+    fits = x.dim() >= 2 and x.shape[-1] == weight.shape[1] and x.device == weight.device and not x.is_meta
+    same = x.dtype == weight.dtype or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
+    return fits and same and not x.is_inference() and not weight.is_inference() and not transform_is_active()
 
 
 def head_of(model: nn.Module) -> tuple[nn.Linear, None] | tuple[None, str] | None:

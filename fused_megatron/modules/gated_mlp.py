@@ -54,8 +54,8 @@ class GatedMLP(nn.Module):
         if joint is None:
             parts = [linear(x) for linear in entering]  # type: ignore[misc]
             gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-            return down(_ACTIVATIONS[self.gated_activation](gate) * up)  # type: ignore[misc, no-any-return]
-        return down(self._activate(*joint))  # type: ignore[misc, no-any-return]
+            return down(_ACTIVATIONS[self.gated_activation](gate) * up)  # type: ignore[misc]
+        return down(self._activate(*joint))  # type: ignore[misc]
 
     def _activate(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.gated_activation == "silu":
@@ -68,7 +68,7 @@ def _joint(linears: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     if not all(is_bare(linear) for linear in linears):
         return None
     # Linears of parallel layers say what they multiply: their input may be gathered, or summed in backward.
-    operands = [(x, n.weight, n.bias) if type(n) is nn.Linear else n.local_operands(x) for n in linears]
+    operands = [(x, one.weight, one.bias) if type(one) is nn.Linear else one.local_operands(x) for one in linears]
     inputs, weights, biases = zip(*operands, strict=True)
     if any(type(weight) is not nn.Parameter for weight in weights) or any(one is not inputs[0] for one in inputs):
         return None
@@ -82,7 +82,7 @@ def _joint(linears: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def is_bare(linear: Any) -> bool:
     """Return whether a linear is only a product with its weight: no subclass, hook or replaced forward."""
-    plain = type(linear) is nn.Linear or (hasattr(linear, "local_operands") and linear.has_local_operands())
+    plain = type(linear) is nn.Linear or getattr(linear, "has_local_operands", False)
     return plain and "forward" not in linear.__dict__ and not any(getattr(linear, hooks) for hooks in _HOOKS)
 
 

@@ -14,6 +14,7 @@ import fused_megatron as fm
 from fused_megatron.checks import InputError
 from fused_megatron.interop import full_tensor
 from fused_megatron.interop.full_state import is_transposed
+from fused_megatron.modules import DeferredLogits
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.testing import run_on_ranks
 
@@ -86,7 +87,8 @@ def check_loss(make, gather, mesh, **arguments):
         ours = model(**batch(), **arguments)
     theirs = original(**batch(), **arguments)
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-5)
-    assert type(ours.logits) is torch.Tensor and type(ours.loss) is torch.Tensor
+    assert type(ours.logits) is (torch.Tensor if gather else DeferredLogits) and type(ours.loss) is torch.Tensor
+    assert gather or not ours.logits.is_computed
     whole = [one for one in ledger.entries if one.kind == "all_gather" and one.elements > TOKENS * 6]
     assert len(whole) == (1 if gather else 0)
     loss, expected = ours.loss, theirs.loss
@@ -116,6 +118,21 @@ def saved_numbers(model, **arguments):
     return max(sizes), sum(size >= TOKENS * VOCAB for size in sizes)
 
 
+def check_tiles(mesh):
+    """gather_logits=False: forward and backward of the model's own loss never have this rank's logits."""
+    model = fm.parallelize(built(gemma2), mesh, gather_logits=False)
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        out = model(**batch())
+        out.loss.backward()
+    assert not any(shape[-1:] == (31,) for shape in shapes) and not out.logits.is_computed
+    values = out.logits.detach()  # 30.5 columns a rank: the last rank has one of padding
+    assert values.shape[-1] == 31 and not values.requires_grad
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with pytest.raises(RuntimeError, match="its weight has changed since the model ran"):
+        out.logits.argmax(-1)
+
+
 def losses(rank, world_size):
     warnings.simplefilter("ignore")
     mesh = fm.init_mesh(tensor_parallel_size=world_size)
@@ -135,6 +152,7 @@ def losses(rank, world_size):
     exact = built(llama)(**batch()).loss
     assert half.dtype == torch.float32 and abs(half - exact) < 2 * abs(built(llama).bfloat16()(**batch()).loss - exact)
     refusals(mesh)
+    check_tiles(mesh)
 
 
 class Softmax(SmallLM):

@@ -155,6 +155,21 @@ def test_read_without_and_with_gradients():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_hook_gets_the_gradient_of_logits_that_are_read():
+    model, twin = both()
+    ids, labels = batch()
+    found = []
+    for one, read in ((model, True), (twin, True), (model, False)):
+        logits, got = one(ids), []
+        logits.register_hook(got.append)
+        removed = logits.register_hook(lambda dy: 1 / 0)
+        removed.remove()
+        (shifted(logits, labels) + (logits.sum() if read else 0)).backward()
+        found.append(got)
+    assert len(found[0]) == 1 and not found[2]
+    torch.testing.assert_close(found[0][0], torch.ones_like(found[0][0]))  # the loss runs on tiles
+
+
 def test_a_write_into_the_logits_counts():
     model, twin = both()
     ids, labels = batch()
