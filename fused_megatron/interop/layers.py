@@ -16,6 +16,7 @@ from fused_megatron.collectives import (
 )
 from fused_megatron.interop.sequence_region import SEQUENCE_DIM, SequenceRegion, SharedInput
 from fused_megatron.interop.vocab_logits import LogitsScope, vocab_logits
+from fused_megatron.sharding import copy_with_groups
 from fused_megatron.tensor_parallel import (
     OutputPart,
     ParameterShard,
@@ -177,6 +178,9 @@ class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
         """Normalise [..., H]; returns the same shape."""
         (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
         return self._normalise(hidden_states, weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_groups(self, (self.tp_group,), memo)
 
 
 def make_column(
