@@ -71,11 +71,12 @@ def add_adapters(model: nn.Module, config: Any, adapter_name: str = "default", *
 def _share_with_originals(model: nn.Module) -> None:
     """Give the copies that PEFT made of sharded modules the state that all modules of the model share."""
     for wrapper in model.modules():
-        if is_saved_copy(wrapper) and isinstance(innermost(wrapper), ShardedModule):
-            copies: list[tuple[str, Any]]
-            (_, original), *copies = wrapped_layers(wrapper)
-            for _, saved in copies:
-                saved.loads_full_tensors = True
-                for name in ("scope", "region", "shared"):
-                    if name in original.__dict__:
-                        saved.__dict__[name] = original.__dict__[name]
+        if not is_saved_copy(wrapper) or not isinstance(innermost(wrapper), ShardedModule):
+            continue
+        copies: list[Any] = [module for _, module in wrapped_layers(wrapper)]
+        original = copies.pop(0)
+        for saved in copies:
+            saved.loads_full_tensors = True
+            for name in ("scope", "region", "shared"):
+                if name in original.__dict__:
+                    saved.__dict__[name] = original.__dict__[name]

@@ -17,6 +17,7 @@ from fused_megatron.collectives import (
 from fused_megatron.interop.sequence_region import SEQUENCE_DIM, SequenceRegion, SharedInput
 from fused_megatron.interop.vocab_logits import LogitsScope, deferred_vocab_logits, vocab_logits
 from fused_megatron.modules.fused_head import can_defer
+from fused_megatron.sharding import copy_with_groups
 from fused_megatron.tensor_parallel import (
     OutputPart,
     ParameterShard,
@@ -198,6 +199,9 @@ class SummedAdoptedRMSNorm(modules.AdoptedRMSNorm):
         """Normalise [..., H]; returns the same shape."""
         (weight,) = identity_all_reduce_together((self.weight,), self.tp_group)
         return self._normalise(hidden_states, weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_groups(self, (self.tp_group,), memo)
 
 
 def make_column(

@@ -24,6 +24,7 @@ from fused_megatron.sharding.sequence_layout import SequenceLayout
 from fused_megatron.sharding.sequence_partition import SequencePartition, balanced_partition
 from fused_megatron.sharding.sharded_module import (
     ShardedModule,
+    copy_with_groups,
     expert_ranks,
     mark_all_shards,
     parallel_group,
@@ -53,6 +54,7 @@ __all__ = [
     "balanced_partition",
     "clip_grad_norm_",
     "copy_shard_",
+    "copy_with_groups",
     "expert_ranks",
     "fill_normal_shard_",
     "full_numel",

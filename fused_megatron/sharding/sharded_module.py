@@ -1,7 +1,7 @@
 """Modules whose parameters are shards, and lookups in a model of such modules: its group, the parts of parameters."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -140,12 +140,17 @@ class ShardedModule(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        for group in (self.tp_group, self.ep_group, self.etp_group):
-            memo[id(group)] = group  # a process group cannot be copied; both use the same
-        twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        twin = copy_with_groups(self, (self.tp_group, self.ep_group, self.etp_group), memo)
         twin.mark_shards()
         return twin
+
+
+def copy_with_groups(module: nn.Module, groups: Iterable[Group], memo: dict[int, Any]) -> Any:
+    """Return a deep copy of a module that uses the same groups: a process group cannot be copied."""
+    memo.update((id(group), group) for group in groups)
+    twin = memo[id(module)] = type(module).__new__(type(module))
+    twin.__dict__ = copy.deepcopy(module.__dict__, memo)
+    return twin
 
 
 def parallel_group(model: nn.Module) -> Group:

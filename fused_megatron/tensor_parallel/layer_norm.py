@@ -1,12 +1,14 @@
 """LayerNorm between tensor-parallel layers; its gradients are complete under sequence parallelism, too."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from fused_megatron import modules, ops
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
-from fused_megatron.sharding import used_by_parts
+from fused_megatron.sharding import copy_with_groups, used_by_parts
 
 
 class SequenceParallelLayerNorm(modules.LayerNorm):
@@ -59,3 +61,6 @@ class SequenceParallelLayerNorm(modules.LayerNorm):
         parameters = tuple(p for p in (self.weight, self.bias) if p is not None)
         weight, *bias = used_by_parts(parameters, self.tp_group)
         return ops.layer_norm(input, weight, bias[0] if bias else None, self.eps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_groups(self, (self.tp_group,), memo)

@@ -1,12 +1,14 @@
 """RMSNorm between tensor-parallel layers; its gradient is complete under sequence parallelism, too."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
 from fused_megatron import modules, ops
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import group_size
-from fused_megatron.sharding import used_by_parts
+from fused_megatron.sharding import copy_with_groups, used_by_parts
 
 
 class SequenceParallelRMSNorm(modules.RMSNorm):
@@ -56,3 +58,6 @@ class SequenceParallelRMSNorm(modules.RMSNorm):
             raise InputError(f"x.shape={tuple(x.shape)} must end in hidden_size={self.normalized_shape[0]}")
         (weight,) = used_by_parts((self.weight,), self.tp_group)
         return ops.rms_norm(x, weight, self.eps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy_with_groups(self, (self.tp_group,), memo)

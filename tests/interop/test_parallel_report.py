@@ -16,10 +16,18 @@ from fused_megatron.testing import run_on_ranks
 
 # SmolLM2-135M has 9 heads of 64 and 3 key-value heads; here with small heads.
 SMOL = {
-    "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 24,
-    "num_hidden_layers": 3, "vocab_size": 50, "max_position_embeddings": 16, "tie_word_embeddings": True,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 36,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "vocab_size": 50,
+    "max_position_embeddings": 16,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ _CONTEXT = ("tests/context_parallel/test_attention.py",)
 _CONTEXT_MODEL = ("tests/models/test_stack.py::test_context_parallel_ranks_have_parts_of_one_sequence",)
 _CONTEXT_RUNS = ("tests/training/test_context_parallel_layouts.py",)
 _CONTEXT_MODELS = "tests/interop/test_context_parallel.py"
+_ADAPTERS = "tests/interop/test_adapters.py::test_adapters"
 _STAGES = ("tests/pipeline/run/test_stage_compute.py",)
 
 MUTATIONS = (
@@ -321,6 +322,27 @@ MUTATIONS = (
         ", requires_grad=old.requires_grad)",
         ")",
         ("tests/interop/test_parallelize.py::test_frozen_parameters_stay_frozen",),
+    ),
+    Mutation(
+        "gradients of whole adapters are not summed on blocks of the sequence",
+        "fused_megatron/interop/preparation.py",
+        "for module in self.adapters[layer.module].whole:",
+        "for module in ():",
+        (f"{_ADAPTERS}_that_were_made_before_train_save_and_merge_as_on_one_process",),
+    ),
+    Mutation(
+        "DoRA's norms beside a row layer are those of one rank's columns",
+        "fused_megatron/interop/sharded_adapters.py",
+        "if self.sums_columns:",
+        "if False:",
+        (f"{_ADAPTERS}_that_were_made_before_train_save_and_merge_as_on_one_process",),
+    ),
+    Mutation(
+        "an adapter's dropout draws masks of one rank's part",
+        "fused_megatron/interop/sharded_adapters.py",
+        "return -1 if host.input_is_parallel else None",
+        "return None",
+        (f"{_ADAPTERS}_that_were_made_before_train_save_and_merge_as_on_one_process",),
     ),
     Mutation(
         "GPT-2's dropouts are swapped",
