@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fused_megatron.data_parallel.sharded_optimizer import ShardedOptimizer
     from fused_megatron.interop.accelerator import Accelerator
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
+    from fused_megatron.interop.lightning_strategy import LightningStrategy
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.interop.trainer_callback import TrainerCallback
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accelerator",
     "GradScaler",
+    "LightningStrategy",
     "Mesh",
     "ShardedOptimizer",
     "TrainerCallback",
@@ -54,6 +56,7 @@ __all__ = [
 
 _HOME = {
     "Accelerator": "interop.accelerator",
+    "LightningStrategy": "interop.lightning_strategy",
     "TrainerCallback": "interop.trainer_callback",
     "Mesh": "mesh",
     "init_mesh": "mesh",
