@@ -246,11 +246,12 @@ class DataParallelScheduler(AcceleratedScheduler):
     """
 
     steps_at_once = 1
+    split_batches: bool
 
     def step(self, *args: Any, **options: Any) -> None:
         """Step as AcceleratedScheduler does."""
         divides = self.step_with_optimizer and self.gradient_state.sync_gradients and not self.split_batches
-        asked: bool = self.split_batches
+        asked = self.split_batches
         self.split_batches = True  # one step a call
         try:
             for _ in range(self.steps_at_once if divides else 1):

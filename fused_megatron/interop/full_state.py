@@ -101,7 +101,7 @@ class FullStateLoading:
         whole: dict[str, torch.Tensor] = {}  # the parameter by its key, where the state has the full shape
         differs = False
         for name, target in _targets(model).items():
-            value = state.get(prefix + name)
+            value: Any = state.get(prefix + name)
             is_tensor = isinstance(value, torch.Tensor)
             if is_tensor and tuple(value.shape) == full_shape(target, transposed.get(target, False)):
                 whole[prefix + name] = target

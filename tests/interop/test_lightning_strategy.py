@@ -107,7 +107,14 @@ def one_process(tmp_path_factory):
     return folder, found
 
 
-@pytest.mark.parametrize(("world_size", "size", "zero_stage"), [(2, 2, None), (4, 2, None), (4, 2, 1)])
+LAYOUTS = [
+    pytest.param(2, 2, None, marks=pytest.mark.slow),
+    (4, 2, None),
+    pytest.param(4, 2, 1, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("world_size", "size", "zero_stage"), LAYOUTS)
 def test_losses_and_checkpoints_are_those_of_one_process(one_process, world_size, size, zero_stage):
     folder, expected = one_process
     name = f"{world_size}-{size}-{zero_stage}"

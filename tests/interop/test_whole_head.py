@@ -46,7 +46,9 @@ def compare(rank, world_size, ties, sequence_parallel):
     assert copy.deepcopy(model).get_output_embeddings().weight.shape == (37, 16)
 
 
-@pytest.mark.parametrize(("ties", "sequence_parallel"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("ties", "sequence_parallel"), [pytest.param(False, False, marks=pytest.mark.slow), (True, True)]
+)
 def test_losses_and_gradients_from_the_weight_of_a_head(ties, sequence_parallel):
     run_on_ranks(compare, 2, ties, sequence_parallel)
 
