@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fused_megatron.interop.accelerator import Accelerator
     from fused_megatron.interop.add_adapters import add_adapters
     from fused_megatron.interop.full_state import full_state_dict, load_full_state_dict
+    from fused_megatron.interop.lightning_strategy import LightningStrategy
     from fused_megatron.interop.parallelize import parallelize
     from fused_megatron.interop.pretrained import load_pretrained_shards
     from fused_megatron.interop.trainer_callback import TrainerCallback
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Accelerator",
     "GradScaler",
+    "LightningStrategy",
     "Mesh",
     "ShardedOptimizer",
     "TrainerCallback",
@@ -56,6 +58,7 @@ __all__ = [
 
 _HOME = {
     "Accelerator": "interop.accelerator",
+    "LightningStrategy": "interop.lightning_strategy",
     "TrainerCallback": "interop.trainer_callback",
     "Mesh": "mesh",
     "init_mesh": "mesh",

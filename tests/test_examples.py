@@ -15,7 +15,8 @@ import functorch.compile  # noqa: F401 - as below, for the example that is compi
 import pytest
 import torch
 import torch.distributed as dist
-import transformers.modeling_utils  # noqa: F401 - takes seconds: ranks are forked from a process that has it
+import transformers.modeling_utils  # takes seconds: ranks are forked from a process that has it
+import transformers.trainer  # as above
 
 from fused_megatron.testing import run_on_ranks
 
@@ -103,6 +104,17 @@ def test_accelerate_sharded_loop() -> None:
     alone, printed = (run_on(ranks, EXAMPLES / "accelerate_sharded_loop.py")[0] for ranks in (1, 2))
     assert len(losses(printed)) == 10 and losses(printed)[-1] < 0.9 * losses(printed)[0]
     assert len(losses(alone)) == 10
+
+
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    """tests/interop/test_trainer_callback.py compares with one process without this package."""
+    held_out = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        held_out.append(losses(run_on(ranks, EXAMPLES / "hugging_face_trainer.py", str(folder))[0])[-1])
+        saved = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
+        assert saved.lm_head.weight.shape == (64, 32)
+    assert held_out[0] < 3 and held_out[0] == pytest.approx(held_out[1], rel=1e-3)
 
 
 def test_fsdp2_and_tensor_parallel() -> None:

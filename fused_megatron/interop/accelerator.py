@@ -246,11 +246,13 @@ class DataParallelScheduler(AcceleratedScheduler):
     """
 
     steps_at_once = 1
+    split_batches: bool
 
     def step(self, *args: Any, **options: Any) -> None:
         """Step as AcceleratedScheduler does."""
         divides = self.step_with_optimizer and self.gradient_state.sync_gradients and not self.split_batches
-        asked, self.split_batches = self.split_batches, True  # one step a call
+        asked = self.split_batches
+        self.split_batches = True  # one step a call
         try:
             for _ in range(self.steps_at_once if divides else 1):
                 if divides and self.scheduler._step_count > getattr(self.scheduler, "total_steps", math.inf):
@@ -307,8 +309,13 @@ def check_sharing_ranks(model: nn.Module, copies: int) -> None:
 def _begin_sharing(accelerator: Any, copies: int) -> None:
     """Set the layout: `copies` neighbours have the same samples, and the others divide them."""
     ranks = accelerator.num_processes
-    if ranks % copies:
-        raise InputError(f"{ranks} ranks must be a multiple of the {copies} ranks that share layers")
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks != world_size:
+        raise InputError(
+            f"Accelerate counts {ranks} ranks, and torch.distributed has {world_size} (start the ranks with torchrun; "
+            "on CPUs use_cpu=True of TrainingArguments, or cpu=True of fm.Accelerator)"
+        )
+    assert ranks % copies == 0
     config = accelerate.ParallelismConfig(tp_size=copies, dp_shard_size=ranks // copies)
     accelerator._shared_config = config
     # Without an axis of several ranks there is no mesh to divide samples over.

@@ -103,16 +103,17 @@ class FullStateLoading:
     def __call__(self, model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Replace the full tensors of a state by this rank's shards."""
         transposed = is_transposed(model)
-        found = []
+        whole: dict[str, torch.Tensor] = {}  # the parameter by its key, where the state has the full shape
+        differs = False
         for name, target in _targets(model).items():
-            value = state.get(prefix + name)
-            if isinstance(value, torch.Tensor):
-                full = full_shape(target, transposed.get(target, False))
-                found.append((prefix + name, target, tuple(value.shape) == full, value.shape != target.shape))
-        if any(is_full and differs for *_, is_full, differs in found):
-            for key, target, is_full, _ in found:
-                if is_full:
-                    state[key] = own_shard(target, state[key], transposed.get(target, False))
+            value: Any = state.get(prefix + name)
+            is_tensor = isinstance(value, torch.Tensor)
+            if is_tensor and tuple(value.shape) == full_shape(target, transposed.get(target, False)):
+                whole[prefix + name] = target
+                differs = differs or value.shape != target.shape
+        if differs:
+            for key, target in whole.items():
+                state[key] = own_shard(target, state[key], transposed.get(target, False))
 
 
 def _targets(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ def refuse_replication(group: Group, of_experts: bool = False) -> None:
             "fused_megatron.shard_data_parallel knows the replicas of experts"
             if of_experts
             else f"{way_out} works over the data-parallel ranks; where there are none, leave it out; transformers' "
-            "Trainer: fm.TrainerCallback, Accelerate: fm.Accelerator"
+            "Trainer: fm.TrainerCallback, Accelerate: fm.Accelerator, Lightning: fm.LightningStrategy"
         )
         raise InputError(
             f"{name} over ranks {ranks} would take the shards of {'expert' if of_experts else 'tensor'}-parallel ranks "

@@ -167,3 +167,16 @@ def refusals(rank: int, world_size: int) -> list[str]:
 
 def test_what_cannot_be_right_is_one_clear_line() -> None:
     assert run_on_ranks(refusals, 2) == [[], []]
+
+
+def sent_to_an_indexed_cpu(rank: int, world_size: int) -> float:
+    """torch takes cpu:0 for another device than cpu, and copies. Accelerate names its device so."""
+    torch.manual_seed(0)
+    model = fm.shard_data_parallel(nn.Linear(4, 3), fm.init_mesh(), zero_stage=1)
+    model.to(f"cpu:{rank}")
+    model(torch.ones(2, 4)).sum().backward()
+    return float(fm.clip_grad_norm_(model, 10.0))
+
+
+def test_a_move_to_the_same_device_keeps_the_buckets() -> None:
+    assert run_on_ranks(sent_to_an_indexed_cpu, 2) == pytest.approx([(3 * 4 * 4 + 3 * 4) ** 0.5] * 2)

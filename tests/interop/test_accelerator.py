@@ -136,9 +136,9 @@ def one_process(tmp_path_factory):
 
 
 LAYOUTS = [
-    (2, 2, None),
+    pytest.param(2, 2, None, marks=pytest.mark.slow),
     (4, 2, None),
-    (4, 2, 1),
+    pytest.param(4, 2, 1, marks=pytest.mark.slow),
     pytest.param(4, 2, 3, marks=pytest.mark.slow),
     pytest.param(2, 1, 2, marks=pytest.mark.slow),
 ]

@@ -46,7 +46,25 @@ def round_trip(rank, world_size, folder):
     ids = torch.arange(8).unsqueeze(0)
     torch.testing.assert_close(empty.eval()(ids).logits, original.eval()(ids).logits)
     assert empty.lm_head.weight is empty.transformer.wte.weight
+    loaded_by_torch(model, original.state_dict())
     refused(model, original.state_dict())
+
+
+def loaded_by_torch(model, state):
+    """Full tensors in torch's load_state_dict, at once or file by file; its own state_dict still loads, too."""
+    mine = {name: value.clone() for name, value in model.state_dict().items()}
+    other = gpt2(2).state_dict()
+    model.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in fm.full_state_dict(model).items())
+    model.load_state_dict(mine)
+    assert all(torch.equal(value, state[name]) for name, value in fm.full_state_dict(model).items())
+    around = torch.nn.ModuleDict({"inner": model})
+    name = "transformer.h.0.attn.c_attn.weight"
+    around.load_state_dict({f"inner.{name}": other[name]}, strict=False)
+    assert torch.equal(fm.full_state_dict(model)[name], other[name])
+    with pytest.raises(RuntimeError, match=r"size mismatch for transformer.h.0.mlp.c_fc.weight"):
+        model.load_state_dict({**other, "transformer.h.0.mlp.c_fc.weight": torch.ones(3, 4)})
+    model.load_state_dict(mine)
 
 
 def refused(model, state):
