@@ -174,8 +174,8 @@ def _agrees(module: nn.Module, attributes: dict[str, Any], linears: dict[str, An
         small[name] = linear
     x, upstream = draw(_ROWS, _WIDTH), draw(_ROWS, _WIDTH)
     results = []
-    kinds: tuple[tuple[Any, dict[str, Any]], ...] = ((type(module), {}), (gated_class(type(module)), attributes))
-    for kind, more in kinds:
+    own: Any = type(module)
+    for kind, more in ((own, {}), (gated_class(own), attributes)):
         twin = kind.__new__(kind)
         twin.__dict__ = {**module.__dict__, **{k: v for k, v in nn.Module().__dict__.items() if "hook" in k}, **more}
         twin.__dict__["_modules"] = {**module._modules, **small}
