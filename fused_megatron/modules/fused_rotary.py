@@ -35,7 +35,7 @@ class FusedRotary:
 
 
 def _restored(unfused: type[nn.Module]) -> nn.Module:
-    kind = fused_class(unfused)
+    kind = fused_class(unfused)  # type: ignore[arg-type]
     assert kind is not None
     return kind.__new__(kind)
 

@@ -2,38 +2,37 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from fused_megatron import ops
+from fused_megatron.modules.gelu import GELU
 from fused_megatron.ops.joint_linear import joint_linear
 
 # Activations of the gate that have a fused kernel, by the name that GatedMLP keeps.
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu, tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-}
+_ACTIVATIONS = ("silu", "gelu, tanh", "gelu")
 # Sizes of the comparison: any two that differ, and rows enough to meet both signs of the gate.
 _WIDTH, _FEATURES, _ROWS = 5, 7, 6
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class GatedMLP(nn.Module):
-    """Replacement for MLPs such as LlamaMLP and Phi3MLP: y = down(activation(gate(x)) * up(x)).
+    """Mixed into the class of MLPs such as LlamaMLP and Phi3MLP: y = down(activation(gate(x)) * up(x)).
 
     Never constructed: replace_modules changes the class of a module in place, which keeps its linears, hooks, names and
     state_dict. Gate and up are computed side by side, so that one kernel reads both: by one product where their weights
-    follow each other in memory, as replace_modules lays them, else by two. Linears that are more than a product (LoRA,
-    hooks) run as they are, and so does the whole under torch.compile, which fuses it itself.
+    follow each other in memory, as replace_modules lays them, else by two. The module's own forward runs if a linear is
+    more than a product (LoRA, hooks), if the activation was replaced since, and under torch.compile, which fuses it.
 
     Attributes:
         gated_linears: names of (gate, up, down); of (gate and up in one, down).
         gated_activation: name of the gate's activation.
+        gated_others: classes of the other modules, by name.
+        unfused: the module's own class.
 
     Communication: none of its own.
     Memory: the input, gate and up, and the input of down are saved; eager PyTorch also saves activation(gate).
@@ -42,25 +41,56 @@ class GatedMLP(nn.Module):
 
     gated_linears: tuple[str, ...]
     gated_activation: str
+    gated_others: dict[str, type[nn.Module]]
+    unfused: type[nn.Module]
 
     def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """Map the input [..., H], the only argument, to [..., H]."""
         (x,) = (*args, *kwargs.values())
         *entering, down = (self._modules[name] for name in self.gated_linears)
-        if torch.compiler.is_compiling() or x.dtype == torch.float64:
-            joint = None
-        else:
+        joint = None
+        if not torch.compiler.is_compiling() and x.dtype != torch.float64 and self._is_as_found():
             joint = _joint(entering, x)
         if joint is None:
-            parts = [linear(x) for linear in entering]  # type: ignore[misc]
-            gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
-            return down(_ACTIVATIONS[self.gated_activation](gate) * up)  # type: ignore[misc]
+            return self.unfused.forward(self, *args, **kwargs)
         return down(self._activate(*joint))  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle and deepcopy make it again from the module's own.
+        return _restored, (self.unfused,), self.__dict__
+
+    def _is_as_found(self) -> bool:
+        """Whether the modules beside the linears are the same as when the module was compared."""
+        others = {name: one for name, one in self._modules.items() if name not in self.gated_linears}
+        return (
+            others.keys() == self.gated_others.keys()
+            and all(
+                type(one) is self.gated_others[name] or self._is_the_fused_activation(one)
+                for name, one in others.items()
+            )
+            and not any(getattr(one, hooks) for one in others.values() if one is not None for hooks in _HOOKS)
+        )
+
+    def _is_the_fused_activation(self, module: nn.Module | None) -> bool:
+        return isinstance(module, GELU) and self.gated_activation == (
+            "gelu" if module.approximate == "none" else "gelu, tanh"
+        )
 
     def _activate(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.gated_activation == "silu":
             return ops.bias_swiglu(x, bias)
         return ops.bias_geglu(x, bias, "none" if self.gated_activation == "gelu" else "tanh")
+
+
+@lru_cache(maxsize=64)
+def gated_class(unfused: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of a fused MLP whose own class is `unfused`, with all its other attributes and methods."""
+    return type("GatedMLP", (GatedMLP, unfused), {"unfused": unfused, "__module__": unfused.__module__})
+
+
+def _restored(unfused: type[nn.Module]) -> nn.Module:
+    kind = gated_class(unfused)  # type: ignore[arg-type]
+    return kind.__new__(kind)
 
 
 def _joint(linears: list[Any], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -106,7 +136,11 @@ def gating(module: nn.Module) -> dict[str, Any] | str | None:
     error = ""
     for roles in _roles(linears):
         for activation in _ACTIVATIONS:
-            attributes = {"gated_linears": roles, "gated_activation": activation}
+            attributes = {
+                "gated_linears": roles,
+                "gated_activation": activation,
+                "gated_others": {n: type(one) for n, one in module._modules.items() if n not in linears},
+            }
             try:
                 if _agrees(module, attributes, linears):
                     return attributes
@@ -140,8 +174,8 @@ def _agrees(module: nn.Module, attributes: dict[str, Any], linears: dict[str, An
         small[name] = linear
     x, upstream = draw(_ROWS, _WIDTH), draw(_ROWS, _WIDTH)
     results = []
-    kinds: tuple[tuple[Any, dict[str, Any]], ...] = ((type(module), {}), (GatedMLP, attributes))
-    for kind, more in kinds:
+    own: Any = type(module)
+    for kind, more in ((own, {}), (gated_class(own), attributes)):
         twin = kind.__new__(kind)
         twin.__dict__ = {**module.__dict__, **{k: v for k, v in nn.Module().__dict__.items() if "hook" in k}, **more}
         twin.__dict__["_modules"] = {**module._modules, **small}

@@ -11,7 +11,7 @@ from fused_megatron.modules.adopted_rms_norm import EPS_NAMES, AdoptedRMSNorm, a
 from fused_megatron.modules.cross_entropy import CrossEntropyLoss
 from fused_megatron.modules.fused_head import FusedHead, head_of, loss_obstacle
 from fused_megatron.modules.fused_rotary import FusedRotary, calls_a_rotary_function, fused_class, halves_are_equal
-from fused_megatron.modules.gated_mlp import GatedMLP, gating, lay_together
+from fused_megatron.modules.gated_mlp import GatedMLP, gated_class, gating, lay_together
 from fused_megatron.modules.gelu import GELU, gelu_of
 from fused_megatron.modules.layer_norm import LayerNorm
 from fused_megatron.modules.rms_norm import RMSNorm
@@ -141,7 +141,7 @@ def replace_modules(model: nn.Module) -> ReplacementReport:
     replaced = tuple(exchange.described() for exchange in exchanges)
     exchange_all(exchanges)
     for exchange in exchanges:
-        if exchange.drop_in is GatedMLP:
+        if issubclass(exchange.drop_in, GatedMLP):
             lay_together(exchange.module, exchange.attributes["gated_linears"])
     return ReplacementReport(replaced, tuple(left), dict(others))
 
@@ -207,7 +207,7 @@ def find_exchange(name: str, module: nn.Module) -> Exchange | str | None:
         unlike = "its result differs from torch.nn.GELU with both approximations"
         return unlike if approximate is None else Exchange(name, module, GELU, {"approximate": approximate})
     if gated is not None:
-        return gated if isinstance(gated, str) else Exchange(name, module, GatedMLP, gated)
+        return gated if isinstance(gated, str) else Exchange(name, module, gated_class(kind), gated)  # type: ignore[arg-type]
     found = adoption(module)
     return found if isinstance(found, str) else Exchange(name, module, AdoptedRMSNorm, found)
 

@@ -103,7 +103,7 @@ def test_replaced_mlp_computes_the_same(kind, dtype, bias):
     before, names = dict(model.named_parameters()), list(model.state_dict())
     report = replace_modules(model)
     assert [(one.name, one.was, one.now) for one in report.replaced] == [("0", kind.__name__, "GatedMLP")]
-    assert type(model[0]) is GatedMLP and list(model.state_dict()) == names
+    assert isinstance(model[0], GatedMLP) and isinstance(model[0], kind) and list(model.state_dict()) == names
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     compare(model, twin, dtype)
@@ -175,6 +175,21 @@ def test_linears_that_are_more_than_a_product_run_as_they_are():
     assert calls
     for one in (model, twin):
         one.w3 = nn.Sequential(one.w3, nn.Tanh())
+    compare(model, twin)
+
+
+def test_another_activation_counts():
+    """Something replaces the activation after replace_modules, or asks for it by a hook."""
+    model = Packed()
+    twin = copy.deepcopy(model)
+    replace_modules(model)
+    compare(model, twin)
+    calls = []
+    model.act.register_forward_hook(lambda *_: calls.append(1))
+    compare(model, twin)
+    assert len(calls) == 1
+    for one in (model, twin):
+        one.act = nn.ReLU()
     compare(model, twin)
 
 
