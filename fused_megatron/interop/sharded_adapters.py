@@ -15,6 +15,7 @@ from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinea
 from fused_megatron.interop.replacements import Replacement, taking_over
 from fused_megatron.interop.sequence_region import SEQUENCE_DIM
 from fused_megatron.interop.units import Layer, linear_features
+from fused_megatron.ops.product import product
 from fused_megatron.sharding import ParameterShard, Shard, ShardedModule
 from fused_megatron.tensor_parallel import OutputPart
 
@@ -97,7 +98,7 @@ class AdapterMagnitude(AdapterShard):
     ) -> torch.Tensor:
         """Return what DoRA adds to the layer's output for x; base_result is that output, where x had no dropout."""
         with torch.no_grad():
-            norm = self.get_weight_norm(base_layer.weight, lora_B.weight @ lora_A.weight, scaling)
+            norm = self.get_weight_norm(base_layer.weight, product(lora_B.weight, lora_A.weight.t()), scaling)
         magnitude: torch.Tensor = self.weight
         if isinstance(lora_B, AdapterColumn):
             magnitude = lora_B.with_whole_gradient(magnitude)

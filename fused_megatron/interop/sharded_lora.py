@@ -18,6 +18,7 @@ from fused_megatron.collectives.transfers import start_all_reduce_
 from fused_megatron.interop.replacements import become_shards, cut
 from fused_megatron.interop.sharded_adapters import GatheredLinear, make_magnitude, shard_adapters
 from fused_megatron.interop.summed_parameters import SummedParameters
+from fused_megatron.ops.product import product
 
 # Values of init_lora_weights that do not look at the layer's weight.
 _BLIND_INITS = (True, False, "gaussian")
@@ -79,7 +80,7 @@ class _ShardedDora(DoraLinearVariant):
         first, second = module.lora_A[adapter_name].weight, module.lora_B[adapter_name].weight
         made = make_magnitude(host, first.dtype)
         with torch.no_grad():
-            norm = made.get_weight_norm(host.weight, second @ first, module.scaling[adapter_name])
+            norm = made.get_weight_norm(host.weight, product(second, first.t()), module.scaling[adapter_name])
         made.register_shard("weight", nn.Parameter(norm.to(first.dtype)), made.shards["weight"])
         module.lora_magnitude_vector[adapter_name] = made
         _sum_on_blocks(host, [made] if made.sums_columns else [])
