@@ -81,6 +81,14 @@ def test_after_an_error_only_the_parts_that_are_missing_are_made(tmp_path: Path)
     last.write_bytes(good)
     found, said = run(folder, tmp_path / "out", tokenizer=given)
     assert found == wanted
+    # A file that has changed since is encoded again.
+    last.write_bytes(b"\xff" * len(good))
+    with pytest.raises(InputError, match=r"c19\.txt: not UTF-8"):
+        run(folder, tmp_path / "changed", tokenizer=given)
+    last.write_bytes(good)
+    first = folder / "a.jsonl"
+    first.write_text(first.read_text().replace("document", "DOCUMENT"))
+    assert run(folder, tmp_path / "changed", tokenizer=given)[0] == run(folder, tmp_path / "new", tokenizer=given)[0]
     assert said[0].startswith(f"{len(parts) - 2} of ") and said[0].endswith(" parts are there from a command before")
 
 
