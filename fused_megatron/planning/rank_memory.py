@@ -19,7 +19,12 @@ from fused_megatron.planning.parameter_counts import (
     stage_parameters,
     vocabulary_elements,
 )
-from fused_megatron.planning.schedule_moments import Moment, needs_no_more_than_the_rank_before, rank_moments
+from fused_megatron.planning.schedule_moments import (
+    HOLD_ALL,
+    Moment,
+    needs_no_more_than_the_rank_before,
+    rank_moments,
+)
 from fused_megatron.planning.working_memory import StageBytes, stage_bytes
 
 StageFormula = Callable[[TrainConfig, StageSpan], StageBytes]
@@ -152,20 +157,46 @@ class _Formulas:
         if self._placements.weights:
             largest = max(_largest_unit(config, span) for span in spans)
             always += size * (2 * largest if config.parallel.zero_gather == "block" else counts.total)
-        reducing = [self._reducing(span, need) for span, need in zip(spans, needs, strict=True)]
+        under_way = [self._under_way(span) for span in spans]
         activations = most = 0
         for moment in rank_moments(self._plan, self._num_microbatches, rank):
             need = needs[moment.stage]
             held = _held(moment, needs)
             own = need.deferred if moment.kind == Kind.WEIGHT_GRAD else need.kept
-            peak = held + need.peak(moment.kind) + always
+            sent = sum(under_way) if self._follows_a_backward(moment) else 0
+            peak = held + need.peak(moment.kind) + always + sent
             if moment.kind in ENDS_OF_BACKWARD and (moment.last or self._placements.gradients):
-                peak = max(peak, held + always + reducing[moment.stage])
+                of_others = sent - under_way[moment.stage] if sent else 0
+                reducing = self._reducing(spans[moment.stage], need, bool(sent))
+                peak = max(peak, held + always + of_others + reducing)
             activations = max(activations, held + own)
             most = max(most, peak)
         return activations, most - activations
 
-    def _reducing(self, span: StageSpan, need: StageBytes) -> int:
+    def _follows_a_backward(self, moment: Moment) -> bool:
+        """Return whether the stages of the rank have sent sharded gradients of an earlier microbatch."""
+        if self._num_microbatches == 1 or moment.first:
+            return False
+        return moment.kind != Kind.FORWARD or self._plan.name not in HOLD_ALL
+
+    def _under_way(self, span: StageSpan) -> int:
+        """Return the bytes of buckets of sharded gradients that a stage sends between two backwards.
+
+        A bucket is under way until another one needs its place, so the last ones of a microbatch stay through the next
+        actions. Each is there twice, as in _reducing.
+        """
+        if not self._placements.gradients or max(self._shards, self._expert_shards) == 1:
+            return 0
+        whole, bucket = self._gradient_bytes(span)
+        number = -(-whole // bucket) * (1 if self._num_microbatches == 2 else 2) if bucket else 0
+        return 2 * min(number, BUCKETS_UNDER_WAY) * bucket
+
+    def _gradient_bytes(self, span: StageSpan) -> tuple[int, int]:
+        """Return the bytes of a stage's gradients, and of a bucket of them."""
+        whole = BYTES_PER_ELEMENT * self._stage(span)[0].total
+        return whole, min(whole, _bucket_bytes(self._config, [span]))
+
+    def _reducing(self, span: StageSpan, need: StageBytes, follows: bool) -> int:
         """Return the most bytes of a microbatch in a backward that sends gradients, with the buckets under way.
 
         A packed copy leaves while its sum arrives. gloo receives the block of every rank; NCCL needs less. Sharded
@@ -174,11 +205,11 @@ class _Formulas:
         config = self._config
         if max(self._shards, self._expert_shards) == 1:
             return 0
-        bucket = _bucket_bytes(config, [span])
+        whole, bucket = self._gradient_bytes(span)
+        earlier = (BUCKETS_UNDER_WAY if self._num_microbatches > 2 else -(-whole // bucket)) * bucket if follows else 0
         through, most = 0, 0
         if span.last and not (config.model.tied_embeddings and span.first):
             through = BYTES_PER_ELEMENT * vocabulary_elements(config.model, config.parallel.tensor_parallel_size)
-        whole = BYTES_PER_ELEMENT * self._stage(span)[0].total
         for position, num_bytes in enumerate(need.by_block):
             block = span.stop - 1 - position
             if block >= span.start:  # the attention part of a backward comes after the products of the MLP
@@ -186,9 +217,8 @@ class _Formulas:
                 through += BYTES_PER_ELEMENT * block_parameters(config.model, config.parallel, has_experts).total
             else:
                 through = whole
-            full = min(through // bucket, BUCKETS_UNDER_WAY) * bucket
-            if through == whole:
-                full = min(whole, BUCKETS_UNDER_WAY * bucket)
+            full = whole if through == whole else through // bucket * bucket
+            full = min(earlier + full, BUCKETS_UNDER_WAY * bucket)
             filling = min(through, bucket) if self._placements.gradients else 0
             most = max(most, num_bytes + 2 * full + filling)
         return most

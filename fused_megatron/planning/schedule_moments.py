@@ -12,7 +12,7 @@ from fused_megatron.assembly.pipeline_plan import PipelinePlan
 from fused_megatron.pipeline.schedule.action import ENDS_OF_BACKWARD, Action, Kind, stages_of
 from fused_megatron.pipeline.schedule.schedules import build_schedule
 
-_HOLD_ALL = ("gpipe", "looped_breadth_first")
+HOLD_ALL = ("gpipe", "looped_breadth_first")
 """Schedules that hold all microbatches of a step."""
 _PERIODS = 4
 """More microbatches than this number times the ranks do not change the moments of any other schedule."""
@@ -68,7 +68,7 @@ def _actions(name: str, placement: tuple[int, ...], num_microbatches: int) -> tu
 def _fewer(plan: PipelinePlan, num_microbatches: int) -> int:
     """Return a number of microbatches that has the same moments: a whole number of rounds fewer."""
     ranks = max(plan.placement) + 1
-    if plan.name in _HOLD_ALL or (plan.name.startswith("interleaved") and num_microbatches % ranks):
+    if plan.name in HOLD_ALL or (plan.name.startswith("interleaved") and num_microbatches % ranks):
         return num_microbatches  # interleaved schedules divide a remainder among all rounds
     most = _PERIODS * ranks
     return num_microbatches if num_microbatches <= most else most + (num_microbatches - most) % ranks

@@ -78,6 +78,10 @@ def stage_bytes(config: TrainConfig, span: StageSpan) -> StageBytes:
     deferred += before
     head = head_working(config) if span.last else 0
     forward = kept + max(head, residual)
+    if blocks and (scores := score_bytes(config)):
+        forward = max(
+            forward, kept - (loss_activations(config) if span.last else 0) + _scores_in_forward(config, scores)
+        )
     return StageBytes(kept, deferred, forward, backward, max(input_grad, deferred), deferred, (*by_block, 0))
 
 
@@ -103,6 +107,36 @@ def block_deferred(config: TrainConfig, has_experts: bool) -> int:
     keys = 2 * max(1, model.kv_heads // ranks) * model.head_size
     up, down = expansion_features(model, model.ffn_size, ranks), model.ffn_size // ranks
     return size * (2 * (own + tokens) * model.hidden_size + tokens * (2 * query + keys + up + down))
+
+
+def score_bytes(config: TrainConfig) -> int:
+    """Compute the bytes of the scores of attention, if they are stored: only with attention dropout.
+
+    Four tensors of this size exist at a time: scores, probabilities, and both again after the mask or in backward. Two
+    of them are kept for backward, unless attention is recomputed.
+    """
+    model, parallel = config.model, config.parallel
+    if not model.attention_dropout or parallel.context_parallel_size > 1:
+        return 0
+    size, tokens, _ = element_and_token_sizes(config)
+    return size * tokens * model.seq_len * (model.num_heads // parallel.tensor_parallel_size)
+
+
+def _scores_in_forward(config: TrainConfig, scores: int) -> int:
+    """Compute what the attention of a stage's last block has in forward beyond all that the stage's blocks keep.
+
+    The MLP of the block keeps nothing yet. Where whole blocks are recomputed, no block keeps scores or an MLP.
+    """
+    model = config.model
+    size, tokens, own = element_and_token_sizes(config)
+    ranks = config.parallel.tensor_parallel_size
+    query = size * tokens * (model.num_heads // ranks) * model.head_size
+    key = size * tokens * max(1, model.kv_heads // ranks) * model.head_size
+    working = query + 3 * key
+    if model.recompute == "full":
+        return 4 * scores + working
+    later = 2 * own * model.hidden_size + mlp_elements(config, model.ffn_size)  # and the attention's result
+    return (4 if model.recompute == "selective" else 2) * scores + working - size * later - query
 
 
 def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> int:
@@ -132,9 +166,11 @@ def block_backward(config: TrainConfig, has_experts: bool, recomputed: bool) -> 
     attention = 2 * residual + 2 * query + keys + max(query + keys, gathered)
     if selective and not recomputed:
         attention += size * tokens * (model.num_heads // ranks)
-    if model.attention_dropout > 0 and parallel.context_parallel_size == 1:
-        attention += size * tokens * model.seq_len * (model.num_heads // ranks)
-    attention = max(attention, 2 * residual + _attention_working(config)) - kept - residual
+    scores = score_bytes(config)
+    attention = max(attention + scores, 2 * residual + _attention_working(config))
+    if scores and selective:
+        attention = max(attention, 4 * scores + residual + query)
+    attention -= kept + residual
     return again + max(feed_forward, attention)
 
 

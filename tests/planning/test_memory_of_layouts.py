@@ -168,7 +168,7 @@ def test_forty_random_layouts() -> None:
 def test_the_formula_follows_the_dry_run() -> None:
     """20 layouts in float32, whose products a CPU computes as a GPU does, and so wide that small tensors hardly count.
 
-    The worst is ZeRO-3 with a bucket larger than the model: gloo receives the gradients of every rank.
+    The worst recompute all blocks, of experts or in a ring.
     """
     errors = []
     for config in random_layouts(20, {"hidden_size": 256, "seq_len": 256, "vocab_size": 2000}, blocks_per_stage=3):
@@ -176,4 +176,4 @@ def test_the_formula_follows_the_dry_run() -> None:
         dry_run = DryRun(wide)
         found = [dry_run.rank(rank) for rank in dry_run.pipeline_ranks()]
         errors.append(max(abs(rank_memory(wide, each.pp_rank).total / each.peak_bytes - 1) for each in found))
-    assert statistics.median(errors) <= 0.03 and max(errors) <= 0.25, errors
+    assert statistics.median(errors) <= 0.03 and max(errors) <= 0.1, errors

@@ -143,6 +143,20 @@ def test_the_fullest_rank_of_a_pipeline() -> None:
     assert replicas.optimizer == -(-first.optimizer // 24) * 12  # each replica has the state of half the parameters
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_attention_with_dropout_holds_four_tensors_of_scores(recompute: str) -> None:
+    config = config_of("float32", 2, recompute=recompute, attention_dropout=0.1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2, seq_len=256))
+    assert rank_memory(config).total == pytest.approx(DryRun(config).rank(0).peak_bytes, rel=0.03)
+
+
+def test_sharded_gradients_of_two_microbatches_are_under_way() -> None:
+    """A bucket holds all gradients: its copy stays until the bucket of the next microbatch but one is sent."""
+    config = config_of("float32", 16, parallel={"data_parallel_size": 2, "zero_stage": 2}, tied_embeddings=False)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=2))
+    assert rank_memory(config).total == pytest.approx(DryRun(config).rank(0).peak_bytes, rel=0.1)
+
+
 def test_no_vocabulary() -> None:
     with pytest.raises(InputError, match="vocab_size=None must be given"):
         rank_memory(TrainConfig())
