@@ -14,9 +14,9 @@ from fused_megatron.config import TrainConfig, TransformerConfig
 from fused_megatron.hugging_face.export_model import export_model
 from fused_megatron.hugging_face.import_model import import_model
 from fused_megatron.hugging_face.source import CONFIG_FILE
+from fused_megatron.training.config_of_this_machine import config_of_this_machine
 from fused_megatron.training.process_group import joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
-from fused_megatron.training.starting_config import starting_config
 
 # Long enough for the slowest file of the largest model. The death of a rank is noticed at once, whatever the timeout.
 TIMEOUT_S = 86_400.0
@@ -90,7 +90,7 @@ def _import(arguments: ConvertArguments, reporter: Reporter) -> None:
     reasons: list[str] = []
 
     def start(config: TrainConfig) -> TrainConfig:
-        found, reason = starting_config(config)
+        found, reason = config_of_this_machine(config)
         reasons.append(reason)
         return found
 

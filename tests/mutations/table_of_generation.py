@@ -77,9 +77,9 @@ MUTATIONS = (
     ),
     (
         "a learned table of positions is cut",
-        "fused_megatron/training/starting_config.py",
+        "fused_megatron/training/config_of_this_machine.py",
         'model.position == "rotary" and ',
         "",
-        ("tests/training/test_starting_config.py",),
+        ("tests/training/test_config_of_this_machine.py",),
     ),
 )

@@ -2,7 +2,7 @@
 
 from fused_megatron.config import GPTConfig, TrainConfig, TrainingConfig
 from fused_megatron.planning.rank_memory import rank_memory
-from fused_megatron.training.starting_config import starting_config
+from fused_megatron.training.config_of_this_machine import config_of_this_machine
 
 
 def config_of(**model: object) -> TrainConfig:
@@ -15,25 +15,25 @@ def config_of(**model: object) -> TrainConfig:
 
 def test_a_processor_and_a_gpu_get_what_they_can_train() -> None:
     full = config_of()
-    found, reason = starting_config(full, "cpu", 64e9)
+    found, reason = config_of_this_machine(full, "cpu", 64e9)
     assert found.model.seq_len == 512 and found.training == full.training
     assert reason.endswith("64 GB free starts with seq_len=512, global_batch_size=8 (full length of the model: 8192)")
-    assert starting_config(full, "cuda", 141e9) == (full, "")
+    assert config_of_this_machine(full, "cuda", 141e9) == (full, "")
     # The length is halved until the memory is enough.
-    tight, _ = starting_config(full, "cuda", 0.9 * rank_memory(full).total)
+    tight, _ = config_of_this_machine(full, "cuda", 0.9 * rank_memory(full).total)
     assert tight.model.seq_len in (2048, 4096)
     assert rank_memory(tight).total <= 0.8 * 0.9 * rank_memory(full).total
 
 
 def test_after_the_shortest_length_the_batch_is_halved_and_then_the_copy_of_checkpoints_goes() -> None:
     large = config_of(hidden_size=2304, num_layers=24)
-    found, _ = starting_config(large, "cpu", 200e9)
+    found, _ = config_of_this_machine(large, "cpu", 200e9)
     assert (found.model.seq_len, found.training.global_batch_size) == (128, 2)
-    none, reason = starting_config(large, "cpu", 1e9)
+    none, reason = config_of_this_machine(large, "cpu", 1e9)
     assert (none.model.seq_len, none.training.global_batch_size, none.training.async_checkpoint) == (128, 1, False)
     assert "1 GB free" in reason
 
 
 def test_a_table_of_positions_keeps_its_length() -> None:
-    found, _ = starting_config(config_of(position="learned"), "cpu", 64e9)
+    found, _ = config_of_this_machine(config_of(position="learned"), "cpu", 64e9)
     assert found.model.seq_len == 8192 and found.training.global_batch_size == 1

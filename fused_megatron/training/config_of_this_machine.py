@@ -16,7 +16,7 @@ _STEP_FLOPS = {"cpu": 4e12, "cuda": 1e15}
 _SHORTEST = 128
 
 
-def starting_config(
+def config_of_this_machine(
     config: TrainConfig, device_type: str | None = None, free_bytes: float | None = None
 ) -> tuple[TrainConfig, str]:
     """Return the config with a length and a batch that one rank of this machine can train, and a line that says why.
