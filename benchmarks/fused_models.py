@@ -91,9 +91,10 @@ def peak_mb(model: Any, ids: torch.Tensor, device: Any) -> float:
 
 def step_of(model: Any, ids: torch.Tensor, call: Callable[..., Any] | None = None) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    run = model if call is None else call
 
     def step() -> None:
-        (call or model)(input_ids=ids, labels=ids).loss.backward()
+        run(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

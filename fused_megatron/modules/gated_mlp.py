@@ -132,7 +132,9 @@ def gating(module: nn.Module) -> dict[str, Any] | str | None:
         return "has parameters, buffers or modules beside its linears"
     arguments = list(inspect.signature(type(module).forward).parameters)[1:]
     if len(arguments) != 1:
-        return f"its forward takes more than x: {', '.join(arguments)}"
+        # Three equal squares are rather query, key and value.
+        square = len({size for linear in linears.values() for size in linear.weight.shape}) == 1
+        return None if square else f"its forward takes more than x: {', '.join(arguments)}"
     error = ""
     for roles in _roles(linears):
         for activation in _ACTIVATIONS:

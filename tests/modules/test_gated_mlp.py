@@ -159,8 +159,21 @@ def test_left_and_named(module, reason):
     assert type(module) is kind and left.kind == kind.__name__ and reason in left.reason
 
 
+class SelfAttention(nn.Module):
+    """Query, key and value, as in BERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, mask):
+        return self.query(x) * self.key(x) + self.value(x)
+
+
 def test_other_modules_are_not_even_named():
     two = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8))
+    report = replace_modules(nn.Sequential(SelfAttention()))
+    assert not report.left
     report = replace_modules(nn.Sequential(two, Dropped()))
     assert not report.replaced and [type(m) for m in two] == [nn.Linear] * 3
 
