@@ -139,7 +139,13 @@ def test_a_cache_changes_no_logit(form: str, news: list[list[int]]) -> None:
     assert cache.lengths == lengths
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        form if form in ("a window", "dynamic", CAPACITY) else pytest.param(form, marks=pytest.mark.slow)
+        for form in FORMS
+    ],
+)
 def test_prompts_in_a_batch_go_on_as_each_does_alone_and_without_a_cache(form: str) -> None:
     model, prompts = model_of(form), prompts_of(form)
     found = continue_prompts(model, prompts, NUM_NEW, Sampling(1.0, 0, 0.95, seed=5))
@@ -209,11 +215,11 @@ def test_nothing_to_add_and_nothing_to_continue() -> None:
         model.train()(torch.ones(1, 3, dtype=torch.int64), cache=KeyValueCache(1, 3))
 
 
-def texts_of_layouts(rank: int, world_size: int) -> dict[str, list[list[int]]]:
+def texts_of_layouts(rank: int, world_size: int, forms: list[str]) -> dict[str, list[list[int]]]:
     """Return the tokens of each form at two tensor-parallel ranks, also sequence-parallel, and in two stages."""
     meshes = {"tp": init_mesh(2), "pp": init_mesh(1, 2)}
     found = {}
-    for form in FORMS:
+    for form in forms:
         config = model_of(form).config
         built = {
             "tp": GPT(config, layout=meshes["tp"].layout(), seed=1, dtype=torch.float64),
@@ -232,9 +238,16 @@ def texts_of_layouts(rank: int, world_size: int) -> dict[str, list[list[int]]]:
     return found
 
 
-def test_every_layout_continues_every_form_the_same() -> None:
-    expected = {form: continue_prompts(model_of(form), prompts_of(form), NUM_NEW, SAMPLING) for form in FORMS}
-    for of_rank in run_on_ranks(texts_of_layouts, 2):
-        assert len(of_rank) == 3 * len(FORMS) - 1
+@pytest.mark.parametrize(
+    "forms",
+    [
+        pytest.param(["one key head", "dynamic", "experts"], id="some"),
+        pytest.param(list(FORMS), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_continues_every_form_the_same(forms: list[str]) -> None:
+    expected = {form: continue_prompts(model_of(form), prompts_of(form), NUM_NEW, SAMPLING) for form in forms}
+    for of_rank in run_on_ranks(texts_of_layouts, 2, forms):
+        assert len(of_rank) == 3 * len(forms) - 1
         for name, tokens in of_rank.items():
             assert tokens == expected[name.split(":")[0]], name
