@@ -76,7 +76,6 @@ def _share_with_originals(model: nn.Module) -> None:
         copies: list[Any] = [module for _, module in wrapped_layers(wrapper)]
         original = copies.pop(0)
         for saved in copies:
-            saved.loads_full_tensors = True
             for name in ("scope", "region", "shared"):
                 if name in original.__dict__:
                     saved.__dict__[name] = original.__dict__[name]

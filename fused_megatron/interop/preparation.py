@@ -320,8 +320,6 @@ class Preparation:
             for name in replacement.layer.paths:
                 parent, _, child = name.rpartition(".")
                 self.model.get_submodule(parent)._modules[child] = replacement.module
-            if replacement.layer.inside.startswith("modules_to_save"):
-                replacement.module.loads_full_tensors = True  # PEFT stores it so
         self._commit_adapters()
         for module, attribute, value in self.attributes:
             setattr(module, attribute, value)

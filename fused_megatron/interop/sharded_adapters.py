@@ -24,9 +24,7 @@ Host = ColumnLinear | GatheredLinear | RowLinear
 
 
 class AdapterShard(ShardedModule):
-    """Part of an adapter; its load_state_dict takes the full tensors that PEFT stores, too."""
-
-    loads_full_tensors = True
+    """Part of an adapter."""
 
 
 class AdapterColumn(AdapterShard, ColumnLinear):

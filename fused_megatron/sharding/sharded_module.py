@@ -4,12 +4,10 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group
-from fused_megatron.sharding.full_tensor import copy_shard_, full_shape
 from fused_megatron.sharding.parameter_record import ExpertRanks, Shard, mark_shard, parameter_parts
 from fused_megatron.sharding.parameter_shard import ShardPart
 from fused_megatron.sharding.replication import refuse_replication
@@ -29,14 +27,12 @@ class ShardedModule(nn.Module):
         ep_group, etp_group: ranks that hold the other experts, and the other shards of the same experts; None for this
             rank only. A module that holds experts sets them before it registers a parameter.
         stored_shapes: by name of a parameter, the stored_shape of its record, if it has one.
-        loads_full_tensors: load_state_dict takes full tensors too, and copies this rank's part of them.
     """
 
     tp_group: Any = None
     holds_experts: bool = False
     ep_group: Any = None
     etp_group: Any = None
-    loads_full_tensors: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,14 +103,6 @@ class ShardedModule(nn.Module):
             raise InputError(_parametrised_shard(self, gone))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name, own in self._parameters.items() if self.loads_full_tensors else ():
-            full, transposed = state_dict.get(prefix + name), getattr(self, "transposed", False)
-            if full is None or own is None or full.shape == own.shape or full.shape != full_shape(own, transposed):
-                continue
-            part = torch.empty(own.shape, dtype=full.dtype, device=full.device)
-            mark_shard(part, self.shards[name])
-            copy_shard_(part, full, transposed)
-            state_dict[prefix + name] = part
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.mark_shards()  # with assign, or torch.__future__'s swapping, it may be another tensor
 
