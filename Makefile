@@ -137,14 +137,14 @@ clean:
 	@echo "fused-megatron: installing torch and what training needs into .venv (once)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) "pip>=21.3" "setuptools>=77" cmake ninja torch
-	@FUSED_MEGATRON_COMPILE=off $(PIP) --no-build-isolation -e ".[train]"
+	@FUSED_MEGATRON_COMPILE=off FUSED_MEGATRON_CUDA=off $(PIP) --no-build-isolation -e ".[train]"
 	@env -u PYTHONDONTWRITEBYTECODE -u PYTHONPATH $(BIN)/python -W ignore \
 	    -c "import fused_megatron.training.train, matplotlib.figure, tokenizers"
 	@touch $@
 
 .venv/developed: .venv/installed
 	@echo "fused-megatron: installing the tools of the tests into .venv (once)"
-	@FUSED_MEGATRON_COMPILE=off $(PIP) --no-build-isolation -e ".[dev]"
+	@FUSED_MEGATRON_COMPILE=off FUSED_MEGATRON_CUDA=off $(PIP) --no-build-isolation -e ".[dev]"
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
