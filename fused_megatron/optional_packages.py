@@ -1,8 +1,11 @@
 """Packages that only some parts need, and the command that installs one."""
 
 OLDEST = {
+    "accelerate": "1.12",
     "datasets": "3",
+    "lightning": "2.5",
     "matplotlib": "3.8",
+    "peft": "0.19",
     "tensorboard": "2.16",
     "tokenizers": "0.20",
     "trackio": "0.5",

@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 from fused_megatron.checks import InputError, check
 from fused_megatron.observe.free_memory import memory_bytes
+from fused_megatron.optional_packages import install_command
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 
@@ -211,7 +212,7 @@ def _import_datasets(path: Path) -> Any:
         import datasets  # noqa: PLC0415 (an extra, and slow to import)
     except ImportError:
         raise InputError(
-            f'{path}: {_format_of(path)} files are read by the package datasets: pip install "datasets>=3" (without '
-            f"it: .jsonl or text, also with .gz)"
+            f"{path}: {_format_of(path)} files are read by the package datasets: {install_command('datasets')} "
+            f"(without it: .jsonl or text, also with .gz)"
         ) from None
     return datasets

@@ -18,6 +18,7 @@ from fused_megatron.interop.context_region import groups_of_axes
 from fused_megatron.interop.full_state import full_state_dict
 from fused_megatron.interop.optimizer_shards import full_optimizer_state_dict, load_full_optimizer_state_dict
 from fused_megatron.mesh import Mesh
+from fused_megatron.optional_packages import install_command
 from fused_megatron.sharding import GradScaler, clip_grad_norm_
 from fused_megatron.sharding.replica_shards import replica_shards, whole_models
 
@@ -27,7 +28,7 @@ try:
     from accelerate.scheduler import AcceleratedScheduler
     from accelerate.utils import gather, recursively_apply
 except ImportError as error:
-    raise ImportError('fm.Accelerator needs accelerate: pip install "accelerate>=1.12"') from error
+    raise ImportError(f"fm.Accelerator needs accelerate: {install_command('accelerate')}") from error
 
 
 class Accelerator(accelerate.Accelerator):

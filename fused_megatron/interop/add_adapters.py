@@ -9,6 +9,7 @@ from fused_megatron.checks import InputError
 from fused_megatron.interop.adapters import innermost, is_saved_copy, wrapped_layers
 from fused_megatron.interop.layers import ColumnLinear, GatheredLinear, RowLinear
 from fused_megatron.interop.saving import guard_saving
+from fused_megatron.optional_packages import install_command
 from fused_megatron.sharding import ShardedModule
 
 # Hooks that parallelize put on the model. PeftModel calls the model's forward without them.
@@ -50,7 +51,7 @@ def add_adapters(model: nn.Module, config: Any, adapter_name: str = "default", *
 
         from fused_megatron.interop.sharded_lora import ShardedLora  # noqa: PLC0415  needs PEFT
     except ImportError as error:
-        raise ImportError('add_adapters needs PEFT: pip install "peft>=0.19"') from error
+        raise ImportError(f"add_adapters needs PEFT: {install_command('peft')}") from error
     if not hasattr(model, "parallel_report"):
         raise InputError("model is not parallel (call peft.get_peft_model, then parallelize)")
     config = copy.deepcopy(config)

@@ -14,6 +14,7 @@ from fused_megatron.interop.context_region import groups_of_axes
 from fused_megatron.interop.full_state import full_state_dict
 from fused_megatron.interop.optimizer_shards import full_optimizer_state_dict, load_full_optimizer_state_dict
 from fused_megatron.mesh import Mesh
+from fused_megatron.optional_packages import install_command
 from fused_megatron.sharding import clip_grad_norm_
 from fused_megatron.sharding.replica_shards import replica_shards, whole_models
 
@@ -22,7 +23,7 @@ try:
     from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
     from lightning.pytorch.trainer.states import TrainerFn
 except ImportError as error:
-    raise ImportError('fm.LightningStrategy needs lightning: pip install "lightning>=2.5"') from error
+    raise ImportError(f"fm.LightningStrategy needs lightning: {install_command('lightning')}") from error
 
 
 class LightningStrategy(DDPStrategy):

@@ -14,12 +14,13 @@ from fused_megatron.interop.accelerator import share_layers
 from fused_megatron.interop.class_change import become
 from fused_megatron.interop.full_state import full_state_dict
 from fused_megatron.interop.whole_head import show_whole_heads
+from fused_megatron.optional_packages import install_command
 from fused_megatron.sharding.replica_shards import replica_shards, whole_models
 
 try:
     import transformers
 except ImportError as error:
-    raise ImportError('fm.TrainerCallback needs transformers: pip install "transformers>=5"') from error
+    raise ImportError(f"fm.TrainerCallback needs transformers: {install_command('transformers')}") from error
 
 
 class TrainerCallback(transformers.TrainerCallback):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fused_megatron.checks import InputError, first_line
+from fused_megatron.optional_packages import install_command
 
 PROJECT = "fused-megatron"
-_NEEDED = {"wandb": "wandb>=0.18", "trackio": "trackio>=0.5"}
 
 
 class Tracker:
@@ -70,7 +70,7 @@ def _imported(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise InputError(f'training.trackers needs {name}: pip install "{_NEEDED[name]}"') from None
+        raise InputError(f"training.trackers needs {name}: {install_command(name)}") from None
 
 
 def _open_wandb(wandb: Any, run: Path, config: Mapping[str, Any]) -> Tracker:
