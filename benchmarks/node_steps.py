@@ -67,7 +67,15 @@ def build_trainer(config: TrainConfig, device: torch.device, folder: Path) -> Tr
     model = build_stages(config, mesh, plan, device)
     vocab_size = int(config.model.vocab_size or 0)
     tokens = RandomTokens(config.model.seq_len, vocab_size, config.training.seed)
-    data = TrainingData("random tokens", "", vocab_size, None, None, tokens, cast(ValidationDataset, None))
+    data = TrainingData(
+        description="random tokens",
+        fingerprint="",
+        vocab_size=vocab_size,
+        tokenizer=None,
+        tokenizer_path=None,
+        training=tokens,
+        validation=cast(ValidationDataset, None),
+    )
     run = RunFolder(folder)
     run.create()
     return Trainer(assemble(config, mesh, plan, model), data, run, Reporter(False, 1))

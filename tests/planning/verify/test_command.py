@@ -70,7 +70,7 @@ def test_bad_input_is_one_line(
     assert "--against='two' must be 'one'" in said(config, "--against", "two")
     assert "--against='' must be 'one'" in said(config, "--against")
     assert "--all=3 must be --all: it takes no value" in said(config, "--all=3")
-    assert "unknown option --model.num_layer (did you mean model.num_layers?)" in said(config, "--model.num_layer", 3)
+    assert "unknown option --model.num_layer (did you mean --model.num-layers?)" in said(config, "--model.num_layer", 3)
     assert "must be divisible by num_heads=3" in said(config, "--model.num-heads", 3)
     assert "changes the update rule" in said(config, "--parallel.schedule", "pipedream")
     assert "data_parallel_size=3" in said(config, "--parallel.data-parallel-size", 3)
