@@ -205,8 +205,8 @@ MUTATIONS = (
     Mutation(
         "the time left is the time of the whole run",
         _TRAINER,
-        "(self.config.training.num_steps - step) * self._step_times[-1]",
-        "self.config.training.num_steps * self._step_times[-1]",
+        "(self.config.training.num_steps - step) * seconds",
+        "self.config.training.num_steps * seconds",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     # Ranks that disagree or drift apart, and a NaN on one rank.

@@ -67,7 +67,7 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path, number: signal.Signals
         ("", "launch needs the number of ranks first"),
         ("--nproc-per-node two train", "--nproc-per-node=two must be a number of ranks"),
         ("--nproc_per_node=0 train", "--nproc-per-node=0 must be"),
-        ("--nproc-per-node 2", "launch starts ranks of one of train, generate, convert, not of 'nothing'"),
+        ("--nproc-per-node 2", "launch starts ranks of one of train, generate, evaluate, convert, not of 'nothing'"),
         ("--nproc-per-node 2 doctor", "not of 'doctor'"),
     ],
 )
