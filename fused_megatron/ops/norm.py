@@ -20,6 +20,11 @@ def needs_reference(
     has_float64 = x.dtype == torch.float64
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
+            if not isinstance(parameter, torch.Tensor):
+                raise TypeError(
+                    f"{name}={parameter!r:.40} must be a tensor or None: the call is (x, weight, ..), without the "
+                    f"normalized_shape of torch, which is the last dim of x"
+                )
             check_shape(name, parameter, x.shape[-1:])
             check_dtype(name, parameter, FLOAT_DTYPES)
             check_same_device(name, parameter, "x", x)

@@ -332,6 +332,8 @@ def test_bad_arguments(op):
         function(x, torch.zeros(4, device="meta"))
     with pytest.raises(TypeError, match=r"x.dtype=int64"):
         function(x.long())
+    with pytest.raises(TypeError, match=r"weight=\(4,\) must be a tensor or None: .* normalized_shape"):
+        function(x, (4,))  # as F.layer_norm
     with pytest.raises(TypeError, match=r"weight.dtype=int64"):
         function(x, torch.zeros(4).long())
     with pytest.raises(InputError, match=r"residual.shape=\(4,\) must be \(3, 4\)"):
