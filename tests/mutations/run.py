@@ -41,7 +41,7 @@ def main(words: list[str]) -> int:
 def mutations() -> tuple[Any, ...]:
     """Return the rows of the tables."""
     table = _module("table.py")
-    others = (_module("table_of_experts.py"), _module("table_of_generation.py"))
+    others = [_module(path.name) for path in sorted(Path(__file__).parent.glob("table_of_*.py"))]
     return (*table.MUTATIONS, *(table.Mutation(*row) for other in others for row in other.MUTATIONS))
 
 
