@@ -1,4 +1,4 @@
-"""Table of mistakes that cost time on a GPU: small sums one by one, waits of the host; (name, file, old, new, tests)."""
+"""Table of mistakes that cost time on a GPU, small sums and waits of the host: (name, file, old, new, tests)."""
 
 _PARTS = ("tests/sharding/test_partial_gradients.py",)
 
