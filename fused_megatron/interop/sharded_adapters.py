@@ -23,11 +23,7 @@ from fused_megatron.tensor_parallel import OutputPart
 Host = ColumnLinear | GatheredLinear | RowLinear
 
 
-class AdapterShard(ShardedModule):
-    """Part of an adapter."""
-
-
-class AdapterColumn(AdapterShard, ColumnLinear):
+class AdapterColumn(ColumnLinear):
     """LoRA's B [O, r] beside a column layer, in the shards of its rows; the r features before it are whole.
 
     Communication: in backward one all-reduce of the r features. On blocks of the sequence, they are gathered before
@@ -35,18 +31,18 @@ class AdapterColumn(AdapterShard, ColumnLinear):
     """
 
 
-class AdapterHead(AdapterShard, GatheredLinear):
+class AdapterHead(GatheredLinear):
     """LoRA's B [O, r] beside a layer that gathers its output, such as a head."""
 
 
-class AdapterRow(AdapterShard, RowLinear):
+class AdapterRow(RowLinear):
     """LoRA's A [r, I] beside a row layer, in the shards of its columns.
 
     Communication: in forward one all-reduce (or, on blocks of the sequence, reduce-scatter) of the r features.
     """
 
 
-class AdapterMagnitude(AdapterShard):
+class AdapterMagnitude(ShardedModule):
     """DoRA's magnitudes m [O] beside a sharded layer, with PEFT's calls; https://arxiv.org/abs/2402.09353.
 
         n_o = |row o of W + scaling B A|, without a gradient       y_o = m_o / n_o (W x + scaling B A x)_o

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from fused_megatron.checks import InputError
 from fused_megatron.collectives import Group, all_gather_split, group_size
 from fused_megatron.modules import DeferredLogits, LogitsHead
-from fused_megatron.modules.deferred_logits import RESHAPING, defer, keeps_columns
+from fused_megatron.modules.deferred_logits import RESHAPING, defer, keeps_columns, takes_rows
 from fused_megatron.tensor_parallel import (
     column_parallel_linear,
     vocab_parallel_cross_entropy,
@@ -250,11 +250,9 @@ def _loss(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:
     """Compute torch.nn.functional.cross_entropy of logits [T, V] from shards; None for arguments without support."""
-    if not isinstance(input, VocabLogits) or isinstance(target, VocabLogits) or input.dim() != 2:
+    if not isinstance(input, VocabLogits) or not takes_rows(input, target, weight, size_average, reduce):
         return None
-    if not (weight is size_average is reduce is None) or target.dtype != torch.int64 or target.dim() != 1:
-        return None
-    if reduction not in ("none", "mean", "sum") or target.shape[0] != input.shape[0]:
+    if reduction not in ("none", "mean", "sum"):
         return None
     shard = input.shard
     options: dict[str, Any] = {

@@ -242,6 +242,16 @@ def keeps_columns(dims: int, index: Any) -> bool:
     return not reaches_last or parts[-1] == slice(None)
 
 
+def takes_rows(input: Any, target: Any, weight: Any, size_average: Any, reduce: Any) -> bool:
+    """Return whether a call of cross_entropy has rows of logits, a token id for each, and no weights of classes.
+
+    Args: as torch.nn.functional.cross_entropy; input is a stand-in for logits, and target is none of its kind.
+    """
+    if isinstance(target, type(input)) or input.dim() != 2 or not (weight is size_average is reduce is None):
+        return False
+    return target.dtype == torch.int64 and target.dim() == 1 and target.shape[0] == input.shape[0]
+
+
 def loss_of(
     input: torch.Tensor,
     target: torch.Tensor,
@@ -253,11 +263,9 @@ def loss_of(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor | None:
     """Compute torch.nn.functional.cross_entropy of logits [T, V] from tiles; None for arguments without support."""
-    if not isinstance(input, DeferredLogits) or isinstance(target, DeferredLogits) or input.dim() != 2:
+    if not isinstance(input, DeferredLogits) or not takes_rows(input, target, weight, size_average, reduce):
         return None
-    if not (weight is size_average is reduce is None) or target.dtype != torch.int64 or target.dim() != 1:
-        return None
-    if target.shape[0] != input.shape[0] or target.device != input.device or input.was_written():
+    if target.device != input.device or input.was_written():
         return None
     return input.head.loss(
         input.scaled_hidden(),
