@@ -1,7 +1,6 @@
 """Start here when fm.Accelerator clips, divides samples, saves or loads unlike Accelerate on one process."""
 
 import os
-import sys
 
 import accelerate  # takes seconds: ranks are forked from a process that has it
 import pytest
@@ -208,16 +207,3 @@ def misuse(rank, world_size):
 @pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_mistakes_end_in_one_line(world_size):
     run_on_ranks(misuse, world_size, timeout_s=240)
-
-
-def misses_accelerate(rank, world_size):
-    sys.modules["accelerate"] = None
-    sys.modules.pop("fused_megatron.interop.accelerator", None)
-    fm.__dict__.pop("Accelerator", None)
-    with pytest.raises(ImportError) as caught:
-        fm.Accelerator  # noqa: B018
-    assert str(caught.value) == 'fm.Accelerator needs accelerate: pip install "accelerate>=1.12"'
-
-
-def test_a_missing_accelerate_is_one_line():
-    run_on_ranks(misses_accelerate, 1)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -226,17 +225,3 @@ def misuse(rank, world_size, folder):
 
 def test_mistakes_end_in_one_line(tmp_path):
     run_on_ranks(misuse, 2, tmp_path, timeout_s=240)
-
-
-def misses_transformers(rank, world_size):
-    """Import the module anew in a process where transformers cannot be imported."""
-    sys.modules["transformers"] = None
-    sys.modules.pop("fused_megatron.interop.trainer_callback", None)
-    fm.__dict__.pop("TrainerCallback", None)
-    with pytest.raises(ImportError) as caught:
-        fm.TrainerCallback  # noqa: B018
-    assert str(caught.value) == 'fm.TrainerCallback needs transformers: pip install "transformers>=5"'
-
-
-def test_a_missing_transformers_is_one_line():
-    run_on_ranks(misses_transformers, 1)
