@@ -1,7 +1,8 @@
 """transformers' Trainer with a model in shards: torchrun --nproc-per-node 2 examples/hugging_face_trainer.py
 
-Three lines differ from a Trainer of one process; numbers mark them. Checkpoints are those of one process: continue on
-any number of ranks with trainer.train(resume_from_checkpoint=True), and load one with from_pretrained.
+Three lines differ from a Trainer of one process; numbers mark them. Checkpoints have the full weights, as of one
+process: continue on any number of ranks with trainer.train(resume_from_checkpoint=True), and load one with
+from_pretrained.
 """
 
 import os

@@ -191,7 +191,7 @@ def _encode_parts(
         return
     say(f"encoding {len(missing)} parts with {workers} process{'es' * (workers > 1)} ...")
     done, num_bytes, begin, said = len(parts) - len(missing), 0, time.perf_counter(), time.perf_counter()
-    # Fresh processes: a fork of a process with threads (those of the tokenizer) may hang.
+    # Fresh processes: a fork of a process with threads, as the tokenizer has, may hang.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, start_worker, (workers,)) as pool:
         futures = [pool.submit(encode_part, part, str(tokenizer_path), arguments.text_field) for part in missing]

@@ -127,7 +127,7 @@ class Accelerator(accelerate.Accelerator):
         """Divide a data loader over data-parallel ranks.
 
         Raises:
-            InputError: an iterable dataset that Accelerate would give to all data-parallel ranks alike.
+            InputError: an iterable dataset that Accelerate would give whole to every data-parallel rank.
         """
         config = self.parallelism_config
         is_iterable = isinstance(data_loader.dataset, torch.utils.data.IterableDataset)
@@ -195,7 +195,7 @@ class Accelerator(accelerate.Accelerator):
             return super().load_state(*args, **options)
 
     def _gather_once(self, own: torch.Tensor) -> torch.Tensor:
-        """Gather rows [n, ..] of all ranks, and keep those of one rank of each set with the same samples."""
+        """Gather rows [n, ..] of all ranks; of ranks with the same samples keep the rows of one rank."""
         gathered: torch.Tensor = gather(own)
         if own.dim() == 0:
             return gathered
@@ -204,7 +204,7 @@ class Accelerator(accelerate.Accelerator):
 
 
 class ShardedAcceleratedOptimizer(AcceleratedOptimizer):
-    """AcceleratedOptimizer whose state_dict is that of one process.
+    """AcceleratedOptimizer whose state_dict has the full state, as on one process.
 
     Attributes:
         models_of_states: returns the models that have the optimizer's parameters.

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def become(instance: Any, kind: type) -> None:
-    """Give an object the methods of a class, above those of its own class."""
+    """Give an object the methods of a class, which override the methods of its own class."""
     own = type(instance)
     if issubclass(kind, own):
         instance.__class__ = kind

@@ -49,7 +49,7 @@ class ShardedLora(Linear):
         return {(): None, ("use_dora",): _ShardedDora}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        """Make an adapter, on all ranks at once; values that every rank draws are those of the first rank.
+        """Make an adapter, on all ranks at once; where every rank draws values, the first rank's count.
 
         Raises:
             InputError: the adapter's initial values depend on the whole weight.

@@ -30,11 +30,11 @@ class TrainerCallback(transformers.TrainerCallback):
         trainer = Trainer(model, TrainingArguments(..), train_dataset=data, callbacks=[fm.TrainerCallback()])
         trainer.train()
 
-    Losses are those of one process. When the Trainer is made, its Accelerator becomes an fm.Accelerator:
+    Losses equal the losses of one process. When the Trainer is made, its Accelerator becomes an fm.Accelerator:
 
         samples       ranks that share layers get the same; data-parallel ranks divide them (4 ranks with
                       tensor_parallel_size=2 are 2 data-parallel ranks), and average gradients
-        clipping      max_grad_norm is that of the whole model, and so is grad_norm in the logs
+        clipping      max_grad_norm bounds the norm of the whole model, which the logs show as grad_norm
         checkpoints   have full weights and full optimizer states, as one process writes them; one process and any
                       number of ranks resume from them, and from_pretrained loads them
         save_model    writes the full model. All ranks must call it, as Trainer itself does

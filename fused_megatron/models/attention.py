@@ -172,7 +172,7 @@ class ParallelSelfAttention(nn.Module):
             dropout: masks whose first row is for attention_dropout; None: drop nothing.
             partition: the positions of each context-parallel rank; the rows of x are this rank's positions. None: x has
                 all positions.
-            cache: keys and values of earlier tokens, which takes those of x; None: x has all tokens.
+            cache: keys and values of earlier tokens, which also stores keys and values of x; None: x has all tokens.
         """
         query, key, value = self._query_key_value(x)
         if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):

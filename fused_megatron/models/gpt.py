@@ -91,7 +91,7 @@ class GPT(TransformerStack):
                 rotation, such as its position in its document; None: its position in the sequence. It does not change
                 which tokens see each other. Every stage needs it.
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
-            cache: keys and values of the tokens before x, which takes those of x (cache.begin() announces their
+            cache: keys and values of the tokens before x, which also stores keys and values of x (cache.begin() announces their
                 number); only in evaluation mode, without gradients. None: x has all tokens. Every stage needs it.
 
         Returns:
