@@ -91,8 +91,9 @@ class GPT(TransformerStack):
                 rotation, such as its position in its document; None: its position in the sequence. It does not change
                 which tokens see each other. Every stage needs it.
             reduction: "none", or "sum" of the losses; the gradients of the sum cost one product of the head less.
-            cache: keys and values of the tokens before x, which also stores keys and values of x (cache.begin() announces their
-                number); only in evaluation mode, without gradients. None: x has all tokens. Every stage needs it.
+            cache: keys and values of the tokens before x, which also stores keys and values of x (cache.begin()
+                announces their number); only in evaluation mode, without gradients. None: x has all tokens. Every stage
+                needs it.
 
         Returns:
             A whole model with a target: the loss per token [B, S] float32 (0 where target is -100), or with "sum" a
