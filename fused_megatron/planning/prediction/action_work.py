@@ -82,9 +82,10 @@ class ActionWork:
         return ActionWork(self.forward * number, self.backward * number, self.weight_grad * number)
 
     @cached_property
-    def totals(self) -> tuple[float, float, float, float]:
-        """Seconds of the device and of the host for F, then for B."""
-        return self.forward.on_device, self.forward.host, self.backward.on_device, self.backward.host
+    def totals(self) -> tuple[float, float, float, float, float]:
+        """Seconds of the device and of the host for F, then for B; of the device for W."""
+        forward, backward = self.forward, self.backward
+        return forward.on_device, forward.host, backward.on_device, backward.host, self.weight_grad.products
 
     def seconds(self, device: str) -> tuple[float, float, float]:
         """Return the seconds of F, I and W."""

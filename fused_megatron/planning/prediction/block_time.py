@@ -58,18 +58,21 @@ class StageTimes:
             total += work * number
         return total
 
-    def seconds_of_stage(self, span: StageSpan) -> tuple[float, float]:
-        """Return the seconds of F and B of one microbatch in a stage, without their causes: a search asks often."""
-        forward_device = forward_host = backward_device = backward_host = 0.0
+    def seconds_of_stage(self, span: StageSpan) -> tuple[float, float, float]:
+        """Return the seconds of F, B and W of one microbatch in a stage, without their causes: a search asks often."""
+        forward_device = forward_host = backward_device = backward_host = weights = 0.0
         for number, work in self._parts(span):
-            device, host, device_back, host_back = work.totals
+            device, host, device_back, host_back, of_weights = work.totals
             forward_device += number * device
             forward_host += number * host
             backward_device += number * device_back
             backward_host += number * host_back
+            weights += number * of_weights
         if self.cluster.device == "cpu":
-            return forward_device + forward_host, backward_device + backward_host
-        return max(forward_device, forward_host), max(backward_device, backward_host)
+            forward, backward = forward_device + forward_host, backward_device + backward_host
+        else:
+            forward, backward = max(forward_device, forward_host), max(backward_device, backward_host)
+        return forward, backward, min(weights, backward)
 
     def _parts(self, span: StageSpan) -> Iterator[tuple[int, ActionWork]]:
         """Yield the parts of a stage, each with its number."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -77,6 +78,7 @@ class Cut(NamedTuple):
         number: stages of each form.
         of_rank: indices of the forms of each rank's stages.
         shares: the first and the last rank, and of each group of ranks with the same forms the one that starts last.
+        hops: messages between ranks on the way from the first to the last stage.
     """
 
     forms: tuple[Form, ...]
@@ -84,13 +86,15 @@ class Cut(NamedTuple):
     number: tuple[int, ...]
     of_rank: tuple[tuple[int, ...], ...]
     shares: tuple[Share, ...]
+    hops: int
 
 
 class FormCosts(NamedTuple):
-    """Seconds of F, of B, and of both for a microbatch in a stage of each form."""
+    """Seconds of F, of B, of W, and of F and B for a microbatch in a stage of each form."""
 
     forwards: tuple[float, ...]
     backwards: tuple[float, ...]
+    weight_grads: tuple[float, ...]
     wholes: tuple[float, ...]
 
 
@@ -119,7 +123,8 @@ def _cut(model: TransformerConfig, placement: tuple[int, ...]) -> Cut:
         share = Share(rank, numbers(own), numbers(of_stage[:first]), hops, num_blocks)
         # Ranks with the same stages do the same work; the first stages of later ranks start later.
         shares[rank if rank in (0, num_ranks - 1) else share.own] = share
-    return Cut(tuple(forms), tuple(one_of), numbers(of_stage), tuple(of_rank), tuple(shares.values()))
+    hops = sum(before != after for before, after in pairwise(placement))
+    return Cut(tuple(forms), tuple(one_of), numbers(of_stage), tuple(of_rank), tuple(shares.values()), hops)
 
 
 def _dot(numbers: Sequence[int], values: Sequence[float]) -> float:
@@ -146,7 +151,7 @@ class Floors:
         self._base, self._cluster, self._engine = base, of_one_rank(cluster, num_gpus), engine_of(OWN)
         self._cuts: dict[tuple[int, ...], Cut] = {}
         self._times: dict[Form, StageTimes] = {}
-        self._seconds: dict[Form, tuple[float, float]] = {}
+        self._seconds: dict[Form, tuple[float, float, float]] = {}
         self._form_costs: dict[Form, FormCosts] = {}
         self._floors: dict[Form, float] = {}
         self._bytes: dict[Form, int] = {}
@@ -160,7 +165,8 @@ class Floors:
 
         A rank starts when a microbatch has passed all stages before its first one. Then it does its own work. If its
         last action is a whole backward, the stages before its first one still follow. The rank of the first stage ends
-        last then; the reduction of its gradients and the update follow.
+        last then; the reduction of its gradients and the update follow. This rank also waits for the microbatches that
+        the last stage passes back to it, one after the other.
         """
         key = layout, settings
         if key not in self._floors:
@@ -198,20 +204,32 @@ class Floors:
         costs, config = self._costs(layout, settings, placement), self._stage_times(layout, settings)[1].config
         number, parallel = self.num_microbatches(layout, settings), self._parallel(layout, settings)
         sent = message_s(self._cluster, self._engine, parallel, message_bytes(config)) if layout.pp > 1 else 0.0
+        cut = self.cut(placement)
+        splits = splits_backward(settings.schedule, settings.stages_per_rank)
         ends, latest = [], 0.0
-        for share in self.cut(placement).shares:
+        for share in cut.shares:
             end = number * _dot(share.own, costs.wholes) + _dot(share.before, costs.forwards) + share.hops * sent
             ends.append(end)
             latest = max(latest, end + _dot(share.before, costs.backwards) + share.hops * sent)
-        return [*ends, ends[0] if splits_backward(settings.schedule, settings.stages_per_rank) else latest]
+        first, last = cut.of_rank[0][0], cut.of_rank[placement[-1]][-1]
+        passed = _dot(cut.number, costs.wholes) + (number - 1) * costs.wholes[last] + 2 * cut.hops * sent
+        if splits:  # W of the first stage follows its last I; every other W can wait
+            passed -= _dot(cut.number, costs.weight_grads) - costs.weight_grads[first]
+            passed -= (number - 1) * costs.weight_grads[last]
+        return [*ends, max(ends[0] if splits else latest, passed)]
 
     def least_seconds(self, layout: Layout, microbatch_size: int, sequence_parallel: bool) -> float:
-        """Return a lower bound of `seconds` for all settings with this size of microbatches."""
+        """Return a lower bound of `seconds` for all settings with this size of microbatches.
+
+        The ranks share the work of a step, and a microbatch passes all stages and comes back. Shorter stages take no
+        less time together.
+        """
         settings = Settings(microbatch_size, sequence_parallel, "1f1b", 1)
         placement = placement_of("1f1b", layout.pp, 1)
-        wholes = self._costs(layout, settings, placement).wholes
-        number = self.num_microbatches(layout, settings)
-        return _ROUNDING * number * _dot(self.cut(placement).number, wholes) / layout.pp
+        costs, number = self._costs(layout, settings, placement), self.cut(placement).number
+        whole = _dot(number, costs.wholes)
+        share = self.num_microbatches(layout, settings) * whole / layout.pp
+        return _ROUNDING * max(share, whole - _dot(number, costs.weight_grads))
 
     def memory(self, layout: Layout, settings: Settings) -> int:
         """Return a lower bound of the bytes of the rank that needs most."""
@@ -263,8 +281,9 @@ class Floors:
                 if (known := self._seconds.get((key, form))) is None:
                     known = self._seconds[key, form] = times.seconds_of_stage(span)
                 found.append(known)
-            forwards, backwards = zip(*found, strict=True)
-            self._form_costs[key, placement] = FormCosts(forwards, backwards, tuple(map(sum, found)))
+            forwards, backwards, weight_grads = zip(*found, strict=True)
+            wholes = tuple(map(sum, zip(forwards, backwards, strict=True)))
+            self._form_costs[key, placement] = FormCosts(forwards, backwards, weight_grads, wholes)
         return self._form_costs[key, placement]
 
     def _stage_times(self, layout: Layout, settings: Settings) -> tuple[Form, StageTimes]:
