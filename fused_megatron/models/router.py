@@ -147,9 +147,9 @@ class _Float32Product(AutogradFunction):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        wide_x, wide_weight = _wide(x, weight)
-        dx = product(dy, wide_weight.t()).to(x.dtype) if needs_x else None
-        dweight = ctx.destination.add(lambda: (dy, wide_x)) if needs_weight else None
+        dx = product(dy, weight.to(dy.dtype).t()).to(x.dtype) if needs_x else None
+        # A weight gradient that is put off keeps x in its own dtype.
+        dweight = ctx.destination.add(lambda: (dy, x.to(dy.dtype))) if needs_weight else None
         return dx, None if dweight is None else dweight.to(weight.dtype)
 
 

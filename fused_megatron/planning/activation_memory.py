@@ -92,8 +92,12 @@ def mlp_elements(config: TrainConfig, width: int) -> int:
     """Count the elements that an MLP of this width keeps for backward, without its input."""
     ranks = config.parallel.tensor_parallel_size
     _, tokens, _ = element_and_token_sizes(config)
-    layer_by_layer = ranks == 1 or config.parallel.whole_products
-    return tokens * (expansion_features(config.model, width, ranks) + layer_by_layer * width // ranks)
+    return tokens * (expansion_features(config.model, width, ranks) + _keeps_activation(config) * width // ranks)
+
+
+def _keeps_activation(config: TrainConfig) -> bool:
+    """Return whether an MLP keeps its activation, as its products run one after the other."""
+    return config.parallel.tensor_parallel_size == 1 or config.parallel.whole_products
 
 
 def _expert_activations(config: TrainConfig) -> int:
@@ -129,6 +133,40 @@ def _expert_activations(config: TrainConfig) -> int:
         elements += between * (hidden + 1)
         total += 4 * between
     return size * elements + total
+
+
+def deferred_mlp_elements(config: TrainConfig, width: int) -> int:
+    """Count the elements of an MLP of this width between INPUT_GRAD and WEIGHT_GRAD, without its input and output.
+
+    They are the gradient of the activation's input, and the activation or, where ranks make it again, its input.
+    """
+    ranks = config.parallel.tensor_parallel_size
+    _, tokens, _ = element_and_token_sizes(config)
+    up = expansion_features(config.model, width, ranks)
+    return tokens * (up + (width // ranks if _keeps_activation(config) else up))
+
+
+def deferred_by_experts(config: TrainConfig) -> int:
+    """Compute the bytes of a mixture of experts between INPUT_GRAD and WEIGHT_GRAD; routes are balanced.
+
+    What it keeps for backward stays, with the router's input. Beside it are gradients of the rows after the expansion
+    and after the projection. A shared expert has a gathered input, and the gradient of its output if the experts have
+    another one.
+    """
+    model, parallel = config.model, config.parallel
+    size, tokens, between = element_and_token_sizes(config)
+    ep, etp, own = parallel.expert_parallel_size, parallel.expert_tensor_parallel_size, own_tokens(config)
+    rows = model.experts_per_token * own * etp
+    if ep * etp == 1:
+        results = own
+    else:
+        results = ep * etp * own if expert_dispatch(config) == "all_gather" else rows
+    elements = (between + results) * model.hidden_size + rows * expansion_features(model, model.expert_ffn_size, etp)
+    if model.shared_ffn_size:
+        shared = deferred_mlp_elements(config, model.shared_ffn_size) - mlp_elements(config, model.shared_ffn_size)
+        whole = 2 if parallel.sequence_parallel else int(ep * etp > 1)
+        elements += shared + whole * tokens * model.hidden_size
+    return size * elements + _expert_activations(config)
 
 
 def element_and_token_sizes(config: TrainConfig) -> tuple[int, int, int]:

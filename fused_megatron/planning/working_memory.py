@@ -7,6 +7,8 @@ from fused_megatron.models import StageSpan
 from fused_megatron.pipeline.schedule.action import Kind
 from fused_megatron.planning.activation_memory import (
     block_activations,
+    deferred_by_experts,
+    deferred_mlp_elements,
     element_and_token_sizes,
     kept_by_block,
     loss_activations,
@@ -97,16 +99,17 @@ def head_working(config: TrainConfig) -> int:
 def block_deferred(config: TrainConfig, has_experts: bool) -> int:
     """Compute the bytes of a block between INPUT_GRAD and WEIGHT_GRAD: operands of products and their gradients.
 
-    Sequence parallelism keeps operands as shards, and gradients of the two outputs whole.
+    With sequence parallelism the gathered input of attention stays beside the shard; gradients of outputs are whole.
     """
     model, ranks = config.model, config.parallel.tensor_parallel_size
     size, tokens, own = element_and_token_sizes(config)
-    if has_experts:
-        return block_activations(config, True, has_experts)
     query = model.num_heads // ranks * model.head_size
     keys = 2 * max(1, model.kv_heads // ranks) * model.head_size
-    up, down = expansion_features(model, model.ffn_size, ranks), model.ffn_size // ranks
-    return size * (2 * (own + tokens) * model.hidden_size + tokens * (2 * query + keys + up + down))
+    shard = own if config.parallel.sequence_parallel else 0
+    attention = size * ((2 * tokens + shard) * model.hidden_size + tokens * (2 * query + keys))
+    if has_experts:
+        return attention + deferred_by_experts(config)
+    return attention + size * (2 * tokens * model.hidden_size + deferred_mlp_elements(config, model.ffn_size))
 
 
 def score_bytes(config: TrainConfig) -> int:

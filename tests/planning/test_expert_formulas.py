@@ -71,6 +71,28 @@ def test_a_rank_keeps_and_sends_what_the_formulas_say(name: str) -> None:
     assert report.peak_bytes == pytest.approx(rank_memory(config).total, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        {"tensor_parallel_size": 2, "sequence_parallel": True, "expert_parallel_size": 2},
+        {"tensor_parallel_size": 2, "expert_tensor_parallel_size": 2},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=["sp ep=2", "etp=2", "one rank"],
+)
+def test_weight_gradients_that_are_put_off(parallel: dict[str, Any]) -> None:
+    """Most of a rank's memory is what its INPUT_GRAD actions keep for their WEIGHT_GRAD actions."""
+    pipeline = {"pipeline_parallel_size": 2, "data_parallel_size": 2, "schedule": "zb_h1", "zero_stage": 1}
+    base = config_of({**pipeline, **parallel}, num_shared_experts=1, **GATED)
+    config = dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, num_layers=8, hidden_size=256, seq_len=1024, expert_ffn_hidden_size=512),
+        training=dataclasses.replace(base.training, global_batch_size=32),
+    )
+    report = DryRun(config).rank(DryRun(config).world_size - 1)
+    assert report.peak_bytes == pytest.approx(rank_memory(config, pp_rank=1).total, rel=0.06)
+
+
 def test_the_worst_routes_send_every_token_to_a_rank() -> None:
     config = config_of({**EP, "expert_dispatch": "all_to_all"})
     balanced, worst = DryRun(config).rank(1), DryRun(config, routes="worst").rank(1)

@@ -39,14 +39,41 @@ def random_workload(draw: random.Random) -> tuple[TrainConfig, int, float]:
     return TrainConfig(model, training=training), draw.choice([1, 2, 3, 4, 6, 8, 16]), draw.choice([2.5, 4.0])
 
 
+def real_workload(draw: random.Random) -> tuple[TrainConfig, int, float]:
+    """Return a model and a batch as they are trained, a number of GPUs, and the GB of a GPU."""
+    hidden, layers = draw.choice([(1024, 24), (2048, 24), (4096, 32), (5120, 40), (8192, 80), (12288, 96)])
+    heads = hidden // 128
+    llama: dict[str, Any] = {"activation": "swiglu", "normalization": "rms_norm", "position": "rotary"}
+    llama |= {"linear_biases": False, "tied_embeddings": False, "num_kv_heads": draw.choice([8, heads])}
+    experts: dict[str, Any] = {**llama, "num_experts": draw.choice([8, 64]), "experts_per_token": draw.choice([2, 8])}
+    experts["expert_ffn_hidden_size"] = draw.choice([1024, 4096])
+    form: dict[str, Any] = draw.choice([{}, llama, llama, experts])
+    model = GPTConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_heads=heads,
+        seq_len=draw.choice([2048, 4096, 8192]),
+        vocab_size=draw.choice([32000, 50257, 128256]),
+        **form,
+    )
+    batch = draw.choice([256, 512, 1024, 1536])
+    training = TrainingConfig(global_batch_size=batch, microbatch_size=1, dtype="bfloat16")
+    return TrainConfig(model, training=training), draw.choice([8, 16, 24, 64, 96, 128, 256, 512]), 80.0
+
+
 @pytest.mark.parametrize(
-    "seeds", [pytest.param(range(4), id="4"), pytest.param(range(4, 204), id="200", marks=pytest.mark.slow)]
+    ("workload", "seeds"),
+    [
+        pytest.param(random_workload, range(4), id="4"),
+        pytest.param(random_workload, range(4, 104), id="100", marks=pytest.mark.slow),
+        pytest.param(real_workload, range(100), id="100-real", marks=pytest.mark.slow),
+    ],
 )
-def test_random_plans_pass_the_dry_run_or_do_not_fit(seeds: range) -> None:
+def test_random_plans_pass_the_dry_run_or_do_not_fit(workload: Any, seeds: range) -> None:
     num_fit = 0
     for seed in seeds:
         draw = random.Random(seed)
-        base, gpus, memory_gb = random_workload(draw)
+        base, gpus, memory_gb = workload(draw)
         cluster = replace(load_cluster("h100"), memory_gb=memory_gb)
         plans = find_best(base, gpus, cluster).plans
         if not plans:
