@@ -40,9 +40,9 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
         InputError: no dims, or more than three.
 
     Communication: none; every rank draws its own part.
-    Memory: one tile of TILE x TILE float32 numbers a thread beside the parameter. Weights of a GPU, or of another dtype
-        than float32, are drawn in pieces of at most MOST_STAGED elements in host memory, with one copy a piece, for
-        which the host does not wait.
+    Memory: beside the parameter, a piece of it in host memory, of at most MOST_STAGED elements in float32 and in the
+        dtype of the parameter, and a tile of TILE x TILE numbers a thread. One copy a piece, for which the host does
+        not wait.
     """
     check(1 <= parameter.dim() <= 3, f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 to 3 dims")
     if not has_values(parameter):
@@ -57,11 +57,9 @@ def _fill(held: TensorBox, std: float, seed: int, name: str) -> None:
     threads = torch.get_num_threads() if tensor.is_cpu else max(torch.get_num_threads(), _share_of_cores())
     for piece in _pieces(held.box, MOST_STAGED):
         target = tensor[piece.slices(held.offset)]
-        if target.is_cpu and target.dtype == torch.float32:
-            _draw(target.numpy(), piece, std, seed, name, threads)
-            continue
         # Drawn and rounded on the host: a GPU's generator has other bits. The allocator of pinned memory keeps a buffer
-        # until its copy is done, so that the host waits for no copy.
+        # until its copy is done, so that the host waits for no copy. Never numpy's view of a weight: torch does not
+        # resize its memory afterwards.
         staged = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
         drawn = staged if target.dtype == torch.float32 else torch.empty(target.shape)
         _draw(drawn.numpy(), piece, std, seed, name, threads)

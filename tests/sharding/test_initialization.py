@@ -162,3 +162,9 @@ def test_all_bits_stay_what_they_were():
     for shape, dtype in (((700, 300), torch.float32), ((3, 260, 10), torch.bfloat16), ((1000,), torch.float32)):
         digest.update(drawn(shape, std=0.02, seed=7, name="blocks.3.w", dtype=dtype).float().numpy().tobytes())
     assert digest.hexdigest() == "badf3266b6f8a325b57e38635b4fbc359a3a2e4f9ed7c9a065a45b5455c145af"
+
+
+def test_the_memory_of_a_weight_can_be_resized_afterwards():
+    """As sharded weights do: torch refuses it for memory that numpy has seen."""
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn((5, 5), dtype=dtype).untyped_storage().resize_(0)
