@@ -393,12 +393,20 @@ def _make_groups(mesh: Mesh, device_axes: tuple[str, ...]) -> None:
 def _new_group(
     axes: tuple[str, ...], sizes: Mapping[str, int], rank: int, world_size: int, timeout_s: float | None
 ) -> dist.ProcessGroup:
-    """Make the group of the ranks that differ from this rank along these axes only; all ranks make all such groups."""
+    """Make the group of the ranks that differ from this rank along these axes only; all ranks make all such groups.
+
+    A default process group that is bound to a GPU is split once: group after group would be a collective of all ranks
+    each.
+    """
     members: dict[tuple[int, ...], list[int]] = {}
     for other in range(world_size):
         index = coordinates(other, sizes)
         members.setdefault(tuple(index[axis] for axis in sizes if axis not in axes), []).append(other)
-    group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
+    assert dist.group.WORLD is not None
+    if dist.group.WORLD.bound_device_id is not None:
+        group = dist.split_group(split_ranks=list(members.values()))
+    else:
+        group, _ = dist.new_subgroups_by_enumeration(list(members.values()))
     assert group is not None and rank in dist.get_process_group_ranks(group)
     return _in_time(group, timeout_s)
 

@@ -209,7 +209,7 @@ def assemble(
     has_experts = config.model.num_experts is not None
     placements = ZERO_STAGES[zero_stage(config.parallel.zero_stage, max(config.replica_counts(mesh.dp_size)))]
     replicas = replicas_of(mesh, placements, config.parallel.zero_shard_size, has_experts)
-    gradients, weights = share_state(model.stages, placements, replicas, 1e6 * training.bucket_mb)
+    gradients, weights = share_state(model.stages, placements, replicas, training.bucket_bytes(mesh.replicas.size))
     hooks = _hooks(gradients, weights, plan)
     if plan.max_unsharded is None:
         for stage in model.stages.values():

@@ -60,7 +60,7 @@ def build_model(
         ),
         seed=config.training.seed,
         stage=stage,
-        dtype=DTYPES[config.training.dtype],
+        dtype=DTYPES[config.training.weight_dtype],
         device=device,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
 from fused_megatron.config.data import DataConfig
@@ -66,6 +66,10 @@ class TrainConfig:
             f"num_heads / tensor_parallel_size = {heads} must be divisible by context_parallel_size={ranks} with "
             f"context_parallel_method='all_to_all' (any number of heads: 'ring', 'all_gather')",
         )
+
+    def for_device(self, device_type: str) -> TrainConfig:
+        """Return the config with the values that a device of this type decides, as TrainingConfig.for_device."""
+        return replace(self, training=self.training.for_device(device_type))
 
     @property
     def most_positions(self) -> int:

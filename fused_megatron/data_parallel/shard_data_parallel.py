@@ -10,6 +10,7 @@ from torch import nn
 from fused_megatron.checks import InputError, SharedInputError, check, check_divisible, dtype_name
 from fused_megatron.collectives import Group
 from fused_megatron.collectives.together import run_together
+from fused_megatron.config.training import default_bucket_mb
 from fused_megatron.data_parallel.guarded_model import guard_model
 from fused_megatron.data_parallel.placement import ZERO_STAGES
 from fused_megatron.data_parallel.sharded_replica import ShardedReplica
@@ -24,7 +25,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def shard_data_parallel(
-    model: Model, mesh: Mesh, zero_stage: int, *, shard_size: int | None = None, bucket_mb: float = 25.0
+    model: Model, mesh: Mesh, zero_stage: int, *, shard_size: int | None = None, bucket_mb: float | None = None
 ) -> Model:
     """Share a model's training state over the data-parallel ranks of a mesh, in place. Stages of ZeRO:
 
@@ -64,7 +65,8 @@ def shard_data_parallel(
         shard_size: number of data-parallel ranks that share the rows; groups of this size repeat them (HSDP). The rows
             of experts are repeated as often, or less often where fewer ranks hold the same experts. None: all
             data-parallel ranks.
-        bucket_mb: least size of a bucket of gradients, in 10^6 bytes of float32.
+        bucket_mb: least size of a bucket of gradients, in 10^6 bytes of float32; None: by device and number of
+            replicas, as TrainingConfig.bucket_mb.
 
     Returns:
         The same model, with the method no_sync().
@@ -88,6 +90,9 @@ def shard_data_parallel(
         raise TypeError(f"mesh={type(mesh).__name__} must be what fused_megatron.init_mesh returns, with an axis 'dp'")
     world = dist.group.WORLD if mesh.world_size > 1 else None
     size = mesh.replicas.size if shard_size is None else shard_size
+    if bucket_mb is None:
+        device_type = next((parameter.device.type for parameter in model.parameters()), "cpu")
+        bucket_mb = default_bucket_mb(device_type, mesh.replicas.size)
     has_experts = _any_has_experts(model, mesh, zero_stage, size, bucket_mb, world)
     replicas = replicas_of(mesh, ZERO_STAGES[zero_stage], size, has_experts)
     _check_equal_weights(model, replicas, world)

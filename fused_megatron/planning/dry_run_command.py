@@ -21,7 +21,9 @@ Runs a training step of the config's layout on fake tensors, with a fake group o
 options:
   --ranks N       number of ranks; the data-parallel size follows (default: the config's, or 1)
   --rank R        only this rank, with its activations by layer (default: one rank of each place of the pipeline)
-  --device TYPE   of the fake tensors, cpu or cuda; cuda needs a GPU, but none of its memory
+  --device TYPE   of the fake tensors, cpu or cuda; cuda needs a GPU, but none of its memory. It decides training.dtype
+                  and bucket_mb where the config leaves them to the device (default: fake tensors of the CPU, with the
+                  dtype and buckets of a GPU)
   --routes R      routes of tokens to experts: balanced, or worst (every token to the experts of the rank)
   --json          print JSON
 
@@ -91,6 +93,7 @@ def parse_options(words: Sequence[str]) -> DryRunOptions:
         config = on_ranks(config, whole_number("--ranks", found["--ranks"]))
     device = found.get("--device", "cpu")
     check_one_of("device", device, ("cpu", "cuda"))
+    config = config.for_device(found.get("--device", "cuda"))
     rank = whole_number("--rank", found["--rank"]) if "--rank" in found else None
     return DryRunOptions(config, rank, device, "--json" in found, found.get("--routes", "balanced"))
 
@@ -102,7 +105,7 @@ def describe(run: DryRun, reports: Sequence[RankReport], by_layer: bool = False)
     whole = _summary(run, reports)
     said = f" with {whole['parameters']:,} parameters" if "parameters" in whole else ""
     lines = [
-        f"{config.model.family.upper()}{said} in {config.training.dtype} on {run.world_size:,} ranks "
+        f"{config.model.family.upper()}{said} in {config.training.weight_dtype} on {run.world_size:,} ranks "
         f"(tp={parallel.tensor_parallel_size} pp={parallel.pipeline_parallel_size}{plan} "
         f"dp={parallel.data_parallel_size}{parallel.expert_text}{parallel.sequence_text}); "
         f"a step of {run.num_microbatches:,} microbatches of {config.training.microbatch_size} x "

@@ -130,7 +130,7 @@ def _with_overheads(config: TrainConfig, cluster: Cluster | None, memory: RankMe
     }
     if cluster is not None and cluster.device == "cpu":
         return DeviceMemory(parts, {"context": 0, "communicators": 0, "allocator": 0})
-    moments = memory.optimizer * _MOMENT_BYTES // (12 if config.training.dtype != "float32" else 8)
+    moments = memory.optimizer * _MOMENT_BYTES // (12 if config.training.weight_dtype != "float32" else 8)
     overheads = {
         "context": CONTEXT_BYTES,
         "communicators": COMMUNICATOR_BYTES * _num_communicators(config),

@@ -113,12 +113,12 @@ class _Formulas:
         own_others = -(-counts.others // self._shards) + -(-counts.expert_others // self._expert_shards)
         own = own_matrices + own_others
         activations, working = self._peak(rank, spans, counts)
-        updating = update_bytes(config.optimizer, config.training.dtype, config.model, own)
+        updating = update_bytes(config.optimizer, config.training.weight_dtype, config.model, own)
         return RankMemory(
             counts.total,
             weights=size * (own if placements.weights else counts.total),
             gradients=BYTES_PER_ELEMENT * (own if placements.gradients else counts.total),
-            optimizer=optimizer_bytes(config.optimizer, config.training.dtype, own_matrices, own_others),
+            optimizer=optimizer_bytes(config.optimizer, config.training.weight_dtype, own_matrices, own_others),
             activations=activations,
             working=max(working, updating - activations),
         )
@@ -244,6 +244,7 @@ def _sharding(config: TrainConfig, dp_size: int) -> tuple[Placements, int, int]:
 def _bucket_bytes(config: TrainConfig, spans: Iterable[StageSpan]) -> int:
     """Compute the bytes of a bucket: bucket_mb, or its largest parameter if that is larger."""
     model, parallel = config.model, config.parallel
+    replicas, _ = config.replica_counts(parallel.data_parallel_size or 1)
     ranks = parallel.tensor_parallel_size
     largest = model.hidden_size * max(attention_features(model, ranks))
     kinds = {model.has_experts(block) for span in spans for block in range(span.start, span.stop)}
@@ -255,7 +256,7 @@ def _bucket_bytes(config: TrainConfig, spans: Iterable[StageSpan]) -> int:
         largest = max(largest, model.hidden_size * local * width)
     if any(span.first or span.last for span in spans):
         largest = max(largest, vocabulary_elements(model, ranks))
-    return max(round(1e6 * config.training.bucket_mb), BYTES_PER_ELEMENT * largest)
+    return max(round(config.training.bucket_bytes(replicas)), BYTES_PER_ELEMENT * largest)
 
 
 def _largest_unit(config: TrainConfig, span: StageSpan) -> int:

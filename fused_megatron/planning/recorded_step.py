@@ -186,7 +186,7 @@ class _AbsentPeers:
         rows //= mesh.tp_size if config.parallel.sequence_parallel else 1
         shape = (rows, config.training.microbatch_size, config.model.hidden_size)
         self._recorder = recorder
-        self._header = encode_header([TensorSpec(shape, DTYPES[config.training.dtype], True)])
+        self._header = encode_header([TensorSpec(shape, DTYPES[config.training.weight_dtype], True)])
 
     def send(self, tensor: torch.Tensor, peer: int, direction: str, tag: int) -> _Done:
         """As Transport."""

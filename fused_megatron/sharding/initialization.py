@@ -2,6 +2,9 @@
 
 import hashlib
 import itertools
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -11,9 +14,11 @@ from fused_megatron.sharding.box import Box, TensorBox
 from fused_megatron.sharding.parameter_record import parameter_parts
 
 # A full weight is drawn in square tiles with this edge, each from its own random stream (for experts [E, F, H] each
-# matrix is cut into tiles). A rank draws only the tiles that its shard touches, and holds one tile at a time. Another
-# edge would change every initial weight.
+# matrix is cut into tiles). A rank draws only the tiles that its shard touches. Another edge would change every initial
+# weight.
 TILE = 256
+MOST_STAGED = 1 << 24
+"""Elements of the largest piece that is drawn in host memory, and then rounded and copied: 64 MiB of float32."""
 
 
 @torch.no_grad()
@@ -35,7 +40,9 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
         InputError: no dims, or more than three.
 
     Communication: none; every rank draws its own part.
-    Memory: one tile of TILE x TILE float32 numbers beside the parameter.
+    Memory: beside the parameter, a piece of it in host memory, of at most MOST_STAGED elements in float32 and in the
+        dtype of the parameter, and a tile of TILE x TILE numbers a thread. One copy a piece, for which the host does
+        not wait.
     """
     check(1 <= parameter.dim() <= 3, f"{name}: parameter.shape={tuple(parameter.shape)} must have 1 to 3 dims")
     if not has_values(parameter):
@@ -46,15 +53,71 @@ def fill_normal_shard_(parameter: torch.Tensor, std: float, *, seed: int, name: 
 
 
 def _fill(held: TensorBox, std: float, seed: int, name: str) -> None:
-    box = held.box
-    edges = (1, TILE, TILE)[-len(box.shape) :]
+    tensor = held.tensor.detach()
+    threads = torch.get_num_threads() if tensor.is_cpu else max(torch.get_num_threads(), _share_of_cores())
+    for piece in _pieces(held.box, MOST_STAGED):
+        target = tensor[piece.slices(held.offset)]
+        # Drawn and rounded on the host: a GPU's generator has other bits. The allocator of pinned memory keeps a buffer
+        # until its copy is done, so that the host waits for no copy. Never numpy's view of a weight: torch does not
+        # resize its memory afterwards.
+        staged = torch.empty(target.shape, dtype=target.dtype, pin_memory=target.is_cuda)
+        drawn = staged if target.dtype == torch.float32 else torch.empty(target.shape)
+        _draw(drawn.numpy(), piece, std, seed, name, threads)
+        if drawn is not staged:
+            staged.copy_(drawn)
+        target.copy_(staged, non_blocking=True)
+
+
+def _pieces(box: Box, most: int) -> Iterator[Box]:
+    """Cut a box along the edges of tiles, the first dim first, into pieces of at most `most` elements or one tile."""
+    edges = _edges(box)
     spans = zip(box.offset, box.shape, edges, strict=True)
-    for tile in itertools.product(*(range(o // edge, -(-(o + size) // edge)) for o, size, edge in spans)):
+    cuts = [(o // edge + -(-(o + size) // edge)) // 2 * edge for o, size, edge in spans]
+    inside = [dim for dim, cut in enumerate(cuts) if box.offset[dim] < cut < box.offset[dim] + box.shape[dim]]
+    if box.volume <= most or not inside:
+        yield box
+        return
+    dim = inside[0]
+    offset, shape = list(box.offset), list(box.shape)
+    shape[dim] = cuts[dim] - offset[dim]
+    yield from _pieces(Box(tuple(offset), tuple(shape)), most)
+    offset[dim], shape[dim] = cuts[dim], box.shape[dim] - shape[dim]
+    yield from _pieces(Box(tuple(offset), tuple(shape)), most)
+
+
+def _edges(box: Box) -> tuple[int, ...]:
+    return (1, TILE, TILE)[-len(box.shape) :]
+
+
+def _share_of_cores() -> int:
+    """The cores of this process over the ranks of its machine; torchrun sets one thread a rank, whatever there is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _draw(out: np.ndarray, box: Box, std: float, seed: int, name: str, threads: int) -> None:
+    """Draw a box of the full weight. Each tile has its own random stream, so that threads can draw tiles in any order.
+
+    Threads call numpy only: no_grad and the number of torch's threads belong to the thread that sets them.
+    """
+    edges = _edges(box)
+
+    def draw(tile: tuple[int, ...]) -> None:
         tile_box = Box(tuple(i * edge for i, edge in zip(tile, edges, strict=True)), edges)
         if inside := tile_box.intersect(box):
             wanted = inside.slices(tile_box.offset)
-            values = _normal_rows(seed, name, tile, edges, wanted)[wanted] * np.float32(std)
-            held.tensor[inside.slices(box.offset)] = torch.from_numpy(values).to(held.tensor.dtype)
+            values = _normal_rows(seed, name, tile, edges, wanted)[wanted]
+            np.multiply(values, np.float32(std), out=out[inside.slices(box.offset)])
+
+    spans = zip(box.offset, box.shape, edges, strict=True)
+    tiles = list(itertools.product(*(range(o // edge, -(-(o + size) // edge)) for o, size, edge in spans)))
+    if threads == 1 or len(tiles) <= 1:
+        for tile in tiles:
+            draw(tile)
+        return
+    with ThreadPoolExecutor(min(threads, len(tiles))) as pool:
+        for _ in pool.map(draw, tiles):
+            pass
 
 
 def _normal_rows(

@@ -18,6 +18,7 @@ from fused_megatron.config import OptimizerConfig, ParallelConfig, TrainConfig, 
 from fused_megatron.config.config_file import load_config
 from fused_megatron.data.training_data import open_held_out_data
 from fused_megatron.planning.command_line import split_options, whole_number
+from fused_megatron.training.device_settings import on_device
 from fused_megatron.training.evaluation import Evaluation, evaluate
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
@@ -89,6 +90,7 @@ def evaluate_run(options: EvaluateOptions) -> Evaluation:
         )
         contents = gather_json(dict(data.content), world_group())
         on_every_rank(lambda: check_same_data(*contents))
+        config = on_device(config, this_rank.device.type)
         mesh = on_every_rank(lambda: build_mesh(config, this_rank.device.type))
         plan = plan_pipeline(config)
         config = replace(config, training=_whole_batches(config, mesh.dp_size))

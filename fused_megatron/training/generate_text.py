@@ -26,6 +26,7 @@ from fused_megatron.inference.sampling import Sampling
 from fused_megatron.inference.text_stream import TextStream
 from fused_megatron.models import cut_stages
 from fused_megatron.models.stage_cut import check_cut
+from fused_megatron.training.device_settings import on_device
 from fused_megatron.training.process_group import ThisRank, joined_ranks, on_every_rank, world_group
 from fused_megatron.training.progress import Reporter
 
@@ -100,7 +101,7 @@ def generate_text(arguments: GenerateArguments, show: Callable[[str], None] | No
         checkpoint = on_every_rank(lambda: _require(newest, run))
         vocab_size = read_run_state(checkpoint)["vocab_size"]
         model_config = dataclasses.replace(config.model, vocab_size=vocab_size, seq_len=length)
-        config = dataclasses.replace(config, model=model_config)
+        config = on_device(dataclasses.replace(config, model=model_config), this_rank.device.type)
         model = _load(config, checkpoint, this_rank)
         slow = _slow(config.model, max(map(len, prompts)) + arguments.num_tokens)
         Reporter(this_rank.rank == 0, 1).say(

@@ -78,7 +78,7 @@ def checkpoint_copy_bytes(config: TrainConfig, num_parameters: int, replicas: in
     """
     if not config.training.async_checkpoint:
         return 0.0
-    return num_parameters * (12 if config.training.dtype == "float32" else 14) / replicas
+    return num_parameters * (12 if config.training.weight_dtype == "float32" else 14) / replicas
 
 
 def memory_problem(needs: Sequence[MemoryNeed], what: str = "weights, gradients and optimizer") -> str | None:

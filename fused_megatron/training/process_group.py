@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,10 +55,10 @@ def joined_ranks(timeout_s: float, refused: InputError | None = None) -> Iterato
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size > 1 and not found:
-        # gloo, beside NCCL, carries the few messages of CPUs: ranks agree on errors and on checkpoints.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            connect_on_demand()
         dist.init_process_group(
-            backend,
+            **backend_of(device),
             init_method=store_of_the_launcher(),
             rank=rank,
             world_size=world_size,
@@ -74,6 +74,27 @@ def joined_ranks(timeout_s: float, refused: InputError | None = None) -> Iterato
     # Only after success: destroying a group after a rank was lost can wait for that rank.
     if world_size > 1 and not found:
         dist.destroy_process_group()
+
+
+def backend_of(device: torch.device) -> dict[str, Any]:
+    """Return the arguments of init_process_group that choose the network of a device.
+
+    A GPU is bound to the process group: NCCL connects the ranks once, and the group of an axis is split from them by
+    one collective, instead of one group after the other, each with a rendezvous of its own.
+    """
+    if device.type != "cuda":
+        return {"backend": "gloo"}
+    # gloo, beside NCCL, carries the few messages of CPUs: ranks agree on errors and on checkpoints.
+    return {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+
+
+def connect_on_demand() -> None:
+    """Let torch connect the ranks of a gloo group when they first talk, unless the user's environment says otherwise.
+
+    Beside NCCL, gloo gathers a few values, around a ring. By default each rank would connect to all others: 1,023
+    sockets and as many look-ups for each group of 1,024 ranks, where a process may often open 1,024 files.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def _check_enough_gpus() -> None:

@@ -32,6 +32,7 @@ from fused_megatron.planning.prediction.beside_measured import (
 )
 from fused_megatron.planning.prediction.cluster import load_cluster
 from fused_megatron.planning.prediction.step_time import StepPrediction
+from fused_megatron.training.device_settings import on_device
 from fused_megatron.training.loss_plot import draw_losses, plot_loss
 from fused_megatron.training.memory_check import check_memory
 from fused_megatron.training.presence import Presence
@@ -107,6 +108,7 @@ def _train(config: TrainConfig, plan: PipelinePlan, run_path: Path, this_rank: T
     # In every process, before its first large tensor.
     pages_kept = this_rank.device.type == "cpu" and keep_malloc_pages()
     reporter = Reporter(this_rank.rank == 0, config.training.log_interval)
+    config = on_device(config, this_rank.device.type, reporter.say)
     run = RunFolder(run_path)
     configs = gather_json(dataclasses.asdict(config), world_group())
     on_every_rank(lambda: check_same_config(*configs))
@@ -282,7 +284,7 @@ def _introduce(trainer: Trainer) -> None:
     family = config.model.family.upper()
     ranks = f"rank{'s' if mesh.world_size > 1 else ''}"
     trainer.reporter.say(
-        f"{family} with {num_parameters:,} parameters{active} in {config.training.dtype} on {mesh.world_size} "
+        f"{family} with {num_parameters:,} parameters{active} in {config.training.weight_dtype} on {mesh.world_size} "
         f"{trainer.device.type} {ranks} (tp={mesh.tp_size} pp={mesh.pp_size}"
         f"{pipeline} dp={mesh.dp_size}{config.parallel.expert_text}{config.parallel.sequence_text}); "
         f"run folder {trainer.run_folder.path}"

@@ -96,7 +96,7 @@ def test_all_mistakes_are_named_at_once_and_no_mistake_twice(tmp_path):
         "optimizer.kind='adam' must be one of: 'adamw', 'sgd', 'lion', 'muon'",
         "lr=-1.0 must be above 0",
         "num_steps=0 must be 1 or more",
-        "dtype='float16' must be 'float32' or 'bfloat16'",
+        "dtype='float16' must be one of: 'auto', 'float32', 'bfloat16'",
         "global_batch_size=16 must be divisible by microbatch_size=3",
     ):
         assert message.count(mistake) == 1

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.config import (
@@ -117,6 +119,14 @@ class Runs:
                     assert abs(ours[key] - theirs[key]) <= tolerance * abs(theirs[key]), (key, ours, theirs)
             for key in ("validation_tokens", "expert_load_max_over_mean_by_block", "dropped"):
                 assert ours.get(key) == theirs.get(key), (ours, theirs)
+
+
+@pytest.fixture(autouse=True)
+def own_precision() -> Iterator[None]:
+    """A run sets torch's precision of float32 products; the next test has the old one again."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

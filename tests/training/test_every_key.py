@@ -127,8 +127,7 @@ class Tried:
 
     def saved_bytes(self) -> int:
         """Return the bytes that are kept for backward."""
-        kept = []
-        tokens = torch.arange(2 * 12).view(2, 12)
+        kept, tokens = [], torch.arange(2 * 12).view(2, 12)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
             self.model()(tokens, tokens).sum()
         return sum(kept)
@@ -227,10 +226,11 @@ def selection_biases(tried: Tried) -> list[list[float]]:
     return [[bias.tensor.min().item(), bias.tensor.max().item()] for bias in biases]
 
 
-def predicted_steps(tried: Tried) -> int:
-    """Return the number of steps that a whole run logs with a prediction."""
+def whole_run(tried: Tried) -> tuple[int, str]:
+    """Return the number of steps that a whole run logs with a prediction, and torch's precision of its products."""
     train(tried.config, tried.folder / "whole")
-    return sum("predicted_s" in record for record in RunFolder(tried.folder / "whole").read_metrics())
+    records, precision = RunFolder(tried.folder / "whole").read_metrics(), torch.get_float32_matmul_precision()
+    return sum("predicted_s" in record for record in records), precision
 
 
 LOSS = (Tried.loss, CHANGED)
@@ -337,6 +337,7 @@ ROWS: dict[str, Row] = {
     "training.dtype": Row(
         "bfloat16", lambda tried: next(iter(tried.assembly().parameters.values())).dtype, torch.bfloat16
     ),
+    "training.matmul_precision": Row("high", lambda tried: whole_run(tried)[1], "high"),
     "training.seed": Row(5, everything_of_seed, CHANGED, {"model.hidden_dropout": 0.1}),
     "training.eval_interval": Row(3, steps_of("validation_loss"), [3, 4]),
     "training.eval_batches": Row(2, lambda tried: tried.curve("validation_tokens")[0], 2 * 4 * 12),
@@ -344,7 +345,7 @@ ROWS: dict[str, Row] = {
     "training.async_checkpoint": Row(False, saving_threads, ["MainThread"]),
     "training.keep_checkpoints": Row(1, saved, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
-    "training.cluster": Row("h100", predicted_steps, 4),
+    "training.cluster": Row("h100", lambda tried: whole_run(tried)[0], 4),
     "training.profile_steps": Row(1, lambda tried: saved(tried, "profile"), ["rank-0.trace.json"]),
     "training.named_ranges": Row(True, lambda tried: tried.trained()[0]._ranges is not None, True),
     "training.replica_check_interval": Row(2, replica_checks, [1, 1]),

@@ -3,6 +3,7 @@
 The first bytes of a pipeline go through another group, before its channels exist; see handshake.py.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Iterable
@@ -59,7 +60,23 @@ def make_group(
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(store, rank, size, options)
-    return dist.ProcessGroupGloo(store, rank, size, timeout)
+    return _connected_gloo(store, rank, size, timeout)
+
+
+def _connected_gloo(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+    """Make a gloo group whose ranks connect now, whatever TORCH_GLOO_LAZY_INIT says.
+
+    Where ranks connect on demand, a posted receive waits until its sender connects, and a look for dead ranks waits for
+    ranks that live.
+    """
+    gloo = dist.ProcessGroupGloo
+    names = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
+    devices = [gloo.create_device(interface=name, lazy_init=False) for name in names]
+    options = gloo._Options()
+    options._devices = devices or [gloo.create_default_device(lazy_init=False)]
+    options._threads = 2 * len(options._devices)  # as torch does
+    options._timeout = timeout
+    return gloo(store, rank, size, options)
 
 
 class Channels:

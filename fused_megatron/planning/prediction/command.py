@@ -64,7 +64,7 @@ def run_predict(words: Sequence[str]) -> int:
         len(others) > 0 and not others[0].startswith("-"),
         "predict needs a config file (a starting point: examples/gpt_tiny.toml)",
     )
-    config = load_config(Path(others[0]), others[1:])
+    config = load_config(Path(others[0]), others[1:]).for_device(cluster.device)
     if config.parallel.data_parallel_size is None or "--ranks" in found:
         least = dataclasses.replace(config.parallel, data_parallel_size=1).num_ranks
         config = on_ranks(config, whole_number("--ranks", found["--ranks"]) if "--ranks" in found else least)

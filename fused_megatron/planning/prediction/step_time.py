@@ -90,7 +90,7 @@ class _Step:
             config.model.vocab_size is not None,
             "model.vocab_size=None must be given, since a prediction reads no data (--model.vocab-size 50257)",
         )
-        self.config, self.name, self.engine = config, name, engine_of(name)
+        self.config, self.name, self.engine = config.for_device(cluster.device), name, engine_of(name)
         self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
         config.check_data_parallel(self.dp)

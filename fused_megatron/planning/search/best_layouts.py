@@ -120,8 +120,8 @@ class _Node(NamedTuple):
 
 class _BestFirst:
     def __init__(self, base: TrainConfig, num_gpus: int, cluster: Cluster) -> None:
-        self.base, self.num_gpus, self.cluster = base, num_gpus, cluster
-        self.floors = Floors(base, num_gpus, cluster)
+        self.base, self.num_gpus, self.cluster = base.for_device(cluster.device), num_gpus, cluster
+        self.floors = Floors(self.base, num_gpus, cluster)
         self.search = Search(limit_bytes=limit_bytes(cluster))
         self.queue: list[_Node] = []
         self.order = count()

@@ -37,6 +37,7 @@ def fewest_gpus(base: TrainConfig, cluster: Cluster, more_than: int) -> Fit | No
     The GPUs are whole nodes, or a share of one node that divides it. Only the settings with the least memory are tried:
     every block recomputed, microbatches of one sequence.
     """
+    base = base.for_device(cluster.device)
     large, model = more_than, base.model
     most_tp, most_cp = min(cluster.gpus_per_node, model.num_heads), max(1, model.seq_len // LEAST_POSITIONS)
     most = min(_MOST_GPUS, base.training.global_batch_size * (model.num_layers + 1) * most_tp * most_cp)

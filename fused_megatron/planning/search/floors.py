@@ -346,7 +346,7 @@ class Floors:
             own = matrices + others
             held = training.element_bytes * (own if placements.weights else counts.total)
             held += 4 * (own if placements.gradients else counts.total)
-            held += optimizer_bytes(self._base.optimizer, training.dtype, matrices, others)
+            held += optimizer_bytes(self._base.optimizer, training.weight_dtype, matrices, others)
             self._bytes[key] = held + (CONTEXT_BYTES if self._cluster.device == "cuda" else 0)
         return self._bytes[key]
 

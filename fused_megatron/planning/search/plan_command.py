@@ -124,6 +124,7 @@ def parse_options(words: Sequence[str]) -> PlanOptions:
         batch_tokens=batch,
         dtype="float32" if cluster.device == "cpu" else "bfloat16",
     )
+    workload = dataclasses.replace(workload, config=workload.config.for_device(cluster.device))
     price = parse_price(found["--price"]) if "--price" in found else None
     request = Request(workload, cluster, num_gpus, tokens, price)
     return PlanOptions(request, write, "--no-verify" not in found, "--json" in found)

@@ -55,8 +55,9 @@ def heading(request: Request) -> str:
     config, cluster, workload = request.workload.config, request.cluster, request.workload
     nodes = -(-request.num_gpus // cluster.gpus_per_node)
     where = f"{request.num_gpus:,} x {cluster.name}" + (f" ({nodes:,} nodes)" if nodes > 1 else "")
+    parameters = f"{amount_text(num_parameters(workload))} parameters, {config.training.weight_dtype}"
     text = (
-        f"{workload.name} ({amount_text(num_parameters(workload))} parameters, {config.training.dtype}) on {where}; "
+        f"{workload.name} ({parameters}) on {where}; "
         f"{workload.batch_tokens:,} tokens a step ({config.training.global_batch_size:,} sequences of "
         f"{config.model.seq_len:,})"
     )

@@ -52,7 +52,7 @@ def verify_config(
         InputError: as reduce_config.
     """
     axes = axes_in_use(config)
-    dtype = config.training.dtype if own_dtype else "float32"
+    dtype = config.training.weight_dtype if own_dtype else "float32"
     chosen = list(itertools.combinations(axes, 2)) if all_pairs and len(axes) > 1 else [axes[:MOST_AXES]]
     reduced = [reduce_config(config, some, dtype) for some in chosen]
     layouts = tuple(_verify_layout(each, run) for each in reduced)
@@ -65,8 +65,8 @@ def _setting(config: TrainConfig, reduced: TrainConfig, kept: tuple[str, ...], a
     more = f"; not in this run: {', '.join(left_out)} (--all)" if left_out else ""
     return (
         f"reduced: num_layers {config.model.num_layers} -> {model.num_layers}, hidden_size {config.model.hidden_size} "
-        f"-> {model.hidden_size}, seq_len {config.model.seq_len} -> {model.seq_len}; {reduced.training.dtype}, random "
-        f"tokens, {NUM_UPDATES} updates{more}"
+        f"-> {model.hidden_size}, seq_len {config.model.seq_len} -> {model.seq_len}; {reduced.training.weight_dtype}, "
+        f"random tokens, {NUM_UPDATES} updates{more}"
     )
 
 
@@ -97,7 +97,7 @@ def _verify_layout(config: TrainConfig, run: RunLayout) -> LayoutResult:
 def _reference(config: TrainConfig) -> Reference:
     """Run one process in float32, and for a lower precision also in that precision, whose errors scale the limits."""
     one = with_parts(config, ())
-    dtype = DTYPES[config.training.dtype]
+    dtype = DTYPES[config.training.weight_dtype]
     in_float32 = _one_process(_in_dtype(one, "float32"), dtype)
     yardstick = None if dtype == torch.float32 else _one_process(one, dtype)
     return Reference(in_float32, config.optimizer.lr, yardstick)
