@@ -1,36 +1,13 @@
 """One training step of a rank: gradients of its batch, gradient norm, agreement of all ranks, optimizer update."""
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
 
 from fused_megatron.assembly.assemble import Assembly
+from fused_megatron.assembly.step_sums import DeviceSums, StepSums, start_sums
 from fused_megatron.collectives import Group
-from fused_megatron.collectives.together import sum_over_ranks_
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
 from fused_megatron.sharding.gradient_norm import clip_coefficient
-
-
-@dataclass(frozen=True)
-class StepSums:
-    """Sums over all ranks that are known before the update of a step.
-
-    Attributes:
-        loss: mean over the targets of the global batch, with auxiliary losses.
-        gradient_norm: of the whole model, before clipping.
-        finite: True if the loss and the gradient norm are finite on every rank.
-        flags: the ranks' flags, summed over the ranks.
-        expert_loads: loads of the experts, summed over the ranks, as ExpertLoads.of_rank; it stays on the device.
-    """
-
-    loss: float
-    gradient_norm: float
-    finite: bool
-    flags: list[float]
-    expert_loads: torch.Tensor
 
 
 def training_step(
@@ -42,9 +19,15 @@ def training_step(
     num_targets: int,
     group: Group,
     flags: Callable[[], Sequence[float]],
+    num_refusing: int,
     judge: Callable[[StepSums], None],
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepSums:
     """Do one optimizer step. Every rank must call this together.
+
+    The host waits for the device once. An optimizer that decides on the device whether it updates is given its work
+    before this wait, so that the device never waits for the host; for other optimizers the host waits before the
+    update.
 
     Args:
         assembly: of this rank.
@@ -54,7 +37,10 @@ def training_step(
         num_targets: targets of the step, over all data-parallel ranks and microbatches.
         group: all ranks of the run.
         flags: called after backward; returns numbers to be summed over the ranks, equally many on every rank.
-        judge: called with the sums before the update; it must raise, the same on every rank, to keep the weights.
+        num_refusing: number of the first flags that keep the weights as they are. A loss or a norm that is not finite
+            keeps them, too.
+        judge: called with the sums; it must raise, the same on every rank, where the weights were kept.
+        before_update: called before any weight changes.
 
     Raises:
         PipelineError: as PipelineExecutor.step.
@@ -66,30 +52,23 @@ def training_step(
     assembly.gradients.zero_()
     assembly.expert_loads.zero_()
     loss_sum = assembly.accumulate_batch(read_batch(), step, gradient_divisor(num_targets))
-    sums = sum_over_ranks(assembly, loss_sum, flags(), group)
+    on_device = start_sums(assembly, loss_sum, flags(), group)
+    if assembly.optimizer.refuses_on_device:
+        before_update()
+        update_unless_refused(assembly, on_device, lr, num_refusing)
+        sums = on_device.read()
+        judge(sums)
+        return sums
+    sums = on_device.read()
     judge(sums)
+    before_update()
     assembly.update(lr, clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm))
-    assembly.expert_loads.update(sums.expert_loads)
+    assembly.expert_loads.update(on_device.expert_loads)
     return sums
 
 
-def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], group: Group) -> StepSums:
-    """Sum the loss, the squares of the gradients, the flags and the experts' loads over all ranks with one all-reduce.
-
-    The host reads all sums but the loads in one piece: it waits for the device once.
-    All ranks get the same numbers, and so agree on `finite`: a NaN of one rank is in the sum.
-    """
-    # They all hold the loss of their samples and positions.
-    layer_ranks = assembly.mesh.tp_size * assembly.mesh.pp_size
-    squares = assembly.share_of_squares()
-    # Filled on the device: a copy of a list would make the host wait for it.
-    numbers = [squares.new_full((), flag) for flag in flags]
-    numbers = [(loss_sum / layer_ranks).reshape(()), squares, *numbers]
-    loads = assembly.expert_loads.of_rank(squares.device)
-    message = torch.cat([torch.stack(numbers), loads.flatten()])
-    sum_over_ranks_(message, group)
-    # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
-    message[1] = message[1].sqrt().float()
-    loss, norm, *summed = message[: len(numbers)].tolist()
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    return StepSums(loss, norm, finite, summed, message[len(numbers) :].view_as(loads))
+def update_unless_refused(assembly: Assembly, sums: DeviceSums, lr: float, num_refusing: int) -> None:
+    """Clip the gradients and update the weights, as the sums on the device decide; the host does not wait."""
+    refused = sums.refusal(num_refusing)
+    assembly.update(lr, sums.gradient_scale(assembly.config.optimizer.clip_norm), refused)
+    assembly.expert_loads.update(sums.expert_loads, refused)

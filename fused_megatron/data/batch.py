@@ -66,4 +66,9 @@ class Batch:
 
 def _on(device: torch.device, part: torch.Tensor) -> torch.Tensor:
     """Copy to the device. Only from pinned memory does the host not wait for the GPU to finish what it has to do."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+    return _pinned(part).to(device, non_blocking=True) if device.type != "cpu" else part.to(device)
+
+
+def _pinned(part: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in pinned memory, dense: torch copies a view with gaps by way of memory that is not pinned."""
+    return part if part.is_contiguous() and part.is_pinned() else part.contiguous().pin_memory()

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
-from fused_megatron.assembly.training_step import StepSums, training_step
+from fused_megatron.assembly.step_sums import StepSums
+from fused_megatron.assembly.training_step import training_step
 from fused_megatron.checkpoint import BackgroundSave, save_checkpoint
 from fused_megatron.checkpoint.model_state import buffer_boxes, optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
@@ -43,6 +44,9 @@ from fused_megatron.training.progress import Reporter, StepFigures
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.step_recording import StepProfiler
 from fused_megatron.training.stop_request import REASONS, StopRequest
+
+_NUM_REFUSING = 2
+"""The first flags of Trainer._flags keep the weights as they are."""
 
 
 class TrainingError(SharedError, RuntimeError):
@@ -287,7 +291,9 @@ class Trainer:
                 num_targets=num_targets,
                 group=world_group(),
                 flags=self._flags,
+                num_refusing=_NUM_REFUSING,
                 judge=self._judge,
+                before_update=self._background.before_update,
             )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
@@ -316,7 +322,7 @@ class Trainer:
     def _flags(self) -> list[float]:
         """Return this rank's numbers to sum over all ranks.
 
-        Flags, 0 or 1: damaged tokens, a failed save, each reason to stop. With mask_documents: the visible pairs of the
+        Flags, 0 or 1: damaged tokens and a failed save, which keep the weights; each reason to stop. With mask_documents: the visible pairs of the
         rows of this rank.
         """
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
@@ -326,7 +332,7 @@ class Trainer:
         return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS), *pairs]
 
     def _judge(self, sums: StepSums) -> None:
-        """Raise, the same on every rank, if the weights must not be updated."""
+        """Raise, the same on every rank, if the weights were kept as they are."""
         if sums.flags[0]:
             check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
@@ -336,7 +342,6 @@ class Trainer:
             on_every_rank(self._background.finish)
         if not sums.finite:
             self._raise_non_finite(sums.loss, sums.gradient_norm)
-        self._background.before_update()
 
     def _raise_non_finite(self, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.

@@ -69,7 +69,7 @@ MUTATIONS = (
     Mutation(
         "Muon ignores the clip coefficient",
         "fused_megatron/data_parallel/muon.py",
-        "[matrix.rows] * gradient_scale",
+        "[matrix.rows] * step.gradient_scale",
         "[matrix.rows] * 1.0",
         ("tests/data_parallel/test_muon.py::test_bfloat16_parameters_have_the_bits_of_torch",),
     ),
@@ -119,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         _STEP,
-        "clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm)",
-        "1.0",
+        "sums.gradient_scale(assembly.config.optimizer.clip_norm)",
+        "sums.gradient_scale(0.0)",
         (*_PLAIN, f"{_KEYS}[optimizer.clip_norm]"),
     ),
     Mutation(
@@ -226,7 +226,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a replica's NaN is its own",
-        _STEP,
+        "fused_megatron/assembly/step_sums.py",
         "squares = assembly.share_of_squares()",
         "squares = assembly.share_of_squares().nan_to_num()",
         ("tests/training/test_trainer.py::test_a_gradient_that_is_nan_on_one_replica_ends_the_run",),
