@@ -1,6 +1,6 @@
 """The batch of one data-parallel rank in one step: inputs, targets, padding and documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,11 @@ class Batch:
         """Split into batches of `size` rows; the last one may have fewer."""
         parts = {name: part.split(size) for name, part in vars(self).items() if part is not None}
         return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
+
+    def pinned(self) -> "Batch":
+        """Return the same batch in pinned memory, from which it is sent to a GPU without a wait of the host."""
+        moved = {name: part for name, part in vars(self).items() if part is not None and name != "document_starts"}
+        return replace(self, **{name: _pinned(part) for name, part in moved.items()})
 
     def microbatches(
         self, size: int, device: torch.device

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ from fused_megatron.checkpoint.model_state import buffer_boxes, optimizer_boxes,
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.data.batch import Batch
-from fused_megatron.data.documents import num_visible_pairs
+from fused_megatron.data.read_ahead import ReadAhead
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
-from fused_megatron.mesh import coordinates
 from fused_megatron.models.expert_loads import LoadReport
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.observe.named_ranges import NamedRanges, marker_for
@@ -43,6 +42,7 @@ from fused_megatron.training.process_group import new_group_for_saves, on_every_
 from fused_megatron.training.progress import Reporter, StepFigures
 from fused_megatron.training.run_folder_lease import Lease
 from fused_megatron.training.step_recording import StepProfiler
+from fused_megatron.training.step_rows import read_step_rows
 from fused_megatron.training.stop_request import REASONS, StopRequest
 
 _NUM_REFUSING = 2
@@ -112,6 +112,7 @@ class Trainer:
         self._lease = lease
         self._beside = beside
         self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
+        self._batches = ReadAhead(partial(read_step_rows, data, self.config, self.mesh, self.device), self.device)
         self._visible_pairs = 0
         self._profiler = StepProfiler(run.profile, self.mesh.rank, self.device, self.config.training.profile_steps)
         self._product_flops_per_s: float | None = None
@@ -141,6 +142,7 @@ class Trainer:
         with (
             self._finished_saves(),
             self._checked_tokens(),
+            self._batches,
             self.reporter.steps(self.progress.step, training.num_steps),
         ):
             while stop is None and self.progress.step < training.num_steps:
@@ -280,15 +282,17 @@ class Trainer:
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         first = self.progress.samples_consumed
-        num_targets = self.data.num_targets(first, training.global_batch_size)
+        next_first = first + training.global_batch_size if step + 1 < training.num_steps else None
+        read = self._batches.take(first, following=next_first)
+        self._visible_pairs = read.visible_pairs
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
         with nullcontext() if self._ranges is None else self._ranges.step(step + 1):
             sums = training_step(
                 self._assembly,
-                lambda: self._read_batch(first),
+                lambda: read.batch,
                 step=step,
                 lr=lr,
-                num_targets=num_targets,
+                num_targets=read.num_targets,
                 group=world_group(),
                 flags=self._flags,
                 num_refusing=_NUM_REFUSING,
@@ -302,28 +306,18 @@ class Trainer:
         _, _, *counts = sums.flags
         documents = {}
         if self.data.mask_documents:
-            documents = {"targets": num_targets, "visible_pairs": int(counts.pop())}
+            documents = {"targets": read.num_targets, "visible_pairs": int(counts.pop())}
         loads = None
         if self.config.model.num_experts is not None:
-            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
+            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(read.num_targets))
         self._report(sums, lr, {**documents, **compared}, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
-
-    def _read_batch(self, first: int) -> Batch:
-        """Read this data-parallel rank's rows, and count the pairs that attention leaves visible in them."""
-        mesh = self.mesh
-        batch = self.data.training_batch(first, self.config.training.global_batch_size, mesh.dp_rank, mesh.dp_size)
-        # Only one of the ranks that read the same rows counts them.
-        first_of_rows = not any(i for axis, i in coordinates(mesh.rank, mesh.sizes).items() if axis != "dp")
-        if batch.document_starts is not None and first_of_rows:
-            self._visible_pairs = num_visible_pairs(batch.document_starts, self.config.model.sliding_window)
-        return batch
 
     def _flags(self) -> list[float]:
         """Return this rank's numbers to sum over all ranks.
 
-        Flags, 0 or 1: damaged tokens and a failed save, which keep the weights; each reason to stop. With mask_documents: the visible pairs of the
-        rows of this rank.
+        Flags, 0 or 1: damaged tokens and a failed save, which keep the weights; each reason to stop. With
+        mask_documents: the visible pairs of the rows of this rank.
         """
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
         check = self.data.token_check
