@@ -39,12 +39,19 @@ class DeviceSums:
     Args:
         message: [2 + flags + numbers of the experts' loads] float64: loss, gradient norm, flags, loads.
         num_flags: number of flags.
+        num_refusing: number of the first flags that keep the weights as they are.
         expert_loads: the loads, a view of the message.
+
+    Attributes:
+        refused: whether the weights must stay as they are, a 0-dim bool tensor: the loss or the norm is not finite, or
+            a rank has set one of the first num_refusing flags.
     """
 
-    def __init__(self, message: torch.Tensor, num_flags: int, expert_loads: torch.Tensor) -> None:
+    def __init__(self, message: torch.Tensor, num_flags: int, num_refusing: int, expert_loads: torch.Tensor) -> None:
         self._message, self._num_flags = message, num_flags
         self.expert_loads = expert_loads
+        not_finite = message[:2].isfinite().all().logical_not_()
+        self.refused = not_finite.logical_or_(message[2 : 2 + num_refusing].any())
         # Into pinned memory, so that the copy waits for the device and the host does not.
         self._host = message.to("cpu", non_blocking=True)
         self._copied: torch.cuda.Event | None = None
@@ -56,14 +63,6 @@ class DeviceSums:
         """Return the factor that clips the gradients, a 0-dim float32 tensor."""
         return clip_coefficient_on_device(self._message[1], clip_norm)
 
-    def refusal(self, num_refusing: int) -> torch.Tensor:
-        """Return whether the weights must stay as they are, a 0-dim bool tensor.
-
-        They must if the loss or the norm is not finite, or if a rank has set one of the first num_refusing flags.
-        """
-        finite = self._message[:2].isfinite().all()
-        return finite.logical_not_().logical_or_(self._message[2 : 2 + num_refusing].any())
-
     def read(self) -> StepSums:
         """Return the sums as numbers of the host, which waits for the device once."""
         if self._copied is not None:
@@ -74,13 +73,16 @@ class DeviceSums:
         return StepSums(loss, norm, finite, flags, self._host[first_load:].view_as(self.expert_loads))
 
 
-def start_sums(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], group: Group) -> DeviceSums:
+def start_sums(
+    assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], num_refusing: int, group: Group
+) -> DeviceSums:
     """Sum the loss, the squares of the gradients, the flags and the experts' loads over all ranks.
 
     Args:
         assembly: of this rank, after accumulate_batch.
         loss_sum: result of accumulate_batch.
         flags: numbers of this rank, equally many on every rank.
+        num_refusing: number of the first flags that keep the weights as they are.
         group: all ranks of the run.
 
     Communication: one all-reduce of 8 bytes a number.
@@ -96,9 +98,9 @@ def start_sums(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float
     sum_over_ranks_(message, group)
     # In float32, so that the order of the sums, which follows the layout, does not reach the weights by clipping.
     message[1] = message[1].sqrt().float()
-    return DeviceSums(message, len(flags), message[len(numbers) :].view_as(loads))
+    return DeviceSums(message, len(flags), num_refusing, message[len(numbers) :].view_as(loads))
 
 
 def sum_over_ranks(assembly: Assembly, loss_sum: torch.Tensor, flags: Sequence[float], group: Group) -> StepSums:
     """Return start_sums() as numbers of the host, which waits for the device once."""
-    return start_sums(assembly, loss_sum, flags, group).read()
+    return start_sums(assembly, loss_sum, flags, 0, group).read()

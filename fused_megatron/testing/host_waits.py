@@ -57,8 +57,10 @@ class HostWaits(TorchDispatchMode):
         if func is torch.ops.aten.is_pinned.default:
             return self._is_pinned(args[0])
         if func is torch.ops.aten._pin_memory.default:  # a build without CUDA cannot pin
-            self._pinned.append(args[0].clone(memory_format=torch.preserve_format))
-            return self._pinned[-1]
+            shape, strides = args[0].shape, args[0].stride()  # as torch, with the gaps of a view
+            pinned = torch.empty_strided(shape, strides, dtype=args[0].dtype).copy_(args[0])
+            self._pinned.append(pinned)
+            return pinned
         if func is _READS and args[0].is_meta:
             self._found(func._schema.name)
             return 0 if not args[0].is_floating_point() else 0.0

@@ -14,7 +14,7 @@ from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.assembly.step_sums import StepSums, sum_over_ranks
-from fused_megatron.assembly.training_step import training_step
+from fused_megatron.assembly.training_step import StepUnderWay, begin_step
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data_parallel.stochastic_state import StochasticState
@@ -56,15 +56,9 @@ def batch_of(config: TrainConfig, seed: int = 0, document_starts: torch.Tensor |
     return Batch(tokens[:, :-1], tokens[:, 1:], document_starts=document_starts)
 
 
-def run_step(
-    assembly: Assembly,
-    batch: Batch,
-    flags: Sequence[float] = (0.0,) * 3,
-    judge: Callable[[StepSums], None] = lambda sums: None,
-    **options: Any,
-) -> StepSums:
+def begin(assembly: Assembly, batch: Batch, flags: Sequence[float] = (0.0,) * 3, **options: Any) -> StepUnderWay:
     config = assembly.config
-    return training_step(
+    return begin_step(
         assembly,
         lambda: batch,
         step=0,
@@ -73,9 +67,12 @@ def run_step(
         group=dist.group.WORLD if assembly.mesh.world_size > 1 else None,
         flags=lambda: flags,
         num_refusing=2,
-        judge=judge,
         **options,
     )
+
+
+def run_step(assembly: Assembly, batch: Batch, flags: Sequence[float] = (0.0,) * 3) -> StepSums:
+    return begin(assembly, batch, flags).finish(lambda sums: None)
 
 
 @pytest.mark.parametrize(("ranks", "stage"), [((1, 1, 1), None), ((2, 2, 2), 0), ((2, 2, 2), 1)], ids=str)
@@ -118,11 +115,14 @@ def test_the_host_waits_once_at_the_end_of_a_step(form: str) -> None:
     with fake_ranks(0, config.parallel.num_ranks):
         assembly = assembled(config, "meta")
         for _ in range(2):  # the second step has state and gathered weights
-            order: list[int] = []
+            updates: list[int] = []
             with HostWaits() as waits:
-                run_step(assembly, batch_of(config), before_update=lambda w=waits, o=order: o.append(w.fetched))
+                begun = begin(assembly, batch_of(config), before_update=lambda u=updates, w=waits: u.append(w.fetched))
+                is_updated = len(updates) == 1
+                begun.finish(lambda sums: None)
             assert (waits.places, waits.sent, waits.fetched) == ([], 2, 1)
-            assert order == [1]  # the copy is queued before the update, so that the host need not wait for the update
+            # The copy is queued before the update, so that the host does not wait for the update.
+            assert updates == [1] and is_updated == (form not in ("sgd", "muon"))
 
 
 def test_lengths_of_documents_stay_on_the_host() -> None:
@@ -175,7 +175,7 @@ def test_a_refused_step_changes_nothing(training: dict[str, Any], optimizer: dic
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
-        run_step(assembly, batch_of(config, 1), flags=[0.0, 0.0, 1.0] if handle else [0.0, 1.0, 0.0], judge=judge)
+        begin(assembly, batch_of(config, 1), flags=[0.0, 0.0, 1.0] if handle else [0.0, 1.0, 0.0]).finish(judge)
     for name, tensor in tensors_of(assembly).items():
         assert torch.equal(tensor, before[name]), name
     if handle:

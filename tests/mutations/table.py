@@ -24,6 +24,7 @@ class Mutation(NamedTuple):
 _PLAIN = ("tests/training/test_trainer.py::test_five_steps_are_those_of_a_plain_loop[2]",)
 _KEYS = "tests/training/test_every_key.py::test_key"
 _TRAINER = "fused_megatron/training/trainer.py"
+_STEP_LOG = "fused_megatron/training/step_log.py"
 _STEP = "fused_megatron/assembly/training_step.py"
 _OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
 _RULES = "fused_megatron/data_parallel/update_rules.py"
@@ -175,7 +176,7 @@ MUTATIONS = (
     ),
     Mutation(
         "every tensor-parallel rank counts the visible pairs",
-        _TRAINER,
+        "fused_megatron/training/step_rows.py",
         'items() if axis != "dp")',
         'items() if axis == "pp")',
         ("tests/training/test_document_layouts.py",),
@@ -183,9 +184,9 @@ MUTATIONS = (
     # Wrong figures.
     Mutation(
         "tokens per second times the replicas",
-        _TRAINER,
-        "return self.config.training.global_batch_size * self.config.model.seq_len / seconds",
-        "return self.mesh.dp_size * self.config.training.global_batch_size * self.config.model.seq_len / seconds",
+        _STEP_LOG,
+        "return self._config.training.global_batch_size * self._model.seq_len / seconds",
+        "return 2 * self._config.training.global_batch_size * self._model.seq_len / seconds",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
@@ -204,9 +205,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the time left is the time of the whole run",
-        _TRAINER,
-        "(self.config.training.num_steps - step) * seconds",
-        "self.config.training.num_steps * seconds",
+        _STEP_LOG,
+        "(self._config.training.num_steps - step) * seconds",
+        "self._config.training.num_steps * seconds",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     # Ranks that disagree or drift apart, and a NaN on one rank.
