@@ -172,12 +172,14 @@ class Assembly:
                 drifts.append(find_drift(parameters, each.group, others))
         return next(filter(None, drifts), None)
 
-    def update(self, lr: float, gradient_scale: float) -> None:
-        """Update the weights from the gradients times gradient_scale.
+    def update(
+        self, lr: float, gradient_scale: float | torch.Tensor = 1.0, refused: torch.Tensor | None = None
+    ) -> None:
+        """Update the weights from the gradients times gradient_scale; the arguments are as in Optimizer.step.
 
         Where each replica updates some rows, the others arrive under the next forward (WeightGather).
         """
-        self.optimizer.step(lr, gradient_scale)
+        self.optimizer.step(lr, gradient_scale, refused)
         self.weights.start()
 
 

@@ -51,6 +51,11 @@ class TrainConfig:
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
         )
+        check(
+            not self.training.read_metrics_late or self.optimizer.kind == "adamw",
+            f"read_metrics_late=True must be false with optimizer.kind={self.optimizer.kind!r}, whose update waits for "
+            "the gradient norm (or set optimizer.kind='adamw')",
+        )
 
     def _check_context_parallel(self) -> None:
         parallel, multiple = self.parallel, self.parallel.row_multiple

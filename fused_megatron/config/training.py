@@ -77,6 +77,9 @@ class TrainingConfig:
     bucket_mb: float | None = None
     """Size of a gradient bucket in MB (10^6 bytes); data-parallel ranks reduce buckets during backward. None: 25 on a
     CPU; on a GPU 160, or 4 for each replica if that is more."""
+    read_metrics_late: bool = False
+    """Read loss, gradient norm and flags of a step after the next step has begun, so that a GPU does not wait for the
+    host between two steps. A loss that is not finite then ends the run a step later, with the same weights."""
     cluster: str | None = None
     """Cluster whose predicted step is logged beside the measured steps: a name such as h100, or a file that
     `fused-megatron calibrate` wrote. None: no prediction."""

@@ -1,6 +1,6 @@
 """The batch of one data-parallel rank in one step: inputs, targets, padding and documents."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Batch:
         parts = {name: part.split(size) for name, part in vars(self).items() if part is not None}
         return [Batch(**dict(zip(parts, tensors, strict=True))) for tensors in zip(*parts.values(), strict=True)]
 
+    def pinned(self) -> "Batch":
+        """Return the same batch in pinned memory, from which it is sent to a GPU without a wait of the host."""
+        moved = {name: part for name, part in vars(self).items() if part is not None and name != "document_starts"}
+        return replace(self, **{name: _pinned(part) for name, part in moved.items()})
+
     def microbatches(
         self, size: int, device: torch.device
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[dict[str, Any]]]:
@@ -66,4 +71,9 @@ class Batch:
 
 def _on(device: torch.device, part: torch.Tensor) -> torch.Tensor:
     """Copy to the device. Only from pinned memory does the host not wait for the GPU to finish what it has to do."""
-    return part.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else part.to(device)
+    return _pinned(part).to(device, non_blocking=True) if device.type != "cpu" else part.to(device)
+
+
+def _pinned(part: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in pinned memory, dense: torch copies a view with gaps by way of memory that is not pinned."""
+    return part if part.is_contiguous() and part.is_pinned() else part.contiguous().pin_memory()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fused_megatron.config import OptimizerConfig
-from fused_megatron.data_parallel.update_rules import ParameterGroup, round_main_weights
+from fused_megatron.data_parallel.update_rules import ParameterGroup, UpdateStep, round_main_weights
 from fused_megatron.data_parallel.whole_matrices import Matrix, WholeMatrices
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -43,13 +43,14 @@ class Muon:
 
     state_names: tuple[str, ...] = ("momentum_buffer",)
     elementwise = False
+    refuses_on_device = False
 
     def __init__(self, config: OptimizerConfig, matrices: WholeMatrices) -> None:
         self._momentum, self._nesterov = config.momentum_used, config.nesterov_used
         self._factor = _FACTORS[config.adjust_lr_fn or "match_rms_adamw"]
         self._matrices = matrices
 
-    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+    def update(self, group: ParameterGroup, step: UpdateStep) -> None:
         """As UpdateRule.update, for all matrices at once."""
         main = _by_name(group, group.main)
         gradient = _by_name(group, group.gradient)
@@ -57,15 +58,15 @@ class Muon:
         like = group.low[0] if group.low else group.main[0]
 
         def direction(matrix: Matrix) -> torch.Tensor:
-            g = gradient[matrix.name][matrix.rows] * gradient_scale
+            g = gradient[matrix.name][matrix.rows] * step.gradient_scale
             buffer = buffers[matrix.name][matrix.rows].lerp_(g, 1 - self._momentum)
             u = g.lerp_(buffer, self._momentum) if self._nesterov else buffer
             return u.to(like.dtype)
 
         for matrix, update in self._matrices.map(direction, orthogonal, like):
             weight = main[matrix.name][matrix.rows]
-            weight.mul_(1 - lr * group.weight_decay)
-            weight.add_(update, alpha=-lr * self._factor(*matrix.shape))
+            weight.mul_(1 - step.lr * group.weight_decay)
+            weight.add_(update, alpha=-step.lr * self._factor(*matrix.shape))
         round_main_weights(group)
 
 

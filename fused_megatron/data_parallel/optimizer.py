@@ -8,7 +8,7 @@ import torch
 from fused_megatron.config import OptimizerConfig
 from fused_megatron.data_parallel.fixed_sizes import BATCH_ELEMENTS
 from fused_megatron.data_parallel.stochastic_state import StochasticState
-from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, ParameterGroup, UpdateRule
+from fused_megatron.data_parallel.update_rules import ELEMENTWISE_RULES, ParameterGroup, UpdateRule, UpdateStep
 from fused_megatron.observe.waits import OPTIMIZER, wait_for
 
 
@@ -71,15 +71,29 @@ class Optimizer:
             for (rule, decayed, dtype), names in groups.items()
         ]
 
-    def step(self, lr: float, gradient_scale: float | torch.Tensor = 1.0) -> None:
-        """Update the parameters once, from the gradients times gradient_scale (a clip coefficient)."""
-        self._num_updates += 1
-        wait_for(OPTIMIZER, lambda: self._update(lr, gradient_scale))
+    @property
+    def refuses_on_device(self) -> bool:
+        """Whether step() takes `refused`: every rule then reads it where it updates."""
+        return all(group.rule.refuses_on_device for group in self._groups)
 
-    def _update(self, lr: float, gradient_scale: float | torch.Tensor) -> None:
+    def step(self, lr: float, gradient_scale: float | torch.Tensor = 1.0, refused: torch.Tensor | None = None) -> None:
+        """Update the parameters once.
+
+        Args:
+            lr: learning rate.
+            gradient_scale: factor of the gradients (a clip coefficient): a number, or a float32 tensor of one element
+                that the host has not read.
+            refused: bool tensor of one element; if it is True on the device, weights and state stay as they are. It
+                must be None unless refuses_on_device.
+        """
+        assert refused is None or self.refuses_on_device
+        self._num_updates += 1
+        wait_for(OPTIMIZER, lambda: self._update(UpdateStep(self._num_updates, lr, gradient_scale, refused)))
+
+    def _update(self, step: UpdateStep) -> None:
         for group in self._groups:
             for names in self._batches(group):
-                self._update_batch(group, names, lr, gradient_scale)
+                self._update_batch(group, names, step)
 
     def _batches(self, group: _Group) -> Iterator[Sequence[str]]:
         """Cut an elementwise group into batches of at most BATCH_ELEMENTS, or of one tensor."""
@@ -96,9 +110,7 @@ class Optimizer:
             elements += self.main[name].numel()
         yield batch
 
-    def _update_batch(
-        self, group: _Group, names: Sequence[str], lr: float, gradient_scale: float | torch.Tensor
-    ) -> None:
+    def _update_batch(self, group: _Group, names: Sequence[str], step: UpdateStep) -> None:
         tensors = ParameterGroup(
             names,
             main=[self.main[name] for name in names],
@@ -108,10 +120,11 @@ class Optimizer:
             low=[self._parameters[name] for name in names] if group.has_main_weights else [],
             weight_decay=group.weight_decay,
         )
-        group.rule.update(tensors, self._num_updates, lr, gradient_scale)
+        group.rule.update(tensors, step)
         if self._rounding is not None and tensors.state:
             for name, *wide in zip(names, *tensors.state.values(), strict=True):
-                self._rounding.store(name, self._num_updates, wide, list(self._state[name].values()))
+                # State that was refused an update is exact in bfloat16, and so keeps its value.
+                self._rounding.store(name, step.number, wide, list(self._state[name].values()))
 
     def round_main_weights(self) -> None:
         """Round the main weights into the parameters in lower precision (after loading only main weights)."""

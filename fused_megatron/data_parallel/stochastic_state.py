@@ -48,7 +48,9 @@ class StochasticState:
         if not has_values(wide[0]):
             return
         for part in self._parts[name]:
-            rng_state = torch.tensor([self._seeds[part.full_name(name)], step], device=wide[0].device)
+            # Filled on the device: a copy of a list would make the host wait for the device.
+            numbers = (self._seeds[part.full_name(name)], step)
+            rng_state = torch.cat([torch.full((1,), number, device=wide[0].device) for number in numbers])
             sources, targets = ([part.held(tensor) for tensor in tensors] for tensors in (wide, narrow))
             for starts, views in _runs(sources[0], [box.tensor for box in (*sources, *targets)]):
                 words = rows_of_random_words(rng_state, starts, views[0].shape[1])
@@ -78,7 +80,7 @@ def _runs(box: TensorBox, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[tor
     if shape[1:] == full[1:]:  # one run, also of a 0-dim tensor
         flat = [tensor.view(-1) for tensor in tensors]
         for start in range(0, flat[0].numel(), most):
-            yield torch.tensor([first + start], device=device), [f[start : start + most][None] for f in flat]
+            yield torch.full((1,), first + start, device=device), [f[start : start + most][None] for f in flat]
         return
     starts = torch.full((1,), first, device=device)
     for size, stride in zip(shape[:-1], strides[:-1], strict=True):

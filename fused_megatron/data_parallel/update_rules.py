@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -35,26 +35,37 @@ class ParameterGroup:
     weight_decay: float
 
 
+class UpdateStep(NamedTuple):
+    """One update of all parameters.
+
+    Attributes:
+        number: number of this update, from 1 on.
+        lr: learning rate.
+        gradient_scale: factor of the gradients: a number, or a float32 tensor of one element on their device.
+        refused: bool tensor of one element on the device; if it is True, nothing changes. None: it is False.
+    """
+
+    number: int
+    lr: float
+    gradient_scale: float | torch.Tensor
+    refused: torch.Tensor | None = None
+
+
 class UpdateRule(Protocol):
     """Computation of new weights and state from gradients.
 
     Attributes:
         state_names: names of the float32 state tensors that each parameter has, in its shape.
         elementwise: whether the update of an element depends only on this element, so that a group may be cut.
+        refuses_on_device: whether the rule reads UpdateStep.refused; otherwise it must be None.
     """
 
     state_names: tuple[str, ...]
     elementwise: bool
+    refuses_on_device: bool
 
-    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
-        """Update weights and state of a group in place; gradients stay as they are.
-
-        Args:
-            group: the tensors.
-            step: number of this update, from 1 on.
-            lr: learning rate.
-            gradient_scale: factor of the gradients.
-        """
+    def update(self, group: ParameterGroup, step: UpdateStep) -> None:
+        """Update weights and state of a group in place; gradients stay as they are."""
 
 
 class AdamW:
@@ -62,11 +73,12 @@ class AdamW:
 
     state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     elementwise = True
+    refuses_on_device = True
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._config = config
 
-    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+    def update(self, group: ParameterGroup, step: UpdateStep) -> None:
         """As UpdateRule.update."""
         config = self._config
         ops.adamw_(
@@ -75,13 +87,14 @@ class AdamW:
             group.state["exp_avg_sq"],
             group.gradient,
             low=group.low,
-            step=step,
-            lr=lr,
+            step=step.number,
+            lr=step.lr,
             beta1=config.beta1,
             beta2=config.beta2,
             eps=config.eps,
             weight_decay=group.weight_decay,
-            gradient_scale=gradient_scale,
+            gradient_scale=step.gradient_scale,
+            skip=step.refused,
         )
 
 
@@ -92,15 +105,16 @@ class SGD:
     """
 
     elementwise = True
+    refuses_on_device = False
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._momentum, self._nesterov = config.momentum_used, config.nesterov_used
         self.state_names: tuple[str, ...] = ("momentum_buffer",) if self._momentum else ()
 
-    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+    def update(self, group: ParameterGroup, step: UpdateStep) -> None:
         """As UpdateRule.update."""
         for piece in _pieces(group):
-            self._update(piece, lr, gradient_scale)
+            self._update(piece, step.lr, step.gradient_scale)
         round_main_weights(group)
 
     def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:
@@ -131,14 +145,15 @@ class Lion:
 
     state_names: tuple[str, ...] = ("exp_avg",)
     elementwise = True
+    refuses_on_device = False
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._beta1, self._beta2 = config.beta1, config.beta2
 
-    def update(self, group: ParameterGroup, step: int, lr: float, gradient_scale: float | torch.Tensor) -> None:
+    def update(self, group: ParameterGroup, step: UpdateStep) -> None:
         """As UpdateRule.update."""
         for piece in _pieces(group):
-            self._update(piece, lr, gradient_scale)
+            self._update(piece, step.lr, step.gradient_scale)
         round_main_weights(group)
 
     def _update(self, group: ParameterGroup, lr: float, gradient_scale: float | torch.Tensor) -> None:

@@ -81,13 +81,14 @@ class ExpertLoads:
                 loads[row] += self.routers[block].sums
         return loads
 
-    def update(self, totals: torch.Tensor) -> None:
+    def update(self, totals: torch.Tensor, refused: torch.Tensor | None = None) -> None:
         """Move the selection biases of this rank, and keep the loads for the next step's balance loss.
 
         bias_e += rate * sign(mean load - load_e), as Wang et al. 2024 (arXiv:2408.15664).
 
         Args:
             totals: of_rank() summed over all ranks; the same on every rank.
+            refused: bool tensor of one element on the device; if it is True, nothing changes. None: it is False.
         """
         rate = self.config.router_bias_rate
         for row, block in enumerate(self.config.expert_blocks):
@@ -97,15 +98,17 @@ class ExpertLoads:
             load = totals[row, : router.num_experts]
             if router.selection_bias is not None and rate:
                 # Whole numbers below 2^53: exact, so that an expert with the mean load keeps its bias.
-                router.selection_bias += rate * torch.sign(load.sum() - router.num_experts * load).float()
+                change = rate * torch.sign(load.sum() - router.num_experts * load).float()
+                router.selection_bias += change if refused is None else change.masked_fill(refused, 0.0)
             if router.previous_load is not None:
-                router.previous_load.copy_(load)
+                before = router.previous_load
+                before.copy_(load if refused is None else torch.where(refused, before, load.to(before.dtype)))
 
     def report(self, totals: torch.Tensor, loss_divisor: float) -> LoadReport:
-        """Return the loads and losses of the step; the host waits for the device.
+        """Return the loads and losses of the step.
 
         Args:
-            totals: as in update().
+            totals: as in update(), in host memory.
             loss_divisor: number of targets of the step.
         """
         experts = int(self.config.num_experts or 0)

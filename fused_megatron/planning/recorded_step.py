@@ -27,8 +27,9 @@ from fused_megatron.planning.step_recorder import HEADER, RECEIVED, StepRecorder
 MODEL, ASSEMBLY, UPDATED, BATCH, STEP = "model", "assembly", "updated", "batch", "step"
 """Phases of the recorder."""
 
-# Number of flags that the trainer's ranks sum in a step: damaged tokens, and the reasons to stop.
+# Number of flags that the trainer's ranks sum in a step: damaged tokens, a failed save, and the reasons to stop.
 _NUM_FLAGS = 7
+_NUM_REFUSING = 2
 _STEP = 1  # not step 0, in which stages also send the shapes of their messages
 
 
@@ -153,6 +154,7 @@ def _record(
             num_targets=config.training.global_batch_size * config.model.seq_len,
             group=dist.group.WORLD if mesh.world_size > 1 else None,
             flags=lambda: [0.0] * _NUM_FLAGS,
+            num_refusing=_NUM_REFUSING,
             judge=lambda sums: None,
         )
     return RecordedStep(assembly, recorder, assembled, assembled_bytes, storages.held_bytes())

@@ -150,6 +150,18 @@ def clip_coefficient(norm: float, clip_norm: float) -> float:
     return min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
 
 
+def clip_coefficient_on_device(norm: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Return clip_coefficient(norm, clip_norm) as a 0-dim float32 tensor; the host does not wait for the norm.
+
+    Args:
+        norm: 0-dim float64.
+        clip_norm: as clip_coefficient.
+    """
+    if clip_norm <= 0:
+        return torch.ones_like(norm, dtype=torch.float32)
+    return (clip_norm / (norm + 1e-6)).clamp(max=1.0).float()
+
+
 def non_finite_gradients(gradients: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of gradients that have a NaN or an infinity."""
     return [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]

@@ -23,7 +23,14 @@ _WITHOUT_EFFECT = {
     "data": {"cache_folder"},
     "training": {
         *{"run_folder", "microbatch_size", "bucket_mb", "eval_interval", "eval_batches", "log_interval"},
-        *{"checkpoint_interval", "keep_checkpoints", "async_checkpoint", "tensorboard", "replica_check_interval"},
+        *{
+            "read_metrics_late",
+            "checkpoint_interval",
+            "keep_checkpoints",
+            "async_checkpoint",
+            "tensorboard",
+            "replica_check_interval",
+        },
     },
 }
 _MODEL, _MAIN = "model.", "optimizer.main."

@@ -3,32 +3,27 @@
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fused_megatron.assembly.assemble import Assembly
-from fused_megatron.assembly.training_step import StepSums, training_step
+from fused_megatron.assembly.step_sums import StepSums
+from fused_megatron.assembly.training_step import StepUnderWay, begin_step
 from fused_megatron.checkpoint import BackgroundSave, save_checkpoint
 from fused_megatron.checkpoint.model_state import buffer_boxes, optimizer_boxes, parameter_boxes
 from fused_megatron.checkpoint.run_folder import RunFolder
 from fused_megatron.checks import SharedError, SharedInputError
 from fused_megatron.collectives.together import gather_json
-from fused_megatron.data.batch import Batch
-from fused_megatron.data.documents import num_visible_pairs
+from fused_megatron.data.read_ahead import ReadAhead
 from fused_megatron.data.training_data import TrainingData
 from fused_megatron.data_parallel.gradient_division import gradient_divisor
-from fused_megatron.mesh import coordinates
-from fused_megatron.models.expert_loads import LoadReport
-from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.observe.named_ranges import NamedRanges, marker_for
-from fused_megatron.observe.peak_memory import peak_memory_bytes
 from fused_megatron.observe.product_speed import product_flops_per_s
 from fused_megatron.pipeline.schedule.action import Action
 from fused_megatron.planning.prediction.beside_measured import BesideMeasured
@@ -39,10 +34,15 @@ from fused_megatron.training.learning_rate import learning_rate
 from fused_megatron.training.loss_plot import draw_losses
 from fused_megatron.training.presence import lost_contact
 from fused_megatron.training.process_group import new_group_for_saves, on_every_rank, world_group
-from fused_megatron.training.progress import Reporter, StepFigures
+from fused_megatron.training.progress import Reporter
 from fused_megatron.training.run_folder_lease import Lease
+from fused_megatron.training.step_log import StepLog, now
 from fused_megatron.training.step_recording import StepProfiler
+from fused_megatron.training.step_rows import StepRows, read_step_rows
 from fused_megatron.training.stop_request import REASONS, StopRequest
+
+_NUM_REFUSING = 2
+"""The first flags of Trainer._flags keep the weights as they are."""
 
 
 class TrainingError(SharedError, RuntimeError):
@@ -63,6 +63,23 @@ class Progress:
 
     step: int = 0
     samples_consumed: int = 0
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step that is not finished.
+
+    Attributes:
+        under_way: the step.
+        number: its number, from 1 on.
+        started: as time.perf_counter.
+        num_targets: its targets, over all data-parallel ranks and microbatches.
+    """
+
+    under_way: StepUnderWay
+    number: int
+    started: float
+    num_targets: int
 
 
 class Trainer:
@@ -108,14 +125,16 @@ class Trainer:
         self._lease = lease
         self._beside = beside
         self._background = BackgroundSave(new_group_for_saves(self.config.parallel.timeout_s))
-        self._visible_pairs = 0
+        self._batches = ReadAhead(partial(read_step_rows, data, self.config, self.mesh, self.device), self.device)
         self._profiler = StepProfiler(run.profile, self.mesh.rank, self.device, self.config.training.profile_steps)
-        self._product_flops_per_s: float | None = None
+        writes = run if self.mesh.rank == 0 else None
+        self._log = StepLog(self.config, self.model.vocab_size, self.device, writes, reporter)
         self._ranges: NamedRanges | None = None
         if self.config.training.named_ranges:
             self._ranges = ranges = NamedRanges(self.model.stages, marker_for(self.device))
             self.executor.run_actions_in(lambda action: ranges.range(action_name(action)))
-        self._step_times: deque[float] = deque(maxlen=20)
+        self._begun: _Begun | None = None
+        self._last_end = 0.0  # of the last finished step, as time.perf_counter
 
     def run(self) -> str | None:
         """Train up to step config.training.num_steps, or until a stop is requested; write a checkpoint at the end.
@@ -131,12 +150,13 @@ class Trainer:
         if self.progress.step < training.num_steps:
             dtype = next(iter(self.parameters.values())).dtype
             speeds = gather_json(product_flops_per_s(self.device, dtype), world_group())
-            self._product_flops_per_s = sum(speeds)
+            self._log.product_flops_per_s = sum(speeds)
         stop = None
         last = False
         with (
             self._finished_saves(),
             self._checked_tokens(),
+            self._batches,
             self.reporter.steps(self.progress.step, training.num_steps),
         ):
             while stop is None and self.progress.step < training.num_steps:
@@ -256,15 +276,11 @@ class Trainer:
                 "on some ranks only; the same command goes on from the newest checkpoint)"
             )
 
-    def tokens_per_s(self) -> float:
-        """Return the median speed of the latest steps, in tokens per second over all ranks."""
-        if not self._step_times:
-            return 0.0
-        seconds = sorted(self._step_times)[len(self._step_times) // 2]
-        return self.config.training.global_batch_size * self.config.model.seq_len / seconds
-
     def train_step(self) -> str | None:
         """Do one optimizer step; return the reason to stop if any rank was asked to, the same on all ranks.
+
+        With training.read_metrics_late this step is begun and the step before it finished. Both are finished where this
+        one is compared, evaluated or saved, or where the run stops.
 
         Raises:
             NonFiniteError: on every rank; the weights are not updated.
@@ -273,128 +289,104 @@ class Trainer:
         """
         if self._beside is not None:
             self._beside.begin_step()
+        with nullcontext() if self._ranges is None else self._ranges.step(self.progress.step + 1):
+            before, self._begun = self._begun, self._begin_step()
+            stop = None if before is None else self._finish_step(before)
+            if stop is not None or not self._may_wait(self.progress.step):
+                last, self._begun = self._begun, None
+                stop = self._finish_step(last) or stop
+        return stop
+
+    def _may_wait(self, step: int) -> bool:
+        """Return whether a step may be finished after the next has begun."""
+        training = self.config.training
+        if not training.read_metrics_late or self._beside is not None or step == training.num_steps:
+            return False
+        intervals = (training.replica_check_interval, training.eval_interval, training.checkpoint_interval)
+        return not any(interval and step % interval == 0 for interval in intervals)
+
+    def _begin_step(self) -> _Begun:
         started = time.perf_counter()
         training, step = self.config.training, self.progress.step
         first = self.progress.samples_consumed
-        num_targets = self.data.num_targets(first, training.global_batch_size)
+        next_first = first + training.global_batch_size if step + 1 < training.num_steps else None
+        rows = self._batches.take(first, following=next_first)
         lr = learning_rate(step, training.num_steps, self.config.optimizer)
-        with nullcontext() if self._ranges is None else self._ranges.step(step + 1):
-            sums = training_step(
-                self._assembly,
-                lambda: self._read_batch(first),
-                step=step,
-                lr=lr,
-                num_targets=num_targets,
-                group=world_group(),
-                flags=self._flags,
-                judge=self._judge,
-            )
+        under_way = begin_step(
+            self._assembly,
+            lambda: rows.batch,
+            step=step,
+            lr=lr,
+            num_targets=rows.num_targets,
+            group=world_group(),
+            flags=lambda: self._flags(rows),
+            num_refusing=_NUM_REFUSING,
+            before_update=self._background.before_update,
+            refused_before=None if self._begun is None else self._begun.under_way.sums.refused,
+        )
         self.progress.step += 1
         self.progress.samples_consumed += training.global_batch_size
-        self._step_times.append(time.perf_counter() - started)
-        compared = {} if self._beside is None else self._beside.end_step(self._step_times[-1])
+        return _Begun(under_way, self.progress.step, started, rows.num_targets)
+
+    def _finish_step(self, begun: _Begun) -> str | None:
+        """Read the sums of a step and log it; return the reason to stop."""
+        sums = begun.under_way.finish(lambda sums: self._judge(begun, sums))
+        ended = time.perf_counter()
+        seconds, self._last_end = ended - max(begun.started, self._last_end), ended
+        compared = {} if self._beside is None else self._beside.end_step(seconds)
         _, _, *counts = sums.flags
         documents = {}
         if self.data.mask_documents:
-            documents = {"targets": num_targets, "visible_pairs": int(counts.pop())}
+            documents = {"targets": begun.num_targets, "visible_pairs": int(counts.pop())}
         loads = None
         if self.config.model.num_experts is not None:
-            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(num_targets))
-        self._report(sums, lr, {**documents, **compared}, loads)
+            loads = self._assembly.expert_loads.report(sums.expert_loads, gradient_divisor(begun.num_targets))
+        self._log.add(begun.number, seconds, sums, begun.under_way.lr, {**documents, **compared}, loads)
         return next((reason for reason, count in zip(REASONS, counts, strict=True) if count), None)
 
-    def _read_batch(self, first: int) -> Batch:
-        """Read this data-parallel rank's rows, and count the pairs that attention leaves visible in them."""
-        mesh = self.mesh
-        batch = self.data.training_batch(first, self.config.training.global_batch_size, mesh.dp_rank, mesh.dp_size)
-        # Only one of the ranks that read the same rows counts them.
-        first_of_rows = not any(i for axis, i in coordinates(mesh.rank, mesh.sizes).items() if axis != "dp")
-        if batch.document_starts is not None and first_of_rows:
-            self._visible_pairs = num_visible_pairs(batch.document_starts, self.config.model.sliding_window)
-        return batch
-
-    def _flags(self) -> list[float]:
+    def _flags(self, rows: StepRows) -> list[float]:
         """Return this rank's numbers to sum over all ranks.
 
-        Flags, 0 or 1: damaged tokens, a failed save, each reason to stop. With mask_documents: the visible pairs of the
-        rows of this rank.
+        Flags, 0 or 1: damaged tokens and a failed save, which keep the weights; each reason to stop. With
+        mask_documents: the visible pairs of the rows of this rank.
         """
         asked = "a closed output" if self.reporter.is_closed else self._stop.asked
         check = self.data.token_check
         damage = float(check is not None and check.problem is not None)
-        pairs = [float(self._visible_pairs)] if self.data.mask_documents else []
+        pairs = [float(rows.visible_pairs)] if self.data.mask_documents else []
         return [damage, float(self._background.failed), *(float(asked == reason) for reason in REASONS), *pairs]
 
-    def _judge(self, sums: StepSums) -> None:
-        """Raise, the same on every rank, if the weights must not be updated."""
+    def _judge(self, begun: _Begun, sums: StepSums) -> None:
+        """Raise, the same on every rank, if the weights were kept as they are."""
         if sums.flags[0]:
             check = self.data.token_check
             found = gather_json(None if check is None else check.problem, world_group())
             rank, problem = next((rank, problem) for rank, problem in enumerate(found) if problem)
-            raise SharedInputError(f"step {self.progress.step + 1} on rank {rank}: {problem}")
+            raise SharedInputError(f"step {begun.number} on rank {rank}: {problem}")
         if sums.flags[1]:
             on_every_rank(self._background.finish)
         if not sums.finite:
-            self._raise_non_finite(sums.loss, sums.gradient_norm)
-        self._background.before_update()
+            self._raise_non_finite(begun.number, sums.loss, sums.gradient_norm)
 
-    def _raise_non_finite(self, loss: float, norm: float) -> None:
+    def _raise_non_finite(self, step: int, loss: float, norm: float) -> None:
         # Every rank calls this, since all ranks have the same sums.
-        names = non_finite_gradients(self.gradients.by_name(self.parameters))[:1]
+        names = []
+        if step == self.progress.step:  # otherwise these are the gradients of the step that follows
+            names = non_finite_gradients(self.gradients.by_name(self.parameters))[:1]
         found = gather_json([norm, *names], world_group())
         norm = next((norm for norm, *_ in found if not math.isfinite(norm)), norm)
         where = next(
             (f"; first such gradient: {name[0]} on rank {rank}" for rank, (_, *name) in enumerate(found) if name), ""
         )
         raise NonFiniteError(
-            f"step {self.progress.step + 1}: loss={loss} gradient_norm={norm}: not finite, the weights were not "
-            f"updated{where}"
+            f"step {step}: loss={loss} gradient_norm={norm}: not finite, the weights were not updated{where}"
         )
-
-    def _report(self, sums: StepSums, lr: float, more: Mapping[str, float], loads: LoadReport | None) -> None:
-        step, speed = self.progress.step, self.tokens_per_s()
-        # The metrics compare with the held-out loss, which has no auxiliary loss.
-        loss = sums.loss if loads is None else sums.loss - loads.balance_loss - loads.z_loss
-        seconds = self._step_times[-1]
-        mfu = self._mfu(seconds, more.get("visible_pairs"))
-        peak = peak_memory_bytes(self.device)
-        if self.mesh.rank == 0:
-            self.run_folder.append_metrics(
-                {
-                    "step": step,
-                    "loss": loss,
-                    "gradient_norm": sums.gradient_norm,
-                    "lr": lr,
-                    "tokens_per_s": round(speed, 1),
-                    "step_s": seconds,
-                    "mfu": mfu,
-                    "peak_memory_bytes": peak,
-                    "time": _now(),
-                    **more,
-                    **({} if loads is None else loads.metrics()),
-                }
-            )
-        seconds_left = (self.config.training.num_steps - step) * seconds
-        text = "" if loads is None else loads.text()
-        figures = StepFigures(loss, sums.gradient_norm, seconds, speed, seconds_left, mfu, peak, text)
-        self.reporter.step(step, figures)
-
-    def _mfu(self, seconds: float, visible_pairs: float | None) -> float | None:
-        """Return model FLOPs / seconds / FLOP/s of large matrix products on all ranks, as in a report of benchmarks."""
-        if self._product_flops_per_s is None:
-            return None
-        config = dataclasses.replace(self.config.model, vocab_size=self.model.vocab_size)
-        num_tokens = self.config.training.global_batch_size * config.seq_len
-        flops, _ = gpt_step_flops(
-            config, num_tokens, visible_pairs=None if visible_pairs is None else int(visible_pairs)
-        )
-        return flops / seconds / self._product_flops_per_s
 
     def _evaluate(self) -> None:
         self.model.eval()
         evaluation = evaluate(self._assembly, self.data)
         self.model.train()
-        record = {"step": self.progress.step, **dataclasses.asdict(evaluation), "time": _now()}
+        record = {"step": self.progress.step, **dataclasses.asdict(evaluation), "time": now()}
         self.reporter.held_out(evaluation.validation_loss)
         if self.mesh.rank == 0:
             self.run_folder.append_metrics(record)
@@ -416,8 +408,3 @@ def action_name(action: Action) -> str:
     """Return the name of a pipeline action's range: "forward stage 0 microbatch 2"."""
     microbatch = "" if action.index is None else f" microbatch {action.index}"
     return f"{action.kind.name.lower().replace('_', ' ')} stage {action.stage}{microbatch}"
-
-
-def _now() -> str:
-    """Return the time in UTC, as in 2026-11-30T18:05:00.123Z."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")

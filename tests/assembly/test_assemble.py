@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.training_step import sum_over_ranks
+from fused_megatron.assembly.step_sums import sum_over_ranks
 from fused_megatron.checkpoint import load_checkpoint, save_checkpoint
 from fused_megatron.checkpoint.model_state import optimizer_boxes, parameter_boxes
 from fused_megatron.config import GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig

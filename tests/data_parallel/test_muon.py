@@ -12,7 +12,7 @@ from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.optimizer import is_block_matrix
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.training_step import sum_over_ranks
+from fused_megatron.assembly.step_sums import sum_over_ranks
 from fused_megatron.config import GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data_parallel.muon import orthogonal
 from fused_megatron.sharding import full_tensor, parameter_parts

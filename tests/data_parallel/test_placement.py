@@ -11,7 +11,7 @@ import torch.distributed as dist
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.training_step import sum_over_ranks
+from fused_megatron.assembly.step_sums import sum_over_ranks
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig, ParallelConfig, TrainConfig, TrainingConfig
 from fused_megatron.data_parallel.placement import ZERO_STAGES, zero_stage

@@ -1,15 +1,11 @@
 """Start here when the host waits for the GPU in forward or backward: a value is read, or a tensor is copied."""
 
-import traceback
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import fused_megatron as fm
 from fused_megatron.config import GPTConfig
@@ -19,30 +15,7 @@ from fused_megatron.models import GPT, rotary
 from fused_megatron.models.dropout import BatchSlice
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.sharding import Replicas
-
-PACKAGE = str(Path(fm.__file__).parent)
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select")
-
-
-class HostWaits(TorchDispatchMode):
-    """Places of the package at which a tensor of the meta device, which stands for a GPU, meets the host.
-
-    A value that the host reads, a result whose shape depends on values, and a copy between host and device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, torch.Tensor)]
-        devices = {x.device.type for x in tensors if x.dim() or func._schema.name == "aten::_to_copy"}
-        if func._schema.name in WAITS or devices > {"meta"}:
-            own = [f for f in traceback.extract_stack() if f.filename.startswith(PACKAGE)]
-            self.places.append(f"{func._schema.name} in {Path(own[-1].filename).name}:{own[-1].lineno}")
-        return outputs
-
+from fused_megatron.testing.host_waits import HostWaits
 
 FORMS: dict[str, dict[str, Any]] = {
     "learned": {"hidden_dropout": 0.1},

@@ -24,6 +24,7 @@ class Mutation(NamedTuple):
 _PLAIN = ("tests/training/test_trainer.py::test_five_steps_are_those_of_a_plain_loop[2]",)
 _KEYS = "tests/training/test_every_key.py::test_key"
 _TRAINER = "fused_megatron/training/trainer.py"
+_STEP_LOG = "fused_megatron/training/step_log.py"
 _STEP = "fused_megatron/assembly/training_step.py"
 _OPTIMIZER = "fused_megatron/data_parallel/optimizer.py"
 _RULES = "fused_megatron/data_parallel/update_rules.py"
@@ -69,7 +70,7 @@ MUTATIONS = (
     Mutation(
         "Muon ignores the clip coefficient",
         "fused_megatron/data_parallel/muon.py",
-        "[matrix.rows] * gradient_scale",
+        "[matrix.rows] * step.gradient_scale",
         "[matrix.rows] * 1.0",
         ("tests/data_parallel/test_muon.py::test_bfloat16_parameters_have_the_bits_of_torch",),
     ),
@@ -119,8 +120,8 @@ MUTATIONS = (
     Mutation(
         "gradients are not clipped",
         _STEP,
-        "clip_coefficient(sums.gradient_norm, assembly.config.optimizer.clip_norm)",
-        "1.0",
+        "sums.gradient_scale(assembly.config.optimizer.clip_norm)",
+        "sums.gradient_scale(0.0)",
         (*_PLAIN, f"{_KEYS}[optimizer.clip_norm]"),
     ),
     Mutation(
@@ -175,7 +176,7 @@ MUTATIONS = (
     ),
     Mutation(
         "every tensor-parallel rank counts the visible pairs",
-        _TRAINER,
+        "fused_megatron/training/step_rows.py",
         'items() if axis != "dp")',
         'items() if axis == "pp")',
         ("tests/training/test_document_layouts.py",),
@@ -183,9 +184,9 @@ MUTATIONS = (
     # Wrong figures.
     Mutation(
         "tokens per second times the replicas",
-        _TRAINER,
-        "return self.config.training.global_batch_size * self.config.model.seq_len / seconds",
-        "return self.mesh.dp_size * self.config.training.global_batch_size * self.config.model.seq_len / seconds",
+        _STEP_LOG,
+        "return self._config.training.global_batch_size * self._model.seq_len / seconds",
+        "return 2 * self._config.training.global_batch_size * self._model.seq_len / seconds",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     Mutation(
@@ -204,9 +205,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the time left is the time of the whole run",
-        _TRAINER,
-        "(self.config.training.num_steps - step) * seconds",
-        "self.config.training.num_steps * seconds",
+        _STEP_LOG,
+        "(self._config.training.num_steps - step) * seconds",
+        "self._config.training.num_steps * seconds",
         ("tests/training/test_trainer.py::test_figures_are_those_computed_apart",),
     ),
     # Ranks that disagree or drift apart, and a NaN on one rank.
@@ -226,7 +227,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a replica's NaN is its own",
-        _STEP,
+        "fused_megatron/assembly/step_sums.py",
         "squares = assembly.share_of_squares()",
         "squares = assembly.share_of_squares().nan_to_num()",
         ("tests/training/test_trainer.py::test_a_gradient_that_is_nan_on_one_replica_ends_the_run",),

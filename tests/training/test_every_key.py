@@ -345,6 +345,7 @@ ROWS: dict[str, Row] = {
     "training.async_checkpoint": Row(False, saving_threads, ["MainThread"]),
     "training.keep_checkpoints": Row(1, saved, ["step-000004"]),
     "training.bucket_mb": Row(1e-4, lambda tried: len(tried.assembly().gradients._queues[0].buckets) > 1, True),
+    "training.read_metrics_late": Row(True, lambda tried: tried.trained()[0]._may_wait(1), True),
     "training.cluster": Row("h100", lambda tried: whole_run(tried)[0], 4),
     "training.profile_steps": Row(1, lambda tried: saved(tried, "profile"), ["rank-0.trace.json"]),
     "training.named_ranges": Row(True, lambda tried: tried.trained()[0]._ranges is not None, True),

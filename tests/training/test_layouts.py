@@ -249,12 +249,12 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
     from fused_megatron.training import train as training  # noqa: PLC0415
 
     kept: dict[str, torch.Tensor] = {}
-    conclude, sum_over_ranks = training._conclude, training_step.sum_over_ranks
+    conclude, start_sums = training._conclude, training_step.start_sums
 
     def keep_loss(assembly: Any, loss_sum: torch.Tensor, *rest: Any) -> Any:
         step = sum(name.startswith("loss ") for name in kept)
         kept[f"loss {assembly.mesh.dp_rank} {step}"] = loss_sum.clone()
-        return sum_over_ranks(assembly, loss_sum, *rest)
+        return start_sums(assembly, loss_sum, *rest)
 
     def keep(trainer: Any, *rest: Any) -> None:
         for name, parameter in trainer.parameters.items():
@@ -266,7 +266,7 @@ def replicated_weights(rank: int, world_size: int, config: TrainConfig) -> dict[
                     kept[f"grad {part.full_name(name)}"] = part.of(trainer.gradients[parameter])[real].clone()
         conclude(trainer, *rest)
 
-    training._conclude, training_step.sum_over_ranks = keep, keep_loss
+    training._conclude, training_step.start_sums = keep, keep_loss
     train(config, Path(str(config.training.run_folder)))
     return kept
 

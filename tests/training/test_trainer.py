@@ -19,16 +19,21 @@ from fused_megatron.assembly import assemble as assemble_module
 from fused_megatron.checkpoint import CheckpointError
 from fused_megatron.checkpoint import save as save_module
 from fused_megatron.checkpoint.run_folder import RunFolder
+from fused_megatron.checks import InputError
 from fused_megatron.config import DataConfig, GPTConfig, OptimizerConfig, ParallelConfig, TrainConfig, TrainingConfig
+from fused_megatron.config.optimizer import KINDS
+from fused_megatron.data.batch import Batch
 from fused_megatron.data.indexed_dataset import IndexedDatasetWriter
-from fused_megatron.data.training_data import open_training_data
+from fused_megatron.data.read_ahead import THREAD_NAME
+from fused_megatron.data.training_data import TrainingData, open_training_data
+from fused_megatron.data_parallel.optimizer import Optimizer
 from fused_megatron.models import GPT
 from fused_megatron.observe.model_flops import gpt_step_flops
 from fused_megatron.reference.sample_index import permutation
 from fused_megatron.testing.run_on_ranks import RankError, run_on_ranks
 from fused_megatron.training import trainer as trainer_module
 from fused_megatron.training.train import train
-from fused_megatron.training.trainer import Trainer
+from fused_megatron.training.trainer import NonFiniteError, Trainer
 
 # Each run draws its loss plot: imported once here, matplotlib is shared by all forked ranks.
 with contextlib.suppress(ImportError):
@@ -203,6 +208,101 @@ def test_a_gradient_that_is_nan_on_one_replica_ends_the_run(tokens: Path, tmp_pa
     assert "gradient_norm=nan" in texts[0]
     assert texts[0].endswith("first such gradient: blocks.1.mlp.projection.weight on rank 1")
     assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
+
+
+def test_metrics_that_are_read_late_are_the_same(tokens: Path, tmp_path: Path) -> None:
+    """Also across an evaluation and a checkpoint, before which all steps are finished, and with the same weights."""
+    runs = {}
+    for late in (False, True):
+        changes = {"read_metrics_late": late, "eval_interval": 3, "checkpoint_interval": 4}
+        weights = run_on_ranks(trained_weights, 2, config_for(tokens, tmp_path / str(late), **changes), timeout_s=100)
+        records = RunFolder(tmp_path / str(late)).read_metrics()
+        clocks = ("tokens_per_s", "step_s", "mfu", "peak_memory_bytes", "time")
+        runs[late] = weights, [{k: v for k, v in record.items() if k not in clocks} for record in records]
+    assert runs[True][1] == runs[False][1]
+    assert [record["step"] for record in runs[True][1]] == [1, 2, 3, 3, 4, 5, 5]
+    for late, at_once in zip(runs[True][0], runs[False][0], strict=True):
+        assert all(torch.equal(late[name], weight) for name, weight in at_once.items())
+
+
+def kept_after_a_fault(rank: int, world_size: int, config: TrainConfig) -> bool:
+    """Train with a NaN in step 3; return whether the weights after the error are the weights after step 2."""
+    after: dict[int, list[torch.Tensor]] = {}
+    trainers, begin = [], Trainer._begin_step
+
+    def begin_step(self: Trainer) -> Any:
+        trainers.append(self)
+        after[self.progress.step] = [self.optimizer.main[name].clone() for name in self.parameters]
+        return begin(self)
+
+    Trainer._begin_step = begin_step  # type: ignore[method-assign]
+    with pytest.raises(NonFiniteError) as caught:
+        with_a_fault(rank, world_size, config, "gradient")
+    assert str(caught.value).startswith("step 3: loss=") and "not updated" in str(caught.value)
+    assert ("first such gradient" in str(caught.value)) != config.training.read_metrics_late
+    assert max(after) == (3 if config.training.read_metrics_late else 2)  # late: step 4 was begun, and refused
+    weights = [trainers[0].optimizer.main[name] for name in trainers[0].parameters]
+    assert not any(map(torch.equal, weights, after[1]))
+    return all(map(torch.equal, weights, after[2]))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_no_weight_changes_after_a_step_that_is_not_finite(tokens: Path, tmp_path: Path, late: bool) -> None:
+    config = config_for(tokens, tmp_path, read_metrics_late=late, zero_stage=0)
+    assert run_on_ranks(kept_after_a_fault, 2, config, timeout_s=100) == [True, True]
+    assert RunFolder(tmp_path).read_metrics()[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_stop_saves_the_last_finished_step(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Asked in step 2: at once after it, or after the step that had begun when the host read of it."""
+    begin = Trainer._begin_step
+
+    def begin_step(self: Trainer) -> Any:
+        self._stop.asked = "SIGTERM" if self.progress.step == 1 else self._stop.asked
+        return begin(self)
+
+    monkeypatch.setattr(Trainer, "_begin_step", begin_step)
+    train(config_for(tokens, tmp_path, read_metrics_late=late), tmp_path)
+    last = 3 if late else 2
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == [f"step-00000{last}"]
+    assert [record["step"] for record in RunFolder(tmp_path).read_metrics()] == list(range(1, last + 1))
+
+
+def test_only_adamw_reads_metrics_late(tokens: Path, tmp_path: Path) -> None:
+    for kind in KINDS:
+        optimizer = OptimizerConfig(kind=kind)
+        weight = {"a": torch.zeros(2, 2)}
+        if kind != "muon":  # its matrices have another rule besides AdamW's
+            assert Optimizer(weight, weight, optimizer).refuses_on_device == (kind == "adamw")
+        if kind != "adamw":
+            with pytest.raises(InputError, match=f"read_metrics_late=True must be false with optimizer.kind='{kind}'"):
+                dataclasses.replace(config_for(tokens, tmp_path, read_metrics_late=True), optimizer=optimizer)
+
+
+def test_a_thread_reads_the_rows_of_the_next_step(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row once, none beyond the last step; an error of the thread is the error of the run."""
+    reads: list[tuple[str, int]] = []
+    read = TrainingData.training_batch
+
+    def training_batch(self: TrainingData, first: int, *rest: int) -> Batch:
+        reads.append((threading.current_thread().name, first))
+        if first == fails_at:
+            raise InputError("a page cannot be read")
+        return read(self, first, *rest)
+
+    monkeypatch.setattr(TrainingData, "training_batch", training_batch)
+    for folder, fails_at in (("all", None), ("some", 12)):
+        reads.clear()
+        with pytest.raises(InputError, match="a page cannot be read") if fails_at else contextlib.nullcontext():
+            train(config_for(tokens, tmp_path / folder), tmp_path / folder)
+        assert reads == [(THREAD_NAME, first) for first in ((0, 4, 8, 12, 16) if fails_at is None else (0, 4, 8, 12))]
+        assert THREAD_NAME not in {thread.name for thread in threading.enumerate()}
+        assert RunFolder(tmp_path / folder).read_metrics()[-1]["step"] == (3 if fails_at else 5)
 
 
 def with_a_bad_disk(rank: int, world_size: int, config: TrainConfig, full_at: int | None) -> None:

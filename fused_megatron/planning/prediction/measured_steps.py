@@ -9,7 +9,8 @@ import torch.distributed as dist
 from fused_megatron.assembly.assemble import Assembly, assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.training_step import StepSums, training_step
+from fused_megatron.assembly.step_sums import StepSums
+from fused_megatron.assembly.training_step import training_step
 from fused_megatron.collectives.together import gather_json
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
@@ -86,6 +87,7 @@ class RealSteps:
             num_targets=self._num_targets,
             group=self._group,
             flags=tuple,
+            num_refusing=0,
             judge=_accept,
         )
         if self._device.type == "cuda":

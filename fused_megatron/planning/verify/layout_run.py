@@ -11,7 +11,7 @@ from torch import nn
 from fused_megatron.assembly.assemble import assemble
 from fused_megatron.assembly.build import build_mesh, build_stages
 from fused_megatron.assembly.pipeline_plan import plan_pipeline
-from fused_megatron.assembly.training_step import sum_over_ranks
+from fused_megatron.assembly.step_sums import sum_over_ranks
 from fused_megatron.config import TrainConfig
 from fused_megatron.data.batch import Batch
 from fused_megatron.data.documents import positions_in_documents
