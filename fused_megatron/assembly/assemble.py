@@ -194,7 +194,8 @@ def assemble(
     """Build the training parts of this rank. Every rank must call this together.
 
     Args:
-        config: uses training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s, and optimizer.
+        config: uses training.global_batch_size, microbatch_size and bucket_mb, parallel.timeout_s and
+            scatter_messages, and optimizer.
         mesh: of all ranks.
         plan: the schedule of the pipeline.
         model: this rank's stages, with their initial weights.
@@ -228,6 +229,7 @@ def assemble(
         tied=tied,
         hooks=hooks,
         timeout_s=config.parallel.timeout_s,
+        scatter_group=mesh.tp_group if config.parallel.scatters_messages else None,
         auxiliary_losses=config.model.has_auxiliary_loss,
         observe=observe,
         transport=transport,

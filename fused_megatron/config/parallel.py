@@ -71,6 +71,9 @@ class ParallelConfig:
     """Split the activations between tensor-parallel layers over the sequence."""
     overlap: bool | int = True
     """Chunks per tensor-parallel product; one is sent while the next is computed. True: by a cost model; False: off."""
+    scatter_messages: bool = True
+    """Without sequence_parallel, each tensor-parallel rank sends 1/tp of what a pipeline stage hands on, and the
+    receivers gather it. False: each sends all of it."""
     timeout_s: float = 120.0
     """Seconds to wait for another rank before the run ends with an error."""
 
@@ -104,6 +107,12 @@ class ParallelConfig:
     def whole_products(self) -> bool:
         """Whether tensor-parallel products are never cut into chunks: overlap is False, or one chunk."""
         return self.overlap is not True and self.overlap <= 1
+
+    @property
+    def scatters_messages(self) -> bool:
+        """Whether tensor-parallel ranks share the messages of a pipeline; sequence shards are parts already."""
+        sizes = self.tensor_parallel_size > 1 and self.pipeline_parallel_size > 1
+        return self.scatter_messages and sizes and not self.sequence_parallel
 
     @property
     def row_multiple(self) -> int:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from fused_megatron.assembly.pipeline_plan import plan_pipeline
 from fused_megatron.config import TrainConfig
 from fused_megatron.config.parallel import cheapest_dispatch
 from fused_megatron.models import StageSpan
@@ -25,7 +26,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
 
     The first and the last stage also send an all-reduce of A each; with sequence parallelism, a reduce-scatter and an
     all-gather of A instead. The first stage then all-gathers the gradient of learned positions. The last stage gathers
-    12 bytes a token and rank for the loss.
+    12 bytes a token and rank for the loss. Where tensor-parallel ranks share the messages of a pipeline
+    (parallel.scatter_messages), a stage all-gathers A for each message that it receives.
 
     Args:
         config: the config of the whole run.
@@ -46,6 +48,8 @@ def stage_communication(config: TrainConfig, span: StageSpan) -> dict[str, int]:
     over_all_heads = model.query_key_norm and model.query_key_norm_over == "all_heads"
     sent = Counter(all_gather=12 * tokens * ranks * span.last, all_reduce=blocks * 4 * copied)
     sent["all_reduce"] += (2 * blocks + model.recomputed_blocks(blocks)) * 8 * tokens * over_all_heads
+    if parallel.scatters_messages:
+        sent["all_gather"] += ranks * message_bytes(config) * _messages_received(config, span)
     if not parallel.sequence_parallel:
         sent["all_reduce"] += (blocks * 4 + again + ends) * activation
     else:
@@ -82,14 +86,24 @@ def part_gradient_bytes(config: TrainConfig, span: StageSpan) -> int:
 
 
 def message_bytes(config: TrainConfig) -> int:
-    """Compute the bytes of a message between two stages for a microbatch: [S, B, H] or its sequence shard.
+    """Compute the bytes that a rank sends to the next stage for a microbatch: of [S, B, H] or of its part.
 
-    The activation and its gradient have the same size. With context parallelism S is the number of positions of the
-    rank that holds most.
+    Tensor-parallel ranks send parts: sequence shards, or with parallel.scatter_messages equal parts of the same
+    activation (the last ranks may have fewer elements). The activation and its gradient have the same size. With
+    context parallelism S is the number of positions of the rank that holds most.
     """
     model, parallel = config.model, config.parallel
     rows = config.most_positions // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
-    return config.training.element_bytes * rows * config.training.microbatch_size * model.hidden_size
+    elements = rows * config.training.microbatch_size * model.hidden_size
+    parts = parallel.tensor_parallel_size if parallel.scatters_messages else 1
+    return config.training.element_bytes * -(-elements // parts)
+
+
+def _messages_received(config: TrainConfig, span: StageSpan) -> int:
+    """Count the messages that a stage receives from other ranks for one microbatch, forward and backward."""
+    placement = plan_pipeline(config).placement
+    neighbours = placement[max(0, span.index - 1) : span.index + 2]
+    return sum(rank != placement[span.index] for rank in neighbours)
 
 
 def attention_communication(config: TrainConfig, span: StageSpan, cp_rank: int = 0) -> dict[str, int]:

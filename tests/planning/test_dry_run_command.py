@@ -41,7 +41,7 @@ def test_json_and_tables_say_what_was_found(config: str, capsys: pytest.CaptureF
     assert (found["peak_bytes"], found["flops"]) == (report.peak_bytes, report.flops)
     assert found["groups"] == {"tp": [6, 7], "pp": [2, 6], "dp": [4, 6]}
     assert sum(found["peak_by_kind"].values()) == found["peak_bytes"]
-    assert {"kind": "send", "axis": "pp", "calls": 2, "bytes": 2 * 2 * 16 * 2 * 32} in found["transfers"]
+    assert {"kind": "send", "axis": "pp", "calls": 2, "bytes": 2 * 2 * 16 * 2 * 32 // 2} in found["transfers"]
     assert run_dry_run(words) == 0
     text = capsys.readouterr().out
     assert "in bfloat16 on 8 ranks (tp=2 pp=2 1f1b dp=2)" in text and f"{report.num_parameters:,}" in text

@@ -44,7 +44,7 @@ def test_forms(form: dict[str, Any], sequence_parallel: bool) -> None:
         for rank in (0, tp):
             for index, sent in dry_run.rank(rank).sent.items():
                 assert sent == stage_communication(config, spans[index]), (tp, index)
-        assert message_bytes(config) == 4 * 16 * 2 * 32 // (tp if parallel.sequence_parallel else 1)
+        assert message_bytes(config) == 4 * 16 * 2 * 32 // tp
 
 
 WINDOW: dict[str, Any] = {"num_kv_heads": 2, "recompute": "selective", "sliding_window": 5}

@@ -428,8 +428,7 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name in ("tensor", "pipeline", "data", "context"):
-        sizes = {} if name != "data" else {"tensor_parallel_size": 2}
-        _, mesh, _ = made(**sizes, **{f"{name}_parallel_size": 2})
+        _, mesh, _ = made(**({"tensor_parallel_size": 2} if name == "data" else {}), **{f"{name}_parallel_size": 2})
         found[f"{name}_parallel_size"] = mesh.tp_size, mesh.pp_size, mesh.cp_size, mesh.dp_size
     changes = {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}
     found["stages_per_rank"] = made(**changes, stages_per_rank=1)[2].num_stages
@@ -450,9 +449,10 @@ def layout_facts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     layout = next(iter(build_stages(config, mesh, plan, torch.device("cpu")).stages.values())).layout
     found |= {"expert_parallel_size": layout.ep_group.size(), "expert_dispatch": layout.expert_dispatch}
     found["expert_tensor_parallel_size"] = layout.etp_group.size()
-    config, mesh, plan = made(**changes, timeout_s=7.0)
-    assembly = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu")))
-    found["timeout_s"] = assembly.executor._connections._control.options._timeout.total_seconds()
+    config, mesh, plan = made(**changes, timeout_s=7.0, scatter_messages=False)
+    executor = assemble(config, mesh, plan, build_stages(config, mesh, plan, torch.device("cpu"))).executor
+    found["timeout_s"] = executor._connections._control.options._timeout.total_seconds()
+    found["scatter_messages"] = executor._loop._messages._parts.place
     return found
 
 
@@ -475,6 +475,7 @@ def test_keys_of_the_layout(folder: Path) -> None:
         "zero_shard_size": 2,
         "zero_gather": 1,  # stage at once; None with the default
         "timeout_s": 7.0,
+        "scatter_messages": (0, 1),  # rank in the group, and its size; (tp_rank, 2) with the default
     }
     assert expected.keys() == {field.name for field in dataclasses.fields(ParallelConfig)}
     for found in run_on_ranks(layout_facts, 4, folder, timeout_s=100):

@@ -21,6 +21,7 @@ from fused_megatron.pipeline.run.executor_checks import (
 )
 from fused_megatron.pipeline.run.faults import PeerLost
 from fused_megatron.pipeline.run.handshake import agree, tensor_hash
+from fused_megatron.pipeline.run.message_parts import MessageParts
 from fused_megatron.pipeline.run.messages import Messages
 from fused_megatron.pipeline.run.stage_compute import StageCompute
 from fused_megatron.pipeline.run.stage_hooks import StageHooks
@@ -66,6 +67,9 @@ class PipelineExecutor:
         transport: a network other than NCCL or gloo (tests).
         lookahead: number of computations by which a receive is posted before its use.
         timeout_s: time-out of a wait, in seconds.
+        scatter_group: R ranks whose stages return the same tensors (tensor-parallel ranks without sequence
+            parallelism), each in a pipeline of its own. Each sends 1 / R of a message, and the receivers gather it.
+            The rank in this group is the same on all ranks of a pipeline. None: each rank sends whole tensors.
         auxiliary_losses: whether stages other than the last may return modules.auxiliary_loss.WithAuxiliaryLoss in
             training; the same on all ranks. Such a loss is added to the loss of the microbatch, divided by the same
             loss_divisor, and contributes to the gradients.
@@ -74,11 +78,12 @@ class PipelineExecutor:
     Raises:
         InputError: on every rank, before any stage runs: the schedule breaks a rule; the stages are not the ones that
             the schedule places on this rank; the last rank has no loss_fn; an asynchronous schedule has no update, or
-            sharded weights; schedules or tied weights differ between ranks.
+            sharded weights; schedules, tied weights or the places in scatter_group differ between ranks.
 
     Communication: at the start a hash of all facts that must agree, and one connection for each pair of ranks and
         direction. In a step: the tensors between stages; before it one all-reduce and after it one broadcast of 8 bytes
-        for each microbatch; with auxiliary_losses one more such all-reduce. For an input with new shapes, once: 1 KiB
+        for each microbatch; with auxiliary_losses one more such all-reduce. With scatter_group each rank sends 1 / R of
+        a tensor, and all R gather it (one all-gather of the tensor). For an input with new shapes, once: 1 KiB
         forward and 8 bytes backward on each connection.
     Memory: a copy of each output until its receiver has taken it, and receive buffers for one microbatch. Live
         activations as in `peak_live_activations`, and one received tensor more.
@@ -103,18 +108,20 @@ class PipelineExecutor:
         transport: Transport | None = None,
         lookahead: int = 1,
         timeout_s: float = 1800.0,
+        scatter_group: Group = None,
         auxiliary_losses: bool = False,
         observe: Callable[[Action, float, float], None] | None = None,
     ) -> None:
         self._rank = group_rank(pp_group)
-        lowered, error = None, None
+        lowered, error, parts = None, None, MessageParts(None)
         try:
+            parts = MessageParts(scatter_group)
             hooks = chosen_hooks(hooks, reduce_gradients, update)
             lowered = checked_and_lowered(schedule, stages, pp_group, loss_fn, tied, hooks)
         except InputError as wrong:
             error = wrong
         hashes = [[tensor_hash(weight) for weight in group.values()] for group in tied]
-        name = agree(pp_group, error, lowered, hashes, auxiliary_losses)
+        name = agree(pp_group, error, lowered, hashes, auxiliary_losses, parts.place)
         assert lowered is not None and hooks is not None
         self._auxiliary_losses = auxiliary_losses
         self.schedule = lowered
@@ -139,7 +146,7 @@ class PipelineExecutor:
             self._stages,
             stashed,
             [TiedWeight(weights, *group) for weights, group in zip(tied, self._connections.tied_groups, strict=True)],
-            Messages(lowered, self._connections.transport, device, self._connections.global_ranks),
+            Messages(lowered, self._connections.transport, device, parts, self._connections.global_ranks),
             hooks,
             observe,
             lookahead,

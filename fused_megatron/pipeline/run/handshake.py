@@ -37,6 +37,7 @@ def agree(
     schedule: Schedule | None,
     tied: Sequence[Sequence[str]],
     auxiliary_losses: bool,
+    scatter: tuple[int, int] = (0, 1),
 ) -> str:
     """Compare the arguments of all ranks, and return a unique name of this pipeline, the same on all ranks.
 
@@ -46,16 +47,18 @@ def agree(
         schedule: the lowered schedule; None with an error.
         tied: for each tied weight the hashes of this rank's parameters.
         auxiliary_losses: whether stages may return auxiliary losses.
+        scatter: this rank's index in its scatter_group, and the size of that group.
 
     Raises:
-        SharedInputError: on every rank: a rank has an error, or schedules, initial tied weights or auxiliary_losses
-            differ.
+        SharedInputError: on every rank: a rank has an error, or schedules, initial tied weights, auxiliary_losses or
+            scatter differ.
         PipelineError: another rank is gone or silent.
     """
     mine = {
         "schedule": None if schedule is None else [_shown(schedule), schedule_hash(schedule)],
         "tied": tied,
         "auxiliary_losses": auxiliary_losses,
+        "scatter": list(scatter),
         "name": secrets.token_hex(8),
     }
     try:
@@ -79,6 +82,12 @@ def _fault(everyone: Sequence[Outcome]) -> str | None:
             return f"the schedule must be the same on all ranks: rank 0 has {here}, rank {rank} has {there}"
         if each["auxiliary_losses"] != first["auxiliary_losses"]:
             return f"auxiliary_losses={first['auxiliary_losses']} on rank 0 must be the same on rank {rank}"
+        if each["scatter"] != first["scatter"]:
+            here, there = ("{} of {}".format(*place) for place in (first["scatter"], each["scatter"]))
+            return (
+                f"scatter_group: pipeline rank 0 is rank {here} in it, and pipeline rank {rank} is rank {there}; the "
+                "ends of a message must have the same part (pass the tensor-parallel group of a mesh, on every rank)"
+            )
     for index in range(len(first["tied"])):
         hashes = [(rank, digest) for rank, each in enumerate(values) for digest in each["tied"][index]]
         for rank, digest in hashes:

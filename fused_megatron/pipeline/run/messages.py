@@ -11,6 +11,7 @@ from fused_megatron.collectives.transport.announcements import announce_receive,
 from fused_megatron.observe.waits import BUBBLE, wait_for
 from fused_megatron.pipeline.run.channels import Pending, Transport
 from fused_megatron.pipeline.run.faults import lost_peers
+from fused_megatron.pipeline.run.message_parts import MessageParts
 from fused_megatron.pipeline.schedule.action import SENDS, Action, Kind, Schedule
 from fused_megatron.pipeline.schedule.routing import Channel, channel_of, peer
 
@@ -47,7 +48,7 @@ class _Receive:
         self.key = key
         self.header: tuple[Pending, torch.Tensor] | None = None
         self.flags: torch.Tensor | None = None
-        self.tensors: list[torch.Tensor] | None = None
+        self.buffers: list[tuple[torch.Tensor, TensorSpec]] | None = None  # parts of the tensors
         self.pending: list[Pending] = []
 
 
@@ -68,6 +69,8 @@ class Messages:
         schedule: the lowered schedule.
         transport: the network; None for one rank, which sends nothing.
         device: device of the received tensors.
+        parts: division of the tensors over ranks that hold the same ones; None: this rank sends whole tensors. Headers
+            and flags are whole.
         ranks: the global rank of each rank of the pipeline, for tools that watch messages; None: the same numbers.
     """
 
@@ -76,9 +79,11 @@ class Messages:
         schedule: Schedule,
         transport: Transport | None,
         device: torch.device,
+        parts: MessageParts | None = None,
         ranks: Sequence[int] | None = None,
     ) -> None:
         self._schedule = schedule
+        self._parts = MessageParts(None) if parts is None else parts
         self._ranks = range(schedule.num_ranks) if ranks is None else ranks
         self._transport = transport
         self._device = device
@@ -105,7 +110,7 @@ class Messages:
         else:
             present = self._complete(action, tensors, (action.stage - 1, shape_id))
         for index, tensor in enumerate(present):
-            self._send(action, tensor.detach(), index)
+            self._send(action, self._parts.of(tensor.detach().contiguous()), index)
 
     def _complete(
         self, action: Action, gradients: Sequence[torch.Tensor | None], key: tuple[int, int]
@@ -141,7 +146,7 @@ class Messages:
             source, target, direction = channel_of(self._schedule, action)
             announce_send(tensor, self._ranks[source], self._ranks[target])
             with lost_peers(target):
-                pending = self._transport.send(tensor.contiguous(), target, direction, self._tag(action, index))
+                pending = self._transport.send(tensor, target, direction, self._tag(action, index))
             self._sends.append((pending, target))
 
     def _tag(self, action: Action, index: int) -> int:
@@ -158,22 +163,30 @@ class Messages:
         self._advance(channel)
 
     def take(self, action: Action) -> list[torch.Tensor] | list[torch.Tensor | None]:
-        """Wait for a message, and return its tensors. Activations have requires_grad set; gradients may be None."""
+        """Wait for a message, and return its tensors. Activations have requires_grad set; gradients may be None.
+
+        Ranks that share the tensors gather their parts, so they all take their messages in the same order.
+        """
         receive = self._receives[action]
-        if receive.tensors is None:
+        if receive.buffers is None:
             self._advance(receive.channel, wanted=receive)
-        assert receive.tensors is not None, f"{action} is scheduled before the message that determines its shape"
+        assert receive.buffers is not None, f"{action} is scheduled before the message that determines its shape"
         del self._receives[action]
         for pending in receive.pending:
             self._wait_for_message(pending, receive.channel.source)
+        forward, buffers, tensors = action.kind == Kind.RECV_F, receive.buffers, []
+        while buffers:  # a part is freed before the next tensor comes
+            buffer, spec = buffers.pop(0)
+            tensors.append(self._parts.gather(buffer, spec.shape).requires_grad_(spec.requires_grad and forward))
+            del buffer
         if receive.flags is None:
-            return receive.tensors
+            return tensors
         missing = receive.flags.tolist()
-        return [None if absent else tensor for absent, tensor in zip(missing, receive.tensors, strict=True)]
+        return [None if absent else tensor for absent, tensor in zip(missing, tensors, strict=True)]
 
     def _advance(self, channel: Channel, wanted: _Receive | None = None) -> None:
         """Post all receives whose shapes are known, in the order of the channel; wait for headers up to `wanted`."""
-        for receive in [each for each in self._receives.values() if each.channel == channel and each.tensors is None]:
+        for receive in [each for each in self._receives.values() if each.channel == channel and each.buffers is None]:
             forward = receive.action.kind == Kind.RECV_F
             if not forward and receive.key not in self._specs:
                 return  # this stage has not sent the activations yet, and so does not know their shapes
@@ -206,13 +219,14 @@ class Messages:
                 sum(spec.requires_grad for spec in specs), dtype=torch.uint8, device=self._device
             )
             receive.pending.append(self._receive(receive, receive.flags, _FLAGS))
-        receive.tensors = []
+        receive.buffers = []
         # In a backward message the sender numbers the gradients only, without tensors that need none.
         for spec in specs if forward else [spec for spec in specs if spec.requires_grad]:
-            buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-            if buffer.numel():
-                receive.pending.append(self._receive(receive, buffer, len(receive.tensors)))
-            receive.tensors.append(buffer.requires_grad_(spec.requires_grad and forward))
+            buffer = self._parts.new_buffer(spec.shape, spec.dtype, self._device)
+            filled = self._parts.filled(buffer, spec.shape)
+            if filled.numel():
+                receive.pending.append(self._receive(receive, filled, len(receive.buffers)))
+            receive.buffers.append((buffer, spec))
 
     def _receive(self, receive: _Receive, buffer: torch.Tensor, index: int) -> Pending:
         assert self._transport is not None

@@ -89,6 +89,8 @@ class StageTimes:
             yield 1, self._head
         if (span.first or span.last) and self._placements.gradients:
             yield 1, self._sent_by_ends(span)
+        if self.config.parallel.scatters_messages:
+            yield 1, self._gathered_messages(span)
 
     def block(self, has_experts: bool, recomputed: bool) -> ActionWork:
         """Return the work of one microbatch in a block."""
@@ -293,6 +295,14 @@ class StageTimes:
         forward += Work(data_parallel=self.exposed(gather, forward.on_device))
         backward += Work(data_parallel=self.exposed(gather + self._reduce_s(number), backward.on_device))
         return forward, backward
+
+    def _gathered_messages(self, span: StageSpan) -> ActionWork:
+        """Return the gathers of messages whose parts tensor-parallel ranks have received.
+
+        As if no neighbour were on the same rank, since stages of the same form share their times.
+        """
+        gathered = Work(tensor_parallel=self.tp_ring.gather_s(self.size * self.tokens * self.hidden))
+        return ActionWork(gathered * (not span.first), gathered * (not span.last), Work())
 
     def _sent_by_ends(self, span: StageSpan) -> ActionWork:
         """Return what ZeRO sends in every microbatch for the vocabulary tables, positions and the last norm.

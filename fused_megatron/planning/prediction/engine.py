@@ -36,6 +36,8 @@ class Engine:
         unshard_ops: ops that sharded weights (ZeRO stage 3) add to a block's forward, and twice as many in backward.
         state_ops: ops of a step for each block whose optimizer state replicas share.
         message_ops: ops that a message between two stages is worth.
+        scatters_messages: obeys parallel.scatter_messages. Otherwise a tensor-parallel rank sends whole messages, or
+            the constants count what it sends.
         overlaps_products: collectives of tensor parallelism run beside products.
         overlaps_gradients: gradients are reduced under the last backward.
         gradient_bytes: bytes an element of a reduced gradient.
@@ -61,6 +63,7 @@ class Engine:
     unshard_ops: float = 0.0
     state_ops: float = 0.0
     message_ops: float = 0.0
+    scatters_messages: bool = False
     overlaps_products: bool = False
     overlaps_gradients: bool = True
     gradient_bytes: int = 4
@@ -82,6 +85,7 @@ ENGINES = {
         unshard_ops=60,
         state_ops=128,
         logit_passes=4,
+        scatters_messages=True,
         overlaps_products=True,
     ),
     "megatron-core": Engine(
@@ -107,7 +111,12 @@ ENGINES = {
         activation_passes=12.0,
     ),
     "megatron-lm": Engine(
-        fused_attention=False, score_passes=4.5, logit_passes=30, overlaps_gradients=False, activation_passes=12.0
+        fused_attention=False,
+        score_passes=4.5,
+        logit_passes=30,
+        scatters_messages=True,  # Narayanan et al. 2021 (arXiv:2104.04473), section 4.1
+        overlaps_gradients=False,
+        activation_passes=12.0,
     ),
     "llm-foundry": Engine(logit_passes=30, gradient_bytes=2, update_bytes=40, activation_passes=44.0),
 }

@@ -1,6 +1,6 @@
 """Prediction of the time of a training step: costs of the stages, played through the simulator of schedules."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fused_megatron.assembly.pipeline_plan import plan_pipeline, stage_spans
 from fused_megatron.checks import check
@@ -90,7 +90,10 @@ class _Step:
             config.model.vocab_size is not None,
             "model.vocab_size=None must be given, since a prediction reads no data (--model.vocab-size 50257)",
         )
-        self.config, self.name, self.engine = config.for_device(cluster.device), name, engine_of(name)
+        self.name, self.engine = name, engine_of(name)
+        if not self.engine.scatters_messages:
+            config = replace(config, parallel=replace(parallel, scatter_messages=False))
+        self.config = config.for_device(cluster.device)
         self.cluster = cluster = of_one_rank(cluster, parallel.num_ranks)
         self.dp = parallel.data_parallel_size or 1
         config.check_data_parallel(self.dp)

@@ -1,12 +1,48 @@
-"""Start here when a receive waits for its sender although it was only posted."""
+"""Start here when a posted receive waits for its sender, or NCCL's messages take SMs from products."""
 
 import threading
+import types
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from fused_megatron.pipeline.run.channels import make_group
+from fused_megatron.pipeline.run.channels import NCCLSettings, make_group, nccl_options, nccl_settings
+
+
+def test_a_channel_goes_first_and_takes_few_sms():
+    assert nccl_settings(is_channel=True) == NCCLSettings(True, 2, 4)
+    # The sum of tied weights is once a step, and computation waits for it.
+    assert nccl_settings(is_channel=False) == NCCLSettings(False, None, None)
+
+
+class Options:
+    def __init__(self, is_high_priority_stream):
+        self.is_high_priority_stream = is_high_priority_stream
+        self.config = types.SimpleNamespace(min_ctas="of NCCL", max_ctas="of NCCL")
+
+
+def test_options_reach_nccl(monkeypatch):
+    """Without a GPU torch has no NCCL: a stand-in takes the options."""
+    made = []
+    nccl = types.SimpleNamespace(Options=Options)
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+    options = nccl_options(nccl_settings(is_channel=False), timedelta(seconds=7))
+    assert vars(options.config) == {"min_ctas": "of NCCL", "max_ctas": "of NCCL"}
+    assert (options.is_high_priority_stream, options._timeout) == (False, timedelta(seconds=7))
+
+    class Group:
+        Options = Options
+
+        def __init__(self, store, rank, size, options):
+            made.append((rank, size, options))
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Group, raising=False)
+    make_group(dist.HashStore(), "a", 1, 2, torch.device("cuda", 0), timedelta(seconds=5), is_channel=True)
+    ((rank, size, options),) = made
+    assert (rank, size, options.is_high_priority_stream) == (1, 2, True)
+    assert vars(options.config) == {"min_ctas": 2, "max_ctas": 4}
+    assert options._timeout == timedelta(seconds=5)
 
 
 def pair_of_ranks():
