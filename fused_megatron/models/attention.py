@@ -16,6 +16,7 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.ops.attention import AttentionMask, attend
+from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value, split_query_key_value
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequencePartition, used_by_parts
 from fused_megatron.tensor_parallel import (
@@ -174,16 +175,7 @@ class ParallelSelfAttention(nn.Module):
                 all positions.
             cache: keys and values of earlier tokens, which also stores keys and values of x; None: x has all tokens.
         """
-        query, key, value = self._query_key_value(x)
-        if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
-            query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
-        elif self.query_norm is not None and self.key_norm is not None:
-            weights = (self.query_norm.weight, self.key_norm.weight)
-            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
-            query = ops.rms_norm(query, query_weight, self.query_norm.eps)
-            key = ops.rms_norm(key, key_weight, self.key_norm.eps)
-        if rotary is not None:
-            query, key = _rotate(query, key, *rotary)
+        query, key, value = self._rotated_query_key_value(self.query_key_value(x), rotary)
         if cache is not None:
             context = cache.attend(query, key, value, mask).flatten(2)
         elif self.recompute and torch.is_grad_enabled():
@@ -195,14 +187,28 @@ class ParallelSelfAttention(nn.Module):
             context = self._attend(query, key, value, mask, dropout, partition)
         return self.projection(context)
 
-    def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return query, key and value as views [S, B, heads of this rank, D]."""
-        qkv = self.query_key_value(x)
-        seq_len, batch = qkv.shape[:2]
-        if self.num_kv_heads == self.num_heads:
-            return qkv.view(seq_len, batch, -1, 3, self.head_dim).unbind(3)
-        heads = qkv.view(seq_len, batch, -1, self.head_dim)
-        return heads.split_with_sizes([self.heads_shard, self.kv_heads_shard, self.kv_heads_shard], dim=2)
+    def _rotated_query_key_value(self, qkv: torch.Tensor, rotary: Tables | None) -> tuple[torch.Tensor, ...]:
+        """Return normalised and rotated query, key and value, [S, B, heads of this rank, D]; qkv may be overwritten."""
+        head_by_head = self.num_kv_heads == self.num_heads
+        heads = {"num_heads": self.heads_shard, "num_kv_heads": self.kv_heads_shard}
+        if rotary is not None and self.query_norm is None:
+            cos, sin = rotary
+            shape = qkv.shape[:2]
+            if cos.dim() == 3:  # the S B tokens as one sequence
+                qkv, cos, sin = qkv.view(-1, 1, qkv.shape[2]), cos.flatten(0, 1), sin.flatten(0, 1)
+            rotated = rotary_query_key_value(qkv, cos, sin, head_by_head=head_by_head, **heads)
+            return tuple(x.view(*shape, *x.shape[2:]) for x in rotated)
+        query, key, value = split_query_key_value(qkv, head_by_head=head_by_head, **heads)
+        if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
+            query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
+        elif self.query_norm is not None and self.key_norm is not None:
+            weights = (self.query_norm.weight, self.key_norm.weight)
+            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
+            query = ops.rms_norm(query, query_weight, self.query_norm.eps)
+            key = ops.rms_norm(key, key_weight, self.key_norm.eps)
+        if rotary is not None:
+            query, key = _rotate(query, key, *rotary)
+        return query, key, value
 
     def _attend(
         self,

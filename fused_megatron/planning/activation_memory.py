@@ -15,7 +15,7 @@ def stage_activations(config: TrainConfig, span: StageSpan) -> int:
     sequence parallelism, else T) keeps these elements of 2 or 4 bytes:
 
         4 T' H                 inputs and outputs of both norms, and 4 T' bytes a norm for each statistic
-        T (N + 2 G) D / R      query, key, value; query and key once more if they are rotated, twice if normalized
+        T (N + 2 G) D / R      query, key, value, rotated in place; query and key twice more if they are normalized
         T N D / R              input of the projection, which is the result of the attention kernel
         T F' / R               input of the activation; and its output T F / R without overlap (R = 1, or overlap=False)
         (_expert_activations)   instead of the last line, in a block with experts
@@ -74,8 +74,7 @@ def block_activations(config: TrainConfig, selective: bool, has_experts: bool) -
     if not selective and model.attention_dropout > 0 and not context_parallel:
         elements += tokens * (3 * query + (query + key) * model.query_key_norm + 2 * heads * model.seq_len)
     else:
-        copies = 2 if model.query_key_norm else int(model.position == "rotary")
-        elements += tokens * (query + 2 * key + (query + key) * copies)
+        elements += tokens * (query + 2 * key + (query + key) * 2 * model.query_key_norm)
         statistics += 4 * tokens * heads * (not selective)
     return size * elements + statistics + (_expert_activations(config) if has_experts else 0)
 
