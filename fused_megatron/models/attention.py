@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_megatron import ops
-from fused_megatron.checks import check_divisible, check_multiple_or_divisor
+from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
 from fused_megatron.collectives import group_rank, group_size
 from fused_megatron.config import TransformerConfig
 from fused_megatron.context_parallel import context_parallel_attention
@@ -16,6 +16,7 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.ops.attention import AttentionMask, attend
+from fused_megatron.ops.attention_operands import TileDropout
 from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value, split_query_key_value
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequencePartition, used_by_parts
@@ -59,8 +60,9 @@ class ParallelSelfAttention(nn.Module):
     Memory:
         As ops.attend with N / R heads. With config.recompute="selective", attention between the two projections is not
         kept but computed again in backward.
-        With attention_dropout, B N / R S S probabilities are held, and the same number after dropout: torch's attention
-        kernels cannot be used, since their masks depend on the layout.
+        With attention_dropout, B N / R S S probabilities are held, and the same number after dropout: the masks of
+        torch's attention kernels depend on the layout. With attention_dropout_kernel="fast" they are used, and a GPU
+        holds no probabilities.
     """
 
     def __init__(
@@ -76,9 +78,14 @@ class ParallelSelfAttention(nn.Module):
         ranks = group_size(layout.tp_group)
         check_divisible("num_heads", config.num_heads, "tensor_parallel_size", ranks)
         check_multiple_or_divisor("num_kv_heads", config.kv_heads, "tensor_parallel_size", ranks)
+        check(
+            config.attention_dropout_kernel == "exact" or group_size(layout.cp_group) == 1,
+            "attention_dropout_kernel='fast' must be 'exact' with context parallelism, which attends tile by tile",
+        )
         self.head_dim, self.num_heads, self.num_kv_heads = config.head_size, config.num_heads, config.kv_heads
         self.heads_shard, self.kv_heads_shard = self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
         self.first_head = group_rank(layout.tp_group) * self.heads_shard
+        self.drops_in_kernel = config.attention_dropout_kernel == "fast"
         self.attention_dropout, self.recompute = config.attention_dropout, config.recompute == "selective"
         self.cp_group, self.context_parallel_method = layout.cp_group, layout.context_parallel_method
         self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
@@ -220,8 +227,11 @@ class ParallelSelfAttention(nn.Module):
         partition: SequencePartition | None,
     ) -> torch.Tensor:
         """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
-        drop = None
+        drop: TileDropout | None = None
         if dropout is not None and self.attention_dropout > 0.0:
+            if self.drops_in_kernel:
+                in_kernel = dropout.in_kernel(0, self.attention_dropout, self.first_head)
+                return attend(query, key, value, mask, dropout=in_kernel).flatten(2)
             drop = partial(self._drop, dropout)
         if partition is None or self.cp_group is None:
             return attend(query, key, value, mask, dropout=drop).flatten(2)

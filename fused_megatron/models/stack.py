@@ -158,6 +158,7 @@ class TransformerStack(ShardedModule):
 
     def reset_dropout(self, seed: int) -> None:
         """Let dropout draw its masks from this seed."""
+        self.dropout_seed = seed
         sites = [f"blocks.{i}.{site}" for i in self.blocks for site in DROPOUT_SITES]
         fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *sites), seed)
 
@@ -351,7 +352,14 @@ class TransformerStack(ShardedModule):
     def _masks(self, batch: int, sequence: SequenceLayout, batch_slice: BatchSlice | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        return masks_of_batch(self.get_buffer("dropout_states"), batch_slice, batch, self._own(sequence))
+        return masks_of_batch(
+            self.get_buffer("dropout_states"),
+            batch_slice,
+            batch,
+            self._own(sequence),
+            seed=self.dropout_seed,
+            first_site=len(DROPOUT_SITES) * self.span.start,
+        )
 
     def _embed(
         self,
