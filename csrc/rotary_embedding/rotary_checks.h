@@ -7,11 +7,12 @@
 
 namespace fm {
 
-// One tensor of heads: [n0, n1, heads, head_dim] with any strides but the last, which is 1. Packed: n1 = 1.
+// One tensor of heads and its result: [n0, n1, heads, head_dim] with any strides but the last, which is 1. Packed:
+// n1 = 1. The result may be the tensor itself.
 struct Heads {
   const void* data;
-  void* out;  // contiguous
-  int64_t heads, stride0, stride1, stride_head;
+  void* out;
+  int64_t heads, stride0, stride1, stride_head, out_stride0, out_stride1, out_stride_head;
 };
 
 // Returns x itself if the elements of a head lie side by side, else a copy.
@@ -22,7 +23,18 @@ inline Tensor with_dense_heads(const Tensor& x) {
 inline Heads heads_of(const Tensor& x, Tensor& out) {
   const int64_t dims = x.dim();
   return {x.const_data_ptr(), out.mutable_data_ptr(), x.size(dims - 2), x.stride(0), dims == 4 ? x.stride(1) : 0,
-          x.stride(dims - 2)};
+          x.stride(dims - 2), out.stride(0),          dims == 4 ? out.stride(1) : 0, out.stride(dims - 2)};
+}
+
+// The memory that rotary_embedding_out writes: of the sizes of x, with dense heads.
+inline void check_rotary_out(const Tensor& x, const Tensor& out) {
+  STD_TORCH_CHECK(out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && on_same_device(out, x),
+                  "q_out and k_out must be like q and k");
+  for (int64_t dim = 0; dim < x.dim(); ++dim) {
+    STD_TORCH_CHECK(out.size(dim) == x.size(dim), "q_out and k_out must have the sizes of q and k");
+  }
+  STD_TORCH_CHECK(out.stride(out.dim() - 1) == 1 || out.size(out.dim() - 1) <= 1,
+                  "the elements of a head of q_out and k_out must lie side by side");
 }
 
 inline void check_int64(const OptionalTensor& tensor, const Tensor& q, const char* name) {

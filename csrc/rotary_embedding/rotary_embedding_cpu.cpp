@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <tuple>
@@ -16,13 +17,14 @@
 namespace fm {
 namespace {
 
-// All heads of one token, which lie `stride` elements apart.
+// All heads of one token, which lie `stride` elements apart. `from` and `to` may be the same memory: a pair is read
+// before it is written.
 template <typename T, bool kInterleaved>
 FM_INLINE void rotate(const T* x, int64_t stride, int64_t heads, const float* __restrict cos,
-                      const float* __restrict sin, int64_t half, int64_t head_dim, T* y) {
+                      const float* __restrict sin, int64_t half, int64_t head_dim, T* y, int64_t out_stride) {
   for (int64_t head = 0; head < heads; ++head) {
-    const T* __restrict from = x + head * stride;
-    T* __restrict to = y + head * head_dim;
+    const T* from = x + head * stride;
+    T* to = y + head * out_stride;
     if constexpr (kInterleaved) {
 #pragma omp simd
       for (int64_t i = 0; i < half; ++i) {
@@ -31,8 +33,8 @@ FM_INLINE void rotate(const T* x, int64_t stride, int64_t heads, const float* __
         to[2 * i + 1] = from_float<T>(second * cos[i] + first * sin[i]);
       }
     } else {
-      const T* __restrict from_second = from + half;
-      T* __restrict to_second = to + half;
+      const T* from_second = from + half;
+      T* to_second = to + half;
 #pragma omp simd
       for (int64_t i = 0; i < half; ++i) {
         const float first = to_float(from[i]), second = to_float(from_second[i]);
@@ -41,15 +43,16 @@ FM_INLINE void rotate(const T* x, int64_t stride, int64_t heads, const float* __
       }
     }
     const int64_t rest = head_dim - 2 * half;
-    if (rest > 0) std::memcpy(to + 2 * half, from + 2 * half, rest * sizeof(T));
+    if (rest > 0 && to != from) std::memcpy(to + 2 * half, from + 2 * half, rest * sizeof(T));
   }
 }
 
 // target_clones takes no templates, so every combination is a plain function.
 #define FM_ROTATE(T, kInterleaved)                                                                              \
   FM_MULTIVERSION void rotate_heads(const T* x, int64_t stride, int64_t heads, const float* cos, const float* sin, \
-                                    int64_t half, int64_t head_dim, T* y, std::bool_constant<kInterleaved>) {   \
-    rotate<T, kInterleaved>(x, stride, heads, cos, sin, half, head_dim, y);                                     \
+                                    int64_t half, int64_t head_dim, T* y, int64_t out_stride,                   \
+                                    std::bool_constant<kInterleaved>) {                                         \
+    rotate<T, kInterleaved>(x, stride, heads, cos, sin, half, head_dim, y, out_stride);                         \
   }
 FM_ROTATE(float, false)
 FM_ROTATE(float, true)
@@ -74,25 +77,23 @@ void load_angles(const Tensor& table, int64_t row, float sign, int64_t half, flo
   });
 }
 
-std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalTensor& k_any, const Tensor& cos_any,
-                                            const Tensor& sin_any, const OptionalTensor& positions,
-                                            const OptionalTensor& offset, const OptionalTensor& cu_seqlens,
-                                            int64_t start, int64_t sequence_dim, bool interleaved, bool inverse) {
-  check_rotary(q_any, k_any, cos_any, sin_any, sequence_dim);
+// Rotates the heads of `all` (q, and k if it has heads), whose tensors are like q.
+void rotate_all(const Tensor& q, std::array<Heads, 2> all, const Tensor& cos_any, const Tensor& sin_any,
+                const OptionalTensor& positions, const OptionalTensor& offset, const OptionalTensor& cu_seqlens,
+                int64_t start, int64_t sequence_dim, bool interleaved, bool inverse) {
   const Tensor cos = made_contiguous(cos_any), sin = made_contiguous(sin_any);
-  const TokenPositions where = token_positions(q_any, cos, positions, offset, cu_seqlens, start, sequence_dim);
-  const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any ? *k_any : q_any);
-  Tensor q_out = empty(Sizes(q), q.scalar_type(), q), k_out = k_any ? empty(Sizes(k), k.scalar_type(), k) : nothing(q);
+  const TokenPositions where = token_positions(q, cos, positions, offset, cu_seqlens, start, sequence_dim);
   const int64_t n1 = q.dim() == 4 ? q.size(1) : 1, tokens = q.size(0) * n1;
   const int64_t head_dim = q.size(q.dim() - 1), half = cos.size(1);
-  const Heads all[] = {heads_of(q, q_out), heads_of(k, k_out)};
-  const int64_t token_elements = (all[0].heads + (k_any ? all[1].heads : 0)) * head_dim;
-  if (tokens == 0 || token_elements == 0) return {q_out, k_out};
+  const int64_t token_elements = (all[0].heads + all[1].heads) * head_dim;
+  if (tokens == 0 || token_elements == 0) return;
   const auto run = [&]<typename T>(T, auto form) {
     // Large results are written to a buffer first, some heads at a time, and streamed past the caches.
     const int64_t head_bytes = head_dim * static_cast<int64_t>(sizeof(T));
-    const bool large = tokens * token_elements * static_cast<int64_t>(sizeof(T)) >= kStreamFromBytes &&
-                       head_bytes <= kBufferBytes;
+    bool large = tokens * token_elements * static_cast<int64_t>(sizeof(T)) >= kStreamFromBytes &&
+                 head_bytes <= kBufferBytes;
+    // The lines of strided results are shared with other tensors, or in the cache as the input.
+    for (const Heads& x : all) large = large && (x.heads == 0 || x.out_stride_head == head_dim) && x.out != x.data;
     const int64_t heads_at_a_time = large ? kBufferBytes / head_bytes : token_elements;
     const auto rotate_tokens = [&](int64_t first, int64_t last) {
       const Scratch angles = make_scratch(2 * half);
@@ -101,18 +102,17 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
         const int64_t i0 = token / n1, i1 = token % n1, row = token_position(where, i0, i1);
         load_angles(cos, row, 1.0f, half, angles.get());
         load_angles(sin, row, inverse ? -1.0f : 1.0f, half, angles.get() + half);
-        for (int i = 0; i < (k_any ? 2 : 1); ++i) {
-          const Heads& x = all[i];
+        for (const Heads& x : all) {
           const T* from = static_cast<const T*>(x.data) + i0 * x.stride0 + i1 * x.stride1;
-          T* to = static_cast<T*>(x.out) + token * x.heads * head_dim;
+          T* to = static_cast<T*>(x.out) + i0 * x.out_stride0 + i1 * x.out_stride1;
           for (int64_t head = 0; head < x.heads; head += heads_at_a_time) {
             const int64_t heads = std::min(heads_at_a_time, x.heads - head);
-            T* result = to + head * head_dim;
+            T* result = to + head * x.out_stride_head;
             const int64_t num_bytes = heads * head_dim * static_cast<int64_t>(sizeof(T));
             const bool stream = large && is_line_aligned(result) && num_bytes % kLineBytes == 0;
             T* target = stream ? reinterpret_cast<T*>(buffer) : result;
             rotate_heads(from + head * x.stride_head, x.stride_head, heads, angles.get(), angles.get() + half, half,
-                         head_dim, target, form);
+                         head_dim, target, stream ? head_dim : x.out_stride_head, form);
             if (stream) stream_copy(result, buffer, num_bytes);
           }
         }
@@ -128,10 +128,34 @@ std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalT
       run(element, std::false_type{});
     }
   });
+}
+
+std::tuple<Tensor, Tensor> rotary_embedding(const Tensor& q_any, const OptionalTensor& k_any, const Tensor& cos,
+                                            const Tensor& sin, const OptionalTensor& positions,
+                                            const OptionalTensor& offset, const OptionalTensor& cu_seqlens,
+                                            int64_t start, int64_t sequence_dim, bool interleaved, bool inverse) {
+  check_rotary(q_any, k_any, cos, sin, sequence_dim);
+  const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any ? *k_any : q_any);
+  Tensor q_out = empty(Sizes(q), q.scalar_type(), q), k_out = k_any ? empty(Sizes(k), k.scalar_type(), k) : nothing(q);
+  rotate_all(q, {heads_of(q, q_out), k_any ? heads_of(k, k_out) : Heads{}}, cos, sin, positions, offset, cu_seqlens,
+             start, sequence_dim, interleaved, inverse);
   return {q_out, k_out};
+}
+
+void rotary_embedding_out(const Tensor& q_any, const Tensor& k_any, Tensor q_out, Tensor k_out, const Tensor& cos,
+                          const Tensor& sin, int64_t sequence_dim, bool inverse) {
+  check_rotary(q_any, k_any, cos, sin, sequence_dim);
+  check_rotary_out(q_any, q_out);
+  check_rotary_out(k_any, k_out);
+  const Tensor q = with_dense_heads(q_any), k = with_dense_heads(k_any);
+  rotate_all(q, {heads_of(q, q_out), heads_of(k, k_out)}, cos, sin, std::nullopt, std::nullopt, std::nullopt, 0,
+             sequence_dim, false, inverse);
 }
 
 }  // namespace
 }  // namespace fm
 
-STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) { m.impl("rotary_embedding", TORCH_BOX(&fm::rotary_embedding)); }
+STABLE_TORCH_LIBRARY_IMPL(fused_megatron, CPU, m) {
+  m.impl("rotary_embedding", TORCH_BOX(&fm::rotary_embedding));
+  m.impl("rotary_embedding_out", TORCH_BOX(&fm::rotary_embedding_out));
+}

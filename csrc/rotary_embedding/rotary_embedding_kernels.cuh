@@ -14,7 +14,7 @@ namespace fm {
 struct DeviceHeads {
   const void* data;
   void* out;
-  int64_t heads, stride0, stride1, stride_head;
+  int64_t heads, stride0, stride1, stride_head, out_stride0, out_stride1, out_stride_head;
 };
 
 struct Rotary {
@@ -102,21 +102,22 @@ template <typename T>
 struct TokenHeads {
   const T *q, *k;
   T *q_out, *k_out;
-  int64_t q_heads, q_stride, k_stride, head_dim;
-  FM_DEVICE TokenHeads(const Rotary& a, int64_t token, int64_t i0, int64_t i1)
+  int64_t q_heads, q_stride, k_stride, q_out_stride, k_out_stride;
+  FM_DEVICE TokenHeads(const Rotary& a, int64_t i0, int64_t i1)
       : q(static_cast<const T*>(a.q.data) + i0 * a.q.stride0 + i1 * a.q.stride1),
         k(static_cast<const T*>(a.k.data) + i0 * a.k.stride0 + i1 * a.k.stride1),
-        q_out(static_cast<T*>(a.q.out) + token * a.q.heads * a.head_dim),
-        k_out(static_cast<T*>(a.k.out) + token * a.k.heads * a.head_dim),
+        q_out(static_cast<T*>(a.q.out) + i0 * a.q.out_stride0 + i1 * a.q.out_stride1),
+        k_out(static_cast<T*>(a.k.out) + i0 * a.k.out_stride0 + i1 * a.k.out_stride1),
         q_heads(a.q.heads),
         q_stride(a.q.stride_head),
         k_stride(a.k.stride_head),
-        head_dim(a.head_dim) {}
+        q_out_stride(a.q.out_stride_head),
+        k_out_stride(a.k.out_stride_head) {}
   FM_DEVICE const T* from(int64_t head) const {
     return head < q_heads ? q + head * q_stride : k + (head - q_heads) * k_stride;
   }
   FM_DEVICE T* to(int64_t head) const {
-    return head < q_heads ? q_out + head * head_dim : k_out + (head - q_heads) * head_dim;
+    return head < q_heads ? q_out + head * q_out_stride : k_out + (head - q_heads) * k_out_stride;
   }
 };
 
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
   if (token >= a.tokens) return;
   const int64_t i0 = token / a.n1, i1 = token - i0 * a.n1;
   const int64_t position = token_position(a.where, i0, i1);
-  const TokenHeads<T> heads(a, token, i0, i1);
+  const TokenHeads<T> heads(a, i0, i1);
   const int64_t num_heads = a.q.heads + a.k.heads, chunks = a.half / kCount;
   const int head_lanes = 32 / chunk_lanes;
   const int64_t first_head = threadIdx.x / chunk_lanes + static_cast<int64_t>(blockIdx.y) * head_lanes;
@@ -169,8 +170,10 @@ __global__ void __launch_bounds__(32 * kRotaryWarps) rotary_kernel(Rotary a, int
 }
 
 inline bool rotary_is_wide(const Rotary& a, int64_t count) {
-  const int64_t sizes = a.half | a.head_dim | a.q.stride0 | a.q.stride1 | a.q.stride_head | a.k.stride0 | a.k.stride1 |
-                        a.k.stride_head;
+  const auto strides = [](const DeviceHeads& x) {
+    return x.stride0 | x.stride1 | x.stride_head | x.out_stride0 | x.out_stride1 | x.out_stride_head;
+  };
+  const int64_t sizes = a.half | a.head_dim | strides(a.q) | strides(a.k);
   return sizes % count == 0 && a.half > 0 && is_aligned(a.q.data) && is_aligned(a.q.out) && is_aligned(a.k.data) &&
          is_aligned(a.k.out) && is_aligned(a.cos.data) && is_aligned(a.sin.data);
 }

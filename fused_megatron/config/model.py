@@ -80,7 +80,11 @@ class TransformerConfig:
     hidden_dropout: float = 0.0
     """Dropout of the outputs of attention and MLP, before they are added to the residual stream."""
     attention_dropout: float = 0.0
-    """Dropout of the attention probabilities. Above 0, training computes them in memory, S x S per head."""
+    """Dropout of the attention probabilities. Above 0, training computes them in memory, S x S per head, unless
+    attention_dropout_kernel is fast."""
+    attention_dropout_kernel: str = "exact"
+    """exact: the same mask in every parallel layout; fast: the mask of torch's attention kernel, which depends on the
+    layout, without S x S tensors on a GPU. Not for sliding windows, packed documents and context parallelism."""
     embedding_dropout: float = 0.0
     """Dropout of the embedded tokens."""
     recompute: str = "none"
@@ -146,6 +150,11 @@ class TransformerConfig:
             check_one_of(name, getattr(self, name), allowed)
         for name in ("hidden_dropout", "attention_dropout", "embedding_dropout"):
             check(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must lie in [0, 1)")
+        check(
+            self.attention_dropout_kernel == "exact" or self.sliding_window is None,
+            f"attention_dropout_kernel={self.attention_dropout_kernel!r} must be 'exact' with "
+            f"sliding_window={self.sliding_window}: torch's kernel has no window",
+        )
         check(
             self.recompute_blocks is None or self.recompute != "none",
             f"recompute_blocks={self.recompute_blocks} needs recompute='selective' or 'full'",
@@ -268,6 +277,14 @@ class TransformerConfig:
         return 32.0 if self.rotary_scaling == "yarn" else 4.0
 
     @property
+    def stores_scores(self) -> bool:
+        """Whether attention of whole sequences stores its scores, for dropout that is the same in every layout.
+
+        The fast kernel stores none on a GPU; on a CPU torch computes attention with dropout from stored scores.
+        """
+        return self.attention_dropout > 0 and self.attention_dropout_kernel == "exact"
+
+    @property
     def has_dropout(self) -> bool:
         """Whether training draws random numbers: dropout, or noise in the inputs of routers."""
         jitter = 0.0 if self.num_experts is None else self.router_jitter
@@ -385,6 +402,7 @@ _ALLOWED = {
     "position": ("learned", "rotary"),
     "rotary_scaling": ("none", "linear", "dynamic", "llama3", "yarn"),
     "query_key_norm_over": ("head", "all_heads"),
+    "attention_dropout_kernel": ("exact", "fast"),
     "recompute": ("none", "selective", "full"),
     "router_scores": ("softmax", "sigmoid"),
     "balance_loss_over": ("sequence", "step"),

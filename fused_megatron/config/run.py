@@ -48,6 +48,11 @@ class TrainConfig:
             f"mask_documents=True must be false for model.family={self.model.family!r}: it needs a model that predicts "
             f"the next token, such as 'gpt'",
         )
+        check(
+            self.model.attention_dropout_kernel == "exact" or not self.data.mask_documents,
+            "attention_dropout_kernel='fast' must be 'exact' with mask_documents=True: documents are computed tile by "
+            "tile, without S x S tensors in any case",
+        )
         check_divisible(
             "global_batch_size", self.training.global_batch_size, "microbatch_size", self.training.microbatch_size
         )
@@ -64,6 +69,11 @@ class TrainConfig:
         check(
             self.model.seq_len >= ranks * multiple,
             f"seq_len={self.model.seq_len} must be at least {least}: every rank needs a position",
+        )
+        check(
+            self.model.attention_dropout_kernel == "exact",
+            f"attention_dropout_kernel={self.model.attention_dropout_kernel!r} must be 'exact' with {least}: context "
+            "parallelism attends tile by tile, without S x S tensors in any case",
         )
         heads = self.model.num_heads // parallel.tensor_parallel_size
         check(

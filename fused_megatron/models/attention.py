@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_megatron import ops
-from fused_megatron.checks import check_divisible, check_multiple_or_divisor
+from fused_megatron.checks import check, check_divisible, check_multiple_or_divisor
 from fused_megatron.collectives import group_rank, group_size
 from fused_megatron.config import TransformerConfig
 from fused_megatron.context_parallel import context_parallel_attention
@@ -16,6 +16,8 @@ from fused_megatron.models.all_heads_norm import AllHeadsRMSNorm, normalise_all_
 from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.ops.attention import AttentionMask, attend
+from fused_megatron.ops.attention_operands import TileDropout
+from fused_megatron.ops.rotary_query_key_value import rotary_query_key_value, split_query_key_value
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.sharding import SequencePartition, used_by_parts
 from fused_megatron.tensor_parallel import (
@@ -58,8 +60,9 @@ class ParallelSelfAttention(nn.Module):
     Memory:
         As ops.attend with N / R heads. With config.recompute="selective", attention between the two projections is not
         kept but computed again in backward.
-        With attention_dropout, B N / R S S probabilities are held, and the same number after dropout: torch's attention
-        kernels cannot be used, since their masks depend on the layout.
+        With attention_dropout, B N / R S S probabilities are held, and the same number after dropout: the masks of
+        torch's attention kernels depend on the layout. With attention_dropout_kernel="fast" they are used, and a GPU
+        holds no probabilities.
     """
 
     def __init__(
@@ -75,9 +78,14 @@ class ParallelSelfAttention(nn.Module):
         ranks = group_size(layout.tp_group)
         check_divisible("num_heads", config.num_heads, "tensor_parallel_size", ranks)
         check_multiple_or_divisor("num_kv_heads", config.kv_heads, "tensor_parallel_size", ranks)
+        check(
+            config.attention_dropout_kernel == "exact" or group_size(layout.cp_group) == 1,
+            "attention_dropout_kernel='fast' must be 'exact' with context parallelism, which attends tile by tile",
+        )
         self.head_dim, self.num_heads, self.num_kv_heads = config.head_size, config.num_heads, config.kv_heads
         self.heads_shard, self.kv_heads_shard = self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
         self.first_head = group_rank(layout.tp_group) * self.heads_shard
+        self.drops_in_kernel = config.attention_dropout_kernel == "fast"
         self.attention_dropout, self.recompute = config.attention_dropout, config.recompute == "selective"
         self.cp_group, self.context_parallel_method = layout.cp_group, layout.context_parallel_method
         self.query_key_value = self._new_query_key_value(config, layout, dtype, device)
@@ -174,16 +182,7 @@ class ParallelSelfAttention(nn.Module):
                 all positions.
             cache: keys and values of earlier tokens, which also stores keys and values of x; None: x has all tokens.
         """
-        query, key, value = self._query_key_value(x)
-        if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
-            query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
-        elif self.query_norm is not None and self.key_norm is not None:
-            weights = (self.query_norm.weight, self.key_norm.weight)
-            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
-            query = ops.rms_norm(query, query_weight, self.query_norm.eps)
-            key = ops.rms_norm(key, key_weight, self.key_norm.eps)
-        if rotary is not None:
-            query, key = _rotate(query, key, *rotary)
+        query, key, value = self._rotated_query_key_value(self.query_key_value(x), rotary)
         if cache is not None:
             context = cache.attend(query, key, value, mask).flatten(2)
         elif self.recompute and torch.is_grad_enabled():
@@ -195,14 +194,28 @@ class ParallelSelfAttention(nn.Module):
             context = self._attend(query, key, value, mask, dropout, partition)
         return self.projection(context)
 
-    def _query_key_value(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return query, key and value as views [S, B, heads of this rank, D]."""
-        qkv = self.query_key_value(x)
-        seq_len, batch = qkv.shape[:2]
-        if self.num_kv_heads == self.num_heads:
-            return qkv.view(seq_len, batch, -1, 3, self.head_dim).unbind(3)
-        heads = qkv.view(seq_len, batch, -1, self.head_dim)
-        return heads.split_with_sizes([self.heads_shard, self.kv_heads_shard, self.kv_heads_shard], dim=2)
+    def _rotated_query_key_value(self, qkv: torch.Tensor, rotary: Tables | None) -> tuple[torch.Tensor, ...]:
+        """Return normalised and rotated query, key and value, [S, B, heads of this rank, D]; qkv may be overwritten."""
+        head_by_head = self.num_kv_heads == self.num_heads
+        heads = {"num_heads": self.heads_shard, "num_kv_heads": self.kv_heads_shard}
+        if rotary is not None and self.query_norm is None:
+            cos, sin = rotary
+            shape = qkv.shape[:2]
+            if cos.dim() == 3:  # the S B tokens as one sequence
+                qkv, cos, sin = qkv.view(-1, 1, qkv.shape[2]), cos.flatten(0, 1), sin.flatten(0, 1)
+            rotated = rotary_query_key_value(qkv, cos, sin, head_by_head=head_by_head, **heads)
+            return tuple(x.view(*shape, *x.shape[2:]) for x in rotated)
+        query, key, value = split_query_key_value(qkv, head_by_head=head_by_head, **heads)
+        if isinstance(self.query_norm, AllHeadsRMSNorm) and isinstance(self.key_norm, AllHeadsRMSNorm):
+            query, key = normalise_all_heads(query, key, self.query_norm, self.key_norm)
+        elif self.query_norm is not None and self.key_norm is not None:
+            weights = (self.query_norm.weight, self.key_norm.weight)
+            query_weight, key_weight = used_by_parts(weights, self.query_key_value.tp_group)
+            query = ops.rms_norm(query, query_weight, self.query_norm.eps)
+            key = ops.rms_norm(key, key_weight, self.key_norm.eps)
+        if rotary is not None:
+            query, key = _rotate(query, key, *rotary)
+        return query, key, value
 
     def _attend(
         self,
@@ -214,8 +227,11 @@ class ParallelSelfAttention(nn.Module):
         partition: SequencePartition | None,
     ) -> torch.Tensor:
         """Return the context [S, B, N D / R] of query, key and value, [S, B, heads of this rank, D] each."""
-        drop = None
+        drop: TileDropout | None = None
         if dropout is not None and self.attention_dropout > 0.0:
+            if self.drops_in_kernel:
+                in_kernel = dropout.in_kernel(0, self.attention_dropout, self.first_head)
+                return attend(query, key, value, mask, dropout=in_kernel).flatten(2)
             drop = partial(self._drop, dropout)
         if partition is None or self.cp_group is None:
             return attend(query, key, value, mask, dropout=drop).flatten(2)

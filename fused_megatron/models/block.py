@@ -18,6 +18,7 @@ from fused_megatron.models.dropout import DropoutMasks
 from fused_megatron.models.feed_forward import FEED_FORWARDS
 from fused_megatron.models.key_value_cache import BlockCache
 from fused_megatron.models.mixture_of_experts import MixtureOfExperts, SharedExpertGate
+from fused_megatron.models.residual_stream import OpenSum, closed, norm_and_stream
 from fused_megatron.models.router import ExpertRouter
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
 from fused_megatron.ops.attention import AttentionMask
@@ -39,7 +40,8 @@ class TransformerBlock(nn.Module):
     """Transformer block: x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x))); [S, B, H] to [S, B, H].
 
     With post_norm: norm(x + dropout(attention(x))), then norm(x + dropout(mlp(x))). One op adds the output bias, drops
-    elements and adds the residual.
+    elements and adds the residual. Without bias and dropout the norm that follows adds the residual, and the norm's
+    backward adds the gradient of the residual stream to its own: one rounding for both.
 
     Args:
         config: sizes and options; config.feed_forward names the feed-forward, an MLP by default.
@@ -83,36 +85,41 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
+        x: torch.Tensor | OpenSum,
         mask: AttentionMask,
         *,
         rotary: Tables | None = None,
         dropout: DropoutMasks | None = None,
         partition: SequencePartition | None = None,
         cache: BlockCache | None = None,
-    ) -> torch.Tensor | WithAuxiliaryLoss:
+        may_leave_open: bool = False,
+    ) -> torch.Tensor | OpenSum | WithAuxiliaryLoss:
         """Run the block.
 
         Args:
-            x: the residual stream [S, B, H], or [S / R, B, H] under sequence parallelism.
+            x: the residual stream [S, B, H], or [S / R, B, H] under sequence parallelism; or an OpenSum.
             mask, rotary, partition, cache: as in ParallelSelfAttention.forward.
             dropout: masks of the DROPOUT_SITES; None: drop nothing.
+            may_leave_open: a norm follows, which takes an OpenSum.
 
         Returns:
             The residual stream, of the shape of x; WithAuxiliaryLoss if the feed-forward returns it.
         """
+        result: torch.Tensor | OpenSum
         if self.post_norm:
+            x = closed(x)
             attended = self.attention(x, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
             x = self.attention_norm(self._add(1, attended, x, dropout))
             fed = self._feed_forward(x, dropout, partition)
-            x = self.mlp_norm(self._add(2, fed.output, x, dropout))
+            result = self.mlp_norm(self._add(2, fed.output, x, dropout))
         else:
-            normed = self.attention_norm(x)
+            normed, stream = norm_and_stream(self.attention_norm, x)
             attended = self.attention(normed, mask, rotary=rotary, dropout=dropout, partition=partition, cache=cache)
-            x = self._add(1, attended, x, dropout)
-            fed = self._feed_forward(self.mlp_norm(x), dropout, partition)
-            x = self._add(2, fed.output, x, dropout)
-        return x if fed.auxiliary_loss is None and fed.report is None else fed._replace(output=x)
+            normed, stream = norm_and_stream(self.mlp_norm, self._open_sum(1, attended, stream, dropout))
+            fed = self._feed_forward(normed, dropout, partition)
+            result = self._open_sum(2, fed.output, stream, dropout)
+            result = result if may_leave_open else closed(result)
+        return result if fed.auxiliary_loss is None and fed.report is None else fed._replace(output=result)
 
     def _feed_forward(
         self, x: torch.Tensor, dropout: DropoutMasks | None, partition: SequencePartition | None
@@ -123,6 +130,18 @@ class TransformerBlock(nn.Module):
         else:
             returned = self.mlp(x)
         return returned if isinstance(returned, WithAuxiliaryLoss) else WithAuxiliaryLoss(returned, None)
+
+    def _open_sum(
+        self,
+        site: int,
+        output: tuple[torch.Tensor, torch.Tensor | None],
+        x: torch.Tensor,
+        dropout: DropoutMasks | None,
+    ) -> torch.Tensor | OpenSum:
+        """Leave the addition open if it is plain, else add."""
+        y, bias = output
+        plain = bias is None and (dropout is None or self.hidden_dropout == 0.0) and y.dtype == x.dtype
+        return OpenSum(x, y) if plain else self._add(site, output, x, dropout)
 
     def _add(
         self,
@@ -162,8 +181,10 @@ def run_blocks(
     dropout: DropoutMasks | None,
     partition: SequencePartition | None = None,
     caches: Sequence[BlockCache] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor | OpenSum, torch.Tensor | None]:
     """Run the blocks in their order; return x and the sum of their auxiliary losses (None if no block has one).
+
+    The last addition of x may be open.
 
     Args:
         blocks: in their order.
@@ -175,13 +196,14 @@ def run_blocks(
     """
     sites = len(DROPOUT_SITES)
     total = None
+    stream: torch.Tensor | OpenSum = x
     for i, block in enumerate(blocks):
         masks = None if dropout is None else dropout.rows(i * sites, (i + 1) * sites)
         if i < recompute and torch.is_grad_enabled():
             # A block never draws from torch's generators, so their state need not be kept.
             returned = checkpoint(
                 block,
-                x,
+                closed(stream),  # one tensor to keep
                 mask,
                 rotary=rotary,
                 dropout=masks,
@@ -191,15 +213,23 @@ def run_blocks(
             )
         else:
             cache = None if caches is None else caches[i]
-            returned = block(x, mask, rotary=rotary, dropout=masks, partition=partition, cache=cache)
+            returned = block(
+                stream,
+                mask,
+                rotary=rotary,
+                dropout=masks,
+                partition=partition,
+                cache=cache,
+                may_leave_open=True,
+            )
         # Here, and not in the block: a recomputed block runs twice.
         if isinstance(returned, WithAuxiliaryLoss) and returned.report is not None:
             router = block.get_submodule("mlp.router")
             router.get_buffer("sums").add_(returned.report)
-        x, loss = split_auxiliary_loss(returned)
+        stream, loss = split_auxiliary_loss(returned)
         if loss is not None:
             total = loss if total is None else total + loss
-    return x, total
+    return stream, total
 
 
 def reset_layers(model: nn.Module, seed: int) -> None:

@@ -6,13 +6,14 @@ dropout site is a point of the model that drops elements, such as "blocks.0.atte
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fused_megatron import ops
 from fused_megatron.checks import check
 from fused_megatron.deprecation import renamed_names
+from fused_megatron.ops.attention_operands import KernelDropout
 from fused_megatron.ops.visible_pairs import PairTile
 from fused_megatron.reference.philox import rows_of_random_words
 from fused_megatron.sharding import SequenceLayout
@@ -52,15 +53,35 @@ class DropoutMasks:
         rng_states: [n, 2] int64, a row (seed of the site, step) for each site, on the device of the activations.
         batch_slice: rows of the global batch in the microbatch.
         sequence: positions of this rank's activations.
+        seed: of the model, for masks that a kernel of torch draws.
+        first_site: number of the first site in the model, 0 for the embedding.
     """
 
     rng_states: torch.Tensor
     batch_slice: BatchSlice
     sequence: SequenceLayout
+    seed: int = 0
+    first_site: int = 0
 
     def rows(self, start: int, stop: int) -> "DropoutMasks":
         """Return the masks of the sites start to stop."""
-        return DropoutMasks(self.rng_states[start:stop], self.batch_slice, self.sequence)
+        return replace(self, rng_states=self.rng_states[start:stop], first_site=self.first_site + start)
+
+    def in_kernel(self, which: int, p: float, first_head: int) -> KernelDropout:
+        """Return the dropout of attention probabilities whose mask torch's kernel draws.
+
+        Every site, step, microbatch and rank has another mask, and a recomputation has the same. The mask depends on
+        the microbatch and on the rank's heads.
+
+        Args:
+            which: index of the dropout site.
+            p: probability that a probability is dropped.
+            first_head: index of this rank's first head.
+        """
+        site, batch = self.first_site + which, self.batch_slice
+        return KernelDropout(
+            p, dropout_seed(self.seed, f"kernel {site} {batch.step} {batch.first_sample} {first_head}")
+        )
 
     def add(
         self, which: int, x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, p: float
@@ -155,7 +176,13 @@ def fill_dropout_states_(states: torch.Tensor, sites: Sequence[str], seed: int) 
 
 
 def masks_of_batch(
-    states: torch.Tensor, batch_slice: BatchSlice | None, batch: int, sequence: SequenceLayout
+    states: torch.Tensor,
+    batch_slice: BatchSlice | None,
+    batch: int,
+    sequence: SequenceLayout,
+    *,
+    seed: int = 0,
+    first_site: int = 0,
 ) -> DropoutMasks:
     """Return the dropout masks of a model for one microbatch.
 
@@ -164,6 +191,7 @@ def masks_of_batch(
         batch_slice: rows of the global batch in the microbatch.
         batch: B.
         sequence: positions of this rank's activations.
+        seed, first_site: as in DropoutMasks.
 
     Raises:
         InputError: batch_slice is None, or ends beyond the global batch.
@@ -181,4 +209,4 @@ def masks_of_batch(
     )
     states = states.clone()
     states[:, 1] = batch_slice.step
-    return DropoutMasks(states, batch_slice, sequence)
+    return DropoutMasks(states, batch_slice, sequence, seed, first_site)

@@ -14,6 +14,7 @@ from fused_megatron.models.attention import Tables
 from fused_megatron.models.block import DROPOUT_SITES, TransformerBlock, norm_of, reset_layers, run_blocks
 from fused_megatron.models.dropout import BatchSlice, DropoutMasks, fill_dropout_states_, masks_of_batch
 from fused_megatron.models.key_value_cache import KeyValueCache
+from fused_megatron.models.residual_stream import OpenSum, closed, norm_and_stream
 from fused_megatron.models.rotary import rotary_tables
 from fused_megatron.models.stage_cut import StageSpan
 from fused_megatron.modules.auxiliary_loss import WithAuxiliaryLoss, split_auxiliary_loss
@@ -157,6 +158,7 @@ class TransformerStack(ShardedModule):
 
     def reset_dropout(self, seed: int) -> None:
         """Let dropout draw its masks from this seed."""
+        self.dropout_seed = seed
         sites = [f"blocks.{i}.{site}" for i in self.blocks for site in DROPOUT_SITES]
         fill_dropout_states_(self.get_buffer("dropout_states"), ("embedding", *sites), seed)
 
@@ -292,8 +294,9 @@ class TransformerStack(ShardedModule):
             x = self._embed(x, sequence, token_types, positions)
             if masks is not None and self.config.embedding_dropout > 0:
                 x = masks.drop(0, x, self.config.embedding_dropout)
-        x, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions, cache), partition, cache)
-        x = x if self.final_norm is None else self.final_norm(x)
+        stream, auxiliary = self._blocks(x, mask, masks, self._rotary(sequence, x, positions, cache), partition, cache)
+        # A stage sends one tensor.
+        x = closed(stream) if self.final_norm is None else norm_and_stream(self.final_norm, stream)[0]
         return x if auxiliary is None else WithAuxiliaryLoss(x, auxiliary)
 
     def _part_of_rank(self, partition: SequencePartition | None) -> SequenceLayout | None:
@@ -349,7 +352,14 @@ class TransformerStack(ShardedModule):
     def _masks(self, batch: int, sequence: SequenceLayout, batch_slice: BatchSlice | None) -> DropoutMasks | None:
         if not (self.training and self.config.has_dropout):
             return None
-        return masks_of_batch(self.get_buffer("dropout_states"), batch_slice, batch, self._own(sequence))
+        return masks_of_batch(
+            self.get_buffer("dropout_states"),
+            batch_slice,
+            batch,
+            self._own(sequence),
+            seed=self.dropout_seed,
+            first_site=len(DROPOUT_SITES) * self.span.start,
+        )
 
     def _embed(
         self,
@@ -422,8 +432,8 @@ class TransformerStack(ShardedModule):
         rotary: Tables | None,
         partition: SequencePartition | None = None,
         cache: KeyValueCache | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run all blocks; return x and the sum of the auxiliary losses.
+    ) -> tuple[torch.Tensor | OpenSum, torch.Tensor | None]:
+        """Run all blocks; return x, whose last addition may be open, and the sum of the auxiliary losses.
 
         Args:
             masks: dropout masks of the embedding (row 0) and of all blocks.

@@ -1,6 +1,7 @@
 """Attention over the keys that a causal, windowed, padding or document mask leaves visible."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from fused_megatron.checks import InputError, check, check_dtype, check_shape
-from fused_megatron.ops.attention_operands import TileDropout
+from fused_megatron.ops.attention_operands import KernelDropout, TileDropout
 from fused_megatron.ops.attention_tiles import AttentionGradients, AttentionSum, sum_dtype
 from fused_megatron.ops.autograd_function import AutogradFunction
 from fused_megatron.ops.registration import define_composed_op
@@ -128,7 +129,7 @@ def attend(
     mask: AttentionMask,
     *,
     scale: float | None = None,
-    dropout: TileDropout | None = None,
+    dropout: TileDropout | KernelDropout | None = None,
 ) -> torch.Tensor:
     """Compute softmax(scale query key^T) value for each head, over the keys that the mask leaves visible.
 
@@ -142,7 +143,8 @@ def attend(
         mask: what each query sees.
         scale: factor of the scores; None: D^-0.5.
         dropout: maps the probabilities [b, N, q, k] of a tile, and the tile, to the kept and rescaled ones. It must
-            draw the same mask at each call (as models/dropout.py does). None: no dropout.
+            draw the same mask at each call (as models/dropout.py does). A KernelDropout lets torch's kernel draw the
+            mask; not with a window, documents, or a padding mask that is causal. None: no dropout.
 
     Returns:
         [S, B, N, Dv], dtype of query. A query that sees no key has 0.
@@ -160,21 +162,29 @@ def attend(
     _check_shapes(query, key, value, mask)
     seq_len, batch = query.shape[:2]
     windowed = mask.window is not None and mask.window < seq_len
+    in_kernel = isinstance(dropout, KernelDropout)
+    if in_kernel and (mask.documents is not None or windowed or _hides_dense(mask)):
+        raise InputError(
+            "attention dropout inside the kernel must come without window, documents and causal padding "
+            "(attention_dropout_kernel='exact' has them)"
+        )
     if mask.documents is not None or (dropout is None and (windowed or _hides_dense(mask))):
         return _by_tiles(query, key, value, mask, scale, dropout)[0]
     shared = query.shape[2] // key.shape[2]
     query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     hidden = None if mask.key_padding_mask is None else mask.key_padding_mask[:, None, None, :]
-    if dropout is None:
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if hidden is None else ~hidden,
-            is_causal=mask.causal,
-            scale=scale,
-            enable_gqa=shared > 1,
-        )
+    if dropout is None or isinstance(dropout, KernelDropout):
+        with nullcontext() if dropout is None else _seeded(query.device, dropout.seed):
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=None if hidden is None else ~hidden,
+                dropout_p=0.0 if dropout is None else dropout.p,
+                is_causal=mask.causal,
+                scale=scale,
+                enable_gqa=shared > 1,
+            )
         return context.permute(2, 0, 1, 3)
     if shared > 1:
         key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
@@ -183,6 +193,19 @@ def attend(
     probabilities = scaled_masked_softmax(scores, hidden, scale=scale, causal=mask.causal, window=mask.window)
     whole = PairTile((0, batch), (0, seq_len), (0, seq_len), 0, 0)
     return (dropout(probabilities, whole) @ value).permute(2, 0, 1, 3)
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Let torch's generator of the device draw from a seed while the context is open, and leave it as it was.
+
+    The host sets numbers of the generator and waits for nothing.
+    """
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        generator = torch.cuda.default_generators[device.index or 0] if is_cuda else torch.default_generator
+        generator.manual_seed(seed)
+        yield
 
 
 def _hides_dense(mask: AttentionMask) -> bool:

@@ -14,6 +14,19 @@ TileDropout = Callable[[torch.Tensor, PairTile], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class KernelDropout:
+    """Dropout inside torch's attention kernel, which draws its own mask: no scores are stored on a GPU.
+
+    Attributes:
+        p: probability that an attention probability is dropped.
+        seed: int of 63 bits; the same seed and shapes have the same mask.
+    """
+
+    p: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class Operands:
     """Query, key and value of an attention, or the rows of a tile of them.
 

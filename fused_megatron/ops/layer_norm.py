@@ -1,6 +1,6 @@
 """Layer normalisation over the last dim, with its gradients; optionally fused with the residual addition."""
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -64,7 +64,7 @@ _backward = define_op(
 
 
 class _LayerNorm(AutogradFunction):
-    """The op under autograd: returns y, or (y, total) with a residual."""
+    """The op under autograd: returns y, or (y, total) with a residual or return_total."""
 
     op = "ops.layer_norm"
 
@@ -77,6 +77,7 @@ class _LayerNorm(AutogradFunction):
         eps: float,
         residual: torch.Tensor | None,
         zero_centered_weight: bool,
+        return_total: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # Forward and backward use the same contiguous copy.
         x = x.contiguous()
@@ -86,19 +87,19 @@ class _LayerNorm(AutogradFunction):
         ctx.dtype = x.dtype
         if residual is None:
             ctx.save_for_backward(x, weight, bias, mean, rstd)
-            return y
+            return (y, x) if return_total else y
         ctx.save_for_backward(total, weight, bias, mean, rstd)
         return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
-        need_dx, need_dweight, need_dbias, _, need_dresidual, _ = ctx.needs_input_grad
+        need_dx, need_dweight, need_dbias, _, need_dresidual, *_ = ctx.needs_input_grad
         if dy is None:
             if dtotal is None:
-                return None, None, None, None, None, None
+                return (None,) * 7
             dx, dresidual = gradient_without_y(dtotal, ctx.dtype, need_dx, need_dresidual)
-            return dx, None, None, None, dresidual, None
+            return dx, None, None, None, dresidual, None, None
         x, weight, bias, mean, rstd = ctx.saved_tensors
         # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
@@ -123,6 +124,7 @@ class _LayerNorm(AutogradFunction):
             None,
             (dx if shared else dresidual) if need_dresidual else None,
             None,
+            None,
         )
 
 
@@ -135,6 +137,7 @@ def layer_norm(
     *,
     residual: None = None,
     zero_centered_weight: bool = False,
+    return_total: Literal[False] = False,
 ) -> torch.Tensor: ...
 @overload
 def layer_norm(
@@ -145,6 +148,18 @@ def layer_norm(
     *,
     residual: torch.Tensor,
     zero_centered_weight: bool = False,
+    return_total: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+    return_total: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def layer_norm(
     x: torch.Tensor,
@@ -154,6 +169,7 @@ def layer_norm(
     *,
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
+    return_total: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalise every row of x (or of x + residual) over the last dim, then scale and shift it.
 
@@ -175,9 +191,12 @@ def layer_norm(
         eps: added to the variance.
         residual: [..., H] in the dtype of x, float32 or float64; or None.
         zero_centered_weight: scale by 1 + weight.
+        return_total: return total also without a residual, where it is x itself: use it in place of x afterwards, and
+            backward adds both gradients of x in the same pass.
 
     Returns:
-        y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
+        y [..., H] in the dtype of x, contiguous. With a residual or return_total (y, total): total [..., H] in the
+        dtype of residual, or of x.
 
     Raises:
         InputError: x has no dim or no column, weight or bias is not [H], residual does not have the shape of x, or one
@@ -196,8 +215,11 @@ def layer_norm(
     Paper: Ba, Kiros and Hinton, Layer Normalization, arXiv:1607.06450.
     """
     if needs_reference(x, weight, bias, residual):
-        return reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
+        y = reference.layer_norm(x, weight, bias, eps, residual, zero_centered_weight)
+        return (y, x) if return_total and residual is None else y
     if is_differentiated():
-        return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight)
+        return _LayerNorm.apply(x, weight, bias, eps, residual, zero_centered_weight, return_total)
     y, _, _, total = _forward(x, weight, bias, eps, residual, zero_centered_weight)
-    return y if residual is None else (y, total)
+    if residual is None:
+        return (y, x) if return_total else y
+    return y, total

@@ -1,6 +1,6 @@
 """Root-mean-square normalisation over the last dim, with its gradients; optionally fused with the residual addition."""
 
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -56,7 +56,7 @@ _backward = define_op(
 
 
 class _RMSNorm(AutogradFunction):
-    """The op under autograd: returns y, or (y, total) with a residual."""
+    """The op under autograd: returns y, or (y, total) with a residual or return_total."""
 
     op = "ops.rms_norm"
 
@@ -68,6 +68,7 @@ class _RMSNorm(AutogradFunction):
         eps: float,
         residual: torch.Tensor | None,
         zero_centered_weight: bool,
+        return_total: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         # Forward and backward use the same contiguous copy.
         x = x.contiguous()
@@ -77,19 +78,19 @@ class _RMSNorm(AutogradFunction):
         ctx.dtype = x.dtype
         if residual is None:
             ctx.save_for_backward(x, weight, rstd)
-            return y
+            return (y, x) if return_total else y
         ctx.save_for_backward(total, weight, rstd)
         return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None, dtotal: torch.Tensor | None = None) -> Any:
-        need_dx, need_dweight, _, need_dresidual, _ = ctx.needs_input_grad
+        need_dx, need_dweight, _, need_dresidual, *_ = ctx.needs_input_grad
         if dy is None:
             if dtotal is None:
-                return None, None, None, None, None
+                return (None,) * 6
             dx, dresidual = gradient_without_y(dtotal, ctx.dtype, need_dx, need_dresidual)
-            return dx, None, None, dresidual, None
+            return dx, None, None, dresidual, None, None
         x, weight, rstd = ctx.saved_tensors
         # If their dtypes are equal, the gradients of x and residual are one tensor, as in torch's addition.
         shared = x.dtype == dy.dtype
@@ -110,6 +111,7 @@ class _RMSNorm(AutogradFunction):
             None,
             (dx if shared else dresidual) if need_dresidual else None,
             None,
+            None,
         )
 
 
@@ -121,6 +123,7 @@ def rms_norm(
     *,
     residual: None = None,
     zero_centered_weight: bool = False,
+    return_total: Literal[False] = False,
 ) -> torch.Tensor: ...
 @overload
 def rms_norm(
@@ -130,6 +133,17 @@ def rms_norm(
     *,
     residual: torch.Tensor,
     zero_centered_weight: bool = False,
+    return_total: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    zero_centered_weight: bool = False,
+    return_total: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def rms_norm(
     x: torch.Tensor,
@@ -138,6 +152,7 @@ def rms_norm(
     *,
     residual: torch.Tensor | None = None,
     zero_centered_weight: bool = False,
+    return_total: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Divide every row of x (or of x + residual) by its root mean square, then scale it.
 
@@ -159,9 +174,12 @@ def rms_norm(
             (1.2e-7) also for 16-bit x, of float64 for float64 x.
         residual: [..., H] in the dtype of x, float32 or float64; or None.
         zero_centered_weight: scale by 1 + weight.
+        return_total: return total also without a residual, where it is x itself: use it in place of x afterwards, and
+            backward adds both gradients of x in the same pass.
 
     Returns:
-        y [..., H] in the dtype of x, contiguous. With a residual (y, total): total [..., H] in the dtype of residual.
+        y [..., H] in the dtype of x, contiguous. With a residual or return_total (y, total): total [..., H] in the
+        dtype of residual, or of x.
 
     Raises:
         InputError: x has no dim or no column, weight is not [H], residual does not have the shape of x, or one of them
@@ -183,8 +201,11 @@ def rms_norm(
     if eps is None:
         eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
     if by_reference:
-        return reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
+        y = reference.rms_norm(x, weight, eps, residual, zero_centered_weight)
+        return (y, x) if return_total and residual is None else y
     if is_differentiated():
-        return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight)
+        return _RMSNorm.apply(x, weight, eps, residual, zero_centered_weight, return_total)
     y, _, total = _forward(x, weight, eps, residual, zero_centered_weight)
-    return y if residual is None else (y, total)
+    if residual is None:
+        return (y, x) if return_total else y
+    return y, total

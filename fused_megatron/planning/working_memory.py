@@ -119,7 +119,7 @@ def score_bytes(config: TrainConfig) -> int:
     of them are kept for backward, unless attention is recomputed.
     """
     model, parallel = config.model, config.parallel
-    if not model.attention_dropout or parallel.context_parallel_size > 1:
+    if not model.stores_scores or parallel.context_parallel_size > 1:
         return 0
     size, tokens, _ = element_and_token_sizes(config)
     return size * tokens * model.seq_len * (model.num_heads // parallel.tensor_parallel_size)

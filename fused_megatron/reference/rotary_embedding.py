@@ -79,3 +79,19 @@ def _rows(table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         return widen(table).new_full((*position.shape, table.shape[1]), torch.nan)
     rows = widen(table)[torch.where(invalid, 0, position)]
     return rows.masked_fill(invalid.unsqueeze(-1), torch.nan)
+
+
+def rotary_embedding_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_out: torch.Tensor,
+    k_out: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    sequence_dim: int,
+    inverse: bool,
+) -> None:
+    """Compute torch.ops.fused_megatron.rotary_embedding_out: write the rotated q and k to memory of the same sizes."""
+    rotated = rotary_embedding_forward(q, k, cos, sin, None, None, None, 0, sequence_dim, False, inverse)
+    for out, values in zip((q_out, k_out), rotated, strict=True):
+        out.copy_(values)

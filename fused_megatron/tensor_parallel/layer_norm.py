@@ -48,19 +48,19 @@ class SequenceParallelLayerNorm(modules.LayerNorm):
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel and group_size(tp_group) > 1
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise [..., H]; returns the same shape and dtype.
+    def forward(self, input: torch.Tensor, *, residual: torch.Tensor | None = None, return_total: bool = False) -> Any:
+        """Normalise [..., H], or input + residual; returns the same shape and dtype, or (y, total) as ops.layer_norm.
 
         Raises:
             InputError: the last dim is not H.
         """
-        if not self.sequence_parallel:
-            return super().forward(input)
         if input.shape[-1:] != self.normalized_shape:
             raise InputError(f"input.shape={tuple(input.shape)} must end in hidden_size={self.normalized_shape[0]}")
-        parameters = tuple(p for p in (self.weight, self.bias) if p is not None)
-        weight, *bias = used_by_parts(parameters, self.tp_group)
-        return ops.layer_norm(input, weight, bias[0] if bias else None, self.eps)
+        weight, bias = self.weight, self.bias
+        if self.sequence_parallel:
+            weight, *biases = used_by_parts(tuple(p for p in (weight, bias) if p is not None), self.tp_group)
+            bias = biases[0] if biases else None
+        return ops.layer_norm(input, weight, bias, self.eps, residual=residual, return_total=return_total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy_with_groups(self, (self.tp_group,), memo)

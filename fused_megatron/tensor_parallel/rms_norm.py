@@ -46,18 +46,18 @@ class SequenceParallelRMSNorm(modules.RMSNorm):
         self.tp_group = tp_group
         self.sequence_parallel = sequence_parallel and group_size(tp_group) > 1
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise [..., H]; returns the same shape and dtype.
+    def forward(self, x: torch.Tensor, *, residual: torch.Tensor | None = None, return_total: bool = False) -> Any:
+        """Normalise x [..., H], or x + residual; returns the same shape and dtype, or (y, total) as ops.rms_norm.
 
         Raises:
             InputError: the last dim is not H.
         """
-        if not self.sequence_parallel:
-            return super().forward(x)
         if x.shape[-1:] != self.normalized_shape:
             raise InputError(f"x.shape={tuple(x.shape)} must end in hidden_size={self.normalized_shape[0]}")
-        (weight,) = used_by_parts((self.weight,), self.tp_group)
-        return ops.rms_norm(x, weight, self.eps)
+        weight = self.weight
+        if self.sequence_parallel:
+            (weight,) = used_by_parts((weight,), self.tp_group)
+        return ops.rms_norm(x, weight, self.eps, residual=residual, return_total=return_total)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy_with_groups(self, (self.tp_group,), memo)

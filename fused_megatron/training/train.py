@@ -51,6 +51,7 @@ FREE_FIELDS = {
     "init_std",
     "hidden_dropout",
     "attention_dropout",
+    "attention_dropout_kernel",
     "embedding_dropout",
     "recompute",
     "recompute_blocks",

@@ -7,11 +7,13 @@ import torch
 
 from fused_megatron import models
 from fused_megatron.checks import InputError
-from fused_megatron.config import GPTConfig
+from fused_megatron.config import DataConfig, GPTConfig, ParallelConfig, TrainConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import init_mesh
-from fused_megatron.models import GPT, BatchSlice, TransformerBlock
-from fused_megatron.ops.attention import AttentionMask
+from fused_megatron.models import GPT, BatchSlice, TransformerBlock, cut_stages
+from fused_megatron.models.dropout import DropoutMasks
+from fused_megatron.ops.attention import AttentionMask, attend
+from fused_megatron.planning.verify.config_check import verify_config
 from fused_megatron.sharding import Replicas, SequenceLayout
 from fused_megatron.tensor_parallel import parameter_parts
 from fused_megatron.testing.run_on_ranks import run_cases_on_ranks, run_on_ranks
@@ -205,3 +207,105 @@ def test_heads_and_widths_that_ranks_do_not_divide() -> None:
             "num_kv_heads=6 must divide tensor_parallel_size=4, or be divisible by it (nearest: 4, 8)",
             "ffn_hidden_size=46 must be divisible by tensor_parallel_size=4 (nearest: 44, 48)",
         ]
+
+
+FAST = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout_kernel": "fast"}
+
+
+def test_the_mask_of_the_kernel_is_the_same_when_recomputed_and_leaves_the_generator() -> None:
+    """Losses and gradients of the three forms of recomputation are equal bit for bit, whatever torch's seed is."""
+    found = [
+        one_step(0, 1, 1, False, 4, {**FAST, "recompute": recompute}) for recompute in ("none", "selective", "full")
+    ]
+    for _, losses, gradients in found[1:]:
+        assert torch.equal(losses, found[0][1])
+        assert all(torch.equal(gradient, found[0][2][name][1]) for name, (_, gradient) in gradients.items())
+    _, exact, _ = one_step(0, 1, 1, False, 4, {**FAST, "attention_dropout_kernel": "exact"})
+    _, none, _ = one_step(0, 1, 1, False, 4, {**FAST, "attention_dropout": 0.0})
+    assert not torch.equal(found[0][1], exact) and not torch.equal(found[0][1], none)
+    torch.manual_seed(7)
+    wanted = torch.rand(3)
+    torch.manual_seed(7)
+    dropout = masks(step=1).in_kernel(0, 0.5, first_head=0)
+    attend(
+        *torch.randn(3, 5, 2, 4, 8, generator=torch.Generator().manual_seed(0)), AttentionMask(True), dropout=dropout
+    )
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def masks(step: int, first_sample: int = 0, first_site: int = 0) -> DropoutMasks:
+    states = torch.zeros(3, 2, dtype=torch.int64)
+    return DropoutMasks(
+        states, BatchSlice(step, first_sample, 8), SequenceLayout.whole(5), seed=4, first_site=first_site
+    )
+
+
+def test_every_site_step_microbatch_and_rank_has_another_mask_of_the_kernel() -> None:
+    ones = torch.ones(64, 1, 4, 64)
+    value = torch.eye(64)[:, None, None].expand(64, 1, 4, 64)  # the context is the probabilities
+    drawn = []
+    for dropout in (
+        masks(1).in_kernel(0, 0.25, 0),
+        masks(2).in_kernel(0, 0.25, 0),
+        masks(1, first_sample=4).in_kernel(0, 0.25, 0),
+        masks(1).in_kernel(1, 0.25, 0),
+        masks(1).in_kernel(0, 0.25, 4),
+        masks(1, first_site=4).in_kernel(0, 0.25, 0),
+    ):
+        context = attend(0 * ones, ones, value, AttentionMask(), dropout=dropout)
+        # Uniform attention: a probability is dropped, or 1 / 64 / (1 - p).
+        torch.testing.assert_close(context, (context != 0) / 48)
+        assert abs((context == 0).float().mean() - 0.25) < 0.02
+        drawn.append(context == 0)
+    # Independent masks agree where both drop or both keep: 0.25^2 + 0.75^2.
+    for i, mask in enumerate(drawn):
+        assert all(abs((mask == other).float().mean() - 0.625) < 0.02 for other in drawn[:i])
+    assert masks(1).rows(1, 3).in_kernel(0, 0.25, 0) == masks(1).in_kernel(1, 0.25, 0)
+
+
+def test_stages_draw_the_masks_of_the_whole_model() -> None:
+    config = GPTConfig(**{**LAYERS, "attention_dropout": 0.3, **FAST})
+    batch_slice = BatchSlice(STEP, 0, BATCH)
+    tokens, target, _ = batch_of_tokens()
+    whole = GPT(config, seed=3)(tokens, target, batch_slice=batch_slice)
+    x = tokens
+    for span in cut_stages(config, 2):
+        stage = GPT(config, seed=3, stage=span)
+        x = stage(x, batch_slice=batch_slice)
+    assert torch.equal(stage.loss(x, target), whole)
+
+
+def fast_on_two_ranks(rank: int, world_size: int) -> tuple[float, int]:
+    _, losses, gradients = one_step(rank, world_size, 2, True, 4, FAST)
+    return losses.double().sum().item(), len(gradients)
+
+
+def test_the_mask_of_the_kernel_on_tensor_parallel_ranks() -> None:
+    """All ranks have the same losses; they differ from one rank, since each rank's kernel draws for its heads."""
+    (loss, count), (other, _) = run_on_ranks(fast_on_two_ranks, 2)
+    assert loss == other and count > 10
+    assert loss != one_step(0, 1, 1, False, 4, FAST)[1].double().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GPTConfig(attention_dropout_kernel="flash"), "attention_dropout_kernel='flash' must be one of"),
+        (lambda: GPTConfig(attention_dropout_kernel="fast", sliding_window=4), "must be 'exact' with sliding_window=4"),
+        (
+            lambda: TrainConfig(GPTConfig(attention_dropout_kernel="fast"), ParallelConfig(context_parallel_size=2)),
+            "must be 'exact' with context_parallel_size=2",
+        ),
+        (
+            lambda: TrainConfig(GPTConfig(attention_dropout_kernel="fast"), data=DataConfig(mask_documents=True)),
+            "must be 'exact' with mask_documents=True",
+        ),
+        (
+            lambda: verify_config(TrainConfig(GPTConfig(attention_dropout_kernel="fast"))),
+            "no two layouts have the same numbers",
+        ),
+    ],
+)
+def test_where_the_mask_of_the_kernel_is_refused(build: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build()

@@ -8,12 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fused_megatron import ops
 from fused_megatron.checks import InputError
 from fused_megatron.config import GPTConfig
 from fused_megatron.data_parallel.reduction import GradientBuckets
 from fused_megatron.mesh import ParallelLayout, init_mesh
-from fused_megatron.models import GPT
+from fused_megatron.models import GPT, attention
 from fused_megatron.observe.record_communication import record_communication
 from fused_megatron.sharding import Replicas
 from fused_megatron.tensor_parallel import parameter_parts
@@ -385,14 +384,15 @@ def test_positions_that_do_not_fit() -> None:
 @pytest.mark.parametrize("form", [LLAMA, {"position": "rotary"}], ids=["llama", "one product"])
 def test_packed_tokens_are_rotated_without_a_copy(form: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen, used, products = [], [], []
-    original = ops.rotary_embedding
+    original = attention.rotary_query_key_value
 
-    def watched(query: torch.Tensor, key: torch.Tensor, *tables: torch.Tensor) -> Any:
+    def watched(qkv: torch.Tensor, *tables: torch.Tensor, **heads: Any) -> Any:
+        query, key, value = original(qkv, *tables, **heads)
         seen.extend([query, key])
         used.extend(tables)
-        return original(query, key, *tables)
+        return query, key, value
 
-    monkeypatch.setattr(ops, "rotary_embedding", watched)
+    monkeypatch.setattr(attention, "rotary_query_key_value", watched)
     model, (tokens, *_) = GPT(config_of(form)), batch_of_tokens()
     for block in model.blocks.values():
         block.attention.query_key_value.register_forward_hook(

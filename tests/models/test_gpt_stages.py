@@ -85,6 +85,7 @@ def chained_equals_whole(rank: int, world_size: int, cut: list[int], changes: di
 @pytest.mark.parametrize(("cut", "changes"), [
     ([5], DROPOUT), ([2, 3], DROPOUT), ([1, 1, 2, 1], {}), ([3, 2, 0], DROPOUT), ([3, 2], LLAMA),
     ([1, 3, 1], {**LLAMA, **DROPOUT}), ([2, 3], {"recompute": "selective", "embedding_dropout": 0.3}),
+    ([2, 3], {**LLAMA, "linear_biases": False, "recompute_blocks": 1}), ([5], {**LLAMA, "linear_biases": False}),
     ([2, 3], {**DROPOUT, PACKED: True}), ([2, 3], {**LLAMA, PACKED: True}),
 ], ids=str)  # fmt: skip
 def test_chained_stages_equal_the_whole(cut: list[int], changes: dict[str, Any]) -> None:

@@ -177,6 +177,43 @@ def test_the_rounded_total_is_normalised(op, device):
     assert torch.equal(y, ours(op)(total, weight, bias, None))
 
 
+@pytest.mark.parametrize("use_total", [True, False])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("op", OPS)
+def test_x_as_the_total(op, dtype, use_total, device):
+    """The gradient of the norm and the gradient of what else reads x are one sum, rounded once."""
+    (x, weight, bias, _), dy = draw(op, (5, 33), dtype, stream=dtype, device=device)
+
+    def ours_with_x(x, weight, bias):
+        parameters = (weight, bias) if op == "layer_norm" else (weight,)
+        return OPS[op](x, *parameters, EPS, return_total=True)[: 1 + use_total]
+
+    def theirs(x, weight, bias):
+        return (composite(op)(x, weight, bias, None), x * 1)[: 1 + use_total]
+
+    assert_op_matches(ours_with_x, theirs, [x, weight, bias], dy[: 1 + use_total])
+    _, total = OPS[op](x.requires_grad_(), weight, return_total=True)
+    assert torch.equal(total, x) and total.data_ptr() == x.data_ptr()
+    assert torch.equal(torch.autograd.grad(total, x, dy[1])[0], dy[1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_x_as_the_total_is_compiled(op):
+    """A graph without breaks, and the same without gradients."""
+    (x, weight, _, _), (dy, dtotal) = draw(op, (5, 33), FLOAT, stream=FLOAT)
+
+    def run(x):
+        return OPS[op](x * 2, weight, return_total=True)
+
+    results = [
+        output_and_gradients(function, [x], [dy, dtotal])
+        for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager"))
+    ]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), tuple(results[0][:2]), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype,stream", [(FLOAT, FLOAT), (BFLOAT, FLOAT)])
 @pytest.mark.parametrize("op", OPS)
 def test_only_the_total_is_used_as_an_addition(op, dtype, stream, device):

@@ -276,6 +276,7 @@ ROWS: dict[str, Row] = {
     "model.sliding_window": Row(3, *LOSS),
     "model.hidden_dropout": Row(0.3, *LOSS),
     "model.attention_dropout": Row(0.3, *LOSS),
+    "model.attention_dropout_kernel": Row("fast", *LOSS, {"model.attention_dropout": 0.3}),
     "model.embedding_dropout": Row(0.3, *LOSS),
     "model.recompute": Row("full", Tried.saved_bytes, CHANGED),
     "model.recompute_blocks": Row(1, Tried.saved_bytes, CHANGED, {"model.recompute": "full"}),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from fused_megatron.assembly.build import DTYPES
-from fused_megatron.checks import SharedInputError, first_line
+from fused_megatron.checks import SharedInputError, check, first_line
 from fused_megatron.config import TrainConfig
 from fused_megatron.planning.verify.comparison import Comparison, Reference, compare
 from fused_megatron.planning.verify.layout_parts import describe_layout, parts_of, with_parts
@@ -49,8 +49,13 @@ def verify_config(
         run: function that runs the ranks of a layout. The one process always runs by run_layout_on_ranks.
 
     Raises:
-        InputError: as reduce_config.
+        InputError: as reduce_config; attention dropout whose masks depend on the layout.
     """
+    check(
+        config.model.attention_dropout_kernel == "exact",
+        "attention_dropout_kernel='fast' must be 'exact' here: the masks of 'fast' depend on the layout, and no two "
+        "layouts have the same numbers (--model.attention-dropout-kernel exact)",
+    )
     axes = axes_in_use(config)
     dtype = config.training.weight_dtype if own_dtype else "float32"
     chosen = list(itertools.combinations(axes, 2)) if all_pairs and len(axes) > 1 else [axes[:MOST_AXES]]

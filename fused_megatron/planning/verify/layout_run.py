@@ -17,6 +17,7 @@ from fused_megatron.data.batch import Batch
 from fused_megatron.data.documents import positions_in_documents
 from fused_megatron.mesh import Mesh, coordinates
 from fused_megatron.models import TransformerStack
+from fused_megatron.models.residual_stream import OpenSum, closed
 from fused_megatron.modules.auxiliary_loss import split_auxiliary_loss
 from fused_megatron.planning.verify.records import (
     GRADIENT,
@@ -165,6 +166,7 @@ class _OutputHooks:
             return
         self._done.add((name, self._first_sample))
         output, _ = split_auxiliary_loss(output)
+        output = closed(output) if isinstance(output, OpenSum) else output
         y = output[0] if isinstance(output, tuple) else output  # the bias of a layer is added later
         sequence = self._sequence
         if y.shape[0] < sequence.num_positions:
