@@ -28,7 +28,7 @@ class StackedGradient:
     def add_product(self, block: Block, dy: torch.Tensor, x: torch.Tensor) -> None:
         """Add dy [N, O].T @ x [N, I] of each expert, once for every expert."""
         into = self._by_expert[block.experts]
-        if not dy.is_cuda and dy.dtype != into.dtype:  # on a CPU, products of bfloat16 round to bfloat16
+        if dy.device.type == "cpu" and dy.dtype != into.dtype:  # on a CPU, products of bfloat16 round to bfloat16
             dy, x = dy.float(), x.float()
         grouped_weight_gradient(dy, x, block.counts, into, self._adds)
 

@@ -43,7 +43,7 @@ def product(
         return torch.addmm(bias, x, weight.t(), out=out)
     if out.dtype == x.dtype:
         return torch.addmm(out, x, weight.t(), out=out) if add else torch.mm(x, weight.t(), out=out)
-    if x.is_cuda and out.dtype == torch.float32:
+    if x.device.type != "cpu" and out.dtype == torch.float32:
         if add:
             return torch.addmm(out, x, weight.t(), torch.float32, out=out)
         return torch.mm(x, weight.t(), torch.float32, out=out)

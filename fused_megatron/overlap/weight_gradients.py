@@ -59,7 +59,7 @@ def weight_gradient(
     if main_grad is None:
         return product(dy.t(), x.t())
     total = main_grad()
-    if not dy.is_cuda and dy.dtype != total.dtype:  # on a CPU, products of bfloat16 round to bfloat16
+    if dy.device.type == "cpu" and dy.dtype != total.dtype:  # on a CPU, products of bfloat16 round to bfloat16
         dy, x = dy.float(), x.float()
     product(dy.t(), x.t(), out=total, add=True)
     return None
