@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER = (
     "products",
@@ -22,6 +23,14 @@ PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, LOSS, EXPERTS, OPTIMIZER, COPY, 
 )
 KINDS = (PRODUCT, ATTENTION, NORM, ACTIVATION, RESIDUAL, LOSS, EXPERTS, OPTIMIZER, COPY, OTHER)
 """Kinds of kernels, in the order of a report."""
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_FLASH],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[_FLASH_BACKWARD],
+}
 
 _KINDS_BY_NAME = {
     **dict.fromkeys(["mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"], PRODUCT),
@@ -57,6 +66,8 @@ _ONLY_WRITTEN = {
 }
 # Ops that read of a table the rows which they return.
 _READS_ROWS = {"embedding", "index_select", "gather", "index"}
+# Ops that add to some rows of a table.
+_ADDS_ROWS = {"index_add_"}
 
 ADAMW_TENSORS, SQUARES_TENSORS = 64, 192
 """Tensors that one launch of adamw_ (kAdamwTensors) and of sum_of_squares (kSquaresTensors) takes."""
@@ -70,8 +81,10 @@ class Kernels(NamedTuple):
     num_bytes: int
 
 
-def kernels_of(func: Any, args: Any, kwargs: Mapping[str, Any], results: Any) -> Kernels | None:
-    """Return the kernels that a GPU would run for an op on tensors of the meta device; None if it runs none.
+def kernels_of(
+    func: Any, args: Any, kwargs: Mapping[str, Any], results: Any, device_type: str = "meta"
+) -> Kernels | None:
+    """Return the kernels that a GPU would run for an op on tensors of this device; None if it runs none.
 
     Fused ops launch what their CUDA or Triton code launches (csrc/, kernels/). Attention is torch's FlashAttention.
     Every other op counts as one launch, as most ops of torch have one kernel: sorts and sums over long rows have more.
@@ -82,14 +95,25 @@ def kernels_of(func: Any, args: Any, kwargs: Mapping[str, Any], results: Any) ->
     if func.namespace == "c10d" or views or name in _NO_KERNEL:
         return None
     read, written = _touched(func, name, args, kwargs, results)
-    if not any(tensor.is_meta and tensor.numel() for tensor in (*read, *written)):
+    if not any(tensor.device.type == device_type and tensor.numel() for tensor in (*read, *written)):
         return None  # work of the host, or none
     if name in _READS_ROWS:
         num_bytes = 2 * sum(map(_bytes, written))
+    elif name in _ADDS_ROWS:
+        num_bytes = 3 * _bytes(_named(func, args, kwargs)["source"])
     else:
         num_bytes = sum(map(_bytes, (*read, *written)))
     launches = _LAUNCHES.get(name)
     return Kernels(kind_of(name), 1 if launches is None else launches(_named(func, args, kwargs)), num_bytes)
+
+
+def product_flops(func: Any, args: Any, kwargs: Mapping[str, Any], results: Any) -> int | None:
+    """Return the floating-point operations of an op of matrix products, as torch counts them; None for another op."""
+    formula = _FLOPS.get(func.overloadpacket)
+    if formula is None:
+        return None
+    operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's formulas take no out_dtype
+    return formula(*operands, **kwargs, out_val=results)
 
 
 def kind_of(name: str) -> str:
@@ -111,8 +135,7 @@ class AttentionOfAGPU(TorchFunctionMode):
             return func(*args, **kwargs)
         query, key, value = args[:3]
         causal, scale = kwargs.get("is_causal", False), kwargs.get("scale")
-        # Not torch.ops.aten...default: autograd records the op that the dispatcher gets.
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
+        return _FLASH(query, key, value, 0.0, causal, False, scale=scale)[0]
 
 
 def _takes_flash(

@@ -11,22 +11,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from fused_megatron.models import TransformerStack
-from fused_megatron.observe.kernel_counts import kernels_of
+from fused_megatron.observe.kernel_counts import kernels_of, product_flops
 from fused_megatron.observe.record_communication import transfer_of
 from fused_megatron.observe.storages import RESIZE_STORAGE, StorageLog
 from fused_megatron.pipeline.schedule.action import Action
 
-_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATTENTION],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        torch.ops.aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 _DEVICE = torch.ops.prim.device.default
 _READ = torch.ops.aten._local_scalar_dense.default
 # The ops that tolist() runs besides the reads.
@@ -189,10 +180,9 @@ class StepRecorder(TorchDispatchMode):
             self._count_sync(args[0])
         elif func in _COPIES and _waits_for_copy(args[_COPIES[func]], result, kwargs):
             self._count_sync(result if result.device.type != "cpu" else args[_COPIES[func]])
-        formula = _FLOPS.get(func.overloadpacket)
-        if formula is not None:
-            operands = [arg for arg in args if not isinstance(arg, torch.dtype)]  # torch's formulas take no out_dtype
-            self._count(Work("flops"), formula(*operands, **kwargs, out_val=result))
+        flops = product_flops(func, args, kwargs, result)
+        if flops is not None:
+            self._count(Work("flops"), flops)
         self.storages.see(func, (args, kwargs), result)
         if func is RESIZE_STORAGE:
             self.relabel(args[0], GATHERED_ROWS)
